@@ -1,0 +1,1 @@
+"""Nitro enclave images: file format, measurements, root file system, init."""

@@ -1,0 +1,1 @@
+"""veilpipe's inference pipeline: manifest, models, decoding, stage worker and orchestrator."""

@@ -1,0 +1,52 @@
+"""Everything the pipeline can report to its user, under one root; each class fixes an exit code."""
+
+from typing import ClassVar
+
+
+class PipelineError(Exception):
+    """Root of every error this package raises; the message is one line a user can act on."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InputError(PipelineError):
+    """Something the user gave is unusable: a flag, a file, a prompt."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class ManifestError(InputError):
+    """A manifest is missing, malformed or inconsistent."""
+
+
+class ModelError(InputError):
+    """A model directory cannot serve the layers asked of it."""
+
+
+class TokenizerError(InputError):
+    """A tokenizer file cannot be read, or does not belong to the model."""
+
+
+class PromptError(InputError):
+    """A prompt is empty or does not fit the context."""
+
+
+class PolicyError(InputError):
+    """A protection the current mode demands is missing, so nothing is started."""
+
+
+class SessionError(PipelineError):
+    """A peer or the network failed while the pipeline was running."""
+
+
+class MessageError(SessionError):
+    """An authentic peer sent a control message or step this side cannot accept."""
+
+
+class StageLost(SessionError):
+    """A stage stopped answering; `stage_idx` names it."""
+
+    def __init__(self, stage_idx: int, reason: str) -> None:
+        super().__init__(f"stage {stage_idx} is lost: {reason}")
+        self.stage_idx = stage_idx
+        self.reason = reason

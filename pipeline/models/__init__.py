@@ -1,0 +1,1 @@
+"""Model architectures, their weights and their KV caches; one file per architecture."""

@@ -1,0 +1,1 @@
+"""Authenticated, attested, encrypted channels for tensors; knows neither torch nor the pipeline."""

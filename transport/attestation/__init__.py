@@ -1,0 +1,1 @@
+"""Evidence of what a peer runs: who produces it, and who checks it."""
