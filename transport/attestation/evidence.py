@@ -63,7 +63,9 @@ class Attester(Protocol):
     """Makes evidence about the process it runs in."""
 
     @property
-    def kind(self) -> EvidenceKind: ...
+    def kind(self) -> EvidenceKind:
+        """The kind this attester makes."""
+        ...
 
     def attest(self, binding: Binding) -> bytes:
         """The evidence document for one handshake; empty where the key itself is the evidence."""
@@ -74,7 +76,9 @@ class Verifier(Protocol):
     """Judges a peer's evidence under local policy."""
 
     @property
-    def kind(self) -> EvidenceKind: ...
+    def kind(self) -> EvidenceKind:
+        """The kind this verifier judges."""
+        ...
 
     def verify(self, evidence: bytes, binding: Binding) -> Attested:
         """What the evidence proves. Raises: AttestationError naming the failed check."""

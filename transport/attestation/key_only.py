@@ -15,7 +15,7 @@ class KeyOnlyAttester:
 
     kind = EvidenceKind.KEY_ONLY
 
-    def attest(self, binding: Binding) -> bytes:
+    def attest(self, binding: Binding) -> bytes:  # noqa: ARG002  (the Protocol's shape)
         """An empty document: the handshake itself binds key, role and nonce."""
         return b""
 
