@@ -1,0 +1,343 @@
+"""The veilpipe handshake, sans-IO: Noise XX with evidence bound to it, and the responder's ACCEPT.
+
+Every phase is an object with one transition, which returns the next phase; it works once. The
+messages travel with a two-byte length before them, the ACCEPT record without.
+
+    initiate → AwaitingReply → AwaitingAccept → Session
+    respond  → AwaitingHello → AwaitingProof  → Session
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from struct import Struct
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from transport.attestation.evidence import (
+    Attested,
+    Attester,
+    Binding,
+    EvidenceKind,
+    Verifier,
+    is_same,
+)
+from transport.errors import AttestationError, HandshakeError, MisuseError, RecordError
+from transport.noise import DH_BYTES, TAG_BYTES, XX, HandshakeState
+from transport.records import (
+    OVERHEAD_BYTES,
+    RecordKind,
+    RecordOpener,
+    RecordSealer,
+    RekeyPolicy,
+)
+
+VERSION = b"veilpipe/1"
+PROTOCOL_NAME = "Noise_XX_25519_ChaChaPoly_SHA256"
+MANIFEST_HASH_BYTES = 32
+EPOCH_BYTES = 16
+MAX_STAGE_IDX = 2**16 - 1  # far above any real pipeline; the prologue holds it in four bytes
+# NSM documents have about 5 KiB; the certificate chain may grow, a peer's appetite may not.
+MAX_EVIDENCE_BYTES = 16 * 1024
+
+LENGTH = Struct(">H")
+_PROLOGUE_TAIL = Struct(">BBIBI")
+
+Sizes = tuple[int, int]
+HELLO_SIZES: Sizes = (DH_BYTES, DH_BYTES)
+_PROOF_MIN = DH_BYTES + TAG_BYTES + 1 + TAG_BYTES  # encrypted s, evidence kind, tags
+PROOF_SIZES: Sizes = (_PROOF_MIN, _PROOF_MIN + MAX_EVIDENCE_BYTES)
+REPLY_SIZES: Sizes = (DH_BYTES + _PROOF_MIN, DH_BYTES + _PROOF_MIN + MAX_EVIDENCE_BYTES)
+ACCEPT_BYTES = OVERHEAD_BYTES
+
+
+class RoleKind(IntEnum):
+    """What a party is."""
+
+    ORCHESTRATOR = 1
+    STAGE = 2
+
+
+class LinkKind(IntEnum):
+    """What a link carries."""
+
+    CONTROL = 1
+    DATA = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A party's place in the pipeline. Raises: MisuseError."""
+
+    kind: RoleKind
+    stage_idx: int = 0  # 0 for the orchestrator
+
+    def __post_init__(self) -> None:
+        most = MAX_STAGE_IDX if self.kind is RoleKind.STAGE else 0
+        if not 0 <= self.stage_idx <= most:
+            raise MisuseError(f"stage index {self.stage_idx} is outside 0 to {most}")
+
+    def canonical(self) -> bytes:
+        """Return the name evidence is bound to: `orchestrator` or `stage/<index>`."""
+        if self.kind is RoleKind.ORCHESTRATOR:
+            return b"orchestrator"
+        return b"stage/%d" % self.stage_idx
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What both ends must agree on before they speak; all of it is in the Noise prologue.
+
+    Raises: MisuseError on a field of the wrong length.
+    """
+
+    kind: LinkKind
+    initiator: Role
+    responder: Role
+    manifest_hash: bytes  # SHA-256 of the manifest's core, or of all of it on data links
+    epoch: bytes = bytes(EPOCH_BYTES)  # separates pipeline sessions; zeros on control links
+
+    def __post_init__(self) -> None:
+        if len(self.manifest_hash) != MANIFEST_HASH_BYTES:
+            raise MisuseError(f"a manifest hash has 32 bytes, not {len(self.manifest_hash)}")
+        if len(self.epoch) != EPOCH_BYTES:
+            raise MisuseError(f"an epoch has 16 bytes, not {len(self.epoch)}")
+        if self.initiator == self.responder:
+            # The two ends' evidence would be bound to the same role, and could be reflected.
+            raise MisuseError(f"{self.initiator} cannot hold a link with itself")
+
+    def prologue(self) -> bytes:
+        """Return the fixed-length bytes that Noise binds."""
+        tail = _PROLOGUE_TAIL.pack(
+            self.kind,
+            self.initiator.kind,
+            self.initiator.stage_idx,
+            self.responder.kind,
+            self.responder.stage_idx,
+        )
+        return VERSION + PROTOCOL_NAME.encode() + self.manifest_hash + tail + self.epoch
+
+    def __str__(self) -> str:
+        """Name both ends and the manifest, for errors."""
+        names = [role.canonical().decode() for role in (self.initiator, self.responder)]
+        kind, manifest = self.kind.name.lower(), self.manifest_hash.hex()[:16]
+        return f"{kind} link {names[0]} to {names[1]}, manifest {manifest}"
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Our identity, and our own policy on what the peer must show; nothing is negotiated."""
+
+    static_key: X25519PrivateKey
+    attester: Attester
+    verifiers: tuple[Verifier, ...]  # one for each kind of evidence accepted from the peer
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end, after every check has passed."""
+
+    role: Role
+    static_key: bytes
+    attested: Attested
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a finished handshake leaves: both directions' record layers and the peer."""
+
+    peer: Peer
+    handshake_hash: bytes
+    sealer: RecordSealer
+    opener: RecordOpener
+
+
+def initiate(
+    link: Link, credentials: Credentials, rekey: RekeyPolicy | None = None
+) -> tuple["AwaitingReply", bytes]:
+    """Begin as the link's initiator; returns the next phase and message 1."""
+    side = _Side(link, credentials, rekey or RekeyPolicy(), is_initiator=True)
+    return AwaitingReply(side), side.noise.write_message(b"")
+
+
+def respond(
+    link: Link, credentials: Credentials, rekey: RekeyPolicy | None = None
+) -> "AwaitingHello":
+    """Begin as the link's responder."""
+    return AwaitingHello(_Side(link, credentials, rekey or RekeyPolicy(), is_initiator=False))
+
+
+def message_size_untrusted(prefix: bytes, sizes: Sizes) -> int:
+    """Read a length prefix and hold it to what this phase can take. Raises: HandshakeError."""
+    (size,) = LENGTH.unpack(prefix)
+    _check_size(size, sizes)
+    return int(size)
+
+
+def with_length(message: bytes) -> bytes:
+    """Return a handshake message as it travels."""
+    return LENGTH.pack(len(message)) + message
+
+
+class _Side:
+    """What one side carries from phase to phase."""
+
+    def __init__(
+        self, link: Link, credentials: Credentials, rekey: RekeyPolicy, *, is_initiator: bool
+    ) -> None:
+        self.noise = HandshakeState(
+            PROTOCOL_NAME,
+            XX,
+            is_initiator=is_initiator,
+            prologue=link.prologue(),
+            static=credentials.static_key,
+        )
+        self._credentials = credentials
+        self._rekey = rekey
+        roles = (link.initiator, link.responder)
+        self._own_role, self._peer_role = roles if is_initiator else roles[::-1]
+        self._failure_meaning = (
+            f"on our {link}: the peer holds another manifest, is another stage or role, "
+            "or bytes were altered on the way"
+            if is_initiator
+            else f"on our {link}: bytes were altered on the way"  # the initiator came past ours
+        )
+
+    def write_evidence(self) -> bytes:
+        """Return the next message, its evidence bound to the hash of all before its payload."""
+        tokens = self.noise.write_tokens()
+        attester = self._credentials.attester
+        document = attester.attest(
+            Binding(
+                role=self._own_role.canonical(),
+                handshake_hash=self.noise.handshake_hash,
+                static_key=self.noise.public_key("s"),
+                nonce=self.noise.remote_key("e"),
+            )
+        )
+        if len(document) > MAX_EVIDENCE_BYTES:
+            raise MisuseError(f"evidence of {len(document)} bytes is over {MAX_EVIDENCE_BYTES}")
+        return tokens + self.noise.write_payload(bytes([attester.kind]) + document)
+
+    def read_evidence(self, message: bytes) -> Peer:
+        """Take a message with evidence and check it. Raises: HandshakeError, AttestationError."""
+        try:
+            payload = self.noise.read_tokens(message)
+            handshake_hash = self.noise.handshake_hash
+            evidence = self.noise.read_payload(payload)
+        except HandshakeError as error:
+            raise HandshakeError(f"{error}; {self._failure_meaning}") from error
+        binding = Binding(
+            role=self._peer_role.canonical(),
+            handshake_hash=handshake_hash,
+            static_key=self.noise.remote_key("s"),
+            nonce=self.noise.public_key("e"),
+        )
+        for own in ("s", "e"):
+            if is_same(self.noise.remote_key(own), self.noise.public_key(own)):
+                # Reflection: a peer that shows our own key is ourselves, or plays us to us.
+                raise HandshakeError("the peer shows our own key")
+        attested = check_evidence_untrusted(evidence, self._credentials.verifiers, binding)
+        return Peer(self._peer_role, binding.static_key, attested)
+
+    def session(self, peer: Peer) -> Session:
+        """Derive both directions' keys."""
+        sending, receiving = self.noise.split()
+        return Session(
+            peer,
+            self.noise.handshake_hash,
+            RecordSealer(sending, self._rekey),
+            RecordOpener(receiving, self._rekey),
+        )
+
+
+def check_evidence_untrusted(
+    payload: bytes, verifiers: tuple[Verifier, ...], binding: Binding
+) -> Attested:
+    """Check an evidence payload (kind byte, document) by local policy. Raises: AttestationError."""
+    kind = payload[0] if payload else None
+    for verifier in verifiers:
+        if verifier.kind == kind:
+            return verifier.verify(payload[1:], binding)
+    accepted = ", ".join(verifier.kind.name for verifier in verifiers) or "none"
+    names = {member.value: member.name for member in EvidenceKind}
+    shown = "nothing" if kind is None else names.get(kind, f"unknown kind {kind}")
+    raise AttestationError("kind", f"the peer shows {shown}; accepted here: {accepted}")
+
+
+class _Phase:
+    """A phase hands its state on once, whether its transition succeeds or fails."""
+
+    sizes: Sizes
+
+    def __init__(self, side: _Side) -> None:
+        self._side: _Side | None = side
+
+    def _take(self, message: bytes) -> _Side:
+        side, self._side = self._side, None
+        if side is None:
+            raise MisuseError(f"{type(self).__name__} is over: a phase works once")
+        _check_size(len(message), self.sizes)
+        return side
+
+
+class AwaitingReply(_Phase):
+    """The initiator has sent message 1."""
+
+    sizes = REPLY_SIZES
+
+    def receive(self, message: bytes) -> tuple["AwaitingAccept", bytes]:
+        """Take message 2; returns the next phase and message 3. Raises: ProtocolError."""
+        side = self._take(message)
+        peer = side.read_evidence(message)
+        return AwaitingAccept(side, peer), side.write_evidence()
+
+
+class AwaitingAccept(_Phase):
+    """The initiator has sent message 3 and may send no data yet."""
+
+    sizes = (ACCEPT_BYTES, ACCEPT_BYTES)
+
+    def __init__(self, side: _Side, peer: Peer) -> None:
+        super().__init__(side)
+        self._peer = peer
+
+    def receive(self, record: bytes) -> Session:
+        """Take the ACCEPT record. Raises: ProtocolError."""
+        session = self._take(record).session(self._peer)
+        kind, _ = session.opener.open(record)
+        if kind is not RecordKind.ACCEPT:
+            raise RecordError(f"the responder's first record is {kind.name}, not ACCEPT")
+        return session
+
+
+class AwaitingHello(_Phase):
+    """The responder waits for message 1."""
+
+    sizes = HELLO_SIZES
+
+    def receive(self, message: bytes) -> tuple["AwaitingProof", bytes]:
+        """Take message 1; returns the next phase and message 2. Raises: ProtocolError."""
+        side = self._take(message)
+        side.noise.read_message(message)
+        return AwaitingProof(side), side.write_evidence()
+
+
+class AwaitingProof(_Phase):
+    """The responder waits for message 3."""
+
+    sizes = PROOF_SIZES
+
+    def receive(self, message: bytes) -> tuple[Session, bytes]:
+        """Take message 3; returns the session and the ACCEPT record. Raises: ProtocolError."""
+        side = self._take(message)
+        session = side.session(side.read_evidence(message))
+        return session, session.sealer.seal(RecordKind.ACCEPT)
+
+
+def _check_size(size: int, sizes: Sizes) -> None:
+    least, most = sizes
+    if not least <= size <= most:
+        raise HandshakeError(
+            f"a handshake message of {size} bytes where {least} to {most} are possible: "
+            "the peer does not speak veilpipe/1"
+        )

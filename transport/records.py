@@ -1,0 +1,284 @@
+"""The record layer: authenticated records of up to 512 KiB over an unreliable adversary's wire.
+
+A record is an 8-byte header (kind, three zero bytes, ciphertext length) and its ciphertext; the
+whole header is associated data. The sequence number is the cipher's counter and never travels, so
+a record that was dropped, repeated, moved or taken from elsewhere does not authenticate.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from struct import Struct
+from time import perf_counter_ns
+from typing import NamedTuple
+
+from cryptography.exceptions import InvalidTag
+
+from transport.errors import MisuseError, RecordError
+from transport.noise import TAG_BYTES, Buffer, CipherState
+
+HEADER = Struct(">B3xI")  # kind, zeros, ciphertext length (tag included)
+HEADER_BYTES = HEADER.size
+OVERHEAD_BYTES = HEADER_BYTES + TAG_BYTES
+MAX_PLAINTEXT_BYTES = 512 * 1024  # larger ones gain no speed and only delay the first check
+
+
+class RecordKind(IntEnum):
+    """What a record is for. Only FRAME and BODY carry plaintext."""
+
+    ACCEPT = 1  # the responder's first record: keys confirmed, evidence accepted
+    FRAME = 2  # the head of a frame, with its tensors where they are small
+    BODY = 3  # a piece of one tensor of the frame begun before
+    REKEY = 4  # the last record under its key
+    CLOSE = 5  # nothing follows; an end without it is a truncation
+
+
+_EMPTY_KINDS = frozenset({RecordKind.ACCEPT, RecordKind.REKEY, RecordKind.CLOSE})
+_KINDS = {int(kind): kind for kind in RecordKind}
+
+
+@dataclass(frozen=True, slots=True)
+class RekeyPolicy:
+    """When a direction changes its key. Both sides must hold the same policy.
+
+    The defaults keep the data under one key far below where ChaCha20-Poly1305's bounds begin to
+    matter, and bound what a key read out of memory can open of the past.
+    """
+
+    max_records: int = 2**16
+    max_bytes: int = 64 * 2**30
+
+    def __post_init__(self) -> None:
+        if self.max_records < 1 or self.max_bytes < 1:
+            raise MisuseError(f"a rekey policy needs positive thresholds, not {self}")
+
+
+class _KeyUse:
+    """How much one key has done; sender and receiver count alike."""
+
+    __slots__ = ("_policy", "num_bytes", "num_records")
+
+    def __init__(self, policy: RekeyPolicy) -> None:
+        self._policy = policy
+        self.num_records = 0
+        self.num_bytes = 0
+
+    def is_spent(self, num_bytes: int) -> bool:
+        """Whether a record of `num_bytes` needs the next key."""
+        return self.num_records > 0 and (
+            self.num_records >= self._policy.max_records
+            or self.num_bytes + num_bytes > self._policy.max_bytes
+        )
+
+    def add(self, num_bytes: int) -> None:
+        self.num_records += 1
+        self.num_bytes += num_bytes
+
+    def reset(self) -> None:
+        self.num_records = self.num_bytes = 0
+
+
+class RecordSealer:
+    """The sending half: plaintexts in, records out."""
+
+    __slots__ = ("_cipher", "_use", "encrypt_ns", "num_rekeys")
+
+    def __init__(self, cipher: CipherState, policy: RekeyPolicy) -> None:
+        self._cipher = cipher
+        self._use = _KeyUse(policy)
+        self.num_rekeys = 0
+        self.encrypt_ns = 0
+
+    def seal_into(self, kind: RecordKind, plaintext: Buffer, out: memoryview) -> int:
+        """Write the record, after a REKEY where one is due, and return the bytes written.
+
+        `out` needs len(plaintext) + 2 * OVERHEAD_BYTES.
+        """
+        started_ns = perf_counter_ns()
+        num_bytes = len(plaintext)
+        if num_bytes > MAX_PLAINTEXT_BYTES:
+            raise MisuseError(f"a record holds {MAX_PLAINTEXT_BYTES} bytes, not {num_bytes}")
+        start = 0
+        if self._use.is_spent(num_bytes):
+            start = self._write(RecordKind.REKEY, b"", out)
+            self._cipher.rekey()
+            self._use.reset()
+            self.num_rekeys += 1
+        written = self._write(kind, plaintext, out[start:])
+        self._use.add(num_bytes)
+        self.encrypt_ns += perf_counter_ns() - started_ns
+        return start + written
+
+    def seal(self, kind: RecordKind, plaintext: Buffer = b"") -> bytes:
+        """Return the record, after a REKEY where one is due."""
+        out = memoryview(bytearray(len(plaintext) + 2 * OVERHEAD_BYTES))
+        return bytes(out[: self.seal_into(kind, plaintext, out)])
+
+    def _write(self, kind: RecordKind, plaintext: Buffer, out: memoryview) -> int:
+        sealed_bytes = len(plaintext) + TAG_BYTES
+        end = HEADER_BYTES + sealed_bytes
+        header = HEADER.pack(kind, sealed_bytes)
+        self._cipher.encrypt_into(header, plaintext, out[HEADER_BYTES:end])
+        out[:HEADER_BYTES] = header
+        return end
+
+
+class RecordHeader(NamedTuple):
+    """A header that has been parsed but not yet authenticated."""
+
+    kind: RecordKind
+    sealed_bytes: int
+    raw: bytes
+
+    @property
+    def plaintext_bytes(self) -> int:
+        """Bytes the record holds once opened."""
+        return self.sealed_bytes - TAG_BYTES
+
+
+def parse_header_untrusted(raw: bytes) -> RecordHeader:
+    """Read a header and check its kind and length. Raises: RecordError."""
+    number, sealed_bytes = HEADER.unpack(raw)
+    kind = _KINDS.get(number)
+    if kind is None or raw[1:4] != b"\0\0\0":
+        raise RecordError(f"not a record header: {raw.hex()}")
+    if not TAG_BYTES <= sealed_bytes <= MAX_PLAINTEXT_BYTES + TAG_BYTES:
+        raise RecordError(f"a record of {sealed_bytes} bytes is outside the limits")
+    if (sealed_bytes == TAG_BYTES) != (kind in _EMPTY_KINDS):
+        raise RecordError(f"a record of kind {kind.name} cannot have {sealed_bytes} bytes")
+    return RecordHeader(kind, sealed_bytes, raw)
+
+
+class RecordOpener:
+    """The receiving half: records in, plaintexts out. The first failure is the last call."""
+
+    __slots__ = ("_cipher", "_use", "decrypt_ns", "num_rekeys")
+
+    def __init__(self, cipher: CipherState, policy: RekeyPolicy) -> None:
+        self._cipher: CipherState | None = cipher
+        self._use = _KeyUse(policy)
+        self.num_rekeys = 0
+        self.decrypt_ns = 0
+
+    def open_into(self, header: RecordHeader, sealed: Buffer, out: memoryview) -> None:
+        """Authenticate a record and write its plaintext to `out`, exactly its length.
+
+        Raises: RecordError, with `out` wiped.
+        """
+        started_ns = perf_counter_ns()
+        cipher, self._cipher = self._cipher, None
+        if cipher is None:
+            raise MisuseError("this direction has failed and opens nothing any more")
+        is_rekey = header.kind is RecordKind.REKEY
+        self._check_rekey(header, is_rekey=is_rekey)
+        try:
+            cipher.decrypt_into(header.raw, sealed, out)
+        except InvalidTag as error:
+            # The AEAD decrypts before it compares tags: leave nobody forged plaintext to read.
+            out[:] = bytes(len(out))
+            raise RecordError(
+                f"record {cipher.nonce} does not authenticate: altered, lost, repeated or foreign"
+            ) from error
+        if is_rekey:
+            cipher.rekey()
+            self._use.reset()
+            self.num_rekeys += 1
+        else:
+            self._use.add(len(out))
+        self._cipher = cipher
+        self.decrypt_ns += perf_counter_ns() - started_ns
+
+    def open(self, record: Buffer) -> tuple[RecordKind, bytes]:
+        """Open one whole record. Raises: RecordError."""
+        if len(record) < HEADER_BYTES:
+            raise RecordError(f"a record of {len(record)} bytes has no header")
+        header = parse_header_untrusted(bytes(record[:HEADER_BYTES]))
+        sealed = memoryview(record)[HEADER_BYTES:]
+        if len(sealed) != header.sealed_bytes:
+            raise RecordError(f"{len(sealed)} bytes follow a header that says {header}")
+        out = bytearray(header.plaintext_bytes)
+        self.open_into(header, sealed, memoryview(out))
+        return header.kind, bytes(out)
+
+    def _check_rekey(self, header: RecordHeader, *, is_rekey: bool) -> None:
+        """Hold the peer to the schedule: it neither outlives a key nor burns keys for nothing."""
+        if is_rekey and self._use.num_records == 0:
+            raise RecordError("a key was replaced before it was used")
+        if not is_rekey and self._use.is_spent(header.plaintext_bytes):
+            raise RecordError("the peer went on under a key that was due for replacement")
+
+
+class RecordReader:
+    """Received bytes in, one whole record at a time out, through one reused buffer.
+
+    The buffer grows geometrically with bytes really received, never with a declared length.
+    """
+
+    FIRST_BYTES = 64 * 1024
+    MOST_BYTES = MAX_PLAINTEXT_BYTES + TAG_BYTES + HEADER_BYTES
+
+    __slots__ = ("_end", "_header", "_opener", "_start", "_store", "_view")
+
+    def __init__(self, opener: RecordOpener) -> None:
+        self._opener = opener
+        self._store = bytearray(self.FIRST_BYTES)
+        self._view = memoryview(self._store)
+        self._start = self._end = 0
+        self._header: RecordHeader | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no byte of a next record has arrived."""
+        return self._start == self._end and self._header is None
+
+    def space(self) -> memoryview:
+        """Where the next received bytes go; never empty.
+
+        With a long record under way it ends with that record and the next header, so that the
+        bytes of the record after it need no moving.
+        """
+        if self._start == self._end:
+            self._start = self._end = 0
+        missing = HEADER_BYTES if self._header is None else self._header.sealed_bytes
+        if self._start and self._start + missing + HEADER_BYTES > len(self._store):
+            self._move_to_front()
+        if self._end == len(self._store):
+            self._grow()
+        is_long = missing > self.FIRST_BYTES
+        limit = self._start + missing + HEADER_BYTES if is_long else self._end + self.FIRST_BYTES
+        return self._view[self._end : limit]
+
+    def wrote(self, num_bytes: int) -> None:
+        """Tell how much of `space()` was filled."""
+        self._end += num_bytes
+
+    def ready_untrusted(self) -> RecordHeader | None:
+        """Return the header of the next record once all of it is there. Raises: RecordError."""
+        available = self._end - self._start
+        if self._header is None:
+            if available < HEADER_BYTES:
+                return None
+            body = self._start + HEADER_BYTES
+            self._header = parse_header_untrusted(bytes(self._view[self._start : body]))
+            self._start = body
+            available -= HEADER_BYTES
+        return self._header if available >= self._header.sealed_bytes else None
+
+    def open_into(self, out: memoryview) -> None:
+        """Authenticate the ready record into `out` and go on to the next. Raises: RecordError."""
+        header = self._header
+        assert header is not None, "callers open only what ready_untrusted() returned"
+        end = self._start + header.sealed_bytes
+        self._opener.open_into(header, self._view[self._start : end], out)
+        self._start = end
+        self._header = None
+
+    def _move_to_front(self) -> None:
+        held = self._end - self._start
+        self._store[:held] = self._view[self._start : self._end]
+        self._start, self._end = 0, held
+
+    def _grow(self) -> None:
+        """Double the buffer, which bytes received have filled."""
+        grown = bytearray(min(2 * len(self._store), self.MOST_BYTES))
+        grown[: self._end] = self._view[: self._end]
+        self._store, self._view = grown, memoryview(grown)
