@@ -1,0 +1,240 @@
+"""The trio shell: a SecureChannel of frames over a connected socket, and how to make one."""
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import trio
+
+from transport.errors import ConnectionLost
+from transport.frames import Frame, FrameLimits, FrameReceiver, FrameSender
+from transport.handshake import (
+    ACCEPT_BYTES,
+    HELLO_SIZES,
+    LENGTH,
+    PROOF_SIZES,
+    REPLY_SIZES,
+    Credentials,
+    Link,
+    Peer,
+    Session,
+    Sizes,
+    initiate,
+    message_size_untrusted,
+    respond,
+    with_length,
+)
+from transport.records import RekeyPolicy
+from transport.wire import Wire
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelStats:
+    """What a channel has done so far; subtract two of them to measure what lies between."""
+
+    bytes_sent: int
+    bytes_received: int
+    frames_sent: int
+    frames_received: int
+    encrypt_ns: int
+    decrypt_ns: int
+    send_ns: int  # system calls only, waiting excluded
+    recv_ns: int
+    rekeys: int  # both directions
+
+
+class SecureChannel(trio.abc.Channel[Frame]):
+    """Frames to and from an authenticated peer, each whole and in order or not at all.
+
+    One task may send while another receives. After any failure, and when cancelled with part of a
+    frame under way, the channel is closed for good. Cancelled before that, it is as it was.
+    """
+
+    def __init__(self, wire: Wire, session: Session, limits: FrameLimits) -> None:
+        """Use `connect_channel` or `accept_channel`."""
+        self.peer: Peer = session.peer
+        self.handshake_hash = session.handshake_hash
+        self._wire = wire
+        self._sealer = session.sealer
+        self._opener = session.opener
+        self._sender = FrameSender(session.sealer)
+        self._receiver = FrameReceiver(session.opener, limits)
+        self._is_sending = False
+        self._is_receiving = False
+        self._frames_sent = 0
+        self._frames_received = 0
+
+    @property
+    def stats(self) -> ChannelStats:
+        """Cumulative counters and times."""
+        wire = self._wire
+        return ChannelStats(
+            bytes_sent=wire.bytes_sent,
+            bytes_received=wire.bytes_received,
+            frames_sent=self._frames_sent,
+            frames_received=self._frames_received,
+            encrypt_ns=self._sealer.encrypt_ns,
+            decrypt_ns=self._opener.decrypt_ns,
+            send_ns=wire.send_ns,
+            recv_ns=wire.recv_ns,
+            rekeys=self._sealer.num_rekeys + self._opener.num_rekeys,
+        )
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the channel has been closed, here or by a failure."""
+        return self._wire.is_closed
+
+    async def send(self, frame: Frame) -> None:
+        """Send one frame.
+
+        Raises: MisuseError for a frame that cannot travel, ConnectionLost,
+        trio.BusyResourceError while another task sends, trio.ClosedResourceError.
+        """
+        wire = self._wire
+        if self._is_sending:
+            raise trio.BusyResourceError("another task is sending on this channel")
+        if wire.is_closed:
+            raise trio.ClosedResourceError("this channel is closed")
+        chunks = self._sender.chunks(frame)
+        self._is_sending = True
+        try:
+            await wire.turn()  # cancelled here, nothing has been sealed
+            await self._send_whole(chunks)
+        finally:
+            self._is_sending = False
+        self._frames_sent += 1
+
+    async def receive(self) -> Frame:
+        """Return the next frame; its tensors are views, valid until the next call.
+
+        Raises: trio.EndOfChannel after the peer's close, ConnectionLost where the connection ends
+        without one, RecordError, FrameError, trio.BusyResourceError, trio.ClosedResourceError.
+        """
+        receiver = self._receiver
+        if self._is_receiving:
+            raise trio.BusyResourceError("another task is receiving on this channel")
+        if self._wire.is_closed:
+            raise trio.ClosedResourceError("this channel is closed")
+        await self._wire.turn()  # cancelled here, whatever has arrived stays for the next call
+        self._is_receiving = True
+        try:
+            while (frame := receiver.next_frame_untrusted()) is None:
+                if receiver.is_ended:
+                    raise trio.EndOfChannel
+                receiver.wrote(await self._wire.receive_some(receiver.space()))
+        except trio.EndOfChannel:
+            raise
+        except trio.Cancelled:
+            if not receiver.is_between_frames:
+                self._wire.close()
+            raise
+        except BaseException:
+            self._wire.close()
+            raise
+        finally:
+            self._is_receiving = False
+        self._frames_received += 1
+        return frame
+
+    async def aclose(self) -> None:
+        """Tell the peer that nothing follows, then close the socket.
+
+        Unsent frames of another task are cut off, which the peer sees as a lost connection. Waits
+        only while the peer does not read; cancelled, it closes the socket all the same.
+        """
+        try:
+            if self._wire.is_closed or self._is_sending:
+                await trio.lowlevel.checkpoint()
+            else:
+                self._is_sending = True
+                await self._wire.send_all(self._sender.close())
+        except (ConnectionLost, trio.ClosedResourceError):
+            pass  # the peer has gone already, and learns nothing from us
+        finally:
+            self._wire.close()
+
+    async def _send_whole(self, chunks: Iterator[memoryview]) -> None:
+        try:
+            for chunk in chunks:
+                await self._wire.send_all(chunk)
+        except BaseException:
+            # Half a record must never be followed by another: the channel ends here.
+            self._wire.close()
+            raise
+
+
+async def connect_channel(
+    sock: socket.socket,
+    link: Link,
+    credentials: Credentials,
+    limits: FrameLimits,
+    *,
+    rekey: RekeyPolicy | None = None,
+) -> SecureChannel:
+    """Run the handshake as the link's initiator on a connected socket, which it then owns.
+
+    Raises: HandshakeError, AttestationError, ConnectionLost; the socket is closed by then.
+    """
+    wire = Wire(sock)
+    try:
+        awaiting_reply, hello = initiate(link, credentials, rekey)
+        await _send_message(wire, hello)
+        reply = await _receive_message(wire, REPLY_SIZES)
+        awaiting_accept, proof = awaiting_reply.receive(reply)
+        await _send_message(wire, proof)
+        session = awaiting_accept.receive(await _receive_accept(wire, link))
+        return SecureChannel(wire, session, limits)
+    except BaseException:
+        wire.close()
+        raise
+
+
+async def accept_channel(
+    sock: socket.socket,
+    link: Link,
+    credentials: Credentials,
+    limits: FrameLimits,
+    *,
+    rekey: RekeyPolicy | None = None,
+) -> SecureChannel:
+    """Run the handshake as the link's responder on a connected socket, which it then owns.
+
+    Raises: HandshakeError, AttestationError, ConnectionLost; the socket is closed by then.
+    """
+    wire = Wire(sock)
+    try:
+        awaiting_hello = respond(link, credentials, rekey)
+        hello = await _receive_message(wire, HELLO_SIZES)
+        awaiting_proof, reply = awaiting_hello.receive(hello)
+        await _send_message(wire, reply)
+        session, accept = awaiting_proof.receive(await _receive_message(wire, PROOF_SIZES))
+        await wire.send_all(memoryview(accept))
+        return SecureChannel(wire, session, limits)
+    except BaseException:
+        wire.close()
+        raise
+
+
+async def _send_message(wire: Wire, message: bytes) -> None:
+    await wire.send_all(memoryview(with_length(message)))
+
+
+async def _receive_message(wire: Wire, sizes: Sizes) -> bytes:
+    try:
+        prefix = await wire.receive_exactly(LENGTH.size)
+        return await wire.receive_exactly(message_size_untrusted(prefix, sizes))
+    except ConnectionLost as error:
+        raise ConnectionLost(
+            f"{error} during the handshake: the peer may hold another manifest, be another stage "
+            "or role, or not speak veilpipe/1"
+        ) from error
+
+
+async def _receive_accept(wire: Wire, link: Link) -> bytes:
+    try:
+        return await wire.receive_exactly(ACCEPT_BYTES)
+    except ConnectionLost as error:
+        raise ConnectionLost(
+            f"{error} before the peer accepted us on our {link}: it may refuse our evidence or key"
+        ) from error

@@ -1,0 +1,380 @@
+"""Tensor frames over records, sans-IO: what is sent becomes records, received bytes become frames.
+
+A frame's head (kind, tensor specs, opaque header) is one FRAME record. Where head and tensors fit
+64 KiB together they share that record; otherwise each tensor follows in BODY records, decrypted
+straight into the storage it is handed out from. Which of the two is decided by the sizes alone.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from math import prod
+from struct import Struct
+from struct import error as StructError  # noqa: N812  (an exception, named like one)
+
+from transport.errors import FrameError, MisuseError
+from transport.records import (
+    OVERHEAD_BYTES,
+    RecordHeader,
+    RecordKind,
+    RecordOpener,
+    RecordReader,
+    RecordSealer,
+)
+
+INLINE_BYTES = 64 * 1024  # one record and one system call, where a copy costs less than either
+PIECE_BYTES = 256 * 1024  # stays in the second-level cache between cipher and system call
+ALIGNMENT = 16  # of each tensor from the start of its storage, for vector loads
+MAX_HEADER_BYTES = 256 * 1024  # with the specs it must fit one record
+MAX_TENSORS = 255  # counted in one byte
+MAX_DIMS = 8
+
+_HEAD = Struct(">BBI")  # kind, number of tensors, header bytes
+_SPEC = Struct(">BB")  # dtype, number of dimensions
+_DIMS = [Struct(f">{num_dims}I") for num_dims in range(MAX_DIMS + 1)]
+_PADDING = [bytes(num_bytes) for num_bytes in range(ALIGNMENT)]
+
+
+class FrameKind(IntEnum):
+    """Who a frame is for."""
+
+    CONTROL = 1
+    DATA = 2
+
+
+class DType(IntEnum):
+    """Element types by their number on the wire."""
+
+    F32 = 1
+    F16 = 2
+    BF16 = 3
+    I8 = 4
+    U8 = 5
+    U32 = 6
+    I32 = 7
+    I64 = 8
+    U64 = 9
+    F64 = 10
+    BOOL = 11
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return _ITEM_SIZES[self]
+
+
+_ITEM_SIZES = dict(zip(DType, (4, 2, 2, 1, 1, 4, 4, 8, 8, 8, 1), strict=True))
+_DTYPES = {int(dtype): dtype for dtype in DType}
+_FRAME_KINDS = {int(kind): kind for kind in FrameKind}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An element type and a shape; any dimension may be 0."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's elements."""
+        return prod(self.shape) * _ITEM_SIZES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A spec and its elements: C-contiguous little-endian bytes, len(data) == spec.nbytes."""
+
+    spec: TensorSpec
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A header, opaque to the transport, and tensors."""
+
+    kind: FrameKind
+    header: bytes
+    tensors: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FrameLimits:
+    """What a channel takes from its peer; `check` sees header and specs before any body."""
+
+    max_header_bytes: int
+    max_tensors: int
+    max_tensor_bytes: int  # of all tensors of a frame together
+    check: Callable[[bytes, tuple[TensorSpec, ...]], None] | None = None  # raises FrameError
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A parsed FRAME record, before its tensors are looked at."""
+
+    kind: FrameKind
+    header: bytes
+    specs: tuple[TensorSpec, ...]
+    num_bytes: int  # of the head itself
+    tensor_bytes: int
+    inline_bytes: int | None  # of head and aligned tensors together; None where they follow
+
+
+def encode_frame(frame: Frame) -> tuple[bytes, list[memoryview]]:
+    """Return the FRAME record's plaintext and the BODY pieces, in order. Raises: MisuseError."""
+    header = frame.header
+    tensors = frame.tensors
+    if len(header) > MAX_HEADER_BYTES or len(tensors) > MAX_TENSORS:
+        raise MisuseError(
+            f"a frame holds {MAX_HEADER_BYTES} header bytes and {MAX_TENSORS} tensors, "
+            f"not {len(header)} and {len(tensors)}"
+        )
+    parts: list[bytes | memoryview] = [_HEAD.pack(frame.kind, len(tensors), len(header))]
+    parts += [_encode_spec(tensor) for tensor in tensors]
+    parts.append(header)
+    size = sum(map(len, parts))
+    num_head_parts = len(parts)
+    for tensor in tensors:
+        padding = -size % ALIGNMENT
+        size += padding + len(tensor.data)
+        parts += (_PADDING[padding], tensor.data)
+    if size <= INLINE_BYTES:
+        return b"".join(parts), []
+    return b"".join(parts[:num_head_parts]), _pieces(tensors)
+
+
+def _encode_spec(tensor: Tensor) -> bytes:
+    dtype, shape, data = tensor.spec.dtype, tensor.spec.shape, tensor.data
+    if data.nbytes != tensor.spec.nbytes or data.itemsize != 1 or not data.c_contiguous:
+        raise MisuseError(f"{tensor.spec} needs as many contiguous bytes, not {data.nbytes}")
+    try:
+        return _SPEC.pack(dtype, len(shape)) + _DIMS[len(shape)].pack(*shape)
+    except (IndexError, StructError) as error:
+        raise MisuseError(f"{tensor.spec} has more or longer dimensions than a frame") from error
+
+
+def _pieces(tensors: tuple[Tensor, ...]) -> list[memoryview]:
+    return [
+        tensor.data[start : start + PIECE_BYTES]
+        for tensor in tensors
+        for start in range(0, len(tensor.data), PIECE_BYTES)
+    ]
+
+
+def decode_head_untrusted(plain: memoryview, limits: FrameLimits) -> Head:
+    """Parse and check the head of a FRAME record. Raises: FrameError."""
+    try:
+        number, num_tensors, header_bytes = _HEAD.unpack_from(plain)
+        if num_tensors > limits.max_tensors or header_bytes > limits.max_header_bytes:
+            raise FrameError(
+                f"a frame with {num_tensors} tensors and {header_bytes} header bytes; "
+                f"this channel takes {limits.max_tensors} and {limits.max_header_bytes}"
+            )
+        specs, position = _decode_specs(plain, num_tensors)
+        kind = _FRAME_KINDS[number]
+    except (StructError, KeyError, IndexError) as error:
+        raise FrameError("the head of a frame is malformed") from error
+    head_bytes = position + header_bytes
+    inline_bytes = head_bytes
+    tensor_bytes = 0
+    for spec in specs:
+        num_bytes = spec.nbytes
+        tensor_bytes += num_bytes
+        inline_bytes += -inline_bytes % ALIGNMENT + num_bytes
+    if tensor_bytes > limits.max_tensor_bytes:
+        raise FrameError(
+            f"a frame with {tensor_bytes} tensor bytes; this channel takes "
+            f"{limits.max_tensor_bytes}"
+        )
+    is_inline = inline_bytes <= INLINE_BYTES
+    if len(plain) != (inline_bytes if is_inline else head_bytes):
+        raise FrameError(f"a FRAME record has {len(plain)} bytes, but not the size it declares")
+    header = bytes(plain[position:head_bytes])
+    if limits.check is not None:
+        limits.check(header, specs)
+    return Head(kind, header, specs, head_bytes, tensor_bytes, inline_bytes if is_inline else None)
+
+
+def _decode_specs(plain: memoryview, num_tensors: int) -> tuple[tuple[TensorSpec, ...], int]:
+    position = _HEAD.size
+    specs = []
+    for _ in range(num_tensors):
+        dtype, num_dims = _SPEC.unpack_from(plain, position)
+        dims = _DIMS[num_dims]
+        shape = dims.unpack_from(plain, position + _SPEC.size)
+        specs.append(TensorSpec(_DTYPES[dtype], shape))
+        position += _SPEC.size + dims.size
+    return tuple(specs), position
+
+
+class Arena:
+    """Storage that frames are decrypted into, kept from frame to frame.
+
+    It grows geometrically with records that have arrived, never with a declared size.
+    """
+
+    __slots__ = ("_view",)
+
+    def __init__(self) -> None:
+        self._view = memoryview(bytearray(INLINE_BYTES))
+
+    def range(self, start: int, stop: int, most: int) -> memoryview:
+        """Return writable storage; `most` caps growth at what the frame can still need."""
+        if stop > len(self._view):
+            grown = memoryview(bytearray(max(stop, min(2 * len(self._view), most))))
+            held = min(start, len(self._view))
+            grown[:held] = self._view[:held]
+            self._view = grown
+        return self._view[start:stop]
+
+
+class FrameReceiver:
+    """Received bytes in, frames out; the state of one direction of a channel.
+
+    Fill `space()`, tell `wrote()`, then call `next_frame_untrusted()` until it returns None.
+    """
+
+    def __init__(self, opener: RecordOpener, limits: FrameLimits) -> None:
+        self._reader = RecordReader(opener)
+        self.space = self._reader.space
+        self.wrote = self._reader.wrote
+        self._limits = limits
+        self._arena = Arena()
+        self._body: _Body | None = None
+        self.is_ended = False
+
+    @property
+    def is_between_frames(self) -> bool:
+        """Whether no byte of a next frame has arrived, so that waiting can be given up."""
+        return self._body is None and self._reader.is_empty
+
+    def next_frame_untrusted(self) -> Frame | None:
+        """Return the next whole frame, or None while bytes are missing or after the close.
+
+        Raises: RecordError, FrameError; the channel is then over.
+        """
+        while not self.is_ended:
+            record = self._reader.ready_untrusted()
+            if record is None:
+                return None
+            frame = self._take_record(record)
+            if frame is not None:
+                return frame
+        return None
+
+    def _take_record(self, record: RecordHeader) -> Frame | None:
+        kind = record.kind
+        body = self._body
+        if kind is RecordKind.REKEY:
+            self._reader.open_into(self._arena.range(0, 0, 0))
+            return None
+        if body is not None:
+            if kind is not RecordKind.BODY:
+                raise FrameError(f"a {kind.name} record inside a frame")
+            return self._take_piece(record, body)
+        if kind is RecordKind.FRAME:
+            return self._take_head(record)
+        if kind is RecordKind.CLOSE:
+            self._reader.open_into(self._arena.range(0, 0, 0))
+            self.is_ended = True
+            return None
+        raise FrameError(f"a {kind.name} record between frames")
+
+    def _take_head(self, record: RecordHeader) -> Frame | None:
+        num_bytes = record.plaintext_bytes
+        plain = self._arena.range(0, num_bytes, num_bytes)
+        self._reader.open_into(plain)
+        head = decode_head_untrusted(plain, self._limits)
+        if head.inline_bytes is None:
+            self._body = _Body(head)
+            return self._finish(self._body) if self._body.advance() else None
+        tensors = []
+        position = head.num_bytes
+        for spec in head.specs:
+            padding = -position % ALIGNMENT
+            if plain[position : position + padding] != _PADDING[padding]:
+                raise FrameError("the padding before a tensor is not zero")
+            start = position + padding
+            position = start + spec.nbytes
+            tensors.append(Tensor(spec, plain[start:position]))
+        return Frame(head.kind, head.header, tuple(tensors))
+
+    def _take_piece(self, record: RecordHeader, body: "_Body") -> Frame | None:
+        start, stop = body.due
+        if record.plaintext_bytes != stop - start:
+            raise FrameError(
+                f"a BODY record of {record.plaintext_bytes} bytes where {stop - start} are due"
+            )
+        self._reader.open_into(self._arena.range(start, stop, body.storage_bytes))
+        return self._finish(body) if body.advance() else None
+
+    def _finish(self, body: "_Body") -> Frame:
+        self._body = None
+        storage = self._arena.range(0, body.storage_bytes, body.storage_bytes)
+        tensors = [
+            Tensor(spec, storage[start:stop])
+            for spec, (start, stop) in zip(body.head.specs, body.places, strict=True)
+        ]
+        return Frame(body.head.kind, body.head.header, tuple(tensors))
+
+
+class _Body:
+    """Where the tensors of a frame under way lie in the arena, and which piece comes next."""
+
+    __slots__ = ("_ranges", "due", "head", "places", "storage_bytes")
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self.places: list[tuple[int, int]] = []
+        end = 0
+        for spec in head.specs:
+            start = end + -end % ALIGNMENT
+            end = start + spec.nbytes
+            self.places.append((start, end))
+        self.storage_bytes = end
+        self._ranges = (
+            (start, min(start + PIECE_BYTES, last))
+            for first, last in self.places
+            for start in range(first, last, PIECE_BYTES)
+        )
+        self.due = (0, 0)
+
+    def advance(self) -> bool:
+        """Go on to the next piece; returns whether there is none."""
+        following = next(self._ranges, None)
+        self.due = following or (0, 0)
+        return following is None
+
+
+class FrameSender:
+    """Frames in, bytes to send out, through one reused buffer."""
+
+    def __init__(self, sealer: RecordSealer) -> None:
+        self._sealer = sealer
+        self._out = memoryview(bytearray(INLINE_BYTES + 2 * OVERHEAD_BYTES))
+
+    def chunks(self, frame: Frame) -> Iterator[memoryview]:
+        """Return the frame's bytes, each chunk valid until the next. Raises: MisuseError.
+
+        Nothing is sealed before the first chunk is asked for; from then on all must be sent.
+        """
+        return self._seal(*encode_frame(frame))
+
+    def close(self) -> memoryview:
+        """Return the record that ends this direction."""
+        return self._out[: self._sealer.seal_into(RecordKind.CLOSE, b"", self._out)]
+
+    def _seal(self, first: bytes, pieces: list[memoryview]) -> Iterator[memoryview]:
+        room = len(first) + 2 * OVERHEAD_BYTES
+        if pieces:
+            room += PIECE_BYTES + 2 * OVERHEAD_BYTES
+        if room > len(self._out):
+            self._out = memoryview(bytearray(room))
+        out = self._out
+        used = self._sealer.seal_into(RecordKind.FRAME, first, out)
+        for piece in pieces:  # the head travels with the first piece
+            used += self._sealer.seal_into(RecordKind.BODY, piece, out[used:])
+            yield out[:used]
+            used = 0
+        if used:
+            yield out[:used]
