@@ -13,6 +13,10 @@ class EndpointError(TransportError):
     """An address cannot be parsed, bound or reached."""
 
 
+class DeviceError(TransportError):
+    """This machine's security module is missing, or refuses a request."""
+
+
 class ConnectionLost(TransportError):
     """The connection ended without an authenticated close: to the receiver, a truncation."""
 

@@ -41,12 +41,13 @@ class Document:
 
     def encode(self) -> bytes:
         """The payload bytes, deterministic."""
+        pcrs: dict[cbor.Key, cbor.Encodable] = {**self.pcrs}
         return cbor.encode(
             {
                 "module_id": self.module_id,
                 "digest": DIGEST,
                 "timestamp": self.timestamp_ms,
-                "pcrs": {index: digest for index, digest in self.pcrs.items()},
+                "pcrs": pcrs,
                 "certificate": self.certificate,
                 "cabundle": self.cabundle,
                 "public_key": self.public_key,
