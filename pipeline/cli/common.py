@@ -1,0 +1,124 @@
+"""What both commands share: one line for every error, exit codes, logs, signals."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated
+
+import click
+import trio
+import typer
+
+from pipeline.errors import InputError, PipelineError
+from transport.endpoint import Endpoint, parse_endpoint
+from transport.errors import EndpointError, TransportError
+
+EXIT_USAGE = 2
+EXIT_FAILURE = 1
+
+ManifestOption = Annotated[
+    Path, typer.Option("--manifest", metavar="FILE", help="Manifest all parties share (JSON).")
+]
+DevOption = Annotated[
+    bool,
+    typer.Option(
+        "--dev",
+        help="Development: evidence from a local CA instead of attestation. No privacy from hosts.",
+    ),
+]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Log every step to stderr; never any content.")
+]
+
+
+def new_app(description: str) -> typer.Typer:
+    """A typer application without colours or tracebacks of its own."""
+    return typer.Typer(
+        help=description,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+
+
+def run_app(app: typer.Typer, name: str) -> None:
+    """Run a command line to its exit code; every expected error becomes one line on stderr."""
+    try:
+        code = app(standalone_mode=False, prog_name=name)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        code = EXIT_USAGE
+    except click.ClickException as error:
+        code = _fail(name, f"{error.format_message().rstrip('.')}; see {name} --help", EXIT_USAGE)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        code = 128 + signal.SIGINT
+    except PipelineError as error:
+        code = _fail(name, str(error), error.exit_code)
+    except EndpointError as error:
+        code = _fail(name, str(error), EXIT_USAGE)
+    except TransportError as error:
+        code = _fail(name, str(error), EXIT_FAILURE)
+    except BrokenPipeError:
+        # The reader of stdout has gone; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(name: str, message: str, code: int) -> int:
+    line = " ".join(message.split())
+    print(f"{name}: error: {line}", file=sys.stderr)
+    return code
+
+
+def configure_logging(*, verbose: bool) -> None:
+    """Log to stderr as key=value lines."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )
+
+
+def to_endpoint(text: str | None, option: str) -> Endpoint | None:
+    """Parse an address flag. Raises InputError naming the flag."""
+    if text is None:
+        return None
+    try:
+        return parse_endpoint(text)
+    except EndpointError as error:
+        raise InputError(f"{option}: {error}") from error
+
+
+def run_until_signalled(main: Callable[[], Awaitable[None]]) -> int | None:
+    """Run `main` under trio; SIGINT or SIGTERM cancels it. Returns the signal's number, if any."""
+    received: int | None = None
+
+    async def supervise() -> None:
+        nonlocal received
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with trio.open_nursery() as nursery:
+
+                async def wait() -> None:
+                    nonlocal received
+                    async for number in signals:
+                        received = number
+                        nursery.cancel_scope.cancel()
+                        return
+
+                nursery.start_soon(wait)
+                await main()
+                nursery.cancel_scope.cancel()
+
+    from pipeline.tasks import first_leaf
+
+    try:
+        trio.run(supervise)
+    except BaseExceptionGroup as group:
+        raise first_leaf(group) from None
+    return received

@@ -1,0 +1,152 @@
+"""The `stage-worker` command: serve one stage of a manifest."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.common import (
+    DevOption,
+    ManifestOption,
+    VerboseOption,
+    configure_logging,
+    new_app,
+    run_app,
+    run_until_signalled,
+    to_endpoint,
+)
+from pipeline.errors import InputError, PolicyError
+from pipeline.manifest import Manifest, load_manifest
+from pipeline.models.config import load_config
+from pipeline.models.linear import set_num_threads
+from pipeline.models.registry import ModelShard, load_shard
+from pipeline.models.weights import check_config_hash
+from pipeline.session import StageSetup
+from pipeline.trust import DEV_WARNING, DevTrust, EnclaveTrust, Trust
+from pipeline.worker import StageWorker
+from transport.attestation.dev import default_directory
+from transport.endpoint import Endpoint, listen
+
+logger = logging.getLogger(__name__)
+
+app = new_app("Serve one stage of a pipeline: hold its layers, wait for an orchestrator, compute.")
+
+
+@app.command()
+def serve(
+    manifest: ManifestOption,
+    stage_idx: Annotated[int, typer.Option(metavar="I", help="Which stage of the manifest.")],
+    model_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="config.json and *.safetensors of the model.")
+    ],
+    data_out_target: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR", help="Where to send results [manifest's data_out]."),
+    ] = None,
+    control_listen: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR", help="Where the orchestrator connects [manifest's control]."),
+    ] = None,
+    data_in_listen: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR", help="Where the stage before connects [manifest's data_in]."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Weights in memory: float32 [manifest's precision].")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads for this stage.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    once: Annotated[bool, typer.Option("--once", help="Exit after the first session.")] = False,
+    dev: DevOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Serve stage I of a manifest until stopped.
+
+    The worker loads its layers only, checks their hashes, prints `event=listening` and serves one
+    orchestrator after another. Addresses: HOST:PORT, unix:/path, vsock:CID:PORT.
+
+    Example, the first of two stages on this machine:
+
+        stage-worker --manifest manifests/smollm2_2stage.json --stage-idx 0
+        --model-dir models/smollm2 --dev
+    """
+    configure_logging(verbose=verbose)
+    loaded = load_manifest(manifest)
+    stage = loaded.stage(stage_idx)
+    trust = _trust(loaded, stage_idx, dev=dev)
+    if device != "cpu":
+        raise InputError(f"--device {device}: this build computes on cpu only")
+    endpoint = stage.endpoint
+    control = to_endpoint(control_listen, "--control-listen") or (
+        endpoint.control.to_endpoint() if endpoint else None
+    )
+    data_in = to_endpoint(data_in_listen, "--data-in-listen") or (
+        endpoint.data_in.to_endpoint() if endpoint else None
+    )
+    data_out = to_endpoint(data_out_target, "--data-out-target")
+    if control is None or data_in is None:
+        raise InputError(
+            f"stage {stage_idx} has no endpoint in {manifest}; "
+            "give --control-listen and --data-in-listen"
+        )
+    set_num_threads(threads)
+    precision = dtype or stage.precision
+    shard = _load(loaded, stage_idx, model_dir, precision)
+    setup = StageSetup(loaded, stage_idx, shard, trust, precision, threads, device, data_out)
+    _run(setup, control, data_in, once=once)
+
+
+def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
+    if dev:
+        logger.warning(DEV_WARNING)
+        return DevTrust.create(manifest, default_directory())
+    return EnclaveTrust.create(manifest, stage_idx)
+
+
+def _load(manifest: Manifest, stage_idx: int, model_dir: Path, precision: str) -> ModelShard:
+    stage = manifest.stage(stage_idx)
+    if stage.require_weight_hashes and not stage.weight_hashes:
+        raise PolicyError(
+            f"stage {stage_idx} requires weight hashes and the manifest has none; "
+            "`pipeline-orch plan` writes them"
+        )
+    if manifest.config_hash is not None:
+        check_config_hash(model_dir, manifest.config_hash)
+    config = load_config(model_dir)
+    expected = (manifest.total_layers, manifest.activation_spec.hidden_dim)
+    if (config.num_layers, config.hidden_dim) != expected:
+        raise InputError(
+            f"{model_dir} has {config.num_layers} layers of width {config.hidden_dim}, "
+            f"the manifest says {expected[0]} of width {expected[1]}"
+        )
+    return load_shard(
+        model_dir,
+        config,
+        stage.layer_start,
+        stage.layer_end,
+        dtype=precision,
+        expected_hashes=stage.weight_hashes or None,
+    )
+
+
+def _run(setup: StageSetup, control: Endpoint, data_in: Endpoint, *, once: bool) -> None:
+    async def main() -> None:
+        with listen(control) as control_listener, listen(data_in) as data_listener:
+            logger.info(
+                "event=listening stage=%d layers=%d-%d control=%s data_in=%s core=%s",
+                setup.stage_idx,
+                setup.shard.layer_start,
+                setup.shard.layer_end,
+                control_listener.endpoint,
+                data_listener.endpoint,
+                setup.manifest.core_hash().hex()[:16],
+            )
+            await StageWorker(setup).serve(control_listener, data_listener, once=once)
+
+    run_until_signalled(main)
+
+
+def main() -> None:
+    """Console entry point."""
+    run_app(app, "stage-worker")

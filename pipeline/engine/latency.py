@@ -1,0 +1,75 @@
+"""Per-token latency: what the user waited for, and where the time went."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import write_atomically
+from pipeline.messages import StageTiming
+
+
+def percentile(values: Sequence[float], fraction: float) -> float:
+    """Linear-interpolated percentile; 0.5 is the median. NaN for no values."""
+    if not values:
+        return float("nan")
+    ordered = sorted(values)
+    position = fraction * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+@dataclass(slots=True)
+class LatencyLog:
+    """One request's record. `prompt_ms` is the time to the first token."""
+
+    prompt_ms: float = 0.0
+    latencies_ms: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    timings: list[tuple[StageTiming, ...]] = field(default_factory=list)
+
+    def add(self, token_id: int, elapsed_ns: int, timings: tuple[StageTiming, ...]) -> None:
+        """Record one token, `elapsed_ns` after the one before (the first: after the start)."""
+        if self.token_ids:
+            self.latencies_ms.append(elapsed_ns / 1e6)
+        else:
+            self.prompt_ms = elapsed_ns / 1e6
+        self.token_ids.append(token_id)
+        self.timings.append(timings)
+
+    def summary(self) -> str:
+        """One line for people."""
+        head = f"{len(self.token_ids)} tokens, TTFT {self.prompt_ms:.1f} ms"
+        if not self.latencies_ms:
+            return head
+        mean = statistics.fmean(self.latencies_ms)
+        return (
+            f"{head}, avg {mean:.1f} ms/token, p50 {percentile(self.latencies_ms, 0.5):.1f}, "
+            f"p95 {percentile(self.latencies_ms, 0.95):.1f}, {1e3 / mean:.1f} tokens/s"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON; times in milliseconds."""
+        return {
+            "prompt_ms": self.prompt_ms,
+            "latencies_ms": self.latencies_ms,
+            "token_ids": self.token_ids,
+            "stages": [
+                [
+                    {
+                        "compute_ms": timing.compute_ns / 1e6,
+                        "crypto_ms": timing.crypto_ns / 1e6,
+                        "wire_ms": timing.wire_ns / 1e6,
+                    }
+                    for timing in timings
+                ]
+                for timings in self.timings
+            ],
+        }
+
+    def write(self, path: Path) -> None:
+        """Write the record as JSON, whole or not at all. Raises InputError."""
+        write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")

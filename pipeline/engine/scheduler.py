@@ -1,0 +1,166 @@
+"""Which tokens travel in the next step. Pure: no torch, no clock, no I/O."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
+from pipeline.errors import MessageError, PromptError
+from pipeline.messages import StepHeader, StepKind, Want
+from pipeline.models.batch import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the stages have room for.
+
+    `chunk_tokens` bounds a step's prompt tokens, so that a long prompt neither stalls its
+    batch-mates nor needs activations of its whole length at once. `max_in_flight` steps may be
+    under way: while stage 1 works on one chunk of a prompt, stage 0 takes the next.
+    """
+
+    num_slots: int
+    max_seq_len: int
+    chunk_tokens: int = 512
+    max_in_flight: int = 4
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most tokens a step can hold: a chunk, and one token of every other request."""
+        return self.chunk_tokens + self.num_slots
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step to send: its header, and the token ids for the first stage."""
+
+    header: StepHeader
+    token_ids: tuple[int, ...]
+    # For each segment that wants a token, whose it is.
+    owners: tuple[int, ...]
+
+
+class Scheduler:
+    """Admits requests to KV slots in order of arrival and batches their tokens into steps."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._waiting: deque[Request] = deque()
+        self._running: dict[int, RequestState] = {}
+        self._free_slots = list(range(limits.num_slots - 1, -1, -1))
+        self._ended_slots: list[int] = []
+        self._in_flight: deque[Step] = deque()
+        self._next_step = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request, or any step under way, is left."""
+        return bool(self._waiting or self._running or self._in_flight or self._ended_slots)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps sent that have not come back."""
+        return len(self._in_flight)
+
+    def slot_of(self, request_id: int) -> int | None:
+        """The KV slot a request owns, if it has been admitted and has not ended."""
+        state = self._running.get(request_id)
+        return None if state is None else state.slot
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises PromptError when it can never be served."""
+        length, room = len(request.prompt_ids), self.limits.max_seq_len
+        if length == 0:
+            raise PromptError("the prompt is empty; give at least one token of text")
+        if length >= room:
+            raise PromptError(
+                f"the prompt has {length} tokens and the context holds {room}; "
+                f"shorten it to at most {room - 1}"
+            )
+        self._waiting.append(request)
+
+    def next_step(self) -> Step | None:
+        """The next step to send, or None when all that is known has been sent."""
+        if len(self._in_flight) >= self.limits.max_in_flight:
+            return None
+        step = self._clear_step() or self._token_step()
+        if step is not None:
+            self._in_flight.append(step)
+            self._next_step += 1
+        return step
+
+    def complete(self, header: StepHeader, token_ids: Sequence[int]) -> list[TokenEvent]:
+        """Take a step's result. Raises MessageError unless it answers the oldest step."""
+        if not self._in_flight or self._in_flight[0].header.step != header.step:
+            raise MessageError(f"the last stage answered step {header.step}, which is not due")
+        step = self._in_flight[0]
+        if len(token_ids) != len(step.owners):
+            raise MessageError(
+                f"step {header.step} returned {len(token_ids)} tokens, expected {len(step.owners)}"
+            )
+        self._in_flight.popleft()
+        if step.header.kind is StepKind.CLEAR:
+            self._free_slots += [segment.slot for segment in step.header.segments]
+        return [
+            self._advance(request_id, token_id, header.step)
+            for request_id, token_id in zip(step.owners, token_ids, strict=True)
+        ]
+
+    def _clear_step(self) -> Step | None:
+        if not self._ended_slots:
+            return None
+        segments = tuple(Segment(slot, 0, 0) for slot in self._ended_slots)
+        self._ended_slots = []
+        return self._step(StepKind.CLEAR, segments, (Want.NOTHING,) * len(segments), (), ())
+
+    def _token_step(self) -> Step | None:
+        while self._waiting and self._free_slots:
+            request = self._waiting.popleft()
+            self._running[request.request_id] = RequestState(request, self._free_slots.pop())
+        segments, wants, token_ids, owners = [], [], [], []
+        budget = self.limits.chunk_tokens
+        for state in self._running.values():
+            is_prefill = state.num_sent < len(state.request.prompt_ids)
+            pending = state.pending(budget if is_prefill else 1)
+            if not pending:
+                continue
+            segments.append(Segment(state.slot, state.num_sent, len(pending)))
+            token_ids += pending
+            state.num_sent += len(pending)
+            is_last_known = state.num_sent == state.num_known
+            wants.append(Want.TOKEN if is_last_known else Want.NOTHING)
+            if is_last_known:
+                owners.append(state.request.request_id)
+            if is_prefill:
+                budget -= len(pending)
+        if not segments:
+            return None
+        return self._step(
+            StepKind.STEP, tuple(segments), tuple(wants), tuple(token_ids), tuple(owners)
+        )
+
+    def _step(
+        self,
+        kind: StepKind,
+        segments: tuple[Segment, ...],
+        wants: tuple[Want, ...],
+        token_ids: tuple[int, ...],
+        owners: tuple[int, ...],
+    ) -> Step:
+        return Step(StepHeader(kind, self._next_step, segments, wants), token_ids, owners)
+
+    def _advance(self, request_id: int, token_id: int, step: int) -> TokenEvent:
+        state = self._running[request_id]
+        state.token_ids.append(token_id)
+        request = state.request
+        finish = None
+        if token_id in request.eos_token_ids:
+            finish = FinishReason.EOS
+        elif len(state.token_ids) >= request.max_tokens:
+            finish = FinishReason.LENGTH
+        elif state.num_known > self.limits.max_seq_len:
+            finish = FinishReason.CONTEXT
+        if finish is not None:
+            del self._running[request_id]
+            self._ended_slots.append(state.slot)
+        return TokenEvent(request_id, token_id, step, finish)

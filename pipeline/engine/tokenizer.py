@@ -1,0 +1,77 @@
+"""Text to token ids and back; the only place that sees a prompt's text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as HfTokenizer
+
+from pipeline.errors import PromptError, TokenizerError
+
+# What a byte-level decoder prints for a character whose bytes have not all arrived.
+_REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """A `tokenizer.json`."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file. Raises TokenizerError."""
+        if not path.is_file():
+            raise TokenizerError(
+                f"no tokenizer at {path}; give the model directory's tokenizer.json"
+            )
+        try:
+            self._tokenizer = HfTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{path} is not a tokenizer.json: {error}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of `text`, with the special tokens the tokenizer itself adds."""
+        if not text:
+            raise PromptError("the prompt is empty; give at least one token of text")
+        try:
+            return tuple(self._tokenizer.encode(text).ids)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise PromptError("the prompt is not valid Unicode text") from error
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids`, special tokens left out."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+class TextStream:
+    """Turns token ids into text as they come, holding back characters not yet complete.
+
+    A token's text depends on its neighbours (a leading space, a character split over tokens),
+    so what is emitted is the growth of the text of a short window, as the Hugging Face
+    streamers do.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+        """`prompt_ids` give the first generated token its left neighbour."""
+        self._tokenizer = tokenizer
+        self._window = list(prompt_ids[-8:])
+        self._emitted = tokenizer.decode(self._window)
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token."""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        if text.endswith(_REPLACEMENT) or not text.startswith(self._emitted):
+            return ""
+        new = text[len(self._emitted) :]
+        if new:
+            # Restart the window at this token, so that its cost stays constant.
+            self._window = self._window[-8:]
+            self._emitted = self._tokenizer.decode(self._window)
+        return new
+
+    def finish(self) -> str:
+        """What was held back: an incomplete character prints as U+FFFD."""
+        text = self._tokenizer.decode(self._window)
+        return text[len(self._emitted) :] if text.startswith(self._emitted) else ""

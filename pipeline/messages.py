@@ -1,0 +1,240 @@
+"""Control messages and step headers: what orchestrator and stages say to each other.
+
+Control messages are msgpack maps on the control channel. Step headers are fixed structs on the
+data channels, small enough not to be seen beside a token's compute time.
+"""
+
+import struct
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Annotated, Literal
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from pipeline.errors import MessageError
+from pipeline.models.batch import Segment
+
+PROTOCOL_VERSION = 1
+# Control messages are a few hundred bytes; an init with 32 measurements of two neighbours is 4 KB.
+MAX_CONTROL_BYTES = 64 << 10
+MAX_SEGMENTS = 1024
+MAX_STAGES = 256
+
+Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
+Measurements = dict[
+    Annotated[int, Field(ge=0, le=31)], Annotated[bytes, Field(min_length=48, max_length=48)]
+]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Init(_Message):
+    """Orchestrator → stage, first on a control channel: what this session's data channels bind."""
+
+    type: Literal["init"] = "init"
+    version: int = PROTOCOL_VERSION
+    epoch: Annotated[bytes, Field(min_length=16, max_length=16)]
+    manifest_hash: Digest
+    stage_idx: Annotated[int, Field(ge=0, lt=MAX_STAGES)]
+    activation_dtype: Literal["F32", "F16", "BF16"]
+    hidden_dim: int
+    max_seq_len: Annotated[int, Field(ge=1)]
+    num_slots: Annotated[int, Field(ge=1, le=MAX_SEGMENTS)]
+    max_step_tokens: Annotated[int, Field(ge=1, le=1 << 20)]
+    data_out: Annotated[str, Field(max_length=1024)]
+    upstream_measurements: Measurements
+    downstream_measurements: Measurements
+
+
+class Ready(_Message):
+    """Stage → orchestrator: both data channels stand, steps may flow."""
+
+    type: Literal["ready"] = "ready"
+    stage_idx: int
+    weight_bytes: int
+    kv_bytes: int
+    precision: str
+    num_threads: int
+    device: str
+
+
+class Health(_Message):
+    """Orchestrator → stage: are you there?"""
+
+    type: Literal["health"] = "health"
+    sequence: int
+
+
+class Healthy(_Message):
+    """Stage → orchestrator: the answer to `health`."""
+
+    type: Literal["healthy"] = "healthy"
+    sequence: int
+    num_requests: int
+    num_steps: int
+
+
+class Start(_Message):
+    """Orchestrator → stage: a request now owns a slot. Its KV state follows the data channel."""
+
+    type: Literal["start"] = "start"
+    request_id: int
+    slot: int
+
+
+class Done(_Message):
+    """Orchestrator → stage: a request ended as it should."""
+
+    type: Literal["done"] = "done"
+    request_id: int
+
+
+class Abort(_Message):
+    """Orchestrator → stage: a request was given up."""
+
+    type: Literal["abort"] = "abort"
+    request_id: int
+
+
+class Failure(_Message):
+    """Either way: the session cannot go on. `detail` never holds prompt, token or activation."""
+
+    type: Literal["error"] = "error"
+    code: Literal["busy", "refused", "upstream", "downstream"]
+    detail: Annotated[str, Field(max_length=1024)]
+
+
+class Shutdown(_Message):
+    """Orchestrator → stage: the session is over."""
+
+    type: Literal["shutdown"] = "shutdown"
+
+
+Message = Init | Ready | Health | Healthy | Start | Done | Abort | Failure | Shutdown
+_ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
+
+
+def encode_message(message: Message) -> bytes:
+    """Msgpack of a control message."""
+    packed: bytes = msgpack.packb(message.model_dump())
+    return packed
+
+
+def decode_message(data: bytes) -> Message:
+    """Decode a control message. Raises MessageError for anything a peer could send instead."""
+    if len(data) > MAX_CONTROL_BYTES:
+        raise MessageError(
+            f"control message of {len(data)} bytes, the limit is {MAX_CONTROL_BYTES}"
+        )
+    try:
+        raw = msgpack.unpackb(data, strict_map_key=False, max_ext_len=0)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise MessageError("control message is not msgpack") from error
+    try:
+        return _ADAPTER.validate_python(raw)
+    except (ValidationError, RecursionError) as error:
+        raise MessageError("control message does not fit any known type") from error
+
+
+class StepKind(IntEnum):
+    """What a data frame asks of a stage."""
+
+    STEP = 1
+    # With a U32 tensor of shape [0]: reset the KV state of the named slots.
+    CLEAR = 2
+
+
+class Want(IntEnum):
+    """What the last stage returns for a segment."""
+
+    NOTHING = 0
+    TOKEN = 1
+    LOGITS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StageTiming:
+    """One stage's share of a step, nanoseconds: compute, ChaCha20-Poly1305, socket calls."""
+
+    compute_ns: int
+    crypto_ns: int
+    wire_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepHeader:
+    """The authenticated header of a data frame; `timings` grows by one at every stage."""
+
+    kind: StepKind
+    step: int
+    segments: tuple[Segment, ...]
+    wants: tuple[Want, ...]
+    timings: tuple[StageTiming, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in this step: the leading dimension of its tensor."""
+        return sum(segment.num_tokens for segment in self.segments)
+
+    def with_timing(self, timing: StageTiming) -> "StepHeader":
+        """This header with one more stage's timing."""
+        return replace(self, timings=(*self.timings, timing))
+
+
+# version u8 | kind u8 | segments u16 | timings u16 | reserved u16 | step u64
+_HEAD = struct.Struct("<BBHHHQ")
+# slot u32 | position u32 | tokens u32 | want u32
+_SEGMENT = struct.Struct("<IIII")
+# compute ns u64 | crypto ns u64 | wire ns u64
+_TIMING = struct.Struct("<QQQ")
+
+
+def encode_step(header: StepHeader) -> bytes:
+    """Pack a step header."""
+    parts = [
+        _HEAD.pack(
+            PROTOCOL_VERSION,
+            header.kind,
+            len(header.segments),
+            len(header.timings),
+            0,
+            header.step,
+        )
+    ]
+    for segment, want in zip(header.segments, header.wants, strict=True):
+        parts.append(_SEGMENT.pack(segment.slot, segment.position, segment.num_tokens, want))
+    parts += [_TIMING.pack(t.compute_ns, t.crypto_ns, t.wire_ns) for t in header.timings]
+    return b"".join(parts)
+
+
+def decode_step(data: bytes) -> StepHeader:
+    """Unpack a step header. Raises MessageError for anything a peer could send instead."""
+    if len(data) < _HEAD.size:
+        raise MessageError(f"step header of {len(data)} bytes, expected at least {_HEAD.size}")
+    version, kind, num_segments, num_timings, reserved, step = _HEAD.unpack_from(data)
+    expected = _HEAD.size + num_segments * _SEGMENT.size + num_timings * _TIMING.size
+    if version != PROTOCOL_VERSION or reserved != 0:
+        raise MessageError(f"step header of version {version}, expected {PROTOCOL_VERSION}")
+    if num_segments > MAX_SEGMENTS or num_timings > MAX_STAGES or len(data) != expected:
+        raise MessageError(
+            f"step header of {len(data)} bytes with {num_segments} segments and "
+            f"{num_timings} timings, expected {expected} bytes"
+        )
+    try:
+        offset = _HEAD.size
+        segments, wants = [], []
+        for _ in range(num_segments):
+            slot, position, count, want = _SEGMENT.unpack_from(data, offset)
+            segments.append(Segment(slot, position, count))
+            wants.append(Want(want))
+            offset += _SEGMENT.size
+        timings = tuple(
+            StageTiming(*_TIMING.unpack_from(data, offset + i * _TIMING.size))
+            for i in range(num_timings)
+        )
+        return StepHeader(StepKind(kind), step, tuple(segments), tuple(wants), timings)
+    except ValueError as error:
+        raise MessageError(f"step header holds an unknown value: {error}") from error

@@ -1,0 +1,116 @@
+"""Writing a manifest: a split balanced by measured bytes, and the hashes that pin it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pipeline.errors import InputError
+from pipeline.manifest import (
+    ActivationSpec,
+    Manifest,
+    StageEndpoint,
+    StageSpec,
+    TcpAddress,
+)
+from pipeline.models.config import load_config
+from pipeline.models.registry import layer_bytes, required_files
+from pipeline.models.weights import hash_config, hash_files
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """Where the planned stages listen: stage i at `base_port` + 10 i, results at the next."""
+
+    num_stages: int
+    host: str = "127.0.0.1"
+    base_port: int = 9000
+    orchestrator_keys: tuple[str, ...] = ()
+    model_name: str | None = None
+
+
+def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) -> list[int]:
+    """End layer of each stage, so that the heaviest stage is as light as it can be.
+
+    `first` and `last` are the bytes that come with the first and the last stage (embedding, head).
+    Exact: dynamic programming over (stage, layer).
+    """
+    num_layers = len(layers)
+    if not 1 <= num_stages <= num_layers:
+        raise InputError(
+            f"cannot split {num_layers} layers into {num_stages} stages; choose 1 to {num_layers}"
+        )
+    prefix = [0]
+    for size in layers:
+        prefix.append(prefix[-1] + size)
+
+    def cost(start: int, end: int) -> int:
+        extra = (first if start == 0 else 0) + (last if end == num_layers else 0)
+        return prefix[end] - prefix[start] + extra
+
+    @cache
+    def best(start: int, stages: int) -> tuple[int, tuple[int, ...]]:
+        if stages == 1:
+            return cost(start, num_layers), (num_layers,)
+        candidates = []
+        for end in range(start + 1, num_layers - stages + 2):
+            rest, ends = best(end, stages - 1)
+            candidates.append((max(cost(start, end), rest), (end, *ends)))
+        return min(candidates)
+
+    return list(best(0, num_stages)[1])
+
+
+def plan(model_dir: Path, options: PlanOptions) -> Manifest:
+    """Plan stages for a model directory. Raises ModelError, InputError."""
+    config = load_config(model_dir)
+    first, layers, last = layer_bytes(model_dir, config)
+    ends = split_layers(first, layers, last, options.num_stages)
+    starts = [0, *ends[:-1]]
+    files = [
+        required_files(model_dir, config, start, end)
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    hashes = _hash_once(files)
+    stages = tuple(
+        StageSpec(
+            stage_idx=idx,
+            layer_start=start,
+            layer_end=end,
+            weight_hashes=tuple(hashes[path] for path in files[idx]),
+            require_weight_hashes=True,
+            endpoint=_endpoint(options, idx),
+        )
+        for idx, (start, end) in enumerate(zip(starts, ends, strict=True))
+    )
+    return Manifest(
+        model_name=options.model_name or model_dir.resolve().name,
+        model_version="1",
+        total_layers=config.num_layers,
+        stages=stages,
+        activation_spec=ActivationSpec(
+            dtype="F32", hidden_dim=config.hidden_dim, max_seq_len=config.max_positions
+        ),
+        config_hash=hash_config(model_dir),
+        eos_token_ids=config.eos_token_ids,
+        orchestrator_keys=options.orchestrator_keys,
+    )
+
+
+def _hash_once(files: Sequence[Sequence[Path]]) -> dict[Path, str]:
+    distinct = sorted({path for stage_files in files for path in stage_files})
+    return dict(zip(distinct, hash_files(distinct), strict=True))
+
+
+def _endpoint(options: PlanOptions, idx: int) -> StageEndpoint:
+    def address(port: int) -> TcpAddress:
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        return TcpAddress(type="tcp", addr=f"{host}:{port}")
+
+    port = options.base_port + 10 * idx
+    return StageEndpoint(
+        control=address(port),
+        data_in=address(port + 1),
+        # The next stage's data_in; after the last stage, where the orchestrator listens.
+        data_out=address(port + 11),
+    )

@@ -1,0 +1,344 @@
+"""One orchestrator's session on a stage: its data channels, its KV state, its requests."""
+
+import logging
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import trio
+
+from pipeline.errors import MessageError
+from pipeline.links import (
+    SEND_ONLY_LIMITS,
+    ControlLink,
+    StepGate,
+    receive_step,
+    send_step,
+)
+from pipeline.manifest import Manifest
+from pipeline.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Done,
+    Failure,
+    Health,
+    Healthy,
+    Init,
+    Message,
+    Ready,
+    Shutdown,
+    StageTiming,
+    Start,
+    StepHeader,
+)
+from pipeline.models.registry import ModelShard
+from pipeline.stage import SessionLimits, StageCore, expected_input
+from pipeline.tasks import open_tasks
+from pipeline.tensors import ACTIVATION_DTYPES
+from pipeline.trust import Trust
+from transport.channel import SecureChannel, accept_channel, connect_channel
+from transport.endpoint import Endpoint, Listener, dial_retrying, parse_endpoint
+from transport.errors import EndpointError, TransportError
+from transport.frames import FrameLimits, TensorSpec
+from transport.handshake import Credentials, Link, LinkKind, Role, RoleKind
+
+logger = logging.getLogger(__name__)
+
+# A peer that says nothing for this long while it is its turn in a handshake is dropped.
+HANDSHAKE_SECONDS = 10.0
+# Handshakes under way at once; more wait in the kernel's backlog, so a flood costs no memory.
+MAX_PENDING_HANDSHAKES = 16
+# An orchestrator sends `health` every few seconds; one silent for this long is gone.
+SILENCE_SECONDS = 60.0
+# Time for a last message to a peer that may not be reading.
+GOODBYE_SECONDS = 1.0
+# Control channels come before any session, so they bind no session's epoch.
+CONTROL_EPOCH = bytes(16)
+ORCHESTRATOR = Role(RoleKind.ORCHESTRATOR, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StageSetup:
+    """All that a worker is, whoever connects. `data_out` overrides the orchestrator's word."""
+
+    manifest: Manifest
+    stage_idx: int
+    shard: ModelShard
+    trust: Trust
+    precision: str
+    num_threads: int
+    device: str
+    data_out: Endpoint | None = None
+
+    @property
+    def role(self) -> Role:
+        """This stage's role on every link."""
+        return Role(RoleKind.STAGE, self.stage_idx)
+
+
+class SessionEnded(Exception):
+    """The orchestrator ended the session, or is gone; `reason` says which."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits]:
+    """Hold the first control message against the manifest. Raises MessageError."""
+    if not isinstance(message, Init):
+        raise MessageError(f"the first control message is {message.type!r}, expected 'init'")
+    if message.version != PROTOCOL_VERSION:
+        raise MessageError(f"control protocol version {message.version}, not {PROTOCOL_VERSION}")
+    spec = setup.manifest.activation_spec
+    expected = (setup.stage_idx, spec.dtype, spec.hidden_dim)
+    found = (message.stage_idx, message.activation_dtype, message.hidden_dim)
+    if found != expected or message.max_seq_len > spec.max_seq_len:
+        raise MessageError(
+            f"init is for {found} with {message.max_seq_len} positions, this stage is "
+            f"{expected} with at most {spec.max_seq_len}"
+        )
+    return message, SessionLimits(
+        num_slots=message.num_slots,
+        max_seq_len=message.max_seq_len,
+        max_step_tokens=message.max_step_tokens,
+        hidden_dim=message.hidden_dim,
+        activation_dtype=ACTIVATION_DTYPES[message.activation_dtype],
+    )
+
+
+class StageSession:
+    """From `init` to the end of the orchestrator's control channel."""
+
+    def __init__(
+        self, setup: StageSetup, control: ControlLink, init: Init, limits: SessionLimits
+    ) -> None:
+        self._setup = setup
+        self._control = control
+        self._init = init
+        self._limits = limits
+        self._core = StageCore(setup.shard, limits)
+        self._gate = StepGate(limits, self._expect)
+        self._requests: set[int] = set()
+        self._num_steps = 0
+
+    async def run(self, data_in: Listener) -> None:
+        """Connect both neighbours, then serve steps. Ends by raising the reason of the end."""
+        channels: list[SecureChannel] = []
+        try:
+            async with open_tasks() as tasks:
+                tasks.start_soon(self._serve_control)
+                upstream, downstream = await self._connect(data_in, channels)
+                await self._control.send(self._ready())
+                logger.info("event=ready stage=%d", self._setup.stage_idx)
+                await self._serve_steps(upstream, downstream)
+        finally:
+            # Whoever holds this memory next must not find the last user's keys and values.
+            self._core.cache.clear()
+            for channel in channels:
+                await close_quietly(channel)
+
+    async def _connect(
+        self, data_in: Listener, channels: list[SecureChannel]
+    ) -> tuple[SecureChannel, SecureChannel]:
+        upstream: SecureChannel | None = None
+        downstream: SecureChannel | None = None
+
+        async def accept() -> None:
+            nonlocal upstream
+            upstream = await self._accept_upstream(data_in)
+            channels.append(upstream)
+
+        async with open_tasks() as tasks:
+            tasks.start_soon(accept)
+            downstream = await self._dial_downstream()
+            channels.append(downstream)
+        assert upstream is not None  # the task group has ended without an error
+        return upstream, downstream
+
+    async def _accept_upstream(self, data_in: Listener) -> SecureChannel:
+        stage_idx = self._setup.stage_idx
+        peer = Role(RoleKind.STAGE, stage_idx - 1) if stage_idx else ORCHESTRATOR
+        return await accept_first(
+            data_in,
+            self._data_link(initiator=peer, responder=self._setup.role),
+            self._setup.trust,
+            self._init.upstream_measurements,
+            self._gate.frame_limits(self._limits.max_tensor_bytes),
+        )
+
+    async def _dial_downstream(self) -> SecureChannel:
+        stage_idx = self._setup.stage_idx
+        is_last = stage_idx == len(self._setup.manifest.stages) - 1
+        peer = ORCHESTRATOR if is_last else Role(RoleKind.STAGE, stage_idx + 1)
+        link = self._data_link(initiator=self._setup.role, responder=peer)
+        credentials = self._setup.trust.toward(peer, self._init.downstream_measurements)
+        try:
+            endpoint = self._setup.data_out or parse_endpoint(self._init.data_out)
+            # Retries end with the session: the orchestrator is the one who loses patience.
+            sock = await dial_retrying(endpoint, _log_wait)
+            with trio.fail_after(HANDSHAKE_SECONDS):
+                return await connect_channel(sock, link, credentials, SEND_ONLY_LIMITS)
+        except (TransportError, trio.TooSlowError, trio.EndOfChannel) as error:
+            await say(self._control, Failure(code="downstream", detail=describe(error)))
+            raise
+
+    def _data_link(self, *, initiator: Role, responder: Role) -> Link:
+        return Link(LinkKind.DATA, initiator, responder, self._init.manifest_hash, self._init.epoch)
+
+    def _ready(self) -> Ready:
+        setup = self._setup
+        return Ready(
+            stage_idx=setup.stage_idx,
+            weight_bytes=setup.shard.num_weight_bytes,
+            kv_bytes=self._core.cache.num_bytes,
+            precision=setup.precision,
+            num_threads=setup.num_threads,
+            device=setup.device,
+        )
+
+    async def _serve_control(self) -> None:
+        while True:
+            try:
+                with trio.fail_after(SILENCE_SECONDS):
+                    message = await self._control.receive()
+            except trio.TooSlowError:
+                raise SessionEnded(f"orchestrator silent for {SILENCE_SECONDS:.0f} s") from None
+            except (trio.EndOfChannel, TransportError) as error:
+                raise SessionEnded(f"orchestrator is gone ({describe(error)})") from error
+            match message:
+                case Health(sequence=sequence):
+                    await self._control.send(
+                        Healthy(
+                            sequence=sequence,
+                            num_requests=len(self._requests),
+                            num_steps=self._num_steps,
+                        )
+                    )
+                case Start(request_id=request_id):
+                    self._requests.add(request_id)
+                case Done(request_id=request_id) | Abort(request_id=request_id):
+                    self._requests.discard(request_id)
+                case Shutdown():
+                    raise SessionEnded("shutdown")
+                case _:
+                    raise MessageError(f"control message {message.type!r} is not for a stage")
+
+    def _expect(self, header: StepHeader, specs: tuple[TensorSpec, ...]) -> None:
+        expected = expected_input(header, self._limits, is_first=self._setup.shard.is_first)
+        if specs != (expected,):
+            raise MessageError(f"step {header.step} carries {specs}, expected {expected}")
+
+    async def _serve_steps(self, upstream: SecureChannel, downstream: SecureChannel) -> None:
+        meter = _Meter(upstream, downstream)
+        side = "upstream"
+        try:
+            while True:
+                side = "upstream"
+                header, (tensor,) = await receive_step(upstream, self._gate)
+                started = perf_counter_ns()
+                outputs = self._core.step(header, tensor)
+                timing = meter.read(perf_counter_ns() - started)
+                side = "downstream"
+                await send_step(downstream, header.with_timing(timing), outputs)
+                self._num_steps += 1
+        except (TransportError, trio.EndOfChannel) as error:
+            failure = Failure.model_validate({"code": side, "detail": describe(error)})
+            await say(self._control, failure)
+            raise
+
+
+class _Meter:
+    """Reads what a step cost on both channels since the last reading.
+
+    A step's header is sealed before it is sent, so the cost of sending it is counted with the
+    next step.
+    """
+
+    def __init__(self, *channels: SecureChannel) -> None:
+        self._channels = channels
+        self._crypto_ns = 0
+        self._wire_ns = 0
+
+    def read(self, compute_ns: int) -> StageTiming:
+        crypto = sum(c.stats.encrypt_ns + c.stats.decrypt_ns for c in self._channels)
+        wire = sum(c.stats.send_ns + c.stats.recv_ns for c in self._channels)
+        timing = StageTiming(compute_ns, crypto - self._crypto_ns, wire - self._wire_ns)
+        self._crypto_ns, self._wire_ns = crypto, wire
+        return timing
+
+
+async def accept_first(
+    listener: Listener,
+    link: Link,
+    trust: Trust,
+    measurements: Mapping[int, bytes],
+    limits: FrameLimits,
+) -> SecureChannel:
+    """The first connection that authenticates as the link's initiator; others are dropped.
+
+    Handshakes run side by side, so that a silent stranger cannot keep the right peer out.
+    """
+    accepted: list[SecureChannel] = []
+    slots = trio.CapacityLimiter(MAX_PENDING_HANDSHAKES)
+    async with open_tasks() as tasks:
+
+        async def greet(sock: socket.socket, place: object) -> None:
+            credentials = trust.toward(link.initiator, measurements)
+            channel = await accept_or_log(sock, link, credentials, limits)
+            slots.release_on_behalf_of(place)
+            if channel is not None and accepted:
+                await close_quietly(channel)
+            elif channel is not None:
+                accepted.append(channel)
+                tasks.cancel_scope.cancel()
+
+        while True:
+            place = object()
+            await slots.acquire_on_behalf_of(place)
+            tasks.start_soon(greet, await listener.accept(), place)
+    return accepted[0]
+
+
+async def accept_or_log(
+    sock: socket.socket, link: Link, credentials: Credentials, limits: FrameLimits
+) -> SecureChannel | None:
+    """Run the responder's handshake; a peer that fails it is logged and dropped."""
+    try:
+        with trio.fail_after(HANDSHAKE_SECONDS):
+            return await accept_channel(sock, link, credentials, limits)
+    except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
+        logger.warning("event=handshake_refused link=%s error=%s", link.kind.name, describe(error))
+        return None
+
+
+async def say(control: ControlLink, message: Message) -> None:
+    """Try to send a last message; the peer may be the one that failed."""
+    with trio.move_on_after(GOODBYE_SECONDS, shield=True):
+        try:
+            await control.send(message)
+        except (TransportError, trio.ClosedResourceError, trio.BrokenResourceError):
+            logger.debug("event=goodbye_failed type=%s", message.type)
+
+
+async def close_quietly(channel: SecureChannel) -> None:
+    """Close with notice if the peer still reads, without if not."""
+    with trio.move_on_after(GOODBYE_SECONDS, shield=True):
+        try:
+            await channel.aclose()
+        except TransportError as error:
+            logger.debug("event=close_failed error=%s", describe(error))
+
+
+def describe(error: BaseException) -> str:
+    """One line for an error that may carry no text."""
+    if isinstance(error, trio.EndOfChannel):
+        return "the peer closed the channel"
+    if isinstance(error, trio.TooSlowError):
+        return f"the peer was silent for {HANDSHAKE_SECONDS:.0f} s"
+    return (str(error) or type(error).__name__)[:1024]
+
+
+def _log_wait(error: EndpointError) -> None:
+    logger.info("event=waiting error=%s", error)

@@ -1,0 +1,94 @@
+"""The stage worker: a trio shell that serves one orchestrator after another."""
+
+import logging
+import socket
+
+import trio
+
+from pipeline.errors import MessageError
+from pipeline.links import CONTROL_LIMITS, ControlLink
+from pipeline.messages import Failure
+from pipeline.session import (
+    CONTROL_EPOCH,
+    HANDSHAKE_SECONDS,
+    MAX_PENDING_HANDSHAKES,
+    ORCHESTRATOR,
+    SessionEnded,
+    StageSession,
+    StageSetup,
+    accept_or_log,
+    check_init,
+    close_quietly,
+    describe,
+    say,
+)
+from pipeline.tasks import open_tasks
+from transport.endpoint import Listener
+from transport.errors import TransportError
+from transport.handshake import Link, LinkKind
+
+logger = logging.getLogger(__name__)
+
+
+class StageWorker:
+    """Serves one stage on two listeners, one session at a time."""
+
+    def __init__(self, setup: StageSetup) -> None:
+        self._setup = setup
+        self._is_busy = False
+
+    async def serve(self, control: Listener, data_in: Listener, *, once: bool = False) -> None:
+        """Serve sessions until cancelled, or with `once` until the first one has ended."""
+        slots = trio.CapacityLimiter(MAX_PENDING_HANDSHAKES)
+        async with open_tasks() as tasks:
+
+            async def serve_connection(sock: socket.socket, place: object) -> None:
+                link = await self._accept(sock)
+                slots.release_on_behalf_of(place)
+                if link is not None and await self._serve_link(link, data_in) and once:
+                    tasks.cancel_scope.cancel()
+
+            while True:
+                place = object()
+                await slots.acquire_on_behalf_of(place)
+                tasks.start_soon(serve_connection, await control.accept(), place)
+
+    async def _accept(self, sock: socket.socket) -> ControlLink | None:
+        setup = self._setup
+        core_hash = setup.manifest.core_hash()
+        link = Link(LinkKind.CONTROL, ORCHESTRATOR, setup.role, core_hash, CONTROL_EPOCH)
+        credentials = setup.trust.toward(ORCHESTRATOR, {})
+        channel = await accept_or_log(sock, link, credentials, CONTROL_LIMITS)
+        return None if channel is None else ControlLink(channel)
+
+    async def _serve_link(self, control: ControlLink, data_in: Listener) -> bool:
+        """Run one session; False when another one is running."""
+        try:
+            if self._is_busy:
+                logger.warning("event=refused reason=busy")
+                await say(control, Failure(code="busy", detail="another orchestrator is connected"))
+                return False
+            self._is_busy = True
+            try:
+                await self._run_session(control, data_in)
+            finally:
+                self._is_busy = False
+            return True
+        finally:
+            await close_quietly(control.channel)
+
+    async def _run_session(self, control: ControlLink, data_in: Listener) -> None:
+        stage_idx = self._setup.stage_idx
+        logger.info("event=session_started stage=%d", stage_idx)
+        try:
+            with trio.fail_after(HANDSHAKE_SECONDS):
+                first = await control.receive()
+            init, limits = check_init(first, self._setup)
+            await StageSession(self._setup, control, init, limits).run(data_in)
+        except SessionEnded as ended:
+            logger.info("event=session_ended stage=%d reason=%s", stage_idx, ended.reason)
+        except MessageError as error:
+            logger.warning("event=session_failed stage=%d error=%s", stage_idx, error)
+            await say(control, Failure(code="refused", detail=describe(error)))
+        except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
+            logger.warning("event=session_failed stage=%d error=%s", stage_idx, describe(error))

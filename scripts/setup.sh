@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Prepare .venv with veilpipe and the named extras. Idempotent: a second run costs milliseconds.
+# Usage: scripts/setup.sh [EXTRA ...]        e.g. scripts/setup.sh download test
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${VEILPIPE_VENV:-$root/.venv}
+
+die() { echo "setup: error: $*" >&2; exit 2; }
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
+    if command -v "$candidate" >/dev/null &&
+       "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"; return
+    fi
+  done
+  die "needs Python 3.11 or newer; install it (Debian: apt-get install python3 python3-venv)"
+}
+
+make_venv() {
+  local python
+  python=$(find_python)
+  rm -rf "$venv"
+  "$python" -m venv "$venv" >/dev/null 2>&1 && return
+  # Debian ships venv apart from Python; root can simply have it.
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null ||
+    die "cannot create a virtual environment; run: apt-get install python3-venv"
+  echo "setup: installing python3-venv" >&2
+  { apt-get update && apt-get install -y --no-install-recommends python3-venv; } >/dev/null 2>&1 ||
+    die "cannot install python3-venv; run: apt-get update && apt-get install python3-venv"
+  rm -rf "$venv"
+  "$python" -m venv "$venv" || die "cannot create a virtual environment in $venv"
+}
+
+mkdir -p "$(dirname "$venv")"
+exec 9>"$venv.lock"
+flock 9    # two scripts started together must not install over each other
+
+[ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null || make_venv
+
+# One stamp per extra: the base package, and whatever has been asked for so far.
+want=$(cat "$root/pyproject.toml" "$root/constraints.txt" | sha256sum | cut -c1-16)
+for extra in base "$@"; do
+  stamp="$venv/.veilpipe-$extra"
+  [ "$(cat "$stamp" 2>/dev/null || true)" = "$want" ] && continue
+  target="$root"
+  [ "$extra" = base ] || target="$root[$extra]"
+  echo "setup: installing veilpipe${extra:+ ($extra)}, a minute the first time" >&2
+  # Shows which package is being fetched, and keeps the rest quiet unless it fails.
+  log="$venv/install.log"
+  if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
+        -c "$root/constraints.txt" -e "$target" 2>&1 |
+       tee "$log" | { grep --line-buffered -E '^(Collecting|Installing)' | cut -c1-100 >&2 || true; }; then
+    tail -n 5 "$log" >&2
+    die "pip failed; the full log is $log"
+  fi
+  echo "$want" > "$stamp"
+done

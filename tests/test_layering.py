@@ -1,0 +1,101 @@
+"""A module imports only from lower layers: the architecture is what this list says."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("transport", "pipeline", "enclave")
+
+# Lowest first. A module may import from lines above its own, and from its own line never.
+LAYERS = [
+    # transport
+    "transport.errors",
+    "transport.address transport.wire",
+    "transport.endpoint",
+    "transport.attestation.evidence",
+    "transport.attestation.cbor transport.attestation.key_only",
+    "transport.attestation.cose",
+    "transport.attestation.chain transport.attestation.nsm",
+    "transport.attestation.document",
+    "transport.attestation.nitro",
+    "transport.attestation.dev",
+    "transport.noise",
+    "transport.records",
+    "transport.handshake transport.frames",
+    "transport.channel",
+    "transport.relay",
+    "transport.relay_cli",
+    # pipeline
+    "pipeline.errors pipeline.tasks",
+    "pipeline.files pipeline.dtypes pipeline.models.batch",
+    "pipeline.manifest pipeline.messages",
+    "pipeline.models.config pipeline.models.linear pipeline.models.kv_cache",
+    "pipeline.models.weights pipeline.models.layers",
+    "pipeline.models.gpt2 pipeline.models.llama",
+    "pipeline.models.registry",
+    "pipeline.tensors pipeline.trust pipeline.plan",
+    "pipeline.stage",
+    "pipeline.engine.request pipeline.engine.tokenizer pipeline.engine.latency",
+    "pipeline.engine.scheduler",
+    "pipeline.links pipeline.drive",
+    "pipeline.session",
+    "pipeline.worker pipeline.orchestrator",
+    "pipeline.cli.common",
+    "pipeline.cli.stage_worker pipeline.cli.orchestrator",
+]
+RANK = {module: rank for rank, line in enumerate(LAYERS) for module in line.split()}
+FORBIDDEN = {
+    "transport": {"torch", "numpy", "pipeline", "enclave", "transformers"},
+    "enclave": {"torch", "numpy", "pipeline", "transport", "transformers"},
+    "pipeline": {"enclave", "transformers"},
+}
+
+
+def modules():
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if parts[-1] != "__init__":
+                yield ".".join(parts), path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: str(value))
+def test_a_module_imports_only_from_lower_layers(module, path):
+    package = module.partition(".")[0]
+    found = set(imports(path))
+    crossing = {name for name in found if name.partition(".")[0] in FORBIDDEN[package]}
+    assert not crossing, f"{module} must not import {crossing}"
+    if package == "enclave":
+        return
+    assert module in RANK, f"{module} has no layer yet: add it to LAYERS"
+    for name in found & RANK.keys():
+        assert RANK[name] < RANK[module], f"{module} imports {name}, which is not below it"
+
+
+def test_no_layer_names_a_module_that_is_gone():
+    existing = {module for module, _ in modules()}
+    assert existing >= RANK.keys(), RANK.keys() - existing
+
+
+def test_no_runtime_module_needs_a_test_dependency():
+    standard = sys.stdlib_module_names
+    allowed = {
+        "click", "cryptography", "msgpack", "numpy", "pydantic", "rich", "safetensors",
+        "tokenizers", "torch", "trio", "typer", *PACKAGES,
+    }  # fmt: skip
+    for module, path in modules():
+        roots = {name.partition(".")[0] for name in imports(path)}
+        assert roots <= allowed | standard, f"{module} imports {roots - allowed - standard}"
