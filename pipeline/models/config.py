@@ -1,0 +1,255 @@
+"""What a model directory's config.json says, checked; field names are config.json's keys."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from pipeline.errors import ModelError
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+MAX_CONFIG_BYTES = (
+    4 << 20
+)  # real ones are a few KiB; this bounds what a swapped file makes us parse
+MAX_LAYERS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What every family has in common."""
+
+    architecture: str
+    num_layers: int
+    hidden_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    eos_token_ids: tuple[int, ...]
+    intermediate_size: int
+    norm_eps: float
+    tie_word_embeddings: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GPT2Config(ModelConfig):
+    """GPT-2: learned positions, LayerNorm, one activation between two linears."""
+
+    activation_function: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched: `linear` by `factor`, `llama3` by wavelength."""
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """Llama and its relatives: rotary positions, RMSNorm, gated MLP, grouped KV heads."""
+
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    sliding_window: int | None
+
+
+class _Json(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+    vocab_size: PositiveInt
+    eos_token_id: int | list[int] | None = None
+    quantization_config: None = None  # weights some other library packed are not ours to unpack
+
+
+class _GPT2Json(_Json):
+    model_type: Literal["gpt2"]
+    n_layer: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
+    n_embd: PositiveInt
+    n_head: PositiveInt
+    n_positions: PositiveInt
+    n_inner: PositiveInt | None = None
+    layer_norm_epsilon: PositiveFloat = 1e-5
+    activation_function: Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"] = "gelu_new"
+    tie_word_embeddings: bool = True
+    scale_attn_weights: Literal[True] = True
+    scale_attn_by_inverse_layer_idx: Literal[False] = False
+    add_cross_attention: Literal[False] = False
+
+
+class _RopeJson(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    rope_type: Literal["default", "linear", "llama3"] = "default"
+    rope_theta: PositiveFloat | None = None
+    factor: PositiveFloat = 1.0
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_position_embeddings: PositiveInt = 8192
+    partial_rotary_factor: Literal[1] | None = None
+
+
+class _LlamaJson(_Json):
+    model_type: Literal["llama", "mistral", "qwen2"]
+    num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    max_position_embeddings: PositiveInt
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: PositiveInt | None = None
+    use_sliding_window: bool = False
+    tie_word_embeddings: bool = False
+
+
+def load_config(model_dir: Path) -> ModelConfig:
+    """Read `model_dir`/config.json, with the end tokens of generation_config.json if there is one.
+
+    Raises ModelError naming the file, the field and the value that cannot be served.
+    """
+    path = model_dir / CONFIG_FILE
+    fields = _read_json(path, missing=f"no {CONFIG_FILE} in {model_dir}: is it a model directory?")
+    generation_path = model_dir / GENERATION_CONFIG_FILE
+    generation = _read_json(generation_path) if generation_path.is_file() else {}
+    try:
+        match fields.get("model_type"):
+            case "gpt2":
+                return _gpt2(_GPT2Json.model_validate(fields), generation)
+            case "llama" | "mistral" | "qwen2":
+                return _llama(_LlamaJson.model_validate(fields), generation)
+            case other:
+                raise ModelError(
+                    f"{path}: model_type {other!r} is not supported: "
+                    "use a gpt2, llama, mistral or qwen2 model"
+                )
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ModelError(
+            f"{path}: {field}={first['input']!r} cannot be served: {first['msg']}"
+        ) from error
+
+
+def _read_json(path: Path, missing: str = "") -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ModelError(missing or f"cannot read {path}: {error.strerror}") from error
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ModelError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: not a configuration")
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON ({error}): fetch the model again") from error
+    if not isinstance(fields, dict):
+        raise ModelError(f"{path} holds a {type(fields).__name__}, not an object: fetch it again")
+    return fields
+
+
+def _eos_token_ids(*values: object) -> tuple[int, ...]:
+    found: set[int] = set()
+    for value in values:
+        candidates = value if isinstance(value, list) else [value]
+        found.update(each for each in candidates if isinstance(each, int) and each >= 0)
+    return tuple(sorted(found))
+
+
+def _head_dim(hidden: int, num_heads: int, names: str) -> int:
+    if hidden % num_heads:
+        raise ModelError(f"config.json: {names} is {hidden}/{num_heads}, not a whole number")
+    return hidden // num_heads
+
+
+def _gpt2(raw: _GPT2Json, generation: dict[str, Any]) -> GPT2Config:
+    return GPT2Config(
+        architecture=raw.model_type,
+        num_layers=raw.n_layer,
+        hidden_dim=raw.n_embd,
+        num_heads=raw.n_head,
+        num_kv_heads=raw.n_head,
+        head_dim=_head_dim(raw.n_embd, raw.n_head, "n_embd/n_head"),
+        vocab_size=raw.vocab_size,
+        max_positions=raw.n_positions,
+        eos_token_ids=_eos_token_ids(raw.eos_token_id, generation.get("eos_token_id")),
+        intermediate_size=raw.n_inner or 4 * raw.n_embd,
+        norm_eps=raw.layer_norm_epsilon,
+        tie_word_embeddings=raw.tie_word_embeddings,
+        activation_function=raw.activation_function,
+    )
+
+
+def _llama(raw: _LlamaJson, generation: dict[str, Any]) -> LlamaConfig:
+    if raw.model_type == "qwen2" and raw.use_sliding_window:
+        raise ModelError("config.json: use_sliding_window=true is not supported for qwen2")
+    num_heads = raw.num_attention_heads
+    num_kv_heads = raw.num_key_value_heads or num_heads
+    if num_heads % num_kv_heads:
+        raise ModelError(
+            f"config.json: num_attention_heads={num_heads} is not a multiple of "
+            f"num_key_value_heads={num_kv_heads}"
+        )
+    head_dim = raw.head_dim or _head_dim(
+        raw.hidden_size, num_heads, "hidden_size/num_attention_heads"
+    )
+    if head_dim % 2:
+        raise ModelError(f"config.json: head_dim={head_dim} is odd; rotary positions need pairs")
+    theta, scaling = _rope(raw)
+    is_qwen2 = raw.model_type == "qwen2"
+    return LlamaConfig(
+        architecture=raw.model_type,
+        num_layers=raw.num_hidden_layers,
+        hidden_dim=raw.hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=raw.vocab_size,
+        max_positions=raw.max_position_embeddings,
+        eos_token_ids=_eos_token_ids(raw.eos_token_id, generation.get("eos_token_id")),
+        intermediate_size=raw.intermediate_size,
+        norm_eps=raw.rms_norm_eps,
+        tie_word_embeddings=raw.tie_word_embeddings,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qkv_bias=is_qwen2 or (raw.model_type == "llama" and raw.attention_bias),
+        output_bias=raw.model_type == "llama" and raw.attention_bias,
+        mlp_bias=raw.model_type == "llama" and raw.mlp_bias,
+        sliding_window=raw.sliding_window if raw.model_type == "mistral" else None,
+    )
+
+
+def _rope(raw: _LlamaJson) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling, from `rope_parameters` or the older `rope_theta`, `rope_scaling`."""
+    fields = dict(raw.rope_parameters or raw.rope_scaling or {})
+    if "type" in fields:  # the key's name before rope_type
+        fields.setdefault("rope_type", fields["type"])
+    rope = _RopeJson.model_validate(fields)
+    theta = rope.rope_theta or raw.rope_theta or 10000.0
+    if rope.rope_type == "default":
+        return theta, None
+    return theta, RopeScaling(
+        rope_type=rope.rope_type,
+        factor=rope.factor,
+        low_freq_factor=rope.low_freq_factor,
+        high_freq_factor=rope.high_freq_factor,
+        original_max_position_embeddings=rope.original_max_position_embeddings,
+    )

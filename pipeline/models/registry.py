@@ -1,0 +1,141 @@
+"""From a model directory and a layer range to a shard that computes."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from pipeline.dtypes import torch_dtype
+from pipeline.errors import ModelError
+from pipeline.models.base import Shard
+from pipeline.models.batch import Batch
+from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
+from pipeline.models.gpt2 import GPT2Shard
+from pipeline.models.kv_cache import KVCache
+from pipeline.models.linear import MatVec, choose_matvec
+from pipeline.models.llama import LlamaShard
+from pipeline.models.weights import load_tensors, stage_files, stored_names, tensor_sizes
+
+SUPPORTED_DTYPES = ("float32",)
+GPT2_PREFIX = "transformer."  # some checkpoints carry it, the hub's own gpt2 does not
+
+
+class ModelShard(Protocol):
+    """What a stage needs of a model."""
+
+    config: ModelConfig
+    layer_start: int
+    layer_end: int
+    is_first: bool
+    is_last: bool
+    compute_dtype: torch.dtype
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """Bytes of weights held."""
+
+    def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
+        """KV memory for this shard's layers."""
+
+    def forward(self, inputs: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """[rows] int64 ids (first stage) or [rows, hidden] -> [rows, hidden]."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Last stage: [n, hidden] -> [n, vocab]."""
+
+
+def load_shard(
+    model_dir: Path,
+    config: ModelConfig,
+    layer_start: int,
+    layer_end: int,
+    *,
+    dtype: str = "float32",
+    expected_hashes: Sequence[str] | None,
+) -> ModelShard:
+    """Load layers layer_start..layer_end (exclusive), with embedding first and head last.
+
+    `expected_hashes`: SHA-256 of each of `required_files`, or None to load unverified. Raises
+    ModelError naming file, tensor, expected and actual.
+    """
+    if dtype not in SUPPORTED_DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not supported: use {', '.join(SUPPORTED_DTYPES)}")
+    _check_range(config, layer_start, layer_end)
+    shard = _build(config, layer_start, layer_end, torch_dtype(dtype), choose_matvec())
+    memory = shard.destinations()
+    stored = _names_in_files(model_dir, config, memory)
+    load_tensors(
+        model_dir,
+        {stored[name]: tensor for name, tensor in memory.items()},
+        expected_hashes=expected_hashes,
+    )
+    return shard
+
+
+def required_files(model_dir: Path, config: ModelConfig, layer_range: range) -> list[Path]:
+    """The weight files a stage with these layers reads, sorted by name."""
+    _check_range(config, layer_range.start, layer_range.stop)
+    names = _stage_tensors(config, layer_range.start, layer_range.stop)
+    return stage_files(model_dir, _names_in_files(model_dir, config, names).values())
+
+
+def layer_bytes(model_dir: Path, config: ModelConfig) -> tuple[int, tuple[int, ...], int]:
+    """Stored bytes of (embedding, each layer, final norm and head): what a split balances.
+
+    A tied head counts on both sides, as the stages at both ends hold it.
+    """
+    sizes = tensor_sizes(model_dir)
+
+    def total(names: Iterable[str]) -> int:
+        found = _names_in_files(model_dir, config, names).values()
+        for name in found:
+            if name not in sizes:
+                raise ModelError(f"{model_dir}: tensor {name} is missing: fetch the model again")
+        return sum(sizes[name] for name in found)
+
+    last = config.num_layers
+    embedding = _stage_tensors(config, 0, 0)
+    head = _stage_tensors(config, last, last)
+    ends = set(embedding) | set(head)
+    layers = tuple(
+        total(name for name in _stage_tensors(config, index, index + 1) if name not in ends)
+        for index in range(last)
+    )
+    return total(embedding), layers, total(head)
+
+
+def _check_range(config: ModelConfig, layer_start: int, layer_end: int) -> None:
+    if not 0 <= layer_start < layer_end <= config.num_layers:
+        raise ModelError(
+            f"layers {layer_start}..{layer_end} are not a range of the model's {config.num_layers}"
+        )
+
+
+def _build(
+    config: ModelConfig, layer_start: int, layer_end: int, dtype: torch.dtype, matvec: MatVec
+) -> Shard:
+    match config:
+        case GPT2Config():
+            return GPT2Shard(config, layer_start, layer_end, dtype=dtype, matvec=matvec)
+        case LlamaConfig():
+            return LlamaShard(config, layer_start, layer_end, dtype=dtype, matvec=matvec)
+        case _:
+            raise ModelError(f"architecture {config.architecture!r} is not supported")
+
+
+def _stage_tensors(config: ModelConfig, layer_start: int, layer_end: int) -> list[str]:
+    """Names a stage loads; an empty range at either end means that end's embedding or head."""
+    with torch.device("meta"):  # shapes without memory
+        shard = _build(config, layer_start, layer_end, torch.float32, torch.mm)
+        return list(shard.destinations())
+
+
+def _names_in_files(model_dir: Path, config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
+    """Our name -> the name in the files, which may carry the architecture's prefix."""
+    is_prefixed = isinstance(config, GPT2Config) and any(
+        name.startswith(GPT2_PREFIX) for name in stored_names(model_dir)
+    )
+    if not is_prefixed:
+        return {name: name for name in names}
+    return {name: name if name == "lm_head.weight" else GPT2_PREFIX + name for name in names}

@@ -1,0 +1,44 @@
+"""How many threads arithmetic may use: torch's pool and, beside it, numpy's BLAS."""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# OpenBLAS exports its names with the prefix and suffix it was built with.
+_SETTERS = (
+    "scipy_openblas_set_num_threads64_",
+    "scipy_openblas_set_num_threads",
+    "openblas_set_num_threads64_",
+    "openblas_set_num_threads",
+)
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Let every product use exactly `num_threads` threads of this process."""
+    if num_threads < 1:
+        raise ValueError(f"num_threads={num_threads}: at least one thread computes")
+    torch.set_num_threads(num_threads)
+    set_blas_threads = find_blas_setter()
+    if set_blas_threads is not None:
+        set_blas_threads(num_threads)
+
+
+def find_blas_setter() -> Callable[[int], None] | None:
+    """Sets the threads of the OpenBLAS that numpy has loaded; None if it is another BLAS."""
+    assert np.__version__  # importing numpy is what maps the library
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "openblas" in line}
+    for path in sorted(paths):
+        library = ctypes.CDLL(path)
+        for name in _SETTERS:
+            setter = getattr(library, name, None)
+            if setter is not None:
+                setter.argtypes, setter.restype = [ctypes.c_int], None
+                return lambda num_threads, call=setter: call(num_threads)  # type: ignore[misc]
+    return None
