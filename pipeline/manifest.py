@@ -76,7 +76,7 @@ class UnixAddress(_Strict):
 
     def to_endpoint(self) -> Endpoint:
         """The address as the transport takes it."""
-        return UnixEndpoint(self.path, self.port)
+        return UnixEndpoint(Path(self.path), self.port)
 
 
 Address = Annotated[TcpAddress | VsockAddress | UnixAddress, Field(discriminator="type")]

@@ -201,30 +201,30 @@ class _Connector:
             raise InputError(f"cannot listen for the last stage's results: {error}") from error
         try:
             async with open_tasks() as tasks:
-                for stage in manifest.stages:
-                    tasks.start_soon(self._connect_control, stage.stage_idx)
+                for spec in manifest.stages:
+                    tasks.start_soon(self._connect_control, spec.stage_idx)
             self.stages.sort(key=lambda stage: stage.idx)
             for stage in self.stages:
                 await stage.control.send(self._init(stage.idx))
-            gate = StepGate(self._limits, self._expect)
-            links: dict[str, SecureChannel] = {}
-            ready: list[Ready] = []
-
-            async def accept_results() -> None:
-                links["out"] = await self._accept_results(listener, gate)
-
-            async def dial_first() -> None:
-                links["in"] = await self._dial_first()
-
-            async with open_tasks() as tasks:
-                for stage in self.stages:
-                    tasks.start_soon(self._await_ready, stage, ready)
-                tasks.start_soon(accept_results)
-                tasks.start_soon(dial_first)
-            ready.sort(key=lambda message: message.stage_idx)
-            return Pipeline(self.stages, ready, links["in"], links["out"], gate)
+            return await self._connect_data(listener)
         finally:
             listener.close()
+
+    async def _connect_data(self, listener: Listener) -> Pipeline:
+        gate = StepGate(self._limits, self._expect)
+        links: dict[str, SecureChannel] = {}
+        ready: list[Ready] = []
+
+        async def accept_results() -> None:
+            links["out"] = await self._accept_results(listener, gate)
+
+        async with open_tasks() as tasks:
+            for stage in self.stages:
+                tasks.start_soon(self._await_ready, stage, ready)
+            tasks.start_soon(accept_results)
+            links["in"] = await self._dial_first()
+        ready.sort(key=lambda message: message.stage_idx)
+        return Pipeline(self.stages, ready, links["in"], links["out"], gate)
 
     async def _connect_control(self, stage_idx: int) -> None:
         endpoint = self._manifest.endpoint(stage_idx).control.to_endpoint()

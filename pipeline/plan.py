@@ -13,9 +13,9 @@ from pipeline.manifest import (
     StageSpec,
     TcpAddress,
 )
-from pipeline.models.config import load_config
+from pipeline.models.config import hash_config, load_config
 from pipeline.models.registry import layer_bytes, required_files
-from pipeline.models.weights import hash_config, hash_files
+from pipeline.models.weights import hash_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def plan(model_dir: Path, options: PlanOptions) -> Manifest:
     ends = split_layers(first, layers, last, options.num_stages)
     starts = [0, *ends[:-1]]
     files = [
-        required_files(model_dir, config, start, end)
+        required_files(model_dir, config, range(start, end))
         for start, end in zip(starts, ends, strict=True)
     ]
     hashes = _hash_once(files)

@@ -281,6 +281,7 @@ async def accept_first(
     Handshakes run side by side, so that a silent stranger cannot keep the right peer out.
     """
     accepted: list[SecureChannel] = []
+    is_accepted = trio.Event()
     slots = trio.CapacityLimiter(MAX_PENDING_HANDSHAKES)
     async with open_tasks() as tasks:
 
@@ -292,12 +293,17 @@ async def accept_first(
                 await close_quietly(channel)
             elif channel is not None:
                 accepted.append(channel)
-                tasks.cancel_scope.cancel()
+                is_accepted.set()
 
-        while True:
-            place = object()
-            await slots.acquire_on_behalf_of(place)
-            tasks.start_soon(greet, await listener.accept(), place)
+        async def greet_all() -> None:
+            while True:
+                place = object()
+                await slots.acquire_on_behalf_of(place)
+                tasks.start_soon(greet, await listener.accept(), place)
+
+        tasks.start_soon(greet_all)
+        await is_accepted.wait()
+        tasks.cancel_scope.cancel()
     return accepted[0]
 
 

@@ -23,7 +23,7 @@ ACTIVATION_DTYPES = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
 def activation_to_wire(hidden: torch.Tensor, dtype: DType) -> Tensor:
     """View a [tokens, hidden] tensor as frame bytes, converted to the wire's `dtype` if need be."""
     converted = hidden.detach().to(device="cpu", dtype=_TO_TORCH[dtype]).contiguous()
-    data = memoryview(converted.view(torch.uint8).numpy()).cast("B")
+    data = converted.view(torch.uint8).numpy().data.cast("B")
     return Tensor(TensorSpec(dtype, tuple(converted.shape)), data)
 
 
@@ -39,7 +39,7 @@ def activation_from_wire(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
 def token_ids_to_wire(token_ids: Sequence[int] | TokenIds) -> Tensor:
     """Token ids as a U32 tensor of their number."""
     array = np.ascontiguousarray(token_ids, dtype="<u4")
-    return Tensor(TensorSpec(DType.U32, array.shape), memoryview(array).cast("B"))
+    return Tensor(TensorSpec(DType.U32, array.shape), array.data.cast("B"))
 
 
 def token_ids_from_wire(tensor: Tensor) -> TokenIds:

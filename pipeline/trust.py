@@ -65,7 +65,7 @@ class DevTrust:
         return cls(
             static_key=X25519PrivateKey.generate(),
             attester=DevAttester(authority, software_measurement()),
-            verifier=dev_verifier(authority.root, None),
+            verifier=dev_verifier(authority.root_cert, None),
             orchestrator_keys=_listed_keys(manifest),
         )
 

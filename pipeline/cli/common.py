@@ -34,10 +34,9 @@ VerboseOption = Annotated[
 ]
 
 
-def new_app(description: str) -> typer.Typer:
+def new_app() -> typer.Typer:
     """A typer application without colours or tracebacks of its own."""
     return typer.Typer(
-        help=description,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         add_completion=False,

@@ -1,6 +1,7 @@
 """The `pipeline-orch` command: the user's side of a pipeline."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from time import perf_counter_ns
@@ -32,10 +33,7 @@ from transport.attestation.dev import default_directory
 
 logger = logging.getLogger(__name__)
 
-app = new_app(
-    "Drive a pipeline of stage workers from the user's machine: verify every stage, send a prompt, "
-    "stream the text. Without a subcommand, generates once."
-)
+app = new_app()
 
 
 @app.callback(invoke_without_command=True)
@@ -48,7 +46,9 @@ def generate(
         Path | None, typer.Option(metavar="FILE", help="The model's tokenizer.json.")
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 20,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")
+    ] = 20,
     data_out_listen: Annotated[
         str | None,
         typer.Option(metavar="ADDR", help="Where the last stage delivers [last stage's data_out]."),
@@ -69,14 +69,17 @@ def generate(
     dev: DevOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Generate text from a prompt over the stages of a manifest.
+    """Generate text over the stages of a manifest, from the user's machine.
 
-    stdout holds the prompt and its continuation, stderr everything else.
+    Verifies what every stage runs, then sends the prompt and streams the text. stdout holds the
+    prompt and its continuation, stderr everything else.
 
     Example, with the stages of manifests/smollm2_2stage.json running:
 
-        pipeline-orch --manifest manifests/smollm2_2stage.json
-        --tokenizer models/smollm2/tokenizer.json --text "The capital of France is" --dev
+    \b
+        pipeline-orch --manifest manifests/smollm2_2stage.json \\
+                      --tokenizer models/smollm2/tokenizer.json \\
+                      --text "The capital of France is" --dev
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -173,13 +176,16 @@ async def _generate(
 @app.command("plan")
 def plan_command(
     model_dir: Annotated[Path, typer.Option(metavar="DIR", help="config.json and weights.")],
-    stages: Annotated[int, typer.Option(min=1, max=256, help="How many stages.")],
+    stages: Annotated[int, typer.Option(min=1, max=256, metavar="N", help="How many stages.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write [stdout].")
     ] = None,
     host: Annotated[str, typer.Option(help="Host of every address.")] = "127.0.0.1",
     base_port: Annotated[
-        int, typer.Option(min=1, max=65535, help="First port; stage i uses base + 10 i.")
+        int,
+        typer.Option(
+            min=1, max=65535, metavar="PORT", help="First port; stage i uses base + 10 i."
+        ),
     ] = 9000,
     orchestrator_key: Annotated[
         list[str] | None, typer.Option(metavar="HEX", help="Public key allowed to connect.")
@@ -208,7 +214,7 @@ def keygen_command(
 def _trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:
     if dev:
         logger.warning(DEV_WARNING)
-        return DevTrust.create(manifest, default_directory())
+        return DevTrust.create(manifest, default_directory(os.environ))
     return UserTrust.create(manifest, identity)
 
 

@@ -1,6 +1,7 @@
 """The `stage-worker` command: serve one stage of a manifest."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +20,8 @@ from pipeline.cli.common import (
 from pipeline.errors import InputError, PolicyError
 from pipeline.manifest import Manifest, load_manifest
 from pipeline.models.config import load_config
-from pipeline.models.linear import set_num_threads
 from pipeline.models.registry import ModelShard, load_shard
-from pipeline.models.weights import check_config_hash
+from pipeline.models.runtime import set_num_threads
 from pipeline.session import StageSetup
 from pipeline.trust import DEV_WARNING, DevTrust, EnclaveTrust, Trust
 from pipeline.worker import StageWorker
@@ -30,7 +30,7 @@ from transport.endpoint import Endpoint, listen
 
 logger = logging.getLogger(__name__)
 
-app = new_app("Serve one stage of a pipeline: hold its layers, wait for an orchestrator, compute.")
+app = new_app()
 
 
 @app.command()
@@ -55,7 +55,9 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option(help="Weights in memory: float32 [manifest's precision].")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads for this stage.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, max=1024, metavar="N", help="Threads for this stage.")
+    ] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     once: Annotated[bool, typer.Option("--once", help="Exit after the first session.")] = False,
     dev: DevOption = False,
@@ -68,8 +70,9 @@ def serve(
 
     Example, the first of two stages on this machine:
 
-        stage-worker --manifest manifests/smollm2_2stage.json --stage-idx 0
-        --model-dir models/smollm2 --dev
+    \b
+        stage-worker --manifest manifests/smollm2_2stage.json --stage-idx 0 \\
+                     --model-dir models/smollm2 --dev
     """
     configure_logging(verbose=verbose)
     loaded = load_manifest(manifest)
@@ -100,7 +103,7 @@ def serve(
 def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
     if dev:
         logger.warning(DEV_WARNING)
-        return DevTrust.create(manifest, default_directory())
+        return DevTrust.create(manifest, default_directory(os.environ))
     return EnclaveTrust.create(manifest, stage_idx)
 
 
@@ -111,9 +114,7 @@ def _load(manifest: Manifest, stage_idx: int, model_dir: Path, precision: str) -
             f"stage {stage_idx} requires weight hashes and the manifest has none; "
             "`pipeline-orch plan` writes them"
         )
-    if manifest.config_hash is not None:
-        check_config_hash(model_dir, manifest.config_hash)
-    config = load_config(model_dir)
+    config = load_config(model_dir, manifest.config_hash)
     expected = (manifest.total_layers, manifest.activation_spec.hidden_dim)
     if (config.num_layers, config.hidden_dim) != expected:
         raise InputError(

@@ -117,7 +117,10 @@ class Scheduler:
         while self._waiting and self._free_slots:
             request = self._waiting.popleft()
             self._running[request.request_id] = RequestState(request, self._free_slots.pop())
-        segments, wants, token_ids, owners = [], [], [], []
+        segments: list[Segment] = []
+        wants: list[Want] = []
+        token_ids: list[int] = []
+        owners: list[int] = []
         budget = self.limits.chunk_tokens
         for state in self._running.values():
             is_prefill = state.num_sent < len(state.request.prompt_ids)

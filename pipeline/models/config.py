@@ -1,5 +1,6 @@
 """What a model directory's config.json says, checked; field names are config.json's keys."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,13 +122,22 @@ class _LlamaJson(_Json):
     tie_word_embeddings: bool = False
 
 
-def load_config(model_dir: Path) -> ModelConfig:
+def load_config(model_dir: Path, expected_hash: str | None = None) -> ModelConfig:
     """Read `model_dir`/config.json, with the end tokens of generation_config.json if there is one.
+
+    `expected_hash`: SHA-256 of config.json as hex, held against the very bytes that are used, so
+    that a host cannot show one file and serve another.
 
     Raises ModelError naming the file, the field and the value that cannot be served.
     """
     path = model_dir / CONFIG_FILE
-    fields = _read_json(path, missing=f"no {CONFIG_FILE} in {model_dir}: is it a model directory?")
+    raw = _read_config(model_dir)
+    if expected_hash is not None and hashlib.sha256(raw).hexdigest() != expected_hash:
+        raise ModelError(
+            f"{path} has SHA-256 {hashlib.sha256(raw).hexdigest()}, the manifest pins "
+            f"{expected_hash}: fetch the model again, or plan a manifest for this one"
+        )
+    fields = _parse_json(path, raw)
     generation_path = model_dir / GENERATION_CONFIG_FILE
     generation = _read_json(generation_path) if generation_path.is_file() else {}
     try:
@@ -149,7 +159,21 @@ def load_config(model_dir: Path) -> ModelConfig:
         ) from error
 
 
-def _read_json(path: Path, missing: str = "") -> dict[str, Any]:
+def hash_config(model_dir: Path) -> str:
+    """SHA-256 of config.json as hex, what `load_config` compares. Raises ModelError."""
+    return hashlib.sha256(_read_config(model_dir)).hexdigest()
+
+
+def _read_config(model_dir: Path) -> bytes:
+    missing = f"no {CONFIG_FILE} in {model_dir}: is it a model directory?"
+    return _read_bytes(model_dir / CONFIG_FILE, missing)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _parse_json(path, _read_bytes(path))
+
+
+def _read_bytes(path: Path, missing: str = "") -> bytes:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)
@@ -157,6 +181,10 @@ def _read_json(path: Path, missing: str = "") -> dict[str, Any]:
         raise ModelError(missing or f"cannot read {path}: {error.strerror}") from error
     if len(raw) > MAX_CONFIG_BYTES:
         raise ModelError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: not a configuration")
+    return raw
+
+
+def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(raw)
     except (ValueError, RecursionError) as error:

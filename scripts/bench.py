@@ -1,0 +1,203 @@
+"""Measure decode latency of split pipelines beside one process, round by round.
+
+Every round runs each arrangement once, so that the machine's mood is shared; ratios are taken
+within a round and the medians over rounds are printed.
+"""
+
+import argparse
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from time import perf_counter_ns
+
+import trio
+
+from pipeline.drive import LocalPipeline, drive
+from pipeline.engine.latency import LatencyLog, percentile
+from pipeline.engine.request import Request
+from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.tokenizer import Tokenizer
+from pipeline.errors import PipelineError
+from pipeline.manifest import Manifest, dump_manifest
+from pipeline.models.config import load_config
+from pipeline.models.registry import load_shard
+from pipeline.models.runtime import set_num_threads
+from pipeline.orchestrator import PipelineOptions, open_pipeline
+from pipeline.plan import PlanOptions, plan
+from pipeline.stage import SessionLimits, StageCore
+from pipeline.tensors import ACTIVATION_DTYPES
+from pipeline.trust import DevTrust
+from transport.attestation.dev import default_directory
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "The history of the printing press begins in the workshops of Mainz, where"
+LOCAL = "one process"
+
+
+def free_base_port(count: int) -> int:
+    for base in range(33000, 60000, 100):
+        try:
+            sockets = [socket.create_server(("127.0.0.1", base + i)) for i in range(count)]
+        except OSError:
+            continue
+        for sock in sockets:
+            sock.close()
+        return base
+    raise SystemExit("bench: no free loopback ports")
+
+
+def local_pipeline(model_dir: Path, manifest: Manifest, limits: Limits) -> LocalPipeline:
+    config = load_config(model_dir)
+    shard = load_shard(model_dir, config, 0, config.num_layers, expected_hashes=None)
+    spec = manifest.activation_spec
+    session = SessionLimits(
+        limits.num_slots,
+        limits.max_seq_len,
+        limits.max_step_tokens,
+        spec.hidden_dim,
+        ACTIVATION_DTYPES[spec.dtype],
+    )
+    return LocalPipeline([StageCore(shard, session)])
+
+
+@asynccontextmanager
+async def workers(nursery, directory: Path, model_dir: Path, num_stages: int, threads: int):
+    base_port = free_base_port(10 * num_stages + 2)
+    manifest = plan(model_dir, PlanOptions(num_stages, base_port=base_port))
+    path = directory / f"{num_stages}.json"
+    path.write_text(dump_manifest(manifest))
+    processes = []
+    for idx in range(num_stages):
+        command = [
+            Path(sys.executable).with_name("stage-worker"),
+            "--manifest", path, "--stage-idx", str(idx), "--model-dir", model_dir,
+            "--threads", str(threads), "--dev",
+        ]  # fmt: skip
+        log = (directory / f"{num_stages}-{idx}.log").open("wb")
+        processes.append(
+            await nursery.start(
+                lambda command=command, log=log, **kwargs: trio.run_process(
+                    command, stdout=log, stderr=log, check=False, **kwargs
+                )
+            )
+        )
+    try:
+        yield manifest
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+async def measure(pipeline, prompt_ids, num_tokens: int, limits: Limits) -> LatencyLog:
+    scheduler, log = Scheduler(limits), LatencyLog()
+    scheduler.submit(Request(0, prompt_ids, num_tokens))
+    last = perf_counter_ns()
+
+    def on_token(event, timings):
+        nonlocal last
+        now = perf_counter_ns()
+        log.add(event.token_id, now - last, timings)
+        last = now
+
+    await drive(pipeline, scheduler, on_token)
+    return log
+
+
+async def run(args: argparse.Namespace) -> dict[str, list[LatencyLog]]:
+    tokenizer = Tokenizer(args.model_dir / "tokenizer.json")
+    prompt_ids = tokenizer.encode(PROMPT)
+    limits = Limits(num_slots=1, max_seq_len=len(prompt_ids) + args.tokens)
+    logs: dict[str, list[LatencyLog]] = {LOCAL: []}
+    async with AsyncExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        manifests = {
+            count: await stack.enter_async_context(
+                workers(nursery, directory, args.model_dir, count, args.threads)
+            )
+            for count in args.stages
+        }
+        local = local_pipeline(args.model_dir, next(iter(manifests.values())), limits)
+        for round_idx in range(args.rounds + 1):
+            results = {LOCAL: await measure(local, prompt_ids, args.tokens, limits)}
+            for count, manifest in manifests.items():
+                trust = DevTrust.create(manifest, default_directory(os.environ))
+                options = PipelineOptions(limits, connect_seconds=60)
+                async with open_pipeline(manifest, trust, options, lambda line: None) as pipeline:
+                    name = f"{count} stage{'s' if count > 1 else ''}, encrypted"
+                    results[name] = await measure(pipeline, prompt_ids, args.tokens, limits)
+            expected = results[LOCAL].token_ids
+            if any(log.token_ids != expected for log in results.values()):
+                raise SystemExit("bench: the arrangements do not agree on the tokens")
+            print(f"round {round_idx} of {args.rounds}", file=sys.stderr)
+            if round_idx:  # the first one warms up
+                for name, log in results.items():
+                    logs.setdefault(name, []).append(log)
+    return logs
+
+
+def table(logs: dict[str, list[LatencyLog]]) -> str:
+    lines = [
+        "| arrangement | TTFT ms | avg ms/token | p50 | p95 | tokens/s | ms/token over one process |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    medians = {
+        name: [statistics.median(log.latencies_ms) for log in rounds]
+        for name, rounds in logs.items()
+    }
+    for name, rounds in logs.items():
+        pooled = [latency for log in rounds for latency in log.latencies_ms]
+        mean = statistics.fmean(pooled)
+        ratios = [mine / base for mine, base in zip(medians[name], medians[LOCAL], strict=True)]
+        ttft = statistics.median(log.prompt_ms for log in rounds)
+        lines.append(
+            f"| {name} | {ttft:.1f} | {mean:.2f} | {percentile(pooled, 0.5):.2f} "
+            f"| {percentile(pooled, 0.95):.2f} | {1e3 / mean:.1f} "
+            f"| {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) |"
+        )
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"],
+        capture_output=True, text=True, check=False,
+    ).stdout.strip()  # fmt: skip
+    return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, commit {commit or '?'}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.sh", description=__doc__)
+    parser.add_argument("--model-dir", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--stages", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3]
+    )
+    args = parser.parse_args()
+    if min(args.rounds, args.tokens - 1, args.threads, *args.stages) < 1:
+        parser.error("--rounds, --threads and --stages start at 1, --tokens at 2")
+    set_num_threads(args.threads)
+    try:
+        logs = trio.run(run, args)
+    except* PipelineError as group:
+        raise SystemExit(f"bench: {group.exceptions[0]}") from None
+    print(f"{machine()}; {args.model_dir.name}, float32, {args.threads} threads a step;")
+    print(f"medians of {args.rounds} interleaved rounds of {args.tokens} tokens\n")
+    print(table(logs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""A tiny model and real processes."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A random 4-layer Llama with a byte-level tokenizer, as a Hugging Face directory."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        eos_token_id=255,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def free_base_port(count):
+    for base in range(21000 + os.getpid() % 1000 * 10, 60000, 100):
+        sockets = []
+        try:
+            for port in range(base, base + count):
+                sockets.append(socket.create_server(("127.0.0.1", port)))
+        except OSError:
+            continue
+        finally:
+            for sock in sockets:
+                sock.close()
+        return base
+    raise AssertionError("no free ports")
+
+
+class Cluster:
+    """Workers and orchestrators of one manifest, as real processes."""
+
+    def __init__(self, directory, model_dir, environment):
+        self.directory = directory
+        self.model_dir = model_dir
+        self.environment = environment
+        self.manifest = directory / "manifest.json"
+        self.workers = {}
+
+    def plan(self, stages):
+        self.base_port = free_base_port(10 * stages + 2)
+        result = self.orch_command(
+            "plan", "--model-dir", self.model_dir, "--stages", str(stages),
+            "--base-port", str(self.base_port), "-o", self.manifest,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+
+    def edit(self, change, path=None):
+        raw = json.loads(self.manifest.read_text())
+        change(raw)
+        path = path or self.manifest
+        path.write_text(json.dumps(raw))
+        return path
+
+    def start_worker(self, idx, *extra, manifest=None):
+        log = self.directory / f"stage{idx}.log"
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                [BIN / "stage-worker", "--manifest", manifest or self.manifest,
+                 "--stage-idx", str(idx), "--model-dir", self.model_dir, "--dev", *extra],
+                stdout=file, stderr=file, env=self.environment,
+            )  # fmt: skip
+        self.workers[idx] = process
+        return process
+
+    def log(self, idx):
+        return (self.directory / f"stage{idx}.log").read_text()
+
+    def wait_for_log(self, idx, text, count=1):
+        for _ in range(600):
+            if self.log(idx).count(text) >= count:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"stage {idx} never logged {text!r}: {self.log(idx)}")
+
+    def worker(self, *arguments):
+        return self._run(BIN / "stage-worker", *arguments)
+
+    def orch_command(self, *arguments):
+        return self._run(BIN / "pipeline-orch", *arguments)
+
+    def arguments(self, text="Hello there", *extra):
+        return [
+            "--manifest", self.manifest, "--tokenizer", self.model_dir / "tokenizer.json",
+            "--text", text, "--dev", *extra,
+        ]  # fmt: skip
+
+    def orch(self, text="Hello there", *extra):
+        return self.orch_command(*self.arguments(text, *extra))
+
+    def start_orch(self, text="Hello there", *extra):
+        return subprocess.Popen(
+            [BIN / "pipeline-orch", *self.arguments(text, *extra)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment,
+        )  # fmt: skip
+
+    def _run(self, *command):
+        return subprocess.run(
+            command, capture_output=True, text=True, env=self.environment, timeout=90
+        )
+
+    def stop(self):
+        for process in self.workers.values():
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+        for process in self.workers.values():
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise AssertionError("a worker did not end on SIGTERM") from None
+
+
+@pytest.fixture
+def cluster(tmp_path, tiny_model):
+    model_dir = tmp_path / "model"
+    shutil.copytree(tiny_model, model_dir)
+    environment = {**os.environ, "VEILPIPE_DEV_DIR": str(tmp_path / "dev")}
+    cluster = Cluster(tmp_path, model_dir, environment)
+    yield cluster
+    cluster.stop()

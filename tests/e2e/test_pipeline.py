@@ -1,0 +1,148 @@
+"""Real processes: the text is right, the same for every split, and nothing is left behind."""
+
+import json
+import signal
+import time
+
+import pytest
+
+
+def expected_text(model_dir, prompt, num_tokens):
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    ids = tokenizer.encode(prompt).ids
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    output = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return output[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_a_pipeline_generates_what_one_reference_process_does(cluster, stages):
+    cluster.plan(stages)
+    for idx in range(stages):
+        cluster.start_worker(idx)
+    out = cluster.directory / "latency.json"
+    result = cluster.orch("Hello there", "--max-tokens", "30", "--latency-out", out, "--ignore-eos")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(out.read_text())
+    assert record["token_ids"] == expected_text(cluster.model_dir, "Hello there", 30)
+    assert result.stdout.startswith("Hello there")
+    assert len(record["latencies_ms"]) == 29
+    assert record["prompt_ms"] > 0
+    assert [len(token) for token in record["stages"]] == [stages] * 30
+    for token in record["stages"]:
+        assert all(timing["compute_ms"] > 0 and timing["wire_ms"] > 0 for timing in token)
+    assert "tokens/s" in result.stderr
+
+
+def test_a_worker_serves_one_orchestrator_after_another(cluster):
+    cluster.plan(2)
+    cluster.start_worker(0)
+    cluster.start_worker(1)
+    runs = [cluster.orch("Same prompt", "--max-tokens", "12") for _ in range(3)]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert len({run.stdout for run in runs}) == 1
+
+
+def test_once_ends_the_workers_with_the_first_session(cluster):
+    cluster.plan(2)
+    workers = [cluster.start_worker(idx, "--once") for idx in range(2)]
+    assert cluster.orch("Hi", "--max-tokens", "3").returncode == 0
+    assert [worker.wait(5) for worker in workers] == [0, 0]
+
+
+def test_addresses_can_be_overridden_so_that_a_relay_can_sit_between(cluster):
+    cluster.plan(2)
+    port = cluster.base_port
+    # Stage 0 sends to an address the manifest does not know, where stage 1 listens.
+    cluster.start_worker(0, "--data-out-target", f"127.0.0.1:{port + 15}")
+    cluster.start_worker(1, "--data-in-listen", f"127.0.0.1:{port + 15}",
+                         "--data-out-target", f"127.0.0.1:{port + 16}")  # fmt: skip
+    result = cluster.orch("Hi", "--max-tokens", "3", "--data-out-listen", f"127.0.0.1:{port + 16}")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_second_orchestrator_is_told_that_the_stage_is_busy(cluster):
+    cluster.plan(1)
+    cluster.start_worker(0)
+    first = cluster.start_orch("Hi", "--max-tokens", "4000", "--ignore-eos")
+    first.stdout.read(20)
+    second = cluster.orch("Hi", "--data-out-listen", "127.0.0.1:0", "--max-tokens", "3")
+    assert second.returncode == 1
+    assert "another orchestrator is connected" in second.stderr
+    first.send_signal(signal.SIGINT)
+    assert first.wait(5) == 130
+    first.stdout.close()
+    first.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_every_process_within_seconds(cluster, number):
+    cluster.plan(2)
+    workers = [cluster.start_worker(idx) for idx in range(2)]
+    orch = cluster.start_orch("Hi", "--max-tokens", "4000", "--ignore-eos")
+    orch.stdout.read(20)
+    started = time.monotonic()
+    for process in (orch, *workers):
+        process.send_signal(number)
+    assert orch.wait(5) == 128 + number
+    assert [worker.wait(5) for worker in workers] == [0, 0]
+    assert time.monotonic() - started < 5
+    assert b"Traceback" not in orch.stderr.read()
+    orch.stdout.close()
+    orch.stderr.close()
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_killed_stage_is_named_and_the_others_serve_on(cluster, victim):
+    cluster.plan(3)
+    for idx in range(3):
+        cluster.start_worker(idx)
+    orch = cluster.start_orch("Hi", "--max-tokens", "4000", "--ignore-eos")
+    orch.stdout.read(20)
+    cluster.workers[victim].kill()
+    started = time.monotonic()
+    _, stderr = orch.communicate(timeout=10)
+    assert time.monotonic() - started < 2
+    assert orch.returncode == 1
+    assert f"stage {victim} is lost" in stderr.decode()
+    assert len([line for line in stderr.decode().splitlines() if "error:" in line]) == 1
+    for idx in {0, 1, 2} - {victim}:
+        cluster.wait_for_log(idx, "event=session_")
+        assert cluster.workers[idx].poll() is None
+    cluster.start_worker(victim)
+    again = cluster.orch("Hi", "--max-tokens", "3")
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_prompt_of_many_chunks_gives_the_reference_tokens(cluster):
+    cluster.plan(2)
+    cluster.start_worker(0)
+    cluster.start_worker(1)
+    prompt = "All work and no play makes a dull pipeline. " * 30
+    out = cluster.directory / "latency.json"
+    result = cluster.orch(prompt, "--max-tokens", "8", "--latency-out", out, "--ignore-eos")
+    assert result.returncode == 0, result.stderr
+    reference = expected_text(cluster.model_dir, prompt, 8)
+    assert json.loads(out.read_text())["token_ids"] == reference
+
+
+def test_logs_and_errors_never_hold_the_prompt(cluster):
+    cluster.plan(2)
+    cluster.start_worker(0, "--verbose")
+    cluster.start_worker(1, "--verbose")
+    result = cluster.orch("xylophone zebra", "--max-tokens", "5", "--verbose")
+    assert result.returncode == 0, result.stderr
+    for text in (result.stderr, cluster.log(0), cluster.log(1)):
+        assert "xylophone" not in text
+        assert "zebra" not in text

@@ -1,0 +1,130 @@
+import random
+
+import pytest
+
+from pipeline.engine.request import FinishReason, Request
+from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.errors import MessageError, PromptError
+from pipeline.messages import StepKind, Want
+
+
+def run(scheduler, token_of, order=None):
+    """Drive a scheduler to its end against a model that is a function of what a slot has seen."""
+    slots, events, in_flight = {}, [], []
+    while scheduler.has_work:
+        while (step := scheduler.next_step()) is not None:
+            in_flight.append(step)
+        step = in_flight.pop(0)
+        header, token_ids, offset = step.header, [], 0
+        for segment, want in zip(header.segments, header.wants, strict=True):
+            seen = slots.setdefault(segment.slot, [])
+            if header.kind is StepKind.CLEAR:
+                seen.clear()
+                continue
+            assert segment.position == len(seen), "a slot's tokens must arrive in order"
+            seen += step.token_ids[offset : offset + segment.num_tokens]
+            offset += segment.num_tokens
+            if want is Want.TOKEN:
+                token_ids.append(token_of(seen))
+        assert header.num_tokens == len(step.token_ids) <= scheduler.limits.max_step_tokens
+        events += scheduler.complete(header, token_ids)
+    assert all(not seen for seen in slots.values()), "every slot ends cleared"
+    return events
+
+
+def solo(request, token_of, max_seq_len=10_000):
+    scheduler = Scheduler(Limits(1, max_seq_len))
+    scheduler.submit(request)
+    return [event.token_id for event in run(scheduler, token_of)]
+
+
+def checksum(seen):
+    return (sum(seen) * 31 + len(seen)) % 1000
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 7, 100])
+def test_chunking_changes_nothing_but_the_number_of_steps(chunk_tokens):
+    request = Request(1, tuple(range(10)), 5)
+    scheduler = Scheduler(Limits(1, 100, chunk_tokens))
+    scheduler.submit(request)
+    tokens = [event.token_id for event in run(scheduler, checksum)]
+    assert tokens == solo(request, checksum)
+    assert len(tokens) == 5
+
+
+def test_a_long_prompts_chunks_are_under_way_together():
+    scheduler = Scheduler(Limits(1, 100, chunk_tokens=4, max_in_flight=3))
+    scheduler.submit(Request(1, tuple(range(20)), 1))
+    steps = [scheduler.next_step() for _ in range(4)]
+    assert [step and step.header.num_tokens for step in steps] == [4, 4, 4, None]
+
+
+def test_a_request_ends_at_eos_and_reports_it():
+    scheduler = Scheduler(Limits(1, 100))
+    scheduler.submit(Request(1, (1, 2), 50, frozenset({7})))
+    events = run(scheduler, lambda seen: 7 if len(seen) == 4 else 3)
+    assert [event.token_id for event in events] == [3, 3, 7]
+    assert [event.finish for event in events] == [None, None, FinishReason.EOS]
+
+
+def test_a_request_ends_where_the_context_does():
+    scheduler = Scheduler(Limits(1, 8))
+    scheduler.submit(Request(1, (1, 2, 3, 4, 5), 50))
+    events = run(scheduler, checksum)
+    # Positions 0..7 hold the prompt and three tokens; a fourth needs no position of its own.
+    assert len(events) == 4
+    assert events[-1].finish is FinishReason.CONTEXT
+
+
+@pytest.mark.parametrize("length", [0, 8, 9])
+def test_a_prompt_that_cannot_fit_is_refused_at_once(length):
+    scheduler = Scheduler(Limits(1, 8))
+    with pytest.raises(PromptError):
+        scheduler.submit(Request(1, tuple(range(length)), 1))
+    assert not scheduler.has_work
+
+
+def test_requests_do_not_see_each_other_whatever_the_slots_and_chunks():
+    rng = random.Random(7)
+    for _ in range(50):
+        limits = Limits(rng.randint(1, 4), 64, rng.randint(1, 16), rng.randint(1, 4))
+        scheduler = Scheduler(limits)
+        requests = [
+            Request(
+                i,
+                tuple(rng.randrange(100) for _ in range(rng.randint(1, 40))),
+                rng.randint(1, 12),
+                frozenset({rng.randrange(1000)}),
+            )
+            for i in range(rng.randint(1, 9))
+        ]
+        for request in requests:
+            scheduler.submit(request)
+        events = run(scheduler, checksum)
+        for request in requests:
+            mine = [e.token_id for e in events if e.request_id == request.request_id]
+            assert mine == solo(request, checksum, 64)
+
+
+def test_an_answer_that_is_not_due_is_refused():
+    scheduler = Scheduler(Limits(1, 100))
+    scheduler.submit(Request(1, (1,), 2))
+    step = scheduler.next_step()
+    with pytest.raises(MessageError, match="expected 1"):
+        scheduler.complete(step.header, [])
+    scheduler.complete(step.header, [5])
+    with pytest.raises(MessageError, match="not due"):
+        scheduler.complete(step.header, [5])
+
+
+def test_a_slot_is_reused_only_after_its_clear_has_come_back():
+    scheduler = Scheduler(Limits(1, 100))
+    scheduler.submit(Request(1, (1,), 1))
+    scheduler.submit(Request(2, (2,), 1))
+    first = scheduler.next_step()
+    scheduler.complete(first.header, [5])
+    clear = scheduler.next_step()
+    assert clear.header.kind is StepKind.CLEAR
+    assert scheduler.next_step() is None
+    scheduler.complete(clear.header, [])
+    assert scheduler.next_step().owners == (2,)

@@ -1,0 +1,146 @@
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import MessageError
+from pipeline.messages import (
+    MAX_CONTROL_BYTES,
+    Abort,
+    Done,
+    Failure,
+    Health,
+    Healthy,
+    Init,
+    Ready,
+    Shutdown,
+    StageTiming,
+    Start,
+    StepHeader,
+    StepKind,
+    Want,
+    decode_message,
+    decode_step,
+    encode_message,
+    encode_step,
+)
+from pipeline.models.batch import Segment
+
+INIT = Init(
+    epoch=bytes(16),
+    manifest_hash=bytes(32),
+    stage_idx=1,
+    activation_dtype="F32",
+    hidden_dim=576,
+    max_seq_len=2048,
+    num_slots=4,
+    max_step_tokens=516,
+    data_out="127.0.0.1:9011",
+    upstream_measurements={0: b"\1" * 48},
+    downstream_measurements={},
+)
+MESSAGES = [
+    INIT,
+    Ready(
+        stage_idx=1, weight_bytes=1, kv_bytes=2, precision="float32", num_threads=1, device="cpu"
+    ),
+    Health(sequence=1),
+    Healthy(sequence=1, num_requests=2, num_steps=3),
+    Start(request_id=1, slot=0),
+    Done(request_id=1),
+    Abort(request_id=1),
+    Failure(code="busy", detail="x"),
+    Shutdown(),
+]
+HEADER = StepHeader(
+    StepKind.STEP,
+    7,
+    (Segment(0, 5, 1), Segment(3, 0, 9)),
+    (Want.TOKEN, Want.NOTHING),
+    (StageTiming(1, 2, 3),),
+)
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.type)
+def test_a_control_message_survives_the_wire(message):
+    assert decode_message(encode_message(message)) == message
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.type)
+def test_every_truncated_control_message_is_refused(message):
+    data = encode_message(message)
+    for length in range(len(data)):
+        with pytest.raises(MessageError):
+            decode_message(data[:length])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epoch", bytes(15)),
+        ("manifest_hash", b""),
+        ("stage_idx", -1),
+        ("stage_idx", "1"),
+        ("num_slots", 0),
+        ("num_slots", 1 << 40),
+        ("upstream_measurements", {32: b"\1" * 48}),
+        ("upstream_measurements", {0: b"\1" * 47}),
+        ("data_out", "x" * 2000),
+        ("surprise", 1),
+        ("type", "initialise"),
+    ],
+)
+def test_a_field_out_of_range_is_refused(field, value):
+    with pytest.raises(MessageError):
+        decode_message(msgpack.packb({**INIT.model_dump(), field: value}))
+
+
+def test_a_control_message_over_the_limit_is_refused():
+    with pytest.raises(MessageError, match="limit"):
+        decode_message(bytes(MAX_CONTROL_BYTES + 1))
+
+
+@given(st.binary(max_size=512))
+def test_any_bytes_are_a_control_message_or_a_message_error(data):
+    try:
+        decode_message(data)
+    except MessageError:
+        pass
+
+
+def test_deep_nesting_is_refused():
+    with pytest.raises(MessageError):
+        decode_message(b"\x91" * 10_000)
+
+
+def test_a_step_header_survives_the_wire():
+    assert decode_step(encode_step(HEADER)) == HEADER
+    longer = HEADER.with_timing(StageTiming(4, 5, 6))
+    assert decode_step(encode_step(longer)).timings[-1] == StageTiming(4, 5, 6)
+    assert HEADER.num_tokens == 10
+
+
+def test_every_truncated_or_padded_step_header_is_refused():
+    data = encode_step(HEADER)
+    for wrong in [data[:length] for length in range(len(data))] + [data + b"\0"]:
+        with pytest.raises(MessageError):
+            decode_step(wrong)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value"), [(0, 2), (1, 0), (1, 9), (6, 1), (16 + 12, 7)], ids=str
+)
+def test_a_step_header_with_an_unknown_value_is_refused(offset, value):
+    data = bytearray(encode_step(HEADER))
+    data[offset] = value
+    with pytest.raises(MessageError):
+        decode_step(bytes(data))
+
+
+@given(st.binary(max_size=256))
+def test_any_bytes_are_a_step_header_or_a_message_error(data):
+    try:
+        header = decode_step(data)
+    except MessageError:
+        return
+    assert encode_step(header) == data
