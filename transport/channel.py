@@ -1,7 +1,6 @@
 """The trio shell: a SecureChannel of frames over a connected socket, and how to make one."""
 
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import trio
@@ -96,11 +95,11 @@ class SecureChannel(trio.abc.Channel[Frame]):
             raise trio.BusyResourceError("another task is sending on this channel")
         if wire.is_closed:
             raise trio.ClosedResourceError("this channel is closed")
-        chunks = self._sender.chunks(frame)
         self._is_sending = True
         try:
-            await wire.turn()  # cancelled here, nothing has been sealed
-            await self._send_whole(chunks)
+            await wire.turn()  # cancelled here, or with a misused frame, nothing has been sealed
+            data, pieces = self._sender.begin(frame)
+            await self._send_whole(data, pieces)
         finally:
             self._is_sending = False
         self._frames_sent += 1
@@ -111,29 +110,19 @@ class SecureChannel(trio.abc.Channel[Frame]):
         Raises: trio.EndOfChannel after the peer's close, ConnectionLost where the connection ends
         without one, RecordError, FrameError, trio.BusyResourceError, trio.ClosedResourceError.
         """
-        receiver = self._receiver
         if self._is_receiving:
             raise trio.BusyResourceError("another task is receiving on this channel")
         if self._wire.is_closed:
             raise trio.ClosedResourceError("this channel is closed")
-        await self._wire.turn()  # cancelled here, whatever has arrived stays for the next call
         self._is_receiving = True
         try:
-            while (frame := receiver.next_frame_untrusted()) is None:
-                if receiver.is_ended:
-                    raise trio.EndOfChannel
-                receiver.wrote(await self._wire.receive_some(receiver.space()))
-        except trio.EndOfChannel:
-            raise
-        except trio.Cancelled:
-            if not receiver.is_between_frames:
-                self._wire.close()
-            raise
-        except BaseException:
-            self._wire.close()
-            raise
+            if not self._receiver.is_between_frames:
+                await self._wire.turn()  # cancelled here, what has arrived stays for later
+            frame = await self._receive_whole()
         finally:
             self._is_receiving = False
+        if frame is None:
+            raise trio.EndOfChannel
         self._frames_received += 1
         return frame
 
@@ -154,14 +143,36 @@ class SecureChannel(trio.abc.Channel[Frame]):
         finally:
             self._wire.close()
 
-    async def _send_whole(self, chunks: Iterator[memoryview]) -> None:
+    async def _send_whole(self, data: memoryview, pieces: list[memoryview]) -> None:
+        wire = self._wire
         try:
-            for chunk in chunks:
-                await self._wire.send_all(chunk)
+            if (num_sent := wire.try_send(data)) < len(data):
+                await wire.send_all(data[num_sent:])
+            for piece in pieces:
+                await wire.send_all(self._sender.seal_piece(piece))
         except BaseException:
             # Half a record must never be followed by another: the channel ends here.
-            self._wire.close()
+            wire.close()
             raise
+
+    async def _receive_whole(self) -> Frame | None:
+        wire, receiver = self._wire, self._receiver
+        has_waited = False
+        try:
+            while (frame := receiver.next_frame_untrusted()) is None and not receiver.is_ended:
+                num_received = wire.try_receive(receiver.space())
+                receiver.wrote(num_received)
+                if num_received == 0:
+                    await wire.wait_readable()
+                elif not has_waited:
+                    await wire.turn()
+                has_waited = num_received == 0
+        except BaseException as error:
+            is_idle = isinstance(error, trio.Cancelled) and receiver.is_between_frames
+            if not is_idle:
+                wire.close()
+            raise
+        return frame
 
 
 async def connect_channel(

@@ -5,7 +5,7 @@ A frame's head (kind, tensor specs, opaque header) is one FRAME record. Where he
 straight into the storage it is handed out from. Which of the two is decided by the sizes alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
@@ -32,6 +32,8 @@ MAX_DIMS = 8
 _HEAD = Struct(">BBI")  # kind, number of tensors, header bytes
 _SPEC = Struct(">BB")  # dtype, number of dimensions
 _DIMS = [Struct(f">{num_dims}I") for num_dims in range(MAX_DIMS + 1)]
+# Members of an enumeration are slow to look up, and these are needed for every record.
+FRAME, BODY, REKEY, CLOSE = RecordKind.FRAME, RecordKind.BODY, RecordKind.REKEY, RecordKind.CLOSE
 _PADDING = [bytes(num_bytes) for num_bytes in range(ALIGNMENT)]
 
 
@@ -109,15 +111,17 @@ class FrameLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """A parsed FRAME record, before its tensors are looked at."""
+class Layout:
+    """All that the fixed part of a head says; from token to token it is the same."""
 
     kind: FrameKind
-    header: bytes
     specs: tuple[TensorSpec, ...]
-    num_bytes: int  # of the head itself
-    tensor_bytes: int
-    inline_bytes: int | None  # of head and aligned tensors together; None where they follow
+    header_start: int
+    header_stop: int
+    is_inline: bool
+    record_bytes: int  # of the FRAME record's plaintext
+    places: tuple[tuple[int, int], ...]  # of each tensor in its storage
+    storage_bytes: int
 
 
 def encode_frame(frame: Frame) -> tuple[bytes, list[memoryview]]:
@@ -130,9 +134,12 @@ def encode_frame(frame: Frame) -> tuple[bytes, list[memoryview]]:
             f"not {len(header)} and {len(tensors)}"
         )
     parts: list[bytes | memoryview] = [_HEAD.pack(frame.kind, len(tensors), len(header))]
-    parts += [_encode_spec(tensor) for tensor in tensors]
+    size = _HEAD.size + len(header)
+    for tensor in tensors:
+        spec = _encode_spec(tensor)
+        parts.append(spec)
+        size += len(spec)
     parts.append(header)
-    size = sum(map(len, parts))
     num_head_parts = len(parts)
     for tensor in tensors:
         padding = -size % ALIGNMENT
@@ -161,8 +168,8 @@ def _pieces(tensors: tuple[Tensor, ...]) -> list[memoryview]:
     ]
 
 
-def decode_head_untrusted(plain: memoryview, limits: FrameLimits) -> Head:
-    """Parse and check the head of a FRAME record. Raises: FrameError."""
+def decode_layout_untrusted(plain: memoryview, limits: FrameLimits) -> Layout:
+    """Parse the fixed part of a FRAME record and hold it to the limits. Raises: FrameError."""
     try:
         number, num_tensors, header_bytes = _HEAD.unpack_from(plain)
         if num_tensors > limits.max_tensors or header_bytes > limits.max_header_bytes:
@@ -170,29 +177,26 @@ def decode_head_untrusted(plain: memoryview, limits: FrameLimits) -> Head:
                 f"a frame with {num_tensors} tensors and {header_bytes} header bytes; "
                 f"this channel takes {limits.max_tensors} and {limits.max_header_bytes}"
             )
-        specs, position = _decode_specs(plain, num_tensors)
+        specs, header_start = _decode_specs(plain, num_tensors)
         kind = _FRAME_KINDS[number]
     except (StructError, KeyError, IndexError) as error:
         raise FrameError("the head of a frame is malformed") from error
-    head_bytes = position + header_bytes
-    inline_bytes = head_bytes
-    tensor_bytes = 0
-    for spec in specs:
-        num_bytes = spec.nbytes
-        tensor_bytes += num_bytes
-        inline_bytes += -inline_bytes % ALIGNMENT + num_bytes
+    tensor_bytes = sum(spec.nbytes for spec in specs)
     if tensor_bytes > limits.max_tensor_bytes:
         raise FrameError(
             f"a frame with {tensor_bytes} tensor bytes; this channel takes "
             f"{limits.max_tensor_bytes}"
         )
+    header_stop = header_start + header_bytes
+    places, inline_bytes = _places(specs, header_stop)
     is_inline = inline_bytes <= INLINE_BYTES
-    if len(plain) != (inline_bytes if is_inline else head_bytes):
-        raise FrameError(f"a FRAME record has {len(plain)} bytes, but not the size it declares")
-    header = bytes(plain[position:head_bytes])
-    if limits.check is not None:
-        limits.check(header, specs)
-    return Head(kind, header, specs, head_bytes, tensor_bytes, inline_bytes if is_inline else None)
+    storage_bytes = inline_bytes
+    if not is_inline:
+        places, storage_bytes = _places(specs, 0)
+    record_bytes = inline_bytes if is_inline else header_stop
+    return Layout(
+        kind, specs, header_start, header_stop, is_inline, record_bytes, places, storage_bytes
+    )
 
 
 def _decode_specs(plain: memoryview, num_tensors: int) -> tuple[tuple[TensorSpec, ...], int]:
@@ -205,6 +209,16 @@ def _decode_specs(plain: memoryview, num_tensors: int) -> tuple[tuple[TensorSpec
         specs.append(TensorSpec(_DTYPES[dtype], shape))
         position += _SPEC.size + dims.size
     return tuple(specs), position
+
+
+def _places(specs: tuple[TensorSpec, ...], end: int) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Lay tensors out one after the other, aligned, behind `end`."""
+    places = []
+    for spec in specs:
+        start = end + -end % ALIGNMENT
+        end = start + spec.nbytes
+        places.append((start, end))
+    return tuple(places), end
 
 
 class Arena:
@@ -241,6 +255,8 @@ class FrameReceiver:
         self._limits = limits
         self._arena = Arena()
         self._body: _Body | None = None
+        self._fixed = b""  # the last head's fixed part, and what it says
+        self._layout: Layout | None = None
         self.is_ended = False
 
     @property
@@ -257,47 +273,51 @@ class FrameReceiver:
             record = self._reader.ready_untrusted()
             if record is None:
                 return None
-            frame = self._take_record(record)
+            if self._body is not None and record.kind is BODY:
+                frame = self._take_piece(record, self._body)
+            elif self._body is None and record.kind is FRAME:
+                frame = self._take_head(record)
+            else:
+                self._take_empty(record)
+                continue
             if frame is not None:
                 return frame
         return None
 
-    def _take_record(self, record: RecordHeader) -> Frame | None:
-        kind = record.kind
-        body = self._body
-        if kind is RecordKind.REKEY:
-            self._reader.open_into(self._arena.range(0, 0, 0))
-            return None
-        if body is not None:
-            if kind is not RecordKind.BODY:
-                raise FrameError(f"a {kind.name} record inside a frame")
-            return self._take_piece(record, body)
-        if kind is RecordKind.FRAME:
-            return self._take_head(record)
-        if kind is RecordKind.CLOSE:
-            self._reader.open_into(self._arena.range(0, 0, 0))
-            self.is_ended = True
-            return None
-        raise FrameError(f"a {kind.name} record between frames")
+    def _take_empty(self, record: RecordHeader) -> None:
+        """Take REKEY anywhere, CLOSE between frames, nothing else."""
+        if record.kind is not REKEY and (record.kind is not CLOSE or self._body is not None):
+            place = "between frames" if self._body is None else "inside a frame"
+            raise FrameError(f"a {record.kind.name} record {place}")
+        self._reader.open_into(self._arena.range(0, 0, 0))
+        self.is_ended = record.kind is CLOSE
 
     def _take_head(self, record: RecordHeader) -> Frame | None:
         num_bytes = record.plaintext_bytes
         plain = self._arena.range(0, num_bytes, num_bytes)
         self._reader.open_into(plain)
-        head = decode_head_untrusted(plain, self._limits)
-        if head.inline_bytes is None:
-            self._body = _Body(head)
-            return self._finish(self._body) if self._body.advance() else None
-        tensors = []
-        position = head.num_bytes
-        for spec in head.specs:
-            padding = -position % ALIGNMENT
-            if plain[position : position + padding] != _PADDING[padding]:
-                raise FrameError("the padding before a tensor is not zero")
-            start = position + padding
-            position = start + spec.nbytes
-            tensors.append(Tensor(spec, plain[start:position]))
-        return Frame(head.kind, head.header, tuple(tensors))
+        layout = self._layout_of(plain)
+        if num_bytes != layout.record_bytes:
+            raise FrameError(f"a FRAME record of {num_bytes} bytes declares {layout.record_bytes}")
+        header = bytes(plain[layout.header_start : layout.header_stop])
+        if self._limits.check is not None:
+            self._limits.check(header, layout.specs)
+        if layout.is_inline:
+            end = layout.header_stop
+            for start, stop in layout.places:
+                if start != end and any(plain[end:start]):
+                    raise FrameError("the padding before a tensor is not zero")
+                end = stop
+            return _frame(layout, header, plain)
+        self._body = _Body(layout, header)
+        return self._finish(self._body) if self._body.advance() else None
+
+    def _layout_of(self, plain: memoryview) -> Layout:
+        layout = self._layout
+        if layout is None or plain[: len(self._fixed)] != self._fixed:
+            self._layout = layout = decode_layout_untrusted(plain, self._limits)
+            self._fixed = bytes(plain[: layout.header_start])
+        return layout
 
     def _take_piece(self, record: RecordHeader, body: "_Body") -> Frame | None:
         start, stop = body.due
@@ -305,36 +325,34 @@ class FrameReceiver:
             raise FrameError(
                 f"a BODY record of {record.plaintext_bytes} bytes where {stop - start} are due"
             )
-        self._reader.open_into(self._arena.range(start, stop, body.storage_bytes))
+        self._reader.open_into(self._arena.range(start, stop, body.layout.storage_bytes))
         return self._finish(body) if body.advance() else None
 
     def _finish(self, body: "_Body") -> Frame:
         self._body = None
-        storage = self._arena.range(0, body.storage_bytes, body.storage_bytes)
-        tensors = [
-            Tensor(spec, storage[start:stop])
-            for spec, (start, stop) in zip(body.head.specs, body.places, strict=True)
-        ]
-        return Frame(body.head.kind, body.head.header, tuple(tensors))
+        num_bytes = body.layout.storage_bytes
+        return _frame(body.layout, body.header, self._arena.range(0, num_bytes, num_bytes))
+
+
+def _frame(layout: Layout, header: bytes, storage: memoryview) -> Frame:
+    tensors = [
+        Tensor(spec, storage[start:stop])
+        for spec, (start, stop) in zip(layout.specs, layout.places, strict=True)
+    ]
+    return Frame(layout.kind, header, tuple(tensors))
 
 
 class _Body:
-    """Where the tensors of a frame under way lie in the arena, and which piece comes next."""
+    """A frame whose tensors are arriving, and which piece comes next."""
 
-    __slots__ = ("_ranges", "due", "head", "places", "storage_bytes")
+    __slots__ = ("_ranges", "due", "header", "layout")
 
-    def __init__(self, head: Head) -> None:
-        self.head = head
-        self.places: list[tuple[int, int]] = []
-        end = 0
-        for spec in head.specs:
-            start = end + -end % ALIGNMENT
-            end = start + spec.nbytes
-            self.places.append((start, end))
-        self.storage_bytes = end
+    def __init__(self, layout: Layout, header: bytes) -> None:
+        self.layout = layout
+        self.header = header
         self._ranges = (
             (start, min(start + PIECE_BYTES, last))
-            for first, last in self.places
+            for first, last in layout.places
             for start in range(first, last, PIECE_BYTES)
         )
         self.due = (0, 0)
@@ -353,28 +371,26 @@ class FrameSender:
         self._sealer = sealer
         self._out = memoryview(bytearray(INLINE_BYTES + 2 * OVERHEAD_BYTES))
 
-    def chunks(self, frame: Frame) -> Iterator[memoryview]:
-        """Return the frame's bytes, each chunk valid until the next. Raises: MisuseError.
+    def begin(self, frame: Frame) -> tuple[memoryview, list[memoryview]]:
+        """Seal the frame's first bytes; returns them and the pieces still to be sealed.
 
-        Nothing is sealed before the first chunk is asked for; from then on all must be sent.
+        Raises: MisuseError, with nothing sealed. Otherwise all of the frame must be sent.
         """
-        return self._seal(*encode_frame(frame))
-
-    def close(self) -> memoryview:
-        """Return the record that ends this direction."""
-        return self._out[: self._sealer.seal_into(RecordKind.CLOSE, b"", self._out)]
-
-    def _seal(self, first: bytes, pieces: list[memoryview]) -> Iterator[memoryview]:
+        first, pieces = encode_frame(frame)
         room = len(first) + 2 * OVERHEAD_BYTES
         if pieces:
             room += PIECE_BYTES + 2 * OVERHEAD_BYTES
         if room > len(self._out):
             self._out = memoryview(bytearray(room))
-        out = self._out
-        used = self._sealer.seal_into(RecordKind.FRAME, first, out)
-        for piece in pieces:  # the head travels with the first piece
-            used += self._sealer.seal_into(RecordKind.BODY, piece, out[used:])
-            yield out[:used]
-            used = 0
-        if used:
-            yield out[:used]
+        used = self._sealer.seal_into(FRAME, first, self._out)
+        if pieces:  # the head travels with the first piece
+            used += self._sealer.seal_into(BODY, pieces[0], self._out[used:])
+        return self._out[:used], pieces[1:]
+
+    def seal_piece(self, piece: memoryview) -> memoryview:
+        """Return the record of one piece, in place of the bytes returned before."""
+        return self._out[: self._sealer.seal_into(BODY, piece, self._out)]
+
+    def close(self) -> memoryview:
+        """Return the record that ends this direction."""
+        return self._out[: self._sealer.seal_into(CLOSE, b"", self._out)]

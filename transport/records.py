@@ -16,7 +16,7 @@ from cryptography.exceptions import InvalidTag
 from transport.errors import MisuseError, RecordError
 from transport.noise import TAG_BYTES, Buffer, CipherState
 
-HEADER = Struct(">B3xI")  # kind, zeros, ciphertext length (tag included)
+HEADER = Struct(">II")  # kind in the first byte, zeros; ciphertext length (tag included)
 HEADER_BYTES = HEADER.size
 OVERHEAD_BYTES = HEADER_BYTES + TAG_BYTES
 MAX_PLAINTEXT_BYTES = 512 * 1024  # larger ones gain no speed and only delay the first check
@@ -32,8 +32,18 @@ class RecordKind(IntEnum):
     CLOSE = 5  # nothing follows; an end without it is a truncation
 
 
-_EMPTY_KINDS = frozenset({RecordKind.ACCEPT, RecordKind.REKEY, RecordKind.CLOSE})
-_KINDS = {int(kind): kind for kind in RecordKind}
+_KIND_SHIFT = 24
+_FULL = (TAG_BYTES + 1, TAG_BYTES + MAX_PLAINTEXT_BYTES)
+_EMPTY = (TAG_BYTES, TAG_BYTES)
+_SIZES = {
+    RecordKind.ACCEPT: _EMPTY,
+    RecordKind.FRAME: _FULL,
+    RecordKind.BODY: _FULL,
+    RecordKind.REKEY: _EMPTY,
+    RecordKind.CLOSE: _EMPTY,
+}
+_KINDS = {kind << _KIND_SHIFT: (kind, *sizes) for kind, sizes in _SIZES.items()}
+_REKEY = RecordKind.REKEY  # members of an enumeration are slow to look up
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +79,6 @@ class _KeyUse:
             or self.num_bytes + num_bytes > self._policy.max_bytes
         )
 
-    def add(self, num_bytes: int) -> None:
-        self.num_records += 1
-        self.num_bytes += num_bytes
-
     def reset(self) -> None:
         self.num_records = self.num_bytes = 0
 
@@ -97,28 +103,30 @@ class RecordSealer:
         num_bytes = len(plaintext)
         if num_bytes > MAX_PLAINTEXT_BYTES:
             raise MisuseError(f"a record holds {MAX_PLAINTEXT_BYTES} bytes, not {num_bytes}")
+        use = self._use
         start = 0
-        if self._use.is_spent(num_bytes):
-            start = self._write(RecordKind.REKEY, b"", out)
+        if use.is_spent(num_bytes):
+            start = self._write(_REKEY, b"", out, 0)
             self._cipher.rekey()
-            self._use.reset()
+            use.reset()
             self.num_rekeys += 1
-        written = self._write(kind, plaintext, out[start:])
-        self._use.add(num_bytes)
+        end = self._write(kind, plaintext, out, start)
+        use.num_records += 1
+        use.num_bytes += num_bytes
         self.encrypt_ns += perf_counter_ns() - started_ns
-        return start + written
+        return end
 
     def seal(self, kind: RecordKind, plaintext: Buffer = b"") -> bytes:
         """Return the record, after a REKEY where one is due."""
         out = memoryview(bytearray(len(plaintext) + 2 * OVERHEAD_BYTES))
         return bytes(out[: self.seal_into(kind, plaintext, out)])
 
-    def _write(self, kind: RecordKind, plaintext: Buffer, out: memoryview) -> int:
+    def _write(self, kind: RecordKind, plaintext: Buffer, out: memoryview, start: int) -> int:
         sealed_bytes = len(plaintext) + TAG_BYTES
-        end = HEADER_BYTES + sealed_bytes
-        header = HEADER.pack(kind, sealed_bytes)
-        self._cipher.encrypt_into(header, plaintext, out[HEADER_BYTES:end])
-        out[:HEADER_BYTES] = header
+        body = start + HEADER_BYTES
+        end = body + sealed_bytes
+        out[start:body] = header = HEADER.pack(kind << _KIND_SHIFT, sealed_bytes)
+        self._cipher.encrypt_into(header, plaintext, out[body:end])
         return end
 
 
@@ -137,14 +145,16 @@ class RecordHeader(NamedTuple):
 
 def parse_header_untrusted(raw: bytes) -> RecordHeader:
     """Read a header and check its kind and length. Raises: RecordError."""
-    number, sealed_bytes = HEADER.unpack(raw)
-    kind = _KINDS.get(number)
-    if kind is None or raw[1:4] != b"\0\0\0":
-        raise RecordError(f"not a record header: {raw.hex()}")
-    if not TAG_BYTES <= sealed_bytes <= MAX_PLAINTEXT_BYTES + TAG_BYTES:
-        raise RecordError(f"a record of {sealed_bytes} bytes is outside the limits")
-    if (sealed_bytes == TAG_BYTES) != (kind in _EMPTY_KINDS):
-        raise RecordError(f"a record of kind {kind.name} cannot have {sealed_bytes} bytes")
+    word, sealed_bytes = HEADER.unpack(raw)
+    try:
+        kind, least, most = _KINDS[word]
+    except KeyError as error:
+        raise RecordError(f"not a record header: {raw.hex()}") from error
+    if not least <= sealed_bytes <= most:
+        raise RecordError(
+            f"a record of kind {kind.name} and {sealed_bytes} bytes where {least} to {most} are "
+            "possible"
+        )
     return RecordHeader(kind, sealed_bytes, raw)
 
 
@@ -168,22 +178,29 @@ class RecordOpener:
         cipher, self._cipher = self._cipher, None
         if cipher is None:
             raise MisuseError("this direction has failed and opens nothing any more")
-        is_rekey = header.kind is RecordKind.REKEY
-        self._check_rekey(header, is_rekey=is_rekey)
+        use = self._use
+        num_bytes = len(out)
+        is_rekey = header.kind is _REKEY
+        # Hold the peer to the schedule: it neither outlives a key nor burns keys for nothing.
+        if is_rekey and use.num_records == 0:
+            raise RecordError("a key was replaced before it was used")
+        if not is_rekey and use.is_spent(num_bytes):
+            raise RecordError("the peer went on under a key that was due for replacement")
         try:
             cipher.decrypt_into(header.raw, sealed, out)
         except InvalidTag as error:
             # The AEAD decrypts before it compares tags: leave nobody forged plaintext to read.
-            out[:] = bytes(len(out))
+            out[:] = bytes(num_bytes)
             raise RecordError(
                 f"record {cipher.nonce} does not authenticate: altered, lost, repeated or foreign"
             ) from error
         if is_rekey:
             cipher.rekey()
-            self._use.reset()
+            use.reset()
             self.num_rekeys += 1
         else:
-            self._use.add(len(out))
+            use.num_records += 1
+            use.num_bytes += num_bytes
         self._cipher = cipher
         self.decrypt_ns += perf_counter_ns() - started_ns
 
@@ -199,13 +216,6 @@ class RecordOpener:
         self.open_into(header, sealed, memoryview(out))
         return header.kind, bytes(out)
 
-    def _check_rekey(self, header: RecordHeader, *, is_rekey: bool) -> None:
-        """Hold the peer to the schedule: it neither outlives a key nor burns keys for nothing."""
-        if is_rekey and self._use.num_records == 0:
-            raise RecordError("a key was replaced before it was used")
-        if not is_rekey and self._use.is_spent(header.plaintext_bytes):
-            raise RecordError("the peer went on under a key that was due for replacement")
-
 
 class RecordReader:
     """Received bytes in, one whole record at a time out, through one reused buffer.
@@ -216,12 +226,13 @@ class RecordReader:
     FIRST_BYTES = 64 * 1024
     MOST_BYTES = MAX_PLAINTEXT_BYTES + TAG_BYTES + HEADER_BYTES
 
-    __slots__ = ("_end", "_header", "_opener", "_start", "_store", "_view")
+    __slots__ = ("_end", "_first", "_header", "_opener", "_start", "_store", "_view")
 
     def __init__(self, opener: RecordOpener) -> None:
         self._opener = opener
         self._store = bytearray(self.FIRST_BYTES)
         self._view = memoryview(self._store)
+        self._first = self._view[: self.FIRST_BYTES]
         self._start = self._end = 0
         self._header: RecordHeader | None = None
 
@@ -238,6 +249,8 @@ class RecordReader:
         """
         if self._start == self._end:
             self._start = self._end = 0
+            if self._header is None:
+                return self._first
         missing = HEADER_BYTES if self._header is None else self._header.sealed_bytes
         if self._start and self._start + missing + HEADER_BYTES > len(self._store):
             self._move_to_front()
@@ -282,3 +295,4 @@ class RecordReader:
         grown = bytearray(min(2 * len(self._store), self.MOST_BYTES))
         grown[: self._end] = self._view[: self._end]
         self._store, self._view = grown, memoryview(grown)
+        self._first = self._view[: self.FIRST_BYTES]

@@ -15,13 +15,16 @@ FAIR_CALLS = 16
 
 
 class Wire:
-    """One socket, owned; every method but `close` is a checkpoint."""
+    """One socket, owned; every async method is a checkpoint."""
 
     __slots__ = (
+        "_recv_into",
+        "_send",
         "_sock",
         "_unwaited",
         "bytes_received",
         "bytes_sent",
+        "is_closed",
         "recv_ns",
         "send_ns",
     )
@@ -29,20 +32,19 @@ class Wire:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._send = sock.send
+        self._recv_into = sock.recv_into
+        self.is_closed = False
         self._unwaited = 0
         self.bytes_sent = 0
         self.bytes_received = 0
         self.send_ns = 0  # system calls only, waiting excluded
         self.recv_ns = 0
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether the socket is gone."""
-        return self._sock.fileno() < 0
-
     def close(self) -> None:
         """Close at once; tasks waiting on the socket get ClosedResourceError."""
         if not self.is_closed:
+            self.is_closed = True
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
 
@@ -55,46 +57,11 @@ class Wire:
             self._unwaited = 0
             await trio.lowlevel.checkpoint()
 
-    async def send_all(self, data: memoryview) -> None:
-        """Send all of `data`; cancelled, any part of it may have been sent.
-
-        Raises: ConnectionLost, trio.ClosedResourceError.
-        """
-        while True:
-            await self.turn()
-            num_sent = self._try_send(data)
-            if num_sent == len(data):
-                return
-            if num_sent == 0:
-                self._unwaited = 0
-                await trio.lowlevel.wait_writable(self._sock)
-            data = data[num_sent:]
-
-    async def receive_some(self, into: memoryview) -> int:
-        """Receive at least one byte into `into`; cancelled, none has been taken.
-
-        Raises: ConnectionLost at the end of the stream, trio.ClosedResourceError.
-        """
-        while True:
-            await self.turn()
-            num_received = self._try_receive(into)
-            if num_received:
-                return num_received
-            self._unwaited = 0
-            await trio.lowlevel.wait_readable(self._sock)
-
-    async def receive_exactly(self, num_bytes: int) -> bytes:
-        """Receive `num_bytes` and not one more. Raises: as `receive_some`."""
-        store = memoryview(bytearray(num_bytes))
-        have = 0
-        while have < num_bytes:
-            have += await self.receive_some(store[have:])
-        return bytes(store)
-
-    def _try_send(self, data: memoryview) -> int:
+    def try_send(self, data: memoryview) -> int:
+        """Send what the socket takes now, maybe nothing. Raises: as `send_all`."""
         started_ns = perf_counter_ns()
         try:
-            num_sent = self._sock.send(data)
+            num_sent = self._send(data)
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -103,10 +70,11 @@ class Wire:
         self.bytes_sent += num_sent
         return num_sent
 
-    def _try_receive(self, into: memoryview) -> int:
+    def try_receive(self, into: memoryview) -> int:
+        """Receive what has arrived, maybe nothing. Raises: as `receive_exactly`."""
         started_ns = perf_counter_ns()
         try:
-            num_received = self._sock.recv_into(into)
+            num_received = self._recv_into(into)
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -116,6 +84,34 @@ class Wire:
             raise ConnectionLost("the connection ended without an authenticated close")
         self.bytes_received += num_received
         return num_received
+
+    async def wait_readable(self) -> None:
+        """Wait until `try_receive` has something."""
+        self._unwaited = 0
+        await trio.lowlevel.wait_readable(self._sock)
+
+    async def send_all(self, data: memoryview) -> None:
+        """Send all of `data`; cancelled, any part of it may have been sent.
+
+        Raises: ConnectionLost, trio.ClosedResourceError.
+        """
+        await self.turn()
+        while (num_sent := self.try_send(data)) < len(data):
+            data = data[num_sent:]
+            self._unwaited = 0
+            await trio.lowlevel.wait_writable(self._sock)
+
+    async def receive_exactly(self, num_bytes: int) -> bytes:
+        """Receive `num_bytes` and not one more.
+
+        Raises: ConnectionLost at the end of the stream, trio.ClosedResourceError.
+        """
+        store = memoryview(bytearray(num_bytes))
+        have = 0
+        await self.turn()
+        while (have := have + self.try_receive(store[have:])) < num_bytes:
+            await self.wait_readable()
+        return bytes(store)
 
     def _lost(self, error: OSError) -> Exception:
         if self.is_closed:
