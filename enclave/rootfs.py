@@ -1,4 +1,4 @@
-"""The base root file system of an image, put together from pinned Debian packages and wheels.
+"""The root file system of an image, put together from pinned Debian packages and wheels.
 
 No package manager, shell or script of a package runs or gets in: archives are unpacked, pruned and
 merged. The result depends on the pinned files and the project's own sources alone.
@@ -6,14 +6,13 @@ merged. The result depends on the pinned files and the project's own sources alo
 
 from __future__ import annotations
 
-import hashlib
 import io
 import lzma
 import re
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -21,7 +20,7 @@ from enclave import cpio
 from enclave.errors import BuildError
 
 SITE_PACKAGES: Final = "usr/local/lib/python3.11/dist-packages"
-_SOURCE_SUFFIXES: Final = frozenset({".py", ".pem", ".typed", ".so"})
+_SOURCE_SUFFIXES: Final = frozenset({".py", ".pem", ".typed"})
 
 # -I: no environment, no user packages; -B: nothing is written next to the sources.
 _INIT: Final = b"#!/usr/bin/python3 -IB\nfrom enclave.init import main\n\nmain()\n"
@@ -35,7 +34,6 @@ _SKELETON: Final = (
     cpio.regular("etc/group", b"root:x:0:\n"),
     cpio.regular("etc/hosts", b"127.0.0.1 localhost\n"),
     cpio.regular("etc/nsswitch.conf", b"hosts: files\n"),
-    cpio.regular("init", _INIT, 0o755),
 )
 
 # Nothing of this is needed to run a stage; torch alone shrinks by a third.
@@ -53,28 +51,26 @@ _PRUNED: Final = re.compile(
 )
 
 
-def base_entries(
-    debs: Iterable[Path], wheels: Iterable[Path], sources: Path, packages: Iterable[str]
-) -> list[cpio.Entry]:
-    """Return the entries of a base root file system.
+def system_entries(debs: Iterable[Path], wheels: Iterable[Path]) -> list[cpio.Entry]:
+    """Return the entries of the system: an empty skeleton, Debian packages, Python packages.
 
-    `sources` holds the project's own `packages`. Raises: BuildError when an archive cannot be read
-    or two of them hold the same file.
+    Raises: BuildError when an archive cannot be read or two of them hold the same file.
     """
-    merged = {entry.path: entry for entry in _SKELETON}
-    parts: list[tuple[str, Iterable[cpio.Entry]]] = [
-        *((deb.name, deb_entries(deb)) for deb in debs),
-        *((wheel.name, wheel_entries(wheel)) for wheel in wheels),
-        *((package, source_entries(sources, package)) for package in packages),
+    return _merge(
+        [
+            ("skeleton", _SKELETON),
+            *((deb.name, _kept(deb_entries(deb))) for deb in debs),
+            *((wheel.name, _kept(wheel_entries(wheel))) for wheel in wheels),
+        ]
+    )
+
+
+def code_entries(sources: Path, packages: Iterable[str]) -> list[cpio.Entry]:
+    """Return init and the project's own `packages` found in `sources`. Raises: BuildError."""
+    return [
+        cpio.regular("init", _INIT, 0o755),
+        *(entry for package in packages for entry in source_entries(sources, package)),
     ]
-    for origin, entries in parts:
-        for entry in entries:
-            if _PRUNED.search(entry.path):
-                continue
-            other = merged.setdefault(entry.path, entry)
-            if other is not entry and not (stat.S_ISDIR(other.mode) and stat.S_ISDIR(entry.mode)):
-                raise BuildError(f"{origin}: {entry.path} is there already")
-    return list(merged.values())
 
 
 def tree_entries(directory: Path, prefix: str) -> Iterator[cpio.Entry]:
@@ -134,12 +130,18 @@ def wheel_entries(path: Path) -> Iterator[cpio.Entry]:
         raise BuildError(f"cannot read wheel {path}: {error}") from error
 
 
-def digest_of(paths: Iterable[Path], sha256: Callable[[Path], bytes]) -> str:
-    """Return a name for a set of input files: the digest of their names and contents."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode() + b"\0" + sha256(path))
-    return digest.hexdigest()[:16]
+def _kept(entries: Iterable[cpio.Entry]) -> Iterator[cpio.Entry]:
+    return (entry for entry in entries if not _PRUNED.search(entry.path))
+
+
+def _merge(parts: Iterable[tuple[str, Iterable[cpio.Entry]]]) -> list[cpio.Entry]:
+    merged: dict[str, cpio.Entry] = {}
+    for origin, entries in parts:
+        for entry in entries:
+            other = merged.setdefault(entry.path, entry)
+            if other is not entry and not (stat.S_ISDIR(other.mode) and stat.S_ISDIR(entry.mode)):
+                raise BuildError(f"{origin}: {entry.path} is there already")
+    return list(merged.values())
 
 
 def _wheel_target(name: str) -> str | None:
