@@ -14,7 +14,8 @@ from transport.errors import AttestationError, MisuseError
 Key: TypeAlias = int | str
 Value: TypeAlias = "int | bytes | str | bool | list[Value] | dict[Key, Value] | None"
 Encodable: TypeAlias = (
-    "int | bytes | str | bool | Sequence[Encodable] | Mapping[Key, Encodable] | None"
+    "int | bytes | str | bool | Sequence[Encodable] | "
+    "Mapping[int, Encodable] | Mapping[str, Encodable] | None"
 )
 
 MAX_BYTES: Final = 64 * 1024  # several times the largest NSM response (12 KiB)

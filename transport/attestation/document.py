@@ -41,13 +41,12 @@ class Document:
 
     def encode(self) -> bytes:
         """The payload bytes, deterministic."""
-        pcrs: dict[cbor.Key, cbor.Encodable] = {**self.pcrs}
         return cbor.encode(
             {
                 "module_id": self.module_id,
                 "digest": DIGEST,
                 "timestamp": self.timestamp_ms,
-                "pcrs": pcrs,
+                "pcrs": self.pcrs,
                 "certificate": self.certificate,
                 "cabundle": self.cabundle,
                 "public_key": self.public_key,

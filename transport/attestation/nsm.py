@@ -95,11 +95,7 @@ class Nsm:
 
     def attest(self, *, user_data: bytes, public_key: bytes, nonce: bytes) -> bytes:
         """A signed attestation document that holds the three values."""
-        fields: dict[cbor.Key, cbor.Encodable] = {
-            "user_data": user_data,
-            "public_key": public_key,
-            "nonce": nonce,
-        }
+        fields = {"user_data": user_data, "public_key": public_key, "nonce": nonce}
         match self._ask("Attestation", {"Attestation": fields}):
             case {"document": bytes() as document} if document:
                 return document

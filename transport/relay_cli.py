@@ -1,0 +1,158 @@
+"""The `pipeline-relay` command."""
+
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Final
+
+import trio
+import typer
+
+from transport.errors import EndpointError
+from transport.relay import DEFAULT_MAX_CONNECTIONS, Relay, RelayMap, parse_map
+
+EXIT_RUNTIME: Final = 1
+EXIT_USAGE: Final = 2
+METRICS_PERIOD_S: Final = 5.0
+
+_EPILOG: Final = """
+Addresses: HOST:PORT, tcp:HOST:PORT, [IPV6]:PORT, unix:/PATH, vsock:CID:PORT, and unix:/PATH:PORT
+for a vsock bridged over a UNIX socket (dialing writes CONNECT PORT; listening binds /PATH_PORT).
+
+Examples:
+
+Users reach an enclave with CID 16:  pipeline-relay --map tcp:0.0.0.0:9000=vsock:16:5000
+
+An enclave reaches the next parent:  pipeline-relay --map vsock:3:5001=tcp:10.0.0.7:9001
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+def parse_maps(texts: Sequence[str], max_connections: int) -> tuple[RelayMap, ...]:
+    """The maps of a command line. Raises: EndpointError, also where two listen on one address."""
+    maps = tuple(parse_map(text, max_connections) for text in texts)
+    listening = [mapping.listen for mapping in maps]
+    for endpoint in listening:
+        if listening.count(endpoint) > 1:
+            raise EndpointError(f"{endpoint} listens for more than one map; give each its own")
+    return maps
+
+
+def metrics(relay: Relay) -> dict[str, list[dict[str, str | int]]]:
+    """Every map's counters, as JSON takes them."""
+    return {
+        "maps": [
+            {
+                "listen": str(relay.listeners[mapping].endpoint),
+                "target": str(mapping.target),
+                "max_connections": mapping.max_connections,
+                **asdict(stats),
+            }
+            for mapping, stats in relay.stats.items()
+        ]
+    }
+
+
+def write_metrics(relay: Relay, path: Path) -> None:
+    """Replaces the file in one step: a reader sees the old counters or the new, never half."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        aside.write_text(json.dumps(metrics(relay), indent=2) + "\n")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+async def _write_metrics_forever(relay: Relay, path: Path) -> None:
+    while True:
+        await trio.sleep(METRICS_PERIOD_S)
+        try:
+            write_metrics(relay, path)
+        except OSError as error:  # a full disk must not cut the connections
+            logging.getLogger(__name__).warning("metrics lost path=%s error=%s", path, error)
+
+
+async def _run(relay: Relay, metrics_out: Path | None) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(relay.run)
+            if metrics_out is not None:
+                nursery.start_soon(_write_metrics_forever, relay, metrics_out)
+            for mapping, listener in relay.listeners.items():
+                print(f"relaying {listener.endpoint} -> {mapping.target}", file=sys.stderr)
+            async for number in signals:
+                logging.getLogger(__name__).info("stopping signal=%s", signal.Signals(number).name)
+                nursery.cancel_scope.cancel()
+                break
+
+
+@app.command(epilog=_EPILOG)
+def relay_command(
+    maps: Annotated[
+        list[str],
+        typer.Option(
+            "--map",
+            metavar="LISTEN=TARGET",
+            help="Carry connections from LISTEN to TARGET. Repeat for several.",
+        ),
+    ],
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Connections at a time for each map; more are closed.")
+    ] = DEFAULT_MAX_CONNECTIONS,
+    metrics_out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", help="Write counters here every 5 s and at the end, atomically."
+        ),
+    ] = None,
+) -> None:
+    """Carry bytes between TCP, vsock and UNIX sockets without understanding them.
+
+    Runs on the parent instance of an enclave, which has no network of its own. All it sees is the
+    ciphertext of channels that authenticate their ends: it can delay or cut them, not read or
+    change them. Ends with SIGTERM or Ctrl-C.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        parsed = parse_maps(maps, max_connections)
+    except EndpointError as error:
+        raise _failure(error, EXIT_USAGE) from error
+    if metrics_out is not None and not (
+        metrics_out.parent.is_dir() and os.access(metrics_out.parent, os.W_OK)
+    ):
+        raise _failure(
+            f"cannot write {metrics_out}: {metrics_out.parent} is no writable directory; "
+            "create it first",
+            EXIT_USAGE,
+        )
+    failures: list[BaseException] = []
+    try:
+        relay = Relay(parsed)
+        trio.run(_run, relay, metrics_out)
+        if metrics_out is not None:
+            write_metrics(relay, metrics_out)
+    except* (EndpointError, OSError) as group:
+        failures.extend(group.exceptions)
+    for failure in failures[:1]:
+        raise _failure(failure, EXIT_RUNTIME)
+
+
+def _failure(problem: object, code: int) -> typer.Exit:
+    print(f"pipeline-relay: {problem}", file=sys.stderr)
+    return typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
