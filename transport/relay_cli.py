@@ -132,15 +132,17 @@ def relay_command(
             "create it first",
             EXIT_USAGE,
         )
-    failures: list[BaseException] = []
+    failure: BaseException | None = None
     try:
         relay = Relay(parsed)
         trio.run(_run, relay, metrics_out)
         if metrics_out is not None:
             write_metrics(relay, metrics_out)
     except* (EndpointError, OSError) as group:
-        failures.extend(group.exceptions)
-    for failure in failures[:1]:
+        failure = group
+        while isinstance(failure, BaseExceptionGroup):
+            failure = failure.exceptions[0]
+    if failure is not None:
         raise _failure(failure, EXIT_RUNTIME)
 
 

@@ -238,5 +238,5 @@ def _require_issued(certificate: x509.Certificate, issuer: x509.Certificate) -> 
         certificate.verify_directly_issued_by(issuer)
     except (InvalidSignature, *_FOREIGN_ERRORS) as error:
         raise _refused(
-            f"{_name(certificate)} was not issued by {_name(issuer)}: {error or 'wrong signature'}"
+            f"{_name(certificate)} was not issued by {_name(issuer)}: {str(error) or 'wrong signature'}"
         ) from error
