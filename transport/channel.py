@@ -91,10 +91,10 @@ class SecureChannel(trio.abc.Channel[Frame]):
         trio.BusyResourceError while another task sends, trio.ClosedResourceError.
         """
         wire = self._wire
-        if self._is_sending:
-            raise trio.BusyResourceError("another task is sending on this channel")
         if wire.is_closed:
             raise trio.ClosedResourceError("this channel is closed")
+        if self._is_sending:
+            raise trio.BusyResourceError("another task is sending on this channel")
         self._is_sending = True
         try:
             await wire.turn()  # cancelled here, or with a misused frame, nothing has been sealed
@@ -110,10 +110,10 @@ class SecureChannel(trio.abc.Channel[Frame]):
         Raises: trio.EndOfChannel after the peer's close, ConnectionLost where the connection ends
         without one, RecordError, FrameError, trio.BusyResourceError, trio.ClosedResourceError.
         """
-        if self._is_receiving:
-            raise trio.BusyResourceError("another task is receiving on this channel")
         if self._wire.is_closed:
             raise trio.ClosedResourceError("this channel is closed")
+        if self._is_receiving:
+            raise trio.BusyResourceError("another task is receiving on this channel")
         self._is_receiving = True
         try:
             if not self._receiver.is_between_frames:

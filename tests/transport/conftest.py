@@ -1,14 +1,21 @@
 """Links, credentials and connected pairs for the transport tests."""
 
+import gc
 import hashlib
+import os
+import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from transport import handshake
 from transport.attestation.evidence import Attested, EvidenceKind, user_data
+from transport.channel import accept_channel, connect_channel
 from transport.errors import AttestationError
+from transport.frames import DType, Frame, FrameKind, FrameLimits, Tensor, TensorSpec
 
 ORCHESTRATOR = handshake.Role(handshake.RoleKind.ORCHESTRATOR)
 STAGE_0 = handshake.Role(handshake.RoleKind.STAGE, 0)
@@ -67,6 +74,62 @@ def make_sessions(link=None, peer_link=None, rekey=None):
     return awaiting_accept.receive(accept), responder, (hello, reply, proof, accept)
 
 
+LIMITS = FrameLimits(max_header_bytes=1 << 17, max_tensors=8, max_tensor_bytes=1 << 26)
+
+
+def make_frame(*sizes, header=b"header"):
+    """A frame with one U8 tensor of each size."""
+    tensors = tuple(
+        Tensor(TensorSpec(DType.U8, (size,)), memoryview(os.urandom(size))) for size in sizes
+    )
+    return Frame(FrameKind.DATA, header, tensors)
+
+
+def contents(frame):
+    """What must be equal at both ends; also keeps a copy of what the next receive overwrites."""
+    return frame.kind, frame.header, [(t.spec, bytes(t.data)) for t in frame.tensors]
+
+
+def tcp_pair():
+    """Two connected TCP sockets."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    for sock in (near, far):
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return near, far
+
+
+async def make_channels(sockets=None, link=None, peer_link=None, rekey=None, limits=LIMITS):
+    """An initiator's and a responder's channel over `sockets`."""
+    near, far = sockets or tcp_pair()
+    link = link or make_link()
+    made = {}
+
+    async def make(name, function, sock, own_link):
+        made[name] = await function(sock, own_link, make_credentials(), limits, rekey=rekey)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(make, "initiator", connect_channel, near, link)
+        nursery.start_soon(make, "responder", accept_channel, far, peer_link or link)
+    return made["initiator"], made["responder"]
+
+
+def open_sockets():
+    """The file descriptors of this process that are sockets."""
+    gc.collect()
+    found = set()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            target = str(descriptor.readlink())
+        except FileNotFoundError:
+            continue  # the descriptor of the listing itself
+        if target.startswith("socket:"):
+            found.add(target)
+    return found
+
+
 @pytest.fixture(scope="session")
 def toy():
     """Everything above, by name."""
@@ -79,4 +142,10 @@ def toy():
         credentials=make_credentials,
         link=make_link,
         sessions=make_sessions,
+        LIMITS=LIMITS,
+        frame=make_frame,
+        contents=contents,
+        tcp_pair=tcp_pair,
+        channels=make_channels,
+        open_sockets=open_sockets,
     )
