@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Final, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import SignatureAlgorithmOID
@@ -23,15 +23,6 @@ from transport.errors import AttestationError, MisuseError
 
 MAX_BUNDLE_CERTIFICATES: Final = 8  # AWS sends four; bounds the signatures one message can cost
 CACHE_CAPACITY: Final = 64  # bundles change daily per region; a fleet spans few at a time
-
-_FOREIGN_ERRORS: Final = (
-    ValueError,
-    TypeError,
-    UnsupportedAlgorithm,
-    x509.DuplicateExtension,
-    x509.UnsupportedGeneralNameType,
-    UserWarning,  # what the parser merely warns of is refused where warnings are errors
-)
 
 _Extension = TypeVar("_Extension", x509.BasicConstraints, x509.KeyUsage)
 
@@ -135,6 +126,8 @@ class ChainVerifier:
         )
         for position, der in enumerate(cabundle[1:], start=1):
             certificate = _parse(der)
+            if certificate.subject == certificate.issuer:
+                raise _refused(f"{_name(certificate)} below the root is issued by itself")
             _require_issuer(certificate, num_below=last - position)
             _require_issued(certificate, issuer.certificate)
             issuer = _Issuer(certificate, issuer.validity.narrowed(certificate))
@@ -158,42 +151,52 @@ def _name(certificate: x509.Certificate) -> str:
 
 
 def _parse(der: bytes) -> x509.Certificate:
+    """A certificate of which every part used here is known to be readable.
+
+    The library parses parts when they are first read: read all of them where errors are expected,
+    so that no altered byte raises anything later. Which errors it raises is not documented in
+    full, and every one of them means the same: refused.
+    """
     try:
-        return x509.load_der_x509_certificate(der)
-    except _FOREIGN_ERRORS as error:
+        certificate = x509.load_der_x509_certificate(der)
+        _ = (
+            certificate.version,
+            certificate.signature_algorithm_oid,
+            certificate.subject.rfc4514_string(),
+            certificate.issuer.rfc4514_string(),
+            certificate.not_valid_before_utc,
+            certificate.not_valid_after_utc,
+            certificate.extensions,
+            certificate.public_key(),
+        )
+    except Exception as error:
         raise _refused(f"a certificate cannot be read: {error}") from error
+    return certificate
 
 
 def _require_profile(certificate: x509.Certificate) -> None:
     """Version, algorithm, curve, and no critical extension that is not understood here."""
-    try:
-        algorithm = certificate.signature_algorithm_oid
-        version = certificate.version
-        unknown = [
-            extension.oid.dotted_string
-            for extension in certificate.extensions
-            if extension.critical
-            and not isinstance(extension.value, x509.BasicConstraints | x509.KeyUsage)
-        ]
-    except _FOREIGN_ERRORS as error:
-        raise _refused(f"a certificate cannot be read: {error}") from error
-    if version is not x509.Version.v3:
+    if certificate.version is not x509.Version.v3:
         raise _refused(f"{_name(certificate)} is not version 3")
+    algorithm = certificate.signature_algorithm_oid
     if algorithm != SignatureAlgorithmOID.ECDSA_WITH_SHA384:
         raise _refused(
             f"{_name(certificate)} is signed with {algorithm.dotted_string}, "
             "only ECDSA with SHA-384 is allowed"
         )
+    unknown = [
+        extension.oid.dotted_string
+        for extension in certificate.extensions
+        if extension.critical
+        and not isinstance(extension.value, x509.BasicConstraints | x509.KeyUsage)
+    ]
     if unknown:
         raise _refused(f"{_name(certificate)} has unknown critical extensions {unknown}")
     _public_key(certificate)
 
 
 def _public_key(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey:
-    try:
-        key = certificate.public_key()
-    except _FOREIGN_ERRORS as error:
-        raise _refused(f"{_name(certificate)} has an unreadable public key: {error}") from error
+    key = certificate.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise _refused(f"{_name(certificate)} has no P-384 public key")
     return key
@@ -236,7 +239,7 @@ def _require_issued(certificate: x509.Certificate, issuer: x509.Certificate) -> 
     """Names chain and the signature is the issuer's."""
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (InvalidSignature, *_FOREIGN_ERRORS) as error:
-        raise _refused(
-            f"{_name(certificate)} was not issued by {_name(issuer)}: {str(error) or 'wrong signature'}"
-        ) from error
+    except InvalidSignature as error:
+        raise _refused(f"{_name(certificate)} is not signed by {_name(issuer)}") from error
+    except Exception as error:
+        raise _refused(f"{_name(certificate)} is not issued by {_name(issuer)}: {error}") from error

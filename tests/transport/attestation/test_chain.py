@@ -58,7 +58,7 @@ def test_empty_bundle_is_refused(chain):
 
 def test_swapped_leaf_is_refused(synthetic, chain):
     foreign = synthetic.chain()[3]  # same names, another authority's signature
-    assert "wrong signature" in refused(chain[0], (*chain[:3], foreign))
+    assert "is not signed by" in refused(chain[0], (*chain[:3], foreign))
 
 
 def test_leaf_that_names_another_issuer_is_refused(synthetic, chain):
@@ -205,3 +205,18 @@ def test_number_of_remembered_bundles_is_bounded(synthetic, monkeypatch):
         leaf = synthetic.issue("leaf", middle, ca=False)
         verifier.verify(leaf.der, [root.der, middle.der])
     assert len(verifier._issuers) == 2
+
+
+def test_every_altered_byte_of_a_certificate_is_refused(chain):
+    root, upper, lower, leaf = chain
+    verifier = ChainVerifier(root.certificate)
+    for position in range(len(upper.der)):
+        altered = bytearray(upper.der)
+        altered[position] ^= 0x41
+        with pytest.raises(AttestationError):
+            verifier.verify(leaf.der, [root.der, bytes(altered), lower.der])
+    for position in range(len(leaf.der)):
+        altered = bytearray(leaf.der)
+        altered[position] ^= 0x41
+        with pytest.raises(AttestationError):
+            verifier.verify(bytes(altered), [root.der, upper.der, lower.der])

@@ -1,0 +1,141 @@
+import multiprocessing
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from transport.attestation.dev import (
+    AUTHORITY_FILE,
+    DevAttester,
+    DevAuthority,
+    default_directory,
+    dev_verifier,
+)
+from transport.attestation.evidence import EvidenceKind
+from transport.attestation.nitro import NitroVerifier, aws_root, read_document
+from transport.errors import AttestationError, MisuseError
+
+PCRS = {0: b"\x01" * 48, 2: b"\x02" * 48}
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return DevAuthority.create(datetime.now(UTC))
+
+
+def test_development_evidence_passes_the_verifier_of_enclaves(authority, binding):
+    evidence = DevAttester(authority, PCRS).attest(binding)
+    attested = dev_verifier(authority.root_cert, PCRS).verify(evidence, binding)
+    assert attested.kind is EvidenceKind.DEV
+    assert attested.measurements == PCRS
+
+
+def test_unpinned_development_verifier_takes_any_measurement(authority, binding):
+    evidence = DevAttester(authority, {}).attest(binding)
+    attested = dev_verifier(authority.root_cert, None).verify(evidence, binding)
+    assert attested.measurements == {0: bytes(48)}
+
+
+def test_development_measurements_are_compared_where_pinned(authority, binding):
+    evidence = DevAttester(authority, PCRS).attest(binding)
+    with pytest.raises(AttestationError, match="pcrs"):
+        dev_verifier(authority.root_cert, {0: b"\x09" * 48}).verify(evidence, binding)
+
+
+def test_development_evidence_never_passes_for_an_enclaves(authority, binding):
+    evidence = DevAttester(authority, PCRS).attest(binding)
+    verifier = NitroVerifier(aws_root(), PCRS, clock=lambda: datetime.now(UTC), allow_debug=True)
+    with pytest.raises(AttestationError) as caught:
+        verifier.verify(evidence, binding)
+    assert caught.value.check == "root"
+
+
+def test_evidence_of_another_authority_is_refused(authority, binding):
+    evidence = DevAttester(DevAuthority.create(datetime.now(UTC)), PCRS).attest(binding)
+    with pytest.raises(AttestationError, match="root"):
+        dev_verifier(authority.root_cert, PCRS).verify(evidence, binding)
+
+
+def test_leaf_is_renewed_before_it_expires(authority, binding):
+    now = datetime.now(UTC)
+    times = iter([now, now, now + timedelta(hours=1), now + timedelta(hours=100)])
+    attester = DevAttester(authority, PCRS, clock=lambda: next(times))
+    leaves = [read_document(attester.attest(binding)).certificate for _ in range(3)]
+    assert leaves[0] == leaves[1] != leaves[2]
+    renewed = x509.load_der_x509_certificate(leaves[2])
+    assert renewed.not_valid_after_utc > now + timedelta(hours=100)
+
+
+@pytest.mark.parametrize("measurements", [{40: bytes(48)}, {0: b"short"}])
+def test_measurement_no_register_can_hold_is_misuse(authority, measurements):
+    with pytest.raises(MisuseError):
+        DevAttester(authority, measurements)
+
+
+def test_authority_is_made_once_and_kept_to_its_owner(tmp_path, binding):
+    directory = tmp_path / "state" / "dev"
+    first = DevAuthority.load_or_create(directory)
+    second = DevAuthority.load_or_create(directory)
+    assert first.root_cert == second.root_cert
+    assert [path.name for path in directory.iterdir()] == [AUTHORITY_FILE]
+    assert stat.S_IMODE((directory / AUTHORITY_FILE).stat().st_mode) == 0o600
+    evidence = DevAttester(first, PCRS).attest(binding)
+    dev_verifier(second.root_cert, PCRS).verify(evidence, binding)
+
+
+def _root_serial(directory):
+    return DevAuthority.load_or_create(directory).root_cert.serial_number
+
+
+def test_processes_that_race_agree_on_one_authority(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        serials = pool.map(_root_serial, [tmp_path / "dev"] * 8, chunksize=1)
+    assert len(set(serials)) == 1
+    assert [path.name for path in (tmp_path / "dev").iterdir()] == [AUTHORITY_FILE]
+
+
+def test_authority_open_to_others_is_refused(tmp_path):
+    DevAuthority.load_or_create(tmp_path)
+    (tmp_path / AUTHORITY_FILE).chmod(0o640)
+    with pytest.raises(MisuseError, match="chmod 600"):
+        DevAuthority.load_or_create(tmp_path)
+
+
+def test_damaged_authority_is_refused(tmp_path):
+    DevAuthority.load_or_create(tmp_path)
+    path = tmp_path / AUTHORITY_FILE
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(MisuseError, match="delete it"):
+        DevAuthority.load_or_create(tmp_path)
+
+
+def test_authority_with_a_foreign_key_is_refused(tmp_path):
+    for name in "ab":
+        DevAuthority.load_or_create(tmp_path / name)
+    one, other = (tmp_path / name / AUTHORITY_FILE for name in "ab")
+    key, _, _ = one.read_bytes().partition(b"-----BEGIN CERT")
+    _, _, certificate = other.read_bytes().partition(b"-----BEGIN CERT")
+    one.write_bytes(key + b"-----BEGIN CERT" + certificate)
+    with pytest.raises(MisuseError, match="another key"):
+        DevAuthority.load_or_create(tmp_path / "a")
+
+
+def test_unusable_directory_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(MisuseError, match="VEILPIPE_DEV_DIR"):
+        DevAuthority.load_or_create(blocked / "dev")
+
+
+@pytest.mark.parametrize(
+    ("environment", "directory"),
+    [
+        ({"VEILPIPE_DEV_DIR": "/a", "XDG_STATE_HOME": "/b"}, Path("/a")),
+        ({"XDG_STATE_HOME": "/b"}, Path("/b/veilpipe/dev")),
+        ({}, Path.home() / ".local/state/veilpipe/dev"),
+    ],
+)
+def test_directory_follows_the_environment(environment, directory):
+    assert default_directory(environment) == directory
