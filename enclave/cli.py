@@ -1,4 +1,4 @@
-"""The command line: build an image, describe one, verify one, pin one in a manifest.
+"""The command line: build, describe, verify, pin and boot images.
 
 Exit codes: 0 done, 1 the image does not verify, 2 bad input.
 """
@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Final
 
 from enclave import build, eif, signing
+from enclave.emulator import Machine, run_until_stopped
 from enclave.errors import BuildError, EifError, EnclaveError
 from enclave.pin import pin
 
 _EXIT_MISMATCH: Final = 1
 _EXIT_BAD_INPUT: Final = 2
 _MEMORY_PER_IMAGE_BYTE: Final = 4  # the archive, its unpacked copy, weights once more, and work
+_MIN_MEMORY_BYTES: Final = 512 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +77,17 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("-j", "--json", action="store_true")
     make.set_defaults(run=_build)
 
+    boot = commands.add_parser("boot", help="boot an image under QEMU, until interrupted")
+    boot.add_argument("image", type=Path)
+    boot.add_argument("--vsock", type=Path, required=True, help="Unix socket that leads inside")
+    boot.add_argument("--console", type=Path, required=True, help="file for the console's output")
+    boot.add_argument("--cid", type=int, default=16)
+    boot.add_argument("--cpus", type=int, default=2)
+    boot.add_argument("--memory-mib", type=int, default=4096)
+    boot.add_argument("--signing-dir", type=Path, help="test key and chain for documents")
+    boot.add_argument("--cache", type=Path, default=build.default_cache())
+    boot.set_defaults(run=_boot)
+
     pinning = commands.add_parser("pin", help="write an image's measurements into a manifest")
     pinning.add_argument("image", type=Path)
     pinning.add_argument("--manifest", type=Path, required=True)
@@ -104,6 +117,19 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
+def _boot(options: argparse.Namespace) -> int:
+    machine = Machine(
+        options.image,
+        options.vsock,
+        options.console,
+        cid=options.cid,
+        cpus=options.cpus,
+        memory_mib=options.memory_mib,
+        signing_dir=options.signing_dir,
+    )
+    return run_until_stopped(machine, options.cache / "tools")
+
+
 def _pin(options: argparse.Namespace) -> int:
     with _opened(options.image) as image:
         pin(options.manifest, options.stage, eif.measure(image))
@@ -130,7 +156,7 @@ def _assemble(options: argparse.Namespace, directory: Path) -> eif.Image:
         build.code_ramdisk(),
         build.stage_ramdisk(directory),
     ]
-    memory = _MEMORY_PER_IMAGE_BYTE * sum(map(len, ramdisks))
+    memory = max(_MIN_MEMORY_BYTES, _MEMORY_PER_IMAGE_BYTE * sum(map(len, ramdisks)))
     if options.memory_mib is not None:
         memory = options.memory_mib << 20
     image = build.build_image(

@@ -28,3 +28,7 @@ class NsmError(EnclaveError):
 
 class BuildError(EnclaveError):
     """An image cannot be built from what was given."""
+
+
+class EmulatorError(EnclaveError):
+    """The emulated machine cannot be started."""

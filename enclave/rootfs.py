@@ -39,13 +39,13 @@ _SKELETON: Final = (
 # Nothing of this is needed to run a stage; torch alone shrinks by a third.
 _PRUNED: Final = re.compile(
     r"""
-    ^usr/share/(?!python) | ^etc/(?!ld\.so|passwd|group|hosts|nsswitch)
+    ^usr/share/(?!python) | ^etc/(?!ld\.so) | ^usr/lib/x86_64-linux-gnu/gconv/
     | ^usr/lib/python3\.11/(?:idlelib|lib2to3|pydoc_data|tkinter|turtledemo|ensurepip|test)/
     | ^usr/lib/valgrind/ | ^usr/share/gdb/
     | (?:^|/)__pycache__/ | \.pyi$ | \.a$ | \.pyx$ | \.pxd$ | \.h$ | \.hpp$ | \.cuh$
     | /dist-packages/torch/(?:include|share|test)/
     | /dist-packages/torch/bin/(?!torch_shm_manager$)
-    | /dist-packages/torchgen/ | /dist-packages/(?:numpy|sympy|networkx|mpmath)/(?:.*/)?tests?/
+    | /dist-packages/(?:numpy|sympy|networkx|mpmath)/(?:.*/)?tests?/
     """,
     re.VERBOSE,
 )

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Boot an enclave image here, without AWS, and check it from outside and inside.
+#
+#   scripts/test_enclave.sh [pytest arguments]
+#
+# Builds what it needs first (ten minutes once, then seconds; see scripts/build_enclave_tools.sh).
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+export VEILPIPE_CACHE=${VEILPIPE_CACHE:-$root/.cache/enclave}
+python=${PYTHON:-$root/.venv/bin/python}
+[ -x "$python" ] || { echo "test_enclave: no $python: run scripts/setup.sh first" >&2; exit 1; }
+
+"$root/scripts/build_enclave_tools.sh"
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/veilpipe-boot.XXXXXX")
+child=
+cleanup() {
+  [ -z "$child" ] || kill "$child" 2>/dev/null || true
+  wait
+  if [ "${status:-1}" -ne 0 ]; then
+    for log in "$work"/*.log; do [ -e "$log" ] && { echo "--- ${log##*/}"; tail -n 15 "$log"; }; done >&2
+  fi
+  rm -rf "$work"
+}
+trap cleanup EXIT
+
+mkdir "$work/stage"
+cp "$root/tests/enclave/guest/probe.py" "$work/stage/"
+echo '{"argv": ["/usr/bin/python3", "-IB", "/stage/probe.py"]}' >"$work/stage/run.json"
+cd "$root"
+"$python" tests/enclave/make_test_authority.py "$work/authority"
+"$python" -m enclave build --without-wheels --name boot-test --stage-dir "$work/stage" \
+  --signing-key "$work/authority/key.pem" --signing-certificate "$work/authority/leaf.pem" \
+  -o "$work/probe.eif"
+
+VEILPIPE_BOOT_TEST=$work "$python" -m pytest -q tests/enclave/test_boot.py "$@" &
+child=$!
+status=0
+wait "$child" || status=$?
+child=
+exit "$status"

@@ -1,0 +1,224 @@
+"""Boots an image under QEMU and talks to it; scripts/test_enclave.sh sets up what it needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+
+from enclave import eif, emulator
+from transport.attestation import nitro
+from transport.attestation.evidence import Binding, user_data
+from transport.errors import AttestationError
+
+_DIRECTORY = os.environ.get("VEILPIPE_BOOT_TEST")
+pytestmark = pytest.mark.skipif(
+    _DIRECTORY is None, reason="boots virtual machines: run scripts/test_enclave.sh"
+)
+
+_PORT = 5000
+_BOOT_DEADLINE_S = 120.0
+
+Ask = Callable[..., Any]
+
+
+def _dial(path: Path) -> socket.socket:
+    """Connect to the enclave's port the way its parent would, retrying while it boots."""
+    deadline = time.monotonic() + _BOOT_DEADLINE_S
+    while time.monotonic() < deadline:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(30)
+        try:
+            connection.connect(str(path))
+            connection.sendall(f"CONNECT {_PORT}\n".encode())
+            if connection.recv(64).startswith(b"OK "):
+                return connection
+        except OSError:
+            pass
+        connection.close()
+        time.sleep(0.5)
+    raise TimeoutError(f"the enclave behind {path} did not answer")
+
+
+def _asker(path: Path) -> Ask:
+    def ask(op: str, **fields: Any) -> Any:
+        with _dial(path) as connection, connection.makefile("rwb") as stream:
+            stream.write(json.dumps({"op": op, **fields}).encode() + b"\n")
+            stream.flush()
+            return json.loads(stream.readline())
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def directory() -> Path:
+    assert _DIRECTORY is not None
+    return Path(_DIRECTORY)
+
+
+@pytest.fixture(scope="module")
+def tools() -> Path:
+    return Path(os.environ["VEILPIPE_CACHE"]) / "tools"
+
+
+@pytest.fixture(scope="module")
+def image(directory: Path) -> eif.Image:
+    return eif.unpack((directory / "probe.eif").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def vsock(directory: Path, tools: Path) -> Iterator[Path]:
+    """The socket of an enclave whose documents are signed under the test root."""
+    machine = emulator.Machine(
+        directory / "probe.eif",
+        directory / "signed.sock",
+        directory / "signed.log",
+        memory_mib=1024,
+        signing_dir=directory / "authority",
+    )
+    with emulator.booted(machine, tools):
+        yield machine.vsock
+
+
+@pytest.fixture(scope="module")
+def ask(vsock: Path) -> Ask:
+    return _asker(vsock)
+
+
+@pytest.fixture(scope="module")
+def test_root(directory: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate((directory / "authority/root.pem").read_bytes())
+
+
+@pytest.fixture
+def binding() -> Binding:
+    return Binding(b"stage/0", *(secrets.token_bytes(32) for _ in range(3)))
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _attest(ask: Ask, binding: Binding) -> bytes:
+    return bytes.fromhex(
+        ask(
+            "attest",
+            nonce=binding.nonce.hex(),
+            user_data=user_data(binding).hex(),
+            public_key=binding.static_key.hex(),
+        )
+    )
+
+
+def test_registers_inside_are_those_computed_from_the_file(ask: Ask, image: eif.Image) -> None:
+    inside = {int(index): value for index, value in ask("registers").items()}
+    assert inside == {index: value.hex() for index, value in eif.measure(image).items()}
+
+
+def test_security_module_describes_itself(ask: Ask) -> None:
+    description = ask("describe")
+    assert description["digest"] == "SHA384"
+    assert set(range(16)) <= set(description["locked_pcrs"])
+
+
+def test_security_module_gives_fresh_entropy(ask: Ask) -> None:
+    first, second = ask("random"), ask("random")
+    assert len(first) == len(second) == 512
+    assert first != second
+
+
+def test_init_prepared_the_machine(ask: Ask, directory: Path) -> None:
+    system = ask("system")
+    assert system["entropy_bits"] == 256
+    assert "lo:" in system["interfaces"]
+    assert system["is_first_process_init"]
+    assert system["stage_files"] == ["probe.py", "run.json"]
+
+
+def test_signed_document_is_accepted_under_its_root(
+    ask: Ask, image: eif.Image, test_root: x509.Certificate, binding: Binding
+) -> None:
+    expected = eif.measure(image)
+    verifier = nitro.NitroVerifier(test_root, expected, clock=_now)
+    attested = verifier.verify(_attest(ask, binding), binding)
+    assert {index: attested.measurements[index] for index in expected} == expected
+
+
+def test_signed_document_is_refused_under_the_production_root(
+    ask: Ask, image: eif.Image, binding: Binding
+) -> None:
+    verifier = nitro.NitroVerifier(nitro.aws_root(), eif.measure(image), clock=_now)
+    with pytest.raises(AttestationError) as refusal:
+        verifier.verify(_attest(ask, binding), binding)
+    assert refusal.value.check == "root"
+
+
+def test_document_of_another_image_is_refused(
+    ask: Ask, image: eif.Image, test_root: x509.Certificate, binding: Binding
+) -> None:
+    stage = image.of_type(eif.SectionType.RAMDISK)[-1]
+    at = next(index for index, each in enumerate(image.sections) if each.data is stage)
+    changed = eif.Section(eif.SectionType.RAMDISK, bytes(stage[:-1]) + bytes([stage[-1] ^ 1]))
+    sections = (*image.sections[:at], changed, *image.sections[at + 1 :])
+    verifier = nitro.NitroVerifier(test_root, eif.measure(eif.Image(sections)), clock=_now)
+    with pytest.raises(AttestationError) as refusal:
+        verifier.verify(_attest(ask, binding), binding)
+    assert refusal.value.check == "pcrs"
+
+
+def test_document_with_another_nonce_is_refused(
+    ask: Ask, image: eif.Image, test_root: x509.Certificate, binding: Binding
+) -> None:
+    verifier = nitro.NitroVerifier(test_root, eif.measure(image), clock=_now)
+    stale = Binding(binding.role, binding.handshake_hash, binding.static_key, bytes(32))
+    with pytest.raises(AttestationError) as refusal:
+        verifier.verify(_attest(ask, stale), binding)
+    assert refusal.value.check == "nonce"
+
+
+def test_eight_mebibytes_survive_the_way_in_and_out(vsock: Path) -> None:
+    payload = secrets.token_bytes(8 << 20)
+    with _dial(vsock) as connection, connection.makefile("rwb") as stream:
+        stream.write(json.dumps({"op": "echo", "bytes": len(payload)}).encode() + b"\n")
+        stream.write(payload)
+        stream.flush()
+        assert stream.read(len(payload)) == payload
+
+
+def test_vsock_loops_back_inside_the_guest(ask: Ask) -> None:
+    assert ask("loopback", bytes=1 << 20) == 1 << 20
+
+
+def test_unsigned_document_of_the_emulation_is_refused(
+    directory: Path, tools: Path, image: eif.Image, test_root: x509.Certificate, binding: Binding
+) -> None:
+    machine = emulator.Machine(
+        directory / "probe.eif", directory / "plain.sock", directory / "plain.log", memory_mib=1024
+    )
+    with emulator.booted(machine, tools):
+        document = _attest(_asker(machine.vsock), binding)
+    for root in (test_root, nitro.aws_root()):
+        with pytest.raises(AttestationError) as refusal:
+            nitro.NitroVerifier(root, eif.measure(image), clock=_now).verify(document, binding)
+        assert refusal.value.check == "cose"
+
+
+def test_image_with_a_wrong_crc_does_not_boot(directory: Path, tools: Path) -> None:
+    data = bytearray((directory / "probe.eif").read_bytes())
+    data[-1] ^= 1
+    (directory / "damaged.eif").write_bytes(data)
+    machine = emulator.Machine(
+        directory / "damaged.eif", directory / "damaged.sock", directory / "damaged.log"
+    )
+    with emulator.booted(machine, tools) as process:
+        assert process.wait(timeout=30) == 1
+    assert "CRC mismatch" in (directory / "damaged.log").read_text()
