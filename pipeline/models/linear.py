@@ -2,8 +2,8 @@
 
 Weights lie as [in, out], the transpose of a checkpoint's layout, because a single row times such a
 matrix streams memory 1.4 times as fast (GPT-2 124M, one thread: 25 ms a token instead of 36), and
-numpy's OpenBLAS streams it faster still (22 ms) and with several threads, where torch stays at one
-(17 ms with two). Decoding one sequence is bound by nothing else. More rows go through torch.
+numpy's OpenBLAS streams it faster still (22 ms). Decoding one sequence is bound by nothing else.
+More rows go through torch.
 
 A row's result is independent of its batch-mates except in rounding: one row and several rows take
 different kernels. The same step always gives the same bits.
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from pipeline.models.runtime import find_blas_setter
+from pipeline.models.runtime import pin_blas
 
 MatVec = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _SELF_TEST_SHAPE = (96, 160)
@@ -31,7 +31,7 @@ def choose_matvec() -> MatVec:
 
     Never chosen by a stopwatch: two processes must not differ in rounding.
     """
-    if find_blas_setter() is None:
+    if not pin_blas():
         return torch.mm
     num_in, num_out = _SELF_TEST_SHAPE
     row = torch.linspace(-1.0, 1.0, num_in).unsqueeze(0)

@@ -1,4 +1,10 @@
-"""How many threads arithmetic may use: torch's pool and, beside it, numpy's BLAS."""
+"""How many threads arithmetic may use.
+
+torch's pool gets as many as asked for. numpy's BLAS, which multiplies single rows, stays at one:
+its idle threads spin for milliseconds and steal the core of torch's pool and of the stage next door
+(two threads on two busy cores: 30 times slower; on two idle ones: 1.3 times faster), and one core
+nearly saturates the memory anyway. It also makes a token's products the same for any count.
+"""
 
 import ctypes
 from collections.abc import Callable
@@ -17,16 +23,23 @@ _SETTERS = (
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Let every product use exactly `num_threads` threads of this process."""
+    """Let this process compute with at most `num_threads` threads at a time."""
     if num_threads < 1:
         raise ValueError(f"num_threads={num_threads}: at least one thread computes")
     torch.set_num_threads(num_threads)
-    set_blas_threads = find_blas_setter()
-    if set_blas_threads is not None:
-        set_blas_threads(num_threads)
+    pin_blas()
 
 
-def find_blas_setter() -> Callable[[int], None] | None:
+def pin_blas() -> bool:
+    """Hold numpy's BLAS to one thread; False where it is one we cannot govern."""
+    set_blas_threads = _find_blas_setter()
+    if set_blas_threads is None:
+        return False
+    set_blas_threads(1)
+    return True
+
+
+def _find_blas_setter() -> Callable[[int], None] | None:
     """Sets the threads of the OpenBLAS that numpy has loaded; None if it is another BLAS."""
     assert np.__version__  # importing numpy is what maps the library
     try:
