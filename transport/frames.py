@@ -12,7 +12,7 @@ from math import prod
 from struct import Struct
 from struct import error as StructError  # noqa: N812  (an exception, named like one)
 
-from transport.errors import FrameError, MisuseError
+from transport.errors import FrameError, MisuseError, RecordError
 from transport.records import (
     OVERHEAD_BYTES,
     RecordHeader,
@@ -288,7 +288,7 @@ class FrameReceiver:
         """Take REKEY anywhere, CLOSE between frames, nothing else."""
         if record.kind is not REKEY and (record.kind is not CLOSE or self._body is not None):
             place = "between frames" if self._body is None else "inside a frame"
-            raise FrameError(f"a {record.kind.name} record {place}")
+            raise RecordError(f"a {record.kind.name} record {place}")
         self._reader.open_into(self._arena.range(0, 0, 0))
         self.is_ended = record.kind is CLOSE
 
@@ -322,7 +322,7 @@ class FrameReceiver:
     def _take_piece(self, record: RecordHeader, body: "_Body") -> Frame | None:
         start, stop = body.due
         if record.plaintext_bytes != stop - start:
-            raise FrameError(
+            raise RecordError(
                 f"a BODY record of {record.plaintext_bytes} bytes where {stop - start} are due"
             )
         self._reader.open_into(self._arena.range(start, stop, body.layout.storage_bytes))

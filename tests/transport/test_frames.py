@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transport import frames
-from transport.errors import FrameError, MisuseError, ProtocolError
+from transport.errors import FrameError, MisuseError, ProtocolError, RecordError
 from transport.frames import DType, Frame, FrameKind, FrameLimits, Tensor, TensorSpec
 from transport.records import RecordKind, RekeyPolicy
 
@@ -167,13 +167,13 @@ def test_the_check_sees_header_and_specs_before_any_body_and_its_refusal_counts(
 def test_another_record_inside_a_frame_is_refused(toy, kind):
     pipe = Pipe(toy)
     assert pipe.feed_record(head([(5, (100_000,))])) is None
-    with pytest.raises(FrameError, match="inside a frame"):
+    with pytest.raises(RecordError, match="inside a frame"):
         pipe.feed_record(b"x" if kind is RecordKind.FRAME else b"", kind)
 
 
 @pytest.mark.parametrize("kind", [RecordKind.BODY, RecordKind.ACCEPT])
 def test_a_record_that_belongs_elsewhere_is_refused_between_frames(toy, kind):
-    with pytest.raises(FrameError, match="between frames"):
+    with pytest.raises(RecordError, match="between frames"):
         Pipe(toy).feed_record(b"x" if kind is RecordKind.BODY else b"", kind)
 
 
@@ -181,7 +181,7 @@ def test_a_record_that_belongs_elsewhere_is_refused_between_frames(toy, kind):
 def test_a_piece_of_another_size_than_due_is_refused(toy, size):
     pipe = Pipe(toy)
     assert pipe.feed_record(head([(5, (100_000,))])) is None
-    with pytest.raises(FrameError, match="100000 are due"):
+    with pytest.raises(RecordError, match="100000 are due"):
         pipe.feed_record(bytes(size), RecordKind.BODY)
 
 
