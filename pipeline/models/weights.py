@@ -144,7 +144,7 @@ def read_header(file: FileIO, path: Path) -> Header:
     raw = _read_exactly(file, length)
     try:
         tensors = parse_header_untrusted(raw)
-    except _CorruptHeader as error:
+    except CorruptHeader as error:
         raise ModelError(f"{path} is corrupt: {error}: fetch it again") from error
     promised = 8 + length + (tensors[-1].end if tensors else 0)
     if file_bytes != promised:
@@ -155,7 +155,7 @@ def read_header(file: FileIO, path: Path) -> Header:
     return Header(prefix + raw, tensors)
 
 
-class _CorruptHeader(Exception):
+class CorruptHeader(Exception):
     """Why a header cannot be trusted; always translated to ModelError with the file's name."""
 
 
@@ -164,9 +164,9 @@ def parse_header_untrusted(raw: bytes) -> tuple[StoredTensor, ...]:
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _CorruptHeader(f"its header is not valid JSON ({error})") from error
+        raise CorruptHeader(f"its header is not valid JSON ({error})") from error
     if not isinstance(entries, dict):
-        raise _CorruptHeader("its header is not an object")
+        raise CorruptHeader("its header is not an object")
     entries.pop("__metadata__", None)
     tensors = sorted(
         (_stored_tensor(name, entry) for name, entry in entries.items()),
@@ -175,7 +175,7 @@ def parse_header_untrusted(raw: bytes) -> tuple[StoredTensor, ...]:
     position = 0
     for tensor in tensors:
         if tensor.start != position:
-            raise _CorruptHeader(
+            raise CorruptHeader(
                 f"tensor {tensor.name} starts at {tensor.start}, the one before ends at {position}"
             )
         position = tensor.end
@@ -191,18 +191,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _stored_tensor(name: str, entry: object) -> StoredTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _CorruptHeader(f"tensor {name} is described by {str(entry)[:80]}")
+        raise CorruptHeader(f"tensor {name} is described by {str(entry)[:80]}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise _CorruptHeader(f"tensor {name} has the unknown dtype {str(dtype)[:20]!r}")
+        raise CorruptHeader(f"tensor {name} has the unknown dtype {str(dtype)[:20]!r}")
     if not _is_sizes(shape) or len(shape) > MAX_RANK:
-        raise _CorruptHeader(f"tensor {name} has the shape {str(shape)[:80]}")
+        raise CorruptHeader(f"tensor {name} has the shape {str(shape)[:80]}")
     if not _is_sizes(offsets) or len(offsets) != 2:
-        raise _CorruptHeader(f"tensor {name} has the offsets {str(offsets)[:80]}")
+        raise CorruptHeader(f"tensor {name} has the offsets {str(offsets)[:80]}")
     start, end = offsets
     num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - start != num_bytes:
-        raise _CorruptHeader(
+        raise CorruptHeader(
             f"tensor {name} is {dtype} {shape}, {num_bytes} bytes, but spans {end - start}"
         )
     return StoredTensor(name, dtype, tuple(shape), start, end)

@@ -1,5 +1,6 @@
 """Small random models written to disk, their transformers oracle, and ways to run our shards."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,7 +110,7 @@ class Oracle:
     def split(self, *bounds: int) -> list[ModelShard]:
         """Stages [0, bounds[0]), [bounds[0], bounds[1]), ... to the last layer."""
         edges = (0, *bounds, self.config.num_layers)
-        return [self.shard(start, end) for start, end in zip(edges, edges[1:], strict=False)]
+        return [self.shard(start, end) for start, end in itertools.pairwise(edges)]
 
     @torch.no_grad()
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,121 @@
+"""config.json is read strictly: what we cannot compute exactly is refused by name."""
+
+import json
+
+import pytest
+
+from pipeline.errors import ModelError
+from pipeline.models.config import LlamaConfig, load_config
+from pipeline.models.registry import layer_bytes, load_shard
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "eos_token_id": 2,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 100,
+    "n_layer": 2,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_positions": 64,
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    def write(fields, generation=None):
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        return load_config(tmp_path)
+
+    return write
+
+
+def test_defaults_follow_from_what_is_given(load):
+    config = load(LLAMA)
+    assert isinstance(config, LlamaConfig)
+    assert (config.head_dim, config.num_kv_heads) == (8, 4)
+    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+
+
+@pytest.mark.parametrize(
+    ("own", "generation", "expected"),
+    [
+        (2, None, (2,)),
+        (2, {"eos_token_id": [7, 2]}, (2, 7)),
+        (None, {"eos_token_id": 5}, (5,)),
+        (None, {}, ()),
+    ],
+)
+def test_end_tokens_of_both_files_count(load, own, generation, expected):
+    assert load(LLAMA | {"eos_token_id": own}, generation).eos_token_ids == expected
+
+
+def test_the_older_spelling_of_rope_scaling_means_the_same(load):
+    old = {"type": "linear", "factor": 2.0}
+    new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    assert load(LLAMA | {"rope_theta": 500.0, "rope_scaling": old}) == load(
+        LLAMA | {"rope_parameters": new}
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (LLAMA | {"model_type": "bert"}, "model_type 'bert' is not supported"),
+        ({}, "model_type None is not supported"),
+        (LLAMA | {"hidden_act": "relu"}, "hidden_act='relu'"),
+        (LLAMA | {"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        (LLAMA | {"num_attention_heads": 5}, "32/5"),
+        (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads=3"),
+        (LLAMA | {"head_dim": 7}, "head_dim=7 is odd"),
+        (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_type='yarn'"),
+        (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (LLAMA | {"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+        (GPT2 | {"activation_function": "swish"}, "activation_function='swish'"),
+        (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        (GPT2 | {"n_head": 5}, "32/5"),
+        ([1], "holds a list"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(load, fields, told):
+    with pytest.raises(ModelError) as caught:
+        load(fields)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_broken_config_is_one_line(tmp_path):
+    with pytest.raises(ModelError, match="is it a model directory"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not valid JSON"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("bounds", [(0, 0), (2, 1), (-1, 2), (0, 5), (4, 4)])
+def test_a_range_outside_the_model_is_refused(make_oracle, bounds):
+    with pytest.raises(ModelError, match=f"layers {bounds[0]}..{bounds[1]} are not a range"):
+        make_oracle("gpt2").shard(*bounds)
+
+
+def test_an_unknown_dtype_is_refused(make_oracle):
+    oracle = make_oracle("gpt2")
+    with pytest.raises(ModelError, match="dtype 'float8' is not supported: use float32"):
+        load_shard(oracle.directory, oracle.config, 0, 4, dtype="float8", expected_hashes=None)
+
+
+def test_layer_bytes_are_what_the_stages_hold(oracle):
+    embedding, layers, head = layer_bytes(oracle.directory, oracle.config)
+    first, *middle, last = (oracle.shard(at, at + 1) for at in range(len(layers)))
+    assert first.num_weight_bytes == embedding + layers[0]
+    assert [shard.num_weight_bytes for shard in middle] == list(layers[1:-1])
+    assert last.num_weight_bytes == layers[-1] + head

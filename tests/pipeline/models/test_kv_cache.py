@@ -1,0 +1,78 @@
+"""A step must continue exactly what its slot holds, and clearing leaves nothing behind."""
+
+import pytest
+import torch
+
+from pipeline.errors import MessageError
+from pipeline.models.batch import Segment
+from pipeline.models.kv_cache import KVCache
+
+
+@pytest.fixture
+def cache():
+    return KVCache(num_layers=2, num_slots=3, num_kv_heads=2, max_seq_len=16, head_dim=4)
+
+
+def fill(cache: KVCache, *batch: Segment) -> None:
+    cache.reserve(batch)
+    for tensor in (*cache.keys, *cache.values):
+        for segment in batch:
+            end = segment.position + segment.num_tokens
+            tensor[segment.slot, :, segment.position : end] = 7.0
+    cache.advance(batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        ([Segment(1, 4, 1)], "slot 1 holds 5 tokens, but the step is at 4"),
+        ([Segment(1, 6, 1)], "slot 1 holds 5 tokens, but the step is at 6"),
+        ([Segment(1, 0, 5)], "slot 1 holds 5 tokens, but the step is at 0"),
+        ([Segment(1, 5, 12)], "12 more at position 5 exceed the context of 16"),
+        ([Segment(0, 0, 17)], "17 more at position 0 exceed the context of 16"),
+        ([Segment(3, 0, 1)], "slot 3 does not exist: there are 3"),
+        ([Segment(-1, 0, 1)], "slot -1 does not exist"),
+        ([Segment(0, 0, 0)], "a segment of 0 tokens"),
+        ([Segment(0, 0, 2), Segment(0, 2, 1)], "slot 0 appears twice"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused_and_changes_nothing(cache, batch, told):
+    fill(cache, Segment(1, 0, 5))
+    with pytest.raises(MessageError, match=told):
+        cache.reserve(batch)
+    assert cache.lengths == (0, 5, 0)
+
+
+def test_the_context_can_be_filled_to_its_last_position(cache):
+    fill(cache, Segment(0, 0, 15))
+    fill(cache, Segment(0, 15, 1))
+    assert cache.lengths == (16, 0, 0)
+
+
+def test_clearing_a_slot_zeroes_it_and_leaves_the_others(cache):
+    fill(cache, Segment(0, 0, 3), Segment(2, 0, 16))
+    cache.clear([2])
+    assert cache.lengths == (3, 0, 0)
+    for tensor in (*cache.keys, *cache.values):
+        assert not tensor[2].any()
+        assert (tensor[0, :, :3] == 7.0).all()
+
+
+def test_clearing_reaches_what_a_failed_step_wrote(cache):
+    fill(cache, Segment(0, 0, 3))
+    cache.reserve([Segment(0, 3, 9)])
+    cache.keys[0][0, :, 3:12] = 9.0  # the first layer was computed, then the step failed
+    cache.clear()
+    assert cache.lengths == (0, 0, 0)
+    assert not cache.keys[0][0, :, :12].any()
+
+
+def test_bytes_count_keys_and_values_of_every_layer(cache):
+    assert cache.num_bytes == 2 * 2 * 3 * 2 * 16 * 4 * torch.float32.itemsize
+
+
+def test_a_shard_refuses_a_step_with_too_few_rows(make_oracle, make_pipeline, token_ids):
+    pipeline = make_pipeline(make_oracle("gpt2").split())
+    with pytest.raises(MessageError, match="a step of 5 tokens came with 3 rows"):
+        pipeline.hidden(token_ids[:3], [Segment(0, 0, 5)])
+    assert pipeline.caches[0].lengths == (0,)

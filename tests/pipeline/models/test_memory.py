@@ -1,0 +1,68 @@
+"""A stage's peak memory stays near its own shard, whatever the model's size."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+NUM_LAYERS, NUM_STAGES = 8, 4
+SLACK = 1.15  # of the shard, beside one block of the file
+BLOCK_BYTES = 16 << 20
+
+# VmHWM is the peak of resident memory, which the kernel keeps; the imports are measured first.
+LOAD = """
+import sys
+from pathlib import Path
+import torch
+from pipeline.models.config import load_config
+from pipeline.models.registry import load_shard, required_files
+from pipeline.models.weights import hash_files
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+directory, start, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+config = load_config(directory)
+hashes = hash_files(required_files(directory, config, range(start, end)))
+torch.mm(torch.ones(2, 2), torch.ones(2, 2))
+before = peak()
+shard = load_shard(directory, config, start, end, expected_hashes=hashes)
+print(shard.num_weight_bytes, peak() - before)
+"""
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def wide_model(request, tmp_path_factory):
+    """Eight layers of 25 MB, 250 MB in all."""
+    config = LlamaConfig(
+        vocab_size=2000,
+        hidden_size=1024,
+        intermediate_size=1024,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("wide")
+    LlamaForCausalLM(config).to(request.param).save_pretrained(directory)
+    yield directory
+    (directory / "model.safetensors").unlink()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("stage", range(NUM_STAGES))
+def test_a_stages_peak_memory_is_near_its_shard(wide_model, stage):
+    size = NUM_LAYERS // NUM_STAGES
+    arguments = [wide_model, stage * size, (stage + 1) * size]
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shard_bytes, peak_bytes = map(int, result.stdout.split())
+    assert shard_bytes > 40e6  # two layers: the measure is about the shard, not about small change
+    assert peak_bytes <= SLACK * shard_bytes + BLOCK_BYTES
