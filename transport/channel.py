@@ -99,7 +99,14 @@ class SecureChannel(trio.abc.Channel[Frame]):
         try:
             await wire.turn()  # cancelled here, or with a misused frame, nothing has been sealed
             data, pieces = self._sender.begin(frame)
-            await self._send_whole(data, pieces)
+            try:
+                num_sent = wire.try_send(data)
+                if pieces or num_sent < len(data):
+                    await self._send_rest(data[num_sent:], pieces)
+            except BaseException:
+                # Half a record must never be followed by another: the channel ends here.
+                wire.close()
+                raise
         finally:
             self._is_sending = False
         self._frames_sent += 1
@@ -143,30 +150,24 @@ class SecureChannel(trio.abc.Channel[Frame]):
         finally:
             self._wire.close()
 
-    async def _send_whole(self, data: memoryview, pieces: list[memoryview]) -> None:
-        wire = self._wire
-        try:
-            if (num_sent := wire.try_send(data)) < len(data):
-                await wire.send_all(data[num_sent:])
-            for piece in pieces:
-                await wire.send_all(self._sender.seal_piece(piece))
-        except BaseException:
-            # Half a record must never be followed by another: the channel ends here.
-            wire.close()
-            raise
+    async def _send_rest(self, data: memoryview, pieces: list[memoryview]) -> None:
+        if data:
+            await self._wire.send_all(data)
+        for piece in pieces:
+            await self._wire.send_all(self._sender.seal_piece(piece))
 
     async def _receive_whole(self) -> Frame | None:
         wire, receiver = self._wire, self._receiver
-        has_waited = False
+        has_waited = False  # a wait is a checkpoint, so the bytes after it need none
         try:
             while (frame := receiver.next_frame_untrusted()) is None and not receiver.is_ended:
-                num_received = wire.try_receive(receiver.space())
-                receiver.wrote(num_received)
-                if num_received == 0:
+                while not (num_received := wire.try_receive(receiver.space())):
                     await wire.wait_readable()
-                elif not has_waited:
+                    has_waited = True
+                receiver.wrote(num_received)
+                if not has_waited:
                     await wire.turn()
-                has_waited = num_received == 0
+                has_waited = False
         except BaseException as error:
             is_idle = isinstance(error, trio.Cancelled) and receiver.is_between_frames
             if not is_idle:
