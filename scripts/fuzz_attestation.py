@@ -127,7 +127,8 @@ def main() -> None:
     targets = arguments.targets or list(TARGETS)
     if arguments.corpus is not None:
         fuzz(targets[0], arguments.runs, arguments.corpus)
-    sys.exit(not all([fuzz_apart(target, arguments.runs) for target in targets]))
+    results = [fuzz_apart(target, arguments.runs) for target in targets]
+    sys.exit(not all(results))
 
 
 if __name__ == "__main__":

@@ -97,12 +97,12 @@ class Relay:
             raise
 
     def close(self) -> None:
-        """Stops listening; idempotent."""
+        """Stops listening; `run` ends when the connections it carries have. Idempotent."""
         for listener in self.listeners.values():
             listener.close()
 
     async def run(self) -> None:
-        """Carries connections until cancelled; then closes everything.
+        """Carries connections until closed or, cutting them, cancelled.
 
         Raises: EndpointError, in an exception group, where a listener breaks.
         """
@@ -116,7 +116,10 @@ class Relay:
     async def _serve(self, mapping: RelayMap, listener: Listener, nursery: trio.Nursery) -> None:
         stats = self.stats[mapping]
         while True:
-            incoming = await listener.accept()
+            try:
+                incoming = await listener.accept()
+            except trio.ClosedResourceError:
+                return
             if stats.active >= mapping.max_connections:
                 stats.refused_over_limit += 1
                 incoming.close()
