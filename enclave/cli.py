@@ -24,8 +24,9 @@ from enclave.pin import pin
 
 _EXIT_MISMATCH: Final = 1
 _EXIT_BAD_INPUT: Final = 2
-_MEMORY_PER_IMAGE_BYTE: Final = 4  # the archive, its unpacked copy, weights once more, and work
-_MIN_MEMORY_BYTES: Final = 512 << 20
+# nitro-cli wants four times the image: the archive, its unpacked copy, and room to work.
+_MEMORY_PER_IMAGE_BYTE: Final = 4
+_MEMORY_FLOOR_BYTES: Final = 256 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -151,20 +152,22 @@ def _build(options: argparse.Namespace) -> int:
 
 def _assemble(options: argparse.Namespace, directory: Path) -> eif.Image:
     system = build.find_system(options.cache, with_wheels=not options.without_wheels)
+    kernel = (options.kernel or options.cache / "tools" / "vmlinuz").read_bytes()
     ramdisks: list[eif.Buffer] = [
         build.system_ramdisk(system, options.cache).read_bytes(),
         build.code_ramdisk(),
         build.stage_ramdisk(directory),
     ]
-    memory = max(_MIN_MEMORY_BYTES, _MEMORY_PER_IMAGE_BYTE * sum(map(len, ramdisks)))
+    image_bytes = len(kernel) + sum(map(len, ramdisks))
+    memory_bytes = _MEMORY_FLOOR_BYTES + _MEMORY_PER_IMAGE_BYTE * image_bytes
     if options.memory_mib is not None:
-        memory = options.memory_mib << 20
+        memory_bytes = options.memory_mib << 20
     image = build.build_image(
-        (options.kernel or options.cache / "tools" / "vmlinuz").read_bytes(),
+        kernel,
         options.cmdline,
         ramdisks,
         build.describe_build(options.name, _version(), system),
-        memory_bytes=memory,
+        memory_bytes=memory_bytes,
         cpus=options.cpus,
     )
     if options.signing_key is None:

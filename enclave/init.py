@@ -77,6 +77,11 @@ def main() -> None:
         time.sleep(3600)
 
 
+def become_stage() -> None:
+    """Replace this process by the stage's command, where another init has prepared the machine."""
+    _become(read_command(RUN_FILE.read_bytes()))
+
+
 def read_command(text: bytes) -> Command:
     """Return the command a run file names: {"argv": [text, …], "env": {name: text}}.
 

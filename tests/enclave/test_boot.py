@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 _PORT = 5000
+_PARENT_PORT = 7000
 _BOOT_DEADLINE_S = 120.0
 
 Ask = Callable[..., Any]
@@ -102,6 +104,17 @@ def test_root(directory: Path) -> x509.Certificate:
 @pytest.fixture
 def binding() -> Binding:
     return Binding(b"stage/0", *(secrets.token_bytes(32) for _ in range(3)))
+
+
+def _count_once(listener: socket.socket, num_bytes: int) -> None:
+    """Take one connection and answer, once all bytes are there, how many they are."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.settimeout(30)
+        count = 0
+        while count < num_bytes and (chunk := connection.recv(1 << 16)):
+            count += len(chunk)
+        connection.sendall(count.to_bytes(8, "big"))
 
 
 def _now() -> datetime:
@@ -192,6 +205,18 @@ def test_eight_mebibytes_survive_the_way_in_and_out(vsock: Path) -> None:
         stream.write(payload)
         stream.flush()
         assert stream.read(len(payload)) == payload
+
+
+def test_enclave_dials_a_port_of_its_parent(ask: Ask, vsock: Path) -> None:
+    num_bytes = 1 << 20
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(f"{vsock}_{_PARENT_PORT}")
+        listener.listen()
+        listener.settimeout(30)
+        counted = threading.Thread(target=_count_once, args=(listener, num_bytes))
+        counted.start()
+        assert ask("dial_parent", bytes=num_bytes) == num_bytes
+        counted.join()
 
 
 def test_vsock_loops_back_inside_the_guest(ask: Ask) -> None:

@@ -13,6 +13,9 @@ from enclave import nsm
 PORT = 5000
 LOOPBACK_PORT = 5001
 LOOPBACK_CID = 1
+# QEMU's host end; on AWS it is CID 3.
+EMULATED_PARENT_CID = 2
+PARENT_PORT = 7000
 
 
 def main() -> None:
@@ -43,6 +46,8 @@ def answer(request: dict[str, Any]) -> Any:
             return nsm.attestation_document(*(bytes.fromhex(request[name]) for name in names)).hex()
         case "loopback":
             return loopback(request["bytes"])
+        case "dial_parent":
+            return dial_parent(request["bytes"])
         case "system":
             return {
                 "entropy_bits": int(Path("/proc/sys/kernel/random/entropy_avail").read_text()),
@@ -69,6 +74,14 @@ def loopback(num_bytes: int) -> int:
             sender.join()
         thread.join()
     return received
+
+
+def dial_parent(num_bytes: int) -> int:
+    """Send bytes to the parent; return how many it says it got."""
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as parent:
+        parent.connect((EMULATED_PARENT_CID, PARENT_PORT))
+        parent.sendall(bytes(num_bytes))  # no half-close: vhost-device-vsock makes it a whole one
+        return int.from_bytes(parent.recv(8), "big")
 
 
 def dial() -> socket.socket:
