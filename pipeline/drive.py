@@ -6,14 +6,12 @@ from typing import Protocol
 from pipeline.engine.request import TokenEvent
 from pipeline.engine.scheduler import Scheduler, Step
 from pipeline.messages import StageTiming, StepHeader
-from pipeline.stage import StageCore
-from pipeline.tensors import token_ids_from_wire, token_ids_to_wire
 
 OnToken = Callable[[TokenEvent, tuple[StageTiming, ...]], None]
 
 
 class StepRunner(Protocol):
-    """What runs steps: the connected `Pipeline`, or `LocalPipeline` in this process."""
+    """What runs steps: the connected `Pipeline`, or a `LocalPipeline`."""
 
     async def send(self, step: Step) -> None:
         """Start a step."""
@@ -32,26 +30,3 @@ async def drive(pipeline: StepRunner, scheduler: Scheduler, on_token: OnToken) -
         header, token_ids = await pipeline.receive()
         for event in scheduler.complete(header, token_ids):
             on_token(event, header.timings)
-
-
-class LocalPipeline:
-    """All stages in this process, called one after another: the reference for every split."""
-
-    def __init__(self, stages: Sequence[StageCore]) -> None:
-        self._stages = stages
-        self._results: list[tuple[StepHeader, Sequence[int]]] = []
-
-    async def send(self, step: Step) -> None:
-        """Run the step at once."""
-        self._results.append(self.run(step))
-
-    async def receive(self) -> tuple[StepHeader, Sequence[int]]:
-        """The oldest result."""
-        return self._results.pop(0)
-
-    def run(self, step: Step) -> tuple[StepHeader, Sequence[int]]:
-        """Run one step through every stage."""
-        tensor = token_ids_to_wire(step.token_ids)
-        for stage in self._stages:
-            tensor = stage.step(step.header, tensor)[0]
-        return step.header, token_ids_from_wire(tensor).tolist()

@@ -14,7 +14,7 @@ from pipeline.messages import (
     encode_message,
     encode_step,
 )
-from pipeline.stage import SessionLimits, check_header
+from pipeline.steps import SessionLimits, check_header
 from transport.channel import SecureChannel
 from transport.errors import FrameError
 from transport.frames import Frame, FrameKind, FrameLimits, Tensor, TensorSpec

@@ -32,7 +32,7 @@ from pipeline.messages import (
     StepKind,
     Want,
 )
-from pipeline.session import (
+from pipeline.peers import (
     CONTROL_EPOCH,
     HANDSHAKE_SECONDS,
     ORCHESTRATOR,
@@ -41,9 +41,15 @@ from pipeline.session import (
     describe,
     say,
 )
-from pipeline.stage import CLEAR_SENTINEL, CLEAR_SPEC, SessionLimits
+from pipeline.steps import (
+    ACTIVATION_DTYPES,
+    CLEAR_SENTINEL,
+    CLEAR_SPEC,
+    SessionLimits,
+    token_ids_from_wire,
+    token_ids_to_wire,
+)
 from pipeline.tasks import open_tasks
-from pipeline.tensors import ACTIVATION_DTYPES, token_ids_from_wire, token_ids_to_wire
 from pipeline.trust import Trust
 from transport.channel import SecureChannel, connect_channel
 from transport.endpoint import Endpoint, Listener, dial_retrying, listen

@@ -1,8 +1,7 @@
 """One orchestrator's session on a stage: its data channels, its KV state, its requests."""
 
 import logging
-import socket
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -33,29 +32,28 @@ from pipeline.messages import (
     StepHeader,
 )
 from pipeline.models.registry import ModelShard
-from pipeline.stage import SessionLimits, StageCore, expected_input
+from pipeline.peers import (
+    HANDSHAKE_SECONDS,
+    ORCHESTRATOR,
+    accept_first,
+    close_quietly,
+    describe,
+    say,
+)
+from pipeline.stage import StageCore
+from pipeline.steps import ACTIVATION_DTYPES, SessionLimits, expected_input
 from pipeline.tasks import open_tasks
-from pipeline.tensors import ACTIVATION_DTYPES
 from pipeline.trust import Trust
-from transport.channel import SecureChannel, accept_channel, connect_channel
+from transport.channel import SecureChannel, connect_channel
 from transport.endpoint import Endpoint, Listener, dial_retrying, parse_endpoint
 from transport.errors import EndpointError, TransportError
-from transport.frames import FrameLimits, TensorSpec
-from transport.handshake import Credentials, Link, LinkKind, Role, RoleKind
+from transport.frames import TensorSpec
+from transport.handshake import Link, LinkKind, Role, RoleKind
 
 logger = logging.getLogger(__name__)
 
-# A peer that says nothing for this long while it is its turn in a handshake is dropped.
-HANDSHAKE_SECONDS = 10.0
-# Handshakes under way at once; more wait in the kernel's backlog, so a flood costs no memory.
-MAX_PENDING_HANDSHAKES = 16
 # An orchestrator sends `health` every few seconds; one silent for this long is gone.
 SILENCE_SECONDS = 60.0
-# Time for a last message to a peer that may not be reading.
-GOODBYE_SECONDS = 1.0
-# Control channels come before any session, so they bind no session's epoch.
-CONTROL_EPOCH = bytes(16)
-ORCHESTRATOR = Role(RoleKind.ORCHESTRATOR, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +175,7 @@ class StageSession:
         try:
             endpoint = self._setup.data_out or parse_endpoint(self._init.data_out)
             # Retries end with the session: the orchestrator is the one who loses patience.
-            sock = await dial_retrying(endpoint, _log_wait)
+            sock = await dial_retrying(endpoint, log_once())
             with trio.fail_after(HANDSHAKE_SECONDS):
                 return await connect_channel(sock, link, credentials, SEND_ONLY_LIMITS)
         except (TransportError, trio.TooSlowError, trio.EndOfChannel) as error:
@@ -269,82 +267,14 @@ class _Meter:
         return timing
 
 
-async def accept_first(
-    listener: Listener,
-    link: Link,
-    trust: Trust,
-    measurements: Mapping[int, bytes],
-    limits: FrameLimits,
-) -> SecureChannel:
-    """The first connection that authenticates as the link's initiator; others are dropped.
+def log_once() -> Callable[[EndpointError], None]:
+    """For a retrying dial: logs its first failure, not one a second."""
+    is_logged = False
 
-    Handshakes run side by side, so that a silent stranger cannot keep the right peer out.
-    """
-    accepted: list[SecureChannel] = []
-    is_accepted = trio.Event()
-    slots = trio.CapacityLimiter(MAX_PENDING_HANDSHAKES)
-    async with open_tasks() as tasks:
+    def on_wait(error: EndpointError) -> None:
+        nonlocal is_logged
+        if not is_logged:
+            logger.info("event=waiting error=%s", error)
+            is_logged = True
 
-        async def greet(sock: socket.socket, place: object) -> None:
-            credentials = trust.toward(link.initiator, measurements)
-            channel = await accept_or_log(sock, link, credentials, limits)
-            slots.release_on_behalf_of(place)
-            if channel is not None and accepted:
-                await close_quietly(channel)
-            elif channel is not None:
-                accepted.append(channel)
-                is_accepted.set()
-
-        async def greet_all() -> None:
-            while True:
-                place = object()
-                await slots.acquire_on_behalf_of(place)
-                tasks.start_soon(greet, await listener.accept(), place)
-
-        tasks.start_soon(greet_all)
-        await is_accepted.wait()
-        tasks.cancel_scope.cancel()
-    return accepted[0]
-
-
-async def accept_or_log(
-    sock: socket.socket, link: Link, credentials: Credentials, limits: FrameLimits
-) -> SecureChannel | None:
-    """Run the responder's handshake; a peer that fails it is logged and dropped."""
-    try:
-        with trio.fail_after(HANDSHAKE_SECONDS):
-            return await accept_channel(sock, link, credentials, limits)
-    except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
-        logger.warning("event=handshake_refused link=%s error=%s", link.kind.name, describe(error))
-        return None
-
-
-async def say(control: ControlLink, message: Message) -> None:
-    """Try to send a last message; the peer may be the one that failed."""
-    with trio.move_on_after(GOODBYE_SECONDS, shield=True):
-        try:
-            await control.send(message)
-        except (TransportError, trio.ClosedResourceError, trio.BrokenResourceError):
-            logger.debug("event=goodbye_failed type=%s", message.type)
-
-
-async def close_quietly(channel: SecureChannel) -> None:
-    """Close with notice if the peer still reads, without if not."""
-    with trio.move_on_after(GOODBYE_SECONDS, shield=True):
-        try:
-            await channel.aclose()
-        except TransportError as error:
-            logger.debug("event=close_failed error=%s", describe(error))
-
-
-def describe(error: BaseException) -> str:
-    """One line for an error that may carry no text."""
-    if isinstance(error, trio.EndOfChannel):
-        return "the peer closed the channel"
-    if isinstance(error, trio.TooSlowError):
-        return f"the peer was silent for {HANDSHAKE_SECONDS:.0f} s"
-    return (str(error) or type(error).__name__)[:1024]
-
-
-def _log_wait(error: EndpointError) -> None:
-    logger.info("event=waiting error=%s", error)
+    return on_wait

@@ -1,73 +1,19 @@
 """What a stage does with one step. Sans-IO: a header and a tensor in, a tensor out."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from pipeline.errors import MessageError
 from pipeline.messages import StepHeader, StepKind, Want
 from pipeline.models.registry import ModelShard
-from pipeline.tensors import (
-    activation_from_wire,
-    activation_to_wire,
+from pipeline.steps import (
+    CLEAR_SENTINEL,
+    SessionLimits,
     token_ids_from_wire,
     token_ids_to_wire,
 )
-from transport.frames import DType, Tensor, TensorSpec
-
-CLEAR_SPEC = TensorSpec(DType.U32, (0,))
-CLEAR_SENTINEL = Tensor(CLEAR_SPEC, memoryview(b""))
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLimits:
-    """What a session agreed on; every step is held against it before its tensor is stored."""
-
-    num_slots: int
-    max_seq_len: int
-    max_step_tokens: int
-    hidden_dim: int
-    activation_dtype: DType
-
-    @property
-    def max_tensor_bytes(self) -> int:
-        """Largest tensor a step may carry between stages."""
-        width = self.hidden_dim * self.activation_dtype.itemsize
-        return self.max_step_tokens * max(width, DType.U32.itemsize)
-
-
-def check_header(header: StepHeader, limits: SessionLimits) -> None:
-    """Refuse a step that names slots, positions or sizes the session has no room for."""
-    slots = [segment.slot for segment in header.segments]
-    if len(set(slots)) != len(slots):
-        raise MessageError(f"step {header.step} names a slot twice")
-    for segment in header.segments:
-        if segment.slot >= limits.num_slots:
-            raise MessageError(
-                f"step {header.step} names slot {segment.slot}, there are {limits.num_slots}"
-            )
-        end = segment.position + segment.num_tokens
-        if end > limits.max_seq_len:
-            raise MessageError(
-                f"step {header.step} reaches position {end}, the context is {limits.max_seq_len}"
-            )
-        if (segment.num_tokens == 0) is not (header.kind is StepKind.CLEAR):
-            raise MessageError(f"step {header.step} has a segment of {segment.num_tokens} tokens")
-    if header.num_tokens > limits.max_step_tokens:
-        raise MessageError(
-            f"step {header.step} has {header.num_tokens} tokens, "
-            f"the limit is {limits.max_step_tokens}"
-        )
-
-
-def expected_input(header: StepHeader, limits: SessionLimits, *, is_first: bool) -> TensorSpec:
-    """The one tensor a stage takes with this header."""
-    if header.kind is StepKind.CLEAR:
-        return CLEAR_SPEC
-    if is_first:
-        return TensorSpec(DType.U32, (header.num_tokens,))
-    return TensorSpec(limits.activation_dtype, (header.num_tokens, limits.hidden_dim))
+from pipeline.tensors import activation_from_wire, activation_to_wire
+from transport.frames import DType, Tensor
 
 
 class StageCore:

@@ -1,15 +1,9 @@
 """Between torch tensors and the bytes of a tensor frame, without copying."""
 
-from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from pipeline.errors import MessageError
 from transport.frames import DType, Tensor, TensorSpec
-
-TokenIds = npt.NDArray[np.uint32]
 
 _TO_TORCH = {
     DType.F32: torch.float32,
@@ -17,7 +11,6 @@ _TO_TORCH = {
     DType.BF16: torch.bfloat16,
 }
 _FROM_TORCH = {dtype: code for code, dtype in _TO_TORCH.items()}
-ACTIVATION_DTYPES = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
 
 
 def activation_to_wire(hidden: torch.Tensor, dtype: DType) -> Tensor:
@@ -34,16 +27,3 @@ def activation_from_wire(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
         raise MessageError(f"activations arrived as {tensor.spec.dtype.name}")
     flat = torch.frombuffer(tensor.data, dtype=wire_dtype)
     return flat.view(tensor.spec.shape).to(dtype)
-
-
-def token_ids_to_wire(token_ids: Sequence[int] | TokenIds) -> Tensor:
-    """Token ids as a U32 tensor of their number."""
-    array = np.ascontiguousarray(token_ids, dtype="<u4")
-    return Tensor(TensorSpec(DType.U32, array.shape), array.data.cast("B"))
-
-
-def token_ids_from_wire(tensor: Tensor) -> TokenIds:
-    """A U32 tensor's token ids. Raises MessageError for another dtype or rank."""
-    if tensor.spec.dtype is not DType.U32 or len(tensor.spec.shape) != 1:
-        raise MessageError(f"token ids arrived as {tensor.spec.dtype.name}{tensor.spec.shape}")
-    return np.frombuffer(tensor.data, dtype="<u4")

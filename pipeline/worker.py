@@ -8,20 +8,17 @@ import trio
 from pipeline.errors import MessageError
 from pipeline.links import CONTROL_LIMITS, ControlLink
 from pipeline.messages import Failure
-from pipeline.session import (
+from pipeline.peers import (
     CONTROL_EPOCH,
     HANDSHAKE_SECONDS,
     MAX_PENDING_HANDSHAKES,
     ORCHESTRATOR,
-    SessionEnded,
-    StageSession,
-    StageSetup,
     accept_or_log,
-    check_init,
     close_quietly,
     describe,
     say,
 )
+from pipeline.session import SessionEnded, StageSession, StageSetup, check_init
 from pipeline.tasks import open_tasks
 from transport.endpoint import Listener
 from transport.errors import TransportError
@@ -92,3 +89,4 @@ class StageWorker:
             await say(control, Failure(code="refused", detail=describe(error)))
         except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
             logger.warning("event=session_failed stage=%d error=%s", stage_idx, describe(error))
+            await say(control, Failure(code="refused", detail=describe(error)))

@@ -18,20 +18,21 @@ from time import perf_counter_ns
 
 import trio
 
-from pipeline.drive import LocalPipeline, drive
+from pipeline.drive import drive
 from pipeline.engine.latency import LatencyLog, percentile
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import PipelineError
+from pipeline.local import LocalPipeline
 from pipeline.manifest import Manifest, dump_manifest
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.models.runtime import set_num_threads
 from pipeline.orchestrator import PipelineOptions, open_pipeline
 from pipeline.plan import PlanOptions, plan
-from pipeline.stage import SessionLimits, StageCore
-from pipeline.tensors import ACTIVATION_DTYPES
+from pipeline.stage import StageCore
+from pipeline.steps import ACTIVATION_DTYPES, SessionLimits
 from pipeline.trust import DevTrust
 from transport.attestation.dev import default_directory
 

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated
 
-import click
 import trio
 import typer
 
@@ -16,6 +15,10 @@ from pipeline.errors import InputError, PipelineError
 from transport.endpoint import Endpoint, parse_endpoint
 from transport.errors import EndpointError, TransportError
 
+# typer carries a copy of click since 0.2x and used the package before; this is either's root.
+ClickException: type[Exception] = next(
+    cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
+)
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
 
@@ -48,12 +51,10 @@ def run_app(app: typer.Typer, name: str) -> None:
     """Run a command line to its exit code; every expected error becomes one line on stderr."""
     try:
         code = app(standalone_mode=False, prog_name=name)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message(), file=sys.stderr)
-        code = EXIT_USAGE
-    except click.ClickException as error:
-        code = _fail(name, f"{error.format_message().rstrip('.')}; see {name} --help", EXIT_USAGE)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except ClickException as error:
+        message = getattr(error, "format_message", error.__str__)()
+        code = _fail(name, f"{message.rstrip('.')}; see {name} --help", EXIT_USAGE)
+    except (typer.Abort, KeyboardInterrupt):
         code = 128 + signal.SIGINT
     except PipelineError as error:
         code = _fail(name, str(error), error.exit_code)

@@ -9,6 +9,8 @@ from pipeline.errors import PromptError, TokenizerError
 
 # What a byte-level decoder prints for a character whose bytes have not all arrived.
 _REPLACEMENT = "\ufffd"
+_MAX_HELD = 4
+_CONTEXT = 8
 
 
 class Tokenizer:
@@ -55,23 +57,29 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
         """`prompt_ids` give the first generated token its left neighbour."""
         self._tokenizer = tokenizer
-        self._window = list(prompt_ids[-8:])
-        self._emitted = tokenizer.decode(self._window)
+        self._num_held = 0
+        self._restart(list(prompt_ids))
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token."""
         self._window.append(token_id)
+        self._num_held += 1
         text = self._tokenizer.decode(self._window)
-        if text.endswith(_REPLACEMENT) or not text.startswith(self._emitted):
-            return ""
-        new = text[len(self._emitted) :]
-        if new:
-            # Restart the window at this token, so that its cost stays constant.
-            self._window = self._window[-8:]
-            self._emitted = self._tokenizer.decode(self._window)
-        return new
+        # A character has at most four bytes, so what is not whole by then never will be.
+        is_open = text.endswith(_REPLACEMENT) and self._num_held < _MAX_HELD
+        return "" if is_open else self._emit(text)
 
     def finish(self) -> str:
         """What was held back: an incomplete character prints as U+FFFD."""
-        text = self._tokenizer.decode(self._window)
-        return text[len(self._emitted) :] if text.startswith(self._emitted) else ""
+        return self._emit(self._tokenizer.decode(self._window))
+
+    def _emit(self, text: str) -> str:
+        new = text[len(self._emitted) :]
+        self._restart(self._window)
+        return new
+
+    def _restart(self, token_ids: list[int]) -> None:
+        """Keep a few tokens of context, so that the cost of a token stays constant."""
+        self._window = token_ids[-_CONTEXT:]
+        self._emitted = self._tokenizer.decode(self._window)
+        self._num_held = 0

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.manifest import dump_manifest
+from pipeline.plan import PlanOptions, plan
+
 BIN = Path(sys.executable).parent
 
 
@@ -71,11 +74,8 @@ class Cluster:
 
     def plan(self, stages):
         self.base_port = free_base_port(10 * stages + 2)
-        result = self.orch_command(
-            "plan", "--model-dir", self.model_dir, "--stages", str(stages),
-            "--base-port", str(self.base_port), "-o", self.manifest,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
+        options = PlanOptions(stages, base_port=self.base_port)
+        self.manifest.write_text(dump_manifest(plan(self.model_dir, options)))
 
     def edit(self, change, path=None):
         raw = json.loads(self.manifest.read_text())
@@ -85,6 +85,8 @@ class Cluster:
         return path
 
     def start_worker(self, idx, *extra, manifest=None):
+        if idx in self.workers:
+            self.workers[idx].wait(10)
         log = self.directory / f"stage{idx}.log"
         with log.open("ab") as file:
             process = subprocess.Popen(

@@ -77,9 +77,11 @@ def test_a_second_orchestrator_is_told_that_the_stage_is_busy(cluster):
     cluster.start_worker(0)
     first = cluster.start_orch("Hi", "--max-tokens", "4000", "--ignore-eos")
     first.stdout.read(20)
+    first.send_signal(signal.SIGSTOP)  # its session stays open while the second one asks
     second = cluster.orch("Hi", "--data-out-listen", "127.0.0.1:0", "--max-tokens", "3")
     assert second.returncode == 1
     assert "another orchestrator is connected" in second.stderr
+    first.send_signal(signal.SIGCONT)
     first.send_signal(signal.SIGINT)
     assert first.wait(5) == 130
     first.stdout.close()
@@ -113,6 +115,7 @@ def test_a_killed_stage_is_named_and_the_others_serve_on(cluster, victim):
     cluster.workers[victim].kill()
     started = time.monotonic()
     _, stderr = orch.communicate(timeout=10)
+    cluster.workers[victim].wait(5)
     assert time.monotonic() - started < 2
     assert orch.returncode == 1
     assert f"stage {victim} is lost" in stderr.decode()
@@ -146,3 +149,15 @@ def test_logs_and_errors_never_hold_the_prompt(cluster):
     for text in (result.stderr, cluster.log(0), cluster.log(1)):
         assert "xylophone" not in text
         assert "zebra" not in text
+
+
+def test_the_plan_command_writes_what_the_workers_take(cluster):
+    path = cluster.directory / "planned.json"
+    result = cluster.orch_command(
+        "plan", "--model-dir", cluster.model_dir, "--stages", "3", "-o", path, "--base-port", "9500"
+    )
+    assert result.returncode == 0, result.stderr
+    stages = json.loads(path.read_text())["stages"]
+    assert [stage["layer_end"] for stage in stages][-1] == 4
+    assert stages[1]["endpoint"]["control"] == {"type": "tcp", "addr": "127.0.0.1:9510"}
+    assert all(len(stage["weight_hashes"]) == 1 for stage in stages)

@@ -1,0 +1,79 @@
+"""What a step may be: the limits of a session, and the tensors that go with a header."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import MessageError
+from pipeline.messages import StepHeader, StepKind
+from transport.frames import DType, Tensor, TensorSpec
+
+TokenIds = npt.NDArray[np.uint32]
+ACTIVATION_DTYPES = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
+CLEAR_SPEC = TensorSpec(DType.U32, (0,))
+CLEAR_SENTINEL = Tensor(CLEAR_SPEC, memoryview(b""))
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """What a session agreed on; every step is held against it before its tensor is stored."""
+
+    num_slots: int
+    max_seq_len: int
+    max_step_tokens: int
+    hidden_dim: int
+    activation_dtype: DType
+
+    @property
+    def max_tensor_bytes(self) -> int:
+        """Largest tensor a step may carry between stages."""
+        width = self.hidden_dim * self.activation_dtype.itemsize
+        return self.max_step_tokens * max(width, DType.U32.itemsize)
+
+
+def check_header(header: StepHeader, limits: SessionLimits) -> None:
+    """Refuse a step that names slots, positions or sizes the session has no room for."""
+    slots = [segment.slot for segment in header.segments]
+    if len(set(slots)) != len(slots):
+        raise MessageError(f"step {header.step} names a slot twice")
+    for segment in header.segments:
+        if segment.slot >= limits.num_slots:
+            raise MessageError(
+                f"step {header.step} names slot {segment.slot}, there are {limits.num_slots}"
+            )
+        end = segment.position + segment.num_tokens
+        if end > limits.max_seq_len:
+            raise MessageError(
+                f"step {header.step} reaches position {end}, the context is {limits.max_seq_len}"
+            )
+        if (segment.num_tokens == 0) is not (header.kind is StepKind.CLEAR):
+            raise MessageError(f"step {header.step} has a segment of {segment.num_tokens} tokens")
+    if header.num_tokens > limits.max_step_tokens:
+        raise MessageError(
+            f"step {header.step} has {header.num_tokens} tokens, "
+            f"the limit is {limits.max_step_tokens}"
+        )
+
+
+def expected_input(header: StepHeader, limits: SessionLimits, *, is_first: bool) -> TensorSpec:
+    """The one tensor a stage takes with this header."""
+    if header.kind is StepKind.CLEAR:
+        return CLEAR_SPEC
+    if is_first:
+        return TensorSpec(DType.U32, (header.num_tokens,))
+    return TensorSpec(limits.activation_dtype, (header.num_tokens, limits.hidden_dim))
+
+
+def token_ids_to_wire(token_ids: Sequence[int] | TokenIds) -> Tensor:
+    """Token ids as a U32 tensor of their number."""
+    array = np.ascontiguousarray(token_ids, dtype="<u4")
+    return Tensor(TensorSpec(DType.U32, array.shape), array.data.cast("B"))
+
+
+def token_ids_from_wire(tensor: Tensor) -> TokenIds:
+    """A U32 tensor's token ids. Raises MessageError for another dtype or rank."""
+    if tensor.spec.dtype is not DType.U32 or len(tensor.spec.shape) != 1:
+        raise MessageError(f"token ids arrived as {tensor.spec.dtype.name}{tensor.spec.shape}")
+    return np.frombuffer(tensor.data, dtype="<u4")

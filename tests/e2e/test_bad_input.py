@@ -1,0 +1,300 @@
+"""Everything a user can get wrong ends in one clear line and the right exit code."""
+
+import json
+import shutil
+import socket
+import struct
+import sys
+import threading
+from contextlib import contextmanager
+
+import pytest
+
+from pipeline.cli import orchestrator, stage_worker
+
+
+@pytest.fixture
+def command(capfd, monkeypatch):
+    """Runs a console command in this process: (exit code, stderr lines with 'error:')."""
+
+    def run(module, *arguments):
+        name = "stage-worker" if module is stage_worker else "pipeline-orch"
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            module.main()
+        stderr = capfd.readouterr().err
+        assert "Traceback" not in stderr
+        errors = [line for line in stderr.splitlines() if f"{name}: error:" in line]
+        assert len(errors) == 1, stderr
+        return caught.value.code, errors[0]
+
+    return run
+
+
+@pytest.fixture
+def worker(command, cluster):
+    cluster.plan(2)
+
+    def run(*extra, stage_idx=0, manifest=None, dev=True):
+        return command(
+            stage_worker, "--manifest", manifest or cluster.manifest, "--stage-idx", stage_idx,
+            "--model-dir", cluster.model_dir, *(["--dev"] if dev else []), *extra,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def orch(command, cluster):
+    cluster.plan(1)
+
+    def run(text="Hi", *extra):
+        return command(orchestrator, *cluster.arguments(text, *extra))
+
+    return run
+
+
+def expect(result, code, *words):
+    assert result[0] == code, result[1]
+    for word in words:
+        assert word in result[1]
+
+
+def test_usage_errors(command, worker, orch):
+    expect(command(stage_worker), 2, "--manifest")
+    expect(command(orchestrator), 2, "--manifest, --tokenizer, --text")
+    expect(worker("--threads", "0"), 2, "--threads", "1")
+    expect(worker("--colour", "red"), 2, "--colour")
+    expect(worker("--device", "abacus"), 2, "abacus")
+    expect(worker("--dtype", "float12"), 2, "float12", "float32")
+    expect(worker("--control-listen", "nowhere"), 2, "--control-listen", "nowhere")
+    expect(orch("Hi", "--max-tokens", "none"), 2, "--max-tokens", "none")
+    expect(orch("Hi", "--latency-out", "/nowhere/at/all.json"), 2, "/nowhere/at")
+    expect(command(orchestrator, "plan", "--model-dir", "/nowhere", "--stages", "2"), 2, "/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m.update(colour=1), ["unknown field 'colour'"]),
+        (lambda m: m["stages"][1].update(layer_start=3), ["gap", "3"]),
+        (lambda m: m["stages"][1].update(layer_start=1), ["overlap"]),
+        (lambda m: m["stages"][1].update(stage_idx=4), ["stage_idx 4"]),
+        (lambda m: m.update(total_layers=9), ["expected 9 layers"]),
+        (lambda m: m["stages"][0]["endpoint"]["control"].update(addr="x"), ["'x'"]),
+        (lambda m: m["stages"][0].update(weight_hashes=["0" * 64]), ["sha", "0" * 64]),
+        (lambda m: m["stages"][0].update(weight_hashes=[]), ["requires weight hashes"]),
+        (lambda m: m["stages"][0].update(weight_hashes=["0" * 64] * 2), ["2", "1"]),
+        (lambda m: m.update(config_hash="0" * 64), ["config.json", "0" * 64]),
+        (lambda m: m["activation_spec"].update(hidden_dim=99), ["99", "64"]),
+    ],
+)
+def test_a_manifest_that_cannot_be_served(worker, cluster, change, words):
+    code, line = worker(manifest=cluster.edit(change, cluster.directory / "bad.json"))
+    assert code == 2, line
+    for word in words:
+        assert word.lower() in line.lower()
+
+
+def test_a_manifest_that_cannot_be_read(worker, cluster):
+    expect(worker(manifest="/nowhere.json"), 2, "/nowhere.json")
+    bad = cluster.directory / "bad.json"
+    bad.write_text("{")
+    expect(worker(manifest=bad), 2, "bad.json", "not JSON")
+    expect(worker(manifest=cluster.directory), 2, str(cluster.directory))
+    expect(worker(stage_idx=2), 2, "2", "0 to 1")
+    expect(worker(stage_idx=-1), 2, "-1")
+
+
+def weights_file(cluster):
+    return cluster.model_dir / "model.safetensors"
+
+
+def without_hashes(manifest):
+    for stage in manifest["stages"]:
+        stage.update(weight_hashes=[], require_weight_hashes=False)
+    manifest.pop("config_hash")
+
+
+def rewrite_header(path, change):
+    data = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + length :])
+
+
+def test_model_directories_that_cannot_be_served(worker, cluster):
+    cluster.edit(without_hashes)
+    path = weights_file(cluster)
+    good = path.read_bytes()
+    path.write_bytes(good[:-100])
+    expect(worker(), 2, "model.safetensors", "truncated")
+    path.write_bytes(good[:4])
+    expect(worker(), 2, "model.safetensors")
+    path.write_bytes(b"\xff" * 64)
+    expect(worker(), 2, "model.safetensors")
+    path.write_bytes(good)
+    norm = "model.layers.0.input_layernorm.weight"
+    rewrite_header(path, lambda header: header.update(other=header.pop(norm)))
+    expect(worker(), 2, norm, "missing")
+    path.write_bytes(good)
+    rewrite_header(path, lambda header: header[norm].update(shape=[8, 8]))
+    expect(worker(), 2, norm, "64")
+    path.unlink()
+    expect(worker(), 2, "model.safetensors")
+    config = cluster.model_dir / "config.json"
+    raw = json.loads(config.read_text())
+    config.write_text(json.dumps({**raw, "model_type": "mamba"}))
+    expect(worker(), 2, "mamba")
+    config.write_text("{")
+    expect(worker(), 2, "config.json")
+    shutil.rmtree(cluster.model_dir)
+    expect(worker(), 2, "config.json")
+
+
+def test_a_port_in_use(worker, cluster, orch):
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        expect(worker("--control-listen", f"127.0.0.1:{port}"), 2, str(port), "in use")
+        expect(orch("Hi", "--data-out-listen", f"127.0.0.1:{port}"), 2, str(port), "in use")
+
+
+def test_prompts_and_tokenizers(orch, cluster):
+    expect(orch(""), 2, "prompt is empty")
+    expect(orch("x" * 5000), 2, "5000", "4096")
+    tokenizer = cluster.model_dir / "tokenizer.json"
+    tokenizer.write_text("{}")
+    expect(orch(), 2, "tokenizer.json")
+    tokenizer.unlink()
+    expect(orch(), 2, "tokenizer.json")
+
+
+def test_nothing_starts_without_protection_unless_development_says_so(command, cluster, worker):
+    arguments = [each for each in cluster.arguments() if each != "--dev"]
+    expect(command(orchestrator, *arguments), 2, "expected_measurements", "--dev")
+    expect(worker(dev=False), 2, "orchestrator_keys")
+    cluster.edit(lambda m: m["stages"][0].update(weight_hashes=[]))
+    expect(worker(dev=False), 2, "weight_hashes")
+
+    def pin(manifest):
+        for stage in manifest["stages"]:
+            stage["expected_measurements"] = {"0": "ab" * 48}
+            stage["weight_hashes"] = ["ab" * 32]
+
+    cluster.edit(pin)
+    expect(command(orchestrator, *arguments), 2, "--identity")
+    expect(command(orchestrator, *arguments, "--identity", "/nowhere.pem"), 2, "/nowhere.pem")
+    not_a_key = cluster.directory / "not.pem"
+    not_a_key.write_text("hello")
+    expect(command(orchestrator, *arguments, "--identity", not_a_key), 2, "not.pem")
+
+
+def test_keygen_makes_a_private_file_once(command, cluster, capfd, monkeypatch):
+    path = cluster.directory / "key.pem"
+    monkeypatch.setattr(sys, "argv", ["pipeline-orch", "keygen", str(path)])
+    with pytest.raises(SystemExit) as caught:
+        orchestrator.main()
+    assert caught.value.code == 0
+    assert len(bytes.fromhex(capfd.readouterr().out.strip())) == 32
+    assert path.stat().st_mode & 0o777 == 0o600
+    expect(command(orchestrator, "keygen", path), 2, "key.pem")
+
+
+def test_development_evidence_is_refused_where_it_is_not_allowed(command, cluster):
+    cluster.plan(1)
+    cluster.start_worker(0)
+    key = cluster.directory / "key.pem"
+    assert cluster.orch_command("keygen", key).returncode == 0
+    cluster.edit(lambda m: m["stages"][0].update(expected_measurements={"0": "ab" * 48}))
+    cluster.wait_for_log(0, "event=listening")
+    arguments = [each for each in cluster.arguments() if each != "--dev"]
+    code, line = command(orchestrator, *arguments, "--identity", key)
+    assert code == 1, line
+    assert "stage 0" in line
+    assert "DEV" in line
+
+
+def test_manifests_that_differ_are_told_apart_before_the_prompt_leaves(command, cluster):
+    cluster.plan(1)
+    cluster.start_worker(0)
+    cluster.wait_for_log(0, "event=listening")
+    cluster.edit(lambda m: m.update(model_version="2"))
+    code, line = command(orchestrator, *cluster.arguments())
+    assert code == 1, line
+    assert "manifest" in line
+
+
+@contextmanager
+def impostor(port, behave):
+    """Something that is not veilpipe where stage 0 should be."""
+    held = []
+    with socket.create_server(("127.0.0.1", port)) as server:
+
+        def serve():
+            try:
+                while True:
+                    sock, _ = server.accept()
+                    held.append(sock)
+                    behave(sock)
+            except OSError:
+                pass
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join(5)
+            for sock in held:
+                sock.close()
+
+
+@pytest.mark.parametrize(
+    ("behave", "word"),
+    [
+        (lambda sock: sock.close(), "closed"),
+        (lambda sock: (sock.recv(10), sock.close()), "stage 0"),
+        (lambda sock: sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" * 100), "stage 0"),
+        (lambda sock: sock.sendall(b"\xff" * 70_000), "stage 0"),
+        (lambda sock: sock.sendall(b"\0" * 70_000), "stage 0"),
+        (lambda sock: None, "silent"),
+    ],
+    ids=["closes", "closes-later", "http", "ones", "zeros", "silent"],
+)
+def test_a_peer_that_is_not_veilpipe(orch, cluster, monkeypatch, behave, word):
+    monkeypatch.setattr("pipeline.orchestrator.HANDSHAKE_SECONDS", 1.0)
+    with impostor(cluster.base_port, behave):
+        code, line = orch("Hi", "--connect-timeout", "5")
+    assert code == 1
+    assert "stage 0" in line
+
+
+def test_stages_that_never_come_up(orch, cluster):
+    code, line = orch("Hi", "--connect-timeout", "0.5")
+    assert code == 1
+    assert "stage 0" in line
+    assert f"127.0.0.1:{cluster.base_port}" in line
+
+
+@pytest.mark.parametrize("garbage", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 70_000, b"\0\x20"])
+def test_a_worker_survives_strangers_and_still_serves(cluster, garbage):
+    cluster.plan(1)
+    cluster.start_worker(0)
+    cluster.wait_for_log(0, "event=listening")
+    strangers = []
+    for port in (cluster.base_port, cluster.base_port + 1):
+        for _ in range(5):
+            sock = socket.create_connection(("127.0.0.1", port))
+            try:
+                sock.sendall(garbage)
+            except OSError:
+                pass  # the worker has hung up already
+            strangers.append(sock)
+    result = cluster.orch("Hi", "--max-tokens", "3")
+    for sock in strangers:
+        sock.close()
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in cluster.log(0)
