@@ -91,10 +91,7 @@ class SecureChannel(trio.abc.Channel[Frame]):
         trio.BusyResourceError while another task sends, trio.ClosedResourceError.
         """
         wire = self._wire
-        if wire.is_closed:
-            raise trio.ClosedResourceError("this channel is closed")
-        if self._is_sending:
-            raise trio.BusyResourceError("another task is sending on this channel")
+        self._require_usable(is_busy=self._is_sending)
         self._is_sending = True
         try:
             await wire.turn()  # cancelled here, or with a misused frame, nothing has been sealed
@@ -117,15 +114,31 @@ class SecureChannel(trio.abc.Channel[Frame]):
         Raises: trio.EndOfChannel after the peer's close, ConnectionLost where the connection ends
         without one, RecordError, FrameError, trio.BusyResourceError, trio.ClosedResourceError.
         """
-        if self._wire.is_closed:
-            raise trio.ClosedResourceError("this channel is closed")
-        if self._is_receiving:
-            raise trio.BusyResourceError("another task is receiving on this channel")
+        wire, receiver = self._wire, self._receiver
+        self._require_usable(is_busy=self._is_receiving)
         self._is_receiving = True
+        num_received = None  # nothing tried yet: cancelled now, what has arrived stays for later
         try:
-            if not self._receiver.is_between_frames:
-                await self._wire.turn()  # cancelled here, what has arrived stays for later
-            frame = await self._receive_whole()
+            frame, is_checked = None, False
+            if not receiver.is_idle or receiver.is_ended:
+                await wire.turn()
+                frame, is_checked = receiver.next_frame_untrusted(), True
+            while frame is None and not receiver.is_ended:
+                while not (num_received := wire.try_receive(receiver.space())):
+                    await trio.lowlevel.wait_readable(wire.fd)
+                    is_checked = True  # a wait is a checkpoint
+                receiver.wrote(num_received)
+                if not is_checked:
+                    await wire.turn()
+                is_checked = False
+                frame = receiver.next_frame_untrusted()
+        except trio.Cancelled:
+            if not receiver.is_idle and num_received is not None:
+                wire.close()
+            raise
+        except BaseException:
+            wire.close()
+            raise
         finally:
             self._is_receiving = False
         if frame is None:
@@ -150,30 +163,17 @@ class SecureChannel(trio.abc.Channel[Frame]):
         finally:
             self._wire.close()
 
+    def _require_usable(self, *, is_busy: bool) -> None:
+        if self._wire.is_closed:
+            raise trio.ClosedResourceError("this channel is closed")
+        if is_busy:
+            raise trio.BusyResourceError("another task uses this direction of the channel")
+
     async def _send_rest(self, data: memoryview, pieces: list[memoryview]) -> None:
         if data:
             await self._wire.send_all(data)
         for piece in pieces:
             await self._wire.send_all(self._sender.seal_piece(piece))
-
-    async def _receive_whole(self) -> Frame | None:
-        wire, receiver = self._wire, self._receiver
-        has_waited = False  # a wait is a checkpoint, so the bytes after it need none
-        try:
-            while (frame := receiver.next_frame_untrusted()) is None and not receiver.is_ended:
-                while not (num_received := wire.try_receive(receiver.space())):
-                    await wire.wait_readable()
-                    has_waited = True
-                receiver.wrote(num_received)
-                if not has_waited:
-                    await wire.turn()
-                has_waited = False
-        except BaseException as error:
-            is_idle = isinstance(error, trio.Cancelled) and receiver.is_between_frames
-            if not is_idle:
-                wire.close()
-            raise
-        return frame
 
 
 async def connect_channel(

@@ -260,7 +260,7 @@ class FrameReceiver:
         self.is_ended = False
 
     @property
-    def is_between_frames(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether no byte of a next frame has arrived, so that waiting can be given up."""
         return self._body is None and self._reader.is_empty
 
@@ -335,11 +335,8 @@ class FrameReceiver:
 
 
 def _frame(layout: Layout, header: bytes, storage: memoryview) -> Frame:
-    tensors = [
-        Tensor(spec, storage[start:stop])
-        for spec, (start, stop) in zip(layout.specs, layout.places, strict=True)
-    ]
-    return Frame(layout.kind, header, tuple(tensors))
+    views = [storage[start:stop] for start, stop in layout.places]
+    return Frame(layout.kind, header, tuple(map(Tensor, layout.specs, views)))
 
 
 class _Body:

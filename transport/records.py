@@ -135,7 +135,7 @@ class RecordHeader(NamedTuple):
 
     kind: RecordKind
     sealed_bytes: int
-    raw: bytes
+    raw: Buffer
 
     @property
     def plaintext_bytes(self) -> int:
@@ -143,7 +143,7 @@ class RecordHeader(NamedTuple):
         return self.sealed_bytes - TAG_BYTES
 
 
-def parse_header_untrusted(raw: bytes) -> RecordHeader:
+def parse_header_untrusted(raw: bytes | bytearray) -> RecordHeader:
     """Read a header and check its kind and length. Raises: RecordError."""
     word, sealed_bytes = HEADER.unpack(raw)
     try:
@@ -271,7 +271,7 @@ class RecordReader:
             if available < HEADER_BYTES:
                 return None
             body = self._start + HEADER_BYTES
-            self._header = parse_header_untrusted(bytes(self._view[self._start : body]))
+            self._header = parse_header_untrusted(self._store[self._start : body])
             self._start = body
             available -= HEADER_BYTES
         return self._header if available >= self._header.sealed_bytes else None

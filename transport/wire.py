@@ -24,6 +24,7 @@ class Wire:
         "_unwaited",
         "bytes_received",
         "bytes_sent",
+        "fd",
         "is_closed",
         "recv_ns",
         "send_ns",
@@ -34,6 +35,7 @@ class Wire:
         self._sock = sock
         self._send = sock.send
         self._recv_into = sock.recv_into
+        self.fd = sock.fileno()
         self.is_closed = False
         self._unwaited = 0
         self.bytes_sent = 0
@@ -63,6 +65,7 @@ class Wire:
         try:
             num_sent = self._send(data)
         except BlockingIOError:
+            self._unwaited = 0  # what waits lets the others run
             return 0
         except OSError as error:
             raise self._lost(error) from error
@@ -76,6 +79,7 @@ class Wire:
         try:
             num_received = self._recv_into(into)
         except BlockingIOError:
+            self._unwaited = 0  # what waits lets the others run
             return 0
         except OSError as error:
             raise self._lost(error) from error
@@ -85,11 +89,6 @@ class Wire:
         self.bytes_received += num_received
         return num_received
 
-    async def wait_readable(self) -> None:
-        """Wait until `try_receive` has something."""
-        self._unwaited = 0
-        await trio.lowlevel.wait_readable(self._sock)
-
     async def send_all(self, data: memoryview) -> None:
         """Send all of `data`; cancelled, any part of it may have been sent.
 
@@ -98,8 +97,7 @@ class Wire:
         await self.turn()
         while (num_sent := self.try_send(data)) < len(data):
             data = data[num_sent:]
-            self._unwaited = 0
-            await trio.lowlevel.wait_writable(self._sock)
+            await trio.lowlevel.wait_writable(self.fd)
 
     async def receive_exactly(self, num_bytes: int) -> bytes:
         """Receive `num_bytes` and not one more.
@@ -110,7 +108,7 @@ class Wire:
         have = 0
         await self.turn()
         while (have := have + self.try_receive(store[have:])) < num_bytes:
-            await self.wait_readable()
+            await trio.lowlevel.wait_readable(self.fd)
         return bytes(store)
 
     def _lost(self, error: OSError) -> Exception:

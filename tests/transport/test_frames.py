@@ -77,7 +77,7 @@ def test_frames_of_every_layout_survive_one_after_the_other(toy, sizes):
     for header in (b"", b"h", b"x" * 100_000):
         sent = toy.frame(*sizes, header=header)
         assert toy.contents(pipe.feed(pipe.sealed(sent))) == toy.contents(sent)
-        assert pipe.receiver.is_between_frames
+        assert pipe.receiver.is_idle
 
 
 @settings(deadline=None, max_examples=40)
