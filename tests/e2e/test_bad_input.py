@@ -68,7 +68,7 @@ def test_usage_errors(command, worker, orch):
     expect(worker("--device", "abacus"), 2, "abacus")
     expect(worker("--dtype", "float12"), 2, "float12", "float32")
     expect(worker("--control-listen", "nowhere"), 2, "--control-listen", "nowhere")
-    expect(orch("Hi", "--max-tokens", "none"), 2, "--max-tokens", "none")
+    expect(orch("Hi", "--max-tokens", "none"), 2, "--max-tokens", "integer")
     expect(orch("Hi", "--latency-out", "/nowhere/at/all.json"), 2, "/nowhere/at")
     expect(command(orchestrator, "plan", "--model-dir", "/nowhere", "--stages", "2"), 2, "/nowhere")
 

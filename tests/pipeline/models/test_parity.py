@@ -102,28 +102,49 @@ def smollm2(smollm2_dir, oracle_class):
     return oracle_class(smollm2_dir, model.eval())
 
 
-def test_smollm2_agrees_with_transformers_for_64_tokens_on_20_prompts(
-    smollm2, smollm2_dir, make_pipeline
-):
-    """Also whole, in two stages and in three, bit for bit."""
+@pytest.fixture(scope="module")
+def smollm2_exact(smollm2_dir, oracle_class):
+    """In float64. In float32 the oracle's one pass and its own stepping differ by 1.2e-4, more than
+    the tolerance, and are both farther from the exact logits than we are.
+    """
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float64)
+    return oracle_class(smollm2_dir, model.eval())
+
+
+@pytest.fixture(scope="module")
+def smollm2_prompts(smollm2_dir):
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
-    whole = smollm2.split()
-    splits = {"two": smollm2.split(15), "three": smollm2.split(9, 21)}
-    for number, prompt in enumerate(PROMPTS):
-        prompt_ids = torch.tensor(tokenizer.encode(prompt).ids)
+    return [torch.tensor(tokenizer.encode(prompt).ids) for prompt in PROMPTS]
+
+
+def test_smollm2_agrees_with_transformers_for_64_tokens_on_20_prompts(
+    smollm2_exact, smollm2_prompts, make_pipeline
+):
+    """One pass of the oracle over prompt and continuation gives the 64 rows that led to it."""
+    whole = smollm2_exact.split()
+    for prompt, prompt_ids in zip(PROMPTS, smollm2_prompts, strict=True):
         tokens, logits = make_pipeline(whole).greedy(prompt_ids, 64)
-        # one pass of the oracle over prompt and continuation gives all 64 rows of logits
-        oracle_rows = smollm2.logits(torch.cat((prompt_ids, torch.tensor(tokens[:-1]))))
-        oracle_rows = oracle_rows[len(prompt_ids) - 1 :]
-        assert oracle_rows.argmax(-1).tolist() == tokens, prompt
-        assert (logits - oracle_rows).abs().max() <= TOLERANCE, prompt
-        if number < 2:
-            for name, shards in splits.items():
-                split_tokens, split_logits = make_pipeline(shards).greedy(prompt_ids, 64)
-                assert split_tokens == tokens, (name, prompt)
-                assert torch.equal(split_logits, logits), (name, prompt)
+        rows = smollm2_exact.logits(torch.cat((prompt_ids, torch.tensor(tokens[:-1]))))
+        expected = rows[len(prompt_ids) - 1 :]
+        assert expected.argmax(-1).tolist() == tokens, prompt
+        assert (logits - expected).abs().max() <= TOLERANCE, prompt
+
+
+def test_smollm2_steps_as_transformers_in_float32_and_in_stages_bit_for_bit(
+    smollm2, smollm2_prompts, make_pipeline
+):
+    whole, two, three = smollm2.split(), smollm2.split(15), smollm2.split(9, 21)
+    for prompt_ids in smollm2_prompts[:3]:
+        expected_tokens, expected = smollm2.greedy(prompt_ids, 64)
+        tokens, logits = make_pipeline(whole).greedy(prompt_ids, 64)
+        assert tokens == expected_tokens
+        assert (logits - expected).abs().max() <= TOLERANCE
+        for stages in (two, three):
+            assert torch.equal(make_pipeline(stages).greedy(prompt_ids, 64)[1], logits)
 
 
 def test_smollm2_knows_the_capital_of_france(smollm2, smollm2_dir, make_pipeline):
