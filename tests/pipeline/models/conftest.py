@@ -22,6 +22,7 @@ from transformers import (
 from pipeline.models.batch import Segment
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
+from pipeline.models.runtime import set_num_threads
 
 VOCAB = 101
 NUM_LAYERS = 4
@@ -162,8 +163,9 @@ class Pipeline:
         return tokens, torch.stack(found)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _quiet_oracle():
+    set_num_threads(1)  # small products: more threads only wait for each other
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
