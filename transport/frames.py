@@ -8,6 +8,7 @@ straight into the storage it is handed out from. Which of the two is decided by 
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from math import prod
 from struct import Struct
 from struct import error as StructError  # noqa: N812  (an exception, named like one)
@@ -151,13 +152,20 @@ def encode_frame(frame: Frame) -> tuple[bytes, list[memoryview]]:
 
 
 def _encode_spec(tensor: Tensor) -> bytes:
-    dtype, shape, data = tensor.spec.dtype, tensor.spec.shape, tensor.data
-    if data.nbytes != tensor.spec.nbytes or data.itemsize != 1 or not data.c_contiguous:
-        raise MisuseError(f"{tensor.spec} needs as many contiguous bytes, not {data.nbytes}")
+    spec, data = tensor.spec, tensor.data
+    encoded, num_bytes = _encoded_spec(spec.dtype, spec.shape)
+    if data.nbytes != num_bytes or data.itemsize != 1 or not data.c_contiguous:
+        raise MisuseError(f"{spec} needs as many contiguous bytes, not {data.nbytes}")
+    return encoded
+
+
+@lru_cache(maxsize=256)  # a pipeline repeats a few shapes for every token
+def _encoded_spec(dtype: DType, shape: tuple[int, ...]) -> tuple[bytes, int]:
+    spec = TensorSpec(dtype, shape)
     try:
-        return _SPEC.pack(dtype, len(shape)) + _DIMS[len(shape)].pack(*shape)
+        return _SPEC.pack(dtype, len(shape)) + _DIMS[len(shape)].pack(*shape), spec.nbytes
     except (IndexError, StructError) as error:
-        raise MisuseError(f"{tensor.spec} has more or longer dimensions than a frame") from error
+        raise MisuseError(f"{spec} has more or longer dimensions than a frame") from error
 
 
 def _pieces(tensors: tuple[Tensor, ...]) -> list[memoryview]:

@@ -22,6 +22,7 @@ KEY_BYTES = 32
 DH_BYTES = 32
 TAG_BYTES = 16
 MAX_MESSAGE_BYTES = 65_535
+EXHAUSTED = "the message counter of this key is exhausted"
 REKEY_NONCE = 2**64 - 1  # reserved by the specification for REKEY()
 
 Buffer = bytes | bytearray | memoryview
@@ -106,16 +107,22 @@ class CipherState:
 
     def encrypt_into(self, ad: Buffer, plaintext: Buffer, out: Buffer) -> None:
         """Write ciphertext and tag to `out`, len(plaintext) + TAG_BYTES long."""
-        self._cipher.encrypt_into(self._next_nonce(), plaintext, ad, out)
-        self.nonce += 1
+        nonce = self.nonce
+        if nonce == REKEY_NONCE:
+            raise MisuseError(EXHAUSTED)
+        self._cipher.encrypt_into(self._pack_nonce(nonce), plaintext, ad, out)
+        self.nonce = nonce + 1
 
     def decrypt_into(self, ad: Buffer, sealed: Buffer, out: Buffer) -> None:
         """Write the plaintext to `out`, len(sealed) - TAG_BYTES long. Raises: InvalidTag.
 
         On InvalidTag `out` holds unauthenticated plaintext: the caller must wipe it.
         """
-        self._cipher.decrypt_into(self._next_nonce(), sealed, ad, out)
-        self.nonce += 1
+        nonce = self.nonce
+        if nonce == REKEY_NONCE:
+            raise MisuseError(EXHAUSTED)
+        self._cipher.decrypt_into(self._pack_nonce(nonce), sealed, ad, out)
+        self.nonce = nonce + 1
 
     def rekey(self) -> None:
         """Replace the key by REKEY(key), a one-way step; the counter goes on."""
@@ -125,7 +132,7 @@ class CipherState:
 
     def _next_nonce(self) -> bytes:
         if self.nonce == REKEY_NONCE:  # a repeated nonce would give away the key stream
-            raise MisuseError("the message counter of this key is exhausted")
+            raise MisuseError(EXHAUSTED)
         return self._pack_nonce(self.nonce)
 
 
