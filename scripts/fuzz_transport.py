@@ -19,7 +19,7 @@ import atheris
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 with atheris.instrument_imports(include=["transport"]):
-    from transport import frames, handshake, noise, records
+    from transport import frames, framing, handshake, noise, records
     from transport.attestation.evidence import Binding
     from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
     from transport.errors import ProtocolError
@@ -115,10 +115,10 @@ def make_frames_decoder() -> Decoder:
 
     def decode(data: bytes) -> None:
         sealer = records.RecordSealer(make_cipher(), POLICY)
-        receiver = frames.FrameReceiver(records.RecordOpener(make_cipher(), POLICY), LIMITS)
+        receiver = framing.FrameReceiver(records.RecordOpener(make_cipher(), POLICY), LIMITS)
         while len(data) >= 2 and not receiver.is_ended:
             kind = records.RecordKind(1 + data[0] % 5)
-            size = data[1] if kind in (frames.FRAME, frames.BODY) else 0
+            size = data[1] if kind in (framing.FRAME, framing.BODY) else 0
             plaintext, data = data[2 : 2 + size], data[2 + size :]
             sealed = out[: sealer.seal_into(kind, plaintext, out)]
             receiver.space()[: len(sealed)] = sealed

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import trio
 
 from transport.errors import ConnectionLost
-from transport.frames import Frame, FrameLimits, FrameReceiver, FrameSender
+from transport.frames import Frame, FrameLimits
+from transport.framing import FrameReceiver, FrameSender
 from transport.handshake import (
     ACCEPT_BYTES,
     HELLO_SIZES,

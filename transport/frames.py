@@ -1,4 +1,4 @@
-"""Tensor frames over records, sans-IO: what is sent becomes records, received bytes become frames.
+"""Tensor frames and how they are laid out in records.
 
 A frame's head (kind, tensor specs, opaque header) is one FRAME record. Where head and tensors fit
 64 KiB together they share that record; otherwise each tensor follows in BODY records, decrypted
@@ -13,15 +13,7 @@ from math import prod
 from struct import Struct
 from struct import error as StructError  # noqa: N812  (an exception, named like one)
 
-from transport.errors import FrameError, MisuseError, RecordError
-from transport.records import (
-    OVERHEAD_BYTES,
-    RecordHeader,
-    RecordKind,
-    RecordOpener,
-    RecordReader,
-    RecordSealer,
-)
+from transport.errors import FrameError, MisuseError
 
 INLINE_BYTES = 64 * 1024  # one record and one system call, where a copy costs less than either
 PIECE_BYTES = 256 * 1024  # stays in the second-level cache between cipher and system call
@@ -33,8 +25,6 @@ MAX_DIMS = 8
 _HEAD = Struct(">BBI")  # kind, number of tensors, header bytes
 _SPEC = Struct(">BB")  # dtype, number of dimensions
 _DIMS = [Struct(f">{num_dims}I") for num_dims in range(MAX_DIMS + 1)]
-# Members of an enumeration are slow to look up, and these are needed for every record.
-FRAME, BODY, REKEY, CLOSE = RecordKind.FRAME, RecordKind.BODY, RecordKind.REKEY, RecordKind.CLOSE
 _PADDING = [bytes(num_bytes) for num_bytes in range(ALIGNMENT)]
 
 
@@ -227,175 +217,3 @@ def _places(specs: tuple[TensorSpec, ...], end: int) -> tuple[tuple[tuple[int, i
         end = start + spec.nbytes
         places.append((start, end))
     return tuple(places), end
-
-
-class Arena:
-    """Storage that frames are decrypted into, kept from frame to frame.
-
-    It grows geometrically with records that have arrived, never with a declared size.
-    """
-
-    __slots__ = ("_view",)
-
-    def __init__(self) -> None:
-        self._view = memoryview(bytearray(INLINE_BYTES))
-
-    def range(self, start: int, stop: int, most: int) -> memoryview:
-        """Return writable storage; `most` caps growth at what the frame can still need."""
-        if stop > len(self._view):
-            grown = memoryview(bytearray(max(stop, min(2 * len(self._view), most))))
-            held = min(start, len(self._view))
-            grown[:held] = self._view[:held]
-            self._view = grown
-        return self._view[start:stop]
-
-
-class FrameReceiver:
-    """Received bytes in, frames out; the state of one direction of a channel.
-
-    Fill `space()`, tell `wrote()`, then call `next_frame_untrusted()` until it returns None.
-    """
-
-    def __init__(self, opener: RecordOpener, limits: FrameLimits) -> None:
-        self._reader = RecordReader(opener)
-        self.space = self._reader.space
-        self.wrote = self._reader.wrote
-        self._limits = limits
-        self._arena = Arena()
-        self._body: _Body | None = None
-        self._fixed = b""  # the last head's fixed part, and what it says
-        self._layout: Layout | None = None
-        self.is_ended = False
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no byte of a next frame has arrived, so that waiting can be given up."""
-        return self._body is None and self._reader.is_empty
-
-    def next_frame_untrusted(self) -> Frame | None:
-        """Return the next whole frame, or None while bytes are missing or after the close.
-
-        Raises: RecordError, FrameError; the channel is then over.
-        """
-        while not self.is_ended:
-            record = self._reader.ready_untrusted()
-            if record is None:
-                return None
-            if self._body is not None and record.kind is BODY:
-                frame = self._take_piece(record, self._body)
-            elif self._body is None and record.kind is FRAME:
-                frame = self._take_head(record)
-            else:
-                self._take_empty(record)
-                continue
-            if frame is not None:
-                return frame
-        return None
-
-    def _take_empty(self, record: RecordHeader) -> None:
-        """Take REKEY anywhere, CLOSE between frames, nothing else."""
-        if record.kind is not REKEY and (record.kind is not CLOSE or self._body is not None):
-            place = "between frames" if self._body is None else "inside a frame"
-            raise RecordError(f"a {record.kind.name} record {place}")
-        self._reader.open_into(self._arena.range(0, 0, 0))
-        self.is_ended = record.kind is CLOSE
-
-    def _take_head(self, record: RecordHeader) -> Frame | None:
-        num_bytes = record.plaintext_bytes
-        plain = self._arena.range(0, num_bytes, num_bytes)
-        self._reader.open_into(plain)
-        layout = self._layout_of(plain)
-        if num_bytes != layout.record_bytes:
-            raise FrameError(f"a FRAME record of {num_bytes} bytes declares {layout.record_bytes}")
-        header = bytes(plain[layout.header_start : layout.header_stop])
-        if self._limits.check is not None:
-            self._limits.check(header, layout.specs)
-        if layout.is_inline:
-            end = layout.header_stop
-            for start, stop in layout.places:
-                if start != end and any(plain[end:start]):
-                    raise FrameError("the padding before a tensor is not zero")
-                end = stop
-            return _frame(layout, header, plain)
-        self._body = _Body(layout, header)
-        return self._finish(self._body) if self._body.advance() else None
-
-    def _layout_of(self, plain: memoryview) -> Layout:
-        layout = self._layout
-        if layout is None or plain[: len(self._fixed)] != self._fixed:
-            self._layout = layout = decode_layout_untrusted(plain, self._limits)
-            self._fixed = bytes(plain[: layout.header_start])
-        return layout
-
-    def _take_piece(self, record: RecordHeader, body: "_Body") -> Frame | None:
-        start, stop = body.due
-        if record.plaintext_bytes != stop - start:
-            raise RecordError(
-                f"a BODY record of {record.plaintext_bytes} bytes where {stop - start} are due"
-            )
-        self._reader.open_into(self._arena.range(start, stop, body.layout.storage_bytes))
-        return self._finish(body) if body.advance() else None
-
-    def _finish(self, body: "_Body") -> Frame:
-        self._body = None
-        num_bytes = body.layout.storage_bytes
-        return _frame(body.layout, body.header, self._arena.range(0, num_bytes, num_bytes))
-
-
-def _frame(layout: Layout, header: bytes, storage: memoryview) -> Frame:
-    views = [storage[start:stop] for start, stop in layout.places]
-    return Frame(layout.kind, header, tuple(map(Tensor, layout.specs, views)))
-
-
-class _Body:
-    """A frame whose tensors are arriving, and which piece comes next."""
-
-    __slots__ = ("_ranges", "due", "header", "layout")
-
-    def __init__(self, layout: Layout, header: bytes) -> None:
-        self.layout = layout
-        self.header = header
-        self._ranges = (
-            (start, min(start + PIECE_BYTES, last))
-            for first, last in layout.places
-            for start in range(first, last, PIECE_BYTES)
-        )
-        self.due = (0, 0)
-
-    def advance(self) -> bool:
-        """Go on to the next piece; returns whether there is none."""
-        following = next(self._ranges, None)
-        self.due = following or (0, 0)
-        return following is None
-
-
-class FrameSender:
-    """Frames in, bytes to send out, through one reused buffer."""
-
-    def __init__(self, sealer: RecordSealer) -> None:
-        self._sealer = sealer
-        self._out = memoryview(bytearray(INLINE_BYTES + 2 * OVERHEAD_BYTES))
-
-    def begin(self, frame: Frame) -> tuple[memoryview, list[memoryview]]:
-        """Seal the frame's first bytes; returns them and the pieces still to be sealed.
-
-        Raises: MisuseError, with nothing sealed. Otherwise all of the frame must be sent.
-        """
-        first, pieces = encode_frame(frame)
-        room = len(first) + 2 * OVERHEAD_BYTES
-        if pieces:
-            room += PIECE_BYTES + 2 * OVERHEAD_BYTES
-        if room > len(self._out):
-            self._out = memoryview(bytearray(room))
-        used = self._sealer.seal_into(FRAME, first, self._out)
-        if pieces:  # the head travels with the first piece
-            used += self._sealer.seal_into(BODY, pieces[0], self._out[used:])
-        return self._out[:used], pieces[1:]
-
-    def seal_piece(self, piece: memoryview) -> memoryview:
-        """Return the record of one piece, in place of the bytes returned before."""
-        return self._out[: self._sealer.seal_into(BODY, piece, self._out)]
-
-    def close(self) -> memoryview:
-        """Return the record that ends this direction."""
-        return self._out[: self._sealer.seal_into(CLOSE, b"", self._out)]

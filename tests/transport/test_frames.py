@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transport import frames
+from transport import frames, framing
 from transport.errors import FrameError, MisuseError, ProtocolError, RecordError
 from transport.frames import DType, Frame, FrameKind, FrameLimits, Tensor, TensorSpec
 from transport.records import RecordKind, RekeyPolicy
@@ -19,8 +19,8 @@ class Pipe:
     def __init__(self, toy, limits=None, rekey=None):
         sender, receiver, _ = toy.sessions(rekey=rekey)
         self.sealer = sender.sealer
-        self.sender = frames.FrameSender(sender.sealer)
-        self.receiver = frames.FrameReceiver(receiver.opener, limits or toy.LIMITS)
+        self.sender = framing.FrameSender(sender.sealer)
+        self.receiver = framing.FrameReceiver(receiver.opener, limits or toy.LIMITS)
 
     def sealed(self, frame):
         data, pieces = self.sender.begin(frame)
