@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -85,8 +86,24 @@ def _qemu_command(machine: Machine, tools: Path, control: Path) -> list[str]:
         f"-m {machine.memory_mib}M -nodefaults -display none -serial stdio -no-reboot "
         f"-M nitro-enclave,vsock=vsock,id=i-0-enc{machine.cid}"
     ).split()
+    kernel = ["-kernel", str(machine.image), "-append", " ".join(_clock_words())]
     chardev = ["-chardev", f"socket,id=vsock,path={control}"]
-    return [str(tools / "qemu-nitro"), *words, *chardev, "-kernel", str(machine.image)]
+    return [str(tools / "qemu-nitro"), *words, *chardev, *kernel]
+
+
+def _clock_words() -> list[str]:
+    """Return what the kernel must be told to keep time; the loader appends it unmeasured.
+
+    On a busy host an emulated kernel fails to calibrate its time stamp counter, which is the
+    host's, falls back on timer ticks and loses those: half a minute in a minute was seen.
+    """
+    about_cpu = Path("/proc/cpuinfo").read_text()
+    frequency = re.search(r"(?m)^cpu MHz\s*: ([0-9.]+)$", about_cpu)
+    is_virtual = re.search(r"(?m)^flags\s*:.* hypervisor\b", about_cpu)
+    # Only a virtual machine's figure is the counter's; elsewhere it is the momentary clock.
+    if not frequency or not is_virtual:
+        return ["tsc=reliable"]
+    return ["tsc=reliable", f"tsc_early_khz={round(float(frequency[1]) * 1000)}"]
 
 
 @contextmanager

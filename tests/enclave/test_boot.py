@@ -149,6 +149,10 @@ def test_security_module_gives_fresh_entropy(ask: Ask) -> None:
     assert first != second
 
 
+def test_clock_inside_is_right_enough_to_judge_certificates(ask: Ask) -> None:
+    assert abs(ask("system")["time"] - time.time()) < 10
+
+
 def test_init_prepared_the_machine(ask: Ask, directory: Path) -> None:
     system = ask("system")
     assert system["entropy_bits"] == 256

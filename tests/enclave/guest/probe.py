@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def answer(request: dict[str, Any]) -> Any:
             return dial_parent(request["bytes"])
         case "system":
             return {
+                "time": time.time(),
                 "entropy_bits": int(Path("/proc/sys/kernel/random/entropy_avail").read_text()),
                 "interfaces": Path("/proc/net/dev").read_text(),
                 "is_first_process_init": b"/init" in Path("/proc/1/cmdline").read_bytes(),
