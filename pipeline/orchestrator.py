@@ -154,9 +154,10 @@ async def open_pipeline(
             for watch in watches:
                 await watch
             yield pipeline
-            for stage in connector.stages:
-                await say(stage.control, Shutdown())
             tasks.cancel_scope.cancel()
+        # Nobody watches any more: a stage may close its channel as soon as it hears this.
+        for stage in connector.stages:
+            await say(stage.control, Shutdown())
     finally:
         await connector.aclose()
 
