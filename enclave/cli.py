@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import mmap
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -128,7 +130,8 @@ def _boot(options: argparse.Namespace) -> int:
         memory_mib=options.memory_mib,
         signing_dir=options.signing_dir,
     )
-    return run_until_stopped(machine, options.cache / "tools")
+    run_until_stopped(machine, options.cache / "tools")
+    return 0
 
 
 def _pin(options: argparse.Namespace) -> int:
@@ -185,12 +188,15 @@ def _stage_directory(options: argparse.Namespace) -> Iterator[Path]:
     if options.stage is None or options.model_dir is None:
         raise BuildError("--manifest needs --stage and --model-dir")
     with tempfile.TemporaryDirectory(prefix="veilpipe-stage-") as name:
-        command = ["pipeline-orch", "shard", "--manifest", str(options.manifest)]
+        # Beside this Python first: a virtual environment need not be activated.
+        search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        program = shutil.which("pipeline-orch", path=search)
+        if program is None:
+            raise BuildError("pipeline-orch, which cuts the stage from the model, is not installed")
+        command = [program, "shard", "--manifest", str(options.manifest)]
         command += ["--stage", str(options.stage), "--model-dir", str(options.model_dir)]
         try:
             subprocess.run([*command, "-o", name], check=True)  # noqa: S603
-        except FileNotFoundError as error:
-            raise BuildError("pipeline-orch is not installed") from error
         except subprocess.CalledProcessError as error:
             raise BuildError(f"cannot cut stage {options.stage} from the model") from error
         yield Path(name)

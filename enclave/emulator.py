@@ -52,6 +52,7 @@ def booted(machine: Machine, tools: Path) -> Iterator[subprocess.Popen[bytes]]:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="enclave-")))
         control = scratch / "vhost.sock"
         machine.vsock.unlink(missing_ok=True)
+        stack.callback(machine.vsock.unlink, missing_ok=True)
         guest = f"guest-cid={machine.cid},uds-path={machine.vsock},socket={control}"
         options = ["--vm", f"{guest},tx-buffer-size={_TX_BUFFER_BYTES}"]
         log = stack.enter_context((scratch / "vhost.log").open("wb"))
@@ -70,14 +71,16 @@ def booted(machine: Machine, tools: Path) -> Iterator[subprocess.Popen[bytes]]:
         )
 
 
-def run_until_stopped(machine: Machine, tools: Path) -> int:
-    """Boot and wait for QEMU to end, or for SIGINT or SIGTERM; return an exit code."""
+def run_until_stopped(machine: Machine, tools: Path) -> None:
+    """Boot and wait for SIGINT or SIGTERM. Raises: EmulatorError when QEMU ends before."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with booted(machine, tools) as process:
-            return 1 if process.wait() else 0
+            status = process.wait()
     except KeyboardInterrupt:
-        return 0
+        return
+    last_lines = machine.console.read_text(errors="replace").splitlines()[-1:]
+    raise EmulatorError(f"QEMU ended with status {status}: {' '.join(last_lines)}")
 
 
 def _qemu_command(machine: Machine, tools: Path, control: Path) -> list[str]:
