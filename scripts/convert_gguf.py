@@ -44,7 +44,7 @@ class Metadata:
     def __init__(self, reader: GGUFReader) -> None:
         self._fields = reader.fields
 
-    def __getitem__(self, key: str) -> Any:  # noqa: ANN401 (a GGUF value has any type)
+    def __getitem__(self, key: str) -> Any:
         if key not in self._fields:
             sys.exit(f"convert_gguf: error: the GGUF has no {key}: it is not a supported model")
         return self._fields[key].contents()
