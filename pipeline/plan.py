@@ -12,10 +12,18 @@ from pipeline.manifest import (
     StageEndpoint,
     StageSpec,
     TcpAddress,
+    VsockAddress,
 )
 from pipeline.models.config import hash_config, load_config
 from pipeline.models.registry import layer_bytes, required_files
 from pipeline.models.weights import hash_files
+
+# Stage i's enclave has CID 16 + i (0 to 15 are free for others), and reaches its parent as CID 3.
+FIRST_CID = 16
+PARENT_CID = 3
+CONTROL_PORT = 5000
+DATA_PORT = 5001
+RELAY_PORT = 6000
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +34,8 @@ class PlanOptions:
     host: str = "127.0.0.1"
     base_port: int = 9000
     orchestrator_keys: tuple[str, ...] = ()
+    # Stages in Nitro enclaves, behind the relay that scripts/run_nitro.sh starts on `host`.
+    in_enclaves: bool = False
     model_name: str | None = None
 
 
@@ -107,6 +117,14 @@ def _endpoint(options: PlanOptions, idx: int) -> StageEndpoint:
         host = f"[{options.host}]" if ":" in options.host else options.host
         return TcpAddress(type="tcp", addr=f"{host}:{port}")
 
+    if options.in_enclaves:
+        first_data = address(options.base_port + 1)
+        later_data = VsockAddress(type="vsock", cid=FIRST_CID + idx, port=DATA_PORT)
+        return StageEndpoint(
+            control=address(options.base_port + 2 * idx),
+            data_in=later_data if idx else first_data,
+            data_out=VsockAddress(type="vsock", cid=PARENT_CID, port=RELAY_PORT + idx),
+        )
     port = options.base_port + 10 * idx
     return StageEndpoint(
         control=address(port),

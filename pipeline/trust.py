@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -85,10 +86,16 @@ class EnclaveTrust:
     static_key: X25519PrivateKey
     attester: Attester
     orchestrator_keys: frozenset[bytes]
+    root: x509.Certificate
 
     @classmethod
-    def create(cls, manifest: Manifest, stage_idx: int) -> "EnclaveTrust":
-        """Raises PolicyError unless the manifest pins weights and names its orchestrators."""
+    def create(
+        cls, manifest: Manifest, stage_idx: int, root: x509.Certificate | None = None
+    ) -> "EnclaveTrust":
+        """Trust neighbours under `root`, AWS's unless another program says so; no command does.
+
+        Raises PolicyError unless the manifest pins weights and names its orchestrators.
+        """
         stage = manifest.stage(stage_idx)
         if not stage.weight_hashes:
             raise PolicyError(
@@ -105,7 +112,12 @@ class EnclaveTrust:
                 "the manifest lists no orchestrator_keys, so nobody could connect; "
                 "`pipeline-orch keygen` makes one, --dev does without"
             )
-        return cls(X25519PrivateKey.generate(), NsmAttester(), _listed_keys(manifest))
+        return cls(
+            static_key=X25519PrivateKey.generate(),
+            attester=NsmAttester(),
+            orchestrator_keys=_listed_keys(manifest),
+            root=root or aws_root(),
+        )
 
     def toward(self, peer: Role, measurements: Mapping[int, bytes]) -> Credentials:
         """Key-only evidence from an orchestrator, a Nitro document from a neighbour."""
@@ -113,7 +125,7 @@ class EnclaveTrust:
         if peer.kind is RoleKind.ORCHESTRATOR:
             verifier = KeyOnlyVerifier(self.orchestrator_keys)
         else:
-            verifier = NitroVerifier(aws_root(), measurements, clock=_now)
+            verifier = NitroVerifier(self.root, measurements, clock=_now)
         return Credentials(self.static_key, self.attester, (verifier,))
 
 
@@ -122,10 +134,16 @@ class UserTrust:
     """The user's orchestrator: shows its key; believes pinned measurements under AWS's root."""
 
     static_key: X25519PrivateKey
+    root: x509.Certificate
 
     @classmethod
-    def create(cls, manifest: Manifest, identity: Path | None) -> "UserTrust":
-        """Raises PolicyError when the manifest pins less than it must."""
+    def create(
+        cls, manifest: Manifest, identity: Path | None, root: x509.Certificate | None = None
+    ) -> "UserTrust":
+        """Trust stages under `root`, AWS's unless another program says so; no command does.
+
+        Raises PolicyError when the manifest pins less than it must.
+        """
         for stage in manifest.stages:
             missing = [
                 name
@@ -145,12 +163,12 @@ class UserTrust:
                 "attested stages know this orchestrator by its key; give --identity FILE "
                 "(`pipeline-orch keygen FILE` makes one), or use --dev on your own machine"
             )
-        return cls(load_identity(identity))
+        return cls(load_identity(identity), root or aws_root())
 
     def toward(self, peer: Role, measurements: Mapping[int, bytes]) -> Credentials:
         """A Nitro document with these measurements, whoever the peer is."""
         del peer
-        verifier = NitroVerifier(aws_root(), measurements, clock=_now)
+        verifier = NitroVerifier(self.root, measurements, clock=_now)
         return Credentials(self.static_key, KeyOnlyAttester(), (verifier,))
 
 

@@ -26,6 +26,7 @@ LAYERS = [
     "transport.noise",
     "transport.records",
     "transport.handshake transport.frames",
+    "transport.framing",
     "transport.channel",
     "transport.relay",
     "transport.relay_cli",
@@ -41,12 +42,13 @@ LAYERS = [
     "pipeline.engine.request pipeline.engine.tokenizer pipeline.engine.latency",
     "pipeline.engine.scheduler",
     "pipeline.steps pipeline.tensors pipeline.trust pipeline.plan",
-    "pipeline.stage",
+    "pipeline.stage pipeline.shard",
     "pipeline.links pipeline.drive pipeline.local",
     "pipeline.peers",
     "pipeline.session",
     "pipeline.worker pipeline.orchestrator",
     "pipeline.cli.common",
+    "pipeline.cli.attest",
     "pipeline.cli.stage_worker pipeline.cli.orchestrator",
 ]
 RANK = {module: rank for rank, line in enumerate(LAYERS) for module in line.split()}

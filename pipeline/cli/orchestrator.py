@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli import attest
 from pipeline.cli.common import (
     DevOption,
+    ManifestOption,
     VerboseOption,
     configure_logging,
     new_app,
@@ -34,6 +36,7 @@ from transport.attestation.dev import default_directory
 logger = logging.getLogger(__name__)
 
 app = new_app()
+app.add_typer(attest.app, name="attest")
 
 
 @app.callback(invoke_without_command=True)
@@ -190,16 +193,46 @@ def plan_command(
     orchestrator_key: Annotated[
         list[str] | None, typer.Option(metavar="HEX", help="Public key allowed to connect.")
     ] = None,
+    vsock: Annotated[
+        bool, typer.Option("--vsock", help="Stages in Nitro enclaves; --host is their parent.")
+    ] = False,
 ) -> None:
     """Write a manifest: layers split by measured bytes, weights and config pinned by hash."""
     from pipeline.plan import PlanOptions, plan
 
-    options = PlanOptions(stages, host, base_port, tuple(orchestrator_key or ()))
+    options = PlanOptions(stages, host, base_port, tuple(orchestrator_key or ()), in_enclaves=vsock)
     text = dump_manifest(plan(model_dir, options))
     if output is None:
         sys.stdout.write(text)
         return
     write_atomically(output, text)
+    print(f"wrote {output}", file=sys.stderr)
+
+
+@app.command("shard")
+def shard_command(
+    manifest: ManifestOption,
+    model_dir: Annotated[Path, typer.Option(metavar="DIR", help="The whole model.")],
+    output: Annotated[
+        Path, typer.Option("--output", "--out", "-o", metavar="DIR", help="A new directory.")
+    ],
+    stage: Annotated[
+        int | None, typer.Option(metavar="I", help="One stage only, of a manifest of shards.")
+    ] = None,
+) -> None:
+    """Cut a model into one directory per stage, so that a stage's machine needs only its own.
+
+    Without --stage writes DIR/stageI for every stage and DIR/manifest.json, which pins the
+    shards by hash. A stage's directory is a model directory for `stage-worker` and the input of
+    `python -m enclave build`.
+    """
+    from pipeline.shard import cut_model, cut_stage
+
+    loaded = load_manifest(manifest)
+    if stage is None:
+        cut_model(loaded, model_dir, output)
+    else:
+        cut_stage(loaded, stage, model_dir, output)
     print(f"wrote {output}", file=sys.stderr)
 
 

@@ -151,3 +151,7 @@ def _run(setup: StageSetup, control: Endpoint, data_in: Endpoint, *, once: bool)
 def main() -> None:
     """Console entry point."""
     run_app(app, "stage-worker")
+
+
+if __name__ == "__main__":
+    main()

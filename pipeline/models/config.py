@@ -131,7 +131,7 @@ def load_config(model_dir: Path, expected_hash: str | None = None) -> ModelConfi
     Raises ModelError naming the file, the field and the value that cannot be served.
     """
     path = model_dir / CONFIG_FILE
-    raw = _read_config(model_dir)
+    raw = read_config(model_dir)
     if expected_hash is not None and hashlib.sha256(raw).hexdigest() != expected_hash:
         raise ModelError(
             f"{path} has SHA-256 {hashlib.sha256(raw).hexdigest()}, the manifest pins "
@@ -161,10 +161,11 @@ def load_config(model_dir: Path, expected_hash: str | None = None) -> ModelConfi
 
 def hash_config(model_dir: Path) -> str:
     """SHA-256 of config.json as hex, what `load_config` compares. Raises ModelError."""
-    return hashlib.sha256(_read_config(model_dir)).hexdigest()
+    return hashlib.sha256(read_config(model_dir)).hexdigest()
 
 
-def _read_config(model_dir: Path) -> bytes:
+def read_config(model_dir: Path) -> bytes:
+    """The bytes of config.json. Raises ModelError."""
     missing = f"no {CONFIG_FILE} in {model_dir}: is it a model directory?"
     return _read_bytes(model_dir / CONFIG_FILE, missing)
 

@@ -75,9 +75,14 @@ def load_shard(
 
 def required_files(model_dir: Path, config: ModelConfig, layer_range: range) -> list[Path]:
     """The weight files a stage with these layers reads, sorted by name."""
+    return stage_files(model_dir, required_tensors(model_dir, config, layer_range))
+
+
+def required_tensors(model_dir: Path, config: ModelConfig, layer_range: range) -> list[str]:
+    """The names, as in the files, of the tensors a stage with these layers loads."""
     _check_range(config, layer_range.start, layer_range.stop)
     names = _stage_tensors(config, layer_range.start, layer_range.stop)
-    return stage_files(model_dir, _names_in_files(model_dir, config, names).values())
+    return list(_names_in_files(model_dir, config, names).values())
 
 
 def layer_bytes(model_dir: Path, config: ModelConfig) -> tuple[int, tuple[int, ...], int]:

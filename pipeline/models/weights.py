@@ -73,14 +73,18 @@ def stored_names(model_dir: Path) -> Collection[str]:
     return _files_of(model_dir).keys() or tensor_sizes(model_dir).keys()
 
 
-def tensor_sizes(model_dir: Path) -> Mapping[str, int]:
-    """Bytes per tensor name, read from the headers alone."""
-    sizes = {}
+def stored_tensors(model_dir: Path) -> Mapping[str, StoredTensor]:
+    """Every tensor of the model by name, read from the headers alone."""
+    found = {}
     for path in weight_files(model_dir):
         with _open(path) as file:
-            for tensor in read_header(file, path).tensors:
-                sizes[tensor.name] = tensor.end - tensor.start
-    return sizes
+            found.update({tensor.name: tensor for tensor in read_header(file, path).tensors})
+    return found
+
+
+def tensor_sizes(model_dir: Path) -> Mapping[str, int]:
+    """Bytes per tensor name."""
+    return {name: each.end - each.start for name, each in stored_tensors(model_dir).items()}
 
 
 def stage_files(model_dir: Path, names: Collection[str]) -> list[Path]:

@@ -1,0 +1,190 @@
+"""The `pipeline-orch attest` commands: verify evidence by hand, offline."""
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from cryptography import x509
+
+from pipeline.cli.common import new_app
+from pipeline.errors import InputError
+from pipeline.manifest import load_manifest
+from transport.attestation.document import Document
+from transport.attestation.nitro import CheckResult, aws_root, examine, read_document
+from transport.errors import AttestationError
+
+MAX_DOCUMENT_BYTES = 1 << 20
+PCR_BYTES = 48
+
+app = new_app()
+
+DocumentArgument = Annotated[
+    Path, typer.Argument(metavar="DOC", help="An attestation document (CBOR, as the NSM gives it).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", "-j", help="Print JSON.")]
+
+
+@app.callback()
+def attest() -> None:
+    """Verify attestation documents by hand, without any network."""
+
+
+@app.command()
+def verify(
+    document: DocumentArgument,
+    manifest: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take the PCRs from this manifest.")
+    ] = None,
+    stage: Annotated[
+        int | None, typer.Option(metavar="I", help="Which stage of the manifest.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="Another root than AWS's pinned one.")
+    ] = None,
+    at: Annotated[
+        str | None, typer.Option(metavar="ISO8601", help="Judge at this time [now].")
+    ] = None,
+    pcr: Annotated[
+        list[str] | None, typer.Option(metavar="N=HEX", help="Expect this PCR; repeatable.")
+    ] = None,
+    allow_debug: Annotated[
+        bool, typer.Option("--allow-debug", help="Accept PCR 0 of all zeros (debug mode).")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge a document check by check: exit 0 if every check passes, 1 if any fails.
+
+    Without PCRs to compare, prints the document's and judges the rest.
+    """
+    evidence = _read(document)
+    expected = _expected(manifest, stage, pcr or [])
+    results = examine(
+        evidence,
+        root=_load_root(root),
+        now=_parse_time(at),
+        expected=expected,
+        allow_debug=allow_debug,
+    )
+    is_ok = all(result.ok for result in results)
+    shown = _pcrs(evidence) if expected is None else {}
+    if as_json:
+        checks = [{"name": r.name, "ok": r.ok, "detail": r.detail} for r in results]
+        print(json.dumps({"ok": is_ok, "checks": checks, "pcrs": shown}, indent=2))
+    else:
+        _print_results(results, shown)
+    raise typer.Exit(0 if is_ok else 1)
+
+
+@app.command()
+def show(document: DocumentArgument, as_json: JsonOption = False) -> None:
+    """Print what a document says, without judging any of it."""
+    try:
+        found = read_document(_read(document))
+    except AttestationError as error:
+        raise InputError(f"{document} is not an attestation document: {error}") from error
+    fields = _describe(found)
+    if as_json:
+        print(json.dumps(fields, indent=2))
+        return
+    print("unverified:")
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            for index, digest in value.items():
+                print(f"  PCR{index:<12} {digest}")
+        else:
+            print(f"  {name:<15} {value}")
+
+
+def _print_results(results: list[CheckResult], pcrs: dict[int, str]) -> None:
+    for result in results:
+        print(f"{'pass' if result.ok else 'FAIL'}  {result.name:<14} {result.detail}")
+    for index, digest in pcrs.items():
+        print(f"PCR{index:<3} {digest}")
+    failed = [result.name for result in results if not result.ok]
+    if failed:
+        print(f"pipeline-orch: error: refused: {', '.join(failed)}", file=sys.stderr)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            evidence = file.read(MAX_DOCUMENT_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if len(evidence) > MAX_DOCUMENT_BYTES:
+        raise InputError(f"{path} is over {MAX_DOCUMENT_BYTES} bytes, no attestation document")
+    return evidence
+
+
+def _expected(manifest: Path | None, stage: int | None, pcrs: list[str]) -> dict[int, bytes] | None:
+    if (manifest is None) != (stage is None):
+        raise InputError("--manifest and --stage go together")
+    expected: dict[int, bytes] = {}
+    if manifest is not None and stage is not None:
+        expected = load_manifest(manifest).stage(stage).measurements()
+        if not expected:
+            raise InputError(f"{manifest} pins no measurement for stage {stage}")
+    for text in pcrs:
+        index, value = _parse_pcr(text)
+        expected[index] = value
+    return expected or None
+
+
+def _parse_pcr(text: str) -> tuple[int, bytes]:
+    index, _, digest = text.partition("=")
+    try:
+        number, value = int(index), bytes.fromhex(digest)
+    except ValueError:
+        raise InputError(f"--pcr {text!r} is not N=HEX, such as 0=ab12…") from None
+    if not 0 <= number < 32 or len(value) != PCR_BYTES:
+        raise InputError(
+            f"--pcr {index}: {len(value)} bytes of hex, expected {PCR_BYTES}, index 0 to 31"
+        )
+    return number, value
+
+
+def _parse_time(text: str | None) -> datetime:
+    if text is None:
+        return datetime.now(UTC)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise InputError(f"--at {text!r} is not ISO 8601, such as 2026-01-31T12:00:00Z") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _load_root(path: Path | None) -> x509.Certificate:
+    if path is None:
+        return aws_root()
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not a PEM certificate") from error
+
+
+def _pcrs(evidence: bytes) -> dict[int, str]:
+    try:
+        return {index: value.hex() for index, value in read_document(evidence).pcrs.items()}
+    except AttestationError:
+        return {}  # the checks have said why
+
+
+def _describe(found: Document) -> dict[str, Any]:
+    return {
+        "module_id": found.module_id,
+        "timestamp": datetime.fromtimestamp(found.timestamp_ms / 1000, UTC).isoformat(),
+        "pcrs": {index: value.hex() for index, value in sorted(found.pcrs.items())},
+        "cabundle": f"{len(found.cabundle)} certificates",
+        "public_key": _hex(found.public_key),
+        "user_data": _hex(found.user_data),
+        "nonce": _hex(found.nonce),
+    }
+
+
+def _hex(value: bytes | None) -> str | None:
+    return None if value is None else value.hex()

@@ -1,0 +1,89 @@
+"""Verifying evidence by hand: the real documents, and what a user gets wrong."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import orchestrator
+
+NITRO = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "nitro"
+needs_documents = pytest.mark.skipif(
+    not NITRO.is_dir(), reason="recorded Nitro documents are absent (../shared/fixtures/nitro)"
+)
+DOCUMENT = NITRO / "valid-2024-09-17.cbor"
+AT = "2024-09-17T20:47:30Z"
+
+
+@pytest.fixture
+def attest(monkeypatch, capfd):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pipeline-orch", "attest", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            orchestrator.main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return caught.value.code, out, err
+
+    return run
+
+
+@needs_documents
+def test_a_real_document_passes_at_its_own_time_with_debug_allowed(attest):
+    code, out, err = attest("verify", DOCUMENT, "--at", AT, "--allow-debug")
+    assert (code, err) == (0, "")
+    assert "pass  signature" in out
+    assert "PCR3" in out
+
+
+@needs_documents
+@pytest.mark.parametrize(
+    ("extra", "failed"),
+    [
+        (["--at", AT], "debug"),
+        (["--at", "2024-09-17T23:48:00Z", "--allow-debug"], "validity"),
+        (["--at", AT, "--allow-debug", "--pcr", "3=" + "ab" * 48], "pcr"),
+    ],
+)
+def test_what_does_not_hold_is_named_and_exits_with_one(attest, extra, failed):
+    code, out, err = attest("verify", DOCUMENT, *extra, "-j")
+    assert code == 1
+    report = json.loads(out)
+    assert report["ok"] is False
+    assert any(failed in check["name"] for check in report["checks"] if not check["ok"])
+
+
+@needs_documents
+def test_a_bad_signature_fails(attest):
+    code, out, _ = attest("verify", NITRO / "invalid-signature.cbor", "--at", AT, "--allow-debug")
+    assert code == 1
+    assert "FAIL  signature" in out
+
+
+@needs_documents
+def test_the_documents_own_pcr_compares_equal(attest):
+    _, out, _ = attest("show", DOCUMENT, "-j")
+    pcr3 = json.loads(out)["pcrs"]["3"]
+    code, _, _ = attest("verify", DOCUMENT, "--at", AT, "--allow-debug", "--pcr", f"3={pcr3}")
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["verify", "/nowhere.cbor"], "/nowhere.cbor"),
+        (["verify", __file__, "--pcr", "0=zz"], "0=zz"),
+        (["verify", __file__, "--pcr", "0=abcd"], "expected 48"),
+        (["verify", __file__, "--pcr", "32=" + "ab" * 48], "0 to 31"),
+        (["verify", __file__, "--at", "yesterday"], "yesterday"),
+        (["verify", __file__, "--root", __file__], "PEM"),
+        (["verify", __file__, "--stage", "0"], "--manifest"),
+        (["show", __file__], "not an attestation document"),
+    ],
+)
+def test_bad_input_is_one_line_and_exits_with_two(attest, arguments, word):
+    code, _, err = attest(*arguments)
+    assert code == 2
+    assert word in err
+    assert len(err.strip().splitlines()) == 1

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.errors import InputError, ManifestError, ModelError
+from pipeline.manifest import load_manifest
+from pipeline.models.config import load_config
+from pipeline.models.registry import load_shard
+from pipeline.plan import PlanOptions, plan
+from pipeline.shard import cut_model, cut_stage
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def test_shards_hold_their_stages_tensors_alone_and_unchanged(model_dir, tmp_path):
+    pinned = cut_model(plan(model_dir, PlanOptions(2)), model_dir, tmp_path / "out")
+    whole = load_file(model_dir / "model.safetensors")
+    seen = set()
+    for stage in pinned.stages:
+        shard = load_file(tmp_path / "out" / f"stage{stage.stage_idx}" / "model.safetensors")
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in shard.items())
+        seen |= shard.keys()
+    assert seen == whole.keys()
+    assert load_manifest(tmp_path / "out" / "manifest.json") == pinned
+
+
+def test_a_shard_serves_its_stage_and_no_other(model_dir, tmp_path):
+    pinned = cut_model(plan(model_dir, PlanOptions(2)), model_dir, tmp_path / "out")
+    stage = pinned.stage(1)
+    directory = tmp_path / "out" / "stage1"
+    config = load_config(directory, pinned.config_hash)
+    load_shard(directory, config, stage.layer_start, stage.layer_end,
+               expected_hashes=stage.weight_hashes)  # fmt: skip
+    with pytest.raises(ModelError):
+        load_shard(directory, config, 0, stage.layer_start, expected_hashes=None)
+
+
+def test_a_stages_directory_carries_the_core_and_what_an_enclave_runs(model_dir, tmp_path):
+    pinned = cut_model(plan(model_dir, PlanOptions(2)), model_dir, tmp_path / "out")
+    for stage in (0, 1):
+        directory = tmp_path / "out" / f"stage{stage}"
+        core = load_manifest(directory / "manifest.json")
+        assert core.core_hash() == pinned.core_hash()
+        assert core.stage(stage).endpoint is None
+        argv = json.loads((directory / "run.json").read_text())["argv"]
+        assert argv[argv.index("--stage-idx") + 1] == str(stage)
+        assert "--dev" not in argv
+
+
+def test_one_stage_is_cut_again_to_the_same_bytes(model_dir, tmp_path):
+    pinned = cut_model(plan(model_dir, PlanOptions(2)), model_dir, tmp_path / "out")
+    cut_stage(pinned, 1, model_dir, tmp_path / "again")
+    for path in (tmp_path / "out" / "stage1").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_manifest_that_pins_no_shards_is_refused_for_one_stage(model_dir, tmp_path):
+    with pytest.raises(ManifestError, match="without --stage"):
+        cut_stage(plan(model_dir, PlanOptions(2)), 0, model_dir, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_the_manifests_leaves_nothing_behind(model_dir, tmp_path):
+    manifest = plan(model_dir, PlanOptions(2))
+    stages = tuple(s.model_copy(update={"weight_hashes": ("0" * 64,)}) for s in manifest.stages)
+    with pytest.raises(ModelError, match="0" * 64):
+        cut_model(manifest.model_copy(update={"stages": stages}), model_dir, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_in_use_is_not_overwritten(model_dir, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="not an empty directory"):
+        cut_model(plan(model_dir, PlanOptions(2)), model_dir, tmp_path)
+    assert (tmp_path / "file").read_text() == "mine"
