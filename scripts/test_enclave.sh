@@ -34,7 +34,7 @@ cd "$root"
   --signing-key "$work/authority/key.pem" --signing-certificate "$work/authority/leaf.pem" \
   -o "$work/probe.eif"
 
-VEILPIPE_BOOT_TEST=$work "$python" -m pytest -q tests/enclave/test_boot.py "$@" &
+VEILPIPE_BOOT_TEST=$work "$python" -m pytest -q tests/enclave/test_boot.py tests/enclave/test_boot_stage.py "$@" &
 child=$!
 status=0
 wait "$child" || status=$?
