@@ -13,7 +13,7 @@ import typer
 
 from pipeline.errors import InputError, PipelineError
 from transport.endpoint import Endpoint, parse_endpoint
-from transport.errors import EndpointError, TransportError
+from transport.errors import EndpointError, MisuseError, TransportError
 
 # typer carries a copy of click since 0.2x and used the package before; this is either's root.
 ClickException: type[Exception] = next(
@@ -58,7 +58,7 @@ def run_app(app: typer.Typer, name: str) -> None:
         code = 128 + signal.SIGINT
     except PipelineError as error:
         code = _fail(name, str(error), error.exit_code)
-    except EndpointError as error:
+    except (EndpointError, MisuseError) as error:
         code = _fail(name, str(error), EXIT_USAGE)
     except TransportError as error:
         code = _fail(name, str(error), EXIT_FAILURE)
