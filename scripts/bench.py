@@ -41,8 +41,8 @@ PROMPT = "The history of the printing press begins in the workshops of Mainz, wh
 LOCAL = "one process"
 
 
-def free_base_port(count: int) -> int:
-    for base in range(33000, 60000, 100):
+def free_base_port(count: int, start: int) -> int:
+    for base in range(start, start + 5000, 100):
         try:
             sockets = [socket.create_server(("127.0.0.1", base + i)) for i in range(count)]
         except OSError:
@@ -69,7 +69,8 @@ def local_pipeline(model_dir: Path, manifest: Manifest, limits: Limits) -> Local
 
 @asynccontextmanager
 async def workers(nursery, directory: Path, model_dir: Path, num_stages: int, threads: int):
-    base_port = free_base_port(10 * num_stages + 2)
+    # Far apart: another arrangement's workers have not bound theirs yet.
+    base_port = free_base_port(10 * num_stages + 2, 20000 + 5000 * (num_stages % 6))
     manifest = plan(model_dir, PlanOptions(num_stages, base_port=base_port))
     path = directory / f"{num_stages}.json"
     path.write_text(dump_manifest(manifest))

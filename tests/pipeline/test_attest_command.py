@@ -47,7 +47,7 @@ def test_a_real_document_passes_at_its_own_time_with_debug_allowed(attest):
     ],
 )
 def test_what_does_not_hold_is_named_and_exits_with_one(attest, extra, failed):
-    code, out, err = attest("verify", DOCUMENT, *extra, "-j")
+    code, out, _ = attest("verify", DOCUMENT, *extra, "-j")
     assert code == 1
     report = json.loads(out)
     assert report["ok"] is False
