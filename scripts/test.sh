@@ -8,5 +8,6 @@ export PATH="${VEILPIPE_VENV:-$root/.venv}/bin:$PATH"
 cd "$root"
 if [ $# -eq 0 ]; then
   bash scripts/check
+  set -- -m "not slow"
 fi
 exec python -m pytest "$@"

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The suites that take minutes: full parity with transformers, a million-input fuzz of every decoder,
+# enclave images under QEMU. Usage: test_slow.sh [parity] [fuzz] [enclave]   (default: all)
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+[ $# -gt 0 ] || set -- parity fuzz enclave
+for suite in "$@"; do
+  echo "test_slow: $suite" >&2
+  case $suite in
+    parity) bash scripts/test.sh -m slow ;;
+    fuzz)
+      bash scripts/setup.sh fuzz
+      python="${VEILPIPE_VENV:-$root/.venv}/bin/python"
+      "$python" scripts/fuzz_transport.py --runs "${FUZZ_RUNS:-1000000}"
+      "$python" scripts/fuzz_attestation.py --runs "${FUZZ_RUNS:-1000000}" ;;
+    enclave) bash scripts/test_enclave.sh ;;
+    *) echo "test_slow: error: no suite '$suite'; choose parity, fuzz, enclave" >&2; exit 2 ;;
+  esac
+done
