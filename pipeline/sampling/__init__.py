@@ -1,0 +1,1 @@
+"""Choosing tokens from logits: plain functions, composed per request."""

@@ -1,0 +1,116 @@
+"""What changes logits before a token is chosen: each a plain function, none changes its input.
+
+Shapes: logits are float32 `[vocab]`. A token that may not be chosen has the logit -inf; every
+filter keeps at least the most likely token. Between equal logits the lower token id goes first.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import InputError
+
+Logits = npt.NDArray[np.float32]
+
+# Below this the most likely token's rivals vanish in float32 anyway, while the quotient overflows.
+MIN_TEMPERATURE = 1e-5
+# The first guess at how many tokens a nucleus holds; sorting those beats sorting the vocabulary.
+_NUCLEUS_GUESS = 256
+
+
+class LogitsProcessor(Protocol):
+    """What users plug in: new logits from those of the model and every token so far."""
+
+    def __call__(self, token_ids: Sequence[int], logits: Logits) -> Logits:
+        """`token_ids` is the prompt and what was generated; the result has the logits' shape."""
+        ...
+
+
+def repetition_penalty(logits: Logits, is_seen: npt.NDArray[np.bool_], penalty: float) -> Logits:
+    """Make tokens of the prompt and the text so far less likely (Keskar et al. 2019, CTRL)."""
+    scale = np.float32(penalty)
+    return np.where(is_seen, np.where(logits > 0, logits / scale, logits * scale), logits)
+
+
+def count_penalties(
+    logits: Logits, counts: npt.NDArray[np.int32], presence: float, frequency: float
+) -> Logits:
+    """Subtract `presence` from each generated token and `frequency` times how often it was."""
+    counted = np.float32(presence) * (counts > 0) + np.float32(frequency) * counts
+    return logits - counted.astype(np.float32)
+
+
+def add_bias(logits: Logits, bias: Mapping[int, float]) -> Logits:
+    """Add to single tokens' logits. Raises InputError for a token the model does not have."""
+    if max(bias, default=0) >= logits.size:
+        raise InputError(f"logit_bias names token {max(bias)}; the model has {logits.size}")
+    biased = logits.copy()
+    biased[list(bias)] += np.fromiter(bias.values(), np.float32, len(bias))
+    return biased
+
+
+def scale_temperature(logits: Logits, temperature: float) -> Logits:
+    """Divide by the temperature; the most likely token's logit becomes 0, so nothing overflows."""
+    with np.errstate(over="ignore"):  # too unlikely to be told from impossible
+        shifted = (logits - logits.max()) / np.float32(max(temperature, MIN_TEMPERATURE))
+    return shifted.astype(np.float32, copy=False)
+
+
+def keep_top_k(logits: Logits, k: int) -> Logits:
+    """Keep the `k` most likely tokens."""
+    return logits if k >= logits.size else _only(logits, _most_likely(logits, k))
+
+
+def keep_top_p(logits: Logits, p: float) -> Logits:
+    """Keep the fewest most likely tokens that have at least probability `p` together.
+
+    Source: Holtzman et al. 2019, nucleus sampling.
+    """
+    weights = np.exp(logits - logits.max(), dtype=np.float64)
+    target = p * weights.sum()
+    size = min(_NUCLEUS_GUESS, logits.size)
+    while True:
+        order = _most_likely(logits, size)
+        num_kept = int(np.searchsorted(np.cumsum(weights[order]), target)) + 1
+        if num_kept <= size or size == logits.size:
+            return _only(logits, order[:num_kept])
+        size = min(8 * size, logits.size)
+
+
+def keep_min_p(logits: Logits, p: float) -> Logits:
+    """Keep tokens at least `p` times as likely as the most likely (Nguyen et al. 2024)."""
+    floor = logits.max() + np.log(np.float32(p))
+    return np.where(logits < floor, np.float32(-np.inf), logits)
+
+
+def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
+    """Natural logarithm of each token's probability."""
+    shifted = (logits - logits.max()).astype(np.float64)
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def most_likely(logits: Logits, num: int) -> npt.NDArray[np.intp]:
+    """The `num` most likely token ids, the likeliest first."""
+    return _most_likely(logits, min(num, logits.size))
+
+
+def _most_likely(logits: Logits, num: int) -> npt.NDArray[np.intp]:
+    if num == 0:
+        return np.empty(0, np.intp)
+    if num < logits.size:
+        threshold = np.partition(logits, logits.size - num)[logits.size - num]
+        above = np.flatnonzero(logits > threshold)
+        ties = np.flatnonzero(logits == threshold)[: num - above.size]
+        candidates = np.concatenate((above, ties))
+    else:
+        candidates = np.arange(logits.size)
+    # Candidates above the threshold are in order of id, as are the ties: a stable sort keeps that.
+    return candidates[np.argsort(-logits[candidates], kind="stable")]
+
+
+def _only(logits: Logits, kept: npt.NDArray[np.intp]) -> Logits:
+    masked = np.full_like(logits, -np.inf)
+    masked[kept] = logits[kept]
+    return masked
