@@ -1,11 +1,12 @@
 """The decode loop: scheduler on one side, a pipeline on the other, one task, no handovers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from pipeline.engine.request import TokenEvent
 from pipeline.engine.scheduler import Scheduler, Step
-from pipeline.messages import StageTiming, StepHeader
+from pipeline.messages import StageTiming
+from pipeline.steps import StepResult
 
 OnToken = Callable[[TokenEvent, tuple[StageTiming, ...]], None]
 
@@ -17,7 +18,7 @@ class StepRunner(Protocol):
         """Start a step."""
         ...
 
-    async def receive(self) -> tuple[StepHeader, Sequence[int]]:
+    async def receive(self) -> StepResult:
         """The result of the oldest step started."""
         ...
 
@@ -27,6 +28,6 @@ async def drive(pipeline: StepRunner, scheduler: Scheduler, on_token: OnToken) -
     while scheduler.has_work:
         while (step := scheduler.next_step()) is not None:
             await pipeline.send(step)
-        header, token_ids = await pipeline.receive()
-        for event in scheduler.complete(header, token_ids):
-            on_token(event, header.timings)
+        result = await pipeline.receive()
+        for event in scheduler.complete(result.header, result.token_ids):
+            on_token(event, result.header.timings)

@@ -1,11 +1,13 @@
 """A pipeline without processes: the reference that every split is compared with."""
 
+from collections import deque
 from collections.abc import Sequence
 
 from pipeline.engine.scheduler import Step
-from pipeline.messages import StepHeader
+from pipeline.messages import StepKind
 from pipeline.stage import StageCore
-from pipeline.steps import token_ids_from_wire, token_ids_to_wire
+from pipeline.steps import CLEAR_SENTINEL, StepResult, step_result, token_ids_to_wire
+from transport.frames import Tensor
 
 
 class LocalPipeline:
@@ -13,19 +15,22 @@ class LocalPipeline:
 
     def __init__(self, stages: Sequence[StageCore]) -> None:
         self._stages = stages
-        self._results: list[tuple[StepHeader, Sequence[int]]] = []
+        self._results: deque[StepResult] = deque()
 
     async def send(self, step: Step) -> None:
         """Run the step at once."""
         self._results.append(self.run(step))
 
-    async def receive(self) -> tuple[StepHeader, Sequence[int]]:
+    async def receive(self) -> StepResult:
         """The oldest result."""
-        return self._results.pop(0)
+        return self._results.popleft()
 
-    def run(self, step: Step) -> tuple[StepHeader, Sequence[int]]:
+    def run(self, step: Step) -> StepResult:
         """Run one step through every stage."""
-        tensor = token_ids_to_wire(step.token_ids)
+        is_clear = step.header.kind is StepKind.CLEAR
+        tensors: tuple[Tensor, ...] = (
+            CLEAR_SENTINEL if is_clear else token_ids_to_wire(step.token_ids),
+        )
         for stage in self._stages:
-            tensor = stage.step(step.header, tensor)[0]
-        return step.header, token_ids_from_wire(tensor).tolist()
+            tensors = stage.step(step.header, tensors[0])
+        return step_result(step.header, tensors)

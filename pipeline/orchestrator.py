@@ -46,7 +46,8 @@ from pipeline.steps import (
     CLEAR_SENTINEL,
     CLEAR_SPEC,
     SessionLimits,
-    token_ids_from_wire,
+    StepResult,
+    step_result,
     token_ids_to_wire,
 )
 from pipeline.tasks import open_tasks
@@ -66,6 +67,8 @@ HUNG_SECONDS = 60.0
 # When a data channel breaks, the control channel of the stage that died ends at the same moment;
 # its neighbours' complaints may only be quicker.
 BLAME_SECONDS = 1.0
+# The largest vocabularies have a quarter of this; it bounds what a step's logits may take.
+MAX_VOCAB = 1 << 20
 
 Progress = Callable[[str], None]
 
@@ -114,14 +117,14 @@ class Pipeline:
         except (TransportError, trio.EndOfChannel) as error:
             await _blame(0, f"its data channel broke: {describe(error)}", error)
 
-    async def receive(self) -> tuple[StepHeader, Sequence[int]]:
-        """The oldest outstanding step's header, timings filled in, and the tokens it chose."""
+    async def receive(self) -> StepResult:
+        """The oldest outstanding step's result, the stages' timings in its header."""
         try:
             header, tensors = await receive_step(self._data_out, self._gate)
         except (TransportError, trio.EndOfChannel) as error:
             last = self._stages[-1].idx
             await _blame(last, f"its data channel broke: {describe(error)}", error)
-        return header, token_ids_from_wire(tensors[0]).tolist()
+        return step_result(header, tensors)
 
     async def notify(self, message: Message) -> None:
         """Tell every stage about a request's life."""
@@ -271,7 +274,7 @@ class _Connector:
     async def _accept_results(self, listener: Listener, gate: StepGate) -> SecureChannel:
         last = self._manifest.stages[-1]
         link = self._data_link(_stage_role(last.stage_idx), ORCHESTRATOR)
-        max_bytes = self._limits.num_slots * DType.U32.itemsize
+        max_bytes = self._limits.num_slots * (1 + MAX_VOCAB) * DType.F32.itemsize
         channel = await accept_first(
             listener, link, self._trust, last.measurements(), gate.frame_limits(max_bytes)
         )
@@ -314,6 +317,11 @@ class _Connector:
         else:
             num_results = sum(want is not Want.NOTHING for want in header.wants)
             expected = (TensorSpec(DType.U32, (num_results,)),)
+            num_logits = sum(want is Want.LOGITS for want in header.wants)
+            if num_logits:
+                # The vocabulary's size is the stage's word, as the greedy token is.
+                vocab = specs[1].shape[-1] if len(specs) == 2 and specs[1].shape else 0
+                expected = (*expected, TensorSpec(DType.F32, (num_logits, min(vocab, MAX_VOCAB))))
         if specs != expected or len(header.timings) != len(self._manifest.stages):
             raise MessageError(f"step {header.step} returned {specs}, expected {expected}")
 

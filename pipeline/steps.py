@@ -16,6 +16,22 @@ CLEAR_SPEC = TensorSpec(DType.U32, (0,))
 CLEAR_SENTINEL = Tensor(CLEAR_SPEC, memoryview(b""))
 
 
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came back for a step: a token per segment that wants any, logits for those that do.
+
+    Shapes: token_ids [segments that want something]; logits [segments that want logits, vocab],
+    valid until the next result.
+    """
+
+    header: StepHeader
+    token_ids: list[int]
+    logits: Logits | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
     """What a session agreed on; every step is held against it before its tensor is stored."""
@@ -77,3 +93,12 @@ def token_ids_from_wire(tensor: Tensor) -> TokenIds:
     if tensor.spec.dtype is not DType.U32 or len(tensor.spec.shape) != 1:
         raise MessageError(f"token ids arrived as {tensor.spec.dtype.name}{tensor.spec.shape}")
     return np.frombuffer(tensor.data, dtype="<u4")
+
+
+def step_result(header: StepHeader, tensors: Sequence[Tensor]) -> StepResult:
+    """Read the last stage's tensors, whose specs have been checked."""
+    token_ids = token_ids_from_wire(tensors[0]).tolist()
+    if len(tensors) == 1:
+        return StepResult(header, token_ids)
+    logits = np.frombuffer(tensors[1].data, dtype="<f4").reshape(tensors[1].spec.shape)
+    return StepResult(header, token_ids, logits)

@@ -20,6 +20,8 @@ class Request:
     prompt_ids: tuple[int, ...]
     max_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
+    # Logits instead of the greedy token, for whoever samples.
+    wants_logits: bool = False
 
 
 @dataclass(slots=True)

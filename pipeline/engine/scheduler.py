@@ -79,6 +79,13 @@ class Scheduler:
             )
         self._waiting.append(request)
 
+    def cancel(self, request_id: int) -> None:
+        """Give a request up, wherever it is; its slot is cleared by the very next step."""
+        self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
+        state = self._running.pop(request_id, None)
+        if state is not None:
+            self._ended_slots.append(state.slot)
+
     def next_step(self) -> Step | None:
         """The next step to send, or None when all that is known has been sent."""
         if len(self._in_flight) >= self.limits.max_in_flight:
@@ -89,21 +96,29 @@ class Scheduler:
             self._next_step += 1
         return step
 
-    def complete(self, header: StepHeader, token_ids: Sequence[int]) -> list[TokenEvent]:
-        """Take a step's result. Raises MessageError unless it answers the oldest step."""
+    def owners(self, header: StepHeader) -> tuple[int, ...]:
+        """Whose tokens a step's result holds, in order. Raises MessageError if it is not due."""
         if not self._in_flight or self._in_flight[0].header.step != header.step:
             raise MessageError(f"the last stage answered step {header.step}, which is not due")
-        step = self._in_flight[0]
-        if len(token_ids) != len(step.owners):
+        return self._in_flight[0].owners
+
+    def complete(self, header: StepHeader, token_ids: Sequence[int]) -> list[TokenEvent]:
+        """Take a step's result, a token for each owner; those cancelled meanwhile are dropped.
+
+        Raises MessageError unless it answers the oldest step.
+        """
+        owners = self.owners(header)
+        if len(token_ids) != len(owners):
             raise MessageError(
-                f"step {header.step} returned {len(token_ids)} tokens, expected {len(step.owners)}"
+                f"step {header.step} returned {len(token_ids)} tokens, expected {len(owners)}"
             )
-        self._in_flight.popleft()
+        step = self._in_flight.popleft()
         if step.header.kind is StepKind.CLEAR:
             self._free_slots += [segment.slot for segment in step.header.segments]
         return [
             self._advance(request_id, token_id, header.step)
-            for request_id, token_id in zip(step.owners, token_ids, strict=True)
+            for request_id, token_id in zip(owners, token_ids, strict=True)
+            if request_id in self._running
         ]
 
     def _clear_step(self) -> Step | None:
@@ -131,7 +146,7 @@ class Scheduler:
             token_ids += pending
             state.num_sent += len(pending)
             is_last_known = state.num_sent == state.num_known
-            wants.append(Want.TOKEN if is_last_known else Want.NOTHING)
+            wants.append(_want(state.request) if is_last_known else Want.NOTHING)
             if is_last_known:
                 owners.append(state.request.request_id)
             if is_prefill:
@@ -167,3 +182,7 @@ class Scheduler:
             del self._running[request_id]
             self._ended_slots.append(state.slot)
         return TokenEvent(request_id, token_id, step, finish)
+
+
+def _want(request: Request) -> Want:
+    return Want.LOGITS if request.wants_logits else Want.TOKEN

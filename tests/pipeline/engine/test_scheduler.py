@@ -128,3 +128,34 @@ def test_a_slot_is_reused_only_after_its_clear_has_come_back():
     assert scheduler.next_step() is None
     scheduler.complete(clear.header, [])
     assert scheduler.next_step().owners == (2,)
+
+
+def test_a_cancelled_requests_slot_is_cleared_by_the_next_step_and_its_tokens_are_dropped():
+    scheduler = Scheduler(Limits(2, 100))
+    scheduler.submit(Request(1, (1,), 50))
+    scheduler.submit(Request(2, (2,), 2))
+    step = scheduler.next_step()
+    scheduler.cancel(1)
+    clear = scheduler.next_step()
+    assert [segment.slot for segment in clear.header.segments] == [step.header.segments[0].slot]
+    events = scheduler.complete(step.header, [7, 8])
+    assert [(event.request_id, event.token_id) for event in events] == [(2, 8)]
+    scheduler.complete(clear.header, [])
+    last = scheduler.next_step()
+    assert [segment.slot for segment in last.header.segments] == [step.header.segments[1].slot]
+
+
+def test_cancelling_what_waits_or_is_gone_changes_nothing_else():
+    scheduler = Scheduler(Limits(1, 100))
+    scheduler.submit(Request(1, (1,), 1))
+    scheduler.submit(Request(2, (2,), 1))
+    scheduler.cancel(2)
+    scheduler.cancel(9)
+    assert [event.request_id for event in run(scheduler, checksum)] == [1]
+
+
+def test_a_request_that_samples_asks_for_logits():
+    scheduler = Scheduler(Limits(2, 100))
+    scheduler.submit(Request(1, (1,), 1, wants_logits=True))
+    scheduler.submit(Request(2, (2,), 1))
+    assert scheduler.next_step().header.wants == (Want.LOGITS, Want.TOKEN)
