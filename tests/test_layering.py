@@ -33,6 +33,8 @@ LAYERS = [
     # pipeline
     "pipeline.errors pipeline.tasks pipeline.models.runtime",
     "pipeline.files pipeline.dtypes pipeline.models.batch",
+    "pipeline.sampling.params pipeline.sampling.processors pipeline.sampling.stop",
+    "pipeline.sampling.sampler",
     "pipeline.manifest pipeline.messages",
     "pipeline.models.config pipeline.models.linear pipeline.models.kv_cache",
     "pipeline.models.weights pipeline.models.layers",
@@ -40,6 +42,7 @@ LAYERS = [
     "pipeline.models.gpt2 pipeline.models.llama",
     "pipeline.models.registry",
     "pipeline.engine.request pipeline.engine.tokenizer pipeline.engine.latency",
+    "pipeline.engine.generation",
     "pipeline.engine.scheduler",
     "pipeline.steps pipeline.tensors pipeline.trust pipeline.plan",
     "pipeline.stage pipeline.shard",

@@ -38,8 +38,9 @@ def count_penalties(
     logits: Logits, counts: npt.NDArray[np.int32], presence: float, frequency: float
 ) -> Logits:
     """Subtract `presence` from each generated token and `frequency` times how often it was."""
-    counted = np.float32(presence) * (counts > 0) + np.float32(frequency) * counts
-    return logits - counted.astype(np.float32)
+    penalties = np.float32(presence) * (counts > 0) + np.float32(frequency) * counts
+    changed: Logits = logits - penalties.astype(np.float32)
+    return changed
 
 
 def add_bias(logits: Logits, bias: Mapping[int, float]) -> Logits:
@@ -54,13 +55,13 @@ def add_bias(logits: Logits, bias: Mapping[int, float]) -> Logits:
 def scale_temperature(logits: Logits, temperature: float) -> Logits:
     """Divide by the temperature; the most likely token's logit becomes 0, so nothing overflows."""
     with np.errstate(over="ignore"):  # too unlikely to be told from impossible
-        shifted = (logits - logits.max()) / np.float32(max(temperature, MIN_TEMPERATURE))
-    return shifted.astype(np.float32, copy=False)
+        scaled: Logits = (logits - logits.max()) / np.float32(max(temperature, MIN_TEMPERATURE))
+    return scaled
 
 
 def keep_top_k(logits: Logits, k: int) -> Logits:
     """Keep the `k` most likely tokens."""
-    return logits if k >= logits.size else _only(logits, _most_likely(logits, k))
+    return logits if k >= logits.size else _only(logits, most_likely(logits, k))
 
 
 def keep_top_p(logits: Logits, p: float) -> Logits:
@@ -68,12 +69,13 @@ def keep_top_p(logits: Logits, p: float) -> Logits:
 
     Source: Holtzman et al. 2019, nucleus sampling.
     """
-    weights = np.exp(logits - logits.max(), dtype=np.float64)
-    target = p * weights.sum()
+    weights = np.exp(logits - logits.max())
+    target = p * weights.sum(dtype=np.float64)
     size = min(_NUCLEUS_GUESS, logits.size)
     while True:
-        order = _most_likely(logits, size)
-        num_kept = int(np.searchsorted(np.cumsum(weights[order]), target)) + 1
+        order = most_likely(logits, size)
+        mass = np.cumsum(weights[order], dtype=np.float64)
+        num_kept = int(np.searchsorted(mass, target)) + 1
         if num_kept <= size or size == logits.size:
             return _only(logits, order[:num_kept])
         size = min(8 * size, logits.size)
@@ -88,15 +90,12 @@ def keep_min_p(logits: Logits, p: float) -> Logits:
 def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
     """Natural logarithm of each token's probability."""
     shifted = (logits - logits.max()).astype(np.float64)
-    return shifted - np.log(np.exp(shifted).sum())
+    logprobs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return logprobs
 
 
 def most_likely(logits: Logits, num: int) -> npt.NDArray[np.intp]:
-    """The `num` most likely token ids, the likeliest first."""
-    return _most_likely(logits, min(num, logits.size))
-
-
-def _most_likely(logits: Logits, num: int) -> npt.NDArray[np.intp]:
+    """The `num` most likely token ids, the likeliest first; all of them if there are fewer."""
     if num == 0:
         return np.empty(0, np.intp)
     if num < logits.size:

@@ -132,11 +132,9 @@ class _History:
 
 def draw(logits: Logits, uniform: float) -> int:
     """The token at which the cumulative probability passes `uniform`, in [0, 1)."""
-    token_ids = np.flatnonzero(logits > -np.inf)
-    weights = np.exp((logits[token_ids] - logits.max()).astype(np.float64))
-    cumulative = np.cumsum(weights)
-    # Strictly above: a token of no weight never is the first to pass. Rounding may reach the end.
+    weights = np.exp(logits - logits.max())
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    # The first strictly above has a weight of its own, so a masked token is never drawn.
     passed = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    if passed == token_ids.size:
-        passed = int(np.flatnonzero(weights)[-1])
-    return int(token_ids[passed])
+    # The product may round up to the whole, which nothing is above.
+    return passed if passed < logits.size else int(np.flatnonzero(weights)[-1])
