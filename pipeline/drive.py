@@ -24,10 +24,20 @@ class StepRunner(Protocol):
 
 
 async def drive(pipeline: StepRunner, scheduler: Scheduler, on_token: OnToken) -> None:
-    """Run until the scheduler has nothing left; every token is reported as it arrives."""
+    """Run until the scheduler has nothing left.
+
+    A step's tokens are reported after the next step has been sent: turning ids into text takes
+    its time, and the stages need not wait for it.
+    """
+    events: list[TokenEvent] = []
+    timings: tuple[StageTiming, ...] = ()
     while scheduler.has_work:
         while (step := scheduler.next_step()) is not None:
             await pipeline.send(step)
+        for event in events:
+            on_token(event, timings)
         result = await pipeline.receive()
-        for event in scheduler.complete(result.header, result.token_ids):
-            on_token(event, result.header.timings)
+        events = scheduler.complete(result.header, result.token_ids)
+        timings = result.header.timings
+    for event in events:
+        on_token(event, timings)

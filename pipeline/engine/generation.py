@@ -43,7 +43,7 @@ class Engine(Protocol):
 
     def generate(
         self, generation: Generation
-    ) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[TokenOutput]]:
+    ) -> AbstractAsyncContextManager[trio.abc.ReceiveChannel[TokenOutput]]:
         """Generate while the context is open; leaving it, for whatever reason, aborts the rest.
 
         Entering raises PromptError if the prompt can never fit. The channel ends after the output

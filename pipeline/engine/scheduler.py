@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
 from pipeline.errors import MessageError, PromptError
@@ -62,10 +63,15 @@ class Scheduler:
         """Steps sent that have not come back."""
         return len(self._in_flight)
 
-    def slot_of(self, request_id: int) -> int | None:
-        """The KV slot a request owns, if it has been admitted and has not ended."""
-        state = self._running.get(request_id)
-        return None if state is None else state.slot
+    @property
+    def num_running(self) -> int:
+        """Requests that own a slot."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._waiting)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises PromptError when it can never be served."""
@@ -100,7 +106,17 @@ class Scheduler:
         """Whose tokens a step's result holds, in order. Raises MessageError if it is not due."""
         if not self._in_flight or self._in_flight[0].header.step != header.step:
             raise MessageError(f"the last stage answered step {header.step}, which is not due")
-        return self._in_flight[0].owners
+        due = self._in_flight[0]
+        asked = (due.header.kind, due.header.segments, due.header.wants)
+        if (header.kind, header.segments, header.wants) != asked:
+            raise MessageError(f"the last stage answered something else than step {header.step}")
+        return due.owners
+
+    def logits_rows(self, header: StepHeader) -> tuple[int | None, ...]:
+        """For each owner of a step, its row of the returned logits; None for a greedy one."""
+        rows = count()
+        wants = [want for want in header.wants if want is not Want.NOTHING]
+        return tuple(next(rows) if want is Want.LOGITS else None for want in wants)
 
     def complete(self, header: StepHeader, token_ids: Sequence[int]) -> list[TokenEvent]:
         """Take a step's result, a token for each owner; those cancelled meanwhile are dropped.

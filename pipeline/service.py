@@ -1,0 +1,185 @@
+"""Continuous batching: many requests share one pipeline, joining and leaving at every step."""
+
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import NoReturn
+
+import trio
+
+from pipeline.drive import StepRunner
+from pipeline.engine.generation import Generation, TokenOutput
+from pipeline.engine.request import Request
+from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.errors import SessionError
+from pipeline.sampling.sampler import Choice, Sampler
+from pipeline.steps import StepResult
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What the engine is doing now, and has done."""
+
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    num_tokens: int
+    last_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """A request under way: who chooses its tokens when not the last stage, and who hears of them.
+
+    The channel has room for every token the request can have, so a client that reads slowly never
+    holds up the others.
+    """
+
+    sampler: Sampler | None
+    outputs: trio.MemorySendChannel[TokenOutput]
+
+
+class TokenStream(trio.abc.ReceiveChannel[TokenOutput]):
+    """A request's tokens as they come."""
+
+    def __init__(
+        self, outputs: trio.MemoryReceiveChannel[TokenOutput], engine: "PipelineEngine"
+    ) -> None:
+        self._outputs = outputs
+        self._engine = engine
+        self._is_finished = False
+
+    async def receive(self) -> TokenOutput:
+        """The next token. Raises trio.EndOfChannel after the last, SessionError on a failure."""
+        try:
+            output = await self._outputs.receive()
+        except trio.EndOfChannel:
+            if self._is_finished:
+                raise
+            raise self._engine.failure or SessionError("the request was aborted") from None
+        self._is_finished = output.finish is not None
+        return output
+
+    async def aclose(self) -> None:
+        """Stop listening."""
+        await self._outputs.aclose()
+
+
+class PipelineEngine:
+    """Requests on one side, a pipeline on the other; `run` must be running for any to advance."""
+
+    def __init__(self, pipeline: StepRunner, limits: Limits) -> None:
+        self.failure: SessionError | None = None
+        self._pipeline = pipeline
+        self._scheduler = Scheduler(limits)
+        self._live: dict[int, _Live] = {}
+        self._request_ids: Iterator[int] = count()
+        self._has_work = trio.Event()
+        self._num_steps = 0
+        self._num_tokens = 0
+        self._last_batch = 0
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens a request may occupy, its prompt included."""
+        return self._scheduler.limits.max_seq_len
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters for whoever watches."""
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_steps=self._num_steps,
+            num_tokens=self._num_tokens,
+            last_batch=self._last_batch,
+        )
+
+    async def run(self) -> NoReturn:
+        """Serve requests for ever. When the pipeline fails every open request hears of it."""
+        try:
+            while True:
+                await self._work()
+        except SessionError as error:
+            self.failure = error
+            raise
+        finally:
+            self.failure = self.failure or SessionError("the pipeline has been shut down")
+            for live in self._live.values():
+                live.outputs.close()
+            self._live.clear()
+
+    @asynccontextmanager
+    async def generate(self, generation: Generation) -> AsyncIterator[TokenStream]:
+        """Generate while the context is open; leaving it aborts what is left.
+
+        Raises PromptError if the prompt can never fit, SessionError after the pipeline has failed.
+        """
+        if self.failure is not None:
+            raise SessionError(str(self.failure)) from self.failure
+        request_id = next(self._request_ids)
+        sampling = generation.sampling
+        request = Request(
+            request_id,
+            generation.prompt_ids,
+            generation.max_tokens,
+            generation.eos_token_ids,
+            wants_logits=sampling.needs_logits,
+        )
+        self._scheduler.submit(request)
+        sampler = Sampler(sampling, generation.prompt_ids) if sampling.needs_logits else None
+        room = min(generation.max_tokens, self.max_seq_len) + 1
+        send, receive = trio.open_memory_channel[TokenOutput](room)
+        self._live[request_id] = _Live(sampler, send)
+        self._has_work.set()
+        try:
+            yield TokenStream(receive, self)
+        finally:
+            if self._live.pop(request_id, None) is not None:
+                self._scheduler.cancel(request_id)
+                self._has_work.set()
+            send.close()
+            receive.close()
+
+    async def _work(self) -> None:
+        """Everything there is to do; then wait until there is more."""
+        scheduler = self._scheduler
+        while scheduler.has_work:
+            while (step := scheduler.next_step()) is not None:
+                self._last_batch = len(step.header.segments)
+                await self._pipeline.send(step)
+            self._deliver(await self._pipeline.receive())
+        self._has_work = trio.Event()
+        await self._has_work.wait()
+
+    def _deliver(self, result: StepResult) -> None:
+        choices = self._choose(result)
+        token_ids = [choice.token_id for choice in choices.values()]
+        for event in self._scheduler.complete(result.header, token_ids):
+            live = self._live[event.request_id]
+            choice = choices[event.request_id]
+            live.outputs.send_nowait(
+                TokenOutput(choice.token_id, choice.logprob, choice.top, event.finish)
+            )
+            if event.finish is not None:
+                del self._live[event.request_id]
+                live.outputs.close()
+        self._num_steps += 1
+        self._num_tokens += len(choices)
+
+    def _choose(self, result: StepResult) -> dict[int, Choice]:
+        """A token for each of the step's owners: sampled here, or the last stage's greedy one."""
+        owners = self._scheduler.owners(result.header)
+        wants_logits = self._scheduler.logits_rows(result.header)
+        choices = {}
+        for owner, token_id, row in zip(owners, result.token_ids, wants_logits, strict=True):
+            live = self._live.get(owner)
+            if live is None or live.sampler is None or row is None or result.logits is None:
+                choices[owner] = Choice(token_id, None, ())
+            else:
+                choices[owner] = live.sampler.choose(result.logits[row])
+        return choices

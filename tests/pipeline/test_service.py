@@ -1,0 +1,201 @@
+"""Many requests over one pipeline: each gets what it would get alone."""
+
+import random
+
+import pytest
+import trio
+
+from pipeline.engine.generation import Generation
+from pipeline.engine.request import FinishReason
+from pipeline.engine.scheduler import Limits
+from pipeline.errors import PromptError, SessionError
+from pipeline.local import LocalPipeline
+from pipeline.models.config import load_config
+from pipeline.models.registry import load_shard
+from pipeline.sampling.params import SamplingParams
+from pipeline.service import PipelineEngine
+from pipeline.stage import StageCore
+from pipeline.steps import SessionLimits
+from transport.frames import DType
+
+LIMITS = Limits(num_slots=4, max_seq_len=128, chunk_tokens=16)
+
+
+class Yielding:
+    """A local pipeline that lets other tasks run at every step, as a remote one does."""
+
+    def __init__(self, local):
+        self._local = local
+
+    async def send(self, step):
+        await trio.lowlevel.checkpoint()
+        await self._local.send(step)
+
+    async def receive(self):
+        await trio.lowlevel.checkpoint()
+        return await self._local.receive()
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_model):
+    config = load_config(tiny_model)
+    return [
+        load_shard(tiny_model, config, start, end, expected_hashes=None)
+        for start, end in ((0, 2), (2, 4))
+    ]
+
+
+@pytest.fixture
+def cores(shards):
+    limits = SessionLimits(
+        LIMITS.num_slots, LIMITS.max_seq_len, LIMITS.max_step_tokens, 64, DType.F32
+    )
+    return [StageCore(shard, limits) for shard in shards]
+
+
+@pytest.fixture
+async def engine(cores, nursery):
+    engine = PipelineEngine(Yielding(LocalPipeline(cores)), LIMITS)
+
+    async def run():
+        try:
+            await engine.run()
+        except SessionError:
+            pass
+
+    nursery.start_soon(run)
+    return engine
+
+
+def generation(rng, max_tokens=12, **sampling):
+    prompt_ids = tuple(rng.randrange(255) for _ in range(rng.randint(1, 60)))
+    return Generation(prompt_ids, max_tokens, frozenset(), SamplingParams(**sampling))
+
+
+async def tokens_of(engine, request):
+    async with engine.generate(request) as stream:
+        return [output.token_id async for output in stream]
+
+
+async def settle(engine):
+    for _ in range(200):
+        if engine.stats.num_running == 0 and engine.stats.num_waiting == 0:
+            return
+        await trio.lowlevel.checkpoint()
+
+
+async def test_requests_get_the_same_tokens_alone_and_in_company(engine):
+    rng = random.Random(11)
+    requests = [
+        generation(rng, rng.randint(1, 20), temperature=rng.choice([0.0, 0.9]), seed=i)
+        for i in range(24)
+    ]
+    alone = [await tokens_of(engine, request) for request in requests]
+    together = {}
+
+    async def join(index):
+        await trio.sleep(rng.random() * 0.05)
+        together[index] = await tokens_of(engine, requests[index])
+
+    async with trio.open_nursery() as nursery:
+        for index in range(len(requests)):
+            nursery.start_soon(join, index)
+    assert [together[index] for index in range(len(requests))] == alone
+    assert all(len(tokens) == r.max_tokens for tokens, r in zip(alone, requests, strict=True))
+
+
+async def test_leaving_the_context_frees_the_slot_on_every_stage(engine, cores):
+    rng = random.Random(1)
+    before = engine.stats.num_steps
+    async with engine.generate(generation(rng, 60)) as stream:
+        for _ in range(5):
+            await stream.receive()
+        steps_at_leave = engine.stats.num_steps
+        assert any(core.cache.lengths[slot] for core in cores for slot in range(4))
+    await settle(engine)
+    while engine.stats.num_steps < steps_at_leave + 2:
+        await trio.lowlevel.checkpoint()
+    assert steps_at_leave > before
+    assert all(core.cache.lengths[slot] == 0 for core in cores for slot in range(4))
+    assert engine.stats.num_running == 0
+
+
+async def test_requests_that_come_and_go_never_disturb_the_others(engine):
+    rng = random.Random(4)
+    steady = generation(rng, 40)
+    expected = await tokens_of(engine, steady)
+
+    async def flutter(seed):
+        local = random.Random(seed)
+        for _ in range(6):
+            async with engine.generate(generation(local, 30)) as stream:
+                for _ in range(local.randint(0, 6)):
+                    await stream.receive()
+
+    async with trio.open_nursery() as nursery:
+        for seed in range(5):
+            nursery.start_soon(flutter, seed)
+        assert await tokens_of(engine, steady) == expected
+
+
+async def test_a_client_that_never_reads_does_not_hold_up_others(engine):
+    rng = random.Random(2)
+    async with engine.generate(generation(rng, 50)):
+        assert len(await tokens_of(engine, generation(rng, 50))) == 50
+
+
+async def test_the_last_output_says_why_it_is_the_last(engine):
+    rng = random.Random(3)
+    request = generation(rng, 10)
+    async with engine.generate(request) as stream:
+        outputs = [output async for output in stream]
+    assert [output.finish for output in outputs[:-1]] == [None] * 9
+    assert outputs[-1].finish is FinishReason.LENGTH
+    stop = Generation(request.prompt_ids, 10, frozenset({outputs[4].token_id}), request.sampling)
+    async with engine.generate(stop) as stream:
+        outputs = [output async for output in stream]
+    assert outputs[-1].finish is FinishReason.EOS
+
+
+async def test_logprobs_come_with_the_tokens_that_asked(engine):
+    rng = random.Random(5)
+    async with engine.generate(generation(rng, 5, logprobs=3)) as stream:
+        outputs = [output async for output in stream]
+    for output in outputs:
+        assert output.logprob is not None
+        assert len(output.top) == 3
+        # Greedy: the chosen token is the likeliest.
+        assert output.top[0][0] == output.token_id
+
+
+async def test_a_prompt_that_cannot_fit_is_refused_before_anything_runs(engine):
+    with pytest.raises(PromptError):
+        async with engine.generate(Generation(tuple(range(200)), 1, frozenset(), SamplingParams())):
+            raise AssertionError("entered")
+
+
+async def test_a_pipeline_failure_reaches_every_open_request(cores, nursery):
+    class Breaking(Yielding):
+        count = 0
+
+        async def receive(self):
+            self.count += 1
+            if self.count > 5:
+                raise SessionError("stage 1 is lost")
+            return await super().receive()
+
+    engine = PipelineEngine(Breaking(LocalPipeline(cores)), LIMITS)
+    raised = []
+
+    async def run():
+        with pytest.raises(SessionError, match="stage 1 is lost"):
+            await engine.run()
+        raised.append(True)
+
+    nursery.start_soon(run)
+    rng = random.Random(6)
+    with pytest.raises(SessionError, match="stage 1 is lost"):
+        await tokens_of(engine, generation(rng, 50))
+    assert raised
+    with pytest.raises(SessionError, match="stage 1 is lost"):
+        await tokens_of(engine, generation(rng, 5))
