@@ -92,7 +92,8 @@ class SecureChannel(trio.abc.Channel[Frame]):
         trio.BusyResourceError while another task sends, trio.ClosedResourceError.
         """
         wire = self._wire
-        self._require_usable(is_busy=self._is_sending)
+        if wire.is_closed or self._is_sending:
+            raise self._unusable()
         self._is_sending = True
         try:
             await wire.turn()  # cancelled here, or with a misused frame, nothing has been sealed
@@ -116,18 +117,21 @@ class SecureChannel(trio.abc.Channel[Frame]):
         without one, RecordError, FrameError, trio.BusyResourceError, trio.ClosedResourceError.
         """
         wire, receiver = self._wire, self._receiver
-        self._require_usable(is_busy=self._is_receiving)
+        if wire.is_closed or self._is_receiving:
+            raise self._unusable()
         self._is_receiving = True
         num_received = None  # nothing tried yet: cancelled now, what has arrived stays for later
         try:
-            frame, is_checked = None, False
-            if not receiver.is_idle or receiver.is_ended:
+            frame, is_checked = None, True  # a wait is a checkpoint
+            if receiver.is_idle:
+                await wire.readable()  # seldom there by now: trying first costs a call in vain
+            else:
                 await wire.turn()
-                frame, is_checked = receiver.next_frame_untrusted(), True
+                frame = receiver.next_frame_untrusted()
             while frame is None and not receiver.is_ended:
                 while not (num_received := wire.try_receive(receiver.space())):
-                    await trio.lowlevel.wait_readable(wire.fd)
-                    is_checked = True  # a wait is a checkpoint
+                    await wire.readable()
+                    is_checked = True
                 receiver.wrote(num_received)
                 if not is_checked:
                     await wire.turn()
@@ -164,11 +168,10 @@ class SecureChannel(trio.abc.Channel[Frame]):
         finally:
             self._wire.close()
 
-    def _require_usable(self, *, is_busy: bool) -> None:
+    def _unusable(self) -> Exception:
         if self._wire.is_closed:
-            raise trio.ClosedResourceError("this channel is closed")
-        if is_busy:
-            raise trio.BusyResourceError("another task uses this direction of the channel")
+            return trio.ClosedResourceError("this channel is closed")
+        return trio.BusyResourceError("another task uses this direction of the channel")
 
     async def _send_rest(self, data: memoryview, pieces: list[memoryview]) -> None:
         if data:

@@ -112,6 +112,7 @@ class Layout:
     is_inline: bool
     record_bytes: int  # of the FRAME record's plaintext
     places: tuple[tuple[int, int], ...]  # of each tensor in its storage
+    gaps: tuple[tuple[int, int], ...]  # before the tensors of an inline frame, to be zero
     storage_bytes: int
 
 
@@ -191,9 +192,18 @@ def decode_layout_untrusted(plain: memoryview, limits: FrameLimits) -> Layout:
     storage_bytes = inline_bytes
     if not is_inline:
         places, storage_bytes = _places(specs, 0)
-    record_bytes = inline_bytes if is_inline else header_stop
+    ends = (header_stop, *(stop for _, stop in places))
+    gaps = [(end, start) for end, (start, _) in zip(ends, places, strict=False) if start > end]
     return Layout(
-        kind, specs, header_start, header_stop, is_inline, record_bytes, places, storage_bytes
+        kind=kind,
+        specs=specs,
+        header_start=header_start,
+        header_stop=header_stop,
+        is_inline=is_inline,
+        record_bytes=inline_bytes if is_inline else header_stop,
+        places=places,
+        gaps=tuple(gaps) if is_inline else (),
+        storage_bytes=storage_bytes,
     )
 
 

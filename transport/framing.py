@@ -30,19 +30,19 @@ class Arena:
     It grows geometrically with records that have arrived, never with a declared size.
     """
 
-    __slots__ = ("_view",)
+    __slots__ = ("storage",)
 
     def __init__(self) -> None:
-        self._view = memoryview(bytearray(INLINE_BYTES))
+        self.storage = memoryview(bytearray(INLINE_BYTES))
 
     def range(self, start: int, stop: int, most: int) -> memoryview:
         """Return writable storage; `most` caps growth at what the frame can still need."""
-        if stop > len(self._view):
-            grown = memoryview(bytearray(max(stop, min(2 * len(self._view), most))))
-            held = min(start, len(self._view))
-            grown[:held] = self._view[:held]
-            self._view = grown
-        return self._view[start:stop]
+        if stop > len(self.storage):
+            grown = memoryview(bytearray(max(stop, min(2 * len(self.storage), most))))
+            held = min(start, len(self.storage))
+            grown[:held] = self.storage[:held]
+            self.storage = grown
+        return self.storage[start:stop]
 
 
 class FrameReceiver:
@@ -58,14 +58,17 @@ class FrameReceiver:
         self._limits = limits
         self._arena = Arena()
         self._body: _Body | None = None
-        self._fixed = b""  # the last head's fixed part, and what it says
+        # From token to token the heads' fixed parts are the same, and so are the tensors' places.
+        self._fixed = b""
         self._layout: Layout | None = None
+        self._storage: memoryview | None = None
+        self._tensors: tuple[Tensor, ...] = ()
         self.is_ended = False
 
     @property
     def is_idle(self) -> bool:
-        """Whether no byte of a next frame has arrived, so that waiting can be given up."""
-        return self._body is None and self._reader.is_empty
+        """Whether a next frame may come and no byte of it has: waiting can be given up."""
+        return self._body is None and not self.is_ended and self._reader.is_empty
 
     def next_frame_untrusted(self) -> Frame | None:
         """Return the next whole frame, or None while bytes are missing or after the close.
@@ -102,16 +105,14 @@ class FrameReceiver:
         layout = self._layout_of(plain)
         if num_bytes != layout.record_bytes:
             raise FrameError(f"a FRAME record of {num_bytes} bytes declares {layout.record_bytes}")
-        header = bytes(plain[layout.header_start : layout.header_stop])
+        header = plain[layout.header_start : layout.header_stop].tobytes()
         if self._limits.check is not None:
             self._limits.check(header, layout.specs)
         if layout.is_inline:
-            end = layout.header_stop
-            for start, stop in layout.places:
-                if start != end and any(plain[end:start]):
+            for start, stop in layout.gaps:
+                if any(plain[start:stop]):
                     raise FrameError("the padding before a tensor is not zero")
-                end = stop
-            return _frame(layout, header, plain)
+            return Frame(layout.kind, header, self._tensors_of(layout))
         self._body = _Body(layout, header)
         return self._finish(self._body) if self._body.advance() else None
 
@@ -120,7 +121,16 @@ class FrameReceiver:
         if layout is None or plain[: len(self._fixed)] != self._fixed:
             self._layout = layout = decode_layout_untrusted(plain, self._limits)
             self._fixed = bytes(plain[: layout.header_start])
+            self._storage, self._tensors = None, ()
         return layout
+
+    def _tensors_of(self, layout: Layout) -> tuple[Tensor, ...]:
+        storage = self._arena.storage
+        if self._storage is not storage:
+            views = [storage[start:stop] for start, stop in layout.places]
+            self._tensors = tuple(map(Tensor, layout.specs, views))
+            self._storage = storage
+        return self._tensors
 
     def _take_piece(self, record: RecordHeader, body: "_Body") -> Frame | None:
         start, stop = body.due
@@ -133,13 +143,7 @@ class FrameReceiver:
 
     def _finish(self, body: "_Body") -> Frame:
         self._body = None
-        num_bytes = body.layout.storage_bytes
-        return _frame(body.layout, body.header, self._arena.range(0, num_bytes, num_bytes))
-
-
-def _frame(layout: Layout, header: bytes, storage: memoryview) -> Frame:
-    views = [storage[start:stop] for start, stop in layout.places]
-    return Frame(layout.kind, header, tuple(map(Tensor, layout.specs, views)))
+        return Frame(body.layout.kind, body.header, self._tensors_of(body.layout))
 
 
 class _Body:

@@ -135,15 +135,11 @@ class RecordHeader(NamedTuple):
 
     kind: RecordKind
     sealed_bytes: int
-    raw: Buffer
-
-    @property
-    def plaintext_bytes(self) -> int:
-        """Bytes the record holds once opened."""
-        return self.sealed_bytes - TAG_BYTES
+    plaintext_bytes: int
+    raw: bytes
 
 
-def parse_header_untrusted(raw: bytes | bytearray) -> RecordHeader:
+def parse_header_untrusted(raw: bytes) -> RecordHeader:
     """Read a header and check its kind and length. Raises: RecordError."""
     word, sealed_bytes = HEADER.unpack(raw)
     try:
@@ -155,7 +151,7 @@ def parse_header_untrusted(raw: bytes | bytearray) -> RecordHeader:
             f"a record of kind {kind.name} and {sealed_bytes} bytes where {least} to {most} are "
             "possible"
         )
-    return RecordHeader(kind, sealed_bytes, raw)
+    return RecordHeader(kind, sealed_bytes, sealed_bytes - TAG_BYTES, raw)
 
 
 class RecordOpener:
@@ -226,7 +222,7 @@ class RecordReader:
     FIRST_BYTES = 64 * 1024
     MOST_BYTES = MAX_PLAINTEXT_BYTES + TAG_BYTES + HEADER_BYTES
 
-    __slots__ = ("_end", "_first", "_header", "_opener", "_start", "_store", "_view")
+    __slots__ = ("_end", "_first", "_header", "_last", "_opener", "_start", "_store", "_view")
 
     def __init__(self, opener: RecordOpener) -> None:
         self._opener = opener
@@ -235,6 +231,7 @@ class RecordReader:
         self._first = self._view[: self.FIRST_BYTES]
         self._start = self._end = 0
         self._header: RecordHeader | None = None
+        self._last = RecordHeader(_REKEY, 0, 0, b"")  # from token to token they are the same
 
     @property
     def is_empty(self) -> bool:
@@ -266,15 +263,18 @@ class RecordReader:
 
     def ready_untrusted(self) -> RecordHeader | None:
         """Return the header of the next record once all of it is there. Raises: RecordError."""
-        available = self._end - self._start
-        if self._header is None:
-            if available < HEADER_BYTES:
-                return None
+        header = self._header
+        if header is None:
             body = self._start + HEADER_BYTES
-            self._header = parse_header_untrusted(self._store[self._start : body])
+            if body > self._end:
+                return None
+            raw = bytes(self._view[self._start : body])
+            header = self._last
+            if raw != header.raw:
+                self._last = header = parse_header_untrusted(raw)
+            self._header = header
             self._start = body
-            available -= HEADER_BYTES
-        return self._header if available >= self._header.sealed_bytes else None
+        return header if self._end - self._start >= header.sealed_bytes else None
 
     def open_into(self, out: memoryview) -> None:
         """Authenticate the ready record into `out` and go on to the next. Raises: RecordError."""

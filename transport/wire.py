@@ -59,6 +59,11 @@ class Wire:
             self._unwaited = 0
             await trio.lowlevel.checkpoint()
 
+    async def readable(self) -> None:
+        """Wait until there is something to receive, or the end."""
+        self._unwaited = 0  # what waits lets the others run
+        await trio.lowlevel.wait_readable(self.fd)
+
     def try_send(self, data: memoryview) -> int:
         """Send what the socket takes now, maybe nothing. Raises: as `send_all`."""
         started_ns = perf_counter_ns()
@@ -79,7 +84,6 @@ class Wire:
         try:
             num_received = self._recv_into(into)
         except BlockingIOError:
-            self._unwaited = 0  # what waits lets the others run
             return 0
         except OSError as error:
             raise self._lost(error) from error
@@ -108,7 +112,7 @@ class Wire:
         have = 0
         await self.turn()
         while (have := have + self.try_receive(store[have:])) < num_bytes:
-            await trio.lowlevel.wait_readable(self.fd)
+            await self.readable()
         return bytes(store)
 
     def _lost(self, error: OSError) -> Exception:
