@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ from pipeline.tasks import open_tasks
 from pipeline.trust import Trust
 from transport.channel import SecureChannel, connect_channel
 from transport.endpoint import Endpoint, Listener, dial_retrying, listen
-from transport.errors import EndpointError, TransportError
+from transport.errors import EndpointError, NoAnswer, TransportError
 from transport.frames import DType, TensorSpec
 from transport.handshake import Link, LinkKind, Role, RoleKind
 
@@ -67,6 +68,8 @@ HUNG_SECONDS = 60.0
 # When a data channel breaks, the control channel of the stage that died ends at the same moment;
 # its neighbours' complaints may only be quicker.
 BLAME_SECONDS = 1.0
+# Between tries of a stage whose relay answers for it, before it is up.
+NO_ANSWER_SECONDS = 1.0
 # The largest vocabularies have a quarter of this; it bounds what a step's logits may take.
 MAX_VOCAB = 1 << 20
 
@@ -251,25 +254,37 @@ class _Connector:
     async def _dial(self, stage_idx: int, endpoint: Endpoint, link: Link) -> SecureChannel:
         what = f"stage {stage_idx}'s {link.kind.name.lower()} channel at {endpoint}"
 
-        def on_wait(error: EndpointError) -> None:
-            if what not in self._pending:
+        is_announced = False
+
+        def on_wait(error: TransportError) -> None:
+            nonlocal is_announced
+            if not is_announced:
                 self._progress(f"waiting for {what}")
+            is_announced = True
             self._pending[what] = f"{what} is not up ({error})"
 
-        sock = await dial_retrying(endpoint, on_wait)
-        self._pending[what] = f"{what} does not answer the handshake"
+        while True:
+            sock = await dial_retrying(endpoint, on_wait)
+            self._pending[what] = f"{what} does not answer the handshake"
+            try:
+                channel = await self._greet(sock, stage_idx, link)
+                break
+            except NoAnswer as error:  # a relay hangs up while it cannot reach the stage
+                on_wait(error)
+                await trio.sleep(NO_ANSWER_SECONDS)
+            except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
+                raise SessionError(f"{what}: {describe(error)}") from error
+        del self._pending[what]
+        self._channels.append(channel)
+        return channel
+
+    async def _greet(self, sock: socket.socket, stage_idx: int, link: Link) -> SecureChannel:
         measurements = self._manifest.stage(stage_idx).measurements()
         credentials = self._trust.toward(link.responder, measurements)
         is_control = link.kind is LinkKind.CONTROL
         limits = CONTROL_LIMITS if is_control else SEND_ONLY_LIMITS
-        try:
-            with trio.fail_after(HANDSHAKE_SECONDS):
-                channel = await connect_channel(sock, link, credentials, limits)
-        except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
-            raise SessionError(f"{what}: {describe(error)}") from error
-        del self._pending[what]
-        self._channels.append(channel)
-        return channel
+        with trio.fail_after(HANDSHAKE_SECONDS):
+            return await connect_channel(sock, link, credentials, limits)
 
     async def _accept_results(self, listener: Listener, gate: StepGate) -> SecureChannel:
         last = self._manifest.stages[-1]

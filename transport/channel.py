@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import trio
 
-from transport.errors import ConnectionLost
+from transport.errors import ConnectionLost, NoAnswer
 from transport.frames import Frame, FrameLimits
 from transport.framing import FrameReceiver, FrameSender
 from transport.handshake import (
@@ -190,13 +190,13 @@ async def connect_channel(
 ) -> SecureChannel:
     """Run the handshake as the link's initiator on a connected socket, which it then owns.
 
-    Raises: HandshakeError, AttestationError, ConnectionLost; the socket is closed by then.
+    Raises: HandshakeError, AttestationError, ConnectionLost (NoAnswer where the peer's first byte
+    never came); the socket is closed by then.
     """
     wire = Wire(sock)
     try:
         awaiting_reply, hello = initiate(link, credentials, rekey)
-        await _send_message(wire, hello)
-        reply = await _receive_message(wire, REPLY_SIZES)
+        reply = await _exchange_hello(wire, hello)
         awaiting_accept, proof = awaiting_reply.receive(reply)
         await _send_message(wire, proof)
         session = awaiting_accept.receive(await _receive_accept(wire, link))
@@ -230,6 +230,16 @@ async def accept_channel(
     except BaseException:
         wire.close()
         raise
+
+
+async def _exchange_hello(wire: Wire, hello: bytes) -> bytes:
+    try:
+        await _send_message(wire, hello)
+        return await _receive_message(wire, REPLY_SIZES)
+    except ConnectionLost as error:
+        if wire.bytes_received:
+            raise
+        raise NoAnswer(str(error)) from error
 
 
 async def _send_message(wire: Wire, message: bytes) -> None:

@@ -21,6 +21,10 @@ class ConnectionLost(TransportError):
     """The connection ended without an authenticated close: to the receiver, a truncation."""
 
 
+class NoAnswer(ConnectionLost):
+    """The connection ended before the peer said anything, as when a relay cannot reach it yet."""
+
+
 class ProtocolError(TransportError):
     """The peer, or something between, sent what the protocol forbids. The channel is closed."""
 

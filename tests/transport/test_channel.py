@@ -8,7 +8,14 @@ import trio
 import trio.testing
 
 from transport.channel import accept_channel, connect_channel
-from transport.errors import ConnectionLost, FrameError, HandshakeError, MisuseError, ProtocolError
+from transport.errors import (
+    ConnectionLost,
+    FrameError,
+    HandshakeError,
+    MisuseError,
+    NoAnswer,
+    ProtocolError,
+)
 from transport.frames import FrameLimits
 from transport.records import RekeyPolicy
 from transport.wire import FAIR_CALLS
@@ -227,6 +234,17 @@ async def test_a_peer_that_leaves_during_the_handshake_is_a_lost_connection(toy,
         with pytest.raises(ConnectionLost, match="handshake"):
             await function(near, toy.link(), toy.credentials(), toy.LIMITS)
         assert near.fileno() < 0
+        far.close()
+
+
+async def test_only_a_peer_that_never_said_a_byte_gave_no_answer(toy):
+    for said, is_silent in ((b"", True), (b"\0", False)):
+        near, far = toy.tcp_pair()
+        far.send(said)
+        far.shutdown(socket.SHUT_WR)
+        with pytest.raises(ConnectionLost) as caught:
+            await connect_channel(near, toy.link(), toy.credentials(), toy.LIMITS)
+        assert isinstance(caught.value, NoAnswer) is is_silent
         far.close()
 
 
