@@ -50,3 +50,7 @@ class StageLost(SessionError):
         super().__init__(f"stage {stage_idx} is lost: {reason}")
         self.stage_idx = stage_idx
         self.reason = reason
+
+
+class StageHung(StageLost):
+    """A stage's process lives but does not answer."""

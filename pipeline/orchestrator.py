@@ -11,7 +11,7 @@ from typing import NoReturn
 import trio
 
 from pipeline.engine.scheduler import Limits, Step
-from pipeline.errors import InputError, MessageError, SessionError, StageLost
+from pipeline.errors import InputError, MessageError, SessionError, StageHung, StageLost
 from pipeline.links import (
     CONTROL_LIMITS,
     SEND_ONLY_LIMITS,
@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 # Often enough that a hung stage is noticed while someone still watches, rare enough to be free.
 HEALTH_SECONDS = 5.0
 # A stage computes a chunk without looking up; one that answers nothing for this long is hung.
-HUNG_SECONDS = 60.0
+HANG_SECONDS = 60.0
 # When a data channel breaks, the control channel of the stage that died ends at the same moment;
 # its neighbours' complaints may only be quicker.
 BLAME_SECONDS = 1.0
@@ -83,6 +83,7 @@ class PipelineOptions:
     limits: Limits
     connect_seconds: float
     data_out_listen: Endpoint | None = None
+    hang_seconds: float = HANG_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +157,8 @@ async def open_pipeline(
                 raise SessionError(
                     f"gave up after {options.connect_seconds:g} s: {connector.waiting_for}"
                 )
-            watches = [tasks.start(_watch, stage) for stage in connector.stages]
-            for watch in watches:
-                await watch
+            for stage in connector.stages:
+                tasks.start_soon(_watch, stage, options.hang_seconds)
             yield pipeline
             tasks.cancel_scope.cancel()
         # Nobody watches any more: a stage may close its channel as soon as it hears this.
@@ -341,9 +341,7 @@ class _Connector:
             raise MessageError(f"step {header.step} returned {specs}, expected {expected}")
 
 
-async def _watch(
-    stage: _Stage, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> NoReturn:
+async def _watch(stage: _Stage, hang_seconds: float) -> NoReturn:
     """Raise when a stage ends, complains or hangs."""
     async with open_tasks() as tasks:
         alive = trio.Event()
@@ -352,21 +350,20 @@ async def _watch(
             nonlocal alive
             sequence = 0
             while True:
-                await trio.sleep(HEALTH_SECONDS)
+                await trio.sleep(min(HEALTH_SECONDS, hang_seconds / 2))
                 alive = trio.Event()
                 try:
                     await stage.control.send(Health(sequence=sequence))
-                    with trio.fail_after(HUNG_SECONDS):
+                    with trio.fail_after(hang_seconds):
                         await alive.wait()
                 except TransportError as error:
                     raise StageLost(stage.idx, describe(error)) from error
                 except trio.TooSlowError:
-                    reason = f"it has not answered for {HUNG_SECONDS:.0f} s"
-                    raise StageLost(stage.idx, reason) from None
+                    reason = f"it has not answered for {hang_seconds:g} s"
+                    raise StageHung(stage.idx, reason) from None
                 sequence += 1
 
         tasks.start_soon(ask)
-        task_status.started()
         while True:
             message = await _receive(stage)
             if not isinstance(message, Healthy):

@@ -28,6 +28,7 @@ class EngineStats:
     num_waiting: int
     num_steps: int
     num_tokens: int
+    num_failovers: int
     last_batch: int
 
 
@@ -70,17 +71,17 @@ class TokenStream(trio.abc.ReceiveChannel[TokenOutput]):
 
 
 class PipelineEngine:
-    """Requests on one side, a pipeline on the other; `run` must be running for any to advance."""
+    """Requests on one side, a pipeline on the other; they advance while `run` is running."""
 
-    def __init__(self, pipeline: StepRunner, limits: Limits) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.failure: SessionError | None = None
-        self._pipeline = pipeline
         self._scheduler = Scheduler(limits)
         self._live: dict[int, _Live] = {}
         self._request_ids: Iterator[int] = count()
         self._has_work = trio.Event()
         self._num_steps = 0
         self._num_tokens = 0
+        self._num_failovers = 0
         self._last_batch = 0
 
     @property
@@ -96,22 +97,30 @@ class PipelineEngine:
             num_waiting=self._scheduler.num_waiting,
             num_steps=self._num_steps,
             num_tokens=self._num_tokens,
+            num_failovers=self._num_failovers,
             last_batch=self._last_batch,
         )
 
-    async def run(self) -> NoReturn:
-        """Serve requests for ever. When the pipeline fails every open request hears of it."""
-        try:
-            while True:
-                await self._work()
-        except SessionError as error:
-            self.failure = error
-            raise
-        finally:
-            self.failure = self.failure or SessionError("the pipeline has been shut down")
-            for live in self._live.values():
-                live.outputs.close()
-            self._live.clear()
+    async def run(self, pipeline: StepRunner) -> NoReturn:
+        """Serve requests on `pipeline` until it fails.
+
+        Requests stay open then: call `restart` and run again on a new one, or `fail` them.
+        """
+        while True:
+            await self._work(pipeline)
+
+    def restart(self, cause: SessionError) -> None:
+        """Make every open request begin again, with the tokens it has, on the next pipeline."""
+        del cause
+        self._num_failovers += 1
+        self._scheduler.restart()
+
+    def fail(self, error: SessionError) -> None:
+        """Give up: every open request hears of it, and so does whoever comes later."""
+        self.failure = error
+        for live in self._live.values():
+            live.outputs.close()
+        self._live.clear()
 
     @asynccontextmanager
     async def generate(self, generation: Generation) -> AsyncIterator[TokenStream]:
@@ -145,14 +154,14 @@ class PipelineEngine:
             send.close()
             receive.close()
 
-    async def _work(self) -> None:
+    async def _work(self, pipeline: StepRunner) -> None:
         """Everything there is to do; then wait until there is more."""
         scheduler = self._scheduler
         while scheduler.has_work:
             while (step := scheduler.next_step()) is not None:
                 self._last_batch = len(step.header.segments)
-                await self._pipeline.send(step)
-            self._deliver(await self._pipeline.receive())
+                await pipeline.send(step)
+            self._deliver(await pipeline.receive())
         self._has_work = trio.Event()
         await self._has_work.wait()
 

@@ -55,8 +55,10 @@ LAYERS = [
     "pipeline.peers",
     "pipeline.session",
     "pipeline.worker pipeline.orchestrator",
+    "pipeline.supervisor",
     "pipeline.cli.common",
-    "pipeline.cli.attest",
+    "pipeline.cli.attest pipeline.cli.connection",
+    "pipeline.cli.generate",
     "pipeline.cli.stage_worker pipeline.cli.orchestrator",
 ]
 RANK = {module: rank for rank, line in enumerate(LAYERS) for module in line.split()}

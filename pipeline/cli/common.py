@@ -75,14 +75,26 @@ def _fail(name: str, message: str, code: int) -> int:
     return code
 
 
-def configure_logging(*, verbose: bool) -> None:
+def configure_logging(*, verbose: bool, quiet: bool = False) -> None:
     """Log to stderr as key=value lines."""
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     logging.basicConfig(
         stream=sys.stderr,
-        level=logging.DEBUG if verbose else logging.INFO,
+        level=level,
         format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
         datefmt="%Y-%m-%dT%H:%M:%S",
     )
+
+
+async def wait_for_end_of_stdin() -> None:
+    """Return when whoever holds the other end of stdin is gone.
+
+    A supervisor that is killed outright cannot end its workers itself. (The kernel's parent-death
+    signal follows the thread that started a process, not the process, and fires too early.)
+    """
+    async with trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())) as stdin:
+        async for _ in stdin:
+            pass
 
 
 def to_endpoint(text: str | None, option: str) -> Endpoint | None:

@@ -1,10 +1,7 @@
 """The `pipeline-orch` command: the user's side of a pipeline."""
 
-import logging
-import os
 import sys
 from pathlib import Path
-from time import perf_counter_ns
 from typing import Annotated
 
 import typer
@@ -17,30 +14,21 @@ from pipeline.cli.common import (
     configure_logging,
     new_app,
     run_app,
-    run_until_signalled,
     to_endpoint,
 )
-from pipeline.drive import drive
-from pipeline.engine.latency import LatencyLog
-from pipeline.engine.request import Request, TokenEvent
-from pipeline.engine.scheduler import Limits, Scheduler
-from pipeline.engine.tokenizer import TextStream, Tokenizer
+from pipeline.cli.connection import ConnectionFlags
+from pipeline.cli.generate import GenerateFlags, generate
 from pipeline.errors import InputError
 from pipeline.files import write_atomically
-from pipeline.manifest import Manifest, dump_manifest, load_manifest
-from pipeline.messages import Done, StageTiming, Start
-from pipeline.orchestrator import Pipeline, PipelineOptions, open_pipeline
-from pipeline.trust import DEV_WARNING, DevTrust, Trust, UserTrust, create_identity
-from transport.attestation.dev import default_directory
-
-logger = logging.getLogger(__name__)
+from pipeline.manifest import dump_manifest, load_manifest
+from pipeline.trust import create_identity
 
 app = new_app()
 app.add_typer(attest.app, name="attest")
 
 
 @app.callback(invoke_without_command=True)
-def generate(
+def generate_command(
     ctx: typer.Context,
     manifest: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Manifest all parties share (JSON).")
@@ -69,6 +57,19 @@ def generate(
         Path | None,
         typer.Option(metavar="FILE", help="This orchestrator's key (see keygen)."),
     ] = None,
+    supervise: Annotated[
+        bool,
+        typer.Option("--supervise", help="Start the workers here, and survive their death."),
+    ] = False,
+    model_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The workers' model, with --supervise.")
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Threads of each worker, with --supervise.")
+    ] = 1,
+    hang_timeout: Annotated[
+        float, typer.Option(min=0.5, metavar="SECONDS", help="Patience with a silent stage.")
+    ] = 60.0,
     dev: DevOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -87,93 +88,24 @@ def generate(
     if ctx.invoked_subcommand is not None:
         return
     configure_logging(verbose=verbose)
+    given = {"--manifest": manifest, "--tokenizer": tokenizer, "--text": text}
     if manifest is None or tokenizer is None or text is None:
-        missing = [
-            name
-            for name, value in (
-                ("--manifest", manifest),
-                ("--tokenizer", tokenizer),
-                ("--text", text),
-            )
-            if value is None
-        ]
+        missing = [name for name, value in given.items() if value is None]
         raise InputError(f"missing {', '.join(missing)}; see pipeline-orch --help")
-    loaded = load_manifest(manifest)
-    words = Tokenizer(tokenizer)
-    limits = Limits(num_slots=1, max_seq_len=loaded.activation_spec.max_seq_len)
-    eos = frozenset() if ignore_eos else frozenset(loaded.eos_token_ids)
-    request = Request(0, words.encode(text), max_tokens, eos)
-    scheduler = Scheduler(limits)
-    scheduler.submit(request)
-    options = PipelineOptions(
-        limits, connect_timeout, to_endpoint(data_out_listen, "--data-out-listen")
+    generate(
+        GenerateFlags(tokenizer, text, max_tokens, ignore_eos, latency_out),
+        ConnectionFlags(
+            manifest_path=manifest,
+            identity=identity,
+            is_dev=dev,
+            data_out_listen=to_endpoint(data_out_listen, "--data-out-listen"),
+            connect_seconds=connect_timeout,
+            hang_seconds=hang_timeout,
+            supervise=supervise,
+            model_dir=model_dir,
+            threads=threads,
+        ),
     )
-    if latency_out is not None and not latency_out.resolve().parent.is_dir():
-        raise InputError(f"--latency-out: there is no directory {latency_out.resolve().parent}")
-    trust = _trust(loaded, identity, dev=dev)
-    log = LatencyLog()
-    printer = _Printer(text, TextStream(words, request.prompt_ids), log)
-
-    async def run() -> None:
-        async with open_pipeline(loaded, trust, options, _progress) as pipeline:
-            await _generate(pipeline, scheduler, request, printer)
-
-    number = run_until_signalled(run)
-    if number is not None:
-        raise typer.Exit(128 + number)
-    print(f"latency: {log.summary()}", file=sys.stderr)
-    if latency_out is not None:
-        log.write(latency_out)
-
-
-class _Printer:
-    """Streams text to stdout and latencies to the log."""
-
-    def __init__(self, prompt: str, stream: TextStream, log: LatencyLog) -> None:
-        self._prompt = prompt
-        self._stream = stream
-        self._log = log
-        self._last_ns = 0
-
-    def start(self) -> None:
-        """Print the prompt; time starts now."""
-        self._write(self._prompt)
-        self._last_ns = perf_counter_ns()
-
-    def on_token(self, event: TokenEvent, timings: tuple[StageTiming, ...]) -> None:
-        """Print one token's text."""
-        now = perf_counter_ns()
-        elapsed_ns, self._last_ns = now - self._last_ns, now
-        self._log.add(event.token_id, elapsed_ns, timings)
-        logger.debug("event=token n=%d ms=%.2f", len(self._log.token_ids), elapsed_ns / 1e6)
-        self._write(self._stream.push(event.token_id))
-
-    def finish(self) -> None:
-        """Print what was held back, and end the line."""
-        self._write(self._stream.finish() + "\n")
-
-    def _write(self, text: str) -> None:
-        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
-        sys.stdout.buffer.flush()
-
-
-async def _generate(
-    pipeline: Pipeline, scheduler: Scheduler, request: Request, printer: _Printer
-) -> None:
-    for ready in pipeline.ready:
-        logger.debug(
-            "event=stage_ready stage=%d weight_bytes=%d kv_bytes=%d precision=%s threads=%d",
-            ready.stage_idx,
-            ready.weight_bytes,
-            ready.kv_bytes,
-            ready.precision,
-            ready.num_threads,
-        )
-    await pipeline.notify(Start(request_id=request.request_id, slot=0))
-    printer.start()
-    await drive(pipeline, scheduler, printer.on_token)
-    printer.finish()
-    await pipeline.notify(Done(request_id=request.request_id))
 
 
 @app.command("plan")
@@ -242,17 +174,6 @@ def keygen_command(
 ) -> None:
     """Make this orchestrator's key; prints the public key for the manifest's orchestrator_keys."""
     print(create_identity(path))
-
-
-def _trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:
-    if dev:
-        logger.warning(DEV_WARNING)
-        return DevTrust.create(manifest, default_directory(os.environ))
-    return UserTrust.create(manifest, identity)
-
-
-def _progress(line: str) -> None:
-    print(f"pipeline-orch: {line}", file=sys.stderr)
 
 
 def main() -> None:

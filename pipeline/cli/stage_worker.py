@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import trio
 import typer
 
 from pipeline.cli.common import (
@@ -16,6 +17,7 @@ from pipeline.cli.common import (
     run_app,
     run_until_signalled,
     to_endpoint,
+    wait_for_end_of_stdin,
 )
 from pipeline.errors import InputError, PolicyError
 from pipeline.manifest import Manifest, load_manifest
@@ -23,6 +25,7 @@ from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.models.runtime import set_num_threads
 from pipeline.session import StageSetup
+from pipeline.tasks import open_tasks
 from pipeline.trust import DEV_WARNING, DevTrust, EnclaveTrust, Trust
 from pipeline.worker import StageWorker
 from transport.attestation.dev import default_directory
@@ -60,7 +63,13 @@ def serve(
     ] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     once: Annotated[bool, typer.Option("--once", help="Exit after the first session.")] = False,
+    until_stdin_ends: Annotated[
+        bool, typer.Option("--until-stdin-ends", help="End when stdin does: for supervisors.")
+    ] = False,
     dev: DevOption = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Log warnings and errors only.")
+    ] = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Serve stage I of a manifest until stopped.
@@ -74,7 +83,7 @@ def serve(
         stage-worker --manifest manifests/smollm2_2stage.json --stage-idx 0 \\
                      --model-dir models/smollm2 --dev
     """
-    configure_logging(verbose=verbose)
+    configure_logging(verbose=verbose, quiet=quiet)
     loaded = load_manifest(manifest)
     stage = loaded.stage(stage_idx)
     trust = _trust(loaded, stage_idx, dev=dev)
@@ -97,12 +106,12 @@ def serve(
     precision = dtype or stage.precision
     shard = _load(loaded, stage_idx, model_dir, precision)
     setup = StageSetup(loaded, stage_idx, shard, trust, precision, threads, device, data_out)
-    _run(setup, control, data_in, once=once)
+    _run(setup, control, data_in, once=once, until_stdin_ends=until_stdin_ends)
 
 
 def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
     if dev:
-        logger.warning(DEV_WARNING)
+        logger.warning("event=development_mode %s", DEV_WARNING)
         return DevTrust.create(manifest, default_directory(os.environ))
     return EnclaveTrust.create(manifest, stage_idx)
 
@@ -131,7 +140,14 @@ def _load(manifest: Manifest, stage_idx: int, model_dir: Path, precision: str) -
     )
 
 
-def _run(setup: StageSetup, control: Endpoint, data_in: Endpoint, *, once: bool) -> None:
+def _run(
+    setup: StageSetup,
+    control: Endpoint,
+    data_in: Endpoint,
+    *,
+    once: bool,
+    until_stdin_ends: bool,
+) -> None:
     async def main() -> None:
         with listen(control) as control_listener, listen(data_in) as data_listener:
             logger.info(
@@ -143,9 +159,18 @@ def _run(setup: StageSetup, control: Endpoint, data_in: Endpoint, *, once: bool)
                 data_listener.endpoint,
                 setup.manifest.core_hash().hex()[:16],
             )
-            await StageWorker(setup).serve(control_listener, data_listener, once=once)
+            async with open_tasks() as tasks:
+                if until_stdin_ends:
+                    tasks.start_soon(_cancel_at_end_of_stdin, tasks.cancel_scope)
+                await StageWorker(setup).serve(control_listener, data_listener, once=once)
+                tasks.cancel_scope.cancel()
 
     run_until_signalled(main)
+
+
+async def _cancel_at_end_of_stdin(scope: trio.CancelScope) -> None:
+    await wait_for_end_of_stdin()
+    scope.cancel()
 
 
 def main() -> None:

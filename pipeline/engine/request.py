@@ -29,7 +29,8 @@ class RequestState:
     """A request that owns a KV slot; the scheduler alone changes it."""
 
     request: Request
-    slot: int
+    # Set when the request is admitted, and again after a restart.
+    slot: int = -1
     # Tokens handed to the pipeline so far, whether or not their step has come back.
     num_sent: int = 0
     token_ids: list[int] = field(default_factory=list)

@@ -46,9 +46,9 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[RequestState] = deque()
         self._running: dict[int, RequestState] = {}
-        self._free_slots = list(range(limits.num_slots - 1, -1, -1))
+        self._free_slots = self._all_slots()
         self._ended_slots: list[int] = []
         self._in_flight: deque[Step] = deque()
         self._next_step = 0
@@ -83,14 +83,30 @@ class Scheduler:
                 f"the prompt has {length} tokens and the context holds {room}; "
                 f"shorten it to at most {room - 1}"
             )
-        self._waiting.append(request)
+        self._waiting.append(RequestState(request))
 
     def cancel(self, request_id: int) -> None:
         """Give a request up, wherever it is; its slot is cleared by the very next step."""
-        self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
+        self._waiting = deque(
+            state for state in self._waiting if state.request.request_id != request_id
+        )
         state = self._running.pop(request_id, None)
         if state is not None:
             self._ended_slots.append(state.slot)
+
+    def restart(self) -> None:
+        """Begin again on stages that have forgotten everything.
+
+        Every request keeps the tokens it has; they are sent again, the prompt in the same chunks
+        and then one by one, so that the rebuilt KV state is the lost one's equal.
+        """
+        for state in self._running.values():
+            state.num_sent = 0
+        self._waiting.extendleft(reversed(self._running.values()))
+        self._running = {}
+        self._in_flight.clear()
+        self._ended_slots = []
+        self._free_slots = self._all_slots()
 
     def next_step(self) -> Step | None:
         """The next step to send, or None when all that is known has been sent."""
@@ -137,6 +153,9 @@ class Scheduler:
             if request_id in self._running
         ]
 
+    def _all_slots(self) -> list[int]:
+        return list(range(self.limits.num_slots - 1, -1, -1))
+
     def _clear_step(self) -> Step | None:
         if not self._ended_slots:
             return None
@@ -146,8 +165,9 @@ class Scheduler:
 
     def _token_step(self) -> Step | None:
         while self._waiting and self._free_slots:
-            request = self._waiting.popleft()
-            self._running[request.request_id] = RequestState(request, self._free_slots.pop())
+            state = self._waiting.popleft()
+            state.slot = self._free_slots.pop()
+            self._running[state.request.request_id] = state
         segments: list[Segment] = []
         wants: list[Want] = []
         token_ids: list[int] = []

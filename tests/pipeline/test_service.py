@@ -36,6 +36,20 @@ class Yielding:
         return await self._local.receive()
 
 
+class Breaking(Yielding):
+    """Fails after so many steps."""
+
+    def __init__(self, local, num_steps):
+        super().__init__(local)
+        self._left = num_steps
+
+    async def receive(self):
+        self._left -= 1
+        if self._left < 0:
+            raise SessionError("stage 1 is lost")
+        return await super().receive()
+
+
 @pytest.fixture(scope="module")
 def shards(tiny_model):
     config = load_config(tiny_model)
@@ -45,8 +59,7 @@ def shards(tiny_model):
     ]
 
 
-@pytest.fixture
-def cores(shards):
+def new_cores(shards):
     limits = SessionLimits(
         LIMITS.num_slots, LIMITS.max_seq_len, LIMITS.max_step_tokens, 64, DType.F32
     )
@@ -54,16 +67,14 @@ def cores(shards):
 
 
 @pytest.fixture
+def cores(shards):
+    return new_cores(shards)
+
+
+@pytest.fixture
 async def engine(cores, nursery):
-    engine = PipelineEngine(Yielding(LocalPipeline(cores)), LIMITS)
-
-    async def run():
-        try:
-            await engine.run()
-        except SessionError:
-            pass
-
-    nursery.start_soon(run)
+    engine = PipelineEngine(LIMITS)
+    nursery.start_soon(engine.run, Yielding(LocalPipeline(cores)))
     return engine
 
 
@@ -175,27 +186,48 @@ async def test_a_prompt_that_cannot_fit_is_refused_before_anything_runs(engine):
 
 
 async def test_a_pipeline_failure_reaches_every_open_request(cores, nursery):
-    class Breaking(Yielding):
-        count = 0
-
-        async def receive(self):
-            self.count += 1
-            if self.count > 5:
-                raise SessionError("stage 1 is lost")
-            return await super().receive()
-
-    engine = PipelineEngine(Breaking(LocalPipeline(cores)), LIMITS)
-    raised = []
+    engine = PipelineEngine(LIMITS)
 
     async def run():
-        with pytest.raises(SessionError, match="stage 1 is lost"):
-            await engine.run()
-        raised.append(True)
+        try:
+            await engine.run(Breaking(LocalPipeline(cores), 5))
+        except SessionError as error:
+            engine.fail(error)
 
     nursery.start_soon(run)
     rng = random.Random(6)
     with pytest.raises(SessionError, match="stage 1 is lost"):
         await tokens_of(engine, generation(rng, 50))
-    assert raised
     with pytest.raises(SessionError, match="stage 1 is lost"):
         await tokens_of(engine, generation(rng, 5))
+
+
+async def test_requests_survive_any_number_of_lost_pipelines_token_for_token(shards, engine):
+    rng = random.Random(8)
+    requests = [
+        generation(rng, 15, temperature=temperature, seed=3) for temperature in (0.0, 0.0, 0.8, 0.8)
+    ]
+    expected = [await tokens_of(engine, request) for request in requests]
+    failing = PipelineEngine(LIMITS)
+
+    async def run():
+        while True:
+            pipeline = Breaking(LocalPipeline(new_cores(shards)), rng.randint(3, 9) + 12)
+            try:
+                await failing.run(pipeline)
+            except SessionError as error:
+                failing.restart(error)
+
+    found = {}
+
+    async def collect(index):
+        found[index] = await tokens_of(failing, requests[index])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        async with trio.open_nursery() as clients:
+            for index in range(len(requests)):
+                clients.start_soon(collect, index)
+        nursery.cancel_scope.cancel()
+    assert [found[index] for index in range(len(requests))] == expected
+    assert failing.stats.num_failovers > 0

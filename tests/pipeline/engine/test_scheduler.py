@@ -159,3 +159,31 @@ def test_a_request_that_samples_asks_for_logits():
     scheduler.submit(Request(1, (1,), 1, wants_logits=True))
     scheduler.submit(Request(2, (2,), 1))
     assert scheduler.next_step().header.wants == (Want.LOGITS, Want.TOKEN)
+
+
+@pytest.mark.parametrize("lost_after", range(14))
+def test_after_a_restart_every_request_goes_on_as_if_nothing_had_happened(lost_after):
+    requests = [Request(i, tuple(range(i, 20 + 7 * i)), 6) for i in range(3)]
+    scheduler = Scheduler(Limits(2, 100, chunk_tokens=8, max_in_flight=2))
+    for request in requests:
+        scheduler.submit(request)
+    slots, in_flight, events = {}, [], []
+    for _ in range(lost_after):
+        while (step := scheduler.next_step()) is not None:
+            in_flight.append(step)
+        step = in_flight.pop(0)
+        token_ids, offset = [], 0
+        for segment, want in zip(step.header.segments, step.header.wants, strict=True):
+            seen = slots.setdefault(segment.slot, [])
+            if step.header.kind is StepKind.CLEAR:
+                seen.clear()
+            seen += step.token_ids[offset : offset + segment.num_tokens]
+            offset += segment.num_tokens
+            if want is Want.TOKEN:
+                token_ids.append(checksum(seen))
+        events += scheduler.complete(step.header, token_ids)
+    scheduler.restart()  # with up to two steps under way, and all KV state gone
+    events += run(scheduler, checksum)
+    for request in requests:
+        mine = [e.token_id for e in events if e.request_id == request.request_id]
+        assert mine == solo(request, checksum, 100)

@@ -1,0 +1,101 @@
+"""Generating once: a prompt in, its continuation on stdout, latencies on stderr."""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter_ns
+
+import typer
+
+from pipeline.cli.common import run_until_signalled
+from pipeline.cli.connection import Connection, ConnectionFlags
+from pipeline.drive import drive
+from pipeline.engine.latency import LatencyLog
+from pipeline.engine.request import Request, TokenEvent
+from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.tokenizer import TextStream, Tokenizer
+from pipeline.errors import InputError, SessionError
+from pipeline.manifest import load_manifest
+from pipeline.messages import Done, StageTiming, Start
+from pipeline.orchestrator import Pipeline
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateFlags:
+    """What to generate, and what to write beside it."""
+
+    tokenizer: Path
+    text: str
+    max_tokens: int
+    ignore_eos: bool
+    latency_out: Path | None
+
+
+def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
+    """Run one prompt to its end. Raises PipelineError, or typer.Exit after a signal."""
+    manifest = load_manifest(connection_flags.manifest_path)
+    tokenizer = Tokenizer(flags.tokenizer)
+    limits = Limits(num_slots=1, max_seq_len=manifest.activation_spec.max_seq_len)
+    eos = frozenset() if flags.ignore_eos else frozenset(manifest.eos_token_ids)
+    request = Request(0, tokenizer.encode(flags.text), flags.max_tokens, eos)
+    scheduler = Scheduler(limits)
+    scheduler.submit(request)
+    path = flags.latency_out
+    if path is not None and not path.resolve().parent.is_dir():
+        raise InputError(f"--latency-out: there is no directory {path.resolve().parent}")
+    connection = Connection.create(manifest, connection_flags, limits, is_resumable=False)
+    log = LatencyLog()
+    printer = _Printer(flags.text, TextStream(tokenizer, request.prompt_ids), log)
+
+    async def work(pipeline: Pipeline) -> None:
+        await pipeline.notify(Start(request_id=request.request_id, slot=0))
+        printer.start()
+        await drive(pipeline, scheduler, printer.on_token)
+        printer.finish()
+        await pipeline.notify(Done(request_id=request.request_id))
+
+    def restart(error: SessionError) -> None:
+        del error
+        scheduler.restart()
+
+    number = run_until_signalled(lambda: connection.run(work, restart))
+    if number is not None:
+        raise typer.Exit(128 + number)
+    print(f"latency: {log.summary()}", file=sys.stderr)
+    if path is not None:
+        log.write(path)
+
+
+class _Printer:
+    """Streams text to stdout and latencies to the log."""
+
+    def __init__(self, prompt: str, stream: TextStream, log: LatencyLog) -> None:
+        self._prompt = prompt
+        self._stream = stream
+        self._log = log
+        self._last_ns = 0
+
+    def start(self) -> None:
+        """Print the prompt; time starts now. Only the first call counts, not a resumption."""
+        if self._last_ns == 0:
+            self._write(self._prompt)
+            self._last_ns = perf_counter_ns()
+
+    def on_token(self, event: TokenEvent, timings: tuple[StageTiming, ...]) -> None:
+        """Print one token's text."""
+        now = perf_counter_ns()
+        elapsed_ns, self._last_ns = now - self._last_ns, now
+        self._log.add(event.token_id, elapsed_ns, timings)
+        logger.debug("event=token n=%d ms=%.2f", len(self._log.token_ids), elapsed_ns / 1e6)
+        self._write(self._stream.push(event.token_id))
+
+    def finish(self) -> None:
+        """Print what was held back, and end the line."""
+        self._write(self._stream.finish() + "\n")
+
+    def _write(self, text: str) -> None:
+        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+        sys.stdout.buffer.flush()
