@@ -29,6 +29,7 @@ LAYERS = [
     "transport.framing",
     "transport.channel",
     "transport.relay",
+    "transport.relay_manifest",
     "transport.relay_cli",
     # pipeline
     "pipeline.errors pipeline.tasks pipeline.models.runtime",

@@ -14,8 +14,10 @@ from typing import Annotated, Final
 import trio
 import typer
 
+from transport.endpoint import parse_endpoint
 from transport.errors import EndpointError
 from transport.relay import DEFAULT_MAX_CONNECTIONS, Relay, RelayMap, parse_map
+from transport.relay_manifest import manifest_maps
 
 EXIT_RUNTIME: Final = 1
 EXIT_USAGE: Final = 2
@@ -30,6 +32,8 @@ Examples:
 Users reach an enclave with CID 16:  pipeline-relay --map tcp:0.0.0.0:9000=vsock:16:5000
 
 An enclave reaches the next parent:  pipeline-relay --map vsock:3:5001=tcp:10.0.0.7:9001
+
+All stages of a manifest, on their parent:  pipeline-relay --manifest M --results USER_HOST:9100
 """
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -37,12 +41,16 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 def parse_maps(texts: Sequence[str], max_connections: int) -> tuple[RelayMap, ...]:
     """The maps of a command line. Raises: EndpointError, also where two listen on one address."""
-    maps = tuple(parse_map(text, max_connections) for text in texts)
+    return distinct([parse_map(text, max_connections) for text in texts])
+
+
+def distinct(maps: Sequence[RelayMap]) -> tuple[RelayMap, ...]:
+    """The same maps. Raises: EndpointError where two listen on one address."""
     listening = [mapping.listen for mapping in maps]
     for endpoint in listening:
         if listening.count(endpoint) > 1:
             raise EndpointError(f"{endpoint} listens for more than one map; give each its own")
-    return maps
+    return tuple(maps)
 
 
 def metrics(relay: Relay) -> dict[str, list[dict[str, str | int]]]:
@@ -96,13 +104,26 @@ async def _run(relay: Relay, metrics_out: Path | None) -> None:
 @app.command(epilog=_EPILOG)
 def relay_command(
     maps: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--map",
             metavar="LISTEN=TARGET",
             help="Carry connections from LISTEN to TARGET. Repeat for several.",
         ),
-    ],
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Carry what the stages of this manifest need."),
+    ] = None,
+    results: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="With --manifest: the orchestrator's --data-out-listen."
+        ),
+    ] = None,
+    listen_host: Annotated[
+        str, typer.Option(metavar="HOST", help="With --manifest: listen for TCP on this address.")
+    ] = "0.0.0.0",  # noqa: S104 - users come from outside, and what listens is blind
     max_connections: Annotated[
         int, typer.Option(min=1, help="Connections at a time for each map; more are closed.")
     ] = DEFAULT_MAX_CONNECTIONS,
@@ -121,7 +142,15 @@ def relay_command(
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        parsed = parse_maps(maps, max_connections)
+        parsed = list(parse_maps(maps or [], max_connections))
+        if manifest is not None:
+            target = parse_endpoint(results) if results is not None else None
+            parsed += manifest_maps(manifest, listen_host, target, max_connections)
+        elif results is not None:
+            raise EndpointError("--results goes with --manifest")
+        if not parsed:
+            raise EndpointError("nothing to carry; give --map or --manifest")
+        distinct(parsed)
     except EndpointError as error:
         raise _failure(error, EXIT_USAGE) from error
     if metrics_out is not None and not (
