@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP API, served on the user's side of the pipeline."""

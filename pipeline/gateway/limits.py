@@ -1,0 +1,38 @@
+"""How many requests a minute."""
+
+import math
+from collections.abc import Callable
+
+from pipeline.gateway.errors import ApiError
+
+
+class RateLimiter:
+    """A bucket that refills evenly and holds one minute's worth. None: no limit."""
+
+    def __init__(self, requests_per_minute: int | None, clock: Callable[[], float]) -> None:
+        """`clock` gives seconds."""
+        self._capacity = requests_per_minute
+        self._clock = clock
+        self._level = float(requests_per_minute or 0)
+        self._updated: float | None = None
+
+    def admit(self) -> None:
+        """Count a request. Raises ApiError, which says when to come back."""
+        if self._capacity is None:
+            return
+        now = self._clock()
+        rate = self._capacity / 60
+        elapsed = 0.0 if self._updated is None else now - self._updated
+        self._level = min(float(self._capacity), self._level + elapsed * rate)
+        self._updated = now
+        if self._level < 1:
+            seconds = math.ceil((1 - self._level) / rate)
+            raise ApiError(
+                429,
+                f"Rate limit of {self._capacity} requests a minute reached; "
+                f"try again in {seconds} s.",
+                code="rate_limit_exceeded",
+                type="requests",
+                headers={"retry-after": str(seconds)},
+            )
+        self._level -= 1

@@ -1,0 +1,248 @@
+"""Request bodies: what is read of them, and what each field may be.
+
+Fields that change nothing here (`user`, `metadata`, `store`, ...) are ignored, as OpenAI ignores
+what it does not know; those whose effect would be missed are refused.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from pipeline.gateway.errors import ApiError, invalid
+from pipeline.sampling.params import SamplingParams
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_STOPS = 16  # OpenAI takes 4; each costs the same few steps per character
+MAX_STOP_CHARS = 1024
+MAX_BIASES = 1024
+MAX_PROMPTS = 128
+
+_INT64 = 1 << 63
+_Count = Annotated[int, Field(ge=1)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(_Schema):
+    """How to stream."""
+
+    include_usage: bool | None = None
+
+
+class _Sampled(_Schema):
+    """What both endpoints share. Beyond OpenAI's fields: top_k, min_p, repetition_penalty."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: _Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    stop: tuple[str, ...] = ()
+    logit_bias: dict[int, float] = {}
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _list_stops(cls, value: object) -> object:
+        stops = [] if value is None else [value] if isinstance(value, str) else value
+        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+            raise PydanticCustomError("stop_type", "Input should be a string or a list of strings")
+        if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
+            raise PydanticCustomError(
+                "stop_value",
+                "Input should hold at most {num} strings of 1 to {chars} characters",
+                {"num": MAX_STOPS, "chars": MAX_STOP_CHARS},
+            )
+        return tuple(stops)
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _number_tokens(cls, value: object) -> object:
+        if value is None:
+            return {}
+        if not isinstance(value, dict) or len(value) > MAX_BIASES:
+            raise PydanticCustomError(
+                "bias_type",
+                "Input should be an object of at most {num} fields",
+                {"num": MAX_BIASES},
+            )
+        biases: dict[int, float] = {}
+        for token, bias in value.items():
+            is_id = token.isascii() and token.isdecimal() and len(token) < 10
+            is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+            if not (is_id and is_number and -100 <= bias <= 100):
+                raise PydanticCustomError(
+                    "bias_value", "Input should map token ids to numbers from -100 to 100"
+                )
+            biases[int(token)] = float(bias)
+        return biases
+
+    @model_validator(mode="after")
+    def _stream_to_have_options(self) -> "_Sampled":
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options needs stream to be true.", "stream_options")
+        return self
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling(self, choice: int, logprobs: int | None) -> SamplingParams:
+        """How to sample the `choice`-th continuation: a seed gives each its own numbers."""
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(self.top_k or 0, 0),
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            seed=None if self.seed is None else self.seed + choice,
+            logit_bias=self.logit_bias,
+            logprobs=logprobs,
+            stop=self.stop,
+        )
+
+
+class Message(_Schema):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_parts(cls, value: object) -> object:
+        if not isinstance(value, list):
+            return value
+        parts = [part.get("text") for part in value if isinstance(part, dict)]
+        texts = [text for text in parts if isinstance(text, str)]
+        if len(texts) < len(value) or any(part.get("type") != "text" for part in value):
+            raise PydanticCustomError("part_value", "Only parts of type text are supported")
+        return "\n".join(texts)
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it; they know the older name of the developer's role."""
+        message = self.model_dump(exclude_none=True)
+        role = "system" if self.role == "developer" else self.role
+        return message | {"role": role, "content": self.content or ""}
+
+
+class ChatRequest(_Sampled):
+    """The body of `/v1/chat/completions`."""
+
+    messages: Annotated[tuple[Message, ...], Field(min_length=1)]
+    max_completion_tokens: _Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    response_format: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_is_missing(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
+        for name in ("tools", "functions"):
+            if getattr(self, name):
+                raise _unsupported(name)
+        if (self.response_format or {}).get("type", "text") != "text":
+            raise _unsupported("response_format")
+        if self.modalities not in (None, ["text"]):
+            raise _unsupported("modalities")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """As SamplingParams wants it."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(_Sampled):
+    """The body of `/v1/completions`; a prompt is text or token ids."""
+
+    prompt: tuple[str | tuple[int, ...], ...]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _list_prompts(cls, value: object) -> object:
+        prompts = value if isinstance(value, list) and not _is_ids(value) else [value]
+        if not 0 < len(prompts) <= MAX_PROMPTS or not all(
+            isinstance(prompt, str) or _is_ids(prompt) for prompt in prompts
+        ):
+            raise PydanticCustomError(
+                "prompt_type",
+                "Input should be a string, token ids, or a list of at most {num} of either",
+                {"num": MAX_PROMPTS},
+            )
+        return tuple(tuple(prompt) if isinstance(prompt, list) else prompt for prompt in prompts)
+
+    @model_validator(mode="after")
+    def _refuse_what_is_missing(self) -> "CompletionRequest":
+        if self.suffix:
+            raise _unsupported("suffix")
+        if self.best_of not in (None, self.n or 1):
+            raise _unsupported("best_of")
+        if self.echo and self.logprobs is not None:
+            raise invalid("echo together with logprobs is not supported.", "echo")
+        return self
+
+
+_Body = TypeVar("_Body", ChatRequest, CompletionRequest)
+
+
+def parse_untrusted(schema: type[_Body], body: bytes) -> _Body:
+    """Read a request body. Raises ApiError that names the first wrong field."""
+    try:
+        return schema.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise _refusal(first["type"], first["loc"], first["msg"]) from None
+
+
+def _refusal(kind: str, location: tuple[int | str, ...], message: str) -> ApiError:
+    if kind == "json_invalid":
+        return invalid(f"The body is not valid JSON: {message}.", None, "invalid_json")
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    param = param.lstrip(".")
+    if kind == "missing":
+        return invalid(
+            f"Missing required parameter: '{param}'.", param, "missing_required_parameter"
+        )
+    if not param:
+        return invalid("The body is not a JSON object.", None, "invalid_type")
+    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    return invalid(f"Invalid value for '{param}': {message}.", param, code)
+
+
+def _unsupported(param: str) -> ApiError:
+    return invalid(f"'{param}' is not supported by this server.", param, "unsupported_parameter")
+
+
+def _is_ids(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(type(item) is int and 0 <= item < 1 << 31 for item in value)
+    )

@@ -1,0 +1,126 @@
+"""Listens, and serves each connection apart from the others."""
+
+import logging
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import cast
+
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import AppWrapper, ASGIFramework
+from prometheus_client import CollectorRegistry
+
+from pipeline.engine.generation import Engine
+from pipeline.errors import InputError
+from pipeline.gateway.app import build_app
+from pipeline.gateway.auth import is_local_name
+from pipeline.gateway.config import GatewayConfig
+from pipeline.gateway.connection import Connection
+from pipeline.gateway.metrics import GatewayMetrics
+from pipeline.gateway.text import GatewayTokenizer
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 1024
+_MAX_HEADER_BYTES = 32 << 10
+_REFUSE_SECONDS = 0.5
+_BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\n"
+    b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+)
+_BUSY_BODY = (
+    b'{"error":{"message":"Too many connections are open; try again.",'
+    b'"type":"server_error","param":null,"code":"too_many_connections"}}'
+)
+
+
+async def serve(
+    app_config: GatewayConfig,
+    engine: Engine,
+    tokenizer: GatewayTokenizer,
+    *,
+    registry: CollectorRegistry | None = None,
+    is_ready: Callable[[], bool] = lambda: True,
+    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until cancelled; reports the base URL once it listens.
+
+    Raises InputError if the address cannot be had, or is open to others and no key is set.
+    """
+    listeners = await _listen(app_config)
+    url = _url(listeners[0])
+    registry = CollectorRegistry() if registry is None else registry
+    metrics = GatewayMetrics(registry)
+    app = build_app(app_config, engine, tokenizer, registry, metrics=metrics, is_ready=is_ready)
+    server = _Server(ASGIWrapper(cast(ASGIFramework, app)), app_config, metrics)
+    logger.info("event=gateway_started url=%s keys=%d", url, len(app_config.api_keys))
+    task_status.started(url)
+    await trio.serve_listeners(server.handle, listeners)
+
+
+class _Server:
+    """What connections share: the application, and a limit on how many there are."""
+
+    def __init__(self, app: AppWrapper, config: GatewayConfig, metrics: GatewayMetrics) -> None:
+        self._app = app
+        self._limits = config.limits
+        self._metrics = metrics
+        self._num_open = 0
+        self._context = WorkerContext(None)
+        self._config = Config()
+        self._config.errorlog = None  # its tracebacks may quote content; the edge logs requests
+        self._config.accesslog = None
+        self._config.keep_alive_timeout = config.limits.header_seconds
+        self._config.h11_max_incomplete_size = _MAX_HEADER_BYTES
+        self._config.include_server_header = False
+
+    async def handle(self, stream: trio.SocketStream) -> None:
+        """Serve one connection; nothing it does reaches another."""
+        if self._num_open >= self._limits.max_connections:
+            self._metrics.refused.inc()
+            await _refuse(stream)
+            return
+        self._num_open += 1
+        self._metrics.connections.inc()
+        try:
+            await Connection(
+                self._app, self._config, self._context, stream, self._limits.write_seconds
+            ).run()
+        except Exception as error:
+            logger.error("event=connection_failed error=%s", type(error).__name__)
+        finally:
+            self._num_open -= 1
+            self._metrics.connections.dec()
+
+
+async def _refuse(stream: trio.SocketStream) -> None:
+    """Say that there are too many; a client above the limit costs a moment and no more."""
+    with trio.move_on_after(_REFUSE_SECONDS), suppress(trio.BrokenResourceError):
+        await stream.send_all(_BUSY % (len(_BUSY_BODY), _BUSY_BODY))
+        await stream.send_eof()
+        # Closing with its request unread would reset the connection before it reads the answer.
+        await stream.receive_some()
+    await trio.aclose_forcefully(stream)
+
+
+async def _listen(config: GatewayConfig) -> list[trio.SocketListener]:
+    try:
+        found = await trio.socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+        if not config.api_keys and not all(is_local_name(str(entry[4][0])) for entry in found):
+            raise InputError(
+                f"{config.host} is open to other machines and no API key is set; "
+                "set one with --api-key-file, or listen on 127.0.0.1"
+            )
+        return await trio.open_tcp_listeners(config.port, host=config.host, backlog=_BACKLOG)
+    except OSError as error:
+        raise InputError(
+            f"cannot listen on {config.host}:{config.port}: {error}; choose another with --port"
+        ) from error
+
+
+def _url(listener: trio.SocketListener) -> str:
+    host, port = listener.socket.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
