@@ -6,7 +6,10 @@ import pytest
 
 from pipeline.manifest import load_manifest
 from pipeline.models.config import load_config
-from pipeline.plan import PlanOptions, plan
+from pipeline.plan import FIRST_CID, PlanOptions, plan
+from pipeline.shard import _enclave_command
+from transport.endpoint import TcpEndpoint
+from transport.relay_manifest import manifest_maps
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "manifests").glob("*.json"))
@@ -18,8 +21,33 @@ def test_an_example_loads_and_has_the_stages_of_its_name(path):
     manifest = load_manifest(path)
     assert manifest.model_name == model
     assert len(manifest.stages) == int(rest[0])
-    for stage, after in zip(manifest.stages, manifest.stages[1:], strict=False):
-        assert stage.endpoint.data_out == after.endpoint.data_in
+    if not path.stem.endswith("_vsock"):  # there, the parent's relay stands between two stages
+        for stage, after in zip(manifest.stages, manifest.stages[1:], strict=False):
+            assert stage.endpoint.data_out == after.endpoint.data_in
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_the_relay_of_a_parent_carries_every_channel_of_a_vsock_example(stages):
+    path = ROOT / "manifests" / f"smollm2_{stages}stage_vsock.json"
+    manifest = load_manifest(path)
+    maps = {
+        str(each.listen): str(each.target)
+        for each in manifest_maps(path, "127.0.0.1", TcpEndpoint("user", 9100), 8)
+    }
+    assert len(maps) == 2 * stages + 1
+    for stage in manifest.stages:
+        run = _enclave_command(stage)
+        control, data = (
+            run[run.index(name) + 1].replace("any", str(FIRST_CID + stage.stage_idx))
+            for name in ("--control-listen", "--data-in-listen")
+        )
+        assert maps[str(stage.endpoint.control.to_endpoint())] == control
+        if stage.stage_idx == 0:
+            assert maps[str(stage.endpoint.data_in.to_endpoint())] == data
+        else:
+            before = manifest.endpoint(stage.stage_idx - 1).data_out.to_endpoint()
+            assert maps[str(before)] == data == str(stage.endpoint.data_in.to_endpoint())
+    assert maps[str(manifest.endpoint(stages - 1).data_out.to_endpoint())] == "tcp:user:9100"
 
 
 def test_there_are_examples_for_both_models():
@@ -34,4 +62,6 @@ def test_the_smollm2_examples_are_what_plan_writes_for_the_downloaded_model(stag
         pytest.skip("models/smollm2 is absent; scripts/download_model.sh fetches it")
     example = load_manifest(ROOT / "manifests" / f"smollm2_{stages}stage.json")
     assert example == plan(model_dir, PlanOptions(stages))
+    in_enclaves = load_manifest(ROOT / "manifests" / f"smollm2_{stages}stage_vsock.json")
+    assert in_enclaves == plan(model_dir, PlanOptions(stages, in_enclaves=True))
     assert example.total_layers == load_config(model_dir).num_layers
