@@ -3,6 +3,7 @@
 from transport.errors import FrameError, RecordError
 from transport.frames import (
     INLINE_BYTES,
+    PADDING,
     PIECE_BYTES,
     Frame,
     FrameLimits,
@@ -58,7 +59,8 @@ class FrameReceiver:
         self._limits = limits
         self._arena = Arena()
         self._body: _Body | None = None
-        # From token to token the heads' fixed parts are the same, and so are the tensors' places.
+        # From token to token the heads' fixed parts are the same, and so are the tensors: views of
+        # the same storage. What differs by a byte is parsed and held to the limits anew.
         self._fixed = b""
         self._layout: Layout | None = None
         self._storage: memoryview | None = None
@@ -110,7 +112,7 @@ class FrameReceiver:
             self._limits.check(header, layout.specs)
         if layout.is_inline:
             for start, stop in layout.gaps:
-                if any(plain[start:stop]):
+                if plain[start:stop] != PADDING[stop - start]:
                     raise FrameError("the padding before a tensor is not zero")
             return Frame(layout.kind, header, self._tensors_of(layout))
         self._body = _Body(layout, header)
@@ -181,15 +183,18 @@ class FrameSender:
         Raises: MisuseError, with nothing sealed. Otherwise all of the frame must be sent.
         """
         first, pieces = encode_frame(frame)
+        out = self._out
         room = len(first) + 2 * OVERHEAD_BYTES
         if pieces:
             room += PIECE_BYTES + 2 * OVERHEAD_BYTES
-        if room > len(self._out):
-            self._out = memoryview(bytearray(room))
-        used = self._sealer.seal_into(FRAME, first, self._out)
-        if pieces:  # the head travels with the first piece
-            used += self._sealer.seal_into(BODY, pieces[0], self._out[used:])
-        return self._out[:used], pieces[1:]
+        if room > len(out):
+            self._out = out = memoryview(bytearray(room))
+        used = self._sealer.seal_into(FRAME, first, out)
+        if not pieces:
+            return out[:used], pieces
+        # The head travels with the first piece.
+        used += self._sealer.seal_into(BODY, pieces[0], out[used:])
+        return out[:used], pieces[1:]
 
     def seal_piece(self, piece: memoryview) -> memoryview:
         """Return the record of one piece, in place of the bytes returned before."""

@@ -136,10 +136,10 @@ class RecordHeader(NamedTuple):
     kind: RecordKind
     sealed_bytes: int
     plaintext_bytes: int
-    raw: bytes
+    raw: Buffer
 
 
-def parse_header_untrusted(raw: bytes) -> RecordHeader:
+def parse_header_untrusted(raw: bytes | bytearray) -> RecordHeader:
     """Read a header and check its kind and length. Raises: RecordError."""
     word, sealed_bytes = HEADER.unpack(raw)
     try:
@@ -268,7 +268,7 @@ class RecordReader:
             body = self._start + HEADER_BYTES
             if body > self._end:
                 return None
-            raw = bytes(self._view[self._start : body])
+            raw = self._store[self._start : body]
             header = self._last
             if raw != header.raw:
                 self._last = header = parse_header_untrusted(raw)

@@ -1,4 +1,4 @@
-"""A raw non-blocking socket under trio: system calls first, the event loop only when they block.
+"""A raw non-blocking socket under trio: the event loop only where a system call would block.
 
 That is what makes a small frame cheap; `trio.SocketStream` goes through the loop every time.
 """

@@ -152,6 +152,34 @@ async def test_using_a_closed_channel_is_told_apart_from_its_end(toy):
     await far.aclose()
 
 
+async def test_the_end_stays_the_end_while_the_peer_holds_the_socket_open(toy):
+    near, far = await toy.channels()
+    near._wire.try_send(near._sender.close())
+    for _ in range(2):
+        with trio.fail_after(5), pytest.raises(trio.EndOfChannel):
+            await far.receive()
+    near._wire.close()
+    await far.aclose()
+
+
+async def test_a_small_frame_takes_one_system_call_at_either_end(toy, monkeypatch):
+    from transport import wire
+
+    near, far = await toy.channels()
+    calls = []
+    for name in ("try_send", "try_receive"):
+        real = getattr(wire.Wire, name)
+        monkeypatch.setattr(
+            wire.Wire, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1]
+        )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(far.receive)
+        await trio.testing.wait_all_tasks_blocked()
+        await near.send(toy.frame(3072))
+    assert calls == ["try_send", "try_receive"]
+    await close_all(near, far)
+
+
 async def test_closing_wakes_the_task_that_receives(toy):
     near, far = await toy.channels()
 

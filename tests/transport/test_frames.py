@@ -95,6 +95,20 @@ def test_frames_survive_any_division_of_the_stream_and_any_rekeying(
         assert toy.contents(pipe.feed(pipe.sealed(sent), max_read)) == toy.contents(sent)
 
 
+def test_frames_laid_out_alike_share_views_of_the_storage_and_no_others(toy):
+    pipe = Pipe(toy)
+    layouts = [(3072,), (3072,), (5, 7), (3072,), (700_000,), (3072,), (700_000,), (700_001,)]
+    previous = None
+    for sizes in layouts:
+        sent = toy.frame(*sizes)
+        received = pipe.feed(pipe.sealed(sent))
+        assert toy.contents(received) == toy.contents(sent)
+        assert all(t.data.obj is received.tensors[0].data.obj for t in received.tensors)
+        is_alike = previous is not None and previous[0] == sizes
+        assert is_alike == (previous is not None and previous[1] is received.tensors)
+        previous = sizes, received.tensors
+
+
 def test_a_small_frame_is_one_record(toy):
     pipe = Pipe(toy)
     stream = pipe.sealed(toy.frame(3072))
