@@ -41,7 +41,11 @@ class System:
 
 def default_cache() -> Path:
     """Return where tools and finished system ramdisks are kept."""
-    return Path(os.environ.get("VEILPIPE_CACHE") or PROJECT_ROOT / ".cache" / "enclave")
+    if chosen := os.environ.get("VEILPIPE_CACHE"):
+        return Path(chosen)
+    # Not in the checkout: every clone builds the same tools from the same recipes.
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "veilpipe" / "enclave"
 
 
 def find_system(cache: Path, *, with_wheels: bool) -> System:

@@ -22,7 +22,7 @@ from typing import Final
 from enclave import build, eif, signing
 from enclave.emulator import Machine, run_until_stopped
 from enclave.errors import BuildError, EifError, EnclaveError
-from enclave.pin import pin
+from enclave.pin import pin, pinned
 
 _EXIT_MISMATCH: Final = 1
 _EXIT_BAD_INPUT: Final = 2
@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check an image's structure, CRC, signature, PCRs")
     verify.add_argument("image", type=Path)
     verify.add_argument("--pcr", action="append", default=[], type=_register, metavar="INDEX=HEX")
+    verify.add_argument("--manifest", type=Path, help="manifest whose pins it must match")
+    verify.add_argument("--stage", type=int, help="index of the stage, with --manifest")
     verify.set_defaults(run=_verify)
 
     make = commands.add_parser("build", help="build the image of one stage")
@@ -106,17 +108,22 @@ def _describe(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    if (options.manifest is None) != (options.stage is None):
+        raise BuildError("--manifest and --stage go together")
+    expected = list(options.pcr)
+    if options.manifest is not None:
+        expected += pinned(options.manifest, options.stage).items()
     with _opened(options.image) as image:
         pcrs = eif.measure(image)
         if image.of_type(eif.SectionType.SIGNATURE):
             signing.verify(image)
-        wrong = [index for index, value in options.pcr if pcrs.get(index) != value]
+        wrong = [index for index, value in expected if pcrs.get(index) != value]
     for index in wrong:
         actual = pcrs[index].hex() if index in pcrs else "absent"
         print(f"PCR{index} differs: the image has {actual}", file=sys.stderr)
     if wrong:
         return _EXIT_MISMATCH
-    print(f"ok: {options.image}, {len(options.pcr)} PCRs compared")
+    print(f"ok: {options.image}, {len(expected)} PCRs compared")
     return 0
 
 

@@ -9,13 +9,14 @@
 # --image-only  only what images are made of, not what boots them: all that a build for AWS needs
 # --lock        pin the newest Debian packages and the wheels of constraints.txt, then stop
 #
-# Everything lands in $VEILPIPE_CACHE (.cache/enclave) and stays there until a recipe changes.
+# Everything lands in $VEILPIPE_CACHE (~/.cache/veilpipe/enclave, or below $XDG_CACHE_HOME), for every
+# checkout, and stays there until a recipe changes. Exit codes: 75 a download failed, 1 all else.
 # Needs Debian 12, about 6 GB of disk while it runs and ten minutes on two cores.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 recipes=$root/enclave/recipes
-cache=${VEILPIPE_CACHE:-$root/.cache/enclave}
+cache=${VEILPIPE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/veilpipe/enclave}
 tools=$cache/tools
 jobs=${VEILPIPE_JOBS:-$(nproc)}
 mirror=${VEILPIPE_DEBIAN_MIRROR:-}
@@ -26,6 +27,8 @@ build_packages="bc bison dpkg-dev flex gcc libcbor-dev libelf-dev libfdt-dev lib
 
 say() { printf 'enclave-tools: %s\n' "$*"; }
 die() { printf 'enclave-tools: %s\n' "$*" >&2; exit 1; }
+# A mirror that moved or is out of reach says nothing about this project: callers may tell it apart.
+cannot_fetch() { printf 'enclave-tools: %s\n' "$*" >&2; exit 75; }
 
 # A tool is current when the stamp beside it names exactly what it was made from.
 recipe_of() {
@@ -69,7 +72,7 @@ deb-src $mirror trixie main
 deb-src ${mirror%/debian}/debian-security trixie-security main
 deb $mirror sid main
 LIST
-  private_apt apt-get update || die "cannot read package lists from $mirror"
+  private_apt apt-get update || cannot_fetch "cannot read package lists from $mirror"
   touch "$cache/apt/ready"
 }
 
@@ -81,7 +84,7 @@ fetch() {
   [ "$1" = source ] && command=(source --download-only)
   (cd "$cache/downloads" && private_apt apt-get "${command[@]}" "$2=$3") ||
     { rm -f "$cache/apt/ready"
-      die "cannot fetch $2 $3; there is: $(private_apt apt-cache "${listing[@]}" | awk '{print $3}' | sort -u | xargs). \
+      cannot_fetch "cannot fetch $2 $3; there is: $(private_apt apt-cache "${listing[@]}" | awk '{print $3}' | sort -u | xargs). \
 Set the version in $recipes/tools.env"; }
 }
 
@@ -105,7 +108,7 @@ install_build_packages() {
   say "installing ${missing[*]}"
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
-    die "cannot install ${missing[*]}"
+    cannot_fetch "cannot install ${missing[*]}"
 }
 
 run_logged() { # LOG COMMAND...: quiet unless it fails
@@ -123,7 +126,8 @@ build_qemu() {
   patch -s -d "$build/src" -p1 --fuzz=0 <"$recipes/qemu-nsm-signing.patch" || die "the QEMU patch does not apply"
   printf 'CONFIG_%s=y\n' MICROVM NITRO_ENCLAVE VIRTIO_RNG VIRTIO_BLK >"$build/src/configs/devices/x86_64-softmmu/enclave.mak"
   python3 -m venv "$build/venv"
-  run_logged "$build/meson.log" "$build/venv/bin/pip" install -q "meson==$MESON_VERSION"
+  "$build/venv/bin/pip" install -q "meson==$MESON_VERSION" >"$build/meson.log" 2>&1 ||
+    cannot_fetch "cannot install meson $MESON_VERSION: $(tail -n 1 "$build/meson.log")"
   mkdir "$build/out" && cd "$build/out"
   PATH=$build/venv/bin:$PATH run_logged "$build/configure.log" ../src/configure \
     --python="$build/venv/bin/python" --target-list=x86_64-softmmu --without-default-features \
@@ -187,7 +191,8 @@ build_base() {
     echo "$sha256  $file" | sha256sum --quiet --check - || die "$name $version is not the file that was pinned"
     cp "$file" "$tools/debs/"
   done < <(grep -v '^#' "$recipes/debian.lock")
-  run_logged "$cache/wheels.log" pip_download --require-hashes -d "$tools/wheels" -r "$recipes/python.lock"
+  pip_download --require-hashes -d "$tools/wheels" -r "$recipes/python.lock" >"$cache/wheels.log" 2>&1 ||
+    cannot_fetch "cannot fetch the wheels of python.lock: $(tail -n 1 "$cache/wheels.log")"
 }
 
 write_locks() {
@@ -225,6 +230,8 @@ case ${1:-} in
 esac
 
 mkdir -p "$tools"
+exec 9>"$cache/lock"
+flock 9 # two checkouts share this cache
 stale=()
 for tool in $wanted; do
   if is_current "$tool"; then say "$tool is cached"; else stale+=("$tool"); fi

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Run stage images as Nitro enclaves on this AWS parent instance, with the relay in front of them.
+# Run the stages of a manifest as Nitro enclaves on this AWS parent instance, the relay before them.
 #
-#   scripts/run_nitro.sh --results HOST:PORT [--base-port 9000] [--debug] STAGE0.eif [STAGE1.eif …]
+#   scripts/run_nitro.sh --manifest M --results HOST:PORT [--images DIR] [--debug]
 #
-# --results    where the orchestrator's --data-out-listen is reached from here
-# --base-port  TCP ports for the orchestrator: BASE+2I is stage I's control, BASE+1 the first's data
-# --debug      attach the consoles; the enclaves then attest PCR0 = 0, which verifiers refuse
+# --manifest  what scripts/build_nitro.sh has pinned; says which TCP ports lead to which stage
+# --results   where the orchestrator's --data-out-listen is reached from here
+# --images    where stage0.eif and so on are (default: beside the manifest)
+# --debug     attach the consoles; the enclaves then attest PCR0 = 0, which verifiers refuse
 #
-# Enclave I gets CID 16+I. Inside, a stage listens for control on vsock port 5000 and for data on
-# 5001, and sends its results to CID 3 port 6000+I. All this machine carries is ciphertext. Ends,
-# with every enclave it started, on Ctrl-C. Needs an instance launched with enclaves enabled,
+# Stage I's enclave gets CID 16+I. Inside, a stage listens for control on vsock port 5000 and for
+# data on 5001, and sends its results to CID 3 port 6000+I. All this machine carries is ciphertext.
+# Ends, with every enclave it started, on Ctrl-C. Needs an instance launched with enclaves enabled,
 # nitro-cli, and root for the allocator.
 set -euo pipefail
 
@@ -18,29 +19,38 @@ set -euo pipefail
 
 usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit "${1:-2}"; }
 
-results='' base_port=9000 debug=() images=()
+manifest='' results='' images='' debug=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --results) results=${2:-}; shift 2 || die "--results needs HOST:PORT" ;;
-    --base-port) base_port=${2:-}; shift 2 || die "--base-port needs a number" ;;
-    --debug) debug=(--debug-mode); shift ;;
+    --debug) debug=(--debug-mode); shift; continue ;;
     -h | --help) usage 0 ;;
-    -*) die "unknown option $1" ;;
-    *) images+=("$1"); shift ;;
+    --manifest | --results | --images) [ $# -ge 2 ] || die "$1 needs a value" ;;
+    *) die "unknown option $1" ;;
   esac
+  case $1 in
+    --manifest) manifest=$2 ;;
+    --results) results=$2 ;;
+    --images) images=$2 ;;
+  esac
+  shift 2
 done
-[ ${#images[@]} -gt 0 ] || die "which images? give stage0.eif and so on"
+[ -f "$manifest" ] || die "--manifest ${manifest:-is missing}: no such file"
 [[ $results =~ ^.+:[0-9]+$ ]] || die "--results ${results:-is missing}: give HOST:PORT of the orchestrator"
-[[ $base_port =~ ^[0-9]+$ ]] || die "--base-port $base_port is no number"
+images=${images:-$(dirname "$manifest")}
 
 bash "$root/scripts/setup.sh" || exit $?
-cpus=0 memory_mib=0 image_cpus_of=() image_mib_of=()
-for image in "${images[@]}"; do
-  python -m enclave verify "$image" >/dev/null || die "$image does not verify"
+num_stages=$(python -c 'import json, sys; print(len(json.load(open(sys.argv[1]))["stages"]))' "$manifest" 2>/dev/null) ||
+  die "$manifest has no list of stages"
+cpus=0 memory_mib=0 cpus_of=() mib_of=()
+for ((stage = 0; stage < num_stages; stage++)); do
+  image=$images/stage$stage.eif
+  # An image the user has not pinned would be refused by every orchestrator: say so now.
+  reason=$(python -m enclave verify "$image" --manifest "$manifest" --stage "$stage" 2>&1 >/dev/null) ||
+    die "$image is not what $manifest pins for stage $stage: ${reason%%$'\n'*}"
   read -r image_cpus image_mib < <(python -m enclave describe -j "$image" | python -c \
     'import json, sys; report = json.load(sys.stdin); print(report["DefaultCpus"], report["DefaultMemoryMiB"])')
-  image_cpus_of+=("$image_cpus")
-  image_mib_of+=("$image_mib")
+  cpus_of+=("$image_cpus")
+  mib_of+=("$image_mib")
   cpus=$((cpus + image_cpus))
   memory_mib=$((memory_mib + image_mib))
 done
@@ -71,27 +81,19 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 130' INT TERM
 
-maps=(--map "tcp:0.0.0.0:$((base_port + 1))=vsock:16:5001")
-last=$((${#images[@]} - 1))
-for index in "${!images[@]}"; do
-  maps+=(--map "tcp:0.0.0.0:$((base_port + 2 * index))=vsock:$((16 + index)):5000")
-  if [ "$index" -lt "$last" ]; then
-    maps+=(--map "vsock:3:$((6000 + index))=vsock:$((17 + index)):5001")
-  else
-    maps+=(--map "vsock:3:$((6000 + index))=tcp:$results")
-  fi
-done
-pipeline-relay "${maps[@]}" &
+pipeline-relay --manifest "$manifest" --results "$results" &
 relay=$!
+sleep 1
+kill -0 "$relay" 2>/dev/null || die "the relay did not start"
 
-for index in "${!images[@]}"; do
-  started=$(nitro-cli run-enclave --eif-path "${images[$index]}" --enclave-cid $((16 + index)) \
-    --cpu-count "${image_cpus_of[$index]}" --memory "${image_mib_of[$index]}" "${debug[@]}") ||
-    die "stage $index did not start"
+for ((stage = 0; stage < num_stages; stage++)); do
+  started=$(nitro-cli run-enclave --eif-path "$images/stage$stage.eif" --enclave-cid $((16 + stage)) \
+    --cpu-count "${cpus_of[$stage]}" --memory "${mib_of[$stage]}" "${debug[@]}") ||
+    die "stage $stage did not start"
   id=$(python -c 'import json, sys; print(json.loads(sys.argv[1])["EnclaveID"])' "$started")
   enclaves+=("$id")
-  echo "stage $index runs in enclave $id, CID $((16 + index))"
+  echo "stage $stage runs in enclave $id, CID $((16 + stage))"
   [ ${#debug[@]} -eq 0 ] || nitro-cli console --enclave-id "$id" &
 done
-echo "ready: control ports $base_port-$((base_port + 2 * last)), first data port $((base_port + 1)); Ctrl-C ends it"
+echo "ready; Ctrl-C ends it"
 wait "$relay"

@@ -3,102 +3,56 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
 
-from enclave import eif, emulator
+from enclave import cli, eif, emulator
 from transport.attestation import nitro
 from transport.attestation.evidence import Binding, user_data
 from transport.errors import AttestationError
 
-_DIRECTORY = os.environ.get("VEILPIPE_BOOT_TEST")
-pytestmark = pytest.mark.skipif(
-    _DIRECTORY is None, reason="boots virtual machines: run scripts/test_enclave.sh"
-)
-
-_PORT = 5000
 _PARENT_PORT = 7000
-_BOOT_DEADLINE_S = 120.0
 
 Ask = Callable[..., Any]
-
-
-def _dial(path: Path) -> socket.socket:
-    """Connect to the enclave's port the way its parent would, retrying while it boots."""
-    deadline = time.monotonic() + _BOOT_DEADLINE_S
-    while time.monotonic() < deadline:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(30)
-        try:
-            connection.connect(str(path))
-            connection.sendall(f"CONNECT {_PORT}\n".encode())
-            if connection.recv(64).startswith(b"OK "):
-                return connection
-        except OSError:
-            pass
-        connection.close()
-        time.sleep(0.5)
-    raise TimeoutError(f"the enclave behind {path} did not answer")
-
-
-def _asker(path: Path) -> Ask:
-    def ask(op: str, **fields: Any) -> Any:
-        with _dial(path) as connection, connection.makefile("rwb") as stream:
-            stream.write(json.dumps({"op": op, **fields}).encode() + b"\n")
-            stream.flush()
-            return json.loads(stream.readline())
-
-    return ask
+Attest = Callable[[Binding], bytes]
 
 
 @pytest.fixture(scope="module")
-def directory() -> Path:
-    assert _DIRECTORY is not None
-    return Path(_DIRECTORY)
+def image(boot: Any) -> eif.Image:
+    return eif.unpack((boot.directory / "probe.eif").read_bytes())
 
 
 @pytest.fixture(scope="module")
-def tools() -> Path:
-    return Path(os.environ["VEILPIPE_CACHE"]) / "tools"
-
-
-@pytest.fixture(scope="module")
-def image(directory: Path) -> eif.Image:
-    return eif.unpack((directory / "probe.eif").read_bytes())
-
-
-@pytest.fixture(scope="module")
-def vsock(directory: Path, tools: Path) -> Iterator[Path]:
+def vsock(boot: Any) -> Iterator[Path]:
     """The socket of an enclave whose documents are signed under the test root."""
-    machine = emulator.Machine(
-        directory / "probe.eif",
-        directory / "signed.sock",
-        directory / "signed.log",
-        memory_mib=1024,
-        signing_dir=directory / "authority",
-    )
-    with emulator.booted(machine, tools):
+    machine = boot.machine("signed", boot.directory / "probe.eif", memory_mib=1024)
+    with emulator.booted(machine, boot.tools):
         yield machine.vsock
 
 
 @pytest.fixture(scope="module")
-def ask(vsock: Path) -> Ask:
-    return _asker(vsock)
+def ask(boot: Any, vsock: Path) -> Ask:
+    return partial(boot.ask, vsock)
 
 
 @pytest.fixture(scope="module")
-def test_root(directory: Path) -> x509.Certificate:
-    return x509.load_pem_x509_certificate((directory / "authority/root.pem").read_bytes())
+def attest(boot: Any, vsock: Path) -> Attest:
+    return partial(_attest, boot, vsock)
+
+
+@pytest.fixture(scope="module")
+def test_root(boot: Any) -> x509.Certificate:
+    return boot.root
 
 
 @pytest.fixture
@@ -121,14 +75,12 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _attest(ask: Ask, binding: Binding) -> bytes:
-    return bytes.fromhex(
-        ask(
-            "attest",
-            nonce=binding.nonce.hex(),
-            user_data=user_data(binding).hex(),
-            public_key=binding.static_key.hex(),
-        )
+def _attest(boot: Any, vsock: Path, binding: Binding) -> bytes:
+    return boot.attest(
+        vsock,
+        nonce=binding.nonce,
+        user_data=user_data(binding),
+        public_key=binding.static_key,
     )
 
 
@@ -153,7 +105,7 @@ def test_clock_inside_is_right_enough_to_judge_certificates(ask: Ask) -> None:
     assert abs(ask("system")["time"] - time.time()) < 10
 
 
-def test_init_prepared_the_machine(ask: Ask, directory: Path) -> None:
+def test_init_prepared_the_machine(ask: Ask) -> None:
     system = ask("system")
     assert system["entropy_bits"] == 256
     assert "lo:" in system["interfaces"]
@@ -162,25 +114,25 @@ def test_init_prepared_the_machine(ask: Ask, directory: Path) -> None:
 
 
 def test_signed_document_is_accepted_under_its_root(
-    ask: Ask, image: eif.Image, test_root: x509.Certificate, binding: Binding
+    attest: Attest, image: eif.Image, test_root: x509.Certificate, binding: Binding
 ) -> None:
     expected = eif.measure(image)
     verifier = nitro.NitroVerifier(test_root, expected, clock=_now)
-    attested = verifier.verify(_attest(ask, binding), binding)
+    attested = verifier.verify(attest(binding), binding)
     assert {index: attested.measurements[index] for index in expected} == expected
 
 
 def test_signed_document_is_refused_under_the_production_root(
-    ask: Ask, image: eif.Image, binding: Binding
+    attest: Attest, image: eif.Image, binding: Binding
 ) -> None:
     verifier = nitro.NitroVerifier(nitro.aws_root(), eif.measure(image), clock=_now)
     with pytest.raises(AttestationError) as refusal:
-        verifier.verify(_attest(ask, binding), binding)
+        verifier.verify(attest(binding), binding)
     assert refusal.value.check == "root"
 
 
 def test_document_of_another_image_is_refused(
-    ask: Ask, image: eif.Image, test_root: x509.Certificate, binding: Binding
+    attest: Attest, image: eif.Image, test_root: x509.Certificate, binding: Binding
 ) -> None:
     stage = image.of_type(eif.SectionType.RAMDISK)[-1]
     at = next(index for index, each in enumerate(image.sections) if each.data is stage)
@@ -188,23 +140,23 @@ def test_document_of_another_image_is_refused(
     sections = (*image.sections[:at], changed, *image.sections[at + 1 :])
     verifier = nitro.NitroVerifier(test_root, eif.measure(eif.Image(sections)), clock=_now)
     with pytest.raises(AttestationError) as refusal:
-        verifier.verify(_attest(ask, binding), binding)
+        verifier.verify(attest(binding), binding)
     assert refusal.value.check == "pcrs"
 
 
 def test_document_with_another_nonce_is_refused(
-    ask: Ask, image: eif.Image, test_root: x509.Certificate, binding: Binding
+    attest: Attest, image: eif.Image, test_root: x509.Certificate, binding: Binding
 ) -> None:
     verifier = nitro.NitroVerifier(test_root, eif.measure(image), clock=_now)
     stale = Binding(binding.role, binding.handshake_hash, binding.static_key, bytes(32))
     with pytest.raises(AttestationError) as refusal:
-        verifier.verify(_attest(ask, stale), binding)
+        verifier.verify(attest(stale), binding)
     assert refusal.value.check == "nonce"
 
 
-def test_eight_mebibytes_survive_the_way_in_and_out(vsock: Path) -> None:
+def test_eight_mebibytes_survive_the_way_in_and_out(boot: Any, vsock: Path) -> None:
     payload = secrets.token_bytes(8 << 20)
-    with _dial(vsock) as connection, connection.makefile("rwb") as stream:
+    with boot.dial(vsock) as connection, connection.makefile("rwb") as stream:
         stream.write(json.dumps({"op": "echo", "bytes": len(payload)}).encode() + b"\n")
         stream.write(payload)
         stream.flush()
@@ -228,26 +180,29 @@ def test_vsock_loops_back_inside_the_guest(ask: Ask) -> None:
 
 
 def test_unsigned_document_of_the_emulation_is_refused(
-    directory: Path, tools: Path, image: eif.Image, test_root: x509.Certificate, binding: Binding
+    boot: Any, image: eif.Image, test_root: x509.Certificate, binding: Binding
 ) -> None:
-    machine = emulator.Machine(
-        directory / "probe.eif", directory / "plain.sock", directory / "plain.log", memory_mib=1024
-    )
-    with emulator.booted(machine, tools):
-        document = _attest(_asker(machine.vsock), binding)
+    probe = boot.directory / "probe.eif"
+    machine = boot.machine("plain", probe, memory_mib=1024, signing_dir=None)
+    with emulator.booted(machine, boot.tools):
+        document = _attest(boot, machine.vsock, binding)
     for root in (test_root, nitro.aws_root()):
         with pytest.raises(AttestationError) as refusal:
             nitro.NitroVerifier(root, eif.measure(image), clock=_now).verify(document, binding)
         assert refusal.value.check == "cose"
 
 
-def test_image_with_a_wrong_crc_does_not_boot(directory: Path, tools: Path) -> None:
-    data = bytearray((directory / "probe.eif").read_bytes())
+def test_image_with_a_wrong_crc_is_refused_by_every_reader(
+    boot: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = bytearray((boot.directory / "probe.eif").read_bytes())
     data[-1] ^= 1
-    (directory / "damaged.eif").write_bytes(data)
-    machine = emulator.Machine(
-        directory / "damaged.eif", directory / "damaged.sock", directory / "damaged.log"
-    )
-    with emulator.booted(machine, tools) as process:
+    damaged = boot.directory / "damaged.eif"
+    damaged.write_bytes(data)
+    for command in ("describe", "verify"):
+        assert cli.main([command, str(damaged)]) == 2
+        assert "CRC-32" in capsys.readouterr().err
+    machine = boot.machine("damaged", damaged)
+    with emulator.booted(machine, boot.tools) as process:
         assert process.wait(timeout=30) == 1
-    assert "CRC mismatch" in (directory / "damaged.log").read_text()
+    assert "CRC mismatch" in machine.console.read_text()

@@ -68,6 +68,19 @@ def test_malformed_register_is_bad_usage(
 
 
 @pytest.mark.parametrize("command", ["describe", "verify"])
+@pytest.mark.parametrize("damage", ["cut short", "CRC-32"])
+def test_a_damaged_image_is_one_line_and_exit_code_2(
+    path: Path, command: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-5] if damage == "cut short" else data[:-1] + bytes([data[-1] ^ 1]))
+    assert cli.main([command, str(path)]) == 2
+    error = capsys.readouterr().err
+    assert damage in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["describe", "verify"])
 @pytest.mark.parametrize("content", [None, b"", b"x" * 10, b".eif" + bytes(600)])
 def test_bad_image_is_one_line_and_exit_code_2(
     tmp_path: Path, command: str, content: bytes | None, capsys: pytest.CaptureFixture[str]
@@ -114,6 +127,33 @@ def test_pin_writes_the_measurements_of_one_stage(
         "model_name": "é",
         "stages": [stages[0], {"stage_idx": 1, "expected_measurements": expected}],
     }
+
+
+def test_an_image_is_held_against_the_pins_of_its_stage(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "manifest.json"
+    other = {"stage_idx": 1, "expected_measurements": {"0": "00" * 48}}
+    manifest.write_text(json.dumps({"stages": [{"stage_idx": 0}, other]}))
+    verify = ["verify", str(path), "--manifest", str(manifest), "--stage"]
+    assert cli.main([*verify, "0"]) == 2
+    assert "pins no measurement for stage 0" in capsys.readouterr().err
+    assert cli.main(["pin", str(path), "--manifest", str(manifest), "--stage", "0"]) == 0
+    assert cli.main([*verify, "0"]) == 0
+    assert cli.main([*verify, "1"]) == 1
+    assert "PCR0 differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pins", [{"0": "zz" * 48}, {"0": "00" * 47}, {"x": "00" * 48}, {"0": 7}])
+def test_pins_that_are_no_measurements_are_named(
+    path: Path, tmp_path: Path, pins: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"stages": [{"stage_idx": 0, "expected_measurements": pins}]}))
+    assert cli.main(["verify", str(path), "--manifest", str(manifest), "--stage", "0"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "of stage 0 is not" in error
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"stages": []}', '{"stages": [1]}'])
