@@ -23,6 +23,26 @@ from pipeline.files import write_atomically
 from pipeline.manifest import dump_manifest, load_manifest
 from pipeline.trust import create_identity
 
+DataOutOption = Annotated[
+    str | None,
+    typer.Option(metavar="ADDR", help="Where the last stage delivers [last stage's data_out]."),
+]
+ConnectOption = Annotated[
+    float, typer.Option(min=0.1, metavar="SECONDS", help="Patience with stages not up.")
+]
+IdentityOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="This orchestrator's key (see keygen).")
+]
+SuperviseOption = Annotated[
+    bool, typer.Option("--supervise", help="Start the workers here, and survive their death.")
+]
+ThreadsOption = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Threads of each worker, with --supervise.")
+]
+HangOption = Annotated[
+    float, typer.Option(min=0.5, metavar="SECONDS", help="Patience with a silent stage.")
+]
+
 app = new_app()
 app.add_typer(attest.app, name="attest")
 
@@ -40,36 +60,21 @@ def generate_command(
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")
     ] = 20,
-    data_out_listen: Annotated[
-        str | None,
-        typer.Option(metavar="ADDR", help="Where the last stage delivers [last stage's data_out]."),
-    ] = None,
+    data_out_listen: DataOutOption = None,
     latency_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write per-token latencies as JSON.")
     ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
     ] = False,
-    connect_timeout: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="Patience with stages not yet up.")
-    ] = 30.0,
-    identity: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="This orchestrator's key (see keygen)."),
-    ] = None,
-    supervise: Annotated[
-        bool,
-        typer.Option("--supervise", help="Start the workers here, and survive their death."),
-    ] = False,
+    connect_timeout: ConnectOption = 30.0,
+    identity: IdentityOption = None,
+    supervise: SuperviseOption = False,
     model_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The workers' model, with --supervise.")
     ] = None,
-    threads: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Threads of each worker, with --supervise.")
-    ] = 1,
-    hang_timeout: Annotated[
-        float, typer.Option(min=0.5, metavar="SECONDS", help="Patience with a silent stage.")
-    ] = 60.0,
+    threads: ThreadsOption = 1,
+    hang_timeout: HangOption = 60.0,
     dev: DevOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -94,6 +99,68 @@ def generate_command(
         raise InputError(f"missing {', '.join(missing)}; see pipeline-orch --help")
     generate(
         GenerateFlags(tokenizer, text, max_tokens, ignore_eos, latency_out),
+        ConnectionFlags(
+            manifest_path=manifest,
+            identity=identity,
+            is_dev=dev,
+            data_out_listen=to_endpoint(data_out_listen, "--data-out-listen"),
+            connect_seconds=connect_timeout,
+            hang_seconds=hang_timeout,
+            supervise=supervise,
+            model_dir=model_dir,
+            threads=threads,
+        ),
+    )
+
+
+@app.command("serve")
+def serve_command(
+    manifest: ManifestOption,
+    model_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="Tokenizer and chat template; weights: --supervise.")
+    ],
+    host: Annotated[str, typer.Option(help="Where to listen; beyond loopback needs a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="PORT", help="HTTP port.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Accepted bearer keys, one a line.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name clients use [manifest's].")
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option(min=1, max=1024, metavar="N", help="Requests served at once.")
+    ] = 16,
+    chunk_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Prompt tokens in one step at most.")
+    ] = 128,
+    context: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Tokens of a request [the model's].")
+    ] = None,
+    data_out_listen: DataOutOption = None,
+    connect_timeout: ConnectOption = 30.0,
+    identity: IdentityOption = None,
+    supervise: SuperviseOption = False,
+    threads: ThreadsOption = 1,
+    hang_timeout: HangOption = 60.0,
+    dev: DevOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Serve an OpenAI-compatible API. It runs on the user's side: prompts are in the clear here.
+
+    Many requests share the pipeline, joining and leaving at every step. When a stage dies the
+    pipeline is reopened and every request goes on with the tokens it has.
+
+    \b
+        pipeline-orch serve --manifest manifests/smollm2_2stage.json \\
+                            --model-dir models/smollm2 --supervise --dev
+    """
+    from pipeline.cli.serve import ServeFlags, serve
+
+    configure_logging(verbose=verbose)
+    serve(
+        ServeFlags(host, port, api_key_file, served_model_name, max_batch, chunk_tokens, context),
         ConnectionFlags(
             manifest_path=manifest,
             identity=identity,

@@ -1,0 +1,96 @@
+"""Serving: an OpenAI-compatible API on the user's machine, in front of one pipeline."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+import typer
+
+from pipeline.cli.common import run_until_signalled
+from pipeline.cli.connection import Connection, ConnectionFlags
+from pipeline.engine.scheduler import Limits
+from pipeline.errors import InputError, SessionError
+from pipeline.gateway.auth import load_api_keys
+from pipeline.gateway.config import GatewayConfig
+from pipeline.gateway.server import serve as serve_gateway
+from pipeline.gateway.templates import ChatTemplate
+from pipeline.gateway.text import GatewayTokenizer
+from pipeline.manifest import load_manifest
+from pipeline.orchestrator import Pipeline
+from pipeline.service import PipelineEngine
+from pipeline.tasks import open_tasks
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeFlags:
+    """Where to serve what, and how many requests at once."""
+
+    host: str
+    port: int
+    api_key_file: Path | None
+    served_model_name: str | None
+    max_batch: int
+    chunk_tokens: int
+    context: int | None
+
+
+def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
+    """Serve until stopped. Raises PipelineError, or typer.Exit after a signal."""
+    manifest = load_manifest(connection_flags.manifest_path)
+    model_dir = connection_flags.model_dir
+    if model_dir is None:
+        raise InputError("missing --model-dir: the server tokenizes, on this machine")
+    longest = manifest.activation_spec.max_seq_len
+    if flags.context is not None and flags.context > longest:
+        raise InputError(f"--context {flags.context} is more than the model's {longest}")
+    limits = Limits(flags.max_batch, flags.context or longest, flags.chunk_tokens)
+    config = GatewayConfig(
+        served_model_name=flags.served_model_name or manifest.model_name,
+        chat_template=ChatTemplate.load(model_dir),
+        eos_token_ids=frozenset(manifest.eos_token_ids),
+        host=flags.host,
+        port=flags.port,
+        api_keys=load_api_keys(flags.api_key_file) if flags.api_key_file else frozenset(),
+    )
+    tokenizer = GatewayTokenizer(model_dir / "tokenizer.json")
+    connection = Connection.create(manifest, connection_flags, limits, is_resumable=True)
+    engine = PipelineEngine(limits)
+    is_up = False
+
+    async def work(pipeline: Pipeline) -> None:
+        nonlocal is_up
+        is_up = True
+        await engine.run(pipeline)
+
+    def restart(error: SessionError) -> None:
+        nonlocal is_up
+        is_up = False
+        engine.restart(error)
+
+    async def run() -> None:
+        async with open_tasks() as tasks:
+            url = await tasks.start(_serve_http, config, engine, tokenizer, lambda: is_up)
+            logger.info("event=serving url=%s model=%s", url, config.served_model_name)
+            try:
+                await connection.run(work, restart)
+            except SessionError as error:
+                engine.fail(error)
+                raise
+
+    number = run_until_signalled(run)
+    if number is not None:
+        raise typer.Exit(0)
+
+
+async def _serve_http(
+    config: GatewayConfig,
+    engine: PipelineEngine,
+    tokenizer: GatewayTokenizer,
+    is_ready: Callable[[], bool],
+    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    await serve_gateway(config, engine, tokenizer, is_ready=is_ready, task_status=task_status)
