@@ -46,7 +46,10 @@ class Edge:
             await send({"type": "websocket.close"})
         if scope["type"] != "http":
             return
-        record = RequestRecord(self._metrics, _route(scope["path"]))
+        route = _route(scope["path"])
+        # Probes come every few seconds and say nothing new.
+        level = logging.DEBUG if route in OPEN_PATHS else logging.INFO
+        record = RequestRecord(self._metrics, route, level)
         scope.setdefault("state", {})["record"] = record
         exchange = _Exchange(receive, send, record)
         with self._metrics.active.track_inprogress():

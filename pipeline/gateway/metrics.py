@@ -61,6 +61,7 @@ class RequestRecord:
 
     metrics: GatewayMetrics
     route: str
+    log_level: int = logging.INFO
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     started: float = field(default_factory=trio.current_time)
     status: int = 0
@@ -101,4 +102,4 @@ class RequestRecord:
             "ttft_ms": None if self.ttft is None else round(self.ttft * 1e3, 3),
             "total_ms": round((trio.current_time() - self.started) * 1e3, 3),
         }
-        logger.info("%s", json.dumps(line))
+        logger.log(self.log_level, "%s", json.dumps(line))
