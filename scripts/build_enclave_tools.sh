@@ -10,7 +10,8 @@
 # --lock        pin the newest Debian packages and the wheels of constraints.txt, then stop
 #
 # Everything lands in $VEILPIPE_CACHE (~/.cache/veilpipe/enclave, or below $XDG_CACHE_HOME), for every
-# checkout, and stays there until a recipe changes. Exit codes: 75 a download failed, 1 all else.
+# checkout, and stays there until a recipe changes. Exit codes: 75 something cannot be had here, 1 all
+# else.
 # Needs Debian 12, about 6 GB of disk while it runs and ten minutes on two cores.
 set -euo pipefail
 
@@ -104,7 +105,7 @@ install_build_packages() {
     dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
   done
   [ ${#missing[@]} -eq 0 ] && return
-  [ "$(id -u)" -eq 0 ] || die "missing build packages; run: sudo apt-get install ${missing[*]}"
+  [ "$(id -u)" -eq 0 ] || cannot_fetch "missing build packages; run: sudo apt-get install ${missing[*]}"
   say "installing ${missing[*]}"
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
