@@ -115,7 +115,7 @@ class Gateway:
     async def chat(self, request: Request) -> Answer:
         """The next message of a conversation."""
         body = parse_untrusted(ChatRequest, await request.body())
-        self._check_model(body.model)
+        self._check_common(body)
         if body.max_completion_tokens is None:
             max_tokens = self._max_tokens(body.max_tokens, "max_tokens")
         else:
@@ -138,7 +138,7 @@ class Gateway:
     async def completions(self, request: Request) -> Answer:
         """What follows a text, or each of several."""
         body = parse_untrusted(CompletionRequest, await request.body())
-        self._check_model(body.model)
+        self._check_common(body)
         num_each = body.n or 1
         if len(body.prompt) * num_each > self._config.limits.max_choices:
             limit = self._config.limits.max_choices
@@ -217,6 +217,12 @@ class Gateway:
         if asked is not None and asked > room:
             raise invalid(f"{param} is {asked}; this model's context holds {room} tokens.", param)
         return asked or room
+
+    def _check_common(self, body: ChatRequest | CompletionRequest) -> None:
+        self._check_model(body.model)
+        token_id = max(body.logit_bias, default=0)
+        if token_id >= self._tokenizer.vocab_size:
+            raise invalid(f"The model has no token {token_id}.", "logit_bias")
 
     def _check_model(self, model: str) -> None:
         if model != self._config.served_model_name:

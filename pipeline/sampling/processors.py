@@ -10,8 +10,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import InputError
-
 Logits = npt.NDArray[np.float32]
 
 # Below this the most likely token's rivals vanish in float32 anyway, while the quotient overflows.
@@ -44,11 +42,11 @@ def count_penalties(
 
 
 def add_bias(logits: Logits, bias: Mapping[int, float]) -> Logits:
-    """Add to single tokens' logits. Raises InputError for a token the model does not have."""
-    if max(bias, default=0) >= logits.size:
-        raise InputError(f"logit_bias names token {max(bias)}; the model has {logits.size}")
+    """Add to single tokens' logits; on a token the model does not have, it changes nothing."""
     biased = logits.copy()
-    biased[list(bias)] += np.fromiter(bias.values(), np.float32, len(bias))
+    for token_id, value in bias.items():
+        if token_id < logits.size:
+            biased[token_id] += np.float32(value)
     return biased
 
 

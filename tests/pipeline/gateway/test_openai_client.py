@@ -309,6 +309,14 @@ async def test_errors_are_the_clients_own_classes(start_gateway, make_engine):
         assert (error.code, error.param) == ("context_length_exceeded", "messages")
         error = await fails(gateway, openai.BadRequestError, chat(max_tokens=65))
         assert error.param == "max_tokens"
+        error = await fails(gateway, openai.BadRequestError, chat(logit_bias={"257": 1}))
+        assert error.param == "logit_bias"
+        error = await fails(
+            gateway,
+            openai.BadRequestError,
+            lambda c: c.completions.create(model=MODEL, prompt=[1, 257]),
+        )
+        assert error.param == "prompt"
         error = await fails(gateway, openai.AuthenticationError, chat(), key="sk-wrong")
         assert error.code == "invalid_api_key"
 
