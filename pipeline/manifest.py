@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -26,19 +28,33 @@ from transport.errors import EndpointError
 
 CORE_DOMAIN = b"veilpipe-manifest-core/1\n"
 WHOLE_DOMAIN = b"veilpipe-manifest/1\n"
-# A manifest of 1,000 stages is about 1 MB; more is not a manifest.
+# A manifest of 256 stages is about 256 KiB, weights in many files a few times that.
 MAX_MANIFEST_BYTES = 4 << 20
+# As many as a control message can name (pipeline.messages.MAX_STAGES, on this same layer).
+MAX_STAGES = 256
 
-Sha256Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$", to_lower=True)]
-KeyHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$", to_lower=True)]
-PcrHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{96}$", to_lower=True)]
-PcrIndex = Annotated[int, Field(ge=0, le=31)]
+
+def _pcr_index(key: object) -> object:
+    """JSON keys are text, and "00" next to "0" would leave open which measurement counts."""
+    if not isinstance(key, str):
+        return key
+    if not (key.isascii() and key.isdigit() and len(key) <= 2 and str(int(key)) == key):
+        raise ValueError("a PCR is named by a decimal number, 0 to 31, without leading zeros")
+    return int(key)
+
+
+Sha256Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower=True)]
+KeyHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower=True)]
+PcrHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{96}$", to_lower=True)]
+PcrIndex = Annotated[int, Field(ge=0, le=31), BeforeValidator(_pcr_index)]
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Literal["float32", "bfloat16", "int8"]
 ActivationDType = Literal["F32", "F16", "BF16"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # Strict: "30", 30.0 and true are no integers, so two readers cannot disagree about them.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
 class TcpAddress(_Strict):
@@ -130,10 +146,10 @@ class Manifest(_Strict):
     model_name: str
     model_version: str
     total_layers: Annotated[int, Field(ge=1, le=4096)]
-    stages: tuple[StageSpec, ...]
+    stages: Annotated[tuple[StageSpec, ...], Field(max_length=MAX_STAGES)]
     activation_spec: ActivationSpec
     config_hash: Sha256Hex | None = None
-    eos_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    eos_token_ids: tuple[TokenId, ...] = ()
     orchestrator_keys: tuple[KeyHex, ...] = ()
 
     @model_validator(mode="after")
@@ -202,9 +218,19 @@ def _canonical_hash(domain: bytes, value: dict[str, Any]) -> bytes:
 def parse_manifest(text: str | bytes, source: str = "manifest") -> Manifest:
     """Decode and check a manifest. Raises ManifestError naming the field and the value."""
     try:
+        json.loads(text, object_pairs_hook=_unique)
         return Manifest.model_validate_json(text)
     except ValidationError as error:
         raise ManifestError(f"{source}: {_first_problem(error)}") from error
+    except _DuplicateKey as error:
+        raise ManifestError(f"{source}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{source}: not JSON ({error})") from error
+
+
+def build_manifest(fields: Mapping[str, Any], source: str) -> Manifest:
+    """A manifest from plain values, judged as one that is read. Raises ManifestError."""
+    return parse_manifest(json.dumps(fields), source)
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -225,6 +251,19 @@ def load_manifest(path: Path) -> Manifest:
 def dump_manifest(manifest: Manifest) -> str:
     """The manifest as indented JSON, for people."""
     return json.dumps(manifest.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
+
+
+class _DuplicateKey(Exception):
+    """A name given twice, where readers differ in which one they take."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _DuplicateKey(f"field {twice[:80]!r} is given twice")
+    return found
 
 
 def _first_problem(error: ValidationError) -> str:

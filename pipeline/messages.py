@@ -56,9 +56,17 @@ class Ready(_Message):
     stage_idx: int
     weight_bytes: int
     kv_bytes: int
-    precision: str
+    vocab_size: Annotated[int, Field(ge=1)]
+    precision: Literal["float32", "bfloat16", "int8"]
     num_threads: int
-    device: str
+    device: Annotated[str, Field(max_length=64)]
+
+
+class Waiting(_Message):
+    """Stage → orchestrator: not ready yet, and why, for the user to see."""
+
+    type: Literal["waiting"] = "waiting"
+    detail: Annotated[str, Field(max_length=1024)]
 
 
 class Health(_Message):
@@ -113,7 +121,7 @@ class Shutdown(_Message):
     type: Literal["shutdown"] = "shutdown"
 
 
-Message = Init | Ready | Health | Healthy | Start | Done | Abort | Failure | Shutdown
+Message = Init | Ready | Waiting | Health | Healthy | Start | Done | Abort | Failure | Shutdown
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 

@@ -2,16 +2,14 @@
 
 import logging
 import os
-import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import NoReturn
 
 import trio
 
 from pipeline.engine.scheduler import Limits, Step
-from pipeline.errors import InputError, MessageError, SessionError, StageHung, StageLost
+from pipeline.errors import InputError, MessageError, SessionError, StageLost
 from pipeline.links import (
     CONTROL_LIMITS,
     SEND_ONLY_LIMITS,
@@ -21,27 +19,16 @@ from pipeline.links import (
     send_step,
 )
 from pipeline.manifest import Manifest
-from pipeline.messages import (
-    Failure,
-    Health,
-    Healthy,
-    Init,
-    Message,
-    Ready,
-    Shutdown,
-    StepHeader,
-    StepKind,
-    Want,
-)
+from pipeline.messages import Init, Message, Ready, Shutdown, StepHeader, StepKind, Want
 from pipeline.peers import (
     CONTROL_EPOCH,
-    HANDSHAKE_SECONDS,
     ORCHESTRATOR,
     accept_first,
     close_quietly,
+    connect_retrying,
     describe,
-    say,
 )
+from pipeline.remote_stage import Expectation, RemoteStage, blame
 from pipeline.steps import (
     ACTIVATION_DTYPES,
     CLEAR_SENTINEL,
@@ -53,23 +40,18 @@ from pipeline.steps import (
 )
 from pipeline.tasks import open_tasks
 from pipeline.trust import Trust
-from transport.channel import SecureChannel, connect_channel
-from transport.endpoint import Endpoint, Listener, dial_retrying, listen
-from transport.errors import EndpointError, NoAnswer, TransportError
+from transport.channel import SecureChannel
+from transport.endpoint import Endpoint, Listener, listen
+from transport.errors import EndpointError, TransportError
 from transport.frames import DType, TensorSpec
 from transport.handshake import Link, LinkKind, Role, RoleKind
 
 logger = logging.getLogger(__name__)
 
-# Often enough that a hung stage is noticed while someone still watches, rare enough to be free.
-HEALTH_SECONDS = 5.0
 # A stage computes a chunk without looking up; one that answers nothing for this long is hung.
 HANG_SECONDS = 60.0
-# When a data channel breaks, the control channel of the stage that died ends at the same moment;
-# its neighbours' complaints may only be quicker.
-BLAME_SECONDS = 1.0
-# Between tries of a stage whose relay answers for it, before it is up.
-NO_ANSWER_SECONDS = 1.0
+# Time for the last message of a session.
+GOODBYE_SECONDS = 1.0
 # The largest vocabularies have a quarter of this; it bounds what a step's logits may take.
 MAX_VOCAB = 1 << 20
 
@@ -86,25 +68,19 @@ class PipelineOptions:
     hang_seconds: float = HANG_SECONDS
 
 
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    idx: int
-    control: ControlLink
-    is_last: bool
-
-
 class Pipeline:
     """Connected stages: steps go in, their results come out in order."""
 
     def __init__(
         self,
-        stages: Sequence[_Stage],
+        stages: Sequence[RemoteStage],
         ready: Sequence[Ready],
         data_in: SecureChannel,
         data_out: SecureChannel,
         gate: StepGate,
     ) -> None:
         self.ready = tuple(ready)
+        self.vocab_size = min(each.vocab_size for each in ready)
         self._stages = stages
         self._data_in = data_in
         self._data_out = data_out
@@ -112,31 +88,31 @@ class Pipeline:
 
     async def send(self, step: Step) -> None:
         """Send a step to the first stage."""
-        if step.header.kind is StepKind.CLEAR:
-            tensor = CLEAR_SENTINEL
-        else:
-            tensor = token_ids_to_wire(step.token_ids)
+        is_clear = step.header.kind is StepKind.CLEAR
+        tensor = CLEAR_SENTINEL if is_clear else token_ids_to_wire(step.token_ids)
         try:
             await send_step(self._data_in, step.header, (tensor,))
-        except (TransportError, trio.EndOfChannel) as error:
-            await _blame(0, f"its data channel broke: {describe(error)}", error)
+        except (TransportError, trio.ClosedResourceError) as error:
+            await blame(0, f"its data channel broke: {describe(error)}", error)
 
     async def receive(self) -> StepResult:
         """The oldest outstanding step's result, the stages' timings in its header."""
+        last = self._stages[-1].idx
         try:
             header, tensors = await receive_step(self._data_out, self._gate)
         except (TransportError, trio.EndOfChannel) as error:
-            last = self._stages[-1].idx
-            await _blame(last, f"its data channel broke: {describe(error)}", error)
-        return step_result(header, tensors)
+            await blame(last, f"its data channel broke: {describe(error)}", error)
+        result = step_result(header, tensors)
+        if result.token_ids and max(result.token_ids) >= self.vocab_size:
+            raise MessageError(
+                f"stage {last} returned a token outside the vocabulary of {self.vocab_size}"
+            )
+        return result
 
     async def notify(self, message: Message) -> None:
         """Tell every stage about a request's life."""
         for stage in self._stages:
-            try:
-                await stage.control.send(message)
-            except TransportError as error:
-                raise StageLost(stage.idx, describe(error)) from error
+            await stage.send(message)
 
 
 @asynccontextmanager
@@ -152,18 +128,14 @@ async def open_pipeline(
     try:
         async with open_tasks() as tasks:
             with trio.move_on_after(options.connect_seconds) as deadline:
-                pipeline = await connector.connect()
+                pipeline = await connector.connect(tasks)
             if deadline.cancelled_caught:
                 raise SessionError(
                     f"gave up after {options.connect_seconds:g} s: {connector.waiting_for}"
                 )
-            for stage in connector.stages:
-                tasks.start_soon(_watch, stage, options.hang_seconds)
             yield pipeline
             tasks.cancel_scope.cancel()
-        # Nobody watches any more: a stage may close its channel as soon as it hears this.
-        for stage in connector.stages:
-            await say(stage.control, Shutdown())
+        await connector.say_goodbye()
     finally:
         await connector.aclose()
 
@@ -174,7 +146,7 @@ class _Connector:
     def __init__(
         self, manifest: Manifest, trust: Trust, options: PipelineOptions, progress: Progress
     ) -> None:
-        self.stages: list[_Stage] = []
+        self._stages: list[RemoteStage] = []
         self._manifest = manifest
         self._trust = trust
         self._options = options
@@ -201,51 +173,68 @@ class _Connector:
         for channel in self._channels:
             await close_quietly(channel)
 
-    async def connect(self) -> Pipeline:
-        """Control channels first, then data channels from the first stage to the last."""
-        manifest = self._manifest
-        last = manifest.stages[-1].stage_idx
+    async def say_goodbye(self) -> None:
+        """End the session, last stage first: each still hears of it before its neighbour leaves."""
+        with trio.move_on_after(GOODBYE_SECONDS, shield=True):
+            for stage in reversed(self._stages):
+                try:
+                    await stage.send(Shutdown())
+                except StageLost as error:
+                    logger.debug("event=goodbye_failed stage=%d error=%s", stage.idx, error)
+
+    async def connect(self, tasks: trio.Nursery) -> Pipeline:
+        """Control channels first, then data channels; stages are watched by `tasks` throughout."""
+        last = self._manifest.stages[-1].stage_idx
         listen_at = self._options.data_out_listen or (
-            manifest.endpoint(last).data_out.to_endpoint()
+            self._manifest.endpoint(last).data_out.to_endpoint()
         )
         try:
             listener = listen(listen_at)
         except EndpointError as error:
             raise InputError(f"cannot listen for the last stage's results: {error}") from error
-        try:
-            async with open_tasks() as tasks:
-                for spec in manifest.stages:
-                    tasks.start_soon(self._connect_control, spec.stage_idx)
-            self.stages.sort(key=lambda stage: stage.idx)
-            for stage in self.stages:
-                await stage.control.send(self._init(stage.idx))
+        with listener:
+            async with open_tasks() as connecting:
+                for spec in self._manifest.stages:
+                    connecting.start_soon(self._connect_control, spec.stage_idx, tasks)
+            self._stages.sort(key=lambda stage: stage.idx)
+            for stage in self._stages:
+                await stage.send(self._init(stage.idx))
             return await self._connect_data(listener)
-        finally:
-            listener.close()
 
     async def _connect_data(self, listener: Listener) -> Pipeline:
         gate = StepGate(self._limits, self._expect)
         links: dict[str, SecureChannel] = {}
-        ready: list[Ready] = []
 
         async def accept_results() -> None:
             links["out"] = await self._accept_results(listener, gate)
 
         async with open_tasks() as tasks:
-            for stage in self.stages:
-                tasks.start_soon(self._await_ready, stage, ready)
             tasks.start_soon(accept_results)
             links["in"] = await self._dial_first()
-        ready.sort(key=lambda message: message.stage_idx)
-        return Pipeline(self.stages, ready, links["in"], links["out"], gate)
+        ready = []
+        for stage in self._stages:
+            what = f"stage {stage.idx}"
+            self._pending.setdefault(what, f"{what} is not ready")
+            ready.append(await stage.ready())
+            del self._pending[what]
+        return Pipeline(self._stages, ready, links["in"], links["out"], gate)
 
-    async def _connect_control(self, stage_idx: int) -> None:
+    async def _connect_control(self, stage_idx: int, tasks: trio.Nursery) -> None:
         endpoint = self._manifest.endpoint(stage_idx).control.to_endpoint()
-        role = Role(RoleKind.STAGE, stage_idx)
-        link = Link(LinkKind.CONTROL, ORCHESTRATOR, role, self._manifest.core_hash(), CONTROL_EPOCH)
+        core_hash = self._manifest.core_hash()
+        link = Link(
+            LinkKind.CONTROL, ORCHESTRATOR, _stage_role(stage_idx), core_hash, CONTROL_EPOCH
+        )
         channel = await self._dial(stage_idx, endpoint, link)
+
+        def on_waiting(text: str) -> None:
+            self._pending[f"stage {stage_idx}"] = text
+
         is_last = stage_idx == len(self._manifest.stages) - 1
-        self.stages.append(_Stage(stage_idx, ControlLink(channel), is_last))
+        expected = Expectation(self._manifest.stage(stage_idx), is_last)
+        stage = RemoteStage(expected, ControlLink(channel), on_waiting)
+        self._stages.append(stage)
+        tasks.start_soon(stage.watch, self._options.hang_seconds)
 
     async def _dial_first(self) -> SecureChannel:
         endpoint = self._manifest.endpoint(0).data_in.to_endpoint()
@@ -253,7 +242,7 @@ class _Connector:
 
     async def _dial(self, stage_idx: int, endpoint: Endpoint, link: Link) -> SecureChannel:
         what = f"stage {stage_idx}'s {link.kind.name.lower()} channel at {endpoint}"
-
+        self._pending[what] = f"{what} does not answer the handshake"
         is_announced = False
 
         def on_wait(error: TransportError) -> None:
@@ -263,28 +252,16 @@ class _Connector:
             is_announced = True
             self._pending[what] = f"{what} is not up ({error})"
 
-        while True:
-            sock = await dial_retrying(endpoint, on_wait)
-            self._pending[what] = f"{what} does not answer the handshake"
-            try:
-                channel = await self._greet(sock, stage_idx, link)
-                break
-            except NoAnswer as error:  # a relay hangs up while it cannot reach the stage
-                on_wait(error)
-                await trio.sleep(NO_ANSWER_SECONDS)
-            except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
-                raise SessionError(f"{what}: {describe(error)}") from error
+        measurements = self._manifest.stage(stage_idx).measurements()
+        credentials = self._trust.toward(link.responder, measurements)
+        limits = CONTROL_LIMITS if link.kind is LinkKind.CONTROL else SEND_ONLY_LIMITS
+        try:
+            channel = await connect_retrying(endpoint, link, credentials, limits, on_wait)
+        except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
+            raise SessionError(f"{what}: {describe(error)}") from error
         del self._pending[what]
         self._channels.append(channel)
         return channel
-
-    async def _greet(self, sock: socket.socket, stage_idx: int, link: Link) -> SecureChannel:
-        measurements = self._manifest.stage(stage_idx).measurements()
-        credentials = self._trust.toward(link.responder, measurements)
-        is_control = link.kind is LinkKind.CONTROL
-        limits = CONTROL_LIMITS if is_control else SEND_ONLY_LIMITS
-        with trio.fail_after(HANDSHAKE_SECONDS):
-            return await connect_channel(sock, link, credentials, limits)
 
     async def _accept_results(self, listener: Listener, gate: StepGate) -> SecureChannel:
         last = self._manifest.stages[-1]
@@ -316,15 +293,6 @@ class _Connector:
             downstream_measurements={} if is_last else stages[stage_idx + 1].measurements(),
         )
 
-    async def _await_ready(self, stage: _Stage, ready: list[Ready]) -> None:
-        what = f"stage {stage.idx}"
-        self._pending[what] = f"{what} is not ready"
-        message = await _receive(stage)
-        if not isinstance(message, Ready):
-            await _unexpected(stage, message)
-        ready.append(message)
-        del self._pending[what]
-
     def _expect(self, header: StepHeader, specs: tuple[TensorSpec, ...]) -> None:
         """What the last stage may return for a step; how many tokens, the scheduler checks."""
         if header.kind is StepKind.CLEAR:
@@ -339,61 +307,6 @@ class _Connector:
                 expected = (*expected, TensorSpec(DType.F32, (num_logits, min(vocab, MAX_VOCAB))))
         if specs != expected or len(header.timings) != len(self._manifest.stages):
             raise MessageError(f"step {header.step} returned {specs}, expected {expected}")
-
-
-async def _watch(stage: _Stage, hang_seconds: float) -> NoReturn:
-    """Raise when a stage ends, complains or hangs."""
-    async with open_tasks() as tasks:
-        alive = trio.Event()
-
-        async def ask() -> None:
-            nonlocal alive
-            sequence = 0
-            while True:
-                await trio.sleep(min(HEALTH_SECONDS, hang_seconds / 2))
-                alive = trio.Event()
-                try:
-                    await stage.control.send(Health(sequence=sequence))
-                    with trio.fail_after(hang_seconds):
-                        await alive.wait()
-                except TransportError as error:
-                    raise StageLost(stage.idx, describe(error)) from error
-                except trio.TooSlowError:
-                    reason = f"it has not answered for {hang_seconds:g} s"
-                    raise StageHung(stage.idx, reason) from None
-                sequence += 1
-
-        tasks.start_soon(ask)
-        while True:
-            message = await _receive(stage)
-            if not isinstance(message, Healthy):
-                await _unexpected(stage, message)
-            alive.set()
-
-
-async def _receive(stage: _Stage) -> Message:
-    try:
-        return await stage.control.receive()
-    except (TransportError, trio.EndOfChannel) as error:
-        raise StageLost(stage.idx, describe(error)) from error
-
-
-async def _unexpected(stage: _Stage, message: Message) -> NoReturn:
-    if not isinstance(message, Failure):
-        raise SessionError(f"stage {stage.idx} sent {message.type!r} out of turn")
-    if message.code == "upstream" and stage.idx > 0:
-        await _blame(stage.idx - 1, f"stage {stage.idx} reports: {message.detail}")
-    if message.code == "downstream" and stage.is_last:
-        raise SessionError(f"stage {stage.idx} cannot deliver its results: {message.detail}")
-    if message.code == "downstream":
-        await _blame(stage.idx + 1, f"stage {stage.idx} reports: {message.detail}")
-    raise SessionError(f"stage {stage.idx} refused the session: {message.detail}")
-
-
-async def _blame(stage_idx: int, reason: str, cause: BaseException | None = None) -> NoReturn:
-    """Name the stage at the far end of a broken link, unless a death explains it first."""
-    await trio.sleep(BLAME_SECONDS)
-    raise StageLost(stage_idx, reason) from cause
 
 
 def _stage_role(stage_idx: int) -> Role:

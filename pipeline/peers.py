@@ -2,7 +2,7 @@
 
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import trio
 
@@ -10,9 +10,9 @@ from pipeline.links import ControlLink
 from pipeline.messages import Message
 from pipeline.tasks import open_tasks
 from pipeline.trust import Trust
-from transport.channel import SecureChannel, accept_channel
-from transport.endpoint import Listener
-from transport.errors import TransportError
+from transport.channel import SecureChannel, accept_channel, connect_channel
+from transport.endpoint import Endpoint, Listener, dial_retrying
+from transport.errors import NoAnswer, TransportError
 from transport.frames import FrameLimits
 from transport.handshake import Credentials, Link, Role, RoleKind
 
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_SECONDS = 10.0
 # Handshakes under way at once; more wait in the kernel's backlog, so a flood costs no memory.
 MAX_PENDING_HANDSHAKES = 16
+# Between tries of a peer whose relay answers for it, before it is up.
+NO_ANSWER_SECONDS = 0.5
 # Time for a last message to a peer that may not be reading.
 GOODBYE_SECONDS = 1.0
 # Control channels come before any session, so they bind no session's epoch.
@@ -65,6 +67,28 @@ async def accept_first(
         await is_accepted.wait()
         tasks.cancel_scope.cancel()
     return accepted[0]
+
+
+async def connect_retrying(
+    endpoint: Endpoint,
+    link: Link,
+    credentials: Credentials,
+    limits: FrameLimits,
+    on_wait: Callable[[TransportError], None],
+) -> SecureChannel:
+    """Dial and run the initiator's handshake, again and again until the peer is up.
+
+    A relay accepts for a stage that is not up and then hangs up without a word, so that counts as
+    not up either. Every other failure of the handshake is final.
+    """
+    while True:
+        sock = await dial_retrying(endpoint, on_wait)
+        try:
+            with trio.fail_after(HANDSHAKE_SECONDS):
+                return await connect_channel(sock, link, credentials, limits)
+        except NoAnswer as error:
+            on_wait(error)
+        await trio.sleep(NO_ANSWER_SECONDS)
 
 
 async def accept_or_log(

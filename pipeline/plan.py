@@ -4,16 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.manifest import (
-    ActivationSpec,
-    Manifest,
-    StageEndpoint,
-    StageSpec,
-    TcpAddress,
-    VsockAddress,
-)
+from pipeline.manifest import Manifest, build_manifest
 from pipeline.models.config import hash_config, load_config
 from pipeline.models.registry import layer_bytes, required_files
 from pipeline.models.weights import hash_files
@@ -72,7 +66,7 @@ def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) 
 
 
 def plan(model_dir: Path, options: PlanOptions) -> Manifest:
-    """Plan stages for a model directory. Raises ModelError, InputError."""
+    """Plan stages for a model directory. Raises ModelError, ManifestError, InputError."""
     config = load_config(model_dir)
     first, layers, last = layer_bytes(model_dir, config)
     ends = split_layers(first, layers, last, options.num_stages)
@@ -82,29 +76,37 @@ def plan(model_dir: Path, options: PlanOptions) -> Manifest:
         for start, end in zip(starts, ends, strict=True)
     ]
     hashes = _hash_once(files)
-    stages = tuple(
-        StageSpec(
-            stage_idx=idx,
-            layer_start=start,
-            layer_end=end,
-            weight_hashes=tuple(hashes[path] for path in files[idx]),
-            require_weight_hashes=True,
-            endpoint=_endpoint(options, idx),
-        )
+    stages = [
+        {
+            "stage_idx": idx,
+            "layer_start": start,
+            "layer_end": end,
+            "weight_hashes": [hashes[path] for path in files[idx]],
+            "require_weight_hashes": True,
+            "endpoint": _endpoint(options, idx),
+        }
         for idx, (start, end) in enumerate(zip(starts, ends, strict=True))
-    )
-    return Manifest(
-        model_name=options.model_name or model_dir.resolve().name,
-        model_version="1",
-        total_layers=config.num_layers,
-        stages=stages,
-        activation_spec=ActivationSpec(
-            dtype="F32", hidden_dim=config.hidden_dim, max_seq_len=config.max_positions
-        ),
-        config_hash=hash_config(model_dir),
-        eos_token_ids=config.eos_token_ids,
-        orchestrator_keys=options.orchestrator_keys,
-    )
+    ]
+    fields = {
+        "model_name": options.model_name or _label(model_dir),
+        "model_version": "1",
+        "total_layers": config.num_layers,
+        "stages": stages,
+        "activation_spec": {
+            "dtype": "F32",
+            "hidden_dim": config.hidden_dim,
+            "max_seq_len": config.max_positions,
+        },
+        "config_hash": hash_config(model_dir),
+        "eos_token_ids": config.eos_token_ids,
+        "orchestrator_keys": options.orchestrator_keys,
+    }
+    return build_manifest(fields, "cannot plan this")
+
+
+def _label(model_dir: Path) -> str:
+    """The directory's name as text; a file system's names need not be any."""
+    return model_dir.resolve().name.encode("utf-8", "replace").decode()
 
 
 def _hash_once(files: Sequence[Sequence[Path]]) -> dict[Path, str]:
@@ -112,23 +114,24 @@ def _hash_once(files: Sequence[Sequence[Path]]) -> dict[Path, str]:
     return dict(zip(distinct, hash_files(distinct), strict=True))
 
 
-def _endpoint(options: PlanOptions, idx: int) -> StageEndpoint:
-    def address(port: int) -> TcpAddress:
+def _endpoint(options: PlanOptions, idx: int) -> dict[str, Any]:
+    def address(port: int) -> dict[str, Any]:
         host = f"[{options.host}]" if ":" in options.host else options.host
-        return TcpAddress(type="tcp", addr=f"{host}:{port}")
+        return {"type": "tcp", "addr": f"{host}:{port}"}
+
+    def vsock(cid: int, port: int) -> dict[str, Any]:
+        return {"type": "vsock", "cid": cid, "port": port}
 
     if options.in_enclaves:
-        first_data = address(options.base_port + 1)
-        later_data = VsockAddress(type="vsock", cid=FIRST_CID + idx, port=DATA_PORT)
-        return StageEndpoint(
-            control=address(options.base_port + 2 * idx),
-            data_in=later_data if idx else first_data,
-            data_out=VsockAddress(type="vsock", cid=PARENT_CID, port=RELAY_PORT + idx),
-        )
+        return {
+            "control": address(options.base_port + 2 * idx),
+            "data_in": vsock(FIRST_CID + idx, DATA_PORT) if idx else address(options.base_port + 1),
+            "data_out": vsock(PARENT_CID, RELAY_PORT + idx),
+        }
     port = options.base_port + 10 * idx
-    return StageEndpoint(
-        control=address(port),
-        data_in=address(port + 1),
+    return {
+        "control": address(port),
+        "data_in": address(port + 1),
         # The next stage's data_in; after the last stage, where the orchestrator listens.
-        data_out=address(port + 11),
-    )
+        "data_out": address(port + 11),
+    }

@@ -1,8 +1,8 @@
 """One orchestrator's session on a stage: its data channels, its KV state, its requests."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter_ns
 
 import trio
@@ -15,7 +15,7 @@ from pipeline.links import (
     receive_step,
     send_step,
 )
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, Precision
 from pipeline.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -30,13 +30,15 @@ from pipeline.messages import (
     StageTiming,
     Start,
     StepHeader,
+    Waiting,
 )
 from pipeline.models.registry import ModelShard
 from pipeline.peers import (
-    HANDSHAKE_SECONDS,
+    GOODBYE_SECONDS,
     ORCHESTRATOR,
     accept_first,
     close_quietly,
+    connect_retrying,
     describe,
     say,
 )
@@ -44,14 +46,18 @@ from pipeline.stage import StageCore
 from pipeline.steps import ACTIVATION_DTYPES, SessionLimits, expected_input
 from pipeline.tasks import open_tasks
 from pipeline.trust import Trust
-from transport.channel import SecureChannel, connect_channel
-from transport.endpoint import Endpoint, Listener, dial_retrying, parse_endpoint
-from transport.errors import EndpointError, TransportError
+from transport.channel import SecureChannel
+from transport.endpoint import Endpoint, Listener, parse_endpoint
+from transport.errors import TransportError
 from transport.frames import TensorSpec
 from transport.handshake import Link, LinkKind, Role, RoleKind
 
 logger = logging.getLogger(__name__)
 
+# Bounds how long one step keeps a stage from listening, and how much memory its activations take.
+MAX_STEP_TOKENS = 4096
+# Between reports of what a stage waits for.
+WAITING_SECONDS = 1.0
 # An orchestrator sends `health` every few seconds; one silent for this long is gone.
 SILENCE_SECONDS = 60.0
 
@@ -64,9 +70,11 @@ class StageSetup:
     stage_idx: int
     shard: ModelShard
     trust: Trust
-    precision: str
+    precision: Precision
     num_threads: int
     device: str
+    # The most a session may take of this machine, whatever its orchestrator asks for.
+    max_kv_bytes: int
     data_out: Endpoint | None = None
 
     @property
@@ -83,6 +91,15 @@ class SessionEnded(Exception):
         self.reason = reason
 
 
+def expect_step(
+    header: StepHeader, specs: tuple[TensorSpec, ...], *, limits: SessionLimits, is_first: bool
+) -> None:
+    """Hold a step's declared tensors against the one this stage takes. Raises MessageError."""
+    expected = expected_input(header, limits, is_first=is_first)
+    if specs != (expected,):
+        raise MessageError(f"step {header.step} carries {specs}, expected {expected}")
+
+
 def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits]:
     """Hold the first control message against the manifest. Raises MessageError."""
     if not isinstance(message, Init):
@@ -96,6 +113,16 @@ def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits
         raise MessageError(
             f"init is for {found} with {message.max_seq_len} positions, this stage is "
             f"{expected} with at most {spec.max_seq_len}"
+        )
+    if message.max_step_tokens > MAX_STEP_TOKENS:
+        raise MessageError(
+            f"init wants steps of {message.max_step_tokens} tokens, the most is {MAX_STEP_TOKENS}"
+        )
+    kv_bytes = setup.shard.kv_bytes(message.num_slots, message.max_seq_len)
+    if kv_bytes > setup.max_kv_bytes:
+        raise MessageError(
+            f"{message.num_slots} slots of {message.max_seq_len} positions take {kv_bytes} bytes "
+            f"of KV memory, this stage gives {setup.max_kv_bytes}; ask for fewer or shorter ones"
         )
     return message, SessionLimits(
         num_slots=message.num_slots,
@@ -117,9 +144,14 @@ class StageSession:
         self._init = init
         self._limits = limits
         self._core = StageCore(setup.shard, limits)
-        self._gate = StepGate(limits, self._expect)
+        # Not a method of this object: a reference back to it would keep the KV memory of an ended
+        # session alive until the garbage collector comes by.
+        self._gate = StepGate(
+            limits, partial(expect_step, limits=limits, is_first=setup.shard.is_first)
+        )
         self._requests: set[int] = set()
         self._num_steps = 0
+        self._waiting_for: str | None = None
 
     async def run(self, data_in: Listener) -> None:
         """Connect both neighbours, then serve steps. Ends by raising the reason of the end."""
@@ -148,10 +180,13 @@ class StageSession:
             upstream = await self._accept_upstream(data_in)
             channels.append(upstream)
 
-        async with open_tasks() as tasks:
-            tasks.start_soon(accept)
-            downstream = await self._dial_downstream()
-            channels.append(downstream)
+        async with open_tasks() as reporting:
+            reporting.start_soon(self._report_waiting)
+            async with open_tasks() as tasks:
+                tasks.start_soon(accept)
+                downstream = await self._dial_downstream()
+                channels.append(downstream)
+            reporting.cancel_scope.cancel()
         assert upstream is not None  # the task group has ended without an error
         return upstream, downstream
 
@@ -175,12 +210,26 @@ class StageSession:
         try:
             endpoint = self._setup.data_out or parse_endpoint(self._init.data_out)
             # Retries end with the session: the orchestrator is the one who loses patience.
-            sock = await dial_retrying(endpoint, log_once())
-            with trio.fail_after(HANDSHAKE_SECONDS):
-                return await connect_channel(sock, link, credentials, SEND_ONLY_LIMITS)
+            return await connect_retrying(
+                endpoint, link, credentials, SEND_ONLY_LIMITS, self._note_waiting
+            )
         except (TransportError, trio.TooSlowError, trio.EndOfChannel) as error:
             await say(self._control, Failure(code="downstream", detail=describe(error)))
             raise
+
+    def _note_waiting(self, error: TransportError) -> None:
+        if self._waiting_for is None:
+            logger.info("event=waiting error=%s", error)
+        self._waiting_for = describe(error)
+
+    async def _report_waiting(self) -> None:
+        """Tell the orchestrator, whose user can do something about it."""
+        reported = None
+        while True:
+            await trio.sleep(WAITING_SECONDS)
+            if self._waiting_for != reported:
+                reported = self._waiting_for
+                await self._control.send(Waiting(detail=reported or ""))
 
     def _data_link(self, *, initiator: Role, responder: Role) -> Link:
         return Link(LinkKind.DATA, initiator, responder, self._init.manifest_hash, self._init.epoch)
@@ -191,6 +240,7 @@ class StageSession:
             stage_idx=setup.stage_idx,
             weight_bytes=setup.shard.num_weight_bytes,
             kv_bytes=self._core.cache.num_bytes,
+            vocab_size=setup.shard.config.vocab_size,
             precision=setup.precision,
             num_threads=setup.num_threads,
             device=setup.device,
@@ -199,34 +249,38 @@ class StageSession:
     async def _serve_control(self) -> None:
         while True:
             try:
+                # The answer is inside: a peer that asks and never reads is silent as well.
                 with trio.fail_after(SILENCE_SECONDS):
-                    message = await self._control.receive()
+                    self._take(message := await self._control.receive())
+                    if isinstance(message, Health):
+                        await self._control.send(self._health(message))
             except trio.TooSlowError:
                 raise SessionEnded(f"orchestrator silent for {SILENCE_SECONDS:.0f} s") from None
             except (trio.EndOfChannel, TransportError) as error:
                 raise SessionEnded(f"orchestrator is gone ({describe(error)})") from error
-            match message:
-                case Health(sequence=sequence):
-                    await self._control.send(
-                        Healthy(
-                            sequence=sequence,
-                            num_requests=len(self._requests),
-                            num_steps=self._num_steps,
-                        )
-                    )
-                case Start(request_id=request_id):
-                    self._requests.add(request_id)
-                case Done(request_id=request_id) | Abort(request_id=request_id):
-                    self._requests.discard(request_id)
-                case Shutdown():
-                    raise SessionEnded("shutdown")
-                case _:
-                    raise MessageError(f"control message {message.type!r} is not for a stage")
 
-    def _expect(self, header: StepHeader, specs: tuple[TensorSpec, ...]) -> None:
-        expected = expected_input(header, self._limits, is_first=self._setup.shard.is_first)
-        if specs != (expected,):
-            raise MessageError(f"step {header.step} carries {specs}, expected {expected}")
+    def _take(self, message: Message) -> None:
+        match message:
+            case Health():
+                pass  # answered by the caller
+            case Start(request_id=request_id, slot=slot):
+                is_valid = 0 <= slot < self._limits.num_slots and request_id not in self._requests
+                if not is_valid or len(self._requests) >= self._limits.num_slots:
+                    raise MessageError(f"start of request {request_id} in slot {slot} is refused")
+                self._requests.add(request_id)
+            case Done(request_id=request_id) | Abort(request_id=request_id):
+                self._requests.discard(request_id)
+            case Shutdown():
+                raise SessionEnded("shutdown")
+            case _:
+                raise MessageError(f"control message {message.type!r} is not for a stage")
+
+    def _health(self, question: Health) -> Healthy:
+        return Healthy(
+            sequence=question.sequence,
+            num_requests=len(self._requests),
+            num_steps=self._num_steps,
+        )
 
     async def _serve_steps(self, upstream: SecureChannel, downstream: SecureChannel) -> None:
         meter = _Meter(upstream, downstream)
@@ -242,6 +296,9 @@ class StageSession:
                 await send_step(downstream, header.with_timing(timing), outputs)
                 self._num_steps += 1
         except (TransportError, trio.EndOfChannel) as error:
+            if isinstance(error, trio.EndOfChannel):
+                # The stage before ends its part of a session a moment before this one hears of it.
+                await trio.sleep(GOODBYE_SECONDS)
             failure = Failure.model_validate({"code": side, "detail": describe(error)})
             await say(self._control, failure)
             raise
@@ -265,16 +322,3 @@ class _Meter:
         timing = StageTiming(compute_ns, crypto - self._crypto_ns, wire - self._wire_ns)
         self._crypto_ns, self._wire_ns = crypto, wire
         return timing
-
-
-def log_once() -> Callable[[EndpointError], None]:
-    """For a retrying dial: logs its first failure, not one a second."""
-    is_logged = False
-
-    def on_wait(error: EndpointError) -> None:
-        nonlocal is_logged
-        if not is_logged:
-            logger.info("event=waiting error=%s", error)
-            is_logged = True
-
-    return on_wait

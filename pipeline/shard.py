@@ -11,11 +11,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pipeline.errors import InputError, ManifestError
+from pipeline.errors import InputError, ManifestError, ModelError
 from pipeline.manifest import Manifest, StageSpec, dump_manifest
 from pipeline.models.config import CONFIG_FILE, load_config, read_config
 from pipeline.models.registry import required_tensors
-from pipeline.models.weights import LOADABLE, SINGLE_FILE, hash_files, load_tensors, stored_tensors
+from pipeline.models.weights import (
+    LOADABLE,
+    SINGLE_FILE,
+    StoredTensor,
+    hash_files,
+    load_tensors,
+    stored_tensors,
+)
 from pipeline.plan import CONTROL_PORT, DATA_PORT
 
 MANIFEST_FILE = "manifest.json"
@@ -82,7 +89,7 @@ def _write_weights(
     stored = stored_tensors(model_dir)
     names = required_tensors(model_dir, config, range(stage.layer_start, stage.layer_end))
     tensors = {
-        name: torch.empty(stored[name].shape, dtype=LOADABLE[stored[name].dtype])
+        name: _empty_like(stored[name], model_dir)
         for name in names
         if name in stored  # load_tensors names what is missing
     }
@@ -90,6 +97,21 @@ def _write_weights(
     path = directory / SINGLE_FILE
     save_file(tensors, path, metadata={"format": "pt"})
     return hash_files([path])[0]
+
+
+def _empty_like(stored: StoredTensor, model_dir: Path) -> torch.Tensor:
+    if stored.dtype not in LOADABLE:
+        raise ModelError(
+            f"{model_dir}: tensor {stored.name} is stored as {stored.dtype}: "
+            f"use weights in one of {', '.join(LOADABLE)}"
+        )
+    try:
+        return torch.empty(stored.shape, dtype=LOADABLE[stored.dtype])
+    except (RuntimeError, MemoryError) as error:
+        raise ModelError(
+            f"{model_dir}: tensor {stored.name} needs {stored.end - stored.start} bytes of memory, "
+            "more than this machine gives"
+        ) from error
 
 
 def _write_rest(manifest: Manifest, stage: StageSpec, model_dir: Path, directory: Path) -> None:

@@ -48,7 +48,8 @@ class StageCore:
         vocab_size = self.shard.config.vocab_size
         if token_ids.size and int(token_ids.max()) >= vocab_size:
             raise MessageError(
-                f"token id {int(token_ids.max())} is outside the vocabulary of {vocab_size}"
+                f"a token id is outside the vocabulary of {vocab_size}; "
+                "does the tokenizer belong to this model?"
             )
         return torch.from_numpy(token_ids.astype(np.int64))
 

@@ -51,6 +51,8 @@ class SessionLimits:
 
 def check_header(header: StepHeader, limits: SessionLimits) -> None:
     """Refuse a step that names slots, positions or sizes the session has no room for."""
+    if not header.segments:
+        raise MessageError(f"step {header.step} has no segments")
     slots = [segment.slot for segment in header.segments]
     if len(set(slots)) != len(slots):
         raise MessageError(f"step {header.step} names a slot twice")

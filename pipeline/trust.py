@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pipeline.errors import InputError, PolicyError
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, StageSpec
 from transport.attestation.dev import DevAttester, DevAuthority, dev_verifier
 from transport.attestation.evidence import Attester, Verifier
 from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
@@ -57,26 +57,21 @@ class DevTrust:
     static_key: X25519PrivateKey
     attester: Attester
     verifier: Verifier
-    orchestrator_keys: frozenset[bytes]
 
     @classmethod
-    def create(cls, manifest: Manifest, directory: Path) -> "DevTrust":
+    def create(cls, directory: Path) -> "DevTrust":
         """Load the development CA, or make one on first use."""
         authority = DevAuthority.load_or_create(directory)
         return cls(
             static_key=X25519PrivateKey.generate(),
             attester=DevAttester(authority, software_measurement()),
             verifier=dev_verifier(authority.root_cert, None),
-            orchestrator_keys=_listed_keys(manifest),
         )
 
     def toward(self, peer: Role, measurements: Mapping[int, bytes]) -> Credentials:
         """Measurements are not compared: development evidence cannot show an enclave's."""
-        del measurements
-        verifiers: tuple[Verifier, ...] = (self.verifier,)
-        if peer.kind is RoleKind.ORCHESTRATOR and self.orchestrator_keys:
-            verifiers = (self.verifier, KeyOnlyVerifier(self.orchestrator_keys))
-        return Credentials(self.static_key, self.attester, verifiers)
+        del peer, measurements
+        return Credentials(self.static_key, self.attester, (self.verifier,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,19 +140,7 @@ class UserTrust:
         Raises PolicyError when the manifest pins less than it must.
         """
         for stage in manifest.stages:
-            missing = [
-                name
-                for name, value in (
-                    ("expected_measurements", stage.expected_measurements),
-                    ("weight_hashes", stage.weight_hashes),
-                )
-                if not value
-            ]
-            if missing:
-                raise PolicyError(
-                    f"stage {stage.stage_idx} has no {' and no '.join(missing)} in the manifest, "
-                    "so nothing says what runs there; pin them, or use --dev on your own machine"
-                )
+            _require_pins(manifest, stage)
         if identity is None:
             raise PolicyError(
                 "attested stages know this orchestrator by its key; give --identity FILE "
@@ -170,6 +153,27 @@ class UserTrust:
         del peer
         verifier = NitroVerifier(self.root, measurements, clock=_now)
         return Credentials(self.static_key, KeyOnlyAttester(), (verifier,))
+
+
+def _require_pins(manifest: Manifest, stage: StageSpec) -> None:
+    """Refuse a manifest that leaves open what a stage runs. Attack: pins that pin nothing."""
+    measurements = stage.measurements()
+    # PCR 0 covers the whole image; other registers alone let any code pass.
+    is_pinned = any(measurements.get(0, b"")) and all(any(pcr) for pcr in measurements.values())
+    missing = [
+        name
+        for name, is_there in (
+            ("expected_measurements with a PCR 0 that is not zero", is_pinned),
+            ("weight_hashes", bool(stage.weight_hashes)),
+            ("config_hash", manifest.config_hash is not None),
+        )
+        if not is_there
+    ]
+    if missing:
+        raise PolicyError(
+            f"stage {stage.stage_idx} has no {' and no '.join(missing)} in the manifest, "
+            "so nothing says what runs there; pin them, or use --dev on your own machine"
+        )
 
 
 def create_identity(path: Path) -> str:
@@ -192,11 +196,14 @@ def create_identity(path: Path) -> str:
 def load_identity(path: Path) -> X25519PrivateKey:
     """Read a key written by `create_identity`. Raises InputError."""
     try:
+        mode = path.stat().st_mode
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except OSError as error:
         raise InputError(f"cannot read key file {path}: {error.strerror}") from error
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise InputError(f"{path} is not a key file; `pipeline-orch keygen` makes one") from error
+    if mode & 0o077:
+        raise PolicyError(f"key file {path} is open to other users; run: chmod 600 {path}")
     if not isinstance(key, X25519PrivateKey):
         raise InputError(f"{path} holds another kind of key; `pipeline-orch keygen` makes X25519")
     return key

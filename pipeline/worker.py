@@ -7,10 +7,9 @@ import trio
 
 from pipeline.errors import MessageError
 from pipeline.links import CONTROL_LIMITS, ControlLink
-from pipeline.messages import Failure
+from pipeline.messages import Failure, Health, Healthy, Message
 from pipeline.peers import (
     CONTROL_EPOCH,
-    HANDSHAKE_SECONDS,
     MAX_PENDING_HANDSHAKES,
     ORCHESTRATOR,
     accept_or_log,
@@ -18,7 +17,7 @@ from pipeline.peers import (
     describe,
     say,
 )
-from pipeline.session import SessionEnded, StageSession, StageSetup, check_init
+from pipeline.session import SILENCE_SECONDS, SessionEnded, StageSession, StageSetup, check_init
 from pipeline.tasks import open_tasks
 from transport.endpoint import Listener
 from transport.errors import TransportError
@@ -59,7 +58,7 @@ class StageWorker:
         return None if channel is None else ControlLink(channel)
 
     async def _serve_link(self, control: ControlLink, data_in: Listener) -> bool:
-        """Run one session; False when another one is running."""
+        """Run one session; False when another one is running, or when it never began."""
         try:
             if self._is_busy:
                 logger.warning("event=refused reason=busy")
@@ -67,20 +66,29 @@ class StageWorker:
                 return False
             self._is_busy = True
             try:
-                await self._run_session(control, data_in)
+                return await self._run_session(control, data_in)
             finally:
                 self._is_busy = False
-            return True
         finally:
             await close_quietly(control.channel)
 
-    async def _run_session(self, control: ControlLink, data_in: Listener) -> None:
+    async def _first_message(self, control: ControlLink) -> Message:
+        """What comes after the questions of an orchestrator that still waits for other stages."""
+        while True:
+            with trio.fail_after(SILENCE_SECONDS):
+                message = await control.receive()
+                if not isinstance(message, Health):
+                    return message
+                await control.send(Healthy(sequence=message.sequence, num_requests=0, num_steps=0))
+
+    async def _run_session(self, control: ControlLink, data_in: Listener) -> bool:
+        """Serve until the session ends; whether it got past `init`."""
+        has_begun = False
         stage_idx = self._setup.stage_idx
         logger.info("event=session_started stage=%d", stage_idx)
         try:
-            with trio.fail_after(HANDSHAKE_SECONDS):
-                first = await control.receive()
-            init, limits = check_init(first, self._setup)
+            init, limits = check_init(await self._first_message(control), self._setup)
+            has_begun = True
             await StageSession(self._setup, control, init, limits).run(data_in)
         except SessionEnded as ended:
             logger.info("event=session_ended stage=%d reason=%s", stage_idx, ended.reason)
@@ -90,3 +98,16 @@ class StageWorker:
         except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
             logger.warning("event=session_failed stage=%d error=%s", stage_idx, describe(error))
             await say(control, Failure(code="refused", detail=describe(error)))
+        except Exception as error:
+            # A defect here must not cost the next orchestrator its stage. The type alone: the text
+            # of an unexpected error may hold anything.
+            name = type(error).__name__
+            is_verbose = logger.isEnabledFor(logging.DEBUG)
+            logger.error(
+                "event=session_failed stage=%d error=internal type=%s",
+                stage_idx,
+                name,
+                exc_info=is_verbose,
+            )
+            await say(control, Failure(code="refused", detail=f"internal error ({name})"))
+        return has_begun

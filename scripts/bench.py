@@ -129,7 +129,7 @@ async def run(args: argparse.Namespace) -> dict[str, list[LatencyLog]]:
         for round_idx in range(args.rounds + 1):
             results = {LOCAL: await measure(local, prompt_ids, args.tokens, limits)}
             for count, manifest in manifests.items():
-                trust = DevTrust.create(manifest, default_directory(os.environ))
+                trust = DevTrust.create(default_directory(os.environ))
                 options = PipelineOptions(limits, connect_seconds=60)
                 async with open_pipeline(manifest, trust, options, lambda line: None) as pipeline:
                     name = f"{count} stage{'s' if count > 1 else ''}, encrypted"

@@ -12,7 +12,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import httpx
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -21,6 +20,11 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
+# The HTTP library is huggingface-hub's own choice and has changed; the root of its errors is the
+# base of the hub's.
+HTTP_ERROR: type[Exception] = next(
+    cls for cls in HfHubHTTPError.__mro__ if cls.__name__ == "HTTPError"
+)
 REQUIRED = ("config.json", "tokenizer.json", "model.safetensors")
 OPTIONAL = ("generation_config.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 SHA256_HEX = re.compile(r"[0-9a-f]{64}")
@@ -95,7 +99,7 @@ def main() -> None:
         EntryNotFoundError,
         OfflineModeIsEnabled,
         ChecksumError,
-        httpx.HTTPError,
+        HTTP_ERROR,
         OSError,
     ) as error:
         print(f"fetch_hub: error: {explain(arguments.repo, error)}", file=sys.stderr)

@@ -50,7 +50,7 @@ LAYERS = [
     "pipeline.links pipeline.drive",
     "pipeline.local pipeline.service",
     "pipeline.peers",
-    "pipeline.session",
+    "pipeline.session pipeline.remote_stage",
     "pipeline.worker pipeline.orchestrator",
     "pipeline.supervisor",
     "pipeline.gateway.templates pipeline.gateway.text pipeline.gateway.errors"
@@ -65,6 +65,7 @@ LAYERS = [
     "pipeline.cli.attest pipeline.cli.connection",
     "pipeline.cli.generate pipeline.cli.serve",
     "pipeline.cli.stage_worker pipeline.cli.orchestrator",
+    "pipeline.cli.entry",
 ]
 RANK = {module: rank for rank, line in enumerate(LAYERS) for module in line.split()}
 FORBIDDEN = {

@@ -95,7 +95,7 @@ class Connection:
 def _trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:
     if dev:
         logger.warning("event=development_mode %s", DEV_WARNING)
-        return DevTrust.create(manifest, default_directory(os.environ))
+        return DevTrust.create(default_directory(os.environ))
     return UserTrust.create(manifest, identity)
 
 

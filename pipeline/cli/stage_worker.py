@@ -33,6 +33,8 @@ from transport.endpoint import Endpoint, listen
 
 logger = logging.getLogger(__name__)
 
+GIB = 1 << 30
+
 app = new_app()
 
 
@@ -62,6 +64,10 @@ def serve(
         int, typer.Option(min=1, max=1024, metavar="N", help="Threads for this stage.")
     ] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    kv_memory: Annotated[
+        float | None,
+        typer.Option(min=0.001, metavar="GIB", help="KV memory of a session [all there is]."),
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="Exit after the first session.")] = False,
     until_stdin_ends: Annotated[
         bool, typer.Option("--until-stdin-ends", help="End when stdin does: for supervisors.")
@@ -102,21 +108,35 @@ def serve(
             f"stage {stage_idx} has no endpoint in {manifest}; "
             "give --control-listen and --data-in-listen"
         )
+    if dtype is not None and dtype != stage.precision:
+        raise InputError(
+            f"--dtype {dtype}: the manifest says {stage.precision} for stage {stage_idx}, and all "
+            "parties have to agree"
+        )
     set_num_threads(threads)
-    precision = dtype or stage.precision
-    shard = _load(loaded, stage_idx, model_dir, precision)
-    setup = StageSetup(loaded, stage_idx, shard, trust, precision, threads, device, data_out)
+    shard = _load(loaded, stage_idx, model_dir)
+    setup = StageSetup(
+        manifest=loaded,
+        stage_idx=stage_idx,
+        shard=shard,
+        trust=trust,
+        precision=stage.precision,
+        num_threads=threads,
+        device=device,
+        max_kv_bytes=int(kv_memory * GIB) if kv_memory is not None else _physical_memory(),
+        data_out=data_out,
+    )
     _run(setup, control, data_in, once=once, until_stdin_ends=until_stdin_ends)
 
 
 def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
     if dev:
         logger.warning("event=development_mode %s", DEV_WARNING)
-        return DevTrust.create(manifest, default_directory(os.environ))
+        return DevTrust.create(default_directory(os.environ))
     return EnclaveTrust.create(manifest, stage_idx)
 
 
-def _load(manifest: Manifest, stage_idx: int, model_dir: Path, precision: str) -> ModelShard:
+def _load(manifest: Manifest, stage_idx: int, model_dir: Path) -> ModelShard:
     stage = manifest.stage(stage_idx)
     if stage.require_weight_hashes and not stage.weight_hashes:
         raise PolicyError(
@@ -124,7 +144,13 @@ def _load(manifest: Manifest, stage_idx: int, model_dir: Path, precision: str) -
             "`pipeline-orch plan` writes them"
         )
     config = load_config(model_dir, manifest.config_hash)
-    expected = (manifest.total_layers, manifest.activation_spec.hidden_dim)
+    spec = manifest.activation_spec
+    if spec.max_seq_len > config.max_positions:
+        raise InputError(
+            f"the manifest allows {spec.max_seq_len} positions, the model of {model_dir} was made "
+            f"for {config.max_positions}"
+        )
+    expected = (manifest.total_layers, spec.hidden_dim)
     if (config.num_layers, config.hidden_dim) != expected:
         raise InputError(
             f"{model_dir} has {config.num_layers} layers of width {config.hidden_dim}, "
@@ -135,9 +161,13 @@ def _load(manifest: Manifest, stage_idx: int, model_dir: Path, precision: str) -
         config,
         stage.layer_start,
         stage.layer_end,
-        dtype=precision,
+        dtype=stage.precision,
         expected_hashes=stage.weight_hashes or None,
     )
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _run(

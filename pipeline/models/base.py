@@ -69,6 +69,12 @@ class Shard(ABC):
         """Bytes of this shard's weights in memory."""
         return sum(tensor.nbytes for tensor in self.destinations().values())
 
+    def kv_bytes(self, num_slots: int, max_seq_len: int) -> int:
+        """What a cache of that size would reserve."""
+        per_position = 2 * self.config.num_kv_heads * self.config.head_dim
+        layers = self.layer_end - self.layer_start
+        return layers * num_slots * max_seq_len * per_position * self.compute_dtype.itemsize
+
     def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
         """An empty cache for this shard's layers."""
         return KVCache(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ModelError
 
@@ -16,6 +16,17 @@ MAX_CONFIG_BYTES = (
     4 << 20
 )  # real ones are a few KiB; this bounds what a swapped file makes us parse
 MAX_LAYERS = 4096
+
+# Well above every published model, and so low that no product of them leaves 63 bits: a config.json
+# of absurd sizes is refused by name, not by whatever fails first inside.
+Width = Annotated[int, Field(gt=0, le=1 << 20)]
+Inner = Annotated[int, Field(gt=0, le=1 << 22)]
+Heads = Annotated[int, Field(gt=0, le=1 << 14)]
+HeadDim = Annotated[int, Field(gt=0, le=1 << 14)]
+Vocabulary = Annotated[int, Field(gt=0, le=1 << 24)]
+Positions = Annotated[int, Field(gt=0, le=1 << 24)]
+Epsilon = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Scale = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +80,7 @@ class LlamaConfig(ModelConfig):
 class _Json(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
-    vocab_size: PositiveInt
+    vocab_size: Vocabulary
     eos_token_id: int | list[int] | None = None
     quantization_config: None = None  # weights some other library packed are not ours to unpack
 
@@ -77,11 +88,11 @@ class _Json(BaseModel):
 class _GPT2Json(_Json):
     model_type: Literal["gpt2"]
     n_layer: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
-    n_embd: PositiveInt
-    n_head: PositiveInt
-    n_positions: PositiveInt
-    n_inner: PositiveInt | None = None
-    layer_norm_epsilon: PositiveFloat = 1e-5
+    n_embd: Width
+    n_head: Heads
+    n_positions: Positions
+    n_inner: Inner | None = None
+    layer_norm_epsilon: Epsilon = 1e-5
     activation_function: Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"] = "gelu_new"
     tie_word_embeddings: bool = True
     scale_attn_weights: Literal[True] = True
@@ -93,31 +104,31 @@ class _RopeJson(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     rope_type: Literal["default", "linear", "llama3"] = "default"
-    rope_theta: PositiveFloat | None = None
-    factor: PositiveFloat = 1.0
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
-    original_max_position_embeddings: PositiveInt = 8192
+    rope_theta: Scale | None = None
+    factor: Scale = 1.0
+    low_freq_factor: Scale = 1.0
+    high_freq_factor: Scale = 4.0
+    original_max_position_embeddings: Positions = 8192
     partial_rotary_factor: Literal[1] | None = None
 
 
 class _LlamaJson(_Json):
     model_type: Literal["llama", "mistral", "qwen2"]
     num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = None
-    max_position_embeddings: PositiveInt
-    rms_norm_eps: PositiveFloat = 1e-6
-    rope_theta: PositiveFloat | None = None
+    hidden_size: Width
+    intermediate_size: Inner
+    num_attention_heads: Heads
+    num_key_value_heads: Heads | None = None
+    head_dim: HeadDim | None = None
+    max_position_embeddings: Positions
+    rms_norm_eps: Epsilon = 1e-6
+    rope_theta: Scale | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
-    sliding_window: PositiveInt | None = None
+    sliding_window: Positions | None = None
     use_sliding_window: bool = False
     tie_word_embeddings: bool = False
 
@@ -137,9 +148,14 @@ def load_config(model_dir: Path, expected_hash: str | None = None) -> ModelConfi
             f"{path} has SHA-256 {hashlib.sha256(raw).hexdigest()}, the manifest pins "
             f"{expected_hash}: fetch the model again, or plan a manifest for this one"
         )
-    fields = _parse_json(path, raw)
     generation_path = model_dir / GENERATION_CONFIG_FILE
     generation = _read_json(generation_path) if generation_path.is_file() else {}
+    return parse_config(raw, generation, path)
+
+
+def parse_config(raw: bytes, generation: dict[str, Any], path: Path) -> ModelConfig:
+    """The configuration in `raw`, with the end tokens of `generation`. Raises ModelError."""
+    fields = _parse_json(path, raw)
     try:
         match fields.get("model_type"):
             case "gpt2":
@@ -148,15 +164,19 @@ def load_config(model_dir: Path, expected_hash: str | None = None) -> ModelConfi
                 return _llama(_LlamaJson.model_validate(fields), generation)
             case other:
                 raise ModelError(
-                    f"{path}: model_type {other!r} is not supported: "
+                    f"{path}: model_type {_shown(other)} is not supported: "
                     "use a gpt2, llama, mistral or qwen2 model"
                 )
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise ModelError(
-            f"{path}: {field}={first['input']!r} cannot be served: {first['msg']}"
-        ) from error
+        # Where a field is missing, its input is everything else there is.
+        found = "" if first["type"] == "missing" else f"={_shown(first['input'])} cannot be served"
+        raise ModelError(f"{path}: {field}{found}: {first['msg']}") from error
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:80]
 
 
 def hash_config(model_dir: Path) -> str:
@@ -199,7 +219,7 @@ def _eos_token_ids(*values: object) -> tuple[int, ...]:
     found: set[int] = set()
     for value in values:
         candidates = value if isinstance(value, list) else [value]
-        found.update(each for each in candidates if isinstance(each, int) and each >= 0)
+        found.update(each for each in candidates if type(each) is int and each >= 0)
     return tuple(sorted(found))
 
 

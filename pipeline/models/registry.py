@@ -35,6 +35,9 @@ class ModelShard(Protocol):
     def num_weight_bytes(self) -> int:
         """Bytes of weights held."""
 
+    def kv_bytes(self, num_slots: int, max_seq_len: int) -> int:
+        """Bytes such a cache reserves."""
+
     def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
         """KV memory for this shard's layers."""
 
@@ -62,7 +65,7 @@ def load_shard(
     if dtype not in SUPPORTED_DTYPES:
         raise ModelError(f"dtype {dtype!r} is not supported: use {', '.join(SUPPORTED_DTYPES)}")
     _check_range(config, layer_start, layer_end)
-    shard = _build(config, layer_start, layer_end, torch_dtype(dtype), choose_matvec())
+    shard = _allocate(config, layer_start, layer_end, torch_dtype(dtype))
     memory = shard.destinations()
     stored = _names_in_files(model_dir, config, memory)
     load_tensors(
@@ -115,6 +118,18 @@ def _check_range(config: ModelConfig, layer_start: int, layer_end: int) -> None:
         raise ModelError(
             f"layers {layer_start}..{layer_end} are not a range of the model's {config.num_layers}"
         )
+
+
+def _allocate(config: ModelConfig, layer_start: int, layer_end: int, dtype: torch.dtype) -> Shard:
+    try:
+        return _build(config, layer_start, layer_end, dtype, choose_matvec())
+    except (RuntimeError, MemoryError) as error:  # what torch and Python call it
+        with torch.device("meta"):
+            planned = _build(config, layer_start, layer_end, dtype, torch.mm)
+        raise ModelError(
+            f"layers {layer_start}..{layer_end} of this config.json need "
+            f"{planned.num_weight_bytes} bytes of memory, more than this machine gives"
+        ) from error
 
 
 def _build(

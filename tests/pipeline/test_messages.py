@@ -18,6 +18,7 @@ from pipeline.messages import (
     Start,
     StepHeader,
     StepKind,
+    Waiting,
     Want,
     decode_message,
     decode_step,
@@ -42,8 +43,15 @@ INIT = Init(
 MESSAGES = [
     INIT,
     Ready(
-        stage_idx=1, weight_bytes=1, kv_bytes=2, precision="float32", num_threads=1, device="cpu"
+        vocab_size=9,
+        stage_idx=1,
+        weight_bytes=1,
+        kv_bytes=2,
+        precision="float32",
+        num_threads=1,
+        device="cpu",
     ),
+    Waiting(detail="for 127.0.0.1:9001"),
     Health(sequence=1),
     Healthy(sequence=1, num_requests=2, num_steps=3),
     Start(request_id=1, slot=0),
