@@ -20,7 +20,7 @@ class GatewayMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
             "veilpipe_http_requests",
-            "Requests answered; status 499: the client left first.",
+            "Requests; status 499: the client left before its answer, 0: the server did.",
             ("route", "status"),
             registry=registry,
         )

@@ -4,6 +4,8 @@ import json
 import logging
 import socket
 import struct
+from pathlib import Path
+from random import Random
 
 import pytest
 import trio
@@ -421,3 +423,53 @@ async def test_an_address_in_use_is_the_users_error(tokenizer, make_engine, star
     async with start_gateway() as gateway:
         with pytest.raises(InputError, match="cannot listen"):
             await serve(config(port=gateway.port), make_engine(), tokenizer)
+
+
+async def test_clients_that_leave_anyhow_leave_nothing_behind(start_gateway, connect, make_engine):
+    random = Random(5)
+    request = chat_body(stream=True, n=2)
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n" % (CHAT.encode(), len(request))
+    key = b"authorization: Bearer sk-test-0123456789\r\n"
+    whole = [
+        head + key + b"\r\n" + request,
+        head + b"\r\n" + request,
+        b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nhost: x\r\n" + key + b"\r\n",
+        b"nonsense\r\n\r\n",
+    ]
+
+    async def abuse(gateway):
+        async with connect(gateway) as client:
+            data = b"".join(random.choices(whole, k=random.randrange(1, 5)))
+            if random.random() < 0.5:
+                data = data[: random.randrange(len(data))]
+            if random.random() < 0.5:
+                linger = struct.pack("ii", 1, 0)
+                client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            try:
+                await client.stream.send_all(data)
+                if random.random() < 0.3:
+                    await client.stream.send_eof()
+            except trio.BrokenResourceError:
+                return
+            with trio.move_on_after(random.random() * 0.1):
+                await client.wait_closed()
+
+    engine = make_engine(seconds=0.002, repeats=True)
+    async with start_gateway(engine, header_seconds=60, write_seconds=60) as gateway:
+        await wait_until(lambda: gateway.metric("veilpipe_http_connections") == 0)
+        files, tasks = _open_files(), trio.lowlevel.current_statistics().tasks_living
+        for _ in range(5):
+            async with trio.open_nursery() as nursery:
+                for _ in range(40):
+                    nursery.start_soon(abuse, gateway)
+        await wait_until(lambda: gateway.metric("veilpipe_http_connections") == 0)
+        assert engine.generations
+        assert engine.num_active == 0
+        assert gateway.metric("veilpipe_http_active_requests") == 0
+        assert _open_files() == files
+        await wait_until(lambda: trio.lowlevel.current_statistics().tasks_living == tasks)
+
+
+def _open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
