@@ -165,7 +165,7 @@ class StageSession:
                 await self._serve_steps(upstream, downstream)
         finally:
             # Whoever holds this memory next must not find the last user's keys and values.
-            self._core.cache.clear()
+            self._core.cache.release()
             for channel in channels:
                 await close_quietly(channel)
 

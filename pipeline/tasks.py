@@ -13,11 +13,19 @@ async def open_tasks() -> AsyncIterator[trio.Nursery]:
     Tasks of one session fail together when a peer dies; only one of the reasons is the cause,
     and a user reads one line.
     """
+    failure: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
             yield nursery
     except BaseExceptionGroup as group:
-        raise first_leaf(group) from None
+        failure = first_leaf(group)
+    # Raised out here, and not kept, the failure neither refers to its group nor to itself: such
+    # a cycle would keep all that its frames hold alive.
+    try:
+        if failure is not None:
+            raise failure
+    finally:
+        del failure
 
 
 def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:

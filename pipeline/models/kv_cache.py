@@ -48,6 +48,12 @@ class KVCache:
         """Bytes reserved, whether touched yet or not."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
+    def release(self) -> None:
+        """Zero what was used and give the memory back at once, whoever still refers to this."""
+        self.clear()
+        self.keys.clear()
+        self.values.clear()
+
     def reserve(self, batch: Batch) -> None:
         """Admit a step, or refuse one that would not append exactly behind what its slots hold.
 

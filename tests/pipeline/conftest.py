@@ -52,11 +52,11 @@ class Tap:
                 nursery.start_soon(self._bridge, name, await listener.accept(), target)
 
     async def _bridge(self, name, incoming, target):
-        near = trio.SocketStream(trio.socket.from_stdlib_socket(incoming))
-        far = trio.SocketStream(trio.socket.from_stdlib_socket(await dial(target)))
-        async with near, far, trio.open_nursery() as nursery:
-            nursery.start_soon(self._copy, near, far)
-            nursery.start_soon(self._copy, far, near)
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(incoming)) as near:
+            far = trio.SocketStream(trio.socket.from_stdlib_socket(await dial(target)))
+            async with far, trio.open_nursery() as nursery:
+                nursery.start_soon(self._copy, near, far)
+                nursery.start_soon(self._copy, far, near)
 
     async def _copy(self, source, sink):
         try:

@@ -4,179 +4,16 @@ The Nitro documents here are signed under a root of the test's own; all the rest
 production, AWS's root apart.
 """
 
-import socket
-from contextlib import ExitStack, asynccontextmanager
 from datetime import UTC, datetime
 
 import pytest
 import torch
-import trio
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from pipeline.drive import drive
-from pipeline.engine.request import Request
-from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.scheduler import Limits
 from pipeline.errors import SessionError
-from pipeline.manifest import StageEndpoint, TcpAddress
-from pipeline.models.config import load_config
-from pipeline.models.registry import load_shard
 from pipeline.orchestrator import PipelineOptions, open_pipeline
-from pipeline.plan import PlanOptions, plan
-from pipeline.session import StageSetup
-from pipeline.trust import EnclaveTrust, UserTrust, create_identity
-from pipeline.worker import StageWorker
-from transport.attestation.dev import DevAttester, DevAuthority
-from transport.attestation.evidence import EvidenceKind
-from transport.endpoint import TcpEndpoint, dial, listen
-
-PCRS = [{0: bytes([i + 1]) * 48, 1: b"\x55" * 48, 2: bytes([i + 101]) * 48} for i in range(3)]
-PROMPT = tuple(range(100, 164))
-
-
-class Nsm:
-    """A security module whose documents chain to a test root."""
-
-    kind = EvidenceKind.NITRO
-
-    def __init__(self, authority, pcrs):
-        self._attester = DevAttester(authority, pcrs)
-
-    def attest(self, binding):
-        return self._attester.attest(binding)
-
-
-class Tap:
-    """A malicious relay: passes bytes on and keeps a copy."""
-
-    def __init__(self):
-        self.seen = bytearray()
-
-    async def serve(self, listener, target):
-        async with trio.open_nursery() as nursery:
-            while True:
-                nursery.start_soon(self._bridge, await listener.accept(), target)
-
-    async def _bridge(self, incoming, target):
-        near = trio.SocketStream(trio.socket.from_stdlib_socket(incoming))
-        far = trio.SocketStream(trio.socket.from_stdlib_socket(await dial(target)))
-        async with near, far, trio.open_nursery() as nursery:
-            nursery.start_soon(self._copy, near, far)
-            nursery.start_soon(self._copy, far, near)
-
-    async def _copy(self, source, sink):
-        try:
-            async for data in source:
-                self.seen += data
-                await sink.send_all(data)
-            await sink.send_eof()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-
-
-class Deployment:
-    """Two stages in this process, behind a relay, with pinned measurements."""
-
-    def __init__(self, model_dir, directory):
-        self.authority = DevAuthority.create(datetime.now(UTC))
-        self.identity = directory / "key.pem"
-        key = create_identity(self.identity)
-        self.model_dir = model_dir
-        self.tap = Tap()
-        self.pcrs = list(PCRS)
-        self.keys = [X25519PrivateKey.generate() for _ in range(2)]
-        self.planned = plan(model_dir, PlanOptions(2, orchestrator_keys=(key,)))
-        self.pinned = self._pin(PCRS)
-
-    def _pin(self, pcrs):
-        stages = [
-            stage.model_copy(
-                update={"expected_measurements": {i: v.hex() for i, v in pcrs[idx].items()}}
-            )
-            for idx, stage in enumerate(self.planned.stages)
-        ]
-        return self.planned.model_copy(update={"stages": tuple(stages)})
-
-    def setup(self, idx):
-        config = load_config(self.model_dir)
-        stage = self.planned.stage(idx)
-        shard = load_shard(
-            self.model_dir, config, stage.layer_start, stage.layer_end,
-            expected_hashes=stage.weight_hashes,
-        )  # fmt: skip
-        trust = EnclaveTrust(
-            static_key=self.keys[idx],
-            attester=Nsm(self.authority, self.pcrs[idx]),
-            orchestrator_keys=frozenset(map(bytes.fromhex, self.planned.orchestrator_keys)),
-            root=self.authority.root_cert,
-        )
-        return StageSetup(self.planned, idx, shard, trust, "float32", 1, "cpu")
-
-    @asynccontextmanager
-    async def running(self):
-        """Start stages and relay; yields the manifest a user holds, with the relay's addresses."""
-        with ExitStack() as stack:
-
-            def bound():
-                return stack.enter_context(listen(TcpEndpoint("127.0.0.1", 0)))
-
-            async with trio.open_nursery() as nursery:
-                results = reserve()
-                fronts = []
-                for idx in range(2):
-                    control, data = bound(), bound()
-                    nursery.start_soon(StageWorker(self.setup(idx)).serve, control, data)
-                    for listener in (control, data):
-                        fronts.append(bound())
-                        nursery.start_soon(self.tap.serve, fronts[-1], listener.endpoint)
-                fronts.append(bound())
-                nursery.start_soon(self.tap.serve, fronts[-1], results)
-                at = [address(front.endpoint) for front in fronts]
-                endpoints = [
-                    StageEndpoint(control=at[0], data_in=at[1], data_out=at[3]),
-                    StageEndpoint(control=at[2], data_in=at[3], data_out=at[4]),
-                ]
-                stages = tuple(
-                    stage.model_copy(update={"endpoint": endpoint})
-                    for stage, endpoint in zip(self.pinned.stages, endpoints, strict=True)
-                )
-                yield self.pinned.model_copy(update={"stages": stages}), results
-                nursery.cancel_scope.cancel()
-
-    async def generate(self, manifest, results, num_tokens=12):
-        trust = UserTrust.create(manifest, self.identity, self.authority.root_cert)
-        limits = Limits(1, 256)
-        options = PipelineOptions(limits, connect_seconds=10, data_out_listen=results)
-        scheduler = Scheduler(limits)
-        scheduler.submit(Request(0, PROMPT, num_tokens))
-        tokens = []
-        async with open_pipeline(manifest, trust, options, lambda line: None) as pipeline:
-            await drive(pipeline, scheduler, lambda event, timings: tokens.append(event.token_id))
-        return tokens
-
-
-def reserve():
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return TcpEndpoint("127.0.0.1", sock.getsockname()[1])
-
-
-def address(endpoint):
-    return TcpAddress(type="tcp", addr=f"{endpoint.host}:{endpoint.port}")
-
-
-@pytest.fixture
-def deployment(tiny_model, tmp_path):
-    return Deployment(tiny_model, tmp_path)
-
-
-def reference(model_dir, num_tokens):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    output = model.generate(
-        torch.tensor([PROMPT]), attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long),
-        max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0,
-    )  # fmt: skip
-    return output[0, len(PROMPT) :].tolist()
+from pipeline.trust import UserTrust, create_identity
+from transport.attestation.dev import DevAuthority
 
 
 def windows(data, size=16):
@@ -188,10 +25,12 @@ def windows(data, size=16):
 async def test_an_attested_pipeline_generates_and_its_relay_sees_nothing(deployment):
     async with deployment.running() as (manifest, results):
         tokens = await deployment.generate(manifest, results)
-    assert tokens == reference(deployment.model_dir, 12)
+    assert tokens == deployment.reference(12)
     seen = bytes(deployment.tap.seen)
     assert len(seen) > 20_000
-    secrets = [b"".join(t.to_bytes(4, "little") for t in ids) for ids in (PROMPT, tokens)]
+    secrets = [
+        b"".join(t.to_bytes(4, "little") for t in ids) for ids in (deployment.PROMPT, tokens)
+    ]
     from safetensors.torch import load_file
 
     for tensor in load_file(deployment.model_dir / "model.safetensors").values():
@@ -200,7 +39,7 @@ async def test_an_attested_pipeline_generates_and_its_relay_sees_nothing(deploym
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(deployment.model_dir, dtype=torch.float32)
-    states = model(torch.tensor([PROMPT]), output_hidden_states=True).hidden_states
+    states = model(torch.tensor([deployment.PROMPT]), output_hidden_states=True).hidden_states
     secrets += [state.detach().numpy().tobytes() for state in states]
     for secret in secrets:
         assert not any(window in seen for window in windows(secret))
@@ -218,23 +57,22 @@ async def refused(deployment, *words):
     for word in words:
         assert word in str(caught.value)
     # Nothing of the prompt can have left: no data channel ever stood.
-    tokens = b"".join(t.to_bytes(4, "little") for t in PROMPT)
+    tokens = b"".join(t.to_bytes(4, "little") for t in deployment.PROMPT)
     assert tokens[:16] not in deployment.tap.seen
 
 
 async def test_a_stage_with_another_measurement_is_refused(deployment):
-    deployment.pcrs[1] = {**PCRS[1], 0: b"\x99" * 48}
+    deployment.pcrs[1] = {**deployment.PCRS[1], 0: b"\x99" * 48}
     await refused(deployment, "stage 1", "pcr")
 
 
 async def test_a_stage_in_debug_mode_is_refused(deployment):
-    deployment.pcrs[0] = {**PCRS[0], 0: bytes(48)}
-    deployment.pinned = deployment._pin(deployment.pcrs)
+    deployment.pcrs[0] = {**deployment.PCRS[0], 0: bytes(48)}
     await refused(deployment, "stage 0", "debug")
 
 
 async def test_swapped_stages_are_refused(deployment):
-    deployment.pcrs = [PCRS[1], PCRS[0]]
+    deployment.pcrs = [deployment.PCRS[1], deployment.PCRS[0]]
     await refused(deployment, "stage")
 
 
@@ -261,9 +99,9 @@ async def test_a_neighbour_with_another_measurement_is_refused_by_the_stage(depl
 
         class Deceived:
             def toward(self, peer, measurements):
-                return trust.toward(peer, PCRS[peer.stage_idx])
+                return trust.toward(peer, deployment.PCRS[peer.stage_idx])
 
-        wrong = {i: v.hex() for i, v in {**PCRS[1], 2: b"\x77" * 48}.items()}
+        wrong = {i: v.hex() for i, v in {**deployment.PCRS[1], 2: b"\x77" * 48}.items()}
         stages[1] = stages[1].model_copy(update={"expected_measurements": wrong})
         manifest = manifest.model_copy(update={"stages": tuple(stages)})
         limits = Limits(1, 256)

@@ -1,0 +1,372 @@
+"""Stages against orchestrators and neighbours that are authentic and misbehave."""
+
+import gc
+import socket
+import weakref
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+import pipeline.session
+import pipeline.worker
+from pipeline.engine.scheduler import Limits
+from pipeline.errors import PolicyError, SessionError
+from pipeline.links import CONTROL_LIMITS, SEND_ONLY_LIMITS, ControlLink, StepGate, send_step
+from pipeline.manifest import StageEndpoint, TcpAddress
+from pipeline.messages import (
+    Done,
+    Failure,
+    Health,
+    Healthy,
+    Init,
+    Ready,
+    Shutdown,
+    Start,
+    StepHeader,
+    StepKind,
+    Waiting,
+    Want,
+)
+from pipeline.models.batch import Segment
+from pipeline.models.config import load_config
+from pipeline.models.registry import load_shard
+from pipeline.orchestrator import PipelineOptions, open_pipeline
+from pipeline.peers import CONTROL_EPOCH, ORCHESTRATOR, accept_first
+from pipeline.plan import PlanOptions, plan
+from pipeline.session import StageSetup
+from pipeline.steps import SessionLimits
+from pipeline.trust import DevTrust, UserTrust, create_identity, load_identity
+from pipeline.worker import StageWorker
+from transport.channel import connect_channel
+from transport.endpoint import TcpEndpoint, dial, listen
+from transport.frames import DType, Tensor, TensorSpec
+from transport.handshake import Link, LinkKind, Role, RoleKind
+
+LOOPBACK = TcpEndpoint("127.0.0.1", 0)
+
+
+class Rig:
+    """Worker 1 of 2 in this process, and a test that plays everybody else."""
+
+    def __init__(self, model_dir, directory):
+        self.manifest = plan(model_dir, PlanOptions(2))
+        self.trust, self.worker_trust = (DevTrust.create(directory / "dev") for _ in range(2))
+        config = load_config(model_dir)
+        stage = self.manifest.stage(1)
+        self.shard = load_shard(
+            model_dir, config, stage.layer_start, stage.layer_end, expected_hashes=None
+        )
+        self.epoch = bytes(range(16))
+        self.limits = SessionLimits(2, 64, 34, 64, DType.F32)
+
+    def init(self, data_out, **changes):
+        fields = {
+            "epoch": self.epoch,
+            "manifest_hash": self.manifest.whole_hash(),
+            "stage_idx": 1,
+            "activation_dtype": "F32",
+            "hidden_dim": 64,
+            "max_seq_len": 64,
+            "num_slots": 2,
+            "max_step_tokens": 34,
+            "data_out": str(data_out),
+            "upstream_measurements": {},
+            "downstream_measurements": {},
+        }
+        return Init(**{**fields, **changes})
+
+    @asynccontextmanager
+    async def worker(self):
+        setup = StageSetup(
+            self.manifest,
+            1,
+            self.shard,
+            self.worker_trust,
+            "float32",
+            1,
+            "cpu",
+            max_kv_bytes=1 << 24,
+        )
+        with listen(LOOPBACK) as control, listen(LOOPBACK) as data_in:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(StageWorker(setup).serve, control, data_in)
+                self.control_at, self.data_at = control.endpoint, data_in.endpoint
+                yield
+                nursery.cancel_scope.cancel()
+
+    async def control(self):
+        link = Link(
+            LinkKind.CONTROL,
+            ORCHESTRATOR,
+            Role(RoleKind.STAGE, 1),
+            self.manifest.core_hash(),
+            CONTROL_EPOCH,
+        )
+        credentials = self.trust.toward(link.responder, {})
+        return ControlLink(
+            await connect_channel(await dial(self.control_at), link, credentials, CONTROL_LIMITS)
+        )
+
+    def data_link(self, initiator, responder):
+        return Link(LinkKind.DATA, initiator, responder, self.manifest.whole_hash(), self.epoch)
+
+    @asynccontextmanager
+    async def session(self):
+        """An opened session: its control link, and the channel that plays stage 0."""
+        with listen(LOOPBACK) as results:
+            control = await self.control()
+            await control.send(self.init(results.endpoint))
+            stages = [Role(RoleKind.STAGE, idx) for idx in range(2)]
+            link = self.data_link(stages[0], stages[1])
+            credentials = self.trust.toward(stages[1], {})
+            upstream = await connect_channel(
+                await dial(self.data_at), link, credentials, SEND_ONLY_LIMITS
+            )
+            gate = StepGate(self.limits, lambda header, specs: None)
+            downstream = await accept_first(
+                results,
+                self.data_link(stages[1], ORCHESTRATOR),
+                self.trust,
+                {},
+                gate.frame_limits(1 << 20),
+            )
+            message = await control.receive()
+            assert isinstance(message, Ready)
+            try:
+                yield control, upstream
+            finally:
+                for channel in (control, upstream, downstream):
+                    with trio.move_on_after(1, shield=True):
+                        await channel.aclose()
+
+
+@pytest.fixture
+def rig(tiny_model, tmp_path):
+    return Rig(tiny_model, tmp_path)
+
+
+def hidden(num_tokens, width=64):
+    data = memoryview(bytes(num_tokens * width * 4))
+    return Tensor(TensorSpec(DType.F32, (num_tokens, width)), data)
+
+
+def step(*segments, kind=StepKind.STEP):
+    return StepHeader(kind, 0, segments, (Want.TOKEN,) * len(segments))
+
+
+async def failure_of(control):
+    with trio.fail_after(5):
+        while True:
+            message = await control.receive()
+            if isinstance(message, Failure):
+                return message
+
+
+@pytest.mark.parametrize(
+    ("header", "tensor", "word"),
+    [
+        (step(), hidden(0), "no segments"),
+        (step(Segment(2, 0, 1)), hidden(1), "slot 2"),
+        (step(Segment(0, 64, 1)), hidden(1), "position 65"),
+        (step(Segment(0, 5, 1)), hidden(1), "5"),
+        (step(Segment(0, 0, 1), Segment(0, 1, 1)), hidden(2), "twice"),
+        (step(Segment(0, 0, 2)), hidden(1), "expected"),
+        (step(Segment(0, 0, 1)), hidden(1, 32), "expected"),
+        (step(Segment(0, 0, 40)), hidden(40), "8704"),
+        (step(Segment(0, 0, 0)), hidden(0), "0 tokens"),
+    ],
+)
+async def test_a_step_that_does_not_fit_ends_the_session_and_not_the_worker(
+    rig, header, tensor, word
+):
+    async with rig.worker():
+        async with rig.session() as (control, upstream):
+            await send_step(upstream, header, (tensor,))
+            failure = await failure_of(control)
+            assert word in failure.detail
+        async with rig.session():
+            pass  # the worker serves on
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"num_slots": 1024, "max_seq_len": 4096}, "KV memory"),
+        ({"max_step_tokens": 1 << 20}, "1048576"),
+        ({"max_seq_len": 1 << 20}, "1048576"),
+        ({"stage_idx": 0}, "init is for"),
+        ({"hidden_dim": 32}, "init is for"),
+        ({"version": 2}, "version 2"),
+    ],
+)
+async def test_an_init_that_asks_too_much_is_refused_with_the_values(rig, changes, word):
+    async with rig.worker():
+        control = await rig.control()
+        await control.send(rig.init("127.0.0.1:1", **changes))
+        failure = await failure_of(control)
+        assert failure.code == "refused"
+        assert word in failure.detail
+        await control.aclose()
+        async with rig.session():
+            pass
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [Start(request_id=1, slot=-5)],
+        [Start(request_id=1, slot=2)],
+        [Start(request_id=1, slot=0), Start(request_id=1, slot=1)],
+        [Start(request_id=i, slot=0) for i in range(3)],
+        [Healthy(sequence=1, num_requests=0, num_steps=0)],
+    ],
+)
+async def test_control_messages_out_of_order_are_refused(rig, messages):
+    async with rig.worker(), rig.session() as (control, _):
+        for message in messages:
+            await control.send(message)
+        assert (await failure_of(control)).code == "refused"
+
+
+async def test_requests_come_and_go_and_health_counts_them(rig):
+    async with rig.worker(), rig.session() as (control, _):
+        await control.send(Start(request_id=1, slot=0))
+        await control.send(Start(request_id=2, slot=1))
+        await control.send(Done(request_id=1))
+        await control.send(Health(sequence=7))
+        assert await control.receive() == Healthy(sequence=7, num_requests=1, num_steps=0)
+
+
+async def test_a_defect_costs_the_session_and_not_the_worker(rig, monkeypatch):
+    async with rig.worker():
+        async with rig.session() as (control, upstream):
+            with monkeypatch.context() as patch:
+                patch.setattr(type(rig.shard), "forward", lambda *_: 1 / 0)
+                await send_step(upstream, step(Segment(0, 0, 1)), (hidden(1),))
+                failure = await failure_of(control)
+            assert "ZeroDivisionError" in failure.detail
+        async with rig.session():
+            pass
+
+
+async def test_an_orchestrator_may_take_its_time_before_init(rig, monkeypatch):
+    monkeypatch.setattr(pipeline.worker, "SILENCE_SECONDS", 0.3)
+    async with rig.worker():
+        control = await rig.control()
+        for sequence in range(5):
+            await trio.sleep(0.15)
+            await control.send(Health(sequence=sequence))
+            assert (await control.receive()).sequence == sequence
+        await control.aclose()
+        async with rig.session():
+            pass
+
+
+async def test_an_orchestrator_that_never_reads_is_silent_too(rig, monkeypatch):
+    monkeypatch.setattr(pipeline.session, "SILENCE_SECONDS", 0.5)
+    async with rig.worker():
+        async with rig.session() as (control, _):
+            with trio.move_on_after(2):
+                for sequence in range(1_000_000):
+                    await control.send(Health(sequence=sequence))
+        with trio.fail_after(10):
+            async with rig.session():
+                pass
+
+
+async def test_a_stage_says_what_it_waits_for(rig, monkeypatch):
+    monkeypatch.setattr(pipeline.session, "WAITING_SECONDS", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        closed_port = sock.getsockname()[1]
+    async with rig.worker():
+        control = await rig.control()
+        await control.send(rig.init(f"127.0.0.1:{closed_port}"))
+        with trio.fail_after(5):
+            message = await control.receive()
+        assert isinstance(message, Waiting)
+        assert str(closed_port) in message.detail
+        await control.aclose()
+
+
+async def test_an_ended_sessions_kv_memory_is_gone_without_a_collection(rig, monkeypatch):
+    caches = []
+    new_cache = type(rig.shard).new_cache
+
+    def tracked(shard, *arguments):
+        cache = new_cache(shard, *arguments)
+        # The cache has no weak references; its tensors have.
+        caches.append(weakref.ref(cache.keys[0]))
+        return cache
+
+    monkeypatch.setattr(type(rig.shard), "new_cache", tracked)
+    gc.disable()
+    try:
+        async with rig.worker():
+            for _ in range(3):
+                async with rig.session() as (control, _):
+                    await control.send(Shutdown())
+                await trio.sleep(0.1)
+            assert len(caches) == 3
+            assert [cache() for cache in caches[:2]] == [None, None]
+    finally:
+        gc.enable()
+
+
+async def test_a_stage_lost_while_another_is_awaited_is_named_at_once(rig):
+    async with rig.worker():
+        absent = TcpAddress(type="tcp", addr="127.0.0.1:1")
+        present = TcpAddress(type="tcp", addr=f"127.0.0.1:{rig.control_at.port}")
+        out = TcpAddress(type="tcp", addr="127.0.0.1:0")
+        stages = tuple(
+            stage.model_copy(
+                update={"endpoint": StageEndpoint(control=control, data_in=absent, data_out=out)}
+            )
+            for stage, control in zip(rig.manifest.stages, (absent, present), strict=True)
+        )
+        manifest = rig.manifest.model_copy(update={"stages": stages})
+        options = PipelineOptions(Limits(1, 64), 20, LOOPBACK, hang_seconds=0.5)
+
+        async def expect_loss():
+            with pytest.raises(SessionError, match="stage 1 is lost"):
+                async with open_pipeline(manifest, rig.trust, options, lambda line: None):
+                    raise AssertionError("stage 0 does not exist")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect_loss)
+            await trio.sleep(0.5)
+            break_control_channels()
+
+
+def break_control_channels():
+    """What a stage's death looks like from outside: its connections end without a close."""
+    for link in [each for each in gc.get_objects() if type(each) is ControlLink]:
+        if link.channel.peer.role == ORCHESTRATOR:
+            link.channel._wire.close()
+
+
+PINS = {"0": "ab" * 48}
+
+
+@pytest.mark.parametrize(
+    "pins", [{}, {"3": "00" * 48}, {"1": "ab" * 48}, {"0": "00" * 48}, {**PINS, "4": "00" * 48}]
+)
+def test_pins_that_pin_nothing_are_refused(rig, tmp_path, pins):
+    key = create_identity(tmp_path / "key.pem")
+    assert len(key) == 64
+    stages = tuple(
+        stage.model_copy(update={"expected_measurements": {int(k): v for k, v in pins.items()}})
+        for stage in rig.manifest.stages
+    )
+    manifest = rig.manifest.model_copy(update={"stages": stages})
+    with pytest.raises(PolicyError, match="PCR 0"):
+        UserTrust.create(manifest, tmp_path / "key.pem")
+
+
+def test_a_key_file_open_to_others_is_refused(tmp_path):
+    path = tmp_path / "key.pem"
+    create_identity(path)
+    load_identity(path)
+    path.chmod(0o644)
+    with pytest.raises(PolicyError, match="chmod 600"):
+        load_identity(path)
