@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from pipeline.sampling.processors import (
 
 # numpy takes seeds of any size but no negative ones; clients send signed 64-bit numbers.
 _SEED_MASK = (1 << 64) - 1
+_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +134,22 @@ class _History:
 
 def draw(logits: Logits, uniform: float) -> int:
     """The token at which the cumulative probability passes `uniform`, in [0, 1)."""
-    weights = np.exp(logits - logits.max())
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    # The first strictly above has a weight of its own, so a masked token is never drawn.
-    passed = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    # The product may round up to the whole, which nothing is above.
-    return passed if passed < logits.size else int(np.flatnonzero(weights)[-1])
+    # Sums of blocks first, then inside one: adding up the whole vocabulary in turn takes six times
+    # as long. The first sum strictly above has a weight of its own, so no masked token is drawn.
+    blocks = np.zeros((-(-logits.size // _BLOCK), _BLOCK), np.float32)
+    np.exp(logits - logits.max(), out=blocks.reshape(-1)[: logits.size])
+    sums = blocks.sum(axis=1, dtype=np.float64)
+    ends = np.cumsum(sums)
+    target = uniform * ends[-1]
+    block = _first_above(ends, target, sums)
+    rest = max(target - (ends[block] - sums[block]), 0.0)
+    inside = np.cumsum(blocks[block], dtype=np.float64)
+    return block * _BLOCK + _first_above(inside, rest, blocks[block])
+
+
+def _first_above(
+    cumulative: npt.NDArray[np.float64], target: float, weights: npt.NDArray[np.floating[Any]]
+) -> int:
+    """The first index whose sum is above `target`; the last with a weight if rounding passed it."""
+    index = int(np.searchsorted(cumulative, target, side="right"))
+    return index if index < cumulative.size else int(np.flatnonzero(weights)[-1])

@@ -104,6 +104,22 @@ def test_drawing_inverts_the_cumulative_distribution(uniform):
         assert draw(logits, uniform) == expected
 
 
+@pytest.mark.parametrize("vocab", [255, 256, 257, 1000, 50_257])
+@pytest.mark.parametrize("masked", [0.0, 0.5, 0.999])
+def test_drawing_from_a_large_vocabulary_follows_its_cumulative_distribution(vocab, masked):
+    rng = np.random.default_rng(vocab)
+    logits = rng.normal(0, 2, vocab).astype(np.float32)
+    logits[rng.random(vocab) < masked] = -np.inf
+    logits[vocab // 2] = 0
+    chances = softmax(logits)
+    ends = np.cumsum(chances)
+    for uniform in [0.0, np.nextafter(1, 0), *rng.random(200)]:
+        token_id = draw(logits, uniform)
+        assert chances[token_id] > 0
+        # float32 exponentials and another order of summing move the ends by about as much.
+        assert ends[token_id] - chances[token_id] - 1e-5 <= uniform <= ends[token_id] + 1e-5
+
+
 def test_penalties_see_the_prompt_or_the_generated_tokens_as_defined():
     logits = np.array([4.0, 3.9, 3.8, 0.0], np.float32)
     # Repetition counts the prompt, so its token 0 loses at once; then token 1 was generated.
