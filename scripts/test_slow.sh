@@ -13,7 +13,8 @@ for suite in "$@"; do
       bash scripts/setup.sh fuzz
       python="${VEILPIPE_VENV:-$root/.venv}/bin/python"
       "$python" scripts/fuzz_transport.py --runs "${FUZZ_RUNS:-1000000}"
-      "$python" scripts/fuzz_attestation.py --runs "${FUZZ_RUNS:-1000000}" ;;
+      "$python" scripts/fuzz_attestation.py --runs "${FUZZ_RUNS:-1000000}"
+      "$python" scripts/fuzz_pipeline.py --runs "${FUZZ_RUNS:-1000000}" ;;
     enclave) bash scripts/test_enclave.sh ;;
     *) echo "test_slow: error: no suite '$suite'; choose parity, fuzz, enclave" >&2; exit 2 ;;
   esac

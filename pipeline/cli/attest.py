@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from cryptography import x509
 
-from pipeline.cli.common import new_app
+from pipeline.cli.common import new_app, printable
 from pipeline.errors import InputError
 from pipeline.manifest import load_manifest
 from transport.attestation.document import Document
@@ -95,12 +95,12 @@ def show(document: DocumentArgument, as_json: JsonOption = False) -> None:
             for index, digest in value.items():
                 print(f"  PCR{index:<12} {digest}")
         else:
-            print(f"  {name:<15} {value}")
+            print(f"  {name:<15} {printable(str(value))}")
 
 
 def _print_results(results: list[CheckResult], pcrs: dict[int, str]) -> None:
     for result in results:
-        print(f"{'pass' if result.ok else 'FAIL'}  {result.name:<14} {result.detail}")
+        print(f"{'pass' if result.ok else 'FAIL'}  {result.name:<14} {printable(result.detail)}")
     for index, digest in pcrs.items():
         print(f"PCR{index:<3} {digest}")
     failed = [result.name for result in results if not result.ok]
@@ -151,9 +151,9 @@ def _parse_time(text: str | None) -> datetime:
         return datetime.now(UTC)
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
         raise InputError(f"--at {text!r} is not ISO 8601, such as 2026-01-31T12:00:00Z") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _load_root(path: Path | None) -> x509.Certificate:
@@ -177,13 +177,20 @@ def _pcrs(evidence: bytes) -> dict[int, str]:
 def _describe(found: Document) -> dict[str, Any]:
     return {
         "module_id": found.module_id,
-        "timestamp": datetime.fromtimestamp(found.timestamp_ms / 1000, UTC).isoformat(),
+        "timestamp": _date(found.timestamp_ms),
         "pcrs": {index: value.hex() for index, value in sorted(found.pcrs.items())},
         "cabundle": f"{len(found.cabundle)} certificates",
         "public_key": _hex(found.public_key),
         "user_data": _hex(found.user_data),
         "nonce": _hex(found.nonce),
     }
+
+
+def _date(milliseconds: int) -> str:
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat()
+    except (ValueError, OverflowError, OSError):
+        return f"{milliseconds} ms, no date"
 
 
 def _hex(value: bytes | None) -> str | None:

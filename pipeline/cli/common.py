@@ -1,11 +1,15 @@
 """What both commands share: one line for every error, exit codes, logs, signals."""
 
+import errno
 import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import trio
@@ -21,6 +25,9 @@ ClickException: type[Exception] = next(
 )
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
+MAX_SHOWN = 2000
+# What writing to stdout fails with; every other file is written under a handler that names it.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 ManifestOption = Annotated[
     Path, typer.Option("--manifest", metavar="FILE", help="Manifest all parties share (JSON).")
@@ -48,9 +55,23 @@ def new_app() -> typer.Typer:
 
 
 def run_app(app: typer.Typer, name: str) -> None:
-    """Run a command line to its exit code; every expected error becomes one line on stderr."""
+    """Run a command line to its exit code; every error becomes one line on stderr."""
+    _open_closed_streams()
+    with _termination_unwinds():
+        code = _run(app, name)
     try:
-        code = app(standalone_mode=False, prog_name=name)
+        sys.stdout.flush()
+    except OSError:
+        # It has been reported; keep the interpreter from complaining about it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _run(app: typer.Typer, name: str) -> int:
+    try:
+        result = app(standalone_mode=False, prog_name=name)
+        sys.stdout.flush()
+        code = result if isinstance(result, int) else 0
     except ClickException as error:
         message = getattr(error, "format_message", error.__str__)()
         code = _fail(name, f"{message.rstrip('.')}; see {name} --help", EXIT_USAGE)
@@ -63,27 +84,86 @@ def run_app(app: typer.Typer, name: str) -> None:
     except TransportError as error:
         code = _fail(name, str(error), EXIT_FAILURE)
     except BrokenPipeError:
-        # The reader of stdout has gone; keep the interpreter from complaining about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
-    sys.exit(code if isinstance(code, int) else 0)
+        code = 128 + signal.SIGPIPE  # the reader of stdout has gone
+    except Exception as error:
+        code = _fail_unexpectedly(name, error)
+    return code
+
+
+def _fail_unexpectedly(name: str, error: Exception) -> int:
+    if isinstance(error, OSError) and error.filename is None and error.errno in UNWRITABLE:
+        return _fail(name, f"cannot write to stdout: {error.strerror}", EXIT_FAILURE)
+    if {"--verbose", "-v"} & set(sys.argv[1:]):
+        traceback.print_exception(error)
+    # Where it happened, not the exception's own text: that may quote what must not reach a log.
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__}: in {Path(place.filename).name} line {place.lineno}"
+    return _fail(name, f"internal error: {what}; run with --verbose for details", EXIT_FAILURE)
 
 
 def _fail(name: str, message: str, code: int) -> int:
-    line = " ".join(message.split())
-    print(f"{name}: error: {line}", file=sys.stderr)
+    print(f"{name}: error: {printable(message)}", file=sys.stderr)
     return code
+
+
+def printable(text: str) -> str:
+    """`text` on one line of bounded length, with control characters escaped.
+
+    Text from a peer or a file could otherwise forge lines of output, or drive the terminal.
+    """
+    line = " ".join(text[: 2 * MAX_SHOWN].split())
+    shown = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in line
+    )
+    return shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "…"
+
+
+def _open_closed_streams() -> None:
+    """Give stdout and stderr closed by the caller (`>&-`) a descriptor that refuses writing.
+
+    Python leaves them None, and the next socket or file would get their number.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_WRONLY)
+            setattr(sys, name, os.fdopen(descriptor, "w"))
+
+
+@contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    """SIGTERM and SIGINT raise meanwhile, so that half-written files and directories go away."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        del frame
+        sys.exit(128 + number)
+
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, leave),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _LineFormatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        return printable(super().formatMessage(record))
 
 
 def configure_logging(*, verbose: bool, quiet: bool = False) -> None:
     """Log to stderr as key=value lines."""
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level,
-        format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        _LineFormatter(
+            "time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
+            datefmt="%Y-%m-%dT%H:%M:%S",
+        )
     )
+    logging.basicConfig(handlers=[handler], level=level)
 
 
 async def wait_for_end_of_stdin() -> None:
@@ -132,5 +212,7 @@ def run_until_signalled(main: Callable[[], Awaitable[None]]) -> int | None:
     try:
         trio.run(supervise)
     except BaseExceptionGroup as group:
-        raise first_leaf(group) from None
+        # A signal often goes to the whole process group: peers that end are not the news then.
+        if received is None:
+            raise first_leaf(group) from None
     return received

@@ -15,7 +15,8 @@ from pipeline.engine.latency import LatencyLog
 from pipeline.engine.request import Request, TokenEvent
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.engine.tokenizer import TextStream, Tokenizer
-from pipeline.errors import InputError, SessionError
+from pipeline.errors import SessionError
+from pipeline.files import check_writable
 from pipeline.manifest import load_manifest
 from pipeline.messages import Done, StageTiming, Start
 from pipeline.orchestrator import Pipeline
@@ -44,13 +45,14 @@ def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
     scheduler = Scheduler(limits)
     scheduler.submit(request)
     path = flags.latency_out
-    if path is not None and not path.resolve().parent.is_dir():
-        raise InputError(f"--latency-out: there is no directory {path.resolve().parent}")
+    if path is not None:
+        check_writable(path)
     connection = Connection.create(manifest, connection_flags, limits, is_resumable=False)
     log = LatencyLog()
     printer = _Printer(flags.text, TextStream(tokenizer, request.prompt_ids), log)
 
     async def work(pipeline: Pipeline) -> None:
+        tokenizer.check_vocabulary(pipeline.vocab_size)
         await pipeline.notify(Start(request_id=request.request_id, slot=0))
         printer.start()
         await drive(pipeline, scheduler, printer.on_token)

@@ -5,8 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipeline.cli import orchestrator
+from transport.attestation import cose
+from transport.attestation.document import Document
 
 NITRO = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "nitro"
 needs_documents = pytest.mark.skipif(
@@ -87,3 +90,34 @@ def test_bad_input_is_one_line_and_exits_with_two(attest, arguments, word):
     assert code == 2
     assert word in err
     assert len(err.strip().splitlines()) == 1
+
+
+def signed(path, *, timestamp_ms=1, module_id="i-1"):
+    document = Document(
+        module_id=module_id, timestamp_ms=timestamp_ms, pcrs={0: bytes(48)},
+        certificate=b"x", cabundle=(b"x",),
+    )  # fmt: skip
+    path.write_bytes(cose.sign(document.encode(), ec.generate_private_key(ec.SECP384R1())))
+    return path
+
+
+@pytest.mark.parametrize("command", ["show", "verify"])
+def test_a_time_beyond_all_calendars_is_shown_as_it_is(attest, tmp_path, command):
+    code, out, _ = attest(command, signed(tmp_path / "d", timestamp_ms=1 << 62))
+    assert code == (0 if command == "show" else 1)
+    assert command == "verify" or f"{1 << 62} ms, no date" in out
+
+
+@pytest.mark.parametrize("command", ["show", "verify"])
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_document_cannot_drive_the_terminal_or_forge_a_line(attest, tmp_path, command, flags):
+    forged = "\x1b]0;owned\x07\r\nPCR0             00\u202e\x9b"
+    _, out, err = attest(command, signed(tmp_path / "d", module_id=forged), *flags)
+    assert not set("\x1b\x07\r\u202e\x9b") & set(out + err)
+    assert "\nPCR0             00" not in out
+
+
+def test_a_moment_outside_all_calendars_is_refused(attest):
+    code, _, err = attest("verify", __file__, "--at", "0001-01-01T00:00+23:00")
+    assert code == 2
+    assert "ISO 8601" in err

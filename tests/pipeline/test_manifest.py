@@ -6,8 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import messages
 from pipeline.errors import ManifestError
-from pipeline.manifest import dump_manifest, load_manifest, parse_manifest
+from pipeline.manifest import (
+    MAX_STAGES,
+    build_manifest,
+    dump_manifest,
+    load_manifest,
+    parse_manifest,
+)
 from transport.endpoint import TcpEndpoint, UnixEndpoint, VsockEndpoint
 
 HASH = "ab" * 32
@@ -96,6 +103,17 @@ def change(raw, path, value):
         (("stages", 0, "expected_measurements"), {"32": PCR}, "32"),
         (("activation_spec", "dtype"), "F8", "F8"),
         (("model_name",), None, "model_name"),
+        # Nothing is converted: two readers could convert differently.
+        (("total_layers",), "12", "total_layers.*'12'"),
+        (("total_layers",), 12.0, "total_layers.*'12.0'"),
+        (("stages", 1, "stage_idx"), True, "stages.1.stage_idx"),
+        (("stages", 0, "require_weight_hashes"), "true", "require_weight_hashes"),
+        (("stages", 0, "expected_measurements"), {"00": PCR}, "without leading zeros.*'00'"),
+        (("stages", 0, "expected_measurements"), {"0": PCR, "00": PCR}, "leading zeros"),
+        (("stages", 0, "expected_measurements"), {" 1": PCR}, "without leading zeros"),
+        (("stages", 0, "expected_measurements"), {"1" * 5000: PCR}, "without leading zeros"),
+        (("eos_token_ids",), [1 << 32], "eos_token_ids"),
+        (("stages",), [stage(i, i, i + 1) for i in range(MAX_STAGES + 1)], "at most 256"),
     ],
 )
 def test_an_inconsistent_manifest_is_refused_in_one_line_with_the_value(raw, path, value, message):
@@ -150,6 +168,46 @@ def test_unix_addresses_with_a_port_are_hybrid_vsock(raw):
     assert manifest.endpoint(0).control.to_endpoint() == UnixEndpoint(Path("/run/v.sock"), 5000)
 
 
+def test_a_field_given_twice_is_refused_wherever_it_is(raw):
+    text = json.dumps(raw)
+    for twice in (
+        text[:-1] + ', "model_name": "other"}',
+        text.replace('"layer_start": 6', '"layer_start": 6, "layer_start": 6'),
+        text.replace(
+            '"expected_measurements": {}',
+            f'"expected_measurements": {{"0": "{PCR}", "0": "{PCR}"}}',
+            1,
+        ),
+    ):
+        with pytest.raises(ManifestError, match="is given twice"):
+            parse_manifest(twice)
+
+
+def test_hex_in_capitals_means_the_same(raw):
+    def pinned(case):
+        changed = change(raw, ("stages", 0, "weight_hashes"), [case(HASH)])
+        changed["stages"][0]["expected_measurements"] = {"0": case(PCR)}
+        changed["orchestrator_keys"] = [case(HASH)]
+        changed["config_hash"] = case(HASH)
+        return parse(changed)
+
+    assert pinned(str.upper) == pinned(str.lower)
+    assert pinned(str.upper).whole_hash() == pinned(str.lower).whole_hash()
+
+
+def test_as_many_stages_are_accepted_as_messages_can_name(raw):
+    assert MAX_STAGES == messages.MAX_STAGES
+    count = MAX_STAGES
+    several = {**raw, "total_layers": count, "stages": [stage(i, i, i + 1) for i in range(count)]}
+    assert len(parse(several).stages) == count
+
+
+def test_a_manifest_built_from_values_is_judged_like_one_that_is_read(raw):
+    assert build_manifest(raw, "test") == parse(raw)
+    with pytest.raises(ManifestError, match=r"^test: total_layers"):
+        build_manifest({**raw, "total_layers": 0}, "test")
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -166,3 +224,58 @@ def test_any_json_is_a_manifest_or_a_manifest_error(value):
 def test_any_bytes_are_a_manifest_or_a_manifest_error(data):
     with pytest.raises(ManifestError):
         parse_manifest(data)
+
+
+SEED = {
+    "model_name": "gpt2",
+    "model_version": "1.0",
+    "total_layers": 12,
+    "stages": [stage(0, 0, 6), stage(1, 6, 12)],
+    "activation_spec": {"dtype": "F32", "hidden_dim": 768, "max_seq_len": 1024},
+    "config_hash": HASH,
+    "eos_token_ids": [0],
+    "orchestrator_keys": [HASH],
+}
+SEED["stages"][0]["expected_measurements"] = {"0": PCR}
+SEED["stages"][1]["endpoint"]["control"] = {"type": "vsock", "cid": 17, "port": 5000}
+
+
+def mutate(data, value):
+    """Walk to some place in `value`, and replace, delete or add something there."""
+    if isinstance(value, dict | list) and value and data.draw(st.integers(0, 5)):
+        keys = sorted(value) if isinstance(value, dict) else range(len(value))
+        key = data.draw(st.sampled_from(keys))
+        match data.draw(st.sampled_from(["descend", "descend", "delete", "add"])):
+            case "descend":
+                value[key] = mutate(data, value[key])
+            case "delete":
+                del value[key]
+            case _ if isinstance(value, dict):
+                value[data.draw(st.text(max_size=4))] = value[key]
+            case _:
+                value.insert(key, value[key])
+        return value
+    return data.draw(JSON)
+
+
+def is_a_manifest_or_refused(text):
+    try:
+        manifest = parse_manifest(text)
+    except ManifestError:
+        return
+    assert parse_manifest(dump_manifest(manifest)) == manifest
+    assert parse_manifest(json.dumps(manifest.core())).core_hash() == manifest.core_hash()
+
+
+@given(st.data())
+def test_a_manifest_with_any_fields_changed_is_one_or_is_refused(data):
+    value = mutate(data, deepcopy(SEED))
+    is_a_manifest_or_refused(json.dumps(value))
+
+
+@given(st.data())
+def test_a_manifest_with_any_bytes_changed_is_one_or_is_refused(data):
+    text = json.dumps(SEED).encode()
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, min(len(text), start + 8)))
+    is_a_manifest_or_refused(text[:start] + data.draw(st.binary(max_size=8)) + text[end:])

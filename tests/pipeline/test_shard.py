@@ -1,8 +1,9 @@
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError, ManifestError, ModelError
 from pipeline.manifest import load_manifest
@@ -87,3 +88,14 @@ def test_a_directory_in_use_is_not_overwritten(model_dir, tmp_path):
     with pytest.raises(InputError, match="not an empty directory"):
         cut_model(plan(model_dir, PlanOptions(2)), model_dir, tmp_path)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_weights_of_a_kind_that_cannot_be_served_are_named(model_dir, tmp_path):
+    odd = tmp_path / "model"
+    shutil.copytree(model_dir, odd)
+    tensors = load_file(odd / "model.safetensors")
+    name = "model.layers.0.input_layernorm.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int64)}, odd / "model.safetensors")
+    with pytest.raises(ModelError, match=f"{name} is stored as I64"):
+        cut_model(plan(odd, PlanOptions(2)), odd, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [odd]

@@ -84,6 +84,17 @@ def test_the_older_spelling_of_rope_scaling_means_the_same(load):
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         (GPT2 | {"n_head": 5}, "32/5"),
         ([1], "holds a list"),
+        (LLAMA | {"vocab_size": 10**12}, "vocab_size=1000000000000"),
+        (LLAMA | {"intermediate_size": 10**12}, "intermediate_size=1000000000000"),
+        (LLAMA | {"hidden_size": 2**40}, "hidden_size=1099511627776"),
+        (LLAMA | {"head_dim": 2**40}, "head_dim=1099511627776"),
+        (LLAMA | {"num_attention_heads": 2**40}, "num_attention_heads=1099511627776"),
+        (LLAMA | {"max_position_embeddings": 2**60}, "max_position_embeddings="),
+        (LLAMA | {"rms_norm_eps": float("inf")}, "rms_norm_eps=inf"),
+        (LLAMA | {"rope_theta": float("inf")}, "rope_theta=inf"),
+        (GPT2 | {"n_embd": 2**40}, "n_embd=1099511627776"),
+        (GPT2 | {"n_inner": 2**40}, "n_inner=1099511627776"),
+        (GPT2 | {"n_positions": 2**60}, "n_positions="),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(load, fields, told):
@@ -91,6 +102,26 @@ def test_what_cannot_be_served_is_refused_by_name(load, fields, told):
         load(fields)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_field_is_named_without_the_rest_of_the_file(load):
+    with pytest.raises(ModelError) as caught:
+        load({name: value for name, value in LLAMA.items() if name != "hidden_size"})
+    assert str(caught.value).endswith("config.json: hidden_size: Field required")
+
+
+def test_what_is_quoted_is_short(load):
+    for fields in (LLAMA | {"quantization_config": "x" * 9000}, {"model_type": "x" * 9000}):
+        with pytest.raises(ModelError) as caught:
+            load(fields)
+        assert len(str(caught.value)) < 500
+
+
+def test_more_weights_than_memory_are_refused_with_their_size(load, tmp_path):
+    # Each alone is a size some field may have; together they are more than an address can name.
+    config = load(LLAMA | {"vocab_size": 1 << 24, "hidden_size": 1 << 20})
+    with pytest.raises(ModelError, match=r"need \d{15} bytes of memory"):
+        load_shard(tmp_path, config, 0, 2, expected_hashes=None)
 
 
 def test_a_missing_or_broken_config_is_one_line(tmp_path):

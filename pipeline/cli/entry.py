@@ -1,0 +1,32 @@
+"""Where the console commands begin: Ctrl-C ends them quietly even while they are being imported."""
+
+import os
+import signal
+from types import FrameType
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    del frame
+    # Nothing is open yet. Raising inside a half-imported library prints its traceback, or is lost.
+    os._exit(128 + number)
+
+
+def _leave_on_signals() -> None:
+    signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGTERM, _leave)
+
+
+def stage_worker() -> None:
+    """Run `stage-worker`."""
+    _leave_on_signals()
+    from pipeline.cli.stage_worker import main
+
+    main()
+
+
+def pipeline_orch() -> None:
+    """Run `pipeline-orch`."""
+    _leave_on_signals()
+    from pipeline.cli.orchestrator import main
+
+    main()
