@@ -15,7 +15,7 @@ from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.errors import SessionError
 from pipeline.sampling.sampler import Choice, Sampler
-from pipeline.steps import StepResult
+from pipeline.steps import Logits, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,9 @@ class PipelineEngine:
         choices = self._choose(result)
         token_ids = [choice.token_id for choice in choices.values()]
         for event in self._scheduler.complete(result.header, token_ids):
-            live = self._live[event.request_id]
+            live = self._live.get(event.request_id)
+            if live is None:
+                continue  # its sampler failed at this very token
             choice = choices[event.request_id]
             live.outputs.send_nowait(
                 TokenOutput(choice.token_id, choice.logprob, choice.top, event.finish)
@@ -190,5 +192,15 @@ class PipelineEngine:
             if live is None or live.sampler is None or row is None or result.logits is None:
                 choices[owner] = Choice(token_id, None, ())
             else:
-                choices[owner] = live.sampler.choose(result.logits[row])
+                choices[owner] = self._sample(owner, live, live.sampler, result.logits[row])
         return choices
+
+    def _sample(self, owner: int, live: _Live, sampler: Sampler, logits: Logits) -> Choice:
+        try:
+            return sampler.choose(logits)
+        except Exception as error:  # a processor may be anyone's code
+            logger.warning("event=sampling_failed request=%d type=%s", owner, type(error).__name__)
+            live.outputs.close()
+            del self._live[owner]
+            self._scheduler.cancel(owner)
+            return Choice(0, None, ())

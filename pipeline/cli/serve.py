@@ -63,6 +63,7 @@ def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
 
     async def work(pipeline: Pipeline) -> None:
         nonlocal is_up
+        tokenizer.check_vocabulary(pipeline.vocab_size)
         is_up = True
         await engine.run(pipeline)
 

@@ -32,6 +32,14 @@ class Tokenizer:
         """Number of token ids, added tokens included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    def check_vocabulary(self, model_vocab_size: int) -> None:
+        """Raise TokenizerError when this tokenizer can name tokens the model does not have."""
+        if self.vocab_size > model_vocab_size:
+            raise TokenizerError(
+                f"the tokenizer has {self.vocab_size} tokens, the model {model_vocab_size}; "
+                "give the tokenizer.json that belongs to the model"
+            )
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of `text`, with the special tokens the tokenizer itself adds."""
         if not text:

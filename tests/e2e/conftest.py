@@ -42,6 +42,7 @@ class Cluster:
         self.environment = environment
         self.manifest = directory / "manifest.json"
         self.workers = {}
+        self.bin = BIN
 
     def plan(self, stages):
         self.base_port = free_base_port(10 * stages + 2)

@@ -7,6 +7,14 @@ import time
 import pytest
 
 
+def wait_until(condition):
+    for _ in range(200):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never happened")
+
+
 def expected_text(model_dir, prompt, num_tokens):
     import torch
     from tokenizers import Tokenizer
@@ -121,7 +129,12 @@ def test_a_killed_stage_is_named_and_the_others_serve_on(cluster, victim):
     assert f"stage {victim} is lost" in stderr.decode()
     assert len([line for line in stderr.decode().splitlines() if "error:" in line]) == 1
     for idx in {0, 1, 2} - {victim}:
-        cluster.wait_for_log(idx, "event=session_")
+        assert "event=session_started" in cluster.log(idx)
+        wait_until(
+            lambda idx=idx: (
+                "session_failed" in cluster.log(idx) or "session_ended" in cluster.log(idx)
+            )
+        )
         assert cluster.workers[idx].poll() is None
     cluster.start_worker(victim)
     again = cluster.orch("Hi", "--max-tokens", "3")
@@ -161,3 +174,18 @@ def test_the_plan_command_writes_what_the_workers_take(cluster):
     assert [stage["layer_end"] for stage in stages][-1] == 4
     assert stages[1]["endpoint"]["control"] == {"type": "tcp", "addr": "127.0.0.1:9510"}
     assert all(len(stage["weight_hashes"]) == 1 for stage in stages)
+
+
+def test_a_tokenizer_of_another_model_is_told_before_anything_is_sent(cluster):
+    from tokenizers import Tokenizer
+
+    path = cluster.model_dir / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_tokens(["one too many"])
+    tokenizer.save(str(path))
+    cluster.plan(1)
+    cluster.start_worker(0)
+    result = cluster.orch("Hi", "--max-tokens", "3")
+    assert result.returncode == 2
+    assert "the tokenizer has 257 tokens, the model 256" in result.stderr
+    assert result.stdout == ""

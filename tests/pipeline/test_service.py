@@ -231,3 +231,25 @@ async def test_requests_survive_any_number_of_lost_pipelines_token_for_token(sha
         nursery.cancel_scope.cancel()
     assert [found[index] for index in range(len(requests))] == expected
     assert failing.stats.num_failovers > 0
+
+
+async def test_a_sampler_that_fails_costs_its_own_request_alone(engine, monkeypatch):
+    rng = random.Random(9)
+    steady, doomed = generation(rng, 30), generation(rng, 30, temperature=1.0, seed=1)
+    expected = await tokens_of(engine, steady)
+    calls = []
+
+    def choose(sampler, logits):
+        calls.append(1)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("pipeline.service.Sampler.choose", choose)
+
+    async def fail():
+        with pytest.raises(SessionError, match="aborted"):
+            await tokens_of(engine, doomed)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fail)
+        assert await tokens_of(engine, steady) == expected
+    assert calls == [1]

@@ -1,0 +1,132 @@
+"""Serving over real stages: many requests at once, and stages that die meanwhile."""
+
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+PROMPTS = [f"Request number {index} says hello" for index in range(8)]
+
+
+@pytest.fixture
+def server(cluster):
+    """Starts `pipeline-orch serve` with supervised workers; returns its base URL and process."""
+    cluster.plan(2)
+    processes = []
+
+    def start(*extra):
+        log = cluster.directory / "serve.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [cluster.bin / "pipeline-orch", "serve", "--manifest", cluster.manifest,
+                 "--model-dir", cluster.model_dir, "--supervise", "--port", "0", "--dev",
+                 "--max-batch", "8", "--context", "512", "--hang-timeout", "3", *extra],
+                stdout=file, stderr=file, env=cluster.environment,
+            )  # fmt: skip
+        processes.append(process)
+        url = None
+        for _ in range(600):
+            url = url or re.search(r"url=(http://\S+)", log.read_text())
+            if url and is_ready(url[1]):
+                return url[1], process
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        raise AssertionError(log.read_text())
+
+    yield start
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+
+
+def is_ready(url):
+    try:
+        return httpx.get(f"{url}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def workers_of(process):
+    """Process ids of the server's children by stage."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (entry / "stat").read_text().rsplit(") ", 1)[1].split()[1]
+            words = (entry / "cmdline").read_text().split("\0")
+        except OSError:
+            continue  # it has ended meanwhile
+        if int(parent) == process.pid and "--stage-idx" in words:
+            found[int(words[words.index("--stage-idx") + 1])] = int(entry.name)
+    return found
+
+
+def complete(url, prompt, max_tokens=40):
+    body = {"model": "model", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
+            "ignore_eos": True}  # fmt: skip
+    response = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["text"]
+
+
+def complete_all(url, prompts, max_tokens=40):
+    texts = [None] * len(prompts)
+
+    def run(index):
+        texts[index] = complete(url, prompts[index], max_tokens)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    return texts, threads
+
+
+def test_concurrent_requests_get_what_each_gets_alone(server):
+    url, _ = server()
+    alone = [complete(url, prompt) for prompt in PROMPTS]
+    together, threads = complete_all(url, PROMPTS)
+    for thread in threads:
+        thread.join(120)
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)],
+    ids=["first-killed", "last-killed", "last-hangs"],
+)
+def test_every_request_survives_a_stages_end_and_its_text_is_the_undisturbed_one(
+    server, victim, number
+):
+    url, process = server()
+    expected = [complete(url, prompt, 200) for prompt in PROMPTS[:4]]
+    texts, threads = complete_all(url, PROMPTS[:4], 200)
+    time.sleep(0.05)
+    os.kill(workers_of(process)[victim], number)
+    for thread in threads:
+        thread.join(120)
+    assert texts == expected
+    wait = time.monotonic() + 20
+    while not is_ready(url):
+        assert time.monotonic() < wait
+        time.sleep(0.1)
+    assert complete(url, PROMPTS[0], 200) == expected[0]
+
+
+def test_a_killed_server_leaves_no_worker_behind(server, cluster):
+    _, process = server()
+    workers = workers_of(process)
+    assert sorted(workers) == [0, 1]
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not any(Path(f"/proc/{pid}").exists() for pid in workers.values()):
+            break
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
+    process.returncode = 0  # the fixture's own end has nothing left to do
