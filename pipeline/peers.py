@@ -45,27 +45,32 @@ async def accept_first(
     accepted: list[SecureChannel] = []
     is_accepted = trio.Event()
     slots = trio.CapacityLimiter(MAX_PENDING_HANDSHAKES)
-    async with open_tasks() as tasks:
 
-        async def greet(sock: socket.socket, place: object) -> None:
-            credentials = trust.toward(link.initiator, measurements)
-            channel = await accept_or_log(sock, link, credentials, limits)
-            slots.release_on_behalf_of(place)
-            if channel is not None and accepted:
-                await close_quietly(channel)
-            elif channel is not None:
-                accepted.append(channel)
-                is_accepted.set()
+    async def greet(sock: socket.socket, place: object) -> None:
+        credentials = trust.toward(link.initiator, measurements)
+        channel = await accept_or_log(sock, link, credentials, limits)
+        slots.release_on_behalf_of(place)
+        if channel is not None and accepted:
+            await close_quietly(channel)
+        elif channel is not None:
+            accepted.append(channel)
+            is_accepted.set()
 
-        async def greet_all() -> None:
-            while True:
-                place = object()
-                await slots.acquire_on_behalf_of(place)
-                tasks.start_soon(greet, await listener.accept(), place)
+    async def greet_all(tasks: trio.Nursery) -> None:
+        while True:
+            place = object()
+            await slots.acquire_on_behalf_of(place)
+            tasks.start_soon(greet, await listener.accept(), place)
 
-        tasks.start_soon(greet_all)
-        await is_accepted.wait()
-        tasks.cancel_scope.cancel()
+    try:
+        async with open_tasks() as tasks:
+            tasks.start_soon(greet_all, tasks)
+            await is_accepted.wait()
+            tasks.cancel_scope.cancel()
+    except BaseException:  # cancelled between one's handshake and handing it over
+        for channel in accepted:
+            await close_quietly(channel)
+        raise
     return accepted[0]
 
 

@@ -98,6 +98,10 @@ class Deployment:
         ]
         return self.planned.model_copy(update={"stages": tuple(stages)})
 
+    def module(self, idx):
+        """The security module of a stage's enclave."""
+        return Nsm(self.authority, self.pcrs[idx])
+
     def setup(self, idx):
         config = load_config(self.model_dir)
         stage = self.planned.stage(idx)
@@ -107,7 +111,7 @@ class Deployment:
         )  # fmt: skip
         trust = EnclaveTrust(
             static_key=self.keys[idx],
-            attester=self.attesters.get(idx) or Nsm(self.authority, self.pcrs[idx]),
+            attester=self.attesters.get(idx) or self.module(idx),
             orchestrator_keys=frozenset(map(bytes.fromhex, self.planned.orchestrator_keys)),
             root=self.authority.root_cert,
         )
@@ -148,7 +152,7 @@ class Deployment:
 
     async def generate(self, manifest, results, num_tokens=12):
         trust = UserTrust.create(manifest, self.identity, self.authority.root_cert)
-        limits = Limits(1, 256)
+        limits = Limits(1, 256, chunk_tokens=16)  # four steps are under way at first
         options = PipelineOptions(limits, connect_seconds=10, data_out_listen=results)
         scheduler = Scheduler(limits)
         scheduler.submit(Request(0, PROMPT, num_tokens))
