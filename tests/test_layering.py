@@ -53,10 +53,10 @@ LAYERS = [
     "pipeline.session pipeline.remote_stage",
     "pipeline.worker pipeline.orchestrator",
     "pipeline.supervisor",
-    "pipeline.gateway.templates pipeline.gateway.text pipeline.gateway.errors"
-    " pipeline.gateway.metrics",
-    "pipeline.gateway.config pipeline.gateway.auth pipeline.gateway.limits"
-    " pipeline.gateway.schemas pipeline.gateway.choices",
+    "pipeline.gateway.templates pipeline.gateway.text pipeline.gateway.errors",
+    "pipeline.gateway.metrics",
+    "pipeline.gateway.config pipeline.gateway.auth pipeline.gateway.limits",
+    "pipeline.gateway.schemas pipeline.gateway.choices",
     "pipeline.gateway.formats pipeline.gateway.edge",
     "pipeline.gateway.answers pipeline.gateway.connection",
     "pipeline.gateway.app",
