@@ -116,6 +116,12 @@ def test_any_bytes_are_a_control_message_or_a_message_error(data):
         pass
 
 
+@pytest.mark.parametrize("data", [b"\x81\x90\x00", b"\x81\x80\x00"], ids=["list", "map"])
+def test_a_map_whose_key_is_a_collection_is_refused(data):
+    with pytest.raises(MessageError):
+        decode_message(data)
+
+
 def test_deep_nesting_is_refused():
     with pytest.raises(MessageError):
         decode_message(b"\x91" * 10_000)
@@ -152,3 +158,57 @@ def test_any_bytes_are_a_step_header_or_a_message_error(data):
     except MessageError:
         return
     assert encode_step(header) == data
+
+
+def fields_changed(data, value):
+    """Replace, drop or add a field of a message, keeping the rest as a peer would send it."""
+    key = data.draw(st.sampled_from(sorted(value)))
+    junk = data.draw(
+        st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text()
+        | st.binary(max_size=64) | st.lists(st.integers(0, 9))
+        | st.sampled_from(list(value.values()))
+    )  # fmt: skip
+    match data.draw(st.sampled_from(["replace", "drop", "add", "rename"])):
+        case "replace":
+            return {**value, key: junk}
+        case "add":
+            return {**value, data.draw(st.text(max_size=8) | st.integers(0, 9)): junk}
+        case "drop":
+            return {name: each for name, each in value.items() if name != key}
+        case _:
+            return {(junk if name == key and isinstance(junk, str) else name): each
+                    for name, each in value.items()}  # fmt: skip
+
+
+def bytes_changed(data, value):
+    start = data.draw(st.integers(0, len(value)))
+    end = data.draw(st.integers(start, min(len(value), start + 4)))
+    return value[:start] + data.draw(st.binary(max_size=4)) + value[end:]
+
+
+def is_a_message_or_refused(encoded):
+    try:
+        message = decode_message(encoded)
+    except MessageError:
+        return
+    assert decode_message(encode_message(message)) == message
+
+
+@given(st.data(), st.sampled_from(MESSAGES))
+def test_a_message_with_any_field_changed_is_one_or_is_refused(data, message):
+    is_a_message_or_refused(msgpack.packb(fields_changed(data, message.model_dump())))
+
+
+@given(st.data(), st.sampled_from(MESSAGES))
+def test_a_message_with_any_bytes_changed_is_one_or_is_refused(data, message):
+    is_a_message_or_refused(bytes_changed(data, encode_message(message)))
+
+
+@given(st.data())
+def test_a_step_header_with_any_bytes_changed_is_one_or_is_refused(data):
+    changed = bytes_changed(data, encode_step(HEADER))
+    try:
+        header = decode_step(changed)
+    except MessageError:
+        return
+    assert encode_step(header) == changed
