@@ -139,7 +139,7 @@ def decode_message(data: bytes) -> Message:
         )
     try:
         raw = msgpack.unpackb(data, strict_map_key=False, max_ext_len=0)
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise MessageError("control message is not msgpack") from error
     try:
         return _ADAPTER.validate_python(raw)

@@ -19,7 +19,7 @@ from pipeline.cli.common import (
 from pipeline.cli.connection import ConnectionFlags
 from pipeline.cli.generate import GenerateFlags, generate
 from pipeline.errors import InputError
-from pipeline.files import write_atomically
+from pipeline.files import check_writable, write_atomically
 from pipeline.manifest import dump_manifest, load_manifest
 from pipeline.trust import create_identity
 
@@ -200,6 +200,8 @@ def plan_command(
     from pipeline.plan import PlanOptions, plan
 
     options = PlanOptions(stages, host, base_port, tuple(orchestrator_key or ()), in_enclaves=vsock)
+    if output is not None:
+        check_writable(output)  # before minutes of hashing
     text = dump_manifest(plan(model_dir, options))
     if output is None:
         sys.stdout.write(text)

@@ -32,6 +32,8 @@ ITEM_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
+# Sizes and offsets beyond any file; without a bound their product could take for ever.
+MAX_SIZE = 1 << 63
 LOADABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -213,7 +215,9 @@ def _stored_tensor(name: str, entry: object) -> StoredTensor:
 
 
 def _is_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
+    return isinstance(value, list) and all(
+        type(each) is int and 0 <= each < MAX_SIZE for each in value
+    )
 
 
 def _files_of(model_dir: Path) -> dict[str, Path]:
