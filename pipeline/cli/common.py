@@ -17,7 +17,7 @@ import typer
 
 from pipeline.errors import InputError, PipelineError
 from transport.endpoint import Endpoint, parse_endpoint
-from transport.errors import EndpointError, MisuseError, TransportError
+from transport.errors import DeviceError, EndpointError, MisuseError, TransportError
 
 # typer carries a copy of click since 0.2x and used the package before; this is either's root.
 ClickException: type[Exception] = next(
@@ -79,7 +79,7 @@ def _run(app: typer.Typer, name: str) -> int:
         code = 128 + signal.SIGINT
     except PipelineError as error:
         code = _fail(name, str(error), error.exit_code)
-    except (EndpointError, MisuseError) as error:
+    except (DeviceError, EndpointError, MisuseError) as error:
         code = _fail(name, str(error), EXIT_USAGE)
     except TransportError as error:
         code = _fail(name, str(error), EXIT_FAILURE)
