@@ -70,7 +70,7 @@ class Supervisor:
 
     async def _run_worker(self, stage_idx: int) -> int:
         command = [
-            *(sys.executable, "-m", "pipeline.cli.stage_worker"),
+            *(sys.executable, "-c", "from pipeline.cli.entry import stage_worker as w; w()"),
             *("--stage-idx", str(stage_idx), "--quiet", "--until-stdin-ends", *self._arguments),
         ]
         process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE)

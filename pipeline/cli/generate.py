@@ -2,10 +2,12 @@
 
 import logging
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
 
+import trio
 import typer
 
 from pipeline.cli.common import run_until_signalled
@@ -18,8 +20,8 @@ from pipeline.engine.tokenizer import TextStream, Tokenizer
 from pipeline.errors import SessionError
 from pipeline.files import check_writable
 from pipeline.manifest import load_manifest
-from pipeline.messages import Done, StageTiming, Start
-from pipeline.orchestrator import Pipeline
+from pipeline.messages import Abort, Done, StageTiming, Start
+from pipeline.orchestrator import GOODBYE_SECONDS, Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +57,15 @@ def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
         tokenizer.check_vocabulary(pipeline.vocab_size)
         await pipeline.notify(Start(request_id=request.request_id, slot=0))
         printer.start()
-        await drive(pipeline, scheduler, printer.on_token)
-        printer.finish()
-        await pipeline.notify(Done(request_id=request.request_id))
+        outcome: Done | Abort = Abort(request_id=request.request_id)
+        try:
+            await drive(pipeline, scheduler, printer.on_token)
+            printer.finish()
+            outcome = Done(request_id=request.request_id)
+        finally:
+            # A stage may be what has failed, and the user may be what has lost patience.
+            with trio.move_on_after(GOODBYE_SECONDS, shield=True), suppress(SessionError):
+                await pipeline.notify(outcome)
 
     def restart(error: SessionError) -> None:
         del error

@@ -59,11 +59,6 @@ class Scheduler:
         return bool(self._waiting or self._running or self._in_flight or self._ended_slots)
 
     @property
-    def num_in_flight(self) -> int:
-        """Steps sent that have not come back."""
-        return len(self._in_flight)
-
-    @property
     def num_running(self) -> int:
         """Requests that own a slot."""
         return len(self._running)
