@@ -51,7 +51,7 @@ LAYERS = [
     "pipeline.local pipeline.service",
     "pipeline.peers",
     "pipeline.session pipeline.remote_stage",
-    "pipeline.worker pipeline.orchestrator",
+    "pipeline.worker pipeline.orchestrator pipeline.evidence",
     "pipeline.supervisor",
     "pipeline.gateway.templates pipeline.gateway.text pipeline.gateway.errors",
     "pipeline.gateway.metrics",

@@ -6,13 +6,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import trio
 import typer
 from cryptography import x509
 
 from pipeline.cli.common import new_app, printable
-from pipeline.errors import InputError
+from pipeline.errors import InputError, SessionError
+from pipeline.evidence import fetch_evidence
 from pipeline.manifest import load_manifest
+from pipeline.trust import load_identity
 from transport.attestation.document import Document
+from transport.attestation.evidence import Binding
 from transport.attestation.nitro import CheckResult, aws_root, examine, read_document
 from transport.errors import AttestationError
 
@@ -34,7 +38,9 @@ def attest() -> None:
 
 @app.command()
 def verify(
-    document: DocumentArgument,
+    document: Annotated[
+        Path | None, typer.Argument(metavar="[DOC]", help="A document (CBOR); or ask --stage.")
+    ] = None,
     manifest: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Take the PCRs from this manifest.")
     ] = None,
@@ -53,13 +59,25 @@ def verify(
     allow_debug: Annotated[
         bool, typer.Option("--allow-debug", help="Accept PCR 0 of all zeros (debug mode).")
     ] = False,
+    identity: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Your key, to ask a running stage.")
+    ] = None,
+    connect_timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Patience with a stage not up.")
+    ] = 30.0,
     as_json: JsonOption = False,
 ) -> None:
     """Judge a document check by check: exit 0 if every check passes, 1 if any fails.
 
-    Without PCRs to compare, prints the document's and judges the rest.
+    Without DOC, asks the running --stage of the --manifest for a fresh one, which then also has to
+    be bound to that very handshake. Without PCRs to compare, prints the document's and judges the
+    rest.
     """
-    evidence = _read(document)
+    binding = None
+    if document is not None:
+        evidence = _read(document)
+    else:
+        evidence, binding = _ask(manifest, stage, identity, connect_timeout)
     expected = _expected(manifest, stage, pcr or [])
     results = examine(
         evidence,
@@ -67,6 +85,7 @@ def verify(
         now=_parse_time(at),
         expected=expected,
         allow_debug=allow_debug,
+        binding=binding,
     )
     is_ok = all(result.ok for result in results)
     shown = _pcrs(evidence) if expected is None else {}
@@ -106,6 +125,21 @@ def _print_results(results: list[CheckResult], pcrs: dict[int, str]) -> None:
     failed = [result.name for result in results if not result.ok]
     if failed:
         print(f"pipeline-orch: error: refused: {', '.join(failed)}", file=sys.stderr)
+
+
+def _ask(
+    manifest: Path | None, stage: int | None, identity: Path | None, seconds: float
+) -> tuple[bytes, Binding]:
+    if manifest is None or stage is None or identity is None:
+        raise InputError("give a document, or --manifest, --stage and --identity to ask a stage")
+    loaded, key = load_manifest(manifest), load_identity(identity)
+
+    async def ask() -> tuple[bytes, Binding]:
+        with trio.move_on_after(seconds):
+            return await fetch_evidence(loaded, loaded.stage(stage).stage_idx, key)
+        raise SessionError(f"gave up after {seconds:g} s: stage {stage} is not up")
+
+    return trio.run(ask)
 
 
 def _read(path: Path) -> bytes:

@@ -83,6 +83,8 @@ def test_the_documents_own_pcr_compares_equal(attest):
         (["verify", __file__, "--root", __file__], "PEM"),
         (["verify", __file__, "--stage", "0"], "--manifest"),
         (["show", __file__], "not an attestation document"),
+        (["verify"], "give a document"),
+        (["verify", "--stage", "0"], "--identity"),
     ],
 )
 def test_bad_input_is_one_line_and_exits_with_two(attest, arguments, word):

@@ -5,15 +5,18 @@ production, AWS's root apart.
 """
 
 from datetime import UTC, datetime
+from functools import partial
 
 import pytest
 import torch
 
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import SessionError
+from pipeline.evidence import fetch_evidence
 from pipeline.orchestrator import PipelineOptions, open_pipeline
-from pipeline.trust import UserTrust, create_identity
+from pipeline.trust import UserTrust, create_identity, load_identity
 from transport.attestation.dev import DevAuthority
+from transport.attestation.nitro import examine
 
 
 def windows(data, size=16):
@@ -109,3 +112,20 @@ async def test_a_neighbour_with_another_measurement_is_refused_by_the_stage(depl
         with pytest.raises(SessionError, match="stage 1"):
             async with open_pipeline(manifest, Deceived(), options, lambda line: None):
                 raise AssertionError("the pipeline must not come up")
+
+
+async def test_a_running_stage_shows_a_document_bound_to_the_very_handshake(deployment):
+    key = load_identity(deployment.identity)
+    async with deployment.running() as (manifest, _):
+        evidence, binding = await fetch_evidence(manifest, 1, key)
+        _, other = await fetch_evidence(manifest, 1, key)
+    judge = partial(
+        examine,
+        evidence,
+        root=deployment.authority.root_cert,
+        now=datetime.now(UTC),
+        expected=deployment.PCRS[1],
+    )
+    assert all(result.ok for result in judge(binding=binding))
+    failed = {result.name for result in judge(binding=other) if not result.ok}
+    assert failed == {"user_data", "nonce"}
