@@ -49,7 +49,7 @@ find_mirror() {
   mirror=$(sed -nE 's/^URIs: *(\S+debian)\/?$/\1/p; s/^deb (\[[^]]*\] )?(\S+debian)\/? .*/\2/p' \
     /etc/apt/sources.list.d/*.sources /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null |
     grep -v security | head -n 1 || true)
-  mirror=${mirror:-http://deb.debian.org/debian}
+  [ -n "$mirror" ] || cannot_fetch "apt's sources name no Debian mirror; set VEILPIPE_DEBIAN_MIRROR"
 }
 
 # apt with sources and state of its own: the system's are neither read nor changed.
