@@ -1,4 +1,4 @@
-"""Parity with transformers on full-size models: its fp32 tokens, its exact logits within 1e-4.
+"""Parity with transformers on full-size models: its tokens, its logits within 1e-4.
 
 Minutes of computing, so the ordinary run takes two prompts; `scripts/test_slow.sh` takes all.
 """
@@ -50,6 +50,27 @@ CASES = [
 ]
 
 
+# On this prompt transformers' fp32 logits are 1.1e-4 off its own float64 ones, and ours 0.6e-4 on
+# the other side: 1.6e-4 apart. All but that distance is still required of it.
+FAR_FROM_FP32 = 6
+
+
+class TooFarFromFp32(AssertionError):
+    """Logits are right, and yet over the tolerance from the oracle's fp32 ones."""
+
+
+SMOLLM2_CASES = [
+    pytest.param(
+        *case.values,
+        id=case.id,
+        marks=(*case.marks, pytest.mark.xfail(raises=TooFarFromFp32, strict=False))
+        if case.values == (FAR_FROM_FP32,)
+        else case.marks,
+    )
+    for case in CASES
+]
+
+
 class Subject:
     """A model in transformers, and ours as one, two and three stages."""
 
@@ -72,16 +93,16 @@ class Subject:
         expected_tokens, expected = self.oracle.greedy(prompt_ids, NUM_TOKENS)
         text_ids = torch.cat((prompt_ids, torch.tensor(expected_tokens[:-1])))
         exact = self.exact.logits(text_ids)[len(prompt_ids) - 1 :]
-        # In fp32 the oracle is itself up to 1.1e-4 off the exact logits.
-        oracle_error = (expected - exact).abs().max()
-        whole = None
+        whole, distance = None, 0.0
         for stages, shards in self.splits.items():
             tokens, logits = self.make_pipeline(shards).greedy(prompt_ids, NUM_TOKENS)
             whole = logits if whole is None else whole
             assert tokens == expected_tokens, stages
             assert (logits - exact).abs().max() <= TOLERANCE, stages
-            assert (logits - expected).abs().max() <= TOLERANCE + oracle_error, stages
             assert torch.equal(logits, whole), f"{stages} stages are not bitwise equal to one"
+            distance = max(distance, float((logits - expected).abs().max()))
+        if distance > TOLERANCE:
+            raise TooFarFromFp32(f"{distance:.2e} from the fp32 logits, tolerance {TOLERANCE}")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +155,7 @@ def gpt2(tmp_path_factory, oracle_class, make_pipeline, gpt2_bpe):
     (directory / "model.safetensors").unlink()  # half a gigabyte
 
 
-@pytest.mark.parametrize("index", CASES)
+@pytest.mark.parametrize("index", SMOLLM2_CASES)
 def test_smollm2_equals_transformers_and_splits_are_bitwise_equal(smollm2, index):
     smollm2.check(PROMPTS[index])
 
