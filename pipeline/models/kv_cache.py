@@ -90,9 +90,21 @@ class KVCache:
         for segment in batch:
             self._lengths[segment.slot] += segment.num_tokens
 
+    def truncate(self, slot: int, length: int) -> None:
+        """Roll `slot` back to its first `length` tokens; what was written behind them is zeroed.
+
+        Raises MessageError when the slot does not exist or holds fewer.
+        """
+        if not 0 <= slot < len(self._lengths):
+            raise MessageError(f"slot {slot} does not exist: there are {len(self._lengths)}")
+        held = self._lengths[slot]
+        if not 0 <= length <= held:
+            raise MessageError(f"slot {slot} holds {held} tokens, it cannot keep {length}")
+        for tensor in (*self.keys, *self.values):
+            tensor[slot, :, length : self._written[slot]].zero_()
+        self._lengths[slot] = self._written[slot] = length
+
     def clear(self, slots: Sequence[int] | None = None) -> None:
         """Forget `slots` (all by default): all that was ever written there is zeroed."""
         for slot in range(self.num_slots) if slots is None else slots:
-            for tensor in (*self.keys, *self.values):
-                tensor[slot, :, : self._written[slot]].zero_()
-            self._lengths[slot] = self._written[slot] = 0
+            self.truncate(slot, 0)

@@ -67,6 +67,38 @@ def test_clearing_reaches_what_a_failed_step_wrote(cache):
     assert not cache.keys[0][0, :, :12].any()
 
 
+def test_a_truncated_slot_keeps_its_beginning_and_nothing_behind_it(cache):
+    fill(cache, Segment(0, 0, 9), Segment(2, 0, 9))
+    cache.reserve([Segment(0, 9, 3)])
+    cache.values[1][0, :, 9:12] = 9.0  # a step that failed half-way
+    cache.truncate(0, 4)
+    assert cache.lengths == (4, 0, 9)
+    for tensor in (*cache.keys, *cache.values):
+        assert (tensor[0, :, :4] == 7.0).all()
+        assert not tensor[0, :, 4:12].any()
+        assert (tensor[2, :, :9] == 7.0).all()
+    cache.reserve([Segment(0, 4, 1)])
+
+
+@pytest.mark.parametrize(("slot", "length"), [(0, 6), (0, -1), (1, 1), (3, 0), (-1, 0)])
+def test_a_slot_cannot_be_cut_to_what_it_does_not_hold(cache, slot, length):
+    fill(cache, Segment(0, 0, 5))
+    with pytest.raises(MessageError, match=f"slot {slot} (holds|does not exist)"):
+        cache.truncate(slot, length)
+    assert cache.lengths == (5, 0, 0)
+
+
+def test_generation_after_a_truncation_is_as_if_nothing_else_had_been_seen(
+    oracle, make_pipeline, token_ids
+):
+    pipeline = make_pipeline(oracle.split(2))
+    expected = pipeline.greedy(token_ids, 3)[1]
+    for cache in pipeline.caches:
+        cache.truncate(0, len(token_ids) - 1)
+    again = pipeline.logits(token_ids[-1:], [Segment(0, len(token_ids) - 1, 1)])
+    assert (again[0] - expected[0]).abs().max() <= 1e-5
+
+
 def test_bytes_count_keys_and_values_of_every_layer(cache):
     assert cache.num_bytes == 2 * 2 * 3 * 2 * 16 * 4 * torch.float32.itemsize
 
