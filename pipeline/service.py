@@ -30,6 +30,9 @@ class EngineStats:
     num_tokens: int
     num_failovers: int
     last_batch: int
+    # Handshakes with stages so far, and how long the last recovery took; 0 before the first.
+    num_handshakes: int = 0
+    recovery_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
