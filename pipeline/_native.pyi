@@ -1,0 +1,125 @@
+"""Kernels in C for decode steps and prefill: CPUs with AVX-512; sources in pipeline/native/.
+
+Optional: installing without a C compiler leaves the module out, and everything runs without it.
+Addresses are plain ints (`tensor.data_ptr()`, 0 for none) of C-contiguous memory that the caller
+keeps alive; floats are float32 unless said. Trusted callers only: sizes are checked, memory is not.
+
+Every function gives a row bit for bit the same result however many rows come with it, wherever a
+prompt is cut into chunks, and whatever the number of threads. Raises ValueError for sizes that
+cannot be, misaligned packed weights, and kinds this CPU cannot run.
+"""
+
+from typing import Final
+
+F32: Final = 0
+BF16: Final = 1  # weights in bf16, arithmetic in float32: exact for a checkpoint in bf16
+I8: Final = 2  # weights and activations in int8, a scale for each 32 inputs of an output or a row
+
+def features() -> tuple[str, ...]:
+    """What may be called here: "avx512" all but the kinds "bf16" BF16, "vnni" I8; () nothing."""
+
+def set_num_threads(num_threads: int, /) -> None:
+    """Compute with at most that many threads, the caller's included; 1 at first."""
+
+def packed_bytes(kind: int, num_in: int, num_out: int, /) -> int:
+    """Size of a packed weight, which has to be 64-byte aligned and zeroed."""
+
+def pack(
+    kind: int,
+    dst: int,
+    num_in: int,
+    num_out: int,
+    src: int,
+    src_stride_out: int,
+    src_stride_in: int,
+    first_out: int,
+    count: int,
+    /,
+) -> None:
+    """Write outputs first_out..first_out + count of a packed weight from [count, in] at `src`.
+
+    Strides in elements; elements are float32 for F32 and I8, which is quantised here, and bf16 for
+    BF16.
+    """
+
+def unpack(kind: int, packed: int, num_in: int, num_out: int, dst: int, /) -> None:
+    """The weight as [out, in] float32, whatever its kind: what `linear` multiplies by."""
+
+def gather(
+    kind: int, packed: int, num_in: int, num_out: int, ids: int, count: int, dst: int, /
+) -> None:
+    """Rows of an embedding packed for the head: dst [count, in] = W[ids], ids int64 [count].
+
+    Raises ValueError for an id that is not below num_out.
+    """
+
+def linear(
+    kind: int,
+    packed: int,
+    bias: int,
+    x: int,
+    y: int,
+    rows: int,
+    num_in: int,
+    num_out: int,
+    activation: int,
+    residual: int,
+    /,
+) -> None:
+    """Set y = activation(x W^T + bias) + residual; x [rows, in], y and residual [rows, out].
+
+    activation: 0 none, 1 gelu (tanh), 2 gelu (erf), 3 relu. bias, residual: 0 for none. `residual`
+    may be `y` itself; `x` may not overlap `y`.
+    """
+
+def layer_norm(x: int, weight: int, bias: int, y: int, rows: int, size: int, eps: float, /) -> None:
+    """Set y = (x - mean) / sqrt(variance + eps) * weight + bias, [rows, size]; y may be x."""
+
+def rms_norm(x: int, weight: int, y: int, rows: int, size: int, eps: float, /) -> None:
+    """Set y = x / sqrt(mean square + eps) * weight, [rows, size]; y may be x."""
+
+def rope(
+    x: int,
+    row_stride: int,
+    rows: int,
+    num_heads: int,
+    head_dim: int,
+    cosines: int,
+    signed_sines: int,
+    /,
+) -> None:
+    """Rotate, in place, the first num_heads heads of each row of x; row_stride in elements.
+
+    cosines, signed_sines: [rows, head_dim], the first half of the sines negated.
+    """
+
+def silu_mul(gate_up: int, y: int, rows: int, inner: int, /) -> None:
+    """Set y [rows, inner] = silu(gate_up[:, :inner]) * gate_up[:, inner:]."""
+
+def attend(
+    qkv: int,
+    row_stride: int,
+    out: int,
+    keys: int,
+    values: int,
+    spans: int,
+    num_spans: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seq: int,
+    window: int,
+    /,
+) -> None:
+    """Append the rows' keys and values to the cache, then attend each span to its own slot.
+
+    Shapes: qkv [rows, (heads + 2 kv_heads) * head_dim], row_stride in elements; out
+    [rows, heads * head_dim]; spans int64 [num_spans, 4] of (slot, first row, count, start): the
+    span's rows take cache positions start..start + count. window: a row sees so many positions,
+    its own included; 0 for all. keys [slots, kv_heads, max_seq / 16, head_dim, 16], values
+    [slots, kv_heads, max_seq, head_dim]; max_seq is a multiple of 16. Of a slot only positions
+    below start are read. Raises ValueError for spans that leave the context.
+    """
+
+def argmax(x: int, rows: int, n: int, out: int, /) -> None:
+    """Index of the first greatest of each row of x [rows, n] into out, int64 [rows]."""
