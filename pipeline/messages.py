@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pipeline.errors import MessageError
 from pipeline.models.batch import Segment
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 # Control messages are a few hundred bytes; an init with 32 measurements of two neighbours is 4 KB.
 MAX_CONTROL_BYTES = 64 << 10
 MAX_SEGMENTS = 1024
@@ -76,13 +76,42 @@ class Health(_Message):
     sequence: int
 
 
+Count = Annotated[int, Field(ge=0, lt=1 << 64)]
+
+
+class StageFigures(_Message):
+    """What a stage does now, and has done since its worker started; sizes and times, no content.
+
+    Requests, slots and KV are the session's; time and bytes are those of the data channels.
+    """
+
+    uptime_ns: Count
+    num_requests: Count
+    num_slots: Count
+    slots_in_use: Count
+    kv_tokens: Count
+    # Reserved, whether touched yet or not.
+    kv_bytes: Count
+    num_steps: Count
+    num_tokens: Count
+    # Requests in the last step.
+    last_batch: Count
+    compute_ns: Count
+    crypto_ns: Count
+    wire_ns: Count
+    bytes_sent: Count
+    bytes_received: Count
+    # Completed ones, of control and data channels.
+    num_handshakes: Count
+    num_rekeys: Count
+
+
 class Healthy(_Message):
     """Stage → orchestrator: the answer to `health`."""
 
     type: Literal["healthy"] = "healthy"
     sequence: int
-    num_requests: int
-    num_steps: int
+    figures: StageFigures
 
 
 class Start(_Message):

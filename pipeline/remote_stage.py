@@ -9,13 +9,14 @@ import trio
 from pipeline.errors import MessageError, SessionError, StageHung, StageLost
 from pipeline.links import ControlLink
 from pipeline.manifest import StageSpec
-from pipeline.messages import Failure, Health, Healthy, Message, Ready, Waiting
+from pipeline.messages import Failure, Health, Healthy, Message, Ready, StageFigures, Waiting
 from pipeline.peers import describe
 from pipeline.tasks import open_tasks
 from transport.errors import TransportError
+from transport.handshake import Peer
 
-# Often enough that a hung stage is noticed while someone still watches, rare enough to be free.
-HEALTH_SECONDS = 5.0
+# Often enough for someone who watches, rare enough to be free.
+HEALTH_SECONDS = 1.0
 # When a data channel breaks, the control channel of the stage that died ends at the same moment;
 # its neighbours' complaints may only be quicker.
 BLAME_SECONDS = 1.0
@@ -42,7 +43,15 @@ class RemoteStage:
         self._on_waiting = on_waiting
         self._ready: Ready | None = None
         self._is_ready = trio.Event()
-        self._last_heard = trio.current_time()
+        self._last_heard = self.connected_at = trio.current_time()
+        # What it last told of itself, and what before that: together they give rates.
+        self.figures: StageFigures | None = None
+        self.past_figures: StageFigures | None = None
+
+    @property
+    def peer(self) -> Peer:
+        """Whom the handshake has authenticated."""
+        return self._control.channel.peer
 
     async def send(self, message: Message) -> None:
         """Send a control message. Raises StageLost."""
@@ -80,8 +89,8 @@ class RemoteStage:
 
     async def _take(self, message: Message) -> None:
         match message:
-            case Healthy():
-                pass
+            case Healthy(figures=figures):
+                self.past_figures, self.figures = self.figures, figures
             case Waiting(detail=detail):
                 self._on_waiting(f"stage {self.idx} waits: {detail}")
             case Ready() if self._ready is None:

@@ -22,16 +22,15 @@ from pipeline.messages import (
     Done,
     Failure,
     Health,
-    Healthy,
     Init,
     Message,
     Ready,
     Shutdown,
-    StageTiming,
     Start,
     StepHeader,
     Waiting,
 )
+from pipeline.meter import StageMeter
 from pipeline.models.registry import ModelShard
 from pipeline.peers import (
     GOODBYE_SECONDS,
@@ -137,9 +136,15 @@ class StageSession:
     """From `init` to the end of the orchestrator's control channel."""
 
     def __init__(
-        self, setup: StageSetup, control: ControlLink, init: Init, limits: SessionLimits
+        self,
+        setup: StageSetup,
+        meter: StageMeter,
+        control: ControlLink,
+        init: Init,
+        limits: SessionLimits,
     ) -> None:
         self._setup = setup
+        self._meter = meter
         self._control = control
         self._init = init
         self._limits = limits
@@ -150,7 +155,6 @@ class StageSession:
             limits, partial(expect_step, limits=limits, is_first=setup.shard.is_first)
         )
         self._requests: set[int] = set()
-        self._num_steps = 0
         self._waiting_for: str | None = None
 
     async def run(self, data_in: Listener) -> None:
@@ -167,6 +171,7 @@ class StageSession:
             # Whoever holds this memory next must not find the last user's keys and values.
             self._core.cache.release()
             for channel in channels:
+                self._meter.close(channel)
                 await close_quietly(channel)
 
     async def _connect(
@@ -179,6 +184,7 @@ class StageSession:
             nonlocal upstream
             upstream = await self._accept_upstream(data_in)
             channels.append(upstream)
+            self._meter.open(upstream)
 
         async with open_tasks() as reporting:
             reporting.start_soon(self._report_waiting)
@@ -186,6 +192,7 @@ class StageSession:
                 tasks.start_soon(accept)
                 downstream = await self._dial_downstream()
                 channels.append(downstream)
+                self._meter.open(downstream)
             reporting.cancel_scope.cancel()
         assert upstream is not None  # the task group has ended without an error
         return upstream, downstream
@@ -253,7 +260,8 @@ class StageSession:
                 with trio.fail_after(SILENCE_SECONDS):
                     self._take(message := await self._control.receive())
                     if isinstance(message, Health):
-                        await self._control.send(self._health(message))
+                        cache, num_requests = self._core.cache, len(self._requests)
+                        await self._control.send(self._meter.answer(message, cache, num_requests))
             except trio.TooSlowError:
                 raise SessionEnded(f"orchestrator silent for {SILENCE_SECONDS:.0f} s") from None
             except (trio.EndOfChannel, TransportError) as error:
@@ -275,15 +283,7 @@ class StageSession:
             case _:
                 raise MessageError(f"control message {message.type!r} is not for a stage")
 
-    def _health(self, question: Health) -> Healthy:
-        return Healthy(
-            sequence=question.sequence,
-            num_requests=len(self._requests),
-            num_steps=self._num_steps,
-        )
-
     async def _serve_steps(self, upstream: SecureChannel, downstream: SecureChannel) -> None:
-        meter = _Meter(upstream, downstream)
         side = "upstream"
         try:
             while True:
@@ -291,10 +291,9 @@ class StageSession:
                 header, (tensor,) = await receive_step(upstream, self._gate)
                 started = perf_counter_ns()
                 outputs = self._core.step(header, tensor)
-                timing = meter.read(perf_counter_ns() - started)
+                timing = self._meter.step(header, perf_counter_ns() - started)
                 side = "downstream"
                 await send_step(downstream, header.with_timing(timing), outputs)
-                self._num_steps += 1
         except (TransportError, trio.EndOfChannel) as error:
             if isinstance(error, trio.EndOfChannel):
                 # The stage before ends its part of a session a moment before this one hears of it.
@@ -302,23 +301,3 @@ class StageSession:
             failure = Failure.model_validate({"code": side, "detail": describe(error)})
             await say(self._control, failure)
             raise
-
-
-class _Meter:
-    """Reads what a step cost on both channels since the last reading.
-
-    A step's header is sealed before it is sent, so the cost of sending it is counted with the
-    next step.
-    """
-
-    def __init__(self, *channels: SecureChannel) -> None:
-        self._channels = channels
-        self._crypto_ns = 0
-        self._wire_ns = 0
-
-    def read(self, compute_ns: int) -> StageTiming:
-        crypto = sum(c.stats.encrypt_ns + c.stats.decrypt_ns for c in self._channels)
-        wire = sum(c.stats.send_ns + c.stats.recv_ns for c in self._channels)
-        timing = StageTiming(compute_ns, crypto - self._crypto_ns, wire - self._wire_ns)
-        self._crypto_ns, self._wire_ns = crypto, wire
-        return timing

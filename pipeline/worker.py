@@ -7,7 +7,8 @@ import trio
 
 from pipeline.errors import MessageError
 from pipeline.links import CONTROL_LIMITS, ControlLink
-from pipeline.messages import Failure, Health, Healthy, Message
+from pipeline.messages import Failure, Health, Message
+from pipeline.meter import StageMeter
 from pipeline.peers import (
     CONTROL_EPOCH,
     MAX_PENDING_HANDSHAKES,
@@ -31,6 +32,7 @@ class StageWorker:
 
     def __init__(self, setup: StageSetup) -> None:
         self._setup = setup
+        self._meter = StageMeter()
         self._is_busy = False
 
     async def serve(self, control: Listener, data_in: Listener, *, once: bool = False) -> None:
@@ -55,7 +57,10 @@ class StageWorker:
         link = Link(LinkKind.CONTROL, ORCHESTRATOR, setup.role, core_hash, CONTROL_EPOCH)
         credentials = setup.trust.toward(ORCHESTRATOR, {})
         channel = await accept_or_log(sock, link, credentials, CONTROL_LIMITS)
-        return None if channel is None else ControlLink(channel)
+        if channel is None:
+            return None
+        self._meter.count_handshake()
+        return ControlLink(channel)
 
     async def _serve_link(self, control: ControlLink, data_in: Listener) -> bool:
         """Run one session; False when another one is running, or when it never began."""
@@ -79,7 +84,7 @@ class StageWorker:
                 message = await control.receive()
                 if not isinstance(message, Health):
                     return message
-                await control.send(Healthy(sequence=message.sequence, num_requests=0, num_steps=0))
+                await control.send(self._meter.answer(message, cache=None))
 
     async def _run_session(self, control: ControlLink, data_in: Listener) -> bool:
         """Serve until the session ends; whether it got past `init`."""
@@ -89,7 +94,8 @@ class StageWorker:
         try:
             init, limits = check_init(await self._first_message(control), self._setup)
             has_begun = True
-            await StageSession(self._setup, control, init, limits).run(data_in)
+            session = StageSession(self._setup, self._meter, control, init, limits)
+            await session.run(data_in)
         except SessionEnded as ended:
             logger.info("event=session_ended stage=%d reason=%s", stage_idx, ended.reason)
         except MessageError as error:

@@ -86,9 +86,11 @@ def message_seeds() -> list[bytes]:
         hidden_dim=8, max_seq_len=64, num_slots=4, max_step_tokens=32, data_out="127.0.0.1:9011",
         upstream_measurements={0: bytes(48)}, downstream_measurements={},
     )  # fmt: skip
+    names = messages.StageFigures.model_fields
+    figures = messages.StageFigures.model_validate(dict.fromkeys(names, 1 << 40))
     rest = [
         messages.Health(sequence=1),
-        messages.Healthy(sequence=1, num_requests=2, num_steps=3),
+        messages.Healthy(sequence=1, figures=figures),
         messages.Start(request_id=1, slot=0),
         messages.Failure(code="busy", detail="x"),
         messages.Shutdown(),

@@ -47,7 +47,7 @@ LAYERS = [
     "pipeline.engine.scheduler",
     "pipeline.steps pipeline.tensors pipeline.trust pipeline.plan",
     "pipeline.stage pipeline.shard",
-    "pipeline.links pipeline.drive",
+    "pipeline.links pipeline.drive pipeline.meter",
     "pipeline.local pipeline.service",
     "pipeline.peers",
     "pipeline.session pipeline.remote_stage",

@@ -14,6 +14,7 @@ from pipeline.messages import (
     Init,
     Ready,
     Shutdown,
+    StageFigures,
     StageTiming,
     Start,
     StepHeader,
@@ -40,6 +41,7 @@ INIT = Init(
     upstream_measurements={0: b"\1" * 48},
     downstream_measurements={},
 )
+FIGURES = StageFigures(**dict.fromkeys(StageFigures.model_fields, (1 << 64) - 1))
 MESSAGES = [
     INIT,
     Ready(
@@ -53,7 +55,7 @@ MESSAGES = [
     ),
     Waiting(detail="for 127.0.0.1:9001"),
     Health(sequence=1),
-    Healthy(sequence=1, num_requests=2, num_steps=3),
+    Healthy(sequence=1, figures=FIGURES),
     Start(request_id=1, slot=0),
     Done(request_id=1),
     Abort(request_id=1),
@@ -142,7 +144,7 @@ def test_every_truncated_or_padded_step_header_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("offset", "value"), [(0, 2), (1, 0), (1, 9), (6, 1), (16 + 12, 7)], ids=str
+    ("offset", "value"), [(0, 1), (1, 0), (1, 9), (6, 1), (16 + 12, 7)], ids=str
 )
 def test_a_step_header_with_an_unknown_value_is_refused(offset, value):
     data = bytearray(encode_step(HEADER))

@@ -22,6 +22,7 @@ from pipeline.messages import (
     Init,
     Ready,
     Shutdown,
+    StageFigures,
     Start,
     StepHeader,
     StepKind,
@@ -35,7 +36,7 @@ from pipeline.orchestrator import PipelineOptions, open_pipeline
 from pipeline.peers import CONTROL_EPOCH, ORCHESTRATOR, accept_first
 from pipeline.plan import PlanOptions, plan
 from pipeline.session import StageSetup
-from pipeline.steps import SessionLimits
+from pipeline.steps import CLEAR_SENTINEL, SessionLimits
 from pipeline.trust import DevTrust, UserTrust, create_identity, load_identity
 from pipeline.worker import StageWorker
 from transport.channel import connect_channel
@@ -43,6 +44,7 @@ from transport.endpoint import TcpEndpoint, dial, listen
 from transport.frames import DType, Tensor, TensorSpec
 from transport.handshake import Link, LinkKind, Role, RoleKind
 
+NOTHING = StageFigures(**dict.fromkeys(StageFigures.model_fields, 0))
 LOOPBACK = TcpEndpoint("127.0.0.1", 0)
 
 
@@ -197,7 +199,7 @@ async def test_a_step_that_does_not_fit_ends_the_session_and_not_the_worker(
         ({"max_seq_len": 1 << 20}, "1048576"),
         ({"stage_idx": 0}, "init is for"),
         ({"hidden_dim": 32}, "init is for"),
-        ({"version": 2}, "version 2"),
+        ({"version": 1}, "version 1"),
     ],
 )
 async def test_an_init_that_asks_too_much_is_refused_with_the_values(rig, changes, word):
@@ -219,7 +221,7 @@ async def test_an_init_that_asks_too_much_is_refused_with_the_values(rig, change
         [Start(request_id=1, slot=2)],
         [Start(request_id=1, slot=0), Start(request_id=1, slot=1)],
         [Start(request_id=i, slot=0) for i in range(3)],
-        [Healthy(sequence=1, num_requests=0, num_steps=0)],
+        [Healthy(sequence=1, figures=NOTHING)],
     ],
 )
 async def test_control_messages_out_of_order_are_refused(rig, messages):
@@ -229,13 +231,63 @@ async def test_control_messages_out_of_order_are_refused(rig, messages):
         assert (await failure_of(control)).code == "refused"
 
 
+async def figures_of(control):
+    await control.send(Health(sequence=7))
+    with trio.fail_after(5):
+        answer = await control.receive()
+    assert isinstance(answer, Healthy)
+    assert answer.sequence == 7
+    return answer.figures
+
+
 async def test_requests_come_and_go_and_health_counts_them(rig):
     async with rig.worker(), rig.session() as (control, _):
         await control.send(Start(request_id=1, slot=0))
         await control.send(Start(request_id=2, slot=1))
         await control.send(Done(request_id=1))
-        await control.send(Health(sequence=7))
-        assert await control.receive() == Healthy(sequence=7, num_requests=1, num_steps=0)
+        assert (await figures_of(control)).num_requests == 1
+
+
+async def test_health_tells_what_a_stage_holds_and_has_done(rig):
+    async with rig.worker():
+        async with rig.session() as (control, upstream):
+            idle = await figures_of(control)
+            assert (idle.num_slots, idle.slots_in_use, idle.kv_tokens, idle.num_steps) == (
+                2,
+                0,
+                0,
+                0,
+            )
+            # 2 layers, keys and values, 2 slots of 64 tokens, 2 heads of 16 floats.
+            assert idle.kv_bytes == 2 * 2 * 2 * 64 * 2 * 16 * 4
+            assert idle.num_handshakes == 3
+            await send_step(upstream, step(Segment(0, 0, 5), Segment(1, 0, 3)), (hidden(8),))
+            await send_step(upstream, step(Segment(1, 3, 1)), (hidden(1),))
+            busy = await settled(control, num_steps=2)
+            assert (busy.slots_in_use, busy.kv_tokens, busy.num_tokens) == (2, 9, 9)
+            assert busy.last_batch == 1
+            assert busy.compute_ns > 0
+            assert busy.crypto_ns > 0
+            assert busy.bytes_received - idle.bytes_received > 9 * 64 * 4
+            assert busy.bytes_sent > idle.bytes_sent
+            clear = step(Segment(0, 0, 0), Segment(1, 0, 0), kind=StepKind.CLEAR)
+            await send_step(upstream, clear, (CLEAR_SENTINEL,))
+            cleared = await settled(control, num_steps=3)
+            assert (cleared.slots_in_use, cleared.kv_tokens, cleared.num_tokens) == (0, 0, 9)
+        control = await rig.control()
+        between = await figures_of(control)
+        await control.aclose()
+        assert (between.num_slots, between.num_steps, between.num_handshakes) == (0, 3, 4)
+        assert between.bytes_sent >= cleared.bytes_sent
+        assert between.uptime_ns > cleared.uptime_ns
+
+
+async def settled(control, num_steps):
+    with trio.fail_after(5):
+        while True:
+            figures = await figures_of(control)
+            if figures.num_steps == num_steps:
+                return figures
 
 
 async def test_a_defect_costs_the_session_and_not_the_worker(rig, monkeypatch):
