@@ -134,28 +134,42 @@ class PipelineEngine:
         if self.failure is not None:
             raise SessionError(str(self.failure)) from self.failure
         request_id = next(self._request_ids)
-        sampling = generation.sampling
         request = Request(
             request_id,
             generation.prompt_ids,
             generation.max_tokens,
             generation.eos_token_ids,
-            wants_logits=sampling.needs_logits,
+            wants_logits=generation.needs_logits,
         )
         self._scheduler.submit(request)
-        sampler = Sampler(sampling, generation.prompt_ids) if sampling.needs_logits else None
+        sampler = None
+        if generation.needs_logits:
+            sampler = Sampler(generation.sampling, generation.prompt_ids, generation.processors)
         room = min(generation.max_tokens, self.max_seq_len) + 1
         send, receive = trio.open_memory_channel[TokenOutput](room)
         self._live[request_id] = _Live(sampler, send)
         self._has_work.set()
+        self._log("started", request_id, generation)
         try:
             yield TokenStream(receive, self)
         finally:
-            if self._live.pop(request_id, None) is not None:
+            is_open = self._live.pop(request_id, None) is not None
+            if is_open:
                 self._scheduler.cancel(request_id)
                 self._has_work.set()
+            self._log("aborted" if is_open else "ended", request_id, generation)
             send.close()
             receive.close()
+
+    def _log(self, what: str, request: int, generation: Generation) -> None:
+        logger.debug(
+            "event=generation_%s request_id=%s request=%d prompt_tokens=%d step=%d",
+            what,
+            generation.request_id,
+            request,
+            len(generation.prompt_ids),
+            self._num_steps,
+        )
 
     async def _work(self, pipeline: StepRunner) -> None:
         """Everything there is to do; then wait until there is more."""

@@ -8,16 +8,28 @@ import trio
 
 from pipeline.engine.request import FinishReason
 from pipeline.sampling.params import SamplingParams
+from pipeline.sampling.processors import LogitsProcessor
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One continuation to generate: of which prompt, how long, ended by what, chosen how."""
+    """One continuation to generate: of which prompt, how long, ended by what, chosen how.
+
+    `processors` are anyone's own code, applied to the logits in this order on the user's side;
+    `request_id` is the caller's name for it in logs.
+    """
 
     prompt_ids: tuple[int, ...]
     max_tokens: int
     eos_token_ids: frozenset[int]
     sampling: SamplingParams
+    processors: tuple[LogitsProcessor, ...] = ()
+    request_id: str = ""
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether more than the last stage's greedy token is asked for."""
+        return self.sampling.needs_logits or bool(self.processors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,6 +176,7 @@ class Gateway:
                 max_tokens=max_tokens,
                 eos_token_ids=self._config.eos_token_ids,
                 sampling=body.sampling(choice, logprobs),
+                request_id=record.request_id,
             )
             for prompt_ids in prompts
             for choice in range(body.n or 1)

@@ -1,7 +1,9 @@
 """Many requests over one pipeline: each gets what it would get alone."""
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import trio
 
@@ -177,6 +179,30 @@ async def test_logprobs_come_with_the_tokens_that_asked(engine):
         assert len(output.top) == 3
         # Greedy: the chosen token is the likeliest.
         assert output.top[0][0] == output.token_id
+
+
+async def test_processors_of_the_callers_own_decide_what_may_be_chosen(engine):
+    rng = random.Random(7)
+    plain = generation(rng, 12)
+    greedy = await tokens_of(engine, plain)
+    seen = []
+
+    def ban(token_ids, logits):
+        seen.append(tuple(token_ids))
+        changed = logits.copy()
+        changed[greedy] = -np.inf
+        return changed
+
+    def only_even(token_ids, logits):
+        changed = logits.copy()
+        changed[1::2] = -np.inf
+        return changed
+
+    banned = await tokens_of(engine, replace(plain, processors=(ban, only_even)))
+    assert not set(banned) & set(greedy)
+    assert all(token_id % 2 == 0 for token_id in banned)
+    assert seen[3] == (*plain.prompt_ids, *banned[:3])
+    assert await tokens_of(engine, plain) == greedy
 
 
 async def test_a_prompt_that_cannot_fit_is_refused_before_anything_runs(engine):
