@@ -86,6 +86,11 @@ class Pipeline:
         self._data_out = data_out
         self._gate = gate
 
+    @property
+    def stages(self) -> Sequence[RemoteStage]:
+        """The stages, for whoever watches."""
+        return self._stages
+
     async def send(self, step: Step) -> None:
         """Send a step to the first stage."""
         is_clear = step.header.kind is StepKind.CLEAR

@@ -53,6 +53,11 @@ class RemoteStage:
         """Whom the handshake has authenticated."""
         return self._control.channel.peer
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has said that steps may flow."""
+        return self._is_ready.is_set()
+
     async def send(self, message: Message) -> None:
         """Send a control message. Raises StageLost."""
         try:

@@ -55,6 +55,7 @@ LAYERS = [
     "pipeline.supervisor",
     "pipeline.gateway.templates pipeline.gateway.text pipeline.gateway.errors",
     "pipeline.gateway.metrics",
+    "pipeline.gateway.overview",
     "pipeline.gateway.config pipeline.gateway.auth pipeline.gateway.limits",
     "pipeline.gateway.schemas pipeline.gateway.choices",
     "pipeline.gateway.formats pipeline.gateway.edge",

@@ -1,11 +1,10 @@
 """Serving: an OpenAI-compatible API on the user's machine, in front of one pipeline."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import trio
 import typer
 
 from pipeline.cli.common import run_until_signalled
@@ -14,6 +13,7 @@ from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError, SessionError
 from pipeline.gateway.auth import load_api_keys
 from pipeline.gateway.config import GatewayConfig
+from pipeline.gateway.overview import Overview
 from pipeline.gateway.server import serve as serve_gateway
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.gateway.text import GatewayTokenizer
@@ -59,22 +59,37 @@ def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
     tokenizer = GatewayTokenizer(model_dir / "tokenizer.json")
     connection = Connection.create(manifest, connection_flags, limits, is_resumable=True)
     engine = PipelineEngine(limits)
-    is_up = False
+    standing: Pipeline | None = None
+    overview = Overview(
+        manifest,
+        limits.num_slots,
+        lambda: engine.stats,
+        lambda: standing.stages if standing else (),
+    )
 
     async def work(pipeline: Pipeline) -> None:
-        nonlocal is_up
+        nonlocal standing
         tokenizer.check_vocabulary(pipeline.vocab_size)
-        is_up = True
+        standing = pipeline
         await engine.run(pipeline)
 
     def restart(error: SessionError) -> None:
-        nonlocal is_up
-        is_up = False
+        nonlocal standing
+        standing = None
         engine.restart(error)
 
     async def run() -> None:
         async with open_tasks() as tasks:
-            url = await tasks.start(_serve_http, config, engine, tokenizer, lambda: is_up)
+            url = await tasks.start(
+                partial(
+                    serve_gateway,
+                    config,
+                    engine,
+                    tokenizer,
+                    overview=overview,
+                    is_ready=lambda: standing is not None,
+                )
+            )
             logger.info("event=serving url=%s model=%s", url, config.served_model_name)
             try:
                 await connection.run(work, restart)
@@ -85,13 +100,3 @@ def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
     number = run_until_signalled(run)
     if number is not None:
         raise typer.Exit(0)
-
-
-async def _serve_http(
-    config: GatewayConfig,
-    engine: PipelineEngine,
-    tokenizer: GatewayTokenizer,
-    is_ready: Callable[[], bool],
-    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    await serve_gateway(config, engine, tokenizer, is_ready=is_ready, task_status=task_status)

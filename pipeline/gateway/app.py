@@ -24,6 +24,7 @@ from pipeline.gateway.errors import ApiError, invalid, too_long, unknown_model
 from pipeline.gateway.formats import ChatFormat, CompletionFormat, Format
 from pipeline.gateway.limits import RateLimiter
 from pipeline.gateway.metrics import GatewayMetrics, RequestRecord
+from pipeline.gateway.overview import Overview, PipelineView
 from pipeline.gateway.schemas import ChatRequest, CompletionRequest, parse_untrusted
 from pipeline.gateway.text import GatewayTokenizer
 
@@ -40,18 +41,23 @@ def build_app(
     registry: CollectorRegistry,
     *,
     metrics: GatewayMetrics | None = None,
+    overview: Overview | None = None,
     is_ready: Callable[[], bool] = lambda: True,
 ) -> Starlette:
     """The ASGI application; must run under trio, behind a server that drops idle connections.
 
     `registry` is what /metrics shows; the gateway's own `metrics` are added to it, unless given.
+    /pipeline shows `overview`, if there is one.
     """
+    metrics = metrics or GatewayMetrics(registry)
     gateway = Gateway(config, engine, tokenizer, registry, is_ready)
+    watched = [] if overview is None else [_pipeline_route(config, overview, metrics, is_ready)]
     return Starlette(
         routes=[
             Route("/health", gateway.health),
             Route("/readyz", gateway.readyz),
             Route("/metrics", gateway.metrics),
+            *watched,
             Route("/v1/models", gateway.models),
             Route("/v1/models/{model:path}", gateway.model),
             Route("/v1/chat/completions", gateway.chat, methods=["POST"]),
@@ -63,7 +69,7 @@ def build_app(
                 access=Access(config.api_keys),
                 rate=RateLimiter(config.limits.requests_per_minute, trio.current_time),
                 limits=config.limits,
-                metrics=metrics or GatewayMetrics(registry),
+                metrics=metrics,
             )
         ],
         exception_handlers={HTTPException: _refuse_route},
@@ -236,6 +242,25 @@ class Gateway:
             "created": self._created,
             "owned_by": "veilpipe",
         }
+
+
+def _pipeline_route(
+    config: GatewayConfig,
+    overview: Overview,
+    metrics: GatewayMetrics,
+    is_ready: Callable[[], bool],
+) -> Route:
+    async def show(_: Request) -> Response:
+        view = PipelineView(
+            model=config.served_model_name,
+            is_ready=is_ready(),
+            engine=overview.engine(),
+            latency=metrics.recent.view(trio.current_time()),
+            stages=overview.stages(),
+        )
+        return JSONResponse(view.model_dump())
+
+    return Route("/pipeline", show)
 
 
 async def _refuse_route(_: Request, error: Exception) -> Response:

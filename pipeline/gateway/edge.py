@@ -17,7 +17,9 @@ from pipeline.gateway.metrics import GatewayMetrics, RequestRecord
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/readyz"})
-_ROUTES = OPEN_PATHS | {"/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions"}
+# For whoever watches: as often as they like, so that watching costs no user a request.
+WATCH_PATHS = frozenset({"/metrics", "/pipeline"})
+_ROUTES = OPEN_PATHS | WATCH_PATHS | {"/v1/models", "/v1/chat/completions", "/v1/completions"}
 # A client that sends a body reads the answer afterwards; closing before resets its connection.
 _DRAIN_SECONDS = 1.0
 
@@ -48,7 +50,7 @@ class Edge:
             return
         route = _route(scope["path"])
         # Probes come every few seconds and say nothing new.
-        level = logging.DEBUG if route in OPEN_PATHS else logging.INFO
+        level = logging.DEBUG if route in OPEN_PATHS | WATCH_PATHS else logging.INFO
         record = RequestRecord(self._metrics, route, level)
         scope.setdefault("state", {})["record"] = record
         exchange = _Exchange(receive, send, record)
@@ -63,7 +65,8 @@ class Edge:
         try:
             if scope["path"] not in OPEN_PATHS:
                 self._access.check(_headers(scope))
-                self._rate.admit()
+                if scope["path"] not in WATCH_PATHS:
+                    self._rate.admit()
             await self._read_body(exchange)
         except ApiError as error:
             await exchange.drain()

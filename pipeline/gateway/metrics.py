@@ -1,17 +1,26 @@
 """What is counted and logged of each request: sizes and times, never content."""
 
-import json
 import logging
 import uuid
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.engine.latency import percentile
 
 logger = logging.getLogger(__name__)
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+# What percentiles are taken from: the last so many requests and tokens.
+_RECENT_REQUESTS = 256
+_RECENT_TOKENS = 4096
+# What the rate of tokens is taken from.
+_RATE_SECONDS = 5
 
 
 class GatewayMetrics:
@@ -53,6 +62,67 @@ class GatewayMetrics:
             buckets=_TOKEN_BUCKETS,
             registry=registry,
         )
+        self.recent = RecentTokens()
+
+    def add_token(self, now: float, ttft: float | None, inter_token: float | None) -> None:
+        """Count a token at the moment it came; the first of a request has a `ttft`."""
+        self.generated_tokens.inc()
+        if ttft is not None:
+            self.ttft.observe(ttft)
+        if inter_token is not None:
+            self.inter_token.observe(inter_token)
+        self.recent.add(now, ttft, inter_token)
+
+
+class LatencyView(BaseModel):
+    """How long tokens took lately; None before there were any."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    tokens_per_second: float
+    ttft_p50_seconds: float | None
+    ttft_p95_seconds: float | None
+    inter_token_p50_seconds: float | None
+    inter_token_p95_seconds: float | None
+
+
+class RecentTokens:
+    """The last tokens' latencies and rate, for whoever looks now rather than over months."""
+
+    def __init__(self) -> None:
+        self._ttft: deque[float] = deque(maxlen=_RECENT_REQUESTS)
+        self._inter_token: deque[float] = deque(maxlen=_RECENT_TOKENS)
+        # Tokens by whole second, the newest last.
+        self._seconds: deque[tuple[int, int]] = deque(maxlen=_RATE_SECONDS + 1)
+
+    def add(self, now: float, ttft: float | None, inter_token: float | None) -> None:
+        """Take a token in."""
+        if ttft is not None:
+            self._ttft.append(ttft)
+        if inter_token is not None:
+            self._inter_token.append(inter_token)
+        second, count = self._seconds.pop() if self._seconds else (int(now), 0)
+        if second != int(now):
+            self._seconds.append((second, count))
+            count = 0
+        self._seconds.append((int(now), count + 1))
+
+    def view(self, now: float) -> LatencyView:
+        """What they amount to."""
+        first = int(now) - _RATE_SECONDS
+        num_tokens = sum(count for second, count in self._seconds if first <= second < int(now))
+        return LatencyView(
+            tokens_per_second=num_tokens / _RATE_SECONDS,
+            ttft_p50_seconds=_percentile(self._ttft, 0.5),
+            ttft_p95_seconds=_percentile(self._ttft, 0.95),
+            inter_token_p50_seconds=_percentile(self._inter_token, 0.5),
+            inter_token_p95_seconds=_percentile(self._inter_token, 0.95),
+        )
+
+
+def _percentile(values: Iterable[float], fraction: float) -> float | None:
+    found = tuple(values)
+    return percentile(found, fraction) if found else None
 
 
 @dataclass(slots=True)
@@ -79,27 +149,29 @@ class RequestRecord:
     def add_token(self, choice: int) -> None:
         """The pipeline gave the next token of a continuation."""
         now = trio.current_time()
+        last = self._last.get(choice)
+        is_first = self.ttft is None
         if self.ttft is None:
             self.ttft = now - self.started
-            self.metrics.ttft.observe(self.ttft)
-        if choice in self._last:
-            self.metrics.inter_token.observe(now - self._last[choice])
+        self.metrics.add_token(
+            now, self.ttft if is_first else None, None if last is None else now - last
+        )
         self._last[choice] = now
         self.num_generated += 1
-        self.metrics.generated_tokens.inc()
 
     def close(self) -> None:
         """Count the request and write its line."""
         status = 499 if self.is_disconnected else self.status
         self.metrics.requests.labels(self.route, str(status)).inc()
-        line = {
-            "event": "request",
-            "request_id": self.request_id,
-            "route": self.route,
-            "status": status,
-            "prompt_tokens": self.num_prompt,
-            "completion_tokens": self.num_generated,
-            "ttft_ms": None if self.ttft is None else round(self.ttft * 1e3, 3),
-            "total_ms": round((trio.current_time() - self.started) * 1e3, 3),
-        }
-        logger.log(self.log_level, "%s", json.dumps(line))
+        logger.log(
+            self.log_level,
+            "event=request request_id=%s route=%s status=%d prompt_tokens=%d "
+            "completion_tokens=%d ttft_ms=%s total_ms=%.3f",
+            self.request_id,
+            self.route,
+            status,
+            self.num_prompt,
+            self.num_generated,
+            None if self.ttft is None else round(self.ttft * 1e3, 3),
+            (trio.current_time() - self.started) * 1e3,
+        )

@@ -20,6 +20,7 @@ from pipeline.gateway.auth import is_local_name
 from pipeline.gateway.config import GatewayConfig
 from pipeline.gateway.connection import Connection
 from pipeline.gateway.metrics import GatewayMetrics
+from pipeline.gateway.overview import Overview
 from pipeline.gateway.text import GatewayTokenizer
 
 logger = logging.getLogger(__name__)
@@ -43,10 +44,13 @@ async def serve(
     tokenizer: GatewayTokenizer,
     *,
     registry: CollectorRegistry | None = None,
+    overview: Overview | None = None,
     is_ready: Callable[[], bool] = lambda: True,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled; reports the base URL once it listens.
+
+    `overview` is shown by /metrics and /pipeline.
 
     Raises InputError if the address cannot be had, or is open to others and no key is set.
     """
@@ -54,7 +58,17 @@ async def serve(
     url = _url(listeners[0])
     registry = CollectorRegistry() if registry is None else registry
     metrics = GatewayMetrics(registry)
-    app = build_app(app_config, engine, tokenizer, registry, metrics=metrics, is_ready=is_ready)
+    if overview is not None:
+        registry.register(overview)
+    app = build_app(
+        app_config,
+        engine,
+        tokenizer,
+        registry,
+        metrics=metrics,
+        overview=overview,
+        is_ready=is_ready,
+    )
     server = _Server(ASGIWrapper(cast(ASGIFramework, app)), app_config, metrics)
     logger.info("event=gateway_started url=%s keys=%d", url, len(app_config.api_keys))
     task_status.started(url)

@@ -155,7 +155,7 @@ def start_gateway(tokenizer):
     """A context manager: a gateway with these limits and keys before `engine`."""
 
     @asynccontextmanager
-    async def start(engine=None, *, keys=(KEY,), is_ready=lambda: True, **limits):
+    async def start(engine=None, *, keys=(KEY,), is_ready=lambda: True, overview=None, **limits):
         logging.getLogger("pipeline.gateway").setLevel(logging.INFO)
         engine = engine or FakeEngine(tokenizer)
         config = GatewayConfig(
@@ -175,6 +175,7 @@ def start_gateway(tokenizer):
                 tokenizer,
                 registry=registry,
                 is_ready=is_ready,
+                overview=overview,
                 task_status=task_status,
             )
 

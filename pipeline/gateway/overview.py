@@ -1,0 +1,233 @@
+"""What a pipeline looks like to whoever watches it: sizes and times, never content."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import trio
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.gateway.metrics import LatencyView
+from pipeline.manifest import Manifest, StageSpec
+from pipeline.messages import StageFigures
+from pipeline.remote_stage import RemoteStage
+from pipeline.service import EngineStats
+
+NS = 1e-9
+
+
+class _View(BaseModel):
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class StageRates(_View):
+    """What a stage did between its last two answers; the times are means of its steps."""
+
+    # Share of the time in which it computed.
+    load: float
+    steps_per_second: float
+    tokens_per_second: float
+    bytes_per_second: float
+    compute_ms: float | None
+    crypto_ms: float | None
+    wire_ms: float | None
+
+
+class StageView(_View):
+    """One stage. What it has not told, for want of a session, is None."""
+
+    stage_idx: int
+    layer_start: int
+    layer_end: int
+    precision: str
+    state: Literal["down", "connecting", "ready"]
+    # What the handshake proved: "nitro", "dev" or "key_only", and the image's measurement (PCR 0).
+    evidence: str | None = None
+    measurement: str | None = None
+    handshake_age_seconds: float | None = None
+    figures: StageFigures | None = None
+    rates: StageRates | None = None
+
+
+class EngineView(_View):
+    """The engine in front of the stages."""
+
+    max_batch: int
+    num_running: int
+    num_waiting: int
+    last_batch: int
+    num_steps: int
+    num_tokens: int
+    num_failovers: int
+    num_handshakes: int
+    # How long the last recovery took; 0 before the first.
+    recovery_seconds: float
+
+
+class PipelineView(_View):
+    """Everything `pipeline-orch top` shows: the answer of /pipeline."""
+
+    model: str
+    is_ready: bool
+    engine: EngineView
+    latency: LatencyView
+    stages: tuple[StageView, ...] = Field(max_length=256)
+
+
+class Overview(Collector):
+    """Looks at a running pipeline when asked; costs nothing otherwise."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        max_batch: int,
+        stats: Callable[[], EngineStats],
+        stages: Callable[[], Sequence[RemoteStage]],
+    ) -> None:
+        """`stages` gives those of the session that stands, or nothing."""
+        self._specs = manifest.stages
+        self._max_batch = max_batch
+        self._stats = stats
+        self._stages = stages
+
+    def engine(self) -> EngineView:
+        """What the engine does now, and has done."""
+        stats = self._stats()
+        return EngineView(
+            max_batch=self._max_batch,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            last_batch=stats.last_batch,
+            num_steps=stats.num_steps,
+            num_tokens=stats.num_tokens,
+            num_failovers=stats.num_failovers,
+            num_handshakes=stats.num_handshakes,
+            recovery_seconds=stats.recovery_seconds,
+        )
+
+    def stages(self) -> tuple[StageView, ...]:
+        """Every stage of the manifest."""
+        connected = {stage.idx: stage for stage in self._stages()}
+        return tuple(_stage_view(spec, connected.get(spec.stage_idx)) for spec in self._specs)
+
+    def collect(self) -> Iterator[Metric]:
+        """The same for Prometheus; called at every scrape."""
+        yield from _engine_metrics(self.engine())
+        yield from _stage_metrics(self.stages())
+
+
+def _stage_view(spec: StageSpec, stage: RemoteStage | None) -> StageView:
+    view = StageView(
+        stage_idx=spec.stage_idx,
+        layer_start=spec.layer_start,
+        layer_end=spec.layer_end,
+        precision=spec.precision,
+        state="down",
+    )
+    if stage is None:
+        return view
+    attested = stage.peer.attested
+    measurement = attested.measurements.get(0)
+    return view.model_copy(
+        update={
+            "state": "ready" if stage.is_ready else "connecting",
+            "evidence": attested.kind.name.lower(),
+            "measurement": None if measurement is None else measurement.hex(),
+            "handshake_age_seconds": trio.current_time() - stage.connected_at,
+            "figures": stage.figures,
+            "rates": _rates(stage.past_figures, stage.figures),
+        }
+    )
+
+
+def _rates(past: StageFigures | None, now: StageFigures | None) -> StageRates | None:
+    if past is None or now is None or now.uptime_ns <= past.uptime_ns:
+        return None
+    elapsed = (now.uptime_ns - past.uptime_ns) * NS
+    num_steps = now.num_steps - past.num_steps
+
+    def per_step_ms(ns: int) -> float | None:
+        return ns / 1e6 / num_steps if num_steps > 0 else None
+
+    num_bytes = now.bytes_sent + now.bytes_received - past.bytes_sent - past.bytes_received
+    return StageRates(
+        load=(now.compute_ns - past.compute_ns) * NS / elapsed,
+        steps_per_second=num_steps / elapsed,
+        tokens_per_second=(now.num_tokens - past.num_tokens) / elapsed,
+        bytes_per_second=num_bytes / elapsed,
+        compute_ms=per_step_ms(now.compute_ns - past.compute_ns),
+        crypto_ms=per_step_ms(now.crypto_ns - past.crypto_ns),
+        wire_ms=per_step_ms(now.wire_ns - past.wire_ns),
+    )
+
+
+def _engine_metrics(view: EngineView) -> Iterator[Metric]:
+    gauges = {
+        "veilpipe_running_requests": ("Requests that own a slot.", view.num_running),
+        "veilpipe_waiting_requests": ("Requests that wait for a slot.", view.num_waiting),
+        "veilpipe_batch_size": ("Requests in the last step.", view.last_batch),
+        "veilpipe_max_batch_size": ("Requests there is room for in a step.", view.max_batch),
+        "veilpipe_last_recovery_seconds": (
+            "How long the pipeline took to stand again after its last loss of a stage.",
+            view.recovery_seconds,
+        ),
+    }
+    counters = {
+        "veilpipe_steps": ("Steps that came back from the stages.", view.num_steps),
+        "veilpipe_failovers": ("Losses of a stage that requests survived.", view.num_failovers),
+        "veilpipe_handshakes": ("Handshakes with stages.", view.num_handshakes),
+    }
+    for name, (text, value) in gauges.items():
+        yield GaugeMetricFamily(name, text, value)
+    for name, (text, value) in counters.items():
+        yield CounterMetricFamily(name, text, value)
+
+
+# Metric, its help, and the figure it shows.
+_STAGE_GAUGES = (
+    ("slots", "Requests a stage has room for.", "num_slots"),
+    ("slots_in_use", "Slots that hold keys and values.", "slots_in_use"),
+    ("kv_tokens", "Tokens whose keys and values a stage holds.", "kv_tokens"),
+    ("kv_reserved_bytes", "KV memory a stage has reserved.", "kv_bytes"),
+    ("batch_size", "Requests in a stage's last step.", "last_batch"),
+)
+_STAGE_COUNTERS = (
+    ("steps", "Steps a stage computed.", "num_steps"),
+    ("tokens", "Tokens a stage computed.", "num_tokens"),
+    ("sent_bytes", "Bytes a stage sent on data channels.", "bytes_sent"),
+    ("received_bytes", "Bytes a stage received on data channels.", "bytes_received"),
+    ("handshakes", "Handshakes a stage completed.", "num_handshakes"),
+    ("rekeys", "Keys of data channels a stage has replaced.", "num_rekeys"),
+)
+
+
+def _stage_metrics(views: Sequence[StageView]) -> Iterator[Metric]:
+    """Counters restart with their worker, as Prometheus expects."""
+    up = GaugeMetricFamily("veilpipe_stage_up", "Whether a stage is ready.", labels=["stage"])
+    uptime = GaugeMetricFamily(
+        "veilpipe_stage_uptime_seconds", "Since a stage's worker started.", labels=["stage"]
+    )
+    busy = CounterMetricFamily(
+        "veilpipe_stage_busy_seconds",
+        "Time a stage spent: compute, crypto (ChaCha20-Poly1305), wire (socket calls, no waiting).",
+        labels=["stage", "part"],
+    )
+    told = [(str(view.stage_idx), view.figures) for view in views if view.figures is not None]
+    for view in views:
+        up.add_metric([str(view.stage_idx)], view.state == "ready")
+    for stage, figures in told:
+        uptime.add_metric([stage], figures.uptime_ns * NS)
+        for part in ("compute", "crypto", "wire"):
+            busy.add_metric([stage, part], getattr(figures, f"{part}_ns") * NS)
+    yield from (up, uptime, busy)
+    for family, rows in (
+        (GaugeMetricFamily, _STAGE_GAUGES),
+        (CounterMetricFamily, _STAGE_COUNTERS),
+    ):
+        for name, text, field in rows:
+            metric = family(f"veilpipe_stage_{name}", text, labels=["stage"])
+            for stage, figures in told:
+                metric.add_metric([stage], getattr(figures, field))
+            yield metric
