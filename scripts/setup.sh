@@ -39,8 +39,8 @@ flock 9    # two scripts started together must not install over each other
 
 [ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null || make_venv
 
-# One stamp per extra: the base package, and whatever has been asked for so far.
-want=$(cat "$root/pyproject.toml" "$root/constraints.txt" | sha256sum | cut -c1-16)
+# One stamp per extra: the base package (its kernels are built here), and whatever else was asked for.
+want=$(cat "$root/pyproject.toml" "$root/constraints.txt" "$root"/pipeline/native/*.[ch] | sha256sum | cut -c1-16)
 for extra in base "$@"; do
   stamp="$venv/.veilpipe-$extra"
   [ "$(cat "$stamp" 2>/dev/null || true)" = "$want" ] && continue

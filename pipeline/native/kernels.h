@@ -1,0 +1,98 @@
+/* What the kernels share: kinds of packed weight, the thread pool, and who implements what.
+ *
+ * Every kernel gives a row bit for bit the same result whatever rows, chunks or threads come with
+ * it: each output is accumulated in one fixed order, and only independent outputs run side by side.
+ */
+#ifndef VEILPIPE_KERNELS_H
+#define VEILPIPE_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define VEILPIPE_X86 1
+#endif
+
+enum kind { KIND_F32, KIND_BF16, KIND_I8, NUM_KINDS };
+enum activation { ACT_NONE, ACT_GELU_TANH, ACT_GELU_ERF, ACT_RELU, NUM_ACTIVATIONS };
+enum { BLOCK = 16 };              /* outputs side by side in a packed weight */
+enum { GROUP = 32, SUPER = 64 }; /* int8: inputs that share a scale; inputs padded to */
+
+/* 64 inputs of 16 outputs in int8. */
+typedef struct {
+    uint16_t scales[SUPER / GROUP][BLOCK]; /* bf16 */
+    uint8_t weights[SUPER / 4][BLOCK][4];  /* + 128 */
+} super_t;
+
+/* threads.c: chunks 0..num_chunks of a job, run by the caller and whichever workers are free. */
+typedef void (*chunk_fn)(void *job, size_t chunk);
+void pool_set_num_threads(size_t num_threads);
+size_t pool_num_threads(void);
+void pool_run(chunk_fn run, void *job, size_t num_chunks);
+size_t pool_num_chunks(size_t num_units); /* a good number of chunks for that many units of work */
+void *scratch(size_t bytes);              /* this thread's, 64-byte aligned, until it asks again */
+
+/* pack.c */
+typedef struct {
+    int kind;
+    const void *packed;
+    size_t num_in, num_out;
+} weight_t;
+
+size_t block_bytes(int kind, size_t num_in); /* of one block of 16 outputs */
+size_t packed_bytes(int kind, size_t num_in, size_t num_out);
+void pack(int kind, void *dst, size_t num_in, const void *src, ptrdiff_t stride_out,
+          ptrdiff_t stride_in, size_t first_out, size_t count);
+void unpack(const weight_t *weight, float *dst);
+void gather(const weight_t *weight, const int64_t *ids, size_t count, float *dst);
+
+/* linear.c, tiles_f32.c, tiles_i8.c */
+typedef struct {
+    const float *x; /* [rows, num_in] */
+    float *y;       /* [rows, num_out] */
+    const float *bias, *residual;
+    size_t rows;
+    int activation;
+} product_t;
+
+/* acc[R rows][B blocks of 16] (+)= x[R rows][num_k] * w[num_k][B blocks]; strides in bytes but for
+ * acc's; packed weights have their own k_stride. Of I8, num_k counts 64 inputs. A sum starts at zero or goes on, k ascending. */
+typedef void (*tile_fn)(float *acc, size_t acc_stride, const char *x, size_t x_stride,
+                        const char *w, size_t block_stride, size_t k_stride, size_t num_k,
+                        int goes_on);
+enum { MAX_TILE_ROWS = 6, MAX_TILE_BLOCKS = 8 };
+
+tile_fn tile_f32(size_t rows, size_t blocks);
+tile_fn tile_bf16(size_t rows, size_t blocks);
+tile_fn tile_i8(size_t rows, size_t blocks);
+size_t quantised_bytes(size_t num_in); /* of one row of x */
+void quantise_row(const float *x, size_t num_in, void *quantised);
+void linear(const weight_t *weight, const product_t *product);
+
+/* attention.c */
+enum { MAX_HEAD_DIM = 512 };
+
+typedef struct {
+    int64_t slot, row_offset, count, start;
+} span_t;
+
+typedef struct {
+    const float *qkv;
+    size_t row_stride;
+    float *out, *keys, *values;
+    const span_t *spans;
+    size_t num_spans, num_heads, num_kv_heads, head_dim, max_seq, window;
+} attention_t;
+
+void attend(const attention_t *attention);
+
+/* pointwise.c */
+void layer_norm(const float *x, const float *weight, const float *bias, float *y, size_t rows,
+                size_t size, float eps);
+void rms_norm(const float *x, const float *weight, float *y, size_t rows, size_t size, float eps);
+void rope(float *x, size_t row_stride, size_t rows, size_t num_heads, size_t head_dim,
+          const float *cosines, const float *signed_sines);
+void silu_mul(const float *gate_up, float *y, size_t rows, size_t inner);
+void argmax(const float *x, size_t rows, size_t n, int64_t *out);
+
+#endif

@@ -1,0 +1,144 @@
+/* What happens to rows between products: norms, rotary positions, gates, the greedy token. */
+#include "simd.h"
+
+#if defined(VEILPIPE_X86)
+
+typedef struct pointwise {
+    void (*run)(const struct pointwise *job, size_t row);
+    const float *x, *weight, *bias;
+    float *y;
+    size_t rows, size, num_heads, row_stride, num_chunks;
+    float eps;
+} pointwise_t;
+
+static void run_rows(void *opaque, size_t chunk) {
+    const pointwise_t *job = opaque;
+    size_t end = (chunk + 1) * job->rows / job->num_chunks;
+    for (size_t row = chunk * job->rows / job->num_chunks; row < end; row++) job->run(job, row);
+}
+
+enum { WORTH_SHARING = 32768 }; /* elements for each further chunk */
+
+static void run(pointwise_t job) {
+    job.num_chunks = pool_num_chunks(job.rows * job.size / WORTH_SHARING + 1);
+    pool_run(run_rows, &job, job.num_chunks);
+}
+
+INLINE float sum_of_squares(const float *x, size_t size, float mean) {
+    __m512 sum = _mm512_setzero_ps(), center = _mm512_set1_ps(mean);
+    for (size_t i = 0; i < size; i += 16) {
+        __mmask16 mask = lanes(size - i);
+        __m512 d = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + i), center);
+        sum = _mm512_fmadd_ps(d, d, sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+static void layer_norm_row(const pointwise_t *job, size_t row) {
+    const float *x = job->x + row * job->size;
+    float *y = job->y + row * job->size;
+    __m512 sum = _mm512_setzero_ps();
+    for (size_t i = 0; i < job->size; i += 16) {
+        sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes(job->size - i), x + i));
+    }
+    float mean = _mm512_reduce_add_ps(sum) / (float)job->size;
+    float variance = sum_of_squares(x, job->size, mean) / (float)job->size;
+    __m512 center = _mm512_set1_ps(mean);
+    __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(variance + job->eps));
+    for (size_t i = 0; i < job->size; i += 16) {
+        __mmask16 mask = lanes(job->size - i);
+        __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), center);
+        d = _mm512_fmadd_ps(_mm512_mul_ps(d, factor),
+                            _mm512_maskz_loadu_ps(mask, job->weight + i),
+                            _mm512_maskz_loadu_ps(mask, job->bias + i));
+        _mm512_mask_storeu_ps(y + i, mask, d);
+    }
+}
+
+static void rms_norm_row(const pointwise_t *job, size_t row) {
+    const float *x = job->x + row * job->size;
+    float *y = job->y + row * job->size;
+    float mean_square = sum_of_squares(x, job->size, 0) / (float)job->size;
+    __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(mean_square + job->eps));
+    for (size_t i = 0; i < job->size; i += 16) {
+        __mmask16 mask = lanes(job->size - i);
+        __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor);
+        scaled = _mm512_mul_ps(scaled, _mm512_maskz_loadu_ps(mask, job->weight + i));
+        _mm512_mask_storeu_ps(y + i, mask, scaled);
+    }
+}
+
+void layer_norm(const float *x, const float *weight, const float *bias, float *y, size_t rows,
+                size_t size, float eps) {
+    run((pointwise_t){.run = layer_norm_row, .x = x, .weight = weight, .bias = bias, .y = y,
+                      .rows = rows, .size = size, .eps = eps});
+}
+
+void rms_norm(const float *x, const float *weight, float *y, size_t rows, size_t size, float eps) {
+    run((pointwise_t){.run = rms_norm_row, .x = x, .weight = weight, .y = y, .rows = rows,
+                      .size = size, .eps = eps});
+}
+
+/* Here weight and bias are the cosines and the signed sines, size is head_dim. */
+static void rope_row(const pointwise_t *job, size_t row) {
+    size_t half = job->size / 2;
+    const float *cosines = job->weight + row * job->size, *sines = job->bias + row * job->size;
+    for (size_t j = 0; j < half; j += 16) {
+        __mmask16 mask = lanes(half - j);
+        __m512 cos_a = _mm512_maskz_loadu_ps(mask, cosines + j);
+        __m512 cos_b = _mm512_maskz_loadu_ps(mask, cosines + half + j);
+        __m512 sin_a = _mm512_maskz_loadu_ps(mask, sines + j);
+        __m512 sin_b = _mm512_maskz_loadu_ps(mask, sines + half + j);
+        for (size_t head = 0; head < job->num_heads; head++) {
+            float *low = job->y + row * job->row_stride + head * job->size + j;
+            float *high = low + half;
+            __m512 a = _mm512_maskz_loadu_ps(mask, low), b = _mm512_maskz_loadu_ps(mask, high);
+            _mm512_mask_storeu_ps(low, mask, _mm512_fmadd_ps(a, cos_a, _mm512_mul_ps(b, sin_a)));
+            _mm512_mask_storeu_ps(high, mask, _mm512_fmadd_ps(b, cos_b, _mm512_mul_ps(a, sin_b)));
+        }
+    }
+}
+
+void rope(float *x, size_t row_stride, size_t rows, size_t num_heads, size_t head_dim,
+          const float *cosines, const float *signed_sines) {
+    run((pointwise_t){.run = rope_row, .y = x, .weight = cosines, .bias = signed_sines,
+                      .rows = rows, .size = head_dim, .num_heads = num_heads,
+                      .row_stride = row_stride});
+}
+
+static void silu_mul_row(const pointwise_t *job, size_t row) {
+    const float *gate = job->x + row * 2 * job->size, *up = gate + job->size;
+    float *y = job->y + row * job->size;
+    for (size_t i = 0; i < job->size; i += 16) {
+        __mmask16 mask = lanes(job->size - i);
+        __m512 g = silu_ps(_mm512_maskz_loadu_ps(mask, gate + i));
+        _mm512_mask_storeu_ps(y + i, mask,
+                              _mm512_mul_ps(g, _mm512_maskz_loadu_ps(mask, up + i)));
+    }
+}
+
+void silu_mul(const float *gate_up, float *y, size_t rows, size_t inner) {
+    run((pointwise_t){.run = silu_mul_row, .x = gate_up, .y = y, .rows = rows, .size = inner});
+}
+
+void argmax(const float *x, size_t rows, size_t n, int64_t *out) {
+    for (size_t row = 0; row < rows; row++, x += n) {
+        __m512 best = _mm512_set1_ps(-__builtin_inff());
+        for (size_t i = 0; i < n; i += 16) {
+            best = _mm512_mask_max_ps(best, lanes(n - i), best, _mm512_maskz_loadu_ps(lanes(n - i), x + i));
+        }
+        __m512 greatest = _mm512_set1_ps(_mm512_reduce_max_ps(best));
+        out[row] = 0;
+        for (size_t i = 0; i < n; i += 16) {
+            __mmask16 found = _mm512_mask_cmp_ps_mask(
+                lanes(n - i), _mm512_maskz_loadu_ps(lanes(n - i), x + i), greatest, _CMP_EQ_OQ);
+            if (found) {
+                out[row] = (int64_t)i + __builtin_ctz(found);
+                break;
+            }
+        }
+    }
+}
+
+END_SIMD
+#endif

@@ -1,0 +1,141 @@
+/* A small pool: the caller works too, workers spin briefly between jobs, then park.
+ *
+ * A job is published as one word, `ticket` = generation << 32 | chunks left. Whoever lowers the
+ * count owns that chunk, and the job cannot end before it is done; so a worker that sleeps through
+ * a job delays nobody. One thread means that no worker is ever made or woken.
+ */
+#define _GNU_SOURCE
+#include "kernels.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <time.h>
+
+enum { MAX_THREADS = 256, CHUNKS_PER_THREAD = 4, SPIN_NS = 40000, SPINS_PER_LOOK = 64 };
+
+static struct {
+    _Alignas(64) _Atomic uint64_t ticket;
+    _Alignas(64) _Atomic size_t done;
+    _Alignas(64) _Atomic size_t num_parked;
+    chunk_fn run;
+    void *job;
+    size_t num_chunks;
+    size_t num_threads, num_started;
+    uint32_t generation;
+    pthread_mutex_t busy, parking;
+    pthread_cond_t wake;
+} pool = {.num_threads = 1,
+          .busy = PTHREAD_MUTEX_INITIALIZER,
+          .parking = PTHREAD_MUTEX_INITIALIZER,
+          .wake = PTHREAD_COND_INITIALIZER};
+
+static inline void relax(void) {
+#if defined(VEILPIPE_X86)
+    __builtin_ia32_pause();
+#endif
+}
+
+static int64_t now_ns(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+/* Does one chunk of the current job; false if none is left. */
+static bool work_once(void) {
+    uint64_t ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
+    do {
+        if ((uint32_t)ticket == 0) return false;
+    } while (!atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, ticket - 1,
+                                                    memory_order_acq_rel, memory_order_acquire));
+    pool.run(pool.job, pool.num_chunks - (uint32_t)ticket);
+    atomic_fetch_add_explicit(&pool.done, 1, memory_order_release);
+    return true;
+}
+
+static bool has_work(void) { return (uint32_t)atomic_load(&pool.ticket) != 0; }
+
+static void park(void) {
+    pthread_mutex_lock(&pool.parking);
+    atomic_fetch_add(&pool.num_parked, 1);
+    while (!has_work()) pthread_cond_wait(&pool.wake, &pool.parking);
+    atomic_fetch_sub(&pool.num_parked, 1);
+    pthread_mutex_unlock(&pool.parking);
+}
+
+static void *work(void *index) {
+    for (;;) {
+        int64_t idle_since = now_ns();
+        bool is_idle = true;
+        while (now_ns() - idle_since < SPIN_NS) {
+            for (int spin = 0; spin < SPINS_PER_LOOK && is_idle; spin++) {
+                if ((size_t)(uintptr_t)index < pool.num_threads && work_once()) is_idle = false;
+                relax();
+            }
+            if (!is_idle) break;
+        }
+        if (is_idle) park();
+    }
+    return NULL;
+}
+
+/* Makes the workers that are missing; fewer than asked for if the system refuses. */
+static void start_workers(void) {
+    while (pool.num_started + 1 < pool.num_threads) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, work, (void *)(uintptr_t)(pool.num_started + 1))) return;
+        pthread_detach(thread);
+        pool.num_started++;
+    }
+}
+
+void pool_set_num_threads(size_t num_threads) {
+    pthread_mutex_lock(&pool.busy);
+    pool.num_threads = num_threads < MAX_THREADS ? num_threads : MAX_THREADS;
+    pthread_mutex_unlock(&pool.busy);
+}
+
+size_t pool_num_threads(void) { return pool.num_threads; }
+
+size_t pool_num_chunks(size_t num_units) {
+    size_t wanted = pool.num_threads == 1 ? 1 : pool.num_threads * CHUNKS_PER_THREAD;
+    return num_units < wanted ? num_units : wanted;
+}
+
+void pool_run(chunk_fn run, void *job, size_t num_chunks) {
+    /* alone, or with the pool taken by another thread's product: the same work, serially */
+    if (num_chunks < 2 || pool.num_threads == 1 || pthread_mutex_trylock(&pool.busy)) {
+        for (size_t chunk = 0; chunk < num_chunks; chunk++) run(job, chunk);
+        return;
+    }
+    start_workers();
+    pool.run = run;
+    pool.job = job;
+    pool.num_chunks = num_chunks;
+    atomic_store_explicit(&pool.done, 0, memory_order_relaxed);
+    atomic_store(&pool.ticket, (uint64_t)++pool.generation << 32 | num_chunks);
+    if (atomic_load(&pool.num_parked)) {
+        pthread_mutex_lock(&pool.parking);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.parking);
+    }
+    while (work_once()) continue;
+    while (atomic_load_explicit(&pool.done, memory_order_acquire) < num_chunks) relax();
+    pthread_mutex_unlock(&pool.busy);
+}
+
+void *scratch(size_t bytes) {
+    static _Thread_local struct {
+        void *memory;
+        size_t bytes;
+    } own;
+    if (own.bytes < bytes) {
+        free(own.memory);
+        own.bytes = (bytes + bytes / 4 + 4095) & ~(size_t)4095;
+        own.memory = aligned_alloc(64, own.bytes);
+        if (own.memory == NULL) abort(); /* nothing sensible is left to do in a kernel */
+    }
+    return own.memory;
+}

@@ -1,0 +1,119 @@
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+
+SHAPES = [(1, 1), (1, 768), (3, 37), (16, 576), (200, 1000)]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer_norm(native, x, weight, bias):
+    y = torch.empty_like(x)
+    native.layer_norm(
+        x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), *x.shape, 1e-5
+    )
+    return y
+
+
+def rms_norm(native, x, weight):
+    y = torch.empty_like(x)
+    native.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, 1e-6)
+    return y
+
+
+def silu_mul(native, gate_up):
+    y = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    native.silu_mul(gate_up.data_ptr(), y.data_ptr(), *y.shape)
+    return y
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norms_match_float64(native, shape):
+    x, weight, bias = 3 * normal(*shape) + 2, normal(shape[1], seed=1), normal(shape[1], seed=2)
+    wide = x.double()
+    expected = F.layer_norm(wide, shape[1:], weight.double(), bias.double(), 1e-5)
+    assert (layer_norm(native, x, weight, bias) - expected).abs().max() <= 1e-5
+    expected = F.rms_norm(wide, shape[1:], weight.double(), 1e-6)
+    assert (rms_norm(native, x, weight) - expected).abs().max() <= 1e-5
+
+
+def test_a_norm_may_replace_its_input(native):
+    x, weight, bias = normal(3, 50), normal(50), normal(50)
+    expected = layer_norm(native, x, weight, bias)
+    native.layer_norm(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), x.data_ptr(), 3, 50, 1e-5)
+    assert x.equal(expected)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_do_not_change_norms_and_gates(native, threads):
+    x, weight, bias = normal(600, 500), normal(500), normal(500)
+
+    def all_of_them():
+        return layer_norm(native, x, weight, bias), rms_norm(native, x, weight), silu_mul(native, x)
+
+    native.set_num_threads(1)
+    alone = all_of_them()
+    native.set_num_threads(threads)
+    assert all(a.equal(b) for a, b in zip(alone, all_of_them(), strict=True))
+    assert all(
+        a[10:11].equal(b)
+        for a, b in zip(
+            alone,
+            (
+                layer_norm(native, x[10:11], weight, bias),
+                rms_norm(native, x[10:11], weight),
+                silu_mul(native, x[10:11]),
+            ),
+            strict=True,
+        )
+    )
+
+
+@pytest.mark.parametrize("inner", [1, 16, 100, 1536])
+def test_gates_match_float64_over_all_magnitudes(native, inner):
+    gate_up = torch.cat([normal(7, inner) * 10, normal(7, inner, seed=1)], 1)
+    gate_up[0, 0], gate_up[1, 0] = 200.0, -200.0
+    gate, up = gate_up.double().split(inner, 1)
+    expected = F.silu(gate) * up
+    error = (silu_mul(native, gate_up) - expected).abs()
+    assert (error <= 1e-6 * expected.abs() + 1e-30).all()
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 32, 64, 80, 128])
+def test_rope_rotates_the_leading_heads_only(native, head_dim):
+    rows, heads, rotated = 5, 4, 3
+    x = normal(rows, heads, head_dim)
+    angles = normal(rows, 1, head_dim // 2, seed=1)
+    cosines = torch.cat([angles.cos(), angles.cos()], -1)
+    sines = torch.cat([-angles.sin(), angles.sin()], -1)
+    wide = x[:, :rotated].double()
+    expected = wide * cosines + wide.roll(head_dim // 2, -1) * sines
+    before = x.clone()
+    native.rope(
+        x.data_ptr(), heads * head_dim, rows, rotated, head_dim,
+        cosines.data_ptr(), sines.data_ptr(),
+    )  # fmt: skip
+    assert (x[:, :rotated] - expected).abs().max() <= 1e-6
+    assert x[:, rotated:].equal(before[:, rotated:])
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 50257])
+def test_argmax_is_the_first_greatest(native, n):
+    x = normal(4, n).round(decimals=1) - 10
+    found = torch.empty(4, dtype=torch.int64)
+    native.argmax(x.data_ptr(), 4, n, found.data_ptr())
+    for row, index in zip(x.tolist(), found.tolist(), strict=True):
+        assert index == row.index(max(row))
+
+
+def test_impossible_shapes_are_refused(native):
+    with pytest.raises(ValueError, match="even"):
+        native.rope(0, 30, 1, 1, 15, 0, 0)
+    with pytest.raises(ValueError, match="heads exceed"):
+        native.rope(0, 32, 1, 3, 16, 0, 0)
+    with pytest.raises(ValueError, match="size"):
+        native.rms_norm(0, 0, 0, 1, 0, 1e-5)
+    with pytest.raises(ValueError, match="num_threads"):
+        native.set_num_threads(0)
