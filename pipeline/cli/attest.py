@@ -10,7 +10,8 @@ import trio
 import typer
 from cryptography import x509
 
-from pipeline.cli.common import new_app, printable
+from pipeline.cli.common import new_app
+from pipeline.cli.logs import printable
 from pipeline.errors import InputError, SessionError
 from pipeline.evidence import fetch_evidence
 from pipeline.manifest import load_manifest

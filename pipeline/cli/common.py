@@ -1,7 +1,6 @@
-"""What both commands share: one line for every error, exit codes, logs, signals."""
+"""What both commands share: one line for every error, exit codes, signals."""
 
 import errno
-import logging
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from typing import Annotated
 import trio
 import typer
 
+from pipeline.cli.logs import tell_error
 from pipeline.errors import InputError, PipelineError
 from transport.endpoint import Endpoint, parse_endpoint
 from transport.errors import DeviceError, EndpointError, MisuseError, TransportError
@@ -25,7 +25,6 @@ ClickException: type[Exception] = next(
 )
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
-MAX_SHOWN = 2000
 # What writing to stdout fails with; every other file is written under a handler that names it.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
@@ -102,20 +101,8 @@ def _fail_unexpectedly(name: str, error: Exception) -> int:
 
 
 def _fail(name: str, message: str, code: int) -> int:
-    print(f"{name}: error: {printable(message)}", file=sys.stderr)
+    tell_error(name, message, code)
     return code
-
-
-def printable(text: str) -> str:
-    """`text` on one line of bounded length, with control characters escaped.
-
-    Text from a peer or a file could otherwise forge lines of output, or drive the terminal.
-    """
-    line = " ".join(text[: 2 * MAX_SHOWN].split())
-    shown = "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode() for each in line
-    )
-    return shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "…"
 
 
 def _open_closed_streams() -> None:
@@ -146,24 +133,6 @@ def _termination_unwinds() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _LineFormatter(logging.Formatter):
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
-        return printable(super().formatMessage(record))
-
-
-def configure_logging(*, verbose: bool, quiet: bool = False) -> None:
-    """Log to stderr as key=value lines."""
-    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        _LineFormatter(
-            "time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
-            datefmt="%Y-%m-%dT%H:%M:%S",
-        )
-    )
-    logging.basicConfig(handlers=[handler], level=level)
 
 
 async def wait_for_end_of_stdin() -> None:

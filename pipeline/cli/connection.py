@@ -1,13 +1,19 @@
 """From flags to a pipeline that stands: what generating once and serving have in common."""
 
+import inspect
 import logging
 import os
-import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Annotated, Any
 
+import typer
+
+from pipeline.cli.common import DevOption, to_endpoint
+from pipeline.cli.logs import LogFormat, LogFormatOption, tell
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError, SessionError
 from pipeline.manifest import Manifest
@@ -25,15 +31,74 @@ logger = logging.getLogger(__name__)
 class ConnectionFlags:
     """The flags of every command that drives a pipeline."""
 
-    manifest_path: Path
     identity: Path | None
     is_dev: bool
     data_out_listen: Endpoint | None
     connect_seconds: float
     hang_seconds: float
     supervise: bool
-    model_dir: Path | None
     threads: int
+    log_format: LogFormat
+
+
+def connection_flags(
+    data_out_listen: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR", help="Where the last stage delivers [last stage's data_out]."),
+    ] = None,
+    connect_timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Patience with stages not up.")
+    ] = 30.0,
+    identity: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="This orchestrator's key (see keygen).")
+    ] = None,
+    supervise: Annotated[
+        bool, typer.Option("--supervise", help="Start the workers here, and survive their death.")
+    ] = False,
+    threads: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Threads of each worker, with --supervise.")
+    ] = 1,
+    hang_timeout: Annotated[
+        float, typer.Option(min=0.5, metavar="SECONDS", help="Patience with a silent stage.")
+    ] = 60.0,
+    dev: DevOption = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
+) -> ConnectionFlags:
+    """What the command line says. Raises InputError."""
+    return ConnectionFlags(
+        identity=identity,
+        is_dev=dev,
+        data_out_listen=to_endpoint(data_out_listen, "--data-out-listen"),
+        connect_seconds=connect_timeout,
+        hang_seconds=hang_timeout,
+        supervise=supervise,
+        threads=threads,
+        log_format=log_format,
+    )
+
+
+def takes_connection(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a typer command the flags of `connection_flags` too; it gets them as `connection`."""
+    own = inspect.signature(command, eval_str=True).parameters
+    shared = inspect.signature(connection_flags, eval_str=True).parameters
+
+    @wraps(command)
+    def run(**values: Any) -> None:  # noqa: ANN401  (what typer found on the command line)
+        flags = connection_flags(**{name: values.pop(name) for name in shared})
+        command(**values, connection=flags)
+
+    merged = [each for each in own.values() if each.name != "connection"]
+    run.__signature__ = inspect.Signature([*merged, *shared.values()])  # type: ignore[attr-defined]
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A manifest, where it came from, and the model that supervised workers load."""
+
+    manifest: Manifest
+    path: Path
+    model_dir: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +113,23 @@ class Connection:
 
     @classmethod
     def create(
-        cls, manifest: Manifest, flags: ConnectionFlags, limits: Limits, *, is_resumable: bool
+        cls,
+        source: Source,
+        flags: ConnectionFlags,
+        limits: Limits,
+        *,
+        is_resumable: bool,
     ) -> "Connection":
         """Check the flags and the protection the manifest gives. Raises InputError."""
+        manifest = source.manifest
         supervisor = None
         if flags.supervise:
-            if flags.model_dir is None:
+            if source.model_dir is None:
                 raise InputError("--supervise starts workers, which need --model-dir")
             arguments = worker_arguments(
-                flags.manifest_path, flags.model_dir, threads=flags.threads, is_dev=flags.is_dev
+                source.path, source.model_dir, threads=flags.threads, is_dev=flags.is_dev
             )
+            arguments += ("--log-format", flags.log_format)
             supervisor = Supervisor(manifest, arguments)
         return cls(
             manifest=manifest,
@@ -100,4 +172,4 @@ def _trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:
 
 
 def _progress(line: str) -> None:
-    print(f"pipeline-orch: {line}", file=sys.stderr)
+    tell("pipeline-orch", line)

@@ -11,7 +11,8 @@ import trio
 import typer
 
 from pipeline.cli.common import run_until_signalled
-from pipeline.cli.connection import Connection, ConnectionFlags
+from pipeline.cli.connection import Connection, ConnectionFlags, Source
+from pipeline.cli.logs import tell
 from pipeline.drive import drive
 from pipeline.engine.latency import LatencyLog
 from pipeline.engine.request import Request, TokenEvent
@@ -28,8 +29,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class GenerateFlags:
-    """What to generate, and what to write beside it."""
+    """What to generate, with what, and what to write beside it."""
 
+    manifest: Path
+    model_dir: Path | None
     tokenizer: Path
     text: str
     max_tokens: int
@@ -39,7 +42,7 @@ class GenerateFlags:
 
 def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
     """Run one prompt to its end. Raises PipelineError, or typer.Exit after a signal."""
-    manifest = load_manifest(connection_flags.manifest_path)
+    manifest = load_manifest(flags.manifest)
     tokenizer = Tokenizer(flags.tokenizer)
     limits = Limits(num_slots=1, max_seq_len=manifest.activation_spec.max_seq_len)
     eos = frozenset() if flags.ignore_eos else frozenset(manifest.eos_token_ids)
@@ -49,7 +52,8 @@ def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
     path = flags.latency_out
     if path is not None:
         check_writable(path)
-    connection = Connection.create(manifest, connection_flags, limits, is_resumable=False)
+    source = Source(manifest, flags.manifest, flags.model_dir)
+    connection = Connection.create(source, connection_flags, limits, is_resumable=False)
     log = LatencyLog()
     printer = _Printer(flags.text, TextStream(tokenizer, request.prompt_ids), log)
 
@@ -74,7 +78,7 @@ def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
     number = run_until_signalled(lambda: connection.run(work, restart))
     if number is not None:
         raise typer.Exit(128 + number)
-    print(f"latency: {log.summary()}", file=sys.stderr)
+    tell("latency", log.summary())
     if path is not None:
         log.write(path)
 

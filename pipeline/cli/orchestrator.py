@@ -8,48 +8,31 @@ import typer
 
 from pipeline.cli import attest
 from pipeline.cli.common import (
-    DevOption,
     ManifestOption,
     VerboseOption,
-    configure_logging,
     new_app,
     run_app,
-    to_endpoint,
 )
-from pipeline.cli.connection import ConnectionFlags
+from pipeline.cli.connection import ConnectionFlags, takes_connection
 from pipeline.cli.generate import GenerateFlags, generate
+from pipeline.cli.logs import configure_logging
 from pipeline.errors import InputError
 from pipeline.files import check_writable, write_atomically
+from pipeline.gateway.limits import GatewayLimits
 from pipeline.manifest import dump_manifest, load_manifest
 from pipeline.trust import create_identity
 
-DataOutOption = Annotated[
-    str | None,
-    typer.Option(metavar="ADDR", help="Where the last stage delivers [last stage's data_out]."),
-]
-ConnectOption = Annotated[
-    float, typer.Option(min=0.1, metavar="SECONDS", help="Patience with stages not up.")
-]
-IdentityOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="This orchestrator's key (see keygen).")
-]
-SuperviseOption = Annotated[
-    bool, typer.Option("--supervise", help="Start the workers here, and survive their death.")
-]
-ThreadsOption = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Threads of each worker, with --supervise.")
-]
-HangOption = Annotated[
-    float, typer.Option(min=0.5, metavar="SECONDS", help="Patience with a silent stage.")
-]
+DEFAULT_LIMITS = GatewayLimits()
 
 app = new_app()
 app.add_typer(attest.app, name="attest")
 
 
 @app.callback(invoke_without_command=True)
+@takes_connection
 def generate_command(
     ctx: typer.Context,
+    connection: ConnectionFlags,
     manifest: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Manifest all parties share (JSON).")
     ] = None,
@@ -60,22 +43,15 @@ def generate_command(
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")
     ] = 20,
-    data_out_listen: DataOutOption = None,
     latency_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write per-token latencies as JSON.")
     ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
     ] = False,
-    connect_timeout: ConnectOption = 30.0,
-    identity: IdentityOption = None,
-    supervise: SuperviseOption = False,
     model_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The workers' model, with --supervise.")
     ] = None,
-    threads: ThreadsOption = 1,
-    hang_timeout: HangOption = 60.0,
-    dev: DevOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Generate text over the stages of a manifest, from the user's machine.
@@ -92,29 +68,21 @@ def generate_command(
     """
     if ctx.invoked_subcommand is not None:
         return
-    configure_logging(verbose=verbose)
+    configure_logging(verbose=verbose, log_format=connection.log_format)
     given = {"--manifest": manifest, "--tokenizer": tokenizer, "--text": text}
     if manifest is None or tokenizer is None or text is None:
         missing = [name for name, value in given.items() if value is None]
         raise InputError(f"missing {', '.join(missing)}; see pipeline-orch --help")
     generate(
-        GenerateFlags(tokenizer, text, max_tokens, ignore_eos, latency_out),
-        ConnectionFlags(
-            manifest_path=manifest,
-            identity=identity,
-            is_dev=dev,
-            data_out_listen=to_endpoint(data_out_listen, "--data-out-listen"),
-            connect_seconds=connect_timeout,
-            hang_seconds=hang_timeout,
-            supervise=supervise,
-            model_dir=model_dir,
-            threads=threads,
-        ),
+        GenerateFlags(manifest, model_dir, tokenizer, text, max_tokens, ignore_eos, latency_out),
+        connection,
     )
 
 
 @app.command("serve")
+@takes_connection
 def serve_command(
+    connection: ConnectionFlags,
     manifest: ManifestOption,
     model_dir: Annotated[
         Path, typer.Option(metavar="DIR", help="Tokenizer and chat template; weights: --supervise.")
@@ -138,13 +106,15 @@ def serve_command(
     context: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Tokens of a request [the model's].")
     ] = None,
-    data_out_listen: DataOutOption = None,
-    connect_timeout: ConnectOption = 30.0,
-    identity: IdentityOption = None,
-    supervise: SuperviseOption = False,
-    threads: ThreadsOption = 1,
-    hang_timeout: HangOption = 60.0,
-    dev: DevOption = False,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Of all clients together [no limit].")
+    ] = None,
+    max_connections: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Open connections at most.")
+    ] = DEFAULT_LIMITS.max_connections,
+    max_body_bytes: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Size of a request at most.")
+    ] = DEFAULT_LIMITS.max_body_bytes,
     verbose: VerboseOption = False,
 ) -> None:
     """Serve an OpenAI-compatible API. It runs on the user's side: prompts are in the clear here.
@@ -158,20 +128,25 @@ def serve_command(
     """
     from pipeline.cli.serve import ServeFlags, serve
 
-    configure_logging(verbose=verbose)
+    configure_logging(verbose=verbose, log_format=connection.log_format)
     serve(
-        ServeFlags(host, port, api_key_file, served_model_name, max_batch, chunk_tokens, context),
-        ConnectionFlags(
-            manifest_path=manifest,
-            identity=identity,
-            is_dev=dev,
-            data_out_listen=to_endpoint(data_out_listen, "--data-out-listen"),
-            connect_seconds=connect_timeout,
-            hang_seconds=hang_timeout,
-            supervise=supervise,
+        ServeFlags(
+            manifest=manifest,
             model_dir=model_dir,
-            threads=threads,
+            host=host,
+            port=port,
+            api_key_file=api_key_file,
+            served_model_name=served_model_name,
+            max_batch=max_batch,
+            chunk_tokens=chunk_tokens,
+            context=context,
+            limits=GatewayLimits(
+                max_connections=max_connections,
+                max_body_bytes=max_body_bytes,
+                requests_per_minute=requests_per_minute,
+            ),
         ),
+        connection,
     )
 
 

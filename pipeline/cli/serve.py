@@ -8,11 +8,12 @@ from pathlib import Path
 import typer
 
 from pipeline.cli.common import run_until_signalled
-from pipeline.cli.connection import Connection, ConnectionFlags
+from pipeline.cli.connection import Connection, ConnectionFlags, Source
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError, SessionError
 from pipeline.gateway.auth import load_api_keys
 from pipeline.gateway.config import GatewayConfig
+from pipeline.gateway.limits import GatewayLimits
 from pipeline.gateway.overview import Overview
 from pipeline.gateway.server import serve as serve_gateway
 from pipeline.gateway.templates import ChatTemplate
@@ -27,8 +28,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServeFlags:
-    """Where to serve what, and how many requests at once."""
+    """What to serve where, and how many requests at once."""
 
+    manifest: Path
+    model_dir: Path
     host: str
     port: int
     api_key_file: Path | None
@@ -36,28 +39,28 @@ class ServeFlags:
     max_batch: int
     chunk_tokens: int
     context: int | None
+    limits: GatewayLimits
 
 
 def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
     """Serve until stopped. Raises PipelineError, or typer.Exit after a signal."""
-    manifest = load_manifest(connection_flags.manifest_path)
-    model_dir = connection_flags.model_dir
-    if model_dir is None:
-        raise InputError("missing --model-dir: the server tokenizes, on this machine")
+    manifest = load_manifest(flags.manifest)
     longest = manifest.activation_spec.max_seq_len
     if flags.context is not None and flags.context > longest:
         raise InputError(f"--context {flags.context} is more than the model's {longest}")
     limits = Limits(flags.max_batch, flags.context or longest, flags.chunk_tokens)
     config = GatewayConfig(
         served_model_name=flags.served_model_name or manifest.model_name,
-        chat_template=ChatTemplate.load(model_dir),
+        chat_template=ChatTemplate.load(flags.model_dir),
         eos_token_ids=frozenset(manifest.eos_token_ids),
         host=flags.host,
         port=flags.port,
         api_keys=load_api_keys(flags.api_key_file) if flags.api_key_file else frozenset(),
+        limits=flags.limits,
     )
-    tokenizer = GatewayTokenizer(model_dir / "tokenizer.json")
-    connection = Connection.create(manifest, connection_flags, limits, is_resumable=True)
+    tokenizer = GatewayTokenizer(flags.model_dir / "tokenizer.json")
+    source = Source(manifest, flags.manifest, flags.model_dir)
+    connection = Connection.create(source, connection_flags, limits, is_resumable=True)
     engine = PipelineEngine(limits)
     standing: Pipeline | None = None
     overview = Overview(

@@ -12,13 +12,13 @@ from pipeline.cli.common import (
     DevOption,
     ManifestOption,
     VerboseOption,
-    configure_logging,
     new_app,
     run_app,
     run_until_signalled,
     to_endpoint,
     wait_for_end_of_stdin,
 )
+from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
 from pipeline.errors import InputError, PolicyError
 from pipeline.manifest import Manifest, load_manifest
 from pipeline.models.config import load_config
@@ -77,6 +77,7 @@ def serve(
         bool, typer.Option("--quiet", "-q", help="Log warnings and errors only.")
     ] = False,
     verbose: VerboseOption = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """Serve stage I of a manifest until stopped.
 
@@ -89,7 +90,7 @@ def serve(
         stage-worker --manifest manifests/smollm2_2stage.json --stage-idx 0 \\
                      --model-dir models/smollm2 --dev
     """
-    configure_logging(verbose=verbose, quiet=quiet)
+    configure_logging(verbose=verbose, quiet=quiet, log_format=log_format)
     loaded = load_manifest(manifest)
     stage = loaded.stage(stage_idx)
     trust = _trust(loaded, stage_idx, dev=dev)

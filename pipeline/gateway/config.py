@@ -3,25 +3,8 @@
 from dataclasses import dataclass, field
 
 from pipeline.errors import InputError
+from pipeline.gateway.limits import GatewayLimits
 from pipeline.gateway.templates import ChatTemplate
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayLimits:
-    """What one client may take from the others; durations in seconds.
-
-    `header_seconds` bounds a request's headers and how long an idle connection is kept,
-    `body_seconds` its body, `write_seconds` how long a client may read nothing of a response.
-    Attacks: slow-loris, sockets left half closed, clients that never read.
-    """
-
-    max_connections: int = 1024
-    max_body_bytes: int = 4 << 20
-    max_choices: int = 128
-    requests_per_minute: int | None = None
-    header_seconds: float = 10.0
-    body_seconds: float = 20.0
-    write_seconds: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)

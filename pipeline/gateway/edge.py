@@ -9,9 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.errors import PipelineError
 from pipeline.gateway.auth import Access
-from pipeline.gateway.config import GatewayLimits
 from pipeline.gateway.errors import ApiError, from_pipeline, internal
-from pipeline.gateway.limits import RateLimiter
+from pipeline.gateway.limits import GatewayLimits, RateLimiter
 from pipeline.gateway.metrics import GatewayMetrics, RequestRecord
 
 logger = logging.getLogger(__name__)

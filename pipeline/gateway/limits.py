@@ -1,9 +1,28 @@
-"""How many requests a minute."""
+"""What one client may take from the others, and how many requests a minute."""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from pipeline.gateway.errors import ApiError
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayLimits:
+    """What one client may take from the others; durations in seconds.
+
+    `header_seconds` bounds a request's headers and how long an idle connection is kept,
+    `body_seconds` its body, `write_seconds` how long a client may read nothing of a response.
+    Attacks: slow-loris, sockets left half closed, clients that never read.
+    """
+
+    max_connections: int = 1024
+    max_body_bytes: int = 4 << 20
+    max_choices: int = 128
+    requests_per_minute: int | None = None
+    header_seconds: float = 10.0
+    body_seconds: float = 20.0
+    write_seconds: float = 30.0
 
 
 class RateLimiter:

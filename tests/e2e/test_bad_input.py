@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import common, orchestrator, stage_worker
+from pipeline.cli import common, logs, orchestrator, stage_worker
 
 BIN = Path(sys.executable).parent
 
@@ -387,10 +387,10 @@ def test_a_bug_is_traced_when_asked(broken_command):
 
 def test_text_from_elsewhere_cannot_drive_the_terminal():
     forged = "peer said\x1b]0;owned\x07\r\npipeline-orch: error: \u202e\udcff\x9b"
-    shown = common.printable(forged)
+    shown = logs.printable(forged)
     assert shown == r"peer said\x1b]0;owned\x07 pipeline-orch: error: \u202e\udcff\x9b"
     assert shown.isprintable()
-    assert len(common.printable("x\x1b" * 10**6)) <= common.MAX_SHOWN + 1
+    assert len(logs.printable("x\x1b" * 10**6)) <= logs.MAX_SHOWN + 1
 
 
 # Stands in for seconds of importing: says when it has begun, and never ends by itself.

@@ -1,5 +1,6 @@
 """Serving over real stages: many requests at once, and stages that die meanwhile."""
 
+import json
 import os
 import re
 import signal
@@ -32,7 +33,7 @@ def server(cluster):
         processes.append(process)
         url = None
         for _ in range(600):
-            url = url or re.search(r"url=(http://\S+)", log.read_text())
+            url = url or re.search(r"url\W+(http://[\w.:]+)", log.read_text())
             if url and is_ready(url[1]):
                 return url[1], process
             assert process.poll() is None, log.read_text()
@@ -116,6 +117,37 @@ def test_every_request_survives_a_stages_end_and_its_text_is_the_undisturbed_one
         assert time.monotonic() < wait
         time.sleep(0.1)
     assert complete(url, PROMPTS[0], 200) == expected[0]
+
+
+def test_json_logs_follow_a_request_by_its_id_and_never_quote_it(server, cluster):
+    url, process = server("--log-format", "json", "--verbose")
+    body = {"model": "model", "prompt": "xyzzy", "max_tokens": 12, "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    wait = time.monotonic() + 20
+    while '"worker_died"' not in (log := (cluster.directory / "serve.log").read_text()):
+        assert time.monotonic() < wait
+        time.sleep(0.1)
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert all({"time", "level", "logger"} <= line.keys() for line in lines)
+    events = [
+        line["event"] for line in lines if line.get("request_id") == answer.headers["x-request-id"]
+    ]
+    assert events == ["generation_started", "generation_ended", "request"]
+    assert "pipeline.cli.stage_worker" in {line["logger"] for line in lines}
+    assert "xyzzy" not in log
+    assert answer.json()["choices"][0]["text"] not in log
+
+
+def test_an_error_is_a_json_line_where_all_lines_are(cluster):
+    cluster.plan(1)
+    result = cluster.orch("Hello", "--connect-timeout", "0.3", "--log-format", "json")
+    assert result.returncode == 1
+    lines = [json.loads(line) for line in result.stderr.splitlines()]
+    assert (lines[-1]["event"], lines[-1]["code"]) == ("failed", 1)
+    assert "gave up" in lines[-1]["error"]
+    assert result.stdout == ""
 
 
 def test_a_killed_server_leaves_no_worker_behind(server, cluster):
