@@ -66,7 +66,7 @@ LAYERS = [
     "pipeline.cli.logs",
     "pipeline.cli.common",
     "pipeline.cli.attest pipeline.cli.connection",
-    "pipeline.cli.generate pipeline.cli.serve",
+    "pipeline.cli.generate pipeline.cli.serve pipeline.cli.top",
     "pipeline.cli.stage_worker pipeline.cli.orchestrator",
     "pipeline.cli.entry",
 ]

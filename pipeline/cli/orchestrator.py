@@ -150,6 +150,27 @@ def serve_command(
     )
 
 
+@app.command("top")
+def top_command(
+    url: Annotated[str, typer.Option(metavar="URL", help="The server.")] = "http://127.0.0.1:8000",
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A key the server accepts.")
+    ] = None,
+    interval: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks.")
+    ] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one snapshot.")] = False,
+) -> None:
+    """Watch a running server: every stage's load, batch, KV, time per step, attestation.
+
+    load is the share of time spent computing; ms/step the mean of what one step takes, by part:
+    computing, cryptography, socket calls. Ctrl-C ends it.
+    """
+    from pipeline.cli.top import Source, top
+
+    top(Source.parse(url, api_key_file), interval, once=once)
+
+
 @app.command("plan")
 def plan_command(
     model_dir: Annotated[Path, typer.Option(metavar="DIR", help="config.json and weights.")],

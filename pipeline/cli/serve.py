@@ -65,7 +65,7 @@ def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
     standing: Pipeline | None = None
     overview = Overview(
         manifest,
-        limits.num_slots,
+        limits,
         lambda: engine.stats,
         lambda: standing.stages if standing else (),
     )

@@ -180,7 +180,7 @@ class Gateway:
             Generation(
                 prompt_ids=prompt_ids,
                 max_tokens=max_tokens,
-                eos_token_ids=self._config.eos_token_ids,
+                eos_token_ids=frozenset() if body.ignore_eos else self._config.eos_token_ids,
                 sampling=body.sampling(choice, logprobs),
                 request_id=record.request_id,
             )

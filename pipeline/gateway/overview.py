@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.engine.scheduler import Limits
 from pipeline.gateway.metrics import LatencyView
 from pipeline.manifest import Manifest, StageSpec
 from pipeline.messages import StageFigures
@@ -55,6 +56,7 @@ class EngineView(_View):
     """The engine in front of the stages."""
 
     max_batch: int
+    max_seq_len: int
     num_running: int
     num_waiting: int
     last_batch: int
@@ -82,13 +84,13 @@ class Overview(Collector):
     def __init__(
         self,
         manifest: Manifest,
-        max_batch: int,
+        limits: Limits,
         stats: Callable[[], EngineStats],
         stages: Callable[[], Sequence[RemoteStage]],
     ) -> None:
         """`stages` gives those of the session that stands, or nothing."""
         self._specs = manifest.stages
-        self._max_batch = max_batch
+        self._limits = limits
         self._stats = stats
         self._stages = stages
 
@@ -96,7 +98,8 @@ class Overview(Collector):
         """What the engine does now, and has done."""
         stats = self._stats()
         return EngineView(
-            max_batch=self._max_batch,
+            max_batch=self._limits.num_slots,
+            max_seq_len=self._limits.max_seq_len,
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
             last_batch=stats.last_batch,

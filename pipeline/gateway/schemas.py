@@ -35,7 +35,10 @@ class StreamOptions(_Schema):
 
 
 class _Sampled(_Schema):
-    """What both endpoints share. Beyond OpenAI's fields: top_k, min_p, repetition_penalty."""
+    """What both endpoints share.
+
+    Beyond OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos.
+    """
 
     model: str
     stream: bool | None = None
@@ -52,6 +55,7 @@ class _Sampled(_Schema):
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     stop: tuple[str, ...] = ()
     logit_bias: dict[int, float] = {}
+    ignore_eos: bool | None = None
 
     @field_validator("stop", mode="before")
     @classmethod

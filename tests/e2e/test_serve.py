@@ -119,6 +119,31 @@ def test_every_request_survives_a_stages_end_and_its_text_is_the_undisturbed_one
     assert complete(url, PROMPTS[0], 200) == expected[0]
 
 
+def test_top_shows_every_stage_and_says_what_is_wrong(server, cluster):
+    key = cluster.directory / "key"
+    key.write_text("sk-right\n")
+    url, _ = server("--api-key-file", key)
+    headers = {"authorization": "Bearer sk-right"}
+    body = {"model": "model", "prompt": "Hi", "max_tokens": 50, "ignore_eos": True}
+    httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60).raise_for_status()
+    shown = cluster.orch_command("top", "--url", url, "--api-key-file", key, "--once")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    lines = shown.stdout.splitlines()
+    assert lines[0].startswith("model  ready  running 0/8")
+    assert [line.split()[:4] for line in lines[-2:]] == [
+        ["0", "0-1", "float32", "ready"],
+        ["1", "2-3", "float32", "ready"],
+    ]
+    assert "p50" in lines[1]
+    key.write_text("sk-wrong\n")
+    refused = cluster.orch_command("top", "--url", url, "--api-key-file", key, "--once")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "--api-key-file" in refused.stderr
+    keyless = cluster.orch_command("top", "--url", url)
+    assert keyless.returncode == 2
+
+
 def test_json_logs_follow_a_request_by_its_id_and_never_quote_it(server, cluster):
     url, process = server("--log-format", "json", "--verbose")
     body = {"model": "model", "prompt": "xyzzy", "max_tokens": 12, "ignore_eos": True}

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline.engine.scheduler import Limits
 from pipeline.gateway.metrics import RecentTokens
 from pipeline.gateway.overview import Overview, PipelineView
 from pipeline.messages import StageFigures
@@ -47,7 +48,7 @@ def stage(idx, past=BEFORE, now=AFTER, is_ready=True):
 @pytest.fixture
 def overview(manifest_of_two):
     stages = []
-    overview = Overview(manifest_of_two, 8, lambda: STATS, lambda: stages)
+    overview = Overview(manifest_of_two, Limits(8, 128), lambda: STATS, lambda: stages)
     return SimpleNamespace(overview=overview, stages=stages)
 
 

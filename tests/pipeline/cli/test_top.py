@@ -1,0 +1,151 @@
+"""`pipeline-orch top`: what it shows, and of what it cannot show the reason."""
+
+import io
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from rich.console import Console
+
+from pipeline.cli.top import Source, render
+from pipeline.errors import InputError, PipelineError
+from pipeline.gateway.metrics import LatencyView
+from pipeline.gateway.overview import EngineView, PipelineView, StageRates, StageView
+from pipeline.messages import StageFigures
+
+FIGURES = StageFigures(
+    **dict.fromkeys(StageFigures.model_fields, 0)
+    | {"num_slots": 8, "kv_tokens": 512, "last_batch": 3, "slots_in_use": 3}
+)
+RATES = StageRates(
+    load=0.41, steps_per_second=20, tokens_per_second=60, bytes_per_second=51234,
+    compute_ms=20.5, crypto_ms=0.25, wire_ms=1.5,
+)  # fmt: skip
+VIEW = PipelineView(
+    model="smollm2",
+    is_ready=True,
+    engine=EngineView(
+        max_batch=8, max_seq_len=1024, num_running=3, num_waiting=2, last_batch=3, num_steps=9,
+        num_tokens=27, num_failovers=1, num_handshakes=8, recovery_seconds=0.75,
+    ),
+    latency=LatencyView(
+        tokens_per_second=61.2, ttft_p50_seconds=0.12, ttft_p95_seconds=0.3,
+        inter_token_p50_seconds=0.016, inter_token_p95_seconds=None,
+    ),
+    stages=(
+        StageView(
+            stage_idx=0, layer_start=0, layer_end=15, precision="float32", state="ready",
+            evidence="nitro", measurement="ab12" * 24, handshake_age_seconds=4000,
+            figures=FIGURES, rates=RATES,
+        ),
+        StageView(stage_idx=1, layer_start=15, layer_end=30, precision="int8", state="down"),
+    ),
+)  # fmt: skip
+
+
+def shown(view, width=132, problem=""):
+    output = io.StringIO()
+    Console(width=width, file=output).print(render(view, width, problem))
+    return output.getvalue().splitlines()
+
+
+def test_a_row_tells_all_of_a_stage_and_dashes_stand_for_the_unknown():
+    lines = shown(VIEW)
+    assert lines[0].split("  ") == [
+        "smollm2", "ready", "running 3/8", "waiting 2", "61.2 tokens/s",
+        "failovers 1 (last took 0.75 s)",
+    ]  # fmt: skip
+    assert "first token p50 120.0 p95 300.0 ms" in lines[1]
+    assert "between tokens -" in lines[1]
+    first = "0 0-14 float32 ready 41% 3 512 tok 6% 51.2 kB 22.25 20.50 0.25 1.50"
+    assert " ".join(lines[-2].split()) == f"{first} nitro ab12ab12ab12 67 min"
+    assert " ".join(lines[-1].split()) == "1 15-29 int8 down - - - - - - - - - -"
+
+
+@pytest.mark.parametrize("width", [80, 119])
+def test_nothing_is_cut_off_in_a_narrow_terminal(width):
+    lines = shown(VIEW, width)
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    assert "…" not in "".join(words)
+    assert set(words) >= {"22.25", "ab12ab12ab12", "down", "51.2", "6%"}
+
+
+def test_a_server_cannot_drive_the_terminal():
+    view = VIEW.model_copy(update={"model": "\x1b[2Jmodel[red]\nx"})
+    lines = shown(view, problem="gone\x1b]0;title\x07")
+    assert lines[0].startswith(r"\x1b[2Jmodel[red] x  ready")
+    assert "\x1b" not in "".join(lines)
+    assert any(line.startswith("not current: gone") for line in lines)
+
+
+@pytest.fixture
+def server():
+    """Answers every GET with `answer`; remembers what was asked."""
+
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        answer = (200, VIEW.model_dump_json().encode())
+        asked = requests
+
+        def do_GET(self):
+            self.asked.append((self.path, self.headers.get("authorization")))
+            status, body = self.answer
+            self.send_response(status)
+            if status == 302:
+                self.send_header("location", "/elsewhere")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        Handler.url = f"http://127.0.0.1:{http.server_port}"
+        yield Handler
+        http.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+def test_the_key_goes_along_and_the_apis_address_will_do(server, tmp_path, suffix, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    key = tmp_path / "key"
+    key.write_text("sk-1\n")
+    assert Source.parse(server.url + suffix, key).fetch() == VIEW
+    assert server.asked == [("/pipeline", "Bearer sk-1")]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "word"),
+    [
+        (401, b"", InputError, "--api-key-file"),
+        (403, b"", InputError, "--api-key-file"),
+        (302, b"", PipelineError, "302"),
+        (404, b"", PipelineError, "is it a veilpipe server"),
+        (200, b"<html>", PipelineError, "something else"),
+        (200, b'{"model": "x"}', PipelineError, "something else"),
+        (200, b"\xff" * 3, PipelineError, "something else"),
+        (200, b"[" * 100_000, PipelineError, "something else"),
+    ],
+)
+def test_every_other_answer_is_one_line(server, status, body, kind, word):
+    server.answer = (status, body)
+    with pytest.raises(kind, match=word) as caught:
+        Source.parse(server.url, None).fetch()
+    assert "\n" not in str(caught.value)
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_is_not_there_is_named():
+    with pytest.raises(PipelineError, match=r"http://127\.0\.0\.1:1 .*pipeline-orch serve"):
+        Source.parse("http://127.0.0.1:1", None).fetch()
+
+
+@pytest.mark.parametrize("url", ["", "x", "ftp://h", "http://", "http://h:99999", "http://h\r\nx"])
+def test_what_is_no_address_is_refused(url):
+    with pytest.raises(InputError, match="--url"):
+        Source.parse(url, None)
