@@ -1,0 +1,140 @@
+"""Compare veilpipe with what one would use instead, on the same weights, prompt and threads.
+
+Contenders are processes that wait while another computes. Each round runs every one of them, so
+that the machine's mood is shared; medians over rounds are printed, and ratios are medians of the
+ratios within a round. Without --model-dir the model is GPT-2's shape (124M) with random weights.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from contenders.lineup import LINEUP, Field, assemble, default_cache, floor, matching, random_model
+from contenders.referee import Task, compete, step_ms
+from contenders.report import Heat, draw, row, table
+from rich.console import Console
+
+PROMPT_TOKENS, PREFILL_TOKENS, BATCH_ROWS, BATCH_STEPS = 16, 512, 16, 8
+MEASURES = ("decode", "prefill", "batch")
+say = partial(print, file=sys.stderr, flush=True)
+
+
+def prompt(length: int) -> tuple[int, ...]:
+    """Token ids every vocabulary has."""
+    return tuple(1000 + (7919 * i) % 20000 for i in range(length))
+
+
+def tasks(args: argparse.Namespace) -> list[Task]:
+    found = {
+        "decode": Task("decode", 1, args.tokens, prompt(PROMPT_TOKENS), step_ms),
+        "prefill": Task("prefill", 1, 1, prompt(PREFILL_TOKENS), lambda times: times[0]),
+        "batch": Task("batch", BATCH_ROWS, BATCH_STEPS, prompt(PROMPT_TOKENS), step_ms),
+    }
+    return [found[name] for name in args.measure]
+
+
+def hold(args: argparse.Namespace, threads: int, model_dir: Path) -> Heat:
+    field = Field(model_dir, threads, args.cache, args.wire)
+    contenders, missing = [floor(field)], {}
+    for name, made in assemble(matching(args.contenders), field):
+        if isinstance(made, str):
+            missing[name] = made
+        else:
+            contenders.append(made)
+    outcome = compete(contenders, tasks(args), args.rounds, args.lock, say)
+    outcome.skipped = missing | outcome.skipped
+    return Heat(threads, contenders, outcome)
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    commit = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"],
+        capture_output=True, text=True, check=False,
+    ).stdout.strip()  # fmt: skip
+    return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, commit {commit or '?'}"
+
+
+def as_json(heats: list[Heat], args: argparse.Namespace, model: str) -> str:
+    fields = {
+        "machine": machine(),
+        "model": model,
+        "rounds": args.rounds,
+        "tokens": args.tokens,
+        "heats": [
+            {
+                "threads": heat.threads,
+                "floor_float32_ms": heat.floor_ms(heat.contenders[0]),
+                "rows": [row(heat, each) for each in heat.finished()],
+                "outcome": asdict(heat.outcome),
+            }
+            for heat in heats
+        ],
+    }
+    return json.dumps(fields, indent=2) + "\n"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench.sh --compare", description=__doc__)
+    words = str.split
+    parser.add_argument("--model-dir", type=Path, help="a GPT-2 or Llama-family model instead")
+    parser.add_argument(
+        "--contenders", type=lambda text: words(text, ","), default=list(LINEUP),
+        help=f"parts of names, with commas between; the names: {' '.join(LINEUP)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--measure", type=lambda text: words(text, ","), default=list(MEASURES),
+        help="which of decode,prefill,batch",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2],
+        help="of every process that computes; a comparison for each (default 1,2)",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=24, help="generated per round")
+    parser.add_argument("--wire", help="activations between our stages: F32, BF16, ...")
+    parser.add_argument("--json", type=Path, help="write every figure of every round")
+    parser.add_argument("--png", type=Path, help="draw the decode times")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="derived files")
+    parser.add_argument("--lock", type=Path, help="take turns with others who lock this file")
+    args = parser.parse_args()
+    if min(args.rounds, args.tokens - 3, *args.threads) < 1:
+        parser.error("--rounds and --threads start at 1, --tokens at 4")
+    if unknown := set(args.measure) - set(MEASURES):
+        parser.error(f"--measure knows {', '.join(MEASURES)}, not {', '.join(unknown)}")
+    if not matching(args.contenders):
+        parser.error(f"no contender is called {', '.join(args.contenders)}")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    model_dir = args.model_dir or random_model(args.cache)
+    model = model_dir.name if args.model_dir else "GPT-2's shape (124M), random weights"
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(f"{machine()}; {model}; medians of {args.rounds} interleaved rounds", style="dim")
+    heats = []
+    for threads in args.threads:
+        heat = hold(args, threads, model_dir)
+        heats.append(heat)
+        console.print(table(heat, f"{threads} thread{'s' * (threads > 1)} a process"))
+        for name, reason in heat.outcome.skipped.items():
+            console.print(f"skipped {name}: {reason}", style="yellow", markup=False)
+    if args.json:
+        args.json.write_text(as_json(heats, args, model))
+    if args.png:
+        draw(heats, f"{model} on {os.cpu_count()} cores", args.png)
+
+
+if __name__ == "__main__":
+    main()

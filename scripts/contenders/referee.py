@@ -1,0 +1,184 @@
+"""Starts contenders, lets one compute at a time, round by round, and keeps the times."""
+
+import fcntl
+import json
+import os
+import signal
+import statistics
+import subprocess
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Timer
+
+START_SECONDS = 180
+ANSWER_SECONDS = 120
+# The steps after a prompt find caches as the contender before left them.
+WARM_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`kind` is the format of its weights, `processes` how many compute, one after another."""
+
+    name: str
+    kind: str
+    engine: str
+    processes: int
+    threads: int
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """`figure` turns the times of one run into the number that is kept."""
+
+    name: str
+    rows: int
+    steps: int
+    prompt: tuple[int, ...]
+    figure: Callable[[Sequence[float]], float]
+
+
+def step_ms(times: Sequence[float]) -> float:
+    """The median step, without the prompt and the steps that warm up."""
+    return statistics.median(times[1 + WARM_STEPS :])
+
+
+class ContenderFailed(Exception):
+    """What a contender last said before it ended, or that it said nothing in time."""
+
+
+class Running:
+    """A contender's process."""
+
+    def __init__(self, contender: Contender) -> None:
+        self.contender = contender
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - until stop
+        self._process = subprocess.Popen(
+            contender.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,  # so that its own children go with it
+        )
+        try:
+            self.about = self._read(START_SECONDS)["about"]
+        except ContenderFailed:
+            self.stop()
+            raise
+
+    def run(self, task: Task) -> tuple[list[float], list[int]]:
+        words = ["generate", task.rows, task.steps, *task.prompt]
+        try:
+            print(*words, file=self._process.stdin, flush=True)
+        except OSError:
+            raise ContenderFailed(self._last_words()) from None
+        answer = self._read(ANSWER_SECONDS)
+        return answer["ms"], answer["token_ids"]
+
+    def stop(self) -> None:
+        for stop in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self._process.pid, stop)
+                self._process.wait(2)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        self._errors.close()
+
+    def _read(self, seconds: float) -> dict:
+        watchdog = Timer(seconds, self._process.kill)
+        watchdog.start()
+        line = self._process.stdout.readline()
+        watchdog.cancel()
+        if not line:
+            raise ContenderFailed(self._last_words())
+        return json.loads(line)
+
+    def _last_words(self) -> str:
+        self._process.wait()
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors if line.strip()]
+        code = self._process.returncode
+        if code == -signal.SIGKILL:
+            return "it took too long"
+        return lines[-1][:200] if lines else f"it ended with exit code {code}"
+
+
+@dataclass
+class Outcome:
+    """Per contender's name: a figure per round of each task, what it is, what it generated."""
+
+    figures: dict[str, dict[str, list[float]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(list))
+    )
+    about: dict[str, str] = field(default_factory=dict)
+    token_ids: dict[str, list[int]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def turn(lock: Path | None) -> Iterator[None]:
+    """Take turns with whoever else measures on this machine and locks this file."""
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def compete(
+    contenders: Sequence[Contender],
+    tasks: Sequence[Task],
+    rounds: int,
+    lock: Path | None,
+    say: Callable[[str], None],
+) -> Outcome:
+    """Every round runs each task once with every contender, the first one after another each time.
+
+    A round before the first warms up and is not kept. A contender that fails is left out from then
+    on, and its figures are dropped: medians of different rounds do not compare.
+    """
+    outcome = Outcome()
+    running: list[Running] = []
+    try:
+        for contender in contenders:
+            try:
+                running.append(Running(contender))
+            except ContenderFailed as error:
+                outcome.skipped[contender.name] = str(error)
+                continue
+            outcome.about[contender.name] = running[-1].about
+            say(f"{contender.name} is ready")
+        for index in range(rounds + 1):
+            with turn(lock):
+                for task in tasks:
+                    _run_once(running, task, outcome, is_kept=index > 0)
+            running.append(running.pop(0))
+            say(f"round {index} of {rounds}")
+    finally:
+        for each in running:
+            each.stop()
+    return outcome
+
+
+def _run_once(running: list[Running], task: Task, outcome: Outcome, *, is_kept: bool) -> None:
+    for each in list(running):
+        name = each.contender.name
+        try:
+            times, token_ids = each.run(task)
+        except ContenderFailed as error:
+            outcome.skipped[name] = str(error)
+            outcome.figures.pop(name, None)
+            running.remove(each)
+            each.stop()
+            continue
+        if is_kept:
+            outcome.figures[name][task.name].append(task.figure(times))
+        if task.rows == 1 and task.steps > 1:
+            outcome.token_ids[name] = token_ids

@@ -1,0 +1,144 @@
+"""veilpipe: veilpipe_stages.py MODEL_DIR DTYPE THREADS STAGES [WIRE].
+
+STAGES 0 is everything in this process, nothing encrypted; otherwise this process is the
+orchestrator of that many stage-worker processes, connected over loopback as they always are.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+from protocol import Ask, Clock, Result, parse, say, say_ready
+
+from pipeline.drive import StepRunner, drive
+from pipeline.engine.request import Request
+from pipeline.engine.scheduler import Limits, Scheduler, Step
+from pipeline.local import LocalPipeline
+from pipeline.manifest import Manifest, dump_manifest, parse_manifest
+from pipeline.messages import StepKind
+from pipeline.models.config import load_config
+from pipeline.models.registry import load_shard
+from pipeline.models.runtime import set_num_threads
+from pipeline.orchestrator import PipelineOptions, open_pipeline
+from pipeline.plan import PlanOptions, plan
+from pipeline.stage import StageCore
+from pipeline.steps import ACTIVATION_DTYPES, SessionLimits, StepResult
+from pipeline.trust import DevTrust
+from transport.attestation.dev import default_directory
+
+ROWS, POSITIONS = 16, 1024
+
+
+class Stopwatch:
+    """A pipeline that notes when the results of whole steps arrive."""
+
+    def __init__(self, pipeline: StepRunner, rows: int) -> None:
+        self._pipeline = pipeline
+        self._rows = rows
+        self._clock = Clock()
+        self.ms: list[float] = []
+
+    async def send(self, step: Step) -> None:
+        await self._pipeline.send(step)
+
+    async def receive(self) -> StepResult:
+        result = await self._pipeline.receive()
+        if result.header.kind is StepKind.STEP and len(result.token_ids) == self._rows:
+            self.ms.append(self._clock.lap_ms())
+        return result
+
+
+async def generate(pipeline: StepRunner, limits: Limits, ask: Ask) -> Result:
+    scheduler = Scheduler(limits)
+    for row in range(ask.rows):
+        scheduler.submit(Request(row, tuple(ask.prompt), ask.steps))
+    watch, result = Stopwatch(pipeline, ask.rows), Result()
+
+    def on_token(event, timings) -> None:
+        if event.request_id == 0:
+            result.token_ids.append(event.token_id)
+
+    await drive(watch, scheduler, on_token)
+    result.ms = watch.ms
+    return result
+
+
+def make_manifest(model_dir: Path, dtype: str, num_stages: int, wire: str | None) -> Manifest:
+    # Every contender has its own hundred ports, by its process id.
+    base_port = 20000 + os.getpid() % 200 * 100
+    manifest = plan(model_dir, PlanOptions(max(num_stages, 1), base_port=base_port))
+    fields = json.loads(dump_manifest(manifest))
+    for stage in fields["stages"]:
+        stage["precision"] = dtype
+    if wire is not None:
+        fields["activation_spec"]["dtype"] = wire
+    return parse_manifest(json.dumps(fields))
+
+
+@asynccontextmanager
+async def one_process(manifest: Manifest, model_dir: Path, dtype: str, limits: Limits):
+    config = load_config(model_dir)
+    shard = load_shard(model_dir, config, 0, config.num_layers, dtype=dtype, expected_hashes=None)
+    spec = manifest.activation_spec
+    session = SessionLimits(
+        limits.num_slots,
+        limits.max_seq_len,
+        limits.max_step_tokens,
+        spec.hidden_dim,
+        ACTIVATION_DTYPES[spec.dtype],
+    )
+    yield LocalPipeline([StageCore(shard, session)])
+
+
+@asynccontextmanager
+async def processes(manifest: Manifest, model_dir: Path, dtype: str, threads: int, limits: Limits):
+    async with trio.open_nursery() as nursery:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "manifest.json"
+            path.write_text(dump_manifest(manifest))
+            for stage in manifest.stages:
+                command = [
+                    Path(sys.executable).with_name("stage-worker"),
+                    "--manifest", path, "--stage-idx", str(stage.stage_idx),
+                    "--model-dir", model_dir, "--threads", str(threads), "--dev",
+                    *(["--dtype", dtype] if dtype != "float32" else []),
+                ]  # fmt: skip
+                log = (Path(directory) / f"{stage.stage_idx}.log").open("wb")
+                await nursery.start(
+                    lambda command=command, log=log, **kwargs: trio.run_process(
+                        command, stdin=None, stdout=log, stderr=log, check=False, **kwargs
+                    )
+                )
+            trust = DevTrust.create(default_directory(os.environ))
+            options = PipelineOptions(limits, connect_seconds=120)
+            async with open_pipeline(manifest, trust, options, lambda line: None) as pipeline:
+                yield pipeline
+            nursery.cancel_scope.cancel()
+
+
+async def run(model_dir: Path, dtype: str, threads: int, num_stages: int, wire: str | None) -> None:
+    set_num_threads(threads)
+    limits = Limits(num_slots=ROWS, max_seq_len=POSITIONS)
+    manifest = make_manifest(model_dir, dtype, num_stages, wire)
+    if num_stages:
+        arrangement = processes(manifest, model_dir, dtype, threads, limits)
+    else:
+        arrangement = one_process(manifest, model_dir, dtype, limits)
+    async with arrangement as pipeline:
+        say_ready(f"{dtype}, wire {manifest.activation_spec.dtype}")
+        # Not a blocking read: the pipeline's health checks go on while others are measured.
+        while line := await trio.to_thread.run_sync(sys.stdin.readline):
+            say(await generate(pipeline, limits, parse(line)))
+
+
+def main() -> None:
+    model_dir, dtype, threads, stages, *wire = sys.argv[1:]
+    trio.run(run, Path(model_dir), dtype, int(threads), int(stages), wire[0] if wire else None)
+
+
+if __name__ == "__main__":
+    main()
