@@ -25,14 +25,14 @@ fi
 for tool in cmake g++; do
   command -v "$tool" >/dev/null || die "needs $tool (Debian: apt-get install cmake g++)"
 done
-bash "$root/scripts/setup.sh"
 mkdir -p "$cache"
 rm -f "$stamp"
 
 if [ "$(cat "$source_dir/.version" 2>/dev/null)" != "$version" ]; then
+  bash "$root/scripts/setup.sh"
   echo "fetching llama-cpp-python $version" >&2
   echo "llama-cpp-python==$version --hash=sha256:$sha256" >"$cache/requirement.txt"
-  pip download -q --no-deps --no-binary llama-cpp-python --require-hashes \
+  python -m pip download -q --no-deps --no-binary llama-cpp-python --require-hashes \
     -d "$cache" -r "$cache/requirement.txt" || die "cannot fetch llama-cpp-python $version"
   rm -rf "$source_dir"
   mkdir "$source_dir"

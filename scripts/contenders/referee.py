@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Timer
@@ -88,7 +88,9 @@ class Running:
                 self._process.wait(2)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
-        self._errors.close()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            with suppress(BrokenPipeError):  # a request that it never read
+                pipe.close()
 
     def _read(self, seconds: float) -> dict:
         watchdog = Timer(seconds, self._process.kill)
