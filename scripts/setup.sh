@@ -33,6 +33,23 @@ make_venv() {
   "$python" -m venv "$venv" || die "cannot create a virtual environment in $venv"
 }
 
+has_compiler() {
+  command -v "${CC:-cc}" >/dev/null && "$venv/bin/python" -c '
+import pathlib, sys, sysconfig
+sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())'
+}
+
+# The kernels in C are a third of the time per token, or less; everything runs without them.
+want_compiler() {
+  has_compiler && return
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "setup: installing a C compiler for the fast kernels" >&2
+    { apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev; } >/dev/null 2>&1 || true
+  fi
+  has_compiler || echo "setup: no C compiler or no Python.h: veilpipe will run without its fast kernels" \
+    "(Debian: apt-get install gcc python3-dev, then remove $venv/.veilpipe-base)" >&2
+}
+
 mkdir -p "$(dirname "$venv")"
 exec 9>"$venv.lock"
 flock 9    # two scripts started together must not install over each other
@@ -44,6 +61,7 @@ want=$(cat "$root/pyproject.toml" "$root/constraints.txt" "$root"/pipeline/nativ
 for extra in base "$@"; do
   stamp="$venv/.veilpipe-$extra"
   [ "$(cat "$stamp" 2>/dev/null || true)" = "$want" ] && continue
+  [ "$extra" = base ] && want_compiler
   target="$root"
   [ "$extra" = base ] || target="$root[$extra]"
   echo "setup: installing veilpipe${extra:+ ($extra)}, a minute the first time" >&2

@@ -110,13 +110,14 @@ def test_damaged_wheel_is_refused(tmp_path: Path) -> None:
         rootfs.system_entries([], [tmp_path / "a.whl"])
 
 
-def test_code_is_sources_only(tmp_path: Path) -> None:
+def test_code_is_sources_and_compiled_kernels_only(tmp_path: Path) -> None:
     package = tmp_path / "package"
     (package / "__pycache__").mkdir(parents=True)
-    for name in ("a.py", "root.pem", "NOTES.md", "__pycache__/a.cpython-311.pyc"):
+    kept = ("a.py", "root.pem", "_native.cpython-311-x86_64-linux-gnu.so")
+    for name in (*kept, "NOTES.md", "kernel.c", "__pycache__/a.cpython-311.pyc"):
         (package / name).write_bytes(b"x")
     paths = set(_by_path(rootfs.code_entries(tmp_path, ["package"])))
-    assert paths == {"init", f"{_SITE}/package/a.py", f"{_SITE}/package/root.pem"}
+    assert paths == {"init", *(f"{_SITE}/package/{name}" for name in kept)}
 
 
 def test_missing_package_is_refused(tmp_path: Path) -> None:
