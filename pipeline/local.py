@@ -32,5 +32,5 @@ class LocalPipeline:
             CLEAR_SENTINEL if is_clear else token_ids_to_wire(step.token_ids),
         )
         for stage in self._stages:
-            tensors = stage.step(step.header, tensors[0])
+            tensors = stage.step(step.header, tensors)
         return step_result(step.header, tensors)

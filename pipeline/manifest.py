@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from pipeline.errors import ManifestError
+from pipeline.rotation import MAX_ODD_FACTOR, odd_factor
 from transport.endpoint import (
     Endpoint,
     TcpEndpoint,
@@ -49,7 +50,7 @@ PcrHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{96}$", to_lower
 PcrIndex = Annotated[int, Field(ge=0, le=31), BeforeValidator(_pcr_index)]
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Literal["float32", "bfloat16", "int8"]
-ActivationDType = Literal["F32", "F16", "BF16"]
+ActivationDType = Literal["F32", "F16", "BF16", "I8"]
 
 
 class _Strict(BaseModel):
@@ -116,11 +117,20 @@ class StageEndpoint(_Strict):
 
 
 class ActivationSpec(_Strict):
-    """The tensors that travel between stages: [tokens, hidden_dim] of `dtype`."""
+    """The tensors that travel between stages: [tokens, hidden_dim] of `dtype`; I8 is rotated."""
 
     dtype: ActivationDType
     hidden_dim: Annotated[int, Field(ge=1, le=1 << 20)]
     max_seq_len: Annotated[int, Field(ge=1, le=1 << 24)]
+
+    @model_validator(mode="after")
+    def _width_can_be_rotated(self) -> Self:
+        if self.dtype == "I8" and odd_factor(self.hidden_dim) > MAX_ODD_FACTOR:
+            raise ValueError(
+                f"no int8 activations of width {self.hidden_dim}: its odd factor is over "
+                f"{MAX_ODD_FACTOR}; use BF16"
+            )
+        return self
 
 
 class StageSpec(_Strict):

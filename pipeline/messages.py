@@ -39,7 +39,7 @@ class Init(_Message):
     epoch: Annotated[bytes, Field(min_length=16, max_length=16)]
     manifest_hash: Digest
     stage_idx: Annotated[int, Field(ge=0, lt=MAX_STAGES)]
-    activation_dtype: Literal["F32", "F16", "BF16"]
+    activation_dtype: Literal["F32", "F16", "BF16", "I8"]
     hidden_dim: int
     max_seq_len: Annotated[int, Field(ge=1)]
     num_slots: Annotated[int, Field(ge=1, le=MAX_SEGMENTS)]

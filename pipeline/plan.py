@@ -31,6 +31,7 @@ class PlanOptions:
     # Stages in Nitro enclaves, behind the relay that scripts/run_nitro.sh starts on `host`.
     in_enclaves: bool = False
     model_name: str | None = None
+    wire_dtype: str = "F32"  # of activations between stages, as manifests spell it
 
 
 def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) -> list[int]:
@@ -93,7 +94,7 @@ def plan(model_dir: Path, options: PlanOptions) -> Manifest:
         "total_layers": config.num_layers,
         "stages": stages,
         "activation_spec": {
-            "dtype": "F32",
+            "dtype": options.wire_dtype,
             "hidden_dim": config.hidden_dim,
             "max_seq_len": config.max_positions,
         },

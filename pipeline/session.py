@@ -42,7 +42,7 @@ from pipeline.peers import (
     say,
 )
 from pipeline.stage import StageCore
-from pipeline.steps import ACTIVATION_DTYPES, SessionLimits, expected_input
+from pipeline.steps import ACTIVATION_DTYPES, SessionLimits, expected_inputs
 from pipeline.tasks import open_tasks
 from pipeline.trust import Trust
 from transport.channel import SecureChannel
@@ -93,9 +93,9 @@ class SessionEnded(Exception):
 def expect_step(
     header: StepHeader, specs: tuple[TensorSpec, ...], *, limits: SessionLimits, is_first: bool
 ) -> None:
-    """Hold a step's declared tensors against the one this stage takes. Raises MessageError."""
-    expected = expected_input(header, limits, is_first=is_first)
-    if specs != (expected,):
+    """Hold a step's declared tensors against those this stage takes. Raises MessageError."""
+    expected = expected_inputs(header, limits, is_first=is_first)
+    if specs != expected:
         raise MessageError(f"step {header.step} carries {specs}, expected {expected}")
 
 
@@ -288,9 +288,9 @@ class StageSession:
         try:
             while True:
                 side = "upstream"
-                header, (tensor,) = await receive_step(upstream, self._gate)
+                header, tensors = await receive_step(upstream, self._gate)
                 started = perf_counter_ns()
-                outputs = self._core.step(header, tensor)
+                outputs = self._core.step(header, tensors)
                 timing = self._meter.step(header, perf_counter_ns() - started)
                 side = "downstream"
                 await send_step(downstream, header.with_timing(timing), outputs)

@@ -1,8 +1,11 @@
-"""What a stage does with one step. Sans-IO: a header and a tensor in, a tensor out."""
+"""What a stage does with one step. Sans-IO: a header and tensors in, tensors out."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from pipeline.codec import activation_codec
 from pipeline.errors import MessageError
 from pipeline.messages import StepHeader, StepKind, Want
 from pipeline.models.registry import ModelShard
@@ -12,7 +15,7 @@ from pipeline.steps import (
     token_ids_from_wire,
     token_ids_to_wire,
 )
-from pipeline.tensors import activation_from_wire, activation_to_wire
+from pipeline.tensors import activation_to_wire
 from transport.frames import DType, Tensor
 
 
@@ -24,27 +27,28 @@ class StageCore:
         self.limits = limits
         self.cache = shard.new_cache(limits.num_slots, limits.max_seq_len)
         self._compute_dtype = shard.compute_dtype
+        self._codec = activation_codec(limits)
 
     @torch.inference_mode()
-    def step(self, header: StepHeader, tensor: Tensor) -> tuple[Tensor, ...]:
+    def step(self, header: StepHeader, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run one step.
 
-        Shapes: first stage U32 [tokens], others [tokens, hidden]; returns [tokens, hidden], or
+        Shapes: first stage U32 [tokens], others what `activation_specs` says; returns that, or
         from the last stage U32 [segments that want a token] and, if any segment wants logits,
         F32 [those segments, vocab]. Raises MessageError when the step does not fit the KV state.
         """
         if header.kind is StepKind.CLEAR:
             self.cache.clear([segment.slot for segment in header.segments])
             return (CLEAR_SENTINEL,)
-        hidden = self.shard.forward(self._inputs(tensor), header.segments, self.cache)
+        hidden = self.shard.forward(self._inputs(tensors), header.segments, self.cache)
         if not self.shard.is_last:
-            return (activation_to_wire(hidden, self.limits.activation_dtype),)
+            return self._codec.encode(hidden)
         return self._results(header, hidden)
 
-    def _inputs(self, tensor: Tensor) -> torch.Tensor:
+    def _inputs(self, tensors: Sequence[Tensor]) -> torch.Tensor:
         if not self.shard.is_first:
-            return activation_from_wire(tensor, self._compute_dtype)
-        token_ids = token_ids_from_wire(tensor)
+            return self._codec.decode(tensors, self._compute_dtype)
+        token_ids = token_ids_from_wire(tensors[0])
         vocab_size = self.shard.config.vocab_size
         if token_ids.size and int(token_ids.max()) >= vocab_size:
             raise MessageError(

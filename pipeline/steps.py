@@ -11,7 +11,8 @@ from pipeline.messages import StepHeader, StepKind
 from transport.frames import DType, Tensor, TensorSpec
 
 TokenIds = npt.NDArray[np.uint32]
-ACTIVATION_DTYPES = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
+# I8: rotated, with a scale for each row.
+ACTIVATION_DTYPES = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16, "I8": DType.I8}
 CLEAR_SPEC = TensorSpec(DType.U32, (0,))
 CLEAR_SENTINEL = Tensor(CLEAR_SPEC, memoryview(b""))
 
@@ -44,9 +45,16 @@ class SessionLimits:
 
     @property
     def max_tensor_bytes(self) -> int:
-        """Largest tensor a step may carry between stages."""
-        width = self.hidden_dim * self.activation_dtype.itemsize
-        return self.max_step_tokens * max(width, DType.U32.itemsize)
+        """Most bytes of tensors a step may carry between stages."""
+        specs = activation_specs(self.activation_dtype, self.max_step_tokens, self.hidden_dim)
+        activations = sum(spec.nbytes for spec in specs)
+        return max(activations, self.max_step_tokens * DType.U32.itemsize)
+
+
+def activation_specs(dtype: DType, num_tokens: int, hidden_dim: int) -> tuple[TensorSpec, ...]:
+    """The tensors that activations of `num_tokens` travel in."""
+    rows = TensorSpec(dtype, (num_tokens, hidden_dim))
+    return (rows, TensorSpec(DType.F32, (num_tokens,))) if dtype is DType.I8 else (rows,)
 
 
 def check_header(header: StepHeader, limits: SessionLimits) -> None:
@@ -75,13 +83,15 @@ def check_header(header: StepHeader, limits: SessionLimits) -> None:
         )
 
 
-def expected_input(header: StepHeader, limits: SessionLimits, *, is_first: bool) -> TensorSpec:
-    """The one tensor a stage takes with this header."""
+def expected_inputs(
+    header: StepHeader, limits: SessionLimits, *, is_first: bool
+) -> tuple[TensorSpec, ...]:
+    """The tensors a stage takes with this header."""
     if header.kind is StepKind.CLEAR:
-        return CLEAR_SPEC
+        return (CLEAR_SPEC,)
     if is_first:
-        return TensorSpec(DType.U32, (header.num_tokens,))
-    return TensorSpec(limits.activation_dtype, (header.num_tokens, limits.hidden_dim))
+        return (TensorSpec(DType.U32, (header.num_tokens,)),)
+    return activation_specs(limits.activation_dtype, header.num_tokens, limits.hidden_dim)
 
 
 def token_ids_to_wire(token_ids: Sequence[int] | TokenIds) -> Tensor:

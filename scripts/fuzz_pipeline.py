@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import atheris
@@ -56,10 +56,9 @@ def decode_step(data: bytes) -> None:
     assert messages.encode_step(header) == data
     steps.check_header(header, LIMITS)
     for is_first in (True, False):
-        assert (
-            steps.expected_input(header, LIMITS, is_first=is_first).nbytes
-            <= LIMITS.max_tensor_bytes
-        )
+        for limits in (LIMITS, replace(LIMITS, activation_dtype=DType.I8)):
+            specs = steps.expected_inputs(header, limits, is_first=is_first)
+            assert sum(spec.nbytes for spec in specs) <= limits.max_tensor_bytes
 
 
 def decode_manifest(data: bytes) -> None:

@@ -33,7 +33,7 @@ LAYERS = [
     "transport.relay_cli",
     # pipeline
     "pipeline.errors pipeline.tasks pipeline.models.runtime",
-    "pipeline.files pipeline.dtypes pipeline.models.batch",
+    "pipeline.files pipeline.rotation pipeline.dtypes pipeline.models.batch",
     "pipeline.sampling.params pipeline.sampling.processors pipeline.sampling.stop",
     "pipeline.sampling.sampler",
     "pipeline.manifest pipeline.messages",
@@ -46,7 +46,8 @@ LAYERS = [
     "pipeline.engine.generation",
     "pipeline.engine.scheduler",
     "pipeline.steps pipeline.tensors pipeline.trust pipeline.plan",
-    "pipeline.stage pipeline.shard",
+    "pipeline.codec pipeline.shard",
+    "pipeline.stage",
     "pipeline.links pipeline.drive pipeline.meter",
     "pipeline.local pipeline.service",
     "pipeline.peers",

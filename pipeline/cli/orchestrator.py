@@ -191,11 +191,21 @@ def plan_command(
     vsock: Annotated[
         bool, typer.Option("--vsock", help="Stages in Nitro enclaves; --host is their parent.")
     ] = False,
+    wire_dtype: Annotated[
+        str, typer.Option(help="Activations between stages: F32, F16, BF16, I8 (rotated).")
+    ] = "F32",
 ) -> None:
     """Write a manifest: layers split by measured bytes, weights and config pinned by hash."""
     from pipeline.plan import PlanOptions, plan
 
-    options = PlanOptions(stages, host, base_port, tuple(orchestrator_key or ()), in_enclaves=vsock)
+    options = PlanOptions(
+        stages,
+        host,
+        base_port,
+        tuple(orchestrator_key or ()),
+        in_enclaves=vsock,
+        wire_dtype=wire_dtype,
+    )
     if output is not None:
         check_writable(output)  # before minutes of hashing
     text = dump_manifest(plan(model_dir, options))

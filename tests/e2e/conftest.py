@@ -44,9 +44,9 @@ class Cluster:
         self.workers = {}
         self.bin = BIN
 
-    def plan(self, stages):
+    def plan(self, stages, **changes):
         self.base_port = free_base_port(10 * stages + 2)
-        options = PlanOptions(stages, base_port=self.base_port)
+        options = PlanOptions(stages, base_port=self.base_port, **changes)
         self.manifest.write_text(dump_manifest(plan(self.model_dir, options)))
 
     def edit(self, change, path=None):

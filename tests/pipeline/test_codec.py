@@ -1,0 +1,232 @@
+"""Activations on the wire: what each codec keeps, refuses, and costs its neighbours in a batch."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from pipeline.codec import INT8_MAX, MAX_SCALE, RotatedInt8, activation_codec
+from pipeline.errors import MessageError
+from pipeline.links import StepGate
+from pipeline.manifest import ActivationSpec
+from pipeline.messages import StepHeader, StepKind, Want, encode_step
+from pipeline.models.batch import Segment
+from pipeline.models.config import load_config
+from pipeline.models.registry import load_shard
+from pipeline.rotation import SIGNS_DOMAIN, Rotation, cosines, hadamard, signs
+from pipeline.session import expect_step
+from pipeline.stage import StageCore
+from pipeline.steps import (
+    ACTIVATION_DTYPES,
+    SessionLimits,
+    activation_specs,
+    expected_inputs,
+    token_ids_to_wire,
+)
+from transport.errors import FrameError
+from transport.frames import DType, Tensor, TensorSpec
+
+WIDTHS = (8, 9, 24, 576, 768, 896)
+
+
+def limits(dtype: DType, hidden_dim: int = 48) -> SessionLimits:
+    return SessionLimits(2, 64, 32, hidden_dim, dtype)
+
+
+def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Like a model's: a few elements a hundred times larger than the rest."""
+    found = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    found[:, 3] *= 100
+    found[:, -1] *= 300
+    return found
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_rotation_is_the_matrix_that_is_written_down(width):
+    odd = width // (width & -width)
+    kronecker = np.kron(cosines(odd), hadamard(width // odd))
+    matrix = kronecker * signs(width)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(width), atol=1e-6)
+    found = Rotation(width).apply(np.eye(width, dtype=np.float32))
+    np.testing.assert_allclose(found, matrix.T, atol=1e-6)
+
+
+def test_the_signs_are_those_of_the_named_stream():
+    assert SIGNS_DOMAIN == b"veilpipe-activation-rotation/1"
+    # printf veilpipe-activation-rotation/1 | openssl dgst -shake256 -xoflen 2 says 7007
+    assert signs(16).tolist() == [1, 1, 1, 1, -1, -1, -1, 1, -1, -1, -1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_undoing_the_rotation_gives_the_rows_back(width):
+    array = rows(5, width).numpy()
+    rotation = Rotation(width)
+    np.testing.assert_allclose(rotation.undo(rotation.apply(array)), array, rtol=1e-4, atol=1e-3)
+
+
+def test_a_width_whose_matrix_would_be_huge_has_no_rotation():
+    with pytest.raises(ValueError, match="width 4094: its odd factor is 2047"):
+        Rotation(4094)
+
+
+@pytest.mark.parametrize("name", ACTIVATION_DTYPES)
+def test_a_row_arrives_the_same_bit_for_bit_in_any_company(name):
+    codec = activation_codec(limits(ACTIVATION_DTYPES[name]))
+    hidden = rows(17, 48)
+    together = codec.decode(codec.encode(hidden), torch.float32)
+    for index in (0, 7, 16):
+        alone = codec.decode(codec.encode(hidden[index : index + 1].clone()), torch.float32)
+        assert torch.equal(alone[0], together[index])
+
+
+@pytest.mark.parametrize("name", ACTIVATION_DTYPES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_codec_writes_exactly_the_tensors_that_are_expected(name, count):
+    agreed = limits(ACTIVATION_DTYPES[name])
+    tensors = activation_codec(agreed).encode(rows(count, 48))
+    specs = tuple(tensor.spec for tensor in tensors)
+    assert specs == activation_specs(agreed.activation_dtype, count, 48)
+    assert all(len(tensor.data) == tensor.spec.nbytes for tensor in tensors)
+    assert sum(spec.nbytes for spec in specs) <= agreed.max_tensor_bytes
+
+
+def test_the_largest_step_fits_the_limit_exactly():
+    agreed = limits(DType.I8)
+    specs = activation_specs(DType.I8, agreed.max_step_tokens, agreed.hidden_dim)
+    assert sum(spec.nbytes for spec in specs) == agreed.max_tensor_bytes
+
+
+def test_rotated_int8_is_off_by_at_most_half_a_step_per_rotated_element():
+    hidden = rows(9, 768)
+    codec = RotatedInt8(768)
+    tensors = codec.encode(hidden)
+    scales = np.frombuffer(tensors[1].data, "<f4")
+    rotation = Rotation(768)
+    error = codec.decode(tensors, torch.float32).numpy() - hidden.numpy()
+    # A small allowance for float32 on rows with elements of several hundred.
+    assert (abs(rotation.apply(error)) <= scales[:, None] * 0.51 + 1e-3).all()
+
+
+def test_the_rotation_makes_int8_several_times_closer_where_there_are_outliers():
+    hidden = rows(16, 768)
+    rotated = activation_codec(limits(DType.I8, 768))
+    steps = hidden.abs().amax(dim=-1, keepdim=True) / INT8_MAX
+    plain_error = (torch.round(hidden / steps) * steps - hidden).norm()
+    error = (rotated.decode(rotated.encode(hidden), torch.float32) - hidden).norm()
+    assert error < plain_error / 3
+
+
+def test_rows_of_zeros_arrive_as_zeros():
+    codec = RotatedInt8(24)
+    assert torch.equal(
+        codec.decode(codec.encode(torch.zeros(2, 24)), torch.float32), torch.zeros(2, 24)
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38])
+def test_rows_that_are_not_finite_are_not_sent(value):
+    hidden = torch.zeros(2, 24)
+    hidden[1, 5] = value
+    with pytest.raises(MessageError, match="finite"):
+        RotatedInt8(24).encode(hidden)
+
+
+@pytest.mark.parametrize(
+    "scale", [float("nan"), float("inf"), -1.0, 0.0, 1e-42, MAX_SCALE * 2], ids=str
+)
+def test_a_scale_that_no_encoder_writes_is_refused(scale):
+    scales = np.array([1.0, scale], "<f4")
+    tensors = (
+        Tensor(TensorSpec(DType.I8, (2, 24)), memoryview(bytes(48))),
+        Tensor(TensorSpec(DType.F32, (2,)), memoryview(scales.tobytes())),
+    )
+    with pytest.raises(MessageError, match="finite"):
+        RotatedInt8(24).decode(tensors, torch.float32)
+
+
+def test_the_largest_scale_decodes_to_finite_numbers():
+    scales = np.array([MAX_SCALE], "<f4")
+    tensors = (
+        Tensor(TensorSpec(DType.I8, (1, 768)), memoryview(b"\x80" * 768)),
+        Tensor(TensorSpec(DType.F32, (1,)), memoryview(scales.tobytes())),
+    )
+    assert RotatedInt8(768).decode(tensors, torch.float32).isfinite().all()
+
+
+def new_limits(dtype: DType) -> SessionLimits:
+    return SessionLimits(4, 128, 64, 64, dtype)
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_model):
+    config = load_config(tiny_model)
+    return [
+        load_shard(tiny_model, config, start, end, expected_hashes=None)
+        for start, end in ((0, 1), (1, 3), (3, 4))
+    ]
+
+
+def logits_of(shards, dtype: DType, prompts) -> np.ndarray:
+    """Logits of each prompt's last token, all prompts in one step."""
+    cores = [StageCore(shard, new_limits(dtype)) for shard in shards]
+    segments = tuple(Segment(slot, 0, len(prompt)) for slot, prompt in enumerate(prompts))
+    header = StepHeader(StepKind.STEP, 0, segments, (Want.LOGITS,) * len(prompts))
+    tensors = (token_ids_to_wire([token for prompt in prompts for token in prompt]),)
+    for core in cores:
+        specs = tuple(tensor.spec for tensor in tensors)
+        assert specs == expected_inputs(header, core.limits, is_first=core.shard.is_first)
+        tensors = core.step(header, tensors)
+    return np.frombuffer(tensors[1].data, "<f4").reshape(tensors[1].spec.shape)
+
+
+PROMPTS = ([72, 101, 108, 108, 111], [1, 2, 3], [200, 7, 9, 31, 8, 100, 50])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(DType.F16, 2e-3), (DType.BF16, 1e-2), (DType.I8, 2e-2)], ids=str
+)
+def test_three_stages_lose_little_on_a_smaller_wire(shards, dtype, tolerance):
+    exact = logits_of(shards, DType.F32, PROMPTS)
+    found = logits_of(shards, dtype, PROMPTS)
+    assert not np.array_equal(found, exact)
+    assert np.linalg.norm(found - exact) < tolerance * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16, DType.I8], ids=str)
+def test_a_batch_mate_changes_no_logit_whatever_the_wire(shards, dtype):
+    together = logits_of(shards, dtype, PROMPTS)
+    for index, prompt in enumerate(PROMPTS):
+        other = [[5] * 11, prompt, [9, 9]]
+        np.testing.assert_array_equal(logits_of(shards, dtype, other)[1], together[index])
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        (TensorSpec(DType.I8, (3, 64)),),
+        (TensorSpec(DType.I8, (3, 64)), TensorSpec(DType.F32, (2,))),
+        (TensorSpec(DType.I8, (3, 64)), TensorSpec(DType.F32, (3, 1))),
+        (TensorSpec(DType.I8, (3, 64)), TensorSpec(DType.F16, (3,))),
+        (TensorSpec(DType.I8, (4, 64)), TensorSpec(DType.F32, (4,))),
+        (TensorSpec(DType.I8, (3, 65)), TensorSpec(DType.F32, (3,))),
+        (TensorSpec(DType.F32, (3, 64)),),
+        (TensorSpec(DType.F32, (3,)), TensorSpec(DType.I8, (3, 64))),
+    ],
+    ids=str,
+)
+def test_an_int8_step_with_other_tensors_is_refused_before_it_is_stored(specs):
+    agreed = new_limits(DType.I8)
+    header = StepHeader(StepKind.STEP, 7, (Segment(0, 0, 3),), (Want.TOKEN,))
+    gate = StepGate(agreed, partial(expect_step, limits=agreed, is_first=False))
+    gate.check(encode_step(header), activation_specs(DType.I8, 3, 64))
+    with pytest.raises(FrameError, match="step 7 carries"):
+        gate.check(encode_step(header), specs)
+
+
+def test_a_manifest_may_not_ask_for_a_rotation_that_would_be_huge():
+    ActivationSpec(dtype="I8", hidden_dim=576, max_seq_len=8)
+    ActivationSpec(dtype="BF16", hidden_dim=4094, max_seq_len=8)
+    with pytest.raises(ValidationError, match="odd factor is over 1024; use BF16"):
+        ActivationSpec(dtype="I8", hidden_dim=4094, max_seq_len=8)
