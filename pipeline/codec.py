@@ -26,7 +26,8 @@ MAX_SCALE = 2.0**90
 
 def check_scales(scales: npt.NDArray[np.float32]) -> None:
     """Refuse rows that are not finite, or absurd. Raises MessageError."""
-    if not ((scales >= MIN_SCALE) & (scales <= MAX_SCALE)).all():  # false for a NaN
+    # Both comparisons are false for a NaN, which a reduction passes on.
+    if not (np.minimum.reduce(scales) >= MIN_SCALE and np.maximum.reduce(scales) <= MAX_SCALE):
         raise MessageError("a row of activations has a scale that is not a positive finite number")
 
 
@@ -76,8 +77,8 @@ class RotatedInt8:
     def encode(self, hidden: torch.Tensor) -> tuple[Tensor, ...]:
         """Rotate and quantise [tokens, hidden]. Raises MessageError unless all are finite."""
         with np.errstate(over="ignore", invalid="ignore"):  # the scale shows both
-            rotated = self._rotation.apply(hidden.detach().float().cpu().numpy())
-        scales = np.maximum(rotated.max(axis=-1), -rotated.min(axis=-1))
+            rotated = self._rotation.apply(hidden.to(device="cpu", dtype=torch.float32).numpy())
+        scales = np.maximum.reduce(np.abs(rotated), axis=-1)
         scales /= INT8_MAX
         np.maximum(scales, MIN_SCALE, out=scales)
         check_scales(scales)

@@ -40,7 +40,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
 
 
 def hold(args: argparse.Namespace, threads: int, model_dir: Path) -> Heat:
-    field = Field(model_dir, threads, args.cache, args.wire)
+    field = Field(model_dir, threads, args.cache)
     contenders, missing = [floor(field)], {}
     for name, made in assemble(matching(args.contenders), field):
         if isinstance(made, str):
@@ -90,7 +90,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model-dir", type=Path, help="a GPT-2 or Llama-family model instead")
     parser.add_argument(
         "--contenders", type=lambda text: words(text, ","), default=list(LINEUP),
-        help=f"parts of names, with commas between; the names: {' '.join(LINEUP)}",
+        help=f"parts of names, with commas between; the names: {' '.join(LINEUP)}; "
+        "and veilpipe-KIND-STAGES-WIRE for F16, BF16 or I8 between stages",
     )  # fmt: skip
     parser.add_argument(
         "--measure", type=lambda text: words(text, ","), default=list(MEASURES),
@@ -102,7 +103,6 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=24, help="generated per round")
-    parser.add_argument("--wire", help="activations between our stages: F32, BF16, ...")
     parser.add_argument("--json", type=Path, help="write every figure of every round")
     parser.add_argument("--png", type=Path, help="draw the decode times")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="derived files")

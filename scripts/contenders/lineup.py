@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -38,7 +39,6 @@ class Field:
     model_dir: Path
     threads: int
     cache: Path
-    wire: str | None
 
     def script(self, name: str, *args: object) -> tuple[str, ...]:
         return (sys.executable, str(HERE / name), *map(str, args))
@@ -103,10 +103,11 @@ def num_weights_read(model_dir: Path) -> int:
     return total
 
 
-def veilpipe(field: Field, kind: str, stages: int) -> Contender:
-    script = ["veilpipe_stages.py", field.model_dir, kind, field.threads, stages]
-    command = field.script(*script, *([field.wire] if field.wire and stages else []))
+def veilpipe(field: Field, kind: str, stages: int, wire: str = "F32") -> Contender:
+    script = ("veilpipe_stages.py", field.model_dir, kind, field.threads, stages, wire)
+    command = field.script(*script)
     where = f"{stages} stages, encrypted" if stages else "one process"
+    where += f", wire {wire}" if wire != "F32" else ""
     return Contender(
         f"veilpipe {kind}, {where}", kind, "veilpipe", max(stages, 1), field.threads, command
     )
@@ -145,36 +146,42 @@ def floor(field: Field) -> Contender:
     return Contender(FLOOR, "float32", "floor", 1, field.threads, command)
 
 
+# Our stages with smaller activations between them; they compete when they are named.
+WIRES = {
+    f"veilpipe-{kind}-{stages}-{wire}": partial(veilpipe, kind=kind, stages=stages, wire=wire)
+    for kind in BYTES_PER_WEIGHT
+    for stages in (2, 3)
+    for wire in ("F16", "BF16", "I8")
+}
 # Name on the command line -> how to make it.
 LINEUP: dict[str, Callable[[Field], Contender]] = {
     **{
-        f"veilpipe-{kind}-{stages or 'local'}": lambda field, k=kind, n=stages: veilpipe(
-            field, k, n
-        )
+        f"veilpipe-{kind}-{stages or 'local'}": partial(veilpipe, kind=kind, stages=stages)
         for kind in BYTES_PER_WEIGHT
         for stages in (0, 2, 3)
     },
-    "transformers-float32": lambda field: transformers(field, "float32"),
-    "transformers-bfloat16": lambda field: transformers(field, "bfloat16"),
-    "ctranslate2-float32": lambda field: ctranslate2(field, "float32"),
-    "ctranslate2-int8": lambda field: ctranslate2(field, "int8"),
-    "llama.cpp-float32": lambda field: llama_cpp(field, "float32"),
-    "llama.cpp-int8": lambda field: llama_cpp(field, "int8"),
-    "llama.cpp-rpc-float32": lambda field: llama_cpp_rpc(field, "float32"),
-    "llama.cpp-rpc-int8": lambda field: llama_cpp_rpc(field, "int8"),
+    "transformers-float32": partial(transformers, kind="float32"),
+    "transformers-bfloat16": partial(transformers, kind="bfloat16"),
+    "ctranslate2-float32": partial(ctranslate2, kind="float32"),
+    "ctranslate2-int8": partial(ctranslate2, kind="int8"),
+    "llama.cpp-float32": partial(llama_cpp, kind="float32"),
+    "llama.cpp-int8": partial(llama_cpp, kind="int8"),
+    "llama.cpp-rpc-float32": partial(llama_cpp_rpc, kind="float32"),
+    "llama.cpp-rpc-int8": partial(llama_cpp_rpc, kind="int8"),
 }
 
 
 def matching(patterns: list[str]) -> list[str]:
-    """Names that contain any of the patterns, in the lineup's order."""
-    return [name for name in LINEUP if any(pattern in name for pattern in patterns)]
+    """Names that contain any of the patterns; those of WIRES must be spelled out."""
+    usual = [name for name in LINEUP if any(pattern in name for pattern in patterns)]
+    return usual + [name for name in WIRES if name in patterns]
 
 
 def assemble(names: list[str], field: Field) -> Iterator[tuple[str, Contender | str]]:
     """Each name with its contender, or with why there is none."""
     for name in names:
         try:
-            yield name, LINEUP[name](field)
+            yield name, (LINEUP | WIRES)[name](field)
         except Missing as error:
             yield name, str(error)
 

@@ -1,4 +1,4 @@
-"""veilpipe: veilpipe_stages.py MODEL_DIR DTYPE THREADS STAGES [WIRE].
+"""veilpipe: veilpipe_stages.py MODEL_DIR DTYPE THREADS STAGES WIRE.
 
 STAGES 0 is everything in this process, nothing encrypted; otherwise this process is the
 orchestrator of that many stage-worker processes, connected over loopback as they always are.
@@ -67,15 +67,14 @@ async def generate(pipeline: StepRunner, limits: Limits, ask: Ask) -> Result:
     return result
 
 
-def make_manifest(model_dir: Path, dtype: str, num_stages: int, wire: str | None) -> Manifest:
+def make_manifest(model_dir: Path, dtype: str, num_stages: int, wire: str) -> Manifest:
     # Every contender has its own hundred ports, by its process id.
     base_port = 20000 + os.getpid() % 200 * 100
-    manifest = plan(model_dir, PlanOptions(max(num_stages, 1), base_port=base_port))
+    options = PlanOptions(max(num_stages, 1), base_port=base_port, wire_dtype=wire)
+    manifest = plan(model_dir, options)
     fields = json.loads(dump_manifest(manifest))
     for stage in fields["stages"]:
         stage["precision"] = dtype
-    if wire is not None:
-        fields["activation_spec"]["dtype"] = wire
     return parse_manifest(json.dumps(fields))
 
 
@@ -120,7 +119,7 @@ async def processes(manifest: Manifest, model_dir: Path, dtype: str, threads: in
             nursery.cancel_scope.cancel()
 
 
-async def run(model_dir: Path, dtype: str, threads: int, num_stages: int, wire: str | None) -> None:
+async def run(model_dir: Path, dtype: str, threads: int, num_stages: int, wire: str) -> None:
     set_num_threads(threads)
     limits = Limits(num_slots=ROWS, max_seq_len=POSITIONS)
     manifest = make_manifest(model_dir, dtype, num_stages, wire)
@@ -136,8 +135,8 @@ async def run(model_dir: Path, dtype: str, threads: int, num_stages: int, wire: 
 
 
 def main() -> None:
-    model_dir, dtype, threads, stages, *wire = sys.argv[1:]
-    trio.run(run, Path(model_dir), dtype, int(threads), int(stages), wire[0] if wire else None)
+    model_dir, dtype, threads, stages, wire = sys.argv[1:]
+    trio.run(run, Path(model_dir), dtype, int(threads), int(stages), wire)
 
 
 if __name__ == "__main__":
