@@ -1,6 +1,7 @@
 """Serving: an OpenAI-compatible API on the user's machine, in front of one pipeline."""
 
 import logging
+import resource
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ from pipeline.tasks import open_tasks
 
 logger = logging.getLogger(__name__)
 
+# Open files beside clients' connections: stages, workers, listeners, libraries.
+_OTHER_FILES = 128
+
 
 @dataclass(frozen=True, slots=True)
 class ServeFlags:
@@ -44,6 +48,7 @@ class ServeFlags:
 
 def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
     """Serve until stopped. Raises PipelineError, or typer.Exit after a signal."""
+    _allow_open_files(flags.limits.max_connections + _OTHER_FILES)
     manifest = load_manifest(flags.manifest)
     longest = manifest.activation_spec.max_seq_len
     if flags.context is not None and flags.context > longest:
@@ -103,3 +108,15 @@ def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
     number = run_until_signalled(run)
     if number is not None:
         raise typer.Exit(0)
+
+
+def _allow_open_files(needed: int) -> None:
+    """Have room for every connection: without, those above the limit wait unanswered."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise InputError(
+            f"this process may have {hard} open files and needs {needed}; "
+            "lower --max-connections, or raise `ulimit -n`"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
