@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.errors import ManifestError
+from pipeline.errors import InputError, ManifestError
 from pipeline.rotation import MAX_ODD_FACTOR, odd_factor
 from transport.endpoint import (
     Endpoint,
@@ -141,7 +141,7 @@ class StageSpec(_Strict):
     layer_end: Annotated[int, Field(ge=1)]
     weight_hashes: tuple[Sha256Hex, ...] = ()
     require_weight_hashes: bool = False
-    precision: Precision = "float32"
+    precision: Precision | None = None  # of the weights in memory; None: the stage decides
     expected_measurements: dict[PcrIndex, PcrHex] = Field(default_factory=dict)
     endpoint: StageEndpoint | None = None
 
@@ -218,6 +218,14 @@ class Manifest(_Strict):
         if endpoint is None:
             raise ManifestError(f"stage {stage_idx} has no endpoint in this manifest; add one")
         return endpoint
+
+
+def check_precision(name: str) -> Precision:
+    """A precision given as a flag; raises InputError listing those there are."""
+    known = get_args(Precision)
+    if name not in known:
+        raise InputError(f"--dtype {name}: use {', '.join(known)}")
+    return cast(Precision, name)
 
 
 def _canonical_hash(domain: bytes, value: dict[str, Any]) -> bytes:

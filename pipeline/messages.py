@@ -58,6 +58,7 @@ class Ready(_Message):
     kv_bytes: int
     vocab_size: Annotated[int, Field(ge=1)]
     precision: Literal["float32", "bfloat16", "int8"]
+    kernels: Annotated[str, Field(max_length=64)]
     num_threads: int
     device: Annotated[str, Field(max_length=64)]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.manifest import Manifest, build_manifest
+from pipeline.manifest import Manifest, Precision, build_manifest
 from pipeline.models.config import hash_config, load_config
 from pipeline.models.registry import layer_bytes, required_files
 from pipeline.models.weights import hash_files
@@ -32,6 +32,8 @@ class PlanOptions:
     in_enclaves: bool = False
     model_name: str | None = None
     wire_dtype: str = "F32"  # of activations between stages, as manifests spell it
+    # What every stage holds its weights in; None leaves it to the stages.
+    precision: Precision | None = None
 
 
 def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) -> list[int]:
@@ -84,6 +86,7 @@ def plan(model_dir: Path, options: PlanOptions) -> Manifest:
             "layer_end": end,
             "weight_hashes": [hashes[path] for path in files[idx]],
             "require_weight_hashes": True,
+            "precision": options.precision,
             "endpoint": _endpoint(options, idx),
         }
         for idx, (start, end) in enumerate(zip(starts, ends, strict=True))

@@ -110,7 +110,8 @@ class RemoteStage:
     def _check_ready(self, ready: Ready) -> None:
         """The stage is attested; this catches a worker started with other flags than planned."""
         spec = self._expected.spec
-        expected = (spec.stage_idx, spec.precision)
+        # A manifest that pins no precision leaves it to the stage.
+        expected = (spec.stage_idx, spec.precision or ready.precision)
         found = (ready.stage_idx, ready.precision)
         if found != expected:
             raise MessageError(

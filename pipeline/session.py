@@ -249,6 +249,7 @@ class StageSession:
             kv_bytes=self._core.cache.num_bytes,
             vocab_size=setup.shard.config.vocab_size,
             precision=setup.precision,
+            kernels=setup.shard.kernels.name,
             num_threads=setup.num_threads,
             device=setup.device,
         )

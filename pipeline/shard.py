@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import InputError, ManifestError, ModelError
-from pipeline.manifest import Manifest, StageSpec, dump_manifest
+from pipeline.manifest import Manifest, Precision, StageSpec, dump_manifest
 from pipeline.models.config import CONFIG_FILE, load_config, read_config
+from pipeline.models.quant import SCALE_SUFFIX, num_groups
 from pipeline.models.registry import required_tensors
+from pipeline.models.sinks import FLOATS, STORED_DTYPES, CopySink, Sink, WeightSink
 from pipeline.models.weights import (
-    LOADABLE,
     SINGLE_FILE,
     StoredTensor,
     hash_files,
@@ -31,12 +32,19 @@ RUN_FILE = "run.json"
 STAGE_ROOT = "/stage"
 
 
-def cut_model(manifest: Manifest, model_dir: Path, output: Path) -> Manifest:
+def cut_model(
+    manifest: Manifest, model_dir: Path, output: Path, precision: Precision | None = None
+) -> Manifest:
     """Write `output`/stageI for every stage, and `output`/manifest.json that pins those shards.
 
-    The source is held against the manifest's hashes where it has any. Returns the new manifest.
-    Raises ModelError, InputError; nothing is left behind then.
+    A shard holds its weights as its stage will compute with them: in `precision`, which the new
+    manifest then pins, or in what the manifest pins already, or unchanged. The source is held
+    against the manifest's hashes where it has any. Returns the new manifest. Raises ModelError,
+    InputError; nothing is left behind then.
     """
+    if precision is not None:
+        stages_in = [s.model_copy(update={"precision": precision}) for s in manifest.stages]
+        manifest = manifest.model_copy(update={"stages": tuple(stages_in)})
     with _new_directory(output) as directory:
         stages = []
         for stage in manifest.stages:
@@ -79,7 +87,7 @@ def _write_weights(
     directory: Path,
     expected_hashes: Sequence[str] | None,
 ) -> str:
-    """Write the stage's tensors as stored; returns the file's SHA-256."""
+    """Write the stage's tensors in its precision; returns the file's SHA-256."""
     config = load_config(model_dir, manifest.config_hash)
     if config.num_layers != manifest.total_layers:
         raise ManifestError(
@@ -87,26 +95,76 @@ def _write_weights(
             f"{config.num_layers}"
         )
     stored = stored_tensors(model_dir)
-    names = required_tensors(model_dir, config, range(stage.layer_start, stage.layer_end))
-    tensors = {
-        name: _empty_like(stored[name], model_dir)
-        for name in names
+    planned = required_tensors(model_dir, config, range(stage.layer_start, stage.layer_end))
+    kept = {
+        name: _keep(stored[name], sink, stage.precision, model_dir)
+        for name, sink in planned.items()
         if name in stored  # load_tensors names what is missing
     }
-    load_tensors(model_dir, tensors, expected_hashes=expected_hashes)
+    sinks = {**planned, **{name: each.sink for name, each in kept.items()}}
+    load_tensors(model_dir, sinks, expected_hashes=expected_hashes)
+    tensors = {name: tensor for each in kept.values() for name, tensor in each.tensors().items()}
     path = directory / SINGLE_FILE
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt", "precision": stage.precision or "as stored"})
     return hash_files([path])[0]
 
 
-def _empty_like(stored: StoredTensor, model_dir: Path) -> torch.Tensor:
-    if stored.dtype not in LOADABLE:
+class _Kept:
+    """A tensor on its way into a shard: as stored, or rounded to another float."""
+
+    def __init__(self, stored: StoredTensor, dtype: torch.dtype) -> None:
+        self._name = stored.name
+        self.sink: Sink = CopySink(torch.empty(stored.shape, dtype=dtype))
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """What the shard stores, by name."""
+        assert isinstance(self.sink, CopySink)
+        return {self._name: self.sink.tensor}
+
+
+class _KeptInt8:
+    """A matrix on its way into a shard as int8, in the layout it came in."""
+
+    precision = torch.int8
+
+    def __init__(self, stored: StoredTensor, *, is_in_out: bool) -> None:
+        rows, columns = stored.shape
+        num_out, num_in = (columns, rows) if is_in_out else (rows, columns)
+        self._name = stored.name
+        self._values = torch.empty(num_out, num_in, dtype=torch.int8)
+        self._scales = torch.empty(num_out, num_groups(num_in), dtype=torch.bfloat16)
+        self._is_in_out = is_in_out
+        self.sink: Sink = WeightSink(self, 0, num_out, num_in, is_in_out=is_in_out)
+
+    def put(self, first: int, outputs: torch.Tensor, scales: torch.Tensor | None) -> None:
+        """Keep outputs first.. and their scales."""
+        assert scales is not None, "int8 comes with scales"
+        last = first + outputs.shape[0]
+        self._values[first:last], self._scales[first:last] = outputs, scales
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """What the shard stores, by name."""
+        values = self._values.t().contiguous() if self._is_in_out else self._values
+        return {self._name: values, self._name + SCALE_SUFFIX: self._scales}
+
+
+def _keep(
+    stored: StoredTensor, planned: Sink, precision: Precision | None, model_dir: Path
+) -> _Kept | _KeptInt8:
+    """Where a tensor of the source goes; float32 is kept as stored, being no less exact so."""
+    if stored.dtype not in FLOATS:
         raise ModelError(
             f"{model_dir}: tensor {stored.name} is stored as {stored.dtype}: "
-            f"use weights in one of {', '.join(LOADABLE)}"
+            f"use weights in one of {', '.join(FLOATS)}"
         )
+    dtype = STORED_DTYPES[stored.dtype]
     try:
-        return torch.empty(stored.shape, dtype=LOADABLE[stored.dtype])
+        if isinstance(planned, WeightSink) and len(stored.shape) == 2:
+            if precision == "int8":
+                return _KeptInt8(stored, is_in_out=planned.is_in_out)
+            if precision == "bfloat16":
+                dtype = torch.bfloat16
+        return _Kept(stored, dtype)
     except (RuntimeError, MemoryError) as error:
         raise ModelError(
             f"{model_dir}: tensor {stored.name} needs {stored.end - stored.start} bytes of memory, "

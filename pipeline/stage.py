@@ -68,7 +68,7 @@ class StageCore:
             return (token_ids_to_wire(np.empty(0, dtype="<u4")),)
         rows = hidden if len(last_rows) == hidden.shape[0] else hidden[last_rows]
         logits = self.shard.logits(rows)  # [segments that want something, vocab]
-        token_ids = token_ids_to_wire(logits.argmax(dim=-1).cpu().numpy())
+        token_ids = token_ids_to_wire(self.shard.kernels.argmax(logits).numpy())
         wanted = [row for row, want in enumerate(wants) if want is Want.LOGITS]
         if not wanted:
             return (token_ids,)

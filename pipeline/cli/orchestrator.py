@@ -19,10 +19,14 @@ from pipeline.cli.logs import configure_logging
 from pipeline.errors import InputError
 from pipeline.files import check_writable, write_atomically
 from pipeline.gateway.limits import GatewayLimits
-from pipeline.manifest import dump_manifest, load_manifest
+from pipeline.manifest import check_precision, dump_manifest, load_manifest
 from pipeline.trust import create_identity
 
 DEFAULT_LIMITS = GatewayLimits()
+DTypeOption = Annotated[
+    str | None,
+    typer.Option(help="Weights of every stage: float32, bfloat16, int8 [manifest's]."),
+]
 
 app = new_app()
 app.add_typer(attest.app, name="attest")
@@ -194,6 +198,7 @@ def plan_command(
     wire_dtype: Annotated[
         str, typer.Option(help="Activations between stages: F32, F16, BF16, I8 (rotated).")
     ] = "F32",
+    dtype: DTypeOption = None,
 ) -> None:
     """Write a manifest: layers split by measured bytes, weights and config pinned by hash."""
     from pipeline.plan import PlanOptions, plan
@@ -205,6 +210,7 @@ def plan_command(
         tuple(orchestrator_key or ()),
         in_enclaves=vsock,
         wire_dtype=wire_dtype,
+        precision=None if dtype is None else check_precision(dtype),
     )
     if output is not None:
         check_writable(output)  # before minutes of hashing
@@ -226,18 +232,22 @@ def shard_command(
     stage: Annotated[
         int | None, typer.Option(metavar="I", help="One stage only, of a manifest of shards.")
     ] = None,
+    dtype: DTypeOption = None,
 ) -> None:
     """Cut a model into one directory per stage, so that a stage's machine needs only its own.
 
     Without --stage writes DIR/stageI for every stage and DIR/manifest.json, which pins the
-    shards by hash. A stage's directory is a model directory for `stage-worker` and the input of
-    `python -m enclave build`.
+    shards by hash, and with --dtype the precision they are stored and computed in. A stage's
+    directory is a model directory for `stage-worker` and the input of `python -m enclave build`.
     """
     from pipeline.shard import cut_model, cut_stage
 
     loaded = load_manifest(manifest)
+    precision = None if dtype is None else check_precision(dtype)
     if stage is None:
-        cut_model(loaded, model_dir, output)
+        cut_model(loaded, model_dir, output, precision)
+    elif precision is not None:
+        raise InputError("--dtype: with --stage the manifest of the shards decides")
     else:
         cut_stage(loaded, stage, model_dir, output)
     print(f"wrote {output}", file=sys.stderr)

@@ -20,7 +20,7 @@ from pipeline.cli.common import (
 )
 from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
 from pipeline.errors import InputError, PolicyError
-from pipeline.manifest import Manifest, load_manifest
+from pipeline.manifest import Manifest, Precision, StageSpec, check_precision, load_manifest
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.models.runtime import set_num_threads
@@ -58,8 +58,12 @@ def serve(
         typer.Option(metavar="ADDR", help="Where the stage before connects [manifest's data_in]."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Weights in memory: float32 [manifest's precision].")
+        str | None,
+        typer.Option(help="Weights: float32, bfloat16, int8 [manifest's, else float32]."),
     ] = None,
+    kernels: Annotated[
+        str, typer.Option(help="Arithmetic: auto, native (AVX-512) or torch.")
+    ] = "auto",
     threads: Annotated[
         int, typer.Option(min=1, max=1024, metavar="N", help="Threads for this stage.")
     ] = 1,
@@ -109,19 +113,15 @@ def serve(
             f"stage {stage_idx} has no endpoint in {manifest}; "
             "give --control-listen and --data-in-listen"
         )
-    if dtype is not None and dtype != stage.precision:
-        raise InputError(
-            f"--dtype {dtype}: the manifest says {stage.precision} for stage {stage_idx}, and all "
-            "parties have to agree"
-        )
+    precision = _precision(dtype, stage)
     set_num_threads(threads)
-    shard = _load(loaded, stage_idx, model_dir)
+    shard = _load(loaded, stage_idx, model_dir, precision, kernels)
     setup = StageSetup(
         manifest=loaded,
         stage_idx=stage_idx,
         shard=shard,
         trust=trust,
-        precision=stage.precision,
+        precision=precision,
         num_threads=threads,
         device=device,
         max_kv_bytes=int(kv_memory * GIB) if kv_memory is not None else _physical_memory(),
@@ -137,7 +137,19 @@ def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
     return EnclaveTrust.create(manifest, stage_idx)
 
 
-def _load(manifest: Manifest, stage_idx: int, model_dir: Path) -> ModelShard:
+def _precision(flag: str | None, stage: StageSpec) -> Precision:
+    precision = check_precision(flag) if flag is not None else stage.precision or "float32"
+    if stage.precision is not None and precision != stage.precision:
+        raise InputError(
+            f"--dtype {flag}: the manifest says {stage.precision} for stage {stage.stage_idx}, and "
+            "all parties have to agree"
+        )
+    return precision
+
+
+def _load(
+    manifest: Manifest, stage_idx: int, model_dir: Path, precision: Precision, kernels: str
+) -> ModelShard:
     stage = manifest.stage(stage_idx)
     if stage.require_weight_hashes and not stage.weight_hashes:
         raise PolicyError(
@@ -162,7 +174,8 @@ def _load(manifest: Manifest, stage_idx: int, model_dir: Path) -> ModelShard:
         config,
         stage.layer_start,
         stage.layer_end,
-        dtype=stage.precision,
+        dtype=precision,
+        kernels=kernels,
         expected_hashes=stage.weight_hashes or None,
     )
 
@@ -182,10 +195,13 @@ def _run(
     async def main() -> None:
         with listen(control) as control_listener, listen(data_in) as data_listener:
             logger.info(
-                "event=listening stage=%d layers=%d-%d control=%s data_in=%s core=%s",
+                "event=listening stage=%d layers=%d-%d dtype=%s kernels=%s control=%s data_in=%s "
+                "core=%s",
                 setup.stage_idx,
                 setup.shard.layer_start,
                 setup.shard.layer_end,
+                setup.precision,
+                setup.shard.kernels.name,
                 control_listener.endpoint,
                 data_listener.endpoint,
                 setup.manifest.core_hash().hex()[:16],

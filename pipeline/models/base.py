@@ -1,20 +1,65 @@
-"""The part of a shard that no architecture changes: its range, its cache, its step."""
+"""The part of a shard that no architecture changes: its range, its names, its cache, its step."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 
 from pipeline.errors import MessageError
 from pipeline.models.batch import Batch, num_tokens
 from pipeline.models.config import ModelConfig
-from pipeline.models.kv_cache import KVCache
-from pipeline.models.layers import Step
-from pipeline.models.linear import Linear, MatVec
+from pipeline.models.embedding import Embedding
+from pipeline.models.kernels import Attention, HeadShape, Kernels, Linear, Norm
+from pipeline.models.kv_cache import KVCache, kv_bytes
+from pipeline.models.sinks import Sink
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers of one forward share: attention, rotary angles, room for what passes by."""
+
+    attention: Attention
+    rope: tuple[torch.Tensor, torch.Tensor] | None
+    normed: torch.Tensor  # [rows, hidden]
+    qkv: torch.Tensor  # [rows, (heads + 2 kv_heads) * head_dim]
+    mixed: torch.Tensor  # [rows, heads * head_dim]
+    inner: torch.Tensor  # [rows, intermediate]
+    gate_up: torch.Tensor  # [rows, 2 * intermediate] where the MLP has a gate
+
+
+class Layer(Protocol):
+    """One decoder layer."""
+
+    def sinks(self) -> dict[str, Sink]:
+        """Sinks of its tensors, by their names below the layer's prefix."""
+
+    def __call__(
+        self, hidden: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Transform hidden [rows, hidden] in place, appending to this layer's cache."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Where a family's checkpoints keep what every decoder has; layers are `prefix.index`."""
+
+    embedding: str
+    layers: str
+    norm: str
+    head: str
 
 
 class Shard(ABC):
     """Layers layer_start..layer_end of a decoder, with the embedding first and the head last."""
+
+    NAMES: ClassVar[Names]
+    compute_dtype = torch.float32
 
     def __init__(
         self,
@@ -22,58 +67,83 @@ class Shard(ABC):
         layer_start: int,
         layer_end: int,
         *,
-        dtype: torch.dtype,
-        matvec: MatVec,
+        kernels: Kernels,
+        precision: torch.dtype,
+        is_gated: bool,
+        window: int | None = None,
     ) -> None:
         self.config: ModelConfig = config
         self.layer_start = layer_start
         self.layer_end = layer_end
         self.is_first = layer_start == 0
         self.is_last = layer_end == config.num_layers
-        self.compute_dtype = dtype
-        size, hidden = config.vocab_size, config.hidden_dim
+        self.kernels = kernels
+        self.heads = HeadShape.of(config, window)
+        size, hidden, inner = config.vocab_size, config.hidden_dim, config.intermediate_size
         self._head = (
-            Linear(hidden, size, bias=False, dtype=dtype, matvec=matvec) if self.is_last else None
+            kernels.linear(hidden, size, bias=False, precision=precision) if self.is_last else None
         )
-        # where embedding and head are one matrix in one stage it is held once, as [hidden, vocab]
+        # where embedding and head are one matrix in one stage it is held once, as the head
         is_shared = self.is_first and self.is_last and config.tie_word_embeddings
         self._embedding = (
-            torch.empty(size, hidden, dtype=dtype) if self.is_first and not is_shared else None
+            Embedding(size, hidden, precision) if self.is_first and not is_shared else None
         )
+        mixed = config.num_heads * config.head_dim
+        self._widths = (hidden, self.heads.qkv_width, mixed, inner, 2 * inner if is_gated else 0)
+        self._buffers: tuple[torch.Tensor, ...] = ()
+        self._views: tuple[torch.Tensor, ...] = ()
+
+    @property
+    @abstractmethod
+    def _layers(self) -> Sequence[Layer]:
+        """This shard's layers, under the name its checkpoints give them."""
+
+    @property
+    @abstractmethod
+    def _norm(self) -> Norm | None:
+        """The norm in front of the head, on the last stage."""
 
     @abstractmethod
-    def destinations(self) -> Mapping[str, torch.Tensor]:
-        """Tensor name in the checkpoint (unprefixed) -> memory to load it into."""
+    def _place(
+        self, hidden: torch.Tensor, positions: torch.Tensor, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Tell rows where they stand, all below `end`.
 
-    @abstractmethod
-    def _begin(self, inputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Step]:
-        """Inputs of the first layer [rows, hidden], and what all layers share."""
+        Adds learned positions to embedded rows, or returns rotary (cos, signed sin) for every
+        layer, each [rows, head_dim].
+        """
 
-    @abstractmethod
-    def _layer(
-        self,
-        index: int,
-        hidden: torch.Tensor,
-        step: Step,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> torch.Tensor:
-        """One decoder layer, [rows, hidden] -> [rows, hidden]."""
-
-    @abstractmethod
-    def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The norm in front of the head."""
+    def destinations(self) -> Mapping[str, Sink]:
+        """Tensor name in the checkpoint (unprefixed) -> where it goes."""
+        found: dict[str, Sink] = {}
+        names = self.NAMES
+        if self._embedding is not None:
+            found |= self._embedding.sinks(f"{names.embedding}.weight")
+        if self._head is not None:
+            found |= self._head.sinks(
+                names.embedding if self.config.tie_word_embeddings else names.head
+            )
+        for index, layer in enumerate(self._layers, self.layer_start):
+            prefix = f"{names.layers}.{index}."
+            found |= {prefix + name: sink for name, sink in layer.sinks().items()}
+        if self._norm is not None:
+            found |= self._norm.sinks(names.norm)
+        return found
 
     @property
     def num_weight_bytes(self) -> int:
         """Bytes of this shard's weights in memory."""
-        return sum(tensor.nbytes for tensor in self.destinations().values())
+        ends = (self._embedding, self._head, self._norm)
+        return sum(each.num_bytes for each in (*self._layers, *ends) if each is not None)
 
     def kv_bytes(self, num_slots: int, max_seq_len: int) -> int:
         """What a cache of that size would reserve."""
-        per_position = 2 * self.config.num_kv_heads * self.config.head_dim
-        layers = self.layer_end - self.layer_start
-        return layers * num_slots * max_seq_len * per_position * self.compute_dtype.itemsize
+        num_layers = self.layer_end - self.layer_start
+        block = self.kernels.key_block
+        config = self.config
+        return num_layers * kv_bytes(
+            num_slots, config.num_kv_heads, max_seq_len, config.head_dim, block
+        )
 
     def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
         """An empty cache for this shard's layers."""
@@ -83,7 +153,7 @@ class Shard(ABC):
             num_kv_heads=self.config.num_kv_heads,
             max_seq_len=max_seq_len,
             head_dim=self.config.head_dim,
-            dtype=self.compute_dtype,
+            key_block=self.kernels.key_block,
         )
 
     @torch.no_grad()
@@ -91,39 +161,51 @@ class Shard(ABC):
         """Run a step's rows through the shard's layers and append them to the cache.
 
         Shapes: inputs [rows] int64 token ids on the first stage, else [rows, hidden]; returns
-        [rows, hidden]. Rows follow each other as the batch's segments do. Raises MessageError when
-        the batch does not fit the inputs or the cache.
+        [rows, hidden], the caller's own. Rows follow each other as the batch's segments do. Raises
+        MessageError when the batch does not fit the inputs or the cache.
         """
-        if inputs.shape[0] != num_tokens(batch) or not batch:
-            raise MessageError(
-                f"a step of {num_tokens(batch)} tokens came with {inputs.shape[0]} rows"
-            )
+        rows = num_tokens(batch)
+        if inputs.shape[0] != rows or not batch:
+            raise MessageError(f"a step of {rows} tokens came with {inputs.shape[0]} rows")
         cache.reserve(batch)
-        hidden, step = self._begin(inputs, batch)
-        for index in range(self.layer_end - self.layer_start):
-            hidden = self._layer(index, hidden, step, cache.keys[index], cache.values[index])
+        positions = batch_positions(batch)
+        hidden = torch.empty(rows, self.config.hidden_dim)
+        if self.is_first:
+            (self._embedding or self._tied_head()).gather(inputs, hidden)
+        else:
+            hidden.copy_(inputs)
+        end = max(segment.position + segment.num_tokens for segment in batch)
+        attention = self.kernels.attention(batch, self.heads, cache.capacity)
+        step = Step(attention, self._place(hidden, positions, end), *self._room(rows))
+        for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
+            layer(hidden, step, keys, values)
         cache.advance(batch)
         return hidden
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head of rows of the last stage's output: [n, hidden] -> [n, vocab]."""
+        assert self._norm is not None, "only the last stage has a norm"
         assert self._head is not None, "only the last stage has a head"
-        return self._head(self._final_norm(hidden))
+        rows = hidden.shape[0]
+        normed = self._norm(hidden.contiguous(), torch.empty(rows, self.config.hidden_dim))
+        return self._head(normed, torch.empty(rows, self.config.vocab_size))
 
-    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[rows] -> [rows, hidden], a copy."""
-        if self._embedding is not None:
-            return self._embedding.index_select(0, token_ids)
+    def _tied_head(self) -> Linear:
         assert self._head is not None, "the first stage has an embedding or shares the head's"
-        return self._head.weight.index_select(1, token_ids).t().contiguous()
+        return self._head
 
-    def _vocabulary(self, embedding_name: str, head_name: str) -> dict[str, torch.Tensor]:
-        """Destinations of embedding and head under the checkpoint's names."""
-        found = {}
-        if self._embedding is not None:
-            found[embedding_name] = self._embedding
-        if self._head is not None:
-            name = embedding_name if self.config.tie_word_embeddings else head_name
-            found[name] = self._head.out_in()
-        return found
+    def _room(self, rows: int) -> tuple[torch.Tensor, ...]:
+        """The step's intermediate tensors, in memory that is kept from step to step."""
+        if not self._buffers or self._buffers[0].shape[0] < rows:
+            self._buffers = tuple(torch.empty(rows, width) for width in self._widths)
+        if not self._views or self._views[0].shape[0] != rows:
+            self._views = tuple(each[:rows] for each in self._buffers)
+        return self._views
+
+
+def batch_positions(batch: Batch) -> torch.Tensor:
+    """Position of every row, [rows]."""
+    return torch.tensor(
+        [each.position + offset for each in batch for offset in range(each.num_tokens)]
+    )

@@ -1,110 +1,70 @@
-"""GPT-2. Attribute names are the checkpoint's; its Conv1D weights are already [in, out]."""
+"""GPT-2. Attribute names are the checkpoint's; its Conv1D weights are stored [in, out]."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
 
-from pipeline.models.base import Shard
-from pipeline.models.batch import Batch
+from pipeline.models.base import Layer, Names, Shard, Step
 from pipeline.models.config import GPT2Config
-from pipeline.models.layers import Step, attend, batch_positions, make_spans
-from pipeline.models.linear import Linear, MatVec
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return F.gelu(x, approximate="tanh")
-
+from pipeline.models.kernels import Activation, Kernels, Norm
+from pipeline.models.sinks import CopySink, Sink
 
 ACTIVATIONS: Mapping[str, Activation] = {
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "gelu": F.gelu,
-    "relu": F.relu,
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
 }
-
-
-class LayerNorm:
-    """(x - mean) / std, scaled and shifted."""
-
-    __slots__ = ("bias", "eps", "shape", "weight")
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
-        self.weight = torch.empty(size, dtype=dtype)
-        self.bias = torch.empty(size, dtype=dtype)
-        self.shape = (size,)
-        self.eps = eps
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised rows, [rows, size] -> [rows, size]."""
-        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
-
-    def destinations(self, name: str) -> dict[str, torch.Tensor]:
-        """Tensor name -> memory to load it into."""
-        return {f"{name}.weight": self.weight, f"{name}.bias": self.bias}
 
 
 class GPT2Layer:
     """Pre-norm attention and MLP, both with biases."""
 
-    __slots__ = (
-        "activation",
-        "attn_c_attn",
-        "attn_c_proj",
-        "ln_1",
-        "ln_2",
-        "mlp_c_fc",
-        "mlp_c_proj",
-        "num_heads",
-    )
-
-    def __init__(self, config: GPT2Config, dtype: torch.dtype, matvec: MatVec) -> None:
+    def __init__(self, config: GPT2Config, kernels: Kernels, precision: torch.dtype) -> None:
         hidden, inner, eps = config.hidden_dim, config.intermediate_size, config.norm_eps
+        activation = ACTIVATIONS[config.activation_function]
 
-        def linear(num_in: int, num_out: int) -> Linear:
-            return Linear(num_in, num_out, bias=True, dtype=dtype, matvec=matvec)
+        self.ln_1 = kernels.layer_norm(hidden, eps)
+        self.attn_c_attn = kernels.linear(hidden, 3 * hidden, bias=True, precision=precision)
+        self.attn_c_proj = kernels.linear(hidden, hidden, bias=True, precision=precision)
+        self.ln_2 = kernels.layer_norm(hidden, eps)
+        self.mlp_c_fc = kernels.linear(
+            hidden, inner, bias=True, precision=precision, activation=activation
+        )
+        self.mlp_c_proj = kernels.linear(inner, hidden, bias=True, precision=precision)
 
-        self.num_heads = config.num_heads
-        self.activation = ACTIVATIONS[config.activation_function]
-        self.ln_1 = LayerNorm(hidden, eps, dtype)
-        self.attn_c_attn = linear(hidden, 3 * hidden)
-        self.attn_c_proj = linear(hidden, hidden)
-        self.ln_2 = LayerNorm(hidden, eps, dtype)
-        self.mlp_c_fc = linear(hidden, inner)
-        self.mlp_c_proj = linear(inner, hidden)
-
-    def destinations(self) -> dict[str, torch.Tensor]:
-        """Tensor name below the layer's prefix -> memory to load it into."""
-        found = self.ln_1.destinations("ln_1") | self.ln_2.destinations("ln_2")
-        for name, linear in (
-            ("attn.c_attn", self.attn_c_attn),
-            ("attn.c_proj", self.attn_c_proj),
-            ("mlp.c_fc", self.mlp_c_fc),
-            ("mlp.c_proj", self.mlp_c_proj),
-        ):
-            assert linear.bias is not None, "every linear of GPT-2 has one"
-            found |= {f"{name}.weight": linear.weight, f"{name}.bias": linear.bias}
-        return found
+    def sinks(self) -> dict[str, Sink]:
+        """Sinks of its tensors, by their names below the layer's prefix."""
+        return (
+            self.ln_1.sinks("ln_1")
+            | self.attn_c_attn.sinks("attn.c_attn", is_in_out=True)
+            | self.attn_c_proj.sinks("attn.c_proj", is_in_out=True)
+            | self.ln_2.sinks("ln_2")
+            | self.mlp_c_fc.sinks("mlp.c_fc", is_in_out=True)
+            | self.mlp_c_proj.sinks("mlp.c_proj", is_in_out=True)
+        )
 
     def __call__(
         self, hidden: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """[rows, hidden] -> [rows, hidden], appending to this layer's keys and values."""
-        rows = hidden.shape[0]
-        # [rows, 3 * hidden] -> three of [rows, heads, head_dim]
-        query, key, value = (
-            self.attn_c_attn(self.ln_1(hidden)).view(rows, 3, self.num_heads, -1).unbind(1)
-        )
-        mixed = attend(query, key, value, step.spans, keys, values)
-        hidden = self.attn_c_proj(mixed).add_(hidden)
-        inner = self.activation(self.mlp_c_fc(self.ln_2(hidden)))
-        return self.mlp_c_proj(inner).add_(hidden)
+    ) -> None:
+        """Transform hidden [rows, hidden] in place, appending to this layer's cache."""
+        qkv = self.attn_c_attn(self.ln_1(hidden, step.normed), step.qkv)
+        mixed = step.attention(qkv, keys, values, step.mixed)
+        self.attn_c_proj(mixed, hidden, residual=hidden)
+        inner = self.mlp_c_fc(self.ln_2(hidden, step.normed), step.inner)
+        self.mlp_c_proj(inner, hidden, residual=hidden)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights held."""
+        linears = (self.attn_c_attn, self.attn_c_proj, self.mlp_c_fc, self.mlp_c_proj)
+        return sum(each.num_bytes for each in (self.ln_1, self.ln_2, *linears))
 
 
 class GPT2Shard(Shard):
     """A range of GPT-2's layers."""
+
+    NAMES = Names(embedding="wte", layers="h", norm="ln_f", head="lm_head")
 
     def __init__(
         self,
@@ -112,46 +72,35 @@ class GPT2Shard(Shard):
         layer_start: int,
         layer_end: int,
         *,
-        dtype: torch.dtype,
-        matvec: MatVec,
+        kernels: Kernels,
+        precision: torch.dtype,
     ) -> None:
-        super().__init__(config, layer_start, layer_end, dtype=dtype, matvec=matvec)
-        self.h = [GPT2Layer(config, dtype, matvec) for _ in range(layer_start, layer_end)]
-        self.wpe = (
-            torch.empty(config.max_positions, config.hidden_dim, dtype=dtype)
-            if self.is_first
-            else None
+        super().__init__(
+            config, layer_start, layer_end, kernels=kernels, precision=precision, is_gated=False
         )
-        self.ln_f = LayerNorm(config.hidden_dim, config.norm_eps, dtype) if self.is_last else None
+        self.wpe = torch.empty(config.max_positions, config.hidden_dim) if self.is_first else None
+        self.h = [GPT2Layer(config, kernels, precision) for _ in range(layer_start, layer_end)]
+        self.ln_f = kernels.layer_norm(config.hidden_dim, config.norm_eps) if self.is_last else None
 
-    def destinations(self) -> Mapping[str, torch.Tensor]:
-        """Unprefixed tensor name -> memory to load it into."""
-        found = self._vocabulary("wte.weight", "lm_head.weight")
+    def destinations(self) -> Mapping[str, Sink]:
+        """Tensor name in the checkpoint (unprefixed) -> where it goes."""
+        found = super().destinations()
+        return found if self.wpe is None else {**found, "wpe.weight": CopySink(self.wpe)}
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """Bytes of this shard's weights in memory."""
+        return super().num_weight_bytes + (0 if self.wpe is None else self.wpe.nbytes)
+
+    @property
+    def _layers(self) -> Sequence[Layer]:
+        return self.h
+
+    @property
+    def _norm(self) -> Norm | None:
+        return self.ln_f
+
+    def _place(self, hidden: torch.Tensor, positions: torch.Tensor, end: int) -> None:
+        del end
         if self.wpe is not None:
-            found["wpe.weight"] = self.wpe
-        for index, layer in enumerate(self.h, self.layer_start):
-            found |= {f"h.{index}.{name}": each for name, each in layer.destinations().items()}
-        if self.ln_f is not None:
-            found |= self.ln_f.destinations("ln_f")
-        return found
-
-    def _begin(self, inputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Step]:
-        positions = batch_positions(batch)
-        step = Step(make_spans(batch, None, self.compute_dtype), positions)
-        if self.wpe is None:
-            return inputs.to(self.compute_dtype), step
-        return self._embed(inputs).add_(self.wpe.index_select(0, positions)), step
-
-    def _layer(
-        self,
-        index: int,
-        hidden: torch.Tensor,
-        step: Step,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> torch.Tensor:
-        return self.h[index](hidden, step, keys, values)
-
-    def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        assert self.ln_f is not None, "only the last stage has a final norm"
-        return self.ln_f(hidden)
+            hidden.add_(self.wpe.index_select(0, positions))

@@ -2,19 +2,34 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from pipeline.errors import MessageError
 from pipeline.models.batch import Batch, Segment
 
 
-class KVCache:
-    """One request per slot; a layer's keys and values are [slots, kv_heads, max_seq, head_dim].
+def kv_bytes(
+    num_slots: int, num_kv_heads: int, max_seq_len: int, head_dim: int, key_block: int
+) -> int:
+    """Bytes of one layer's keys and values."""
+    capacity = _round_up(max_seq_len, key_block)
+    return 2 * num_slots * num_kv_heads * capacity * head_dim * torch.float32.itemsize
 
-    The memory is reserved, not touched: the operating system hands out pages as slots fill.
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class KVCache:
+    """One request per slot; a layer's values are [slots, kv_heads, capacity, head_dim].
+
+    Its keys are the same, or with a `key_block` above 1 [slots, kv_heads, capacity / block,
+    head_dim, block], as kernels read them that take a block of positions at once. The memory is
+    reserved, not touched: the operating system hands out zeroed pages as slots fill.
     """
 
-    __slots__ = ("_lengths", "_written", "keys", "max_seq_len", "values")
+    __slots__ = ("_key_block", "_lengths", "_written", "capacity", "keys", "max_seq_len", "values")
 
     def __init__(
         self,
@@ -24,11 +39,16 @@ class KVCache:
         num_kv_heads: int,
         max_seq_len: int,
         head_dim: int,
-        dtype: torch.dtype = torch.float32,
+        key_block: int = 1,
     ) -> None:
-        shape = (num_slots, num_kv_heads, max_seq_len, head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype) for _ in range(num_layers)]
-        self.values = [torch.empty(shape, dtype=dtype) for _ in range(num_layers)]
+        self.capacity = capacity = _round_up(max_seq_len, key_block)
+        values: tuple[int, ...] = (num_slots, num_kv_heads, capacity, head_dim)
+        keys = values
+        if key_block > 1:
+            keys = (num_slots, num_kv_heads, capacity // key_block, head_dim, key_block)
+        self.keys = [_zeros(keys) for _ in range(num_layers)]
+        self.values = [_zeros(values) for _ in range(num_layers)]
+        self._key_block = key_block
         self.max_seq_len = max_seq_len
         self._lengths = [0] * num_slots
         self._written = [0] * num_slots  # beyond the length when a step failed half-way
@@ -100,11 +120,28 @@ class KVCache:
         held = self._lengths[slot]
         if not 0 <= length <= held:
             raise MessageError(f"slot {slot} holds {held} tokens, it cannot keep {length}")
-        for tensor in (*self.keys, *self.values):
-            tensor[slot, :, length : self._written[slot]].zero_()
+        written = self._written[slot]
+        for values in self.values:
+            values[slot, :, length:written].zero_()
+        for keys in self.keys:
+            self._zero_keys(keys[slot], length, written)
         self._lengths[slot] = self._written[slot] = length
+
+    def _zero_keys(self, keys: torch.Tensor, first: int, last: int) -> None:
+        """Zero positions first..last of one slot; whatever shares the last block is unused."""
+        block = self._key_block
+        if block == 1:
+            keys[:, first:last].zero_()
+        elif first < last:
+            keys[:, first // block, :, first % block :].zero_()
+            keys[:, first // block + 1 : -(-last // block)].zero_()
 
     def clear(self, slots: Sequence[int] | None = None) -> None:
         """Forget `slots` (all by default): all that was ever written there is zeroed."""
         for slot in range(self.num_slots) if slots is None else slots:
             self.truncate(slot, 0)
+
+
+def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
+    # numpy asks for zeroed pages, where torch writes the zeros and so touches all of them
+    return torch.from_numpy(np.zeros(shape, dtype=np.float32))

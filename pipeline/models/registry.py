@@ -1,23 +1,25 @@
 """From a model directory and a layer range to a shard that computes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from pipeline.dtypes import torch_dtype
 from pipeline.errors import ModelError
 from pipeline.models.base import Shard
 from pipeline.models.batch import Batch
 from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard
+from pipeline.models.kernel_choice import choose_kernels
+from pipeline.models.kernels import Kernels
+from pipeline.models.kernels_torch import TorchKernels, torch_matvec
 from pipeline.models.kv_cache import KVCache
-from pipeline.models.linear import MatVec, choose_matvec
 from pipeline.models.llama import LlamaShard
+from pipeline.models.quant import to_precision
+from pipeline.models.sinks import Sink
 from pipeline.models.weights import load_tensors, stage_files, stored_names, tensor_sizes
 
-SUPPORTED_DTYPES = ("float32",)
 GPT2_PREFIX = "transformer."  # some checkpoints carry it, the hub's own gpt2 does not
 
 
@@ -30,6 +32,7 @@ class ModelShard(Protocol):
     is_first: bool
     is_last: bool
     compute_dtype: torch.dtype
+    kernels: Kernels
 
     @property
     def num_weight_bytes(self) -> int:
@@ -55,17 +58,19 @@ def load_shard(
     layer_end: int,
     *,
     dtype: str = "float32",
+    kernels: str = "auto",
     expected_hashes: Sequence[str] | None,
 ) -> ModelShard:
     """Load layers layer_start..layer_end (exclusive), with embedding first and head last.
 
+    `dtype` is what the weights are held in; `kernels` the arithmetic: auto, native or torch.
     `expected_hashes`: SHA-256 of each of `required_files`, or None to load unverified. Raises
-    ModelError naming file, tensor, expected and actual.
+    ModelError naming file, tensor, expected and actual, InputError for kernels that cannot be had.
     """
-    if dtype not in SUPPORTED_DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not supported: use {', '.join(SUPPORTED_DTYPES)}")
+    precision = to_precision(dtype)
     _check_range(config, layer_start, layer_end)
-    shard = _allocate(config, layer_start, layer_end, torch_dtype(dtype))
+    chosen = choose_kernels(kernels, config)
+    shard = _allocate(config, layer_start, layer_end, chosen, precision)
     memory = shard.destinations()
     stored = _names_in_files(model_dir, config, memory)
     load_tensors(
@@ -81,11 +86,14 @@ def required_files(model_dir: Path, config: ModelConfig, layer_range: range) -> 
     return stage_files(model_dir, required_tensors(model_dir, config, layer_range))
 
 
-def required_tensors(model_dir: Path, config: ModelConfig, layer_range: range) -> list[str]:
-    """The names, as in the files, of the tensors a stage with these layers loads."""
+def required_tensors(
+    model_dir: Path, config: ModelConfig, layer_range: range
+) -> Mapping[str, Sink]:
+    """The tensors a stage with these layers loads: name as in the files -> what it would go to."""
     _check_range(config, layer_range.start, layer_range.stop)
-    names = _stage_tensors(config, layer_range.start, layer_range.stop)
-    return list(_names_in_files(model_dir, config, names).values())
+    sinks = _plan(config, layer_range.start, layer_range.stop).destinations()
+    names = _names_in_files(model_dir, config, sinks)
+    return {names[name]: sink for name, sink in sinks.items()}
 
 
 def layer_bytes(model_dir: Path, config: ModelConfig) -> tuple[int, tuple[int, ...], int]:
@@ -120,35 +128,40 @@ def _check_range(config: ModelConfig, layer_start: int, layer_end: int) -> None:
         )
 
 
-def _allocate(config: ModelConfig, layer_start: int, layer_end: int, dtype: torch.dtype) -> Shard:
+def _allocate(
+    config: ModelConfig, layer_start: int, layer_end: int, kernels: Kernels, precision: torch.dtype
+) -> Shard:
     try:
-        return _build(config, layer_start, layer_end, dtype, choose_matvec())
+        return _build(config, layer_start, layer_end, kernels, precision)
     except (RuntimeError, MemoryError) as error:  # what torch and Python call it
-        with torch.device("meta"):
-            planned = _build(config, layer_start, layer_end, dtype, torch.mm)
+        planned = _plan(config, layer_start, layer_end)
         raise ModelError(
             f"layers {layer_start}..{layer_end} of this config.json need "
-            f"{planned.num_weight_bytes} bytes of memory, more than this machine gives"
+            f"{planned.num_weight_bytes} bytes of memory in float32, more than this machine gives"
         ) from error
 
 
 def _build(
-    config: ModelConfig, layer_start: int, layer_end: int, dtype: torch.dtype, matvec: MatVec
+    config: ModelConfig, layer_start: int, layer_end: int, kernels: Kernels, precision: torch.dtype
 ) -> Shard:
     match config:
         case GPT2Config():
-            return GPT2Shard(config, layer_start, layer_end, dtype=dtype, matvec=matvec)
+            return GPT2Shard(config, layer_start, layer_end, kernels=kernels, precision=precision)
         case LlamaConfig():
-            return LlamaShard(config, layer_start, layer_end, dtype=dtype, matvec=matvec)
+            return LlamaShard(config, layer_start, layer_end, kernels=kernels, precision=precision)
         case _:
             raise ModelError(f"architecture {config.architecture!r} is not supported")
 
 
+def _plan(config: ModelConfig, layer_start: int, layer_end: int) -> Shard:
+    """The shard's shapes without their memory."""
+    with torch.device("meta"):
+        return _build(config, layer_start, layer_end, TorchKernels(torch_matvec), torch.float32)
+
+
 def _stage_tensors(config: ModelConfig, layer_start: int, layer_end: int) -> list[str]:
     """Names a stage loads; an empty range at either end means that end's embedding or head."""
-    with torch.device("meta"):  # shapes without memory
-        shard = _build(config, layer_start, layer_end, torch.float32, torch.mm)
-        return list(shard.destinations())
+    return list(_plan(config, layer_start, layer_end).destinations())
 
 
 def _names_in_files(model_dir: Path, config: ModelConfig, names: Iterable[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ ones the products were 1.3 times faster than with one), and one core
 nearly saturates the memory anyway. It also makes a single row's product the same for any count.
 """
 
+import contextlib
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,10 @@ def set_num_threads(num_threads: int) -> None:
         raise ValueError(f"num_threads={num_threads}: at least one thread computes")
     torch.set_num_threads(num_threads)
     pin_blas()
+    with contextlib.suppress(ImportError):
+        from pipeline import _native  # noqa: PLC0415 (may be absent)
+
+        _native.set_num_threads(num_threads)
 
 
 def pin_blas() -> bool:

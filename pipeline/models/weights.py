@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from pipeline.errors import ModelError
+from pipeline.models.sinks import STORED_DTYPES, Sink
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_INDEX_BYTES = 100_000_000
-BLOCK_BYTES = 8 << 20  # read at a time: large enough for the disk, small beside any shard
+BLOCK_BYTES = 4 << 20  # read at a time: large enough for the disk, small beside any shard
 MAX_RANK = 8
 
 ITEM_BYTES = {
@@ -34,7 +35,6 @@ ITEM_BYTES = {
 }
 # Sizes and offsets beyond any file; without a bound their product could take for ever.
 MAX_SIZE = 1 << 63
-LOADABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,24 +102,24 @@ def stage_files(model_dir: Path, names: Collection[str]) -> list[Path]:
 
 def load_tensors(
     model_dir: Path,
-    destinations: Mapping[str, torch.Tensor],
+    destinations: Mapping[str, Sink],
     *,
     expected_hashes: Sequence[str] | None,
 ) -> None:
-    """Fill `destinations` (name in the files -> tensor or view of the stored shape).
+    """Fill `destinations` (name in the files -> where it goes).
 
-    Stored float32, float16 and bfloat16 are converted to the destination's dtype. With
-    `expected_hashes`, one per file of `stage_files`, every byte of those files is hashed on the
-    way; nothing may use the destinations before this returns. Raises ModelError.
+    With `expected_hashes`, one per file of `stage_files`, every byte of those files is hashed on
+    the way; nothing may use the destinations before this returns. Raises ModelError.
     """
-    paths = stage_files(model_dir, destinations)
+    required = {name for name, sink in destinations.items() if not sink.is_optional}
+    paths = stage_files(model_dir, required)
     if expected_hashes is not None and len(expected_hashes) != len(paths):
         names = ", ".join(path.name for path in paths)
         raise ModelError(
             f"{len(expected_hashes)} weight hashes are given, but the stage reads {len(paths)} "
             f"files ({names}) of {model_dir}: write the manifest again for this model"
         )
-    missing = set(destinations)
+    missing = required
     for index, path in enumerate(paths):
         expected = None if expected_hashes is None else expected_hashes[index]
         missing -= _load_file(path, destinations, expected)
@@ -128,6 +128,9 @@ def load_tensors(
             f"{model_dir}: tensor {min(missing)} is missing ({len(missing)} in all): "
             "the model is incomplete or of another architecture"
         )
+    for name, sink in destinations.items():
+        if problem := sink.problem():
+            raise ModelError(f"{model_dir}: tensor {name} {problem}")
 
 
 def read_header(file: FileIO, path: Path) -> Header:
@@ -245,9 +248,7 @@ def _files_of(model_dir: Path) -> dict[str, Path]:
     return {name: model_dir / file_name for name, file_name in names}
 
 
-def _load_file(
-    path: Path, destinations: Mapping[str, torch.Tensor], expected_hash: str | None
-) -> set[str]:
+def _load_file(path: Path, destinations: Mapping[str, Sink], expected_hash: str | None) -> set[str]:
     """Copy what `destinations` wants from `path` and return the names found."""
     found = set()
     digest = None if expected_hash is None else hashlib.sha256()
@@ -268,7 +269,7 @@ def _load_file(
                 if digest is not None:
                     digest.update(block)
                 if destination is not None:
-                    _copy(stored, first, block, destination)
+                    destination.write(first, _rows(stored, block))
     if digest is not None and expected_hash is not None:
         _compare_hash(path, digest.hexdigest(), expected_hash)
     return found
@@ -294,27 +295,21 @@ def _blocks(
         block.release()
 
 
-def _copy(
-    stored: StoredTensor, first_row: int, block: memoryview, destination: torch.Tensor
-) -> None:
-    source = torch.frombuffer(block, dtype=LOADABLE[stored.dtype])
-    if not stored.shape:
-        destination.copy_(source[0])
-        return
-    rows = source.view(-1, *stored.shape[1:])
-    destination[first_row : first_row + rows.shape[0]].copy_(rows)
+def _rows(stored: StoredTensor, block: memoryview) -> torch.Tensor:
+    flat = torch.frombuffer(block, dtype=STORED_DTYPES[stored.dtype])
+    return flat.view(-1, *stored.shape[1:])
 
 
-def _check_fits(path: Path, stored: StoredTensor, destination: torch.Tensor) -> None:
-    if stored.shape != tuple(destination.shape):
+def _check_fits(path: Path, stored: StoredTensor, destination: Sink) -> None:
+    if stored.shape != destination.shape:
         raise ModelError(
             f"{path}: tensor {stored.name} has shape {list(stored.shape)}, config.json means "
             f"{list(destination.shape)}: config and weights do not belong together"
         )
-    if stored.dtype not in LOADABLE:
+    if stored.dtype not in destination.dtypes:
         raise ModelError(
             f"{path}: tensor {stored.name} is stored as {stored.dtype}: "
-            f"use weights in one of {', '.join(LOADABLE)}"
+            f"use weights in one of {', '.join(destination.dtypes)}"
         )
 
 

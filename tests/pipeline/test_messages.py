@@ -50,6 +50,7 @@ MESSAGES = [
         weight_bytes=1,
         kv_bytes=2,
         precision="float32",
+        kernels="native",
         num_threads=1,
         device="cpu",
     ),

@@ -19,8 +19,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from pipeline.errors import InputError
 from pipeline.models.batch import Segment
 from pipeline.models.config import load_config
+from pipeline.models.kernel_choice import choose_kernels
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.models.runtime import set_num_threads
 
@@ -28,8 +30,8 @@ VOCAB = 101
 NUM_LAYERS = 4
 LLAMA = {
     "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 64,
+    "intermediate_size": 96,
     "num_hidden_layers": NUM_LAYERS,
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
@@ -50,7 +52,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCAB,
-            n_embd=32,
+            n_embd=64,
             n_layer=NUM_LAYERS,
             n_head=4,
             n_positions=128,
@@ -71,7 +73,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         LlamaConfig(
             **LLAMA,
             num_key_value_heads=4,
-            head_dim=16,
+            head_dim=32,
             attention_bias=True,
             mlp_bias=True,
             rope_parameters=LINEAR_ROPE,
@@ -93,25 +95,38 @@ def randomise(model: PreTrainedModel) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = parameter.dim() == 1 and "bias" not in name
-            parameter.copy_(1 + 0.1 * noise if is_norm else 0.25 * noise)
+            parameter.copy_(1 + 0.1 * noise if is_norm else 0.2 * noise)
     return model.eval()
 
 
 class Oracle:
     """A tiny model on disk, and the same model in transformers."""
 
-    def __init__(self, directory: Path, model: PreTrainedModel) -> None:
+    def __init__(self, directory: Path, model: PreTrainedModel, kernels: str = "auto") -> None:
         self.directory = directory
         self.model = model
+        self.kernels = kernels
         self.config = load_config(directory)
 
-    def shard(self, start: int, end: int) -> ModelShard:
-        return load_shard(self.directory, self.config, start, end, expected_hashes=None)
+    def computing_with(self, kernels: str) -> "Oracle":
+        """The same, whose shards use those kernels."""
+        return Oracle(self.directory, self.model, kernels)
 
-    def split(self, *bounds: int) -> list[ModelShard]:
+    def shard(self, start: int, end: int, dtype: str = "float32") -> ModelShard:
+        return load_shard(
+            self.directory,
+            self.config,
+            start,
+            end,
+            dtype=dtype,
+            kernels=self.kernels,
+            expected_hashes=None,
+        )
+
+    def split(self, *bounds: int, dtype: str = "float32") -> list[ModelShard]:
         """Stages [0, bounds[0]), [bounds[0], bounds[1]), ... to the last layer."""
         edges = (0, *bounds, self.config.num_layers)
-        return [self.shard(start, end) for start, end in itertools.pairwise(edges)]
+        return [self.shard(start, end, dtype) for start, end in itertools.pairwise(edges)]
 
     @torch.no_grad()
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -192,9 +207,24 @@ def make_oracle(tmp_path_factory):
     return get
 
 
+@pytest.fixture(params=["torch", "native"], scope="session")
+def kernels(request):
+    """Each set of kernels that computes on this machine."""
+    return request.param if request.param == "torch" else request.getfixturevalue("native")
+
+
+@pytest.fixture(scope="session")
+def native(make_oracle):
+    """The name of the native kernels, where there are any."""
+    try:
+        return choose_kernels("native", make_oracle("gpt2").config).name
+    except InputError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(params=list(FAMILIES), scope="session")
-def oracle(request, make_oracle):
-    return make_oracle(request.param)
+def oracle(request, make_oracle, kernels):
+    return make_oracle(request.param).computing_with(kernels)
 
 
 @pytest.fixture

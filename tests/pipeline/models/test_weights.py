@@ -18,6 +18,7 @@ from pipeline.errors import ModelError
 from pipeline.models import weights
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard, required_files
+from pipeline.models.sinks import CopySink
 
 TENSORS = {
     "a": torch.arange(12.0).view(3, 4),
@@ -47,7 +48,7 @@ def rewrite(directory: Path, change) -> None:
 
 def load_a(directory: Path, expected_hashes=None) -> torch.Tensor:
     destination = torch.zeros(3, 4)
-    weights.load_tensors(directory, {"a": destination}, expected_hashes=expected_hashes)
+    weights.load_tensors(directory, {"a": CopySink(destination)}, expected_hashes=expected_hashes)
     return destination
 
 
@@ -70,7 +71,8 @@ def test_blocks_of_any_size_give_the_librarys_values(tmp_path, monkeypatch, dtyp
     source = {"w": torch.randn(7, 9).to(dtype), "v": torch.randn(11).to(dtype)}
     save_file(source, tmp_path / "model.safetensors")
     destinations = {"w": torch.zeros(9, 7).t(), "v": torch.zeros(11)}
-    weights.load_tensors(tmp_path, destinations, expected_hashes=None)
+    sinks = {name: CopySink(tensor) for name, tensor in destinations.items()}
+    weights.load_tensors(tmp_path, sinks, expected_hashes=None)
     expected = load_file(tmp_path / "model.safetensors")
     for name, tensor in destinations.items():
         assert torch.equal(tensor, expected[name].float())
@@ -168,13 +170,13 @@ def test_any_header_bytes_give_tensors_or_the_one_error(raw):
 
 def test_missing_tensor_wrong_shape_and_integer_weights_are_named(stored):
     with pytest.raises(ModelError, match="tensor zz is missing"):
-        weights.load_tensors(stored, {"zz": torch.zeros(1)}, expected_hashes=None)
+        weights.load_tensors(stored, {"zz": CopySink(torch.zeros(1))}, expected_hashes=None)
     with pytest.raises(
         ModelError, match=r"tensor a has shape \[3, 4\], config.json means \[4, 3\]"
     ):
-        weights.load_tensors(stored, {"a": torch.zeros(4, 3)}, expected_hashes=None)
+        weights.load_tensors(stored, {"a": CopySink(torch.zeros(4, 3))}, expected_hashes=None)
     with pytest.raises(ModelError, match="tensor b is stored as I64"):
-        weights.load_tensors(stored, {"b": torch.zeros(5)}, expected_hashes=None)
+        weights.load_tensors(stored, {"b": CopySink(torch.zeros(5))}, expected_hashes=None)
 
 
 def test_a_directory_without_weights_says_what_to_fetch(tmp_path):

@@ -1,0 +1,163 @@
+"""The seam between architectures and arithmetic: what a set of kernels offers.
+
+Activations are float32 [rows, width] whatever the weights' precision. Every operation writes into
+`out`, which the caller owns and may reuse; `residual` may be `out` itself.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+
+from pipeline.models.batch import Batch
+from pipeline.models.config import ModelConfig
+from pipeline.models.sinks import CopySink, Sink, weight_sinks
+
+Activation = Literal["none", "gelu_tanh", "gelu", "relu"]
+
+
+class Linear(ABC):
+    """y = activation(x W^T + b) + residual, with W held as the kernels like it."""
+
+    def __init__(self, num_in: int, num_out: int, *, bias: bool, precision: torch.dtype) -> None:
+        self.num_in, self.num_out = num_in, num_out
+        self.precision = precision
+        self.bias = torch.empty(num_out) if bias else None
+
+    @abstractmethod
+    def __call__(
+        self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[rows, in] -> out [rows, out]."""
+
+    @abstractmethod
+    def gather(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Weights of the outputs `ids`, [n, in]: the embedding a head is tied to."""
+
+    @abstractmethod
+    def put(self, first: int, outputs: torch.Tensor, scales: torch.Tensor | None) -> None:
+        """Store outputs first.., [n, in] in this layer's precision, int8 with its scales."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes held."""
+
+    def sinks(
+        self, name: str, first: int = 0, last: int | None = None, *, is_in_out: bool = False
+    ) -> dict[str, Sink]:
+        """Sinks of checkpoint layer `name`, which gives outputs first..last of this one."""
+        last = self.num_out if last is None else last
+        found = weight_sinks(
+            f"{name}.weight", self, first, last - first, self.num_in, is_in_out=is_in_out
+        )
+        if self.bias is not None:
+            found[f"{name}.bias"] = CopySink(self.bias[first:last])
+        return found
+
+
+class Norm(ABC):
+    """Normalises rows; `bias` is None for RMSNorm."""
+
+    def __init__(self, size: int, eps: float, *, bias: bool) -> None:
+        self.size, self.eps = size, eps
+        self.weight = torch.empty(size)
+        self.bias = torch.empty(size) if bias else None
+
+    @abstractmethod
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """[rows, size] -> out [rows, size]."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def sinks(self, name: str) -> dict[str, Sink]:
+        """Sinks of checkpoint norm `name`."""
+        found: dict[str, Sink] = {f"{name}.weight": CopySink(self.weight)}
+        if self.bias is not None:
+            found[f"{name}.bias"] = CopySink(self.bias)
+        return found
+
+
+class Attention(Protocol):
+    """One step's attention: which rows belong to which slot. Made once, called by every layer."""
+
+    def __call__(
+        self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Append k and v of each row to the layer's cache, then attend.
+
+        Shapes: qkv [rows, (heads + 2 kv_heads) * head_dim]; returns out [rows, heads * head_dim].
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """How a row of q, k and v divides, and how far back it may look (`window` 0: to the start)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int
+
+    @staticmethod
+    def of(config: ModelConfig, window: int | None = None) -> "HeadShape":
+        """The shape of a model's attention."""
+        return HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, window or 0)
+
+    @property
+    def qkv_width(self) -> int:
+        """Of a row with queries, keys and values."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+class Kernels(ABC):
+    """Makes layers, and computes what lies between them."""
+
+    name: ClassVar[str]
+    # Keys are cached as [slots, kv_heads, max_seq / block, head_dim, block]; 1: plain rows.
+    key_block: ClassVar[int]
+
+    @abstractmethod
+    def linear(
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        precision: torch.dtype,
+        activation: Activation = "none",
+    ) -> Linear:
+        """An empty linear layer."""
+
+    @abstractmethod
+    def layer_norm(self, size: int, eps: float) -> Norm:
+        """Rows centred, over their deviation, scaled and shifted."""
+
+    @abstractmethod
+    def rms_norm(self, size: int, eps: float) -> Norm:
+        """Rows over their root mean square, scaled."""
+
+    @abstractmethod
+    def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
+        """A step's attention over caches of `max_seq_len` positions."""
+
+    @abstractmethod
+    def rope(
+        self, qkv: torch.Tensor, shape: HeadShape, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
+        """Rotate queries and keys in place: each (j, j + head_dim/2) pair by its row's angle.
+
+        Shapes: cos, sin [rows, head_dim], the first half of sin negated.
+        """
+
+    @abstractmethod
+    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up: [rows, 2 * inner] -> out [rows, inner]."""
+
+    @abstractmethod
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """Index of the first greatest of each row: [rows, n] -> [rows] int64."""

@@ -1,0 +1,230 @@
+"""The kernels written for this processor: `pipeline._native`, driven by plain addresses.
+
+Here a row's result depends on that row and its own cache alone, bit for bit: not on the rows that
+come with it, nor on where a prompt is cut into steps, nor on the number of threads.
+"""
+
+from array import array
+from collections.abc import Mapping
+
+import torch
+
+from pipeline import _native
+from pipeline.models.batch import Batch
+from pipeline.models.kernels import Activation, Attention, HeadShape, Kernels, Linear, Norm
+from pipeline.models.quant import dequantise
+
+# Precision -> kind of packed weight, and what the processor must have for it.
+KINDS: Mapping[torch.dtype, tuple[int, str]] = {
+    torch.float32: (_native.F32, "avx512"),
+    torch.bfloat16: (_native.BF16, "bf16"),
+    torch.int8: (_native.I8, "vnni"),
+}
+ACTIVATIONS: Mapping[Activation, int] = {"none": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+KEY_BLOCK = 16
+
+
+def _kind(precision: torch.dtype) -> int:
+    """The kind that holds a precision; float32 with its values where the processor lacks it."""
+    kind, feature = KINDS[precision]
+    return kind if feature in _native.features() else _native.F32
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class NativeLinear(Linear):
+    """Weights packed in the order the kernels stream them."""
+
+    def __init__(
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        precision: torch.dtype,
+        activation: Activation,
+    ) -> None:
+        super().__init__(num_in, num_out, bias=bias, precision=precision)
+        self._kind = _kind(precision)
+        num_bytes = _native.packed_bytes(self._kind, num_in, num_out)
+        self._packed = torch.zeros(num_bytes, dtype=torch.uint8)
+        self._address = self._packed.data_ptr()
+        self._bias = _address(self.bias)
+        self._activation = ACTIVATIONS[activation]
+
+    def __call__(
+        self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[rows, in] -> out [rows, out]."""
+        _native.linear(
+            self._kind,
+            self._address,
+            self._bias,
+            x.data_ptr(),
+            out.data_ptr(),
+            x.size(0),
+            self.num_in,
+            self.num_out,
+            self._activation,
+            0 if residual is None else residual.data_ptr(),
+        )
+        return out
+
+    def gather(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Weights of the outputs `ids`, [n, in]."""
+        ids = ids.contiguous()
+        _native.gather(
+            self._kind,
+            self._address,
+            self.num_in,
+            self.num_out,
+            ids.data_ptr(),
+            len(ids),
+            out.data_ptr(),
+        )
+
+    def put(self, first: int, outputs: torch.Tensor, scales: torch.Tensor | None) -> None:
+        """Pack outputs first.., [n, in] in this layer's precision.
+
+        The kernels quantise for themselves, which gives back the values and scales put in.
+        """
+        weights = outputs if scales is None else dequantise(outputs, scales)
+        if self._kind == _native.F32:
+            weights = weights.float()
+        _native.pack(
+            self._kind,
+            self._address,
+            self.num_in,
+            self.num_out,
+            weights.data_ptr(),
+            weights.stride(0),
+            weights.stride(1),
+            first,
+            weights.shape[0],
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return self._packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class LayerNorm(Norm):
+    """Rows centred, over their deviation, scaled and shifted."""
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """[rows, size] -> out [rows, size]."""
+        _native.layer_norm(
+            x.data_ptr(),
+            self.weight.data_ptr(),
+            _address(self.bias),
+            out.data_ptr(),
+            x.size(0),
+            self.size,
+            self.eps,
+        )
+        return out
+
+
+class RMSNorm(Norm):
+    """Rows over their root mean square, scaled."""
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """[rows, size] -> out [rows, size]."""
+        _native.rms_norm(
+            x.data_ptr(), self.weight.data_ptr(), out.data_ptr(), x.size(0), self.size, self.eps
+        )
+        return out
+
+
+class NativeAttention:
+    """The spans of one step, as the kernels take them: slot, first row, rows, first position."""
+
+    def __init__(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> None:
+        spans, offset = array("q"), 0
+        for segment in batch:
+            spans.extend((segment.slot, offset, segment.num_tokens, segment.position))
+            offset += segment.num_tokens
+        self._spans = spans
+        self._width = shape.qkv_width
+        self._shape = (
+            spans.buffer_info()[0],
+            len(batch),
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            max_seq_len,
+            shape.window,
+        )
+
+    def __call__(
+        self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Append k and v of each row to its slot, then attend."""
+        _native.attend(
+            qkv.data_ptr(),
+            self._width,
+            out.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            *self._shape,
+        )
+        return out
+
+
+class NativeKernels(Kernels):
+    """Everything through `pipeline._native`."""
+
+    name = "native"
+    key_block = KEY_BLOCK
+
+    def linear(
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        precision: torch.dtype,
+        activation: Activation = "none",
+    ) -> Linear:
+        """An empty linear layer."""
+        return NativeLinear(num_in, num_out, bias=bias, precision=precision, activation=activation)
+
+    def layer_norm(self, size: int, eps: float) -> Norm:
+        """Rows centred, over their deviation, scaled and shifted."""
+        return LayerNorm(size, eps, bias=True)
+
+    def rms_norm(self, size: int, eps: float) -> Norm:
+        """Rows over their root mean square, scaled."""
+        return RMSNorm(size, eps, bias=False)
+
+    def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
+        """A step's attention."""
+        return NativeAttention(batch, shape, max_seq_len)
+
+    def rope(
+        self, qkv: torch.Tensor, shape: HeadShape, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
+        """Rotate queries and keys in place."""
+        _native.rope(
+            qkv.data_ptr(),
+            shape.qkv_width,
+            qkv.size(0),
+            shape.num_heads + shape.num_kv_heads,
+            shape.head_dim,
+            cos.data_ptr(),
+            sin.data_ptr(),
+        )
+
+    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up."""
+        _native.silu_mul(gate_up.data_ptr(), out.data_ptr(), out.size(0), out.size(1))
+        return out
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """Index of the first greatest of each row."""
+        found = torch.empty(logits.size(0), dtype=torch.int64)
+        _native.argmax(logits.data_ptr(), logits.size(0), logits.size(1), found.data_ptr())
+        return found

@@ -1,0 +1,170 @@
+"""Products are right in every precision, and kernels are used only where they prove themselves."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+
+from pipeline.errors import InputError
+from pipeline.models import kernel_choice, kernels_torch
+from pipeline.models.config import load_config
+from pipeline.models.kernel_choice import choose_kernels
+from pipeline.models.kernels_torch import TorchKernels, blas_matvec, choose_matvec, torch_matvec
+from pipeline.models.quant import dequantise, quantise
+from pipeline.models.runtime import set_num_threads
+
+
+@pytest.fixture(scope="module")
+def config(make_oracle):
+    return make_oracle("gpt2").config
+
+
+@pytest.fixture
+def make_linear(kernels, config):
+    """A layer with random weights, and those weights as the precision rounds them."""
+
+    def make(num_in, num_out, precision, **options):
+        generator = torch.Generator().manual_seed(0)
+        layer = choose_kernels(kernels, config).linear(
+            num_in, num_out, precision=precision, **options
+        )
+        weight = torch.randn(num_out, num_in, generator=generator) / num_in**0.5
+        sinks = layer.sinks("x")
+        sinks["x.weight"].write(0, weight)
+        if layer.bias is not None:
+            sinks["x.bias"].write(0, torch.randn(num_out, generator=generator))
+        if precision is torch.int8:
+            weight = dequantise(*quantise(weight))
+        return layer, weight.to(precision).float() if precision is torch.bfloat16 else weight
+
+    return make
+
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.int8: 3e-2}
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+@pytest.mark.parametrize("precision", TOLERANCES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_a_layer_equals_torch_with_the_precisions_weights(make_linear, precision, activation, rows):
+    layer, weight = make_linear(48, 80, precision, bias=True, activation=activation)
+    x, residual = torch.randn(rows, 48), torch.randn(rows, 80)
+    expected = ACTIVATIONS[activation](F.linear(x, weight, layer.bias)) + residual
+    found = layer(x, residual, residual=residual)  # in place
+    assert found is residual
+    assert (found - expected).abs().max() <= TOLERANCES[precision]
+
+
+@pytest.mark.parametrize("precision", TOLERANCES, ids=str)
+def test_a_head_gives_back_its_rows_as_an_embedding(make_linear, precision):
+    layer, weight = make_linear(48, 80, precision, bias=False)
+    ids, out = torch.tensor([3, 79, 3, 0]), torch.empty(4, 48)
+    layer.gather(ids, out)
+    assert torch.equal(out, weight[ids])
+
+
+def test_quantised_weights_quantise_to_themselves():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(64, 100, generator=generator) * torch.logspace(-25, 3, 64).unsqueeze(1)
+    weights[5] = 0
+    values, scales = quantise(weights)
+    exact = dequantise(values, scales)
+    again = quantise(exact)
+    assert torch.equal(again[0], values)
+    assert torch.equal(again[1], scales)
+    step = weights.abs().amax(1, keepdim=True) / 127
+    assert ((exact - weights).abs() <= 1.6 * step).all()
+    assert not exact[5].any()
+
+
+def test_native_kernels_hold_int8_weights_as_they_were_quantised(native, config):
+    """A prepared shard and a conversion at load mean the same weights."""
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(80, 130, generator=generator) * torch.logspace(-20, 2, 80).unsqueeze(1)
+    layer = choose_kernels(native, config).linear(130, 80, bias=False, precision=torch.int8)
+    layer.sinks("x")["x.weight"].write(0, weights)
+    found = torch.empty(80, 130)
+    layer.gather(torch.arange(80), found)
+    assert torch.equal(found, dequantise(*quantise(weights)))
+
+
+@pytest.mark.parametrize("matvec", [torch_matvec, blas_matvec])
+def test_a_single_row_equals_torchs_product(matvec):
+    row, weight, out = torch.randn(1, 48), torch.randn(48, 80), torch.empty(1, 80)
+    matvec(row, weight, out)
+    assert torch.allclose(out, row @ weight, atol=1e-5)
+
+
+def test_a_blas_that_cannot_be_governed_is_not_used(monkeypatch):
+    monkeypatch.setattr(kernels_torch, "pin_blas", lambda: False)
+    assert choose_matvec() is torch_matvec
+
+
+def test_a_blas_that_computes_wrongly_is_not_used(monkeypatch):
+    def wrong(row, weight, out):
+        out.copy_(row @ weight * 1.001)
+
+    monkeypatch.setattr(kernels_torch, "pin_blas", lambda: True)
+    monkeypatch.setattr(kernels_torch, "blas_matvec", wrong)
+    assert choose_matvec() is torch_matvec
+
+
+class WrongNorm(TorchKernels):
+    def rms_norm(self, size, eps):
+        return super().rms_norm(size, eps + 1e-2)
+
+
+class WrongInt8(TorchKernels):
+    def linear(self, num_in, num_out, *, precision, **options):
+        if precision is torch.int8:
+            precision = torch.float32
+            options["activation"] = "none"
+        return super().linear(num_in, num_out, precision=precision, **options)
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"), [(WrongNorm, "RMSNorm is wrong"), (WrongInt8, "int8 products are wrong")]
+)
+def test_kernels_that_compute_wrongly_are_not_used(broken, told):
+    assert told in kernel_choice.first_difference(broken(), TorchKernels())
+
+
+def test_native_kernels_that_are_absent_are_refused_only_when_demanded(monkeypatch, config):
+    monkeypatch.setattr(kernel_choice, "why_not_native", lambda: "they were not built")
+    assert choose_kernels("auto", config).name == "torch"
+    with pytest.raises(InputError, match="--kernels native: they were not built; leave the flag"):
+        choose_kernels("native", config)
+
+
+def test_an_installation_without_the_module_is_told_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pipeline._native", None)
+    monkeypatch.delattr("pipeline._native", raising=False)
+    assert "not built" in kernel_choice.why_not_native.__wrapped__()
+
+
+def test_a_model_whose_heads_do_not_fit_is_computed_with_torch(native, tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "vocab_size": 9, "n_layer": 1, "n_embd": 40, "n_head": 5, '
+        '"n_positions": 8}'
+    )
+    config = load_config(tmp_path)
+    assert choose_kernels("auto", config).name == "torch"
+    with pytest.raises(InputError, match="heads of 8 dimensions"):
+        choose_kernels(native, config)
+
+
+def test_an_unknown_choice_is_refused(config):
+    with pytest.raises(InputError, match="--kernels fast: use auto, native, torch"):
+        choose_kernels("fast", config)
+
+
+def test_at_least_one_thread_computes():
+    with pytest.raises(ValueError, match="num_threads=0"):
+        set_num_threads(0)

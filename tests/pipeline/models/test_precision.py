@@ -1,0 +1,142 @@
+"""bfloat16 and int8: the right weights whatever the kernels, the split and the file."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import ModelError
+from pipeline.models.batch import Segment
+from pipeline.models.config import load_config
+from pipeline.models.quant import SCALE_SUFFIX, dequantise, quantise
+from pipeline.models.registry import load_shard, required_tensors
+from pipeline.models.sinks import WeightSink
+
+PRECISIONS = ("bfloat16", "int8")
+
+
+@pytest.fixture(params=PRECISIONS)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=["gpt2", "llama-untied-gqa", "qwen2-qkv-bias"])
+def oracle(request, make_oracle, kernels):
+    return make_oracle(request.param).computing_with(kernels)
+
+
+def matrices(oracle):
+    """Names in the file -> whether stored as [in, out], of all that has a precision."""
+    planned = required_tensors(oracle.directory, oracle.config, range(oracle.config.num_layers))
+    return {name: each.is_in_out for name, each in planned.items() if isinstance(each, WeightSink)}
+
+
+def rounded(tensor, dtype, *, is_in_out):
+    if dtype == "bfloat16":
+        return tensor.bfloat16().float()
+    outputs = tensor.t() if is_in_out else tensor
+    exact = dequantise(*quantise(outputs))
+    return exact.t().contiguous() if is_in_out else exact
+
+
+def is_close(logits, expected):
+    """Random weights amplify rounding; whatever is wrong is off by as much as logits vary."""
+    return (logits - expected).square().mean().sqrt() <= 0.1 * expected.std()
+
+
+@pytest.fixture
+def rounded_oracle(oracle, oracle_class, tmp_path, dtype):
+    """The same model in transformers, with the weights the precision means, in float32."""
+    shutil.copytree(oracle.directory, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    names = matrices(oracle)
+    tensors = {
+        name: rounded(each, dtype, is_in_out=names[name]) if name in names else each
+        for name, each in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    model = type(oracle.model).from_pretrained(tmp_path).eval()
+    return oracle_class(tmp_path, model)
+
+
+def test_logits_equal_transformers_with_the_rounded_weights(
+    oracle, rounded_oracle, make_pipeline, token_ids, dtype
+):
+    whole = [Segment(0, 0, len(token_ids))]
+    logits = make_pipeline(oracle.split(dtype=dtype)).logits(token_ids, whole)
+    expected = rounded_oracle.logits(token_ids)
+    if dtype == "int8" and oracle.kernels == "native":
+        assert is_close(logits, expected)  # activations are rounded too
+    else:
+        assert (logits - expected).abs().max() <= 1e-4
+    assert (logits - oracle.logits(token_ids)).abs().max() > 1e-3  # something was rounded
+
+
+def test_every_split_is_bitwise_equal_to_one_process(oracle, make_pipeline, token_ids, dtype):
+    expected = make_pipeline(oracle.split(dtype=dtype)).greedy(token_ids, 6)[1]
+    for bounds in ((1,), (2,), (1, 3)):
+        logits = make_pipeline(oracle.split(*bounds, dtype=dtype)).greedy(token_ids, 6)[1]
+        assert torch.equal(logits, expected), bounds
+
+
+def test_stages_may_differ_in_precision(oracle, make_pipeline, token_ids, dtype):
+    mixed = [oracle.shard(0, 2, dtype), oracle.shard(2, 4)]
+    whole = [Segment(0, 0, len(token_ids))]
+    logits = make_pipeline(mixed).logits(token_ids, whole)
+    expected = oracle.logits(token_ids)
+    assert is_close(logits, expected)
+    assert (logits - expected).abs().max() > 1e-3
+
+
+def test_native_weights_take_the_room_their_precision_promises(make_oracle, native):
+    oracle = make_oracle("llama-untied-gqa").computing_with(native)
+    sizes = [oracle.shard(1, 2, dtype).num_weight_bytes for dtype in ("float32", *PRECISIONS)]
+    assert sizes[1] <= 0.53 * sizes[0]
+    assert sizes[2] <= 0.32 * sizes[0]
+
+
+@pytest.fixture
+def int8_file(make_oracle, tmp_path):
+    oracle = make_oracle("llama-untied-gqa")
+    shutil.copytree(oracle.directory, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for name in matrices(oracle):
+        tensors[name], tensors[name + SCALE_SUFFIX] = quantise(tensors[name])
+    return path, tensors
+
+
+def load(path, dtype):
+    config = load_config(path.parent)
+    return load_shard(path.parent, config, 0, 4, dtype=dtype, expected_hashes=None)
+
+
+def test_weights_stored_in_int8_are_those_converted_at_load(
+    int8_file, make_oracle, make_pipeline, token_ids
+):
+    path, tensors = int8_file
+    save_file(tensors, path)
+    expected = make_pipeline(make_oracle("llama-untied-gqa").split(dtype="int8"))
+    found = make_pipeline([load(path, "int8")])
+    assert torch.equal(found.greedy(token_ids, 4)[1], expected.greedy(token_ids, 4)[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_files_are_refused_for_other_precisions(int8_file, dtype):
+    path, tensors = int8_file
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match="is stored as I8: use weights in one of F32, F16, BF16"):
+        load(path, dtype)
+
+
+def test_int8_values_and_scales_come_together(int8_file, make_oracle):
+    path, tensors = int8_file
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != name + SCALE_SUFFIX}, path)
+    with pytest.raises(ModelError, match=f"{name} is int8 without scales"):
+        load(path, "int8")
+    original = load_file(make_oracle("llama-untied-gqa").directory / "model.safetensors")
+    save_file({**tensors, name: original[name]}, path)
+    with pytest.raises(ModelError, match=f"{name} has scales and is not int8"):
+        load(path, "int8")
