@@ -54,6 +54,11 @@ class RemoteStage:
         return self._control.channel.peer
 
     @property
+    def precision(self) -> str | None:
+        """What its weights are held in, once it has said so."""
+        return None if self._ready is None else self._ready.precision
+
+    @property
     def is_ready(self) -> bool:
         """Whether it has said that steps may flow."""
         return self._is_ready.is_set()

@@ -105,7 +105,7 @@ def _write_weights(
     load_tensors(model_dir, sinks, expected_hashes=expected_hashes)
     tensors = {name: tensor for each in kept.values() for name, tensor in each.tensors().items()}
     path = directory / SINGLE_FILE
-    save_file(tensors, path, metadata={"format": "pt", "precision": stage.precision or "as stored"})
+    save_file(tensors, path, metadata={"format": "pt"})
     return hash_files([path])[0]
 
 

@@ -126,7 +126,7 @@ def _stage_view(spec: StageSpec, stage: RemoteStage | None) -> StageView:
         stage_idx=spec.stage_idx,
         layer_start=spec.layer_start,
         layer_end=spec.layer_end,
-        precision=spec.precision,
+        precision=spec.precision or "unpinned",
         state="down",
     )
     if stage is None:
@@ -135,6 +135,7 @@ def _stage_view(spec: StageSpec, stage: RemoteStage | None) -> StageView:
     measurement = attested.measurements.get(0)
     return view.model_copy(
         update={
+            "precision": stage.precision or view.precision,
             "state": "ready" if stage.is_ready else "connecting",
             "evidence": attested.kind.name.lower(),
             "measurement": None if measurement is None else measurement.hex(),

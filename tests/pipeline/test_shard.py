@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError, ManifestError, ModelError
 from pipeline.manifest import load_manifest
+from pipeline.models.batch import Segment
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.plan import PlanOptions, plan
@@ -20,7 +21,7 @@ def model_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
@@ -48,6 +49,49 @@ def test_a_shard_serves_its_stage_and_no_other(model_dir, tmp_path):
                expected_hashes=stage.weight_hashes)  # fmt: skip
     with pytest.raises(ModelError):
         load_shard(directory, config, 0, stage.layer_start, expected_hashes=None)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_a_shard_in_its_precision_computes_as_one_converted_at_load(model_dir, tmp_path, precision):
+    manifest = plan(model_dir, PlanOptions(2))
+    pinned = cut_model(manifest, model_dir, tmp_path / "out", precision)
+    rows = torch.arange(5)
+    caches = []
+    for stage in pinned.stages:
+        assert stage.precision == precision
+        found = []
+        for directory in (model_dir, tmp_path / "out" / f"stage{stage.stage_idx}"):
+            shard = load_shard(
+                directory, load_config(directory), stage.layer_start, stage.layer_end,
+                dtype=precision,
+                expected_hashes=None if directory == model_dir else stage.weight_hashes,
+            )  # fmt: skip
+            caches.append(shard.new_cache(1, 16))
+            found.append(shard.forward(rows, [Segment(0, 0, 5)], caches[-1]))
+        assert torch.equal(*found)
+        rows = found[0]
+
+
+def test_an_int8_shard_holds_its_matrices_in_int8_with_their_scales(model_dir, tmp_path):
+    pinned = cut_model(plan(model_dir, PlanOptions(1)), model_dir, tmp_path / "out", "int8")
+    path = tmp_path / "out" / "stage0" / "model.safetensors"
+    tensors = load_file(path)
+    matrices = {name for name, tensor in tensors.items() if tensor.dtype is torch.int8}
+    assert all(f"{name}_scale" in tensors for name in matrices)
+    kept = [each for each in tensors if each not in matrices and not each.endswith("_scale")]
+    assert kept
+    assert all(tensors[name].dim() == 1 for name in kept)  # norms
+    with pytest.raises(ModelError, match="stored as I8"):
+        cut_model(pinned, path.parent, tmp_path / "again", "int8")
+
+
+def test_a_manifests_own_precision_is_what_its_shards_are_stored_in(model_dir, tmp_path):
+    manifest = plan(model_dir, PlanOptions(2, precision="int8"))
+    pinned = cut_model(manifest, model_dir, tmp_path / "out")
+    assert [stage.precision for stage in pinned.stages] == ["int8", "int8"]
+    shard = load_file(tmp_path / "out" / "stage1" / "model.safetensors")
+    assert shard["model.norm.weight"].dtype is torch.bfloat16
+    assert any(tensor.dtype is torch.int8 for tensor in shard.values())
 
 
 def test_a_stages_directory_carries_the_core_and_what_an_enclave_runs(model_dir, tmp_path):

@@ -41,7 +41,7 @@ def stage(idx, past=BEFORE, now=AFTER, is_ready=True):
     attested = Attested(EvidenceKind.DEV, {0: bytes([idx + 1]) * 48})
     return SimpleNamespace(
         idx=idx, peer=SimpleNamespace(attested=attested), connected_at=0.0, is_ready=is_ready,
-        past_figures=past, figures=now,
+        past_figures=past, figures=now, precision="int8" if is_ready else None,
     )  # fmt: skip
 
 
@@ -64,12 +64,13 @@ async def test_a_stage_without_a_session_is_down_and_says_nothing(overview):
     first, second = overview.overview.stages()
     assert (first.state, first.figures, first.evidence) == ("down", None, None)
     assert (second.state, second.rates, second.evidence) == ("connecting", None, "dev")
+    assert (first.precision, second.precision) == ("unpinned", "unpinned")
 
 
 async def test_rates_are_what_changed_between_two_answers(overview):
     overview.stages += [stage(0), stage(1, AFTER, AFTER)]
     first, second = overview.overview.stages()
-    assert first.state == "ready"
+    assert (first.state, first.precision) == ("ready", "int8")
     assert first.measurement == "01" * 48
     assert first.rates.load == 0.5
     assert first.rates.steps_per_second == 20
