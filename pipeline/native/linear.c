@@ -47,10 +47,17 @@ static void finish(const job_t *job, const float *acc, size_t acc_stride, size_t
     }
 }
 
-/* Up to PASS_ROWS rows of up to `width` blocks. */
+static void add(float *acc, const float *part, size_t count) {
+    for (size_t i = 0; i < count; i += BLOCK) {
+        _mm512_storeu_ps(acc + i, _mm512_add_ps(_mm512_loadu_ps(acc + i), _mm512_loadu_ps(part + i)));
+    }
+}
+
+/* Sums over passes of PASS_INPUTS, then over the passes: half the rounding of one long sum.
+ * Up to PASS_ROWS rows of up to `width` blocks. */
 static void run_pass(const job_t *job, size_t first_row, size_t rows, size_t block,
                      size_t blocks) {
-    _Alignas(64) float acc[PASS_ROWS * 4 * BLOCK];
+    _Alignas(64) float acc[PASS_ROWS * 4 * BLOCK], part[PASS_ROWS * 4 * BLOCK];
     size_t acc_stride = blocks * BLOCK, bytes = block_bytes(job->weight->kind, job->weight->num_in);
     size_t num_tiles = (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
     const char *w = (const char *)job->weight->packed + block * bytes;
@@ -60,9 +67,10 @@ static void run_pass(const job_t *job, size_t first_row, size_t rows, size_t blo
             size_t row = tile * rows / num_tiles, end = (tile + 1) * rows / num_tiles;
             const char *x = job->x + (first_row + row) * job->x_row_bytes + k * job->k_x_bytes;
             find_tile(job->weight->kind, end - row, blocks)(
-                acc + row * acc_stride, acc_stride, x, job->x_row_bytes,
-                w + k * job->k_w_bytes, bytes, VECTOR, num_k, k > 0);
+                (k ? part : acc) + row * acc_stride, acc_stride, x, job->x_row_bytes,
+                w + k * job->k_w_bytes, bytes, VECTOR, num_k, 0);
         }
+        if (k) add(acc, part, rows * acc_stride);
     }
     finish(job, acc, acc_stride, first_row, rows, block, blocks);
 }
@@ -122,7 +130,7 @@ void linear(const weight_t *weight, const product_t *product) {
         .x = (const char *)product->x,
         .x_row_bytes = num_in * sizeof(float),
         .num_k = num_in,
-        .k_step = product->rows > MAX_TILE_ROWS ? PASS_INPUTS : num_in,
+        .k_step = PASS_INPUTS,
         .k_x_bytes = sizeof(float),
         .k_w_bytes = weight->kind == KIND_BF16 ? BLOCK * 2 : BLOCK * 4,
         .width = tile_width(weight->kind, product->rows),
