@@ -15,7 +15,9 @@ typedef struct {
 } job_t;
 
 enum { VECTOR = 64 };                        /* bytes */
-enum { PASS_ROWS = 96, PASS_INPUTS = 256 }; /* keep a pass's weights and sums in the L2 cache */
+/* A pass's weights and sums stay in the L2 cache. Sums over 256 inputs, then over passes, have half
+ * the rounding error of one long sum. */
+enum { PASS_ROWS = 96, PASS_INPUTS = 256 };
 
 static tile_fn find_tile(int kind, size_t rows, size_t blocks) {
     switch (kind) {
@@ -27,11 +29,11 @@ static tile_fn find_tile(int kind, size_t rows, size_t blocks) {
 
 /* Bias, activation and residual of rows x blocks of sums. */
 static void finish(const job_t *job, const float *acc, size_t acc_stride, size_t first_row,
-                   size_t rows, size_t first_block, size_t blocks) {
+                   size_t rows, size_t first_block, size_t step, size_t blocks) {
     const product_t *product = job->product;
     size_t num_out = job->weight->num_out;
     for (size_t b = 0; b < blocks; b++) {
-        size_t out = (first_block + b) * BLOCK;
+        size_t out = (first_block + b * step) * BLOCK;
         __mmask16 mask = lanes(num_out - out);
         __m512 bias = product->bias ? _mm512_maskz_loadu_ps(mask, product->bias + out)
                                     : _mm512_setzero_ps();
@@ -47,17 +49,10 @@ static void finish(const job_t *job, const float *acc, size_t acc_stride, size_t
     }
 }
 
-static void add(float *acc, const float *part, size_t count) {
-    for (size_t i = 0; i < count; i += BLOCK) {
-        _mm512_storeu_ps(acc + i, _mm512_add_ps(_mm512_loadu_ps(acc + i), _mm512_loadu_ps(part + i)));
-    }
-}
-
-/* Sums over passes of PASS_INPUTS, then over the passes: half the rounding of one long sum.
- * Up to PASS_ROWS rows of up to `width` blocks. */
-static void run_pass(const job_t *job, size_t first_row, size_t rows, size_t block,
+/* Up to PASS_ROWS rows of up to `width` blocks. */
+static void run_pass(const job_t *job, size_t first_row, size_t rows, size_t block, size_t step,
                      size_t blocks) {
-    _Alignas(64) float acc[PASS_ROWS * 4 * BLOCK], part[PASS_ROWS * 4 * BLOCK];
+    _Alignas(64) float acc[PASS_ROWS * 4 * BLOCK];
     size_t acc_stride = blocks * BLOCK, bytes = block_bytes(job->weight->kind, job->weight->num_in);
     size_t num_tiles = (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
     const char *w = (const char *)job->weight->packed + block * bytes;
@@ -67,12 +62,11 @@ static void run_pass(const job_t *job, size_t first_row, size_t rows, size_t blo
             size_t row = tile * rows / num_tiles, end = (tile + 1) * rows / num_tiles;
             const char *x = job->x + (first_row + row) * job->x_row_bytes + k * job->k_x_bytes;
             find_tile(job->weight->kind, end - row, blocks)(
-                (k ? part : acc) + row * acc_stride, acc_stride, x, job->x_row_bytes,
-                w + k * job->k_w_bytes, bytes, VECTOR, num_k, 0);
+                acc + row * acc_stride, acc_stride, x, job->x_row_bytes,
+                w + k * job->k_w_bytes, step * bytes, VECTOR, num_k, k > 0);
         }
-        if (k) add(acc, part, rows * acc_stride);
     }
-    finish(job, acc, acc_stride, first_row, rows, block, blocks);
+    finish(job, acc, acc_stride, first_row, rows, block, step, blocks);
 }
 
 static void run_chunk(void *opaque, size_t chunk) {
@@ -81,14 +75,16 @@ static void run_chunk(void *opaque, size_t chunk) {
     size_t block = chunk * num_units / job->num_chunks * job->width;
     size_t end = (chunk + 1) * num_units / job->num_chunks * job->width;
     end = end < job->num_blocks ? end : job->num_blocks;
-    while (block < end) {
-        size_t blocks = job->width;
-        while (blocks > end - block) blocks /= 2;
-        for (size_t row = 0; row < job->product->rows; row += PASS_ROWS) {
-            size_t left = job->product->rows - row;
-            run_pass(job, row, left < PASS_ROWS ? left : PASS_ROWS, block, blocks);
+    for (size_t width = job->width; width > 0; width /= 2) {
+        /* each of a tile's blocks from a part of its own: few, long streams through memory */
+        size_t step = (end - block) / width;
+        for (size_t i = 0; i < step; i++) {
+            for (size_t row = 0; row < job->product->rows; row += PASS_ROWS) {
+                size_t left = job->product->rows - row;
+                run_pass(job, row, left < PASS_ROWS ? left : PASS_ROWS, block + i, step, width);
+            }
         }
-        block += blocks;
+        block += step * width;
     }
 }
 
@@ -116,10 +112,11 @@ static char *quantise(const product_t *product, size_t num_in) {
     return quantised;
 }
 
-/* Blocks a tile covers: many for few rows, whose sums would otherwise wait for each other. */
+/* Blocks a tile covers: enough sums that none waits for itself, and no more streams of weights than
+ * memory serves best. */
 static size_t tile_width(int kind, size_t rows) {
-    if (rows == 1) return 8;
-    return kind == KIND_I8 && rows > 3 ? 2 : 4;
+    if (kind == KIND_I8) return 2;
+    return rows == 1 ? 8 : 4;
 }
 
 void linear(const weight_t *weight, const product_t *product) {

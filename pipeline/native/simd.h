@@ -25,6 +25,16 @@ PRAGMA_OF(GCC target(TARGET_AVX512))
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Pointers[i] = base + i * stride, each kept in a register of its own: left to itself, gcc derives
+ * them from each other in the inner loop and runs out of registers. */
+INLINE void spread(const char **pointers, const int count, const char *base, size_t stride) {
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) {
+        pointers[i] = base + i * stride;
+        __asm__("" : "+r"(pointers[i]));
+    }
+}
+
 /* Lanes below `count` (0..16 or more). */
 INLINE __mmask16 lanes(size_t count) {
     return count >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << count) - 1);

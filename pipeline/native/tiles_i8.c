@@ -44,62 +44,62 @@ INLINE __m512 scales_of(const super_t *super, int group) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-enum { AHEAD = 1 }; /* supers of each block fetched ahead */
-
-INLINE void run_group(const int R, const int B, __m512 *acc, const char *x, size_t x_stride,
-                      const char *w, size_t block_stride, const int group) {
-    __m512i sum[6 * 8], wb[8];
+INLINE void run_group(const int R, const int B, __m512 *acc, const super_x_t *const *x,
+                      const super_t *const *w, const int group) {
+    __m512i sum[6 * 2], wide[2];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
-        const super_x_t *row = (const super_x_t *)(x + r * x_stride);
-#pragma GCC unroll 8
-        for (int b = 0; b < B; b++) sum[r * B + b] = _mm512_set1_epi32(row->starts[group]);
+#pragma GCC unroll 2
+        for (int b = 0; b < B; b++) sum[r * B + b] = _mm512_set1_epi32(x[r]->starts[group]);
     }
 #pragma GCC unroll 8
     for (int k = group * GROUP / 4; k < (group + 1) * GROUP / 4; k++) {
-#pragma GCC unroll 8
-        for (int b = 0; b < B; b++) {
-            const super_t *super = (const super_t *)(w + b * block_stride);
-            wb[b] = _mm512_loadu_si512(super->weights[k]);
-            if (R < 4) _mm_prefetch((const char *)(super + AHEAD)->weights[k], _MM_HINT_T0);
-        }
+#pragma GCC unroll 2
+        for (int b = 0; b < B; b++) wide[b] = _mm512_loadu_si512(w[b]->weights[k]);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
-            const super_x_t *row = (const super_x_t *)(x + r * x_stride);
-            __m512i xr = _mm512_set1_epi32(*(const int32_t *)(row->levels + 4 * k));
-#pragma GCC unroll 8
+            __m512i xr = _mm512_set1_epi32(*(const int32_t *)(x[r]->levels + 4 * k));
+#pragma GCC unroll 2
             for (int b = 0; b < B; b++) {
-                sum[r * B + b] = _mm512_dpbusd_epi32(sum[r * B + b], wb[b], xr);
+                sum[r * B + b] = _mm512_dpbusd_epi32(sum[r * B + b], wide[b], xr);
             }
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 2
     for (int b = 0; b < B; b++) {
-        __m512 scales = scales_of((const super_t *)(w + b * block_stride), group);
+        __m512 scales = scales_of(w[b], group);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
-            const super_x_t *row = (const super_x_t *)(x + r * x_stride);
-            __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(row->scales[group]));
+            __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(x[r]->scales[group]));
             acc[r * B + b] =
                 _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r * B + b]), scale, acc[r * B + b]);
         }
     }
 }
 
-INLINE void run_i8(const int R, const int B, float *out, size_t out_stride, const char *x,
-                   size_t x_stride, const char *w, size_t block_stride, size_t num_supers) {
-    __m512 acc[6 * 8];
-#pragma GCC unroll 48
+INLINE void run_i8(const int R, const int B, float *out, size_t out_stride, const char *x_base,
+                   size_t x_stride, const char *w_base, size_t block_stride, size_t num_supers) {
+    __m512 acc[6 * 2];
+    const super_x_t *x[6];
+    const super_t *w[2];
+    spread((const char **)x, R, x_base, x_stride);
+    spread((const char **)w, B, w_base, block_stride);
+#pragma GCC unroll 12
     for (int i = 0; i < R * B; i++) acc[i] = _mm512_setzero_ps();
     for (size_t k = 0; k < num_supers; k++) {
-        run_group(R, B, acc, x, x_stride, w, block_stride, 0);
-        run_group(R, B, acc, x, x_stride, w, block_stride, 1);
-        x += sizeof(super_x_t);
-        w += sizeof(super_t);
+        run_group(R, B, acc, x, w, 0);
+        run_group(R, B, acc, x, w, 1);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) x[r]++;
+#pragma GCC unroll 2
+        for (int b = 0; b < B; b++) {
+            w[b]++;
+            __asm__("" : "+r"(w[b]));
+        }
     }
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
-#pragma GCC unroll 8
+#pragma GCC unroll 2
         for (int b = 0; b < B; b++) {
             _mm512_storeu_ps(out + r * out_stride + b * BLOCK, acc[r * B + b]);
         }
@@ -109,19 +109,19 @@ INLINE void run_i8(const int R, const int B, float *out, size_t out_stride, cons
 #define TILE(R, B)                                                                                 \
     static void i8_##R##x##B(float *acc, size_t acc_stride, const char *x, size_t x_stride,        \
                              const char *w, size_t block_stride, size_t k_stride, size_t num_k,    \
-                             int goes_on) {                                                        \
-        (void)k_stride, (void)goes_on; /* supers follow each other, and one pass takes all */      \
+                             int adds) {                                                        \
+        (void)k_stride, (void)adds; /* supers follow each other, and one pass takes all */      \
         run_i8(R, B, acc, acc_stride, x, x_stride, w, block_stride, num_k);                        \
     }
-#define ROW(R) TILE(R, 1) TILE(R, 2) TILE(R, 4)
-ROW(1) ROW(2) ROW(3) TILE(4, 1) TILE(4, 2) TILE(5, 1) TILE(5, 2) TILE(6, 1) TILE(6, 2) TILE(1, 8)
+#define ROW(R) TILE(R, 1) TILE(R, 2)
+ROW(1) ROW(2) ROW(3) ROW(4) ROW(5) ROW(6)
 
 tile_fn tile_i8(size_t rows, size_t blocks) {
-    static const tile_fn tiles[6][3] = {
-        {i8_1x1, i8_1x2, i8_1x4}, {i8_2x1, i8_2x2, i8_2x4}, {i8_3x1, i8_3x2, i8_3x4},
-        {i8_4x1, i8_4x2},         {i8_5x1, i8_5x2},         {i8_6x1, i8_6x2},
+    static const tile_fn tiles[6][2] = {
+        {i8_1x1, i8_1x2}, {i8_2x1, i8_2x2}, {i8_3x1, i8_3x2},
+        {i8_4x1, i8_4x2}, {i8_5x1, i8_5x2}, {i8_6x1, i8_6x2},
     };
-    return blocks == 8 ? i8_1x8 : tiles[rows - 1][blocks / 2];
+    return tiles[rows - 1][blocks - 1];
 }
 
 END_SIMD
