@@ -1,6 +1,7 @@
 """The decode loop: scheduler on one side, a pipeline on the other, one task, no handovers."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.engine.request import TokenEvent
@@ -11,8 +12,23 @@ from pipeline.steps import StepResult
 OnToken = Callable[[TokenEvent, tuple[StageTiming, ...]], None]
 
 
+@dataclass(frozen=True, slots=True)
+class RunnerStats:
+    """What it has taken to keep stages together: their loss is survived where the steps are run."""
+
+    num_handshakes: int = 0
+    num_failovers: int = 0
+    # From noticing the last loss to the next result, or to stages that wait for one.
+    recovery_seconds: float = 0.0
+
+
 class StepRunner(Protocol):
     """What runs steps: the connected `Pipeline`, or a `LocalPipeline`."""
+
+    @property
+    def stats(self) -> RunnerStats:
+        """Counters so far."""
+        ...
 
     async def send(self, step: Step) -> None:
         """Start a step."""
@@ -31,13 +47,15 @@ async def drive(pipeline: StepRunner, scheduler: Scheduler, on_token: OnToken) -
     """
     events: list[TokenEvent] = []
     timings: tuple[StageTiming, ...] = ()
-    while scheduler.has_work:
-        while (step := scheduler.next_step()) is not None:
-            await pipeline.send(step)
+    try:
+        while scheduler.has_work:
+            while (step := scheduler.next_step()) is not None:
+                await pipeline.send(step)
+            while events:
+                on_token(events.pop(0), timings)
+            result = await pipeline.receive()
+            events = scheduler.complete(result.header, result.token_ids)
+            timings = result.header.timings
+    finally:  # the pipeline may fail with a step's tokens in hand: they count
         for event in events:
             on_token(event, timings)
-        result = await pipeline.receive()
-        events = scheduler.complete(result.header, result.token_ids)
-        timings = result.header.timings
-    for event in events:
-        on_token(event, timings)

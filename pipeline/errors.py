@@ -54,3 +54,7 @@ class StageLost(SessionError):
 
 class StageHung(StageLost):
     """A stage's process lives but does not answer."""
+
+
+class LinkLost(StageLost):
+    """A data channel broke; `stage_idx` is at its far end, and may live."""

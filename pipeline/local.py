@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 
+from pipeline.drive import RunnerStats
 from pipeline.engine.scheduler import Step
 from pipeline.messages import StepKind
 from pipeline.stage import StageCore
@@ -16,6 +17,11 @@ class LocalPipeline:
     def __init__(self, stages: Sequence[StageCore]) -> None:
         self._stages = stages
         self._results: deque[StepResult] = deque()
+
+    @property
+    def stats(self) -> RunnerStats:
+        """Nothing is ever lost here."""
+        return RunnerStats()
 
     async def send(self, step: Step) -> None:
         """Run the step at once."""

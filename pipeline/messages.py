@@ -21,6 +21,7 @@ MAX_CONTROL_BYTES = 64 << 10
 MAX_SEGMENTS = 1024
 MAX_STAGES = 256
 
+Epoch = Annotated[bytes, Field(min_length=16, max_length=16)]
 Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
 Measurements = dict[
     Annotated[int, Field(ge=0, le=31)], Annotated[bytes, Field(min_length=48, max_length=48)]
@@ -36,7 +37,7 @@ class Init(_Message):
 
     type: Literal["init"] = "init"
     version: int = PROTOCOL_VERSION
-    epoch: Annotated[bytes, Field(min_length=16, max_length=16)]
+    epoch: Epoch
     manifest_hash: Digest
     stage_idx: Annotated[int, Field(ge=0, lt=MAX_STAGES)]
     activation_dtype: Literal["F32", "F16", "BF16", "I8"]
@@ -53,6 +54,7 @@ class Ready(_Message):
     """Stage → orchestrator: both data channels stand, steps may flow."""
 
     type: Literal["ready"] = "ready"
+    epoch: Epoch
     stage_idx: int
     weight_bytes: int
     kv_bytes: int
@@ -61,6 +63,8 @@ class Ready(_Message):
     kernels: Annotated[str, Field(max_length=64)]
     num_threads: int
     device: Annotated[str, Field(max_length=64)]
+    # Whether it can replay what it sent, should the stage behind it be replaced.
+    keeps_activations: bool
 
 
 class Waiting(_Message):
@@ -137,11 +141,35 @@ class Abort(_Message):
     request_id: int
 
 
+class Broken(_Message):
+    """Stage → orchestrator: a data channel of this epoch broke; all KV state waits for `rewind`."""
+
+    type: Literal["broken"] = "broken"
+    epoch: Epoch
+    side: Literal["upstream", "downstream"]
+    detail: Annotated[str, Field(max_length=1024)]
+
+
+class Rewind(_Message):
+    """Orchestrator → stage: go back to what is certain, and connect both neighbours afresh.
+
+    `lengths` is what each slot keeps, in tokens. With `replay_until` the stages behind this one, up
+    to that one, are new: send them the activations kept for those tokens.
+    """
+
+    type: Literal["rewind"] = "rewind"
+    epoch: Epoch
+    lengths: Annotated[
+        list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_SEGMENTS)
+    ]
+    replay_until: Annotated[int, Field(ge=1, lt=MAX_STAGES)] | None = None
+
+
 class Failure(_Message):
-    """Either way: the session cannot go on. `detail` never holds prompt, token or activation."""
+    """Stage → orchestrator: the session is over. `detail` never holds prompt or activation."""
 
     type: Literal["error"] = "error"
-    code: Literal["busy", "refused", "upstream", "downstream"]
+    code: Literal["busy", "refused"]
     detail: Annotated[str, Field(max_length=1024)]
 
 
@@ -151,7 +179,20 @@ class Shutdown(_Message):
     type: Literal["shutdown"] = "shutdown"
 
 
-Message = Init | Ready | Waiting | Health | Healthy | Start | Done | Abort | Failure | Shutdown
+Message = (
+    Init
+    | Ready
+    | Waiting
+    | Health
+    | Healthy
+    | Start
+    | Done
+    | Abort
+    | Broken
+    | Rewind
+    | Failure
+    | Shutdown
+)
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 
@@ -183,6 +224,8 @@ class StepKind(IntEnum):
     STEP = 1
     # With a U32 tensor of shape [0]: reset the KV state of the named slots.
     CLEAR = 2
+    # A step of before, for stages that have replaced lost ones: rebuilds KV state, has no result.
+    REPLAY = 3
 
 
 class Want(IntEnum):
@@ -211,6 +254,8 @@ class StepHeader:
     segments: tuple[Segment, ...]
     wants: tuple[Want, ...]
     timings: tuple[StageTiming, ...] = ()
+    # The stage where a replay ends; 0 for every other kind.
+    until: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -222,7 +267,7 @@ class StepHeader:
         return replace(self, timings=(*self.timings, timing))
 
 
-# version u8 | kind u8 | segments u16 | timings u16 | reserved u16 | step u64
+# version u8 | kind u8 | segments u16 | timings u16 | until u16 | step u64
 _HEAD = struct.Struct("<BBHHHQ")
 # slot u32 | position u32 | tokens u32 | want u32
 _SEGMENT = struct.Struct("<IIII")
@@ -238,7 +283,7 @@ def encode_step(header: StepHeader) -> bytes:
             header.kind,
             len(header.segments),
             len(header.timings),
-            0,
+            header.until,
             header.step,
         )
     ]
@@ -252,10 +297,13 @@ def decode_step(data: bytes) -> StepHeader:
     """Unpack a step header. Raises MessageError for anything a peer could send instead."""
     if len(data) < _HEAD.size:
         raise MessageError(f"step header of {len(data)} bytes, expected at least {_HEAD.size}")
-    version, kind, num_segments, num_timings, reserved, step = _HEAD.unpack_from(data)
+    version, kind, num_segments, num_timings, until, step = _HEAD.unpack_from(data)
     expected = _HEAD.size + num_segments * _SEGMENT.size + num_timings * _TIMING.size
-    if version != PROTOCOL_VERSION or reserved != 0:
-        raise MessageError(f"step header of version {version}, expected {PROTOCOL_VERSION}")
+    if version != PROTOCOL_VERSION or (until and kind != StepKind.REPLAY):
+        raise MessageError(
+            f"step header of version {version} and kind {kind} until stage {until}, "
+            f"expected version {PROTOCOL_VERSION}"
+        )
     if num_segments > MAX_SEGMENTS or num_timings > MAX_STAGES or len(data) != expected:
         raise MessageError(
             f"step header of {len(data)} bytes with {num_segments} segments and "
@@ -273,6 +321,6 @@ def decode_step(data: bytes) -> StepHeader:
             StageTiming(*_TIMING.unpack_from(data, offset + i * _TIMING.size))
             for i in range(num_timings)
         )
-        return StepHeader(StepKind(kind), step, tuple(segments), tuple(wants), timings)
+        return StepHeader(StepKind(kind), step, tuple(segments), tuple(wants), timings, until)
     except ValueError as error:
         raise MessageError(f"step header holds an unknown value: {error}") from error

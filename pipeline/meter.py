@@ -4,7 +4,7 @@ from time import perf_counter_ns
 from typing import NamedTuple
 
 from pipeline.messages import Health, Healthy, StageFigures, StageTiming, StepHeader, StepKind
-from pipeline.models.kv_cache import KVCache
+from pipeline.stage import StageCore
 from transport.channel import SecureChannel
 
 
@@ -79,17 +79,17 @@ class StageMeter:
             self._last.wire_ns - before.wire_ns,
         )
 
-    def answer(self, question: Health, cache: KVCache | None, num_requests: int = 0) -> Healthy:
-        """The answer to `health`; `cache` is the session's, if there is one."""
+    def answer(self, question: Health, core: StageCore | None, num_requests: int = 0) -> Healthy:
+        """The answer to `health`; `core` is the session's, if there is one."""
         traffic = self._traffic()
-        lengths = () if cache is None else cache.lengths
+        lengths = () if core is None else core.cache.lengths
         figures = StageFigures(
             uptime_ns=perf_counter_ns() - self._started_ns,
             num_requests=num_requests,
             num_slots=len(lengths),
             slots_in_use=sum(length > 0 for length in lengths),
             kv_tokens=sum(lengths),
-            kv_bytes=0 if cache is None else cache.num_bytes,
+            kv_bytes=0 if core is None else core.num_bytes,
             num_steps=self._num_steps,
             num_tokens=self._num_tokens,
             last_batch=self._last_batch,

@@ -23,7 +23,7 @@ HANDSHAKE_SECONDS = 10.0
 # Handshakes under way at once; more wait in the kernel's backlog, so a flood costs no memory.
 MAX_PENDING_HANDSHAKES = 16
 # Between tries of a peer whose relay answers for it, before it is up.
-NO_ANSWER_SECONDS = 0.5
+NO_ANSWER_SECONDS = 0.25
 # Time for a last message to a peer that may not be reading.
 GOODBYE_SECONDS = 1.0
 # Control channels come before any session, so they bind no session's epoch.
@@ -124,6 +124,13 @@ async def close_quietly(channel: SecureChannel) -> None:
             await channel.aclose()
         except TransportError as error:
             logger.debug("event=close_failed error=%s", describe(error))
+
+
+async def hang_up(channel: SecureChannel) -> None:
+    """Close at once and without notice, cancelled or not: what was on its way is void."""
+    with trio.CancelScope(shield=True) as scope:
+        scope.cancel()
+        await channel.aclose()
 
 
 def describe(error: BaseException) -> str:

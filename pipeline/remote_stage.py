@@ -6,20 +6,28 @@ from typing import NoReturn
 
 import trio
 
-from pipeline.errors import MessageError, SessionError, StageHung, StageLost
+from pipeline.errors import LinkLost, MessageError, SessionError, StageHung, StageLost
 from pipeline.links import ControlLink
 from pipeline.manifest import StageSpec
-from pipeline.messages import Failure, Health, Healthy, Message, Ready, StageFigures, Waiting
-from pipeline.peers import describe
+from pipeline.messages import (
+    Broken,
+    Failure,
+    Health,
+    Healthy,
+    Init,
+    Message,
+    Ready,
+    Rewind,
+    StageFigures,
+    Waiting,
+)
+from pipeline.peers import close_quietly, describe
 from pipeline.tasks import open_tasks
 from transport.errors import TransportError
 from transport.handshake import Peer
 
 # Often enough for someone who watches, rare enough to be free.
 HEALTH_SECONDS = 1.0
-# When a data channel breaks, the control channel of the stage that died ends at the same moment;
-# its neighbours' complaints may only be quicker.
-BLAME_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +42,22 @@ class RemoteStage:
     """One stage's control channel. `watch` must run for anything here to move."""
 
     def __init__(
-        self, expected: Expectation, control: ControlLink, on_waiting: Callable[[str], None]
+        self,
+        expected: Expectation,
+        control: ControlLink,
+        on_waiting: Callable[[str], None],
+        on_broken: Callable[[LinkLost], None],
     ) -> None:
-        """`on_waiting` hears what the stage itself is waiting for."""
+        """The callbacks hear what the stage waits for, and of links that it says are broken."""
         self.idx = expected.spec.stage_idx
+        self.keeps_activations = False
         self._expected = expected
         self._control = control
         self._on_waiting = on_waiting
+        self._on_broken = on_broken
+        # Once it has begun it has a session, which can be rewound.
+        self.has_begun = False
+        self._epoch: bytes | None = None
         self._ready: Ready | None = None
         self._is_ready = trio.Event()
         self._last_heard = self.connected_at = trio.current_time()
@@ -63,6 +80,22 @@ class RemoteStage:
         """Whether it has said that steps may flow."""
         return self._is_ready.is_set()
 
+    def end_epoch(self) -> None:
+        """Its data channels are given up: whatever it still says of them is of no interest."""
+        self._epoch = self._ready = None
+        self._is_ready = trio.Event()
+
+    async def begin(self, message: Init | Rewind) -> None:
+        """Open the stage's session, or rewind it, for a new epoch. Raises StageLost."""
+        self.end_epoch()
+        self.has_begun = True
+        self._epoch = message.epoch
+        await self.send(message)
+
+    async def aclose(self) -> None:
+        """Hang up."""
+        await close_quietly(self._control.channel)
+
     async def send(self, message: Message) -> None:
         """Send a control message. Raises StageLost."""
         try:
@@ -71,7 +104,7 @@ class RemoteStage:
             raise StageLost(self.idx, describe(error)) from error
 
     async def ready(self) -> Ready:
-        """What the stage told of itself once both its data channels stood."""
+        """What the stage told of itself once both its data channels of this epoch stood."""
         await self._is_ready.wait()
         assert self._ready is not None  # set before the event
         return self._ready
@@ -86,7 +119,7 @@ class RemoteStage:
                 except (TransportError, trio.EndOfChannel) as error:
                     raise StageLost(self.idx, describe(error)) from error
                 self._last_heard = trio.current_time()
-                await self._take(message)
+                self._take(message)
 
     async def _ask(self, hang_seconds: float) -> NoReturn:
         sequence = 0
@@ -97,18 +130,23 @@ class RemoteStage:
             await self.send(Health(sequence=sequence))
             sequence += 1
 
-    async def _take(self, message: Message) -> None:
+    def _take(self, message: Message) -> None:
         match message:
             case Healthy(figures=figures):
                 self.past_figures, self.figures = self.figures, figures
             case Waiting(detail=detail):
                 self._on_waiting(f"stage {self.idx} waits: {detail}")
+            case Ready(epoch=epoch) | Broken(epoch=epoch) if epoch != self._epoch:
+                pass  # said before it heard of the epoch that is
             case Ready() if self._ready is None:
                 self._check_ready(message)
                 self._ready = message
+                self.keeps_activations = message.keeps_activations
                 self._is_ready.set()
-            case Failure():
-                await self._raise_failure(message)
+            case Broken():
+                self._on_broken(self._link_lost(message))
+            case Failure(detail=detail):
+                raise SessionError(f"stage {self.idx} refused the session: {detail}")
             case _:
                 raise MessageError(f"stage {self.idx} sent {message.type!r} out of turn")
 
@@ -124,18 +162,9 @@ class RemoteStage:
                 f"the manifest says stage {expected[0]} in {expected[1]}"
             )
 
-    async def _raise_failure(self, failure: Failure) -> NoReturn:
-        reports = f"stage {self.idx} reports: {failure.detail}"
-        if failure.code == "upstream" and self.idx > 0:
-            await blame(self.idx - 1, reports)
-        if failure.code == "downstream" and not self._expected.is_last:
-            await blame(self.idx + 1, reports)
-        if failure.code == "downstream":
-            raise SessionError(f"stage {self.idx} cannot deliver its results: {failure.detail}")
-        raise SessionError(f"stage {self.idx} refused the session: {failure.detail}")
-
-
-async def blame(stage_idx: int, reason: str, cause: BaseException | None = None) -> NoReturn:
-    """Name the stage at the far end of a broken link, unless a death explains it first."""
-    await trio.sleep(BLAME_SECONDS)
-    raise StageLost(stage_idx, reason) from cause
+    def _link_lost(self, broken: Broken) -> LinkLost:
+        """Name the stage at the far end: it may be the one that has died."""
+        if broken.side == "downstream" and self._expected.is_last:
+            return LinkLost(self.idx, f"it cannot deliver its results: {broken.detail}")
+        far = self.idx - 1 if broken.side == "upstream" else self.idx + 1
+        return LinkLost(max(far, 0), f"stage {self.idx} reports: {broken.detail}")

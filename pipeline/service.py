@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import trio
 
-from pipeline.drive import StepRunner
+from pipeline.drive import RunnerStats, StepRunner
 from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
@@ -78,45 +78,44 @@ class PipelineEngine:
 
     def __init__(self, limits: Limits) -> None:
         self.failure: SessionError | None = None
-        self._scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits)
+        self._runner: StepRunner | None = None
         self._live: dict[int, _Live] = {}
         self._request_ids: Iterator[int] = count()
         self._has_work = trio.Event()
         self._num_steps = 0
         self._num_tokens = 0
-        self._num_failovers = 0
         self._last_batch = 0
 
     @property
     def max_seq_len(self) -> int:
         """Tokens a request may occupy, its prompt included."""
-        return self._scheduler.limits.max_seq_len
+        return self.scheduler.limits.max_seq_len
 
     @property
     def stats(self) -> EngineStats:
         """Counters for whoever watches."""
+        runner = RunnerStats() if self._runner is None else self._runner.stats
         return EngineStats(
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
             num_steps=self._num_steps,
             num_tokens=self._num_tokens,
-            num_failovers=self._num_failovers,
+            num_failovers=runner.num_failovers,
             last_batch=self._last_batch,
+            num_handshakes=runner.num_handshakes,
+            recovery_seconds=runner.recovery_seconds,
         )
 
     async def run(self, pipeline: StepRunner) -> NoReturn:
-        """Serve requests on `pipeline` until it fails.
+        """Serve requests on `pipeline` until it fails, or this is cancelled because it has.
 
-        Requests stay open then: call `restart` and run again on a new one, or `fail` them.
+        Requests stay open then: rewind the `scheduler`, have its tokens replayed where they are
+        lost, and run again; or `fail` them.
         """
+        self._runner = pipeline
         while True:
             await self._work(pipeline)
-
-    def restart(self, cause: SessionError) -> None:
-        """Make every open request begin again, with the tokens it has, on the next pipeline."""
-        del cause
-        self._num_failovers += 1
-        self._scheduler.restart()
 
     def fail(self, error: SessionError) -> None:
         """Give up: every open request hears of it, and so does whoever comes later."""
@@ -141,7 +140,7 @@ class PipelineEngine:
             generation.eos_token_ids,
             wants_logits=generation.needs_logits,
         )
-        self._scheduler.submit(request)
+        self.scheduler.submit(request)
         sampler = None
         if generation.needs_logits:
             sampler = Sampler(generation.sampling, generation.prompt_ids, generation.processors)
@@ -155,7 +154,7 @@ class PipelineEngine:
         finally:
             is_open = self._live.pop(request_id, None) is not None
             if is_open:
-                self._scheduler.cancel(request_id)
+                self.scheduler.cancel(request_id)
                 self._has_work.set()
             self._log("aborted" if is_open else "ended", request_id, generation)
             send.close()
@@ -173,7 +172,7 @@ class PipelineEngine:
 
     async def _work(self, pipeline: StepRunner) -> None:
         """Everything there is to do; then wait until there is more."""
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         while scheduler.has_work:
             while (step := scheduler.next_step()) is not None:
                 self._last_batch = len(step.header.segments)
@@ -185,7 +184,7 @@ class PipelineEngine:
     def _deliver(self, result: StepResult) -> None:
         choices = self._choose(result)
         token_ids = [choice.token_id for choice in choices.values()]
-        for event in self._scheduler.complete(result.header, token_ids):
+        for event in self.scheduler.complete(result.header, token_ids):
             live = self._live.get(event.request_id)
             if live is None:
                 continue  # its sampler failed at this very token
@@ -201,8 +200,8 @@ class PipelineEngine:
 
     def _choose(self, result: StepResult) -> dict[int, Choice]:
         """A token for each of the step's owners: sampled here, or the last stage's greedy one."""
-        owners = self._scheduler.owners(result.header)
-        wants_logits = self._scheduler.logits_rows(result.header)
+        owners = self.scheduler.owners(result.header)
+        wants_logits = self.scheduler.logits_rows(result.header)
         choices = {}
         for owner, token_id, row in zip(owners, result.token_ids, wants_logits, strict=True):
             live = self._live.get(owner)
@@ -219,5 +218,5 @@ class PipelineEngine:
             logger.warning("event=sampling_failed request=%d type=%s", owner, type(error).__name__)
             live.outputs.close()
             del self._live[owner]
-            self._scheduler.cancel(owner)
+            self.scheduler.cancel(owner)
             return Choice(0, None, ())

@@ -1,10 +1,11 @@
 """What a stage does with one step. Sans-IO: a header and tensors in, tensors out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
+from pipeline.activation_log import ActivationLog
 from pipeline.codec import activation_codec
 from pipeline.errors import MessageError
 from pipeline.messages import StepHeader, StepKind, Want
@@ -20,14 +21,22 @@ from transport.frames import DType, Tensor
 
 
 class StageCore:
-    """A shard of layers with the KV state of one session."""
+    """A shard of layers with the KV state of one session, and with `log` what it has sent on."""
 
-    def __init__(self, shard: ModelShard, limits: SessionLimits) -> None:
+    def __init__(
+        self, shard: ModelShard, limits: SessionLimits, log: ActivationLog | None = None
+    ) -> None:
         self.shard = shard
         self.limits = limits
         self.cache = shard.new_cache(limits.num_slots, limits.max_seq_len)
+        self.log = log
         self._compute_dtype = shard.compute_dtype
         self._codec = activation_codec(limits)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes reserved for the session."""
+        return self.cache.num_bytes + (self.log.num_bytes if self.log is not None else 0)
 
     @torch.inference_mode()
     def step(self, header: StepHeader, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -35,15 +44,45 @@ class StageCore:
 
         Shapes: first stage U32 [tokens], others what `activation_specs` says; returns that, or
         from the last stage U32 [segments that want a token] and, if any segment wants logits,
-        F32 [those segments, vocab]. Raises MessageError when the step does not fit the KV state.
+        F32 [those segments, vocab]. A replay has no result there. Raises MessageError when the step
+        does not fit the KV state.
         """
         if header.kind is StepKind.CLEAR:
-            self.cache.clear([segment.slot for segment in header.segments])
+            slots = [segment.slot for segment in header.segments]
+            self.cache.clear(slots)
+            if self.log is not None:
+                self.log.clear(slots)
             return (CLEAR_SENTINEL,)
         hidden = self.shard.forward(self._inputs(tensors), header.segments, self.cache)
+        if self.log is not None:
+            self.log.append(header.step, header.segments, hidden)
         if not self.shard.is_last:
             return self._codec.encode(hidden)
-        return self._results(header, hidden)
+        return () if header.kind is StepKind.REPLAY else self._results(header, hidden)
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Go back to `lengths` tokens per slot. Raises MessageError when a slot holds fewer."""
+        if len(lengths) != self.limits.num_slots:
+            raise MessageError(
+                f"rewind names {len(lengths)} slots, there are {self.limits.num_slots}"
+            )
+        for slot, length in enumerate(lengths):
+            self.cache.truncate(slot, length)
+            if self.log is not None:
+                self.log.truncate(slot, length)
+
+    def replay(self, until: int) -> Iterator[tuple[StepHeader, tuple[Tensor, ...]]]:
+        """What was sent on before, once more. Raises MessageError when it has not been kept."""
+        if self.log is None:
+            raise MessageError("this stage keeps no activations that it could replay")
+        for header, hidden in self.log.replay(until):
+            yield header, self._codec.encode(hidden)
+
+    def release(self) -> None:
+        """Zero the session's keys, values and activations, and give their memory back."""
+        self.cache.release()
+        if self.log is not None:
+            self.log.release()
 
     def _inputs(self, tensors: Sequence[Tensor]) -> torch.Tensor:
         if not self.shard.is_first:

@@ -76,6 +76,8 @@ def check_header(header: StepHeader, limits: SessionLimits) -> None:
             )
         if (segment.num_tokens == 0) is not (header.kind is StepKind.CLEAR):
             raise MessageError(f"step {header.step} has a segment of {segment.num_tokens} tokens")
+    if header.kind is StepKind.REPLAY and any(header.wants):
+        raise MessageError(f"replayed step {header.step} wants a result")
     if header.num_tokens > limits.max_step_tokens:
         raise MessageError(
             f"step {header.step} has {header.num_tokens} tokens, "

@@ -1,17 +1,15 @@
-"""Surviving a stage's death: worker processes that are restarted, sessions that are reopened."""
+"""Worker processes as children of the orchestrator's, restarted when they die."""
 
 import logging
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
 
 from pipeline.errors import InputError, SessionError, StageHung
 from pipeline.manifest import Manifest
-from pipeline.orchestrator import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +20,6 @@ PROBATION_SECONDS = 30.0
 # What a worker exits with when its input is unusable: trying again would not help.
 EXIT_BAD_INPUT = 2
 STOP_SECONDS = 5.0
-
-Connect = Callable[[], AbstractAsyncContextManager[Pipeline]]
-Work = Callable[[Pipeline], Awaitable[None]]
 
 
 class Supervisor:
@@ -75,6 +70,7 @@ class Supervisor:
         ]
         process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE)
         self._processes[stage_idx] = process
+        logger.info("event=worker_started stage=%d pid=%d", stage_idx, process.pid)
         try:
             return await process.wait()
         finally:
@@ -93,39 +89,6 @@ async def _end(process: trio.Process) -> None:
     if process.returncode is None:
         process.kill()
         await process.wait()
-
-
-async def run_with_failover(
-    connect: Connect,
-    work: Work,
-    on_loss: Callable[[SessionError], None],
-    patience_seconds: float,
-) -> None:
-    """Do `work` on a pipeline; when a stage is lost, reopen the pipeline and go on.
-
-    `on_loss` is told of every loss and prepares the work to begin again on stages that have
-    forgotten everything. Raises the last SessionError when no pipeline stands again within
-    `patience_seconds` of a loss.
-    """
-    backoff = FIRST_BACKOFF_SECONDS
-    lost_at: float | None = None
-    while True:
-        try:
-            async with connect() as pipeline:
-                if lost_at is not None:
-                    seconds = trio.current_time() - lost_at
-                    logger.warning("event=failover_complete seconds=%.3f", seconds)
-                lost_at, backoff = None, FIRST_BACKOFF_SECONDS
-                await work(pipeline)
-                return
-        except SessionError as error:
-            lost_at = trio.current_time() if lost_at is None else lost_at
-            if trio.current_time() - lost_at > patience_seconds:
-                raise
-            logger.warning("event=failover_started error=%s", error)
-            on_loss(error)
-        await trio.sleep(backoff)
-        backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
 
 
 def worker_arguments(

@@ -18,13 +18,17 @@ from pipeline.peers import (
     describe,
     say,
 )
-from pipeline.session import SILENCE_SECONDS, SessionEnded, StageSession, StageSetup, check_init
+from pipeline.session import SILENCE_SECONDS, SessionEnded, StageSession
+from pipeline.stage_setup import StageSetup, check_init
 from pipeline.tasks import open_tasks
 from transport.endpoint import Listener
 from transport.errors import TransportError
 from transport.handshake import Link, LinkKind
 
 logger = logging.getLogger(__name__)
+
+# An orchestrator that has been restarted may be here before its last session is quite over.
+BUSY_SECONDS = 1.0
 
 
 class StageWorker:
@@ -33,7 +37,7 @@ class StageWorker:
     def __init__(self, setup: StageSetup) -> None:
         self._setup = setup
         self._meter = StageMeter()
-        self._is_busy = False
+        self._session = trio.Lock()
 
     async def serve(self, control: Listener, data_in: Listener, *, once: bool = False) -> None:
         """Serve sessions until cancelled, or with `once` until the first one has ended."""
@@ -65,15 +69,16 @@ class StageWorker:
     async def _serve_link(self, control: ControlLink, data_in: Listener) -> bool:
         """Run one session; False when another one is running, or when it never began."""
         try:
-            if self._is_busy:
+            with trio.move_on_after(BUSY_SECONDS) as patience:
+                await self._session.acquire()
+            if patience.cancelled_caught:
                 logger.warning("event=refused reason=busy")
                 await say(control, Failure(code="busy", detail="another orchestrator is connected"))
                 return False
-            self._is_busy = True
             try:
                 return await self._run_session(control, data_in)
             finally:
-                self._is_busy = False
+                self._session.release()
         finally:
             await close_quietly(control.channel)
 
@@ -84,7 +89,7 @@ class StageWorker:
                 message = await control.receive()
                 if not isinstance(message, Health):
                     return message
-                await control.send(self._meter.answer(message, cache=None))
+                await control.send(self._meter.answer(message, core=None))
 
     async def _run_session(self, control: ControlLink, data_in: Listener) -> bool:
         """Serve until the session ends; whether it got past `init`."""

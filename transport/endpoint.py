@@ -45,7 +45,7 @@ __all__ = [
 MAX_BRIDGE_REPLY_BYTES: Final = 32  # b"OK 4294967295" and a newline are 14; some slack
 LISTEN_BACKLOG: Final = 64
 FIRST_RETRY_S: Final = 0.05  # a peer started in the same moment is up within a few of these
-LAST_RETRY_S: Final = 1.0
+LAST_RETRY_S: Final = 0.25  # a peer that has been restarted is found at once
 NO_DESCRIPTORS_PAUSE_S: Final = 0.1  # accept fails at once while descriptors are out: do not spin
 
 _NO_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})

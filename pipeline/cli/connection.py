@@ -4,8 +4,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +14,12 @@ import typer
 from pipeline.cli.common import DevOption, to_endpoint
 from pipeline.cli.logs import LogFormat, LogFormatOption, tell
 from pipeline.engine.scheduler import Limits
-from pipeline.errors import InputError, SessionError
+from pipeline.errors import InputError
+from pipeline.failover import Work, run_with_failover
 from pipeline.manifest import Manifest
-from pipeline.orchestrator import Pipeline, PipelineOptions, open_pipeline
-from pipeline.supervisor import Supervisor, Work, run_with_failover, worker_arguments
+from pipeline.orchestrator import PipelineOptions, new_pipeline, open_pipeline
+from pipeline.remote_pipeline import ReplaySource
+from pipeline.supervisor import Supervisor, worker_arguments
 from pipeline.tasks import open_tasks
 from pipeline.trust import DEV_WARNING, DevTrust, Trust, UserTrust
 from transport.attestation.dev import default_directory
@@ -131,35 +132,34 @@ class Connection:
             )
             arguments += ("--log-format", flags.log_format)
             supervisor = Supervisor(manifest, arguments)
+        options = PipelineOptions(
+            limits, flags.connect_seconds, flags.data_out_listen, flags.hang_seconds
+        )
+        if supervisor is not None:
+            options = replace(options, on_loss=supervisor.on_loss)
         return cls(
             manifest=manifest,
             trust=_trust(manifest, flags.identity, dev=flags.is_dev),
-            options=PipelineOptions(
-                limits, flags.connect_seconds, flags.data_out_listen, flags.hang_seconds
-            ),
+            options=options,
             supervisor=supervisor,
             is_resumable=is_resumable or flags.supervise,
         )
 
-    def open(self) -> AbstractAsyncContextManager[Pipeline]:
-        """One session with every stage."""
-        return open_pipeline(self.manifest, self.trust, self.options, _progress)
+    async def run(self, work: Work, source: ReplaySource) -> None:
+        """Do `work` on a pipeline; after a loss mend it and go on, where that is wanted.
 
-    async def run(self, work: Work, restart: Callable[[SessionError], None]) -> None:
-        """Do `work` on a pipeline; after a loss call `restart` and go on, where that is wanted."""
+        `source` is what `work` works off; `work` is called again after every loss.
+        """
         if not self.is_resumable:
-            async with self.open() as pipeline:
+            async with open_pipeline(
+                self.manifest, self.trust, self.options, _progress
+            ) as pipeline:
                 return await work(pipeline)
-
-        def on_loss(error: SessionError) -> None:
-            if self.supervisor is not None:
-                self.supervisor.on_loss(error)
-            restart(error)
-
         async with open_tasks() as tasks:
             if self.supervisor is not None:
                 tasks.start_soon(self.supervisor.run)
-            await run_with_failover(self.open, work, on_loss, self.options.connect_seconds)
+            async with new_pipeline(self.manifest, self.trust, self.options, _progress) as pipeline:
+                await run_with_failover(pipeline, work, source, self.options.connect_seconds)
             tasks.cancel_scope.cancel()
         return None
 

@@ -22,7 +22,8 @@ from pipeline.errors import SessionError
 from pipeline.files import check_writable
 from pipeline.manifest import load_manifest
 from pipeline.messages import Abort, Done, StageTiming, Start
-from pipeline.orchestrator import GOODBYE_SECONDS, Pipeline
+from pipeline.orchestrator import Pipeline
+from pipeline.peers import GOODBYE_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
 
     async def work(pipeline: Pipeline) -> None:
         tokenizer.check_vocabulary(pipeline.vocab_size)
-        await pipeline.notify(Start(request_id=request.request_id, slot=0))
+        if not printer.has_started:
+            await pipeline.notify(Start(request_id=request.request_id, slot=0))
         printer.start()
         outcome: Done | Abort = Abort(request_id=request.request_id)
         try:
@@ -67,15 +69,12 @@ def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
             printer.finish()
             outcome = Done(request_id=request.request_id)
         finally:
-            # A stage may be what has failed, and the user may be what has lost patience.
-            with trio.move_on_after(GOODBYE_SECONDS, shield=True), suppress(SessionError):
-                await pipeline.notify(outcome)
+            # The user may have lost patience. After a loss it is not over yet.
+            if not pipeline.is_broken:
+                with trio.move_on_after(GOODBYE_SECONDS, shield=True), suppress(SessionError):
+                    await pipeline.notify(outcome)
 
-    def restart(error: SessionError) -> None:
-        del error
-        scheduler.restart()
-
-    number = run_until_signalled(lambda: connection.run(work, restart))
+    number = run_until_signalled(lambda: connection.run(work, scheduler))
     if number is not None:
         raise typer.Exit(128 + number)
     tell("latency", log.summary())
@@ -92,9 +91,14 @@ class _Printer:
         self._log = log
         self._last_ns = 0
 
+    @property
+    def has_started(self) -> bool:
+        """Whether the prompt has been printed: after a loss, work begins again."""
+        return self._last_ns != 0
+
     def start(self) -> None:
         """Print the prompt; time starts now. Only the first call counts, not a resumption."""
-        if self._last_ns == 0:
+        if not self.has_started:
             self._write(self._prompt)
             self._last_ns = perf_counter_ns()
 

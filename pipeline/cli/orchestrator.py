@@ -123,8 +123,8 @@ def serve_command(
 ) -> None:
     """Serve an OpenAI-compatible API. It runs on the user's side: prompts are in the clear here.
 
-    Many requests share the pipeline, joining and leaving at every step. When a stage dies the
-    pipeline is reopened and every request goes on with the tokens it has.
+    Many requests share the pipeline, joining and leaving at every step. When a stage dies
+    only that one is replaced, and every request goes on where it was.
 
     \b
         pipeline-orch serve --manifest manifests/smollm2_2stage.json \\

@@ -81,11 +81,6 @@ def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
         standing = pipeline
         await engine.run(pipeline)
 
-    def restart(error: SessionError) -> None:
-        nonlocal standing
-        standing = None
-        engine.restart(error)
-
     async def run() -> None:
         async with open_tasks() as tasks:
             url = await tasks.start(
@@ -95,12 +90,12 @@ def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
                     engine,
                     tokenizer,
                     overview=overview,
-                    is_ready=lambda: standing is not None,
+                    is_ready=lambda: standing is not None and standing.is_joined,
                 )
             )
             logger.info("event=serving url=%s model=%s", url, config.served_model_name)
             try:
-                await connection.run(work, restart)
+                await connection.run(work, engine.scheduler)
             except SessionError as error:
                 engine.fail(error)
                 raise

@@ -24,7 +24,7 @@ from pipeline.manifest import Manifest, Precision, StageSpec, check_precision, l
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.models.runtime import set_num_threads
-from pipeline.session import StageSetup
+from pipeline.stage_setup import StageSetup
 from pipeline.tasks import open_tasks
 from pipeline.trust import DEV_WARNING, DevTrust, EnclaveTrust, Trust
 from pipeline.worker import StageWorker

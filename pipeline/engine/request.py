@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from pipeline.replay import Piece, truncate
+
 
 class FinishReason(Enum):
     """Why a request ended."""
@@ -29,11 +31,13 @@ class RequestState:
     """A request that owns a KV slot; the scheduler alone changes it."""
 
     request: Request
-    # Set when the request is admitted, and again after a restart.
+    # Set when the request is admitted.
     slot: int = -1
     # Tokens handed to the pipeline so far, whether or not their step has come back.
     num_sent: int = 0
     token_ids: list[int] = field(default_factory=list)
+    # The steps they went in.
+    pieces: list[Piece] = field(default_factory=list)
 
     @property
     def num_known(self) -> int:
@@ -41,12 +45,28 @@ class RequestState:
         return len(self.request.prompt_ids) + len(self.token_ids)
 
     def pending(self, limit: int) -> tuple[int, ...]:
-        """The next at most `limit` token ids to send."""
+        """The next at most `limit` token ids to send, prompt and generated ones never mixed."""
+        start, end = self.num_sent, self.num_sent + limit
+        num_prompt = len(self.request.prompt_ids)
+        return self.known(start, min(end, num_prompt) if start < num_prompt else end)
+
+    def known(self, start: int, end: int) -> tuple[int, ...]:
+        """The token ids at positions `start` to `end`, as far as they are known."""
         prompt = self.request.prompt_ids
-        if self.num_sent < len(prompt):
-            return prompt[self.num_sent : self.num_sent + limit]
-        start = self.num_sent - len(prompt)
-        return tuple(self.token_ids[start : start + limit])
+        if end <= len(prompt):
+            return prompt[start:end]
+        generated = self.token_ids[max(0, start - len(prompt)) : end - len(prompt)]
+        return (*prompt[start:], *generated)
+
+    def sent(self, piece: Piece) -> None:
+        """Count a step's part as handed to the pipeline."""
+        self.num_sent += piece.num_tokens
+        self.pieces.append(piece)
+
+    def unsend(self, num_tokens: int) -> None:
+        """Take back the last so many: their step is lost."""
+        self.num_sent -= num_tokens
+        truncate(self.pieces, self.num_sent)
 
 
 @dataclass(frozen=True, slots=True)

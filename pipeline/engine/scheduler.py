@@ -1,7 +1,7 @@
 """Which tokens travel in the next step. Pure: no torch, no clock, no I/O."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -9,6 +9,7 @@ from pipeline.engine.request import FinishReason, Request, RequestState, TokenEv
 from pipeline.errors import MessageError, PromptError
 from pipeline.messages import StepHeader, StepKind, Want
 from pipeline.models.batch import Segment
+from pipeline.replay import Piece, replay_headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +90,37 @@ class Scheduler:
         if state is not None:
             self._ended_slots.append(state.slot)
 
-    def restart(self) -> None:
-        """Begin again on stages that have forgotten everything.
+    def rewind(self) -> list[int]:
+        """Forget the steps under way; returns the tokens every stage is certain to hold, by slot.
 
-        Every request keeps the tokens it has; they are sent again, the prompt in the same chunks
-        and then one by one, so that the rebuilt KV state is the lost one's equal.
+        Those of steps whose result has come back, that is: no other token has been sampled, so
+        nothing is sampled twice. The caller clears every other slot on every stage.
         """
-        for state in self._running.values():
-            state.num_sent = 0
-        self._waiting.extendleft(reversed(self._running.values()))
-        self._running = {}
+        by_slot = {state.slot: state for state in self._running.values()}
+        for step in self._in_flight:
+            for segment in step.header.segments:
+                # A slot gets its next owner after its CLEAR has come back: this is its owner's.
+                if segment.slot in by_slot:
+                    by_slot[segment.slot].unsend(segment.num_tokens)
         self._in_flight.clear()
         self._ended_slots = []
-        self._free_slots = self._all_slots()
+        self._free_slots = [slot for slot in self._all_slots() if slot not in by_slot]
+        slots = range(self.limits.num_slots)
+        return [by_slot[slot].num_sent if slot in by_slot else 0 for slot in slots]
+
+    def replay(self, until: int) -> Iterator[Step]:
+        """The steps of all certain tokens once more, for stages 0 to `until`. After `rewind`."""
+        by_slot = {state.slot: state for state in self._running.values()}
+        pieces = {slot: tuple(state.pieces) for slot, state in by_slot.items()}
+        for header in replay_headers(pieces, until):
+            token_ids = tuple(
+                token_id
+                for each in header.segments
+                for token_id in by_slot[each.slot].known(
+                    each.position, each.position + each.num_tokens
+                )
+            )
+            yield Step(header, token_ids, ())
 
     def next_step(self) -> Step | None:
         """The next step to send, or None when all that is known has been sent."""
@@ -175,7 +194,7 @@ class Scheduler:
                 continue
             segments.append(Segment(state.slot, state.num_sent, len(pending)))
             token_ids += pending
-            state.num_sent += len(pending)
+            state.sent(Piece(self._next_step, state.num_sent, len(pending)))
             is_last_known = state.num_sent == state.num_known
             wants.append(_want(state.request) if is_last_known else Want.NOTHING)
             if is_last_known:

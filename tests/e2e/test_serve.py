@@ -1,4 +1,4 @@
-"""Serving over real stages: many requests at once, and stages that die meanwhile."""
+"""Serving over real stages: many requests at once."""
 
 import json
 import os
@@ -94,29 +94,6 @@ def test_concurrent_requests_get_what_each_gets_alone(server):
     for thread in threads:
         thread.join(120)
     assert together == alone
-
-
-@pytest.mark.parametrize(
-    ("victim", "number"),
-    [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)],
-    ids=["first-killed", "last-killed", "last-hangs"],
-)
-def test_every_request_survives_a_stages_end_and_its_text_is_the_undisturbed_one(
-    server, victim, number
-):
-    url, process = server()
-    expected = [complete(url, prompt, 200) for prompt in PROMPTS[:4]]
-    texts, threads = complete_all(url, PROMPTS[:4], 200)
-    time.sleep(0.05)
-    os.kill(workers_of(process)[victim], number)
-    for thread in threads:
-        thread.join(120)
-    assert texts == expected
-    wait = time.monotonic() + 20
-    while not is_ready(url):
-        assert time.monotonic() < wait
-        time.sleep(0.1)
-    assert complete(url, PROMPTS[0], 200) == expected[0]
 
 
 def test_top_shows_every_stage_and_says_what_is_wrong(server, cluster):

@@ -17,7 +17,7 @@ from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator import PipelineOptions, open_pipeline
 from pipeline.plan import PlanOptions, plan
-from pipeline.session import StageSetup
+from pipeline.stage_setup import StageSetup
 from pipeline.trust import EnclaveTrust, UserTrust, create_identity
 from pipeline.worker import StageWorker
 from transport.attestation.dev import DevAttester, DevAuthority

@@ -16,8 +16,8 @@ from pipeline.models.batch import Segment
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.rotation import SIGNS_DOMAIN, Rotation, cosines, hadamard, signs
-from pipeline.session import expect_step
 from pipeline.stage import StageCore
+from pipeline.stage_setup import expect_step
 from pipeline.steps import (
     ACTIVATION_DTYPES,
     SessionLimits,
@@ -219,7 +219,7 @@ def test_a_batch_mate_changes_no_logit_whatever_the_wire(shards, dtype):
 def test_an_int8_step_with_other_tensors_is_refused_before_it_is_stored(specs):
     agreed = new_limits(DType.I8)
     header = StepHeader(StepKind.STEP, 7, (Segment(0, 0, 3),), (Want.TOKEN,))
-    gate = StepGate(agreed, partial(expect_step, limits=agreed, is_first=False))
+    gate = StepGate(agreed, partial(expect_step, limits=agreed, stage_idx=1, num_stages=2))
     gate.check(encode_step(header), activation_specs(DType.I8, 3, 64))
     with pytest.raises(FrameError, match="step 7 carries"):
         gate.check(encode_step(header), specs)

@@ -7,12 +7,14 @@ from pipeline.errors import MessageError
 from pipeline.messages import (
     MAX_CONTROL_BYTES,
     Abort,
+    Broken,
     Done,
     Failure,
     Health,
     Healthy,
     Init,
     Ready,
+    Rewind,
     Shutdown,
     StageFigures,
     StageTiming,
@@ -45,6 +47,7 @@ FIGURES = StageFigures(**dict.fromkeys(StageFigures.model_fields, (1 << 64) - 1)
 MESSAGES = [
     INIT,
     Ready(
+        epoch=bytes(16),
         vocab_size=9,
         stage_idx=1,
         weight_bytes=1,
@@ -53,6 +56,7 @@ MESSAGES = [
         kernels="native",
         num_threads=1,
         device="cpu",
+        keeps_activations=True,
     ),
     Waiting(detail="for 127.0.0.1:9001"),
     Health(sequence=1),
@@ -60,6 +64,8 @@ MESSAGES = [
     Start(request_id=1, slot=0),
     Done(request_id=1),
     Abort(request_id=1),
+    Broken(epoch=bytes(16), side="upstream", detail="x"),
+    Rewind(epoch=bytes(16), lengths=[0, 7], replay_until=2),
     Failure(code="busy", detail="x"),
     Shutdown(),
 ]
@@ -70,6 +76,7 @@ HEADER = StepHeader(
     (Want.TOKEN, Want.NOTHING),
     (StageTiming(1, 2, 3),),
 )
+REPLAY = StepHeader(StepKind.REPLAY, 7, (Segment(0, 5, 1),), (Want.NOTHING,), until=2)
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.type)
@@ -106,6 +113,24 @@ def test_a_field_out_of_range_is_refused(field, value):
         decode_message(msgpack.packb({**INIT.model_dump(), field: value}))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lengths": []},
+        {"lengths": [-1]},
+        {"lengths": [0] * 1025},
+        {"lengths": [1.5]},
+        {"epoch": bytes(15)},
+        {"replay_until": 0},
+        {"replay_until": 256},
+    ],
+)
+def test_a_rewind_out_of_range_is_refused(change):
+    rewind = Rewind(epoch=bytes(16), lengths=[3]).model_dump()
+    with pytest.raises(MessageError):
+        decode_message(msgpack.packb({**rewind, **change}))
+
+
 def test_a_control_message_over_the_limit_is_refused():
     with pytest.raises(MessageError, match="limit"):
         decode_message(bytes(MAX_CONTROL_BYTES + 1))
@@ -135,6 +160,7 @@ def test_a_step_header_survives_the_wire():
     longer = HEADER.with_timing(StageTiming(4, 5, 6))
     assert decode_step(encode_step(longer)).timings[-1] == StageTiming(4, 5, 6)
     assert HEADER.num_tokens == 10
+    assert decode_step(encode_step(REPLAY)) == REPLAY
 
 
 def test_every_truncated_or_padded_step_header_is_refused():

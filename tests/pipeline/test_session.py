@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
+import pipeline.neighbours
 import pipeline.session
 import pipeline.worker
 from pipeline.engine.scheduler import Limits
@@ -15,6 +16,7 @@ from pipeline.errors import PolicyError, SessionError
 from pipeline.links import CONTROL_LIMITS, SEND_ONLY_LIMITS, ControlLink, StepGate, send_step
 from pipeline.manifest import StageEndpoint, TcpAddress
 from pipeline.messages import (
+    Broken,
     Done,
     Failure,
     Health,
@@ -35,7 +37,7 @@ from pipeline.models.registry import load_shard
 from pipeline.orchestrator import PipelineOptions, open_pipeline
 from pipeline.peers import CONTROL_EPOCH, ORCHESTRATOR, accept_first
 from pipeline.plan import PlanOptions, plan
-from pipeline.session import StageSetup
+from pipeline.stage_setup import StageSetup
 from pipeline.steps import CLEAR_SENTINEL, SessionLimits
 from pipeline.trust import DevTrust, UserTrust, create_identity, load_identity
 from pipeline.worker import StageWorker
@@ -161,7 +163,7 @@ async def failure_of(control):
     with trio.fail_after(5):
         while True:
             message = await control.receive()
-            if isinstance(message, Failure):
+            if isinstance(message, Failure | Broken):
                 return message
 
 
@@ -328,7 +330,7 @@ async def test_an_orchestrator_that_never_reads_is_silent_too(rig, monkeypatch):
 
 
 async def test_a_stage_says_what_it_waits_for(rig, monkeypatch):
-    monkeypatch.setattr(pipeline.session, "WAITING_SECONDS", 0.05)
+    monkeypatch.setattr(pipeline.neighbours, "WAITING_SECONDS", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as sock:
         closed_port = sock.getsockname()[1]
     async with rig.worker():

@@ -161,29 +161,129 @@ def test_a_request_that_samples_asks_for_logits():
     assert scheduler.next_step().header.wants == (Want.LOGITS, Want.TOKEN)
 
 
-@pytest.mark.parametrize("lost_after", range(14))
-def test_after_a_restart_every_request_goes_on_as_if_nothing_had_happened(lost_after):
-    requests = [Request(i, tuple(range(i, 20 + 7 * i)), 6) for i in range(3)]
-    scheduler = Scheduler(Limits(2, 100, chunk_tokens=8, max_in_flight=2))
-    for request in requests:
-        scheduler.submit(request)
-    slots, in_flight, events = {}, [], []
-    for _ in range(lost_after):
-        while (step := scheduler.next_step()) is not None:
-            in_flight.append(step)
-        step = in_flight.pop(0)
-        token_ids, offset = [], 0
+class Stage:
+    """What a stage's slots have seen; stands for its KV state."""
+
+    def __init__(self):
+        self.slots = {}
+
+    def take(self, step):
+        """The tokens a last stage would return."""
+        results, offset = [], 0
         for segment, want in zip(step.header.segments, step.header.wants, strict=True):
-            seen = slots.setdefault(segment.slot, [])
+            seen = self.slots.setdefault(segment.slot, [])
             if step.header.kind is StepKind.CLEAR:
                 seen.clear()
+                continue
+            assert segment.position == len(seen), "a slot's tokens must arrive in order"
             seen += step.token_ids[offset : offset + segment.num_tokens]
             offset += segment.num_tokens
             if want is Want.TOKEN:
-                token_ids.append(checksum(seen))
-        events += scheduler.complete(step.header, token_ids)
-    scheduler.restart()  # with up to two steps under way, and all KV state gone
-    events += run(scheduler, checksum)
+                results.append(checksum(seen))
+        assert step.header.num_tokens == len(step.token_ids)
+        return results
+
+    def rewind(self, lengths):
+        for slot, length in enumerate(lengths):
+            seen = self.slots.setdefault(slot, [])
+            assert len(seen) >= length, "what is certain has been seen"
+            del seen[length:]
+
+
+def random_requests(rng):
+    return [
+        Request(
+            i,
+            tuple(rng.randrange(100) for _ in range(rng.randint(1, 40))),
+            rng.randint(1, 12),
+            frozenset({rng.randrange(1000)}),
+        )
+        for i in range(rng.randint(1, 9))
+    ]
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_after_any_losses_every_request_goes_on_as_if_nothing_had_happened(seed):
+    """Stages take steps at different times; either one, or both, or a link alone may be lost."""
+    rng = random.Random(seed)
+    limits = Limits(rng.randint(1, 4), 64, rng.randint(1, 16), rng.randint(1, 4))
+    scheduler, requests = Scheduler(limits), random_requests(rng)
     for request in requests:
-        mine = [e.token_id for e in events if e.request_id == request.request_id]
-        assert mine == solo(request, checksum, 100)
+        scheduler.submit(request)
+    cancelled = {rng.randrange(len(requests))} if rng.random() < 0.3 else set()
+    first, last, events = disturb(rng, scheduler, cancelled)
+    for request in requests:
+        mine = [event.token_id for event in events if event.request_id == request.request_id]
+        expected = solo(request, checksum, 64)
+        assert mine == (expected[: len(mine)] if request.request_id in cancelled else expected)
+    assert not any(first.slots.values())
+    assert not any(last.slots.values())
+
+
+def lose(rng, scheduler, stages):
+    lengths = scheduler.rewind()
+    for stage in stages:
+        if rng.random() < 0.5:
+            stage.slots = {}
+            for step in scheduler.replay(0):
+                assert step.header.kind is StepKind.REPLAY
+                assert not stage.take(step)
+            held = {slot: len(seen) for slot, seen in stage.slots.items()}
+            assert [held.get(slot, 0) for slot in range(len(lengths))] == lengths
+        stage.rewind(lengths)
+
+
+def disturb(rng, scheduler, cancelled):
+    """Run to the end with losses; the stages and all events."""
+    first, last = Stage(), Stage()
+    events, to_first, to_last, sent = [], [], [], 0
+    while scheduler.has_work:
+        action = rng.random()
+        if action < 0.1:
+            lose(rng, scheduler, (first, last))
+            to_first, to_last = [], []
+        elif action < 0.5 and (step := scheduler.next_step()) is not None:
+            to_first.append(step)
+            sent += 1
+        elif action < 0.75 and to_first:
+            step = to_first.pop(0)
+            first.take(step)
+            to_last.append(step)
+        elif to_last:
+            step = to_last.pop(0)
+            events += scheduler.complete(step.header, last.take(step))
+        if sent == 5:
+            for request_id in cancelled:
+                scheduler.cancel(request_id)
+    return first, last, events
+
+
+def test_a_replay_keeps_the_old_steps_order_and_grouping():
+    scheduler = Scheduler(Limits(2, 100, chunk_tokens=4, max_in_flight=1))
+    for index in range(2):
+        scheduler.submit(Request(index, tuple(range(3 + index)), 50))
+    stage, done = Stage(), []
+    for _ in range(6):
+        step = scheduler.next_step()
+        done.append(step)
+        scheduler.complete(step.header, stage.take(step))
+    uncertain = scheduler.next_step()
+    assert scheduler.rewind() == [len(stage.slots[slot]) for slot in range(2)]
+    replayed = list(scheduler.replay(2))
+    assert [step.header.step for step in replayed] == [step.header.step for step in done]
+    assert [set(step.header.segments) for step in replayed] == [
+        set(step.header.segments) for step in done
+    ]
+    assert {step.header.until for step in replayed} == {2}
+    assert not any(want for step in replayed for want in step.header.wants)
+    assert scheduler.next_step().token_ids == uncertain.token_ids
+
+
+def test_rewinding_twice_is_rewinding_once():
+    scheduler = Scheduler(Limits(2, 100, chunk_tokens=8))
+    scheduler.submit(Request(1, tuple(range(20)), 3))
+    stage = Stage()
+    step = scheduler.next_step()
+    scheduler.next_step()
+    scheduler.complete(step.header, stage.take(step))
+    assert scheduler.rewind() == scheduler.rewind()

@@ -1,0 +1,68 @@
+"""What a stage has sent to the next one for live slots, kept in case that one is replaced."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from pipeline.messages import StepHeader
+from pipeline.models.batch import Batch
+from pipeline.replay import Piece, replay_headers, truncate
+
+
+class ActivationLog:
+    """One row per token of each slot, [slots, max_seq, hidden].
+
+    The memory is reserved, not touched: the operating system hands out pages as slots fill.
+    """
+
+    def __init__(
+        self, num_slots: int, max_seq_len: int, hidden_dim: int, dtype: torch.dtype
+    ) -> None:
+        self._rows = torch.empty(num_slots, max_seq_len, hidden_dim, dtype=dtype)
+        self._pieces: list[list[Piece]] = [[] for _ in range(num_slots)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes reserved, whether touched yet or not."""
+        return self._rows.nbytes
+
+    def append(self, step: int, batch: Batch, hidden: torch.Tensor) -> None:
+        """Keep a step's output, [rows, hidden]; rows follow each other as the segments do."""
+        start = 0
+        for segment in batch:
+            piece = Piece(step, segment.position, segment.num_tokens)
+            rows = hidden[start : start + segment.num_tokens]
+            self._rows[segment.slot, piece.position : piece.end] = rows
+            self._pieces[segment.slot].append(piece)
+            start += segment.num_tokens
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep a slot's first `length` tokens; what lies behind them is zeroed."""
+        pieces = self._pieces[slot]
+        if pieces:
+            self._rows[slot, length : pieces[-1].end].zero_()
+        truncate(pieces, length)
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Forget these slots."""
+        for slot in slots:
+            self.truncate(slot, 0)
+
+    def release(self) -> None:
+        """Zero what was used and give the memory back at once, whoever still refers to this."""
+        self.clear(range(len(self._pieces)))
+        self._rows = torch.empty(0)
+
+    def replay(self, until: int) -> Iterator[tuple[StepHeader, torch.Tensor]]:
+        """All that is kept, as steps for the stages behind, up to `until`: [rows, hidden] each."""
+        for header in replay_headers(dict(enumerate(self._pieces)), until):
+            rows = [
+                self._rows[segment.slot, segment.position : segment.position + segment.num_tokens]
+                for segment in header.segments
+            ]
+            yield header, torch.cat(rows)
+
+
+def log_bytes(num_slots: int, max_seq_len: int, hidden_dim: int, dtype: torch.dtype) -> int:
+    """What such a log would reserve."""
+    return num_slots * max_seq_len * hidden_dim * dtype.itemsize

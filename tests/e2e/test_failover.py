@@ -1,0 +1,245 @@
+"""Stages die, hang and lose each other while they serve: only what is lost is replaced."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+RELAY = Path(sys.executable).parent / "pipeline-relay"
+NUM_TOKENS = 250
+REQUESTS = [
+    {"prompt": f"Request number {index} says hello", "temperature": 0.9 if index % 2 else 0,
+     "seed": index}
+    for index in range(4)
+]  # fmt: skip
+
+
+class Server:
+    """`pipeline-orch serve` in front of a cluster's stages."""
+
+    def __init__(self, cluster, *extra):
+        self.cluster = cluster
+        self.log_path = cluster.directory / "serve.log"
+        self._start = len(self.log()) if self.log_path.exists() else 0
+        with self.log_path.open("ab") as file:
+            self.process = subprocess.Popen(
+                [cluster.bin / "pipeline-orch", "serve", "--manifest", cluster.manifest,
+                 "--model-dir", cluster.model_dir, "--port", "0", "--dev",
+                 "--max-batch", "8", "--context", "512", *extra],
+                stdout=file, stderr=file, env=cluster.environment,
+            )  # fmt: skip
+        found = self.wait_for(lambda: re.search(r"url=(http://\S+)", self.log()[self._start :]))
+        self.url = found[1]
+        self.wait_for(self.is_ready)
+
+    def log(self):
+        return self.log_path.read_text()
+
+    def is_ready(self):
+        try:
+            return httpx.get(f"{self.url}/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait_for(self, condition):
+        for _ in range(600):
+            if found := condition():
+                return found
+            assert self.process.poll() is None, self.log()
+            time.sleep(0.05)
+        raise AssertionError(self.log())
+
+    def wait_for_log(self, text, count):
+        self.wait_for(lambda: self.log().count(text) >= count)
+
+    def complete(self, request):
+        body = {"model": "model", "max_tokens": NUM_TOKENS, "ignore_eos": True, **request}
+        response = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]["text"]
+
+    @contextmanager
+    def completing(self):
+        """All requests are under way in the body; yields their texts, complete after it."""
+        texts = [None] * len(REQUESTS)
+
+        def run(index):
+            texts[index] = self.complete(REQUESTS[index])
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(REQUESTS))]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        assert texts == [None] * len(REQUESTS), "they were over too soon to be disturbed"
+        yield texts
+        for thread in threads:
+            thread.join(60)
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(15) == 0
+
+
+@pytest.fixture
+def serve(cluster):
+    """Starts stages by hand and a server in front of them."""
+    servers = []
+
+    def start(stages, *extra, flags=None):
+        if not cluster.workers:
+            cluster.plan(stages)
+            for idx in range(stages):
+                cluster.start_worker(idx, *(flags or {}).get(idx, ()))
+        servers.append(Server(cluster, *extra))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.stop()
+
+
+def sessions(cluster, idx):
+    return cluster.log(idx).count("event=session_started")
+
+
+def replays(cluster, idx):
+    return cluster.log(idx).count("event=replayed")
+
+
+def undisturbed(server):
+    return [server.complete(request) for request in REQUESTS]
+
+
+def test_only_the_dead_are_replaced_and_every_text_is_the_undisturbed_one(cluster, serve):
+    server = serve(3)
+    expected = undisturbed(server)
+    begun, replayed = [1, 1, 1], [0, 0, 0]
+    victims = [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 2}, {0, 1, 2}]
+    for count, dead in enumerate(victims, start=1):
+        with server.completing() as texts:
+            for idx in dead:
+                cluster.workers[idx].kill()
+            for idx in dead:
+                cluster.start_worker(idx)
+        assert texts == expected, dead
+        server.wait_for_log("event=failover_complete", count)
+        for idx in range(3):
+            begun[idx] += idx in dead
+            # Each run of new stages is rebuilt by the living one before it, by nobody else.
+            replayed[idx] += idx not in dead and idx + 1 in dead
+            assert sessions(cluster, idx) == begun[idx], (dead, idx)
+            assert replays(cluster, idx) == replayed[idx], (dead, idx)
+
+
+def test_a_stage_that_hangs_is_replaced_by_itself_once_it_goes_on(cluster, serve):
+    server = serve(3, "--hang-timeout", "3")
+    expected = undisturbed(server)
+    for victim in range(3):
+        before = [sessions(cluster, idx) for idx in range(3)]
+        with server.completing() as texts:
+            cluster.workers[victim].send_signal(signal.SIGSTOP)
+            server.wait_for_log(f"stage {victim} is lost", 1)
+            cluster.workers[victim].send_signal(signal.SIGCONT)
+        assert texts == expected
+        for idx in range(3):
+            assert (sessions(cluster, idx) > before[idx]) is (idx == victim)
+
+
+def test_a_relay_cut_for_seconds_costs_no_stage_and_no_state(cluster, serve):
+    cluster.plan(2)
+    base = cluster.base_port
+    command = [RELAY, "--map", f"127.0.0.1:{base + 5}=127.0.0.1:{base + 11}"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as relay:
+        cluster.start_worker(0, "--data-out-target", f"127.0.0.1:{base + 5}")
+        cluster.start_worker(1)
+        server = serve(2)
+        expected = undisturbed(server)
+        with server.completing() as texts:
+            relay.kill()
+            relay.wait()
+            time.sleep(2)
+            with subprocess.Popen(command, stderr=subprocess.DEVNULL) as successor:
+                server.wait_for_log("event=failover_complete", 1)
+                assert texts == [None] * len(REQUESTS)
+                server.wait_for(lambda: None not in texts)
+                successor.terminate()
+    assert texts == expected
+    assert [sessions(cluster, idx) for idx in range(2)] == [1, 1]
+    assert replays(cluster, 0) == 0
+    assert cluster.log(1).count("event=rewound") >= 1
+
+
+def test_a_restarted_orchestrator_is_served_at_once(cluster, serve):
+    server = serve(2)
+    expected = server.complete(REQUESTS[0])
+    body = {"model": "model", "stream": True, "max_tokens": 400, **REQUESTS[1]}
+    with httpx.stream("POST", f"{server.url}/v1/completions", timeout=30, json=body) as response:
+        lines = response.iter_lines()
+        assert next(lines)
+        server.process.kill()
+        with pytest.raises(httpx.TransportError):
+            list(lines)
+    server.process.wait()
+    successor = serve(2)
+    assert successor.complete(REQUESTS[0]) == expected
+    assert [sessions(cluster, idx) for idx in range(2)] == [2, 2]
+    assert "busy" not in cluster.log(0) + cluster.log(1)
+
+
+def test_a_stage_without_room_to_keep_activations_is_rebuilt_with_the_one_behind(cluster, serve):
+    # Of 4 stages with a layer each: 1 MiB of keys and values, and as much of activations.
+    server = serve(4, flags={1: ("--kv-memory", "0.0015")})
+    expected = undisturbed(server)
+    with server.completing() as texts:
+        cluster.workers[2].kill()
+        cluster.start_worker(2)
+    assert texts == expected
+    assert [sessions(cluster, idx) for idx in range(4)] == [1, 1, 2, 1]
+    assert [replays(cluster, idx) for idx in range(4)] == [1, 0, 0, 0]
+
+
+def test_a_stage_that_stays_away_ends_the_server_with_one_line(cluster, serve):
+    server = serve(2, "--connect-timeout", "10")
+    cluster.workers[1].kill()
+    assert server.process.wait(30) == 1
+    (line,) = [line for line in server.log().splitlines() if "error:" in line and "orch" in line]
+    assert "gave up after 10 s" in line
+    assert "stage 1" in line
+
+
+def workers_of(process):
+    """Process ids of the server's workers by stage, the latest of each."""
+    log = process.log()
+    return {
+        int(idx): int(pid) for idx, pid in re.findall(r"worker_started stage=(\d) pid=(\d+)", log)
+    }
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
+def test_a_supervised_stage_is_replaced_and_no_other(cluster, serve, number):
+    cluster.plan(3)
+    server = Server(cluster, "--supervise", "--hang-timeout", "4")
+    try:
+        expected = undisturbed(server)
+        before = workers_of(server)
+        for count, victim in enumerate(range(3), start=1):
+            with server.completing() as texts:
+                os.kill(workers_of(server)[victim], number)
+                server.wait_for_log("event=failover_complete", count)
+            assert texts == expected
+        after = workers_of(server)
+        assert not set(before.values()) & set(after.values())
+        assert server.log().count("event=worker_started") == 6
+    finally:
+        server.stop()
+    pids = {*before.values(), *after.values()}
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
