@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from contenders.lineup import LINEUP, Field, assemble, default_cache, floor, matching, random_model
+from contenders.quiet import DISTURBED
 from contenders.referee import Task, compete, step_ms
 from contenders.report import Heat, draw, row, table
 from rich.console import Console
@@ -63,6 +65,16 @@ def machine() -> str:
         capture_output=True, text=True, check=False,
     ).stdout.strip()  # fmt: skip
     return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, commit {commit or '?'}"
+
+
+def disturbance(heat: Heat) -> str:
+    """How far the figures can be trusted."""
+    shares = sorted(heat.outcome.disturbance) or [0.0]
+    disturbed = sum(share > DISTURBED for share in shares)
+    return (
+        f"others used {statistics.median(shares):.2f} cores in the median run, "
+        f"more than {DISTURBED} in {disturbed} of {len(shares)}"
+    )
 
 
 def as_json(heats: list[Heat], args: argparse.Namespace, model: str) -> str:
@@ -128,6 +140,7 @@ def main() -> None:
         heat = hold(args, threads, model_dir)
         heats.append(heat)
         console.print(table(heat, f"{threads} thread{'s' * (threads > 1)} a process"))
+        console.print(disturbance(heat), style="dim")
         for name, reason in heat.outcome.skipped.items():
             console.print(f"skipped {name}: {reason}", style="yellow", markup=False)
     if args.json:

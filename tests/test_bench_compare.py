@@ -1,7 +1,9 @@
 """The comparison's referee with contenders of a few lines, and the files made for other engines."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +144,38 @@ def test_the_random_model_is_the_same_every_time():
     first, second = weights(small), weights(small)
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_that_others_disturbed_is_repeated_and_the_quietest_counts(monkeypatch):
+    from contenders import referee
+
+    shares = iter([0.0, 0.9, 0.4, 0.05, 0.0])  # the warming run is taken as it comes
+
+    class Watch:
+        def __init__(self, group):
+            pass
+
+        def others(self):
+            return next(shares)
+
+    monkeypatch.setattr(referee, "Watch", Watch)
+    monkeypatch.setattr(referee, "PAUSE_SECONDS", 0)
+    outcome = compete([contender("one", speaking(2.0))], rounds=2)
+    assert outcome.disturbance == [0.05, 0.0]
+
+
+def test_a_busy_neighbour_is_noticed_and_the_own_group_is_not():
+    from contenders import quiet
+
+    if not quiet.PROC.joinpath("stat").exists():
+        pytest.skip("this system does not tell")
+    spin = [sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(spin, start_new_session=True) as process:
+        try:
+            own, other = quiet.Watch(process.pid), quiet.Watch(0)
+            started = quiet.group_ticks(process.pid)
+            while quiet.group_ticks(process.pid) < started + 30:
+                time.sleep(0.05)
+            assert other.others() > own.others() + 0.05
+        finally:
+            process.kill()
