@@ -17,7 +17,7 @@ typedef struct {
     const attention_t *shape;
     size_t group; /* query heads per key head */
     float scale;
-    int appends; /* attending tasks append too: every span is a single row */
+    int appends; /* attending tasks append too: every span is one row and one task */
 } job_t;
 
 /* A span's part for one key head. */
@@ -85,12 +85,16 @@ static void score(const job_t *job, const part_t *part, const tile_t *tile) {
                head_dim * sizeof(float));
     }
     const char *keys = (const char *)part->keys + tile->first_block * block_size;
-    for (size_t b = 0, width = 4; b < tile->num_blocks; b += width) {
-        while (width > tile->num_blocks - b) width /= 2;
-        tile_f32(tile->count, width)(tile->scores + b * BLOCK, tile->stride,
-                                     (const char *)tile->queries, head_dim * sizeof(float),
-                                     keys + b * block_size, block_size, BLOCK * sizeof(float),
-                                     head_dim, 0);
+    size_t block = 0;
+    for (size_t width = 4; width > 0; width /= 2) {
+        size_t step = (tile->num_blocks - block) / width; /* long streams, as in linear.c */
+        for (size_t i = 0; i < step; i++) {
+            tile_f32(tile->count, width)(tile->scores + (block + i) * BLOCK, tile->stride,
+                                         step * BLOCK, (const char *)tile->queries,
+                                         head_dim * sizeof(float), keys + (block + i) * block_size,
+                                         step * block_size, BLOCK * sizeof(float), head_dim, 0);
+        }
+        block += step * width;
     }
 }
 
@@ -126,7 +130,7 @@ static void mix(const job_t *job, const part_t *part, const tile_t *tile) {
     const char *values = (const char *)(part->values + first * head_dim);
     for (size_t b = 0, width = 4; b < head_dim / BLOCK; b += width) {
         while (width > head_dim / BLOCK - b) width /= 2;
-        tile_f32(tile->count, width)(tile->mixed + b * BLOCK, head_dim,
+        tile_f32(tile->count, width)(tile->mixed + b * BLOCK, head_dim, BLOCK,
                                      (const char *)tile->scores, tile->stride * sizeof(float),
                                      values + b * BLOCK * sizeof(float), BLOCK * sizeof(float),
                                      head_dim * sizeof(float), newest + 1 - first, 0);
@@ -202,7 +206,7 @@ void attend(const attention_t *shape) {
                  .scale = 1.0f / __builtin_sqrtf((float)shape->head_dim)};
     size_t tasks = 0;
     for (size_t i = 0; i < shape->num_spans; i++) {
-        if (num_queries(&job, shape->spans + i) > QUERIES_PER_TASK || shape->spans[i].count > 1) job.appends = 0;
+        if (shape->spans[i].count > 1 || num_tasks(&job, shape->spans + i) > 1) job.appends = 0;
         tasks += num_tasks(&job, shape->spans + i);
     }
     if (!job.appends) pool_run(append_chunk, &job, shape->num_spans * shape->num_kv_heads);

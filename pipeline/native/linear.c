@@ -62,7 +62,7 @@ static void run_pass(const job_t *job, size_t first_row, size_t rows, size_t blo
             size_t row = tile * rows / num_tiles, end = (tile + 1) * rows / num_tiles;
             const char *x = job->x + (first_row + row) * job->x_row_bytes + k * job->k_x_bytes;
             find_tile(job->weight->kind, end - row, blocks)(
-                acc + row * acc_stride, acc_stride, x, job->x_row_bytes,
+                acc + row * acc_stride, acc_stride, BLOCK, x, job->x_row_bytes,
                 w + k * job->k_w_bytes, step * bytes, VECTOR, num_k, k > 0);
         }
     }

@@ -82,7 +82,9 @@ static PyObject *py_pack(PyObject *self, PyObject *const *args, Py_ssize_t given
     (void)self;
     int64_t a[9];
     if (!read_ints(args, given, 9, a) || !check_weight(a[0], a[1], a[2], a[3])) return NULL;
-    if (a[7] > a[3] || a[8] > a[3] - a[7]) return bad_value("outputs end beyond num_out", a[7] + a[8]);
+    if (a[7] > a[3] || a[8] > a[3] - a[7]) {
+        return bad_value("outputs end beyond num_out", a[7] + a[8]);
+    }
     Py_BEGIN_ALLOW_THREADS
     pack((int)a[0], floats(a[1]), (size_t)a[2], floats(a[4]), (ptrdiff_t)a[5], (ptrdiff_t)a[6],
          (size_t)a[7], (size_t)a[8]);

@@ -2,7 +2,7 @@
  *
  * F32   [out/16][in][16]
  * BF16  [out/16][in/2][16][2]
- * I8    [out/16][in/64] of { bf16 scale[2][16]; uint8 weight + 128 [16][16][4] }: one scale for each
+ * I8    [out/16][in/64] of { bf16 scale[2][16]; uint8 weight + 128 [16][16][4] }: a scale for each
  *       32 inputs of an output, and weights unsigned as vpdpbusd wants one of its operands.
  * Ends are padded with zeros, which products either ignore (outputs) or multiply by zero (inputs).
  */

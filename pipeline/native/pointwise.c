@@ -125,13 +125,15 @@ void argmax(const float *x, size_t rows, size_t n, int64_t *out) {
     for (size_t row = 0; row < rows; row++, x += n) {
         __m512 best = _mm512_set1_ps(-__builtin_inff());
         for (size_t i = 0; i < n; i += 16) {
-            best = _mm512_mask_max_ps(best, lanes(n - i), best, _mm512_maskz_loadu_ps(lanes(n - i), x + i));
+            __mmask16 mask = lanes(n - i);
+            best = _mm512_mask_max_ps(best, mask, best, _mm512_maskz_loadu_ps(mask, x + i));
         }
         __m512 greatest = _mm512_set1_ps(_mm512_reduce_max_ps(best));
         out[row] = 0;
         for (size_t i = 0; i < n; i += 16) {
+            __mmask16 mask = lanes(n - i);
             __mmask16 found = _mm512_mask_cmp_ps_mask(
-                lanes(n - i), _mm512_maskz_loadu_ps(lanes(n - i), x + i), greatest, _CMP_EQ_OQ);
+                mask, _mm512_maskz_loadu_ps(mask, x + i), greatest, _CMP_EQ_OQ);
             if (found) {
                 out[row] = (int64_t)i + __builtin_ctz(found);
                 break;

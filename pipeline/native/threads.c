@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-enum { MAX_THREADS = 256, CHUNKS_PER_THREAD = 4, SPIN_NS = 40000, SPINS_PER_LOOK = 64 };
+enum { MAX_THREADS = 256, CHUNKS_PER_THREAD = 4, SPIN_NS = 40000, LOOKS_PER_TIME = 64 };
 
 static struct {
     _Alignas(64) _Atomic uint64_t ticket;
@@ -22,7 +22,8 @@ static struct {
     chunk_fn run;
     void *job;
     size_t num_chunks;
-    size_t num_threads, num_started;
+    _Atomic size_t num_threads;
+    size_t num_started;
     uint32_t generation;
     pthread_mutex_t busy, parking;
     pthread_cond_t wake;
@@ -55,28 +56,34 @@ static bool work_once(void) {
     return true;
 }
 
-static bool has_work(void) { return (uint32_t)atomic_load(&pool.ticket) != 0; }
+static bool has_work(size_t worker) {
+    return worker < atomic_load(&pool.num_threads) && (uint32_t)atomic_load(&pool.ticket) != 0;
+}
 
-static void park(void) {
+static void park(size_t worker) {
     pthread_mutex_lock(&pool.parking);
     atomic_fetch_add(&pool.num_parked, 1);
-    while (!has_work()) pthread_cond_wait(&pool.wake, &pool.parking);
+    while (!has_work(worker)) pthread_cond_wait(&pool.wake, &pool.parking);
     atomic_fetch_sub(&pool.num_parked, 1);
     pthread_mutex_unlock(&pool.parking);
 }
 
-static void *work(void *index) {
-    for (;;) {
-        int64_t idle_since = now_ns();
-        bool is_idle = true;
-        while (now_ns() - idle_since < SPIN_NS) {
-            for (int spin = 0; spin < SPINS_PER_LOOK && is_idle; spin++) {
-                if ((size_t)(uintptr_t)index < pool.num_threads && work_once()) is_idle = false;
-                relax();
-            }
-            if (!is_idle) break;
+/* Works until there has been nothing to do for a while. */
+static void spin(size_t worker) {
+    int64_t idle_since = now_ns();
+    while (now_ns() - idle_since < SPIN_NS) {
+        for (int look = 0; look < LOOKS_PER_TIME; look++) {
+            while (has_work(worker) && work_once()) idle_since = 0;
+            if (idle_since == 0) idle_since = now_ns();
+            relax();
         }
-        if (is_idle) park();
+    }
+}
+
+static void *work(void *worker) {
+    for (;;) {
+        spin((size_t)(uintptr_t)worker);
+        park((size_t)(uintptr_t)worker);
     }
     return NULL;
 }

@@ -10,12 +10,12 @@ INLINE void zero_acc(const int R, const int B, __m512 *acc) {
 }
 
 INLINE void store_acc(const int R, const int B, const __m512 *acc, float *to, size_t stride,
-                      int adds) {
+                      size_t block, int adds) {
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
-            float *at = to + r * stride + b * BLOCK;
+            float *at = to + r * stride + b * block;
             __m512 sum = acc[r * B + b];
             if (adds) sum = _mm512_add_ps(_mm512_loadu_ps(at), sum);
             _mm512_storeu_ps(at, sum);
@@ -36,17 +36,16 @@ INLINE void multiply(const int R, const int B, __m512 *acc, const char *const *x
 
 enum { AHEAD = 16 }; /* vectors of each block */
 
-/* Asks for what comes next. The few rows of a decode step wait for memory, and hardware alone does
- * not keep enough of it on the way; into L2, for these streams would evict each other from L1. */
-INLINE void fetch(const int R, const int B, const char *const *w, size_t at, size_t k_stride) {
-    if (R > 3) return;
+/* Asks for what comes next: hardware alone does not keep enough of it on the way. Into L2, for
+ * these streams would evict each other from L1. */
+INLINE void fetch(const int B, const char *const *w, size_t at, size_t k_stride) {
 #pragma GCC unroll 8
     for (int b = 0; b < B; b++) _mm_prefetch(w[b] + at + AHEAD * k_stride, _MM_HINT_T1);
 }
 
-INLINE void run_f32(const int R, const int B, float *out, size_t out_stride, const char *x_base,
-                    size_t x_stride, const char *w_base, size_t block_stride, size_t k_stride,
-                    size_t num_k, int adds) {
+INLINE void run_f32(const int R, const int B, float *out, size_t out_stride, size_t out_block,
+                    const char *x_base, size_t x_stride, const char *w_base, size_t block_stride,
+                    size_t k_stride, size_t num_k, int adds) {
     __m512 acc[6 * 4], wide[8];
     const char *x[6], *w[8];
     spread(x, R, x_base, x_stride);
@@ -55,10 +54,10 @@ INLINE void run_f32(const int R, const int B, float *out, size_t out_stride, con
     for (size_t k = 0, at = 0; k < num_k; k++, at += k_stride) {
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) wide[b] = _mm512_loadu_ps(w[b] + at);
-        fetch(R, B, w, at, k_stride);
+        fetch(B, w, at, k_stride);
         multiply(R, B, acc, x, k * sizeof(float), wide);
     }
-    store_acc(R, B, acc, out, out_stride, adds);
+    store_acc(R, B, acc, out, out_stride, out_block, adds);
 }
 
 /* Of each pair of inputs the even one is the low half, the odd one the high half of 32 bits. */
@@ -72,9 +71,9 @@ INLINE void widen(const int B, __m512 *wide, const char *const *w, size_t at, co
     }
 }
 
-INLINE void run_bf16(const int R, const int B, float *out, size_t out_stride, const char *x_base,
-                     size_t x_stride, const char *w_base, size_t block_stride, size_t k_stride,
-                     size_t num_k, int adds) {
+INLINE void run_bf16(const int R, const int B, float *out, size_t out_stride, size_t out_block,
+                     const char *x_base, size_t x_stride, const char *w_base, size_t block_stride,
+                     size_t k_stride, size_t num_k, int adds) {
     __m512 acc[6 * 4], wide[8];
     const char *x[6], *w[8];
     size_t k = 0, at = 0;
@@ -82,7 +81,7 @@ INLINE void run_bf16(const int R, const int B, float *out, size_t out_stride, co
     spread(w, B, w_base, block_stride);
     zero_acc(R, B, acc);
     for (; k + 1 < num_k; k += 2, at += k_stride) {
-        fetch(R, B, w, at, k_stride);
+        fetch(B, w, at, k_stride);
         widen(B, wide, w, at, 0);
         multiply(R, B, acc, x, k * sizeof(float), wide);
         widen(B, wide, w, at, 1);
@@ -92,14 +91,15 @@ INLINE void run_bf16(const int R, const int B, float *out, size_t out_stride, co
         widen(B, wide, w, at, 0);
         multiply(R, B, acc, x, k * sizeof(float), wide);
     }
-    store_acc(R, B, acc, out, out_stride, adds);
+    store_acc(R, B, acc, out, out_stride, out_block, adds);
 }
 
 #define TILE(KIND, R, B)                                                                           \
-    static void KIND##_##R##x##B(float *acc, size_t acc_stride, const char *x, size_t x_stride,    \
-                                 const char *w, size_t block_stride, size_t k_stride,              \
-                                 size_t num_k, int adds) {                                      \
-        run_##KIND(R, B, acc, acc_stride, x, x_stride, w, block_stride, k_stride, num_k, adds); \
+    static void KIND##_##R##x##B(float *acc, size_t acc_stride, size_t acc_block, const char *x,   \
+                                 size_t x_stride, const char *w, size_t block_stride,              \
+                                 size_t k_stride, size_t num_k, int adds) {                        \
+        run_##KIND(R, B, acc, acc_stride, acc_block, x, x_stride, w, block_stride, k_stride,       \
+                   num_k, adds);                                                                   \
     }
 #define ROW(KIND, R) TILE(KIND, R, 1) TILE(KIND, R, 2) TILE(KIND, R, 4)
 #define ALL(KIND)                                                                                  \

@@ -1,7 +1,7 @@
 /* Tiles of a product in int8: exact integer sums over 32 inputs, each scaled into a float sum.
  *
- * vpdpbusd multiplies unsigned by signed bytes, so weights carry + 128; each sum starts at what that
- * adds, -128 times the sum of the row's 32 inputs.
+ * vpdpbusd multiplies unsigned by signed bytes, so weights carry + 128; each sum starts at what
+ * undoes it, -128 times the sum of the row's 32 inputs.
  */
 #define EXTRA_TARGET ",avx512vnni"
 #include "simd.h"
@@ -44,6 +44,9 @@ INLINE __m512 scales_of(const super_t *super, int group) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+/* Many rows keep the core busy while the next weights come; for few, hardware fetches faster. */
+enum { AHEAD = 3, FETCHING_ROWS = 5 };
+
 INLINE void run_group(const int R, const int B, __m512 *acc, const super_x_t *const *x,
                       const super_t *const *w, const int group) {
     __m512i sum[6 * 2], wide[2];
@@ -55,7 +58,10 @@ INLINE void run_group(const int R, const int B, __m512 *acc, const super_x_t *co
 #pragma GCC unroll 8
     for (int k = group * GROUP / 4; k < (group + 1) * GROUP / 4; k++) {
 #pragma GCC unroll 2
-        for (int b = 0; b < B; b++) wide[b] = _mm512_loadu_si512(w[b]->weights[k]);
+        for (int b = 0; b < B; b++) {
+            wide[b] = _mm512_loadu_si512(w[b]->weights[k]);
+            if (R >= FETCHING_ROWS) _mm_prefetch((w[b] + AHEAD)->weights[k], _MM_HINT_T1);
+        }
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
             __m512i xr = _mm512_set1_epi32(*(const int32_t *)(x[r]->levels + 4 * k));
@@ -77,8 +83,9 @@ INLINE void run_group(const int R, const int B, __m512 *acc, const super_x_t *co
     }
 }
 
-INLINE void run_i8(const int R, const int B, float *out, size_t out_stride, const char *x_base,
-                   size_t x_stride, const char *w_base, size_t block_stride, size_t num_supers) {
+INLINE void run_i8(const int R, const int B, float *out, size_t out_stride, size_t out_block,
+                   const char *x_base, size_t x_stride, const char *w_base, size_t block_stride,
+                   size_t num_supers) {
     __m512 acc[6 * 2];
     const super_x_t *x[6];
     const super_t *w[2];
@@ -101,17 +108,17 @@ INLINE void run_i8(const int R, const int B, float *out, size_t out_stride, cons
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 2
         for (int b = 0; b < B; b++) {
-            _mm512_storeu_ps(out + r * out_stride + b * BLOCK, acc[r * B + b]);
+            _mm512_storeu_ps(out + r * out_stride + b * out_block, acc[r * B + b]);
         }
     }
 }
 
 #define TILE(R, B)                                                                                 \
-    static void i8_##R##x##B(float *acc, size_t acc_stride, const char *x, size_t x_stride,        \
-                             const char *w, size_t block_stride, size_t k_stride, size_t num_k,    \
-                             int adds) {                                                        \
-        (void)k_stride, (void)adds; /* supers follow each other, and one pass takes all */      \
-        run_i8(R, B, acc, acc_stride, x, x_stride, w, block_stride, num_k);                        \
+    static void i8_##R##x##B(float *acc, size_t acc_stride, size_t acc_block, const char *x,       \
+                             size_t x_stride, const char *w, size_t block_stride, size_t k_stride, \
+                             size_t num_k, int adds) {                                             \
+        (void)k_stride, (void)adds; /* supers follow each other, and one pass takes all */         \
+        run_i8(R, B, acc, acc_stride, acc_block, x, x_stride, w, block_stride, num_k);             \
     }
 #define ROW(R) TILE(R, 1) TILE(R, 2)
 ROW(1) ROW(2) ROW(3) ROW(4) ROW(5) ROW(6)
