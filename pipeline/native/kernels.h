@@ -56,12 +56,12 @@ typedef struct {
 } product_t;
 
 /* acc[R rows][B blocks of 16] (+)= x[R rows][num_k] * w[num_k][B blocks]; acc's strides in
- * elements, the others in bytes. Each sum starts at zero, k ascending, and then replaces or adds to what acc
- * holds. Packed I8 has its own k_stride; its num_k counts 64 inputs. */
+ * elements, the others in bytes. Each sum starts at zero, k ascending, and then replaces what acc
+ * holds or adds to it. Packed I8 has its own k_stride; its num_k counts 64 inputs. */
 typedef void (*tile_fn)(float *acc, size_t acc_stride, size_t acc_block, const char *x,
                         size_t x_stride, const char *w, size_t block_stride, size_t k_stride,
                         size_t num_k, int adds);
-enum { MAX_TILE_ROWS = 6, MAX_TILE_BLOCKS = 8 };
+enum { MAX_TILE_ROWS = 6 };
 
 tile_fn tile_f32(size_t rows, size_t blocks);
 tile_fn tile_bf16(size_t rows, size_t blocks);
