@@ -210,33 +210,25 @@ def gaps(server, max_tokens):
 
 
 def test_clients_that_read_a_byte_a_second_slow_nobody(server):
-    """Beside three that dawdle, a reader's tokens come as they do beside three that read on."""
-    medians = {0.0: [], 1.0: []}
-    for seconds in (0.0, 1.0) * 3:
-        stopped = threading.Event()
-        with ExitStack() as stack:
-            for _ in range(3):
-                body = wish("A slow reader", 1500, stream=True, logprobs=5)
-                sock = stack.enter_context(server.raw(request(body), receive_buffer=2048))
-                thread = threading.Thread(target=read_on, args=(sock, stopped, seconds))
-                thread.start()
-                stack.callback(thread.join)
-            stack.callback(stopped.set)
-            server.wait_for(lambda: server.pipeline()["engine"]["num_running"] == 3, 10)
-            medians[seconds].append(statistics.median(gaps(server, 200)))
+    """Whoever waited for one of them would wait minutes for a token, not milliseconds."""
+    stopped = threading.Event()
+    with ExitStack() as stack:
+        for _ in range(3):
+            body = wish("A slow reader", 1500, stream=True, logprobs=5)
+            sock = stack.enter_context(server.raw(request(body), receive_buffer=2048))
+            thread = threading.Thread(target=dawdle, args=(sock, stopped))
+            thread.start()
+            stack.callback(thread.join)
+        stack.callback(stopped.set)
+        server.wait_for(lambda: server.pipeline()["engine"]["num_running"] == 3, 10)
+        assert statistics.median(gaps(server, 200)) < 0.2
+        # Their own requests are not held up either, but for the sending.
         server.wait_for(lambda: server.pipeline()["engine"]["num_running"] == 0)
-    # The least of three: whatever else this machine does comes and goes.
-    assert min(medians[1.0]) < 1.5 * min(medians[0.0]), medians
 
 
-def read_on(sock, stopped, seconds):
-    """Read a byte, then wait so long; without waiting, all there is."""
-    sock.settimeout(0.1)
-    while not stopped.wait(seconds):
-        try:
-            sock.recv(1 if seconds else 65536)
-        except TimeoutError:
-            continue
+def dawdle(sock, stopped):
+    while not stopped.wait(1.0):
+        sock.recv(1)
 
 
 def test_nonsense_gets_its_error_and_disturbs_no_one(server):
