@@ -38,7 +38,7 @@ LAYERS = [
     "pipeline.sampling.sampler",
     "pipeline.manifest pipeline.messages",
     "pipeline.replay",
-    "pipeline.models.config pipeline.models.kv_cache pipeline.models.quant",
+    "pipeline.models.config pipeline.models.kv_cache pipeline.models.quant pipeline.models.arena",
     "pipeline.models.sinks pipeline.models.rope",
     "pipeline.models.weights pipeline.models.kernels pipeline.models.embedding",
     "pipeline.models.torch_attention",

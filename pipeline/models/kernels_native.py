@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from pipeline import _native
+from pipeline.models.arena import Arena
 from pipeline.models.batch import Batch
 from pipeline.models.kernels import Activation, Attention, HeadShape, Kernels, Linear, Norm
 from pipeline.models.quant import dequantise
@@ -45,11 +46,11 @@ class NativeLinear(Linear):
         bias: bool,
         precision: torch.dtype,
         activation: Activation,
+        arena: Arena,
     ) -> None:
         super().__init__(num_in, num_out, bias=bias, precision=precision)
         self._kind = _kind(precision)
-        num_bytes = _native.packed_bytes(self._kind, num_in, num_out)
-        self._packed = torch.zeros(num_bytes, dtype=torch.uint8)
+        self._packed = arena.take(_native.packed_bytes(self._kind, num_in, num_out))
         self._address = self._packed.data_ptr()
         self._bias = _address(self.bias)
         self._activation = ACTIVATIONS[activation]
@@ -180,6 +181,9 @@ class NativeKernels(Kernels):
     name = "native"
     key_block = KEY_BLOCK
 
+    def __init__(self) -> None:
+        self._arena = Arena()
+
     def linear(
         self,
         num_in: int,
@@ -190,7 +194,14 @@ class NativeKernels(Kernels):
         activation: Activation = "none",
     ) -> Linear:
         """An empty linear layer."""
-        return NativeLinear(num_in, num_out, bias=bias, precision=precision, activation=activation)
+        return NativeLinear(
+            num_in,
+            num_out,
+            bias=bias,
+            precision=precision,
+            activation=activation,
+            arena=self._arena,
+        )
 
     def layer_norm(self, size: int, eps: float) -> Norm:
         """Rows centred, over their deviation, scaled and shifted."""

@@ -1,0 +1,35 @@
+import gc
+
+import pytest
+
+from pipeline.models.arena import ALIGNMENT, CHUNK_BYTES, Arena
+
+
+def test_pieces_are_zeroed_aligned_and_nobody_elses():
+    arena = Arena()
+    sizes = [1, 64, 65, 5000, CHUNK_BYTES - 4096, 3, CHUNK_BYTES + 1, 7]
+    pieces = [arena.take(size) for size in sizes]
+    for number, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
+        assert piece.shape == (size,)
+        assert piece.data_ptr() % ALIGNMENT == 0
+        assert not piece[:1000].any()
+        assert not piece[-1000:].any()
+        piece.fill_(number + 1)
+    for number, piece in enumerate(pieces):
+        assert (piece == number + 1).all()
+
+
+def test_a_piece_outlives_its_arena():
+    arena = Arena()
+    first, second = arena.take(100), arena.take(100)
+    second.fill_(7)
+    del arena, first
+    gc.collect()
+    assert (second == 7).all()
+
+
+@pytest.mark.parametrize("size", [1, 2 << 20])
+def test_small_pieces_share_chunks(size):
+    arena = Arena()
+    first, second = arena.take(size), arena.take(size)
+    assert second.data_ptr() - first.data_ptr() == max(size, ALIGNMENT)
