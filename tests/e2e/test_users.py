@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import resource
 import signal
@@ -285,6 +286,39 @@ def test_a_thousand_connections_and_slow_headers_keep_nobody_out(server):
             assert sock.recv(4096)[:12] in (b"", b"HTTP/1.1 408", b"HTTP/1.1 400")
     server.wait_for(lambda: connections(server) < 5)
     assert server.text("Through the crowd", 100) == expected
+
+
+def test_a_lost_stage_is_seen_to_go_and_to_be_replaced(server):
+    time.sleep(1.5)  # so that ages differ
+    pids = {line["stage"]: line["pid"] for line in server.events("worker_started")}
+    before = server.pipeline()
+    assert [stage["state"] for stage in before["stages"]] == ["ready", "ready"]
+    os.kill(pids[1], signal.SIGKILL)
+    states = set()
+    server.wait_for(lambda: seen_states(server, states) and not server.is_ready(), 10)
+    server.wait_for(lambda: seen_states(server, states) and server.is_ready(), 20)
+    assert server.text("Back again", 20)
+    after = server.pipeline()
+    assert "down" in {state for _, state in states}
+    assert {state for idx, state in states if idx == 0} <= {"ready", "connecting"}
+    assert [stage["state"] for stage in after["stages"]] == ["ready", "ready"]
+    ages = [stage["handshake_age_seconds"] for stage in after["stages"]]
+    assert ages[0] > before["stages"][0]["handshake_age_seconds"] > 1
+    assert ages[1] < ages[0] - 1
+    uptimes = [figures["uptime_ns"] for figures in server.figures()]
+    assert uptimes[1] < uptimes[0]
+    assert after["engine"]["num_failovers"] == 1
+    assert 0 < after["engine"]["recovery_seconds"] < 20
+    assert after["engine"]["num_handshakes"] > before["engine"]["num_handshakes"]
+    text = httpx.get(f"{server.url}/metrics", headers=HEADERS).text
+    assert "\nveilpipe_failovers_total 1.0\n" in text
+    assert '\nveilpipe_stage_up{stage="1"} 1.0\n' in text
+
+
+def seen_states(server, states):
+    """Add what the stages are now."""
+    states |= {(stage["stage_idx"], stage["state"]) for stage in server.pipeline()["stages"]}
+    return True
 
 
 def test_connections_this_process_may_not_have_are_refused_at_the_start(cluster):
