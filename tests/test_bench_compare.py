@@ -1,5 +1,6 @@
 """The comparison's referee with contenders of a few lines, and the files made for other engines."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -179,3 +180,28 @@ def test_a_busy_neighbour_is_noticed_and_the_own_group_is_not():
             assert other.others() > own.others() + 0.05
         finally:
             process.kill()
+
+
+def test_rounds_share_a_turn_and_the_lock_is_free_between_turns(tmp_path, monkeypatch):
+    from contenders import referee
+
+    def is_free():
+        with (tmp_path / "lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    clock = iter([0.0, 30.0, 61.0, 100.0, 110.0])  # taken, a round, another; taken, a round
+    monkeypatch.setattr(referee, "monotonic", lambda: next(clock))
+    turns = referee.Turns(tmp_path / "lock")
+    for still_held in (True, False):
+        with turns.round():
+            assert not is_free()
+        assert is_free() is not still_held
+    with turns.round():
+        pass
+    assert not is_free()
+    turns.end()
+    assert is_free()

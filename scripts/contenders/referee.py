@@ -9,11 +9,11 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Timer
-from time import sleep
+from time import monotonic, sleep
 
 from contenders.quiet import DISTURBED, Watch
 
@@ -23,6 +23,7 @@ ANSWER_SECONDS = 120
 WARM_STEPS = 2
 MAX_TRIES = 5
 PAUSE_SECONDS = 0.5
+TURN_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -148,15 +149,28 @@ class Outcome:
     disturbance: list[float] = field(default_factory=list)
 
 
-@contextmanager
-def turn(lock: Path | None) -> Iterator[None]:
-    """Take turns with whoever else measures on this machine and locks this file."""
-    if lock is None:
+class Turns:
+    """Takes turns of a minute with whoever else measures here and locks the same file."""
+
+    def __init__(self, lock: Path | None) -> None:
+        self._lock = lock
+        self._held = ExitStack()
+        self._until = 0.0
+
+    @contextmanager
+    def round(self) -> Iterator[None]:
+        """A round is never split; several share a turn."""
+        if self._lock is not None and self._until == 0.0:
+            file = self._held.enter_context(self._lock.open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._until = monotonic() + TURN_SECONDS
         yield
-        return
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        if monotonic() >= self._until:
+            self.end()
+
+    def end(self) -> None:
+        self._held.close()
+        self._until = 0.0
 
 
 def compete(
@@ -173,6 +187,7 @@ def compete(
     """
     outcome = Outcome()
     running: list[Running] = []
+    turns = Turns(lock)
     try:
         for contender in contenders:
             try:
@@ -183,12 +198,13 @@ def compete(
             outcome.about[contender.name] = running[-1].about
             say(f"{contender.name} is ready")
         for index in range(rounds + 1):
-            with turn(lock):
+            with turns.round():
                 for task in tasks:
                     _run_once(running, task, outcome, is_kept=index > 0)
             running.append(running.pop(0))
             say(f"round {index} of {rounds}")
     finally:
+        turns.end()
         for each in running:
             each.stop()
     return outcome
