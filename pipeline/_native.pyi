@@ -42,6 +42,24 @@ def pack(
     BF16.
     """
 
+def pack_int8(
+    dst: int,
+    num_in: int,
+    num_out: int,
+    values: int,
+    value_stride_out: int,
+    value_stride_in: int,
+    scales: int,
+    scale_stride_out: int,
+    first_out: int,
+    count: int,
+    /,
+) -> None:
+    """Write outputs of a packed I8 weight that are quantised already, as `pack` would.
+
+    values: int8 [count, in]; scales: bf16 [count, in / 32 rounded up]. Strides in elements.
+    """
+
 def unpack(kind: int, packed: int, num_in: int, num_out: int, dst: int, /) -> None:
     """The weight as [out, in] float32, whatever its kind: what `linear` multiplies by."""
 

@@ -87,10 +87,22 @@ class NativeLinear(Linear):
         )
 
     def put(self, first: int, outputs: torch.Tensor, scales: torch.Tensor | None) -> None:
-        """Pack outputs first.., [n, in] in this layer's precision.
-
-        The kernels quantise for themselves, which gives back the values and scales put in.
-        """
+        """Pack outputs first.., [n, in] in this layer's precision, int8 with its scales."""
+        if self._kind == _native.I8:
+            assert scales is not None, "int8 comes with scales"
+            _native.pack_int8(
+                self._address,
+                self.num_in,
+                self.num_out,
+                outputs.data_ptr(),
+                outputs.stride(0),
+                outputs.stride(1),
+                scales.data_ptr(),
+                scales.stride(0),
+                first,
+                outputs.shape[0],
+            )
+            return
         weights = outputs if scales is None else dequantise(outputs, scales)
         if self._kind == _native.F32:
             weights = weights.float()

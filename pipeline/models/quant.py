@@ -35,13 +35,13 @@ def num_groups(num_in: int) -> int:
 def quantise(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and scales of weights [out, in]: [out, in] int8, [out, groups] bfloat16.
 
-    Rounds halves to even, so the same weights give the same bits everywhere. Scales are rounded
-    towards zero, so that each group's largest value is 127 and quantising `dequantise`d weights
-    again gives the same values and scales.
+    Rounds halves to even and scales up, so that nothing is clipped and the same weights give the
+    same bits everywhere; the native kernels' own packing of floats gives them too.
     """
     grouped = _grouped(outputs.float())
     wanted = grouped.abs().amax(dim=2) / INT8_MAX
-    bits = wanted.view(torch.int32) & -65536  # the upper half of a float32 is a bfloat16
+    # The upper half of a float32 is a bfloat16: the least that is not below what is wanted.
+    bits = (wanted.view(torch.int32) + 0xFFFF) & -0x10000
     scales = bits.view(torch.float32)
     scales.masked_fill_(scales < SMALLEST_SCALE, 0.0)
     inverses = torch.where(scales > 0, 1 / scales, 0.0)

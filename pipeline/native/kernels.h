@@ -43,6 +43,9 @@ size_t block_bytes(int kind, size_t num_in); /* of one block of 16 outputs */
 size_t packed_bytes(int kind, size_t num_in, size_t num_out);
 void pack(int kind, void *dst, size_t num_in, const void *src, ptrdiff_t stride_out,
           ptrdiff_t stride_in, size_t first_out, size_t count);
+void pack_int8(void *dst, size_t num_in, const int8_t *values, ptrdiff_t stride_out,
+               ptrdiff_t stride_in, const uint16_t *scales, ptrdiff_t scale_stride,
+               size_t first_out, size_t count); /* what is quantised already */
 void unpack(const weight_t *weight, float *dst);
 void gather(const weight_t *weight, const int64_t *ids, size_t count, float *dst);
 

@@ -92,6 +92,19 @@ static PyObject *py_pack(PyObject *self, PyObject *const *args, Py_ssize_t given
     Py_RETURN_NONE;
 }
 
+static PyObject *py_pack_int8(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    int64_t a[10];
+    if (!read_ints(args, given, 10, a) || !check_weight(KIND_I8, a[0], a[1], a[2])) return NULL;
+    if (a[8] > a[2] || a[9] > a[2] - a[8]) return bad_value("outputs end beyond num_out", a[8] + a[9]);
+    Py_BEGIN_ALLOW_THREADS
+    pack_int8(floats(a[0]), (size_t)a[1], (const int8_t *)(uintptr_t)a[3], (ptrdiff_t)a[4],
+              (ptrdiff_t)a[5], (const uint16_t *)(uintptr_t)a[6], (ptrdiff_t)a[7], (size_t)a[8],
+              (size_t)a[9]);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_unpack(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     (void)self;
     int64_t a[5];
@@ -244,9 +257,9 @@ static PyObject *py_features(PyObject *self, PyObject *none) {
 #define FAST(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL}
 static PyMethodDef methods[] = {
     {"features", py_features, METH_NOARGS, NULL},
-    FAST(set_num_threads), FAST(packed_bytes), FAST(pack), FAST(unpack), FAST(gather),
-    FAST(linear), FAST(layer_norm), FAST(rms_norm), FAST(rope), FAST(silu_mul), FAST(attend),
-    FAST(argmax), {NULL, NULL, 0, NULL},
+    FAST(set_num_threads), FAST(packed_bytes), FAST(pack), FAST(pack_int8), FAST(unpack),
+    FAST(gather), FAST(linear), FAST(layer_norm), FAST(rms_norm), FAST(rope), FAST(silu_mul),
+    FAST(attend), FAST(argmax), {NULL, NULL, 0, NULL},
 };
 
 #else

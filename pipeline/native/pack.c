@@ -111,6 +111,43 @@ void pack(int kind, void *dst, size_t num_in, const void *src, ptrdiff_t stride_
     pool_run(pack_chunk, &job, (job.end_out - 1) / BLOCK - first_out / BLOCK + 1);
 }
 
+typedef struct {
+    char *dst;
+    const int8_t *values;
+    const uint16_t *scales;
+    size_t num_in, first_out, end_out;
+    ptrdiff_t stride_out, stride_in, scale_stride;
+} pack_int8_job_t;
+
+static void pack_int8_chunk(void *opaque, size_t chunk) {
+    const pack_int8_job_t *job = opaque;
+    size_t block = job->first_out / BLOCK + chunk;
+    size_t first = block * BLOCK, end = first + BLOCK;
+    super_t *supers = (super_t *)(job->dst + block * block_bytes(KIND_I8, job->num_in));
+    first = first > job->first_out ? first : job->first_out;
+    end = end < job->end_out ? end : job->end_out;
+    for (size_t out = first; out < end; out++) {
+        ptrdiff_t from = (ptrdiff_t)(out - job->first_out);
+        const int8_t *values = job->values + from * job->stride_out;
+        const uint16_t *scales = job->scales + from * job->scale_stride;
+        for (size_t k = 0; k < (job->num_in + GROUP - 1) / GROUP * GROUP; k++) {
+            super_t *super = supers + k / SUPER;
+            int level = k < job->num_in ? values[(ptrdiff_t)k * job->stride_in] : 0;
+            super->weights[k % SUPER / 4][out % BLOCK][k % 4] = (uint8_t)(level + 128);
+            if (k % GROUP == 0) super->scales[k % SUPER / GROUP][out % BLOCK] = scales[k / GROUP];
+        }
+    }
+}
+
+void pack_int8(void *dst, size_t num_in, const int8_t *values, ptrdiff_t stride_out,
+               ptrdiff_t stride_in, const uint16_t *scales, ptrdiff_t scale_stride,
+               size_t first_out, size_t count) {
+    if (count == 0) return;
+    pack_int8_job_t job = {dst,        values,    scales,      num_in, first_out, first_out + count,
+                           stride_out, stride_in, scale_stride};
+    pool_run(pack_int8_chunk, &job, (job.end_out - 1) / BLOCK - first_out / BLOCK + 1);
+}
+
 /* W[out, 0..num_in] as float. */
 static void unpack_row(const weight_t *weight, size_t out, float *dst) {
     const char *block =

@@ -11,7 +11,7 @@ from pipeline.models import kernel_choice, kernels_torch
 from pipeline.models.config import load_config
 from pipeline.models.kernel_choice import choose_kernels
 from pipeline.models.kernels_torch import TorchKernels, blas_matvec, choose_matvec, torch_matvec
-from pipeline.models.quant import dequantise, quantise
+from pipeline.models.quant import GROUP, dequantise, quantise
 from pipeline.models.runtime import set_num_threads
 
 
@@ -70,17 +70,15 @@ def test_a_head_gives_back_its_rows_as_an_embedding(make_linear, precision):
     assert torch.equal(out, weight[ids])
 
 
-def test_quantised_weights_quantise_to_themselves():
+def test_quantised_weights_are_within_half_a_step():
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(64, 100, generator=generator) * torch.logspace(-25, 3, 64).unsqueeze(1)
     weights[5] = 0
     values, scales = quantise(weights)
     exact = dequantise(values, scales)
-    again = quantise(exact)
-    assert torch.equal(again[0], values)
-    assert torch.equal(again[1], scales)
-    step = weights.abs().amax(1, keepdim=True) / 127
-    assert ((exact - weights).abs() <= 1.6 * step).all()
+    step = F.pad(weights.abs(), (0, 28)).unflatten(1, (-1, GROUP)).amax(2) / 127
+    step = step.repeat_interleave(GROUP, 1)[:, :100]
+    assert ((exact - weights).abs() <= 0.51 * step).all()
     assert not exact[5].any()
 
 

@@ -4,6 +4,8 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.models.quant import quantise
+
 SIZES = [
     (1, 1),
     (3, 5),
@@ -60,6 +62,23 @@ def test_transposed_pieces_pack_to_the_same_bytes(packed):
     pieces.memory.zero_()
     for first, last in ((40, 75), (0, 7), (7, 40)):
         pieces.pack(weight[first:last].t().contiguous().t(), first)
+    assert pieces.memory.equal(whole.memory)
+
+
+def test_what_is_quantised_already_packs_to_the_same_bytes(native, kind, packed):
+    if kind != native.I8:
+        pytest.skip("floats are not quantised")
+    weight = normal(75, 130) * torch.logspace(-9, 3, 75).unsqueeze(1)
+    weight[3] = 0
+    values, scales = quantise(weight)
+    whole, pieces = packed(weight), packed(weight)
+    pieces.memory.zero_()
+    for first, last in ((40, 75), (0, 7), (7, 40)):
+        turned = values[first:last].t().contiguous().t()
+        native.pack_int8(
+            pieces.memory.data_ptr(), 130, 75, turned.data_ptr(), *turned.stride(),
+            scales[first:].data_ptr(), scales.stride(0), first, last - first,
+        )  # fmt: skip
     assert pieces.memory.equal(whole.memory)
 
 
