@@ -66,6 +66,20 @@ def expect(result, code, *words):
         assert word in result[1]
 
 
+def test_a_precision_the_manifest_contradicts(command, worker, cluster, tmp_path):
+    fields = json.loads(Path(cluster.manifest).read_text())
+    for stage in fields["stages"]:
+        stage["precision"] = "int8"
+    pinned = tmp_path / "pinned.json"
+    pinned.write_text(json.dumps(fields))
+    expect(worker("--dtype", "float32", manifest=pinned), 2, "--dtype float32", "int8", "agree")
+    for arguments in (("plan", "--stages", "2"), ("shard", "--manifest", pinned, "--out", "out")):
+        result = command(
+            orchestrator, *arguments, "--model-dir", cluster.model_dir, "--dtype", "int12"
+        )
+        expect(result, 2, "--dtype int12", "float32, bfloat16, int8")
+
+
 def test_usage_errors(command, worker, orch):
     expect(command(stage_worker), 2, "--manifest")
     expect(command(orchestrator), 2, "--manifest, --tokenizer, --text")
@@ -73,6 +87,7 @@ def test_usage_errors(command, worker, orch):
     expect(worker("--colour", "red"), 2, "--colour")
     expect(worker("--device", "abacus"), 2, "abacus")
     expect(worker("--dtype", "float12"), 2, "float12", "float32")
+    expect(worker("--kernels", "fast"), 2, "--kernels fast", "native", "torch")
     expect(worker("--control-listen", "nowhere"), 2, "--control-listen", "nowhere")
     expect(orch("Hi", "--max-tokens", "none"), 2, "--max-tokens", "integer")
     expect(orch("Hi", "--latency-out", "/nowhere/at/all.json"), 2, "/nowhere/at")
