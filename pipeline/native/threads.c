@@ -8,12 +8,14 @@
 #include "kernels.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <time.h>
 
 enum { MAX_THREADS = 256, CHUNKS_PER_THREAD = 4, SPIN_NS = 40000, LOOKS_PER_TIME = 64 };
+enum { PATIENT_LOOKS = 1000 };
 
 static struct {
     _Alignas(64) _Atomic uint64_t ticket;
@@ -129,7 +131,10 @@ void pool_run(chunk_fn run, void *job, size_t num_chunks) {
         pthread_mutex_unlock(&pool.parking);
     }
     while (work_once()) continue;
-    while (atomic_load_explicit(&pool.done, memory_order_acquire) < num_chunks) relax();
+    for (int looks = 0; atomic_load_explicit(&pool.done, memory_order_acquire) < num_chunks;) {
+        relax();
+        if (++looks > PATIENT_LOOKS) sched_yield(); /* the worker may be waiting for this core */
+    }
     pthread_mutex_unlock(&pool.busy);
 }
 
