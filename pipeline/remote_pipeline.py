@@ -256,8 +256,9 @@ class Pipeline:
 
     async def _begin_epoch(self, source: ReplaySource | None) -> None:
         """Put every stage where the work is certain to be, and let it flow again."""
+        await trio.lowlevel.checkpoint_if_cancelled()  # a stage lost this moment is not there
         epoch = os.urandom(16)
-        stages = [self._stages[spec.stage_idx] for spec in self._manifest.stages]
+        stages = self.stages
         replay = self._plan_replay(stages)
         self._unproven = replay.rebuilt
         lengths = list(source.rewind()) if source else [0] * self._options.limits.num_slots

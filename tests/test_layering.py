@@ -78,6 +78,7 @@ LAYERS = [
     "pipeline.cli.attest pipeline.cli.connection",
     "pipeline.cli.generate pipeline.cli.serve pipeline.cli.top",
     "pipeline.cli.stage_worker pipeline.cli.orchestrator",
+    "pipeline.cli.standby",
     "pipeline.cli.entry",
 ]
 RANK = {module: rank for rank, line in enumerate(LAYERS) for module in line.split()}

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from types import FrameType
 
 
@@ -17,8 +18,12 @@ def _leave_on_signals() -> None:
 
 
 def stage_worker() -> None:
-    """Run `stage-worker`."""
+    """Run `stage-worker`; with `--standby` alone, as soon as stdin says with what arguments."""
     _leave_on_signals()
+    if sys.argv[1:] == ["--standby"]:
+        from pipeline.cli.standby import stand_by
+
+        stand_by()
     from pipeline.cli.stage_worker import main
 
     main()
