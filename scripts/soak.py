@@ -1,0 +1,301 @@
+"""Kill and stop stages under load, again and again; every text must be the undisturbed one.
+
+    python scripts/soak.py --model-dir models/smollm2 --losses 100
+
+Serves with `pipeline-orch serve --supervise`, keeps --clients requests going, and at random tokens
+kills a random stage, or stops it until it is taken for hung; at times two of them. With --minutes it goes
+on for so long, to see what leaks. Exit status 1 if anything is lost, wrong, stuck or leaks.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import trio
+from openai_stream import RequestFailed, Server, ask, find_model, stream
+
+from pipeline.manifest import dump_manifest, load_manifest
+from pipeline.models.config import load_config
+from pipeline.models.registry import load_shard
+from pipeline.plan import PlanOptions, plan
+
+HANG_SECONDS = 3.0
+# Nothing may take longer: a client without a token, a recovery, the end of everything.
+STUCK_SECONDS = 60.0
+# What a loss leaves behind may not add up. Caches and allocators settle in the first tenth.
+MAX_GROWTH_BYTES = 64 << 20
+MAX_GROWTH_FDS = 8
+WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by"]
+)
+
+
+@dataclass
+class Tally:
+    """What clients have seen."""
+
+    finished: int = 0
+    wrong: int = 0
+    lost: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One disturbance."""
+
+    kind: str
+    stages: tuple[int, ...]
+    seconds: float
+
+
+class Serving:
+    """The server's process, its log, its workers."""
+
+    def __init__(self, args, directory: Path) -> None:
+        self.manifest = directory / "manifest.json"
+        options = PlanOptions(args.stages, base_port=args.base_port)
+        self.manifest.write_text(dump_manifest(plan(args.model_dir, options)))
+        self._log = directory / "serve.log"
+        command = [
+            Path(sys.executable).with_name("pipeline-orch"), "serve", "--manifest", self.manifest,
+            "--model-dir", args.model_dir, "--supervise", "--dev", "--port", "0",
+            "--max-batch", str(args.clients), "--context", "512", "--threads", str(args.threads),
+            "--hang-timeout", str(HANG_SECONDS),
+        ]  # fmt: skip
+        with self._log.open("wb") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file)
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    async def wait_for(self, condition):
+        with trio.fail_after(STUCK_SECONDS):
+            while not (found := condition()):
+                if self.process.poll() is not None:
+                    raise SystemExit(f"soak: the server ended: {self.log()[-2000:]}")
+                await trio.sleep(0.01)
+        return found
+
+    def workers(self) -> dict[int, int]:
+        found = re.findall(r"event=worker_started stage=(\d+) pid=(\d+)", self.log())
+        return {int(idx): int(pid) for idx, pid in found}
+
+    @property
+    def num_recoveries(self) -> int:
+        return self.log().count("event=failover_complete")
+
+    def recovery_seconds(self) -> float:
+        return float(re.findall(r"event=failover_complete seconds=([\d.]+)", self.log())[-1])
+
+    def footprint(self) -> tuple[int, int]:
+        """Resident bytes and open descriptors of the server itself."""
+        return footprint(self.process.pid)
+
+    def children(self) -> list[int]:
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(30)
+
+
+def footprint(pid: int) -> tuple[int, int]:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE"), sum(
+        1 for _ in Path(f"/proc/{pid}/fd").iterdir()
+    )
+
+
+def requests(model: str, count: int, max_tokens: int, rng: random.Random) -> list[dict]:
+    return [
+        {
+            "model": model, "prompt": " ".join(rng.choices(WORDS, k=rng.randint(2, 60))),
+            "max_tokens": rng.randint(max_tokens // 2, max_tokens), "ignore_eos": True,
+            "temperature": rng.choice([0, 0, 0.8]), "seed": index, "stream": True,
+        }
+        for index in range(count)
+    ]  # fmt: skip
+
+
+async def complete(server: Server, body: dict, tally: Tally) -> str:
+    """The whole text of one streamed completion. Raises RequestFailed, trio.TooSlowError."""
+    parts = []
+    async with stream(server, "/completions", body) as events:
+        while True:
+            with trio.fail_after(STUCK_SECONDS):
+                event = await events.next()
+            if event is None:
+                return "".join(parts)
+            parts += [choice["text"] for choice in event.get("choices", ())]
+            tally.tokens += 1
+
+
+async def client(server, bodies, expected, rng, tally, is_over) -> None:
+    while not is_over.is_set():
+        index = rng.randrange(len(bodies))
+        try:
+            text = await complete(server, bodies[index], tally)
+        except (RequestFailed, trio.TooSlowError) as error:
+            what = "stuck" if isinstance(error, trio.TooSlowError) else str(error)
+            tally.lost[what] = tally.lost.get(what, 0) + 1
+            await trio.sleep(0.1)
+            continue
+        tally.finished += 1
+        if text != expected[index]:
+            tally.wrong += 1
+            print(f"soak: request {index} came out wrong", file=sys.stderr)
+
+
+async def disturb(serving: Serving, args, rng: random.Random, tally: Tally) -> list[Loss]:
+    losses = []
+    started = time.monotonic()
+    settled = None
+    while len(losses) < args.losses or time.monotonic() - started < 60 * args.minutes:
+        await trio.sleep(args.pause)
+        at = tally.tokens + rng.randint(1, 100)
+        await serving.wait_for(lambda at=at: tally.tokens >= at)
+        number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP])
+        victims = rng.sample(range(args.stages), 2 if rng.random() < 0.1 and args.stages > 1 else 1)
+        workers, before = serving.workers(), serving.num_recoveries
+        began = time.monotonic()
+        for victim in victims:
+            os.kill(workers[victim], number)
+        await serving.wait_for(
+            lambda n=before, pids={workers[v] for v in victims}: (
+                serving.num_recoveries > n and not pids & set(serving.workers().values())
+            )
+        )
+        losses.append(Loss(number.name, tuple(sorted(victims)), serving.recovery_seconds()))
+        rss, fds = serving.footprint()
+        if settled is None and len(losses) >= args.losses // 10:
+            settled = (rss, fds)
+        print(
+            f"loss {len(losses):3}  {number.name} of stage {losses[-1].stages}  "
+            f"recovered in {losses[-1].seconds:.2f} s (all told {time.monotonic() - began:.2f} s)  "
+            f"{tally.finished} requests  rss {rss >> 20} MB  {fds} fds",
+            flush=True,
+        )
+    return losses, settled
+
+
+async def pipeline_view(server: Server) -> dict:
+    async with ask(replace(server, path=""), "GET", "/pipeline") as answer:
+        return json.loads(await answer.body())
+
+
+def model_load_seconds(manifest_path: Path, model_dir: Path) -> float:
+    """Median over the stages: reading, hashing and laying out the weights, with a warm page cache."""
+    manifest, config = load_manifest(manifest_path), load_config(model_dir)
+    seconds = []
+    for stage in manifest.stages:
+        started = time.monotonic()
+        load_shard(
+            model_dir, config, stage.layer_start, stage.layer_end,
+            dtype=stage.precision, expected_hashes=stage.weight_hashes or None,
+        )  # fmt: skip
+        seconds.append(time.monotonic() - started)
+    return statistics.median(seconds)
+
+
+def show_recoveries(losses: list[Loss]) -> None:
+    for kind in ("SIGKILL", "SIGSTOP"):
+        seconds = sorted(loss.seconds for loss in losses if loss.kind == kind)
+        if seconds:
+            p95 = seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))]
+            print(
+                f"{kind}: {len(seconds)} losses, recovery median {statistics.median(seconds):.2f} s, "
+                f"p95 {p95:.2f} s, longest {seconds[-1]:.2f} s (from noticing to the next token)"
+            )
+
+
+async def check_end(serving: Serving, server: Server, args, settled) -> list[str]:
+    """What is left behind, once all requests have ended."""
+    problems = []
+    await trio.sleep(4)  # two health answers, and a spare worker that is on its way
+    view = await pipeline_view(server)
+    used = [stage["figures"]["slots_in_use"] for stage in view["stages"] if stage["figures"]]
+    engine = view["engine"]
+    print(
+        f"at rest: running {engine['num_running']}, waiting {engine['num_waiting']}, slots {used}"
+    )
+    if engine["num_running"] or engine["num_waiting"] or any(used):
+        problems.append("slots or requests are left")
+    rss, fds = serving.footprint()
+    grown = (rss - settled[0], fds - settled[1])
+    print(
+        f"orchestrator since settled: {grown[0] / 2**20:+.1f} MB resident, {grown[1]:+d} descriptors"
+    )
+    if grown[0] > MAX_GROWTH_BYTES or grown[1] > MAX_GROWTH_FDS:
+        problems.append("the orchestrator has grown")
+    children = serving.children()
+    print(f"{len(children)} child processes of {args.stages} stages and a spare one:",
+          *(f"{footprint(pid)[0] >> 20} MB/{footprint(pid)[1]} fds" for pid in children))  # fmt: skip
+    if len(children) > args.stages + 1:
+        problems.append("worker processes are left")
+    return problems
+
+
+async def run(args, directory: Path) -> int:
+    rng, tally = random.Random(args.seed), Tally()
+    serving = Serving(args, directory)
+    try:
+        url = (await serving.wait_for(lambda: re.search(r"url=(http://\S+)", serving.log())))[1]
+        server = Server.parse(url, None)
+        await serving.wait_for(lambda: len(serving.workers()) == args.stages)
+        bodies = requests(await find_model(server), args.clients + 2, args.max_tokens, rng)
+        expected = [await complete(server, body, tally) for body in bodies]
+        print(f"{len(bodies)} texts generated one at a time, {tally.tokens} tokens", flush=True)
+        is_over = trio.Event()
+        async with trio.open_nursery() as nursery:
+            for index in range(args.clients):
+                own = random.Random(args.seed + index)
+                nursery.start_soon(client, server, bodies, expected, own, tally, is_over)
+            losses, settled = await disturb(serving, args, rng, tally)
+            is_over.set()
+        problems = await check_end(serving, server, args, settled)
+    finally:
+        code = serving.stop()
+    show_recoveries(losses)
+    print(f"model load of a stage: {model_load_seconds(serving.manifest, args.model_dir):.2f} s")
+    stuck = tally.lost.pop("stuck", 0)
+    print(
+        f"{len(losses)} losses, {tally.finished} requests, {tally.tokens} tokens: "
+        f"{tally.wrong} wrong, {sum(tally.lost.values())} lost {tally.lost or ''}, {stuck} stuck"
+    )
+    if code:
+        problems.append(f"the server ended with {code}")
+    for problem in problems:
+        print(f"soak: {problem}", file=sys.stderr)
+    return 1 if problems or tally.wrong or tally.lost or stuck else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model-dir", type=Path, required=True)
+    parser.add_argument("--stages", type=int, default=3)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--losses", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=0.0, help="go on for at least so long")
+    parser.add_argument("--pause", type=float, default=3.0, help="seconds between losses, at least")
+    parser.add_argument("--max-tokens", type=int, default=80)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--base-port", type=int, default=23000)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        return trio.run(run, args, Path(directory))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
