@@ -36,7 +36,6 @@ STUCK_SECONDS = 60.0
 MAX_GROWTH_BYTES = 64 << 20
 MAX_GROWTH_FDS = 8
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by"]
-)
 
 
 @dataclass
@@ -112,9 +111,7 @@ class Serving:
 
 def footprint(pid: int) -> tuple[int, int]:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE"), sum(
-        1 for _ in Path(f"/proc/{pid}/fd").iterdir()
-    )
+    return pages * os.sysconf("SC_PAGE_SIZE"), sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def requests(model: str, count: int, max_tokens: int, rng: random.Random) -> list[dict]:
