@@ -167,8 +167,7 @@ class Pipeline:
             )
         self.num_results += 1
         if self._unproven or self._lost_at is not None:
-            self._unproven = frozenset()
-            self._note_recovery()
+            self._note_proof()
         return result
 
     async def notify(self, message: Message) -> None:
@@ -346,6 +345,12 @@ class Pipeline:
         if links is not None:
             await hang_up(links.data_in)
             await hang_up(links.data_out)
+
+    def _note_proof(self) -> None:
+        """A result has come through all stages, and behind all replays."""
+        self._unproven = frozenset()
+        if not self.is_broken:  # else it is one that was still on its way when something was lost
+            self._note_recovery()
 
     def _note_recovery(self) -> None:
         if self._lost_at is None:

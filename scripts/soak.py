@@ -30,6 +30,7 @@ from pipeline.models.registry import load_shard
 from pipeline.plan import PlanOptions, plan
 
 HANG_SECONDS = 3.0
+PRECISION = "float32"
 # Nothing may take longer: a client without a token, a recovery, the end of everything.
 STUCK_SECONDS = 60.0
 # What a loss leaves behind may not add up. Caches and allocators settle in the first tenth.
@@ -199,7 +200,7 @@ def model_load_seconds(manifest_path: Path, model_dir: Path) -> float:
         started = time.monotonic()
         load_shard(
             model_dir, config, stage.layer_start, stage.layer_end,
-            dtype=stage.precision, expected_hashes=stage.weight_hashes or None,
+            dtype=stage.precision or PRECISION, expected_hashes=stage.weight_hashes or None,
         )  # fmt: skip
         seconds.append(time.monotonic() - started)
     return statistics.median(seconds)

@@ -154,13 +154,19 @@ def test_an_error_is_a_json_line_where_all_lines_are(cluster):
 
 def test_a_killed_server_leaves_no_worker_behind(server, cluster):
     _, process = server()
-    workers = workers_of(process)
-    assert sorted(workers) == [0, 1]
+    assert sorted(workers_of(process)) == [0, 1]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    for _ in range(200):
+        pids = children.read_text().split()
+        if len(pids) == 3:
+            break
+        time.sleep(0.1)
+    assert len(pids) == 3, "two workers and a spare one"
     process.kill()
     process.wait()
     for _ in range(100):
-        if not any(Path(f"/proc/{pid}").exists() for pid in workers.values()):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
             break
         time.sleep(0.1)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     process.returncode = 0  # the fixture's own end has nothing left to do
