@@ -5,6 +5,7 @@ import socket
 import weakref
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
 import trio
 
@@ -13,7 +14,14 @@ import pipeline.session
 import pipeline.worker
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import PolicyError, SessionError
-from pipeline.links import CONTROL_LIMITS, SEND_ONLY_LIMITS, ControlLink, StepGate, send_step
+from pipeline.links import (
+    CONTROL_LIMITS,
+    SEND_ONLY_LIMITS,
+    ControlLink,
+    StepGate,
+    receive_step,
+    send_step,
+)
 from pipeline.manifest import StageEndpoint, TcpAddress
 from pipeline.messages import (
     Broken,
@@ -23,6 +31,7 @@ from pipeline.messages import (
     Healthy,
     Init,
     Ready,
+    Rewind,
     Shutdown,
     StageFigures,
     Start,
@@ -43,6 +52,7 @@ from pipeline.trust import DevTrust, UserTrust, create_identity, load_identity
 from pipeline.worker import StageWorker
 from transport.channel import connect_channel
 from transport.endpoint import TcpEndpoint, dial, listen
+from transport.errors import HandshakeError
 from transport.frames import DType, Tensor, TensorSpec
 from transport.handshake import Link, LinkKind, Role, RoleKind
 
@@ -115,26 +125,29 @@ class Rig:
     def data_link(self, initiator, responder):
         return Link(LinkKind.DATA, initiator, responder, self.manifest.whole_hash(), self.epoch)
 
+    async def dial_upstream(self):
+        """A channel that plays stage 0."""
+        stages = [Role(RoleKind.STAGE, idx) for idx in range(2)]
+        link = self.data_link(stages[0], stages[1])
+        credentials = self.trust.toward(stages[1], {})
+        return await connect_channel(await dial(self.data_at), link, credentials, SEND_ONLY_LIMITS)
+
+    async def join(self, results):
+        """The worker's two data channels of this epoch, and the gate of its results."""
+        upstream = await self.dial_upstream()
+        gate = StepGate(self.limits, lambda header, specs: None)
+        link = self.data_link(Role(RoleKind.STAGE, 1), ORCHESTRATOR)
+        limits = gate.frame_limits(1 << 20)
+        downstream = await accept_first(results, link, self.trust, {}, limits)
+        return upstream, downstream, gate
+
     @asynccontextmanager
     async def session(self):
         """An opened session: its control link, and the channel that plays stage 0."""
         with listen(LOOPBACK) as results:
             control = await self.control()
             await control.send(self.init(results.endpoint))
-            stages = [Role(RoleKind.STAGE, idx) for idx in range(2)]
-            link = self.data_link(stages[0], stages[1])
-            credentials = self.trust.toward(stages[1], {})
-            upstream = await connect_channel(
-                await dial(self.data_at), link, credentials, SEND_ONLY_LIMITS
-            )
-            gate = StepGate(self.limits, lambda header, specs: None)
-            downstream = await accept_first(
-                results,
-                self.data_link(stages[1], ORCHESTRATOR),
-                self.trust,
-                {},
-                gate.frame_limits(1 << 20),
-            )
+            upstream, downstream, _ = await self.join(results)
             message = await control.receive()
             assert isinstance(message, Ready)
             try:
@@ -305,11 +318,11 @@ async def test_a_defect_costs_the_session_and_not_the_worker(rig, monkeypatch):
 
 
 async def test_an_orchestrator_may_take_its_time_before_init(rig, monkeypatch):
-    monkeypatch.setattr(pipeline.worker, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(pipeline.worker, "SILENCE_SECONDS", 1.0)
     async with rig.worker():
         control = await rig.control()
         for sequence in range(5):
-            await trio.sleep(0.15)
+            await trio.sleep(0.3)
             await control.send(Health(sequence=sequence))
             assert (await control.receive()).sequence == sequence
         await control.aclose()
@@ -341,6 +354,156 @@ async def test_a_stage_says_what_it_waits_for(rig, monkeypatch):
         assert isinstance(message, Waiting)
         assert str(closed_port) in message.detail
         await control.aclose()
+
+
+class Joined:
+    """A session whose data channels can be lost and made again."""
+
+    def __init__(self, rig, control, results):
+        self.rig, self.control, self.results = rig, control, results
+
+    async def join(self):
+        self.upstream, self.downstream, self.gate = await self.rig.join(self.results)
+        assert (await self.said(Ready)).epoch == self.rig.epoch
+
+    async def leave(self):
+        for channel in (self.upstream, self.downstream):
+            await trio.aclose_forcefully(channel)
+
+    async def rewind(self, lengths, **fields):
+        """Leave the old channels once the stage has heard of it, not before."""
+        self.rig.epoch = bytes([self.rig.epoch[0] + 1]) * 16
+        await self.control.send(Rewind(epoch=self.rig.epoch, lengths=lengths, **fields))
+        await self.control.send(Health(sequence=1))
+        heard = await self.said(Healthy | Failure)
+        await self.leave()
+        return heard
+
+    async def said(self, kind):
+        with trio.fail_after(5):
+            while not isinstance(message := await self.control.receive(), kind):
+                pass
+        return message
+
+    async def run(self, header, tensor):
+        await send_step(self.upstream, header, (tensor,))
+        with trio.fail_after(5):
+            _, tensors = await receive_step(self.downstream, self.gate)
+        return bytes(tensors[-1].data)
+
+
+@pytest.fixture
+async def joined(rig):
+    async with rig.worker():
+        with listen(LOOPBACK) as results:
+            control = await rig.control()
+            await control.send(rig.init(results.endpoint))
+            joined = Joined(rig, control, results)
+            await joined.join()
+            yield joined
+            await joined.leave()
+            await control.aclose()
+
+
+def rows(start, count):
+    data = np.random.default_rng(5).standard_normal((64, 64), dtype=np.float32)
+    part = np.ascontiguousarray(data[start : start + count])
+    return Tensor(TensorSpec(DType.F32, part.shape), part.data.cast("B"))
+
+
+def logits(slot, position, count):
+    return StepHeader(StepKind.STEP, position, (Segment(slot, position, count),), (Want.LOGITS,))
+
+
+def replay(slot, position, count, until=1, want=Want.NOTHING):
+    segment = Segment(slot, position, count)
+    return StepHeader(StepKind.REPLAY, position, (segment,), (want,), until=until)
+
+
+async def test_a_session_outlives_its_channels_and_goes_back_to_what_is_certain(joined):
+    await joined.run(logits(0, 0, 5), rows(0, 5))
+    expected = await joined.run(logits(0, 5, 1), rows(5, 1))
+    await joined.run(logits(1, 0, 3), rows(20, 3))
+    await trio.aclose_forcefully(joined.upstream)
+    broken = await joined.said(Broken)
+    assert (broken.epoch, broken.side) == (joined.rig.epoch, "upstream")
+    await joined.rewind([5, 0])
+    await joined.join()
+    figures = await figures_of(joined.control)
+    assert (figures.slots_in_use, figures.kv_tokens) == (1, 5)
+    # Slot 0 holds what it held; slot 1 was not named, so it begins anew.
+    assert await joined.run(logits(0, 5, 1), rows(5, 1)) == expected
+    assert await joined.run(logits(1, 0, 5), rows(0, 5))
+
+
+async def test_a_rewind_interrupts_a_session_that_sees_nothing_wrong(joined):
+    expected = await joined.run(logits(0, 0, 5), rows(0, 5))
+    await joined.rewind([0, 0])
+    await joined.join()
+    assert await joined.run(logits(0, 0, 5), rows(0, 5)) == expected
+
+
+async def test_of_several_rewinds_the_last_one_counts(joined):
+    await joined.run(logits(0, 0, 5), rows(0, 5))
+    await joined.rewind([4, 0])
+    await joined.rewind([3, 0])
+    await joined.join()
+    assert (await figures_of(joined.control)).kv_tokens == 3
+
+
+async def test_a_channel_of_an_epoch_that_is_over_is_not_let_in(joined):
+    stale = joined.rig.epoch
+    await joined.rewind([0, 0])
+    current, joined.rig.epoch = joined.rig.epoch, stale
+    with pytest.raises(HandshakeError):
+        await joined.rig.dial_upstream()
+    joined.rig.epoch = current
+    await joined.join()
+
+
+async def test_replayed_steps_rebuild_what_a_slot_held_and_answer_nothing(joined):
+    await joined.run(logits(0, 0, 5), rows(0, 5))
+    expected = await joined.run(logits(0, 5, 1), rows(5, 1))
+    await joined.rewind([0, 0])
+    await joined.join()
+    await send_step(joined.upstream, replay(0, 0, 5), (rows(0, 5),))
+    # The next thing to come is the answer of the step behind the replay.
+    assert await joined.run(logits(0, 5, 1), rows(5, 1)) == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "fields", "word"),
+    [
+        ([6, 0], {}, "holds 5 tokens"),
+        ([5, 1], {}, "holds 0 tokens"),
+        ([5], {}, "names 1 slots"),
+        ([5, 0, 0], {}, "names 3 slots"),
+        ([5, 0], {"replay_until": 1}, "replay until stage 1"),
+        ([5, 0], {"replay_until": 7}, "replay until stage 7"),
+    ],
+)
+async def test_a_rewind_that_cannot_be_is_refused_with_the_values(joined, lengths, fields, word):
+    await joined.run(logits(0, 0, 5), rows(0, 5))
+    heard = await joined.rewind(lengths, **fields)
+    failure = heard if isinstance(heard, Failure) else await joined.said(Failure)
+    assert word in failure.detail
+
+
+@pytest.mark.parametrize(
+    ("header", "word"),
+    [
+        (replay(0, 0, 2), "holds 5 tokens"),
+        (replay(0, 5, 2, until=0), "until stage 0"),
+        (replay(0, 5, 2, until=2), "until stage 2"),
+        (replay(0, 5, 2, want=Want.TOKEN), "wants a result"),
+        (replay(0, 40, 30), "position 70"),
+    ],
+)
+async def test_a_replay_that_does_not_continue_the_slot_is_refused(joined, header, word):
+    await joined.run(logits(0, 0, 5), rows(0, 5))
+    await send_step(joined.upstream, header, (rows(0, header.num_tokens),))
+    message = await failure_of(joined.control)
+    assert word in message.detail
 
 
 async def test_an_ended_sessions_kv_memory_is_gone_without_a_collection(rig, monkeypatch):
