@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 import torch
 from pipeline.models.config import load_config
+from pipeline.models.kernel_choice import why_not_native
 from pipeline.models.registry import load_shard, required_files
 from pipeline.models.weights import hash_files
 
@@ -24,12 +25,13 @@ def peak():
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
-directory, start, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+directory, start, end, dtype = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 config = load_config(directory)
 hashes = hash_files(required_files(directory, config, range(start, end)))
 torch.mm(torch.ones(2, 2), torch.ones(2, 2))
+why_not_native()  # its self-test runs what there is to run
 before = peak()
-shard = load_shard(directory, config, start, end, expected_hashes=hashes)
+shard = load_shard(directory, config, start, end, dtype=dtype, expected_hashes=hashes)
 print(shard.num_weight_bytes, peak() - before)
 """
 
@@ -53,10 +55,12 @@ def wide_model(request, tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("stage", range(NUM_STAGES))
-def test_a_stages_peak_memory_is_near_its_shard(wide_model, stage):
+@pytest.mark.parametrize(
+    ("dtype", "stage"), [*(("float32", i) for i in range(NUM_STAGES)), ("bfloat16", 1), ("int8", 2)]
+)
+def test_a_stages_peak_memory_is_near_its_shard(wide_model, dtype, stage):
     size = NUM_LAYERS // NUM_STAGES
-    arguments = [wide_model, stage * size, (stage + 1) * size]
+    arguments = [wide_model, stage * size, (stage + 1) * size, dtype]
     result = subprocess.run(
         [sys.executable, "-c", LOAD, *map(str, arguments)],
         capture_output=True,
@@ -64,5 +68,5 @@ def test_a_stages_peak_memory_is_near_its_shard(wide_model, stage):
         check=True,
     )
     shard_bytes, peak_bytes = map(int, result.stdout.split())
-    assert shard_bytes > 40e6  # two layers: the measure is about the shard, not about small change
+    assert shard_bytes > 12e6  # two layers: the measure is about the shard, not about small change
     assert peak_bytes <= SLACK * shard_bytes + BLOCK_BYTES
