@@ -29,8 +29,8 @@ class ActivationLog:
     def append(self, step: int, batch: Batch, hidden: torch.Tensor) -> None:
         """Keep a step's output, [rows, hidden]; rows follow each other as the segments do."""
         start = 0
-        for segment in batch:
-            piece = Piece(step, segment.position, segment.num_tokens)
+        for index, segment in enumerate(batch):
+            piece = Piece(step, index, segment.position, segment.num_tokens)
             rows = hidden[start : start + segment.num_tokens]
             self._rows[segment.slot, piece.position : piece.end] = rows
             self._pieces[segment.slot].append(piece)

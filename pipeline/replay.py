@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 from pipeline.messages import StepHeader, StepKind, Want
 from pipeline.models.batch import Segment
@@ -16,6 +17,8 @@ class Piece:
     """A slot's part of one step."""
 
     step: int
+    # Which of the step's segments it was.
+    index: int
     position: int
     num_tokens: int
 
@@ -36,15 +39,17 @@ def truncate(pieces: list[Piece], length: int) -> None:
 def replay_headers(slots: Mapping[int, Sequence[Piece]], until: int) -> Iterator[StepHeader]:
     """The steps that these slots' pieces came in, in their old order and grouping.
 
-    KV state computed from them is the lost one's equal, bit for bit: chunks of other sizes would
-    round otherwise.
+    KV state computed from them is the lost one's equal, bit for bit unless requests of those steps
+    have ended: with some kernels, steps of other sizes round otherwise.
     """
-    steps: defaultdict[int, list[Segment]] = defaultdict(list)
+    steps: defaultdict[int, list[tuple[int, Segment]]] = defaultdict(list)
     for slot, pieces in slots.items():
         for piece in pieces:
-            steps[piece.step].append(Segment(slot, piece.position, piece.num_tokens))
+            segment = Segment(slot, piece.position, piece.num_tokens)
+            steps[piece.step].append((piece.index, segment))
     for step in sorted(steps):
-        segments = tuple(steps[step])
+        ordered = sorted(steps[step], key=itemgetter(0))
+        segments = tuple(segment for _, segment in ordered)
         wants = (Want.NOTHING,) * len(segments)
         yield StepHeader(StepKind.REPLAY, step, segments, wants, until=until)
 

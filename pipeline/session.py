@@ -211,9 +211,10 @@ class StageSession:
             with on_link("upstream"):
                 header, tensors = await receive_step(upstream, self._gate)
             started = perf_counter_ns()
-            outputs = self._core.step(header, tensors)
+            done = self._core.take(header, tensors)
             timing = self._meter.step(header, perf_counter_ns() - started)
-            if header.kind is StepKind.REPLAY and header.until <= self._setup.stage_idx:
-                continue
-            with on_link("downstream"):
-                await send_step(downstream, header.with_timing(timing), outputs)
+            for each, outputs in done:
+                if each.kind is StepKind.REPLAY and each.until <= self._setup.stage_idx:
+                    continue
+                with on_link("downstream"):
+                    await send_step(downstream, each.with_timing(timing), outputs)

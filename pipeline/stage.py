@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.activation_log import ActivationLog
+from pipeline.catch_up import CatchUp
 from pipeline.codec import activation_codec
 from pipeline.errors import MessageError
 from pipeline.messages import StepHeader, StepKind, Want
@@ -32,11 +33,30 @@ class StageCore:
         self.log = log
         self._compute_dtype = shard.compute_dtype
         self._codec = activation_codec(limits)
+        self._catch_up = CatchUp(limits.max_step_tokens)
 
     @property
     def num_bytes(self) -> int:
         """Bytes reserved for the session."""
         return self.cache.num_bytes + (self.log.num_bytes if self.log is not None else 0)
+
+    def take(
+        self, header: StepHeader, tensors: Sequence[Tensor]
+    ) -> list[tuple[StepHeader, tuple[Tensor, ...]]]:
+        """Run one step, or put it off: what has been computed, each step with its outputs.
+
+        Replayed steps wait for each other where that changes nothing, until any other step comes:
+        a few large steps take a fraction of the time. Raises MessageError as `step` does.
+        """
+        is_put_off = header.kind is StepKind.REPLAY and self.shard.kernels.is_row_exact
+        done: list[tuple[StepHeader, tuple[Tensor, ...]]] = []
+        if self._catch_up and not (is_put_off and self._catch_up.has_room(header)):
+            done = self._caught_up()
+        if is_put_off:
+            self._catch_up.add(header, self._inputs(tensors), self.cache.lengths)
+        else:
+            done.append((header, self.step(header, tensors)))
+        return done
 
     @torch.inference_mode()
     def step(self, header: StepHeader, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -66,6 +86,7 @@ class StageCore:
             raise MessageError(
                 f"rewind names {len(lengths)} slots, there are {self.limits.num_slots}"
             )
+        self._catch_up = CatchUp(self.limits.max_step_tokens)
         for slot, length in enumerate(lengths):
             self.cache.truncate(slot, length)
             if self.log is not None:
@@ -80,9 +101,22 @@ class StageCore:
 
     def release(self) -> None:
         """Zero the session's keys, values and activations, and give their memory back."""
+        self._catch_up = CatchUp(self.limits.max_step_tokens)
         self.cache.release()
         if self.log is not None:
             self.log.release()
+
+    @torch.inference_mode()
+    def _caught_up(self) -> list[tuple[StepHeader, tuple[Tensor, ...]]]:
+        """Compute all that has been put off, in one go."""
+        steps, self._catch_up = self._catch_up, CatchUp(self.limits.max_step_tokens)
+        segments, inputs = steps.merged()
+        done = []
+        for header, hidden in steps.split(self.shard.forward(inputs, segments, self.cache)):
+            if self.log is not None:
+                self.log.append(header.step, header.segments, hidden)
+            done.append((header, () if self.shard.is_last else self._codec.encode(hidden)))
+        return done
 
     def _inputs(self, tensors: Sequence[Tensor]) -> torch.Tensor:
         if not self.shard.is_first:

@@ -51,7 +51,7 @@ LAYERS = [
     "pipeline.engine.generation",
     "pipeline.engine.scheduler",
     "pipeline.steps pipeline.tensors pipeline.trust pipeline.plan",
-    "pipeline.codec pipeline.activation_log pipeline.shard",
+    "pipeline.codec pipeline.activation_log pipeline.catch_up pipeline.shard",
     "pipeline.stage",
     "pipeline.links pipeline.drive pipeline.meter",
     "pipeline.local pipeline.service",

@@ -194,7 +194,7 @@ class Scheduler:
                 continue
             segments.append(Segment(state.slot, state.num_sent, len(pending)))
             token_ids += pending
-            state.sent(Piece(self._next_step, state.num_sent, len(pending)))
+            state.sent(Piece(self._next_step, len(segments) - 1, state.num_sent, len(pending)))
             is_last_known = state.num_sent == state.num_known
             wants.append(_want(state.request) if is_last_known else Want.NOTHING)
             if is_last_known:

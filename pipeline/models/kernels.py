@@ -120,6 +120,8 @@ class Kernels(ABC):
     name: ClassVar[str]
     # Keys are cached as [slots, kv_heads, max_seq / block, head_dim, block]; 1: plain rows.
     key_block: ClassVar[int]
+    # Whether a row depends on itself and its own cache alone, bit for bit, in steps of any size.
+    is_row_exact: ClassVar[bool]
 
     @abstractmethod
     def linear(

@@ -192,6 +192,7 @@ class NativeKernels(Kernels):
 
     name = "native"
     key_block = KEY_BLOCK
+    is_row_exact = True
 
     def __init__(self) -> None:
         self._arena = Arena()

@@ -133,6 +133,7 @@ class TorchKernels(Kernels):
 
     name = "torch"
     key_block = 1
+    is_row_exact = False
 
     def __init__(self, matvec: MatVec | None = None) -> None:
         """`matvec` multiplies single rows; by default whatever does it best here."""

@@ -27,8 +27,8 @@ def test_only_what_must_be_is_rebuilt_by_the_nearest_who_can(lost, keepers, rebu
 
 
 def test_truncating_cuts_the_piece_that_the_length_lies_in():
-    pieces = [Piece(1, 0, 4), Piece(2, 4, 4), Piece(3, 8, 1)]
+    pieces = [Piece(1, 0, 0, 4), Piece(2, 1, 4, 4), Piece(3, 0, 8, 1)]
     truncate(pieces, 6)
-    assert pieces == [Piece(1, 0, 4), Piece(2, 4, 2)]
+    assert pieces == [Piece(1, 0, 0, 4), Piece(2, 1, 4, 2)]
     truncate(pieces, 0)
     assert pieces == []
