@@ -60,7 +60,8 @@ class RemoteStage:
         self._epoch: bytes | None = None
         self._ready: Ready | None = None
         self._is_ready = trio.Event()
-        self._last_heard = self.connected_at = trio.current_time()
+        self._num_unanswered = 0
+        self.connected_at = trio.current_time()
         # What it last told of itself, and what before that: together they give rates.
         self.figures: StageFigures | None = None
         self.past_figures: StageFigures | None = None
@@ -88,9 +89,9 @@ class RemoteStage:
     async def begin(self, message: Init | Rewind) -> None:
         """Open the stage's session, or rewind it, for a new epoch. Raises StageLost."""
         self.end_epoch()
-        self.has_begun = True
         self._epoch = message.epoch
         await self.send(message)
+        self.has_begun = True  # not before: cancelled on the way, the stage has heard of nothing
 
     async def aclose(self) -> None:
         """Hang up."""
@@ -116,18 +117,22 @@ class RemoteStage:
             while True:
                 try:
                     message = await self._control.receive()
-                except (TransportError, trio.EndOfChannel) as error:
+                except (TransportError, trio.EndOfChannel, trio.ClosedResourceError) as error:
+                    # Closed by whoever failed to send: it may notice first that the stage is gone.
                     raise StageLost(self.idx, describe(error)) from error
-                self._last_heard = trio.current_time()
+                self._num_unanswered = 0
                 self._take(message)
 
     async def _ask(self, hang_seconds: float) -> NoReturn:
+        pause_seconds = min(HEALTH_SECONDS, hang_seconds / 2)
         sequence = 0
         while True:
-            await trio.sleep(min(HEALTH_SECONDS, hang_seconds / 2))
-            if trio.current_time() - self._last_heard > hang_seconds:
+            await trio.sleep(pause_seconds)
+            # Questions are counted, not seconds: while this process itself is stopped, none is put.
+            if self._num_unanswered * pause_seconds >= hang_seconds:
                 raise StageHung(self.idx, f"it has not answered for {hang_seconds:g} s")
             await self.send(Health(sequence=sequence))
+            self._num_unanswered += 1
             sequence += 1
 
     def _take(self, message: Message) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import NoReturn
@@ -189,9 +189,10 @@ class PipelineEngine:
             if live is None:
                 continue  # its sampler failed at this very token
             choice = choices[event.request_id]
-            live.outputs.send_nowait(
-                TokenOutput(choice.token_id, choice.logprob, choice.top, event.finish)
-            )
+            with suppress(trio.BrokenResourceError):  # it listens no more, and is about to leave
+                live.outputs.send_nowait(
+                    TokenOutput(choice.token_id, choice.logprob, choice.top, event.finish)
+                )
             if event.finish is not None:
                 del self._live[event.request_id]
                 live.outputs.close()

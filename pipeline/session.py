@@ -208,6 +208,9 @@ class StageSession:
 
     async def _serve_steps(self, upstream: SecureChannel, downstream: SecureChannel) -> None:
         while True:
+            # Several steps may have come at once; the control channel has its turn between them,
+            # or a stage that is only busy would be taken for hung.
+            await trio.lowlevel.checkpoint()
             with on_link("upstream"):
                 header, tensors = await receive_step(upstream, self._gate)
             started = perf_counter_ns()

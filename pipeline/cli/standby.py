@@ -20,7 +20,8 @@ def stand_by() -> None:
     importing = threading.Thread(target=_import)
     importing.start()
     importing.join()
-    os.write(sys.stdout.fileno(), READY)
+    with suppress(BrokenPipeError):  # nobody is there any more: stdin has ended as well
+        os.write(sys.stdout.fileno(), READY)
     line = b""
     while not line.endswith(b"\n"):
         data = os.read(sys.stdin.fileno(), 1 << 16)

@@ -161,6 +161,14 @@ async def test_a_client_that_never_reads_does_not_hold_up_others(engine):
         assert len(await tokens_of(engine, generation(rng, 50))) == 50
 
 
+async def test_a_client_that_stops_listening_before_it_leaves_harms_nobody(engine):
+    rng = random.Random(2)
+    async with engine.generate(generation(rng, 50)) as stream:
+        await stream.receive()
+        await stream.aclose()
+        assert len(await tokens_of(engine, generation(rng, 10))) == 10
+
+
 async def test_the_last_output_says_why_it_is_the_last(engine):
     rng = random.Random(3)
     request = generation(rng, 10)

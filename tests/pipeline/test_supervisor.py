@@ -1,5 +1,6 @@
 """Worker processes: which command they run does not matter here."""
 
+import subprocess
 import sys
 
 import pytest
@@ -76,6 +77,21 @@ async def test_a_spare_that_has_died_costs_one_more_try(supervisor, monkeypatch,
     await waiting.wait()
     supervisor.on_loss(StageHung(0, "it says nothing"))
     await pid_other_than(supervisor, (first, waiting.pid))
+
+
+@pytest.mark.parametrize("is_reading", [False, True])
+def test_a_spare_whose_supervisor_is_gone_ends_quietly(is_reading):
+    command = [*pipeline.supervisor.COMMAND, "--standby"]
+    spare = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with spare.stdout as stdout, spare.stderr as stderr:
+        if is_reading:
+            assert stdout.readline() == b"ready\n"
+        stdout.close()
+        spare.stdin.close()
+        assert stderr.read() == b""
+        assert spare.wait(10) == 0
 
 
 async def test_a_worker_that_keeps_dying_is_tried_ever_more_seldom(
