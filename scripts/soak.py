@@ -102,8 +102,8 @@ class Serving:
         return footprint(self.process.pid)
 
     def children(self) -> list[int]:
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")  # of each thread
+        return [int(pid) for task in tasks for pid in task.read_text().split()]
 
     def stop(self) -> int:
         self.process.terminate()
@@ -239,8 +239,8 @@ async def check_end(serving: Serving, server: Server, args, settled) -> list[str
     children = serving.children()
     print(f"{len(children)} child processes of {args.stages} stages and a spare one:",
           *(f"{footprint(pid)[0] >> 20} MB/{footprint(pid)[1]} fds" for pid in children))  # fmt: skip
-    if len(children) > args.stages + 1:
-        problems.append("worker processes are left")
+    if not args.stages <= len(children) <= args.stages + 1:
+        problems.append("worker processes are missing, or left")
     return problems
 
 

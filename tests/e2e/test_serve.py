@@ -155,9 +155,9 @@ def test_an_error_is_a_json_line_where_all_lines_are(cluster):
 def test_a_killed_server_leaves_no_worker_behind(server, cluster):
     _, process = server()
     assert sorted(workers_of(process)) == [0, 1]
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     for _ in range(200):
-        pids = children.read_text().split()
+        tasks = Path(f"/proc/{process.pid}/task").glob("*/children")  # of each thread
+        pids = [pid for task in tasks for pid in task.read_text().split()]
         if len(pids) == 3:
             break
         time.sleep(0.1)
