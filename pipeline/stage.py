@@ -74,11 +74,12 @@ class StageCore:
                 self.log.clear(slots)
             return (CLEAR_SENTINEL,)
         hidden = self.shard.forward(self._inputs(tensors), header.segments, self.cache)
+        if self.shard.is_last:
+            return () if header.kind is StepKind.REPLAY else self._results(header, hidden)
+        (hidden,) = self.shard.kernels.to_host(hidden)
         if self.log is not None:
             self.log.append(header.step, header.segments, hidden)
-        if not self.shard.is_last:
-            return self._codec.encode(hidden)
-        return () if header.kind is StepKind.REPLAY else self._results(header, hidden)
+        return self._codec.encode(hidden)
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Go back to `lengths` tokens per slot. Raises MessageError when a slot holds fewer."""
@@ -139,10 +140,14 @@ class StageCore:
                 wants.append(want)
         if not last_rows:
             return (token_ids_to_wire(np.empty(0, dtype="<u4")),)
-        rows = hidden if len(last_rows) == hidden.shape[0] else hidden[last_rows]
-        logits = self.shard.logits(rows)  # [segments that want something, vocab]
-        token_ids = token_ids_to_wire(self.shard.kernels.argmax(logits).numpy())
+        kernels = self.shard.kernels
+        if len(last_rows) != hidden.shape[0]:
+            hidden = hidden[kernels.to_device(torch.tensor(last_rows))]
+        logits = self.shard.logits(hidden)  # [segments that want something, vocab]
+        chosen = kernels.argmax(logits)
         wanted = [row for row, want in enumerate(wants) if want is Want.LOGITS]
         if not wanted:
-            return (token_ids,)
-        return token_ids, activation_to_wire(logits[wanted].float(), DType.F32)
+            return (token_ids_to_wire(kernels.to_host(chosen)[0].numpy()),)
+        rows = logits[kernels.to_device(torch.tensor(wanted))]
+        chosen, rows = kernels.to_host(chosen, rows)
+        return token_ids_to_wire(chosen.numpy()), activation_to_wire(rows.float(), DType.F32)

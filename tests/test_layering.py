@@ -43,6 +43,7 @@ LAYERS = [
     "pipeline.models.weights pipeline.models.kernels pipeline.models.embedding",
     "pipeline.models.torch_attention",
     "pipeline.models.kernels_torch pipeline.models.kernels_native",
+    "pipeline.models.kernels_cuda",
     "pipeline.models.kernel_choice",
     "pipeline.models.base",
     "pipeline.models.gpt2 pipeline.models.llama",

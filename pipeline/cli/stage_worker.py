@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import trio
 import typer
 
@@ -67,7 +68,7 @@ def serve(
     threads: Annotated[
         int, typer.Option(min=1, max=1024, metavar="N", help="Threads for this stage.")
     ] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
     kv_memory: Annotated[
         float | None,
         typer.Option(min=0.001, metavar="GIB", help="KV memory of a session [all there is]."),
@@ -98,8 +99,6 @@ def serve(
     loaded = load_manifest(manifest)
     stage = loaded.stage(stage_idx)
     trust = _trust(loaded, stage_idx, dev=dev)
-    if device != "cpu":
-        raise InputError(f"--device {device}: this build computes on cpu only")
     endpoint = stage.endpoint
     control = to_endpoint(control_listen, "--control-listen") or (
         endpoint.control.to_endpoint() if endpoint else None
@@ -115,7 +114,7 @@ def serve(
         )
     precision = _precision(dtype, stage)
     set_num_threads(threads)
-    shard = _load(loaded, stage_idx, model_dir, precision, kernels)
+    shard = _load(loaded, stage_idx, model_dir, precision, kernels, device)
     setup = StageSetup(
         manifest=loaded,
         stage_idx=stage_idx,
@@ -124,7 +123,7 @@ def serve(
         precision=precision,
         num_threads=threads,
         device=device,
-        max_kv_bytes=int(kv_memory * GIB) if kv_memory is not None else _physical_memory(),
+        max_kv_bytes=_memory(shard.kernels.device) if kv_memory is None else int(kv_memory * GIB),
         data_out=data_out,
     )
     _run(setup, control, data_in, once=once, until_stdin_ends=until_stdin_ends)
@@ -148,7 +147,12 @@ def _precision(flag: str | None, stage: StageSpec) -> Precision:
 
 
 def _load(
-    manifest: Manifest, stage_idx: int, model_dir: Path, precision: Precision, kernels: str
+    manifest: Manifest,
+    stage_idx: int,
+    model_dir: Path,
+    precision: Precision,
+    kernels: str,
+    device: str,
 ) -> ModelShard:
     stage = manifest.stage(stage_idx)
     if stage.require_weight_hashes and not stage.weight_hashes:
@@ -176,11 +180,15 @@ def _load(
         stage.layer_end,
         dtype=precision,
         kernels=kernels,
+        device=device,
         expected_hashes=stage.weight_hashes or None,
     )
 
 
-def _physical_memory() -> int:
+def _memory(device: torch.device) -> int:
+    """Bytes of this machine; of a GPU what weights leave free, less a tenth to compute in."""
+    if device.type != "cpu":
+        return torch.cuda.mem_get_info(device)[0] * 9 // 10
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

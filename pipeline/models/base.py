@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -139,10 +140,10 @@ class Shard(ABC):
     def kv_bytes(self, num_slots: int, max_seq_len: int) -> int:
         """What a cache of that size would reserve."""
         num_layers = self.layer_end - self.layer_start
-        block = self.kernels.key_block
+        slots, block = num_slots + self.kernels.scratch_slots, self.kernels.key_block
         config = self.config
         return num_layers * kv_bytes(
-            num_slots, config.num_kv_heads, max_seq_len, config.head_dim, block
+            slots, config.num_kv_heads, max_seq_len, config.head_dim, block
         )
 
     def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
@@ -154,6 +155,8 @@ class Shard(ABC):
             max_seq_len=max_seq_len,
             head_dim=self.config.head_dim,
             key_block=self.kernels.key_block,
+            scratch_slots=self.kernels.scratch_slots,
+            device=self.kernels.device,
         )
 
     @torch.no_grad()
@@ -168,18 +171,29 @@ class Shard(ABC):
         if inputs.shape[0] != rows or not batch:
             raise MessageError(f"a step of {rows} tokens came with {inputs.shape[0]} rows")
         cache.reserve(batch)
-        positions = batch_positions(batch)
-        hidden = torch.empty(rows, self.config.hidden_dim)
+        compute = partial(self._compute, cache)
+        hidden = self.kernels.run(compute, inputs, batch, self.heads, cache)
+        cache.advance(batch)
+        return hidden
+
+    def _compute(
+        self,
+        cache: KVCache,
+        inputs: torch.Tensor,
+        positions: torch.Tensor,
+        end: int,
+        attention: Attention,
+    ) -> torch.Tensor:
+        """Rows through all layers, where the kernels compute; all positions are below `end`."""
+        rows = positions.shape[0]
+        hidden = torch.empty(rows, self.config.hidden_dim, device=self.kernels.device)
         if self.is_first:
             (self._embedding or self._tied_head()).gather(inputs, hidden)
         else:
             hidden.copy_(inputs)
-        end = max(segment.position + segment.num_tokens for segment in batch)
-        attention = self.kernels.attention(batch, self.heads, cache.capacity)
         step = Step(attention, self._place(hidden, positions, end), *self._room(rows))
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
             layer(hidden, step, keys, values)
-        cache.advance(batch)
         return hidden
 
     @torch.no_grad()
@@ -188,24 +202,24 @@ class Shard(ABC):
         assert self._norm is not None, "only the last stage has a norm"
         assert self._head is not None, "only the last stage has a head"
         rows = hidden.shape[0]
-        normed = self._norm(hidden.contiguous(), torch.empty(rows, self.config.hidden_dim))
-        return self._head(normed, torch.empty(rows, self.config.vocab_size))
+        normed = self._norm(hidden.contiguous(), hidden.new_empty(rows, self.config.hidden_dim))
+        return self._head(normed, hidden.new_empty(rows, self.config.vocab_size))
 
     def _tied_head(self) -> Linear:
         assert self._head is not None, "the first stage has an embedding or shares the head's"
         return self._head
 
     def _room(self, rows: int) -> tuple[torch.Tensor, ...]:
-        """The step's intermediate tensors, in memory that is kept from step to step."""
+        """The step's intermediate tensors, in memory that is kept from step to step.
+
+        A device's allocator keeps memory itself, and apart for recorded steps.
+        """
+        if self._views and self._views[0].shape[0] == rows:
+            return self._views
+        device = self.kernels.device
+        if device.type != "cpu":
+            return tuple(torch.empty(rows, width, device=device) for width in self._widths)
         if not self._buffers or self._buffers[0].shape[0] < rows:
             self._buffers = tuple(torch.empty(rows, width) for width in self._widths)
-        if not self._views or self._views[0].shape[0] != rows:
-            self._views = tuple(each[:rows] for each in self._buffers)
+        self._views = tuple(each[:rows] for each in self._buffers)
         return self._views
-
-
-def batch_positions(batch: Batch) -> torch.Tensor:
-    """Position of every row, [rows]."""
-    return torch.tensor(
-        [each.position + offset for each in batch for offset in range(each.num_tokens)]
-    )

@@ -3,6 +3,7 @@
 Never by a stopwatch: two workers on two equal machines must not differ in rounding.
 """
 
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -12,6 +13,7 @@ from pipeline.errors import InputError
 from pipeline.models.batch import Segment
 from pipeline.models.config import ModelConfig
 from pipeline.models.kernels import HeadShape, Kernels, Linear
+from pipeline.models.kernels_cuda import CudaKernels, find_gpu
 from pipeline.models.kernels_torch import TorchKernels
 
 CHOICES = ("auto", "native", "torch")
@@ -20,13 +22,23 @@ HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 512  # what the native attention takes
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.int8: 3e-2}
 
 
-def choose_kernels(choice: str, config: ModelConfig) -> Kernels:
+def choose_kernels(choice: str, config: ModelConfig, device: str = "cpu") -> Kernels:
     """The kernels to compute a model with; `auto`: native where they work, else torch.
 
-    Raises InputError when native kernels are demanded and cannot be had.
+    Another device than the CPU has its own. Raises InputError when native kernels or a device are
+    demanded and cannot be had.
     """
     if choice not in CHOICES:
         raise InputError(f"--kernels {choice}: use {', '.join(CHOICES)}")
+    if device != "cpu":
+        found = find_gpu(device)
+        if choice != "auto":
+            raise InputError(f"--kernels {choice}: for cpu only, leave it out on {found}")
+        kernels = CudaKernels(found)
+        problem = first_difference(kernels, TorchKernels(), (torch.float32, torch.bfloat16))
+        if problem is not None:
+            raise InputError(f"--device {device}: {problem}")
+        return kernels
     if choice == "torch":
         return TorchKernels()
     problem = why_not_native() or _why_not_model(config)
@@ -59,19 +71,21 @@ def why_not_native() -> str | None:
         return "this processor lacks the instructions they are written for (AVX-512)"
     from pipeline.models.kernels_native import NativeKernels  # noqa: PLC0415
 
-    try:
-        return first_difference(NativeKernels(), TorchKernels())
-    except (AttributeError, TypeError):  # a function missing, or taking other arguments
-        return "they were built from other sources than these: run scripts/setup.sh"
+    return first_difference(NativeKernels(), TorchKernels())
 
 
 @torch.no_grad()
-def first_difference(native: Kernels, reference: Kernels) -> str | None:
-    """The first operation in which two sets of kernels disagree."""
-    for precision, tolerance in TOLERANCES.items():
-        if not _agree(_products(native, precision), _products(reference, precision), tolerance):
+def first_difference(
+    kernels: Kernels, reference: Kernels, precisions: Iterable[torch.dtype] = TOLERANCES
+) -> str | None:
+    """The first operation in which two sets of kernels disagree, if there is one."""
+    for precision in precisions:
+        with kernels.device:
+            products = _products(kernels, precision)
+        if not _agree(products, _products(reference, precision), TOLERANCES[precision]):
             return f"their {dtype_name(precision)} products are wrong on this machine"
-    found = _rest(native)
+    with kernels.device:
+        found = _rest(kernels)
     for name, expected in _rest(reference).items():
         if not _agree(found[name], expected, TOLERANCES[torch.float32]):
             return f"their {name} is wrong on this machine"
@@ -79,7 +93,7 @@ def first_difference(native: Kernels, reference: Kernels) -> str | None:
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    error = (found - expected).abs().max()
+    error = (found.cpu() - expected).abs().max()
     return bool(error <= tolerance * expected.abs().max())  # False for NaN
 
 

@@ -5,6 +5,7 @@ Activations are float32 [rows, width] whatever the weights' precision. Every ope
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -12,6 +13,7 @@ import torch
 
 from pipeline.models.batch import Batch
 from pipeline.models.config import ModelConfig
+from pipeline.models.kv_cache import KVCache
 from pipeline.models.sinks import CopySink, Sink, weight_sinks
 
 Activation = Literal["none", "gelu_tanh", "gelu", "relu"]
@@ -114,14 +116,43 @@ class HeadShape:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
+# A shard's layers: inputs, the position of each row, a bound above all positions, the attention.
+Compute = Callable[[torch.Tensor, torch.Tensor, int, Attention], torch.Tensor]
+
+
 class Kernels(ABC):
     """Makes layers, and computes what lies between them."""
 
     name: ClassVar[str]
+    device = torch.device("cpu")
+    # A cache's slots beyond the requests', for rows that only fill a step up.
+    scratch_slots: ClassVar[int] = 0
     # Keys are cached as [slots, kv_heads, max_seq / block, head_dim, block]; 1: plain rows.
     key_block: ClassVar[int]
     # Whether a row depends on itself and its own cache alone, bit for bit, in steps of any size.
     is_row_exact: ClassVar[bool]
+
+    def run(
+        self,
+        compute: Compute,
+        inputs: torch.Tensor,
+        batch: Batch,
+        shape: HeadShape,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        """A step from the host's inputs to `compute`'s result, where these kernels compute."""
+        end = max(segment.position + segment.num_tokens for segment in batch)
+        attention = self.attention(batch, shape, cache.capacity)
+        positions = self.to_device(batch_positions(batch))
+        return compute(self.to_device(inputs), positions, end, attention)
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host's tensor where these kernels compute."""
+        return tensor
+
+    def to_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Results where the host can read them, all of them computed."""
+        return tensors
 
     @abstractmethod
     def linear(
@@ -163,3 +194,10 @@ class Kernels(ABC):
     @abstractmethod
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """Index of the first greatest of each row: [rows, n] -> [rows] int64."""
+
+
+def batch_positions(batch: Batch) -> torch.Tensor:
+    """Position of every row, [rows]."""
+    return torch.tensor(
+        [each.position + offset for each in batch for offset in range(each.num_tokens)]
+    )

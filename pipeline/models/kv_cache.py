@@ -8,6 +8,8 @@ import torch
 from pipeline.errors import MessageError
 from pipeline.models.batch import Batch, Segment
 
+HOST = torch.device("cpu")
+
 
 def kv_bytes(
     num_slots: int, num_kv_heads: int, max_seq_len: int, head_dim: int, key_block: int
@@ -26,10 +28,21 @@ class KVCache:
 
     Its keys are the same, or with a `key_block` above 1 [slots, kv_heads, capacity / block,
     head_dim, block], as kernels read them that take a block of positions at once. The memory is
-    reserved, not touched: the operating system hands out zeroed pages as slots fill.
+    reserved, not touched: the operating system hands out zeroed pages as slots fill. Behind the
+    requests' slots lie `scratch_slots` that no request can name. `recorded` is what
+    kernels keep that refers to this memory and has to end with it.
     """
 
-    __slots__ = ("_key_block", "_lengths", "_written", "capacity", "keys", "max_seq_len", "values")
+    __slots__ = (
+        "_key_block",
+        "_lengths",
+        "_written",
+        "capacity",
+        "keys",
+        "max_seq_len",
+        "recorded",
+        "values",
+    )
 
     def __init__(
         self,
@@ -40,14 +53,18 @@ class KVCache:
         max_seq_len: int,
         head_dim: int,
         key_block: int = 1,
+        scratch_slots: int = 0,
+        device: torch.device = HOST,
     ) -> None:
         self.capacity = capacity = _round_up(max_seq_len, key_block)
-        values: tuple[int, ...] = (num_slots, num_kv_heads, capacity, head_dim)
+        slots = num_slots + scratch_slots
+        values: tuple[int, ...] = (slots, num_kv_heads, capacity, head_dim)
         keys = values
         if key_block > 1:
-            keys = (num_slots, num_kv_heads, capacity // key_block, head_dim, key_block)
-        self.keys = [_zeros(keys) for _ in range(num_layers)]
-        self.values = [_zeros(values) for _ in range(num_layers)]
+            keys = (slots, num_kv_heads, capacity // key_block, head_dim, key_block)
+        self.keys = [_zeros(keys, device) for _ in range(num_layers)]
+        self.values = [_zeros(values, device) for _ in range(num_layers)]
+        self.recorded: object = None
         self._key_block = key_block
         self.max_seq_len = max_seq_len
         self._lengths = [0] * num_slots
@@ -71,6 +88,7 @@ class KVCache:
     def release(self) -> None:
         """Zero what was used and give the memory back at once, whoever still refers to this."""
         self.clear()
+        self.recorded = None
         self.keys.clear()
         self.values.clear()
 
@@ -142,6 +160,8 @@ class KVCache:
             self.truncate(slot, 0)
 
 
-def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
+def _zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device)
     # numpy asks for zeroed pages, where torch writes the zeros and so touches all of them
     return torch.from_numpy(np.zeros(shape, dtype=np.float32))

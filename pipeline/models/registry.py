@@ -59,17 +59,19 @@ def load_shard(
     *,
     dtype: str = "float32",
     kernels: str = "auto",
+    device: str = "cpu",
     expected_hashes: Sequence[str] | None,
 ) -> ModelShard:
     """Load layers layer_start..layer_end (exclusive), with embedding first and head last.
 
-    `dtype` is what the weights are held in; `kernels` the arithmetic: auto, native or torch.
-    `expected_hashes`: SHA-256 of each of `required_files`, or None to load unverified. Raises
-    ModelError naming file, tensor, expected and actual, InputError for kernels that cannot be had.
+    `dtype` is what the weights are held in; `kernels` the arithmetic: auto, native or torch,
+    all on the CPU; `device` where to compute: cpu, cuda or cuda:N. `expected_hashes`: SHA-256 of
+    each of `required_files`, or None to load unverified. Raises ModelError naming file, tensor,
+    expected and actual, InputError for kernels that cannot be had.
     """
     precision = to_precision(dtype)
     _check_range(config, layer_start, layer_end)
-    chosen = choose_kernels(kernels, config)
+    chosen = choose_kernels(kernels, config, device)
     shard = _allocate(config, layer_start, layer_end, chosen, precision)
     memory = shard.destinations()
     stored = _names_in_files(model_dir, config, memory)
@@ -132,7 +134,8 @@ def _allocate(
     config: ModelConfig, layer_start: int, layer_end: int, kernels: Kernels, precision: torch.dtype
 ) -> Shard:
     try:
-        return _build(config, layer_start, layer_end, kernels, precision)
+        with kernels.device:
+            return _build(config, layer_start, layer_end, kernels, precision)
     except (RuntimeError, MemoryError) as error:  # what torch and Python call it
         planned = _plan(config, layer_start, layer_end)
         raise ModelError(

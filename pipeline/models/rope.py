@@ -14,29 +14,33 @@ TABLE_STEP = 256
 class RopeTable:
     """(cos, signed sin) of every position, [positions, head_dim], grown as they are asked for."""
 
-    def __init__(self, frequencies: torch.Tensor) -> None:
+    def __init__(self, frequencies: torch.Tensor, device: torch.device, num_positions: int) -> None:
+        """On another device than the CPU a table of `num_positions` that stays where it is."""
         self._frequencies = frequencies
-        self._cos = torch.empty(0, 2 * len(frequencies))
-        self._sin = torch.empty(0, 2 * len(frequencies))
+        self._cos = torch.empty(0, 2 * len(frequencies), device=device)
+        self._sin = torch.empty(0, 2 * len(frequencies), device=device)
+        if device.type != "cpu":
+            self._grow_to(num_positions)
 
     def rows(self, positions: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) of each position, all below `end`: [rows, head_dim]."""
-        while len(self._cos) < end:
-            self._grow()
+        self._grow_to(end)
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
-    def _grow(self) -> None:
-        first = len(self._cos)
-        positions = torch.arange(first, first + TABLE_STEP, dtype=torch.float32)
-        angles = torch.outer(positions, self._frequencies)
-        cos, sin = angles.cos(), angles.sin()
-        self._cos = torch.cat((self._cos, torch.cat((cos, cos), -1)))
-        self._sin = torch.cat((self._sin, torch.cat((-sin, sin), -1)))
+    def _grow_to(self, end: int) -> None:
+        while len(self._cos) < end:
+            first = len(self._cos)
+            positions = torch.arange(first, first + TABLE_STEP, dtype=torch.float32, device="cpu")
+            angles = torch.outer(positions, self._frequencies)  # alike on every device
+            cos, sin = angles.cos(), angles.sin()
+            self._cos = torch.cat((self._cos, torch.cat((cos, cos), -1).to(self._cos.device)))
+            self._sin = torch.cat((self._sin, torch.cat((-sin, sin), -1).to(self._sin.device)))
 
 
 def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
     """Radians per position of each pair of dimensions, [head_dim / 2]."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu")
+    exponents = pairs.float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     scaling = config.rope_scaling
     if scaling is None:
