@@ -23,7 +23,7 @@ from pipeline.links import StepGate, receive_step, send_step
 from pipeline.manifest import Manifest
 from pipeline.messages import Init, Message, Ready, Rewind, Shutdown, StepKind
 from pipeline.peers import GOODBYE_SECONDS, describe, hang_up
-from pipeline.remote_stage import Expectation, RemoteStage
+from pipeline.remote_stage import HEALTH_SECONDS, Expectation, RemoteStage
 from pipeline.replay import ORCHESTRATOR_IDX, ReplayPlan, plan_replay
 from pipeline.steps import (
     CLEAR_SENTINEL,
@@ -108,6 +108,8 @@ class Pipeline:
         self._tasks = tasks
         self._stages: dict[int, RemoteStage] = {}
         self._links: _Links | None = None
+        # Steps under way on these links.
+        self._num_due = 0
         # Rebuilt, and no result has come since that would prove it complete.
         self._unproven: frozenset[int] = frozenset()
         self._failure: SessionError | None = None
@@ -115,6 +117,7 @@ class Pipeline:
         self._lost_at: float | None = None
         self._num_failovers = 0
         self._recovery_seconds = 0.0
+        tasks.start_soon(self._watch_progress)
 
     @property
     def stats(self) -> RunnerStats:
@@ -152,6 +155,7 @@ class Pipeline:
             await send_step(links.data_in, step.header, (tensor,))
         except (TransportError, trio.ClosedResourceError) as error:
             raise LinkLost(0, f"its data channel broke: {describe(error)}") from error
+        self._num_due += step.header.kind is not StepKind.REPLAY
 
     async def receive(self) -> StepResult:
         """The oldest outstanding step's result, the stages' timings in its header."""
@@ -166,6 +170,7 @@ class Pipeline:
                 f"stage {last} returned a token outside the vocabulary of {self.vocab_size}"
             )
         self.num_results += 1
+        self._num_due -= 1
         if self._unproven or self._lost_at is not None:
             self._note_proof()
         return result
@@ -314,6 +319,20 @@ class Pipeline:
             self._options.on_loss(error)
         await stage.aclose()
 
+    async def _watch_progress(self) -> None:
+        """Lose links that hang: all stages answer, steps are under way, and none is computed."""
+        while True:
+            is_due = self.is_joined and self._num_due > 0
+            before = self._links, self._num_done
+            await trio.sleep(max(self._options.hang_seconds, 2 * HEALTH_SECONDS))
+            if is_due and self.is_joined and before == (self._links, self._num_done):
+                self.fail(SessionError("steps are under way and none moves: a data channel hangs"))
+
+    @property
+    def _num_done(self) -> int:
+        told = [stage.figures.num_steps for stage in self.stages if stage.figures is not None]
+        return self.num_results + sum(told)
+
     async def _join(self, stages: Sequence[RemoteStage], epoch: bytes) -> None:
         """Open this epoch's data channels, and wait until every stage has its own."""
         gate = self._connector.new_gate()
@@ -339,6 +358,7 @@ class Pipeline:
         self.ready = tuple(ready)
         self.vocab_size = min(each.vocab_size for each in ready)
         self._links = _Links(links["in"], links["out"], gate)
+        self._num_due = 0
 
     async def _drop_links(self) -> None:
         links, self._links = self._links, None

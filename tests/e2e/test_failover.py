@@ -178,6 +178,27 @@ def test_a_relay_cut_for_seconds_costs_no_stage_and_no_state(cluster, serve):
     assert cluster.log(1).count("event=rewound") >= 1
 
 
+def test_a_link_on_which_nothing_moves_any_more_is_made_anew(cluster, serve):
+    """Its ends see no error, and every stage answers: only the steps under way do not move."""
+    cluster.plan(2)
+    base = cluster.base_port
+    command = [RELAY, "--map", f"127.0.0.1:{base + 5}=127.0.0.1:{base + 11}"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as relay:
+        cluster.start_worker(0, "--data-out-target", f"127.0.0.1:{base + 5}")
+        cluster.start_worker(1)
+        server = serve(2, "--hang-timeout", "2")
+        expected = undisturbed(server)
+        time.sleep(5)  # with nothing to do, nothing moves either
+        assert "event=failover_started" not in server.log()
+        with server.completing() as texts:
+            relay.send_signal(signal.SIGSTOP)
+            server.wait_for_log("event=failover_started", 1)
+            relay.send_signal(signal.SIGCONT)
+        relay.terminate()
+    assert texts == expected
+    assert [sessions(cluster, idx) for idx in range(2)] == [1, 1]
+
+
 def test_a_restarted_orchestrator_is_served_at_once(cluster, serve):
     server = serve(2)
     expected = server.complete(REQUESTS[0])
