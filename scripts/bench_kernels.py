@@ -7,7 +7,6 @@ its own, so that nothing stays in a cache that would not in use. Medians of roun
 """
 
 import argparse
-import mmap
 import statistics
 import time
 
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from pipeline import _native
+from pipeline.models.arena import Arena
 
 SHAPES = {  # layers, [in, out] of a layer's products
     "gpt2": (12, [(768, 2304), (768, 768), (768, 3072), (3072, 768)]),
@@ -23,34 +23,19 @@ SHAPES = {  # layers, [in, out] of a layer's products
 KINDS = {"f32": _native.F32, "bf16": _native.BF16, "i8": _native.I8}
 
 
-class Arena:
-    """Memory in huge pages where the system has them: a tenth to a third faster to stream."""
-
-    def __init__(self, num_bytes):
-        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        self.memory, self.used = torch.frombuffer(pages, dtype=torch.uint8), 0
-
-    def take(self, num_bytes):
-        """The address of so many bytes, aligned to 64."""
-        address = self.memory.data_ptr() + self.used
-        self.used += (num_bytes + 63) // 64 * 64
-        return address
-
-
 def native_products(kind, layers, shapes, rows):
     """A function that computes every product once, and the bytes of weights it reads."""
     sizes = [_native.packed_bytes(kind, *shape) for shape in shapes]
-    arena, keep, calls = Arena(layers * sum(sizes)), [], []
+    arena, keep, calls = Arena(), [], []
     for _ in range(layers):
         for (num_in, num_out), size in zip(shapes, sizes, strict=True):
             source = torch.randn(num_out, num_in)
             if kind == _native.BF16:
                 source = source.bfloat16()
-            packed, x, y = arena.take(size), torch.randn(rows, num_in), torch.empty(rows, num_out)
+            memory, x, y = arena.take(size), torch.randn(rows, num_in), torch.empty(rows, num_out)
+            packed = memory.data_ptr()
             _native.pack(kind, packed, num_in, num_out, source.data_ptr(), num_in, 1, 0, num_out)
-            keep.append((arena, x, y))
+            keep.append((memory, x, y))
             calls.append((kind, packed, 0, x.data_ptr(), y.data_ptr(), rows, num_in, num_out, 0, 0))
 
     def run(keep=keep):

@@ -24,7 +24,7 @@ class Arena:
         self._used = 0
 
     def take(self, num_bytes: int) -> torch.Tensor:
-        """A piece that nobody else has, [num_bytes] of uint8."""
+        """A piece that nobody else has, [num_bytes] of uint8. Raises MemoryError."""
         start = (self._used + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
         if start + num_bytes > len(self._chunk):
             self._chunk, start = _pages(max(num_bytes, CHUNK_BYTES)), 0
@@ -36,7 +36,10 @@ def _pages(num_bytes: int) -> torch.Tensor:
     """Zeroed whole pages of this process alone, huge ones if they can be had."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(num_bytes, dtype=torch.uint8)
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no {num_bytes} bytes for weights") from error
     with contextlib.suppress(OSError):  # a kernel built without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)

@@ -174,4 +174,4 @@ def _names_in_files(model_dir: Path, config: ModelConfig, names: Iterable[str]) 
     )
     if not is_prefixed:
         return {name: name for name in names}
-    return {name: name if name == "lm_head.weight" else GPT2_PREFIX + name for name in names}
+    return {name: name if name.startswith("lm_head.") else GPT2_PREFIX + name for name in names}

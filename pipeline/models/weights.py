@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -265,6 +265,8 @@ def _load_file(path: Path, destinations: Mapping[str, Sink], expected_hash: str 
             elif digest is None:
                 file.seek(stored.end - stored.start, os.SEEK_CUR)
                 continue
+            else:  # only hashed: not by its own rows, which may be as large as the disk
+                stored = replace(stored, dtype="U8", shape=(stored.end - stored.start,))  # noqa: PLW2901
             for first, block in _blocks(file, path, stored, scratch):
                 if digest is not None:
                     digest.update(block)

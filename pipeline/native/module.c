@@ -8,7 +8,7 @@
 
 enum { MAX_ARGS = 12 };
 #define ALIGNMENT 64
-#define LARGEST ((int64_t)1 << 40) /* of any size: products of two do not overflow */
+#define LARGEST ((int64_t)1 << 28) /* of any size: bytes of a weight fit 63 bits, so do products of two */
 #define WORTH_RELEASING (1 << 23)  /* multiplications after which other threads should get a turn */
 
 static int has_avx512(void) {

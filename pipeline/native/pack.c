@@ -49,11 +49,12 @@ static void quantise(super_t *super, size_t group, size_t lane, const float *w, 
     float greatest = 0;
     for (size_t i = 0; i < count; i++) greatest = fmaxf(greatest, fabsf(w[i]));
     uint16_t bits = bf16_at_least(greatest / 127);
+    if (float_of_bf16(bits) < SMALLEST_SCALE) bits = 0;
     float scale = float_of_bf16(bits), inverse = scale > 0 ? 1 / scale : 0;
     super->scales[group][lane] = bits;
     for (size_t i = 0; i < GROUP; i++) {
         float level = i < count ? w[i] * inverse : 0;
-        level = fminf(fmaxf(level, -127), 127); /* a subnormal scale has no finite inverse */
+        level = fminf(fmaxf(level, -127), 127); /* of infinite weights it is not a number */
         size_t k = group * GROUP + i;
         super->weights[k / 4][lane][k % 4] = (uint8_t)(lrintf(level) + 128);
     }

@@ -96,7 +96,7 @@ INLINE __m512 activate_ps(__m512 x, int activation) {
     switch (activation) {
     case ACT_GELU_TANH: return gelu_tanh_ps(x);
     case ACT_GELU_ERF: return gelu_erf_ps(x);
-    case ACT_RELU: return _mm512_max_ps(x, _mm512_setzero_ps());
+    case ACT_RELU: return _mm512_max_ps(_mm512_setzero_ps(), x); /* the second if not a number */
     default: return x;
     }
 }

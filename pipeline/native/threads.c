@@ -90,8 +90,20 @@ static void *work(void *worker) {
     return NULL;
 }
 
+/* A forked child has no workers, and nobody to give back what another thread held. */
+static void forget_workers(void) {
+    atomic_store(&pool.ticket, 0);
+    atomic_store(&pool.num_parked, 0);
+    pool.num_started = 0;
+    pthread_mutex_init(&pool.busy, NULL);
+    pthread_mutex_init(&pool.parking, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+}
+
 /* Makes the workers that are missing; fewer than asked for if the system refuses. */
 static void start_workers(void) {
+    static bool is_told_of_forks = false;
+    if (!is_told_of_forks) is_told_of_forks = !pthread_atfork(NULL, NULL, forget_workers);
     while (pool.num_started + 1 < pool.num_threads) {
         pthread_t thread;
         if (pthread_create(&thread, NULL, work, (void *)(uintptr_t)(pool.num_started + 1))) return;

@@ -19,14 +19,17 @@ size_t quantised_bytes(size_t num_in) { return (num_in + SUPER - 1) / SUPER * si
 
 INLINE void quantise_group(__m512 low, __m512 high, super_x_t *to, size_t group) {
     float greatest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-    float inverse = greatest > 0 ? 127.0f / greatest : 0.0f;
+    /* a maximum may pass over what is not a number, and then the result would look like one */
+    if (_mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q)) greatest = __builtin_nanf("");
+    float inverse = greatest >= SMALLEST_SCALE ? 127.0f / greatest : 0.0f;
     __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(low, _mm512_set1_ps(inverse)));
     __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(high, _mm512_set1_ps(inverse)));
     int8_t *levels = to->levels + group * GROUP;
     _mm_storeu_si128((__m128i *)levels, _mm512_cvtsepi32_epi8(a));
     _mm_storeu_si128((__m128i *)(levels + 16), _mm512_cvtsepi32_epi8(b));
     to->scales[group] = greatest / 127.0f;
-    to->starts[group] = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+    uint32_t sum = (uint32_t)_mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+    to->starts[group] = (int32_t)(-128u * sum); /* unsigned: levels of infinities wrap */
 }
 
 void quantise_row(const float *x, size_t num_in, void *quantised) {

@@ -72,6 +72,27 @@ def test_a_shard_in_its_precision_computes_as_one_converted_at_load(model_dir, t
         rows = found[0]
 
 
+def test_an_int8_shard_of_a_gpt2_with_a_head_of_its_own_loads(tmp_path):
+    """Its head is the one matrix that has no prefix in the file, and neither have its scales."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=32, bos_token_id=1,
+        eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    source = tmp_path / "model"
+    GPT2LMHeadModel(config).save_pretrained(source)
+    cut_model(plan(source, PlanOptions(1)), source, tmp_path / "out", "int8")
+    logits = []
+    for directory in (source, tmp_path / "out" / "stage0"):
+        shard = load_shard(
+            directory, load_config(directory), 0, 2, dtype="int8", expected_hashes=None
+        )
+        hidden = shard.forward(torch.arange(5), [Segment(0, 0, 5)], shard.new_cache(1, 16))
+        logits.append(shard.logits(hidden))
+    assert torch.equal(*logits)
+
+
 def test_an_int8_shard_holds_its_matrices_in_int8_with_their_scales(model_dir, tmp_path):
     pinned = cut_model(plan(model_dir, PlanOptions(1)), model_dir, tmp_path / "out", "int8")
     path = tmp_path / "out" / "stage0" / "model.safetensors"

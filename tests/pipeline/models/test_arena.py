@@ -19,6 +19,11 @@ def test_pieces_are_zeroed_aligned_and_nobody_elses():
         assert (piece == number + 1).all()
 
 
+def test_more_than_the_machine_has_is_said_to_be_too_much_memory():
+    with pytest.raises(MemoryError, match="bytes for weights"):
+        Arena().take(1 << 60)
+
+
 def test_a_piece_outlives_its_arena():
     arena = Arena()
     first, second = arena.take(100), arena.take(100)

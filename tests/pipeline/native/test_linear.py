@@ -70,6 +70,7 @@ def test_what_is_quantised_already_packs_to_the_same_bytes(native, kind, packed)
         pytest.skip("floats are not quantised")
     weight = normal(75, 130) * torch.logspace(-9, 3, 75).unsqueeze(1)
     weight[3] = 0
+    weight[4] *= 1e-30
     values, scales = quantise(weight)
     whole, pieces = packed(weight), packed(weight)
     pieces.memory.zero_()
@@ -174,6 +175,34 @@ def test_rows_of_zeros_stay_zeros(packed):
     weight = packed(torch.zeros(20, 40))
     assert weight.linear(normal(3, 40)).equal(torch.zeros(3, 20))
     assert packed(normal(20, 40)).linear(torch.zeros(3, 40)).equal(torch.zeros(3, 20))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_not_a_number_stays_visible_and_in_its_row(packed, activation):
+    weight, x = packed(normal(20, 70)), normal(3, 70)
+    clean = weight.linear(x, activation=activation)
+    for column in (0, 20, 69):
+        spoilt = x.clone()
+        spoilt[1, column] = torch.nan
+        found = weight.linear(spoilt, activation=activation)
+        assert found[1].isnan().all()
+        assert found[::2].equal(clean[::2])
+        spoilt[1, column] = torch.inf
+        assert not weight.linear(spoilt)[1].isfinite().any()
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 3e-37, 1e-40])
+def test_the_smallest_activations_do_not_grow_or_turn(packed, magnitude):
+    weight, x = packed(torch.ones(20, 70)), torch.full((1, 70), magnitude)
+    found = weight.linear(x)
+    assert (found >= 0).all()
+    assert (found <= 71 * x.max()).all()
+
+
+def test_sizes_whose_bytes_overflow_are_refused(native):
+    with pytest.raises(ValueError, match="num_in"):
+        native.packed_bytes(native.F32, 2**40, 2**40)
+    assert native.packed_bytes(native.F32, 2**28, 2**28) == 2**58
 
 
 @pytest.mark.parametrize(
