@@ -169,6 +169,11 @@ class Pipeline:
             raise MessageError(
                 f"stage {last} returned a token outside the vocabulary of {self.vocab_size}"
             )
+        if result.logits is not None and result.logits.shape[1] != self.vocab_size:
+            raise MessageError(
+                f"stage {last} returned logits of {result.logits.shape[1]} tokens, "
+                f"the vocabulary has {self.vocab_size}"
+            )
         self.num_results += 1
         self._num_due -= 1
         if self._unproven or self._lost_at is not None:

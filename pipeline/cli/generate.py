@@ -61,8 +61,8 @@ def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
     async def work(pipeline: Pipeline) -> None:
         tokenizer.check_vocabulary(pipeline.vocab_size)
         if not printer.has_started:
+            printer.start()  # first: a stage takes a second `start`, after a loss, for a mistake
             await pipeline.notify(Start(request_id=request.request_id, slot=0))
-        printer.start()
         outcome: Done | Abort = Abort(request_id=request.request_id)
         try:
             await drive(pipeline, scheduler, printer.on_token)
@@ -97,10 +97,9 @@ class _Printer:
         return self._last_ns != 0
 
     def start(self) -> None:
-        """Print the prompt; time starts now. Only the first call counts, not a resumption."""
-        if not self.has_started:
-            self._write(self._prompt)
-            self._last_ns = perf_counter_ns()
+        """Print the prompt; time starts now."""
+        self._write(self._prompt)
+        self._last_ns = perf_counter_ns()
 
     def on_token(self, event: TokenEvent, timings: tuple[StageTiming, ...]) -> None:
         """Print one token's text."""

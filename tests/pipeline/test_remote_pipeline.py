@@ -3,14 +3,18 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 import trio
 
 import pipeline.remote_pipeline
 from pipeline.engine.scheduler import Limits, Step
+from pipeline.errors import MessageError
 from pipeline.messages import StepHeader, StepKind, Want
 from pipeline.models.batch import Segment
 from pipeline.remote_pipeline import Pipeline, PipelineOptions
 from pipeline.steps import token_ids_to_wire
+from pipeline.tensors import activation_to_wire
+from transport.frames import DType
 
 STEP = Step(StepHeader(StepKind.STEP, 0, (Segment(0, 0, 1),), (Want.TOKEN,)), (1,), (0,))
 REPLAY = Step(StepHeader(StepKind.REPLAY, 0, (Segment(0, 0, 1),), (Want.NOTHING,)), (1,), ())
@@ -36,6 +40,19 @@ async def joined(nursery, monkeypatch):
     joined.vocab_size = 2
     yield joined
     nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("num_logits", [1, 3])
+async def test_logits_of_another_vocabulary_are_refused(joined, monkeypatch, num_logits):
+    async def receive(channel, gate):
+        await trio.lowlevel.checkpoint()
+        logits = torch.zeros(1, num_logits)
+        return STEP.header, (token_ids_to_wire([1]), activation_to_wire(logits, DType.F32))
+
+    monkeypatch.setattr(pipeline.remote_pipeline, "receive_step", receive)
+    await joined.send(STEP)
+    with pytest.raises(MessageError, match="vocabulary has 2"):
+        await joined.receive()
 
 
 async def test_a_step_that_nobody_moves_means_that_a_link_hangs(joined, autojump_clock):
