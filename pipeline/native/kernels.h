@@ -50,7 +50,7 @@ void pack_int8(void *dst, size_t num_in, const int8_t *values, ptrdiff_t stride_
 void unpack(const weight_t *weight, float *dst);
 void gather(const weight_t *weight, const int64_t *ids, size_t count, float *dst);
 
-/* linear.c, tiles_f32.c, tiles_i8.c */
+/* linear.c, tiles_f32.c, tiles_bf16.c, tiles_i8.c */
 typedef struct {
     const float *x; /* [rows, num_in] */
     float *y;       /* [rows, num_out] */
@@ -70,6 +70,10 @@ enum { MAX_TILE_ROWS = 6 };
 tile_fn tile_f32(size_t rows, size_t blocks);
 tile_fn tile_bf16(size_t rows, size_t blocks);
 tile_fn tile_i8(size_t rows, size_t blocks);
+int has_bf16_dot(void); /* whether the next three may be called */
+tile_fn tile_bf16_dot(size_t rows, size_t blocks);
+size_t rounded_bytes(size_t num_in); /* of one row of x */
+void round_row(const float *x, size_t num_in, void *rounded);
 size_t quantised_bytes(size_t num_in); /* of one row of x */
 void quantise_row(const float *x, size_t num_in, void *quantised);
 void linear(const weight_t *weight, const product_t *product);

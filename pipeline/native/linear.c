@@ -6,10 +6,11 @@
 typedef struct {
     const weight_t *weight;
     const product_t *product;
-    const char *x;        /* as the tiles want it: float, or quantised */
+    const char *x;        /* as the tiles want it: float, rounded to bf16, or quantised */
     size_t x_row_bytes;   /* of it */
     size_t num_k, k_step; /* inputs (I8: 64s of them), and how many a pass takes */
     size_t k_x_bytes, k_w_bytes; /* of one of them, two for BF16 weights halved */
+    tile_fn (*find_tile)(size_t rows, size_t blocks);
     size_t width;                /* blocks a tile covers */
     size_t num_blocks, num_chunks;
 } job_t;
@@ -18,14 +19,6 @@ enum { VECTOR = 64 };                        /* bytes */
 /* A pass's weights and sums stay in the L2 cache. Sums over 256 inputs, then over passes, have half
  * the rounding error of one long sum. */
 enum { PASS_ROWS = 96, PASS_INPUTS = 256 };
-
-static tile_fn find_tile(int kind, size_t rows, size_t blocks) {
-    switch (kind) {
-    case KIND_F32: return tile_f32(rows, blocks);
-    case KIND_BF16: return tile_bf16(rows, blocks);
-    default: return tile_i8(rows, blocks);
-    }
-}
 
 /* Bias, activation and residual of rows x blocks of sums. */
 static void finish(const job_t *job, const float *acc, size_t acc_stride, size_t first_row,
@@ -61,7 +54,7 @@ static void run_pass(const job_t *job, size_t first_row, size_t rows, size_t blo
         for (size_t tile = 0; tile < num_tiles; tile++) {
             size_t row = tile * rows / num_tiles, end = (tile + 1) * rows / num_tiles;
             const char *x = job->x + (first_row + row) * job->x_row_bytes + k * job->k_x_bytes;
-            find_tile(job->weight->kind, end - row, blocks)(
+            job->find_tile(end - row, blocks)(
                 acc + row * acc_stride, acc_stride, BLOCK, x, job->x_row_bytes,
                 w + k * job->k_w_bytes, step * bytes, VECTOR, num_k, k > 0);
         }
@@ -90,26 +83,33 @@ static void run_chunk(void *opaque, size_t chunk) {
 
 typedef struct {
     const product_t *product;
-    size_t num_in;
-    char *quantised;
+    size_t num_in, row_bytes;
+    void (*prepare_row)(const float *x, size_t num_in, void *prepared);
+    char *prepared;
     size_t num_chunks;
-} quantise_job_t;
+} prepare_job_t;
 
-static void quantise_chunk(void *opaque, size_t chunk) {
-    const quantise_job_t *job = opaque;
+static void prepare_chunk(void *opaque, size_t chunk) {
+    const prepare_job_t *job = opaque;
     size_t rows = job->product->rows, end = (chunk + 1) * rows / job->num_chunks;
     for (size_t row = chunk * rows / job->num_chunks; row < end; row++) {
-        quantise_row(job->product->x + row * job->num_in, job->num_in,
-                     job->quantised + row * quantised_bytes(job->num_in));
+        job->prepare_row(job->product->x + row * job->num_in, job->num_in,
+                         job->prepared + row * job->row_bytes);
     }
 }
 
-/* All rows of x in int8, in this thread's scratch memory. */
-static char *quantise(const product_t *product, size_t num_in) {
-    char *quantised = scratch(product->rows * quantised_bytes(num_in));
-    quantise_job_t job = {product, num_in, quantised, pool_num_chunks(product->rows / 16 + 1)};
-    pool_run(quantise_chunk, &job, job.num_chunks);
-    return quantised;
+/* All rows of x as these tiles take them, in this thread's scratch memory. */
+static void prepare(job_t *job, size_t row_bytes,
+                    void (*prepare_row)(const float *, size_t, void *)) {
+    size_t rows = job->product->rows;
+    prepare_job_t rows_job = {
+        .product = job->product, .num_in = job->weight->num_in, .row_bytes = row_bytes,
+        .prepare_row = prepare_row, .prepared = scratch(rows * row_bytes),
+        .num_chunks = pool_num_chunks(rows / 16 + 1),
+    };
+    pool_run(prepare_chunk, &rows_job, rows_job.num_chunks);
+    job->x = rows_job.prepared;
+    job->x_row_bytes = row_bytes;
 }
 
 /* Blocks a tile covers: enough sums that none waits for itself, and no more streams of weights than
@@ -130,13 +130,18 @@ void linear(const weight_t *weight, const product_t *product) {
         .k_step = PASS_INPUTS,
         .k_x_bytes = sizeof(float),
         .k_w_bytes = weight->kind == KIND_BF16 ? BLOCK * 2 : BLOCK * 4,
+        .find_tile = weight->kind == KIND_BF16 ? tile_bf16 : tile_f32,
         .width = tile_width(weight->kind, product->rows),
         .num_blocks = (weight->num_out + BLOCK - 1) / BLOCK,
     };
     if (weight->kind == KIND_I8) {
-        job.x = quantise(product, num_in);
-        job.x_row_bytes = quantised_bytes(num_in);
+        prepare(&job, quantised_bytes(num_in), quantise_row);
         job.num_k = job.k_step = (num_in + SUPER - 1) / SUPER;
+        job.find_tile = tile_i8;
+    } else if (weight->kind == KIND_BF16 && has_bf16_dot()) {
+        prepare(&job, rounded_bytes(num_in), round_row);
+        job.k_x_bytes = sizeof(uint16_t);
+        job.find_tile = tile_bf16_dot;
     }
     job.num_chunks = pool_num_chunks((job.num_blocks + job.width - 1) / job.width);
     pool_run(run_chunk, &job, job.num_chunks);

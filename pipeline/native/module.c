@@ -250,8 +250,17 @@ static PyObject *py_argmax(PyObject *self, PyObject *const *args, Py_ssize_t giv
 static PyObject *py_features(PyObject *self, PyObject *none) {
     (void)self, (void)none;
     if (!has_avx512()) return PyTuple_New(0);
-    return has_vnni() ? Py_BuildValue("(sss)", "avx512", "bf16", "vnni")
-                      : Py_BuildValue("(ss)", "avx512", "bf16");
+    const char *names[] = {"avx512", "bf16", NULL, NULL};
+    Py_ssize_t count = 2;
+    if (has_bf16_dot()) names[count++] = "bf16_dot";
+    if (has_vnni()) names[count++] = "vnni";
+    PyObject *features = PyTuple_New(count);
+    for (Py_ssize_t i = 0; features != NULL && i < count; i++) {
+        PyObject *name = PyUnicode_FromString(names[i]);
+        if (name == NULL) Py_CLEAR(features);
+        else PyTuple_SET_ITEM(features, i, name);
+    }
+    return features;
 }
 
 #define FAST(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL}
