@@ -71,7 +71,10 @@ def why_not_native() -> str | None:
         return "this processor lacks the instructions they are written for (AVX-512)"
     from pipeline.models.kernels_native import NativeKernels  # noqa: PLC0415
 
-    return first_difference(NativeKernels(), TorchKernels())
+    try:
+        return first_difference(NativeKernels(), TorchKernels())
+    except (AttributeError, TypeError):  # a function missing, or taking other arguments
+        return "they were built from other sources than these: run scripts/setup.sh"
 
 
 @torch.no_grad()

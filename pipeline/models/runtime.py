@@ -33,7 +33,8 @@ def set_num_threads(num_threads: int) -> None:
     with contextlib.suppress(ImportError):
         from pipeline import _native  # noqa: PLC0415 (may be absent)
 
-        _native.set_num_threads(num_threads)
+        if _native.features():  # else it offers nothing more on this processor
+            _native.set_num_threads(num_threads)
 
 
 def pin_blas() -> bool:

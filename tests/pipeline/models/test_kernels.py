@@ -152,6 +152,27 @@ def test_an_installation_without_the_module_is_told_so(monkeypatch):
     assert "not built" in kernel_choice.why_not_native.__wrapped__()
 
 
+def test_a_processor_without_the_instructions_computes_with_torch(monkeypatch):
+    """There the module says so, and offers or allows nothing else."""
+
+    class Bare:
+        features = staticmethod(tuple)
+
+    monkeypatch.setattr("pipeline._native", Bare, raising=False)
+    monkeypatch.setitem(sys.modules, "pipeline._native", Bare)
+    set_num_threads(1)
+    assert "this processor lacks" in kernel_choice.why_not_native.__wrapped__()
+
+
+@pytest.mark.parametrize("change", [None, lambda: None])
+def test_a_module_built_from_older_sources_is_not_used(native, monkeypatch, change):
+    if change is None:
+        monkeypatch.delattr("pipeline._native.attend")
+    else:
+        monkeypatch.setattr("pipeline._native.attend", change)
+    assert "built from other sources" in kernel_choice.why_not_native.__wrapped__()
+
+
 def test_a_model_whose_heads_do_not_fit_is_computed_with_torch(native, tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "gpt2", "vocab_size": 9, "n_layer": 1, "n_embd": 40, "n_head": 5, '
