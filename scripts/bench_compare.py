@@ -12,7 +12,6 @@ import platform
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def as_json(heats: list[Heat], args: argparse.Namespace, model: str) -> str:
                 "threads": heat.threads,
                 "floor_float32_ms": heat.floor_ms(heat.contenders[0]),
                 "rows": [row(heat, each) for each in heat.finished()],
-                "outcome": asdict(heat.outcome),
+                "outcome": vars(heat.outcome),
             }
             for heat in heats
         ],

@@ -86,6 +86,16 @@ def test_ratios_are_taken_within_a_round():
     assert heat.ratio(ours, heat.rival(ours, "llama.cpp"), "decode") == 0.5
 
 
+def test_every_figure_of_every_round_is_written_as_json():
+    import bench_compare
+    from contenders.report import Heat
+
+    ours = contender("ours", speaking(2.0), engine="veilpipe")
+    args = bench_compare.argparse.Namespace(rounds=3, tokens=5)
+    written = bench_compare.as_json([Heat(1, [ours], compete([ours]))], args, "tiny")
+    assert json.loads(written)["heats"][0]["outcome"]["figures"] == {"ours": {"decode": [2.0] * 3}}
+
+
 def tiny_llama(directory: Path) -> None:
     config = {
         "model_type": "llama", "hidden_size": 8, "num_attention_heads": 2,
