@@ -46,6 +46,7 @@ async def _mend(pipeline: Pipeline, source: ReplaySource, patience_seconds: floa
     failure: SessionError | None = None
     with trio.move_on_after(patience_seconds):
         for pause_seconds in _pauses():
+            failure = None  # of an attempt before this one: its stages may have come back since
             try:
                 return await pipeline.connect(source)
             except SessionError as error:
