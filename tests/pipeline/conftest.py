@@ -1,7 +1,8 @@
 """An attested pipeline in this process, for tests that look on and tests that attack it."""
 
+import random
 import socket
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 
 import pytest
@@ -174,8 +175,11 @@ class Deployment:
 
 
 def reserve():
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return TcpEndpoint("127.0.0.1", sock.getsockname()[1])
+    """A free port below those that outgoing connections are given, which would be taken again."""
+    for port in random.sample(range(10000, 20000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return TcpEndpoint("127.0.0.1", port)
+    raise AssertionError("no free port")
 
 
 def address(endpoint):
