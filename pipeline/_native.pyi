@@ -18,7 +18,7 @@ I8: Final = 2  # weights and activations in int8, a scale for each 32 inputs of 
 def features() -> tuple[str, ...]:
     """What may be called here: "avx512" all but the kinds "bf16" BF16, "vnni" I8; () nothing.
 
-    "bf16_dot": this CPU multiplies bf16 itself, twice as fast as widened weights.
+    "bf16_dot": this CPU multiplies bf16 itself, faster than weights can be widened.
     """
 
 def set_num_threads(num_threads: int, /) -> None:

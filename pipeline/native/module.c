@@ -6,7 +6,6 @@
 
 #if defined(VEILPIPE_X86)
 
-enum { MAX_ARGS = 12 };
 #define ALIGNMENT 64
 #define LARGEST ((int64_t)1 << 28) /* of any size: bytes of a weight fit 63 bits, so do products of two */
 #define WORTH_RELEASING (1 << 23)  /* multiplications after which other threads should get a turn */
