@@ -117,6 +117,20 @@ async def say(control: ControlLink, message: Message) -> None:
             logger.debug("event=goodbye_failed type=%s", message.type)
 
 
+async def hear_out(channel: SecureChannel) -> None:
+    """Read until the peer has hung up or had its time.
+
+    Closing a socket with bytes unread resets the connection, and a peer that is just sending would
+    learn of that instead of the last message it was sent.
+    """
+    with trio.move_on_after(GOODBYE_SECONDS):
+        try:
+            while True:
+                await channel.receive()
+        except (TransportError, trio.EndOfChannel, trio.ClosedResourceError):
+            pass  # what it says no longer matters
+
+
 async def close_quietly(channel: SecureChannel) -> None:
     """Close with notice if the peer still reads, without if not."""
     with trio.move_on_after(GOODBYE_SECONDS, shield=True):

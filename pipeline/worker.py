@@ -16,6 +16,7 @@ from pipeline.peers import (
     accept_or_log,
     close_quietly,
     describe,
+    hear_out,
     say,
 )
 from pipeline.session import SILENCE_SECONDS, SessionEnded, StageSession
@@ -74,11 +75,14 @@ class StageWorker:
             if patience.cancelled_caught:
                 logger.warning("event=refused reason=busy")
                 await say(control, Failure(code="busy", detail="another orchestrator is connected"))
-                return False
-            try:
-                return await self._run_session(control, data_in)
-            finally:
-                self._session.release()
+                has_begun = False
+            else:
+                try:
+                    has_begun = await self._run_session(control, data_in)
+                finally:
+                    self._session.release()
+            await hear_out(control.channel)
+            return has_begun
         finally:
             await close_quietly(control.channel)
 

@@ -42,6 +42,7 @@ class Cluster:
         self.environment = environment
         self.manifest = directory / "manifest.json"
         self.workers = {}
+        self.orchestrators = []
         self.bin = BIN
 
     def plan(self, stages, **changes):
@@ -95,10 +96,12 @@ class Cluster:
         return self.orch_command(*self.arguments(text, *extra))
 
     def start_orch(self, text="Hello there", *extra):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [BIN / "pipeline-orch", *self.arguments(text, *extra)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment,
         )  # fmt: skip
+        self.orchestrators.append(process)
+        return process
 
     def _run(self, *command):
         return subprocess.run(
@@ -106,6 +109,9 @@ class Cluster:
         )
 
     def stop(self):
+        for process in self.orchestrators:
+            process.kill()  # nothing to one that has ended
+            process.communicate()
         for process in self.workers.values():
             process.send_signal(signal.SIGCONT)
             process.terminate()

@@ -108,8 +108,6 @@ def test_a_second_orchestrator_is_told_that_the_stage_is_busy(cluster):
     first.send_signal(signal.SIGCONT)
     first.send_signal(signal.SIGINT)
     assert first.wait(5) == 130
-    first.stdout.close()
-    first.stderr.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -125,8 +123,6 @@ def test_signals_end_every_process_within_seconds(cluster, number):
     assert [worker.wait(5) for worker in workers] == [0, 0]
     assert time.monotonic() - started < 5
     assert b"Traceback" not in orch.stderr.read()
-    orch.stdout.close()
-    orch.stderr.close()
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])

@@ -330,6 +330,17 @@ async def test_an_orchestrator_may_take_its_time_before_init(rig, monkeypatch):
             pass
 
 
+async def test_a_refusal_reaches_an_orchestrator_that_is_still_talking(rig, monkeypatch):
+    monkeypatch.setattr(pipeline.worker, "BUSY_SECONDS", 0.1)
+    async with rig.worker(), rig.session():
+        second = await rig.control()
+        for sequence in range(20):  # the last ones come after the refusal
+            await second.send(Health(sequence=sequence))
+            await trio.sleep(0.02)
+        assert (await failure_of(second)).code == "busy"
+        await second.aclose()
+
+
 async def test_an_orchestrator_that_never_reads_is_silent_too(rig, monkeypatch):
     monkeypatch.setattr(pipeline.session, "SILENCE_SECONDS", 0.5)
     async with rig.worker():
