@@ -1,15 +1,19 @@
 """Kernels in C for decode steps and prefill: CPUs with AVX-512; sources in pipeline/native/.
 
 Optional: installing without a C compiler leaves the module out, and everything runs without it.
-Addresses are plain ints (`tensor.data_ptr()`, 0 for none) of C-contiguous memory that the caller
-keeps alive; floats are float32 unless said. Trusted callers only: sizes are checked, memory is not.
+An `Address` is a tensor, or an int, of C-contiguous memory that the caller keeps alive; None or 0:
+none. Floats are float32 unless said. Trusted callers only: sizes are checked, memory is not.
 
 Every function gives a row bit for bit the same result however many rows come with it, wherever a
 prompt is cut into chunks, and whatever the number of threads. Raises ValueError for sizes that
 cannot be, misaligned packed weights, and kinds this CPU cannot run.
 """
 
-from typing import Final
+from typing import Final, Self
+
+from torch import Tensor
+
+Address = Tensor | int | None
 
 F32: Final = 0
 BF16: Final = 1  # weights in bf16, sums in float32; with "bf16_dot" each row is rounded to bf16 too
@@ -24,15 +28,31 @@ def features() -> tuple[str, ...]:
 def set_num_threads(num_threads: int, /) -> None:
     """Compute with at most that many threads, the caller's included; 1 at first."""
 
+class Program:
+    """Calls of this module, recorded once and then made by one call.
+
+    Within `with program:` this thread's calls (but those above) are recorded and not made. `run`
+    makes them with the same addresses and sizes; what lies at the addresses may have changed. The
+    program keeps the tensors it was recorded with; for ints the caller has to.
+    """
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc_info: object) -> None: ...
+    def run(self) -> None:
+        """Make the calls, in their order, other Python threads running meanwhile.
+
+        Raises ValueError as the first call that does, which ends it.
+        """
+
 def packed_bytes(kind: int, num_in: int, num_out: int, /) -> int:
     """Size of a packed weight, which has to be 64-byte aligned and zeroed."""
 
 def pack(
     kind: int,
-    dst: int,
+    dst: Address,
     num_in: int,
     num_out: int,
-    src: int,
+    src: Address,
     src_stride_out: int,
     src_stride_in: int,
     first_out: int,
@@ -46,13 +66,13 @@ def pack(
     """
 
 def pack_int8(
-    dst: int,
+    dst: Address,
     num_in: int,
     num_out: int,
-    values: int,
+    values: Address,
     value_stride_out: int,
     value_stride_in: int,
-    scales: int,
+    scales: Address,
     scale_stride_out: int,
     first_out: int,
     count: int,
@@ -63,28 +83,50 @@ def pack_int8(
     values: int8 [count, in]; scales: bf16 [count, in / 32 rounded up]. Strides in elements.
     """
 
-def unpack(kind: int, packed: int, num_in: int, num_out: int, dst: int, /) -> None:
+def unpack(kind: int, packed: Address, num_in: int, num_out: int, dst: Address, /) -> None:
     """The weight as [out, in] float32, whatever its kind: what `linear` multiplies by."""
 
 def gather(
-    kind: int, packed: int, num_in: int, num_out: int, ids: int, count: int, dst: int, /
+    kind: int, packed: Address, num_in: int, num_out: int, ids: Address, count: int, dst: Address, /
 ) -> None:
     """Rows of an embedding packed for the head: dst [count, in] = W[ids], ids int64 [count].
 
     Raises ValueError for an id that is not below num_out.
     """
 
+def lookup(
+    kind: int,
+    table: Address,
+    scales: Address,
+    num_rows: int,
+    width: int,
+    ids: Address,
+    id_stride: int,
+    count: int,
+    adds: int,
+    out: Address,
+    /,
+) -> None:
+    """Set out [count, width] = table[ids], or add that to it; ids int64, id_stride in elements.
+
+    table [num_rows, width]: float32, for BF16 bf16; for I8 int8 with scales bf16
+    [num_rows, width / 32 rounded up]. Raises ValueError for an id that is not below num_rows.
+    """
+
+def copy(src: Address, dst: Address, num_bytes: int, /) -> None:
+    """Copy bytes."""
+
 def linear(
     kind: int,
-    packed: int,
-    bias: int,
-    x: int,
-    y: int,
+    packed: Address,
+    bias: Address,
+    x: Address,
+    y: Address,
     rows: int,
     num_in: int,
     num_out: int,
     activation: int,
-    residual: int,
+    residual: Address,
     /,
 ) -> None:
     """Set y = activation(x W^T + bias) + residual; x [rows, in], y and residual [rows, out].
@@ -93,20 +135,22 @@ def linear(
     may be `y` itself; `x` may not overlap `y`.
     """
 
-def layer_norm(x: int, weight: int, bias: int, y: int, rows: int, size: int, eps: float, /) -> None:
+def layer_norm(
+    x: Address, weight: Address, bias: Address, y: Address, rows: int, size: int, eps: float, /
+) -> None:
     """Set y = (x - mean) / sqrt(variance + eps) * weight + bias, [rows, size]; y may be x."""
 
-def rms_norm(x: int, weight: int, y: int, rows: int, size: int, eps: float, /) -> None:
+def rms_norm(x: Address, weight: Address, y: Address, rows: int, size: int, eps: float, /) -> None:
     """Set y = x / sqrt(mean square + eps) * weight, [rows, size]; y may be x."""
 
 def rope(
-    x: int,
+    x: Address,
     row_stride: int,
     rows: int,
     num_heads: int,
     head_dim: int,
-    cosines: int,
-    signed_sines: int,
+    cosines: Address,
+    signed_sines: Address,
     /,
 ) -> None:
     """Rotate, in place, the first num_heads heads of each row of x; row_stride in elements.
@@ -114,16 +158,16 @@ def rope(
     cosines, signed_sines: [rows, head_dim], the first half of the sines negated.
     """
 
-def silu_mul(gate_up: int, y: int, rows: int, inner: int, /) -> None:
+def silu_mul(gate_up: Address, y: Address, rows: int, inner: int, /) -> None:
     """Set y [rows, inner] = silu(gate_up[:, :inner]) * gate_up[:, inner:]."""
 
 def attend(
-    qkv: int,
+    qkv: Address,
     row_stride: int,
-    out: int,
-    keys: int,
-    values: int,
-    spans: int,
+    out: Address,
+    keys: Address,
+    values: Address,
+    spans: Address,
     num_spans: int,
     num_heads: int,
     num_kv_heads: int,
@@ -142,5 +186,5 @@ def attend(
     below start are read. Raises ValueError for spans that leave the context.
     """
 
-def argmax(x: int, rows: int, n: int, out: int, /) -> None:
+def argmax(x: Address, rows: int, n: int, out: Address, /) -> None:
     """Index of the first greatest of each row of x [rows, n] into out, int64 [rows]."""

@@ -87,7 +87,9 @@ class Shard(ABC):
         # where embedding and head are one matrix in one stage it is held once, as the head
         is_shared = self.is_first and self.is_last and config.tie_word_embeddings
         self._embedding = (
-            Embedding(size, hidden, precision) if self.is_first and not is_shared else None
+            Embedding(size, hidden, kernels=kernels, precision=precision)
+            if self.is_first and not is_shared
+            else None
         )
         mixed = config.num_heads * config.head_dim
         self._widths = (hidden, self.heads.qkv_width, mixed, inner, 2 * inner if is_gated else 0)
@@ -159,7 +161,6 @@ class Shard(ABC):
             device=self.kernels.device,
         )
 
-    @torch.no_grad()
     def forward(self, inputs: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Run a step's rows through the shard's layers and append them to the cache.
 
@@ -171,14 +172,16 @@ class Shard(ABC):
         if inputs.shape[0] != rows or not batch:
             raise MessageError(f"a step of {rows} tokens came with {inputs.shape[0]} rows")
         cache.reserve(batch)
-        compute = partial(self._compute, cache)
+        # not the cache itself: what is recorded there would keep it
+        compute = partial(self._compute, cache.keys, cache.values)
         hidden = self.kernels.run(compute, inputs, batch, self.heads, cache)
         cache.advance(batch)
         return hidden
 
     def _compute(
         self,
-        cache: KVCache,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
         inputs: torch.Tensor,
         positions: torch.Tensor,
         end: int,
@@ -190,13 +193,12 @@ class Shard(ABC):
         if self.is_first:
             (self._embedding or self._tied_head()).gather(inputs, hidden)
         else:
-            hidden.copy_(inputs)
+            self.kernels.copy(inputs, hidden)
         step = Step(attention, self._place(hidden, positions, end), *self._room(rows))
-        for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
-            layer(hidden, step, keys, values)
+        for layer, own_keys, own_values in zip(self._layers, keys, values, strict=True):
+            layer(hidden, step, own_keys, own_values)
         return hidden
 
-    @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head of rows of the last stage's output: [n, hidden] -> [n, vocab]."""
         assert self._norm is not None, "only the last stage has a norm"

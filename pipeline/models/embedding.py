@@ -2,15 +2,19 @@
 
 import torch
 
-from pipeline.models.quant import dequantise, num_groups
+from pipeline.models.kernels import Kernels
+from pipeline.models.quant import num_groups
 from pipeline.models.sinks import Sink, weight_sinks
 
 
 class Embedding:
     """Token id -> row, in the precision its tied head would have, so that splits agree bitwise."""
 
-    def __init__(self, num_tokens: int, width: int, precision: torch.dtype) -> None:
+    def __init__(
+        self, num_tokens: int, width: int, *, kernels: Kernels, precision: torch.dtype
+    ) -> None:
         self.precision = precision
+        self._kernels = kernels
         self.weight = torch.empty(num_tokens, width, dtype=precision)
         self._scales: torch.Tensor | None = None
         if precision is torch.int8:
@@ -18,10 +22,7 @@ class Embedding:
 
     def gather(self, ids: torch.Tensor, out: torch.Tensor) -> None:
         """Rows of `ids` [n] into out [n, width]."""
-        rows = self.weight.index_select(0, ids)
-        if self._scales is not None:
-            rows = dequantise(rows, self._scales.index_select(0, ids))
-        out.copy_(rows)
+        self._kernels.lookup(self.weight, ids, out, scales=self._scales)
 
     def put(self, first: int, outputs: torch.Tensor, scales: torch.Tensor | None) -> None:
         """Rows first.. in this table's precision, int8 with their scales."""

@@ -103,4 +103,4 @@ class GPT2Shard(Shard):
     def _place(self, hidden: torch.Tensor, positions: torch.Tensor, end: int) -> None:
         del end
         if self.wpe is not None:
-            hidden.add_(self.wpe.index_select(0, positions))
+            self.kernels.lookup(self.wpe, positions, hidden, adds=True)

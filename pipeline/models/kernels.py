@@ -179,6 +179,25 @@ class Kernels(ABC):
         """A step's attention over caches of `max_seq_len` positions."""
 
     @abstractmethod
+    def copy(self, source: torch.Tensor, out: torch.Tensor) -> None:
+        """Float32 rows into `out`, of the same shape."""
+
+    @abstractmethod
+    def lookup(
+        self,
+        table: torch.Tensor,
+        ids: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scales: torch.Tensor | None = None,
+        adds: bool = False,
+    ) -> None:
+        """Rows `ids` of a table into out [n, width], or `adds` them to it.
+
+        Shapes: table [rows, width] in any precision, int8 with scales [rows, groups].
+        """
+
+    @abstractmethod
     def rope(
         self, qkv: torch.Tensor, shape: HeadShape, cos: torch.Tensor, sin: torch.Tensor
     ) -> None:

@@ -1,10 +1,9 @@
-"""The kernels written for this processor: `pipeline._native`, driven by plain addresses.
+"""The kernels written for this processor: `pipeline._native`, given tensors as they are.
 
 Here a row's result depends on that row and its own cache alone, bit for bit: not on the rows that
 come with it, nor on where a prompt is cut into steps, nor on the number of threads.
 """
 
-from array import array
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +11,17 @@ import torch
 from pipeline import _native
 from pipeline.models.arena import Arena
 from pipeline.models.batch import Batch
-from pipeline.models.kernels import Activation, Attention, HeadShape, Kernels, Linear, Norm
+from pipeline.models.kernels import (
+    Activation,
+    Attention,
+    Compute,
+    HeadShape,
+    Kernels,
+    Linear,
+    Norm,
+)
+from pipeline.models.kv_cache import KVCache
+from pipeline.models.native_step import DecodeStep, NativeAttention, spans_of
 from pipeline.models.quant import dequantise
 
 # Precision -> kind of packed weight, and what the processor must have for it.
@@ -31,10 +40,6 @@ def _kind(precision: torch.dtype) -> int:
     return kind if feature in _native.features() else _native.F32
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 class NativeLinear(Linear):
     """Weights packed in the order the kernels stream them."""
 
@@ -51,8 +56,6 @@ class NativeLinear(Linear):
         super().__init__(num_in, num_out, bias=bias, precision=precision)
         self._kind = _kind(precision)
         self._packed = arena.take(_native.packed_bytes(self._kind, num_in, num_out))
-        self._address = self._packed.data_ptr()
-        self._bias = _address(self.bias)
         self._activation = ACTIVATIONS[activation]
 
     def __call__(
@@ -61,15 +64,15 @@ class NativeLinear(Linear):
         """[rows, in] -> out [rows, out]."""
         _native.linear(
             self._kind,
-            self._address,
-            self._bias,
-            x.data_ptr(),
-            out.data_ptr(),
+            self._packed,
+            self.bias,
+            x,
+            out,
             x.size(0),
             self.num_in,
             self.num_out,
             self._activation,
-            0 if residual is None else residual.data_ptr(),
+            residual,
         )
         return out
 
@@ -78,12 +81,12 @@ class NativeLinear(Linear):
         ids = ids.contiguous()
         _native.gather(
             self._kind,
-            self._address,
+            self._packed,
             self.num_in,
             self.num_out,
-            ids.data_ptr(),
+            ids,
             len(ids),
-            out.data_ptr(),
+            out,
         )
 
     def put(self, first: int, outputs: torch.Tensor, scales: torch.Tensor | None) -> None:
@@ -91,13 +94,13 @@ class NativeLinear(Linear):
         if self._kind == _native.I8:
             assert scales is not None, "int8 comes with scales"
             _native.pack_int8(
-                self._address,
+                self._packed,
                 self.num_in,
                 self.num_out,
-                outputs.data_ptr(),
+                outputs,
                 outputs.stride(0),
                 outputs.stride(1),
-                scales.data_ptr(),
+                scales,
                 scales.stride(0),
                 first,
                 outputs.shape[0],
@@ -108,10 +111,10 @@ class NativeLinear(Linear):
             weights = weights.float()
         _native.pack(
             self._kind,
-            self._address,
+            self._packed,
             self.num_in,
             self.num_out,
-            weights.data_ptr(),
+            weights,
             weights.stride(0),
             weights.stride(1),
             first,
@@ -130,10 +133,10 @@ class LayerNorm(Norm):
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """[rows, size] -> out [rows, size]."""
         _native.layer_norm(
-            x.data_ptr(),
-            self.weight.data_ptr(),
-            _address(self.bias),
-            out.data_ptr(),
+            x,
+            self.weight,
+            self.bias,
+            out,
             x.size(0),
             self.size,
             self.eps,
@@ -146,44 +149,7 @@ class RMSNorm(Norm):
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """[rows, size] -> out [rows, size]."""
-        _native.rms_norm(
-            x.data_ptr(), self.weight.data_ptr(), out.data_ptr(), x.size(0), self.size, self.eps
-        )
-        return out
-
-
-class NativeAttention:
-    """The spans of one step, as the kernels take them: slot, first row, rows, first position."""
-
-    def __init__(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> None:
-        spans, offset = array("q"), 0
-        for segment in batch:
-            spans.extend((segment.slot, offset, segment.num_tokens, segment.position))
-            offset += segment.num_tokens
-        self._spans = spans
-        self._width = shape.qkv_width
-        self._shape = (
-            spans.buffer_info()[0],
-            len(batch),
-            shape.num_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            max_seq_len,
-            shape.window,
-        )
-
-    def __call__(
-        self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
-    ) -> torch.Tensor:
-        """Append k and v of each row to its slot, then attend."""
-        _native.attend(
-            qkv.data_ptr(),
-            self._width,
-            out.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            *self._shape,
-        )
+        _native.rms_norm(x, self.weight, out, x.size(0), self.size, self.eps)
         return out
 
 
@@ -224,31 +190,70 @@ class NativeKernels(Kernels):
         """Rows over their root mean square, scaled."""
         return RMSNorm(size, eps, bias=False)
 
+    def run(
+        self,
+        compute: Compute,
+        inputs: torch.Tensor,
+        batch: Batch,
+        shape: HeadShape,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        """A step from inputs to `compute`'s result; a recorded one if all are decoding."""
+        if any(segment.num_tokens != 1 for segment in batch):
+            return super().run(compute, inputs, batch, shape, cache)
+        steps = cache.recorded
+        if not isinstance(steps, dict):
+            steps = cache.recorded = {}
+        step: DecodeStep | None = steps.get(len(batch))
+        if step is None:
+            step = steps[len(batch)] = DecodeStep(compute, batch, inputs, shape, cache)
+        return step(inputs, batch)
+
     def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
         """A step's attention."""
-        return NativeAttention(batch, shape, max_seq_len)
+        return NativeAttention(spans_of(batch), shape, max_seq_len)
+
+    def copy(self, source: torch.Tensor, out: torch.Tensor) -> None:
+        """Rows into `out`."""
+        _native.copy(source.contiguous(), out, out.nbytes)
+
+    def lookup(
+        self,
+        table: torch.Tensor,
+        ids: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scales: torch.Tensor | None = None,
+        adds: bool = False,
+    ) -> None:
+        """Rows of a table."""
+        kind, _ = KINDS[table.dtype]
+        num_rows, width = table.shape
+        _native.lookup(
+            kind, table, scales, num_rows, width, ids, ids.stride(0), len(ids), adds, out
+        )
 
     def rope(
         self, qkv: torch.Tensor, shape: HeadShape, cos: torch.Tensor, sin: torch.Tensor
     ) -> None:
         """Rotate queries and keys in place."""
         _native.rope(
-            qkv.data_ptr(),
+            qkv,
             shape.qkv_width,
             qkv.size(0),
             shape.num_heads + shape.num_kv_heads,
             shape.head_dim,
-            cos.data_ptr(),
-            sin.data_ptr(),
+            cos,
+            sin,
         )
 
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up."""
-        _native.silu_mul(gate_up.data_ptr(), out.data_ptr(), out.size(0), out.size(1))
+        _native.silu_mul(gate_up, out, out.size(0), out.size(1))
         return out
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """Index of the first greatest of each row."""
         found = torch.empty(logits.size(0), dtype=torch.int64)
-        _native.argmax(logits.data_ptr(), logits.size(0), logits.size(1), found.data_ptr())
+        _native.argmax(logits, logits.size(0), logits.size(1), found)
         return found

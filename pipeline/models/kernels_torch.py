@@ -171,6 +171,28 @@ class TorchKernels(Kernels):
         del max_seq_len
         return TorchAttention(batch, shape)
 
+    def copy(self, source: torch.Tensor, out: torch.Tensor) -> None:
+        """Rows into `out`."""
+        out.copy_(source)
+
+    def lookup(
+        self,
+        table: torch.Tensor,
+        ids: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scales: torch.Tensor | None = None,
+        adds: bool = False,
+    ) -> None:
+        """Rows of a table."""
+        rows = table.index_select(0, ids)
+        if scales is not None:
+            rows = dequantise(rows, scales.index_select(0, ids))
+        if adds:
+            out.add_(rows)
+        else:
+            out.copy_(rows)
+
     def rope(
         self, qkv: torch.Tensor, shape: HeadShape, cos: torch.Tensor, sin: torch.Tensor
     ) -> None:

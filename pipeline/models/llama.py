@@ -108,7 +108,7 @@ class LlamaShard(Shard):
             for _ in range(layer_start, layer_end)
         ]
         self.norm = kernels.rms_norm(config.hidden_dim, config.norm_eps) if self.is_last else None
-        self._table = RopeTable(rope_frequencies(config), kernels.device, config.max_positions)
+        self._table = RopeTable(rope_frequencies(config), kernels, config.max_positions)
 
     @property
     def _layers(self) -> Sequence[Layer]:

@@ -5,6 +5,7 @@ import math
 import torch
 
 from pipeline.models.config import LlamaConfig, RopeScaling
+from pipeline.models.kernels import Kernels
 
 # Positions computed at a time; always as many, since torch's cosine may round the odd end of an
 # array differently from its middle.
@@ -14,9 +15,11 @@ TABLE_STEP = 256
 class RopeTable:
     """(cos, signed sin) of every position, [positions, head_dim], grown as they are asked for."""
 
-    def __init__(self, frequencies: torch.Tensor, device: torch.device, num_positions: int) -> None:
+    def __init__(self, frequencies: torch.Tensor, kernels: Kernels, num_positions: int) -> None:
         """On another device than the CPU a table of `num_positions` that stays where it is."""
+        device = kernels.device
         self._frequencies = frequencies
+        self._kernels = kernels
         self._cos = torch.empty(0, 2 * len(frequencies), device=device)
         self._sin = torch.empty(0, 2 * len(frequencies), device=device)
         if device.type != "cpu":
@@ -25,7 +28,10 @@ class RopeTable:
     def rows(self, positions: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) of each position, all below `end`: [rows, head_dim]."""
         self._grow_to(end)
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        cos, sin = (self._cos.new_empty(len(positions), self._cos.shape[1]) for _ in range(2))
+        self._kernels.lookup(self._cos, positions, cos)
+        self._kernels.lookup(self._sin, positions, sin)
+        return cos, sin
 
     def _grow_to(self, end: int) -> None:
         while len(self._cos) < end:

@@ -104,4 +104,16 @@ void rope(float *x, size_t row_stride, size_t rows, size_t num_heads, size_t hea
 void silu_mul(const float *gate_up, float *y, size_t rows, size_t inner);
 void argmax(const float *x, size_t rows, size_t n, int64_t *out);
 
+/* lookup.c */
+typedef struct {
+    int kind;
+    const void *values;     /* row-major; I8 in int8 */
+    const uint16_t *scales; /* I8: bf16, one for each GROUP of a row's values */
+    size_t width;
+} table_t;
+
+/* out[i] (+)= table[ids[i * id_stride]] */
+void lookup(const table_t *table, const int64_t *ids, size_t id_stride, size_t count, int adds,
+            float *out);
+
 #endif

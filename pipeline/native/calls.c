@@ -1,0 +1,206 @@
+/* Checks of each kernel's arguments, and the way from plain numbers to what the kernel takes. */
+#include "calls.h"
+
+#include <string.h>
+
+#if defined(VEILPIPE_X86)
+
+#define ALIGNMENT 64
+#define LARGEST ((int64_t)1 << 28) /* of any size: bytes of a weight fit 63 bits, so do products of two */
+#define DONE ((refusal_t){NULL, 0})
+#define REFUSE(WHAT, VALUE) return (refusal_t){WHAT, VALUE}
+#define CHECK(REFUSAL)                                                                            \
+    do {                                                                                          \
+        refusal_t refusal_ = (REFUSAL);                                                           \
+        if (refusal_.what) return refusal_;                                                       \
+    } while (0)
+
+int has_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("fma");
+}
+
+int has_vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+static void *at(int64_t address) { return (void *)(uintptr_t)address; }
+
+static float float_of(int64_t bits) {
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return (float)value;
+}
+
+/* A kind that runs here and sizes that can be. */
+refusal_t check_weight(int64_t kind, int64_t packed, int64_t num_in, int64_t num_out) {
+    if (kind >= NUM_KINDS || (kind == KIND_I8 && !has_vnni())) {
+        REFUSE("no such kind of weight on this CPU", kind);
+    }
+    if (num_in < 1 || num_in > LARGEST) REFUSE("num_in", num_in);
+    if (num_out < 1 || num_out > LARGEST) REFUSE("num_out", num_out);
+    if (packed % ALIGNMENT) REFUSE("packed weights have to be aligned to 64 bytes", packed);
+    return DONE;
+}
+
+static int64_t always(const int64_t *a) { return (void)a, INT64_MAX; }
+
+static refusal_t run_pack(const int64_t *a) {
+    CHECK(check_weight(a[0], a[1], a[2], a[3]));
+    if (a[7] > a[3] || a[8] > a[3] - a[7]) REFUSE("outputs end beyond num_out", a[7] + a[8]);
+    pack((int)a[0], at(a[1]), (size_t)a[2], at(a[4]), (ptrdiff_t)a[5], (ptrdiff_t)a[6],
+         (size_t)a[7], (size_t)a[8]);
+    return DONE;
+}
+const call_t call_pack = {"npnnpnnnn", run_pack, always};
+
+static refusal_t run_pack_int8(const int64_t *a) {
+    CHECK(check_weight(KIND_I8, a[0], a[1], a[2]));
+    if (a[8] > a[2] || a[9] > a[2] - a[8]) REFUSE("outputs end beyond num_out", a[8] + a[9]);
+    pack_int8(at(a[0]), (size_t)a[1], at(a[3]), (ptrdiff_t)a[4], (ptrdiff_t)a[5], at(a[6]),
+              (ptrdiff_t)a[7], (size_t)a[8], (size_t)a[9]);
+    return DONE;
+}
+const call_t call_pack_int8 = {"pnnpnnpnnn", run_pack_int8, always};
+
+static refusal_t run_unpack(const int64_t *a) {
+    CHECK(check_weight(a[0], a[1], a[2], a[3]));
+    weight_t weight = {(int)a[0], at(a[1]), (size_t)a[2], (size_t)a[3]};
+    unpack(&weight, at(a[4]));
+    return DONE;
+}
+const call_t call_unpack = {"npnnp", run_unpack, NULL};
+
+static refusal_t check_ids(const int64_t *ids, int64_t stride, int64_t count, int64_t num_rows) {
+    for (int64_t i = 0; i < count; i++) {
+        int64_t id = ids[i * stride];
+        if (id < 0 || id >= num_rows) REFUSE("no such row", id);
+    }
+    return DONE;
+}
+
+static refusal_t run_gather(const int64_t *a) {
+    CHECK(check_weight(a[0], a[1], a[2], a[3]));
+    CHECK(check_ids(at(a[4]), 1, a[5], a[3]));
+    weight_t weight = {(int)a[0], at(a[1]), (size_t)a[2], (size_t)a[3]};
+    gather(&weight, at(a[4]), (size_t)a[5], at(a[6]));
+    return DONE;
+}
+const call_t call_gather = {"npnnpnp", run_gather, NULL};
+
+static refusal_t run_lookup(const int64_t *a) {
+    if (a[0] >= NUM_KINDS) REFUSE("no such kind of table", a[0]);
+    if (a[4] < 1 || a[4] > LARGEST) REFUSE("width", a[4]);
+    CHECK(check_ids(at(a[5]), a[6], a[7], a[3]));
+    table_t table = {(int)a[0], at(a[1]), at(a[2]), (size_t)a[4]};
+    lookup(&table, at(a[5]), (size_t)a[6], (size_t)a[7], a[8] != 0, at(a[9]));
+    return DONE;
+}
+const call_t call_lookup = {"nppnnpnnnp", run_lookup, NULL};
+
+static refusal_t run_copy(const int64_t *a) {
+    memcpy(at(a[1]), at(a[0]), (size_t)a[2]);
+    return DONE;
+}
+const call_t call_copy = {"ppn", run_copy, NULL};
+
+static refusal_t run_linear(const int64_t *a) {
+    CHECK(check_weight(a[0], a[1], a[6], a[7]));
+    if (a[8] >= NUM_ACTIVATIONS) REFUSE("activation", a[8]);
+    if (a[5] == 0) return DONE;
+    weight_t weight = {(int)a[0], at(a[1]), (size_t)a[6], (size_t)a[7]};
+    product_t product = {at(a[3]), at(a[4]), at(a[2]), at(a[9]), (size_t)a[5], (int)a[8]};
+    linear(&weight, &product);
+    return DONE;
+}
+
+static int64_t linear_work(const int64_t *a) {
+    int64_t size = a[6] < LARGEST && a[7] < LARGEST ? a[6] * a[7] : INT64_MAX;
+    return a[5] > 0 && size > INT64_MAX / a[5] ? INT64_MAX : size * a[5];
+}
+const call_t call_linear = {"nppppnnnnp", run_linear, linear_work};
+
+static refusal_t run_layer_norm(const int64_t *a) {
+    if (a[5] < 1) REFUSE("size", a[5]);
+    layer_norm(at(a[0]), at(a[1]), at(a[2]), at(a[3]), (size_t)a[4], (size_t)a[5], float_of(a[6]));
+    return DONE;
+}
+const call_t call_layer_norm = {"ppppnnf", run_layer_norm, NULL};
+
+static refusal_t run_rms_norm(const int64_t *a) {
+    if (a[4] < 1) REFUSE("size", a[4]);
+    rms_norm(at(a[0]), at(a[1]), at(a[2]), (size_t)a[3], (size_t)a[4], float_of(a[5]));
+    return DONE;
+}
+const call_t call_rms_norm = {"pppnnf", run_rms_norm, NULL};
+
+static refusal_t run_rope(const int64_t *a) {
+    if (a[4] % 2 || a[4] == 0) REFUSE("head_dim is even", a[4]);
+    if (a[3] > a[1] / a[4]) REFUSE("heads exceed a row", a[3]);
+    rope(at(a[0]), (size_t)a[1], (size_t)a[2], (size_t)a[3], (size_t)a[4], at(a[5]), at(a[6]));
+    return DONE;
+}
+const call_t call_rope = {"pnnnnpp", run_rope, NULL};
+
+static refusal_t run_silu_mul(const int64_t *a) {
+    silu_mul(at(a[0]), at(a[1]), (size_t)a[2], (size_t)a[3]);
+    return DONE;
+}
+const call_t call_silu_mul = {"ppnn", run_silu_mul, NULL};
+
+/* Shapes and spans that can be. */
+static refusal_t check_attention(const int64_t *a, const span_t *spans) {
+    int64_t heads = a[7], kv_heads = a[8], head_dim = a[9], max_seq = a[10];
+    if (kv_heads < 1 || heads < kv_heads || heads % kv_heads || heads > LARGEST) {
+        REFUSE("heads are not a multiple of kv_heads", heads);
+    }
+    if (head_dim < BLOCK || head_dim % BLOCK || head_dim > MAX_HEAD_DIM) {
+        REFUSE("head_dim is a multiple of 16 up to 512", head_dim);
+    }
+    if (max_seq < BLOCK || max_seq % BLOCK || max_seq > INT32_MAX) {
+        REFUSE("max_seq is a multiple of 16", max_seq);
+    }
+    if (a[1] < (heads + 2 * kv_heads) * head_dim) {
+        REFUSE("a row of qkv is shorter than its heads", a[1]);
+    }
+    for (int64_t i = 0; i < a[6]; i++) {
+        const span_t *span = spans + i;
+        if (span->slot < 0 || span->row_offset < 0 || span->count < 1 || span->start < 0 ||
+            span->count > max_seq || span->start > max_seq - span->count) {
+            REFUSE("a span leaves the context; its start", span->start);
+        }
+    }
+    return DONE;
+}
+
+static refusal_t run_attend(const int64_t *a) {
+    const span_t *spans = at(a[5]);
+    CHECK(check_attention(a, spans));
+    attention_t shape = {
+        .qkv = at(a[0]), .row_stride = (size_t)a[1], .out = at(a[2]), .keys = at(a[3]),
+        .values = at(a[4]), .spans = spans, .num_spans = (size_t)a[6],
+        .num_heads = (size_t)a[7], .num_kv_heads = (size_t)a[8], .head_dim = (size_t)a[9],
+        .max_seq = (size_t)a[10], .window = (size_t)a[11],
+    };
+    attend(&shape);
+    return DONE;
+}
+
+static int64_t attend_work(const int64_t *a) {
+    const span_t *spans = at(a[5]);
+    if (check_attention(a, spans).what) return 0;
+    int64_t work = 0;
+    for (int64_t i = 0; i < a[6]; i++) {
+        work += spans[i].count * (spans[i].start + spans[i].count) * a[7] * a[9];
+    }
+    return work;
+}
+const call_t call_attend = {"pnppppnnnnnn", run_attend, attend_work};
+
+static refusal_t run_argmax(const int64_t *a) {
+    if (a[2] < 1) REFUSE("n", a[2]);
+    argmax(at(a[0]), (size_t)a[1], (size_t)a[2], at(a[3]));
+    return DONE;
+}
+const call_t call_argmax = {"pnnp", run_argmax, NULL};
+
+#endif

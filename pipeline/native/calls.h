@@ -1,0 +1,41 @@
+/* The kernels as Python calls them: each takes numbers, checks them, and computes or refuses. */
+#ifndef VEILPIPE_CALLS_H
+#define VEILPIPE_CALLS_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "kernels.h"
+
+enum { MAX_ARGS = 12 };
+
+/* Why sizes cannot be, and the one to blame; `what` is NULL for a call that was computed. */
+typedef struct {
+    const char *what;
+    int64_t value;
+} refusal_t;
+
+typedef struct {
+    /* an argument each: n is a number >= 0, p an address (an int, a tensor or None), f a float */
+    const char *signature;
+    refusal_t (*run)(const int64_t *args);
+    int64_t (*work)(const int64_t *args); /* multiplications, about; NULL: few */
+} call_t;
+
+#define CALLS(X)                                                                                  \
+    X(pack) X(pack_int8) X(unpack) X(gather) X(lookup) X(copy) X(linear) X(layer_norm) X(rms_norm) \
+    X(rope) X(silu_mul) X(attend) X(argmax)
+#define DECLARE(NAME) extern const call_t call_##NAME;
+CALLS(DECLARE)
+
+int has_avx512(void);
+int has_vnni(void);
+refusal_t check_weight(int64_t kind, int64_t packed, int64_t num_in, int64_t num_out);
+
+/* program.c */
+PyObject *refuse(refusal_t refusal); /* raises ValueError */
+/* Makes the call, or adds it to the program that this thread records. */
+PyObject *make_call(const call_t *call, PyObject *const *args, Py_ssize_t given);
+extern PyTypeObject program_type;
+
+#endif

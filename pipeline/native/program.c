@@ -1,0 +1,170 @@
+/* Calls from Python, one by one or as a program: recorded once, then made with a single call.
+ *
+ * A program is the arguments of its calls, as they were when it was recorded. Between two runs only
+ * the memory behind its addresses changes, so every run checks again what is read from there. It
+ * keeps the tensors it was given.
+ */
+#include "calls.h"
+
+#include <string.h>
+
+#if defined(VEILPIPE_X86)
+
+#define WORTH_RELEASING (1 << 23) /* multiplications after which other threads should get a turn */
+
+typedef struct {
+    const call_t *call;
+    int64_t args[MAX_ARGS];
+} entry_t;
+
+typedef struct {
+    PyObject_HEAD
+    entry_t *entries;
+    size_t num_entries, room;
+    PyObject *kept; /* a list */
+} program_t;
+
+static _Thread_local program_t *recording;
+
+PyObject *refuse(refusal_t refusal) {
+    return PyErr_Format(PyExc_ValueError, "%s: %lld", refusal.what, (long long)refusal.value);
+}
+
+/* An int as it is, None as 0, a tensor as its address; -1 with an exception. */
+static int64_t address_of(PyObject *arg) {
+    if (PyLong_CheckExact(arg)) return PyLong_AsLongLong(arg);
+    if (arg == Py_None) return 0;
+    static PyObject *data_ptr;
+    if (!data_ptr && !(data_ptr = PyUnicode_InternFromString("data_ptr"))) return -1;
+    PyObject *address = PyObject_CallMethodNoArgs(arg, data_ptr);
+    if (!address) return -1;
+    int64_t value = PyLong_AsLongLong(address);
+    Py_DECREF(address);
+    return value;
+}
+
+/* Sets an exception and returns 0 for what the call does not take. */
+static int read_args(const call_t *call, PyObject *const *args, Py_ssize_t given, int64_t *into) {
+    Py_ssize_t expected = (Py_ssize_t)strlen(call->signature);
+    if (!has_avx512()) {
+        PyErr_SetString(PyExc_ValueError, "this CPU lacks what features() would name");
+        return 0;
+    }
+    if (given != expected) {
+        PyErr_Format(PyExc_TypeError, "expected %zd arguments, not %zd", expected, given);
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < expected; i++) {
+        if (call->signature[i] == 'f') {
+            double value = PyFloat_AsDouble(args[i]);
+            memcpy(into + i, &value, sizeof value);
+            if (PyErr_Occurred()) return 0;
+            continue;
+        }
+        into[i] = call->signature[i] == 'p' ? address_of(args[i]) : PyLong_AsLongLong(args[i]);
+        if (into[i] >= 0) continue;
+        if (!PyErr_Occurred()) {
+            PyErr_Format(PyExc_ValueError, "argument %zd is negative: %lld", i + 1, into[i]);
+        }
+        return 0;
+    }
+    return 1;
+}
+
+/* Adds a call to a program, which keeps its tensors. */
+static PyObject *record(program_t *program, const entry_t *entry, PyObject *const *args) {
+    if (program->num_entries == program->room) {
+        size_t room = program->room ? 2 * program->room : 64;
+        entry_t *entries = PyMem_Realloc(program->entries, room * sizeof *entries);
+        if (!entries) return PyErr_NoMemory();
+        program->entries = entries;
+        program->room = room;
+    }
+    for (size_t i = 0; entry->call->signature[i]; i++) {
+        if (PyLong_CheckExact(args[i]) || PyFloat_CheckExact(args[i]) || args[i] == Py_None) continue;
+        if (PyList_Append(program->kept, args[i])) return NULL;
+    }
+    program->entries[program->num_entries++] = *entry;
+    Py_RETURN_NONE;
+}
+
+PyObject *make_call(const call_t *call, PyObject *const *args, Py_ssize_t given) {
+    entry_t entry = {.call = call};
+    if (!read_args(call, args, given, entry.args)) return NULL;
+    if (recording) return record(recording, &entry, args);
+    int is_long = call->work && call->work(entry.args) > WORTH_RELEASING;
+    PyThreadState *released = is_long ? PyEval_SaveThread() : NULL;
+    refusal_t refusal = call->run(entry.args);
+    if (released) PyEval_RestoreThread(released);
+    if (refusal.what) return refuse(refusal);
+    Py_RETURN_NONE;
+}
+
+static PyObject *program_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    if (PyTuple_GET_SIZE(args) || (kwargs && PyDict_GET_SIZE(kwargs))) {
+        PyErr_SetString(PyExc_TypeError, "a program starts empty: no arguments");
+        return NULL;
+    }
+    program_t *program = (program_t *)type->tp_alloc(type, 0);
+    if (program && !(program->kept = PyList_New(0))) Py_CLEAR(program);
+    return (PyObject *)program;
+}
+
+static void program_dealloc(PyObject *self) {
+    program_t *program = (program_t *)self;
+    PyMem_Free(program->entries);
+    Py_XDECREF(program->kept);
+    Py_TYPE(self)->tp_free(self);
+}
+
+static PyObject *program_enter(PyObject *self, PyObject *none) {
+    (void)none;
+    if (recording || ((program_t *)self)->num_entries) {
+        PyErr_SetString(PyExc_RuntimeError, "a program is recorded once, and one at a time");
+        return NULL;
+    }
+    recording = (program_t *)self; /* the with statement keeps it */
+    return Py_NewRef(self);
+}
+
+static PyObject *program_exit(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self, (void)args, (void)given;
+    recording = NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *program_run(PyObject *self, PyObject *none) {
+    (void)none;
+    program_t *program = (program_t *)self;
+    if (recording) {
+        PyErr_SetString(PyExc_RuntimeError, "a program cannot run while one is recorded");
+        return NULL;
+    }
+    refusal_t refusal = {NULL, 0};
+    Py_BEGIN_ALLOW_THREADS
+    for (size_t i = 0; i < program->num_entries && !refusal.what; i++) {
+        refusal = program->entries[i].call->run(program->entries[i].args);
+    }
+    Py_END_ALLOW_THREADS
+    if (refusal.what) return refuse(refusal);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef program_methods[] = {
+    {"__enter__", program_enter, METH_NOARGS, NULL},
+    {"__exit__", (PyCFunction)(void (*)(void))program_exit, METH_FASTCALL, NULL},
+    {"run", program_run, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+PyTypeObject program_type = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "pipeline._native.Program",
+    .tp_basicsize = sizeof(program_t),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = program_new,
+    .tp_dealloc = program_dealloc,
+    .tp_methods = program_methods,
+};
+
+#endif
