@@ -15,7 +15,7 @@ from pipeline.peers import (
     connect_retrying,
     describe,
 )
-from pipeline.steps import CLEAR_SPEC, SessionLimits
+from pipeline.steps import CLEAR_SPEC, SessionLimits, token_specs
 from pipeline.trust import Trust
 from transport.channel import SecureChannel
 from transport.endpoint import Endpoint, Listener
@@ -128,9 +128,8 @@ class Connector:
         if header.kind is StepKind.CLEAR:
             expected: tuple[TensorSpec, ...] = (CLEAR_SPEC,)
         else:
-            num_results = sum(want is not Want.NOTHING for want in header.wants)
-            expected = (TensorSpec(DType.U32, (num_results,)),)
-            num_logits = sum(want is Want.LOGITS for want in header.wants)
+            num_logits = header.wants.count(Want.LOGITS)
+            expected = token_specs(num_logits + header.wants.count(Want.TOKEN))
             if num_logits:
                 # The vocabulary's size is the stage's word, as the greedy token is.
                 vocab = specs[1].shape[-1] if len(specs) == 2 and specs[1].shape else 0

@@ -21,8 +21,8 @@ class _Traffic(NamedTuple):
     def of(cls, channel: SecureChannel) -> "_Traffic":
         stats = channel.stats
         return cls(
-            stats.encrypt_ns + stats.decrypt_ns,
-            stats.send_ns + stats.recv_ns,
+            channel.crypto_ns,
+            channel.wire_ns,
             stats.bytes_sent,
             stats.bytes_received,
             stats.rekeys,
@@ -40,7 +40,9 @@ class StageMeter:
         self._started_ns = perf_counter_ns()
         self._channels: list[SecureChannel] = []
         self._past = _Traffic()
-        self._last = _Traffic()
+        # What the times of all channels were when the last step was counted.
+        self._last_crypto_ns = 0
+        self._last_wire_ns = 0
         self._num_handshakes = 0
         self._num_steps = 0
         self._num_tokens = 0
@@ -72,12 +74,15 @@ class StageMeter:
         if header.kind is StepKind.STEP:
             self._num_tokens += header.num_tokens
             self._last_batch = len(header.segments)
-        before, self._last = self._last, self._traffic()
-        return StageTiming(
-            compute_ns,
-            self._last.crypto_ns - before.crypto_ns,
-            self._last.wire_ns - before.wire_ns,
+        crypto_ns, wire_ns = self._past.crypto_ns, self._past.wire_ns
+        for channel in self._channels:
+            crypto_ns += channel.crypto_ns
+            wire_ns += channel.wire_ns
+        timing = StageTiming(
+            compute_ns, crypto_ns - self._last_crypto_ns, wire_ns - self._last_wire_ns
         )
+        self._last_crypto_ns, self._last_wire_ns = crypto_ns, wire_ns
+        return timing
 
     def answer(self, question: Health, core: StageCore | None, num_requests: int = 0) -> Healthy:
         """The answer to `health`; `core` is the session's, if there is one."""

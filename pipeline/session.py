@@ -23,7 +23,7 @@ from pipeline.messages import (
     StepKind,
 )
 from pipeline.meter import StageMeter
-from pipeline.neighbours import LinkBroken, Neighbours, on_link
+from pipeline.neighbours import DOWNSTREAM, UPSTREAM, LinkBroken, Neighbours
 from pipeline.peers import describe, hang_up, say
 from pipeline.stage_setup import StageSetup, expect_step, new_core
 from pipeline.steps import SessionLimits
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # An orchestrator sends `health` every few seconds; one silent for this long is gone.
 SILENCE_SECONDS = 60.0
+# Between steps shorter than this the channels' own turns are enough.
+LONG_STEP_NS = 50_000_000
 
 
 class SessionEnded(Exception):
@@ -201,17 +203,14 @@ class StageSession:
     async def _replay(self, downstream: SecureChannel, until: int) -> None:
         num_steps = 0
         for header, tensors in self._core.replay(until):
-            with on_link("downstream"):
+            with DOWNSTREAM:
                 await send_step(downstream, header, tensors)
             num_steps += 1
         logger.info("event=replayed stage=%d steps=%d", self._setup.stage_idx, num_steps)
 
     async def _serve_steps(self, upstream: SecureChannel, downstream: SecureChannel) -> None:
         while True:
-            # Several steps may have come at once; the control channel has its turn between them,
-            # or a stage that is only busy would be taken for hung.
-            await trio.lowlevel.checkpoint()
-            with on_link("upstream"):
+            with UPSTREAM:
                 header, tensors = await receive_step(upstream, self._gate)
             started = perf_counter_ns()
             done = self._core.take(header, tensors)
@@ -219,5 +218,10 @@ class StageSession:
             for each, outputs in done:
                 if each.kind is StepKind.REPLAY and each.until <= self._setup.stage_idx:
                     continue
-                with on_link("downstream"):
+                with DOWNSTREAM:
                     await send_step(downstream, each.with_timing(timing), outputs)
+            self._core.keep()
+            if timing.compute_ns > LONG_STEP_NS:
+                # Several steps may have come at once; the control channel has its turn between
+                # long ones, or a stage that is only busy would be taken for hung.
+                await trio.lowlevel.checkpoint()

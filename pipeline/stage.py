@@ -34,6 +34,8 @@ class StageCore:
         self._compute_dtype = shard.compute_dtype
         self._codec = activation_codec(limits)
         self._catch_up = CatchUp(limits.max_step_tokens)
+        # What the last step sends on, until it is kept.
+        self._unkept: tuple[StepHeader, torch.Tensor] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -58,7 +60,13 @@ class StageCore:
             done.append((header, self.step(header, tensors)))
         return done
 
-    @torch.inference_mode()
+    def keep(self) -> None:
+        """Put what the last step sends on into the log: best once it is on its way."""
+        unkept, self._unkept = self._unkept, None
+        if unkept is not None and self.log is not None:
+            header, hidden = unkept
+            self.log.append(header.step, header.segments, hidden)
+
     def step(self, header: StepHeader, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run one step.
 
@@ -67,6 +75,7 @@ class StageCore:
         F32 [those segments, vocab]. A replay has no result there. Raises MessageError when the step
         does not fit the KV state.
         """
+        self.keep()
         if header.kind is StepKind.CLEAR:
             slots = [segment.slot for segment in header.segments]
             self.cache.clear(slots)
@@ -78,7 +87,7 @@ class StageCore:
             return () if header.kind is StepKind.REPLAY else self._results(header, hidden)
         (hidden,) = self.shard.kernels.to_host(hidden)
         if self.log is not None:
-            self.log.append(header.step, header.segments, hidden)
+            self._unkept = (header, hidden)
         return self._codec.encode(hidden)
 
     def rewind(self, lengths: Sequence[int]) -> None:
@@ -87,6 +96,7 @@ class StageCore:
             raise MessageError(
                 f"rewind names {len(lengths)} slots, there are {self.limits.num_slots}"
             )
+        self.keep()
         self._catch_up = CatchUp(self.limits.max_step_tokens)
         for slot, length in enumerate(lengths):
             self.cache.truncate(slot, length)
@@ -97,19 +107,21 @@ class StageCore:
         """What was sent on before, once more. Raises MessageError when it has not been kept."""
         if self.log is None:
             raise MessageError("this stage keeps no activations that it could replay")
+        self.keep()
         for header, hidden in self.log.replay(until):
             yield header, self._codec.encode(hidden)
 
     def release(self) -> None:
         """Zero the session's keys, values and activations, and give their memory back."""
         self._catch_up = CatchUp(self.limits.max_step_tokens)
+        self._unkept = None
         self.cache.release()
         if self.log is not None:
             self.log.release()
 
-    @torch.inference_mode()
     def _caught_up(self) -> list[tuple[StepHeader, tuple[Tensor, ...]]]:
         """Compute all that has been put off, in one go."""
+        self.keep()
         steps, self._catch_up = self._catch_up, CatchUp(self.limits.max_step_tokens)
         segments, inputs = steps.merged()
         done = []
@@ -124,7 +136,7 @@ class StageCore:
             return self._codec.decode(tensors, self._compute_dtype)
         token_ids = token_ids_from_wire(tensors[0])
         vocab_size = self.shard.config.vocab_size
-        if token_ids.size and int(token_ids.max()) >= vocab_size:
+        if max(token_ids.tolist(), default=0) >= vocab_size:
             raise MessageError(
                 f"a token id is outside the vocabulary of {vocab_size}; "
                 "does the tokenizer belong to this model?"

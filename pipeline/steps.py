@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +22,7 @@ CLEAR_SENTINEL = Tensor(CLEAR_SPEC, memoryview(b""))
 Logits = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What came back for a step: a token per segment that wants any, logits for those that do.
 
     Shapes: token_ids [segments that want something]; logits [segments that want logits, vocab],
@@ -51,38 +52,43 @@ class SessionLimits:
         return max(activations, self.max_step_tokens * DType.U32.itemsize)
 
 
+@lru_cache(maxsize=256)  # from token to token they are the same
 def activation_specs(dtype: DType, num_tokens: int, hidden_dim: int) -> tuple[TensorSpec, ...]:
     """The tensors that activations of `num_tokens` travel in."""
     rows = TensorSpec(dtype, (num_tokens, hidden_dim))
     return (rows, TensorSpec(DType.F32, (num_tokens,))) if dtype is DType.I8 else (rows,)
 
 
+@lru_cache(maxsize=256)
+def token_specs(num_tokens: int) -> tuple[TensorSpec, ...]:
+    """The tensor that as many token ids travel in."""
+    return (TensorSpec(DType.U32, (num_tokens,)),)
+
+
 def check_header(header: StepHeader, limits: SessionLimits) -> None:
     """Refuse a step that names slots, positions or sizes the session has no room for."""
-    if not header.segments:
-        raise MessageError(f"step {header.step} has no segments")
-    slots = [segment.slot for segment in header.segments]
-    if len(set(slots)) != len(slots):
-        raise MessageError(f"step {header.step} names a slot twice")
-    for segment in header.segments:
-        if segment.slot >= limits.num_slots:
-            raise MessageError(
-                f"step {header.step} names slot {segment.slot}, there are {limits.num_slots}"
-            )
-        end = segment.position + segment.num_tokens
+    kind, step, segments, wants, _, _ = header
+    if not segments:
+        raise MessageError(f"step {step} has no segments")
+    if len({slot for slot, _, _ in segments}) != len(segments):
+        raise MessageError(f"step {step} names a slot twice")
+    is_clear = kind is StepKind.CLEAR
+    total = 0
+    for slot, position, num_tokens in segments:
+        if slot >= limits.num_slots:
+            raise MessageError(f"step {step} names slot {slot}, there are {limits.num_slots}")
+        end = position + num_tokens
         if end > limits.max_seq_len:
             raise MessageError(
-                f"step {header.step} reaches position {end}, the context is {limits.max_seq_len}"
+                f"step {step} reaches position {end}, the context is {limits.max_seq_len}"
             )
-        if (segment.num_tokens == 0) is not (header.kind is StepKind.CLEAR):
-            raise MessageError(f"step {header.step} has a segment of {segment.num_tokens} tokens")
-    if header.kind is StepKind.REPLAY and any(header.wants):
-        raise MessageError(f"replayed step {header.step} wants a result")
-    if header.num_tokens > limits.max_step_tokens:
-        raise MessageError(
-            f"step {header.step} has {header.num_tokens} tokens, "
-            f"the limit is {limits.max_step_tokens}"
-        )
+        if (num_tokens == 0) is not is_clear:
+            raise MessageError(f"step {step} has a segment of {num_tokens} tokens")
+        total += num_tokens
+    if kind is StepKind.REPLAY and any(wants):
+        raise MessageError(f"replayed step {step} wants a result")
+    if total > limits.max_step_tokens:
+        raise MessageError(f"step {step} has {total} tokens, the limit is {limits.max_step_tokens}")
 
 
 def expected_inputs(
@@ -92,14 +98,14 @@ def expected_inputs(
     if header.kind is StepKind.CLEAR:
         return (CLEAR_SPEC,)
     if is_first:
-        return (TensorSpec(DType.U32, (header.num_tokens,)),)
+        return token_specs(header.num_tokens)
     return activation_specs(limits.activation_dtype, header.num_tokens, limits.hidden_dim)
 
 
 def token_ids_to_wire(token_ids: Sequence[int] | TokenIds) -> Tensor:
     """Token ids as a U32 tensor of their number."""
     array = np.ascontiguousarray(token_ids, dtype="<u4")
-    return Tensor(TensorSpec(DType.U32, array.shape), array.data.cast("B"))
+    return Tensor(token_specs(array.size)[0], array.data.cast("B"))
 
 
 def token_ids_from_wire(tensor: Tensor) -> TokenIds:

@@ -14,10 +14,12 @@ _FROM_TORCH = {dtype: code for code, dtype in _TO_TORCH.items()}
 
 
 def activation_to_wire(hidden: torch.Tensor, dtype: DType) -> Tensor:
-    """View a [tokens, hidden] tensor as frame bytes, converted to the wire's `dtype` if need be."""
-    converted = hidden.detach().to(device="cpu", dtype=_TO_TORCH[dtype]).contiguous()
-    data = converted.view(torch.uint8).numpy().data.cast("B")
-    return Tensor(TensorSpec(dtype, tuple(converted.shape)), data)
+    """View [tokens, hidden] of host memory as frame bytes, converted to `dtype` if need be."""
+    converted = hidden.to(_TO_TORCH[dtype]).contiguous()
+    spec = TensorSpec(dtype, tuple(converted.shape))
+    if dtype is DType.BF16:  # numpy has no such type
+        converted = converted.view(torch.int16)
+    return Tensor(spec, converted.numpy().data.cast("B"))
 
 
 def activation_from_wire(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -81,6 +81,16 @@ class SecureChannel(trio.abc.Channel[Frame]):
         )
 
     @property
+    def crypto_ns(self) -> int:
+        """Time spent encrypting and decrypting, of `stats`."""
+        return self._sealer.encrypt_ns + self._opener.decrypt_ns
+
+    @property
+    def wire_ns(self) -> int:
+        """Time spent in the socket's system calls, of `stats`."""
+        return self._wire.send_ns + self._wire.recv_ns
+
+    @property
     def is_closed(self) -> bool:
         """Whether the channel has been closed, here or by a failure."""
         return self._wire.is_closed

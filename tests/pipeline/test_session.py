@@ -482,7 +482,8 @@ async def test_replayed_steps_rebuild_what_a_slot_held_and_answer_nothing(joined
     assert await joined.run(logits(0, 5, 1), rows(5, 1)) == expected
 
 
-async def test_a_stage_answers_between_steps_that_came_together(joined):
+async def test_a_stage_answers_between_long_steps_that_came_together(joined, monkeypatch):
+    monkeypatch.setattr(pipeline.session, "LONG_STEP_NS", 0)
     for position in range(20):
         await send_step(joined.upstream, replay(0, position, 1), (rows(position, 1),))
     assert (await figures_of(joined.control)).num_steps <= 5
