@@ -86,6 +86,7 @@ class Neighbours:
         async def accept() -> None:
             nonlocal upstream
             upstream = await self._accept_upstream(epoch, data_in)
+            upstream.wait_in_place(self._setup.patience_ms)
             channels.append(upstream)
             self._meter.open(upstream)
 

@@ -28,6 +28,9 @@ NO_ANSWER_SECONDS = 0.25
 GOODBYE_SECONDS = 1.0
 # Control channels come before any session, so they bind no session's epoch.
 CONTROL_EPOCH = bytes(16)
+# How long processes that only drive steps wait for one in place. It covers a token of most
+# pipelines, and nobody notices that a signal or a control message has waited for it.
+PATIENCE_MS = 20
 ORCHESTRATOR = Role(RoleKind.ORCHESTRATOR, 0)
 
 

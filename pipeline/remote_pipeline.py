@@ -54,6 +54,8 @@ class PipelineOptions:
     data_out_listen: Endpoint | None = None
     hang_seconds: float = HANG_SECONDS
     on_loss: Callable[[SessionError], None] = lambda _: None
+    # How long to wait for a result in place (`SecureChannel.wait_in_place`).
+    patience_ms: int = 0
 
 
 class ReplaySource(Protocol):
@@ -362,6 +364,7 @@ class Pipeline:
             raise
         self.ready = tuple(ready)
         self.vocab_size = min(each.vocab_size for each in ready)
+        links["out"].wait_in_place(self._options.patience_ms)
         self._links = _Links(links["in"], links["out"], gate)
         self._num_due = 0
 

@@ -32,6 +32,9 @@ class StageSetup:
     # The most a session may take of this machine, whatever its orchestrator asks for.
     max_kv_bytes: int
     data_out: Endpoint | None = None
+    # How long to wait for a step in place (`SecureChannel.wait_in_place`); 0 where other tasks of
+    # this process have better things to do.
+    patience_ms: int = 0
 
     @property
     def role(self) -> Role:

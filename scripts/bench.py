@@ -30,6 +30,7 @@ from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.models.runtime import set_num_threads
 from pipeline.orchestrator import PipelineOptions, open_pipeline
+from pipeline.peers import PATIENCE_MS
 from pipeline.plan import PlanOptions, plan
 from pipeline.stage import StageCore
 from pipeline.steps import ACTIVATION_DTYPES, SessionLimits
@@ -130,7 +131,7 @@ async def run(args: argparse.Namespace) -> dict[str, list[LatencyLog]]:
             results = {LOCAL: await measure(local, prompt_ids, args.tokens, limits)}
             for count, manifest in manifests.items():
                 trust = DevTrust.create(default_directory(os.environ))
-                options = PipelineOptions(limits, connect_seconds=60)
+                options = PipelineOptions(limits, connect_seconds=60, patience_ms=PATIENCE_MS)
                 async with open_pipeline(manifest, trust, options, lambda line: None) as pipeline:
                     name = f"{count} stage{'s' if count > 1 else ''}, encrypted"
                     results[name] = await measure(pipeline, prompt_ids, args.tokens, limits)

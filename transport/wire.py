@@ -3,6 +3,7 @@
 That is what makes a small frame cheap; `trio.SocketStream` goes through the loop every time.
 """
 
+import select
 import socket
 from time import perf_counter_ns
 
@@ -18,6 +19,8 @@ class Wire:
     """One socket, owned; every async method is a checkpoint."""
 
     __slots__ = (
+        "_patience_ms",
+        "_poll",
         "_recv_into",
         "_send",
         "_sock",
@@ -38,6 +41,8 @@ class Wire:
         self.fd = sock.fileno()
         self.is_closed = False
         self._unwaited = 0
+        self._poll: select.poll | None = None
+        self._patience_ms = 0
         self.bytes_sent = 0
         self.bytes_received = 0
         self.send_ns = 0  # system calls only, waiting excluded
@@ -59,8 +64,20 @@ class Wire:
             self._unwaited = 0
             await trio.lowlevel.checkpoint()
 
+    def wait_in_place(self, patience_ms: int) -> None:
+        """See `SecureChannel.wait_in_place`."""
+        if not patience_ms:
+            self._poll = None
+            return
+        self._poll = select.poll()
+        self._poll.register(self.fd, select.POLLIN)
+        self._patience_ms = patience_ms
+
     async def readable(self) -> None:
         """Wait until there is something to receive, or the end."""
+        if self._poll is not None and self._poll.poll(self._patience_ms):
+            await self.turn()
+            return
         self._unwaited = 0  # what waits lets the others run
         await trio.lowlevel.wait_readable(self.fd)
 

@@ -120,6 +120,7 @@ class Connection:
         limits: Limits,
         *,
         is_resumable: bool,
+        patience_ms: int = 0,
     ) -> "Connection":
         """Check the flags and the protection the manifest gives. Raises InputError."""
         manifest = source.manifest
@@ -133,7 +134,11 @@ class Connection:
             arguments += ("--log-format", flags.log_format)
             supervisor = Supervisor(manifest, arguments)
         options = PipelineOptions(
-            limits, flags.connect_seconds, flags.data_out_listen, flags.hang_seconds
+            limits,
+            flags.connect_seconds,
+            flags.data_out_listen,
+            flags.hang_seconds,
+            patience_ms=patience_ms,
         )
         if supervisor is not None:
             options = replace(options, on_loss=supervisor.on_loss)

@@ -23,7 +23,7 @@ from pipeline.files import check_writable
 from pipeline.manifest import load_manifest
 from pipeline.messages import Abort, Done, StageTiming, Start
 from pipeline.orchestrator import Pipeline
-from pipeline.peers import GOODBYE_SECONDS
+from pipeline.peers import GOODBYE_SECONDS, PATIENCE_MS
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,9 @@ def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
     if path is not None:
         check_writable(path)
     source = Source(manifest, flags.manifest, flags.model_dir)
-    connection = Connection.create(source, connection_flags, limits, is_resumable=False)
+    connection = Connection.create(
+        source, connection_flags, limits, is_resumable=False, patience_ms=PATIENCE_MS
+    )
     log = LatencyLog()
     printer = _Printer(flags.text, TextStream(tokenizer, request.prompt_ids), log)
 

@@ -25,6 +25,7 @@ from pipeline.manifest import Manifest, Precision, StageSpec, check_precision, l
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.models.runtime import set_num_threads
+from pipeline.peers import PATIENCE_MS
 from pipeline.stage_setup import StageSetup
 from pipeline.tasks import open_tasks
 from pipeline.trust import DEV_WARNING, DevTrust, EnclaveTrust, Trust
@@ -125,6 +126,7 @@ def serve(
         device=device,
         max_kv_bytes=_memory(shard.kernels.device) if kv_memory is None else int(kv_memory * GIB),
         data_out=data_out,
+        patience_ms=PATIENCE_MS,
     )
     _run(setup, control, data_in, once=once, until_stdin_ends=until_stdin_ends)
 

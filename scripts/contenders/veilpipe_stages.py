@@ -24,6 +24,7 @@ from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.models.runtime import set_num_threads
 from pipeline.orchestrator import PipelineOptions, open_pipeline
+from pipeline.peers import PATIENCE_MS
 from pipeline.plan import PlanOptions, plan
 from pipeline.stage import StageCore
 from pipeline.steps import ACTIVATION_DTYPES, SessionLimits, StepResult
@@ -113,7 +114,7 @@ async def processes(manifest: Manifest, model_dir: Path, dtype: str, threads: in
                     )
                 )
             trust = DevTrust.create(default_directory(os.environ))
-            options = PipelineOptions(limits, connect_seconds=120)
+            options = PipelineOptions(limits, connect_seconds=120, patience_ms=PATIENCE_MS)
             async with open_pipeline(manifest, trust, options, lambda line: None) as pipeline:
                 yield pipeline
             nursery.cancel_scope.cancel()

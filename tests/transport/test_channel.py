@@ -487,3 +487,48 @@ async def test_an_operation_cancelled_at_any_checkpoint_leaves_nothing_half_done
         if not was_cancelled:
             break
     assert number > (0 if name == "aclose" else 1)
+
+
+@UNIX_OR_TCP
+async def test_one_that_waits_in_place_lets_others_run_now_and_then(toy, make_sockets):
+    near, far = await toy.channels(make_sockets() if make_sockets else None)
+    far.wait_in_place(1000)
+    num_turns = 0
+
+    async def count_turns():
+        nonlocal num_turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            num_turns += 1
+
+    num_frames = 10 * FAIR_CALLS
+    for _ in range(num_frames):
+        await near.send(toy.frame(10, 1))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count_turns)
+        for _ in range(num_frames):
+            await far.receive()
+        nursery.cancel_scope.cancel()
+    assert num_turns >= 5
+    await close_all(near, far)
+
+
+async def test_waiting_in_place_for_what_does_not_come_ends_in_the_event_loop(toy):
+    near, far = await toy.channels()
+    far.wait_in_place(10)
+    with trio.move_on_after(0.05) as patience:
+        await far.receive()
+    assert patience.cancelled_caught
+    frame = toy.frame(10, 1)
+    await near.send(frame)  # and nothing is lost by that
+    assert toy.contents(await far.receive()) == toy.contents(frame)
+    await close_all(near, far)
+
+
+async def test_waiting_in_place_ends_with_the_connection(toy):
+    near, far = await toy.channels()
+    far.wait_in_place(1000)
+    await near.aclose()
+    with pytest.raises(trio.EndOfChannel):
+        await far.receive()
+    await far.aclose()
