@@ -9,11 +9,20 @@ prompt is cut into chunks, and whatever the number of threads. Raises ValueError
 cannot be, misaligned packed weights, and kinds this CPU cannot run.
 """
 
-from typing import Final, Self
+from collections.abc import Sequence
+from typing import Final, Protocol, Self
 
 from torch import Tensor
 
 Address = Tensor | int | None
+
+class Segment(Protocol):
+    """What a step needs to know of a batch's segment."""
+
+    @property
+    def slot(self) -> int: ...
+    @property
+    def position(self) -> int: ...
 
 F32: Final = 0
 BF16: Final = 1  # weights in bf16, sums in float32; with "bf16_dot" each row is rounded to bf16 too
@@ -42,6 +51,24 @@ class Program:
         """Make the calls, in their order, other Python threads running meanwhile.
 
         Raises ValueError as the first call that does, which ends it.
+        """
+
+    def connect(
+        self,
+        spans: Address,
+        num_rows: int,
+        inputs: Address,
+        num_input_bytes: int,
+        outputs: Address,
+        num_output_bytes: int,
+        /,
+    ) -> None:
+        """Make it a decode step: its spans, one for each row, as `attend` takes them; its ends."""
+
+    def step(self, batch: Sequence[Segment], rows: bytes | bytearray | memoryview, /) -> bytearray:
+        """Run for a segment of one token each: rows in, rows out.
+
+        Raises ValueError as `run`, and for another number of segments or bytes.
         """
 
 def packed_bytes(kind: int, num_in: int, num_out: int, /) -> int:
@@ -112,6 +139,12 @@ def lookup(
     table [num_rows, width]: float32, for BF16 bf16; for I8 int8 with scales bf16
     [num_rows, width / 32 rounded up]. Raises ValueError for an id that is not below num_rows.
     """
+
+def widen(src: Address, dst: Address, count: int, /) -> None:
+    """Copy uint32 to int64."""
+
+def narrow(src: Address, dst: Address, count: int, /) -> None:
+    """Copy int64 of 0..2^32-1 to uint32."""
 
 def copy(src: Address, dst: Address, num_bytes: int, /) -> None:
     """Copy bytes."""

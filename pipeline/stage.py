@@ -13,12 +13,15 @@ from pipeline.messages import StepHeader, StepKind, Want
 from pipeline.models.registry import ModelShard
 from pipeline.steps import (
     CLEAR_SENTINEL,
+    Logits,
     SessionLimits,
+    activation_specs,
     token_ids_from_wire,
     token_ids_to_wire,
+    token_specs,
 )
 from pipeline.tensors import activation_to_wire
-from transport.frames import DType, Tensor
+from transport.frames import DType, Tensor, TensorSpec
 
 
 class StageCore:
@@ -35,7 +38,7 @@ class StageCore:
         self._codec = activation_codec(limits)
         self._catch_up = CatchUp(limits.max_step_tokens)
         # What the last step sends on, until it is kept.
-        self._unkept: tuple[StepHeader, torch.Tensor] | None = None
+        self._unkept: tuple[StepHeader, torch.Tensor | bytearray] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -65,6 +68,8 @@ class StageCore:
         unkept, self._unkept = self._unkept, None
         if unkept is not None and self.log is not None:
             header, hidden = unkept
+            if isinstance(hidden, bytearray):
+                hidden = self._rows(hidden)
             self.log.append(header.step, header.segments, hidden)
 
     def step(self, header: StepHeader, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -82,6 +87,9 @@ class StageCore:
             if self.log is not None:
                 self.log.clear(slots)
             return (CLEAR_SENTINEL,)
+        is_decoding = header.kind is StepKind.STEP and header.num_tokens == len(header.segments)
+        if is_decoding and self.shard.kernels.has_decode_steps:
+            return self._decode(header, tensors)
         hidden = self.shard.forward(self._inputs(tensors), header.segments, self.cache)
         if self.shard.is_last:
             return () if header.kind is StepKind.REPLAY else self._results(header, hidden)
@@ -131,6 +139,30 @@ class StageCore:
             done.append((header, () if self.shard.is_last else self._codec.encode(hidden)))
         return done
 
+    def _decode(self, header: StepHeader, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A step of one token each, from the wire to the wire where that carries float32."""
+        is_plain = self.limits.activation_dtype is DType.F32
+        rows = tensors[0].data
+        if not (self.shard.is_first or is_plain):
+            rows = self._codec.decode(tensors, torch.float32).numpy().data.cast("B")
+        try:
+            outputs, logits = self.shard.decode(rows, header.segments, self.cache)
+        except ValueError:
+            self._inputs(tensors)  # says what is wrong with token ids
+            raise
+        if logits is not None:
+            return _decoded(header, outputs, logits)
+        if self.log is not None:
+            self._unkept = (header, outputs)
+        if is_plain:
+            spec = activation_specs(DType.F32, len(header.segments), self.limits.hidden_dim)[0]
+            return (Tensor(spec, memoryview(outputs)),)
+        return self._codec.encode(self._rows(outputs))
+
+    def _rows(self, data: bytearray) -> torch.Tensor:
+        """View F32 rows as [tokens, hidden]."""
+        return torch.frombuffer(data, dtype=torch.float32).view(-1, self.limits.hidden_dim)
+
     def _inputs(self, tensors: Sequence[Tensor]) -> torch.Tensor:
         if not self.shard.is_first:
             return self._codec.decode(tensors, self._compute_dtype)
@@ -155,11 +187,22 @@ class StageCore:
         kernels = self.shard.kernels
         if len(last_rows) != hidden.shape[0]:
             hidden = hidden[kernels.to_device(torch.tensor(last_rows))]
-        logits = self.shard.logits(hidden)  # [segments that want something, vocab]
-        chosen = kernels.argmax(logits)
+        chosen, logits = self.shard.results(hidden)  # of segments that want something
         wanted = [row for row, want in enumerate(wants) if want is Want.LOGITS]
         if not wanted:
             return (token_ids_to_wire(kernels.to_host(chosen)[0].numpy()),)
         rows = logits[kernels.to_device(torch.tensor(wanted))]
         chosen, rows = kernels.to_host(chosen, rows)
         return token_ids_to_wire(chosen.numpy()), activation_to_wire(rows.float(), DType.F32)
+
+
+def _decoded(header: StepHeader, tokens: bytearray, logits: Logits) -> tuple[Tensor, ...]:
+    """The results of a decode step: U32 [n] and F32 [n, vocab], of which each wants its part."""
+    if all(want is Want.TOKEN for want in header.wants):
+        return (Tensor(token_specs(len(header.wants))[0], memoryview(tokens)),)
+    some = [row for row, want in enumerate(header.wants) if want is not Want.NOTHING]
+    chosen = token_ids_to_wire(np.frombuffer(tokens, dtype="<u4")[some])
+    rows = logits[[row for row in some if header.wants[row] is Want.LOGITS]]
+    if not len(rows):
+        return (chosen,)
+    return chosen, Tensor(TensorSpec(DType.F32, rows.shape), rows.data.cast("B"))

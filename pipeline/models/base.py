@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.errors import MessageError
 from pipeline.models.batch import Batch, num_tokens
 from pipeline.models.config import ModelConfig
 from pipeline.models.embedding import Embedding
-from pipeline.models.kernels import Attention, HeadShape, Kernels, Linear, Norm
+from pipeline.models.kernels import Attention, DecodeStep, HeadShape, Kernels, Linear, Norm, Rows
 from pipeline.models.kv_cache import KVCache, kv_bytes
 from pipeline.models.sinks import Sink
 
@@ -95,6 +97,7 @@ class Shard(ABC):
         self._widths = (hidden, self.heads.qkv_width, mixed, inner, 2 * inner if is_gated else 0)
         self._buffers: tuple[torch.Tensor, ...] = ()
         self._views: tuple[torch.Tensor, ...] = ()
+        self._logits = torch.empty(0, size)
 
     @property
     @abstractmethod
@@ -172,11 +175,35 @@ class Shard(ABC):
         if inputs.shape[0] != rows or not batch:
             raise MessageError(f"a step of {rows} tokens came with {inputs.shape[0]} rows")
         cache.reserve(batch)
-        # not the cache itself: what is recorded there would keep it
         compute = partial(self._compute, cache.keys, cache.values)
         hidden = self.kernels.run(compute, inputs, batch, self.heads, cache)
         cache.advance(batch)
         return hidden
+
+    def decode(
+        self, rows: Rows, batch: Batch, cache: KVCache
+    ) -> tuple[bytearray, npt.NDArray[np.float32] | None]:
+        """Run a step of one token for each segment from the wire to the wire.
+
+        Only with kernels that have decode steps. Shapes: rows U32 [n] token ids on the first stage,
+        else F32 [n, hidden]; returns such rows, and from the last stage U32 [n] greedy tokens, with
+        logits that the next step overwrites. Raises MessageError when the batch does not fit the
+        cache, ValueError when the rows do not fit the batch or an id the vocabulary.
+        """
+        step = cache.decode_steps.get(len(batch))
+        if step is None:
+            step = cache.decode_steps[len(batch)] = self._decode_step(batch, cache)
+        cache.reserve(batch)
+        outputs = step(batch, rows)
+        cache.advance(batch)
+        return outputs, step.logits
+
+    def _decode_step(self, batch: Batch, cache: KVCache) -> DecodeStep:
+        # not the cache itself: what is kept there would keep it
+        compute = partial(self._compute, cache.keys, cache.values)
+        finish = self.results if self.is_last else None
+        width = None if self.is_first else self.config.hidden_dim
+        return self.kernels.decode_step(compute, finish, batch, width, self.heads, cache)
 
     def _compute(
         self,
@@ -201,11 +228,21 @@ class Shard(ABC):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head of rows of the last stage's output: [n, hidden] -> [n, vocab]."""
+        return self._to_logits(hidden, hidden.new_empty(len(hidden), self.config.vocab_size))
+
+    def results(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Greedy token of each row, [n], and logits as above, which the next call overwrites."""
+        rows, size = len(hidden), self.config.vocab_size
+        if len(self._logits) < rows:
+            self._logits = hidden.new_empty(_round_up(rows), size)
+        logits = self._to_logits(hidden, self._logits[:rows])
+        return self.kernels.argmax(logits), logits
+
+    def _to_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         assert self._norm is not None, "only the last stage has a norm"
         assert self._head is not None, "only the last stage has a head"
-        rows = hidden.shape[0]
-        normed = self._norm(hidden.contiguous(), hidden.new_empty(rows, self.config.hidden_dim))
-        return self._head(normed, hidden.new_empty(rows, self.config.vocab_size))
+        hidden = hidden.contiguous()
+        return self._head(self._norm(hidden, torch.empty_like(hidden)), out)
 
     def _tied_head(self) -> Linear:
         assert self._head is not None, "the first stage has an embedding or shares the head's"
@@ -222,6 +259,12 @@ class Shard(ABC):
         if device.type != "cpu":
             return tuple(torch.empty(rows, width, device=device) for width in self._widths)
         if not self._buffers or self._buffers[0].shape[0] < rows:
-            self._buffers = tuple(torch.empty(rows, width) for width in self._widths)
+            room = _round_up(rows)
+            self._buffers = tuple(torch.empty(room, width) for width in self._widths)
         self._views = tuple(each[:rows] for each in self._buffers)
         return self._views
+
+
+def _round_up(rows: int) -> int:
+    """The next power of two: recorded steps keep memory that was outgrown, no more than as much."""
+    return 1 << (rows - 1).bit_length()

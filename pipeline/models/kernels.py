@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.models.batch import Batch
@@ -118,6 +120,19 @@ class HeadShape:
 
 # A shard's layers: inputs, the position of each row, a bound above all positions, the attention.
 Compute = Callable[[torch.Tensor, torch.Tensor, int, Attention], torch.Tensor]
+# A model's end: its layers' result to each row's greedy token and its logits.
+Finish = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Rows = bytes | bytearray | memoryview
+
+
+class DecodeStep(Protocol):
+    """A step in which each of so many requests takes one token, from the wire to the wire."""
+
+    # Of the last step computed, [n, vocab], until any other is; None before a model's end.
+    logits: npt.NDArray[np.float32] | None
+
+    def __call__(self, batch: Batch, rows: Rows) -> bytearray:
+        """Compute the step: U32 [n] or F32 [n, hidden] in, F32 [n, hidden] or U32 [n] out."""
 
 
 class Kernels(ABC):
@@ -131,6 +146,8 @@ class Kernels(ABC):
     key_block: ClassVar[int]
     # Whether a row depends on itself and its own cache alone, bit for bit, in steps of any size.
     is_row_exact: ClassVar[bool]
+    # Whether there is a `decode_step`.
+    has_decode_steps: ClassVar[bool] = False
 
     def run(
         self,
@@ -145,6 +162,21 @@ class Kernels(ABC):
         attention = self.attention(batch, shape, cache.capacity)
         positions = self.to_device(batch_positions(batch))
         return compute(self.to_device(inputs), positions, end, attention)
+
+    def decode_step(
+        self,
+        compute: Compute,
+        finish: Finish | None,
+        batch: Batch,
+        width: int | None,
+        shape: HeadShape,
+        cache: KVCache,
+    ) -> DecodeStep:
+        """The steps of batches like this one over a cache, for kernels that have them.
+
+        `width` is that of the rows coming in, None for token ids; `finish` makes tokens of rows.
+        """
+        raise NotImplementedError
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """A host's tensor where these kernels compute."""

@@ -15,13 +15,15 @@ from pipeline.models.kernels import (
     Activation,
     Attention,
     Compute,
+    DecodeStep,
+    Finish,
     HeadShape,
     Kernels,
     Linear,
     Norm,
 )
 from pipeline.models.kv_cache import KVCache
-from pipeline.models.native_step import DecodeStep, NativeAttention, spans_of
+from pipeline.models.native_step import NativeAttention, NativeStep, spans_of
 from pipeline.models.quant import dequantise
 
 # Precision -> kind of packed weight, and what the processor must have for it.
@@ -159,6 +161,7 @@ class NativeKernels(Kernels):
     name = "native"
     key_block = KEY_BLOCK
     is_row_exact = True
+    has_decode_steps = True
 
     def __init__(self) -> None:
         self._arena = Arena()
@@ -190,24 +193,17 @@ class NativeKernels(Kernels):
         """Rows over their root mean square, scaled."""
         return RMSNorm(size, eps, bias=False)
 
-    def run(
+    def decode_step(
         self,
         compute: Compute,
-        inputs: torch.Tensor,
+        finish: Finish | None,
         batch: Batch,
+        width: int | None,
         shape: HeadShape,
         cache: KVCache,
-    ) -> torch.Tensor:
-        """A step from inputs to `compute`'s result; a recorded one if all are decoding."""
-        if any(segment.num_tokens != 1 for segment in batch):
-            return super().run(compute, inputs, batch, shape, cache)
-        steps = cache.recorded
-        if not isinstance(steps, dict):
-            steps = cache.recorded = {}
-        step: DecodeStep | None = steps.get(len(batch))
-        if step is None:
-            step = steps[len(batch)] = DecodeStep(compute, batch, inputs, shape, cache)
-        return step(inputs, batch)
+    ) -> DecodeStep:
+        """A recorded step."""
+        return NativeStep(compute, finish, batch, width, shape, cache)
 
     def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
         """A step's attention."""

@@ -1,6 +1,7 @@
 """Keys and values of the tokens each slot has seen, preallocated for the longest context."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ class KVCache:
     Its keys are the same, or with a `key_block` above 1 [slots, kv_heads, capacity / block,
     head_dim, block], as kernels read them that take a block of positions at once. The memory is
     reserved, not touched: the operating system hands out zeroed pages as slots fill. Behind the
-    requests' slots lie `scratch_slots` that no request can name. `recorded` is what
-    kernels keep that refers to this memory and has to end with it.
+    requests' slots lie `scratch_slots` that no request can name. `recorded`, and
+    `decode_steps` by their number of requests, are what kernels keep that refers to this memory and
+    has to end with it.
     """
 
     __slots__ = (
@@ -38,6 +40,7 @@ class KVCache:
         "_lengths",
         "_written",
         "capacity",
+        "decode_steps",
         "keys",
         "max_seq_len",
         "recorded",
@@ -65,6 +68,7 @@ class KVCache:
         self.keys = [_zeros(keys, device) for _ in range(num_layers)]
         self.values = [_zeros(values, device) for _ in range(num_layers)]
         self.recorded: object = None
+        self.decode_steps: dict[int, Any] = {}
         self._key_block = key_block
         self.max_seq_len = max_seq_len
         self._lengths = [0] * num_slots
@@ -89,6 +93,7 @@ class KVCache:
         """Zero what was used and give the memory back at once, whoever still refers to this."""
         self.clear()
         self.recorded = None
+        self.decode_steps.clear()
         self.keys.clear()
         self.values.clear()
 

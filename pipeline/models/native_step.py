@@ -1,10 +1,10 @@
 """A decode step of the native kernels: recorded once, then made by a single call.
 
-Between two tokens all of a model's weights pass through the processor's caches, so that every call
-of Python or torch finds its own code gone: hundreds of them cost a fifth of a small model's token.
-So a step in which each request takes one token is computed once with the kernels only recording
-(`_native.Program`), on memory of its own. From then on a step is: write what differs, which is the
-rows that come in and where they belong (`spans`), and run the program.
+Between two tokens all of a model's weights pass through the processor's caches, so that whatever
+Python or torch runs next finds its own code gone: a call costs tens of microseconds, and hundreds
+of them a fifth of a small model's token. So a step in which each request takes one token is
+computed once with the kernels only recording (`_native.Program`). From then on it is one call: rows
+in as they came over the wire, rows or tokens out, and between them nothing but the kernels.
 
 What is recorded must consist of native calls alone; what else Python does there happens once.
 The recorded calls are those that any other step makes, so a row's bits are the same.
@@ -12,11 +12,13 @@ The recorded calls are those that any other step makes, so a row's bits are the 
 
 from array import array
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline import _native
 from pipeline.models.batch import Batch
-from pipeline.models.kernels import Compute, HeadShape
+from pipeline.models.kernels import Compute, Finish, HeadShape, Rows
 from pipeline.models.kv_cache import KVCache
 
 # A span is the rows of one slot: (slot, first row, number of rows, first position).
@@ -56,25 +58,38 @@ class NativeAttention:
         return out
 
 
-class DecodeStep:
-    """A step of so many requests over one cache, whose memory its program keeps."""
+class NativeStep:
+    """A step of so many requests over one cache; its program keeps the memory it works on."""
 
     def __init__(
-        self, compute: Compute, batch: Batch, inputs: torch.Tensor, shape: HeadShape, cache: KVCache
+        self,
+        compute: Compute,
+        finish: Finish | None,
+        batch: Batch,
+        width: int | None,
+        shape: HeadShape,
+        cache: KVCache,
     ) -> None:
-        """Record it for batches and inputs like these."""
-        spans = spans_of(batch)
-        self._spans = spans.numpy()
-        self._inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-        self._program = _native.Program()
+        """Record it for batches like this; `width` of the rows coming in, None for token ids."""
+        count, spans = len(batch), spans_of(batch)
         attention = NativeAttention(spans, shape, cache.capacity)
+        self.logits: npt.NDArray[np.float32] | None = None
+        self._program = _native.Program()
         with self._program:
-            self._hidden = compute(self._inputs, spans[:, POSITION], cache.max_seq_len, attention)
+            if width is None:
+                rows = torch.empty(count, dtype=torch.int32)
+                inputs = torch.empty(count, dtype=torch.int64)
+                _native.widen(rows, inputs, count)
+            else:
+                rows = inputs = torch.empty(count, width)
+            outputs = compute(inputs, spans[:, POSITION], cache.max_seq_len, attention)
+            if finish is not None:
+                chosen, logits = finish(outputs)
+                self.logits = logits.numpy()
+                outputs = torch.empty(count, dtype=torch.int32)
+                _native.narrow(chosen, outputs, count)
+        self._program.connect(spans, count, rows, rows.nbytes, outputs, outputs.nbytes)
 
-    def __call__(self, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Compute the batch's rows [n, hidden], which nothing later writes to."""
-        self._inputs.copy_(inputs)
-        for span, segment in zip(self._spans, batch, strict=True):
-            span[0], span[POSITION] = segment.slot, segment.position
-        self._program.run()
-        return self._hidden.clone()
+    def __call__(self, batch: Batch, rows: Rows) -> bytearray:
+        """Compute the step: U32 [n] or F32 [n, hidden] in, F32 [n, hidden] or U32 [n] out."""
+        return self._program.step(batch, rows)

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.errors import ModelError
@@ -12,7 +14,7 @@ from pipeline.models.batch import Batch
 from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.kernel_choice import choose_kernels
-from pipeline.models.kernels import Kernels
+from pipeline.models.kernels import Kernels, Rows
 from pipeline.models.kernels_torch import TorchKernels, torch_matvec
 from pipeline.models.kv_cache import KVCache
 from pipeline.models.llama import LlamaShard
@@ -49,6 +51,14 @@ class ModelShard(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last stage: [n, hidden] -> [n, vocab]."""
+
+    def results(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last stage: [n, hidden] -> greedy tokens [n], logits until the next call [n, vocab]."""
+
+    def decode(
+        self, rows: Rows, batch: Batch, cache: KVCache
+    ) -> tuple[bytearray, npt.NDArray[np.float32] | None]:
+        """A step of one token for each segment, as the wire has it: see `Shard.decode`."""
 
 
 def load_shard(

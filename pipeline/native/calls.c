@@ -103,6 +103,22 @@ static refusal_t run_copy(const int64_t *a) {
 }
 const call_t call_copy = {"ppn", run_copy, NULL};
 
+static refusal_t run_widen(const int64_t *a) {
+    const uint32_t *from = at(a[0]);
+    int64_t *to = at(a[1]);
+    for (int64_t i = 0; i < a[2]; i++) to[i] = from[i];
+    return DONE;
+}
+const call_t call_widen = {"ppn", run_widen, NULL};
+
+static refusal_t run_narrow(const int64_t *a) {
+    const int64_t *from = at(a[0]);
+    uint32_t *to = at(a[1]);
+    for (int64_t i = 0; i < a[2]; i++) to[i] = (uint32_t)from[i];
+    return DONE;
+}
+const call_t call_narrow = {"ppn", run_narrow, NULL};
+
 static refusal_t run_linear(const int64_t *a) {
     CHECK(check_weight(a[0], a[1], a[6], a[7]));
     if (a[8] >= NUM_ACTIVATIONS) REFUSE("activation", a[8]);

@@ -2,7 +2,8 @@
  *
  * A program is the arguments of its calls, as they were when it was recorded. Between two runs only
  * the memory behind its addresses changes, so every run checks again what is read from there. It
- * keeps the tensors it was given.
+ * keeps the tensors it was given. A decode step is one that is connected: its rows come in as bytes,
+ * go to the slots of a batch, and leave as bytes.
  */
 #include "calls.h"
 
@@ -22,6 +23,10 @@ typedef struct {
     entry_t *entries;
     size_t num_entries, room;
     PyObject *kept; /* a list */
+    /* of a decode step: a span for each row, and what goes in and out */
+    span_t *spans;
+    char *inputs, *outputs;
+    int64_t num_rows, input_bytes, output_bytes;
 } program_t;
 
 static _Thread_local program_t *recording;
@@ -71,7 +76,15 @@ static int read_args(const call_t *call, PyObject *const *args, Py_ssize_t given
     return 1;
 }
 
-/* Adds a call to a program, which keeps its tensors. */
+/* Keeps the tensors among the arguments of a call. Returns 0 with an exception. */
+static int keep(program_t *program, const char *signature, PyObject *const *args) {
+    for (size_t i = 0; signature[i]; i++) {
+        int is_tensor = signature[i] == 'p' && !PyLong_CheckExact(args[i]) && args[i] != Py_None;
+        if (is_tensor && PyList_Append(program->kept, args[i])) return 0;
+    }
+    return 1;
+}
+
 static PyObject *record(program_t *program, const entry_t *entry, PyObject *const *args) {
     if (program->num_entries == program->room) {
         size_t room = program->room ? 2 * program->room : 64;
@@ -80,10 +93,7 @@ static PyObject *record(program_t *program, const entry_t *entry, PyObject *cons
         program->entries = entries;
         program->room = room;
     }
-    for (size_t i = 0; entry->call->signature[i]; i++) {
-        if (PyLong_CheckExact(args[i]) || PyFloat_CheckExact(args[i]) || args[i] == Py_None) continue;
-        if (PyList_Append(program->kept, args[i])) return NULL;
-    }
+    if (!keep(program, entry->call->signature, args)) return NULL;
     program->entries[program->num_entries++] = *entry;
     Py_RETURN_NONE;
 }
@@ -133,12 +143,11 @@ static PyObject *program_exit(PyObject *self, PyObject *const *args, Py_ssize_t 
     Py_RETURN_NONE;
 }
 
-static PyObject *program_run(PyObject *self, PyObject *none) {
-    (void)none;
-    program_t *program = (program_t *)self;
+/* Makes all calls; returns 0 with an exception if one is refused. */
+static int run(const program_t *program) {
     if (recording) {
         PyErr_SetString(PyExc_RuntimeError, "a program cannot run while one is recorded");
-        return NULL;
+        return 0;
     }
     refusal_t refusal = {NULL, 0};
     Py_BEGIN_ALLOW_THREADS
@@ -146,14 +155,76 @@ static PyObject *program_run(PyObject *self, PyObject *none) {
         refusal = program->entries[i].call->run(program->entries[i].args);
     }
     Py_END_ALLOW_THREADS
-    if (refusal.what) return refuse(refusal);
+    if (refusal.what) refuse(refusal);
+    return !refusal.what;
+}
+
+static PyObject *program_run(PyObject *self, PyObject *none) {
+    (void)none;
+    if (!run((program_t *)self)) return NULL;
     Py_RETURN_NONE;
+}
+
+static PyObject *program_connect(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    program_t *program = (program_t *)self;
+    static const call_t connect = {"pnpnpn", NULL, NULL};
+    int64_t a[MAX_ARGS];
+    if (!read_args(&connect, args, given, a) || !keep(program, connect.signature, args)) return NULL;
+    program->spans = (span_t *)(uintptr_t)a[0];
+    program->num_rows = a[1];
+    program->inputs = (char *)(uintptr_t)a[2];
+    program->input_bytes = a[3];
+    program->outputs = (char *)(uintptr_t)a[4];
+    program->output_bytes = a[5];
+    Py_RETURN_NONE;
+}
+
+/* An attribute that is an int; -1 with an exception. */
+static int64_t int_of(PyObject *object, PyObject *name) {
+    PyObject *attribute = PyObject_GetAttr(object, name);
+    if (!attribute) return -1;
+    int64_t value = PyLong_AsLongLong(attribute);
+    Py_DECREF(attribute);
+    return value;
+}
+
+/* Where each segment's row belongs. Returns 0 with an exception. */
+static int place(const program_t *program, PyObject *batch) {
+    static PyObject *slot, *position;
+    if (!slot && !(slot = PyUnicode_InternFromString("slot"))) return 0;
+    if (!position && !(position = PyUnicode_InternFromString("position"))) return 0;
+    PyObject *segments = PySequence_Fast(batch, "a batch is a sequence of segments");
+    if (!segments) return 0;
+    int64_t count = PySequence_Fast_GET_SIZE(segments);
+    if (count != program->num_rows) refuse((refusal_t){"segments", count});
+    for (int64_t i = 0; i < count && !PyErr_Occurred(); i++) {
+        PyObject *segment = PySequence_Fast_GET_ITEM(segments, i);
+        program->spans[i].slot = int_of(segment, slot);
+        program->spans[i].start = int_of(segment, position);
+    }
+    Py_DECREF(segments);
+    return !PyErr_Occurred();
+}
+
+static PyObject *program_step(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    program_t *program = (program_t *)self;
+    if (given != 2) return PyErr_Format(PyExc_TypeError, "expected 2 arguments, not %zd", given);
+    Py_buffer rows;
+    if (PyObject_GetBuffer(args[1], &rows, PyBUF_SIMPLE)) return NULL;
+    int is_fit = rows.len == program->input_bytes;
+    if (is_fit) memcpy(program->inputs, rows.buf, (size_t)rows.len);
+    PyBuffer_Release(&rows);
+    if (!is_fit) return refuse((refusal_t){"bytes of rows", rows.len});
+    if (!place(program, args[0]) || !run(program)) return NULL;
+    return PyByteArray_FromStringAndSize(program->outputs, program->output_bytes);
 }
 
 static PyMethodDef program_methods[] = {
     {"__enter__", program_enter, METH_NOARGS, NULL},
     {"__exit__", (PyCFunction)(void (*)(void))program_exit, METH_FASTCALL, NULL},
     {"run", program_run, METH_NOARGS, NULL},
+    {"connect", (PyCFunction)(void (*)(void))program_connect, METH_FASTCALL, NULL},
+    {"step", (PyCFunction)(void (*)(void))program_step, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

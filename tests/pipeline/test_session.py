@@ -310,7 +310,7 @@ async def test_a_defect_costs_the_session_and_not_the_worker(rig, monkeypatch):
         async with rig.session() as (control, upstream):
             with monkeypatch.context() as patch:
                 patch.setattr(type(rig.shard), "forward", lambda *_: 1 / 0)
-                await send_step(upstream, step(Segment(0, 0, 1)), (hidden(1),))
+                await send_step(upstream, step(Segment(0, 0, 2)), (hidden(2),))
                 failure = await failure_of(control)
             assert "ZeroDivisionError" in failure.detail
         async with rig.session():

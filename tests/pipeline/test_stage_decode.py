@@ -1,0 +1,89 @@
+"""Decode steps from the wire to the wire answer as any other step does."""
+
+import pytest
+import torch
+
+from pipeline.activation_log import ActivationLog
+from pipeline.errors import MessageError
+from pipeline.messages import StepHeader, StepKind, Want
+from pipeline.models.batch import Segment
+from pipeline.models.config import load_config
+from pipeline.models.kernel_choice import why_not_native
+from pipeline.models.registry import load_shard
+from pipeline.stage import StageCore
+from pipeline.steps import ACTIVATION_DTYPES, SessionLimits, token_ids_to_wire
+
+SLOTS = 3
+WANTS = [
+    (Want.TOKEN, Want.TOKEN, Want.TOKEN),
+    (Want.LOGITS, Want.LOGITS, Want.LOGITS),
+    (Want.TOKEN, Want.LOGITS, Want.NOTHING),
+    (Want.NOTHING, Want.TOKEN, Want.NOTHING),
+    (Want.NOTHING, Want.NOTHING, Want.NOTHING),
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_model):
+    if why := why_not_native():
+        pytest.skip(f"no native kernels: {why}")
+    config = load_config(tiny_model)
+    return [
+        load_shard(tiny_model, config, *layers, kernels="native", expected_hashes=None)
+        for layers in ((0, 1), (1, 3), (3, 4))
+    ]
+
+
+@pytest.fixture(params=["F32", "BF16", "I8"])
+def cores(request, shards):
+    """Two pipelines of stages that keep what they send; the second takes no decode steps."""
+    limits = SessionLimits(SLOTS, 32, 32, 64, ACTIVATION_DTYPES[request.param])
+
+    def make(shard):
+        return StageCore(shard, limits, ActivationLog(SLOTS, 32, 64, torch.float32))
+
+    return [make(shard) for shard in shards], [make(shard) for shard in shards]
+
+
+def through(stages, header, tensors):
+    seen = []
+    for core in stages:
+        tensors = core.step(header, tensors)
+        seen += [(tensor.spec, bytes(tensor.data)) for tensor in tensors]
+    return seen
+
+
+@pytest.fixture
+def without_decode_steps(monkeypatch, shards):
+    def run(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(shards[0].kernels), "has_decode_steps", False)
+            return through(*args)
+
+    return run
+
+
+def test_every_want_is_answered_alike(cores, without_decode_steps):
+    decoding, other = cores
+    for step, wants in enumerate(WANTS):
+        segments = tuple(Segment(slot, step, 1) for slot in (1, 0, 2))
+        header = StepHeader(StepKind.STEP, step, segments, wants)
+        tensors = (token_ids_to_wire([step, 7, 40 + step]),)
+        assert through(decoding, header, tensors) == without_decode_steps(other, header, tensors)
+    assert all(core.cache.decode_steps for core in decoding)
+    assert not any(core.cache.decode_steps for core in other)
+    for found, expected in zip(decoding[:-1], other[:-1], strict=True):
+        replayed = [
+            [(header, [bytes(tensor.data) for tensor in tensors]) for header, tensors in replay]
+            for replay in (found.replay(3), expected.replay(3))
+        ]
+        assert replayed[0]
+        assert replayed[0] == replayed[1]
+
+
+def test_a_token_outside_the_vocabulary_is_named_as_such(cores):
+    header = StepHeader(StepKind.STEP, 0, (Segment(0, 0, 1),), (Want.TOKEN,))
+    first = cores[0][0]
+    with pytest.raises(MessageError, match="outside the vocabulary"):
+        first.step(header, (token_ids_to_wire([1 << 31]),))
+    assert first.cache.lengths == (0, 0, 0)
