@@ -45,7 +45,8 @@ def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
     """Run one prompt to its end. Raises PipelineError, or typer.Exit after a signal."""
     manifest = load_manifest(flags.manifest)
     tokenizer = Tokenizer(flags.tokenizer)
-    limits = Limits(num_slots=1, max_seq_len=manifest.activation_spec.max_seq_len)
+    longest = manifest.activation_spec.max_seq_len
+    limits = Limits(num_slots=1, max_seq_len=longest, num_stages=len(manifest.stages))
     eos = frozenset() if flags.ignore_eos else frozenset(manifest.eos_token_ids)
     request = Request(0, tokenizer.encode(flags.text), flags.max_tokens, eos)
     scheduler = Scheduler(limits)

@@ -53,7 +53,9 @@ def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
     longest = manifest.activation_spec.max_seq_len
     if flags.context is not None and flags.context > longest:
         raise InputError(f"--context {flags.context} is more than the model's {longest}")
-    limits = Limits(flags.max_batch, flags.context or longest, flags.chunk_tokens)
+    limits = Limits(
+        flags.max_batch, flags.context or longest, flags.chunk_tokens, len(manifest.stages)
+    )
     config = GatewayConfig(
         served_model_name=flags.served_model_name or manifest.model_name,
         chat_template=ChatTemplate.load(flags.model_dir),

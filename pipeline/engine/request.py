@@ -44,6 +44,11 @@ class RequestState:
         """Tokens that may be sent: the prompt, and each token that has come back."""
         return len(self.request.prompt_ids) + len(self.token_ids)
 
+    @property
+    def num_prompt_left(self) -> int:
+        """Tokens of the prompt that have not been sent."""
+        return max(0, len(self.request.prompt_ids) - self.num_sent)
+
     def pending(self, limit: int) -> tuple[int, ...]:
         """The next at most `limit` token ids to send, prompt and generated ones never mixed."""
         start, end = self.num_sent, self.num_sent + limit

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from operator import attrgetter
 
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
 from pipeline.errors import MessageError, PromptError
@@ -12,19 +13,23 @@ from pipeline.models.batch import Segment
 from pipeline.replay import Piece, replay_headers
 
 
+# A chunk smaller than this takes nearly as long: a stage reads all its weights for each.
+MIN_CHUNK_TOKENS = 64
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What the stages have room for.
 
     `chunk_tokens` bounds a step's prompt tokens, so that a long prompt neither stalls its
-    batch-mates nor needs activations of its whole length at once. `max_in_flight` steps may be
-    under way: while stage 1 works on one chunk of a prompt, stage 0 takes the next.
+    batch-mates nor needs activations of its whole length at once. As many steps are under way as
+    there are stages, so that each has one to work on.
     """
 
     num_slots: int
     max_seq_len: int
     chunk_tokens: int = 512
-    max_in_flight: int = 4
+    num_stages: int = 1
 
     @property
     def max_step_tokens(self) -> int:
@@ -43,7 +48,12 @@ class Step:
 
 
 class Scheduler:
-    """Admits requests to KV slots in order of arrival and batches their tokens into steps."""
+    """Admits requests to KV slots in order of arrival and batches their tokens into steps.
+
+    While one step is in a stage, the others want work as well: the requests are spread over as many
+    steps as there are stages, so none takes more than its share of those that have come furthest
+    behind. A step that comes back smaller than its share is filled up from the others.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -123,9 +133,7 @@ class Scheduler:
             yield Step(header, token_ids, ())
 
     def next_step(self) -> Step | None:
-        """The next step to send, or None when all that is known has been sent."""
-        if len(self._in_flight) >= self.limits.max_in_flight:
-            return None
+        """The next step to send, or None when all that is known is under way, or must wait."""
         step = self._clear_step() or self._token_step()
         if step is not None:
             self._in_flight.append(step)
@@ -178,20 +186,18 @@ class Scheduler:
         return self._step(StepKind.CLEAR, segments, (Want.NOTHING,) * len(segments), (), ())
 
     def _token_step(self) -> Step | None:
-        while self._waiting and self._free_slots:
-            state = self._waiting.popleft()
-            state.slot = self._free_slots.pop()
-            self._running[state.request.request_id] = state
+        """A step of the requests that have waited longest, if a stage has nothing to do."""
+        self._admit()
+        num_under_way = sum(step.header.kind is StepKind.STEP for step in self._in_flight)
+        num_idle = self.limits.num_stages - num_under_way
+        if num_idle <= 0:
+            return None
         segments: list[Segment] = []
         wants: list[Want] = []
         token_ids: list[int] = []
         owners: list[int] = []
-        budget = self.limits.chunk_tokens
-        for state in self._running.values():
-            is_prefill = state.num_sent < len(state.request.prompt_ids)
-            pending = state.pending(budget if is_prefill else 1)
-            if not pending:
-                continue
+        for state, num_tokens in (*self._decoding(), *self._prefilling(num_idle)):
+            pending = state.pending(num_tokens)
             segments.append(Segment(state.slot, state.num_sent, len(pending)))
             token_ids += pending
             state.sent(Piece(self._next_step, len(segments) - 1, state.num_sent, len(pending)))
@@ -199,13 +205,45 @@ class Scheduler:
             wants.append(_want(state.request) if is_last_known else Want.NOTHING)
             if is_last_known:
                 owners.append(state.request.request_id)
-            if is_prefill:
-                budget -= len(pending)
         if not segments:
             return None
         return self._step(
             StepKind.STEP, tuple(segments), tuple(wants), tuple(token_ids), tuple(owners)
         )
+
+    def _admit(self) -> None:
+        while self._waiting and self._free_slots:
+            state = self._waiting.popleft()
+            state.slot = self._free_slots.pop()
+            self._running[state.request.request_id] = state
+
+    def _decoding(self) -> list[tuple[RequestState, int]]:
+        """A step's share of the requests that have read their prompt, with a token for each."""
+        decoding = [state for state in self._running.values() if not state.num_prompt_left]
+        share = -(-len(decoding) // self.limits.num_stages)
+        return [(state, 1) for state in decoding if state.num_sent < state.num_known][:share]
+
+    def _prefilling(self, num_idle: int) -> list[tuple[RequestState, int]]:
+        """Chunks of prompts: `num_idle` stages' share of all.
+
+        The shortest go first, for they are soon done; but half is for the oldest, which would else
+        wait for as long as shorter ones keep coming.
+        """
+        left = [state for state in self._running.values() if state.num_prompt_left]
+        if not left:
+            return []
+        share = -(-sum(state.num_prompt_left for state in left) // num_idle)
+        budget = min(max(share, MIN_CHUNK_TOKENS), self.limits.chunk_tokens)
+        oldest = left[0]
+        chunks = {oldest.slot: min(oldest.num_prompt_left, -(-budget // 2))}
+        budget -= chunks[oldest.slot]
+        for state in sorted(left, key=attrgetter("num_prompt_left")):
+            has = chunks.get(state.slot, 0)
+            more = min(state.num_prompt_left - has, budget)
+            budget -= more
+            if has + more:
+                chunks[state.slot] = has + more
+        return [(state, chunks[state.slot]) for state in left if state.slot in chunks]
 
     def _step(
         self,
@@ -218,7 +256,7 @@ class Scheduler:
         return Step(StepHeader(kind, self._next_step, segments, wants), token_ids, owners)
 
     def _advance(self, request_id: int, token_id: int, step: int) -> TokenEvent:
-        state = self._running[request_id]
+        state = self._running.pop(request_id)
         state.token_ids.append(token_id)
         request = state.request
         finish = None
@@ -228,8 +266,9 @@ class Scheduler:
             finish = FinishReason.LENGTH
         elif state.num_known > self.limits.max_seq_len:
             finish = FinishReason.CONTEXT
-        if finish is not None:
-            del self._running[request_id]
+        if finish is None:
+            self._running[request_id] = state  # behind those that have waited longer
+        else:
             self._ended_slots.append(state.slot)
         return TokenEvent(request_id, token_id, step, finish)
 

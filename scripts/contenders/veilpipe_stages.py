@@ -122,7 +122,7 @@ async def processes(manifest: Manifest, model_dir: Path, dtype: str, threads: in
 
 async def run(model_dir: Path, dtype: str, threads: int, num_stages: int, wire: str) -> None:
     set_num_threads(threads)
-    limits = Limits(num_slots=ROWS, max_seq_len=POSITIONS)
+    limits = Limits(ROWS, POSITIONS, num_stages=num_stages or 1)
     manifest = make_manifest(model_dir, dtype, num_stages, wire)
     if num_stages:
         arrangement = processes(manifest, model_dir, dtype, threads, limits)

@@ -181,10 +181,11 @@ def test_who_leaves_at_token_5_of_500_frees_every_stage_within_two_steps(server,
     assert len(server.events("generation_aborted")) == num_choices
     left_at = max(abort["step"] for abort in aborts)
     assert left_at < 250
-    # The step under way when it left, and the one that clears its slots.
+    # The steps under way when it left, one for each stage, and the one that clears its slots.
+    under_way = min(num_choices, 2)
     settled = server.wait_for(lambda: idle_figures(server), 10)
     for figures in settled:
-        assert figures["num_steps"] <= left_at + 2
+        assert figures["num_steps"] <= left_at + under_way + 1
         assert figures["kv_tokens"] == 0
         assert figures["num_slots"] == 8
     assert server.text("And on it goes", 20)

@@ -153,7 +153,7 @@ class Deployment:
 
     async def generate(self, manifest, results, num_tokens=12):
         trust = UserTrust.create(manifest, self.identity, self.authority.root_cert)
-        limits = Limits(1, 256, chunk_tokens=16)  # four steps are under way at first
+        limits = Limits(1, 256, chunk_tokens=16, num_stages=2)  # two steps are under way at first
         options = PipelineOptions(limits, connect_seconds=10, data_out_listen=results)
         scheduler = Scheduler(limits)
         scheduler.submit(Request(0, PROMPT, num_tokens))

@@ -53,7 +53,7 @@ def test_chunking_changes_nothing_but_the_number_of_steps(chunk_tokens):
 
 
 def test_a_long_prompts_chunks_are_under_way_together():
-    scheduler = Scheduler(Limits(1, 100, chunk_tokens=4, max_in_flight=3))
+    scheduler = Scheduler(Limits(1, 100, chunk_tokens=4, num_stages=3))
     scheduler.submit(Request(1, tuple(range(20)), 1))
     steps = [scheduler.next_step() for _ in range(4)]
     assert [step and step.header.num_tokens for step in steps] == [4, 4, 4, None]
@@ -259,7 +259,7 @@ def disturb(rng, scheduler, cancelled):
 
 
 def test_a_replay_keeps_the_old_steps_order_and_grouping():
-    scheduler = Scheduler(Limits(2, 100, chunk_tokens=4, max_in_flight=1))
+    scheduler = Scheduler(Limits(2, 100, chunk_tokens=4, num_stages=1))
     for index in range(2):
         scheduler.submit(Request(index, tuple(range(3 + index)), 50))
     stage, done = Stage(), []
