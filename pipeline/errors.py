@@ -39,6 +39,10 @@ class SessionError(PipelineError):
     """A peer or the network failed while the pipeline was running."""
 
 
+class RequestFailed(PipelineError):
+    """One request cannot be served; it says nothing of any other."""
+
+
 class MessageError(SessionError):
     """An authentic peer sent a control message or step this side cannot accept."""
 

@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 # Between attempts to mend a pipeline; most succeed at the first.
 FIRST_PAUSE_SECONDS = 0.05
 LAST_PAUSE_SECONDS = 1.0
+# One that breaks again and again is mended at once only if it stood for so long, or did any work.
+STEADY_SECONDS = 10.0
 # A request that breaks a stage whenever it is computed would keep everybody waiting for ever.
 MAX_FRUITLESS = 5
 
@@ -28,18 +30,24 @@ async def run_with_failover(
     again and again without a single result.
     """
     num_fruitless = 0
+    pauses = _pauses()
     while True:
+        before = pipeline.num_results, source.num_given_up
         await _mend(pipeline, source, patience_seconds)
-        num_results = pipeline.num_results
+        stood_at = trio.current_time()
         try:
             async with pipeline.unbroken():
                 return await work(pipeline)
         except SessionError as error:
             logger.warning("event=failover_started error=%s", error)
-            is_fruitless = source.has_work and pipeline.num_results == num_results
-            num_fruitless = num_fruitless + 1 if is_fruitless else 0
+            is_fruitless = before == (pipeline.num_results, source.num_given_up)
+            num_fruitless = num_fruitless + 1 if is_fruitless and source.has_work else 0
             if num_fruitless > MAX_FRUITLESS:
                 raise
+        if is_fruitless and trio.current_time() - stood_at < STEADY_SECONDS:
+            await trio.sleep(next(pauses))
+        else:
+            pauses = _pauses()
 
 
 async def _mend(pipeline: Pipeline, source: ReplaySource, patience_seconds: float) -> None:

@@ -87,11 +87,10 @@ Count = Annotated[int, Field(ge=0, lt=1 << 64)]
 class StageFigures(_Message):
     """What a stage does now, and has done since its worker started; sizes and times, no content.
 
-    Requests, slots and KV are the session's; time and bytes are those of the data channels.
+    Slots and KV are the session's; time and bytes are those of the data channels.
     """
 
     uptime_ns: Count
-    num_requests: Count
     num_slots: Count
     slots_in_use: Count
     kv_tokens: Count

@@ -84,13 +84,12 @@ class StageMeter:
         self._last_crypto_ns, self._last_wire_ns = crypto_ns, wire_ns
         return timing
 
-    def answer(self, question: Health, core: StageCore | None, num_requests: int = 0) -> Healthy:
+    def answer(self, question: Health, core: StageCore | None) -> Healthy:
         """The answer to `health`; `core` is the session's, if there is one."""
         traffic = self._traffic()
         lengths = () if core is None else core.cache.lengths
         figures = StageFigures(
             uptime_ns=perf_counter_ns() - self._started_ns,
-            num_requests=num_requests,
             num_slots=len(lengths),
             slots_in_use=sum(length > 0 for length in lengths),
             kv_tokens=sum(lengths),

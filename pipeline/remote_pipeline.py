@@ -66,6 +66,11 @@ class ReplaySource(Protocol):
         """Whether anything is left to do."""
         ...
 
+    @property
+    def num_given_up(self) -> int:
+        """Requests given up because stages were lost whenever they were tried."""
+        ...
+
     def rewind(self) -> Sequence[int]:
         """Forget what is under way; the tokens that each slot is certain to hold."""
         ...

@@ -13,7 +13,7 @@ from pipeline.drive import RunnerStats, StepRunner
 from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
-from pipeline.errors import SessionError
+from pipeline.errors import PipelineError, RequestFailed, SessionError
 from pipeline.sampling.sampler import Choice, Sampler
 from pipeline.steps import Logits, StepResult
 
@@ -45,28 +45,34 @@ class _Live:
 
     sampler: Sampler | None
     outputs: trio.MemorySendChannel[TokenOutput]
+    stream: "TokenStream"
+
+    def fail(self, error: PipelineError) -> None:
+        """No token comes any more, for this reason."""
+        self.stream.failure = error
+        self.outputs.close()
 
 
 class TokenStream(trio.abc.ReceiveChannel[TokenOutput]):
     """A request's tokens as they come."""
 
-    def __init__(
-        self, outputs: trio.MemoryReceiveChannel[TokenOutput], engine: "PipelineEngine"
-    ) -> None:
+    def __init__(self, outputs: trio.MemoryReceiveChannel[TokenOutput]) -> None:
+        # Why it ended without a last token.
+        self.failure: PipelineError | None = None
         self._outputs = outputs
-        self._engine = engine
-        self._is_finished = False
 
     async def receive(self) -> TokenOutput:
-        """The next token. Raises trio.EndOfChannel after the last, SessionError on a failure."""
+        """The next token.
+
+        Raises trio.EndOfChannel after the last, SessionError when the pipeline has failed,
+        RequestFailed when only this request has.
+        """
         try:
-            output = await self._outputs.receive()
+            return await self._outputs.receive()
         except trio.EndOfChannel:
-            if self._is_finished:
+            if self.failure is None:
                 raise
-            raise self._engine.failure or SessionError("the request was aborted") from None
-        self._is_finished = output.finish is not None
-        return output
+            raise self.failure from None
 
     async def aclose(self) -> None:
         """Stop listening."""
@@ -78,7 +84,7 @@ class PipelineEngine:
 
     def __init__(self, limits: Limits) -> None:
         self.failure: SessionError | None = None
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits, self._give_up)
         self._runner: StepRunner | None = None
         self._live: dict[int, _Live] = {}
         self._request_ids: Iterator[int] = count()
@@ -121,7 +127,7 @@ class PipelineEngine:
         """Give up: every open request hears of it, and so does whoever comes later."""
         self.failure = error
         for live in self._live.values():
-            live.outputs.close()
+            live.fail(error)
         self._live.clear()
 
     @asynccontextmanager
@@ -146,11 +152,12 @@ class PipelineEngine:
             sampler = Sampler(generation.sampling, generation.prompt_ids, generation.processors)
         room = min(generation.max_tokens, self.max_seq_len) + 1
         send, receive = trio.open_memory_channel[TokenOutput](room)
-        self._live[request_id] = _Live(sampler, send)
+        stream = TokenStream(receive)
+        self._live[request_id] = _Live(sampler, send, stream)
         self._has_work.set()
         self._log("started", request_id, generation)
         try:
-            yield TokenStream(receive, self)
+            yield stream
         finally:
             is_open = self._live.pop(request_id, None) is not None
             if is_open:
@@ -217,7 +224,12 @@ class PipelineEngine:
             return sampler.choose(logits)
         except Exception as error:  # a processor may be anyone's code
             logger.warning("event=sampling_failed request=%d type=%s", owner, type(error).__name__)
-            live.outputs.close()
+            live.fail(RequestFailed(f"choosing a token failed: {type(error).__name__}"))
             del self._live[owner]
             self.scheduler.cancel(owner)
             return Choice(0, None, ())
+
+    def _give_up(self, request_id: int) -> None:
+        logger.warning("event=request_given_up request=%d", request_id)
+        live = self._live.pop(request_id)
+        live.fail(RequestFailed("stages were lost whenever this request was computed"))

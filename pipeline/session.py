@@ -162,9 +162,7 @@ class StageSession:
                 with trio.fail_after(SILENCE_SECONDS):
                     self._take(message := await self._control.receive())
                     if isinstance(message, Health):
-                        await self._control.send(
-                            self._meter.answer(message, self._core, len(self._requests))
-                        )
+                        await self._control.send(self._meter.answer(message, self._core))
             except trio.TooSlowError:
                 raise SessionEnded(f"orchestrator silent for {SILENCE_SECONDS:.0f} s") from None
             except (trio.EndOfChannel, trio.ClosedResourceError, TransportError) as error:

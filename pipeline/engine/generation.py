@@ -59,6 +59,7 @@ class Engine(Protocol):
         """Generate while the context is open; leaving it, for whatever reason, aborts the rest.
 
         Entering raises PromptError if the prompt can never fit. The channel ends after the output
-        whose `finish` is set; receiving from it raises SessionError if the pipeline fails.
+        whose `finish` is set; receiving from it raises SessionError if the pipeline fails, and
+        RequestFailed if this request alone does.
         """
         ...

@@ -1,7 +1,7 @@
 """Which tokens travel in the next step. Pure: no torch, no clock, no I/O."""
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from operator import attrgetter
@@ -12,9 +12,12 @@ from pipeline.messages import StepHeader, StepKind, Want
 from pipeline.models.batch import Segment
 from pipeline.replay import Piece, replay_headers
 
-
 # A chunk smaller than this takes nearly as long: a stage reads all its weights for each.
 MIN_CHUNK_TOKENS = 64
+# A request whose steps have been lost so often in a row may be what breaks the stages: it travels
+# alone from then on. One that is lost so even then is given up, or nobody would ever go on.
+SUSPECT_LOSSES = 2
+MAX_LOSSES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,16 @@ class Scheduler:
     behind. A step that comes back smaller than its share is filled up from the others.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, on_give_up: Callable[[int], None] | None = None) -> None:
+        """`on_give_up` hears of requests that broke the stages whenever they were tried.
+
+        Without it none is given up.
+        """
         self.limits = limits
+        self.num_given_up = 0
+        self._on_give_up = on_give_up
+        # How often in a row requests' steps have been lost.
+        self._losses: Counter[int] = Counter()
         self._waiting: deque[RequestState] = deque()
         self._running: dict[int, RequestState] = {}
         self._free_slots = self._all_slots()
@@ -99,6 +110,7 @@ class Scheduler:
         state = self._running.pop(request_id, None)
         if state is not None:
             self._ended_slots.append(state.slot)
+        del self._losses[request_id]  # a Counter does not mind one it has not
 
     def rewind(self) -> list[int]:
         """Forget the steps under way; returns the tokens every stage is certain to hold, by slot.
@@ -107,12 +119,17 @@ class Scheduler:
         nothing is sampled twice. The caller clears every other slot on every stage.
         """
         by_slot = {state.slot: state for state in self._running.values()}
+        lost = set()
         for step in self._in_flight:
             for segment in step.header.segments:
                 # A slot gets its next owner after its CLEAR has come back: this is its owner's.
                 if segment.slot in by_slot:
                     by_slot[segment.slot].unsend(segment.num_tokens)
+                    lost.add(segment.slot)
         self._in_flight.clear()
+        for slot in lost:
+            if self._is_given_up(by_slot[slot].request.request_id):
+                del by_slot[slot]
         self._ended_slots = []
         self._free_slots = [slot for slot in self._all_slots() if slot not in by_slot]
         slots = range(self.limits.num_slots)
@@ -167,6 +184,8 @@ class Scheduler:
                 f"step {header.step} returned {len(token_ids)} tokens, expected {len(owners)}"
             )
         step = self._in_flight.popleft()
+        if self._losses:
+            self._clear_of_suspicion(step)
         if step.header.kind is StepKind.CLEAR:
             self._free_slots += [segment.slot for segment in step.header.segments]
         return [
@@ -196,7 +215,7 @@ class Scheduler:
         wants: list[Want] = []
         token_ids: list[int] = []
         owners: list[int] = []
-        for state, num_tokens in (*self._decoding(), *self._prefilling(num_idle)):
+        for state, num_tokens in self._next_parts(num_idle):
             pending = state.pending(num_tokens)
             segments.append(Segment(state.slot, state.num_sent, len(pending)))
             token_ids += pending
@@ -216,6 +235,14 @@ class Scheduler:
             state = self._waiting.popleft()
             state.slot = self._free_slots.pop()
             self._running[state.request.request_id] = state
+
+    def _next_parts(self, num_idle: int) -> list[tuple[RequestState, int]]:
+        """Who takes part in the next step, with at most how many tokens."""
+        for request_id, num_losses in self._losses.items():
+            if num_losses >= SUSPECT_LOSSES:
+                alone = [(self._running[request_id], self.limits.chunk_tokens)]
+                return alone if num_idle == self.limits.num_stages else []
+        return [*self._decoding(), *self._prefilling(num_idle)]
 
     def _decoding(self) -> list[tuple[RequestState, int]]:
         """A step's share of the requests that have read their prompt, with a token for each."""
@@ -254,6 +281,23 @@ class Scheduler:
         owners: tuple[int, ...],
     ) -> Step:
         return Step(StepHeader(kind, self._next_step, segments, wants), token_ids, owners)
+
+    def _is_given_up(self, request_id: int) -> bool:
+        """Count the loss of a request's step; forget the request if that has been too many."""
+        self._losses[request_id] += 1
+        if self._on_give_up is None or self._losses[request_id] < MAX_LOSSES:
+            return False
+        self.num_given_up += 1
+        del self._running[request_id], self._losses[request_id]
+        self._on_give_up(request_id)
+        return True
+
+    def _clear_of_suspicion(self, step: Step) -> None:
+        """The requests of a step that came back are not what breaks the stages."""
+        slots = {segment.slot for segment in step.header.segments}
+        for state in self._running.values():
+            if state.slot in slots:
+                del self._losses[state.request.request_id]
 
     def _advance(self, request_id: int, token_id: int, step: int) -> TokenEvent:
         state = self._running.pop(request_id)

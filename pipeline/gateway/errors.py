@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import InputError, PipelineError, RequestFailed
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
@@ -66,6 +66,8 @@ def from_pipeline(error: PipelineError) -> ApiError:
     """What a client may know of a failure behind the gateway: its own mistakes, no more."""
     if isinstance(error, InputError):
         return invalid(str(error), None)
+    if isinstance(error, RequestFailed):
+        return ApiError(500, "This request failed; others are served.", type=SERVER_ERROR)
     return ApiError(
         503,
         "The pipeline lost a stage or its connection; try again.",

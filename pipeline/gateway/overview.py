@@ -1,6 +1,7 @@
 """What a pipeline looks like to whoever watches it: sizes and times, never content."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import trio
@@ -52,20 +53,12 @@ class StageView(_View):
     rates: StageRates | None = None
 
 
-class EngineView(_View):
-    """The engine in front of the stages."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineView(EngineStats):
+    """The engine in front of the stages, and what it has room for."""
 
     max_batch: int
     max_seq_len: int
-    num_running: int
-    num_waiting: int
-    last_batch: int
-    num_steps: int
-    num_tokens: int
-    num_failovers: int
-    num_handshakes: int
-    # How long the last recovery took; 0 before the first.
-    recovery_seconds: float
 
 
 class PipelineView(_View):
@@ -96,18 +89,10 @@ class Overview(Collector):
 
     def engine(self) -> EngineView:
         """What the engine does now, and has done."""
-        stats = self._stats()
         return EngineView(
             max_batch=self._limits.num_slots,
             max_seq_len=self._limits.max_seq_len,
-            num_running=stats.num_running,
-            num_waiting=stats.num_waiting,
-            last_batch=stats.last_batch,
-            num_steps=stats.num_steps,
-            num_tokens=stats.num_tokens,
-            num_failovers=stats.num_failovers,
-            num_handshakes=stats.num_handshakes,
-            recovery_seconds=stats.recovery_seconds,
+            **asdict(self._stats()),
         )
 
     def stages(self) -> tuple[StageView, ...]:

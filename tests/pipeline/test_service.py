@@ -12,7 +12,7 @@ from pipeline.activation_log import ActivationLog
 from pipeline.engine.generation import Generation
 from pipeline.engine.request import FinishReason
 from pipeline.engine.scheduler import Limits
-from pipeline.errors import PromptError, SessionError
+from pipeline.errors import PromptError, RequestFailed, SessionError
 from pipeline.local import LocalPipeline
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
@@ -310,10 +310,69 @@ async def test_a_sampler_that_fails_costs_its_own_request_alone(engine, monkeypa
     monkeypatch.setattr("pipeline.service.Sampler.choose", choose)
 
     async def fail():
-        with pytest.raises(SessionError, match="aborted"):
+        with pytest.raises(RequestFailed, match="ZeroDivisionError"):
             await tokens_of(engine, doomed)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(fail)
         assert await tokens_of(engine, steady) == expected
     assert calls == [1]
+
+
+class Poisoned(Yielding):
+    """Is lost whenever one token is in a step."""
+
+    def __init__(self, local, poison):
+        super().__init__(local)
+        self._poison = poison
+
+    async def receive(self):
+        result = await super().receive()
+        if self._poison in result.token_ids:
+            raise SessionError("stage 1 is lost")
+        return result
+
+
+async def test_a_request_that_breaks_the_stages_every_time_ends_alone(shards, engine):
+    rng = random.Random(12)
+    requests = [generation(rng, 30) for _ in range(4)]
+    expected = [await tokens_of(engine, request) for request in requests]
+    others = {token for tokens in expected[:3] for token in tokens}
+    poison = next(token for token in expected[3] if token not in others)
+    poisoned = PipelineEngine(replace(LIMITS, num_stages=2))
+    num_losses = 0
+
+    async def run():
+        nonlocal num_losses
+        cores = new_cores(shards)
+        while True:
+            try:
+                await poisoned.run(Poisoned(LocalPipeline(cores), poison))
+            except SessionError:
+                num_losses += 1
+                cores = mended(poisoned.scheduler, cores, shards, 2)
+
+    found = {}
+
+    async def collect(index):
+        async with poisoned.generate(requests[index]) as stream:
+            found[index] = []
+            async for output in stream:
+                found[index].append(output.token_id)
+
+    async def fail():
+        with pytest.raises(RequestFailed, match="whenever"):
+            await collect(3)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        async with trio.open_nursery() as clients:
+            for index in range(3):
+                clients.start_soon(collect, index)
+            clients.start_soon(fail)
+        assert await tokens_of(poisoned, requests[0]) == expected[0]
+        nursery.cancel_scope.cancel()
+    assert [found[index] for index in range(3)] == expected[:3]
+    assert found[3] == expected[3][: expected[3].index(poison)]
+    assert num_losses == 4
+    assert poisoned.stats.num_running == 0

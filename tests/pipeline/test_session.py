@@ -255,12 +255,15 @@ async def figures_of(control):
     return answer.figures
 
 
-async def test_requests_come_and_go_and_health_counts_them(rig):
+async def test_requests_come_and_go_within_the_sessions_slots(rig):
     async with rig.worker(), rig.session() as (control, _):
         await control.send(Start(request_id=1, slot=0))
         await control.send(Start(request_id=2, slot=1))
         await control.send(Done(request_id=1))
-        assert (await figures_of(control)).num_requests == 1
+        await control.send(Start(request_id=3, slot=0))
+        await figures_of(control)
+        await control.send(Start(request_id=4, slot=1))
+        assert (await failure_of(control)).code == "refused"
 
 
 async def test_health_tells_what_a_stage_holds_and_has_done(rig):

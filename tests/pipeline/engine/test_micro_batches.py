@@ -25,7 +25,7 @@ def num_decoding(step):
 
 @dataclass
 class Simulation:
-    """Stages that take `seconds` for a step, and the scheduler that feeds them; time is simulated."""
+    """Stages that take `seconds` for a step, and what feeds them; time is simulated."""
 
     scheduler: Scheduler
     now: float = 0.0
@@ -179,7 +179,11 @@ def test_a_long_prompt_does_not_wait_for_short_ones_that_keep_coming():
 
 def test_a_prompt_is_cut_so_that_stages_work_on_it_together_but_not_into_crumbs():
     tokens = 4 * MIN_CHUNK_TOKENS
-    for num_stages, expected in ((1, [tokens]), (2, [tokens // 2] * 2), (16, [MIN_CHUNK_TOKENS] * 4)):
+    for num_stages, expected in (
+        (1, [tokens]),
+        (2, [tokens // 2] * 2),
+        (16, [MIN_CHUNK_TOKENS] * 4),
+    ):
         scheduler = Scheduler(Limits(1, 10_000, num_stages=num_stages))
         scheduler.submit(Request(0, (1,) * tokens, 1))
         steps = []

@@ -285,3 +285,58 @@ def test_rewinding_twice_is_rewinding_once():
     scheduler.next_step()
     scheduler.complete(step.header, stage.take(step))
     assert scheduler.rewind() == scheduler.rewind()
+
+
+def lose_whenever_due(scheduler, poisoned, limit=1000):
+    """Complete steps, but rewind before any that holds a poisoned request's token; the losses."""
+    losses = []
+    for _ in range(limit):
+        if not scheduler.has_work:
+            return losses
+        under_way = []
+        while (step := scheduler.next_step()) is not None:
+            under_way.append(step)
+        for step in under_way:
+            if poisoned & set(step.owners):
+                losses.append([owner for each in under_way for owner in each.owners])
+                scheduler.rewind()
+                break
+            scheduler.complete(step.header, [0] * len(step.owners))
+    raise AssertionError("it goes on for ever")
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("poisoned", [{5}, {0, 7}])
+def test_only_the_requests_that_are_lost_every_time_are_given_up(num_stages, poisoned):
+    given_up = []
+    scheduler = Scheduler(Limits(8, 100, num_stages=num_stages), given_up.append)
+    for index in range(12):
+        scheduler.submit(Request(index, (1, 2), 5))
+    losses = lose_whenever_due(scheduler, poisoned)
+    assert set(given_up) == poisoned
+    assert scheduler.num_given_up == len(poisoned)
+    # Before it is given up, each was alone when it happened, twice.
+    for request_id in poisoned:
+        assert losses.count([request_id]) == 2
+    assert len(losses) <= 4 * len(poisoned)
+
+
+def test_nobody_is_given_up_where_nobody_hears_of_it():
+    scheduler = Scheduler(Limits(1, 100))
+    scheduler.submit(Request(0, (1, 2), 5))
+    with pytest.raises(AssertionError, match="for ever"):
+        lose_whenever_due(scheduler, {0}, limit=50)
+    assert scheduler.num_running == 1
+
+
+def test_losses_between_which_a_request_moves_are_not_its_fault():
+    given_up = []
+    scheduler = Scheduler(Limits(1, 1000, chunk_tokens=8), given_up.append)
+    scheduler.submit(Request(0, tuple(range(80)), 10))
+    while scheduler.has_work:
+        for _ in range(3):
+            scheduler.next_step()
+            scheduler.rewind()
+        if (step := scheduler.next_step()) is not None:
+            scheduler.complete(step.header, [0] * len(step.owners))
+    assert not given_up

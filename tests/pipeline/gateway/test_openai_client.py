@@ -4,7 +4,7 @@ import openai
 import pytest
 import trio
 
-from pipeline.errors import SessionError
+from pipeline.errors import RequestFailed, SessionError
 
 KEY = "sk-test-0123456789"
 MODEL = "tiny/model"
@@ -343,6 +343,19 @@ async def test_a_failed_pipeline_is_unavailable_and_says_nothing_of_itself(
         assert error.status_code == 503
         assert error.code == "pipeline_unavailable"
         assert "10.1.2.3" not in str(error)
+
+
+async def test_a_request_that_fails_alone_is_a_defect_not_an_outage(start_gateway, make_engine):
+    engine = make_engine(fail_at=3, error=RequestFailed("choosing a token failed: KeyError"))
+    async with start_gateway(engine) as gateway:
+        error = await fails(
+            gateway,
+            openai.InternalServerError,
+            lambda c: c.chat.completions.create(model=MODEL, messages=USER),
+        )
+        assert (error.status_code, error.type, error.code) == (500, "server_error", None)
+        assert "retry-after" not in error.response.headers
+        assert "KeyError" not in str(error)
 
 
 async def test_a_pipeline_that_fails_mid_stream_is_an_error_not_an_end(start_gateway, make_engine):

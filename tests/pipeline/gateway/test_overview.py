@@ -1,15 +1,17 @@
 """What /pipeline and /metrics say of the stages."""
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.engine.scheduler import Limits
 from pipeline.gateway.metrics import RecentTokens
-from pipeline.gateway.overview import Overview, PipelineView
+from pipeline.gateway.overview import EngineView, Overview, PipelineView
 from pipeline.messages import StageFigures
 from pipeline.service import EngineStats
 from transport.attestation.evidence import Attested, EvidenceKind
@@ -65,6 +67,15 @@ async def test_a_stage_without_a_session_is_down_and_says_nothing(overview):
     assert (first.state, first.figures, first.evidence) == ("down", None, None)
     assert (second.state, second.rates, second.evidence) == ("connecting", None, "dev")
     assert (first.precision, second.precision) == ("unpinned", "unpinned")
+
+
+async def test_the_engines_figures_are_shown_as_they_are(overview):
+    view = overview.overview.engine()
+    assert asdict(view) == asdict(STATS) | {"max_batch": 8, "max_seq_len": 128}
+    adapter = TypeAdapter(EngineView)
+    assert adapter.validate_json(adapter.dump_json(view)) == view
+    with pytest.raises(ValidationError):
+        adapter.validate_python(asdict(view) | {"num_running": "many"})
 
 
 async def test_rates_are_what_changed_between_two_answers(overview):
