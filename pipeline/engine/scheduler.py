@@ -14,6 +14,8 @@ from pipeline.replay import Piece, replay_headers
 
 # A chunk smaller than this takes nearly as long: a stage reads all its weights for each.
 MIN_CHUNK_TOKENS = 64
+# A step of two requests takes no longer than one of either: nothing is gained by less.
+MIN_SHARE = 2
 # A request whose steps have been lost so often in a row may be what breaks the stages: it travels
 # alone from then on. One that is lost so even then is given up, or nobody would ever go on.
 SUSPECT_LOSSES = 2
@@ -247,7 +249,7 @@ class Scheduler:
     def _decoding(self) -> list[tuple[RequestState, int]]:
         """A step's share of the requests that have read their prompt, with a token for each."""
         decoding = [state for state in self._running.values() if not state.num_prompt_left]
-        share = -(-len(decoding) // self.limits.num_stages)
+        share = max(MIN_SHARE, -(-len(decoding) // self.limits.num_stages))
         return [(state, 1) for state in decoding if state.num_sent < state.num_known][:share]
 
     def _prefilling(self, num_idle: int) -> list[tuple[RequestState, int]]:

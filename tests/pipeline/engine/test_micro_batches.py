@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from pipeline.engine.request import Request
-from pipeline.engine.scheduler import MIN_CHUNK_TOKENS, Limits, Scheduler
+from pipeline.engine.scheduler import MIN_CHUNK_TOKENS, MIN_SHARE, Limits, Scheduler
 from pipeline.messages import StepKind, Want
 
 # A step of n rows takes a stage this long: mostly the time to read its weights, as on real ones.
@@ -80,7 +80,7 @@ def test_decoding_takes_the_time_it_would_if_no_stage_ever_waited(num_stages, nu
     for index in range(num_requests):
         sim.scheduler.submit(Request(index, (1,), num_tokens))
     # A request visits every stage for every token, in the company of its share of the others.
-    share = -(-num_requests // num_stages)
+    share = min(num_requests, max(MIN_SHARE, -(-num_requests // num_stages)))
     ideal = num_tokens * num_stages * seconds(share)
     assert sim.run() <= 1.03 * ideal
     assert all(sim.tokens[index] == num_tokens for index in range(num_requests))
@@ -105,7 +105,7 @@ def test_requests_that_come_and_go_leave_no_stage_idle(seed):
         for event in sim.advance():
             if event.finish is not None and waiting:
                 sim.scheduler.submit(waiting.popleft())
-        share = -(-sim.scheduler.num_running // num_stages)
+        share = max(MIN_SHARE, -(-sim.scheduler.num_running // num_stages))
         assert all(num_decoding(step) <= share for step in sim.send())
         under_way = [step for _, step in sim.under_way if step.header.kind is StepKind.STEP]
         assert len(under_way) <= num_stages
