@@ -247,9 +247,15 @@ class Scheduler:
         return [*self._decoding(), *self._prefilling(num_idle)]
 
     def _decoding(self) -> list[tuple[RequestState, int]]:
-        """A step's share of the requests that have read their prompt, with a token for each."""
+        """A step's share of the requests that have read their prompt, with a token for each.
+
+        None while as many steps are under way as there are shares: the one that comes back next
+        makes a whole one with those that wait.
+        """
         decoding = [state for state in self._running.values() if not state.num_prompt_left]
         share = max(MIN_SHARE, -(-len(decoding) // self.limits.num_stages))
+        if sum(bool(step.owners) for step in self._in_flight) >= -(-len(decoding) // share):
+            return []
         return [(state, 1) for state in decoding if state.num_sent < state.num_known][:share]
 
     def _prefilling(self, num_idle: int) -> list[tuple[RequestState, int]]:

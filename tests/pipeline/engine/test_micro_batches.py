@@ -96,7 +96,8 @@ def test_a_lone_request_is_never_held_up():
 def test_requests_that_come_and_go_leave_no_stage_idle(seed):
     """Never mind how many have just ended, shares are even again within one round."""
     rng = random.Random(seed)
-    num_stages, num_slots = rng.choice([2, 3, 4]), rng.randint(4, 16)
+    num_stages = rng.choice([2, 3, 4])
+    num_slots = rng.randint(3 * num_stages, 16)  # shares of two at least, if some are missing
     sim = simulation(num_slots, num_stages)
     waiting = deque(Request(i, (1,), rng.randint(1, 120)) for i in range(100))
     for _ in range(num_slots):
@@ -110,9 +111,11 @@ def test_requests_that_come_and_go_leave_no_stage_idle(seed):
         under_way = [step for _, step in sim.under_way if step.header.kind is StepKind.STEP]
         assert len(under_way) <= num_stages
         if waiting:
-            # All that could be sent has been: either every stage has a step, or all requests do.
+            # All that could be sent has been: either every share is under way, or all requests.
             owned = sum(len(step.owners) for step in under_way)
-            assert len(under_way) == num_stages or owned == sim.scheduler.num_running
+            num_running = sim.scheduler.num_running  # some may have joined just now
+            num_shares = min(num_stages, -(-num_running // share))
+            assert len(under_way) >= num_shares or owned == num_running
     # The last requests cannot fill the stages; before, nearly all of the time is work.
     assert sim.busy > 0.8 * num_stages * sim.now
 
@@ -132,6 +135,17 @@ def test_steps_that_have_become_uneven_are_even_again_after_one_round():
     sim.send()
     sizes = [num_decoding(step) for _, step in sim.under_way]
     assert sorted(sizes) == [3, 4]
+
+
+def test_two_requests_that_came_apart_come_together():
+    sim = simulation(2, 2)
+    for index in range(2):
+        sim.scheduler.submit(Request(index, (1,) * MIN_CHUNK_TOKENS, 100))
+    assert [step.owners for step in sim.send()] == [(0,), (1,)]
+    sim.advance()
+    assert sim.send() == []
+    sim.advance()
+    assert [step.owners for step in sim.send()] == [(0, 1)]
 
 
 @pytest.mark.parametrize("seed", range(40))
