@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.messages import StepHeader
@@ -10,15 +12,13 @@ from pipeline.replay import Piece, replay_headers, truncate
 
 
 class ActivationLog:
-    """One row per token of each slot, [slots, max_seq, hidden].
+    """One row per token of each slot, float32 [slots, max_seq, hidden].
 
     The memory is reserved, not touched: the operating system hands out pages as slots fill.
     """
 
-    def __init__(
-        self, num_slots: int, max_seq_len: int, hidden_dim: int, dtype: torch.dtype
-    ) -> None:
-        self._rows = torch.empty(num_slots, max_seq_len, hidden_dim, dtype=dtype)
+    def __init__(self, num_slots: int, max_seq_len: int, hidden_dim: int) -> None:
+        self._rows = np.empty((num_slots, max_seq_len, hidden_dim), dtype=np.float32)
         self._pieces: list[list[Piece]] = [[] for _ in range(num_slots)]
 
     @property
@@ -26,7 +26,7 @@ class ActivationLog:
         """Bytes reserved, whether touched yet or not."""
         return self._rows.nbytes
 
-    def append(self, step: int, batch: Batch, hidden: torch.Tensor) -> None:
+    def append(self, step: int, batch: Batch, hidden: npt.NDArray[np.float32]) -> None:
         """Keep a step's output, [rows, hidden]; rows follow each other as the segments do."""
         start = 0
         for index, segment in enumerate(batch):
@@ -40,7 +40,7 @@ class ActivationLog:
         """Keep a slot's first `length` tokens; what lies behind them is zeroed."""
         pieces = self._pieces[slot]
         if pieces:
-            self._rows[slot, length : pieces[-1].end].zero_()
+            self._rows[slot, length : pieces[-1].end] = 0
         truncate(pieces, length)
 
     def clear(self, slots: Sequence[int]) -> None:
@@ -51,7 +51,7 @@ class ActivationLog:
     def release(self) -> None:
         """Zero what was used and give the memory back at once, whoever still refers to this."""
         self.clear(range(len(self._pieces)))
-        self._rows = torch.empty(0)
+        self._rows = np.empty((0, 0, 0), dtype=np.float32)
 
     def replay(self, until: int) -> Iterator[tuple[StepHeader, torch.Tensor]]:
         """All that is kept, as steps for the stages behind, up to `until`: [rows, hidden] each."""
@@ -60,9 +60,9 @@ class ActivationLog:
                 self._rows[segment.slot, segment.position : segment.position + segment.num_tokens]
                 for segment in header.segments
             ]
-            yield header, torch.cat(rows)
+            yield header, torch.from_numpy(np.concatenate(rows))
 
 
-def log_bytes(num_slots: int, max_seq_len: int, hidden_dim: int, dtype: torch.dtype) -> int:
+def log_bytes(num_slots: int, max_seq_len: int, hidden_dim: int) -> int:
     """What such a log would reserve."""
-    return num_slots * max_seq_len * hidden_dim * dtype.itemsize
+    return num_slots * max_seq_len * hidden_dim * np.dtype(np.float32).itemsize

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.activation_log import ActivationLog
@@ -38,7 +39,7 @@ class StageCore:
         self._codec = activation_codec(limits)
         self._catch_up = CatchUp(limits.max_step_tokens)
         # What the last step sends on, until it is kept.
-        self._unkept: tuple[StepHeader, torch.Tensor | bytearray] | None = None
+        self._unkept: tuple[StepHeader, npt.NDArray[np.float32]] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -68,8 +69,6 @@ class StageCore:
         unkept, self._unkept = self._unkept, None
         if unkept is not None and self.log is not None:
             header, hidden = unkept
-            if isinstance(hidden, bytearray):
-                hidden = self._rows(hidden)
             self.log.append(header.step, header.segments, hidden)
 
     def step(self, header: StepHeader, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -95,7 +94,7 @@ class StageCore:
             return () if header.kind is StepKind.REPLAY else self._results(header, hidden)
         (hidden,) = self.shard.kernels.to_host(hidden)
         if self.log is not None:
-            self._unkept = (header, hidden)
+            self._unkept = (header, hidden.numpy())
         return self._codec.encode(hidden)
 
     def rewind(self, lengths: Sequence[int]) -> None:
@@ -135,7 +134,7 @@ class StageCore:
         done = []
         for header, hidden in steps.split(self.shard.forward(inputs, segments, self.cache)):
             if self.log is not None:
-                self.log.append(header.step, header.segments, hidden)
+                self.log.append(header.step, header.segments, hidden.numpy())
             done.append((header, () if self.shard.is_last else self._codec.encode(hidden)))
         return done
 
@@ -152,16 +151,13 @@ class StageCore:
             raise
         if logits is not None:
             return _decoded(header, outputs, logits)
+        hidden = np.frombuffer(outputs, "<f4").reshape(-1, self.limits.hidden_dim)
         if self.log is not None:
-            self._unkept = (header, outputs)
+            self._unkept = (header, hidden)
         if is_plain:
             spec = activation_specs(DType.F32, len(header.segments), self.limits.hidden_dim)[0]
             return (Tensor(spec, memoryview(outputs)),)
-        return self._codec.encode(self._rows(outputs))
-
-    def _rows(self, data: bytearray) -> torch.Tensor:
-        """View F32 rows as [tokens, hidden]."""
-        return torch.frombuffer(data, dtype=torch.float32).view(-1, self.limits.hidden_dim)
+        return self._codec.encode(torch.from_numpy(hidden))
 
     def _inputs(self, tensors: Sequence[Tensor]) -> torch.Tensor:
         if not self.shard.is_first:

@@ -98,8 +98,8 @@ def new_core(setup: StageSetup, limits: SessionLimits) -> StageCore:
     """KV memory for a session, and a log of what it sends on where that fits as well."""
     shard = setup.shard
     slots, length, width = limits.num_slots, limits.max_seq_len, limits.hidden_dim
-    num_bytes = shard.kv_bytes(slots, length) + log_bytes(slots, length, width, shard.compute_dtype)
+    num_bytes = shard.kv_bytes(slots, length) + log_bytes(slots, length, width)
     log = None
     if not shard.is_last and num_bytes <= setup.max_kv_bytes:
-        log = ActivationLog(slots, length, width, shard.compute_dtype)
+        log = ActivationLog(slots, length, width)
     return StageCore(shard, limits, log)

@@ -32,7 +32,7 @@ def shards(request, tiny_model):
 
 
 def new_core(shard):
-    log = ActivationLog(LIMITS.num_slots, LIMITS.max_seq_len, 64, torch.float32)
+    log = ActivationLog(LIMITS.num_slots, LIMITS.max_seq_len, 64)
     return StageCore(shard, LIMITS, None if shard.is_last else log)
 
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 import trio
 
 from pipeline.activation_log import ActivationLog
@@ -68,7 +67,7 @@ def new_cores(shards):
     limits = SessionLimits(
         LIMITS.num_slots, LIMITS.max_seq_len, LIMITS.max_step_tokens, 64, DType.F32
     )
-    log = ActivationLog(LIMITS.num_slots, LIMITS.max_seq_len, 64, torch.float32)
+    log = ActivationLog(LIMITS.num_slots, LIMITS.max_seq_len, 64)
     return [StageCore(shards[0], limits, log), StageCore(shards[1], limits)]
 
 

@@ -1,7 +1,6 @@
 """Decode steps from the wire to the wire answer as any other step does."""
 
 import pytest
-import torch
 
 from pipeline.activation_log import ActivationLog
 from pipeline.errors import MessageError
@@ -40,7 +39,7 @@ def cores(request, shards):
     limits = SessionLimits(SLOTS, 32, 32, 64, ACTIVATION_DTYPES[request.param])
 
     def make(shard):
-        return StageCore(shard, limits, ActivationLog(SLOTS, 32, 64, torch.float32))
+        return StageCore(shard, limits, ActivationLog(SLOTS, 32, 64))
 
     return [make(shard) for shard in shards], [make(shard) for shard in shards]
 
