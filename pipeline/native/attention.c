@@ -89,10 +89,10 @@ static void score(const job_t *job, const part_t *part, const tile_t *tile) {
     for (size_t width = 4; width > 0; width /= 2) {
         size_t step = (tile->num_blocks - block) / width; /* long streams, as in linear.c */
         for (size_t i = 0; i < step; i++) {
-            tile_f32(tile->count, width)(tile->scores + (block + i) * BLOCK, tile->stride,
+            tile_rows(tile->count, width)(tile->scores + (block + i) * BLOCK, tile->stride,
                                          step * BLOCK, (const char *)tile->queries,
                                          head_dim * sizeof(float), keys + (block + i) * block_size,
-                                         step * block_size, BLOCK * sizeof(float), head_dim, 0);
+                                         step * block_size, BLOCK * sizeof(float), head_dim);
         }
         block += step * width;
     }
@@ -130,10 +130,10 @@ static void mix(const job_t *job, const part_t *part, const tile_t *tile) {
     const char *values = (const char *)(part->values + first * head_dim);
     for (size_t b = 0, width = 4; b < head_dim / BLOCK; b += width) {
         while (width > head_dim / BLOCK - b) width /= 2;
-        tile_f32(tile->count, width)(tile->mixed + b * BLOCK, head_dim, BLOCK,
+        tile_rows(tile->count, width)(tile->mixed + b * BLOCK, head_dim, BLOCK,
                                      (const char *)tile->scores, tile->stride * sizeof(float),
                                      values + b * BLOCK * sizeof(float), BLOCK * sizeof(float),
-                                     head_dim * sizeof(float), newest + 1 - first, 0);
+                                     head_dim * sizeof(float), newest + 1 - first);
     }
 }
 
@@ -144,7 +144,7 @@ static void attend_tile(const job_t *job, const part_t *part, tile_t *tile) {
     size_t newest = position_of(job, part, tile->first + tile->count - 1);
     tile->num_blocks = newest / BLOCK + 1 - tile->first_block;
     score(job, part, tile);
-    float sums[MAX_TILE_ROWS];
+    float sums[MAX_ATTENTION_ROWS];
     for (size_t i = 0; i < tile->count; i++) {
         size_t position = position_of(job, part, tile->first + i);
         sums[i] = weigh(job, tile, tile->scores + i * tile->stride, oldest_seen(job, position),
@@ -162,15 +162,15 @@ static void attend_tile(const job_t *job, const part_t *part, tile_t *tile) {
 }
 
 static void attend_part(const job_t *job, const part_t *part) {
-    float queries[MAX_TILE_ROWS * MAX_HEAD_DIM], mixed[MAX_TILE_ROWS * MAX_HEAD_DIM];
+    float queries[MAX_ATTENTION_ROWS * MAX_HEAD_DIM], mixed[MAX_ATTENTION_ROWS * MAX_HEAD_DIM];
     if (job->appends) append(job, part);
     size_t first = part->task * QUERIES_PER_TASK, end = first + QUERIES_PER_TASK;
     size_t limit = num_queries(job, part->span);
     end = end < limit ? end : limit;
-    size_t num_tiles = (end - first + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
+    size_t num_tiles = (end - first + MAX_ATTENTION_ROWS - 1) / MAX_ATTENTION_ROWS;
     size_t stride = ((size_t)(part->span->start + part->span->count) / BLOCK + 1) * BLOCK;
     tile_t tile = {.queries = queries, .mixed = mixed, .stride = stride,
-                   .scores = scratch(MAX_TILE_ROWS * stride * sizeof(float))};
+                   .scores = scratch(MAX_ATTENTION_ROWS * stride * sizeof(float))};
     for (size_t i = 0; i < num_tiles; i++) {
         tile.first = first + i * (end - first) / num_tiles;
         tile.count = first + (i + 1) * (end - first) / num_tiles - tile.first;

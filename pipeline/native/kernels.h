@@ -60,22 +60,34 @@ typedef struct {
 } product_t;
 
 /* acc[R rows][B blocks of 16] (+)= x[R rows][num_k] * w[num_k][B blocks]; acc's strides in
- * elements, the others in bytes. Each sum starts at zero, k ascending, and then replaces what acc
- * holds or adds to it. Packed I8 has its own k_stride; its num_k counts 64 inputs. */
+ * elements, block_stride in bytes. Each sum starts at zero, k ascending, and then replaces what acc
+ * holds or adds to it. The rows of x come interleaved, R numbers of each input together (of BF16
+ * pairs of inputs, R pairs); I8 has a layout of its own, its num_k counts 64 inputs, and its sums
+ * go on from what acc holds. */
 typedef void (*tile_fn)(float *acc, size_t acc_stride, size_t acc_block, const char *x,
-                        size_t x_stride, const char *w, size_t block_stride, size_t k_stride,
-                        size_t num_k, int adds);
-enum { MAX_TILE_ROWS = 6 };
+                        const char *w, size_t block_stride, size_t num_k, int adds);
+enum { VECTOR = 64 }; /* bytes */
+enum { MAX_TILE_ROWS = 16 };
 
 tile_fn tile_f32(size_t rows, size_t blocks);
 tile_fn tile_bf16(size_t rows, size_t blocks);
 tile_fn tile_i8(size_t rows, size_t blocks);
 int has_bf16_dot(void); /* whether the next three may be called */
 tile_fn tile_bf16_dot(size_t rows, size_t blocks);
-size_t rounded_bytes(size_t num_in); /* of one row of x */
-void round_row(const float *x, size_t num_in, void *rounded);
-size_t quantised_bytes(size_t num_in); /* of one row of x */
-void quantise_row(const float *x, size_t num_in, void *quantised);
+size_t rounded_bytes(size_t num_in); /* of one row of x, as the next writes all of a tile's */
+void round_rows(const float *x, size_t num_in, size_t rows, void *panel);
+size_t quantised_bytes(size_t num_in);
+void quantise_rows(const float *x, size_t num_in, size_t rows, void *panel);
+void interleave(const float *x, size_t num_in, size_t rows, void *panel);
+
+/* The same in float32 of rows that follow each other every x_stride bytes, inputs of weights every
+ * k_stride, for attention. */
+typedef void (*rows_fn)(float *acc, size_t acc_stride, size_t acc_block, const char *x,
+                        size_t x_stride, const char *w, size_t block_stride, size_t k_stride,
+                        size_t num_k);
+enum { MAX_ATTENTION_ROWS = 6 };
+rows_fn tile_rows(size_t rows, size_t blocks);
+
 void linear(const weight_t *weight, const product_t *product);
 
 /* attention.c */

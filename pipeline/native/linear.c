@@ -1,24 +1,28 @@
 /* y = activation(x W^T + bias) + residual, cut into tiles of rows x blocks of 16 outputs. */
-#include "simd.h"
+#include "tiles.h"
 
 #if defined(VEILPIPE_X86)
 
 typedef struct {
     const weight_t *weight;
     const product_t *product;
-    const char *x;        /* as the tiles want it: float, rounded to bf16, or quantised */
-    size_t x_row_bytes;   /* of it */
+    const char *x;      /* as the tiles want it: panels of float, bf16 or quantised rows */
+    size_t x_row_bytes; /* of it */
     size_t num_k, k_step; /* inputs (I8: 64s of them), and how many a pass takes */
     size_t k_x_bytes, k_w_bytes; /* of one of them, two for BF16 weights halved */
     tile_fn (*find_tile)(size_t rows, size_t blocks);
+    size_t num_tiles;            /* that all rows are cut into */
     size_t width;                /* blocks a tile covers */
     size_t num_blocks, num_chunks;
 } job_t;
 
-enum { VECTOR = 64 };                        /* bytes */
-/* A pass's weights and sums stay in the L2 cache. Sums over 256 inputs, then over passes, have half
+/* A pass's weights and sums stay in the caches. Sums over 256 inputs, then over passes, have half
  * the rounding error of one long sum. */
-enum { PASS_ROWS = 96, PASS_INPUTS = 256 };
+enum { PASS_TILES = 16, PASS_INPUTS = 256, PASS_SUPERS = 16 };
+
+static size_t first_row_of(const job_t *job, size_t tile) {
+    return tile * job->product->rows / job->num_tiles;
+}
 
 /* Bias, activation and residual of rows x blocks of sums. */
 static void finish(const job_t *job, const float *acc, size_t acc_stride, size_t first_row,
@@ -42,24 +46,23 @@ static void finish(const job_t *job, const float *acc, size_t acc_stride, size_t
     }
 }
 
-/* Up to PASS_ROWS rows of up to `width` blocks. */
-static void run_pass(const job_t *job, size_t first_row, size_t rows, size_t block, size_t step,
+/* Tiles first..end, up to PASS_TILES, of `blocks` blocks. */
+static void run_pass(const job_t *job, size_t first, size_t end, size_t block, size_t step,
                      size_t blocks) {
-    _Alignas(64) float acc[PASS_ROWS * 4 * BLOCK];
+    _Alignas(64) float acc[PASS_TILES * MAX_SUMS * BLOCK];
     size_t acc_stride = blocks * BLOCK, bytes = block_bytes(job->weight->kind, job->weight->num_in);
-    size_t num_tiles = (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
+    size_t first_row = first_row_of(job, first), end_row = first_row_of(job, end);
     const char *w = (const char *)job->weight->packed + block * bytes;
     for (size_t k = 0; k < job->num_k; k += job->k_step) {
         size_t num_k = job->num_k - k < job->k_step ? job->num_k - k : job->k_step;
-        for (size_t tile = 0; tile < num_tiles; tile++) {
-            size_t row = tile * rows / num_tiles, end = (tile + 1) * rows / num_tiles;
-            const char *x = job->x + (first_row + row) * job->x_row_bytes + k * job->k_x_bytes;
-            job->find_tile(end - row, blocks)(
-                acc + row * acc_stride, acc_stride, BLOCK, x, job->x_row_bytes,
-                w + k * job->k_w_bytes, step * bytes, VECTOR, num_k, k > 0);
+        for (size_t tile = first; tile < end; tile++) {
+            size_t row = first_row_of(job, tile), rows = first_row_of(job, tile + 1) - row;
+            const char *x = job->x + row * job->x_row_bytes + k * rows * job->k_x_bytes;
+            job->find_tile(rows, blocks)(acc + (row - first_row) * acc_stride, acc_stride, BLOCK, x,
+                                         w + k * job->k_w_bytes, step * bytes, num_k, k > 0);
         }
     }
-    finish(job, acc, acc_stride, first_row, rows, block, step, blocks);
+    finish(job, acc, acc_stride, first_row, end_row - first_row, block, step, blocks);
 }
 
 static void run_chunk(void *opaque, size_t chunk) {
@@ -72,51 +75,64 @@ static void run_chunk(void *opaque, size_t chunk) {
         /* each of a tile's blocks from a part of its own: few, long streams through memory */
         size_t step = (end - block) / width;
         for (size_t i = 0; i < step; i++) {
-            for (size_t row = 0; row < job->product->rows; row += PASS_ROWS) {
-                size_t left = job->product->rows - row;
-                run_pass(job, row, left < PASS_ROWS ? left : PASS_ROWS, block + i, step, width);
+            for (size_t tile = 0; tile < job->num_tiles; tile += PASS_TILES) {
+                size_t left = job->num_tiles - tile;
+                run_pass(job, tile, tile + (left < PASS_TILES ? left : PASS_TILES), block + i, step,
+                         width);
             }
         }
         block += step * width;
     }
 }
 
+typedef void (*prepare_fn)(const float *x, size_t num_in, size_t rows, void *panel);
+
 typedef struct {
-    const product_t *product;
-    size_t num_in, row_bytes;
-    void (*prepare_row)(const float *x, size_t num_in, void *prepared);
-    char *prepared;
+    const job_t *product;
+    prepare_fn prepare;
+    char *panels;
     size_t num_chunks;
 } prepare_job_t;
 
 static void prepare_chunk(void *opaque, size_t chunk) {
     const prepare_job_t *job = opaque;
-    size_t rows = job->product->rows, end = (chunk + 1) * rows / job->num_chunks;
-    for (size_t row = chunk * rows / job->num_chunks; row < end; row++) {
-        job->prepare_row(job->product->x + row * job->num_in, job->num_in,
-                         job->prepared + row * job->row_bytes);
+    const job_t *product = job->product;
+    size_t num_in = product->weight->num_in;
+    size_t end = (chunk + 1) * product->num_tiles / job->num_chunks;
+    for (size_t tile = chunk * product->num_tiles / job->num_chunks; tile < end; tile++) {
+        size_t row = first_row_of(product, tile), rows = first_row_of(product, tile + 1) - row;
+        job->prepare(product->product->x + row * num_in, num_in, rows,
+                     job->panels + row * product->x_row_bytes);
     }
 }
 
 /* All rows of x as these tiles take them, in this thread's scratch memory. */
-static void prepare(job_t *job, size_t row_bytes,
-                    void (*prepare_row)(const float *, size_t, void *)) {
-    size_t rows = job->product->rows;
-    prepare_job_t rows_job = {
-        .product = job->product, .num_in = job->weight->num_in, .row_bytes = row_bytes,
-        .prepare_row = prepare_row, .prepared = scratch(rows * row_bytes),
-        .num_chunks = pool_num_chunks(rows / 16 + 1),
+static void prepare(job_t *job, prepare_fn prepare) {
+    prepare_job_t panels = {
+        .product = job, .prepare = prepare, .panels = scratch(job->product->rows * job->x_row_bytes),
+        .num_chunks = pool_num_chunks(job->num_tiles),
     };
-    pool_run(prepare_chunk, &rows_job, rows_job.num_chunks);
-    job->x = rows_job.prepared;
-    job->x_row_bytes = row_bytes;
+    pool_run(prepare_chunk, &panels, panels.num_chunks);
+    job->x = panels.panels;
 }
 
-/* Blocks a tile covers: enough sums that none waits for itself, and no more streams of weights than
- * memory serves best. */
+/* Blocks a tile of so many rows covers: enough sums that none waits for itself, and no more streams
+ * of weights than memory serves best. */
 static size_t tile_width(int kind, size_t rows) {
-    if (kind == KIND_I8) return 2;
-    return rows == 1 ? 8 : 4;
+    if (kind == KIND_I8) return rows > MAX_I8_SUMS / 2 ? 1 : 2;
+    if (rows == 1) return 8;
+    return rows > MAX_SUMS / 2 ? 1 : rows > MAX_SUMS / 4 ? 2 : 4;
+}
+
+/* Into tiles of about equally many rows, and chunks. Up to 16 rows are one tile, which reads weights
+ * once; of more, wide tiles read rows less often. */
+static void cut(job_t *job) {
+    size_t rows = job->product->rows;
+    size_t max_tile_rows = rows <= MAX_TILE_ROWS ? MAX_TILE_ROWS : MAX_SUMS / 4;
+    if (job->weight->kind == KIND_I8) max_tile_rows = MAX_I8_SUMS;
+    job->num_tiles = (rows + max_tile_rows - 1) / max_tile_rows;
+    job->width = tile_width(job->weight->kind, (rows + job->num_tiles - 1) / job->num_tiles);
+    job->num_chunks = pool_num_chunks((job->num_blocks + job->width - 1) / job->width);
 }
 
 void linear(const weight_t *weight, const product_t *product) {
@@ -131,19 +147,25 @@ void linear(const weight_t *weight, const product_t *product) {
         .k_x_bytes = sizeof(float),
         .k_w_bytes = weight->kind == KIND_BF16 ? BLOCK * 2 : BLOCK * 4,
         .find_tile = weight->kind == KIND_BF16 ? tile_bf16 : tile_f32,
-        .width = tile_width(weight->kind, product->rows),
         .num_blocks = (weight->num_out + BLOCK - 1) / BLOCK,
     };
+    cut(&job);
     if (weight->kind == KIND_I8) {
-        prepare(&job, quantised_bytes(num_in), quantise_row);
-        job.num_k = job.k_step = (num_in + SUPER - 1) / SUPER;
+        job.num_k = (num_in + SUPER - 1) / SUPER;
+        job.k_step = PASS_SUPERS;
+        job.k_x_bytes = quantised_bytes(SUPER);
+        job.k_w_bytes = sizeof(super_t);
+        job.x_row_bytes = quantised_bytes(num_in);
         job.find_tile = tile_i8;
+        prepare(&job, quantise_rows);
     } else if (weight->kind == KIND_BF16 && has_bf16_dot()) {
-        prepare(&job, rounded_bytes(num_in), round_row);
         job.k_x_bytes = sizeof(uint16_t);
+        job.x_row_bytes = rounded_bytes(num_in);
         job.find_tile = tile_bf16_dot;
+        prepare(&job, round_rows);
+    } else if (product->rows > 1) {
+        prepare(&job, interleave);
     }
-    job.num_chunks = pool_num_chunks((job.num_blocks + job.width - 1) / job.width);
     pool_run(run_chunk, &job, job.num_chunks);
 }
 
