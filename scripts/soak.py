@@ -1,10 +1,12 @@
 """Kill and stop stages under load, again and again; every text must be the undisturbed one.
 
     python scripts/soak.py --model-dir models/smollm2 --losses 100
+    python scripts/soak.py --model-dir TINY --losses 0 --requests 10000
 
 Serves with `pipeline-orch serve --supervise`, keeps --clients requests going, and at random tokens
-kills a random stage, or stops it until it is taken for hung; at times two of them. With --minutes it goes
-on for so long, to see what leaks. Exit status 1 if anything is lost, wrong, stuck or leaks.
+kills a random stage, or stops it until it is taken for hung; at times two of them. With --minutes or
+--requests it goes on for so long or so many, and compares every process's memory, descriptors and threads
+after the first tenth with those at the end. Exit status 1 if anything is lost, wrong, stuck or leaks.
 """
 
 import argparse
@@ -36,6 +38,7 @@ STUCK_SECONDS = 60.0
 # What a loss leaves behind may not add up. Caches and allocators settle in the first tenth.
 MAX_GROWTH_BYTES = 64 << 20
 MAX_GROWTH_FDS = 8
+MAX_GROWTH_THREADS = 4
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by"]
 
 
@@ -97,9 +100,11 @@ class Serving:
     def recovery_seconds(self) -> float:
         return float(re.findall(r"event=failover_complete seconds=([\d.]+)", self.log())[-1])
 
-    def footprint(self) -> tuple[int, int]:
-        """Resident bytes and open descriptors of the server itself."""
-        return footprint(self.process.pid)
+    def footprints(self) -> dict[str, "Footprint"]:
+        """Of the server itself and every stage's process of now."""
+        pids = {"orchestrator": self.process.pid}
+        pids |= {f"stage {idx}": pid for idx, pid in sorted(self.workers().items())}
+        return {name: Footprint.of(pid) for name, pid in pids.items()}
 
     def children(self) -> list[int]:
         tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")  # of each thread
@@ -110,9 +115,30 @@ class Serving:
         return self.process.wait(30)
 
 
-def footprint(pid: int) -> tuple[int, int]:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE"), sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+@dataclass(frozen=True)
+class Footprint:
+    """What a process holds: resident bytes, descriptors, threads."""
+
+    rss: int
+    fds: int
+    threads: int
+
+    @classmethod
+    def of(cls, pid: int) -> "Footprint":
+        proc = Path(f"/proc/{pid}")
+        pages = int((proc / "statm").read_text().split()[1])
+        fds, threads = (sum(1 for _ in (proc / name).iterdir()) for name in ("fd", "task"))
+        return cls(pages * os.sysconf("SC_PAGE_SIZE"), fds, threads)
+
+    def __str__(self) -> str:
+        return f"{self.rss / 2**20:.1f} MB, {self.fds} fds, {self.threads} threads"
+
+    def has_outgrown(self, before: "Footprint") -> bool:
+        return (
+            self.rss - before.rss > MAX_GROWTH_BYTES
+            or self.fds - before.fds > MAX_GROWTH_FDS
+            or self.threads - before.threads > MAX_GROWTH_THREADS
+        )
 
 
 def requests(model: str, count: int, max_tokens: int, rng: random.Random) -> list[dict]:
@@ -155,12 +181,51 @@ async def client(server, bodies, expected, rng, tally, is_over) -> None:
             print(f"soak: request {index} came out wrong", file=sys.stderr)
 
 
-async def disturb(serving: Serving, args, rng: random.Random, tally: Tally) -> list[Loss]:
-    losses = []
-    started = time.monotonic()
-    settled = None
-    while len(losses) < args.losses or time.monotonic() - started < 60 * args.minutes:
+class Progress:
+    """How far a soak is, and what its processes held after the first tenth."""
+
+    def __init__(self, args, tally: Tally) -> None:
+        self.losses: list[Loss] = []
+        self.settled: dict[str, Footprint] | None = None
+        self._args = args
+        self._tally = tally
+        self._started = time.monotonic()
+
+    def is_past(self, share: float) -> bool:
+        args = self._args
+        return (
+            len(self.losses) >= share * args.losses
+            and self._tally.finished >= share * args.requests
+            and time.monotonic() - self._started >= share * 60 * args.minutes
+        )
+
+    async def watch(self, serving: Serving) -> None:
+        """Until the end; says every tenth."""
+        for tenth in range(1, 11):
+            while not self.is_past(tenth / 10):  # noqa: ASYNC110
+                await trio.sleep(0.1)
+            held = await self._footprints(serving)
+            self.settled = self.settled or held
+            print(
+                f"{time.monotonic() - self._started:6.0f} s  {self._tally.finished} requests, "
+                f"{len(self.losses)} losses;  "
+                + ";  ".join(f"{name} {each}" for name, each in held.items()),
+                flush=True,
+            )
+
+    async def _footprints(self, serving: Serving) -> dict[str, Footprint]:
+        while True:
+            try:
+                return serving.footprints()
+            except OSError:  # one is dead at this moment
+                await trio.sleep(1)
+
+
+async def disturb(serving: Serving, args, rng: random.Random, tally: Tally, progress) -> None:
+    while not progress.is_past(1):
         await trio.sleep(args.pause)
+        if not args.losses:
+            continue
         at = tally.tokens + rng.randint(1, 100)
         await serving.wait_for(lambda at=at: tally.tokens >= at)
         number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP])
@@ -174,17 +239,14 @@ async def disturb(serving: Serving, args, rng: random.Random, tally: Tally) -> l
                 serving.num_recoveries > n and not pids & set(serving.workers().values())
             )
         )
-        losses.append(Loss(number.name, tuple(sorted(victims)), serving.recovery_seconds()))
-        rss, fds = serving.footprint()
-        if settled is None and len(losses) >= args.losses // 10:
-            settled = (rss, fds)
+        loss = Loss(number.name, tuple(sorted(victims)), serving.recovery_seconds())
+        progress.losses.append(loss)
         print(
-            f"loss {len(losses):3}  {number.name} of stage {losses[-1].stages}  "
-            f"recovered in {losses[-1].seconds:.2f} s (all told {time.monotonic() - began:.2f} s)  "
-            f"{tally.finished} requests  rss {rss >> 20} MB  {fds} fds",
+            f"loss {len(progress.losses):3}  {loss.kind} of stage {loss.stages}  "
+            f"recovered in {loss.seconds:.2f} s (all told {time.monotonic() - began:.2f} s)  "
+            f"{tally.finished} requests",
             flush=True,
         )
-    return losses, settled
 
 
 async def pipeline_view(server: Server) -> dict:
@@ -229,16 +291,12 @@ async def check_end(serving: Serving, server: Server, args, settled) -> list[str
     )
     if engine["num_running"] or engine["num_waiting"] or any(used):
         problems.append("slots or requests are left")
-    rss, fds = serving.footprint()
-    grown = (rss - settled[0], fds - settled[1])
-    print(
-        f"orchestrator since settled: {grown[0] / 2**20:+.1f} MB resident, {grown[1]:+d} descriptors"
-    )
-    if grown[0] > MAX_GROWTH_BYTES or grown[1] > MAX_GROWTH_FDS:
-        problems.append("the orchestrator has grown")
+    for name, now in serving.footprints().items():
+        print(f"{name}: {settled[name]} after the first tenth, {now} at the end")
+        if now.has_outgrown(settled[name]):
+            problems.append(f"{name} has grown")
     children = serving.children()
-    print(f"{len(children)} child processes of {args.stages} stages and a spare one:",
-          *(f"{footprint(pid)[0] >> 20} MB/{footprint(pid)[1]} fds" for pid in children))  # fmt: skip
+    print(f"{len(children)} child processes of {args.stages} stages and a spare one")
     if not args.stages <= len(children) <= args.stages + 1:
         problems.append("worker processes are missing, or left")
     return problems
@@ -259,9 +317,12 @@ async def run(args, directory: Path) -> int:
             for index in range(args.clients):
                 own = random.Random(args.seed + index)
                 nursery.start_soon(client, server, bodies, expected, own, tally, is_over)
-            losses, settled = await disturb(serving, args, rng, tally)
+            progress = Progress(args, tally)
+            nursery.start_soon(progress.watch, serving)
+            await disturb(serving, args, rng, tally, progress)
             is_over.set()
-        problems = await check_end(serving, server, args, settled)
+        losses = progress.losses
+        problems = await check_end(serving, server, args, progress.settled)
     finally:
         code = serving.stop()
     show_recoveries(losses)
@@ -285,6 +346,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--losses", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=0.0, help="go on for at least so long")
+    parser.add_argument("--requests", type=int, default=0, help="go on for at least so many")
     parser.add_argument("--pause", type=float, default=3.0, help="seconds between losses, at least")
     parser.add_argument("--max-tokens", type=int, default=80)
     parser.add_argument("--threads", type=int, default=1)

@@ -8,6 +8,7 @@ export PATH="${VEILPIPE_VENV:-$root/.venv}/bin:$PATH"
 cd "$root"
 if [ $# -eq 0 ]; then
   bash scripts/check
-  set -- -m "not slow"
+  # A file's tests stay together: they share servers, and ports follow the process.
+  set -- -m "not slow" -n 2 --dist loadfile
 fi
 exec python -m pytest "$@"

@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,10 @@ BIN = Path(sys.executable).parent
 
 
 def free_base_port(count):
-    for base in range(21000 + os.getpid() % 1000 * 10, 60000, 100):
+    """The first of so many free ports; processes of pytest-xdist choose from different ones."""
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 5
+    bases = range(21000 + 2000 * process, 23000 + 2000 * process, 100)
+    for base in random.sample(bases, len(bases)):
         sockets = []
         try:
             for port in range(base, base + count):
@@ -123,11 +128,24 @@ class Cluster:
                 raise AssertionError("a worker did not end on SIGTERM") from None
 
 
-@pytest.fixture
-def cluster(tmp_path, tiny_model):
-    model_dir = tmp_path / "model"
+@contextmanager
+def new_cluster(directory, tiny_model):
+    model_dir = directory / "model"
     shutil.copytree(tiny_model, model_dir)
-    environment = {**os.environ, "VEILPIPE_DEV_DIR": str(tmp_path / "dev")}
-    cluster = Cluster(tmp_path, model_dir, environment)
+    environment = {**os.environ, "VEILPIPE_DEV_DIR": str(directory / "dev")}
+    cluster = Cluster(directory, model_dir, environment)
     yield cluster
     cluster.stop()
+
+
+@pytest.fixture
+def cluster(tmp_path, tiny_model):
+    with new_cluster(tmp_path, tiny_model) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def shared_cluster(tmp_path_factory, tiny_model):
+    """For tests that leave its processes as they found them."""
+    with new_cluster(tmp_path_factory.mktemp("shared"), tiny_model) as cluster:
+        yield cluster

@@ -26,6 +26,7 @@ class Server:
 
     def __init__(self, cluster):
         self.log_path = cluster.directory / "serve.log"
+        self._begin = 0
         key = cluster.directory / "keys"
         key.write_text(f"sk-other\n{KEY}\n")
         with self.log_path.open("wb") as file:
@@ -40,8 +41,12 @@ class Server:
         self.port = int(self.url.rpartition(":")[2])
         self.wait_for(self.is_ready)
 
+    def begin(self):
+        """Forget what has been logged."""
+        self._begin = self.log_path.stat().st_size
+
     def log(self):
-        return self.log_path.read_text()
+        return self.log_path.read_bytes()[self._begin :].decode()
 
     def events(self, name):
         lines = [json.loads(line) for line in self.log().splitlines()]
@@ -110,8 +115,24 @@ def few_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
 
 
+@pytest.fixture(scope="module")
+def shared_server(shared_cluster):
+    shared_cluster.plan(2)
+    server = Server(shared_cluster)
+    yield server
+    server.stop()
+
+
 @pytest.fixture
-def server(cluster):
+def server(shared_server):
+    """The one server, whose log begins anew for every test."""
+    shared_server.wait_for(lambda: shared_server.pipeline()["engine"]["num_running"] == 0)
+    shared_server.begin()
+    return shared_server
+
+
+@pytest.fixture
+def own_server(cluster):
     cluster.plan(2)
     server = Server(cluster)
     yield server
@@ -169,6 +190,7 @@ def test_the_openai_client_gets_what_it_asks_of_real_stages(server):
 
 @pytest.mark.parametrize("num_choices", [1, 4])
 def test_who_leaves_at_token_5_of_500_frees_every_stage_within_two_steps(server, num_choices):
+    began_at = server.pipeline()["engine"]["num_steps"]
     body = wish("Once upon a time", 500, stream=True, n=num_choices)
     sock = server.raw(request(body))
     data = b""
@@ -180,7 +202,7 @@ def test_who_leaves_at_token_5_of_500_frees_every_stage_within_two_steps(server,
     server.wait_for(lambda: all(each["slots_in_use"] == 0 for each in server.figures()), 5)
     assert len(server.events("generation_aborted")) == num_choices
     left_at = max(abort["step"] for abort in aborts)
-    assert left_at < 250
+    assert left_at - began_at < 250
     # The steps under way when it left, one for each stage, and the one that clears its slots.
     under_way = min(num_choices, 2)
     settled = server.wait_for(lambda: idle_figures(server), 10)
@@ -289,7 +311,8 @@ def test_a_thousand_connections_and_slow_headers_keep_nobody_out(server):
     assert server.text("Through the crowd", 100) == expected
 
 
-def test_a_lost_stage_is_seen_to_go_and_to_be_replaced(server):
+def test_a_lost_stage_is_seen_to_go_and_to_be_replaced(own_server):
+    server = own_server
     time.sleep(1.5)  # so that ages differ
     pids = {line["stage"]: line["pid"] for line in server.events("worker_started")}
     before = server.pipeline()
@@ -300,7 +323,7 @@ def test_a_lost_stage_is_seen_to_go_and_to_be_replaced(server):
     server.wait_for(lambda: seen_states(server, states) and server.is_ready(), 20)
     assert server.text("Back again", 20)
     after = server.pipeline()
-    assert {state for idx, state in states if idx == 1} > {"ready"}
+    assert {state for idx, state in states if idx == 1} & {"down", "connecting"}
     assert {state for idx, state in states if idx == 0} <= {"ready", "connecting"}
     assert [stage["state"] for stage in after["stages"]] == ["ready", "ready"]
     ages = [stage["handshake_age_seconds"] for stage in after["stages"]]
