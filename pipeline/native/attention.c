@@ -5,19 +5,20 @@
  * A query is one head of one row. Heads that share keys and rows of one span form tiles; each query
  * has its own bounds, and positions of a tile outside them weigh exactly zero.
  */
-#include "simd.h"
+#include "tiles.h"
 
 #include <string.h>
 
 #if defined(VEILPIPE_X86)
 
-enum { QUERIES_PER_TASK = 48 };
+enum { QUERIES_PER_TASK = 48, SHORT_BLOCKS = 24 };
 
 typedef struct {
     const attention_t *shape;
     size_t group; /* query heads per key head */
     float scale;
     int appends; /* attending tasks append too: every span is one row and one task */
+    size_t num_chunks;
 } job_t;
 
 /* A span's part for one key head. */
@@ -25,6 +26,7 @@ typedef struct {
     const span_t *span;
     size_t kv_head, task;
     float *keys, *values;
+    const float *next_keys; /* of the part this thread probably does next */
 } part_t;
 
 static size_t num_queries(const job_t *job, const span_t *span) {
@@ -35,7 +37,7 @@ static part_t part_of(const job_t *job, const span_t *span, size_t kv_head, size
     const attention_t *shape = job->shape;
     size_t at = ((size_t)span->slot * shape->num_kv_heads + kv_head) * shape->max_seq *
                 shape->head_dim;
-    return (part_t){span, kv_head, task, shape->keys + at, shape->values + at};
+    return (part_t){span, kv_head, task, shape->keys + at, shape->values + at, shape->keys + at};
 }
 
 static void append(const job_t *job, const part_t *part) {
@@ -77,6 +79,14 @@ static size_t offset_of(const job_t *job, const part_t *part, size_t query, size
     return row * stride + (part->kv_head * job->group + query % job->group) * job->shape->head_dim;
 }
 
+/* Where to fetch from, in bytes behind what is read: the stream that comes next, for most are over
+ * before hardware notices them; of long contexts, which it follows, a little ahead in the same. */
+static ptrdiff_t ahead(const tile_t *tile, const float *next, const float *current,
+                       size_t k_stride) {
+    if (tile->num_blocks > SHORT_BLOCKS) return (ptrdiff_t)(AHEAD * k_stride);
+    return (const char *)next - (const char *)current;
+}
+
 static void score(const job_t *job, const part_t *part, const tile_t *tile) {
     size_t head_dim = job->shape->head_dim, block_size = head_dim * BLOCK * sizeof(float);
     for (size_t i = 0; i < tile->count; i++) {
@@ -92,7 +102,8 @@ static void score(const job_t *job, const part_t *part, const tile_t *tile) {
             tile_rows(tile->count, width)(tile->scores + (block + i) * BLOCK, tile->stride,
                                          step * BLOCK, (const char *)tile->queries,
                                          head_dim * sizeof(float), keys + (block + i) * block_size,
-                                         step * block_size, BLOCK * sizeof(float), head_dim);
+                                         step * block_size, BLOCK * sizeof(float), head_dim,
+                                         ahead(tile, part->values, part->keys, VECTOR));
         }
         block += step * width;
     }
@@ -123,39 +134,62 @@ static float weigh(const job_t *job, const tile_t *tile, float *scores, size_t o
     return _mm512_reduce_add_ps(sum);
 }
 
-/* mixed[count][head_dim] = weights times values. */
+/* mixed[count][head_dim] = weights times values, from the oldest that any of the queries sees. */
 static void mix(const job_t *job, const part_t *part, const tile_t *tile) {
-    size_t head_dim = job->shape->head_dim, first = tile->first_block * BLOCK;
+    size_t head_dim = job->shape->head_dim;
+    size_t oldest = oldest_seen(job, position_of(job, part, tile->first));
     size_t newest = position_of(job, part, tile->first + tile->count - 1);
-    const char *values = (const char *)(part->values + first * head_dim);
+    const char *values = (const char *)(part->values + oldest * head_dim);
+    const char *weights = (const char *)(tile->scores + oldest - tile->first_block * BLOCK);
     for (size_t b = 0, width = 4; b < head_dim / BLOCK; b += width) {
         while (width > head_dim / BLOCK - b) width /= 2;
-        tile_rows(tile->count, width)(tile->mixed + b * BLOCK, head_dim, BLOCK,
-                                     (const char *)tile->scores, tile->stride * sizeof(float),
-                                     values + b * BLOCK * sizeof(float), BLOCK * sizeof(float),
-                                     head_dim * sizeof(float), newest + 1 - first);
+        tile_rows(tile->count, width)(tile->mixed + b * BLOCK, head_dim, BLOCK, weights,
+                                      tile->stride * sizeof(float),
+                                      values + b * BLOCK * sizeof(float), BLOCK * sizeof(float),
+                                      head_dim * sizeof(float), newest + 1 - oldest,
+                                      ahead(tile, part->next_keys, part->values,
+                                            head_dim * sizeof(float)));
     }
 }
 
-static void attend_tile(const job_t *job, const part_t *part, tile_t *tile) {
+static int has_nan(const float *mixed, size_t count) {
+    __mmask16 found = 0;
+    for (size_t i = 0; i < count; i += BLOCK) {
+        __m512 each = _mm512_loadu_ps(mixed + i);
+        found |= _mm512_cmp_ps_mask(each, each, _CMP_UNORD_Q);
+    }
+    return found != 0;
+}
+
+static void attend_tile(const job_t *job, const part_t *part, tile_t tile) {
     size_t head_dim = job->shape->head_dim;
     float *out = job->shape->out;
-    tile->first_block = oldest_seen(job, position_of(job, part, tile->first)) / BLOCK;
-    size_t newest = position_of(job, part, tile->first + tile->count - 1);
-    tile->num_blocks = newest / BLOCK + 1 - tile->first_block;
-    score(job, part, tile);
+    tile.first_block = oldest_seen(job, position_of(job, part, tile.first)) / BLOCK;
+    size_t newest = position_of(job, part, tile.first + tile.count - 1);
+    tile.num_blocks = newest / BLOCK + 1 - tile.first_block;
+    score(job, part, &tile);
     float sums[MAX_ATTENTION_ROWS];
-    for (size_t i = 0; i < tile->count; i++) {
-        size_t position = position_of(job, part, tile->first + i);
-        sums[i] = weigh(job, tile, tile->scores + i * tile->stride, oldest_seen(job, position),
+    for (size_t i = 0; i < tile.count; i++) {
+        size_t position = position_of(job, part, tile.first + i);
+        sums[i] = weigh(job, &tile, tile.scores + i * tile.stride, oldest_seen(job, position),
                         position);
     }
-    mix(job, part, tile);
-    for (size_t i = 0; i < tile->count; i++) {
-        float *to = out + offset_of(job, part, tile->first + i, job->shape->num_heads * head_dim);
+    mix(job, part, &tile);
+    if (tile.count > 1 && has_nan(tile.mixed, tile.count * head_dim)) {
+        /* weighing nothing is not enough where values are infinite: see only one's own */
+        for (size_t i = 0; i < tile.count; i++) {
+            tile_t single = tile;
+            single.first += i;
+            single.count = 1;
+            attend_tile(job, part, single);
+        }
+        return;
+    }
+    for (size_t i = 0; i < tile.count; i++) {
+        float *to = out + offset_of(job, part, tile.first + i, job->shape->num_heads * head_dim);
         __m512 factor = _mm512_set1_ps(1.0f / sums[i]);
         for (size_t d = 0; d < head_dim; d += BLOCK) {
-            __m512 mixed = _mm512_loadu_ps(tile->mixed + i * head_dim + d);
+            __m512 mixed = _mm512_loadu_ps(tile.mixed + i * head_dim + d);
             _mm512_storeu_ps(to + d, _mm512_mul_ps(mixed, factor));
         }
     }
@@ -174,7 +208,7 @@ static void attend_part(const job_t *job, const part_t *part) {
     for (size_t i = 0; i < num_tiles; i++) {
         tile.first = first + i * (end - first) / num_tiles;
         tile.count = first + (i + 1) * (end - first) / num_tiles - tile.first;
-        attend_tile(job, part, &tile);
+        attend_tile(job, part, tile);
     }
 }
 
@@ -182,15 +216,21 @@ static size_t num_tasks(const job_t *job, const span_t *span) {
     return (num_queries(job, span) + QUERIES_PER_TASK - 1) / QUERIES_PER_TASK;
 }
 
-static void attend_chunk(void *opaque, size_t chunk) {
-    const job_t *job = opaque;
+static part_t part_of_chunk(const job_t *job, size_t chunk) {
     const span_t *span = job->shape->spans;
     size_t kv_heads = job->shape->num_kv_heads;
     while (chunk >= num_tasks(job, span) * kv_heads) {
         chunk -= num_tasks(job, span) * kv_heads;
         span++;
     }
-    part_t part = part_of(job, span, chunk % kv_heads, chunk / kv_heads);
+    return part_of(job, span, chunk % kv_heads, chunk / kv_heads);
+}
+
+static void attend_chunk(void *opaque, size_t chunk) {
+    const job_t *job = opaque;
+    part_t part = part_of_chunk(job, chunk);
+    size_t next = chunk + pool_num_threads();
+    if (next < job->num_chunks) part.next_keys = part_of_chunk(job, next).keys;
     attend_part(job, &part);
 }
 
@@ -210,7 +250,8 @@ void attend(const attention_t *shape) {
         tasks += num_tasks(&job, shape->spans + i);
     }
     if (!job.appends) pool_run(append_chunk, &job, shape->num_spans * shape->num_kv_heads);
-    pool_run(attend_chunk, &job, tasks * shape->num_kv_heads);
+    job.num_chunks = tasks * shape->num_kv_heads;
+    pool_run(attend_chunk, &job, job.num_chunks);
 }
 
 END_SIMD

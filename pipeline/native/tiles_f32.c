@@ -86,7 +86,7 @@ tile_fn tile_bf16(size_t rows, size_t blocks) {
 /* The same of rows as they lie in memory, for attention. */
 INLINE void run_rows(const int R, const int B, float *acc, size_t acc_stride, size_t acc_block,
                      const char *x_base, size_t x_stride, const char *w_base, size_t block_stride,
-                     size_t k_stride, size_t num_k) {
+                     size_t k_stride, size_t num_k, ptrdiff_t next) {
     __m512 sums[MAX_SUMS], wide[MAX_WIDTH];
     const char *x[MAX_ATTENTION_ROWS], *w[MAX_WIDTH];
     spread(x, R, x_base, x_stride);
@@ -95,7 +95,8 @@ INLINE void run_rows(const int R, const int B, float *acc, size_t acc_stride, si
     for (size_t k = 0, at = 0; k < num_k; k++, at += k_stride) {
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) wide[b] = _mm512_loadu_ps((const float *)(w[b] + at));
-        fetch(R, B, w, at, k_stride);
+#pragma GCC unroll 4
+        for (int b = 0; b < B; b++) _mm_prefetch(w[b] + at + next, _MM_HINT_T1);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
             __m512 xr = _mm512_set1_ps(((const float *)x[r])[k]);
@@ -111,8 +112,9 @@ INLINE void run_rows(const int R, const int B, float *acc, size_t acc_stride, si
 #define ROWS(R, B)                                                                                 \
     static void rows_##R##x##B(float *acc, size_t acc_stride, size_t acc_block, const char *x,     \
                                size_t x_stride, const char *w, size_t block_stride,                \
-                               size_t k_stride, size_t num_k) {                                    \
-        run_rows(R, B, acc, acc_stride, acc_block, x, x_stride, w, block_stride, k_stride, num_k); \
+                               size_t k_stride, size_t num_k, ptrdiff_t next) {                    \
+        run_rows(R, B, acc, acc_stride, acc_block, x, x_stride, w, block_stride, k_stride, num_k,  \
+                 next);                                                                            \
     }
 #define ATTENTION_SHAPES(DO)                                                                       \
     UP_TO_4(DO, 1) UP_TO_4(DO, 2) UP_TO_4(DO, 3) UP_TO_4(DO, 4) UP_TO_4(DO, 5) UP_TO_4(DO, 6)

@@ -89,6 +89,20 @@ def test_extreme_scores_neither_overflow_nor_vanish(native):
     assert attention(qkv * 1e3, (0, 0, 40, 0)).isfinite().all()
 
 
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("shape", [(1, 1, 16), (9, 3, 64)])
+def test_infinite_values_stay_out_of_rows_that_do_not_see_them(native, shape, window):
+    clean, spoilt = (Attention(native, *shape, window=window) for _ in range(2))
+    qkv = normal(40, clean.width)
+    expected = clean(qkv, (0, 0, 40, 0))
+    qkv[21, -1] = torch.inf  # a value
+    found = spoilt(qkv, (0, 0, 40, 0))
+    seen = range(21, 21 + window if window else 40)
+    for row in range(40):
+        assert found[row].isfinite().all() == (row not in seen), row
+        assert row in seen or found[row].equal(expected[row])
+
+
 def test_rows_may_be_padded_and_other_slots_are_left_alone(native):
     attention = Attention(native, 2, 1, 16)
     wide = normal(30, attention.width + 5)
