@@ -50,6 +50,8 @@ class Step:
     token_ids: tuple[int, ...]
     # For each segment that wants a token, whose it is.
     owners: tuple[int, ...]
+    # Whether requests take part that had read their prompt before.
+    is_decoding: bool = False
 
 
 class Scheduler:
@@ -204,7 +206,8 @@ class Scheduler:
             return None
         segments = tuple(Segment(slot, 0, 0) for slot in self._ended_slots)
         self._ended_slots = []
-        return self._step(StepKind.CLEAR, segments, (Want.NOTHING,) * len(segments), (), ())
+        wants = (Want.NOTHING,) * len(segments)
+        return Step(StepHeader(StepKind.CLEAR, self._next_step, segments, wants), (), ())
 
     def _token_step(self) -> Step | None:
         """A step of the requests that have waited longest, if a stage has nothing to do."""
@@ -217,7 +220,9 @@ class Scheduler:
         wants: list[Want] = []
         token_ids: list[int] = []
         owners: list[int] = []
-        for state, num_tokens in self._next_parts(num_idle):
+        parts = self._next_parts(num_idle)
+        is_decoding = any(not state.num_prompt_left for state, _ in parts)
+        for state, num_tokens in parts:
             pending = state.pending(num_tokens)
             segments.append(Segment(state.slot, state.num_sent, len(pending)))
             token_ids += pending
@@ -228,9 +233,8 @@ class Scheduler:
                 owners.append(state.request.request_id)
         if not segments:
             return None
-        return self._step(
-            StepKind.STEP, tuple(segments), tuple(wants), tuple(token_ids), tuple(owners)
-        )
+        header = StepHeader(StepKind.STEP, self._next_step, tuple(segments), tuple(wants))
+        return Step(header, tuple(token_ids), tuple(owners), is_decoding)
 
     def _admit(self) -> None:
         while self._waiting and self._free_slots:
@@ -249,12 +253,13 @@ class Scheduler:
     def _decoding(self) -> list[tuple[RequestState, int]]:
         """A step's share of the requests that have read their prompt, with a token for each.
 
-        None while as many steps are under way as there are shares: the one that comes back next
-        makes a whole one with those that wait.
+        None while as many of their steps are under way as there are shares: the one that comes back
+        next makes a whole one with those that wait. Steps of prompts do not count: whoever they are
+        of may want no second token, and so would never come.
         """
         decoding = [state for state in self._running.values() if not state.num_prompt_left]
         share = max(MIN_SHARE, -(-len(decoding) // self.limits.num_stages))
-        if sum(bool(step.owners) for step in self._in_flight) >= -(-len(decoding) // share):
+        if sum(step.is_decoding for step in self._in_flight) >= -(-len(decoding) // share):
             return []
         return [(state, 1) for state in decoding if state.num_sent < state.num_known][:share]
 
@@ -279,16 +284,6 @@ class Scheduler:
             if has + more:
                 chunks[state.slot] = has + more
         return [(state, chunks[state.slot]) for state in left if state.slot in chunks]
-
-    def _step(
-        self,
-        kind: StepKind,
-        segments: tuple[Segment, ...],
-        wants: tuple[Want, ...],
-        token_ids: tuple[int, ...],
-        owners: tuple[int, ...],
-    ) -> Step:
-        return Step(StepHeader(kind, self._next_step, segments, wants), token_ids, owners)
 
     def _is_given_up(self, request_id: int) -> bool:
         """Count the loss of a request's step; forget the request if that has been too many."""

@@ -18,6 +18,9 @@ from pipeline.models.kernels import Attention, DecodeStep, HeadShape, Kernels, L
 from pipeline.models.kv_cache import KVCache, kv_bytes
 from pipeline.models.sinks import Sink
 
+# Decode steps kept for a cache, one for each number of requests: each has buffers of its own.
+MAX_DECODE_STEPS = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -190,10 +193,15 @@ class Shard(ABC):
         logits that the next step overwrites. Raises MessageError when the batch does not fit the
         cache, ValueError when the rows do not fit the batch or an id the vocabulary.
         """
-        step = cache.decode_steps.get(len(batch))
-        if step is None:
-            step = cache.decode_steps[len(batch)] = self._decode_step(batch, cache)
+        if num_tokens(batch) != len(batch):
+            raise MessageError(f"a decode step of {num_tokens(batch)} tokens for {len(batch)}")
         cache.reserve(batch)
+        steps = cache.decode_steps
+        step = steps.get(len(batch))
+        if step is None:
+            if len(steps) == MAX_DECODE_STEPS:
+                del steps[next(iter(steps))]
+            step = steps[len(batch)] = self._decode_step(batch, cache)
         outputs = step(batch, rows)
         cache.advance(batch)
         return outputs, step.logits

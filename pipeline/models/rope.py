@@ -34,13 +34,15 @@ class RopeTable:
         return cos, sin
 
     def _grow_to(self, end: int) -> None:
-        while len(self._cos) < end:
-            first = len(self._cos)
+        cosines, sines = [self._cos], [self._sin]
+        for first in range(len(self._cos), end, TABLE_STEP):
             positions = torch.arange(first, first + TABLE_STEP, dtype=torch.float32, device="cpu")
             angles = torch.outer(positions, self._frequencies)  # alike on every device
             cos, sin = angles.cos(), angles.sin()
-            self._cos = torch.cat((self._cos, torch.cat((cos, cos), -1).to(self._cos.device)))
-            self._sin = torch.cat((self._sin, torch.cat((-sin, sin), -1).to(self._sin.device)))
+            cosines.append(torch.cat((cos, cos), -1).to(self._cos.device))
+            sines.append(torch.cat((-sin, sin), -1).to(self._sin.device))
+        if len(cosines) > 1:
+            self._cos, self._sin = torch.cat(cosines), torch.cat(sines)
 
 
 def rope_frequencies(config: LlamaConfig) -> torch.Tensor:

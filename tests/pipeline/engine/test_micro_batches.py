@@ -143,9 +143,11 @@ def test_two_requests_that_came_apart_come_together():
         sim.scheduler.submit(Request(index, (1,) * MIN_CHUNK_TOKENS, 100))
     assert [step.owners for step in sim.send()] == [(0,), (1,)]
     sim.advance()
+    assert [step.owners for step in sim.send()] == [(0,)]
+    sim.advance()
     assert sim.send() == []
     sim.advance()
-    assert [step.owners for step in sim.send()] == [(0, 1)]
+    assert [step.owners for step in sim.send()] == [(1, 0)]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -167,6 +169,24 @@ def test_nobody_starves(seed):
             assert gap <= 2 * num_stages + num_slots, event
             last_step[event.request_id] = taken
     assert len(sim.first_at) == 40
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_clients", [1, 2, 3, 6])
+@pytest.mark.parametrize("prompt_length", [4, 100, 600])
+def test_nobody_starves_beside_prompts_that_want_one_token(num_stages, num_clients, prompt_length):
+    sim = simulation(1 + num_clients, num_stages)
+    sim.scheduler.submit(Request(0, (1,), 900))
+    for client in range(num_clients):
+        sim.scheduler.submit(Request(1 + client, (1,) * prompt_length, 1))
+    next_id = 1 + num_clients
+    for _ in range(400):
+        for event in sim.advance():
+            if event.finish is not None:
+                sim.scheduler.submit(Request(next_id, (1,) * prompt_length, 1))
+                next_id += 1
+    assert sim.tokens[0] >= 400 / (4 * num_stages)
+    assert next_id > 50
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
