@@ -8,7 +8,7 @@ export PATH="${VEILPIPE_VENV:-$root/.venv}/bin:$PATH"
 cd "$root"
 if [ $# -eq 0 ]; then
   bash scripts/check
-  # A file's tests stay together: they share servers, and ports follow the process.
+  # A file's tests stay together: they share servers.
   set -- -m "not slow" -n 2 --dist loadfile
 fi
 exec python -m pytest "$@"

@@ -1,5 +1,6 @@
 """A tiny model and real processes."""
 
+import fcntl
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,22 +22,25 @@ from pipeline.plan import PlanOptions, plan
 BIN = Path(sys.executable).parent
 
 
-def free_base_port(count):
-    """The first of so many free ports; processes of pytest-xdist choose from different ones."""
-    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 5
-    bases = range(21000 + 2000 * process, 23000 + 2000 * process, 100)
-    for base in random.sample(bases, len(bases)):
-        sockets = []
-        try:
-            for port in range(base, base + count):
-                sockets.append(socket.create_server(("127.0.0.1", port)))
-        except OSError:
-            continue
-        finally:
-            for sock in sockets:
-                sock.close()
-        return base
-    raise AssertionError("no free ports")
+class Ports:
+    """A range of free ports, and the claim that keeps other test processes from choosing it."""
+
+    def __init__(self, count):
+        for base in random.sample(range(20000, 32000, 100), 120):
+            self._claim = (Path(tempfile.gettempdir()) / f"veilpipe-ports-{base}").open("w")
+            try:
+                fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for port in range(base, base + count):
+                    socket.create_server(("127.0.0.1", port)).close()
+            except OSError:
+                self._claim.close()
+            else:
+                self.base = base
+                return
+        raise AssertionError("no free ports")
+
+    def release(self):
+        self._claim.close()
 
 
 class Cluster:
@@ -48,10 +53,12 @@ class Cluster:
         self.manifest = directory / "manifest.json"
         self.workers = {}
         self.orchestrators = []
+        self._ports = []
         self.bin = BIN
 
     def plan(self, stages, **changes):
-        self.base_port = free_base_port(10 * stages + 2)
+        self._ports.append(Ports(10 * stages + 2))
+        self.base_port = self._ports[-1].base
         options = PlanOptions(stages, base_port=self.base_port, **changes)
         self.manifest.write_text(dump_manifest(plan(self.model_dir, options)))
 
@@ -114,6 +121,13 @@ class Cluster:
         )
 
     def stop(self):
+        try:
+            self._end_processes()
+        finally:
+            for ports in self._ports:
+                ports.release()
+
+    def _end_processes(self):
         for process in self.orchestrators:
             process.kill()  # nothing to one that has ended
             process.communicate()
