@@ -119,10 +119,11 @@ class StageCore:
             yield header, self._codec.encode(hidden)
 
     def release(self) -> None:
-        """Zero the session's keys, values and activations, and give their memory back."""
+        """Zero the session's keys, values, activations and logits; give memory of its own back."""
         self._catch_up = CatchUp(self.limits.max_step_tokens)
         self._unkept = None
         self.cache.release()
+        self.shard.wipe()
         if self.log is not None:
             self.log.release()
 

@@ -246,6 +246,11 @@ class Shard(ABC):
         logits = self._to_logits(hidden, self._logits[:rows])
         return self.kernels.argmax(logits), logits
 
+    def wipe(self) -> None:
+        """Zero what steps have left in memory that outlives their session."""
+        for each in (*self._buffers, self._logits):
+            each.zero_()
+
     def _to_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         assert self._norm is not None, "only the last stage has a norm"
         assert self._head is not None, "only the last stage has a head"

@@ -60,6 +60,9 @@ class ModelShard(Protocol):
     ) -> tuple[bytearray, npt.NDArray[np.float32] | None]:
         """A step of one token for each segment, as the wire has it: see `Shard.decode`."""
 
+    def wipe(self) -> None:
+        """Zero what steps have left in memory that outlives their session."""
+
 
 def load_shard(
     model_dir: Path,

@@ -82,6 +82,17 @@ def test_every_want_is_answered_alike(cores, without_decode_steps):
             assert replayed == [seen[idx] for seen in sent]
 
 
+def test_a_released_core_leaves_nothing_of_its_steps_in_the_shard(cores):
+    header = StepHeader(StepKind.STEP, 0, (Segment(0, 0, 3),), (Want.LOGITS,))
+    tensors = (token_ids_to_wire([1, 7, 40]),)
+    through(cores[0], header, tensors)
+    kept = [each for core in cores[0] for each in (*core.shard._buffers, core.shard._logits)]
+    assert any(each.any() for each in kept)
+    for core in cores[0]:
+        core.release()
+    assert not any(each.any() for each in kept)
+
+
 def test_a_token_outside_the_vocabulary_is_named_as_such(cores):
     header = StepHeader(StepKind.STEP, 0, (Segment(0, 0, 1),), (Want.TOKEN,))
     first = cores[0][0]
