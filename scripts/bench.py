@@ -17,13 +17,14 @@ from pathlib import Path
 from time import perf_counter_ns
 
 import trio
+from command_line import Parser, run_main, unwind_on_sigterm, whole, wholes
 
 from pipeline.drive import drive
 from pipeline.engine.latency import LatencyLog, percentile
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.engine.tokenizer import Tokenizer
-from pipeline.errors import PipelineError
+from pipeline.errors import SessionError
 from pipeline.local import LocalPipeline
 from pipeline.manifest import Manifest, dump_manifest
 from pipeline.models.config import load_config
@@ -51,7 +52,7 @@ def free_base_port(count: int, start: int) -> int:
         for sock in sockets:
             sock.close()
         return base
-    raise SystemExit("bench: no free loopback ports")
+    raise SessionError("no free loopback ports")
 
 
 def local_pipeline(model_dir: Path, manifest: Manifest, limits: Limits) -> LocalPipeline:
@@ -112,7 +113,7 @@ async def measure(pipeline, prompt_ids, num_tokens: int, limits: Limits) -> Late
     return log
 
 
-async def run(args: argparse.Namespace) -> dict[str, list[LatencyLog]]:
+async def compare(args: argparse.Namespace) -> dict[str, list[LatencyLog]]:
     tokenizer = Tokenizer(args.model_dir / "tokenizer.json")
     prompt_ids = tokenizer.encode(PROMPT)
     limits = Limits(num_slots=1, max_seq_len=len(prompt_ids) + args.tokens)
@@ -137,7 +138,7 @@ async def run(args: argparse.Namespace) -> dict[str, list[LatencyLog]]:
                     results[name] = await measure(pipeline, prompt_ids, args.tokens, limits)
             expected = results[LOCAL].token_ids
             if any(log.token_ids != expected for log in results.values()):
-                raise SystemExit("bench: the arrangements do not agree on the tokens")
+                raise SessionError("the arrangements do not agree on the tokens")
             print(f"round {round_idx} of {args.rounds}", file=sys.stderr)
             if round_idx:  # the first one warms up
                 for name, log in results.items():
@@ -181,26 +182,22 @@ def machine() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="bench.sh", description=__doc__)
+    parser = Parser(prog="bench.sh", description=__doc__)
     parser.add_argument("--model-dir", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--stages", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3]
-    )
+    parser.add_argument("--rounds", type=whole(1), default=5)
+    parser.add_argument("--tokens", type=whole(2), default=48)
+    parser.add_argument("--threads", type=whole(1, 1024), default=1)
+    parser.add_argument("--stages", type=wholes(1), default=[1, 2, 3])
     args = parser.parse_args()
-    if min(args.rounds, args.tokens - 1, args.threads, *args.stages) < 1:
-        parser.error("--rounds, --threads and --stages start at 1, --tokens at 2")
+    if max(args.stages) > (num_layers := load_config(args.model_dir).num_layers):
+        parser.error(f"argument --stages: {max(args.stages)}: the model has {num_layers} layers")
+    unwind_on_sigterm()
     set_num_threads(args.threads)
-    try:
-        logs = trio.run(run, args)
-    except* PipelineError as group:
-        raise SystemExit(f"bench: {group.exceptions[0]}") from None
+    logs = trio.run(compare, args)
     print(f"{machine()}; {args.model_dir.name}, float32, {args.threads} threads a step;")
     print(f"medians of {args.rounds} interleaved rounds of {args.tokens} tokens\n")
     print(table(logs))
 
 
 if __name__ == "__main__":
-    main()
+    run_main("bench.sh", main)

@@ -9,7 +9,6 @@ shows the median of the rounds and the median of the rounds' ratios, so that a n
 all alike. A missed target is marked; the exit code is 1 then.
 """
 
-import argparse
 import datetime
 import multiprocessing
 import os
@@ -30,6 +29,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from command_line import Parser, run_main, whole
 
 from transport import handshake
 from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
@@ -371,11 +372,11 @@ def fork_echoes(side: Side) -> dict[str, tuple[socket.socket, int]]:
     for name in CANDIDATES:
         near, far = tcp_pair()
 
-        def run(name: str = name, far: socket.socket = far) -> None:
+        def serve_echo(name: str = name, far: socket.socket = far) -> None:
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
             trio.run(echo, name, far, side)
 
-        process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+        process = multiprocessing.get_context("fork").Process(target=serve_echo, daemon=True)
         process.start()
         far.close()
         echoes[name] = near, process.pid
@@ -451,8 +452,8 @@ def report(results: dict[str, list[float]], cipher: str) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
+    parser = Parser(prog="bench_channel", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=whole(1), default=9, help="interleaved rounds (default 9)")
     num_rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as directory:
         certificate = write_certificate(Path(directory))
@@ -468,4 +469,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main("bench_channel", main)

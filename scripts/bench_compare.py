@@ -15,11 +15,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from command_line import Parser, run_main, whole, wholes
 from contenders.lineup import LINEUP, Field, assemble, default_cache, floor, matching, random_model
 from contenders.quiet import DISTURBED
 from contenders.referee import Task, compete, step_ms
 from contenders.report import Heat, draw, row, table
 from rich.console import Console
+
+from pipeline.models.config import load_config
 
 PROMPT_TOKENS, PREFILL_TOKENS, BATCH_ROWS, BATCH_STEPS = 16, 512, 16, 8
 MEASURES = ("decode", "prefill", "batch")
@@ -96,7 +99,7 @@ def as_json(heats: list[Heat], args: argparse.Namespace, model: str) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.sh --compare", description=__doc__)
+    parser = Parser(prog="bench.sh --compare", description=__doc__)
     words = str.split
     parser.add_argument("--model-dir", type=Path, help="a GPT-2 or Llama-family model instead")
     parser.add_argument(
@@ -109,18 +112,16 @@ def parse() -> argparse.Namespace:
         help="which of decode,prefill,batch",
     )  # fmt: skip
     parser.add_argument(
-        "--threads", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2],
+        "--threads", type=wholes(1), default=[1, 2],
         help="of every process that computes; a comparison for each (default 1,2)",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=24, help="generated per round")
+    parser.add_argument("--rounds", type=whole(1), default=5)
+    parser.add_argument("--tokens", type=whole(4), default=24, help="generated per round")
     parser.add_argument("--json", type=Path, help="write every figure of every round")
     parser.add_argument("--png", type=Path, help="draw the decode times")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="derived files")
     parser.add_argument("--lock", type=Path, help="take turns with others who lock this file")
     args = parser.parse_args()
-    if min(args.rounds, args.tokens - 3, *args.threads) < 1:
-        parser.error("--rounds and --threads start at 1, --tokens at 4")
     if unknown := set(args.measure) - set(MEASURES):
         parser.error(f"--measure knows {', '.join(MEASURES)}, not {', '.join(unknown)}")
     if not matching(args.contenders):
@@ -130,6 +131,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    if args.model_dir:
+        load_config(args.model_dir)
     model_dir = args.model_dir or random_model(args.cache)
     model = model_dir.name if args.model_dir else "GPT-2's shape (124M), random weights"
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -149,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main("bench.sh --compare", main)

@@ -6,12 +6,12 @@ A line is all of a token's products through the layers of that model's shape, ea
 its own, so that nothing stays in a cache that would not in use. Medians of rounds.
 """
 
-import argparse
 import statistics
 import time
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
+from command_line import Parser, run_main, whole, wholes
 
 from pipeline import _native
 from pipeline.models.arena import Arena
@@ -98,19 +98,19 @@ def measure(contenders, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = Parser(prog="bench_kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=whole(1), default=7)
     parser.add_argument("--model", choices=SHAPES, default="gpt2")
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--rows", default="1,4,16,512")
+    parser.add_argument("--threads", type=wholes(1), default="1,2")
+    parser.add_argument("--rows", type=wholes(1), default="1,4,16,512")
     args = parser.parse_args()
     layers, shapes = SHAPES[args.model]
     num_weights = layers * sum(num_in * num_out for num_in, num_out in shapes)
     print(f"{args.model}: {num_weights / 1e6:.0f} M weights; CPU: {_native.features()}")
-    for threads in map(int, args.threads.split(",")):
+    for threads in args.threads:
         torch.set_num_threads(threads)
         _native.set_num_threads(threads)
-        for rows in map(int, args.rows.split(",")):
+        for rows in args.rows:
             contenders = {
                 name: native_products(kind, layers, shapes, rows) for name, kind in KINDS.items()
             }
@@ -126,4 +126,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main("bench_kernels", main)

@@ -8,14 +8,13 @@ arrive at random (Poisson), however busy the server is. Every request has a conn
 
 import argparse
 import json
-import math
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import trio
+from command_line import Parser, not_negative, positive, run_main, whole
 from openai_stream import (
     BenchError,
     EventStream,
@@ -149,23 +148,9 @@ def _lengths(text: str) -> Lengths:
         raise argparse.ArgumentTypeError(f"{text!r}: give 64, or 16,64,256, or 16-256") from None
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number above 0")
-    return value
-
-
 def parse_arguments() -> argparse.Namespace:
     summary, _, example = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench_serve", description=summary, epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -176,15 +161,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--chat", action="store_true", help="ask /chat/completions instead of /completions")
     arrivals = parser.add_mutually_exclusive_group()
     arrivals.add_argument(
-        "--clients", type=_count, default=4, metavar="N", help="at once [%(default)s]"
+        "--clients", type=whole(1), default=4, metavar="N", help="at once [%(default)s]"
     )
-    arrivals.add_argument(
-        "--rate", type=_positive, metavar="R", help="arrivals a second, at random"
-    )
-    add("--requests", type=_count, default=32, metavar="N", help="in all [%(default)s]")
+    arrivals.add_argument("--rate", type=positive, metavar="R", help="arrivals a second, at random")
+    add("--requests", type=whole(1), default=32, metavar="N", help="in all [%(default)s]")
     add(
         "--warmup",
-        type=int,
+        type=whole(0),
         default=1,
         metavar="N",
         help="requests before, not counted [%(default)s]",
@@ -197,7 +180,7 @@ def parse_arguments() -> argparse.Namespace:
         help="64, 16,64,256 or 16-256 [64]",
     )
     add("--max-tokens", type=_lengths, default="64", metavar="N", help="likewise [64]")
-    add("--temperature", type=float, default=0.0, metavar="T", help="[%(default)s]")
+    add("--temperature", type=not_negative, default=0.0, metavar="T", help="[%(default)s]")
     add("--ignore-eos", action="store_true", help="full length; an extension of OpenAI's API")
     add(
         "--seed",
@@ -208,7 +191,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add(
         "--patience",
-        type=_positive,
+        type=positive,
         default=300.0,
         metavar="S",
         help="with one request [%(default)s]",
@@ -255,12 +238,4 @@ def _write(path: Path, write) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(bench(parse_arguments()))
-    except BenchError as error:
-        print(f"bench_serve: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, BaseExceptionGroup) as error:
-        if isinstance(error, BaseExceptionGroup) and error.subgroup(KeyboardInterrupt) is None:
-            raise
-        sys.exit(130)
+    run_main("bench_serve", lambda: bench(parse_arguments()))

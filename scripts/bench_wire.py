@@ -14,6 +14,7 @@ from time import perf_counter_ns
 
 import numpy as np
 import torch
+from command_line import Parser, run_main, whole
 from rich.console import Console
 from rich.table import Table
 
@@ -109,7 +110,7 @@ def measure(shards, codec, windows, references) -> Figures:
 
 
 @torch.inference_mode()
-def run(args: argparse.Namespace) -> dict[str, Figures]:
+def compare(args: argparse.Namespace) -> dict[str, Figures]:
     config = load_config(args.model_dir)
     manifest = plan(args.model_dir, PlanOptions(NUM_STAGES))
     shards = [
@@ -146,14 +147,14 @@ def table(figures: dict[str, Figures]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(prog="bench_wire", description=__doc__)
     parser.add_argument("--model-dir", type=Path, default=ROOT / "models" / "smollm2")
     parser.add_argument("--text", type=Path, nargs="+", default=TEXTS)
-    parser.add_argument("--windows", type=int, default=12, help=f"of {WINDOW} tokens")
+    parser.add_argument("--windows", type=whole(1), default=12, help=f"of {WINDOW} tokens")
     args = parser.parse_args()
     set_num_threads(1)
-    Console(width=None if sys.stdout.isatty() else 120).print(table(run(args)))
+    Console(width=None if sys.stdout.isatty() else 120).print(table(compare(args)))
 
 
 if __name__ == "__main__":
-    main()
+    run_main("bench_wire", main)

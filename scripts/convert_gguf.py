@@ -196,7 +196,10 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def convert(source: Path, directory: Path) -> None:
     """Write the model directory; `directory` exists and is empty."""
-    reader = GGUFReader(source)
+    try:
+        reader = GGUFReader(source)
+    except ValueError as error:
+        sys.exit(f"convert_gguf: error: {source} is no GGUF file: {error}")
     meta = Metadata(reader)
     if meta["general.architecture"] != "llama":
         sys.exit(f"convert_gguf: error: architecture {meta['general.architecture']} is not llama")

@@ -3,12 +3,13 @@
 The file has no vocabulary: it is for measuring, where prompts are token ids.
 """
 
-import argparse
 import json
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
+from command_line import Parser, run_main
 from safetensors import safe_open
 
 TYPES = {"f32": gguf.GGMLQuantizationType.F32, "q8_0": gguf.GGMLQuantizationType.Q8_0}
@@ -101,7 +102,7 @@ def export(model_dir: Path, target: Path, type_name: str) -> None:
     config = json.loads((model_dir / "config.json").read_text())
     family = config["model_type"]
     if family not in FAMILIES:
-        raise SystemExit(f"export_gguf: no GGUF for {family!r}, only for {', '.join(FAMILIES)}")
+        sys.exit(f"export_gguf: error: no GGUF for {family!r}, only for {', '.join(FAMILIES)}")
     describe, tensors = FAMILIES[family]
     partial = target.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, family)
@@ -122,7 +123,7 @@ def export(model_dir: Path, target: Path, type_name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(prog="export_gguf", description=__doc__)
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--type", choices=TYPES, default="f32")
@@ -131,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main("export_gguf", main)

@@ -26,6 +26,8 @@ with atheris.instrument_imports(include=["transport.attestation"]):
     from transport.attestation.nsm import Nsm
     from transport.errors import DeviceError, ProtocolError
 
+from command_line import Parser, whole
+
 DEFAULT_RUNS = 1_000_000
 MAX_INPUT_BYTES = 6000  # a recorded document has 4.5 KB
 RECORDED = Path(__file__).parents[2] / "shared" / "fixtures" / "nitro"
@@ -117,9 +119,11 @@ def fuzz_apart(target: str, runs: int) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="fuzz_attestation", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
-    parser.add_argument("--runs", type=int, default=DEFAULT_RUNS, help="inputs for each target")
+    parser.add_argument(
+        "--runs", type=whole(1), default=DEFAULT_RUNS, help="inputs for each target"
+    )
     parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)  # in this very process
     arguments = parser.parse_args()
     if unknown := set(arguments.targets) - set(TARGETS):

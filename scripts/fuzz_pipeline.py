@@ -28,6 +28,8 @@ with atheris.instrument_imports(
 with atheris.instrument_imports(include=["pipeline.models.weights", "pipeline.models.config"]):
     from pipeline.models import config, weights
 
+from command_line import Parser, whole
+
 from pipeline.errors import ManifestError, MessageError, ModelError
 from pipeline.models.batch import Segment
 from transport.frames import DType
@@ -222,9 +224,9 @@ def fuzz(name: str, num_runs: int, seed: int, directory: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--runs", type=int, default=20_000, help="inputs per decoder")
-    parser.add_argument("--seed", type=int, default=1, help="of the mutations")
+    parser = Parser(prog="fuzz_pipeline", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--runs", type=whole(1), default=20_000, help="inputs per decoder")
+    parser.add_argument("--seed", type=whole(0), default=1, help="of the mutations")
     parser.add_argument("--decoder", nargs="*", choices=DECODERS, default=list(DECODERS))
     parser.add_argument("--in-process", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -24,6 +24,7 @@ with atheris.instrument_imports(include=["transport"]):
     from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
     from transport.errors import ProtocolError
 
+from command_line import Parser, whole
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 Decoder = Callable[[bytes], None]
@@ -158,9 +159,9 @@ def fuzz(name: str, num_runs: int, seed: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--runs", type=int, default=20_000, help="inputs per decoder")
-    parser.add_argument("--seed", type=int, default=1, help="of the mutations")
+    parser = Parser(prog="fuzz_transport", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--runs", type=whole(1), default=20_000, help="inputs per decoder")
+    parser.add_argument("--seed", type=whole(0), default=1, help="of the mutations")
     parser.add_argument("--decoder", nargs="*", choices=DECODERS, default=list(DECODERS))
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -10,12 +10,14 @@ from urllib.parse import urlsplit
 import h11
 import trio
 
+from pipeline.errors import InputError
+
 CHUNK_BYTES = 1 << 16
 MAX_BODY_BYTES = 1 << 20
 MAX_EVENT_BYTES = 1 << 20
 
 
-class BenchError(Exception):
+class BenchError(InputError):
     """Nothing can be measured; one line says why."""
 
 

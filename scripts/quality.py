@@ -11,8 +11,10 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from tokenizers import Tokenizer
+from command_line import Parser, run_main, whole
 
+from pipeline.engine.tokenizer import Tokenizer
+from pipeline.errors import InputError
 from pipeline.models.batch import Segment
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
@@ -37,11 +39,11 @@ class Score:
 
 
 def windows(model_dir: Path, num_tokens: int) -> list[torch.Tensor]:
-    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    tokenizer = Tokenizer(model_dir / "tokenizer.json")
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    ids = torch.tensor(tokenizer.encode(text[: 8 * num_tokens]).ids[:num_tokens])
+    ids = torch.tensor(tokenizer.encode(text[: 8 * num_tokens])[:num_tokens])
     if len(ids) < num_tokens:
-        raise SystemExit(f"quality: the text has {len(ids)} tokens, --tokens {num_tokens}")
+        raise InputError(f"--tokens {num_tokens}: the text has {len(ids)}")
     return [each for each in ids.split(WINDOW) if len(each) > 1]
 
 
@@ -85,11 +87,11 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Score], dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(prog="quality", description=__doc__)
     parser.add_argument("--model-dir", type=Path, default=ROOT / "models" / "smollm2")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=whole(2), default=8192)
     parser.add_argument("--kernels", default="auto")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=whole(1), default=1)
     parser.add_argument("--check", action="store_true", help="exit 1 where the loss is too great")
     arguments = parser.parse_args()
     set_num_threads(arguments.threads)
@@ -118,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main("quality", main)

@@ -4,11 +4,11 @@ The same arguments give the same bytes. The tokenizer knows one word per token i
 which is what other engines' converters insist on.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
+from command_line import Parser, run_main, whole
 from safetensors.numpy import save_file
 
 GPT2_124M = {
@@ -95,12 +95,12 @@ def write(directory: Path, config: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(prog="random_model", description=__doc__)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--layers", type=int, default=GPT2_124M["n_layer"])
+    parser.add_argument("--layers", type=whole(1), default=GPT2_124M["n_layer"])
     args = parser.parse_args()
     write(args.directory, {**GPT2_124M, "n_layer": args.layers})
 
 
 if __name__ == "__main__":
-    main()
+    run_main("random_model", main)

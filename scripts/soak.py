@@ -9,7 +9,6 @@ kills a random stage, or stops it until it is taken for hung; at times two of th
 after the first tenth with those at the end. Exit status 1 if anything is lost, wrong, stuck or leaks.
 """
 
-import argparse
 import json
 import os
 import random
@@ -24,8 +23,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import trio
+from command_line import Parser, not_negative, run_main, unwind_on_sigterm, whole
 from openai_stream import RequestFailed, Server, ask, find_model, stream
 
+from pipeline.errors import PipelineError
 from pipeline.manifest import dump_manifest, load_manifest
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
@@ -33,6 +34,7 @@ from pipeline.plan import PlanOptions, plan
 
 HANG_SECONDS = 3.0
 PRECISION = "float32"
+CONTEXT = 512  # tokens of a request; prompts are short
 # Nothing may take longer: a client without a token, a recovery, the end of everything.
 STUCK_SECONDS = 60.0
 # What a loss leaves behind may not add up. Caches and allocators settle in the first tenth.
@@ -61,6 +63,10 @@ class Loss:
     seconds: float
 
 
+class ServerEnded(PipelineError):
+    """The server is gone; its last line says why."""
+
+
 class Serving:
     """The server's process, its log, its workers."""
 
@@ -72,7 +78,7 @@ class Serving:
         command = [
             Path(sys.executable).with_name("pipeline-orch"), "serve", "--manifest", self.manifest,
             "--model-dir", args.model_dir, "--supervise", "--dev", "--port", "0",
-            "--max-batch", str(args.clients), "--context", "512", "--threads", str(args.threads),
+            "--max-batch", str(args.clients), "--context", str(CONTEXT), "--threads", str(args.threads),
             "--hang-timeout", str(HANG_SECONDS),
         ]  # fmt: skip
         with self._log.open("wb") as file:
@@ -81,11 +87,16 @@ class Serving:
     def log(self) -> str:
         return self._log.read_text()
 
+    def last_words(self) -> str:
+        """The first line of the log that names an error, else the last."""
+        lines = self.log().splitlines() or [f"exit status {self.process.returncode}"]
+        return next((line for line in lines if "error:" in line), lines[-1])
+
     async def wait_for(self, condition):
         with trio.fail_after(STUCK_SECONDS):
             while not (found := condition()):
                 if self.process.poll() is not None:
-                    raise SystemExit(f"soak: the server ended: {self.log()[-2000:]}")
+                    raise ServerEnded(f"the server ended: {self.last_words()}")
                 await trio.sleep(0.01)
         return found
 
@@ -302,7 +313,7 @@ async def check_end(serving: Serving, server: Server, args, settled) -> list[str
     return problems
 
 
-async def run(args, directory: Path) -> int:
+async def soak(args, directory: Path) -> int:
     rng, tally = random.Random(args.seed), Tally()
     serving = Serving(args, directory)
     try:
@@ -310,7 +321,10 @@ async def run(args, directory: Path) -> int:
         server = Server.parse(url, None)
         await serving.wait_for(lambda: len(serving.workers()) == args.stages)
         bodies = requests(await find_model(server), args.clients + 2, args.max_tokens, rng)
-        expected = [await complete(server, body, tally) for body in bodies]
+        try:
+            expected = [await complete(server, body, tally) for body in bodies]
+        except RequestFailed as error:
+            raise ServerEnded(f"{error}: {serving.last_words()}") from error
         print(f"{len(bodies)} texts generated one at a time, {tally.tokens} tokens", flush=True)
         is_over = trio.Event()
         async with trio.open_nursery() as nursery:
@@ -340,22 +354,29 @@ async def run(args, directory: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="soak", description=__doc__.splitlines()[0])
     parser.add_argument("--model-dir", type=Path, required=True)
-    parser.add_argument("--stages", type=int, default=3)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--losses", type=int, default=100)
-    parser.add_argument("--minutes", type=float, default=0.0, help="go on for at least so long")
-    parser.add_argument("--requests", type=int, default=0, help="go on for at least so many")
-    parser.add_argument("--pause", type=float, default=3.0, help="seconds between losses, at least")
-    parser.add_argument("--max-tokens", type=int, default=80)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--stages", type=whole(1), default=3)
+    parser.add_argument("--clients", type=whole(1), default=8)
+    parser.add_argument("--losses", type=whole(0), default=100)
+    parser.add_argument(
+        "--minutes", type=not_negative, default=0.0, help="go on for at least so long"
+    )
+    parser.add_argument("--requests", type=whole(0), default=0, help="go on for at least so many")
+    parser.add_argument(
+        "--pause", type=not_negative, default=3.0, help="seconds between losses, at least"
+    )
+    parser.add_argument("--max-tokens", type=whole(2, CONTEXT // 2), default=80)
+    parser.add_argument("--threads", type=whole(1, 1024), default=1)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--base-port", type=int, default=23000)
+    parser.add_argument("--base-port", type=whole(1, 65000), default=23000)
     args = parser.parse_args()
+    if not (args.losses or args.minutes or args.requests):
+        parser.error("there is nothing to do: give --losses, --minutes or --requests")
+    unwind_on_sigterm()
     with tempfile.TemporaryDirectory() as directory:
-        return trio.run(run, args, Path(directory))
+        return trio.run(soak, args, Path(directory))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main("soak", main)
