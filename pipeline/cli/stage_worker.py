@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -222,7 +223,10 @@ def _run(
                 await StageWorker(setup).serve(control_listener, data_listener, once=once)
                 tasks.cancel_scope.cancel()
 
-    run_until_signalled(main)
+    number = run_until_signalled(main)
+    if number is not None:
+        name = signal.Signals(number).name
+        logger.info("event=stopped stage=%d signal=%s", setup.stage_idx, name)
 
 
 async def _cancel_at_end_of_stdin(scope: trio.CancelScope) -> None:

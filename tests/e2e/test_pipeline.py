@@ -125,6 +125,25 @@ def test_signals_end_every_process_within_seconds(cluster, number):
     assert b"Traceback" not in orch.stderr.read()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
+def test_a_stage_that_is_stopped_says_so_and_is_missed(cluster, number):
+    """At once even while it waits for a step in place."""
+    cluster.plan(2)
+    workers = [cluster.start_worker(idx) for idx in range(2)]
+    orchestrator = cluster.start_orch("Hi", "--max-tokens", "4000", "--ignore-eos")
+    assert orchestrator.stdout.read1(8)
+    workers[1].send_signal(number)
+    assert workers[1].wait(5) == 0
+    assert cluster.log(1).splitlines()[-1].endswith(f"event=stopped stage=1 signal={number.name}")
+    _, err = orchestrator.communicate(timeout=10)
+    assert orchestrator.returncode == 1
+    lines = err.decode().splitlines()
+    assert [line for line in lines if "error" in line] == [lines[-1]]
+    assert lines[-1].startswith("pipeline-orch: error: stage 1 is lost: ")
+    assert "Traceback" not in cluster.log(0) + cluster.log(1) + err.decode()
+    assert workers[0].poll() is None
+
+
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_killed_stage_is_named_and_the_others_serve_on(cluster, victim):
     cluster.plan(3)
