@@ -1,8 +1,9 @@
 """Kernels in C for decode steps and prefill: CPUs with AVX-512; sources in pipeline/native/.
 
 Optional: installing without a C compiler leaves the module out, and everything runs without it.
-An `Address` is a tensor, or an int, of C-contiguous memory that the caller keeps alive; None or 0:
-none. Floats are float32 unless said. Trusted callers only: sizes are checked, memory is not.
+An `Address` is an array, or an int, of C-contiguous memory that the caller keeps alive; None or 0:
+none. Floats are float32 unless said. Trusted callers only: sizes are checked, memory is not, but an
+array that is not C-contiguous is refused, but for arguments that come with strides.
 
 Every function gives a row bit for bit the same result however many rows come with it, wherever a
 prompt is cut into chunks, and whatever the number of threads. Raises ValueError for sizes that
@@ -10,11 +11,11 @@ cannot be, misaligned packed weights, and kinds this CPU cannot run.
 """
 
 from collections.abc import Sequence
-from typing import Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
-from torch import Tensor
+import numpy.typing as npt
 
-Address = Tensor | int | None
+Address = npt.NDArray[Any] | int | None
 
 class Segment(Protocol):
     """What a step needs to know of a batch's segment."""
@@ -42,7 +43,7 @@ class Program:
 
     Within `with program:` this thread's calls (but those above) are recorded and not made. `run`
     makes them with the same addresses and sizes; what lies at the addresses may have changed. The
-    program keeps the tensors it was recorded with; for ints the caller has to.
+    program keeps the arrays it was recorded with; for ints the caller has to.
     """
 
     def __enter__(self) -> Self: ...

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from pipeline.messages import StepHeader
 from pipeline.models.batch import Batch
@@ -53,14 +52,14 @@ class ActivationLog:
         self.clear(range(len(self._pieces)))
         self._rows = np.empty((0, 0, 0), dtype=np.float32)
 
-    def replay(self, until: int) -> Iterator[tuple[StepHeader, torch.Tensor]]:
+    def replay(self, until: int) -> Iterator[tuple[StepHeader, npt.NDArray[np.float32]]]:
         """All that is kept, as steps for the stages behind, up to `until`: [rows, hidden] each."""
         for header in replay_headers(dict(enumerate(self._pieces)), until):
             rows = [
                 self._rows[segment.slot, segment.position : segment.position + segment.num_tokens]
                 for segment in header.segments
             ]
-            yield header, torch.from_numpy(np.concatenate(rows))
+            yield header, np.concatenate(rows)
 
 
 def log_bytes(num_slots: int, max_seq_len: int, hidden_dim: int) -> int:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-import torch
+import numpy as np
 
+from pipeline.dtypes import Floats, HostArray
 from pipeline.errors import MessageError
 from pipeline.messages import StepHeader
 from pipeline.models.batch import Segment
@@ -14,7 +15,7 @@ class CatchUp:
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
-        self._steps: list[tuple[StepHeader, torch.Tensor]] = []
+        self._steps: list[tuple[StepHeader, HostArray]] = []
         # Per slot: the position behind its last row, and which rows of all steps are its own.
         self._ends: dict[int, int] = {}
         self._rows: dict[int, list[int]] = {}
@@ -24,7 +25,7 @@ class CatchUp:
         """Whether a step may still be added."""
         return self._num_tokens + header.num_tokens <= self._max_tokens
 
-    def add(self, header: StepHeader, inputs: torch.Tensor, lengths: Sequence[int]) -> None:
+    def add(self, header: StepHeader, inputs: HostArray, lengths: Sequence[int]) -> None:
         """Put off a step; `lengths` is what slots hold. Raises MessageError unless it continues it.
 
         Without that check one step too few would go unnoticed once they are put together.
@@ -40,19 +41,19 @@ class CatchUp:
             rows = range(self._num_tokens, self._num_tokens + segment.num_tokens)
             self._rows.setdefault(segment.slot, []).extend(rows)
             self._num_tokens += segment.num_tokens
-        self._steps.append((header, inputs.clone()))  # a view of what the next frame overwrites
+        self._steps.append((header, inputs.copy()))  # a view of what the next frame overwrites
 
-    def merged(self) -> tuple[tuple[Segment, ...], torch.Tensor]:
+    def merged(self) -> tuple[tuple[Segment, ...], HostArray]:
         """One segment for each slot, and the inputs in that order, [rows] or [rows, hidden]."""
         segments = tuple(
             Segment(slot, self._ends[slot] - len(rows), len(rows))
             for slot, rows in self._rows.items()
         )
-        return segments, torch.cat([inputs for _, inputs in self._steps])[self._order()]
+        return segments, np.concatenate([inputs for _, inputs in self._steps])[self._order()]
 
-    def split(self, hidden: torch.Tensor) -> Iterator[tuple[StepHeader, torch.Tensor]]:
+    def split(self, hidden: Floats) -> Iterator[tuple[StepHeader, Floats]]:
         """Each step's part of the merged outputs, [rows, hidden]."""
-        arrived = torch.empty_like(hidden)
+        arrived = np.empty_like(hidden)
         arrived[self._order()] = hidden
         start = 0
         for header, _ in self._steps:
@@ -62,5 +63,5 @@ class CatchUp:
     def __bool__(self) -> bool:
         return bool(self._steps)
 
-    def _order(self) -> torch.Tensor:
-        return torch.tensor([row for rows in self._rows.values() for row in rows])
+    def _order(self) -> HostArray:
+        return np.array([row for rows in self._rows.values() for row in rows])

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
+from pipeline.dtypes import Floats
 from pipeline.errors import MessageError
 from pipeline.rotation import Rotation
 from pipeline.steps import SessionLimits, activation_specs
@@ -24,7 +23,7 @@ MIN_SCALE = float(np.finfo(np.float32).tiny)
 MAX_SCALE = 2.0**90
 
 
-def check_scales(scales: npt.NDArray[np.float32]) -> None:
+def check_scales(scales: Floats) -> None:
     """Refuse rows that are not finite, or absurd. Raises MessageError."""
     # Both comparisons are false for a NaN, which a reduction passes on.
     if not (np.minimum.reduce(scales) >= MIN_SCALE and np.maximum.reduce(scales) <= MAX_SCALE):
@@ -34,12 +33,12 @@ def check_scales(scales: npt.NDArray[np.float32]) -> None:
 class ActivationCodec(Protocol):
     """Between a stage's [tokens, hidden] and the tensors of a frame."""
 
-    def encode(self, hidden: torch.Tensor) -> tuple[Tensor, ...]:
+    def encode(self, hidden: Floats) -> tuple[Tensor, ...]:
         """Tensors as `activation_specs` says. Raises MessageError for what it cannot carry."""
         ...
 
-    def decode(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """[tokens, hidden] of `dtype`, as long as the frame is. Raises MessageError."""
+    def decode(self, tensors: Sequence[Tensor]) -> Floats:
+        """[tokens, hidden], valid as long as the frame is. Raises MessageError."""
         ...
 
 
@@ -56,13 +55,13 @@ class Plain:
     def __init__(self, dtype: DType) -> None:
         self._dtype = dtype
 
-    def encode(self, hidden: torch.Tensor) -> tuple[Tensor, ...]:
+    def encode(self, hidden: Floats) -> tuple[Tensor, ...]:
         """View [tokens, hidden] as bytes, converted if need be."""
         return (activation_to_wire(hidden, self._dtype),)
 
-    def decode(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, tensors: Sequence[Tensor]) -> Floats:
         """View the bytes as [tokens, hidden], converted if need be."""
-        return activation_from_wire(tensors[0], dtype)
+        return activation_from_wire(tensors[0])
 
 
 class RotatedInt8:
@@ -74,23 +73,23 @@ class RotatedInt8:
     def __init__(self, hidden_dim: int) -> None:
         self._rotation = Rotation(hidden_dim)
 
-    def encode(self, hidden: torch.Tensor) -> tuple[Tensor, ...]:
+    def encode(self, hidden: Floats) -> tuple[Tensor, ...]:
         """Rotate and quantise [tokens, hidden]. Raises MessageError unless all are finite."""
         with np.errstate(over="ignore", invalid="ignore"):  # the scale shows both
-            rotated = self._rotation.apply(hidden.to(device="cpu", dtype=torch.float32).numpy())
+            rotated = self._rotation.apply(hidden)
         scales = np.maximum.reduce(np.abs(rotated), axis=-1)
         scales /= INT8_MAX
         np.maximum(scales, MIN_SCALE, out=scales)
         check_scales(scales)
         rotated /= scales[:, None]
         quantised = np.rint(rotated, out=rotated).astype(np.int8)
-        specs = activation_specs(DType.I8, *hidden.shape)
+        specs = activation_specs(DType.I8, len(hidden), hidden.shape[1])
         return (
             Tensor(specs[0], quantised.data.cast("B")),
             Tensor(specs[1], scales.data.cast("B")),
         )
 
-    def decode(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, tensors: Sequence[Tensor]) -> Floats:
         """Undo both. Raises MessageError for a scale that no encoder writes."""
         quantised, scales = (
             np.frombuffer(tensor.data, kind).reshape(tensor.spec.shape)
@@ -99,4 +98,4 @@ class RotatedInt8:
         check_scales(scales)
         rotated = quantised.astype(np.float32)
         rotated *= scales[:, None]
-        return torch.from_numpy(self._rotation.undo(rotated)).to(dtype)
+        return self._rotation.undo(rotated)

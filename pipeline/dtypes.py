@@ -1,31 +1,62 @@
-"""Names of number formats, as config.json, manifests and flags spell them, and torch's own."""
+"""Arrays, the number formats they hold, and the names of these.
+
+numpy has no bfloat16: here an array of uint16 holds such numbers, as their bits.
+"""
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any, Literal
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
-from pipeline.errors import ModelError
+# What kernels compute with: a numpy array, or a tensor where torch computes.
+Array = Any
+HostArray = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+ArrayDType = np.dtype[Any]
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-        "int8": torch.int8,
-    }
+FLOAT32: ArrayDType = np.dtype(np.float32)
+FLOAT16: ArrayDType = np.dtype(np.float16)
+BFLOAT16: ArrayDType = np.dtype(np.uint16)
+INT8: ArrayDType = np.dtype(np.int8)
+
+# What weights are held in.
+Precision = Literal["float32", "bfloat16", "int8"]
+PRECISIONS: Mapping[Precision, ArrayDType] = MappingProxyType(
+    {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
 )
+# By their names in safetensors.
+STORED_DTYPES: Mapping[str, ArrayDType] = MappingProxyType(
+    {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16, "I8": INT8}
+)
+_QUIET_NAN = 0x7FC0
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype called `name`; raises ModelError listing the names there are."""
-    try:
-        return TORCH_DTYPES[name]
-    except KeyError:
-        known = ", ".join(TORCH_DTYPES)
-        raise ModelError(f"unknown dtype {name!r}: use one of {known}") from None
+def to_floats(array: HostArray) -> Floats:
+    """The same numbers in float32, exactly; the array itself where it holds such."""
+    if array.dtype == BFLOAT16:  # the upper half of a float32
+        return np.left_shift(array, 16, dtype=np.uint32).view(np.float32)
+    return array.astype(np.float32, copy=False)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name of `dtype`, the inverse of `torch_dtype`."""
-    return str(dtype).removeprefix("torch.")
+def from_floats(values: Floats, dtype: ArrayDType) -> HostArray:
+    """The nearest numbers in another format, ties to even; the array itself for float32."""
+    if dtype == BFLOAT16:
+        return _to_bfloat16(values)
+    with np.errstate(over="ignore"):  # float16 has infinities for these
+        return values.astype(dtype, copy=False)
+
+
+def _to_bfloat16(values: Floats) -> npt.NDArray[np.uint16]:
+    bits = values.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    found = rounded.astype(np.uint16)
+    is_nan = np.isnan(values)
+    if is_nan.any():
+        found[is_nan] = _QUIET_NAN
+    return found

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.dtypes import Precision
 from pipeline.errors import InputError, ManifestError
 from pipeline.rotation import MAX_ODD_FACTOR, odd_factor
 from transport.endpoint import (
@@ -49,7 +50,6 @@ KeyHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower
 PcrHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{96}$", to_lower=True)]
 PcrIndex = Annotated[int, Field(ge=0, le=31), BeforeValidator(_pcr_index)]
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
-Precision = Literal["float32", "bfloat16", "int8"]
 ActivationDType = Literal["F32", "F16", "BF16", "I8"]
 
 

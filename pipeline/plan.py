@@ -6,8 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pipeline.dtypes import Precision
 from pipeline.errors import InputError
-from pipeline.manifest import Manifest, Precision, build_manifest
+from pipeline.manifest import Manifest, build_manifest
 from pipeline.models.config import hash_config, load_config
 from pipeline.models.registry import layer_bytes, required_files
 from pipeline.models.weights import hash_files

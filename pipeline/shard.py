@@ -8,15 +8,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+import numpy as np
 
+from pipeline.dtypes import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    INT8,
+    STORED_DTYPES,
+    ArrayDType,
+    HostArray,
+    Precision,
+)
 from pipeline.errors import InputError, ManifestError, ModelError
-from pipeline.manifest import Manifest, Precision, StageSpec, dump_manifest
+from pipeline.manifest import Manifest, StageSpec, dump_manifest
 from pipeline.models.config import CONFIG_FILE, load_config, read_config
 from pipeline.models.quant import SCALE_SUFFIX, num_groups
 from pipeline.models.registry import required_tensors
-from pipeline.models.sinks import FLOATS, STORED_DTYPES, CopySink, Sink, WeightSink
+from pipeline.models.sinks import FLOATS, CopySink, Sink, WeightSink
 from pipeline.models.weights import (
     SINGLE_FILE,
     StoredTensor,
@@ -30,6 +39,7 @@ MANIFEST_FILE = "manifest.json"
 RUN_FILE = "run.json"
 # Where an enclave finds the directory written here.
 STAGE_ROOT = "/stage"
+HEADER_ALIGNMENT = 8  # of a safetensors file, so that its tensors are aligned
 
 
 def cut_model(
@@ -105,46 +115,69 @@ def _write_weights(
     load_tensors(model_dir, sinks, expected_hashes=expected_hashes)
     tensors = {name: tensor for each in kept.values() for name, tensor in each.tensors().items()}
     path = directory / SINGLE_FILE
-    save_file(tensors, path, metadata={"format": "pt"})
+    _save(tensors, path)
     return hash_files([path])[0]
+
+
+def _save(tensors: Mapping[str, HostArray], path: Path) -> None:
+    """Write a safetensors file, as the library of that name does: wide formats first, by name."""
+    names = {dtype: name for name, dtype in STORED_DTYPES.items()}
+    order = (FLOAT32, BFLOAT16, FLOAT16, INT8)
+    sorted_tensors = sorted(tensors.items(), key=lambda each: (order.index(each[1].dtype), each[0]))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted_tensors:
+        start, end = end, end + tensor.nbytes
+        shape = list(tensor.shape)
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % HEADER_ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for _, tensor in sorted_tensors:
+            file.write(tensor.data)
 
 
 class _Kept:
     """A tensor on its way into a shard: as stored, or rounded to another float."""
 
-    def __init__(self, stored: StoredTensor, dtype: torch.dtype) -> None:
+    def __init__(self, stored: StoredTensor, dtype: ArrayDType) -> None:
         self._name = stored.name
-        self.sink: Sink = CopySink(torch.empty(stored.shape, dtype=dtype))
+        self.sink: Sink = CopySink(np.empty(stored.shape, dtype), dtype)
 
-    def tensors(self) -> Mapping[str, torch.Tensor]:
+    def tensors(self) -> Mapping[str, HostArray]:
         """What the shard stores, by name."""
         assert isinstance(self.sink, CopySink)
-        return {self._name: self.sink.tensor}
+        return {self._name: self.sink.target}
 
 
 class _KeptInt8:
     """A matrix on its way into a shard as int8, in the layout it came in."""
 
-    precision = torch.int8
+    precision: Precision = "int8"
 
     def __init__(self, stored: StoredTensor, *, is_in_out: bool) -> None:
         rows, columns = stored.shape
         num_out, num_in = (columns, rows) if is_in_out else (rows, columns)
         self._name = stored.name
-        self._values = torch.empty(num_out, num_in, dtype=torch.int8)
-        self._scales = torch.empty(num_out, num_groups(num_in), dtype=torch.bfloat16)
+        self._values = np.empty((num_out, num_in), INT8)
+        self._scales = np.empty((num_out, num_groups(num_in)), BFLOAT16)
         self._is_in_out = is_in_out
         self.sink: Sink = WeightSink(self, 0, num_out, num_in, is_in_out=is_in_out)
 
-    def put(self, first: int, outputs: torch.Tensor, scales: torch.Tensor | None) -> None:
+    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
         """Keep outputs first.. and their scales."""
         assert scales is not None, "int8 comes with scales"
-        last = first + outputs.shape[0]
+        last = first + len(outputs)
         self._values[first:last], self._scales[first:last] = outputs, scales
 
-    def tensors(self) -> Mapping[str, torch.Tensor]:
+    def tensors(self) -> Mapping[str, HostArray]:
         """What the shard stores, by name."""
-        values = self._values.t().contiguous() if self._is_in_out else self._values
+        values = np.ascontiguousarray(self._values.T) if self._is_in_out else self._values
         return {self._name: values, self._name + SCALE_SUFFIX: self._scales}
 
 
@@ -163,9 +196,9 @@ def _keep(
             if precision == "int8":
                 return _KeptInt8(stored, is_in_out=planned.is_in_out)
             if precision == "bfloat16":
-                dtype = torch.bfloat16
+                dtype = BFLOAT16
         return _Kept(stored, dtype)
-    except (RuntimeError, MemoryError) as error:
+    except (ValueError, MemoryError) as error:
         raise ModelError(
             f"{model_dir}: tensor {stored.name} needs {stored.end - stored.start} bytes of memory, "
             "more than this machine gives"

@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from pipeline.activation_log import ActivationLog
 from pipeline.catch_up import CatchUp
 from pipeline.codec import activation_codec
+from pipeline.dtypes import Array, Floats, HostArray
 from pipeline.errors import MessageError
 from pipeline.messages import StepHeader, StepKind, Want
 from pipeline.models.registry import ModelShard
@@ -35,11 +34,10 @@ class StageCore:
         self.limits = limits
         self.cache = shard.new_cache(limits.num_slots, limits.max_seq_len)
         self.log = log
-        self._compute_dtype = shard.compute_dtype
         self._codec = activation_codec(limits)
         self._catch_up = CatchUp(limits.max_step_tokens)
         # What the last step sends on, until it is kept.
-        self._unkept: tuple[StepHeader, npt.NDArray[np.float32]] | None = None
+        self._unkept: tuple[StepHeader, Floats] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -94,7 +92,7 @@ class StageCore:
             return () if header.kind is StepKind.REPLAY else self._results(header, hidden)
         (hidden,) = self.shard.kernels.to_host(hidden)
         if self.log is not None:
-            self._unkept = (header, hidden.numpy())
+            self._unkept = (header, hidden)
         return self._codec.encode(hidden)
 
     def rewind(self, lengths: Sequence[int]) -> None:
@@ -133,9 +131,10 @@ class StageCore:
         steps, self._catch_up = self._catch_up, CatchUp(self.limits.max_step_tokens)
         segments, inputs = steps.merged()
         done = []
-        for header, hidden in steps.split(self.shard.forward(inputs, segments, self.cache)):
+        (outputs,) = self.shard.kernels.to_host(self.shard.forward(inputs, segments, self.cache))
+        for header, hidden in steps.split(outputs):
             if self.log is not None:
-                self.log.append(header.step, header.segments, hidden.numpy())
+                self.log.append(header.step, header.segments, hidden)
             done.append((header, () if self.shard.is_last else self._codec.encode(hidden)))
         return done
 
@@ -144,7 +143,7 @@ class StageCore:
         is_plain = self.limits.activation_dtype is DType.F32
         rows = tensors[0].data
         if not (self.shard.is_first or is_plain):
-            rows = self._codec.decode(tensors, torch.float32).numpy().data.cast("B")
+            rows = self._codec.decode(tensors).data.cast("B")
         try:
             outputs, logits = self.shard.decode(rows, header.segments, self.cache)
         except ValueError:
@@ -158,11 +157,11 @@ class StageCore:
         if is_plain:
             spec = activation_specs(DType.F32, len(header.segments), self.limits.hidden_dim)[0]
             return (Tensor(spec, memoryview(outputs)),)
-        return self._codec.encode(torch.from_numpy(hidden))
+        return self._codec.encode(hidden)
 
-    def _inputs(self, tensors: Sequence[Tensor]) -> torch.Tensor:
+    def _inputs(self, tensors: Sequence[Tensor]) -> HostArray:
         if not self.shard.is_first:
-            return self._codec.decode(tensors, self._compute_dtype)
+            return self._codec.decode(tensors)
         token_ids = token_ids_from_wire(tensors[0])
         vocab_size = self.shard.config.vocab_size
         if max(token_ids.tolist(), default=0) >= vocab_size:
@@ -170,9 +169,9 @@ class StageCore:
                 f"a token id is outside the vocabulary of {vocab_size}; "
                 "does the tokenizer belong to this model?"
             )
-        return torch.from_numpy(token_ids.astype(np.int64))
+        return token_ids.astype(np.int64)
 
-    def _results(self, header: StepHeader, hidden: torch.Tensor) -> tuple[Tensor, ...]:
+    def _results(self, header: StepHeader, hidden: Array) -> tuple[Tensor, ...]:
         last_rows, wants, end = [], [], 0
         for segment, want in zip(header.segments, header.wants, strict=True):
             end += segment.num_tokens
@@ -183,14 +182,14 @@ class StageCore:
             return (token_ids_to_wire(np.empty(0, dtype="<u4")),)
         kernels = self.shard.kernels
         if len(last_rows) != hidden.shape[0]:
-            hidden = hidden[kernels.to_device(torch.tensor(last_rows))]
+            hidden = hidden[kernels.to_device(np.array(last_rows))]
         chosen, logits = self.shard.results(hidden)  # of segments that want something
         wanted = [row for row, want in enumerate(wants) if want is Want.LOGITS]
         if not wanted:
-            return (token_ids_to_wire(kernels.to_host(chosen)[0].numpy()),)
-        rows = logits[kernels.to_device(torch.tensor(wanted))]
+            return (token_ids_to_wire(kernels.to_host(chosen)[0]),)
+        rows = logits[kernels.to_device(np.array(wanted))]
         chosen, rows = kernels.to_host(chosen, rows)
-        return token_ids_to_wire(chosen.numpy()), activation_to_wire(rows.float(), DType.F32)
+        return token_ids_to_wire(chosen), activation_to_wire(rows, DType.F32)
 
 
 def _decoded(header: StepHeader, tokens: bytearray, logits: Logits) -> tuple[Tensor, ...]:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from pipeline.activation_log import ActivationLog, log_bytes
+from pipeline.dtypes import Precision
 from pipeline.errors import MessageError
-from pipeline.manifest import Manifest, Precision
+from pipeline.manifest import Manifest
 from pipeline.messages import PROTOCOL_VERSION, Init, Message, StepHeader, StepKind
 from pipeline.models.registry import ModelShard
 from pipeline.stage import StageCore

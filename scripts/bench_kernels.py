@@ -33,7 +33,7 @@ def native_products(kind, layers, shapes, rows):
             if kind == _native.BF16:
                 source = source.bfloat16()
             memory, x, y = arena.take(size), torch.randn(rows, num_in), torch.empty(rows, num_out)
-            packed = memory.data_ptr()
+            packed = memory.ctypes.data
             _native.pack(kind, packed, num_in, num_out, source.data_ptr(), num_in, 1, 0, num_out)
             keep.append((memory, x, y))
             calls.append((kind, packed, 0, x.data_ptr(), y.data_ptr(), rows, num_in, num_out, 0, 0))

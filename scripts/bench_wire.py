@@ -71,12 +71,13 @@ def codecs(hidden_dim: int) -> dict[str, ActivationCodec]:
 
 def log_probabilities(shards: list[ModelShard], codec: ActivationCodec, ids: torch.Tensor):
     """[positions, vocab] of one window, activations through `codec` between the shards."""
-    segments, rows = (Segment(0, 0, len(ids)),), ids
+    segments, rows = (Segment(0, 0, len(ids)),), ids.numpy()
     for shard in shards:
-        rows = shard.forward(rows, segments, shard.new_cache(1, len(ids)))
+        hidden = shard.forward(rows, segments, shard.new_cache(1, len(ids)))
         if not shard.is_last:
-            rows = codec.decode(codec.encode(rows), shard.compute_dtype).clone()
-    return shards[-1].logits(rows).float().log_softmax(dim=-1)
+            rows = codec.decode(codec.encode(*shard.kernels.to_host(hidden)))
+    (logits,) = shards[-1].kernels.to_host(shards[-1].logits(hidden))
+    return torch.from_numpy(logits).log_softmax(dim=-1)
 
 
 def lap_us(work: Callable[[], object], repeats: int) -> float:
@@ -97,8 +98,9 @@ def measure(shards, codec, windows, references) -> Figures:
         loss -= float(found[:-1].gather(1, ids[1:, None]).sum())
         count += len(ids)
     hidden_dim = shards[0].config.hidden_dim
-    one, many = torch.randn(1, hidden_dim), torch.randn(512, hidden_dim)
-    hop = lambda rows: codec.decode(codec.encode(rows), torch.float32)  # noqa: E731
+    normal = np.random.default_rng(0).standard_normal
+    one, many = (normal((count, hidden_dim), np.float32) for count in (1, 512))
+    hop = lambda rows: codec.decode(codec.encode(rows))  # noqa: E731
     return Figures(
         kl=kl / count,
         agreement=same / count,
@@ -109,7 +111,6 @@ def measure(shards, codec, windows, references) -> Figures:
     )
 
 
-@torch.inference_mode()
 def compare(args: argparse.Namespace) -> dict[str, Figures]:
     config = load_config(args.model_dir)
     manifest = plan(args.model_dir, PlanOptions(NUM_STAGES))

@@ -47,12 +47,12 @@ def windows(model_dir: Path, num_tokens: int) -> list[torch.Tensor]:
     return [each for each in ids.split(WINDOW) if len(each) > 1]
 
 
-@torch.inference_mode()
 def log_probabilities(shard: ModelShard, ids: torch.Tensor) -> torch.Tensor:
     """Of the next token after each but the last: [n - 1, vocab]."""
     cache = shard.new_cache(1, WINDOW)
-    hidden = shard.forward(ids, [Segment(0, 0, len(ids))], cache)
-    return shard.logits(hidden[:-1]).log_softmax(-1)
+    hidden = shard.forward(ids.numpy(), [Segment(0, 0, len(ids))], cache)
+    (logits,) = shard.kernels.to_host(shard.logits(hidden[:-1]))
+    return torch.from_numpy(logits).log_softmax(-1)
 
 
 def add(score: Score, found: torch.Tensor, expected: torch.Tensor, ids: torch.Tensor) -> None:

@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import trio
 import typer
 
@@ -21,8 +20,9 @@ from pipeline.cli.common import (
     wait_for_end_of_stdin,
 )
 from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
+from pipeline.dtypes import Precision
 from pipeline.errors import InputError, PolicyError
-from pipeline.manifest import Manifest, Precision, StageSpec, check_precision, load_manifest
+from pipeline.manifest import Manifest, StageSpec, check_precision, load_manifest
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.models.runtime import set_num_threads
@@ -125,7 +125,7 @@ def serve(
         precision=precision,
         num_threads=threads,
         device=device,
-        max_kv_bytes=_memory(shard.kernels.device) if kv_memory is None else int(kv_memory * GIB),
+        max_kv_bytes=shard.kernels.free_bytes() if kv_memory is None else int(kv_memory * GIB),
         data_out=data_out,
         patience_ms=PATIENCE_MS,
     )
@@ -186,13 +186,6 @@ def _load(
         device=device,
         expected_hashes=stage.weight_hashes or None,
     )
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes of this machine; of a GPU what weights leave free, less a tenth to compute in."""
-    if device.type != "cpu":
-        return torch.cuda.mem_get_info(device)[0] * 9 // 10
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _run(

@@ -6,7 +6,8 @@ Where the system has none, or gives them without being asked, this is memory lik
 import contextlib
 import mmap
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 ALIGNMENT = 64
 # Most weights are smaller than the 2 MiB of a huge page, so they share chunks. What of a chunk is
@@ -20,10 +21,10 @@ class Arena:
     __slots__ = ("_chunk", "_used")
 
     def __init__(self) -> None:
-        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._chunk = np.empty(0, np.uint8)
         self._used = 0
 
-    def take(self, num_bytes: int) -> torch.Tensor:
+    def take(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """A piece that nobody else has, [num_bytes] of uint8. Raises MemoryError."""
         start = (self._used + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
         if start + num_bytes > len(self._chunk):
@@ -32,14 +33,13 @@ class Arena:
         return self._chunk[start : self._used]
 
 
-def _pages(num_bytes: int) -> torch.Tensor:
+def _pages(num_bytes: int) -> npt.NDArray[np.uint8]:
     """Zeroed whole pages of this process alone, huge ones if they can be had."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(num_bytes, dtype=torch.uint8)
     try:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no {num_bytes} bytes for weights") from error
-    with contextlib.suppress(OSError):  # a kernel built without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Protocol
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
+from pipeline.dtypes import Array, Floats, HostArray, Precision
 from pipeline.errors import MessageError
 from pipeline.models.batch import Batch, num_tokens
 from pipeline.models.config import ModelConfig
@@ -27,12 +24,12 @@ class Step:
     """What all layers of one forward share: attention, rotary angles, room for what passes by."""
 
     attention: Attention
-    rope: tuple[torch.Tensor, torch.Tensor] | None
-    normed: torch.Tensor  # [rows, hidden]
-    qkv: torch.Tensor  # [rows, (heads + 2 kv_heads) * head_dim]
-    mixed: torch.Tensor  # [rows, heads * head_dim]
-    inner: torch.Tensor  # [rows, intermediate]
-    gate_up: torch.Tensor  # [rows, 2 * intermediate] where the MLP has a gate
+    rope: tuple[Array, Array] | None
+    normed: Array  # [rows, hidden]
+    qkv: Array  # [rows, (heads + 2 kv_heads) * head_dim]
+    mixed: Array  # [rows, heads * head_dim]
+    inner: Array  # [rows, intermediate]
+    gate_up: Array  # [rows, 2 * intermediate] where the MLP has a gate
 
 
 class Layer(Protocol):
@@ -41,9 +38,7 @@ class Layer(Protocol):
     def sinks(self) -> dict[str, Sink]:
         """Sinks of its tensors, by their names below the layer's prefix."""
 
-    def __call__(
-        self, hidden: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def __call__(self, hidden: Array, step: Step, keys: Array, values: Array) -> None:
         """Transform hidden [rows, hidden] in place, appending to this layer's cache."""
 
     @property
@@ -65,7 +60,6 @@ class Shard(ABC):
     """Layers layer_start..layer_end of a decoder, with the embedding first and the head last."""
 
     NAMES: ClassVar[Names]
-    compute_dtype = torch.float32
 
     def __init__(
         self,
@@ -74,7 +68,7 @@ class Shard(ABC):
         layer_end: int,
         *,
         kernels: Kernels,
-        precision: torch.dtype,
+        precision: Precision,
         is_gated: bool,
         window: int | None = None,
     ) -> None:
@@ -98,9 +92,9 @@ class Shard(ABC):
         )
         mixed = config.num_heads * config.head_dim
         self._widths = (hidden, self.heads.qkv_width, mixed, inner, 2 * inner if is_gated else 0)
-        self._buffers: tuple[torch.Tensor, ...] = ()
-        self._views: tuple[torch.Tensor, ...] = ()
-        self._logits = torch.empty(0, size)
+        self._buffers: tuple[Array, ...] = ()
+        self._views: tuple[Array, ...] = ()
+        self._logits: Array = kernels.empty(0, size)
 
     @property
     @abstractmethod
@@ -113,9 +107,7 @@ class Shard(ABC):
         """The norm in front of the head, on the last stage."""
 
     @abstractmethod
-    def _place(
-        self, hidden: torch.Tensor, positions: torch.Tensor, end: int
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _place(self, hidden: Array, positions: Array, end: int) -> tuple[Array, Array] | None:
         """Tell rows where they stand, all below `end`.
 
         Adds learned positions to embedded rows, or returns rotary (cos, signed sin) for every
@@ -164,15 +156,16 @@ class Shard(ABC):
             head_dim=self.config.head_dim,
             key_block=self.kernels.key_block,
             scratch_slots=self.kernels.scratch_slots,
-            device=self.kernels.device,
+            zeros=self.kernels.zeros,
         )
 
-    def forward(self, inputs: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+    def forward(self, inputs: HostArray, batch: Batch, cache: KVCache) -> Array:
         """Run a step's rows through the shard's layers and append them to the cache.
 
-        Shapes: inputs [rows] int64 token ids on the first stage, else [rows, hidden]; returns
-        [rows, hidden], the caller's own. Rows follow each other as the batch's segments do. Raises
-        MessageError when the batch does not fit the inputs or the cache.
+        Shapes: inputs [rows] int64 token ids on the first stage, else [rows, hidden], a host's;
+        returns [rows, hidden], the caller's own, where the kernels compute. Rows follow each other
+        as the batch's segments do. Raises MessageError when the batch does not fit the inputs or
+        the cache.
         """
         rows = num_tokens(batch)
         if inputs.shape[0] != rows or not batch:
@@ -183,9 +176,7 @@ class Shard(ABC):
         cache.advance(batch)
         return hidden
 
-    def decode(
-        self, rows: Rows, batch: Batch, cache: KVCache
-    ) -> tuple[bytearray, npt.NDArray[np.float32] | None]:
+    def decode(self, rows: Rows, batch: Batch, cache: KVCache) -> tuple[bytearray, Floats | None]:
         """Run a step of one token for each segment from the wire to the wire.
 
         Only with kernels that have decode steps. Shapes: rows U32 [n] token ids on the first stage,
@@ -215,16 +206,16 @@ class Shard(ABC):
 
     def _compute(
         self,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        inputs: torch.Tensor,
-        positions: torch.Tensor,
+        keys: Sequence[Array],
+        values: Sequence[Array],
+        inputs: Array,
+        positions: Array,
         end: int,
         attention: Attention,
-    ) -> torch.Tensor:
+    ) -> Array:
         """Rows through all layers, where the kernels compute; all positions are below `end`."""
         rows = positions.shape[0]
-        hidden = torch.empty(rows, self.config.hidden_dim, device=self.kernels.device)
+        hidden = self.kernels.empty(rows, self.config.hidden_dim)
         if self.is_first:
             (self._embedding or self._tied_head()).gather(inputs, hidden)
         else:
@@ -234,46 +225,45 @@ class Shard(ABC):
             layer(hidden, step, own_keys, own_values)
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Array) -> Array:
         """Final norm and head of rows of the last stage's output: [n, hidden] -> [n, vocab]."""
-        return self._to_logits(hidden, hidden.new_empty(len(hidden), self.config.vocab_size))
+        return self._to_logits(hidden, self.kernels.empty(len(hidden), self.config.vocab_size))
 
-    def results(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def results(self, hidden: Array) -> tuple[Array, Array]:
         """Greedy token of each row, [n], and logits as above, which the next call overwrites."""
         rows, size = len(hidden), self.config.vocab_size
         if len(self._logits) < rows:
-            self._logits = hidden.new_empty(_round_up(rows), size)
+            self._logits = self.kernels.empty(_round_up(rows), size)
         logits = self._to_logits(hidden, self._logits[:rows])
         return self.kernels.argmax(logits), logits
 
     def wipe(self) -> None:
         """Zero what steps have left in memory that outlives their session."""
         for each in (*self._buffers, self._logits):
-            each.zero_()
+            each[...] = 0
 
-    def _to_logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def _to_logits(self, hidden: Array, out: Array) -> Array:
         assert self._norm is not None, "only the last stage has a norm"
         assert self._head is not None, "only the last stage has a head"
-        hidden = hidden.contiguous()
-        return self._head(self._norm(hidden, torch.empty_like(hidden)), out)
+        return self._head(self._norm(hidden, self.kernels.empty(*hidden.shape)), out)
 
     def _tied_head(self) -> Linear:
         assert self._head is not None, "the first stage has an embedding or shares the head's"
         return self._head
 
-    def _room(self, rows: int) -> tuple[torch.Tensor, ...]:
-        """The step's intermediate tensors, in memory that is kept from step to step.
+    def _room(self, rows: int) -> tuple[Array, ...]:
+        """The step's intermediate arrays, in memory that is kept from step to step.
 
         A device's allocator keeps memory itself, and apart for recorded steps.
         """
         if self._views and self._views[0].shape[0] == rows:
             return self._views
-        device = self.kernels.device
-        if device.type != "cpu":
-            return tuple(torch.empty(rows, width, device=device) for width in self._widths)
+        empty = self.kernels.empty
+        if not self.kernels.is_host:
+            return tuple(empty(rows, width) for width in self._widths)
         if not self._buffers or self._buffers[0].shape[0] < rows:
             room = _round_up(rows)
-            self._buffers = tuple(torch.empty(room, width) for width in self._widths)
+            self._buffers = tuple(empty(room, width) for width in self._widths)
         self._views = tuple(each[:rows] for each in self._buffers)
         return self._views
 

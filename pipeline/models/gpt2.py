@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
+from pipeline.dtypes import Array, Precision
 from pipeline.models.base import Layer, Names, Shard, Step
 from pipeline.models.config import GPT2Config
 from pipeline.models.kernels import Activation, Kernels, Norm
@@ -20,7 +19,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
 class GPT2Layer:
     """Pre-norm attention and MLP, both with biases."""
 
-    def __init__(self, config: GPT2Config, kernels: Kernels, precision: torch.dtype) -> None:
+    def __init__(self, config: GPT2Config, kernels: Kernels, precision: Precision) -> None:
         hidden, inner, eps = config.hidden_dim, config.intermediate_size, config.norm_eps
         activation = ACTIVATIONS[config.activation_function]
 
@@ -44,9 +43,7 @@ class GPT2Layer:
             | self.mlp_c_proj.sinks("mlp.c_proj", is_in_out=True)
         )
 
-    def __call__(
-        self, hidden: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def __call__(self, hidden: Array, step: Step, keys: Array, values: Array) -> None:
         """Transform hidden [rows, hidden] in place, appending to this layer's cache."""
         qkv = self.attn_c_attn(self.ln_1(hidden, step.normed), step.qkv)
         mixed = step.attention(qkv, keys, values, step.mixed)
@@ -73,19 +70,23 @@ class GPT2Shard(Shard):
         layer_end: int,
         *,
         kernels: Kernels,
-        precision: torch.dtype,
+        precision: Precision,
     ) -> None:
         super().__init__(
             config, layer_start, layer_end, kernels=kernels, precision=precision, is_gated=False
         )
-        self.wpe = torch.empty(config.max_positions, config.hidden_dim) if self.is_first else None
+        self.wpe: Array | None = None
+        if self.is_first:
+            self.wpe = kernels.empty(config.max_positions, config.hidden_dim)
         self.h = [GPT2Layer(config, kernels, precision) for _ in range(layer_start, layer_end)]
         self.ln_f = kernels.layer_norm(config.hidden_dim, config.norm_eps) if self.is_last else None
 
     def destinations(self) -> Mapping[str, Sink]:
         """Tensor name in the checkpoint (unprefixed) -> where it goes."""
-        found = super().destinations()
-        return found if self.wpe is None else {**found, "wpe.weight": CopySink(self.wpe)}
+        found = dict(super().destinations())
+        if self.wpe is not None:
+            found["wpe.weight"] = CopySink(self.wpe, fill=self.kernels.fill)
+        return found
 
     @property
     def num_weight_bytes(self) -> int:
@@ -100,7 +101,7 @@ class GPT2Shard(Shard):
     def _norm(self) -> Norm | None:
         return self.ln_f
 
-    def _place(self, hidden: torch.Tensor, positions: torch.Tensor, end: int) -> None:
+    def _place(self, hidden: Array, positions: Array, end: int) -> None:
         del end
         if self.wpe is not None:
             self.kernels.lookup(self.wpe, positions, hidden, adds=True)

@@ -3,23 +3,15 @@
 Never by a stopwatch: two workers on two equal machines must not differ in rounding.
 """
 
-from collections.abc import Iterable
 from functools import cache
 
-import torch
-
-from pipeline.dtypes import dtype_name
 from pipeline.errors import InputError
-from pipeline.models.batch import Segment
 from pipeline.models.config import ModelConfig
-from pipeline.models.kernels import HeadShape, Kernels, Linear
-from pipeline.models.kernels_cuda import CudaKernels, find_gpu
-from pipeline.models.kernels_torch import TorchKernels
+from pipeline.models.kernels import Kernels
+from pipeline.models.self_test import first_difference
 
 CHOICES = ("auto", "native", "torch")
 HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 512  # what the native attention takes
-# Of the largest value. A wrong kernel is wrong by far more; int8 kernels round activations as well.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.int8: 3e-2}
 
 
 def choose_kernels(choice: str, config: ModelConfig, device: str = "cpu") -> Kernels:
@@ -31,16 +23,9 @@ def choose_kernels(choice: str, config: ModelConfig, device: str = "cpu") -> Ker
     if choice not in CHOICES:
         raise InputError(f"--kernels {choice}: use {', '.join(CHOICES)}")
     if device != "cpu":
-        found = find_gpu(device)
-        if choice != "auto":
-            raise InputError(f"--kernels {choice}: for cpu only, leave it out on {found}")
-        kernels = CudaKernels(found)
-        problem = first_difference(kernels, TorchKernels(), (torch.float32, torch.bfloat16))
-        if problem is not None:
-            raise InputError(f"--device {device}: {problem}")
-        return kernels
+        return _gpu(choice, device)
     if choice == "torch":
-        return TorchKernels()
+        return _torch()
     problem = why_not_native() or _why_not_model(config)
     if problem is None:
         from pipeline.models.kernels_native import NativeKernels  # noqa: PLC0415 (may be absent)
@@ -48,7 +33,27 @@ def choose_kernels(choice: str, config: ModelConfig, device: str = "cpu") -> Ker
         return NativeKernels()
     if choice == "native":
         raise InputError(f"--kernels native: {problem}; leave the flag out to compute with torch")
+    return _torch()
+
+
+# Only what computes is imported: torch takes as long as all else together, and a worker's memory.
+def _torch() -> Kernels:
+    from pipeline.models.kernels_torch import TorchKernels  # noqa: PLC0415
+
     return TorchKernels()
+
+
+def _gpu(choice: str, device: str) -> Kernels:
+    from pipeline.models.kernels_cuda import CudaKernels, find_gpu  # noqa: PLC0415
+
+    found = find_gpu(device)
+    if choice != "auto":
+        raise InputError(f"--kernels {choice}: for cpu only, leave it out on {found}")
+    kernels = CudaKernels(found)
+    problem = first_difference(kernels, ("float32", "bfloat16"))
+    if problem is not None:
+        raise InputError(f"--device {device}: {problem}")
+    return kernels
 
 
 def _why_not_model(config: ModelConfig) -> str | None:
@@ -72,86 +77,6 @@ def why_not_native() -> str | None:
     from pipeline.models.kernels_native import NativeKernels  # noqa: PLC0415
 
     try:
-        return first_difference(NativeKernels(), TorchKernels())
+        return first_difference(NativeKernels())
     except (AttributeError, TypeError):  # a function missing, or taking other arguments
         return "they were built from other sources than these: run scripts/setup.sh"
-
-
-@torch.no_grad()
-def first_difference(
-    kernels: Kernels, reference: Kernels, precisions: Iterable[torch.dtype] = TOLERANCES
-) -> str | None:
-    """The first operation in which two sets of kernels disagree, if there is one."""
-    for precision in precisions:
-        with kernels.device:
-            products = _products(kernels, precision)
-        if not _agree(products, _products(reference, precision), TOLERANCES[precision]):
-            return f"their {dtype_name(precision)} products are wrong on this machine"
-    with kernels.device:
-        found = _rest(kernels)
-    for name, expected in _rest(reference).items():
-        if not _agree(found[name], expected, TOLERANCES[torch.float32]):
-            return f"their {name} is wrong on this machine"
-    return None
-
-
-def _agree(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    error = (found.cpu() - expected).abs().max()
-    return bool(error <= tolerance * expected.abs().max())  # False for NaN
-
-
-def _wave(*shape: int) -> torch.Tensor:
-    """Numbers without a pattern that an indexing mistake could hide in, the same every time."""
-    count = torch.Size(shape).numel()
-    return torch.linspace(-1.0, 7.0 * count, count).sin().view(shape)
-
-
-def _products(kernels: Kernels, precision: torch.dtype) -> torch.Tensor:
-    """One row and several through a layer with everything: [4, out]."""
-    num_in, num_out = 80, 56
-    linear: Linear = kernels.linear(
-        num_in, num_out, bias=True, precision=precision, activation="gelu_tanh"
-    )
-    for name, sink in linear.sinks("").items():
-        if not sink.is_optional:
-            sink.write(0, _wave(*sink.shape) if name == ".bias" else _wave(*sink.shape) / 4)
-    x, residual = _wave(3, num_in), _wave(3, num_out)
-    several = linear(x, torch.empty(3, num_out), residual=residual)
-    return torch.cat((several, linear(x[1:2].clone(), torch.empty(1, num_out))))
-
-
-def _rest(kernels: Kernels) -> dict[str, torch.Tensor]:
-    """What lies between the products, on small rows."""
-    shape = HeadShape(num_heads=4, num_kv_heads=2, head_dim=32, window=0)
-    x = _wave(5, 64)
-    found = {"silu": kernels.silu_mul(x, torch.empty(5, 32))}
-    for name, norm in (
-        ("LayerNorm", kernels.layer_norm(64, 1e-5)),
-        ("RMSNorm", kernels.rms_norm(64, 1e-5)),
-    ):
-        norm.weight.copy_(_wave(64))
-        if norm.bias is not None:
-            norm.bias.copy_(_wave(64))
-        found[name] = norm(x, torch.empty(5, 64))
-    qkv = _wave(5, shape.qkv_width)
-    angles = _wave(5, shape.head_dim)
-    kernels.rope(qkv, shape, angles.cos(), angles.sin())
-    found["rotation"] = qkv
-    found["attention"] = _attended(kernels, shape, qkv)
-    return found
-
-
-def _attended(kernels: Kernels, shape: HeadShape, qkv: torch.Tensor) -> torch.Tensor:
-    """Two requests side by side, the second one token further."""
-    block, capacity = kernels.key_block, 32
-    values = torch.zeros(2, shape.num_kv_heads, capacity, shape.head_dim)
-    keys = torch.zeros_like(values)
-    if block > 1:
-        keys = keys.view(2, shape.num_kv_heads, capacity // block, shape.head_dim, block)
-    rows = []
-    for batch, first in (([Segment(1, 0, 3)], 0), ([Segment(0, 0, 1), Segment(1, 3, 1)], 3)):
-        count = sum(segment.num_tokens for segment in batch)
-        out = torch.empty(count, shape.num_heads * shape.head_dim)
-        attention = kernels.attention(batch, shape, capacity)
-        rows.append(attention(qkv[first : first + count].contiguous(), keys, values, out))
-    return torch.cat(rows)

@@ -1,22 +1,23 @@
 """The seam between architectures and arithmetic: what a set of kernels offers.
 
 Activations are float32 [rows, width] whatever the weights' precision. Every operation writes into
-`out`, which the caller owns and may reuse; `residual` may be `out` itself.
+`out`, which the caller owns and may reuse; `residual` may be `out` itself. What kernels compute
+with, they make (`empty`, `zeros`, `to_device`), C-contiguous: numpy's arrays unless they say else.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
+from pipeline.dtypes import FLOAT32, Array, ArrayDType, Floats, HostArray, Precision
 from pipeline.models.batch import Batch
 from pipeline.models.config import ModelConfig
 from pipeline.models.kv_cache import KVCache
-from pipeline.models.sinks import CopySink, Sink, weight_sinks
+from pipeline.models.sinks import CopySink, Fill, Sink, fill_array, weight_sinks
 
 Activation = Literal["none", "gelu_tanh", "gelu", "relu"]
 
@@ -24,23 +25,24 @@ Activation = Literal["none", "gelu_tanh", "gelu", "relu"]
 class Linear(ABC):
     """y = activation(x W^T + b) + residual, with W held as the kernels like it."""
 
-    def __init__(self, num_in: int, num_out: int, *, bias: bool, precision: torch.dtype) -> None:
+    def __init__(
+        self, kernels: "Kernels", num_in: int, num_out: int, *, bias: bool, precision: Precision
+    ) -> None:
         self.num_in, self.num_out = num_in, num_out
-        self.precision = precision
-        self.bias = torch.empty(num_out) if bias else None
+        self.precision: Precision = precision
+        self.bias: Array | None = kernels.empty(num_out) if bias else None
+        self._fill: Fill = kernels.fill
 
     @abstractmethod
-    def __call__(
-        self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def __call__(self, x: Array, out: Array, residual: Array | None = None) -> Array:
         """[rows, in] -> out [rows, out]."""
 
     @abstractmethod
-    def gather(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+    def gather(self, ids: Array, out: Array) -> None:
         """Weights of the outputs `ids`, [n, in]: the embedding a head is tied to."""
 
     @abstractmethod
-    def put(self, first: int, outputs: torch.Tensor, scales: torch.Tensor | None) -> None:
+    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
         """Store outputs first.., [n, in] in this layer's precision, int8 with its scales."""
 
     @property
@@ -57,41 +59,41 @@ class Linear(ABC):
             f"{name}.weight", self, first, last - first, self.num_in, is_in_out=is_in_out
         )
         if self.bias is not None:
-            found[f"{name}.bias"] = CopySink(self.bias[first:last])
+            found[f"{name}.bias"] = CopySink(self.bias[first:last], fill=self._fill)
         return found
 
 
 class Norm(ABC):
     """Normalises rows; `bias` is None for RMSNorm."""
 
-    def __init__(self, size: int, eps: float, *, bias: bool) -> None:
+    def __init__(self, kernels: "Kernels", size: int, eps: float, *, bias: bool) -> None:
         self.size, self.eps = size, eps
-        self.weight = torch.empty(size)
-        self.bias = torch.empty(size) if bias else None
+        self.weight: Array = kernels.empty(size)
+        self.bias: Array | None = kernels.empty(size) if bias else None
+        self._fill: Fill = kernels.fill
 
     @abstractmethod
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Array, out: Array) -> Array:
         """[rows, size] -> out [rows, size]."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        held: int = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        return held
 
     def sinks(self, name: str) -> dict[str, Sink]:
         """Sinks of checkpoint norm `name`."""
-        found: dict[str, Sink] = {f"{name}.weight": CopySink(self.weight)}
+        found: dict[str, Sink] = {f"{name}.weight": CopySink(self.weight, fill=self._fill)}
         if self.bias is not None:
-            found[f"{name}.bias"] = CopySink(self.bias)
+            found[f"{name}.bias"] = CopySink(self.bias, fill=self._fill)
         return found
 
 
 class Attention(Protocol):
     """One step's attention: which rows belong to which slot. Made once, called by every layer."""
 
-    def __call__(
-        self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, qkv: Array, keys: Array, values: Array, out: Array) -> Array:
         """Append k and v of each row to the layer's cache, then attend.
 
         Shapes: qkv [rows, (heads + 2 kv_heads) * head_dim]; returns out [rows, heads * head_dim].
@@ -119,9 +121,9 @@ class HeadShape:
 
 
 # A shard's layers: inputs, the position of each row, a bound above all positions, the attention.
-Compute = Callable[[torch.Tensor, torch.Tensor, int, Attention], torch.Tensor]
+Compute = Callable[[Array, Array, int, Attention], Array]
 # A model's end: its layers' result to each row's greedy token and its logits.
-Finish = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Finish = Callable[[Array], tuple[Array, Array]]
 Rows = bytes | bytearray | memoryview
 
 
@@ -129,7 +131,7 @@ class DecodeStep(Protocol):
     """A step in which each of so many requests takes one token, from the wire to the wire."""
 
     # Of the last step computed, [n, vocab], until any other is; None before a model's end.
-    logits: npt.NDArray[np.float32] | None
+    logits: Floats | None
 
     def __call__(self, batch: Batch, rows: Rows) -> bytearray:
         """Compute the step: U32 [n] or F32 [n, hidden] in, F32 [n, hidden] or U32 [n] out."""
@@ -139,7 +141,8 @@ class Kernels(ABC):
     """Makes layers, and computes what lies between them."""
 
     name: ClassVar[str]
-    device = torch.device("cpu")
+    # Whether arrays lie in this machine's own memory.
+    is_host: bool = True
     # A cache's slots beyond the requests', for rows that only fill a step up.
     scratch_slots: ClassVar[int] = 0
     # Keys are cached as [slots, kv_heads, max_seq / block, head_dim, block]; 1: plain rows.
@@ -152,11 +155,11 @@ class Kernels(ABC):
     def run(
         self,
         compute: Compute,
-        inputs: torch.Tensor,
+        inputs: HostArray,
         batch: Batch,
         shape: HeadShape,
         cache: KVCache,
-    ) -> torch.Tensor:
+    ) -> Array:
         """A step from the host's inputs to `compute`'s result, where these kernels compute."""
         end = max(segment.position + segment.num_tokens for segment in batch)
         attention = self.attention(batch, shape, cache.capacity)
@@ -178,13 +181,29 @@ class Kernels(ABC):
         """
         raise NotImplementedError
 
-    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A host's tensor where these kernels compute."""
-        return tensor
+    def free_bytes(self) -> int:
+        """What sessions may take of the memory that these kernels compute in: on the CPU, all."""
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-    def to_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> Array:
+        """An array to be filled, where these kernels compute."""
+        return np.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """Zeros in float32, on the CPU in memory that is reserved and not touched."""
+        return np.zeros(shape, FLOAT32)
+
+    def fill(self, target: Array, rows: HostArray) -> None:
+        """Set all of an array, or of a view of one, to a host's of the same shape and dtype."""
+        fill_array(target, rows)
+
+    def to_device(self, array: HostArray) -> Array:
+        """A host's array where these kernels compute; it may share the memory."""
+        return array
+
+    def to_host(self, *arrays: Array) -> tuple[HostArray, ...]:
         """Results where the host can read them, all of them computed."""
-        return tensors
+        return arrays
 
     @abstractmethod
     def linear(
@@ -193,7 +212,7 @@ class Kernels(ABC):
         num_out: int,
         *,
         bias: bool,
-        precision: torch.dtype,
+        precision: Precision,
         activation: Activation = "none",
     ) -> Linear:
         """An empty linear layer."""
@@ -211,17 +230,17 @@ class Kernels(ABC):
         """A step's attention over caches of `max_seq_len` positions."""
 
     @abstractmethod
-    def copy(self, source: torch.Tensor, out: torch.Tensor) -> None:
+    def copy(self, source: Array, out: Array) -> None:
         """Float32 rows into `out`, of the same shape."""
 
     @abstractmethod
     def lookup(
         self,
-        table: torch.Tensor,
-        ids: torch.Tensor,
-        out: torch.Tensor,
+        table: Array,
+        ids: Array,
+        out: Array,
         *,
-        scales: torch.Tensor | None = None,
+        scales: Array | None = None,
         adds: bool = False,
     ) -> None:
         """Rows `ids` of a table into out [n, width], or `adds` them to it.
@@ -230,25 +249,22 @@ class Kernels(ABC):
         """
 
     @abstractmethod
-    def rope(
-        self, qkv: torch.Tensor, shape: HeadShape, cos: torch.Tensor, sin: torch.Tensor
-    ) -> None:
+    def rope(self, qkv: Array, shape: HeadShape, cos: Array, sin: Array) -> None:
         """Rotate queries and keys in place: each (j, j + head_dim/2) pair by its row's angle.
 
         Shapes: cos, sin [rows, head_dim], the first half of sin negated.
         """
 
     @abstractmethod
-    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: Array, out: Array) -> Array:
         """silu(gate) * up: [rows, 2 * inner] -> out [rows, inner]."""
 
     @abstractmethod
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+    def argmax(self, logits: Array) -> Array:
         """Index of the first greatest of each row: [rows, n] -> [rows] int64."""
 
 
-def batch_positions(batch: Batch) -> torch.Tensor:
-    """Position of every row, [rows]."""
-    return torch.tensor(
-        [each.position + offset for each in batch for offset in range(each.num_tokens)]
-    )
+def batch_positions(batch: Batch) -> HostArray:
+    """Position of every row, [rows] int64."""
+    ranges = [np.arange(each.position, each.position + each.num_tokens) for each in batch]
+    return np.concatenate(ranges)

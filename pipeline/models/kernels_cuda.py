@@ -24,10 +24,17 @@ from functools import partial
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
+from pipeline.dtypes import PRECISIONS, Array, HostArray, Precision
 from pipeline.errors import InputError
 from pipeline.models.batch import Batch
 from pipeline.models.kernels import Activation, Attention, Compute, HeadShape, Linear
-from pipeline.models.kernels_torch import ACTIVATIONS, TorchKernels, torch_matvec
+from pipeline.models.kernels_torch import (
+    ACTIVATIONS,
+    TORCH_DTYPES,
+    TorchKernels,
+    to_tensor,
+    torch_matvec,
+)
 from pipeline.models.kv_cache import KVCache
 from pipeline.models.torch_attention import TorchAttention
 
@@ -60,24 +67,26 @@ class CudaLinear(Linear):
 
     def __init__(
         self,
+        kernels: "CudaKernels",
         num_in: int,
         num_out: int,
         *,
         bias: bool,
-        precision: torch.dtype,
+        precision: Precision,
         activation: Activation,
     ) -> None:
-        if precision is torch.int8:
+        if precision == "int8":
             raise InputError("int8 weights have no kernel on a GPU: use bfloat16 or float32 there")
-        super().__init__(num_in, num_out, bias=bias, precision=precision)
-        self._weight = torch.empty(num_in, num_out, dtype=precision)
+        super().__init__(kernels, num_in, num_out, bias=bias, precision=precision)
+        self._weight = kernels.empty(num_in, num_out, dtype=PRECISIONS[precision])
+        self._dtype = TORCH_DTYPES[PRECISIONS[precision]]
         self._activate = ACTIVATIONS[activation]
 
     def __call__(
         self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[rows, in] -> out [rows, out]."""
-        y = torch.mm(x.to(self.precision), self._weight).float()
+        y = torch.mm(x.to(self._dtype), self._weight).float()
         if self.bias is not None:
             y.add_(self.bias)
         y = self._activate(y)
@@ -87,10 +96,10 @@ class CudaLinear(Linear):
         """Weights of the outputs `ids`, [n, in]."""
         out.copy_(self._weight.index_select(1, ids).t())
 
-    def put(self, first: int, outputs: torch.Tensor, scales: torch.Tensor | None) -> None:
+    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
         """Store outputs first.., [n, in] in this layer's precision."""
         assert scales is None, "int8 has been refused"
-        self._weight[:, first : first + outputs.shape[0]] = outputs.t()
+        self._weight[:, first : first + len(outputs)] = to_tensor(outputs).t()
 
     @property
     def num_bytes(self) -> int:
@@ -140,7 +149,7 @@ class StaticStep:
     def __init__(
         self,
         compute: Compute,
-        example: torch.Tensor,
+        example: HostArray,
         shape: HeadShape,
         *,
         rows: int,
@@ -153,22 +162,26 @@ class StaticStep:
         self._recorder, self._scratch, self._rows = recorder, scratch, rows
         # [slots, positions], [rows]; what the graph reads is changed in place only
         self._places = torch.tensor([[scratch], [0]], device=device).repeat(1, rows)
-        self._inputs = torch.zeros(rows, *example.shape[1:], dtype=example.dtype, device=device)
+        dtype = to_tensor(example).dtype
+        self._inputs = torch.zeros(rows, *example.shape[1:], dtype=dtype, device=device)
 
         def step() -> torch.Tensor:
             slots, positions = self._places
             attention = DecodeAttention(slots, positions, context, shape)
-            return compute(self._inputs, positions, context, attention)
+            result: torch.Tensor = compute(self._inputs, positions, context, attention)
+            return result
 
         self._step = recorder.record(step)
 
-    def __call__(self, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def __call__(self, inputs: HostArray, batch: Batch) -> torch.Tensor:
         """Compute the batch's rows [n, hidden], which nothing later writes to."""
         missing = self._rows - len(batch)
         slots = [segment.slot for segment in batch] + [self._scratch] * missing
         positions = [segment.position for segment in batch] + [0] * missing
         padded = torch.zeros(self._inputs.shape, dtype=self._inputs.dtype)
-        padded[: len(batch)] = inputs  # zeros below: no request's row lingers in the padding
+        padded[: len(batch)] = to_tensor(
+            inputs
+        )  # zeros below: no request's row lingers in the padding
         self._recorder.refill(self._places, torch.tensor([slots, positions]))
         self._recorder.refill(self._inputs, padded)
         return self._step()[: len(batch)].clone()
@@ -217,8 +230,7 @@ class CudaKernels(TorchKernels):
 
     def __init__(self, device: torch.device) -> None:
         """Compute on `device`: a GPU, or in tests the CPU."""
-        super().__init__(torch_matvec)
-        self.device = device
+        super().__init__(torch_matvec, device)
         self._is_gpu = device.type == "cuda"
         if self._is_gpu:
             torch.set_float32_matmul_precision("highest")  # no TF32
@@ -231,11 +243,13 @@ class CudaKernels(TorchKernels):
         num_out: int,
         *,
         bias: bool,
-        precision: torch.dtype,
+        precision: Precision,
         activation: Activation = "none",
     ) -> Linear:
         """An empty linear layer. Raises InputError for int8."""
-        return CudaLinear(num_in, num_out, bias=bias, precision=precision, activation=activation)
+        return CudaLinear(
+            self, num_in, num_out, bias=bias, precision=precision, activation=activation
+        )
 
     def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
         """A step's attention."""
@@ -246,11 +260,11 @@ class CudaKernels(TorchKernels):
     def run(
         self,
         compute: Compute,
-        inputs: torch.Tensor,
+        inputs: HostArray,
         batch: Batch,
         shape: HeadShape,
         cache: KVCache,
-    ) -> torch.Tensor:
+    ) -> Array:
         """A step from the host's inputs to rows on the device; recorded if all are decoding."""
         if any(segment.num_tokens != 1 for segment in batch):
             return super().run(compute, inputs, batch, shape, cache)
@@ -273,26 +287,34 @@ class CudaKernels(TorchKernels):
             )
         return step(inputs, batch)
 
-    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A host's tensor on the device, copied beside what is being computed."""
+    def to_device(self, array: HostArray) -> torch.Tensor:
+        """A host's array on the device, copied beside what is being computed."""
         if not self._is_gpu:
-            return tensor
+            return super().to_device(array)
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._copies):
-            moved = tensor.pin_memory().to(self.device, non_blocking=True)
+            moved = to_tensor(array).pin_memory().to(self.device, non_blocking=True)
         current.wait_stream(self._copies)
         moved.record_stream(current)  # made on one stream, used and freed on the other
         return moved
 
-    def to_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def to_host(self, *arrays: torch.Tensor) -> tuple[HostArray, ...]:
         """Results in pinned memory; waits once for all that has been launched."""
         if not self._is_gpu:
-            return tensors
-        found = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors)
-        for host, tensor in zip(found, tensors, strict=True):
+            return super().to_host(*arrays)
+        found = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in arrays)
+        for host, tensor in zip(found, arrays, strict=True):
             host.copy_(tensor, non_blocking=True)
         torch.cuda.current_stream(self.device).synchronize()
-        return found
+        return super().to_host(*found)
+
+    def free_bytes(self) -> int:
+        """What weights leave free of the GPU, less a tenth to compute in."""
+        return (
+            torch.cuda.mem_get_info(self.device)[0] * 9 // 10
+            if self._is_gpu
+            else super().free_bytes()
+        )
 
 
 def _bucket(count: int) -> int:

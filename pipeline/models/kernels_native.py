@@ -1,4 +1,4 @@
-"""The kernels written for this processor: `pipeline._native`, given tensors as they are.
+"""The kernels written for this processor: `pipeline._native`, given arrays as they are.
 
 Here a row's result depends on that row and its own cache alone, bit for bit: not on the rows that
 come with it, nor on where a prompt is cut into steps, nor on the number of threads.
@@ -6,9 +6,19 @@ come with it, nor on where a prompt is cut into steps, nor on the number of thre
 
 from collections.abc import Mapping
 
-import torch
+import numpy as np
 
 from pipeline import _native
+from pipeline.dtypes import (
+    BFLOAT16,
+    FLOAT32,
+    INT8,
+    ArrayDType,
+    Floats,
+    HostArray,
+    Precision,
+    to_floats,
+)
 from pipeline.models.arena import Arena
 from pipeline.models.batch import Batch
 from pipeline.models.kernels import (
@@ -27,16 +37,23 @@ from pipeline.models.native_step import NativeAttention, NativeStep, spans_of
 from pipeline.models.quant import dequantise
 
 # Precision -> kind of packed weight, and what the processor must have for it.
-KINDS: Mapping[torch.dtype, tuple[int, str]] = {
-    torch.float32: (_native.F32, "avx512"),
-    torch.bfloat16: (_native.BF16, "bf16"),
-    torch.int8: (_native.I8, "vnni"),
+KINDS: Mapping[Precision, tuple[int, str]] = {
+    "float32": (_native.F32, "avx512"),
+    "bfloat16": (_native.BF16, "bf16"),
+    "int8": (_native.I8, "vnni"),
 }
+TABLES: Mapping[ArrayDType, int] = {FLOAT32: _native.F32, BFLOAT16: _native.BF16, INT8: _native.I8}
 ACTIVATIONS: Mapping[Activation, int] = {"none": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 KEY_BLOCK = 16
 
 
-def _kind(precision: torch.dtype) -> int:
+def _strides(matrix: HostArray) -> tuple[int, int]:
+    """In elements."""
+    down, right = matrix.strides
+    return down // matrix.itemsize, right // matrix.itemsize
+
+
+def _kind(precision: Precision) -> int:
     """The kind that holds a precision; float32 with its values where the processor lacks it."""
     kind, feature = KINDS[precision]
     return kind if feature in _native.features() else _native.F32
@@ -47,22 +64,20 @@ class NativeLinear(Linear):
 
     def __init__(
         self,
+        kernels: "NativeKernels",
         num_in: int,
         num_out: int,
         *,
         bias: bool,
-        precision: torch.dtype,
+        precision: Precision,
         activation: Activation,
-        arena: Arena,
     ) -> None:
-        super().__init__(num_in, num_out, bias=bias, precision=precision)
+        super().__init__(kernels, num_in, num_out, bias=bias, precision=precision)
         self._kind = _kind(precision)
-        self._packed = arena.take(_native.packed_bytes(self._kind, num_in, num_out))
+        self._packed = kernels.arena.take(_native.packed_bytes(self._kind, num_in, num_out))
         self._activation = ACTIVATIONS[activation]
 
-    def __call__(
-        self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def __call__(self, x: Floats, out: Floats, residual: Floats | None = None) -> Floats:
         """[rows, in] -> out [rows, out]."""
         _native.linear(
             self._kind,
@@ -70,7 +85,7 @@ class NativeLinear(Linear):
             self.bias,
             x,
             out,
-            x.size(0),
+            len(x),
             self.num_in,
             self.num_out,
             self._activation,
@@ -78,9 +93,8 @@ class NativeLinear(Linear):
         )
         return out
 
-    def gather(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+    def gather(self, ids: HostArray, out: Floats) -> None:
         """Weights of the outputs `ids`, [n, in]."""
-        ids = ids.contiguous()
         _native.gather(
             self._kind,
             self._packed,
@@ -91,37 +105,26 @@ class NativeLinear(Linear):
             out,
         )
 
-    def put(self, first: int, outputs: torch.Tensor, scales: torch.Tensor | None) -> None:
+    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
         """Pack outputs first.., [n, in] in this layer's precision, int8 with its scales."""
+        sizes, count = (self.num_in, self.num_out), len(outputs)
         if self._kind == _native.I8:
             assert scales is not None, "int8 comes with scales"
             _native.pack_int8(
                 self._packed,
-                self.num_in,
-                self.num_out,
+                *sizes,
                 outputs,
-                outputs.stride(0),
-                outputs.stride(1),
+                *_strides(outputs),
                 scales,
-                scales.stride(0),
+                _strides(scales)[0],
                 first,
-                outputs.shape[0],
+                count,
             )
             return
         weights = outputs if scales is None else dequantise(outputs, scales)
         if self._kind == _native.F32:
-            weights = weights.float()
-        _native.pack(
-            self._kind,
-            self._packed,
-            self.num_in,
-            self.num_out,
-            weights,
-            weights.stride(0),
-            weights.stride(1),
-            first,
-            weights.shape[0],
-        )
+            weights = to_floats(weights)
+        _native.pack(self._kind, self._packed, *sizes, weights, *_strides(weights), first, count)
 
     @property
     def num_bytes(self) -> int:
@@ -132,14 +135,14 @@ class NativeLinear(Linear):
 class LayerNorm(Norm):
     """Rows centred, over their deviation, scaled and shifted."""
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Floats, out: Floats) -> Floats:
         """[rows, size] -> out [rows, size]."""
         _native.layer_norm(
             x,
             self.weight,
             self.bias,
             out,
-            x.size(0),
+            len(x),
             self.size,
             self.eps,
         )
@@ -149,9 +152,9 @@ class LayerNorm(Norm):
 class RMSNorm(Norm):
     """Rows over their root mean square, scaled."""
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Floats, out: Floats) -> Floats:
         """[rows, size] -> out [rows, size]."""
-        _native.rms_norm(x, self.weight, out, x.size(0), self.size, self.eps)
+        _native.rms_norm(x, self.weight, out, len(x), self.size, self.eps)
         return out
 
 
@@ -164,7 +167,7 @@ class NativeKernels(Kernels):
     has_decode_steps = True
 
     def __init__(self) -> None:
-        self._arena = Arena()
+        self.arena = Arena()
 
     def linear(
         self,
@@ -172,26 +175,21 @@ class NativeKernels(Kernels):
         num_out: int,
         *,
         bias: bool,
-        precision: torch.dtype,
+        precision: Precision,
         activation: Activation = "none",
     ) -> Linear:
         """An empty linear layer."""
         return NativeLinear(
-            num_in,
-            num_out,
-            bias=bias,
-            precision=precision,
-            activation=activation,
-            arena=self._arena,
+            self, num_in, num_out, bias=bias, precision=precision, activation=activation
         )
 
     def layer_norm(self, size: int, eps: float) -> Norm:
         """Rows centred, over their deviation, scaled and shifted."""
-        return LayerNorm(size, eps, bias=True)
+        return LayerNorm(self, size, eps, bias=True)
 
     def rms_norm(self, size: int, eps: float) -> Norm:
         """Rows over their root mean square, scaled."""
-        return RMSNorm(size, eps, bias=False)
+        return RMSNorm(self, size, eps, bias=False)
 
     def decode_step(
         self,
@@ -209,47 +207,44 @@ class NativeKernels(Kernels):
         """A step's attention."""
         return NativeAttention(spans_of(batch), shape, max_seq_len)
 
-    def copy(self, source: torch.Tensor, out: torch.Tensor) -> None:
+    def copy(self, source: Floats, out: Floats) -> None:
         """Rows into `out`."""
-        _native.copy(source.contiguous(), out, out.nbytes)
+        _native.copy(source, out, out.nbytes)
 
     def lookup(
         self,
-        table: torch.Tensor,
-        ids: torch.Tensor,
-        out: torch.Tensor,
+        table: HostArray,
+        ids: HostArray,
+        out: Floats,
         *,
-        scales: torch.Tensor | None = None,
+        scales: HostArray | None = None,
         adds: bool = False,
     ) -> None:
         """Rows of a table."""
-        kind, _ = KINDS[table.dtype]
         num_rows, width = table.shape
-        _native.lookup(
-            kind, table, scales, num_rows, width, ids, ids.stride(0), len(ids), adds, out
-        )
+        stride = ids.strides[0] // ids.itemsize
+        kind = TABLES[table.dtype]
+        _native.lookup(kind, table, scales, num_rows, width, ids, stride, len(ids), adds, out)
 
-    def rope(
-        self, qkv: torch.Tensor, shape: HeadShape, cos: torch.Tensor, sin: torch.Tensor
-    ) -> None:
+    def rope(self, qkv: Floats, shape: HeadShape, cos: Floats, sin: Floats) -> None:
         """Rotate queries and keys in place."""
         _native.rope(
             qkv,
             shape.qkv_width,
-            qkv.size(0),
+            len(qkv),
             shape.num_heads + shape.num_kv_heads,
             shape.head_dim,
             cos,
             sin,
         )
 
-    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: Floats, out: Floats) -> Floats:
         """silu(gate) * up."""
-        _native.silu_mul(gate_up, out, out.size(0), out.size(1))
+        _native.silu_mul(gate_up, out, len(out), out.shape[1])
         return out
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+    def argmax(self, logits: Floats) -> HostArray:
         """Index of the first greatest of each row."""
-        found = torch.empty(logits.size(0), dtype=torch.int64)
-        _native.argmax(logits, logits.size(0), logits.size(1), found)
+        found = np.empty(len(logits), np.int64)
+        _native.argmax(logits, len(logits), logits.shape[1], found)
         return found

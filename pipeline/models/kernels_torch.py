@@ -18,12 +18,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
+from pipeline.dtypes import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    INT8,
+    ArrayDType,
+    HostArray,
+    Precision,
+    to_floats,
+)
 from pipeline.models.batch import Batch
 from pipeline.models.kernels import Activation, Attention, HeadShape, Kernels, Linear, Norm
-from pipeline.models.quant import dequantise
-from pipeline.models.runtime import pin_blas
+from pipeline.models.quant import GROUP, dequantise
+from pipeline.models.runtime import limit_torch, pin_blas
 from pipeline.models.torch_attention import TorchAttention
 
+CPU = torch.device("cpu")
+TORCH_DTYPES: Mapping[ArrayDType, torch.dtype] = {
+    FLOAT32: torch.float32,
+    FLOAT16: torch.float16,
+    BFLOAT16: torch.bfloat16,
+    INT8: torch.int8,
+}
 MatVec = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 _SELF_TEST_SHAPE = (96, 160)
 _SELF_TEST_TOLERANCE = 1e-4
@@ -34,6 +51,13 @@ ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
 }
+
+
+def to_tensor(array: HostArray) -> torch.Tensor:
+    """The same memory as a tensor."""
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def torch_matvec(row: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
@@ -67,15 +91,16 @@ class TorchLinear(Linear):
 
     def __init__(
         self,
+        kernels: "TorchKernels",
         num_in: int,
         num_out: int,
         *,
         bias: bool,
-        precision: torch.dtype,
+        precision: Precision,
         activation: Activation,
         matvec: MatVec,
     ) -> None:
-        super().__init__(num_in, num_out, bias=bias, precision=precision)
+        super().__init__(kernels, num_in, num_out, bias=bias, precision=precision)
         self.weight = torch.empty(num_in, num_out)
         self._activate = None if activation == "none" else ACTIVATIONS[activation]
         self._matvec = matvec
@@ -101,10 +126,10 @@ class TorchLinear(Linear):
         """Weights of the outputs `ids`, [n, in]."""
         out.copy_(self.weight.index_select(1, ids).t())
 
-    def put(self, first: int, outputs: torch.Tensor, scales: torch.Tensor | None) -> None:
+    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
         """Store outputs first.., [n, in] in this layer's precision, as float32."""
-        weights = outputs if scales is None else dequantise(outputs, scales)
-        self.weight[:, first : first + outputs.shape[0]] = weights.t()
+        weights = to_floats(outputs) if scales is None else dequantise(outputs, scales)
+        self.weight.numpy()[:, first : first + len(outputs)] = weights.T
 
     @property
     def num_bytes(self) -> int:
@@ -135,9 +160,35 @@ class TorchKernels(Kernels):
     key_block = 1
     is_row_exact = False
 
-    def __init__(self, matvec: MatVec | None = None) -> None:
+    def __init__(self, matvec: MatVec | None = None, device: torch.device = CPU) -> None:
         """`matvec` multiplies single rows; by default whatever does it best here."""
+        limit_torch()
+        self.device = device
+        self.is_host = device.type == "cpu"
         self._matvec = matvec or choose_matvec()
+
+    def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> torch.Tensor:
+        """A tensor to be filled, on the device."""
+        return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=self.device)
+
+    def zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Zeros in float32."""
+        if not self.is_host:
+            return torch.zeros(shape, device=self.device)
+        # numpy asks for zeroed pages, where torch writes the zeros and so touches all of them
+        return to_tensor(super().zeros(shape))
+
+    def fill(self, target: torch.Tensor, rows: HostArray) -> None:
+        """Set all of a tensor, or of a view of one."""
+        target.copy_(to_tensor(rows))
+
+    def to_device(self, array: HostArray) -> torch.Tensor:
+        """A host's array on the device; on the CPU it shares the memory."""
+        return to_tensor(array)
+
+    def to_host(self, *arrays: torch.Tensor) -> tuple[HostArray, ...]:
+        """Results where the host can read them, all of them computed."""
+        return tuple(tensor.numpy() for tensor in arrays)
 
     def linear(
         self,
@@ -145,11 +196,12 @@ class TorchKernels(Kernels):
         num_out: int,
         *,
         bias: bool,
-        precision: torch.dtype,
+        precision: Precision,
         activation: Activation = "none",
     ) -> Linear:
         """An empty linear layer."""
         return TorchLinear(
+            self,
             num_in,
             num_out,
             bias=bias,
@@ -160,11 +212,11 @@ class TorchKernels(Kernels):
 
     def layer_norm(self, size: int, eps: float) -> Norm:
         """Rows centred, over their deviation, scaled and shifted."""
-        return LayerNorm(size, eps, bias=True)
+        return LayerNorm(self, size, eps, bias=True)
 
     def rms_norm(self, size: int, eps: float) -> Norm:
         """Rows over their root mean square, scaled."""
-        return RMSNorm(size, eps, bias=False)
+        return RMSNorm(self, size, eps, bias=False)
 
     def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
         """A step's attention."""
@@ -187,7 +239,8 @@ class TorchKernels(Kernels):
         """Rows of a table."""
         rows = table.index_select(0, ids)
         if scales is not None:
-            rows = dequantise(rows, scales.index_select(0, ids))
+            each = scales.index_select(0, ids).float().repeat_interleave(GROUP, dim=1)
+            rows = rows.float() * each[:, : rows.shape[1]]
         if adds:
             out.add_(rows)
         else:

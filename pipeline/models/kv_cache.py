@@ -1,15 +1,11 @@
 """Keys and values of the tokens each slot has seen, preallocated for the longest context."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
+from pipeline.dtypes import FLOAT32, Array
 from pipeline.errors import MessageError
 from pipeline.models.batch import Batch, Segment
-
-HOST = torch.device("cpu")
 
 
 def kv_bytes(
@@ -17,7 +13,7 @@ def kv_bytes(
 ) -> int:
     """Bytes of one layer's keys and values."""
     capacity = _round_up(max_seq_len, key_block)
-    return 2 * num_slots * num_kv_heads * capacity * head_dim * torch.float32.itemsize
+    return 2 * num_slots * num_kv_heads * capacity * head_dim * FLOAT32.itemsize
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -55,9 +51,9 @@ class KVCache:
         num_kv_heads: int,
         max_seq_len: int,
         head_dim: int,
+        zeros: Callable[[tuple[int, ...]], Array],
         key_block: int = 1,
         scratch_slots: int = 0,
-        device: torch.device = HOST,
     ) -> None:
         self.capacity = capacity = _round_up(max_seq_len, key_block)
         slots = num_slots + scratch_slots
@@ -65,8 +61,8 @@ class KVCache:
         keys = values
         if key_block > 1:
             keys = (slots, num_kv_heads, capacity // key_block, head_dim, key_block)
-        self.keys = [_zeros(keys, device) for _ in range(num_layers)]
-        self.values = [_zeros(values, device) for _ in range(num_layers)]
+        self.keys = [zeros(keys) for _ in range(num_layers)]
+        self.values = [zeros(values) for _ in range(num_layers)]
         self.recorded: object = None
         self.decode_steps: dict[int, Any] = {}
         self._key_block = key_block
@@ -87,7 +83,7 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """Bytes reserved, whether touched yet or not."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        return sum(array.nbytes for array in (*self.keys, *self.values))
 
     def release(self) -> None:
         """Zero what was used and give the memory back at once, whoever still refers to this."""
@@ -145,28 +141,21 @@ class KVCache:
             raise MessageError(f"slot {slot} holds {held} tokens, it cannot keep {length}")
         written = self._written[slot]
         for values in self.values:
-            values[slot, :, length:written].zero_()
+            values[slot, :, length:written] = 0
         for keys in self.keys:
             self._zero_keys(keys[slot], length, written)
         self._lengths[slot] = self._written[slot] = length
 
-    def _zero_keys(self, keys: torch.Tensor, first: int, last: int) -> None:
+    def _zero_keys(self, keys: Array, first: int, last: int) -> None:
         """Zero positions first..last of one slot; whatever shares the last block is unused."""
         block = self._key_block
         if block == 1:
-            keys[:, first:last].zero_()
+            keys[:, first:last] = 0
         elif first < last:
-            keys[:, first // block, :, first % block :].zero_()
-            keys[:, first // block + 1 : -(-last // block)].zero_()
+            keys[:, first // block, :, first % block :] = 0
+            keys[:, first // block + 1 : -(-last // block)] = 0
 
     def clear(self, slots: Sequence[int] | None = None) -> None:
         """Forget `slots` (all by default): all that was ever written there is zeroed."""
         for slot in range(self.num_slots) if slots is None else slots:
             self.truncate(slot, 0)
-
-
-def _zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, device=device)
-    # numpy asks for zeroed pages, where torch writes the zeros and so touches all of them
-    return torch.from_numpy(np.zeros(shape, dtype=np.float32))

@@ -5,8 +5,7 @@ Attribute names are the checkpoint's; q, k, v and gate, up are one matrix each i
 
 from collections.abc import Sequence
 
-import torch
-
+from pipeline.dtypes import Array, Precision
 from pipeline.models.base import Layer, Names, Shard, Step
 from pipeline.models.config import LlamaConfig
 from pipeline.models.kernels import HeadShape, Kernels, Norm
@@ -18,7 +17,7 @@ class LlamaLayer:
     """Pre-norm attention with rotary positions and grouped KV heads, and a gated MLP."""
 
     def __init__(
-        self, config: LlamaConfig, heads: HeadShape, kernels: Kernels, precision: torch.dtype
+        self, config: LlamaConfig, heads: HeadShape, kernels: Kernels, precision: Precision
     ) -> None:
         hidden, eps = config.hidden_dim, config.norm_eps
         self._kernels, self._heads = kernels, heads
@@ -56,9 +55,7 @@ class LlamaLayer:
             | self.mlp_down_proj.sinks("mlp.down_proj")
         )
 
-    def __call__(
-        self, hidden: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def __call__(self, hidden: Array, step: Step, keys: Array, values: Array) -> None:
         """Transform hidden [rows, hidden] in place, appending to this layer's cache."""
         assert step.rope is not None, "every step of this family has rotary positions"
         kernels = self._kernels
@@ -92,7 +89,7 @@ class LlamaShard(Shard):
         layer_end: int,
         *,
         kernels: Kernels,
-        precision: torch.dtype,
+        precision: Precision,
     ) -> None:
         super().__init__(
             config,
@@ -118,8 +115,6 @@ class LlamaShard(Shard):
     def _norm(self) -> Norm | None:
         return self.norm
 
-    def _place(
-        self, hidden: torch.Tensor, positions: torch.Tensor, end: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _place(self, hidden: Array, positions: Array, end: int) -> tuple[Array, Array]:
         del hidden
         return self._table.rows(positions, end)

@@ -1,7 +1,7 @@
 """A decode step of the native kernels: recorded once, then made by a single call.
 
 Between two tokens all of a model's weights pass through the processor's caches, so that whatever
-Python or torch runs next finds its own code gone: a call costs tens of microseconds, and hundreds
+Python runs next finds its own code gone: a call costs tens of microseconds, and hundreds
 of them a fifth of a small model's token. So a step in which each request takes one token is
 computed once with the kernels only recording (`_native.Program`). From then on it is one call: rows
 in as they came over the wire, rows or tokens out, and between them nothing but the kernels.
@@ -13,10 +13,9 @@ The recorded calls are those that any other step makes, so a row's bits are the 
 from array import array
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from pipeline import _native
+from pipeline.dtypes import Floats, HostArray
 from pipeline.models.batch import Batch
 from pipeline.models.kernels import Compute, Finish, HeadShape, Rows
 from pipeline.models.kv_cache import KVCache
@@ -26,19 +25,19 @@ SPAN = 4
 POSITION = 3
 
 
-def spans_of(batch: Batch) -> torch.Tensor:
+def spans_of(batch: Batch) -> HostArray:
     """Where a step's rows belong, [segments, SPAN]."""
     spans, offset = array("q"), 0
     for segment in batch:
         spans.extend((segment.slot, offset, segment.num_tokens, segment.position))
         offset += segment.num_tokens
-    return torch.frombuffer(spans, dtype=torch.int64).view(-1, SPAN)
+    return np.frombuffer(spans, np.int64).reshape(-1, SPAN)
 
 
 class NativeAttention:
     """One step's attention; it reads the spans whenever it is called, or run in a program."""
 
-    def __init__(self, spans: torch.Tensor, shape: HeadShape, max_seq_len: int) -> None:
+    def __init__(self, spans: HostArray, shape: HeadShape, max_seq_len: int) -> None:
         self._width = shape.qkv_width
         self._shape = (
             spans,
@@ -50,9 +49,7 @@ class NativeAttention:
             shape.window,
         )
 
-    def __call__(
-        self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, qkv: Floats, keys: Floats, values: Floats, out: Floats) -> Floats:
         """Append k and v of each row to its slot, then attend."""
         _native.attend(qkv, self._width, out, keys, values, *self._shape)
         return out
@@ -73,20 +70,19 @@ class NativeStep:
         """Record it for batches like this; `width` of the rows coming in, None for token ids."""
         count, spans = len(batch), spans_of(batch)
         attention = NativeAttention(spans, shape, cache.capacity)
-        self.logits: npt.NDArray[np.float32] | None = None
+        self.logits: Floats | None = None
         self._program = _native.Program()
         with self._program:
             if width is None:
-                rows = torch.empty(count, dtype=torch.int32)
-                inputs = torch.empty(count, dtype=torch.int64)
+                rows = np.empty(count, np.uint32)
+                inputs = np.empty(count, np.int64)
                 _native.widen(rows, inputs, count)
             else:
-                rows = inputs = torch.empty(count, width)
+                rows = inputs = np.empty((count, width), np.float32)
             outputs = compute(inputs, spans[:, POSITION], cache.max_seq_len, attention)
             if finish is not None:
-                chosen, logits = finish(outputs)
-                self.logits = logits.numpy()
-                outputs = torch.empty(count, dtype=torch.int32)
+                chosen, self.logits = finish(outputs)
+                outputs = np.empty(count, np.uint32)
                 _native.narrow(chosen, outputs, count)
         self._program.connect(spans, count, rows, rows.nbytes, outputs, outputs.nbytes)
 

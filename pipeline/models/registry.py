@@ -4,10 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
+from pipeline.dtypes import Array, Floats, HostArray, Precision
 from pipeline.errors import ModelError
 from pipeline.models.base import Shard
 from pipeline.models.batch import Batch
@@ -15,9 +12,9 @@ from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.kernel_choice import choose_kernels
 from pipeline.models.kernels import Kernels, Rows
-from pipeline.models.kernels_torch import TorchKernels, torch_matvec
 from pipeline.models.kv_cache import KVCache
 from pipeline.models.llama import LlamaShard
+from pipeline.models.outline import Outline
 from pipeline.models.quant import to_precision
 from pipeline.models.sinks import Sink
 from pipeline.models.weights import load_tensors, stage_files, stored_names, tensor_sizes
@@ -33,7 +30,6 @@ class ModelShard(Protocol):
     layer_end: int
     is_first: bool
     is_last: bool
-    compute_dtype: torch.dtype
     kernels: Kernels
 
     @property
@@ -46,18 +42,16 @@ class ModelShard(Protocol):
     def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
         """KV memory for this shard's layers."""
 
-    def forward(self, inputs: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+    def forward(self, inputs: HostArray, batch: Batch, cache: KVCache) -> Array:
         """[rows] int64 ids (first stage) or [rows, hidden] -> [rows, hidden]."""
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Array) -> Array:
         """Last stage: [n, hidden] -> [n, vocab]."""
 
-    def results(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def results(self, hidden: Array) -> tuple[Array, Array]:
         """Last stage: [n, hidden] -> greedy tokens [n], logits until the next call [n, vocab]."""
 
-    def decode(
-        self, rows: Rows, batch: Batch, cache: KVCache
-    ) -> tuple[bytearray, npt.NDArray[np.float32] | None]:
+    def decode(self, rows: Rows, batch: Batch, cache: KVCache) -> tuple[bytearray, Floats | None]:
         """A step of one token for each segment, as the wire has it: see `Shard.decode`."""
 
     def wipe(self) -> None:
@@ -144,12 +138,11 @@ def _check_range(config: ModelConfig, layer_start: int, layer_end: int) -> None:
 
 
 def _allocate(
-    config: ModelConfig, layer_start: int, layer_end: int, kernels: Kernels, precision: torch.dtype
+    config: ModelConfig, layer_start: int, layer_end: int, kernels: Kernels, precision: Precision
 ) -> Shard:
     try:
-        with kernels.device:
-            return _build(config, layer_start, layer_end, kernels, precision)
-    except (RuntimeError, MemoryError) as error:  # what torch and Python call it
+        return _build(config, layer_start, layer_end, kernels, precision)
+    except (RuntimeError, MemoryError, ValueError) as error:  # what torch, Python, numpy call it
         planned = _plan(config, layer_start, layer_end)
         raise ModelError(
             f"layers {layer_start}..{layer_end} of this config.json need "
@@ -158,7 +151,7 @@ def _allocate(
 
 
 def _build(
-    config: ModelConfig, layer_start: int, layer_end: int, kernels: Kernels, precision: torch.dtype
+    config: ModelConfig, layer_start: int, layer_end: int, kernels: Kernels, precision: Precision
 ) -> Shard:
     match config:
         case GPT2Config():
@@ -171,8 +164,7 @@ def _build(
 
 def _plan(config: ModelConfig, layer_start: int, layer_end: int) -> Shard:
     """The shard's shapes without their memory."""
-    with torch.device("meta"):
-        return _build(config, layer_start, layer_end, TorchKernels(torch_matvec), torch.float32)
+    return _build(config, layer_start, layer_end, Outline(), "float32")
 
 
 def _stage_tensors(config: ModelConfig, layer_start: int, layer_end: int) -> list[str]:

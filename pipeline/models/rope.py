@@ -2,68 +2,71 @@
 
 import math
 
-import torch
+import numpy as np
 
+from pipeline.dtypes import FLOAT32, Array, Floats
 from pipeline.models.config import LlamaConfig, RopeScaling
 from pipeline.models.kernels import Kernels
 
-# Positions computed at a time; always as many, since torch's cosine may round the odd end of an
-# array differently from its middle.
-TABLE_STEP = 256
+TABLE_STEP = 256  # positions computed at a time
 
 
 class RopeTable:
     """(cos, signed sin) of every position, [positions, head_dim], grown as they are asked for."""
 
-    def __init__(self, frequencies: torch.Tensor, kernels: Kernels, num_positions: int) -> None:
+    def __init__(self, frequencies: Floats, kernels: Kernels, num_positions: int) -> None:
         """On another device than the CPU a table of `num_positions` that stays where it is."""
-        device = kernels.device
         self._frequencies = frequencies
         self._kernels = kernels
-        self._cos = torch.empty(0, 2 * len(frequencies), device=device)
-        self._sin = torch.empty(0, 2 * len(frequencies), device=device)
-        if device.type != "cpu":
-            self._grow_to(num_positions)
+        self._host = [np.empty((0, 2 * len(frequencies)), FLOAT32) for _ in range(2)]
+        self._tables: list[Array] = []
+        self._grow_to(1 if kernels.is_host else num_positions)
 
-    def rows(self, positions: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, positions: Array, end: int) -> tuple[Array, Array]:
         """(cos, sin) of each position, all below `end`: [rows, head_dim]."""
         self._grow_to(end)
-        cos, sin = (self._cos.new_empty(len(positions), self._cos.shape[1]) for _ in range(2))
-        self._kernels.lookup(self._cos, positions, cos)
-        self._kernels.lookup(self._sin, positions, sin)
+        kernels, (cos_table, sin_table) = self._kernels, self._tables
+        cos, sin = (kernels.empty(len(positions), cos_table.shape[1]) for _ in range(2))
+        kernels.lookup(cos_table, positions, cos)
+        kernels.lookup(sin_table, positions, sin)
         return cos, sin
 
     def _grow_to(self, end: int) -> None:
-        cosines, sines = [self._cos], [self._sin]
-        for first in range(len(self._cos), end, TABLE_STEP):
-            positions = torch.arange(first, first + TABLE_STEP, dtype=torch.float32, device="cpu")
-            angles = torch.outer(positions, self._frequencies)  # alike on every device
-            cos, sin = angles.cos(), angles.sin()
-            cosines.append(torch.cat((cos, cos), -1).to(self._cos.device))
-            sines.append(torch.cat((-sin, sin), -1).to(self._sin.device))
-        if len(cosines) > 1:
-            self._cos, self._sin = torch.cat(cosines), torch.cat(sines)
+        length = len(self._host[0])
+        if end <= length:
+            return
+        positions = np.arange(length, -(-end // TABLE_STEP) * TABLE_STEP, dtype=FLOAT32)
+        # The angle is rounded to float32, as models are trained with; nothing else is, so that the
+        # numbers are the same on every machine.
+        angles = np.outer(positions, self._frequencies).astype(np.float64)
+        cos, sin = np.cos(angles), np.sin(angles)
+        grown = (np.hstack((cos, cos)), np.hstack((-sin, sin)))
+        self._host = [
+            np.concatenate((table, rows.astype(FLOAT32)))
+            for table, rows in zip(self._host, grown, strict=True)
+        ]
+        self._tables = [self._kernels.to_device(table) for table in self._host]
 
 
-def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
+def rope_frequencies(config: LlamaConfig) -> Floats:
     """Radians per position of each pair of dimensions, [head_dim / 2]."""
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu")
-    exponents = pairs.float() / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents)
+    exponents = np.arange(0, config.head_dim, 2, dtype=FLOAT32) / np.float32(config.head_dim)
+    wavelengths = np.power(config.rope_theta, exponents.astype(np.float64)).astype(FLOAT32)
+    frequencies: Floats = np.reciprocal(wavelengths)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
     if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
+        return frequencies / np.float32(scaling.factor)
     return _llama3_frequencies(frequencies, scaling)
 
 
-def _llama3_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+def _llama3_frequencies(frequencies: Floats, scaling: RopeScaling) -> Floats:
     """Long wavelengths stretched by `factor`, short ones kept, a ramp between (Llama 3.1)."""
     context = scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     wavelengths = 2 * math.pi / frequencies
     ramp = (context / wavelengths - low) / (high - low)
     blended = (1 - ramp) * frequencies / scaling.factor + ramp * frequencies
-    scaled = torch.where(wavelengths > context / low, frequencies / scaling.factor, blended)
-    return torch.where(wavelengths < context / high, frequencies, scaled)
+    scaled = np.where(wavelengths > context / low, frequencies / scaling.factor, blended)
+    return np.where(wavelengths < context / high, frequencies, scaled).astype(FLOAT32)

@@ -9,11 +9,11 @@ nearly saturates the memory anyway. It also makes a single row's product the sam
 
 import contextlib
 import ctypes
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 # OpenBLAS exports its names with the prefix and suffix it was built with.
 _SETTERS = (
@@ -24,17 +24,27 @@ _SETTERS = (
 )
 
 
+_asked: dict[str, int] = {}  # torch's threads, for when it is imported
+
+
 def set_num_threads(num_threads: int) -> None:
     """Let this process compute with at most `num_threads` threads at a time."""
     if num_threads < 1:
         raise ValueError(f"num_threads={num_threads}: at least one thread computes")
-    torch.set_num_threads(num_threads)
+    _asked["torch"] = num_threads
+    limit_torch()
     pin_blas()
     with contextlib.suppress(ImportError):
         from pipeline import _native  # noqa: PLC0415 (may be absent)
 
         if _native.features():  # else it offers nothing more on this processor
             _native.set_num_threads(num_threads)
+
+
+def limit_torch() -> None:
+    """Hold torch to what was asked for, if it was imported, which only some kernels do."""
+    if "torch" in sys.modules and "torch" in _asked:
+        sys.modules["torch"].set_num_threads(_asked["torch"])
 
 
 def pin_blas() -> bool:

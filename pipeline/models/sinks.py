@@ -4,22 +4,31 @@ A tensor arrives as blocks of rows in the file's dtype and leaves in the dtype i
 stage's peak memory is its own weights and one block.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Protocol
 
-import torch
+import numpy as np
 
+from pipeline.dtypes import (
+    BFLOAT16,
+    FLOAT32,
+    INT8,
+    PRECISIONS,
+    Array,
+    ArrayDType,
+    HostArray,
+    Precision,
+    from_floats,
+    to_floats,
+)
 from pipeline.models.quant import SCALE_SUFFIX, num_groups, quantise
 
-STORED_DTYPES: Mapping[str, torch.dtype] = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I8": torch.int8,
-}
 FLOATS = ("F32", "F16", "BF16")
 # Weights are converted in pieces whose float32 values take this much: they stay in the cache.
 PIECE_BYTES = 1 << 20
+
+# Sets all of an array, wherever it is, to a host's array of the same shape and dtype.
+Fill = Callable[[Array, HostArray], None]
 
 
 class Sink(Protocol):
@@ -37,35 +46,54 @@ class Sink(Protocol):
     def is_optional(self) -> bool:
         """Whether the file may lack it."""
 
-    def write(self, first: int, rows: torch.Tensor) -> None:
+    def write(self, first: int, rows: HostArray) -> None:
         """Take rows first..first+len(rows), [n, *shape[1:]]; `rows` is reused afterwards."""
 
     def problem(self) -> str | None:
         """After the last row of everything: what is wrong with what came, if anything is."""
 
 
+def fill_array(target: Array, rows: HostArray) -> None:
+    """Set all of a host's array."""
+    target[...] = rows
+
+
+def convert(rows: HostArray, dtype: ArrayDType) -> HostArray:
+    """The same numbers, or the nearest there are, in `dtype`."""
+    return rows if rows.dtype == dtype else from_floats(to_floats(rows), dtype)
+
+
 class CopySink:
-    """Fills a tensor, or a view of one, converting to its dtype."""
+    """Fills an array of `dtype`, or a view of one, converting to that."""
 
     def __init__(
-        self, tensor: torch.Tensor, dtypes: Collection[str] = FLOATS, *, is_optional: bool = False
+        self,
+        target: Array,
+        dtype: ArrayDType = FLOAT32,
+        dtypes: Collection[str] = FLOATS,
+        *,
+        fill: Fill = fill_array,
+        is_optional: bool = False,
     ) -> None:
-        self.tensor = tensor
+        self.target = target
         self.dtypes = dtypes
+        self._dtype = dtype
+        self._fill = fill
         self.is_optional = is_optional
         self.is_filled = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The tensor's own."""
-        return tuple(self.tensor.shape)
+        """The array's own."""
+        return tuple(self.target.shape)
 
-    def write(self, first: int, rows: torch.Tensor) -> None:
+    def write(self, first: int, rows: HostArray) -> None:
         """Copy the rows to their place."""
-        if self.tensor.dim() == 0:
-            self.tensor.copy_(rows[0])
+        rows = convert(rows, self._dtype)
+        if self.shape:
+            self._fill(self.target[first : first + len(rows)], rows)
         else:
-            self.tensor[first : first + rows.shape[0]].copy_(rows)
+            self._fill(self.target, rows[0])
         self.is_filled = True
 
     def problem(self) -> str | None:
@@ -76,9 +104,9 @@ class CopySink:
 class Store(Protocol):
     """A matrix of outputs held in one precision, however it lies in memory."""
 
-    precision: torch.dtype
+    precision: Precision
 
-    def put(self, first: int, outputs: torch.Tensor, scales: torch.Tensor | None) -> None:
+    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
         """Outputs first.. in the store's precision: [n, in], any strides; int8 with its scales."""
 
 
@@ -96,42 +124,42 @@ class WeightSink:
         self.shape = (num_in, num_outputs) if is_in_out else (num_outputs, num_in)
         self.dtypes: Collection[str] = FLOATS
         self.scales: CopySink | None = None
-        if store.precision is torch.int8:
+        if store.precision == "int8":
             self.dtypes = (*FLOATS, "I8")
-            scales = torch.empty(num_outputs, num_groups(num_in), dtype=torch.bfloat16)
-            self.scales = CopySink(scales, ("BF16",), is_optional=True)
-        self._staged: torch.Tensor | None = None
-        self._dtype: torch.dtype | None = None
+            scales = np.empty((num_outputs, num_groups(num_in)), BFLOAT16)
+            self.scales = CopySink(scales, BFLOAT16, ("BF16",), is_optional=True)
+        self._staged: HostArray | None = None
+        self._dtype: ArrayDType | None = None
         self._came_before_scales = False
 
-    def write(self, first: int, rows: torch.Tensor) -> None:
+    def write(self, first: int, rows: HostArray) -> None:
         """Convert and store the rows; those of an [in, out] tensor once all are there."""
         self._dtype = rows.dtype
         if not self.is_in_out:
             self._put_pieces(first, rows)
             return
         if self._staged is None:
-            self._staged = torch.empty(self.shape, dtype=rows.dtype)
-        self._staged[first : first + rows.shape[0]] = rows
-        if first + rows.shape[0] == self.shape[0]:
-            self._put_pieces(0, self._staged.t())
+            self._staged = np.empty(self.shape, rows.dtype)
+        self._staged[first : first + len(rows)] = rows
+        if first + len(rows) == self.shape[0]:
+            self._put_pieces(0, self._staged.T)
             self._staged = None
 
-    def _put_pieces(self, first: int, outputs: torch.Tensor) -> None:
-        piece = max(1, PIECE_BYTES // (torch.float32.itemsize * outputs.shape[1]))
-        for at in range(0, outputs.shape[0], piece):
+    def _put_pieces(self, first: int, outputs: HostArray) -> None:
+        piece = max(1, PIECE_BYTES // (FLOAT32.itemsize * outputs.shape[1]))
+        for at in range(0, len(outputs), piece):
             self._put(first + at, outputs[at : at + piece])
 
-    def _put(self, first: int, outputs: torch.Tensor) -> None:
+    def _put(self, first: int, outputs: HostArray) -> None:
         scales = None
-        if outputs.dtype is torch.int8:
+        if outputs.dtype == INT8:
             assert self.scales is not None, "only int8 stores take int8"
             self._came_before_scales |= not self.scales.is_filled
-            scales = self.scales.tensor[first : first + outputs.shape[0]]
-        elif self._store.precision is torch.int8:
+            scales = self.scales.target[first : first + len(outputs)]
+        elif self._store.precision == "int8":
             outputs, scales = quantise(outputs)
         else:
-            outputs = outputs.to(self._store.precision)
+            outputs = convert(outputs, PRECISIONS[self._store.precision])
         self._store.put(self._first + first, outputs, scales)
 
     def problem(self) -> str | None:
@@ -139,7 +167,7 @@ class WeightSink:
         if self._came_before_scales:
             return "is int8 without scales before it: prepare the shard again"
         has_scales = self.scales is not None and self.scales.is_filled
-        if has_scales and self._dtype is not torch.int8:
+        if has_scales and self._dtype != INT8:
             return "has scales and is not int8: prepare the shard again"
         return None
 

@@ -15,10 +15,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
+from pipeline.dtypes import STORED_DTYPES, HostArray
 from pipeline.errors import ModelError
-from pipeline.models.sinks import STORED_DTYPES, Sink
+from pipeline.models.sinks import Sink
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -297,9 +298,8 @@ def _blocks(
         block.release()
 
 
-def _rows(stored: StoredTensor, block: memoryview) -> torch.Tensor:
-    flat = torch.frombuffer(block, dtype=STORED_DTYPES[stored.dtype])
-    return flat.view(-1, *stored.shape[1:])
+def _rows(stored: StoredTensor, block: memoryview) -> HostArray:
+    return np.frombuffer(block, STORED_DTYPES[stored.dtype]).reshape(-1, *stored.shape[1:])
 
 
 def _check_fits(path: Path, stored: StoredTensor, destination: Sink) -> None:

@@ -51,7 +51,7 @@ static refusal_t run_pack(const int64_t *a) {
          (size_t)a[7], (size_t)a[8]);
     return DONE;
 }
-const call_t call_pack = {"npnnpnnnn", run_pack, always};
+const call_t call_pack = {"npnnsnnnn", run_pack, always};
 
 static refusal_t run_pack_int8(const int64_t *a) {
     CHECK(check_weight(KIND_I8, a[0], a[1], a[2]));
@@ -60,7 +60,7 @@ static refusal_t run_pack_int8(const int64_t *a) {
               (ptrdiff_t)a[7], (size_t)a[8], (size_t)a[9]);
     return DONE;
 }
-const call_t call_pack_int8 = {"pnnpnnpnnn", run_pack_int8, always};
+const call_t call_pack_int8 = {"pnnsnnsnnn", run_pack_int8, always};
 
 static refusal_t run_unpack(const int64_t *a) {
     CHECK(check_weight(a[0], a[1], a[2], a[3]));
@@ -95,7 +95,7 @@ static refusal_t run_lookup(const int64_t *a) {
     lookup(&table, at(a[5]), (size_t)a[6], (size_t)a[7], a[8] != 0, at(a[9]));
     return DONE;
 }
-const call_t call_lookup = {"nppnnpnnnp", run_lookup, NULL};
+const call_t call_lookup = {"nppnnsnnnp", run_lookup, NULL};
 
 static refusal_t run_copy(const int64_t *a) {
     memcpy(at(a[1]), at(a[0]), (size_t)a[2]);

@@ -16,7 +16,8 @@ typedef struct {
 } refusal_t;
 
 typedef struct {
-    /* an argument each: n is a number >= 0, p an address (an int, a tensor or None), f a float */
+    /* an argument each: n is a number >= 0, p an address (an int, a C-contiguous
+     * array or None), s the same of an array with strides, f a float */
     const char *signature;
     refusal_t (*run)(const int64_t *args);
     int64_t (*work)(const int64_t *args); /* multiplications, about; NULL: few */

@@ -2,7 +2,7 @@
  *
  * A program is the arguments of its calls, as they were when it was recorded. Between two runs only
  * the memory behind its addresses changes, so every run checks again what is read from there. It
- * keeps the tensors it was given. A decode step is one that is connected: its rows come in as bytes,
+ * keeps the arrays it was given. A decode step is one that is connected: its rows come in as bytes,
  * go to the slots of a batch, and leave as bytes.
  */
 #include "calls.h"
@@ -35,18 +35,18 @@ PyObject *refuse(refusal_t refusal) {
     return PyErr_Format(PyExc_ValueError, "%s: %lld", refusal.what, (long long)refusal.value);
 }
 
-/* An int as it is, None as 0, a tensor as its address; -1 with an exception. */
-static int64_t address_of(PyObject *arg) {
+/* An int as it is, None as 0, an array as its address; -1 with an exception. */
+static int64_t address_of(PyObject *arg, int flags) {
     if (PyLong_CheckExact(arg)) return PyLong_AsLongLong(arg);
     if (arg == Py_None) return 0;
-    static PyObject *data_ptr;
-    if (!data_ptr && !(data_ptr = PyUnicode_InternFromString("data_ptr"))) return -1;
-    PyObject *address = PyObject_CallMethodNoArgs(arg, data_ptr);
-    if (!address) return -1;
-    int64_t value = PyLong_AsLongLong(address);
-    Py_DECREF(address);
-    return value;
+    Py_buffer view;
+    if (PyObject_GetBuffer(arg, &view, flags)) return -1;
+    int64_t address = (int64_t)(uintptr_t)view.buf;
+    PyBuffer_Release(&view); /* whoever called holds the array */
+    return address;
 }
+
+static int is_address(char kind) { return kind == 'p' || kind == 's'; }
 
 /* Sets an exception and returns 0 for what the call does not take. */
 static int read_args(const call_t *call, PyObject *const *args, Py_ssize_t given, int64_t *into) {
@@ -66,7 +66,9 @@ static int read_args(const call_t *call, PyObject *const *args, Py_ssize_t given
             if (PyErr_Occurred()) return 0;
             continue;
         }
-        into[i] = call->signature[i] == 'p' ? address_of(args[i]) : PyLong_AsLongLong(args[i]);
+        char kind = call->signature[i];
+        int flags = kind == 's' ? PyBUF_STRIDES : PyBUF_SIMPLE; /* the latter refuses gaps */
+        into[i] = is_address(kind) ? address_of(args[i], flags) : PyLong_AsLongLong(args[i]);
         if (into[i] >= 0) continue;
         if (!PyErr_Occurred()) {
             PyErr_Format(PyExc_ValueError, "argument %zd is negative: %lld", i + 1, into[i]);
@@ -76,11 +78,11 @@ static int read_args(const call_t *call, PyObject *const *args, Py_ssize_t given
     return 1;
 }
 
-/* Keeps the tensors among the arguments of a call. Returns 0 with an exception. */
+/* Keeps the arrays among the arguments of a call. Returns 0 with an exception. */
 static int keep(program_t *program, const char *signature, PyObject *const *args) {
     for (size_t i = 0; signature[i]; i++) {
-        int is_tensor = signature[i] == 'p' && !PyLong_CheckExact(args[i]) && args[i] != Py_None;
-        if (is_tensor && PyList_Append(program->kept, args[i])) return 0;
+        int is_array = is_address(signature[i]) && !PyLong_CheckExact(args[i]) && args[i] != Py_None;
+        if (is_array && PyList_Append(program->kept, args[i])) return 0;
     }
     return 1;
 }

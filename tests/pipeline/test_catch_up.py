@@ -2,8 +2,8 @@
 
 import random
 
+import numpy as np
 import pytest
-import torch
 
 from pipeline.activation_log import ActivationLog
 from pipeline.catch_up import CatchUp
@@ -93,7 +93,7 @@ def copied(tensors):
 
 def test_a_step_left_out_is_noticed_when_it_should_have_come():
     steps = CatchUp(100)
-    rows = torch.zeros(2, 4)
+    rows = np.zeros((2, 4), np.float32)
     steps.add(header(Segment(0, 5, 2)), rows, (5, 0))
     with pytest.raises(MessageError, match="holds 7 tokens"):
         steps.add(header(Segment(0, 8, 2)), rows, (5, 0))
@@ -104,7 +104,7 @@ def test_a_step_left_out_is_noticed_when_it_should_have_come():
 def test_merging_groups_rows_by_slot_and_splitting_undoes_it():
     steps = CatchUp(6)
     taken = [header(Segment(0, 0, 2), Segment(2, 4, 1)), header(Segment(2, 5, 1), Segment(0, 2, 1))]
-    values = torch.arange(5.0).reshape(5, 1)
+    values = np.arange(5.0).reshape(5, 1)
     steps.add(taken[0], values[:3], (0, 0, 4))
     steps.add(taken[1], values[3:], (0, 0, 4))
     segments, inputs = steps.merged()

@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
 import trio
 
 import pipeline.remote_pipeline
@@ -46,7 +46,7 @@ async def joined(nursery, monkeypatch):
 async def test_logits_of_another_vocabulary_are_refused(joined, monkeypatch, num_logits):
     async def receive(channel, gate):
         await trio.lowlevel.checkpoint()
-        logits = torch.zeros(1, num_logits)
+        logits = np.zeros((1, num_logits), np.float32)
         return STEP.header, (token_ids_to_wire([1]), activation_to_wire(logits, DType.F32))
 
     monkeypatch.setattr(pipeline.remote_pipeline, "receive_step", receive)

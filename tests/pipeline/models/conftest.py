@@ -149,21 +149,26 @@ class Oracle:
 
 
 class Pipeline:
-    """Shards run one after another in this process, each with its own cache."""
+    """Shards run one after another in this process, each with its own cache; tensors in and out."""
 
     def __init__(self, shards: list[ModelShard], num_slots: int = 1, max_seq: int = 128) -> None:
         self.shards = shards
         self.caches = [shard.new_cache(num_slots, max_seq) for shard in shards]
 
     def hidden(self, token_ids: torch.Tensor, batch: list[Segment]) -> torch.Tensor:
-        rows = token_ids
+        rows = token_ids.numpy()
         for shard, cache in zip(self.shards, self.caches, strict=True):
-            rows = shard.forward(rows, batch, cache)
-        return rows
+            (rows,) = shard.kernels.to_host(shard.forward(rows, batch, cache))
+        return torch.from_numpy(rows)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        last = self.shards[-1]
+        (logits,) = last.kernels.to_host(last.logits(last.kernels.to_device(hidden.numpy())))
+        return torch.from_numpy(logits)
 
     def logits(self, token_ids: torch.Tensor, batch: list[Segment]) -> torch.Tensor:
         """Of every row."""
-        return self.shards[-1].logits(self.hidden(token_ids, batch))
+        return self.head(self.hidden(token_ids, batch))
 
     def greedy(self, token_ids: torch.Tensor, count: int) -> tuple[list[int], torch.Tensor]:
         """As the oracle's: one prefill, then one token a step."""
@@ -172,7 +177,7 @@ class Pipeline:
         while len(tokens) < count:
             hidden = self.hidden(rows, [Segment(0, position, len(rows))])
             position += len(rows)
-            found.append(self.shards[-1].logits(hidden[-1:])[0])
+            found.append(self.head(hidden[-1:])[0])
             tokens.append(int(found[-1].argmax()))
             rows = torch.tensor(tokens[-1:])
         return tokens, torch.stack(found)

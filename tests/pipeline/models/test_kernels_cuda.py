@@ -4,13 +4,14 @@ In its place decode steps run eagerly, or are recorded and replayed operation by
 same memory, as a CUDA graph is: whatever a step took from the host would be stale in the replay.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.errors import InputError, MessageError
 from pipeline.messages import StepHeader, StepKind, Want
-from pipeline.models import kernel_choice, kernels_cuda, registry
+from pipeline.models import kernels_cuda, registry
 from pipeline.models.batch import Segment
 from pipeline.models.kernel_choice import choose_kernels
 from pipeline.models.kernels_cuda import CudaKernels, Recorder, find_gpu
@@ -94,30 +95,9 @@ def device(request, monkeypatch):
 def gpu_pipeline(device, make_pipeline):
     """Oracle, split -> shards on the device, run one after another through the host."""
 
-    class GpuPipeline(make_pipeline):
-        def hidden(self, token_ids, batch):
-            rows = token_ids
-            for shard, cache in zip(self.shards, self.caches, strict=True):
-                (rows,) = shard.kernels.to_host(shard.forward(rows, batch, cache))
-            return rows
-
-        def logits(self, token_ids, batch):
-            last = self.shards[-1]
-            hidden = last.kernels.to_device(self.hidden(token_ids, batch))
-            return last.kernels.to_host(last.logits(hidden))[0]
-
-        def greedy(self, token_ids, count):
-            tokens, found, rows, position = [], [], token_ids, 0
-            while len(tokens) < count:
-                found.append(self.logits(rows, [Segment(0, position, len(rows))])[-1])
-                position += len(rows)
-                tokens.append(int(found[-1].argmax()))
-                rows = torch.tensor(tokens[-1:])
-            return tokens, torch.stack(found)
-
     def make(oracle, *bounds, dtype="float32", **options):
         shards = oracle.computing_with("gpu").split(*bounds, dtype=dtype)
-        return GpuPipeline(shards, **options)
+        return make_pipeline(shards, **options)
 
     return make
 
@@ -240,9 +220,10 @@ def test_a_step_never_leaves_its_memory(gqa, gpu_pipeline, token_ids):
 def test_results_outlive_the_next_step(gqa, gpu_pipeline, token_ids):
     pipeline = gpu_pipeline(gqa)
     prefill(pipeline, token_ids, {0: 9})
-    first = pipeline.shards[0].forward(token_ids[:1], [Segment(0, 9, 1)], pipeline.caches[0])
+    (shard,), (cache,), ids = pipeline.shards, pipeline.caches, token_ids.numpy()
+    first = shard.forward(ids[:1], [Segment(0, 9, 1)], cache)
     copy = first.clone()
-    pipeline.shards[0].forward(token_ids[1:2], [Segment(0, 10, 1)], pipeline.caches[0])
+    shard.forward(ids[1:2], [Segment(0, 10, 1)], cache)
     assert torch.equal(first, copy)
 
 
@@ -365,7 +346,7 @@ def test_a_missing_gpu_is_told_apart_from_a_missing_build(monkeypatch, gqa):
 
 
 def test_a_gpu_proves_itself_before_it_is_used(monkeypatch, gqa):
-    monkeypatch.setattr(kernel_choice, "find_gpu", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(kernels_cuda, "find_gpu", lambda name: torch.device("cpu"))
     assert choose_kernels("auto", gqa.config, "cuda").name == "cuda"
 
     def wrong(self, x, out, residual=None):
@@ -377,7 +358,7 @@ def test_a_gpu_proves_itself_before_it_is_used(monkeypatch, gqa):
 
 
 def test_kernels_of_the_cpu_are_refused_on_a_gpu(monkeypatch, gqa):
-    monkeypatch.setattr(kernel_choice, "find_gpu", torch.device)
+    monkeypatch.setattr(kernels_cuda, "find_gpu", torch.device)
     with pytest.raises(InputError, match="--kernels torch: for cpu only, leave it out on cuda:0"):
         choose_kernels("torch", gqa.config, "cuda:0")
 
@@ -397,6 +378,6 @@ def test_copies_to_a_gpu_and_back_do_not_race_with_what_is_computed():
         product = torch.full((2048, 2048), 1.0, device="cuda")
         for _ in range(5):
             product = product @ product / 2048
-        moved = kernels.to_device(torch.full((512, 576), float(value)))
+        moved = kernels.to_device(np.full((512, 576), value, np.float32))
         (found,) = kernels.to_host(moved + product[0, 0])
         assert (found == value + 1).all()

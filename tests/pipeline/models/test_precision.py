@@ -36,7 +36,7 @@ def rounded(tensor, dtype, *, is_in_out):
     if dtype == "bfloat16":
         return tensor.bfloat16().float()
     outputs = tensor.t() if is_in_out else tensor
-    exact = dequantise(*quantise(outputs))
+    exact = torch.from_numpy(dequantise(*quantise(outputs.numpy())))
     return exact.t().contiguous() if is_in_out else exact
 
 
@@ -103,7 +103,9 @@ def int8_file(make_oracle, tmp_path):
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     for name in matrices(oracle):
-        tensors[name], tensors[name + SCALE_SUFFIX] = quantise(tensors[name])
+        values, scales = quantise(tensors[name].numpy())
+        tensors[name] = torch.from_numpy(values)
+        tensors[name + SCALE_SUFFIX] = torch.from_numpy(scales).view(torch.bfloat16)
     return path, tensors
 
 

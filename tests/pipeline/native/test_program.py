@@ -4,8 +4,8 @@ import itertools
 import threading
 import weakref
 
+import numpy as np
 import pytest
-import torch
 
 
 @pytest.fixture
@@ -13,25 +13,33 @@ def program(native):
     return native.Program()
 
 
+def floats(*shape):
+    return np.zeros(shape, np.float32)
+
+
+def normal(*shape):
+    return np.random.default_rng().standard_normal(shape, np.float32)
+
+
 def silu(native, gate_up, y):
     native.silu_mul(gate_up, y, y.shape[0], y.shape[1])
 
 
 def test_calls_are_recorded_first_and_made_by_every_run(native, program):
-    gate_up, y = torch.randn(3, 64), torch.zeros(3, 32)
+    gate_up, y = normal(3, 64), floats(3, 32)
     with program:
         silu(native, gate_up, y)
     assert not y.any()
     for _ in range(2):
-        gate_up.normal_()
-        expected = torch.empty(3, 32)
+        gate_up[:] = normal(3, 64)
+        expected = floats(3, 32)
         silu(native, gate_up, expected)
         program.run()
-        assert y.equal(expected)
+        assert np.array_equal(y, expected)
 
 
 def test_calls_are_made_in_their_order(native, program):
-    rows = [torch.full((4,), float(i)) for i in range(100)]
+    rows = [np.full(4, i, np.float32) for i in range(100)]
     with program:
         for source, target in itertools.pairwise(rows):
             native.copy(source, target, 16)
@@ -39,23 +47,23 @@ def test_calls_are_made_in_their_order(native, program):
     assert all(not row.any() for row in rows)
 
 
-def test_it_keeps_the_tensors_it_was_recorded_with(native):
+def test_it_keeps_the_arrays_it_was_recorded_with(native):
     program = native.Program()
-    source, target = torch.ones(4), torch.zeros(4)
+    source, target = floats(4) + 1, floats(4)
     alive = weakref.ref(source)
     with program:
         native.copy(source, target, 16)
     del source
     assert alive() is not None
     program.run()
-    assert target.equal(torch.ones(4))
+    assert (target == 1).all()
     del program
     assert alive() is None
 
 
 def test_a_refused_call_ends_the_run(native, program):
-    ids, table, row = torch.tensor([1]), torch.ones(2, 16), torch.zeros(1, 16)
-    copied = torch.zeros(16)
+    ids, table, row = np.array([1]), floats(2, 16) + 1, floats(1, 16)
+    copied = floats(16)
     with program:
         native.lookup(native.F32, table, None, 2, 16, ids, 1, 1, False, row)
         native.copy(row, copied, 64)
@@ -65,7 +73,7 @@ def test_a_refused_call_ends_the_run(native, program):
     assert not copied.any()
     ids[0] = 0
     program.run()
-    assert copied.equal(torch.ones(16))
+    assert (copied == 1).all()
 
 
 def test_a_program_is_recorded_once_and_alone(native, program):
@@ -74,26 +82,40 @@ def test_a_program_is_recorded_once_and_alone(native, program):
             native.Program().__enter__()
         with pytest.raises(RuntimeError, match="while one is recorded"):
             program.run()
-        native.copy(torch.ones(1), torch.zeros(1), 4)
+        native.copy(floats(1), floats(1), 4)
     with pytest.raises(RuntimeError, match="recorded once"):
         program.__enter__()
 
 
 def test_an_error_while_recording_ends_the_recording(native, program):
-    source, target = torch.ones(4), torch.zeros(4)
+    source, target = floats(4) + 1, floats(4)
     with pytest.raises(ZeroDivisionError), program:
         raise ZeroDivisionError
     native.copy(source, target, 16)
-    assert target.equal(source)
+    assert np.array_equal(target, source)
 
 
 def test_another_threads_calls_are_not_recorded(native, program):
-    source, target = torch.ones(4), torch.zeros(4)
+    source, target = floats(4) + 1, floats(4)
     with program:
         thread = threading.Thread(target=native.copy, args=(source, target, 16))
         thread.start()
         thread.join()
-    assert target.equal(source)
-    target.zero_()
+    assert np.array_equal(target, source)
+    target[:] = 0
     program.run()
     assert not target.any()
+
+
+def test_arrays_with_gaps_are_refused_where_no_strides_come_with_them(native):
+    for gaps in (floats(8)[::2], floats(4, 4).T, floats(4, 4)[:, :2]):
+        with pytest.raises((ValueError, BufferError), match="contiguous"):
+            native.copy(gaps, floats(16), 16)
+    ids, out = np.array([[1, 9], [0, 9]]), floats(2, 2)
+    native.lookup(native.F32, np.eye(2, dtype=np.float32), None, 2, 2, ids[:, 0], 2, 2, False, out)
+    assert out.tolist() == [[0, 1], [1, 0]]
+
+
+def test_what_has_no_memory_of_its_own_is_refused(native):
+    with pytest.raises(TypeError, match="bytes-like"):
+        native.copy(object(), floats(1), 4)
