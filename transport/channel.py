@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import trio
 
 from transport.errors import ConnectionLost, NoAnswer
-from transport.frames import Frame, FrameLimits
+from transport.frames import Frame, FrameForm, FrameLimits
 from transport.framing import FrameReceiver, FrameSender
 from transport.handshake import (
     ACCEPT_BYTES,
@@ -168,6 +168,54 @@ class SecureChannel(trio.abc.Channel[Frame]):
             raise trio.EndOfChannel
         self._frames_received += 1
         return frame
+
+    async def peek(self) -> memoryview | None:
+        """The plaintext of the next frame's head, waited for in place; the frame is still next.
+
+        None where nothing has come, or something else: `receive` has a look. Whoever has dealt with
+        the frame, of which the head must be all, calls `drop`. The view is valid until either.
+        Raises: as `receive`, but for the end of the channel.
+        """
+        wire, receiver = self._wire, self._receiver
+        if wire.is_closed or self._is_receiving:
+            raise self._unusable()
+        self._is_receiving = True
+        try:
+            if receiver.is_idle:
+                if not await wire.has_come():
+                    return None
+                receiver.wrote(wire.try_receive(receiver.space()))
+            return receiver.peek()
+        except trio.Cancelled:
+            raise  # nothing has been received
+        except BaseException:
+            wire.close()
+            raise
+        finally:
+            self._is_receiving = False
+
+    def drop(self) -> None:
+        """Take the frame that `peek` showed for received."""
+        self._receiver.drop()
+        self._frames_received += 1
+
+    async def send_form(self, form: FrameForm) -> None:
+        """Send a frame as it is laid out, with no turn for other tasks. Raises: as `send`."""
+        wire = self._wire
+        if wire.is_closed or self._is_sending:
+            raise self._unusable()
+        self._is_sending = True
+        try:
+            data = self._sender.seal_head(form.plain)
+            num_sent = wire.try_send(data)
+            if num_sent < len(data):
+                await wire.send_all(data[num_sent:])
+        except BaseException:
+            wire.close()
+            raise
+        finally:
+            self._is_sending = False
+        self._frames_sent += 1
 
     async def aclose(self) -> None:
         """Tell the peer that nothing follows, then close the socket.

@@ -207,6 +207,38 @@ def decode_layout_untrusted(plain: memoryview, limits: FrameLimits) -> Layout:
     )
 
 
+class FrameForm:
+    """A small frame laid out once, to be filled in, or compared with, again and again.
+
+    `plain` is all of it, writable; the header is from header_start to header_stop, each tensor
+    from the first to the second of its place.
+    """
+
+    __slots__ = ("_fixed", "_gaps", "header_start", "header_stop", "places", "plain")
+
+    def __init__(self, frame: Frame) -> None:
+        """Lay `frame` out. Raises: MisuseError where it does not fit one record."""
+        encoded, pieces = encode_frame(frame)
+        if pieces:
+            raise MisuseError(f"a frame of more than {INLINE_BYTES} bytes has no form")
+        layout = decode_layout_untrusted(memoryview(encoded), _ANY)
+        self.plain = memoryview(bytearray(encoded))
+        self.header_start, self.header_stop = layout.header_start, layout.header_stop
+        self.places = layout.places
+        self._fixed = encoded[: layout.header_start]
+        self._gaps = [(start, stop, PADDING[stop - start]) for start, stop in layout.gaps]
+
+    def fits(self, plain: memoryview) -> bool:
+        """Whether a frame of as many bytes differs at most in what header and tensors hold."""
+        for start, stop, padding in self._gaps:
+            if plain[start:stop] != padding:
+                return False
+        return plain[: self.header_start] == self._fixed
+
+
+_ANY = FrameLimits(MAX_HEADER_BYTES, MAX_TENSORS, INLINE_BYTES)
+
+
 def _decode_specs(plain: memoryview, num_tensors: int) -> tuple[tuple[TensorSpec, ...], int]:
     position = _HEAD.size
     specs = []

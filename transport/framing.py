@@ -65,18 +65,40 @@ class FrameReceiver:
         self._layout: Layout | None = None
         self._storage: memoryview | None = None
         self._tensors: tuple[Tensor, ...] = ()
+        self._peeked: memoryview | None = None
         self.is_ended = False
 
     @property
     def is_idle(self) -> bool:
         """Whether a next frame may come and no byte of it has: waiting can be given up."""
-        return self._body is None and not self.is_ended and self._reader.is_empty
+        is_between = self._body is None and self._peeked is None and not self.is_ended
+        return is_between and self._reader.is_empty
+
+    def peek(self) -> memoryview | None:
+        """The plaintext of the next frame's head, if that is there; until `drop` it is still next.
+
+        Raises: RecordError; the channel is then over.
+        """
+        if self._peeked is None and self._body is None and not self.is_ended:
+            record = self._reader.ready_untrusted()
+            if record is not None and record.kind is FRAME:
+                self._peeked = self._open(record)
+        return self._peeked
+
+    def drop(self) -> None:
+        """The frame whose head was peeked at had no more than that, and has been dealt with."""
+        self._peeked = None
 
     def next_frame_untrusted(self) -> Frame | None:
         """Return the next whole frame, or None while bytes are missing or after the close.
 
         Raises: RecordError, FrameError; the channel is then over.
         """
+        if self._peeked is not None:
+            plain, self._peeked = self._peeked, None
+            frame = self._take_head(plain)
+            if frame is not None:
+                return frame
         while not self.is_ended:
             record = self._reader.ready_untrusted()
             if record is None:
@@ -84,7 +106,7 @@ class FrameReceiver:
             if self._body is not None and record.kind is BODY:
                 frame = self._take_piece(record, self._body)
             elif self._body is None and record.kind is FRAME:
-                frame = self._take_head(record)
+                frame = self._take_head(self._open(record))
             else:
                 self._take_empty(record)
                 continue
@@ -100,13 +122,16 @@ class FrameReceiver:
         self._reader.open_into(self._arena.range(0, 0, 0))
         self.is_ended = record.kind is CLOSE
 
-    def _take_head(self, record: RecordHeader) -> Frame | None:
+    def _open(self, record: RecordHeader) -> memoryview:
         num_bytes = record.plaintext_bytes
         plain = self._arena.range(0, num_bytes, num_bytes)
         self._reader.open_into(plain)
+        return plain
+
+    def _take_head(self, plain: memoryview) -> Frame | None:
         layout = self._layout_of(plain)
-        if num_bytes != layout.record_bytes:
-            raise FrameError(f"a FRAME record of {num_bytes} bytes declares {layout.record_bytes}")
+        if len(plain) != layout.record_bytes:
+            raise FrameError(f"a FRAME record of {len(plain)} bytes declares {layout.record_bytes}")
         header = plain[layout.header_start : layout.header_stop].tobytes()
         if self._limits.check is not None:
             self._limits.check(header, layout.specs)
@@ -195,6 +220,13 @@ class FrameSender:
         # The head travels with the first piece.
         used += self._sealer.seal_into(BODY, pieces[0], out[used:])
         return out[:used], pieces[1:]
+
+    def seal_head(self, plain: memoryview) -> memoryview:
+        """Return the record of a frame that `FrameForm` has laid out. Raises: MisuseError."""
+        room = len(plain) + 2 * OVERHEAD_BYTES
+        if room > len(self._out):
+            self._out = memoryview(bytearray(room))
+        return self._out[: self._sealer.seal_into(FRAME, plain, self._out)]
 
     def seal_piece(self, piece: memoryview) -> memoryview:
         """Return the record of one piece, in place of the bytes returned before."""

@@ -77,15 +77,20 @@ class Wire:
         self._poll.register(self.fd, select.POLLIN)
         self._patience_ms = patience_ms
 
+    async def has_come(self) -> bool:
+        """Wait in place, where that has been asked for; whether there is something to receive."""
+        if self._poll is None:
+            return False
+        if perf_counter_ns() - self._looped_ns > FAIR_NS:
+            await trio.lowlevel.checkpoint()  # now, while nothing has come yet
+            self._looped_ns = perf_counter_ns()
+        return bool(self._poll.poll(self._patience_ms))
+
     async def readable(self) -> None:
         """Wait until there is something to receive, or the end."""
-        if self._poll is not None:
-            if perf_counter_ns() - self._looped_ns > FAIR_NS:
-                await trio.lowlevel.checkpoint()  # now, while nothing has come yet
-                self._looped_ns = perf_counter_ns()
-            if self._poll.poll(self._patience_ms):
-                await trio.lowlevel.checkpoint_if_cancelled()
-                return
+        if await self.has_come():
+            await trio.lowlevel.checkpoint_if_cancelled()
+            return
         self._unwaited = 0  # what waits lets the others run
         await trio.lowlevel.wait_readable(self.fd)
 
