@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.engine.request import TokenEvent
-from pipeline.engine.scheduler import Scheduler, Step
+from pipeline.engine.scheduler import FollowUp, Scheduler, Step
 from pipeline.messages import StageTiming
 from pipeline.steps import StepResult
 
@@ -34,6 +34,10 @@ class StepRunner(Protocol):
         """Start a step."""
         ...
 
+    def prepare(self, follow_up: FollowUp | None) -> None:
+        """What may be sent the moment the next result comes; `send` is still called for it."""
+        ...
+
     async def receive(self) -> StepResult:
         """The result of the oldest step started."""
         ...
@@ -53,6 +57,7 @@ async def drive(pipeline: StepRunner, scheduler: Scheduler, on_token: OnToken) -
                 await pipeline.send(step)
             while events:
                 on_token(events.pop(0), timings)
+            pipeline.prepare(scheduler.follow_up())
             result = await pipeline.receive()
             events = scheduler.complete(result.header, result.token_ids)
             timings = result.header.timings

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from pipeline.drive import RunnerStats
-from pipeline.engine.scheduler import Step
+from pipeline.engine.scheduler import FollowUp, Step
 from pipeline.messages import StepKind
 from pipeline.stage import StageCore
 from pipeline.steps import CLEAR_SENTINEL, StepResult, step_result, token_ids_to_wire
@@ -26,6 +26,9 @@ class LocalPipeline:
     async def send(self, step: Step) -> None:
         """Run the step at once."""
         self._results.append(self.run(step))
+
+    def prepare(self, follow_up: FollowUp | None) -> None:
+        """Nothing waits here for what follows."""
 
     async def receive(self) -> StepResult:
         """The oldest result."""

@@ -9,9 +9,10 @@ from typing import Protocol
 
 import trio
 
+from pipeline.ahead import Ahead
 from pipeline.connector import Connector
 from pipeline.drive import RunnerStats
-from pipeline.engine.scheduler import Limits, Step
+from pipeline.engine.scheduler import FollowUp, Limits, Step
 from pipeline.errors import (
     LinkLost,
     MessageError,
@@ -87,6 +88,7 @@ class _Links:
     data_in: SecureChannel
     data_out: SecureChannel
     gate: StepGate
+    ahead: Ahead
 
 
 class Pipeline:
@@ -156,18 +158,27 @@ class Pipeline:
     async def send(self, step: Step) -> None:
         """Send a step to the first stage."""
         links = self._joined()
+        self._num_due += step.header.kind is not StepKind.REPLAY
+        if links.ahead.has_sent(step.header):
+            return
         is_clear = step.header.kind is StepKind.CLEAR
         tensor = CLEAR_SENTINEL if is_clear else token_ids_to_wire(step.token_ids)
         try:
             await send_step(links.data_in, step.header, (tensor,))
         except (TransportError, trio.ClosedResourceError) as error:
             raise LinkLost(0, f"its data channel broke: {describe(error)}") from error
-        self._num_due += step.header.kind is not StepKind.REPLAY
+
+    def prepare(self, follow_up: FollowUp | None) -> None:
+        """What to send the moment the next result comes, before that is even looked at whole."""
+        if self._links is not None:
+            self._links.ahead.prepare(follow_up)
 
     async def receive(self) -> StepResult:
         """The oldest outstanding step's result, the stages' timings in its header."""
         links, last = self._joined(), len(self._manifest.stages) - 1
         try:
+            if links.ahead.is_prepared:
+                await self._send_ahead(links)
             header, tensors = await receive_step(links.data_out, links.gate)
         except (TransportError, trio.EndOfChannel, trio.ClosedResourceError) as error:
             raise LinkLost(last, f"its data channel broke: {describe(error)}") from error
@@ -186,6 +197,16 @@ class Pipeline:
         if self._unproven or self._lost_at is not None:
             self._note_proof()
         return result
+
+    async def _send_ahead(self, links: _Links) -> None:
+        """Wait for the next result, and send the step that has been prepared for it."""
+        plain = await links.data_out.peek()
+        form = None if plain is None else links.ahead.follow(plain, self.vocab_size)
+        if form is not None:
+            try:
+                await links.data_in.send_form(form)
+            except TransportError as error:
+                raise LinkLost(0, f"its data channel broke: {describe(error)}") from error
 
     async def notify(self, message: Message) -> None:
         """Tell every stage about a request's life. Raises StageLost, once all have been told."""
@@ -370,7 +391,7 @@ class Pipeline:
         self.ready = tuple(ready)
         self.vocab_size = min(each.vocab_size for each in ready)
         links["out"].wait_in_place(self._options.patience_ms)
-        self._links = _Links(links["in"], links["out"], gate)
+        self._links = _Links(links["in"], links["out"], gate, Ahead(len(stages)))
         self._num_due = 0
 
     async def _drop_links(self) -> None:

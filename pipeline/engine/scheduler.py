@@ -54,6 +54,16 @@ class Step:
     is_decoding: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class FollowUp:
+    """A step that is certain but for its one token: the one that the step under way returns."""
+
+    due: StepHeader
+    header: StepHeader
+    # Tokens after which there is no such step.
+    ends: frozenset[int]
+
+
 class Scheduler:
     """Admits requests to KV slots in order of arrival and batches their tokens into steps.
 
@@ -160,6 +170,26 @@ class Scheduler:
             self._in_flight.append(step)
             self._next_step += 1
         return step
+
+    def follow_up(self) -> FollowUp | None:
+        """What `next_step` will be once the step under way is complete, where that is certain.
+
+        It is for a lone request, as long as nobody submits or cancels one.
+        """
+        if len(self._in_flight) != 1 or len(self._running) != 1 or self._waiting:
+            return None
+        due = self._in_flight[0]
+        ((request_id, state),) = self._running.items()
+        request = state.request
+        is_due = due.owners == (request_id,) and not self._ended_slots
+        num_left = min(
+            request.max_tokens - len(state.token_ids), self.limits.max_seq_len + 1 - state.num_known
+        )
+        if not is_due or request.wants_logits or num_left < 2:
+            return None
+        segments = (Segment(state.slot, state.num_sent, 1),)
+        header = StepHeader(StepKind.STEP, self._next_step, segments, (Want.TOKEN,))
+        return FollowUp(due.header, header, request.eos_token_ids)
 
     def owners(self, header: StepHeader) -> tuple[int, ...]:
         """Whose tokens a step's result holds, in order. Raises MessageError if it is not due."""

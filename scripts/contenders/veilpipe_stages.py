@@ -16,7 +16,7 @@ from protocol import Ask, Clock, Result, parse, say, say_ready
 
 from pipeline.drive import StepRunner, drive
 from pipeline.engine.request import Request
-from pipeline.engine.scheduler import Limits, Scheduler, Step
+from pipeline.engine.scheduler import FollowUp, Limits, Scheduler, Step
 from pipeline.local import LocalPipeline
 from pipeline.manifest import Manifest, dump_manifest, parse_manifest
 from pipeline.messages import StepKind
@@ -45,6 +45,9 @@ class Stopwatch:
 
     async def send(self, step: Step) -> None:
         await self._pipeline.send(step)
+
+    def prepare(self, follow_up: FollowUp | None) -> None:
+        self._pipeline.prepare(follow_up)
 
     async def receive(self) -> StepResult:
         result = await self._pipeline.receive()

@@ -7,6 +7,7 @@ import pytest
 import trio
 
 import pipeline.remote_pipeline
+from pipeline.ahead import Ahead
 from pipeline.engine.scheduler import Limits, Step
 from pipeline.errors import MessageError
 from pipeline.messages import StepHeader, StepKind, Want
@@ -36,7 +37,7 @@ async def joined(nursery, monkeypatch):
     options = PipelineOptions(Limits(1, 64), 10, hang_seconds=10)
     manifest = SimpleNamespace(stages=(None,))
     joined = Pipeline(manifest, options, None, None, nursery)
-    joined._links = SimpleNamespace(data_in=None, data_out=None, gate=None)
+    joined._links = SimpleNamespace(data_in=None, data_out=None, gate=None, ahead=Ahead(1))
     joined.vocab_size = 2
     yield joined
     nursery.cancel_scope.cancel()

@@ -10,10 +10,14 @@ from pipeline.messages import StepKind, Want
 
 def run(scheduler, token_of, order=None):
     """Drive a scheduler to its end against a model that is a function of what a slot has seen."""
-    slots, events, in_flight = {}, [], []
+    slots, events, in_flight, certain = {}, [], [], None
     while scheduler.has_work:
         while (step := scheduler.next_step()) is not None:
             in_flight.append(step)
+            assert certain in {None, (step.header, step.token_ids)}
+            certain = None
+        assert certain is None
+        follow_up = scheduler.follow_up()
         step = in_flight.pop(0)
         header, token_ids, offset = step.header, [], 0
         for segment, want in zip(header.segments, header.wants, strict=True):
@@ -27,6 +31,10 @@ def run(scheduler, token_of, order=None):
             if want is Want.TOKEN:
                 token_ids.append(token_of(seen))
         assert header.num_tokens == len(step.token_ids) <= scheduler.limits.max_step_tokens
+        if follow_up is not None:
+            assert follow_up.due == header
+            if follow_up.ends.isdisjoint(token_ids):
+                certain = (follow_up.header, tuple(token_ids))
         events += scheduler.complete(header, token_ids)
     assert all(not seen for seen in slots.values()), "every slot ends cleared"
     return events
@@ -340,3 +348,35 @@ def test_losses_between_which_a_request_moves_are_not_its_fault():
         if (step := scheduler.next_step()) is not None:
             scheduler.complete(step.header, [0] * len(step.owners))
     assert not given_up
+
+
+def test_a_lone_requests_next_step_is_certain_but_for_its_token():
+    scheduler = Scheduler(Limits(2, 100, chunk_tokens=4, num_stages=2))
+    scheduler.submit(Request(1, tuple(range(6)), 4, eos_token_ids=frozenset({9})))
+    assert scheduler.follow_up() is None  # nothing is under way
+    chunks = [scheduler.next_step(), scheduler.next_step()]
+    assert scheduler.follow_up() is None  # the first brings no token
+    assert scheduler.complete(chunks[0].header, []) == []
+    for token_id in (5, 6, 7):
+        follow_up = scheduler.follow_up()
+        assert follow_up.ends == {9}
+        scheduler.complete(follow_up.due, [token_id])
+        step = scheduler.next_step()
+        assert (step.header, step.token_ids) == (follow_up.header, (token_id,))
+    assert scheduler.follow_up() is None  # the next token is the last
+
+
+@pytest.mark.parametrize("other", ["waits", "runs", "cancelled", "samples"])
+def test_nothing_is_certain_of_a_request_that_is_not_alone(other):
+    scheduler = Scheduler(Limits(1 if other == "waits" else 2, 100))
+    scheduler.submit(Request(1, (1, 2), 9, wants_logits=other == "samples"))
+    if other == "runs":
+        scheduler.submit(Request(2, (1, 2), 9))
+    step = scheduler.next_step()
+    assert (scheduler.follow_up() is None) is (other in {"runs", "samples"})
+    if other == "waits":
+        scheduler.submit(Request(2, (1, 2), 9))
+    if other == "cancelled":
+        scheduler.cancel(1)
+    assert scheduler.follow_up() is None or other == "other"
+    assert step is not None

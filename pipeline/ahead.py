@@ -1,0 +1,78 @@
+"""The step after a token, laid out before the token comes: sans-IO.
+
+While a lone request's step is in the stages, all of the next one is known but its token. So the
+orchestrator need only copy that from one frame to the other, and the stages compute again while it
+makes sure of the result as it would of any, and turns it into text.
+"""
+
+from pipeline.engine.scheduler import FollowUp
+from pipeline.messages import (
+    DecodeHeaders,
+    StageTiming,
+    StepHeader,
+    StepKind,
+    Want,
+    encode_step,
+)
+from pipeline.models.batch import Segment
+from pipeline.steps import token_specs
+from transport.frames import Frame, FrameForm, FrameKind, Tensor
+
+TOKEN_BYTES = 4
+
+
+class Ahead:
+    """What may be sent ahead on one pair of data channels, and what has been."""
+
+    def __init__(self, num_stages: int) -> None:
+        self._results = _form((StageTiming(0, 0, 0),) * num_stages)
+        self._step = _form(())
+        self._headers = DecodeHeaders(1, num_stages)
+        self._prepared: FollowUp | None = None
+        self._sent: StepHeader | None = None
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether there is something to send ahead."""
+        return self._prepared is not None
+
+    def prepare(self, follow_up: FollowUp | None) -> None:
+        """Lay a step out; None: there is none."""
+        self._prepared = follow_up
+        if follow_up is not None:
+            step = self._step
+            step.plain[step.header_start : step.header_stop] = encode_step(follow_up.header)
+
+    def follow(self, plain: memoryview, vocab_size: int) -> FrameForm | None:
+        """The frame to send ahead now that `plain` has come; None if that is not what was due."""
+        follow_up, self._prepared = self._prepared, None
+        results, step = self._results, self._step
+        if follow_up is None or len(plain) != len(results.plain) or not results.fits(plain):
+            return None
+        due = follow_up.due
+        found = self._headers.read(plain, results.header_start, due.wants)
+        if found is None or found != (due.step, list(due.segments)):
+            return None
+        start = results.places[0][0]
+        token = plain[start : start + TOKEN_BYTES]
+        token_id = int.from_bytes(token, "little")
+        if token_id >= vocab_size or token_id in follow_up.ends:
+            return None
+        start = step.places[0][0]
+        step.plain[start : start + TOKEN_BYTES] = token
+        self._sent = follow_up.header
+        return step
+
+    def has_sent(self, header: StepHeader) -> bool:
+        """Whether this step, the next one in order, has been sent ahead."""
+        sent, self._sent = self._sent, None
+        assert sent in {None, header}, "what follows has been certain"
+        return sent is not None
+
+
+def _form(timings: tuple[StageTiming, ...]) -> FrameForm:
+    header = StepHeader(StepKind.STEP, 0, (Segment(0, 0, 1),), (Want.TOKEN,), timings)
+    (spec,) = token_specs(1)
+    return FrameForm(
+        Frame(FrameKind.DATA, encode_step(header), (Tensor(spec, memoryview(bytes(spec.nbytes))),))
+    )
