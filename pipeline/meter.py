@@ -3,7 +3,7 @@
 from time import perf_counter_ns
 from typing import NamedTuple
 
-from pipeline.messages import Health, Healthy, StageFigures, StageTiming, StepHeader, StepKind
+from pipeline.messages import Health, Healthy, StageFigures, StageTiming
 from pipeline.stage import StageCore
 from transport.channel import SecureChannel
 
@@ -63,17 +63,17 @@ class StageMeter:
         self._channels.remove(channel)
         self._past = _Traffic.total(self._past, _Traffic.of(channel))
 
-    def step(self, header: StepHeader, compute_ns: int) -> StageTiming:
-        """Count a computed step; what it cost here.
+    def step(self, num_tokens: int, num_requests: int, compute_ns: int) -> StageTiming:
+        """Count a computed step, of 0 tokens if it had no result; what it cost here.
 
         A step's header is sealed before it is sent, so the cost of sending it is counted with the
         next step.
         """
         self._num_steps += 1
         self._compute_ns += compute_ns
-        if header.kind is StepKind.STEP:
-            self._num_tokens += header.num_tokens
-            self._last_batch = len(header.segments)
+        if num_tokens:
+            self._num_tokens += num_tokens
+            self._last_batch = num_requests
         crypto_ns, wire_ns = self._past.crypto_ns, self._past.wire_ns
         for channel in self._channels:
             crypto_ns += channel.crypto_ns

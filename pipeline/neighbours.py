@@ -48,7 +48,11 @@ class OnLink:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, TransportError | trio.EndOfChannel | trio.TooSlowError):
-            raise LinkBroken(self._side, describe(error)) from error
+            raise self.broken(error) from error
+
+    def broken(self, error: Exception) -> LinkBroken:
+        """What to raise for an error on this side."""
+        return LinkBroken(self._side, describe(error))
 
 
 UPSTREAM, DOWNSTREAM = OnLink("upstream"), OnLink("downstream")

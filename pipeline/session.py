@@ -8,6 +8,7 @@ from time import perf_counter_ns
 import trio
 
 from pipeline.errors import MessageError
+from pipeline.lane import Lane
 from pipeline.links import ControlLink, StepGate, receive_step, send_step
 from pipeline.messages import (
     Abort,
@@ -207,18 +208,22 @@ class StageSession:
         logger.info("event=replayed stage=%d steps=%d", self._setup.stage_idx, num_steps)
 
     async def _serve_steps(self, upstream: SecureChannel, downstream: SecureChannel) -> None:
+        lane = Lane(self._core, self._meter, upstream, downstream, self._setup.stage_idx)
         while True:
+            await lane.serve()
             with UPSTREAM:
                 header, tensors = await receive_step(upstream, self._gate)
             started = perf_counter_ns()
             done = self._core.take(header, tensors)
-            timing = self._meter.step(header, perf_counter_ns() - started)
+            num_tokens = header.num_tokens if header.kind is StepKind.STEP else 0
+            timing = self._meter.step(num_tokens, len(header.segments), perf_counter_ns() - started)
             for each, outputs in done:
                 if each.kind is StepKind.REPLAY and each.until <= self._setup.stage_idx:
                     continue
                 with DOWNSTREAM:
                     await send_step(downstream, each.with_timing(timing), outputs)
             self._core.keep()
+            lane.learn(header)
             if timing.compute_ns > LONG_STEP_NS:
                 # Several steps may have come at once; the control channel has its turn between
                 # long ones, or a stage that is only busy would be taken for hung.

@@ -10,6 +10,8 @@ from pipeline.codec import activation_codec
 from pipeline.dtypes import Array, Floats, HostArray
 from pipeline.errors import MessageError
 from pipeline.messages import StepHeader, StepKind, Want
+from pipeline.models.batch import Batch
+from pipeline.models.kernels import Rows
 from pipeline.models.registry import ModelShard
 from pipeline.steps import (
     CLEAR_SENTINEL,
@@ -36,13 +38,27 @@ class StageCore:
         self.log = log
         self._codec = activation_codec(limits)
         self._catch_up = CatchUp(limits.max_step_tokens)
-        # What the last step sends on, until it is kept.
-        self._unkept: tuple[StepHeader, Floats] | None = None
+        # What the last step sends on, until it is kept: its number, its segments, its rows.
+        self._unkept: tuple[int, Batch, Floats | bytearray] | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes reserved for the session."""
         return self.cache.num_bytes + (self.log.num_bytes if self.log is not None else 0)
+
+    @property
+    def decodes_in_place(self) -> bool:
+        """Whether `decode` takes rows as they travel, and no replayed step is still put off."""
+        is_plain = self.limits.activation_dtype is DType.F32
+        return is_plain and self.shard.kernels.has_decode_steps and not self._catch_up
+
+    def decode(self, step: int, segments: Batch, rows: Rows) -> tuple[bytearray, Floats | None]:
+        """Run a step of one token for each segment from rows to rows: see `Shard.decode`."""
+        self.keep()
+        outputs, logits = self.shard.decode(rows, segments, self.cache)
+        if self.log is not None and logits is None:
+            self._unkept = (step, segments, outputs)
+        return outputs, logits
 
     def take(
         self, header: StepHeader, tensors: Sequence[Tensor]
@@ -66,8 +82,9 @@ class StageCore:
         """Put what the last step sends on into the log: best once it is on its way."""
         unkept, self._unkept = self._unkept, None
         if unkept is not None and self.log is not None:
-            header, hidden = unkept
-            self.log.append(header.step, header.segments, hidden)
+            step, segments, rows = unkept
+            hidden = np.frombuffer(rows, "<f4").reshape(-1, self.limits.hidden_dim)
+            self.log.append(step, segments, hidden)
 
     def step(self, header: StepHeader, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run one step.
@@ -92,7 +109,7 @@ class StageCore:
             return () if header.kind is StepKind.REPLAY else self._results(header, hidden)
         (hidden,) = self.shard.kernels.to_host(hidden)
         if self.log is not None:
-            self._unkept = (header, hidden)
+            self._unkept = (header.step, header.segments, hidden)
         return self._codec.encode(hidden)
 
     def rewind(self, lengths: Sequence[int]) -> None:
@@ -145,18 +162,16 @@ class StageCore:
         if not (self.shard.is_first or is_plain):
             rows = self._codec.decode(tensors).data.cast("B")
         try:
-            outputs, logits = self.shard.decode(rows, header.segments, self.cache)
+            outputs, logits = self.decode(header.step, header.segments, rows)
         except ValueError:
             self._inputs(tensors)  # says what is wrong with token ids
             raise
         if logits is not None:
             return _decoded(header, outputs, logits)
-        hidden = np.frombuffer(outputs, "<f4").reshape(-1, self.limits.hidden_dim)
-        if self.log is not None:
-            self._unkept = (header, hidden)
         if is_plain:
             spec = activation_specs(DType.F32, len(header.segments), self.limits.hidden_dim)[0]
             return (Tensor(spec, memoryview(outputs)),)
+        hidden = np.frombuffer(outputs, "<f4").reshape(-1, self.limits.hidden_dim)
         return self._codec.encode(hidden)
 
     def _inputs(self, tensors: Sequence[Tensor]) -> HostArray:
