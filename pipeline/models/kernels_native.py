@@ -35,6 +35,7 @@ from pipeline.models.kernels import (
 from pipeline.models.kv_cache import KVCache
 from pipeline.models.native_step import NativeAttention, NativeStep, spans_of
 from pipeline.models.quant import dequantise
+from pipeline.models.runtime import return_large_blocks
 
 # Precision -> kind of packed weight, and what the processor must have for it.
 KINDS: Mapping[Precision, tuple[int, str]] = {
@@ -167,6 +168,7 @@ class NativeKernels(Kernels):
     has_decode_steps = True
 
     def __init__(self) -> None:
+        return_large_blocks()
         self.arena = Arena()
 
     def linear(

@@ -32,20 +32,24 @@ class RopeTable:
         return cos, sin
 
     def _grow_to(self, end: int) -> None:
-        length = len(self._host[0])
-        if end <= length:
-            return
-        positions = np.arange(length, -(-end // TABLE_STEP) * TABLE_STEP, dtype=FLOAT32)
-        # The angle is rounded to float32, as models are trained with; nothing else is, so that the
-        # numbers are the same on every machine.
+        tables = [[table] for table in self._host]
+        for first in range(len(self._host[0]), end, TABLE_STEP):
+            for table, rows in zip(tables, self._step(first), strict=True):
+                table.append(rows)
+        if len(tables[0]) > 1:
+            self._host = [np.concatenate(table) for table in tables]
+            self._tables = [self._kernels.to_device(table) for table in self._host]
+
+    def _step(self, first: int) -> tuple[Floats, Floats]:
+        """TABLE_STEP positions' cosines and signed sines.
+
+        An angle is rounded to float32, as models are trained with; nothing else is before the end,
+        so that the numbers are the same on every machine.
+        """
+        positions = np.arange(first, first + TABLE_STEP, dtype=FLOAT32)
         angles = np.outer(positions, self._frequencies).astype(np.float64)
-        cos, sin = np.cos(angles), np.sin(angles)
-        grown = (np.hstack((cos, cos)), np.hstack((-sin, sin)))
-        self._host = [
-            np.concatenate((table, rows.astype(FLOAT32)))
-            for table, rows in zip(self._host, grown, strict=True)
-        ]
-        self._tables = [self._kernels.to_device(table) for table in self._host]
+        cos, sin = np.cos(angles).astype(FLOAT32), np.sin(angles).astype(FLOAT32)
+        return np.hstack((cos, cos)), np.hstack((-sin, sin))
 
 
 def rope_frequencies(config: LlamaConfig) -> Floats:

@@ -1,10 +1,10 @@
-"""How many threads arithmetic may use.
+"""What arithmetic may take of the machine: how many threads, and how much memory it may keep.
 
 torch's pool gets as many as asked for. numpy's BLAS, which multiplies single rows, stays at one:
 its idle threads spin for milliseconds and steal the core of torch's pool and of the stage next door
 (two threads on two busy cores: a token took 4.5 times as long as through torch alone; on two idle
-ones the products were 1.3 times faster than with one), and one core
-nearly saturates the memory anyway. It also makes a single row's product the same for any count.
+ones the products were 1.3 times faster than with one), and one core nearly saturates the memory
+anyway. It also makes a single row's product the same for any count.
 """
 
 import contextlib
@@ -22,7 +22,9 @@ _SETTERS = (
     "openblas_set_num_threads64_",
     "openblas_set_num_threads",
 )
-
+# What glibc's mallopt calls its parameters, and from how many bytes on a block is given back.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE_BLOCK = 1 << 20
 
 _asked: dict[str, int] = {}  # torch's threads, for when it is imported
 
@@ -45,6 +47,20 @@ def limit_torch() -> None:
     """Hold torch to what was asked for, if it was imported, which only some kernels do."""
     if "torch" in sys.modules and "torch" in _asked:
         sys.modules["torch"].set_num_threads(_asked["torch"])
+
+
+def return_large_blocks() -> None:
+    """Have the system get large blocks back when they are freed, where this C library is glibc.
+
+    By default it keeps all below a size that grows with the largest block that was ever freed, up
+    to 32 MiB; a stage frees such while it loads. For kernels that keep what they compute in.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+        mallopt(_M_TRIM_THRESHOLD, _LARGE_BLOCK)
 
 
 def pin_blas() -> bool:

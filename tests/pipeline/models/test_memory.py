@@ -1,5 +1,6 @@
 """A stage's peak memory stays near its own shard, whatever the model's size."""
 
+import platform
 import subprocess
 import sys
 
@@ -68,3 +69,32 @@ def test_a_stages_peak_memory_is_near_its_shard(wide_model, dtype, stage):
     shard_bytes, peak_bytes = map(int, result.stdout.split())
     assert shard_bytes > 12e6  # two layers: the measure is about the shard, not about small change
     assert peak_bytes <= SLACK * shard_bytes + BLOCK_BYTES
+
+
+# Keeps nothing of what it takes for a while; prints how much more memory it has than before.
+FREE = """
+import re
+from pathlib import Path
+import numpy as np
+from pipeline.models.runtime import return_large_blocks
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+{first}
+np.ones(2 << 20)  # glibc's own threshold is 16 MiB from here on
+before = resident()
+kept = [np.ones(1 << 18) for _ in range(9)]
+small = [bytes(100_000) for _ in range(9)]
+del kept
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize(("first", "is_kept"), [("", True), ("return_large_blocks()", False)])
+def test_large_blocks_are_given_back_when_they_are_freed(first, is_kept):
+    code = FREE.format(first=first)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (int(result.stdout) > 9 << 20) is is_kept
