@@ -72,6 +72,30 @@ class Program:
         Raises ValueError as `run`, and for another number of segments or bytes.
         """
 
+    def serve(
+        self,
+        frame: memoryview,
+        form: memoryview,
+        header: int,
+        rows: int,
+        out: memoryview,
+        out_header: int,
+        out_rows: int,
+        lengths: list[int],
+        max_length: int,
+        want: int,
+        crypto_ns: int,
+        wire_ns: int,
+        /,
+    ) -> int:
+        """Run for a frame like `form`, into `out`, both with where their headers and rows start.
+
+        The frame's segments must continue slots of those lengths, of one token each; all have to
+        want `want` if that is not 0. The header goes on with the time spent here as one timing
+        more. Returns nanoseconds of computing, -1 for any other frame, and if a call is refused.
+        Raises ValueError for forms of other steps.
+        """
+
 def packed_bytes(kind: int, num_in: int, num_out: int, /) -> int:
     """Size of a packed weight, which has to be 64-byte aligned and zeroed."""
 

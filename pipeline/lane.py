@@ -7,10 +7,6 @@ bytes on the wire, the ciphers and the checks are the same; whatever is not plai
 left, as it came, to the ordinary way, which decides what it is.
 """
 
-from collections.abc import Collection
-from time import perf_counter_ns
-
-from pipeline.errors import MessageError
 from pipeline.messages import (
     DecodeHeaders,
     StageTiming,
@@ -21,15 +17,15 @@ from pipeline.messages import (
 )
 from pipeline.meter import StageMeter
 from pipeline.models.batch import Segment
+from pipeline.models.kernels import FramePlace
 from pipeline.neighbours import DOWNSTREAM, UPSTREAM
 from pipeline.stage import StageCore
-from pipeline.steps import SessionLimits, activation_specs, token_specs
+from pipeline.steps import activation_specs, token_specs
 from transport.channel import SecureChannel
 from transport.errors import MisuseError, TransportError
 from transport.frames import DType, Frame, FrameForm, FrameKind, Tensor, TensorSpec
 
-ANY = frozenset(int(want) for want in Want)
-TOKEN = frozenset({int(Want.TOKEN)})
+ANY = frozenset(Want)
 
 
 class Lane:
@@ -50,78 +46,72 @@ class Lane:
         self._stage_idx = stage_idx
         # By the bytes of a frame, which tell how many requests it is for.
         self._forms: dict[int, _Forms] = {}
+        self._known: set[int] = set()
 
     def learn(self, header: StepHeader) -> None:
         """From now on take such steps, if they can be taken, as one that has just been served."""
         count = len(header.segments)
         is_decoding = header.kind is StepKind.STEP and header.num_tokens == count
-        if not (is_decoding and self._core.decodes_in_place):
+        if count in self._known or not (is_decoding and self._core.decodes_in_place):
             return
-        shard, limits = self._core.shard, self._core.limits
+        self._known.add(count)
         try:
-            forms = _Forms(count, self._stage_idx, limits, shard.is_first, shard.is_last)
+            forms = _Forms(count, self._stage_idx, self._core)
         except MisuseError:
             return  # too large for one record
-        self._forms.setdefault(len(forms.inputs.plain), forms)
+        self._forms[len(forms.form.memory)] = forms
 
     async def serve(self) -> None:
         """Serve steps for as long as they are of this kind, and come soon. Raises LinkBroken."""
-        while self._forms:
+        while self._forms and self._core.decodes_in_place:
             try:
-                plain = await self._upstream.peek()
+                frame = await self._upstream.peek()
             except TransportError as error:
                 raise UPSTREAM.broken(error) from error
-            forms = None if plain is None else self._forms.get(len(plain))
-            if plain is None or forms is None or not self._compute(plain, forms):
+            forms = None if frame is None else self._forms.get(len(frame))
+            if frame is None or forms is None:
                 return
-            self._upstream.drop()
+            compute_ns = self._core.serve(
+                forms.count, frame, forms.form, forms.out, self._meter.spent()
+            )
+            if compute_ns < 0:
+                return
             try:
                 await self._downstream.send_form(forms.outputs)
             except TransportError as error:
                 raise DOWNSTREAM.broken(error) from error
-            self._core.keep()
+            finally:
+                self._count(frame, forms, compute_ns)
 
-    def _compute(self, plain: memoryview, forms: "_Forms") -> bool:
-        """Make a frame's step, and lay its outputs out; False where that is for others to try."""
-        inputs, headers = forms.inputs, forms.headers
-        if not inputs.fits(plain):
-            return False
-        step = headers.read(plain, inputs.header_start, forms.wants)
-        if step is None:
-            return False
-        number, segments = step
-        started = perf_counter_ns()
-        try:
-            rows, _ = self._core.decode(number, segments, plain[inputs.places[0][0] :])
-        except (MessageError, ValueError):
-            return False  # they say why
-        count = len(segments)
-        timing = self._meter.step(count, count, perf_counter_ns() - started)
-        outputs = forms.outputs
-        out = outputs.plain
-        headers.forward(plain, inputs.header_start, out, outputs.header_start, timing)
-        out[outputs.places[0][0] :] = rows
-        return True
+    def _count(self, frame: memoryview, forms: "_Forms", compute_ns: int) -> None:
+        """What need not be done before the step goes on."""
+        served = forms.headers.read(frame, forms.form.header, ANY)
+        assert served is not None, "it has been computed"
+        self._core.served(*served, forms.out.memory[forms.out.rows :])
+        self._meter.count(forms.count, forms.count, compute_ns)
+        self._upstream.drop()
 
 
 class _Forms:
     """What a step of `count` requests looks like on both sides of a stage."""
 
-    def __init__(
-        self, count: int, stage_idx: int, limits: SessionLimits, is_first: bool, is_last: bool
-    ) -> None:
+    def __init__(self, count: int, stage_idx: int, core: StageCore) -> None:
+        self.count = count
         timings = (StageTiming(0, 0, 0),) * (stage_idx + 1)
         segments, wants = (Segment(0, 0, 1),) * count, (Want.TOKEN,) * count
         header = StepHeader(StepKind.STEP, 0, segments, wants, timings[1:])
         ids = token_specs(count)
-        rows = activation_specs(DType.F32, count, limits.hidden_dim)
-        self.inputs = _form(header, ids if is_first else rows)
-        self.outputs = _form(header._replace(timings=timings), ids if is_last else rows)
+        rows = activation_specs(DType.F32, count, core.limits.hidden_dim)
+        inputs = _form(header, ids if core.shard.is_first else rows)
+        self.outputs = _form(header._replace(timings=timings), ids if core.shard.is_last else rows)
+        self.form, self.out = _place(inputs), _place(self.outputs)
         self.headers = DecodeHeaders(count, stage_idx)
-        # Logits are the ordinary way's.
-        self.wants: Collection[int] = TOKEN if is_last else ANY
 
 
 def _form(header: StepHeader, specs: tuple[TensorSpec, ...]) -> FrameForm:
     tensors = tuple(Tensor(spec, memoryview(bytes(spec.nbytes))) for spec in specs)
     return FrameForm(Frame(FrameKind.DATA, encode_step(header), tensors))
+
+
+def _place(form: FrameForm) -> FramePlace:
+    return FramePlace(form.plain, form.header_start, form.places[0][0])

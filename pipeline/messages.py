@@ -274,8 +274,6 @@ _SEGMENT = "IIII"
 _TIMING = "QQQ"
 _SEGMENT_BYTES = Struct(f"<{_SEGMENT}").size
 _TIMING_BYTES = Struct(f"<{_TIMING}").size
-_ONE_TIMING = Struct(f"<{_TIMING}")
-_STEP_AT = _HEAD.size - Struct("<Q").size
 _NUM_HEAD_FIELDS = len(_HEAD.unpack(bytes(_HEAD.size)))
 # Members of an enumeration are slow to look up by calling it.
 _KINDS = {int(kind): kind for kind in StepKind}
@@ -329,14 +327,13 @@ def decode_step(data: bytes) -> StepHeader:
 
 
 class DecodeHeaders:
-    """Headers of steps of one token for each of so many requests, read and written in place.
+    """Headers of steps of one token for each of so many requests, read where they lie.
 
-    They are those of `decode_step` and `encode_step`, without an object for each of their parts.
+    They are those of `decode_step`, without an object for each of their parts.
     """
 
     def __init__(self, num_requests: int, num_timings: int) -> None:
         layout = _layout(num_requests, num_timings)
-        self._num_bytes = layout.size
         self._unpack = layout.unpack_from
         self._fixed = (PROTOCOL_VERSION, int(StepKind.STEP), num_requests, num_timings, 0)
         ends = _NUM_HEAD_FIELDS + 4 * num_requests
@@ -359,13 +356,3 @@ class DecodeHeaders:
                 return None
             segments.append(Segment._make(fields[at : at + 3]))
         return fields[_NUM_HEAD_FIELDS - 1], segments
-
-    def forward(
-        self, data: memoryview, start: int, out: memoryview, out_start: int, timing: StageTiming
-    ) -> None:
-        """Write that header where one with one more timing already lies, with this one."""
-        num_bytes = self._num_bytes
-        out[out_start + _STEP_AT : out_start + num_bytes] = data[
-            start + _STEP_AT : start + num_bytes
-        ]
-        _ONE_TIMING.pack_into(out, out_start + num_bytes, *timing)

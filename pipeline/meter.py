@@ -21,8 +21,7 @@ class _Traffic(NamedTuple):
     def of(cls, channel: SecureChannel) -> "_Traffic":
         stats = channel.stats
         return cls(
-            channel.crypto_ns,
-            channel.wire_ns,
+            *channel.spent_ns,
             stats.bytes_sent,
             stats.bytes_received,
             stats.rekeys,
@@ -40,9 +39,8 @@ class StageMeter:
         self._started_ns = perf_counter_ns()
         self._channels: list[SecureChannel] = []
         self._past = _Traffic()
-        # What the times of all channels were when the last step was counted.
-        self._last_crypto_ns = 0
-        self._last_wire_ns = 0
+        # What the times of all channels were when the last step was counted, and are now.
+        self._last = self._now = (0, 0)
         self._num_handshakes = 0
         self._num_steps = 0
         self._num_tokens = 0
@@ -64,25 +62,32 @@ class StageMeter:
         self._past = _Traffic.total(self._past, _Traffic.of(channel))
 
     def step(self, num_tokens: int, num_requests: int, compute_ns: int) -> StageTiming:
-        """Count a computed step, of 0 tokens if it had no result; what it cost here.
+        """Count a computed step, of 0 tokens if it had no result; what it cost here."""
+        timing = StageTiming(compute_ns, *self.spent())
+        self.count(num_tokens, num_requests, compute_ns)
+        return timing
 
-        A step's header is sealed before it is sent, so the cost of sending it is counted with the
-        next step.
-        """
+    def count(self, num_tokens: int, num_requests: int, compute_ns: int) -> None:
+        """Count a computed step, with what it is told to have `spent`."""
+        self._last = self._now
         self._num_steps += 1
         self._compute_ns += compute_ns
         if num_tokens:
             self._num_tokens += num_tokens
             self._last_batch = num_requests
+
+    def spent(self) -> tuple[int, int]:
+        """Nanoseconds that ciphers and sockets have taken since a step was counted.
+
+        A step's header is sealed before it is sent, so the cost of sending it is the next one's.
+        """
         crypto_ns, wire_ns = self._past.crypto_ns, self._past.wire_ns
         for channel in self._channels:
-            crypto_ns += channel.crypto_ns
-            wire_ns += channel.wire_ns
-        timing = StageTiming(
-            compute_ns, crypto_ns - self._last_crypto_ns, wire_ns - self._last_wire_ns
-        )
-        self._last_crypto_ns, self._last_wire_ns = crypto_ns, wire_ns
-        return timing
+            more_crypto_ns, more_wire_ns = channel.spent_ns
+            crypto_ns += more_crypto_ns
+            wire_ns += more_wire_ns
+        self._now = crypto_ns, wire_ns
+        return crypto_ns - self._last[0], wire_ns - self._last[1]
 
     def answer(self, question: Health, core: StageCore | None) -> Healthy:
         """The answer to `health`; `core` is the session's, if there is one."""

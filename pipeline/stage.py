@@ -11,7 +11,7 @@ from pipeline.dtypes import Array, Floats, HostArray
 from pipeline.errors import MessageError
 from pipeline.messages import StepHeader, StepKind, Want
 from pipeline.models.batch import Batch
-from pipeline.models.kernels import Rows
+from pipeline.models.kernels import FramePlace, Rows
 from pipeline.models.registry import ModelShard
 from pipeline.steps import (
     CLEAR_SENTINEL,
@@ -39,7 +39,7 @@ class StageCore:
         self._codec = activation_codec(limits)
         self._catch_up = CatchUp(limits.max_step_tokens)
         # What the last step sends on, until it is kept: its number, its segments, its rows.
-        self._unkept: tuple[int, Batch, Floats | bytearray] | None = None
+        self._unkept: tuple[int, Batch, Floats | bytearray | memoryview] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -59,6 +59,29 @@ class StageCore:
         if self.log is not None and logits is None:
             self._unkept = (step, segments, outputs)
         return outputs, logits
+
+    def serve(
+        self,
+        count: int,
+        frame: memoryview,
+        form: FramePlace,
+        out: FramePlace,
+        spent: tuple[int, int],
+    ) -> int:
+        """Run a step of `count` segments from frame to frame: see `DecodeStep.serve`.
+
+        Once they are on their way, what has been computed has to be `served`.
+        """
+        step = self.cache.decode_steps.get(count)
+        return -1 if step is None else step.serve(frame, form, out, self.cache, spent)
+
+    def served(self, step: int, segments: Batch, rows: memoryview) -> None:
+        """Count what `serve` has computed, and keep what it has laid out."""
+        self.cache.reserve(segments)
+        self.cache.advance(segments)
+        if self.log is not None and not self.shard.is_last:
+            self._unkept = (step, segments, rows)
+            self.keep()
 
     def take(
         self, header: StepHeader, tensors: Sequence[Tensor]

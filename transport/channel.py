@@ -81,14 +81,10 @@ class SecureChannel(trio.abc.Channel[Frame]):
         )
 
     @property
-    def crypto_ns(self) -> int:
-        """Time spent encrypting and decrypting, of `stats`."""
-        return self._sealer.encrypt_ns + self._opener.decrypt_ns
-
-    @property
-    def wire_ns(self) -> int:
-        """Time spent in the socket's system calls, of `stats`."""
-        return self._wire.send_ns + self._wire.recv_ns
+    def spent_ns(self) -> tuple[int, int]:
+        """Time spent in the ciphers, and in the socket's system calls, of `stats`."""
+        wire = self._wire
+        return self._sealer.encrypt_ns + self._opener.decrypt_ns, wire.send_ns + wire.recv_ns
 
     @property
     def is_closed(self) -> bool:

@@ -71,8 +71,9 @@ class FrameReceiver:
     @property
     def is_idle(self) -> bool:
         """Whether a next frame may come and no byte of it has: waiting can be given up."""
-        is_between = self._body is None and self._peeked is None and not self.is_ended
-        return is_between and self._reader.is_empty
+        if self._body is not None or self._peeked is not None or self.is_ended:
+            return False
+        return self._reader.is_empty
 
     def peek(self) -> memoryview | None:
         """The plaintext of the next frame's head, if that is there; until `drop` it is still next.
@@ -124,7 +125,11 @@ class FrameReceiver:
 
     def _open(self, record: RecordHeader) -> memoryview:
         num_bytes = record.plaintext_bytes
-        plain = self._arena.range(0, num_bytes, num_bytes)
+        storage = self._arena.storage
+        if num_bytes <= len(storage):
+            plain = storage[:num_bytes]
+        else:
+            plain = self._arena.range(0, num_bytes, num_bytes)
         self._reader.open_into(plain)
         return plain
 

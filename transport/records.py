@@ -106,11 +106,12 @@ class RecordSealer:
         use = self._use
         start = 0
         if use.is_spent(num_bytes):
-            start = self._write(_REKEY, b"", out, 0)
-            self._cipher.rekey()
-            use.reset()
-            self.num_rekeys += 1
-        end = self._write(kind, plaintext, out, start)
+            start = self._rekey(out)
+        sealed_bytes = num_bytes + TAG_BYTES
+        body = start + HEADER_BYTES
+        end = body + sealed_bytes
+        out[start:body] = header = HEADER.pack(kind << _KIND_SHIFT, sealed_bytes)
+        self._cipher.encrypt_into(header, plaintext, out[body:end])
         use.num_records += 1
         use.num_bytes += num_bytes
         self.encrypt_ns += perf_counter_ns() - started_ns
@@ -121,13 +122,14 @@ class RecordSealer:
         out = memoryview(bytearray(len(plaintext) + 2 * OVERHEAD_BYTES))
         return bytes(out[: self.seal_into(kind, plaintext, out)])
 
-    def _write(self, kind: RecordKind, plaintext: Buffer, out: memoryview, start: int) -> int:
-        sealed_bytes = len(plaintext) + TAG_BYTES
-        body = start + HEADER_BYTES
-        end = body + sealed_bytes
-        out[start:body] = header = HEADER.pack(kind << _KIND_SHIFT, sealed_bytes)
-        self._cipher.encrypt_into(header, plaintext, out[body:end])
-        return end
+    def _rekey(self, out: memoryview) -> int:
+        header = HEADER.pack(_REKEY << _KIND_SHIFT, TAG_BYTES)
+        out[:HEADER_BYTES] = header
+        self._cipher.encrypt_into(header, b"", out[HEADER_BYTES:OVERHEAD_BYTES])
+        self._cipher.rekey()
+        self._use.reset()
+        self.num_rekeys += 1
+        return OVERHEAD_BYTES
 
 
 class RecordHeader(NamedTuple):

@@ -9,7 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -127,6 +127,14 @@ Finish = Callable[[Array], tuple[Array, Array]]
 Rows = bytes | bytearray | memoryview
 
 
+class FramePlace(NamedTuple):
+    """A data frame's memory, and where its step header and its rows start."""
+
+    memory: memoryview
+    header: int
+    rows: int
+
+
 class DecodeStep(Protocol):
     """A step in which each of so many requests takes one token, from the wire to the wire."""
 
@@ -135,6 +143,21 @@ class DecodeStep(Protocol):
 
     def __call__(self, batch: Batch, rows: Rows) -> bytearray:
         """Compute the step: U32 [n] or F32 [n, hidden] in, F32 [n, hidden] or U32 [n] out."""
+
+    def serve(
+        self,
+        frame: memoryview,
+        form: FramePlace,
+        out: FramePlace,
+        cache: KVCache,
+        spent: tuple[int, int],
+    ) -> int:
+        """Compute the step of a frame like `form`, and lay out the one that goes on.
+
+        `spent` goes into its header, with the nanoseconds of computing, which are returned; -1 for
+        a frame that is not plainly such a step: then nothing has happened. A step with logits to
+        give takes only what wants none.
+        """
 
 
 class Kernels(ABC):

@@ -76,6 +76,11 @@ class KVCache:
         return tuple(self._lengths)
 
     @property
+    def held(self) -> list[int]:
+        """Tokens held per slot, as they are kept: to be read and not changed."""
+        return self._lengths
+
+    @property
     def num_slots(self) -> int:
         """How many requests fit side by side."""
         return len(self._lengths)

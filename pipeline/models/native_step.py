@@ -17,12 +17,14 @@ import numpy as np
 from pipeline import _native
 from pipeline.dtypes import Floats, HostArray
 from pipeline.models.batch import Batch
-from pipeline.models.kernels import Compute, Finish, HeadShape, Rows
+from pipeline.models.kernels import Compute, Finish, FramePlace, HeadShape, Rows
 from pipeline.models.kv_cache import KVCache
 
 # A span is the rows of one slot: (slot, first row, number of rows, first position).
 SPAN = 4
 POSITION = 3
+# What the segments of a served step may want: a token of those with logits, or whatever.
+ANY, TOKEN = 0, 1
 
 
 def spans_of(batch: Batch) -> HostArray:
@@ -89,3 +91,16 @@ class NativeStep:
     def __call__(self, batch: Batch, rows: Rows) -> bytearray:
         """Compute the step: U32 [n] or F32 [n, hidden] in, F32 [n, hidden] or U32 [n] out."""
         return self._program.step(batch, rows)
+
+    def serve(
+        self,
+        frame: memoryview,
+        form: FramePlace,
+        out: FramePlace,
+        cache: KVCache,
+        spent: tuple[int, int],
+    ) -> int:
+        """Compute the step of a frame like `form`, and lay out the one that goes on."""
+        want = ANY if self.logits is None else TOKEN
+        held, longest = cache.held, cache.max_seq_len
+        return self._program.serve(frame, *form, *out, held, longest, want, *spent)

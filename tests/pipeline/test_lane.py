@@ -11,7 +11,7 @@ from pipeline.activation_log import ActivationLog
 from pipeline.errors import MessageError
 from pipeline.lane import Lane
 from pipeline.links import StepGate, receive_step, send_step
-from pipeline.messages import StageTiming, StepHeader, StepKind, Want
+from pipeline.messages import StageTiming, StepHeader, StepKind, Want, encode_step
 from pipeline.meter import StageMeter
 from pipeline.models.batch import Segment
 from pipeline.models.config import load_config
@@ -22,7 +22,7 @@ from pipeline.stage import StageCore
 from pipeline.steps import SessionLimits, activation_specs, token_ids_to_wire
 from transport.channel import SecureChannel
 from transport.errors import FrameError
-from transport.frames import DType, Tensor
+from transport.frames import DType, Frame, FrameForm, FrameKind, Tensor, encode_frame
 from transport.handshake import Session
 from transport.noise import AEADS, CipherState
 from transport.records import RecordOpener, RecordSealer, RekeyPolicy
@@ -260,3 +260,32 @@ async def test_other_wires_and_kernels_have_no_lane(shards):
     replay = StepHeader(StepKind.REPLAY, 0, (Segment(0, 0, 1),), (Want.NOTHING,), until=1)
     plain.take(replay, rows(shards[1], 1, 0))
     assert not plain.decodes_in_place  # what is put off comes first
+
+
+async def test_whatever_byte_of_a_frame_is_changed_it_is_served_only_as_what_it_is(stages):
+    await prefill(stages)
+    await run_both(stages, 1, (0, 3, 1), (1, 5, 1))
+    core = stages[0].core
+    (forms,) = stages[0].lane._forms.values()
+    each = header(stages[0], 2, (0, 4, 1), (1, 6, 1))
+    frame = Frame(FrameKind.DATA, encode_step(each), rows(core.shard, 2, 2))
+    good = encode_frame(frame)[0]
+    allowed = {Want.TOKEN} if core.shard.is_last else set(Want)
+    served = 0
+    for at in range(forms.form.rows):
+        for mask in (1, 2, 4, 0x80):
+            changed = bytearray(good)
+            changed[at] ^= mask
+            view = memoryview(changed)
+            step = forms.headers.read(view, forms.form.header, allowed)
+            segments = [] if step is None else step[1]
+            is_next = sorted(segments) == [Segment(0, 4, 1), Segment(1, 6, 1)]
+            expected = FrameForm(frame).fits(view) and is_next
+            compute_ns = core.serve(2, view, forms.form, forms.out, (1, 2))
+            assert (compute_ns >= 0) is expected, (at, mask)
+            served += expected
+    assert served > 8 * 4  # any step number, any timing
+    assert core.serve(2, memoryview(good)[:-1], forms.form, forms.out, (1, 2)) == -1
+    assert core.serve(1, memoryview(good), forms.form, forms.out, (1, 2)) == -1
+    with pytest.raises(ValueError, match="forms"):
+        core.serve(2, memoryview(good), forms.out, forms.form, (1, 2))

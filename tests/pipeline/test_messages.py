@@ -274,18 +274,3 @@ def test_a_decode_step_is_read_in_place_as_anywhere_and_nothing_else_is(header, 
     assert headers.read(data, len(before), wants) == expected
     assert DecodeHeaders(count, num_timings + 1).read(data, len(before), wants) is None
     assert DecodeHeaders(count + 1, num_timings).read(data, len(before), wants) is None
-
-
-@given(step_headers())
-def test_a_header_forwarded_in_place_has_one_timing_more(header):
-    timing = StageTiming(7, 8, (1 << 64) - 1)
-    count, num_timings = len(header.segments), len(header.timings)
-    other = header._replace(
-        step=0,
-        segments=(Segment(0, 0, 0),) * count,
-        timings=(StageTiming(0, 0, 0),) * (num_timings + 1),
-    )
-    out = memoryview(bytearray(b"xyz" + encode_step(other)))
-    data = memoryview(b"1234" + encode_step(header))
-    DecodeHeaders(count, num_timings).forward(data, 4, out, 3, timing)
-    assert bytes(out) == b"xyz" + encode_step(header.with_timing(timing))
