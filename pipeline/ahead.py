@@ -7,7 +7,7 @@ makes sure of the result as it would of any, and turns it into text.
 
 from pipeline.engine.scheduler import FollowUp
 from pipeline.messages import (
-    DecodeHeaders,
+    TIMING_BYTES,
     StageTiming,
     StepHeader,
     StepKind,
@@ -27,7 +27,9 @@ class Ahead:
     def __init__(self, num_stages: int) -> None:
         self._results = _form((StageTiming(0, 0, 0),) * num_stages)
         self._step = _form(())
-        self._headers = DecodeHeaders(1, num_stages)
+        self._timings = (StageTiming(0, 0, 0),) * num_stages
+        # How a result begins that answers what is due: all but its timings and its token.
+        self._due = b""
         self._prepared: FollowUp | None = None
         self._sent: StepHeader | None = None
 
@@ -42,16 +44,16 @@ class Ahead:
         if follow_up is not None:
             step = self._step
             step.plain[step.header_start : step.header_stop] = encode_step(follow_up.header)
+            results, due = self._results, follow_up.due._replace(timings=self._timings)
+            header = encode_step(due)[: -len(self._timings) * TIMING_BYTES]
+            self._due = bytes(results.plain[: results.header_start]) + header
 
     def follow(self, plain: memoryview, vocab_size: int) -> FrameForm | None:
         """The frame to send ahead now that `plain` has come; None if that is not what was due."""
         follow_up, self._prepared = self._prepared, None
         results, step = self._results, self._step
-        if follow_up is None or len(plain) != len(results.plain) or not results.fits(plain):
-            return None
-        due = follow_up.due
-        found = self._headers.read(plain, results.header_start, due.wants)
-        if found is None or found != (due.step, list(due.segments)):
+        due = self._due
+        if follow_up is None or len(plain) != len(results.plain) or plain[: len(due)] != due:
             return None
         start = results.places[0][0]
         token = plain[start : start + TOKEN_BYTES]

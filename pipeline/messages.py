@@ -273,7 +273,7 @@ _SEGMENT = "IIII"
 # compute ns u64 | crypto ns u64 | wire ns u64
 _TIMING = "QQQ"
 _SEGMENT_BYTES = Struct(f"<{_SEGMENT}").size
-_TIMING_BYTES = Struct(f"<{_TIMING}").size
+TIMING_BYTES = Struct(f"<{_TIMING}").size
 _NUM_HEAD_FIELDS = len(_HEAD.unpack(bytes(_HEAD.size)))
 # Members of an enumeration are slow to look up by calling it.
 _KINDS = {int(kind): kind for kind in StepKind}
@@ -302,7 +302,7 @@ def decode_step(data: bytes) -> StepHeader:
     if len(data) < _HEAD.size:
         raise MessageError(f"step header of {len(data)} bytes, expected at least {_HEAD.size}")
     version, number, num_segments, num_timings, until, step = _HEAD.unpack_from(data)
-    expected = _HEAD.size + num_segments * _SEGMENT_BYTES + num_timings * _TIMING_BYTES
+    expected = _HEAD.size + num_segments * _SEGMENT_BYTES + num_timings * TIMING_BYTES
     kind = _KINDS.get(number)
     if version != PROTOCOL_VERSION or kind is None or (until and kind is not StepKind.REPLAY):
         raise MessageError(

@@ -51,6 +51,7 @@ def test_the_step_sent_ahead_is_the_one_that_follows_with_the_token_that_came(ah
         encoded(FOLLOW_UP.due._replace(timings=TIMINGS), 1000),  # outside the vocabulary
         encoded(FOLLOW_UP.due._replace(timings=TIMINGS), 11, 12),
         encoded(FOLLOW_UP.due, 11),
+        encoded(FOLLOW_UP.due._replace(timings=(*TIMINGS, TIMINGS[0])), 11),
         encoded(header(6, 40, timings=TIMINGS), 11),
         encoded(header(7, 39, timings=TIMINGS), 11),
         encoded(header(7, 40, timings=TIMINGS, wants=(Want.LOGITS,)), 11),
