@@ -11,11 +11,22 @@
 #if defined(VEILPIPE_X86)
 
 enum { MAX_SUMS = 24, MAX_WIDTH = 8 }; /* vectors of sums a tile has, blocks it covers */
-enum { MAX_I8_SUMS = 12, MAX_I8_WIDTH = 2 }; /* each sum has an integer and a float part */
+enum { MAX_I8_SUMS = 8, MAX_I8_WIDTH = 2 }; /* each has a float and two integer parts */
 
 INLINE void zero_sums(const int R, const int B, __m512 *sums) {
 #pragma GCC unroll 24
     for (int i = 0; i < R * B; i++) sums[i] = _mm512_setzero_ps();
+}
+
+INLINE void load_sums(const int R, const int B, __m512 *sums, const float *acc, size_t acc_stride,
+                      size_t acc_block) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) {
+            sums[r * B + b] = _mm512_loadu_ps(acc + r * acc_stride + b * acc_block);
+        }
+    }
 }
 
 /* Sums replace what acc holds, or add to it. */

@@ -25,6 +25,19 @@ void round_rows(const float *x, size_t num_in, size_t rows, void *panel) {
     }
 }
 
+/* sum += weights * the pair of a row. */
+INLINE void dot(const int B, __m512 *sum, __m512i weights, const char *pair) {
+    int32_t bits;
+    if (B == 1) { /* compilers would load a pair that only this needs into a register */
+        __asm__("vdpbf16ps %2%{1to16%}, %1, %0"
+                : "+v"(*sum)
+                : "v"(weights), "m"(*(const int32_t *)pair));
+        return;
+    }
+    __builtin_memcpy(&bits, pair, sizeof bits);
+    *sum = _mm512_dpbf16_ps(*sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(bits));
+}
+
 INLINE void run_dot(const int R, const int B, float *acc, size_t acc_stride, size_t acc_block,
                     const char *x, const char *w_base, size_t block_stride, size_t num_k,
                     int adds) {
@@ -39,13 +52,9 @@ INLINE void run_dot(const int R, const int B, float *acc, size_t acc_stride, siz
         fetch(R, B, w, at, VECTOR);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
-            int32_t pair;
-            __builtin_memcpy(&pair, x + r * sizeof pair, sizeof pair);
-            __m512i xr = _mm512_set1_epi32(pair);
 #pragma GCC unroll 8
             for (int b = 0; b < B; b++) {
-                sums[r * B + b] =
-                    _mm512_dpbf16_ps(sums[r * B + b], (__m512bh)pairs[b], (__m512bh)xr);
+                dot(B, &sums[r * B + b], pairs[b], x + r * sizeof(int32_t));
             }
         }
     }

@@ -59,70 +59,99 @@ INLINE __m512 scales_of(const super_t *super, int group) {
 /* Many rows keep the core busy while the next weights come; for few, hardware fetches faster. */
 enum { SUPERS_AHEAD = 6, FETCHING_ROWS = 5 };
 
-INLINE void run_group(const int R, const int B, __m512 *sums, const char *x,
-                      const super_t *const *w, const int group) {
-    __m512i exact[MAX_I8_SUMS], wide[MAX_I8_WIDTH];
-    const int32_t *levels = (const int32_t *)x + group * GROUP / 4 * R;
-    const float *scales = (const float *)(x + LEVELS * R) + group * R;
-    const int32_t *starts = (const int32_t *)(x + (LEVELS + SCALES) * R) + group * R;
-#pragma GCC unroll 12
+/* A group of a super: of rows, and of each block's weights. */
+typedef struct {
+    const char *x;
+    const super_t *w[MAX_I8_WIDTH];
+    int index;
+} group_t;
+
+INLINE group_t group_of(const int B, const char *x, const super_t *const *w, size_t super,
+                        int index) {
+    group_t group = {.x = x, .index = index};
+#pragma GCC unroll 2
+    for (int b = 0; b < B; b++) group.w[b] = w[b] + super;
+    return group;
+}
+
+/* Row r's exact sums of a group, scaled, into its float sums. */
+INLINE void settle_row(const int R, const int B, const int r, __m512 *sums, const __m512i *exact,
+                       group_t group) {
+    const float *scales = (const float *)(group.x + LEVELS * R) + group.index * R;
+#pragma GCC unroll 2
+    for (int b = 0; b < B; b++) {
+        __m512 of_weights = scales_of(group.w[b], group.index);
+        __m512 scale = _mm512_mul_ps(of_weights, _mm512_set1_ps(scales[r]));
+        sums[r * B + b] =
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact[r * B + b]), scale, sums[r * B + b]);
+    }
+}
+
+/* A group's exact sums. Between its products those of the group before are settled row by row
+ * (`sums` is NULL where there is none): nothing waits for the last product of a sum. */
+INLINE void multiply_group(const int R, const int B, __m512i *exact, group_t group, __m512 *sums,
+                           const __m512i *exact_before, group_t before) {
+    __m512i wide[MAX_I8_WIDTH];
+    const int32_t *levels = (const int32_t *)group.x + group.index * GROUP / 4 * R;
+    const int32_t *starts = (const int32_t *)(group.x + (LEVELS + SCALES) * R) + group.index * R;
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 2
         for (int b = 0; b < B; b++) exact[r * B + b] = _mm512_set1_epi32(starts[r]);
     }
 #pragma GCC unroll 8
     for (int k = 0; k < GROUP / 4; k++) {
+        const int at = group.index * GROUP / 4 + k;
 #pragma GCC unroll 2
         for (int b = 0; b < B; b++) {
-            wide[b] = _mm512_loadu_si512(w[b]->weights[group * GROUP / 4 + k]);
+            wide[b] = _mm512_loadu_si512(group.w[b]->weights[at]);
             if (R >= FETCHING_ROWS) {
-                _mm_prefetch((w[b] + SUPERS_AHEAD)->weights[group * GROUP / 4 + k], _MM_HINT_T1);
+                _mm_prefetch((group.w[b] + SUPERS_AHEAD)->weights[at], _MM_HINT_T1);
+                _mm_prefetch((group.w[b] + 1)->weights[at], _MM_HINT_T0);
             }
         }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            __m512i xr = _mm512_set1_epi32(levels[k * R + r]);
 #pragma GCC unroll 2
             for (int b = 0; b < B; b++) {
-                exact[r * B + b] = _mm512_dpbusd_epi32(exact[r * B + b], wide[b], xr);
+                /* compilers would load each level into a register of its own */
+                __asm__("vpdpbusd %2%{1to16%}, %1, %0"
+                        : "+v"(exact[r * B + b])
+                        : "v"(wide[b]), "m"(levels[k * R + r]));
             }
         }
-    }
-#pragma GCC unroll 2
-    for (int b = 0; b < B; b++) {
-        __m512 of_weights = scales_of(w[b], group);
-#pragma GCC unroll 12
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            __m512 scale = _mm512_mul_ps(of_weights, _mm512_set1_ps(scales[r]));
-            sums[r * B + b] =
-                _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact[r * B + b]), scale, sums[r * B + b]);
+            if (sums && r * GROUP / 4 / R == k) settle_row(R, B, r, sums, exact_before, before);
         }
+        __asm__ volatile("" ::: "memory"); /* in this order */
     }
 }
 
 INLINE void run_i8(const int R, const int B, float *acc, size_t acc_stride, size_t acc_block,
                    const char *x, const char *w_base, size_t block_stride, size_t num_supers,
                    int adds) {
+    enum { STEP = LEVELS + SCALES + STARTS };
     __m512 sums[MAX_I8_SUMS];
+    __m512i even[MAX_I8_SUMS], odd[MAX_I8_SUMS];
     const super_t *w[MAX_I8_WIDTH];
     spread((const char **)w, B, w_base, block_stride);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-#pragma GCC unroll 2
-        for (int b = 0; b < B; b++) {
-            const float *at = acc + r * acc_stride + b * acc_block;
-            sums[r * B + b] = adds ? _mm512_loadu_ps(at) : _mm512_setzero_ps();
-        }
-    }
-    for (size_t k = 0; k < num_supers; k++, x += R * (LEVELS + SCALES + STARTS)) {
-        run_group(R, B, sums, x, w, 0);
-        run_group(R, B, sums, x, w, 1);
+    zero_sums(R, B, sums);
+    if (adds) load_sums(R, B, sums, acc, acc_stride, acc_block);
+    multiply_group(R, B, even, group_of(B, x, w, 0, 0), NULL, NULL, group_of(B, x, w, 0, 0));
+    for (size_t k = 1; k < num_supers; k++, x += R * STEP) {
+        multiply_group(R, B, odd, group_of(B, x, w, 0, 1), sums, even, group_of(B, x, w, 0, 0));
+        multiply_group(R, B, even, group_of(B, x + R * STEP, w, 1, 0), sums, odd,
+                       group_of(B, x, w, 0, 1));
 #pragma GCC unroll 2
         for (int b = 0; b < B; b++) {
             w[b]++;
             __asm__("" : "+r"(w[b]));
         }
     }
+    multiply_group(R, B, odd, group_of(B, x, w, 0, 1), sums, even, group_of(B, x, w, 0, 0));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) settle_row(R, B, r, sums, odd, group_of(B, x, w, 0, 1));
     store_sums(R, B, sums, acc, acc_stride, acc_block, 0);
 }
 
@@ -132,8 +161,7 @@ INLINE void run_i8(const int R, const int B, float *acc, size_t acc_stride, size
         run_i8(R, B, acc, acc_stride, acc_block, x, w, block_stride, num_k, adds);                 \
     }
 #define I8_SHAPES(DO)                                                                              \
-    UP_TO_2(DO, 1) UP_TO_2(DO, 2) UP_TO_2(DO, 3) UP_TO_2(DO, 4) UP_TO_2(DO, 5) UP_TO_2(DO, 6)      \
-    DO(7, 1) DO(8, 1) DO(9, 1) DO(10, 1) DO(11, 1) DO(12, 1)
+    UP_TO_2(DO, 1) UP_TO_2(DO, 2) UP_TO_2(DO, 3) UP_TO_2(DO, 4) DO(5, 1) DO(6, 1) DO(7, 1) DO(8, 1)
 I8_SHAPES(TILE)
 
 tile_fn tile_i8(size_t rows, size_t blocks) {
