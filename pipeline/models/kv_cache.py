@@ -21,14 +21,14 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 class KVCache:
-    """One request per slot; a layer's values are [slots, kv_heads, capacity, head_dim].
+    """One request per slot; a layer's keys and values are [slots, kv_heads, capacity, head_dim].
 
-    Its keys are the same, or with a `key_block` above 1 [slots, kv_heads, capacity / block,
-    head_dim, block], as kernels read them that take a block of positions at once. The memory is
-    reserved, not touched: the operating system hands out zeroed pages as slots fill. Behind the
-    requests' slots lie `scratch_slots` that no request can name. `recorded`, and
-    `decode_steps` by their number of requests, are what kernels keep that refers to this memory and
-    has to end with it.
+    With a `key_block` above 1 keys are [slots, capacity / block, kv_heads, head_dim, block] and
+    values [slots, capacity / block, kv_heads, block, head_dim], as kernels read them that take a
+    block of positions at once: what a slot has seen lies together. The memory is reserved, not
+    touched: the operating system hands out zeroed pages as slots fill. Behind the requests' slots
+    lie `scratch_slots` that no request can name. `recorded`, and `decode_steps` by their number of
+    requests, are what kernels keep that refers to this memory and has to end with it.
     """
 
     __slots__ = (
@@ -60,7 +60,8 @@ class KVCache:
         values: tuple[int, ...] = (slots, num_kv_heads, capacity, head_dim)
         keys = values
         if key_block > 1:
-            keys = (slots, num_kv_heads, capacity // key_block, head_dim, key_block)
+            blocks = (slots, capacity // key_block, num_kv_heads)
+            keys, values = (*blocks, head_dim, key_block), (*blocks, key_block, head_dim)
         self.keys = [zeros(keys) for _ in range(num_layers)]
         self.values = [zeros(values) for _ in range(num_layers)]
         self.recorded: object = None
@@ -145,20 +146,21 @@ class KVCache:
         if not 0 <= length <= held:
             raise MessageError(f"slot {slot} holds {held} tokens, it cannot keep {length}")
         written = self._written[slot]
-        for values in self.values:
-            values[slot, :, length:written] = 0
-        for keys in self.keys:
-            self._zero_keys(keys[slot], length, written)
+        for keys, values in zip(self.keys, self.values, strict=True):
+            self._zero(keys[slot], values[slot], length, written)
         self._lengths[slot] = self._written[slot] = length
 
-    def _zero_keys(self, keys: Array, first: int, last: int) -> None:
+    def _zero(self, keys: Array, values: Array, first: int, last: int) -> None:
         """Zero positions first..last of one slot; whatever shares the last block is unused."""
         block = self._key_block
         if block == 1:
             keys[:, first:last] = 0
+            values[:, first:last] = 0
         elif first < last:
-            keys[:, first // block, :, first % block :] = 0
-            keys[:, first // block + 1 : -(-last // block)] = 0
+            keys[first // block, :, :, first % block :] = 0
+            values[first // block, :, first % block :] = 0
+            for each in (keys, values):
+                each[first // block + 1 : -(-last // block)] = 0
 
     def clear(self, slots: Sequence[int] | None = None) -> None:
         """Forget `slots` (all by default): all that was ever written there is zeroed."""

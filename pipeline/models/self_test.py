@@ -16,6 +16,7 @@ from pipeline.dtypes import (
 )
 from pipeline.models.batch import Segment
 from pipeline.models.kernels import HeadShape, Kernels, Norm
+from pipeline.models.kv_cache import KVCache
 from pipeline.models.quant import dequantise, quantise
 
 # Of the largest value. A wrong kernel is wrong by far more; int8 kernels round activations as well.
@@ -117,16 +118,22 @@ def _rotated(qkv: Floats, cos: Floats, sin: Floats) -> Floats:
 
 def _attended(kernels: Kernels, qkv: Floats) -> Array:
     """Two requests side by side: three rows of the second, then one of each."""
-    block, capacity = kernels.key_block, 32
-    shape: tuple[int, ...] = (2, SHAPE.num_kv_heads, capacity, SHAPE.head_dim)
-    values, keys = kernels.zeros(shape), kernels.zeros(shape)
-    if block > 1:
-        keys = keys.reshape(*shape[:2], capacity // block, SHAPE.head_dim, block)
+    cache = KVCache(
+        num_layers=1,
+        num_slots=2,
+        num_kv_heads=SHAPE.num_kv_heads,
+        max_seq_len=32,
+        head_dim=SHAPE.head_dim,
+        zeros=kernels.zeros,
+        key_block=kernels.key_block,
+        scratch_slots=kernels.scratch_slots,
+    )
     out = kernels.empty(5, SHAPE.num_heads * SHAPE.head_dim)
     for batch, first in (([Segment(1, 0, 3)], 0), ([Segment(0, 0, 1), Segment(1, 3, 1)], 3)):
         last = first + sum(segment.num_tokens for segment in batch)
-        attention = kernels.attention(batch, SHAPE, capacity)
-        attention(kernels.to_device(qkv[first:last]), keys, values, out[first:last])
+        attention = kernels.attention(batch, SHAPE, cache.capacity)
+        rows = kernels.to_device(qkv[first:last])
+        attention(rows, cache.keys[0], cache.values[0], out[first:last])
     return out
 
 

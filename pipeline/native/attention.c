@@ -1,6 +1,7 @@
 /* Cached attention. Scores and mixtures are tiles of a float32 product, as in linear.c:
- * keys [slot][kv_head][max_seq/16][head_dim][16] are packed weights with positions for outputs,
- * values [slot][kv_head][max_seq][head_dim] have head_dim for outputs and positions for inputs.
+ * keys [slot][max_seq/16][kv_head][head_dim][16] are packed weights with positions for outputs,
+ * values [slot][max_seq/16][kv_head][16][head_dim] have head_dim for outputs and positions for
+ * inputs. What a step of single rows reads of a slot lies together, in the order of reading.
  *
  * A query is one head of one row. Heads that share keys and rows of one span form tiles; each query
  * has its own bounds, and positions of a tile outside them weigh exactly zero.
@@ -11,23 +12,28 @@
 
 #if defined(VEILPIPE_X86)
 
-enum { QUERIES_PER_TASK = 48, SHORT_BLOCKS = 24 };
+enum { QUERIES_PER_TASK = 48, CHUNKS_PER_THREAD = 2 };
 
 typedef struct {
     const attention_t *shape;
     size_t group; /* query heads per key head */
     float scale;
-    int appends; /* attending tasks append too: every span is one row and one task */
-    size_t num_chunks;
+    size_t cut; /* of single rows: the parts that the heads of each are cut into */
 } job_t;
 
 /* A span's part for one key head. */
 typedef struct {
     const span_t *span;
     size_t kv_head, task;
-    float *keys, *values;
-    const float *next_keys; /* of the part this thread probably does next */
+    float *keys, *values; /* of the head's first block */
 } part_t;
+
+enum { COLUMN = BLOCK * sizeof(float) }; /* bytes from one number of a block's keys to the next */
+
+/* From a head's block to its next, in elements. */
+static size_t block_step(const job_t *job) {
+    return job->shape->num_kv_heads * job->shape->head_dim * BLOCK;
+}
 
 static size_t num_queries(const job_t *job, const span_t *span) {
     return (size_t)span->count * job->group;
@@ -35,24 +41,38 @@ static size_t num_queries(const job_t *job, const span_t *span) {
 
 static part_t part_of(const job_t *job, const span_t *span, size_t kv_head, size_t task) {
     const attention_t *shape = job->shape;
-    size_t at = ((size_t)span->slot * shape->num_kv_heads + kv_head) * shape->max_seq *
-                shape->head_dim;
-    return (part_t){span, kv_head, task, shape->keys + at, shape->values + at, shape->keys + at};
+    size_t at = (size_t)span->slot * (shape->max_seq / BLOCK) * block_step(job) +
+                kv_head * shape->head_dim * BLOCK;
+    return (part_t){span, kv_head, task, shape->keys + at, shape->values + at};
 }
 
-static void append(const job_t *job, const part_t *part) {
+/* Where the row `i` of a span belongs, from a head's first block. */
+static size_t place_of(const job_t *job, const part_t *part, size_t i, size_t step) {
+    size_t position = (size_t)part->span->start + i;
+    return position / BLOCK * block_step(job) + position % BLOCK * step;
+}
+
+/* The key of row `i` of a span; its value follows those of all heads. */
+static const float *key_of(const job_t *job, const part_t *part, size_t i) {
     const attention_t *shape = job->shape;
-    size_t head_dim = shape->head_dim, start = (size_t)part->span->start;
-    const float *row = shape->qkv + (size_t)part->span->row_offset * shape->row_stride;
-    const float *key = row + (shape->num_heads + part->kv_head) * head_dim;
-    const float *value = key + shape->num_kv_heads * head_dim;
+    return shape->qkv + ((size_t)part->span->row_offset + i) * shape->row_stride +
+           (shape->num_heads + part->kv_head) * shape->head_dim;
+}
+
+static void append_keys(const job_t *job, const part_t *part) {
     for (size_t i = 0; i < (size_t)part->span->count; i++) {
-        size_t position = start + i;
-        float *to = part->keys + position / BLOCK * head_dim * BLOCK + position % BLOCK;
-        for (size_t d = 0; d < head_dim; d++) to[d * BLOCK] = key[d];
-        memcpy(part->values + position * head_dim, value, head_dim * sizeof(float));
-        key += shape->row_stride;
-        value += shape->row_stride;
+        const float *key = key_of(job, part, i);
+        float *to = part->keys + place_of(job, part, i, 1);
+        for (size_t d = 0; d < job->shape->head_dim; d++) to[d * BLOCK] = key[d];
+    }
+}
+
+static void append_values(const job_t *job, const part_t *part) {
+    size_t head_dim = job->shape->head_dim;
+    for (size_t i = 0; i < (size_t)part->span->count; i++) {
+        memcpy(part->values + place_of(job, part, i, head_dim),
+               key_of(job, part, i) + job->shape->num_kv_heads * head_dim,
+               head_dim * sizeof(float));
     }
 }
 
@@ -79,16 +99,8 @@ static size_t offset_of(const job_t *job, const part_t *part, size_t query, size
     return row * stride + (part->kv_head * job->group + query % job->group) * job->shape->head_dim;
 }
 
-/* Where to fetch from, in bytes behind what is read: the stream that comes next, for most are over
- * before hardware notices them; of long contexts, which it follows, a little ahead in the same. */
-static ptrdiff_t ahead(const tile_t *tile, const float *next, const float *current,
-                       size_t k_stride) {
-    if (tile->num_blocks > SHORT_BLOCKS) return (ptrdiff_t)(AHEAD * k_stride);
-    return (const char *)next - (const char *)current;
-}
-
 static void score(const job_t *job, const part_t *part, const tile_t *tile) {
-    size_t head_dim = job->shape->head_dim, block_size = head_dim * BLOCK * sizeof(float);
+    size_t head_dim = job->shape->head_dim, block_size = block_step(job) * sizeof(float);
     for (size_t i = 0; i < tile->count; i++) {
         memcpy(tile->queries + i * head_dim,
                job->shape->qkv + offset_of(job, part, tile->first + i, job->shape->row_stride),
@@ -102,8 +114,7 @@ static void score(const job_t *job, const part_t *part, const tile_t *tile) {
             tile_rows(tile->count, width)(tile->scores + (block + i) * BLOCK, tile->stride,
                                          step * BLOCK, (const char *)tile->queries,
                                          head_dim * sizeof(float), keys + (block + i) * block_size,
-                                         step * block_size, BLOCK * sizeof(float), head_dim,
-                                         ahead(tile, part->values, part->keys, VECTOR));
+                                         step * block_size, COLUMN, head_dim, 0);
         }
         block += step * width;
     }
@@ -134,21 +145,27 @@ static float weigh(const job_t *job, const tile_t *tile, float *scores, size_t o
     return _mm512_reduce_add_ps(sum);
 }
 
-/* mixed[count][head_dim] = weights times values, from the oldest that any of the queries sees. */
-static void mix(const job_t *job, const part_t *part, const tile_t *tile) {
-    size_t head_dim = job->shape->head_dim;
-    size_t oldest = oldest_seen(job, position_of(job, part, tile->first));
-    size_t newest = position_of(job, part, tile->first + tile->count - 1);
-    const char *values = (const char *)(part->values + oldest * head_dim);
-    const char *weights = (const char *)(tile->scores + oldest - tile->first_block * BLOCK);
+/* mixed[count][head_dim] (+)= one block's weights times its values, of positions first..end. */
+static void mix_block(size_t head_dim, size_t count, float *mixed, const float *weights,
+                      size_t stride, const float *values, size_t first, size_t end, int adds) {
     for (size_t b = 0, width = 4; b < head_dim / BLOCK; b += width) {
         while (width > head_dim / BLOCK - b) width /= 2;
-        tile_rows(tile->count, width)(tile->mixed + b * BLOCK, head_dim, BLOCK, weights,
-                                      tile->stride * sizeof(float),
-                                      values + b * BLOCK * sizeof(float), BLOCK * sizeof(float),
-                                      head_dim * sizeof(float), newest + 1 - oldest,
-                                      ahead(tile, part->next_keys, part->values,
-                                            head_dim * sizeof(float)));
+        tile_rows(count, width)(mixed + b * BLOCK, head_dim, BLOCK, (const char *)(weights + first),
+                                stride * sizeof(float),
+                                (const char *)(values + first * head_dim + b * BLOCK), COLUMN,
+                                head_dim * sizeof(float), end - first, adds);
+    }
+}
+
+/* mixed[count][head_dim] = weights times values, from the oldest that any of the queries sees. */
+static void mix(const job_t *job, const part_t *part, const tile_t *tile) {
+    size_t oldest = oldest_seen(job, position_of(job, part, tile->first));
+    size_t newest = position_of(job, part, tile->first + tile->count - 1);
+    for (size_t i = 0; i < tile->num_blocks; i++) {
+        size_t block = tile->first_block + i, left = newest + 1 - block * BLOCK;
+        mix_block(job->shape->head_dim, tile->count, tile->mixed, tile->scores + i * BLOCK,
+                  tile->stride, part->values + block * block_step(job), i ? 0 : oldest % BLOCK,
+                  left < BLOCK ? left : BLOCK, i > 0);
     }
 }
 
@@ -159,6 +176,13 @@ static int has_nan(const float *mixed, size_t count) {
         found |= _mm512_cmp_ps_mask(each, each, _CMP_UNORD_Q);
     }
     return found != 0;
+}
+
+static void put(const float *mixed, float sum, size_t head_dim, float *out) {
+    __m512 factor = _mm512_set1_ps(1.0f / sum);
+    for (size_t d = 0; d < head_dim; d += BLOCK) {
+        _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_loadu_ps(mixed + d), factor));
+    }
 }
 
 static void attend_tile(const job_t *job, const part_t *part, tile_t tile) {
@@ -186,18 +210,13 @@ static void attend_tile(const job_t *job, const part_t *part, tile_t tile) {
         return;
     }
     for (size_t i = 0; i < tile.count; i++) {
-        float *to = out + offset_of(job, part, tile.first + i, job->shape->num_heads * head_dim);
-        __m512 factor = _mm512_set1_ps(1.0f / sums[i]);
-        for (size_t d = 0; d < head_dim; d += BLOCK) {
-            __m512 mixed = _mm512_loadu_ps(tile.mixed + i * head_dim + d);
-            _mm512_storeu_ps(to + d, _mm512_mul_ps(mixed, factor));
-        }
+        put(tile.mixed + i * head_dim, sums[i], head_dim,
+            out + offset_of(job, part, tile.first + i, job->shape->num_heads * head_dim));
     }
 }
 
 static void attend_part(const job_t *job, const part_t *part) {
     float queries[MAX_ATTENTION_ROWS * MAX_HEAD_DIM], mixed[MAX_ATTENTION_ROWS * MAX_HEAD_DIM];
-    if (job->appends) append(job, part);
     size_t first = part->task * QUERIES_PER_TASK, end = first + QUERIES_PER_TASK;
     size_t limit = num_queries(job, part->span);
     end = end < limit ? end : limit;
@@ -229,8 +248,6 @@ static part_t part_of_chunk(const job_t *job, size_t chunk) {
 static void attend_chunk(void *opaque, size_t chunk) {
     const job_t *job = opaque;
     part_t part = part_of_chunk(job, chunk);
-    size_t next = chunk + pool_num_threads();
-    if (next < job->num_chunks) part.next_keys = part_of_chunk(job, next).keys;
     attend_part(job, &part);
 }
 
@@ -238,20 +255,92 @@ static void append_chunk(void *opaque, size_t chunk) {
     const job_t *job = opaque;
     size_t kv_heads = job->shape->num_kv_heads;
     part_t part = part_of(job, job->shape->spans + chunk / kv_heads, chunk % kv_heads, 0);
-    append(job, &part);
+    append_keys(job, &part);
+    append_values(job, &part);
+}
+
+/* Some heads of the only row of a span, from that of `part` on. They go through blocks of positions
+ * together, as these lie in memory; keys and values are appended just before they are read. */
+static void score_row(const job_t *job, part_t part, const tile_t *tile, size_t num_heads) {
+    size_t head_dim = job->shape->head_dim, last = tile->num_blocks - 1;
+    const float *queries = job->shape->qkv + offset_of(job, &part, 0, job->shape->row_stride);
+    const float *keys = part.keys + tile->first_block * block_step(job);
+    for (size_t i = 0; i <= last; i++, keys += block_step(job)) {
+        for (size_t head = 0; head < num_heads; head++) {
+            part_t own = part_of(job, part.span, part.kv_head + head, 0);
+            if (i == last) append_keys(job, &own);
+            size_t query = head * job->group;
+            tile_rows(job->group, 1)(tile->scores + query * tile->stride + i * BLOCK, tile->stride,
+                                     BLOCK, (const char *)(queries + query * head_dim),
+                                     head_dim * sizeof(float),
+                                     (const char *)(keys + head * head_dim * BLOCK), 0, COLUMN,
+                                     head_dim, 0);
+        }
+    }
+}
+
+static void mix_row(const job_t *job, part_t part, const tile_t *tile, size_t num_heads) {
+    size_t head_dim = job->shape->head_dim, last = tile->num_blocks - 1;
+    size_t newest = position_of(job, &part, 0), oldest = oldest_seen(job, newest);
+    const float *values = part.values + tile->first_block * block_step(job);
+    for (size_t i = 0; i <= last; i++, values += block_step(job)) {
+        for (size_t head = 0; head < num_heads; head++) {
+            part_t own = part_of(job, part.span, part.kv_head + head, 0);
+            if (i == last) append_values(job, &own);
+            size_t query = head * job->group;
+            mix_block(head_dim, job->group, tile->mixed + query * head_dim,
+                      tile->scores + query * tile->stride + i * BLOCK, tile->stride,
+                      values + head * head_dim * BLOCK, i ? 0 : oldest % BLOCK,
+                      i == last ? newest % BLOCK + 1 : BLOCK, i > 0);
+        }
+    }
+}
+
+static void attend_row(const job_t *job, part_t part, size_t num_heads) {
+    size_t head_dim = job->shape->head_dim, num_queries = num_heads * job->group;
+    size_t newest = position_of(job, &part, 0), oldest = oldest_seen(job, newest);
+    tile_t tile = {.first_block = oldest / BLOCK};
+    tile.num_blocks = newest / BLOCK + 1 - tile.first_block;
+    tile.stride = tile.num_blocks * BLOCK;
+    tile.scores = scratch(num_queries * (tile.stride + head_dim + 1) * sizeof(float));
+    tile.mixed = tile.scores + num_queries * tile.stride;
+    float *sums = tile.mixed + num_queries * head_dim;
+    score_row(job, part, &tile, num_heads);
+    for (size_t i = 0; i < num_queries; i++) {
+        sums[i] = weigh(job, &tile, tile.scores + i * tile.stride, oldest, newest);
+    }
+    mix_row(job, part, &tile, num_heads);
+    float *out = job->shape->out + offset_of(job, &part, 0, job->shape->num_heads * head_dim);
+    for (size_t i = 0; i < num_queries; i++) {
+        put(tile.mixed + i * head_dim, sums[i], head_dim, out + i * head_dim);
+    }
+}
+
+static void row_chunk(void *opaque, size_t chunk) {
+    const job_t *job = opaque;
+    size_t heads = job->shape->num_kv_heads, at = chunk % job->cut;
+    size_t first = at * heads / job->cut, end = (at + 1) * heads / job->cut;
+    attend_row(job, part_of(job, job->shape->spans + chunk / job->cut, first, 0), end - first);
 }
 
 void attend(const attention_t *shape) {
-    job_t job = {.shape = shape, .group = shape->num_heads / shape->num_kv_heads, .appends = 1,
+    job_t job = {.shape = shape, .group = shape->num_heads / shape->num_kv_heads,
                  .scale = 1.0f / __builtin_sqrtf((float)shape->head_dim)};
-    size_t tasks = 0;
+    size_t tasks = 0, heads = shape->num_kv_heads;
+    int are_rows = job.group <= MAX_ATTENTION_ROWS;
     for (size_t i = 0; i < shape->num_spans; i++) {
-        if (shape->spans[i].count > 1 || num_tasks(&job, shape->spans + i) > 1) job.appends = 0;
+        if (shape->spans[i].count > 1) are_rows = 0;
         tasks += num_tasks(&job, shape->spans + i);
     }
-    if (!job.appends) pool_run(append_chunk, &job, shape->num_spans * shape->num_kv_heads);
-    job.num_chunks = tasks * shape->num_kv_heads;
-    pool_run(attend_chunk, &job, job.num_chunks);
+    if (are_rows) {
+        size_t wanted = pool_num_threads() == 1 ? 1 : CHUNKS_PER_THREAD * pool_num_threads();
+        job.cut = (wanted + shape->num_spans - 1) / shape->num_spans;
+        job.cut = job.cut < heads ? job.cut : heads;
+        pool_run(row_chunk, &job, shape->num_spans * job.cut);
+    } else {
+        pool_run(append_chunk, &job, shape->num_spans * heads);
+        pool_run(attend_chunk, &job, tasks * heads);
+    }
 }
 
 END_SIMD

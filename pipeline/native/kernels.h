@@ -81,10 +81,10 @@ void quantise_rows(const float *x, size_t num_in, size_t rows, void *panel);
 void interleave(const float *x, size_t num_in, size_t rows, void *panel);
 
 /* The same in float32 of rows that follow each other every x_stride bytes, inputs of weights every
- * k_stride, for attention. What lies `next` bytes behind a weight is fetched: it comes next. */
+ * k_stride, for attention. A sum starts at zero or goes on from what acc holds. */
 typedef void (*rows_fn)(float *acc, size_t acc_stride, size_t acc_block, const char *x,
                         size_t x_stride, const char *w, size_t block_stride, size_t k_stride,
-                        size_t num_k, ptrdiff_t next);
+                        size_t num_k, int adds);
 enum { MAX_ATTENTION_ROWS = 6 };
 rows_fn tile_rows(size_t rows, size_t blocks);
 

@@ -83,20 +83,23 @@ tile_fn tile_bf16(size_t rows, size_t blocks) {
     return tiles[rows][blocks];
 }
 
+enum { ROWS_AHEAD = 4096 }; /* bytes: of what most heads have for 16 positions, the next head's */
+
 /* The same of rows as they lie in memory, for attention. */
 INLINE void run_rows(const int R, const int B, float *acc, size_t acc_stride, size_t acc_block,
                      const char *x_base, size_t x_stride, const char *w_base, size_t block_stride,
-                     size_t k_stride, size_t num_k, ptrdiff_t next) {
+                     size_t k_stride, size_t num_k, int adds) {
     __m512 sums[MAX_SUMS], wide[MAX_WIDTH];
     const char *x[MAX_ATTENTION_ROWS], *w[MAX_WIDTH];
     spread(x, R, x_base, x_stride);
     spread(w, B, w_base, block_stride);
     zero_sums(R, B, sums);
+    if (adds) load_sums(R, B, sums, acc, acc_stride, acc_block);
     for (size_t k = 0, at = 0; k < num_k; k++, at += k_stride) {
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) wide[b] = _mm512_loadu_ps((const float *)(w[b] + at));
 #pragma GCC unroll 4
-        for (int b = 0; b < B; b++) _mm_prefetch(w[b] + at + next, _MM_HINT_T1);
+        for (int b = 0; b < B; b++) _mm_prefetch(w[b] + at + ROWS_AHEAD, _MM_HINT_T1);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
             __m512 xr = _mm512_set1_ps(((const float *)x[r])[k]);
@@ -112,9 +115,9 @@ INLINE void run_rows(const int R, const int B, float *acc, size_t acc_stride, si
 #define ROWS(R, B)                                                                                 \
     static void rows_##R##x##B(float *acc, size_t acc_stride, size_t acc_block, const char *x,     \
                                size_t x_stride, const char *w, size_t block_stride,                \
-                               size_t k_stride, size_t num_k, ptrdiff_t next) {                    \
+                               size_t k_stride, size_t num_k, int adds) {                          \
         run_rows(R, B, acc, acc_stride, acc_block, x, x_stride, w, block_stride, k_stride, num_k,  \
-                 next);                                                                            \
+                 adds);                                                                            \
     }
 #define ATTENTION_SHAPES(DO)                                                                       \
     UP_TO_4(DO, 1) UP_TO_4(DO, 2) UP_TO_4(DO, 3) UP_TO_4(DO, 4) UP_TO_4(DO, 5) UP_TO_4(DO, 6)

@@ -89,6 +89,30 @@ def test_a_truncated_slot_keeps_its_beginning_and_nothing_behind_it(cache):
     cache.reserve([Segment(0, 4, 1)])
 
 
+@pytest.mark.parametrize("length", [0, 3, 4, 5, 8])
+def test_in_blocks_a_truncated_slot_keeps_its_beginning_alone_too(length):
+    cache = KVCache(
+        num_layers=1,
+        num_slots=2,
+        num_kv_heads=3,
+        max_seq_len=14,
+        head_dim=2,
+        zeros=partial(np.zeros, dtype=np.float32),
+        key_block=4,
+    )
+    batch = [Segment(0, 0, 9), Segment(1, 0, 9)]
+    cache.reserve(batch)
+    for memory in (cache.keys[0], cache.values[0]):
+        memory[:, :3] = 7.0  # 12 positions: of the last block some are unused
+    cache.advance(batch)
+    cache.truncate(0, length)
+    for memory, order in ((cache.keys[0], (0, 2, 1, 4, 3)), (cache.values[0], (0, 2, 1, 3, 4))):
+        by_position = memory.transpose(order).reshape(2, 3, 16, 2)
+        assert (by_position[0, :, :length] == 7.0).all()
+        assert not by_position[0, :, length:].any()
+        assert (by_position[1, :, :9] == 7.0).all()
+
+
 @pytest.mark.parametrize(("slot", "length"), [(0, 6), (0, -1), (1, 1), (3, 0), (-1, 0)])
 def test_a_slot_cannot_be_cut_to_what_it_does_not_hold(cache, slot, length):
     fill(cache, Segment(0, 0, 5))
