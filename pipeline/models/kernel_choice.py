@@ -56,6 +56,12 @@ def _gpu(choice: str, device: str) -> Kernels:
     return kernels
 
 
+def import_kernels() -> None:
+    """Import and test what `auto` computes most models with here, ahead of the first."""
+    if why_not_native() is not None:
+        import pipeline.models.kernels_torch  # noqa: F401, PLC0415
+
+
 def _why_not_model(config: ModelConfig) -> str | None:
     if config.head_dim % HEAD_DIM_STEP or config.head_dim > MAX_HEAD_DIM:
         return (

@@ -19,7 +19,7 @@ from pipeline.dtypes import (
     Precision,
     to_floats,
 )
-from pipeline.models.arena import Arena
+from pipeline.models.arena import Arena, aligned
 from pipeline.models.batch import Batch
 from pipeline.models.kernels import (
     Activation,
@@ -170,6 +170,14 @@ class NativeKernels(Kernels):
     def __init__(self) -> None:
         return_large_blocks()
         self.arena = Arena()
+
+    def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
+        """An array to be filled."""
+        return aligned(np.empty, shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...]) -> HostArray:
+        """Zeros in float32, in memory that is reserved and not touched."""
+        return aligned(np.zeros, shape, FLOAT32)
 
     def linear(
         self,

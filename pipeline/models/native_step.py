@@ -15,7 +15,8 @@ from array import array
 import numpy as np
 
 from pipeline import _native
-from pipeline.dtypes import Floats, HostArray
+from pipeline.dtypes import FLOAT32, Floats, HostArray
+from pipeline.models.arena import aligned
 from pipeline.models.batch import Batch
 from pipeline.models.kernels import Compute, Finish, FramePlace, HeadShape, Rows
 from pipeline.models.kv_cache import KVCache
@@ -80,7 +81,7 @@ class NativeStep:
                 inputs = np.empty(count, np.int64)
                 _native.widen(rows, inputs, count)
             else:
-                rows = inputs = np.empty((count, width), np.float32)
+                rows = inputs = aligned(np.empty, (count, width), FLOAT32)
             outputs = compute(inputs, spans[:, POSITION], cache.max_seq_len, attention)
             if finish is not None:
                 chosen, self.logits = finish(outputs)

@@ -1,8 +1,10 @@
 import gc
 
+import numpy as np
 import pytest
 
-from pipeline.models.arena import ALIGNMENT, CHUNK_BYTES, Arena
+from pipeline.dtypes import BFLOAT16, FLOAT32
+from pipeline.models.arena import ALIGNMENT, CHUNK_BYTES, Arena, aligned
 
 
 def test_pieces_are_zeroed_aligned_and_nobody_elses():
@@ -38,3 +40,14 @@ def test_small_pieces_share_chunks(size):
     arena = Arena()
     first, second = arena.take(size), arena.take(size)
     assert second.ctypes.data - first.ctypes.data == max(size, ALIGNMENT)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("shape", [(), (0, 5), (7,), (3, 5, 2)], ids=str)
+def test_arrays_start_where_a_cache_line_does(shape, dtype):
+    arrays = [aligned(np.zeros, shape, dtype) for _ in range(20)]
+    for array in arrays:
+        assert (array.shape, array.dtype) == (shape, dtype)
+        assert array.flags.c_contiguous
+        assert array.ctypes.data % ALIGNMENT == 0 or not array.size
+        assert not array.any()
