@@ -6,6 +6,7 @@ makes sure of the result as it would of any, and turns it into text.
 """
 
 from pipeline.engine.scheduler import FollowUp
+from pipeline.errors import LinkLost
 from pipeline.messages import (
     TIMING_BYTES,
     StageTiming,
@@ -40,6 +41,8 @@ class Ahead:
 
     def prepare(self, follow_up: FollowUp | None) -> None:
         """Lay a step out; None: there is none."""
+        if self._sent is not None:
+            follow_up = None  # it has left, and its own result is not due yet
         self._prepared = follow_up
         if follow_up is not None:
             step = self._step
@@ -49,7 +52,11 @@ class Ahead:
             self._due = bytes(results.plain[: results.header_start]) + header
 
     def follow(self, plain: memoryview, vocab_size: int) -> FrameForm | None:
-        """The frame to send ahead now that `plain` has come; None if that is not what was due."""
+        """The frame to send ahead now that `plain` has come; None if that is not what was due.
+
+        Whether the result is sound in every other way is looked at afterwards: a step too many
+        does no harm where the session ends.
+        """
         follow_up, self._prepared = self._prepared, None
         results, step = self._results, self._step
         due = self._due
@@ -66,9 +73,13 @@ class Ahead:
         return step
 
     def has_sent(self, header: StepHeader) -> bool:
-        """Whether this step, the next one in order, has been sent ahead."""
+        """Whether this step, the next one in order, has been sent ahead.
+
+        Raises LinkLost where another has: only new channels help.
+        """
         sent, self._sent = self._sent, None
-        assert sent in {None, header}, "what follows has been certain"
+        if sent not in {None, header}:
+            raise LinkLost(0, f"step {header.step} is not the one that was sent ahead")
         return sent is not None
 
 

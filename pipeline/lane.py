@@ -16,6 +16,7 @@ from pipeline.messages import (
     encode_step,
 )
 from pipeline.meter import StageMeter
+from pipeline.models.base import MAX_DECODE_STEPS
 from pipeline.models.batch import Segment
 from pipeline.models.kernels import FramePlace
 from pipeline.neighbours import DOWNSTREAM, UPSTREAM
@@ -52,7 +53,8 @@ class Lane:
         """From now on take such steps, if they can be taken, as one that has just been served."""
         count = len(header.segments)
         is_decoding = header.kind is StepKind.STEP and header.num_tokens == count
-        if count in self._known or not (is_decoding and self._core.decodes_in_place):
+        is_full = len(self._known) == MAX_DECODE_STEPS
+        if count in self._known or is_full or not (is_decoding and self._core.decodes_in_place):
             return
         self._known.add(count)
         try:
@@ -71,9 +73,8 @@ class Lane:
             forms = None if frame is None else self._forms.get(len(frame))
             if frame is None or forms is None:
                 return
-            compute_ns = self._core.serve(
-                forms.count, frame, forms.form, forms.out, self._meter.spent()
-            )
+            spent = self._meter.spent()
+            compute_ns = self._core.serve(forms.count, frame, forms.form, forms.out, spent)
             if compute_ns < 0:
                 return
             try:
@@ -82,6 +83,11 @@ class Lane:
                 raise DOWNSTREAM.broken(error) from error
             finally:
                 self._count(frame, forms, compute_ns)
+
+    def wipe(self) -> None:
+        """Zero the activations and tokens of the last steps."""
+        for forms in self._forms.values():
+            forms.out.memory[forms.out.rows :] = bytes(len(forms.out.memory) - forms.out.rows)
 
     def _count(self, frame: memoryview, forms: "_Forms", compute_ns: int) -> None:
         """What need not be done before the step goes on."""

@@ -205,7 +205,7 @@ class Pipeline:
         if form is not None:
             try:
                 await links.data_in.send_form(form)
-            except TransportError as error:
+            except (TransportError, trio.ClosedResourceError) as error:
                 raise LinkLost(0, f"its data channel broke: {describe(error)}") from error
 
     async def notify(self, message: Message) -> None:

@@ -209,6 +209,14 @@ class StageSession:
 
     async def _serve_steps(self, upstream: SecureChannel, downstream: SecureChannel) -> None:
         lane = Lane(self._core, self._meter, upstream, downstream, self._setup.stage_idx)
+        try:
+            await self._serve_both_ways(lane, upstream, downstream)
+        finally:
+            lane.wipe()
+
+    async def _serve_both_ways(
+        self, lane: Lane, upstream: SecureChannel, downstream: SecureChannel
+    ) -> None:
         while True:
             await lane.serve()
             with UPSTREAM:

@@ -181,9 +181,11 @@ class SecureChannel(trio.abc.Channel[Frame]):
                 if not await wire.has_come():
                     return None
                 receiver.wrote(wire.try_receive(receiver.space()))
+            else:
+                await wire.fair_turn()  # a peer may send faster than its frames are dealt with
             return receiver.peek()
         except trio.Cancelled:
-            raise  # nothing has been received
+            raise  # nothing more has been received
         except BaseException:
             wire.close()
             raise

@@ -208,13 +208,13 @@ def decode_layout_untrusted(plain: memoryview, limits: FrameLimits) -> Layout:
 
 
 class FrameForm:
-    """A small frame laid out once, to be filled in, or compared with, again and again.
+    """A small frame laid out once, to be filled in again and again, and for others to compare.
 
     `plain` is all of it, writable; the header is from header_start to header_stop, each tensor
     from the first to the second of its place.
     """
 
-    __slots__ = ("_fixed", "_gaps", "header_start", "header_stop", "places", "plain")
+    __slots__ = ("header_start", "header_stop", "places", "plain")
 
     def __init__(self, frame: Frame) -> None:
         """Lay `frame` out. Raises: MisuseError where it does not fit one record."""
@@ -225,15 +225,6 @@ class FrameForm:
         self.plain = memoryview(bytearray(encoded))
         self.header_start, self.header_stop = layout.header_start, layout.header_stop
         self.places = layout.places
-        self._fixed = encoded[: layout.header_start]
-        self._gaps = [(start, stop, PADDING[stop - start]) for start, stop in layout.gaps]
-
-    def fits(self, plain: memoryview) -> bool:
-        """Whether a frame of as many bytes differs at most in what header and tensors hold."""
-        for start, stop, padding in self._gaps:
-            if plain[start:stop] != padding:
-                return False
-        return plain[: self.header_start] == self._fixed
 
 
 _ANY = FrameLimits(MAX_HEADER_BYTES, MAX_TENSORS, INLINE_BYTES)

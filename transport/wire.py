@@ -77,13 +77,17 @@ class Wire:
         self._poll.register(self.fd, select.POLLIN)
         self._patience_ms = patience_ms
 
+    async def fair_turn(self) -> None:
+        """Let other tasks run if they have not for a while: best while nothing has come yet."""
+        if perf_counter_ns() - self._looped_ns > FAIR_NS:
+            await trio.lowlevel.checkpoint()
+            self._looped_ns = perf_counter_ns()
+
     async def has_come(self) -> bool:
         """Wait in place, where that has been asked for; whether there is something to receive."""
         if self._poll is None:
             return False
-        if perf_counter_ns() - self._looped_ns > FAIR_NS:
-            await trio.lowlevel.checkpoint()  # now, while nothing has come yet
-            self._looped_ns = perf_counter_ns()
+        await self.fair_turn()
         return bool(self._poll.poll(self._patience_ms))
 
     async def readable(self) -> None:

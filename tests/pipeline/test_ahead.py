@@ -4,6 +4,7 @@ import pytest
 
 from pipeline.ahead import Ahead
 from pipeline.engine.scheduler import FollowUp
+from pipeline.errors import LinkLost
 from pipeline.messages import StageTiming, StepHeader, StepKind, Want, encode_step
 from pipeline.models.batch import Segment
 from pipeline.steps import token_ids_to_wire
@@ -70,5 +71,9 @@ def test_nothing_is_sent_ahead_twice_or_unprepared(ahead):
     result = encoded(FOLLOW_UP.due._replace(timings=TIMINGS), 11)
     assert ahead.follow(result, 1000) is not None
     assert ahead.follow(result, 1000) is None
+    ahead.prepare(FOLLOW_UP)  # as by a second run over the same channels
+    assert ahead.follow(result, 1000) is None
+    with pytest.raises(LinkLost, match="step 9"):
+        ahead.has_sent(header(9, 42))
     ahead.prepare(None)
     assert ahead.follow(result, 1000) is None

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from pipeline.stage import StageCore
 from pipeline.steps import SessionLimits, activation_specs, token_ids_to_wire
 from transport.channel import SecureChannel
 from transport.errors import FrameError
-from transport.frames import DType, Frame, FrameForm, FrameKind, Tensor, encode_frame
+from transport.frames import DType, Frame, FrameKind, Tensor, encode_frame
 from transport.handshake import Session
 from transport.noise import AEADS, CipherState
 from transport.records import RecordOpener, RecordSealer, RekeyPolicy
@@ -30,6 +31,7 @@ from transport.wire import Wire
 
 SLOTS, POSITIONS, WIDTH = 4, 32, 64
 LIMITS = SessionLimits(SLOTS, POSITIONS, 32, WIDTH, DType.F32)
+OFTEN = RekeyPolicy(max_records=5)
 LAYERS = [(0, 1), (1, 3), (3, 4)]
 
 
@@ -48,9 +50,9 @@ def cipher(key):
     return CipherState(AEADS["ChaChaPoly"], key)
 
 
-def channels(limits):
+def channels(limits, policy):
     """Two ends of a data channel; both wait in place."""
-    key, policy = os.urandom(32), RekeyPolicy(max_records=5)
+    key = os.urandom(32)
 
     def session():
         sealer, opener = RecordSealer(cipher(key), policy), RecordOpener(cipher(key), policy)
@@ -65,14 +67,14 @@ def channels(limits):
 class Stage:
     """A stage between two channels, whose other ends are here."""
 
-    def __init__(self, shard, idx, *, has_lane):
+    def __init__(self, shard, idx, *, has_lane, policy=OFTEN):
         log = None if shard.is_last else ActivationLog(SLOTS, POSITIONS, WIDTH)
         self.core = StageCore(shard, LIMITS, log)
         self.meter = StageMeter()
         self.gate = StepGate(LIMITS, lambda header, specs: None)
         self.result_gate = StepGate(LIMITS, lambda header, specs: None)
-        self.source, self.upstream = channels(self.gate.frame_limits(1 << 20))
-        self.downstream, self.sink = channels(self.result_gate.frame_limits(1 << 20))
+        self.source, self.upstream = channels(self.gate.frame_limits(1 << 20), policy)
+        self.downstream, self.sink = channels(self.result_gate.frame_limits(1 << 20), policy)
         self.lane = None
         if has_lane:
             self.lane = Lane(self.core, self.meter, self.upstream, self.downstream, idx)
@@ -151,6 +153,11 @@ async def run_both(stages, number, *segments, tensors=None, **fields):
         ]
         assert replayed[0] == replayed[1]
     return results[0]
+
+
+async def run_one(stage, number, *segments):
+    each = header(stage, number, *segments)
+    await stage.run(each, rows(stage.core.shard, each.num_tokens, number))
 
 
 async def prefill(stages):
@@ -280,7 +287,9 @@ async def test_whatever_byte_of_a_frame_is_changed_it_is_served_only_as_what_it_
             step = forms.headers.read(view, forms.form.header, allowed)
             segments = [] if step is None else step[1]
             is_next = sorted(segments) == [Segment(0, 4, 1), Segment(1, 6, 1)]
-            expected = FrameForm(frame).fits(view) and is_next
+            start, end = forms.form.header, len(encode_step(each)) + forms.form.header
+            is_framed = changed[:start] == good[:start] and not any(changed[end : forms.form.rows])
+            expected = is_framed and is_next
             compute_ns = core.serve(2, view, forms.form, forms.out, (1, 2))
             assert (compute_ns >= 0) is expected, (at, mask)
             served += expected
@@ -289,3 +298,44 @@ async def test_whatever_byte_of_a_frame_is_changed_it_is_served_only_as_what_it_
     assert core.serve(1, memoryview(good), forms.form, forms.out, (1, 2)) == -1
     with pytest.raises(ValueError, match="forms"):
         core.serve(2, memoryview(good), forms.out, forms.form, (1, 2))
+
+
+async def test_a_burst_of_steps_leaves_others_their_turns(shards, monkeypatch):
+    stage = Stage(shards[0], 0, has_lane=True, policy=RekeyPolicy())
+    await run_one(stage, 0, (0, 0, 1))
+    compute = stage.core.serve
+
+    def slowly(*args):
+        time.sleep(0.01)
+        return compute(*args)
+
+    monkeypatch.setattr(stage.core, "serve", slowly)
+    for number in range(1, 13):
+        each = header(stage, number, (0, number, 1))
+        await send_step(stage.source, each, rows(stage.core.shard, 1, number))
+    seen = set()
+
+    async def watch():
+        while True:
+            seen.add(stage.core.cache.lengths[0])
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await stage.serve()
+        nursery.cancel_scope.cancel()
+    assert stage.num_ordinary == 1
+    assert stage.core.cache.lengths[0] == 13
+    assert len(seen) >= 4
+    await stage.aclose()
+
+
+async def test_a_wiped_lane_holds_nothing_of_its_steps(stages):
+    await prefill(stages)
+    await run_both(stages, 1, (0, 3, 1))
+    await run_both(stages, 2, (0, 4, 1))
+    lane = stages[0].lane
+    (forms,) = lane._forms.values()
+    assert any(forms.out.memory[forms.out.rows :])
+    lane.wipe()
+    assert not any(forms.out.memory[forms.out.rows :])
