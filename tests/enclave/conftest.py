@@ -7,7 +7,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -123,6 +124,20 @@ class Boot:
             connection.close()
             time.sleep(0.5)
         raise TimeoutError(f"the enclave behind {path} did not answer")
+
+    @contextmanager
+    def answering(self, machine: emulator.Machine) -> Iterator[None]:
+        """Run a machine with the probe in it, once more should the emulation hang as it boots."""
+        for is_last in (False, True):
+            with emulator.booted(machine, self.tools):
+                try:
+                    self.dial(machine.vsock).close()
+                except TimeoutError:
+                    if is_last:
+                        raise
+                    continue
+                yield
+                return
 
     def tap(self, listen: Address, target: Address) -> Tap:
         """A tap on its own threads; close it."""

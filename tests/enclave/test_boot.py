@@ -36,7 +36,7 @@ def image(boot: Any) -> eif.Image:
 def vsock(boot: Any) -> Iterator[Path]:
     """The socket of an enclave whose documents are signed under the test root."""
     machine = boot.machine("signed", boot.directory / "probe.eif", memory_mib=1024)
-    with emulator.booted(machine, boot.tools):
+    with boot.answering(machine):
         yield machine.vsock
 
 
