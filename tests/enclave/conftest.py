@@ -131,7 +131,7 @@ class Boot:
         for is_last in (False, True):
             with emulator.booted(machine, self.tools):
                 try:
-                    self.dial(machine.vsock).close()
+                    self.ask(machine.vsock, "describe")
                 except TimeoutError:
                     if is_last:
                         raise
