@@ -8,11 +8,11 @@ left, as it came, to the ordinary way, which decides what it is.
 """
 
 from pipeline.messages import (
-    DecodeHeaders,
     StageTiming,
     StepHeader,
     StepKind,
     Want,
+    decode_step,
     encode_step,
 )
 from pipeline.meter import StageMeter
@@ -25,8 +25,6 @@ from pipeline.steps import activation_specs, token_specs
 from transport.channel import SecureChannel
 from transport.errors import MisuseError, TransportError
 from transport.frames import DType, Frame, FrameForm, FrameKind, Tensor, TensorSpec
-
-ANY = frozenset(Want)
 
 
 class Lane:
@@ -91,9 +89,9 @@ class Lane:
 
     def _count(self, frame: memoryview, forms: "_Forms", compute_ns: int) -> None:
         """What need not be done before the step goes on."""
-        served = forms.headers.read(frame, forms.form.header, ANY)
-        assert served is not None, "it has been computed"
-        self._core.served(*served, forms.out.memory[forms.out.rows :])
+        form = forms.inputs
+        header = decode_step(frame[form.header_start : form.header_stop].tobytes())
+        self._core.served(header.step, header.segments, forms.out.memory[forms.out.rows :])
         self._meter.count(forms.count, forms.count, compute_ns)
         self._upstream.drop()
 
@@ -108,10 +106,9 @@ class _Forms:
         header = StepHeader(StepKind.STEP, 0, segments, wants, timings[1:])
         ids = token_specs(count)
         rows = activation_specs(DType.F32, count, core.limits.hidden_dim)
-        inputs = _form(header, ids if core.shard.is_first else rows)
+        self.inputs = _form(header, ids if core.shard.is_first else rows)
         self.outputs = _form(header._replace(timings=timings), ids if core.shard.is_last else rows)
-        self.form, self.out = _place(inputs), _place(self.outputs)
-        self.headers = DecodeHeaders(count, stage_idx)
+        self.form, self.out = _place(self.inputs), _place(self.outputs)
 
 
 def _form(header: StepHeader, specs: tuple[TensorSpec, ...]) -> FrameForm:

@@ -4,7 +4,6 @@ Control messages are msgpack maps on the control channel. Step headers are fixed
 data channels, small enough not to be seen beside a token's compute time.
 """
 
-from collections.abc import Collection
 from enum import IntEnum
 from functools import lru_cache
 from struct import Struct
@@ -324,35 +323,3 @@ def decode_step(data: bytes) -> StepHeader:
     segments = tuple([Segment._make(fields[at : at + 3]) for at in starts])
     timings = tuple([StageTiming._make(fields[at : at + 3]) for at in range(ends, len(fields), 3)])
     return StepHeader(kind, step, segments, wants, timings, until)
-
-
-class DecodeHeaders:
-    """Headers of steps of one token for each of so many requests, read where they lie.
-
-    They are those of `decode_step`, without an object for each of their parts.
-    """
-
-    def __init__(self, num_requests: int, num_timings: int) -> None:
-        layout = _layout(num_requests, num_timings)
-        self._unpack = layout.unpack_from
-        self._fixed = (PROTOCOL_VERSION, int(StepKind.STEP), num_requests, num_timings, 0)
-        ends = _NUM_HEAD_FIELDS + 4 * num_requests
-        self._wants = slice(_NUM_HEAD_FIELDS + 3, ends, 4)
-        self._starts = range(_NUM_HEAD_FIELDS, ends, 4)
-
-    def read(
-        self, data: memoryview, start: int, wants: Collection[int]
-    ) -> tuple[int, list[Segment]] | None:
-        """The number and segments of the step whose header starts there, None for any other."""
-        fields = self._unpack(data, start)
-        if fields[: len(self._fixed)] != self._fixed:
-            return None
-        for want in fields[self._wants]:
-            if want not in wants:
-                return None
-        segments = []
-        for at in self._starts:
-            if fields[at + 2] != 1:
-                return None
-            segments.append(Segment._make(fields[at : at + 3]))
-        return fields[_NUM_HEAD_FIELDS - 1], segments

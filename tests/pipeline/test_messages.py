@@ -8,7 +8,6 @@ from pipeline.messages import (
     MAX_CONTROL_BYTES,
     Abort,
     Broken,
-    DecodeHeaders,
     Done,
     Failure,
     Health,
@@ -242,35 +241,3 @@ def test_a_step_header_with_any_bytes_changed_is_one_or_is_refused(data):
     except MessageError:
         return
     assert encode_step(header) == changed
-
-
-TIMINGS = tuple(StageTiming(stage, 2 * stage, 1 << 60) for stage in range(3))
-
-
-@st.composite
-def step_headers(draw):
-    kind = draw(st.sampled_from(StepKind))
-    count = draw(st.integers(1, 4))
-    numbers = st.integers(0, (1 << 32) - 1)
-    segments = tuple(
-        Segment(draw(numbers), draw(numbers), draw(st.integers(0, 2))) for _ in range(count)
-    )
-    wants = tuple(draw(st.sampled_from(Want)) for _ in range(count))
-    until = draw(st.integers(0, 3)) if kind is StepKind.REPLAY else 0
-    timings = TIMINGS[: draw(st.integers(0, 3))]
-    return StepHeader(kind, draw(st.integers(0, (1 << 64) - 1)), segments, wants, timings, until)
-
-
-@given(step_headers(), st.binary(max_size=9), st.sets(st.sampled_from(Want)))
-def test_a_decode_step_is_read_in_place_as_anywhere_and_nothing_else_is(header, before, wants):
-    count, num_timings = len(header.segments), len(header.timings)
-    is_decoding = header.kind is StepKind.STEP and all(
-        segment.num_tokens == 1 for segment in header.segments
-    )
-    is_wanted = wants.issuperset(header.wants)
-    expected = (header.step, list(header.segments)) if is_decoding and is_wanted else None
-    data = memoryview(before + encode_step(header) + bytes(200))
-    headers = DecodeHeaders(count, num_timings)
-    assert headers.read(data, len(before), wants) == expected
-    assert DecodeHeaders(count, num_timings + 1).read(data, len(before), wants) is None
-    assert DecodeHeaders(count + 1, num_timings).read(data, len(before), wants) is None
