@@ -74,7 +74,6 @@ class Program:
 
     def serve(
         self,
-        frame: memoryview,
         form: memoryview,
         header: int,
         rows: int,
@@ -84,6 +83,7 @@ class Program:
         lengths: list[int],
         max_length: int,
         want: int,
+        frame: memoryview,
         crypto_ns: int,
         wire_ns: int,
         /,

@@ -7,6 +7,7 @@ makes sure of the result as it would of any, and turns it into text.
 
 from pipeline.engine.scheduler import FollowUp
 from pipeline.errors import LinkLost
+from pipeline.links import step_form
 from pipeline.messages import (
     TIMING_BYTES,
     StageTiming,
@@ -17,7 +18,7 @@ from pipeline.messages import (
 )
 from pipeline.models.batch import Segment
 from pipeline.steps import token_specs
-from transport.frames import Frame, FrameForm, FrameKind, Tensor
+from transport.frames import FrameForm
 
 TOKEN_BYTES = 4
 
@@ -86,6 +87,4 @@ class Ahead:
 def _form(timings: tuple[StageTiming, ...]) -> FrameForm:
     header = StepHeader(StepKind.STEP, 0, (Segment(0, 0, 1),), (Want.TOKEN,), timings)
     (spec,) = token_specs(1)
-    return FrameForm(
-        Frame(FrameKind.DATA, encode_step(header), (Tensor(spec, memoryview(bytes(spec.nbytes))),))
-    )
+    return step_form(header, spec)

@@ -7,14 +7,8 @@ bytes on the wire, the ciphers and the checks are the same; whatever is not plai
 left, as it came, to the ordinary way, which decides what it is.
 """
 
-from pipeline.messages import (
-    StageTiming,
-    StepHeader,
-    StepKind,
-    Want,
-    decode_step,
-    encode_step,
-)
+from pipeline.links import step_form
+from pipeline.messages import StageTiming, StepHeader, StepKind, Want, decode_step
 from pipeline.meter import StageMeter
 from pipeline.models.base import MAX_DECODE_STEPS
 from pipeline.models.batch import Segment
@@ -24,7 +18,7 @@ from pipeline.stage import StageCore
 from pipeline.steps import activation_specs, token_specs
 from transport.channel import SecureChannel
 from transport.errors import MisuseError, TransportError
-from transport.frames import DType, Frame, FrameForm, FrameKind, Tensor, TensorSpec
+from transport.frames import DType, FrameForm
 
 
 class Lane:
@@ -59,20 +53,22 @@ class Lane:
             forms = _Forms(count, self._stage_idx, self._core)
         except MisuseError:
             return  # too large for one record
-        self._forms[len(forms.form.memory)] = forms
+        self._forms[len(forms.inputs.plain)] = forms
 
     async def serve(self) -> None:
         """Serve steps for as long as they are of this kind, and come soon. Raises LinkBroken."""
-        while self._forms and self._core.decodes_in_place:
+        meter, forms_of = self._meter, self._forms
+        if not (forms_of and self._core.decodes_in_place):
+            return
+        while True:
             try:
                 frame = await self._upstream.peek()
             except TransportError as error:
                 raise UPSTREAM.broken(error) from error
-            forms = None if frame is None else self._forms.get(len(frame))
+            forms = None if frame is None else forms_of.get(len(frame))
             if frame is None or forms is None:
                 return
-            spent = self._meter.spent()
-            compute_ns = self._core.serve(forms.count, frame, forms.form, forms.out, spent)
+            compute_ns = forms.serve(frame, *meter.spent())
             if compute_ns < 0:
                 return
             try:
@@ -83,37 +79,35 @@ class Lane:
                 self._count(frame, forms, compute_ns)
 
     def wipe(self) -> None:
-        """Zero the activations and tokens of the last steps."""
+        """Zero the activations and tokens of the last steps, and let go of what computes them."""
         for forms in self._forms.values():
-            forms.out.memory[forms.out.rows :] = bytes(len(forms.out.memory) - forms.out.rows)
+            forms.rows[:] = bytes(len(forms.rows))
+        self._forms.clear()
 
     def _count(self, frame: memoryview, forms: "_Forms", compute_ns: int) -> None:
         """What need not be done before the step goes on."""
         form = forms.inputs
         header = decode_step(frame[form.header_start : form.header_stop].tobytes())
-        self._core.served(header.step, header.segments, forms.out.memory[forms.out.rows :])
+        self._core.served(header.step, header.segments, forms.rows)
         self._meter.count(forms.count, forms.count, compute_ns)
         self._upstream.drop()
 
 
 class _Forms:
-    """What a step of `count` requests looks like on both sides of a stage."""
+    """What a step of `count` requests looks like on both sides of a stage, and what takes it."""
 
     def __init__(self, count: int, stage_idx: int, core: StageCore) -> None:
         self.count = count
         timings = (StageTiming(0, 0, 0),) * (stage_idx + 1)
         segments, wants = (Segment(0, 0, 1),) * count, (Want.TOKEN,) * count
         header = StepHeader(StepKind.STEP, 0, segments, wants, timings[1:])
-        ids = token_specs(count)
-        rows = activation_specs(DType.F32, count, core.limits.hidden_dim)
-        self.inputs = _form(header, ids if core.shard.is_first else rows)
-        self.outputs = _form(header._replace(timings=timings), ids if core.shard.is_last else rows)
-        self.form, self.out = _place(self.inputs), _place(self.outputs)
-
-
-def _form(header: StepHeader, specs: tuple[TensorSpec, ...]) -> FrameForm:
-    tensors = tuple(Tensor(spec, memoryview(bytes(spec.nbytes))) for spec in specs)
-    return FrameForm(Frame(FrameKind.DATA, encode_step(header), tensors))
+        (ids,) = token_specs(count)
+        (rows,) = activation_specs(DType.F32, count, core.limits.hidden_dim)
+        self.inputs = step_form(header, ids if core.shard.is_first else rows)
+        following = header._replace(timings=timings)
+        self.outputs = step_form(following, ids if core.shard.is_last else rows)
+        self.rows = self.outputs.plain[self.outputs.places[0][0] :]
+        self.serve = core.server(count, _place(self.inputs), _place(self.outputs))
 
 
 def _place(form: FrameForm) -> FramePlace:

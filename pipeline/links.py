@@ -17,7 +17,7 @@ from pipeline.messages import (
 from pipeline.steps import SessionLimits, check_header
 from transport.channel import SecureChannel
 from transport.errors import FrameError
-from transport.frames import Frame, FrameKind, FrameLimits, Tensor, TensorSpec
+from transport.frames import Frame, FrameForm, FrameKind, FrameLimits, Tensor, TensorSpec
 
 CONTROL_LIMITS = FrameLimits(
     max_header_bytes=MAX_CONTROL_BYTES, max_tensors=0, max_tensor_bytes=0, check=None
@@ -98,6 +98,12 @@ async def send_step(
 ) -> None:
     """Send one step on a data channel."""
     await channel.send(Frame(FrameKind.DATA, encode_step(header), tensors))
+
+
+def step_form(header: StepHeader, spec: TensorSpec) -> FrameForm:
+    """A step's frame, laid out to be filled in. Raises MisuseError where it is too large."""
+    tensor = Tensor(spec, memoryview(bytes(spec.nbytes)))
+    return FrameForm(Frame(FrameKind.DATA, encode_step(header), (tensor,)))
 
 
 async def receive_step(

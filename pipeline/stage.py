@@ -11,7 +11,7 @@ from pipeline.dtypes import Array, Floats, HostArray
 from pipeline.errors import MessageError
 from pipeline.messages import StepHeader, StepKind, Want
 from pipeline.models.batch import Batch
-from pipeline.models.kernels import FramePlace, Rows
+from pipeline.models.kernels import DecodeStep, FramePlace, Rows, Serve
 from pipeline.models.registry import ModelShard
 from pipeline.steps import (
     CLEAR_SENTINEL,
@@ -60,23 +60,16 @@ class StageCore:
             self._unkept = (step, segments, outputs)
         return outputs, logits
 
-    def serve(
-        self,
-        count: int,
-        frame: memoryview,
-        form: FramePlace,
-        out: FramePlace,
-        spent: tuple[int, int],
-    ) -> int:
-        """Run a step of `count` segments from frame to frame: see `DecodeStep.serve`.
+    def server(self, count: int, form: FramePlace, out: FramePlace) -> Serve:
+        """What runs steps of `count` segments from frame to frame, as one has been run already.
 
-        Once they are on their way, what has been computed has to be `served`.
+        See `DecodeStep.server`. Once they are on their way, each has to be `served`.
         """
-        step = self.cache.decode_steps.get(count)
-        return -1 if step is None else step.serve(frame, form, out, self.cache, spent)
+        step: DecodeStep = self.cache.decode_steps[count]
+        return step.server(form, out, self.cache)
 
     def served(self, step: int, segments: Batch, rows: memoryview) -> None:
-        """Count what `serve` has computed, and keep what it has laid out."""
+        """Count what has been computed from frame to frame, and keep what has been laid out."""
         self.cache.reserve(segments)
         self.cache.advance(segments)
         if self.log is not None and not self.shard.is_last:

@@ -53,11 +53,11 @@ class FrameReceiver:
     """
 
     def __init__(self, opener: RecordOpener, limits: FrameLimits) -> None:
-        self._reader = RecordReader(opener)
-        self.space = self._reader.space
-        self.wrote = self._reader.wrote
+        self.reader = RecordReader(opener)
+        self.space = self.reader.space
+        self.wrote = self.reader.wrote
         self._limits = limits
-        self._arena = Arena()
+        self.arena = Arena()
         self._body: _Body | None = None
         # From token to token the heads' fixed parts are the same, and so are the tensors: views of
         # the same storage. What differs by a byte is parsed and held to the limits anew.
@@ -65,43 +65,43 @@ class FrameReceiver:
         self._layout: Layout | None = None
         self._storage: memoryview | None = None
         self._tensors: tuple[Tensor, ...] = ()
-        self._peeked: memoryview | None = None
+        self.peeked: memoryview | None = None
         self.is_ended = False
 
     @property
     def is_idle(self) -> bool:
         """Whether a next frame may come and no byte of it has: waiting can be given up."""
-        if self._body is not None or self._peeked is not None or self.is_ended:
+        if self._body is not None or self.peeked is not None or self.is_ended:
             return False
-        return self._reader.is_empty
+        return self.reader.is_empty
 
     def peek(self) -> memoryview | None:
         """The plaintext of the next frame's head, if that is there; until `drop` it is still next.
 
         Raises: RecordError; the channel is then over.
         """
-        if self._peeked is None and self._body is None and not self.is_ended:
-            record = self._reader.ready_untrusted()
+        if self.peeked is None and self._body is None and not self.is_ended:
+            record = self.reader.ready_untrusted()
             if record is not None and record.kind is FRAME:
-                self._peeked = self._open(record)
-        return self._peeked
+                self.peeked = self._open(record)
+        return self.peeked
 
     def drop(self) -> None:
         """The frame whose head was peeked at had no more than that, and has been dealt with."""
-        self._peeked = None
+        self.peeked = None
 
     def next_frame_untrusted(self) -> Frame | None:
         """Return the next whole frame, or None while bytes are missing or after the close.
 
         Raises: RecordError, FrameError; the channel is then over.
         """
-        if self._peeked is not None:
-            plain, self._peeked = self._peeked, None
+        if self.peeked is not None:
+            plain, self.peeked = self.peeked, None
             frame = self._take_head(plain)
             if frame is not None:
                 return frame
         while not self.is_ended:
-            record = self._reader.ready_untrusted()
+            record = self.reader.ready_untrusted()
             if record is None:
                 return None
             if self._body is not None and record.kind is BODY:
@@ -120,17 +120,17 @@ class FrameReceiver:
         if record.kind is not REKEY and (record.kind is not CLOSE or self._body is not None):
             place = "between frames" if self._body is None else "inside a frame"
             raise RecordError(f"a {record.kind.name} record {place}")
-        self._reader.open_into(self._arena.range(0, 0, 0))
+        self.reader.open_into(self.arena.range(0, 0, 0))
         self.is_ended = record.kind is CLOSE
 
     def _open(self, record: RecordHeader) -> memoryview:
         num_bytes = record.plaintext_bytes
-        storage = self._arena.storage
+        storage = self.arena.storage
         if num_bytes <= len(storage):
             plain = storage[:num_bytes]
         else:
-            plain = self._arena.range(0, num_bytes, num_bytes)
-        self._reader.open_into(plain)
+            plain = self.arena.range(0, num_bytes, num_bytes)
+        self.reader.open_into(plain)
         return plain
 
     def _take_head(self, plain: memoryview) -> Frame | None:
@@ -157,7 +157,7 @@ class FrameReceiver:
         return layout
 
     def _tensors_of(self, layout: Layout) -> tuple[Tensor, ...]:
-        storage = self._arena.storage
+        storage = self.arena.storage
         if self._storage is not storage:
             views = [storage[start:stop] for start, stop in layout.places]
             self._tensors = tuple(map(Tensor, layout.specs, views))
@@ -170,7 +170,7 @@ class FrameReceiver:
             raise RecordError(
                 f"a BODY record of {record.plaintext_bytes} bytes where {stop - start} are due"
             )
-        self._reader.open_into(self._arena.range(start, stop, body.layout.storage_bytes))
+        self.reader.open_into(self.arena.range(start, stop, body.layout.storage_bytes))
         return self._finish(body) if body.advance() else None
 
     def _finish(self, body: "_Body") -> Frame:

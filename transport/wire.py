@@ -22,7 +22,6 @@ class Wire:
 
     __slots__ = (
         "_looped_ns",
-        "_patience_ms",
         "_poll",
         "_recv_into",
         "_send",
@@ -32,6 +31,7 @@ class Wire:
         "bytes_sent",
         "fd",
         "is_closed",
+        "patience_ms",
         "recv_ns",
         "send_ns",
     )
@@ -45,7 +45,7 @@ class Wire:
         self.is_closed = False
         self._unwaited = 0
         self._poll: select.poll | None = None
-        self._patience_ms = 0
+        self.patience_ms = 0
         self._looped_ns = 0
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -56,6 +56,7 @@ class Wire:
         """Close at once; tasks waiting on the socket get ClosedResourceError."""
         if not self.is_closed:
             self.is_closed = True
+            self.fd = -1  # the number may be another socket's from now on
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
 
@@ -75,24 +76,27 @@ class Wire:
             return
         self._poll = select.poll()
         self._poll.register(self.fd, select.POLLIN)
-        self._patience_ms = patience_ms
+        self.patience_ms = patience_ms
+
+    @property
+    def is_turn_due(self) -> bool:
+        """Whether other tasks have stood still for a while: best asked while nothing has come."""
+        return perf_counter_ns() - self._looped_ns > FAIR_NS
 
     async def fair_turn(self) -> None:
-        """Let other tasks run if they have not for a while: best while nothing has come yet."""
-        if perf_counter_ns() - self._looped_ns > FAIR_NS:
-            await trio.lowlevel.checkpoint()
-            self._looped_ns = perf_counter_ns()
+        """Let other tasks run."""
+        await trio.lowlevel.checkpoint()
+        self._looped_ns = perf_counter_ns()
 
-    async def has_come(self) -> bool:
+    def has_come(self) -> bool:
         """Wait in place, where that has been asked for; whether there is something to receive."""
-        if self._poll is None:
-            return False
-        await self.fair_turn()
-        return bool(self._poll.poll(self._patience_ms))
+        return self._poll is not None and bool(self._poll.poll(self.patience_ms))
 
     async def readable(self) -> None:
         """Wait until there is something to receive, or the end."""
-        if await self.has_come():
+        if self._poll is not None and self.is_turn_due:
+            await self.fair_turn()
+        if self.has_come():
             await trio.lowlevel.checkpoint_if_cancelled()
             return
         self._unwaited = 0  # what waits lets the others run
@@ -107,7 +111,7 @@ class Wire:
             self._unwaited = 0  # what waits lets the others run
             return 0
         except OSError as error:
-            raise self._lost(error) from error
+            raise self.lost(error) from error
         self.send_ns += perf_counter_ns() - started_ns
         self.bytes_sent += num_sent
         return num_sent
@@ -120,10 +124,10 @@ class Wire:
         except BlockingIOError:
             return 0
         except OSError as error:
-            raise self._lost(error) from error
+            raise self.lost(error) from error
         self.recv_ns += perf_counter_ns() - started_ns
         if num_received == 0:
-            raise ConnectionLost("the connection ended without an authenticated close")
+            raise self.ended()
         self.bytes_received += num_received
         return num_received
 
@@ -149,7 +153,14 @@ class Wire:
             await self.readable()
         return bytes(store)
 
-    def _lost(self, error: OSError) -> Exception:
+    def ended(self) -> ConnectionLost:
+        """What the end of the stream means; the socket is closed."""
+        self.close()
+        return ConnectionLost("the connection ended without an authenticated close")
+
+    def lost(self, error: OSError) -> Exception:
+        """What a failed system call means; the socket is closed."""
         if self.is_closed:
             return trio.ClosedResourceError("another task closed this channel")
+        self.close()
         return ConnectionLost(f"the connection broke: {error.strerror or error}")

@@ -135,6 +135,12 @@ class FramePlace(NamedTuple):
     rows: int
 
 
+# Computes the step of a frame. The nanoseconds that ciphers and sockets have taken go into the
+# header of what goes on, with those of computing, which are returned; -1 for a frame that is not
+# plainly such a step: then nothing has happened.
+Serve = Callable[[memoryview, int, int], int]
+
+
 class DecodeStep(Protocol):
     """A step in which each of so many requests takes one token, from the wire to the wire."""
 
@@ -144,19 +150,10 @@ class DecodeStep(Protocol):
     def __call__(self, batch: Batch, rows: Rows) -> bytearray:
         """Compute the step: U32 [n] or F32 [n, hidden] in, F32 [n, hidden] or U32 [n] out."""
 
-    def serve(
-        self,
-        frame: memoryview,
-        form: FramePlace,
-        out: FramePlace,
-        cache: KVCache,
-        spent: tuple[int, int],
-    ) -> int:
-        """Compute the step of a frame like `form`, and lay out the one that goes on.
+    def server(self, form: FramePlace, out: FramePlace, cache: KVCache) -> Serve:
+        """What computes the steps of frames like `form`, and lays out those that go on in `out`.
 
-        `spent` goes into its header, with the nanoseconds of computing, which are returned; -1 for
-        a frame that is not plainly such a step: then nothing has happened. A step with logits to
-        give takes only what wants none.
+        A step with logits to give takes only what wants none.
         """
 
 

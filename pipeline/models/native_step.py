@@ -11,6 +11,7 @@ The recorded calls are those that any other step makes, so a row's bits are the 
 """
 
 from array import array
+from functools import partial
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from pipeline import _native
 from pipeline.dtypes import FLOAT32, Floats, HostArray
 from pipeline.models.arena import aligned
 from pipeline.models.batch import Batch
-from pipeline.models.kernels import Compute, Finish, FramePlace, HeadShape, Rows
+from pipeline.models.kernels import Compute, Finish, FramePlace, HeadShape, Rows, Serve
 from pipeline.models.kv_cache import KVCache
 
 # A span is the rows of one slot: (slot, first row, number of rows, first position).
@@ -93,15 +94,7 @@ class NativeStep:
         """Compute the step: U32 [n] or F32 [n, hidden] in, F32 [n, hidden] or U32 [n] out."""
         return self._program.step(batch, rows)
 
-    def serve(
-        self,
-        frame: memoryview,
-        form: FramePlace,
-        out: FramePlace,
-        cache: KVCache,
-        spent: tuple[int, int],
-    ) -> int:
-        """Compute the step of a frame like `form`, and lay out the one that goes on."""
+    def server(self, form: FramePlace, out: FramePlace, cache: KVCache) -> Serve:
+        """What computes the steps of frames like `form`, and lays out those that go on in `out`."""
         want = ANY if self.logits is None else TOKEN
-        held, longest = cache.held, cache.max_seq_len
-        return self._program.serve(frame, *form, *out, held, longest, want, *spent)
+        return partial(self._program.serve, *form, *out, cache.held, cache.max_seq_len, want)

@@ -309,19 +309,19 @@ static PyObject *program_serve(PyObject *self, PyObject *const *args, Py_ssize_t
     Py_buffer frame = {0};
     frame_t in = {0}, out = {0};
     int64_t numbers[4] = {0}, spent = -1;
-    if (given != 12 || !PyList_CheckExact(args[7])) {
-        return PyErr_Format(PyExc_TypeError, "expected a frame, two forms, lengths, four numbers");
+    if (given != 12 || !PyList_CheckExact(args[6])) {
+        return PyErr_Format(PyExc_TypeError, "expected two forms, lengths, two numbers, a frame, two numbers");
     }
-    in.header = PyLong_AsSsize_t(args[2]), in.rows = PyLong_AsSsize_t(args[3]);
-    out.header = PyLong_AsSsize_t(args[5]), out.rows = PyLong_AsSsize_t(args[6]);
-    for (int i = 0; i < 4; i++) numbers[i] = PyLong_AsLongLong(args[8 + i]);
-    if (may_run() && !PyErr_Occurred() && !PyObject_GetBuffer(args[0], &frame, PyBUF_SIMPLE) &&
-        !PyObject_GetBuffer(args[1], &in.memory, PyBUF_SIMPLE) &&
-        !PyObject_GetBuffer(args[4], &out.memory, PyBUF_WRITABLE)) {
+    in.header = PyLong_AsSsize_t(args[1]), in.rows = PyLong_AsSsize_t(args[2]);
+    out.header = PyLong_AsSsize_t(args[4]), out.rows = PyLong_AsSsize_t(args[5]);
+    for (int i = 0; i < 4; i++) numbers[i] = PyLong_AsLongLong(args[i < 2 ? 7 + i : 8 + i]);
+    if (may_run() && !PyErr_Occurred() && !PyObject_GetBuffer(args[9], &frame, PyBUF_SIMPLE) &&
+        !PyObject_GetBuffer(args[0], &in.memory, PyBUF_SIMPLE) &&
+        !PyObject_GetBuffer(args[3], &out.memory, PyBUF_WRITABLE)) {
         int fits = is_form(program, &in, program->input_bytes) &&
                    is_form(program, &out, program->output_bytes) &&
                    header_bytes(program, &out) == header_bytes(program, &in) + TIMING_BYTES;
-        if (fits) spent = serve(program, &frame, &in, &out, args[7], numbers);
+        if (fits) spent = serve(program, &frame, &in, &out, args[6], numbers);
         else PyErr_SetString(PyExc_ValueError, "these are not the forms of this step's frames");
     }
     PyBuffer_Release(&frame);

@@ -17,6 +17,7 @@ from pipeline.meter import StageMeter
 from pipeline.models.batch import Segment
 from pipeline.models.config import load_config
 from pipeline.models.kernel_choice import why_not_native
+from pipeline.models.kernels import FramePlace
 from pipeline.models.registry import load_shard
 from pipeline.neighbours import LinkBroken
 from pipeline.stage import StageCore
@@ -280,7 +281,8 @@ async def test_whatever_byte_of_a_frame_is_changed_it_is_served_only_as_what_it_
     allowed = {Want.TOKEN} if core.shard.is_last else set(Want)
     served = 0
     start, end = forms.inputs.header_start, forms.inputs.header_stop
-    for at in range(forms.form.rows):
+    first_row = forms.inputs.places[0][0]
+    for at in range(first_row):
         for mask in (1, 2, 4, 0x80):
             changed = bytearray(good)
             changed[at] ^= mask
@@ -296,28 +298,32 @@ async def test_whatever_byte_of_a_frame_is_changed_it_is_served_only_as_what_it_
                 and allowed.issuperset(step.wants)
                 and sorted(step.segments) == [Segment(0, 4, 1), Segment(1, 6, 1)]
             )
-            is_framed = changed[:start] == good[:start] and not any(changed[end : forms.form.rows])
+            is_framed = changed[:start] == good[:start] and not any(changed[end:first_row])
             expected = is_framed and is_next
-            compute_ns = core.serve(2, view, forms.form, forms.out, (1, 2))
+            compute_ns = forms.serve(view, 1, 2)
             assert (compute_ns >= 0) is expected, (at, mask)
             served += expected
     assert served > 8 * 4  # any step number, any timing
-    assert core.serve(2, memoryview(good)[:-1], forms.form, forms.out, (1, 2)) == -1
-    assert core.serve(1, memoryview(good), forms.form, forms.out, (1, 2)) == -1
+    assert forms.serve(memoryview(good)[:-1], 1, 2) == -1
+    places = [
+        FramePlace(form.plain, form.header_start, form.places[0][0])
+        for form in (forms.outputs, forms.inputs)
+    ]
     with pytest.raises(ValueError, match="forms"):
-        core.serve(2, memoryview(good), forms.out, forms.form, (1, 2))
+        core.server(2, *places)(memoryview(good), 1, 2)
 
 
 async def test_a_burst_of_steps_leaves_others_their_turns(shards, monkeypatch):
     stage = Stage(shards[0], 0, has_lane=True, policy=RekeyPolicy())
     await run_one(stage, 0, (0, 0, 1))
-    compute = stage.core.serve
+    (forms,) = stage.lane._forms.values()
+    compute = forms.serve
 
     def slowly(*args):
         time.sleep(0.01)
         return compute(*args)
 
-    monkeypatch.setattr(stage.core, "serve", slowly)
+    monkeypatch.setattr(forms, "serve", slowly)
     for number in range(1, 13):
         each = header(stage, number, (0, number, 1))
         await send_step(stage.source, each, rows(stage.core.shard, 1, number))
@@ -344,6 +350,6 @@ async def test_a_wiped_lane_holds_nothing_of_its_steps(stages):
     await run_both(stages, 2, (0, 4, 1))
     lane = stages[0].lane
     (forms,) = lane._forms.values()
-    assert any(forms.out.memory[forms.out.rows :])
+    assert any(forms.rows)
     lane.wipe()
-    assert not any(forms.out.memory[forms.out.rows :])
+    assert not any(forms.rows)

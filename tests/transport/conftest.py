@@ -11,7 +11,7 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from transport import handshake
+from transport import channel, handshake
 from transport.attestation.evidence import Attested, EvidenceKind, user_data
 from transport.channel import accept_channel, connect_channel
 from transport.errors import AttestationError
@@ -149,3 +149,13 @@ def toy():
         channels=make_channels,
         open_sockets=open_sockets,
     )
+
+
+@pytest.fixture(params=["compiled", "interpreted"])
+def records_by(request, monkeypatch):
+    """Channels that pass single records through the compiled functions, or do without them."""
+    if request.param == "compiled" and channel._native is None:
+        pytest.skip("transport._native is not compiled")
+    if request.param == "interpreted":
+        monkeypatch.setattr(channel, "_native", None)
+    return request.param

@@ -22,6 +22,7 @@ from transport.frames import FrameForm, FrameLimits, encode_frame
 from transport.records import RekeyPolicy
 from transport.wire import FAIR_CALLS, FAIR_NS
 
+BOTH_WAYS = pytest.mark.usefixtures("records_by")
 UNIX_OR_TCP = pytest.mark.parametrize(
     "make_sockets", [socket.socketpair, None], ids=["unix", "tcp"]
 )
@@ -534,6 +535,7 @@ async def test_waiting_in_place_ends_with_the_connection(toy):
     await far.aclose()
 
 
+@BOTH_WAYS
 async def test_a_frame_that_was_looked_at_is_still_the_next_until_it_is_dropped(toy):
     near, far = await toy.channels()
     far.wait_in_place(1000)
@@ -565,6 +567,7 @@ async def test_a_frame_that_was_looked_at_is_still_the_next_until_it_is_dropped(
     await far.aclose()
 
 
+@BOTH_WAYS
 async def test_looking_for_a_frame_that_does_not_come_loses_nothing(toy):
     near, far = await toy.channels()
     assert await far.peek() is None  # in place it waits only where that has been asked for
@@ -576,6 +579,7 @@ async def test_looking_for_a_frame_that_does_not_come_loses_nothing(toy):
     await close_all(near, far)
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("break_it", ["forge", "hang up"])
 async def test_looking_at_what_is_not_authentic_ends_the_channel(toy, break_it):
     near, far = await toy.channels()
@@ -593,6 +597,7 @@ async def test_looking_at_what_is_not_authentic_ends_the_channel(toy, break_it):
     await close_all(near, far)
 
 
+@BOTH_WAYS
 async def test_a_form_travels_as_the_frame_it_was_made_of_and_as_it_is_filled_in(toy):
     near, far = await toy.channels(rekey=RekeyPolicy(max_records=2))
     frame, other = toy.frame(10, 4), toy.frame(10, 4, header=b"HEADER")
@@ -611,6 +616,7 @@ async def test_a_form_travels_as_the_frame_it_was_made_of_and_as_it_is_filled_in
         await near.send_form(form)
 
 
+@BOTH_WAYS
 async def test_forms_wait_for_a_peer_that_does_not_read(toy):
     near, far = await toy.channels(socket.socketpair())
     frame = toy.frame(60_000)
@@ -633,6 +639,7 @@ async def test_forms_wait_for_a_peer_that_does_not_read(toy):
     await close_all(near, far)
 
 
+@BOTH_WAYS
 async def test_one_that_only_looks_lets_others_run_now_and_then(toy):
     near, far = await toy.channels()
     far.wait_in_place(1)

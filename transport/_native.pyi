@@ -1,0 +1,32 @@
+"""Records between socket and plaintext in one call each; sources in transport/native/.
+
+Optional: installing without a C compiler leaves the module out, and everything runs without it.
+Keys, counters and received bytes stay in the objects given. What is not plainly the record expected
+is left to them as it came.
+"""
+
+from transport.framing import Arena
+from transport.records import RecordOpener, RecordReader, RecordSealer
+from transport.wire import Wire
+
+class Inlet:
+    """Takes a frame's head that has the size of the last one, where it comes alone and whole."""
+
+    def __new__(
+        cls, wire: Wire, reader: RecordReader, opener: RecordOpener, arena: Arena, /
+    ) -> Inlet: ...
+    def receive(self, patience_ms: int, /) -> memoryview | None:
+        """Wait that long; return the plaintext, a view of the arena's storage, else None.
+
+        With None, received bytes are in the reader. Raises OSError, EOFError at the end.
+        """
+
+class Outlet:
+    """Sends frames' heads of up to `room` bytes, sealed."""
+
+    def __new__(cls, wire: Wire, sealer: RecordSealer, room: int, /) -> Outlet: ...
+    def send(self, plain: memoryview, /) -> memoryview | None:
+        """Seal a FRAME record and send what the socket takes of it; return the rest.
+
+        None where nothing has been sealed, because a new key is due first. Raises OSError.
+        """
