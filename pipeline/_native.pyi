@@ -232,6 +232,7 @@ def attend(
     head_dim: int,
     max_seq: int,
     window: int,
+    itemsize: int,
     /,
 ) -> None:
     """Append the rows' keys and values to the cache, then attend each span to its own slot.
@@ -239,9 +240,11 @@ def attend(
     Shapes: qkv [rows, (heads + 2 kv_heads) * head_dim], row_stride in elements; out
     [rows, heads * head_dim]; spans int64 [num_spans, 4] of (slot, first row, count, start): the
     span's rows take cache positions start..start + count. window: a row sees so many positions,
-    its own included; 0 for all. keys [slots, kv_heads, max_seq / 16, head_dim, 16], values
-    [slots, kv_heads, max_seq, head_dim]; max_seq is a multiple of 16. Of a slot only positions
-    below start are read. Raises ValueError for spans that leave the context.
+    its own included; 0 for all. keys [slots, max_seq / 16, kv_heads, head_dim, 16], values
+    [slots, max_seq / 16, kv_heads, 16, head_dim]; max_seq is a multiple of 16. Of a slot only
+    positions below start are read. itemsize: 4 for keys and values in float32, 2 for IEEE halves,
+    which take what exceeds them as their greatest; sums are float32's. Raises ValueError for spans
+    that leave the context.
     """
 
 def argmax(x: Address, rows: int, n: int, out: Address, /) -> None:

@@ -26,6 +26,10 @@ Precision = Literal["float32", "bfloat16", "int8"]
 PRECISIONS: Mapping[Precision, ArrayDType] = MappingProxyType(
     {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
 )
+# What keys and values are cached in, for weights of a precision: on any kernels.
+KV_DTYPES: Mapping[Precision, ArrayDType] = MappingProxyType(
+    {"float32": FLOAT32, "bfloat16": FLOAT16, "int8": FLOAT16}
+)
 # By their names in safetensors.
 STORED_DTYPES: Mapping[str, ArrayDType] = MappingProxyType(
     {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16, "I8": INT8}

@@ -69,10 +69,10 @@ def read_bandwidth():
     return run, memory.nbytes
 
 
-def attention(layers, heads, head_dim, rows, start):
+def attention(layers, heads, head_dim, rows, start, dtype):
     """All layers' attention of one span of `rows` rows behind `start` positions."""
     max_seq = (start + rows + 15) // 16 * 16
-    caches = [torch.zeros(2, heads, max_seq, head_dim) for _ in range(layers)]
+    caches = [torch.zeros(2, heads, max_seq, head_dim, dtype=dtype) for _ in range(layers)]
     qkv, out = torch.randn(rows, 3 * heads * head_dim), torch.empty(rows, heads * head_dim)
     spans = torch.tensor([[0, 0, rows, start]])
 
@@ -80,7 +80,7 @@ def attention(layers, heads, head_dim, rows, start):
         for cache in caches:
             _native.attend(
                 qkv.data_ptr(), qkv.shape[1], out.data_ptr(), cache[0].data_ptr(), cache[1].data_ptr(),
-                spans.data_ptr(), 1, heads, heads, head_dim, max_seq, 0,
+                spans.data_ptr(), 1, heads, heads, head_dim, max_seq, 0, dtype.itemsize,
             )  # fmt: skip
 
     return run, sum(cache.nbytes for cache in caches)
@@ -116,7 +116,8 @@ def main():
             }
             contenders["torch f32"] = torch_products(layers, shapes, rows)
             contenders["read"] = read_bandwidth()
-            contenders["attend@512"] = attention(12, 12, 64, rows, 512 - rows)
+            for name, dtype in (("attend@512", torch.float32), ("in halves", torch.float16)):
+                contenders[name] = attention(12, 12, 64, rows, 512 - rows, dtype)
             for name, seconds in measure(contenders, args.rounds).items():
                 line = f"{threads} thread(s) {rows:4} rows  {name:10} {seconds * 1e3:8.2f} ms"
                 line += f" {contenders[name][1] / seconds / 1e9:6.1f} GB/s"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Protocol
 
-from pipeline.dtypes import Array, Floats, HostArray, Precision
+from pipeline.dtypes import KV_DTYPES, Array, Floats, HostArray, Precision
 from pipeline.errors import MessageError
 from pipeline.models.batch import Batch, num_tokens
 from pipeline.models.config import ModelConfig
@@ -79,6 +79,7 @@ class Shard(ABC):
         self.is_last = layer_end == config.num_layers
         self.kernels = kernels
         self.heads = HeadShape.of(config, window)
+        self._kv_dtype = KV_DTYPES[precision]
         size, hidden, inner = config.vocab_size, config.hidden_dim, config.intermediate_size
         self._head = (
             kernels.linear(hidden, size, bias=False, precision=precision) if self.is_last else None
@@ -143,7 +144,7 @@ class Shard(ABC):
         slots, block = num_slots + self.kernels.scratch_slots, self.kernels.key_block
         config = self.config
         return num_layers * kv_bytes(
-            slots, config.num_kv_heads, max_seq_len, config.head_dim, block
+            slots, config.num_kv_heads, max_seq_len, config.head_dim, block, self._kv_dtype
         )
 
     def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
@@ -157,6 +158,7 @@ class Shard(ABC):
             key_block=self.kernels.key_block,
             scratch_slots=self.kernels.scratch_slots,
             zeros=self.kernels.zeros,
+            dtype=self._kv_dtype,
         )
 
     def forward(self, inputs: HostArray, batch: Batch, cache: KVCache) -> Array:

@@ -209,9 +209,9 @@ class Kernels(ABC):
         """An array to be filled, where these kernels compute."""
         return np.empty(shape, dtype)
 
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        """Zeros in float32, on the CPU in memory that is reserved and not touched."""
-        return np.zeros(shape, FLOAT32)
+    def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> Array:
+        """Zeros, on the CPU in memory that is reserved and not touched."""
+        return np.zeros(shape, dtype)
 
     def fill(self, target: Array, rows: HostArray) -> None:
         """Set all of an array, or of a view of one, to a host's of the same shape and dtype."""

@@ -36,7 +36,7 @@ from pipeline.models.kernels_torch import (
     torch_matvec,
 )
 from pipeline.models.kv_cache import KVCache
-from pipeline.models.torch_attention import TorchAttention
+from pipeline.models.torch_attention import TorchAttention, to_cache
 
 # Shorter contexts share one graph: reading them costs less than recording more.
 MIN_CONTEXT = 128
@@ -131,13 +131,14 @@ class DecodeAttention:
         shape, rows = self._shape, qkv.shape[0]
         values_from = shape.num_heads + shape.num_kv_heads
         heads = qkv.view(rows, -1, shape.head_dim)
-        keys[self._slots, :, self._positions] = heads[:, shape.num_heads : values_from]
-        values[self._slots, :, self._positions] = heads[:, values_from:]
+        new_keys, new_values = heads[:, shape.num_heads : values_from], heads[:, values_from:]
+        keys[self._slots, :, self._positions] = to_cache(new_keys, keys)
+        values[self._slots, :, self._positions] = to_cache(new_values, values)
         mixed = F.scaled_dot_product_attention(
             # the heads of a group are rows over the same keys: [rows, kv_heads, group, head_dim]
             heads[:, : shape.num_heads].reshape(rows, shape.num_kv_heads, -1, shape.head_dim),
-            keys[:, :, : self._context].index_select(0, self._slots),
-            values[:, :, : self._context].index_select(0, self._slots),
+            keys[:, :, : self._context].index_select(0, self._slots).float(),
+            values[:, :, : self._context].index_select(0, self._slots).float(),
             attn_mask=self._is_seen,
         )
         return out.copy_(mixed.reshape(rows, -1))

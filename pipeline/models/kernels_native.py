@@ -175,9 +175,9 @@ class NativeKernels(Kernels):
         """An array to be filled."""
         return aligned(np.empty, shape, dtype)
 
-    def zeros(self, shape: tuple[int, ...]) -> HostArray:
-        """Zeros in float32, in memory that is reserved and not touched."""
-        return aligned(np.zeros, shape, FLOAT32)
+    def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> HostArray:
+        """Zeros, in memory that is reserved and not touched."""
+        return aligned(np.zeros, shape, dtype)
 
     def linear(
         self,

@@ -171,12 +171,12 @@ class TorchKernels(Kernels):
         """A tensor to be filled, on the device."""
         return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=self.device)
 
-    def zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Zeros in float32."""
+    def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> torch.Tensor:
+        """Zeros."""
         if not self.is_host:
-            return torch.zeros(shape, device=self.device)
+            return torch.zeros(shape, dtype=TORCH_DTYPES[dtype], device=self.device)
         # numpy asks for zeroed pages, where torch writes the zeros and so touches all of them
-        return to_tensor(super().zeros(shape))
+        return to_tensor(super().zeros(shape, dtype))
 
     def fill(self, target: torch.Tensor, rows: HostArray) -> None:
         """Set all of a tensor, or of a view of one."""

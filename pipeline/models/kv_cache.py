@@ -3,17 +3,22 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.dtypes import FLOAT32, Array
+from pipeline.dtypes import Array, ArrayDType
 from pipeline.errors import MessageError
 from pipeline.models.batch import Batch, Segment
 
 
 def kv_bytes(
-    num_slots: int, num_kv_heads: int, max_seq_len: int, head_dim: int, key_block: int
+    num_slots: int,
+    num_kv_heads: int,
+    max_seq_len: int,
+    head_dim: int,
+    key_block: int,
+    dtype: ArrayDType,
 ) -> int:
     """Bytes of one layer's keys and values."""
     capacity = _round_up(max_seq_len, key_block)
-    return 2 * num_slots * num_kv_heads * capacity * head_dim * FLOAT32.itemsize
+    return 2 * num_slots * num_kv_heads * capacity * head_dim * dtype.itemsize
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -51,7 +56,8 @@ class KVCache:
         num_kv_heads: int,
         max_seq_len: int,
         head_dim: int,
-        zeros: Callable[[tuple[int, ...]], Array],
+        zeros: Callable[[tuple[int, ...], ArrayDType], Array],
+        dtype: ArrayDType,
         key_block: int = 1,
         scratch_slots: int = 0,
     ) -> None:
@@ -62,8 +68,8 @@ class KVCache:
         if key_block > 1:
             blocks = (slots, capacity // key_block, num_kv_heads)
             keys, values = (*blocks, head_dim, key_block), (*blocks, key_block, head_dim)
-        self.keys = [zeros(keys) for _ in range(num_layers)]
-        self.values = [zeros(values) for _ in range(num_layers)]
+        self.keys = [zeros(keys, dtype) for _ in range(num_layers)]
+        self.values = [zeros(values, dtype) for _ in range(num_layers)]
         self.recorded: object = None
         self.decode_steps: dict[int, Any] = {}
         self._key_block = key_block

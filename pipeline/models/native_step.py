@@ -55,7 +55,7 @@ class NativeAttention:
 
     def __call__(self, qkv: Floats, keys: Floats, values: Floats, out: Floats) -> Floats:
         """Append k and v of each row to its slot, then attend."""
-        _native.attend(qkv, self._width, out, keys, values, *self._shape)
+        _native.attend(qkv, self._width, out, keys, values, *self._shape, keys.itemsize)
         return out
 
 

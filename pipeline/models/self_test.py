@@ -6,8 +6,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from pipeline.dtypes import (
+    KV_DTYPES,
     PRECISIONS,
     Array,
+    ArrayDType,
     Floats,
     HostArray,
     Precision,
@@ -91,8 +93,9 @@ def _rest(kernels: Kernels) -> dict[str, tuple[HostArray, HostArray]]:
             _over_deviation(x) * _wave(64),
         ),
         "rotation": (rotated, _rotated(qkv, cos, sin)),
-        "attention": (_attended(kernels, qkv), _attention(qkv)),
     }
+    for dtype in sorted(set(KV_DTYPES.values()), key=str):
+        results[f"attention in {dtype}"] = (_attended(kernels, qkv, dtype), _attention(qkv, dtype))
     return {name: (kernels.to_host(found)[0], each) for name, (found, each) in results.items()}
 
 
@@ -116,7 +119,7 @@ def _rotated(qkv: Floats, cos: Floats, sin: Floats) -> Floats:
     return heads.reshape(qkv.shape)
 
 
-def _attended(kernels: Kernels, qkv: Floats) -> Array:
+def _attended(kernels: Kernels, qkv: Floats, dtype: ArrayDType) -> Array:
     """Two requests side by side: three rows of the second, then one of each."""
     cache = KVCache(
         num_layers=1,
@@ -125,6 +128,7 @@ def _attended(kernels: Kernels, qkv: Floats) -> Array:
         max_seq_len=32,
         head_dim=SHAPE.head_dim,
         zeros=kernels.zeros,
+        dtype=dtype,
         key_block=kernels.key_block,
         scratch_slots=kernels.scratch_slots,
     )
@@ -137,13 +141,14 @@ def _attended(kernels: Kernels, qkv: Floats) -> Array:
     return out
 
 
-def _attention(qkv: Floats) -> HostArray:
+def _attention(qkv: Floats, dtype: ArrayDType) -> HostArray:
     """The same: what each of these rows sees, and the values there in the proportion they match."""
     queries, keys, values = np.split(
         qkv.reshape(5, -1, SHAPE.head_dim),
         [SHAPE.num_heads, SHAPE.num_heads + SHAPE.num_kv_heads],
         axis=1,
     )
+    keys, values = (to_floats(from_floats(each, dtype)) for each in (keys, values))
     group = SHAPE.num_heads // SHAPE.num_kv_heads
     out = np.empty((5, SHAPE.num_heads, SHAPE.head_dim))
     for row, seen in enumerate(([0], [0, 1], [0, 1, 2], [3], [0, 1, 2, 4])):

@@ -1,4 +1,7 @@
-"""Cached attention in plain torch: one scaled_dot_product_attention per request of a step."""
+"""Cached attention in plain torch: one scaled_dot_product_attention per request of a step.
+
+Whatever the cache holds, the arithmetic is float32's.
+"""
 
 import math
 from dataclasses import dataclass
@@ -48,15 +51,25 @@ class TorchAttention:
         for span in self._spans:
             rows = slice(span.offset, span.offset + span.count)
             slot_keys, slot_values = keys[span.slot], values[span.slot]
-            slot_keys[:, span.start : span.end].copy_(new_keys[rows].transpose(0, 1))
-            slot_values[:, span.start : span.end].copy_(new_values[rows].transpose(0, 1))
+            slot_keys[:, span.start : span.end] = to_cache(new_keys[rows].transpose(0, 1), keys)
+            slot_values[:, span.start : span.end] = to_cache(
+                new_values[rows].transpose(0, 1), values
+            )
             out[rows] = _attend_span(
                 new_queries[rows],
-                slot_keys[:, span.first : span.end].unsqueeze(0),
-                slot_values[:, span.first : span.end].unsqueeze(0),
+                slot_keys[:, span.first : span.end].unsqueeze(0).float(),
+                slot_values[:, span.first : span.end].unsqueeze(0).float(),
                 span,
             )
         return out
+
+
+def to_cache(rows: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    """Rows as a cache holds them; what halves have no number for becomes their greatest."""
+    if cache.dtype == rows.dtype:
+        return rows
+    most = torch.finfo(cache.dtype).max
+    return rows.clamp(-most, most).to(cache.dtype)
 
 
 def _make_spans(batch: Batch, window: int) -> list[Span]:

@@ -3,6 +3,8 @@
  * values [slot][max_seq/16][kv_head][16][head_dim] have head_dim for outputs and positions for
  * inputs. What a step of single rows reads of a slot lies together, in the order of reading.
  *
+ * Both are float32, or IEEE halves that are widened as they are read: all sums are in float32.
+ *
  * A query is one head of one row. Heads that share keys and rows of one span form tiles; each query
  * has its own bounds, and positions of a tile outside them weigh exactly zero.
  */
@@ -18,22 +20,16 @@ typedef struct {
     const attention_t *shape;
     size_t group; /* query heads per key head */
     float scale;
-    size_t cut; /* of single rows: the parts that the heads of each are cut into */
+    size_t cut;                            /* of single rows: the parts that heads are cut into */
+    size_t number, head_bytes, block_bytes; /* of the cache: one number, a head's block, all heads' */
 } job_t;
 
 /* A span's part for one key head. */
 typedef struct {
     const span_t *span;
     size_t kv_head, task;
-    float *keys, *values; /* of the head's first block */
+    char *keys, *values; /* of the head's first block */
 } part_t;
-
-enum { COLUMN = BLOCK * sizeof(float) }; /* bytes from one number of a block's keys to the next */
-
-/* From a head's block to its next, in elements. */
-static size_t block_step(const job_t *job) {
-    return job->shape->num_kv_heads * job->shape->head_dim * BLOCK;
-}
 
 static size_t num_queries(const job_t *job, const span_t *span) {
     return (size_t)span->count * job->group;
@@ -41,15 +37,15 @@ static size_t num_queries(const job_t *job, const span_t *span) {
 
 static part_t part_of(const job_t *job, const span_t *span, size_t kv_head, size_t task) {
     const attention_t *shape = job->shape;
-    size_t at = (size_t)span->slot * (shape->max_seq / BLOCK) * block_step(job) +
-                kv_head * shape->head_dim * BLOCK;
-    return (part_t){span, kv_head, task, shape->keys + at, shape->values + at};
+    size_t at = (size_t)span->slot * (shape->max_seq / BLOCK) * job->block_bytes +
+                kv_head * job->head_bytes;
+    return (part_t){span, kv_head, task, (char *)shape->keys + at, (char *)shape->values + at};
 }
 
-/* Where the row `i` of a span belongs, from a head's first block. */
+/* Where the row `i` of a span belongs, from a head's first block; `step` is that of positions. */
 static size_t place_of(const job_t *job, const part_t *part, size_t i, size_t step) {
     size_t position = (size_t)part->span->start + i;
-    return position / BLOCK * block_step(job) + position % BLOCK * step;
+    return position / BLOCK * job->block_bytes + position % BLOCK * step * job->number;
 }
 
 /* The key of row `i` of a span; its value follows those of all heads. */
@@ -59,20 +55,41 @@ static const float *key_of(const job_t *job, const part_t *part, size_t i) {
            (shape->num_heads + part->kv_head) * shape->head_dim;
 }
 
+/* The nearest halves, the greatest there are instead of infinities; what is no number stays so. */
+INLINE __m256i to_halves(const float *from) {
+    const __m512 most = _mm512_set1_ps(65504.0f), least = _mm512_set1_ps(-65504.0f);
+    __m512 x = _mm512_max_ps(least, _mm512_min_ps(most, _mm512_loadu_ps(from)));
+    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
+
 static void append_keys(const job_t *job, const part_t *part) {
     for (size_t i = 0; i < (size_t)part->span->count; i++) {
         const float *key = key_of(job, part, i);
-        float *to = part->keys + place_of(job, part, i, 1);
-        for (size_t d = 0; d < job->shape->head_dim; d++) to[d * BLOCK] = key[d];
+        char *to = part->keys + place_of(job, part, i, 1);
+        for (size_t d = 0; d < job->shape->head_dim; d += BLOCK) {
+            uint16_t halves[BLOCK];
+            if (job->shape->is_half) _mm256_storeu_si256((__m256i *)halves, to_halves(key + d));
+            for (size_t j = 0; j < BLOCK; j++) {
+                size_t at = (d + j) * BLOCK;
+                if (job->shape->is_half) ((uint16_t *)to)[at] = halves[j];
+                else ((float *)to)[at] = key[d + j];
+            }
+        }
     }
 }
 
 static void append_values(const job_t *job, const part_t *part) {
     size_t head_dim = job->shape->head_dim;
     for (size_t i = 0; i < (size_t)part->span->count; i++) {
-        memcpy(part->values + place_of(job, part, i, head_dim),
-               key_of(job, part, i) + job->shape->num_kv_heads * head_dim,
-               head_dim * sizeof(float));
+        const float *value = key_of(job, part, i) + job->shape->num_kv_heads * head_dim;
+        char *to = part->values + place_of(job, part, i, head_dim);
+        if (!job->shape->is_half) {
+            memcpy(to, value, head_dim * sizeof(float));
+            continue;
+        }
+        for (size_t d = 0; d < head_dim; d += BLOCK) {
+            _mm256_storeu_si256((__m256i *)(to + d * job->number), to_halves(value + d));
+        }
     }
 }
 
@@ -100,21 +117,22 @@ static size_t offset_of(const job_t *job, const part_t *part, size_t query, size
 }
 
 static void score(const job_t *job, const part_t *part, const tile_t *tile) {
-    size_t head_dim = job->shape->head_dim, block_size = block_step(job) * sizeof(float);
+    size_t head_dim = job->shape->head_dim, block_bytes = job->block_bytes;
     for (size_t i = 0; i < tile->count; i++) {
         memcpy(tile->queries + i * head_dim,
                job->shape->qkv + offset_of(job, part, tile->first + i, job->shape->row_stride),
                head_dim * sizeof(float));
     }
-    const char *keys = (const char *)part->keys + tile->first_block * block_size;
+    const char *keys = part->keys + tile->first_block * block_bytes;
     size_t block = 0;
     for (size_t width = 4; width > 0; width /= 2) {
         size_t step = (tile->num_blocks - block) / width; /* long streams, as in linear.c */
         for (size_t i = 0; i < step; i++) {
-            tile_rows(tile->count, width)(tile->scores + (block + i) * BLOCK, tile->stride,
-                                         step * BLOCK, (const char *)tile->queries,
-                                         head_dim * sizeof(float), keys + (block + i) * block_size,
-                                         step * block_size, COLUMN, head_dim, 0);
+            rows_fn run = tile_rows(job->shape->is_half, tile->count, width);
+            run(tile->scores + (block + i) * BLOCK, tile->stride, step * BLOCK,
+                (const char *)tile->queries, head_dim * sizeof(float),
+                keys + (block + i) * block_bytes, step * block_bytes, BLOCK * job->number, head_dim,
+                0);
         }
         block += step * width;
     }
@@ -146,14 +164,15 @@ static float weigh(const job_t *job, const tile_t *tile, float *scores, size_t o
 }
 
 /* mixed[count][head_dim] (+)= one block's weights times its values, of positions first..end. */
-static void mix_block(size_t head_dim, size_t count, float *mixed, const float *weights,
-                      size_t stride, const float *values, size_t first, size_t end, int adds) {
+static void mix_block(const job_t *job, size_t count, float *mixed, const float *weights,
+                      size_t stride, const char *values, size_t first, size_t end, int adds) {
+    size_t head_dim = job->shape->head_dim, step = BLOCK * job->number;
     for (size_t b = 0, width = 4; b < head_dim / BLOCK; b += width) {
         while (width > head_dim / BLOCK - b) width /= 2;
-        tile_rows(count, width)(mixed + b * BLOCK, head_dim, BLOCK, (const char *)(weights + first),
-                                stride * sizeof(float),
-                                (const char *)(values + first * head_dim + b * BLOCK), COLUMN,
-                                head_dim * sizeof(float), end - first, adds);
+        rows_fn run = tile_rows(job->shape->is_half, count, width);
+        run(mixed + b * BLOCK, head_dim, BLOCK, (const char *)(weights + first),
+            stride * sizeof(float), values + first * head_dim * job->number + b * step, step,
+            head_dim * job->number, end - first, adds);
     }
 }
 
@@ -163,8 +182,8 @@ static void mix(const job_t *job, const part_t *part, const tile_t *tile) {
     size_t newest = position_of(job, part, tile->first + tile->count - 1);
     for (size_t i = 0; i < tile->num_blocks; i++) {
         size_t block = tile->first_block + i, left = newest + 1 - block * BLOCK;
-        mix_block(job->shape->head_dim, tile->count, tile->mixed, tile->scores + i * BLOCK,
-                  tile->stride, part->values + block * block_step(job), i ? 0 : oldest % BLOCK,
+        mix_block(job, tile->count, tile->mixed, tile->scores + i * BLOCK, tile->stride,
+                  part->values + block * job->block_bytes, i ? 0 : oldest % BLOCK,
                   left < BLOCK ? left : BLOCK, i > 0);
     }
 }
@@ -264,17 +283,16 @@ static void append_chunk(void *opaque, size_t chunk) {
 static void score_row(const job_t *job, part_t part, const tile_t *tile, size_t num_heads) {
     size_t head_dim = job->shape->head_dim, last = tile->num_blocks - 1;
     const float *queries = job->shape->qkv + offset_of(job, &part, 0, job->shape->row_stride);
-    const float *keys = part.keys + tile->first_block * block_step(job);
-    for (size_t i = 0; i <= last; i++, keys += block_step(job)) {
+    const char *keys = part.keys + tile->first_block * job->block_bytes;
+    rows_fn run = tile_rows(job->shape->is_half, job->group, 1);
+    for (size_t i = 0; i <= last; i++, keys += job->block_bytes) {
         for (size_t head = 0; head < num_heads; head++) {
             part_t own = part_of(job, part.span, part.kv_head + head, 0);
             if (i == last) append_keys(job, &own);
             size_t query = head * job->group;
-            tile_rows(job->group, 1)(tile->scores + query * tile->stride + i * BLOCK, tile->stride,
-                                     BLOCK, (const char *)(queries + query * head_dim),
-                                     head_dim * sizeof(float),
-                                     (const char *)(keys + head * head_dim * BLOCK), 0, COLUMN,
-                                     head_dim, 0);
+            run(tile->scores + query * tile->stride + i * BLOCK, tile->stride, BLOCK,
+                (const char *)(queries + query * head_dim), head_dim * sizeof(float),
+                keys + head * job->head_bytes, 0, BLOCK * job->number, head_dim, 0);
         }
     }
 }
@@ -282,15 +300,15 @@ static void score_row(const job_t *job, part_t part, const tile_t *tile, size_t 
 static void mix_row(const job_t *job, part_t part, const tile_t *tile, size_t num_heads) {
     size_t head_dim = job->shape->head_dim, last = tile->num_blocks - 1;
     size_t newest = position_of(job, &part, 0), oldest = oldest_seen(job, newest);
-    const float *values = part.values + tile->first_block * block_step(job);
-    for (size_t i = 0; i <= last; i++, values += block_step(job)) {
+    const char *values = part.values + tile->first_block * job->block_bytes;
+    for (size_t i = 0; i <= last; i++, values += job->block_bytes) {
         for (size_t head = 0; head < num_heads; head++) {
             part_t own = part_of(job, part.span, part.kv_head + head, 0);
             if (i == last) append_values(job, &own);
             size_t query = head * job->group;
-            mix_block(head_dim, job->group, tile->mixed + query * head_dim,
+            mix_block(job, job->group, tile->mixed + query * head_dim,
                       tile->scores + query * tile->stride + i * BLOCK, tile->stride,
-                      values + head * head_dim * BLOCK, i ? 0 : oldest % BLOCK,
+                      values + head * job->head_bytes, i ? 0 : oldest % BLOCK,
                       i == last ? newest % BLOCK + 1 : BLOCK, i > 0);
         }
     }
@@ -325,7 +343,10 @@ static void row_chunk(void *opaque, size_t chunk) {
 
 void attend(const attention_t *shape) {
     job_t job = {.shape = shape, .group = shape->num_heads / shape->num_kv_heads,
-                 .scale = 1.0f / __builtin_sqrtf((float)shape->head_dim)};
+                 .scale = 1.0f / __builtin_sqrtf((float)shape->head_dim),
+                 .number = shape->is_half ? sizeof(uint16_t) : sizeof(float)};
+    job.head_bytes = shape->head_dim * BLOCK * job.number;
+    job.block_bytes = shape->num_kv_heads * job.head_bytes;
     size_t tasks = 0, heads = shape->num_kv_heads;
     int are_rows = job.group <= MAX_ATTENTION_ROWS;
     for (size_t i = 0; i < shape->num_spans; i++) {

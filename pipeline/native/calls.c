@@ -178,6 +178,9 @@ static refusal_t check_attention(const int64_t *a, const span_t *spans) {
     if (a[1] < (heads + 2 * kv_heads) * head_dim) {
         REFUSE("a row of qkv is shorter than its heads", a[1]);
     }
+    if (a[12] != sizeof(float) && a[12] != sizeof(uint16_t)) {
+        REFUSE("numbers of the cache take 4 bytes or 2", a[12]);
+    }
     for (int64_t i = 0; i < a[6]; i++) {
         const span_t *span = spans + i;
         if (span->slot < 0 || span->row_offset < 0 || span->count < 1 || span->start < 0 ||
@@ -195,7 +198,7 @@ static refusal_t run_attend(const int64_t *a) {
         .qkv = at(a[0]), .row_stride = (size_t)a[1], .out = at(a[2]), .keys = at(a[3]),
         .values = at(a[4]), .spans = spans, .num_spans = (size_t)a[6],
         .num_heads = (size_t)a[7], .num_kv_heads = (size_t)a[8], .head_dim = (size_t)a[9],
-        .max_seq = (size_t)a[10], .window = (size_t)a[11],
+        .max_seq = (size_t)a[10], .window = (size_t)a[11], .is_half = a[12] == sizeof(uint16_t),
     };
     attend(&shape);
     return DONE;
@@ -210,7 +213,7 @@ static int64_t attend_work(const int64_t *a) {
     }
     return work;
 }
-const call_t call_attend = {"pnppppnnnnnn", run_attend, attend_work};
+const call_t call_attend = {"pnppppnnnnnnn", run_attend, attend_work};
 
 static refusal_t run_argmax(const int64_t *a) {
     if (a[2] < 1) REFUSE("n", a[2]);

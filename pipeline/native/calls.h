@@ -7,7 +7,7 @@
 
 #include "kernels.h"
 
-enum { MAX_ARGS = 12 };
+enum { MAX_ARGS = 13 };
 
 /* Why sizes cannot be, and the one to blame; `what` is NULL for a call that was computed. */
 typedef struct {

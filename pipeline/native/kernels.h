@@ -81,12 +81,13 @@ void quantise_rows(const float *x, size_t num_in, size_t rows, void *panel);
 void interleave(const float *x, size_t num_in, size_t rows, void *panel);
 
 /* The same in float32 of rows that follow each other every x_stride bytes, inputs of weights every
- * k_stride, for attention. A sum starts at zero or goes on from what acc holds. */
+ * k_stride, for attention; weights in float32 or as IEEE halves, widened exactly on the way. A sum
+ * starts at zero or goes on from what acc holds. */
 typedef void (*rows_fn)(float *acc, size_t acc_stride, size_t acc_block, const char *x,
                         size_t x_stride, const char *w, size_t block_stride, size_t k_stride,
                         size_t num_k, int adds);
 enum { MAX_ATTENTION_ROWS = 6 };
-rows_fn tile_rows(size_t rows, size_t blocks);
+rows_fn tile_rows(int is_half, size_t rows, size_t blocks);
 
 void linear(const weight_t *weight, const product_t *product);
 
@@ -100,7 +101,9 @@ typedef struct {
 typedef struct {
     const float *qkv;
     size_t row_stride;
-    float *out, *keys, *values;
+    float *out;
+    void *keys, *values;
+    int is_half; /* keys and values: IEEE halves, else float32 */
     const span_t *spans;
     size_t num_spans, num_heads, num_kv_heads, head_dim, max_seq, window;
 } attention_t;

@@ -86,7 +86,7 @@ tile_fn tile_bf16(size_t rows, size_t blocks) {
 enum { ROWS_AHEAD = 4096 }; /* bytes: of what most heads have for 16 positions, the next head's */
 
 /* The same of rows as they lie in memory, for attention. */
-INLINE void run_rows(const int R, const int B, float *acc, size_t acc_stride, size_t acc_block,
+INLINE void run_rows(const int IS_HALF, const int R, const int B, float *acc, size_t acc_stride, size_t acc_block,
                      const char *x_base, size_t x_stride, const char *w_base, size_t block_stride,
                      size_t k_stride, size_t num_k, int adds) {
     __m512 sums[MAX_SUMS], wide[MAX_WIDTH];
@@ -97,7 +97,10 @@ INLINE void run_rows(const int R, const int B, float *acc, size_t acc_stride, si
     if (adds) load_sums(R, B, sums, acc, acc_stride, acc_block);
     for (size_t k = 0, at = 0; k < num_k; k++, at += k_stride) {
 #pragma GCC unroll 8
-        for (int b = 0; b < B; b++) wide[b] = _mm512_loadu_ps((const float *)(w[b] + at));
+        for (int b = 0; b < B; b++) {
+            wide[b] = IS_HALF ? _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w[b] + at)))
+                              : _mm512_loadu_ps((const float *)(w[b] + at));
+        }
 #pragma GCC unroll 4
         for (int b = 0; b < B; b++) _mm_prefetch(w[b] + at + ROWS_AHEAD, _MM_HINT_T1);
 #pragma GCC unroll 6
@@ -112,21 +115,28 @@ INLINE void run_rows(const int R, const int B, float *acc, size_t acc_stride, si
     store_sums(R, B, sums, acc, acc_stride, acc_block, 0);
 }
 
-#define ROWS(R, B)                                                                                 \
-    static void rows_##R##x##B(float *acc, size_t acc_stride, size_t acc_block, const char *x,     \
-                               size_t x_stride, const char *w, size_t block_stride,                \
-                               size_t k_stride, size_t num_k, int adds) {                          \
-        run_rows(R, B, acc, acc_stride, acc_block, x, x_stride, w, block_stride, k_stride, num_k,  \
-                 adds);                                                                            \
+#define ROWS(NAME, IS_HALF, R, B)                                                                  \
+    static void NAME##_##R##x##B(float *acc, size_t acc_stride, size_t acc_block, const char *x,   \
+                                 size_t x_stride, const char *w, size_t block_stride,              \
+                                 size_t k_stride, size_t num_k, int adds) {                        \
+        run_rows(IS_HALF, R, B, acc, acc_stride, acc_block, x, x_stride, w, block_stride,          \
+                 k_stride, num_k, adds);                                                           \
     }
+#define FLOAT_ROWS(R, B) ROWS(float_rows, 0, R, B)
+#define HALF_ROWS(R, B) ROWS(half_rows, 1, R, B)
 #define ATTENTION_SHAPES(DO)                                                                       \
     UP_TO_4(DO, 1) UP_TO_4(DO, 2) UP_TO_4(DO, 3) UP_TO_4(DO, 4) UP_TO_4(DO, 5) UP_TO_4(DO, 6)
-ATTENTION_SHAPES(ROWS)
+ATTENTION_SHAPES(FLOAT_ROWS)
+ATTENTION_SHAPES(HALF_ROWS)
 
-rows_fn tile_rows(size_t rows, size_t blocks) {
-#define ROWS_ENTRY(R, B) [R][B] = rows_##R##x##B,
-    static const rows_fn tiles[MAX_ATTENTION_ROWS + 1][5] = {ATTENTION_SHAPES(ROWS_ENTRY)};
-    return tiles[rows][blocks];
+rows_fn tile_rows(int is_half, size_t rows, size_t blocks) {
+#define FLOAT_ENTRY(R, B) [R][B] = float_rows_##R##x##B,
+#define HALF_ENTRY(R, B) [R][B] = half_rows_##R##x##B,
+    static const rows_fn tiles[2][MAX_ATTENTION_ROWS + 1][5] = {
+        {ATTENTION_SHAPES(FLOAT_ENTRY)},
+        {ATTENTION_SHAPES(HALF_ENTRY)},
+    };
+    return tiles[is_half][rows][blocks];
 }
 
 void interleave(const float *x, size_t num_in, size_t rows, void *panel) {

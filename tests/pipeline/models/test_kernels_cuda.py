@@ -14,7 +14,8 @@ from pipeline.messages import StepHeader, StepKind, Want
 from pipeline.models import kernels_cuda, registry
 from pipeline.models.batch import Segment
 from pipeline.models.kernel_choice import choose_kernels
-from pipeline.models.kernels_cuda import CudaKernels, Recorder, find_gpu
+from pipeline.models.kernels import HeadShape
+from pipeline.models.kernels_cuda import CudaKernels, DecodeAttention, Recorder, find_gpu
 from pipeline.stage import StageCore
 from pipeline.steps import SessionLimits, token_ids_to_wire
 from transport.frames import DType
@@ -289,6 +290,18 @@ def test_bfloat16_weights_lose_only_rounding(
     assert (found - wanted).square().mean().sqrt() <= 0.02 * wanted.std()
     sizes = [gpu_pipeline(oracle, 2, dtype=each).shards[0] for each in ("bfloat16", "float32")]
     assert sizes[0].num_weight_bytes <= 0.6 * sizes[1].num_weight_bytes
+
+
+def test_what_halves_cannot_hold_is_attended_to_as_their_greatest():
+    values = torch.linspace(-1e6, 1e6, 16)
+    values[0], values[15] = -torch.inf, torch.inf
+    keys, cached = (torch.zeros(2, 1, 8, 16, dtype=torch.float16) for _ in range(2))
+    attention = DecodeAttention(torch.tensor([1]), torch.tensor([0]), 8, HeadShape(1, 1, 16, 0))
+    qkv = torch.cat((torch.zeros(16), values, values)).unsqueeze(0)
+    out = attention(qkv, keys, cached, torch.empty(1, 16))
+    expected = values.clamp(-65504, 65504)
+    assert out[0].equal(expected.half().float())
+    assert keys[1, 0, 0].equal(expected.half())
 
 
 def test_int8_is_refused(gqa, gpu_pipeline):

@@ -1,24 +1,29 @@
 """A step must continue exactly what its slot holds, and clearing leaves nothing behind."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 
+from pipeline.dtypes import FLOAT16, FLOAT32
 from pipeline.errors import MessageError
 from pipeline.models.batch import Segment
 from pipeline.models.kv_cache import KVCache
 
 
+@pytest.fixture(params=[FLOAT32, FLOAT16], ids=str)
+def dtype(request):
+    return request.param
+
+
 @pytest.fixture
-def cache():
+def cache(dtype):
     return KVCache(
         num_layers=2,
         num_slots=3,
         num_kv_heads=2,
         max_seq_len=16,
         head_dim=4,
-        zeros=partial(np.zeros, dtype=np.float32),
+        zeros=np.zeros,
+        dtype=dtype,
     )
 
 
@@ -90,14 +95,15 @@ def test_a_truncated_slot_keeps_its_beginning_and_nothing_behind_it(cache):
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 5, 8])
-def test_in_blocks_a_truncated_slot_keeps_its_beginning_alone_too(length):
+def test_in_blocks_a_truncated_slot_keeps_its_beginning_alone_too(length, dtype):
     cache = KVCache(
         num_layers=1,
         num_slots=2,
         num_kv_heads=3,
         max_seq_len=14,
         head_dim=2,
-        zeros=partial(np.zeros, dtype=np.float32),
+        zeros=np.zeros,
+        dtype=dtype,
         key_block=4,
     )
     batch = [Segment(0, 0, 9), Segment(1, 0, 9)]
@@ -132,8 +138,17 @@ def test_generation_after_a_truncation_is_as_if_nothing_else_had_been_seen(
     assert (again[0] - expected[0]).abs().max() <= 1e-5
 
 
-def test_bytes_count_keys_and_values_of_every_layer(cache):
-    assert cache.num_bytes == 2 * 2 * 3 * 2 * 16 * 4 * 4
+def test_bytes_count_keys_and_values_of_every_layer(cache, dtype):
+    assert cache.num_bytes == 2 * 2 * 3 * 2 * 16 * 4 * dtype.itemsize
+
+
+@pytest.mark.parametrize(("precision", "itemsize"), [("float32", 4), ("bfloat16", 2), ("int8", 2)])
+def test_what_is_planned_is_what_is_reserved(make_oracle, kernels, precision, itemsize):
+    """The same memory whatever computes: plans are made where nobody knows."""
+    (shard,) = make_oracle("llama-untied-gqa").computing_with(kernels).split(dtype=precision)
+    cache = shard.new_cache(3, 64)
+    assert cache.num_bytes == shard.kv_bytes(3, 64) == 4 * 2 * 3 * 64 * 2 * 16 * itemsize
+    assert {each.itemsize for each in (*cache.keys, *cache.values)} == {itemsize}
 
 
 def test_a_shard_refuses_a_step_with_too_few_rows(make_oracle, make_pipeline, token_ids):
