@@ -85,7 +85,7 @@ class StageMeter:
         crypto_ns, wire_ns = self._past.crypto_ns, self._past.wire_ns
         for channel in self._channels:  # not through calls: a step waits for this
             sealer, opener, wire = channel.clocks
-            crypto_ns += sealer.encrypt_ns + opener.decrypt_ns
+            crypto_ns += sealer.cipher_ns + opener.cipher_ns
             wire_ns += wire.send_ns + wire.recv_ns
         self._now = crypto_ns, wire_ns
         return crypto_ns - self._last[0], wire_ns - self._last[1]

@@ -13,6 +13,7 @@ PACKAGES = ("transport", "pipeline", "enclave")
 LAYERS = [
     # transport
     "transport.errors",
+    "transport.tallies",
     "transport.address transport.wire",
     "transport.endpoint",
     "transport.attestation.evidence",

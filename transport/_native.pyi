@@ -1,13 +1,39 @@
 """Records between socket and plaintext in one call each; sources in transport/native/.
 
 Optional: installing without a C compiler leaves the module out, and everything runs without it.
-Keys, counters and received bytes stay in the objects given. What is not plainly the record expected
-is left to them as it came.
+Keys, counters and received bytes stay in the objects given; counters are members of the bases that
+these have here. What is not plainly the record expected is left to them as it came.
 """
 
 from transport.framing import Arena
 from transport.records import RecordOpener, RecordReader, RecordSealer
 from transport.wire import Wire
+
+class CipherTally:
+    """The number of the next message under a key."""
+
+    nonce: int
+
+class UseTally:
+    """How much one key has done."""
+
+    num_records: int
+    num_bytes: int
+
+class HalfTally:
+    """One direction of a record layer."""
+
+    cipher_ns: int
+    num_rekeys: int
+
+class WireTally:
+    """A socket; system calls only, waiting excluded."""
+
+    fd: int
+    bytes_sent: int
+    bytes_received: int
+    send_ns: int
+    recv_ns: int
 
 class Inlet:
     """Takes a frame's head that has the size of the last one, where it comes alone and whole."""

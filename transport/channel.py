@@ -85,8 +85,8 @@ class SecureChannel(trio.abc.Channel[Frame]):
             bytes_received=wire.bytes_received,
             frames_sent=self._frames_sent,
             frames_received=self._frames_received,
-            encrypt_ns=self._sealer.encrypt_ns,
-            decrypt_ns=self._opener.decrypt_ns,
+            encrypt_ns=self._sealer.cipher_ns,
+            decrypt_ns=self._opener.cipher_ns,
             send_ns=wire.send_ns,
             recv_ns=wire.recv_ns,
             rekeys=self._sealer.num_rekeys + self._opener.num_rekeys,
@@ -194,9 +194,9 @@ class SecureChannel(trio.abc.Channel[Frame]):
                 if not wire.has_come():
                     return None
                 receiver.wrote(wire.try_receive(receiver.space()))
-            else:
-                receiver.peeked = self._inlet.receive(wire.patience_ms)
-            return receiver.peek()
+                return receiver.peek()
+            receiver.peeked = plain = self._inlet.receive(wire.patience_ms)
+            return receiver.peek() if plain is None else plain
         except EOFError as error:
             raise wire.ended() from error
         except OSError as error:

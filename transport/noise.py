@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from transport.errors import HandshakeError, MisuseError
+from transport.tallies import CipherTally
 
 KEY_BYTES = 32
 DH_BYTES = 32
@@ -82,10 +83,10 @@ class Pattern:
 XX = Pattern.parse("-> e\n<- e, ee, s, es\n-> s, se")
 
 
-class CipherState:
+class CipherState(CipherTally):
     """An AEAD key and its message counter, which moves only when an operation succeeds."""
 
-    __slots__ = ("_aead", "_cipher", "_pack_nonce", "nonce")
+    __slots__ = ("_aead", "_cipher", "_pack_nonce")
 
     def __init__(self, aead: Aead, key: bytes) -> None:
         self._aead = aead

@@ -15,6 +15,7 @@ from cryptography.exceptions import InvalidTag
 
 from transport.errors import MisuseError, RecordError
 from transport.noise import TAG_BYTES, Buffer, CipherState
+from transport.tallies import HalfTally, UseTally
 
 HEADER = Struct(">II")  # kind in the first byte, zeros; ciphertext length (tag included)
 HEADER_BYTES = HEADER.size
@@ -62,10 +63,10 @@ class RekeyPolicy:
             raise MisuseError(f"a rekey policy needs positive thresholds, not {self}")
 
 
-class _KeyUse:
+class _KeyUse(UseTally):
     """How much one key has done; sender and receiver count alike."""
 
-    __slots__ = ("_policy", "num_bytes", "num_records")
+    __slots__ = ("_policy",)
 
     def __init__(self, policy: RekeyPolicy) -> None:
         self._policy = policy
@@ -83,16 +84,16 @@ class _KeyUse:
         self.num_records = self.num_bytes = 0
 
 
-class RecordSealer:
+class RecordSealer(HalfTally):
     """The sending half: plaintexts in, records out."""
 
-    __slots__ = ("_cipher", "_use", "encrypt_ns", "num_rekeys")
+    __slots__ = ("_cipher", "_use")
 
     def __init__(self, cipher: CipherState, policy: RekeyPolicy) -> None:
         self._cipher = cipher
         self._use = _KeyUse(policy)
         self.num_rekeys = 0
-        self.encrypt_ns = 0
+        self.cipher_ns = 0
 
     def seal_into(self, kind: RecordKind, plaintext: Buffer, out: memoryview) -> int:
         """Write the record, after a REKEY where one is due, and return the bytes written.
@@ -114,7 +115,7 @@ class RecordSealer:
         self._cipher.encrypt_into(header, plaintext, out[body:end])
         use.num_records += 1
         use.num_bytes += num_bytes
-        self.encrypt_ns += perf_counter_ns() - started_ns
+        self.cipher_ns += perf_counter_ns() - started_ns
         return end
 
     def seal(self, kind: RecordKind, plaintext: Buffer = b"") -> bytes:
@@ -156,16 +157,16 @@ def parse_header_untrusted(raw: bytes | bytearray) -> RecordHeader:
     return RecordHeader(kind, sealed_bytes, sealed_bytes - TAG_BYTES, raw)
 
 
-class RecordOpener:
+class RecordOpener(HalfTally):
     """The receiving half: records in, plaintexts out. The first failure is the last call."""
 
-    __slots__ = ("_cipher", "_use", "decrypt_ns", "num_rekeys")
+    __slots__ = ("_cipher", "_use")
 
     def __init__(self, cipher: CipherState, policy: RekeyPolicy) -> None:
         self._cipher: CipherState | None = cipher
         self._use = _KeyUse(policy)
         self.num_rekeys = 0
-        self.decrypt_ns = 0
+        self.cipher_ns = 0
 
     def open_into(self, header: RecordHeader, sealed: Buffer, out: memoryview) -> None:
         """Authenticate a record and write its plaintext to `out`, exactly its length.
@@ -200,7 +201,7 @@ class RecordOpener:
             use.num_records += 1
             use.num_bytes += num_bytes
         self._cipher = cipher
-        self.decrypt_ns += perf_counter_ns() - started_ns
+        self.cipher_ns += perf_counter_ns() - started_ns
 
     def open(self, record: Buffer) -> tuple[RecordKind, bytes]:
         """Open one whole record. Raises: RecordError."""

@@ -10,6 +10,7 @@ from time import perf_counter_ns
 import trio
 
 from transport.errors import ConnectionLost
+from transport.tallies import WireTally
 
 # After this many system calls in a row that never waited, let the other tasks have a turn.
 FAIR_CALLS = 16
@@ -17,7 +18,7 @@ FAIR_CALLS = 16
 FAIR_NS = 20_000_000
 
 
-class Wire:
+class Wire(WireTally):
     """One socket, owned; every async method is a checkpoint."""
 
     __slots__ = (
@@ -27,13 +28,8 @@ class Wire:
         "_send",
         "_sock",
         "_unwaited",
-        "bytes_received",
-        "bytes_sent",
-        "fd",
         "is_closed",
         "patience_ms",
-        "recv_ns",
-        "send_ns",
     )
 
     def __init__(self, sock: socket.socket) -> None:
