@@ -44,6 +44,7 @@ _SIZES = {
     RecordKind.CLOSE: _EMPTY,
 }
 _KINDS = {kind << _KIND_SHIFT: (kind, *sizes) for kind, sizes in _SIZES.items()}
+_NEVER = 2**63  # what is counted has 63 bits where it is compiled
 _REKEY = RecordKind.REKEY  # members of an enumeration are slow to look up
 
 
@@ -59,8 +60,8 @@ class RekeyPolicy:
     max_bytes: int = 64 * 2**30
 
     def __post_init__(self) -> None:
-        if self.max_records < 1 or self.max_bytes < 1:
-            raise MisuseError(f"a rekey policy needs positive thresholds, not {self}")
+        if not (0 < self.max_records < _NEVER and 0 < self.max_bytes < _NEVER):
+            raise MisuseError(f"a rekey policy needs thresholds from 1 to 2**63 - 1, not {self}")
 
 
 class _KeyUse(UseTally):

@@ -16,6 +16,7 @@ from transport.tallies import WireTally
 FAIR_CALLS = 16
 # While it waits in place, they have one that often.
 FAIR_NS = 20_000_000
+CLOSED = "another task closed this channel"
 
 
 class Wire(WireTally):
@@ -67,12 +68,11 @@ class Wire(WireTally):
 
     def wait_in_place(self, patience_ms: int) -> None:
         """See `SecureChannel.wait_in_place`."""
-        if not patience_ms:
-            self._poll = None
-            return
-        self._poll = select.poll()
-        self._poll.register(self.fd, select.POLLIN)
+        self._poll = None
         self.patience_ms = patience_ms
+        if patience_ms and not self.is_closed:
+            self._poll = select.poll()
+            self._poll.register(self.fd, select.POLLIN)
 
     @property
     def is_turn_due(self) -> bool:
@@ -80,9 +80,11 @@ class Wire(WireTally):
         return perf_counter_ns() - self._looped_ns > FAIR_NS
 
     async def fair_turn(self) -> None:
-        """Let other tasks run."""
+        """Let other tasks run. Raises: trio.ClosedResourceError where one of them closes this."""
         await trio.lowlevel.checkpoint()
         self._looped_ns = perf_counter_ns()
+        if self.is_closed:
+            raise trio.ClosedResourceError(CLOSED)
 
     def has_come(self) -> bool:
         """Wait in place, where that has been asked for; whether there is something to receive."""
@@ -157,6 +159,6 @@ class Wire(WireTally):
     def lost(self, error: OSError) -> Exception:
         """What a failed system call means; the socket is closed."""
         if self.is_closed:
-            return trio.ClosedResourceError("another task closed this channel")
+            return trio.ClosedResourceError(CLOSED)
         self.close()
         return ConnectionLost(f"the connection broke: {error.strerror or error}")

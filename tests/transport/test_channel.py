@@ -536,6 +536,39 @@ async def test_waiting_in_place_ends_with_the_connection(toy):
 
 
 @BOTH_WAYS
+@pytest.mark.parametrize("name", ["receive", "peek"])
+async def test_closing_one_that_waits_in_place_while_others_have_their_turn(toy, name, monkeypatch):
+    near, far = await toy.channels()
+    far.wait_in_place(1)
+    number, others = far._wire.fd, []
+
+    async def close():
+        far._wire.close()
+        others.extend(sock for _ in range(8) for sock in socket.socketpair())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trio.lowlevel, "checkpoint", close)
+        with pytest.raises(trio.ClosedResourceError):
+            await getattr(far, name)()
+    assert number in [sock.fileno() for sock in others]  # and that one is left alone
+    far.wait_in_place(1)
+    for sock in others:
+        sock.close()
+    await close_all(near, far)
+
+
+@BOTH_WAYS
+async def test_waiting_in_place_can_be_ended(toy):
+    near, far = await toy.channels()
+    for patience_ms in (1000, 0):
+        far.wait_in_place(patience_ms)
+    started = trio.current_time()
+    assert await far.peek() is None
+    assert trio.current_time() - started < 0.5
+    await close_all(near, far)
+
+
+@BOTH_WAYS
 async def test_a_frame_that_was_looked_at_is_still_the_next_until_it_is_dropped(toy):
     near, far = await toy.channels()
     far.wait_in_place(1000)

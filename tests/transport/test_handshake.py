@@ -214,6 +214,8 @@ def test_evidence_over_the_limit_is_neither_sent_nor_taken(toy):
         lambda toy: handshake.Role(handshake.RoleKind.ORCHESTRATOR, 1),
         lambda toy: handshake.Role(handshake.RoleKind.STAGE, -1),
         lambda toy: RekeyPolicy(max_records=0),
+        lambda toy: RekeyPolicy(max_records=2**63),
+        lambda toy: RekeyPolicy(max_bytes=2**63),
     ],
 )
 def test_a_link_that_cannot_be_is_misuse(toy, make):

@@ -9,8 +9,9 @@ import pytest
 import trio
 
 from transport import channel
-from transport.errors import ConnectionLost, RecordError
+from transport.errors import ConnectionLost, MisuseError, RecordError
 from transport.frames import INLINE_BYTES, FrameForm
+from transport.noise import REKEY_NONCE
 from transport.records import HEADER_BYTES, OVERHEAD_BYTES, RekeyPolicy
 
 pytestmark = pytest.mark.skipif(channel._native is None, reason="not compiled")
@@ -200,6 +201,38 @@ async def test_a_frame_that_has_no_room_or_no_key_is_left_to_the_ordinary_way(to
     assert near._outlet.send(form.plain) is not None
     assert near._outlet.send(form.plain) is None  # the key is spent
     assert await far.peek() == form.plain
+    await close_all(near, far)
+
+
+async def test_nonces_from_first_to_last(toy):
+    near, far, form = await connected(toy, rekey=RekeyPolicy(2**63 - 1, 2**63 - 1))
+    for nonce in (2**63 - 1, 2**63):
+        near._sealer._cipher.nonce = far._opener._cipher.nonce = nonce
+        await near.send_form(form)
+        assert await far.peek() == form.plain
+        far.drop()
+        assert near._sealer._cipher.nonce == far._opener._cipher.nonce == nonce + 1
+    near._sealer._cipher.nonce = REKEY_NONCE
+    with pytest.raises(MisuseError):
+        await near.send_form(form)
+    assert near.is_closed
+    await close_all(near, far)
+
+
+async def test_interrupted_before_a_record_is_authentic_nothing_of_it_can_be_read(toy):
+    near, far, form = await connected(toy)
+
+    class Interrupted:
+        def decrypt_into(self, nonce, sealed, header, plain):
+            plain[:] = sealed[: len(plain)]
+            raise KeyboardInterrupt
+
+    far._opener._cipher._cipher = Interrupted()
+    await near.send_form(form)
+    with pytest.raises(KeyboardInterrupt):
+        await far.peek()
+    assert far.is_closed
+    assert not any(far._receiver.arena.storage[: len(form.plain)])
     await close_all(near, far)
 
 
