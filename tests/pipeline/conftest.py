@@ -15,6 +15,7 @@ from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.manifest import StageEndpoint, TcpAddress
 from pipeline.models.config import load_config
+from pipeline.models.kernel_choice import why_not_native
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator import PipelineOptions, open_pipeline
 from pipeline.plan import PlanOptions, plan
@@ -184,6 +185,18 @@ def reserve():
 
 def address(endpoint):
     return TcpAddress(type="tcp", addr=f"{endpoint.host}:{endpoint.port}")
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_model):
+    """The first layer, the two after it, and the rest, for native kernels."""
+    if why := why_not_native():
+        pytest.skip(f"no native kernels: {why}")
+    config = load_config(tiny_model)
+    return [
+        load_shard(tiny_model, config, *layers, kernels="native", expected_hashes=None)
+        for layers in ((0, 1), (1, 3), (3, 4))
+    ]
 
 
 @pytest.fixture

@@ -15,10 +15,7 @@ from pipeline.links import StepGate, receive_step, send_step
 from pipeline.messages import StageTiming, StepHeader, StepKind, Want, decode_step, encode_step
 from pipeline.meter import StageMeter
 from pipeline.models.batch import Segment
-from pipeline.models.config import load_config
-from pipeline.models.kernel_choice import why_not_native
 from pipeline.models.kernels import FramePlace
-from pipeline.models.registry import load_shard
 from pipeline.neighbours import LinkBroken
 from pipeline.stage import StageCore
 from pipeline.steps import SessionLimits, activation_specs, token_ids_to_wire
@@ -33,18 +30,6 @@ from transport.wire import Wire
 SLOTS, POSITIONS, WIDTH = 4, 32, 64
 LIMITS = SessionLimits(SLOTS, POSITIONS, 32, WIDTH, DType.F32)
 OFTEN = RekeyPolicy(max_records=5)
-LAYERS = [(0, 1), (1, 3), (3, 4)]
-
-
-@pytest.fixture(scope="module")
-def shards(tiny_model):
-    if why := why_not_native():
-        pytest.skip(f"no native kernels: {why}")
-    config = load_config(tiny_model)
-    return [
-        load_shard(tiny_model, config, *layers, kernels="native", expected_hashes=None)
-        for layers in LAYERS
-    ]
 
 
 def cipher(key):
@@ -70,7 +55,7 @@ class Stage:
 
     def __init__(self, shard, idx, *, has_lane, policy=OFTEN):
         log = None if shard.is_last else ActivationLog(SLOTS, POSITIONS, WIDTH)
-        self.core = StageCore(shard, LIMITS, log)
+        self.core, self.idx = StageCore(shard, LIMITS, log), idx
         self.meter = StageMeter()
         self.gate = StepGate(LIMITS, lambda header, specs: None)
         self.result_gate = StepGate(LIMITS, lambda header, specs: None)
@@ -131,8 +116,7 @@ def rows(shard, count, seed):
 
 
 def header(stage, number, *segments, wants=Want.TOKEN, kind=StepKind.STEP):
-    idx = LAYERS.index((stage.core.shard.layer_start, stage.core.shard.layer_end))
-    timings = (StageTiming(1, 2, 3),) * idx
+    timings = (StageTiming(1, 2, 3),) * stage.idx
     all_wants = (wants,) * len(segments) if isinstance(wants, Want) else wants
     return StepHeader(kind, number, tuple(Segment(*each) for each in segments), all_wants, timings)
 

@@ -6,9 +6,6 @@ from pipeline.activation_log import ActivationLog
 from pipeline.errors import MessageError
 from pipeline.messages import StepHeader, StepKind, Want
 from pipeline.models.batch import Segment
-from pipeline.models.config import load_config
-from pipeline.models.kernel_choice import why_not_native
-from pipeline.models.registry import load_shard
 from pipeline.stage import StageCore
 from pipeline.steps import ACTIVATION_DTYPES, SessionLimits, token_ids_to_wire
 
@@ -20,17 +17,6 @@ WANTS = [
     (Want.NOTHING, Want.TOKEN, Want.NOTHING),
     (Want.NOTHING, Want.NOTHING, Want.NOTHING),
 ]
-
-
-@pytest.fixture(scope="module")
-def shards(tiny_model):
-    if why := why_not_native():
-        pytest.skip(f"no native kernels: {why}")
-    config = load_config(tiny_model)
-    return [
-        load_shard(tiny_model, config, *layers, kernels="native", expected_hashes=None)
-        for layers in ((0, 1), (1, 3), (3, 4))
-    ]
 
 
 @pytest.fixture(params=["F32", "BF16", "I8"])
