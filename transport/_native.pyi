@@ -5,13 +5,16 @@ Keys, counters and received bytes stay in the objects given; counters are member
 these have here. What is not plainly the record expected is left to them as it came.
 """
 
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+
 from transport.framing import Arena
 from transport.records import RecordOpener, RecordReader, RecordSealer
 from transport.wire import Wire
 
 class CipherTally:
-    """The number of the next message under a key."""
+    """A key, and the number of the next message under it."""
 
+    _cipher: ChaCha20Poly1305 | AESGCM
     nonce: int
 
 class UseTally:
@@ -24,7 +27,6 @@ class HalfTally:
     """One direction of a record layer."""
 
     cipher_ns: int
-    num_rekeys: int
 
 class WireTally:
     """A socket; system calls only, waiting excluded."""

@@ -86,7 +86,7 @@ XX = Pattern.parse("-> e\n<- e, ee, s, es\n-> s, se")
 class CipherState(CipherTally):
     """An AEAD key and its message counter, which moves only when an operation succeeds."""
 
-    __slots__ = ("_aead", "_cipher", "_pack_nonce")
+    __slots__ = ("_aead", "_pack_nonce")
 
     def __init__(self, aead: Aead, key: bytes) -> None:
         self._aead = aead

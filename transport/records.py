@@ -88,7 +88,7 @@ class _KeyUse(UseTally):
 class RecordSealer(HalfTally):
     """The sending half: plaintexts in, records out."""
 
-    __slots__ = ("_cipher", "_use")
+    __slots__ = ("_cipher", "_use", "num_rekeys")
 
     def __init__(self, cipher: CipherState, policy: RekeyPolicy) -> None:
         self._cipher = cipher
@@ -161,7 +161,7 @@ def parse_header_untrusted(raw: bytes | bytearray) -> RecordHeader:
 class RecordOpener(HalfTally):
     """The receiving half: records in, plaintexts out. The first failure is the last call."""
 
-    __slots__ = ("_cipher", "_use")
+    __slots__ = ("_cipher", "_use", "num_rekeys")
 
     def __init__(self, cipher: CipherState, policy: RekeyPolicy) -> None:
         self._cipher: CipherState | None = cipher

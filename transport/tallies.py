@@ -9,9 +9,9 @@ try:
 except ImportError:  # the same in Python
 
     class CipherTally:  # type: ignore[no-redef]
-        """The number of the next message under a key."""
+        """A key, and the number of the next message under it."""
 
-        __slots__ = ("nonce",)
+        __slots__ = ("_cipher", "nonce")
 
     class UseTally:  # type: ignore[no-redef]
         """How much one key has done."""
@@ -21,7 +21,7 @@ except ImportError:  # the same in Python
     class HalfTally:  # type: ignore[no-redef]
         """One direction of a record layer."""
 
-        __slots__ = ("cipher_ns", "num_rekeys")
+        __slots__ = ("cipher_ns",)
 
     class WireTally:  # type: ignore[no-redef]
         """A socket."""

@@ -4,6 +4,7 @@ import os
 import random
 import socket
 import struct
+import sys
 
 import pytest
 import trio
@@ -216,6 +217,20 @@ async def test_nonces_from_first_to_last(toy):
     with pytest.raises(MisuseError):
         await near.send_form(form)
     assert near.is_closed
+    await close_all(near, far)
+
+
+async def test_a_key_that_has_been_replaced_is_held_nowhere(toy):
+    near, far, form = await connected(toy, rekey=RekeyPolicy(max_records=3))
+    await near.send_form(form)
+    assert await far.peek() == form.plain
+    far.drop()
+    keys = [half._cipher._cipher for half in (near._sealer, far._opener)]
+    for _ in range(2):
+        await near.send(toy.frame(1))
+        await far.receive()
+    assert near.stats.rekeys == far.stats.rekeys == 1
+    assert [sys.getrefcount(keys[at]) for at in range(2)] == [2, 2]  # in the list, and in the call
     await close_all(near, far)
 
 

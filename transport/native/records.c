@@ -24,6 +24,7 @@ enum { LAST_SEALED_BYTES = 1, LAST_RAW = 3 }; /* of a RecordHeader */
 static struct {
     PyObject *_start, *_end, *_header, *_last, *_store, *storage;
     PyObject *_cipher, *_use, *_pack_nonce, *_policy, *max_records, *max_bytes;
+    PyObject *decrypt_into, *encrypt_into;
 } names;
 
 static int64_t now_ns(void) {
@@ -37,6 +38,7 @@ static int64_t now_ns(void) {
 typedef struct {
     PyObject_HEAD
     uint64_t nonce;
+    PyObject *aead; /* holds the key, and is kept nowhere else: a key replaced is to be gone */
 } cipher_tally_t;
 
 typedef struct {
@@ -46,7 +48,7 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    int64_t cipher_ns, num_rekeys;
+    int64_t cipher_ns;
 } half_tally_t;
 
 typedef struct {
@@ -57,6 +59,7 @@ typedef struct {
 #define NUMBER(TYPE, NAME) {#NAME, T_LONGLONG, offsetof(TYPE, NAME), 0, NULL}
 static PyMemberDef cipher_members[] = {
     {"nonce", T_ULONGLONG, offsetof(cipher_tally_t, nonce), 0, NULL},
+    {"_cipher", T_OBJECT_EX, offsetof(cipher_tally_t, aead), 0, NULL},
     {0},
 };
 static PyMemberDef use_members[] = {
@@ -66,7 +69,6 @@ static PyMemberDef use_members[] = {
 };
 static PyMemberDef half_members[] = {
     NUMBER(half_tally_t, cipher_ns),
-    NUMBER(half_tally_t, num_rekeys),
     {0},
 };
 static PyMemberDef wire_members[] = {
@@ -75,19 +77,25 @@ static PyMemberDef wire_members[] = {
     NUMBER(wire_tally_t, recv_ns), {0},
 };
 
-#define TALLY(NAME, PYTHON)                              \
+static void cipher_dealloc(PyObject *self) {
+    Py_CLEAR(((cipher_tally_t *)self)->aead);
+    Py_TYPE(self)->tp_free(self);
+}
+
+#define TALLY(NAME, PYTHON, DEALLOC)                     \
     static PyTypeObject NAME##_tally_type = {            \
         PyVarObject_HEAD_INIT(NULL, 0)                   \
         .tp_name = "transport._native." #PYTHON,         \
         .tp_basicsize = sizeof(NAME##_tally_t),          \
         .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, \
         .tp_new = PyType_GenericNew,                     \
+        .tp_dealloc = DEALLOC,                           \
         .tp_members = NAME##_members,                    \
     };
-TALLY(cipher, CipherTally)
-TALLY(use, UseTally)
-TALLY(half, HalfTally)
-TALLY(wire, WireTally)
+TALLY(cipher, CipherTally, cipher_dealloc)
+TALLY(use, UseTally, NULL)
+TALLY(half, HalfTally, NULL)
+TALLY(wire, WireTally, NULL)
 
 /* An attribute that is such an object; a new reference, NULL with an exception. */
 static PyObject *tally_of(PyObject *object, PyObject *name, PyTypeObject *type) {
@@ -104,9 +112,8 @@ typedef struct {
     half_tally_t *half; /* a RecordSealer or RecordOpener */
     cipher_tally_t *state;
     use_tally_t *use;
-    PyObject *operate; /* encrypt_into or decrypt_into under the key of after so many rekeys */
-    const char *operation;
-    int64_t num_rekeys, max_records, max_bytes;
+    PyObject *operation; /* the name of encrypt_into or decrypt_into */
+    int64_t max_records, max_bytes;
 } cipher_t;
 
 static int64_t number(PyObject *object, PyObject *name) {
@@ -140,18 +147,16 @@ static void cipher_clear(cipher_t *cipher) {
     Py_CLEAR(cipher->half);
     Py_CLEAR(cipher->state);
     Py_CLEAR(cipher->use);
-    Py_CLEAR(cipher->operate);
 }
 
 /* Returns 0 with an exception. */
-static int cipher_init(cipher_t *cipher, PyObject *half, const char *operation) {
+static int cipher_init(cipher_t *cipher, PyObject *half, PyObject *operation) {
     if (!PyObject_TypeCheck(half, &half_tally_type)) {
         PyErr_SetString(PyExc_TypeError, "not the half of a record layer");
         return 0;
     }
     cipher->half = (half_tally_t *)Py_NewRef(half);
     cipher->operation = operation;
-    cipher->num_rekeys = -1;
     cipher->state = (cipher_tally_t *)tally_of(half, names._cipher, &cipher_tally_type);
     if (!cipher->state) return 0;
     cipher->use = (use_tally_t *)tally_of(half, names._use, &use_tally_type);
@@ -166,30 +171,19 @@ static int cipher_init(cipher_t *cipher, PyObject *half, const char *operation) 
     return is_alike == 1;
 }
 
-/* Whether a record of so many bytes may be next under this key; -1 with an exception. */
-static int may_go_on(cipher_t *cipher, int64_t num_bytes) {
-    if (cipher->use->num_records >= cipher->max_records ||
-        num_bytes > cipher->max_bytes - cipher->use->num_bytes ||
-        cipher->state->nonce > INT64_MAX) { /* the last of 64 bits is for rekeying */
-        return 0;
-    }
-    if (cipher->num_rekeys != cipher->half->num_rekeys) {
-        PyObject *aead = PyObject_GetAttr((PyObject *)cipher->state, names._cipher);
-        PyObject *operate = aead ? PyObject_GetAttrString(aead, cipher->operation) : NULL;
-        Py_XDECREF(aead);
-        if (!operate) return -1;
-        Py_XSETREF(cipher->operate, operate);
-        cipher->num_rekeys = cipher->half->num_rekeys;
-    }
-    return 1;
+/* Whether a record of so many bytes may be next under this key. */
+static int may_go_on(const cipher_t *cipher, int64_t num_bytes) {
+    return cipher->use->num_records < cipher->max_records &&
+           num_bytes <= cipher->max_bytes - cipher->use->num_bytes &&
+           cipher->state->aead && cipher->state->nonce <= INT64_MAX; /* the last of 64 bits is for rekeying */
 }
 
 /* Seals or opens, and counts; 0 with an exception, and nothing counted. */
-static int apply(cipher_t *cipher, PyObject *nonce, PyObject *from, PyObject *header,
+static int apply(const cipher_t *cipher, PyObject *nonce, PyObject *from, PyObject *header,
                  PyObject *into, int64_t num_bytes) {
     int64_t started = now_ns();
-    PyObject *args[] = {nonce, from, header, into};
-    PyObject *result = PyObject_Vectorcall(cipher->operate, args, 4, NULL);
+    PyObject *args[] = {cipher->state->aead, nonce, from, header, into};
+    PyObject *result = PyObject_VectorcallMethod(cipher->operation, args, 5, NULL);
     if (!result) return 0;
     Py_DECREF(result);
     cipher->state->nonce++;
@@ -254,7 +248,7 @@ static int expect(inlet_t *inlet, arrival_t *arrival, PyObject *last) {
     memcpy(arrival->raw, PyByteArray_AS_STRING(header), HEADER_BYTES);
     if (arrival->raw[0] != FRAME || arrival->num_bytes < 1 ||
         arrival->num_bytes + HEADER_BYTES + TAG_BYTES > arrival->store.len ||
-        may_go_on(&inlet->cipher, arrival->num_bytes) != 1 ||
+        !may_go_on(&inlet->cipher, arrival->num_bytes) ||
         !make_room(inlet, arrival->num_bytes)) {
         return !PyErr_Occurred();
     }
@@ -386,8 +380,7 @@ static int seal(outlet_t *outlet, PyObject *plain) {
     Py_ssize_t num_bytes = PyObject_Size(plain);
     if (num_bytes < 0) return -1;
     if (num_bytes == 0 || num_bytes > outlet->room - HEADER_BYTES - TAG_BYTES) return 0;
-    int is_due = may_go_on(&outlet->cipher, num_bytes);
-    if (is_due != 1) return is_due;
+    if (!may_go_on(&outlet->cipher, num_bytes)) return 0;
     PyObject *nonce = lay_out(outlet, num_bytes) ? nonce_bytes(outlet->cipher.state->nonce) : NULL;
     int is_sealed = nonce && apply(&outlet->cipher, nonce, plain, outlet->header, outlet->sealed,
                                    num_bytes);
@@ -460,7 +453,7 @@ static PyObject *inlet_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     inlet->wire = (wire_tally_t *)Py_NewRef(wire);
     inlet->reader = Py_NewRef(reader);
     inlet->arena = Py_NewRef(arena);
-    if (!cipher_init(&inlet->cipher, opener, "decrypt_into")) Py_CLEAR(inlet);
+    if (!cipher_init(&inlet->cipher, opener, names.decrypt_into)) Py_CLEAR(inlet);
     return (PyObject *)inlet;
 }
 
@@ -477,7 +470,7 @@ static PyObject *outlet_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     outlet->record = room < 0 ? NULL : PyMem_Malloc((size_t)room + HEADER_BYTES);
     if (outlet->nothing && !outlet->record) PyErr_NoMemory();
     if (!outlet->nothing || !outlet->record ||
-        !cipher_init(&outlet->cipher, sealer, "encrypt_into")) {
+        !cipher_init(&outlet->cipher, sealer, names.encrypt_into)) {
         Py_CLEAR(outlet);
     }
     return (PyObject *)outlet;
@@ -510,7 +503,7 @@ static int intern_names(void) {
 #define NAME(name) (names.name = PyUnicode_InternFromString(#name)) != NULL
     return NAME(_start) && NAME(_end) && NAME(_header) && NAME(_last) && NAME(_store) &&
            NAME(storage) && NAME(_cipher) && NAME(_use) && NAME(_pack_nonce) && NAME(_policy) &&
-           NAME(max_records) && NAME(max_bytes);
+           NAME(max_records) && NAME(max_bytes) && NAME(decrypt_into) && NAME(encrypt_into);
 #undef NAME
 }
 
