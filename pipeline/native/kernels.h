@@ -62,10 +62,16 @@ typedef struct {
 /* acc[R rows][B blocks of 16] (+)= x[R rows][num_k] * w[num_k][B blocks]; acc's strides in
  * elements, block_stride in bytes. Each sum starts at zero, k ascending, and then replaces what acc
  * holds or adds to it. The rows of x come interleaved, R numbers of each input together (of BF16
- * pairs of inputs, R pairs); I8 has a layout of its own, its num_k counts 64 inputs, and its sums
- * go on from what acc holds. */
+ * pairs of inputs, R pairs); I8 has a layout of its own, its num_k counts 64 inputs, its sums go on
+ * from what acc holds, and tiles of many rows fetch their share of the weights that come next,
+ * FETCHES times for 64 inputs. */
+typedef struct {
+    const char *from;
+    size_t step; /* bytes from one to the next, no more than a vector */
+} share_t;
+enum { FETCHES = 18 };
 typedef void (*tile_fn)(float *acc, size_t acc_stride, size_t acc_block, const char *x,
-                        const char *w, size_t block_stride, size_t num_k, int adds);
+                        const char *w, size_t block_stride, size_t num_k, int adds, share_t next);
 enum { VECTOR = 64 }; /* bytes */
 enum { MAX_TILE_ROWS = 16 };
 

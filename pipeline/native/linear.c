@@ -19,6 +19,8 @@ typedef struct {
 /* A pass's weights and sums stay in the caches. Sums over 256 inputs, then over passes, have half
  * the rounding error of one long sum. */
 enum { PASS_TILES = 16, PASS_INPUTS = 256, PASS_SUPERS = 16 };
+/* Of an I8 weight: bytes for each fetch of FETCHES; how far ahead a single tile is. */
+enum { SUPER_STEP = sizeof(super_t) / FETCHES, SUPERS_AHEAD = 6 };
 
 static size_t first_row_of(const job_t *job, size_t tile) {
     return tile * job->product->rows / job->num_tiles;
@@ -55,11 +57,14 @@ static void run_pass(const job_t *job, size_t first, size_t end, size_t block, s
     const char *w = (const char *)job->weight->packed + block * bytes;
     for (size_t k = 0; k < job->num_k; k += job->k_step) {
         size_t num_k = job->num_k - k < job->k_step ? job->num_k - k : job->k_step;
+        size_t ahead = end - first > 1 ? num_k : SUPERS_AHEAD;
+        share_t next = {w + (k + ahead) * job->k_w_bytes, SUPER_STEP / (end - first) + 1};
         for (size_t tile = first; tile < end; tile++) {
             size_t row = first_row_of(job, tile), rows = first_row_of(job, tile + 1) - row;
             const char *x = job->x + row * job->x_row_bytes + k * rows * job->k_x_bytes;
             job->find_tile(rows, blocks)(acc + (row - first_row) * acc_stride, acc_stride, BLOCK, x,
-                                         w + k * job->k_w_bytes, step * bytes, num_k, k > 0);
+                                         w + k * job->k_w_bytes, step * bytes, num_k, k > 0, next);
+            next.from += num_k * job->k_w_bytes / (end - first);
         }
     }
     finish(job, acc, acc_stride, first_row, end_row - first_row, block, step, blocks);

@@ -63,7 +63,9 @@ INLINE void run_dot(const int R, const int B, float *acc, size_t acc_stride, siz
 
 #define TILE(R, B)                                                                                 \
     static void dot_##R##x##B(float *acc, size_t acc_stride, size_t acc_block, const char *x,      \
-                              const char *w, size_t block_stride, size_t num_k, int adds) {        \
+                              const char *w, size_t block_stride, size_t num_k, int adds,          \
+                              share_t next) {                                                      \
+        (void)next;                                                                                \
         run_dot(R, B, acc, acc_stride, acc_block, x, w, block_stride, num_k, adds);                \
     }
 ALL_SHAPES(TILE)

@@ -63,7 +63,9 @@ INLINE void run_bf16(const int R, const int B, float *acc, size_t acc_stride, si
 
 #define TILE(KIND, R, B)                                                                           \
     static void KIND##_##R##x##B(float *acc, size_t acc_stride, size_t acc_block, const char *x,   \
-                                 const char *w, size_t block_stride, size_t num_k, int adds) {     \
+                                 const char *w, size_t block_stride, size_t num_k, int adds,       \
+                                 share_t next) {                                                   \
+        (void)next;                                                                                \
         run_##KIND(R, B, acc, acc_stride, acc_block, x, w, block_stride, num_k, adds);             \
     }
 #define F32(R, B) TILE(f32, R, B)

@@ -56,8 +56,9 @@ INLINE __m512 scales_of(const super_t *super, int group) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-/* Many rows keep the core busy while the next weights come; for few, hardware fetches faster. */
-enum { SUPERS_AHEAD = 6, FETCHING_ROWS = 5 };
+/* Many rows keep the core busy while the next weights come, a pass ahead and a part with each of its
+ * tiles: all the time, not only while the first tile is computed. For few, hardware fetches faster. */
+enum { FETCHING_ROWS = 5 };
 
 /* A group of a super: of rows, and of each block's weights. */
 typedef struct {
@@ -87,13 +88,20 @@ INLINE void settle_row(const int R, const int B, const int r, __m512 *sums, cons
     }
 }
 
+INLINE void fetch_share(const int R, share_t *next) {
+    if (R < FETCHING_ROWS) return;
+    _mm_prefetch(next->from, _MM_HINT_T1);
+    next->from += next->step;
+}
+
 /* A group's exact sums. Between its products those of the group before are settled row by row
  * (`sums` is NULL where there is none): nothing waits for the last product of a sum. */
 INLINE void multiply_group(const int R, const int B, __m512i *exact, group_t group, __m512 *sums,
-                           const __m512i *exact_before, group_t before) {
+                           const __m512i *exact_before, group_t before, share_t *next) {
     __m512i wide[MAX_I8_WIDTH];
     const int32_t *levels = (const int32_t *)group.x + group.index * GROUP / 4 * R;
     const int32_t *starts = (const int32_t *)(group.x + (LEVELS + SCALES) * R) + group.index * R;
+    fetch_share(R, next);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 2
@@ -105,11 +113,9 @@ INLINE void multiply_group(const int R, const int B, __m512i *exact, group_t gro
 #pragma GCC unroll 2
         for (int b = 0; b < B; b++) {
             wide[b] = _mm512_loadu_si512(group.w[b]->weights[at]);
-            if (R >= FETCHING_ROWS) {
-                _mm_prefetch((group.w[b] + SUPERS_AHEAD)->weights[at], _MM_HINT_T1);
-                _mm_prefetch((group.w[b] + 1)->weights[at], _MM_HINT_T0);
-            }
+            if (R >= FETCHING_ROWS) _mm_prefetch((group.w[b] + 1)->weights[at], _MM_HINT_T0);
         }
+        fetch_share(R, next);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
 #pragma GCC unroll 2
@@ -130,7 +136,7 @@ INLINE void multiply_group(const int R, const int B, __m512i *exact, group_t gro
 
 INLINE void run_i8(const int R, const int B, float *acc, size_t acc_stride, size_t acc_block,
                    const char *x, const char *w_base, size_t block_stride, size_t num_supers,
-                   int adds) {
+                   int adds, share_t next) {
     enum { STEP = LEVELS + SCALES + STARTS };
     __m512 sums[MAX_I8_SUMS];
     __m512i even[MAX_I8_SUMS], odd[MAX_I8_SUMS];
@@ -138,18 +144,20 @@ INLINE void run_i8(const int R, const int B, float *acc, size_t acc_stride, size
     spread((const char **)w, B, w_base, block_stride);
     zero_sums(R, B, sums);
     if (adds) load_sums(R, B, sums, acc, acc_stride, acc_block);
-    multiply_group(R, B, even, group_of(B, x, w, 0, 0), NULL, NULL, group_of(B, x, w, 0, 0));
+    multiply_group(R, B, even, group_of(B, x, w, 0, 0), NULL, NULL, group_of(B, x, w, 0, 0),
+                   &next);
     for (size_t k = 1; k < num_supers; k++, x += R * STEP) {
-        multiply_group(R, B, odd, group_of(B, x, w, 0, 1), sums, even, group_of(B, x, w, 0, 0));
+        multiply_group(R, B, odd, group_of(B, x, w, 0, 1), sums, even, group_of(B, x, w, 0, 0),
+                       &next);
         multiply_group(R, B, even, group_of(B, x + R * STEP, w, 1, 0), sums, odd,
-                       group_of(B, x, w, 0, 1));
+                       group_of(B, x, w, 0, 1), &next);
 #pragma GCC unroll 2
         for (int b = 0; b < B; b++) {
             w[b]++;
             __asm__("" : "+r"(w[b]));
         }
     }
-    multiply_group(R, B, odd, group_of(B, x, w, 0, 1), sums, even, group_of(B, x, w, 0, 0));
+    multiply_group(R, B, odd, group_of(B, x, w, 0, 1), sums, even, group_of(B, x, w, 0, 0), &next);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) settle_row(R, B, r, sums, odd, group_of(B, x, w, 0, 1));
     store_sums(R, B, sums, acc, acc_stride, acc_block, 0);
@@ -157,8 +165,9 @@ INLINE void run_i8(const int R, const int B, float *acc, size_t acc_stride, size
 
 #define TILE(R, B)                                                                                 \
     static void i8_##R##x##B(float *acc, size_t acc_stride, size_t acc_block, const char *x,       \
-                             const char *w, size_t block_stride, size_t num_k, int adds) {         \
-        run_i8(R, B, acc, acc_stride, acc_block, x, w, block_stride, num_k, adds);                 \
+                             const char *w, size_t block_stride, size_t num_k, int adds,           \
+                             share_t next) {                                                       \
+        run_i8(R, B, acc, acc_stride, acc_block, x, w, block_stride, num_k, adds, next);           \
     }
 #define I8_SHAPES(DO)                                                                              \
     UP_TO_2(DO, 1) UP_TO_2(DO, 2) UP_TO_2(DO, 3) UP_TO_2(DO, 4) DO(5, 1) DO(6, 1) DO(7, 1) DO(8, 1)
