@@ -62,6 +62,8 @@ def _finite(text: str, is_good: Callable[[float], bool], bound: str) -> float:
 
 def unwind_on_sigterm() -> None:
     """Take SIGTERM as Ctrl-C, so that the processes a script has started end with it."""
+    # A shell without job control starts what runs in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 

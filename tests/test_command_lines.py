@@ -97,9 +97,11 @@ def test_a_benchmark_that_cannot_be_meant(refuse, script, arguments, words):
     assert words in refuse(script, *arguments)
 
 
-def test_ending_a_soak_ends_what_it_has_started(tiny_model, tmp_path):
+@pytest.mark.parametrize("before", ["exec", "trap '' INT; exec"], ids=["foreground", "background"])
+def test_ending_a_soak_ends_what_it_has_started(tiny_model, tmp_path, before):
     port = 10_000 + 20 * (os.getpid() % 400)  # none that other tests claim
     command = [
+        "sh", "-c", f'{before} "$0" "$@"',
         sys.executable, SCRIPTS / "soak.py", "--model-dir", tiny_model, "--stages", "1",
         "--base-port", str(port),
     ]  # fmt: skip
