@@ -15,7 +15,7 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from enclave import eif, emulator
+from enclave import eif
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import SessionError
 from pipeline.links import CONTROL_LIMITS, ControlLink
@@ -168,7 +168,7 @@ def booted(boot: Any, image: eif.Image, name: str) -> Iterator[GuestModule]:
     path = boot.directory / f"{name}.eif"
     path.write_bytes(b"".join(eif.pack(image)))
     machine = boot.machine(name, path, memory_mib=1024)
-    with emulator.booted(machine, boot.tools):
+    with boot.answering(machine):
         inside = boot.ask(machine.vsock, "registers")  # up, and measured as computed
         assert {i: inside[str(i)] for i in range(3)} == {
             i: value.hex() for i, value in eif.measure(image).items()
