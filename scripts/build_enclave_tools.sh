@@ -34,7 +34,7 @@ cannot_fetch() { printf 'enclave-tools: %s\n' "$*" >&2; exit 75; }
 # A tool is current when the stamp beside it names exactly what it was made from.
 recipe_of() {
   case $1 in
-    qemu) echo "$QEMU_VERSION $FIRMWARE_VERSION $MESON_VERSION 1"; cat "$recipes/qemu-nsm-signing.patch" ;;
+    qemu) echo "$QEMU_VERSION $FIRMWARE_VERSION $MESON_VERSION 1"; cat "$recipes/qemu-nsm.patch" ;;
     kernel) echo "$LINUX_VERSION 1"; cat "$recipes/kernel.config" ;;
     vsock) echo "$VHOST_VSOCK_VERSION 1" ;;
     base) cat "$recipes/debian.lock" "$recipes/python.lock" ;;
@@ -124,7 +124,7 @@ build_qemu() {
   [ -e "$cache/downloads/qemu_$upstream.dsc" ] || fetch source qemu "$QEMU_VERSION"
   say "building QEMU $upstream (about 5 minutes on 2 cores)"
   run_logged "$build/unpack.log" dpkg-source --no-check -x "$cache/downloads/qemu_$upstream.dsc" "$build/src"
-  patch -s -d "$build/src" -p1 --fuzz=0 <"$recipes/qemu-nsm-signing.patch" || die "the QEMU patch does not apply"
+  patch -s -d "$build/src" -p1 --fuzz=0 <"$recipes/qemu-nsm.patch" || die "the QEMU patch does not apply"
   printf 'CONFIG_%s=y\n' MICROVM NITRO_ENCLAVE VIRTIO_RNG VIRTIO_BLK >"$build/src/configs/devices/x86_64-softmmu/enclave.mak"
   python3 -m venv "$build/venv"
   "$build/venv/bin/pip" install -q "meson==$MESON_VERSION" >"$build/meson.log" 2>&1 ||

@@ -43,10 +43,12 @@ class Server:
 
     def begin(self):
         """Forget what has been logged."""
-        self._begin = self.log_path.stat().st_size
+        self._begin += len(self.log().encode())
 
     def log(self):
-        return self.log_path.read_bytes()[self._begin :].decode()
+        """Whole lines only: what is being written can be seen half done."""
+        written = self.log_path.read_bytes()[self._begin :]
+        return written[: written.rfind(b"\n") + 1].decode()
 
     def events(self, name):
         lines = [json.loads(line) for line in self.log().splitlines()]
