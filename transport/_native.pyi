@@ -1,14 +1,15 @@
 """Records between socket and plaintext in one call each; sources in transport/native/.
 
 Optional: installing without a C compiler leaves the module out, and everything runs without it.
-Keys, counters and received bytes stay in the objects given; counters are members of the bases that
-these have here. What is not plainly the record expected is left to them as it came.
+Keys, counters and received bytes stay in the objects given, as members of the bases that these have
+here. What is not plainly the record expected is left to them as it came.
 """
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from transport.framing import Arena
-from transport.records import RecordOpener, RecordReader, RecordSealer
+from transport.noise import CipherState
+from transport.records import RecordHeader, RecordOpener, RecordReader, RecordSealer
 from transport.wire import Wire
 
 class CipherTally:
@@ -24,9 +25,24 @@ class UseTally:
     num_bytes: int
 
 class HalfTally:
-    """One direction of a record layer."""
+    """One direction of a record layer; no cipher once it has failed."""
 
+    _cipher: CipherState | None
     cipher_ns: int
+
+class ReaderTally:
+    """Received bytes, and how far they have been read: `_store[_start:_end]` has not been."""
+
+    _store: bytearray
+    _start: int
+    _end: int
+    _header: RecordHeader | None
+    _last: RecordHeader
+
+class ArenaTally:
+    """Storage for plaintexts."""
+
+    storage: memoryview
 
 class WireTally:
     """A socket; system calls only, waiting excluded."""

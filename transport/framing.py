@@ -20,18 +20,19 @@ from transport.records import (
     RecordReader,
     RecordSealer,
 )
+from transport.tallies import ArenaTally
 
 # Members of an enumeration are slow to look up, and these are needed for every record.
 FRAME, BODY, REKEY, CLOSE = RecordKind.FRAME, RecordKind.BODY, RecordKind.REKEY, RecordKind.CLOSE
 
 
-class Arena:
+class Arena(ArenaTally):
     """Storage that frames are decrypted into, kept from frame to frame.
 
     It grows geometrically with records that have arrived, never with a declared size.
     """
 
-    __slots__ = ("storage",)
+    __slots__ = ()
 
     def __init__(self) -> None:
         self.storage = memoryview(bytearray(INLINE_BYTES))

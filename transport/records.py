@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidTag
 
 from transport.errors import MisuseError, RecordError
 from transport.noise import TAG_BYTES, Buffer, CipherState
-from transport.tallies import HalfTally, UseTally
+from transport.tallies import HalfTally, ReaderTally, UseTally
 
 HEADER = Struct(">II")  # kind in the first byte, zeros; ciphertext length (tag included)
 HEADER_BYTES = HEADER.size
@@ -88,10 +88,10 @@ class _KeyUse(UseTally):
 class RecordSealer(HalfTally):
     """The sending half: plaintexts in, records out."""
 
-    __slots__ = ("_cipher", "_use", "num_rekeys")
+    __slots__ = ("_use", "num_rekeys")
 
     def __init__(self, cipher: CipherState, policy: RekeyPolicy) -> None:
-        self._cipher = cipher
+        self._cipher: CipherState = cipher
         self._use = _KeyUse(policy)
         self.num_rekeys = 0
         self.cipher_ns = 0
@@ -161,7 +161,7 @@ def parse_header_untrusted(raw: bytes | bytearray) -> RecordHeader:
 class RecordOpener(HalfTally):
     """The receiving half: records in, plaintexts out. The first failure is the last call."""
 
-    __slots__ = ("_cipher", "_use", "num_rekeys")
+    __slots__ = ("_use", "num_rekeys")
 
     def __init__(self, cipher: CipherState, policy: RekeyPolicy) -> None:
         self._cipher: CipherState | None = cipher
@@ -217,7 +217,7 @@ class RecordOpener(HalfTally):
         return header.kind, bytes(out)
 
 
-class RecordReader:
+class RecordReader(ReaderTally):
     """Received bytes in, one whole record at a time out, through one reused buffer.
 
     The buffer grows geometrically with bytes really received, never with a declared length.
@@ -226,7 +226,7 @@ class RecordReader:
     FIRST_BYTES = 64 * 1024
     MOST_BYTES = MAX_PLAINTEXT_BYTES + TAG_BYTES + HEADER_BYTES
 
-    __slots__ = ("_end", "_first", "_header", "_last", "_opener", "_start", "_store", "_view")
+    __slots__ = ("_first", "_opener", "_view")
 
     def __init__(self, opener: RecordOpener) -> None:
         self._opener = opener
@@ -264,6 +264,10 @@ class RecordReader:
     def wrote(self, num_bytes: int) -> None:
         """Tell how much of `space()` was filled."""
         self._end += num_bytes
+
+    def took(self, num_bytes: int) -> None:
+        """Tell how much of the buffer was filled from its beginning on, where it `is_empty`."""
+        self._start, self._end = 0, num_bytes
 
     def ready_untrusted(self) -> RecordHeader | None:
         """Return the header of the next record once all of it is there. Raises: RecordError."""

@@ -1,11 +1,18 @@
-"""What records count, as bases of the classes that count it.
+"""What each record needs and counts, as bases of the classes whose it is.
 
-Compiled, the compiled functions find the numbers at once: where a model's weights have just passed
+Compiled, the compiled functions find these at once: where a model's weights have just passed
 through the processor's caches, an attribute takes a Python object's whole way to it, microseconds.
 """
 
 try:
-    from transport._native import CipherTally, HalfTally, UseTally, WireTally
+    from transport._native import (
+        ArenaTally,
+        CipherTally,
+        HalfTally,
+        ReaderTally,
+        UseTally,
+        WireTally,
+    )
 except ImportError:  # the same in Python
 
     class CipherTally:  # type: ignore[no-redef]
@@ -21,7 +28,17 @@ except ImportError:  # the same in Python
     class HalfTally:  # type: ignore[no-redef]
         """One direction of a record layer."""
 
-        __slots__ = ("cipher_ns",)
+        __slots__ = ("_cipher", "cipher_ns")
+
+    class ReaderTally:  # type: ignore[no-redef]
+        """Received bytes, and how far they have been read."""
+
+        __slots__ = ("_end", "_header", "_last", "_start", "_store")
+
+    class ArenaTally:  # type: ignore[no-redef]
+        """Storage for plaintexts."""
+
+        __slots__ = ("storage",)
 
     class WireTally:  # type: ignore[no-redef]
         """A socket."""
@@ -29,4 +46,4 @@ except ImportError:  # the same in Python
         __slots__ = ("bytes_received", "bytes_sent", "fd", "recv_ns", "send_ns")
 
 
-__all__ = ["CipherTally", "HalfTally", "UseTally", "WireTally"]
+__all__ = ["ArenaTally", "CipherTally", "HalfTally", "ReaderTally", "UseTally", "WireTally"]

@@ -11,17 +11,8 @@ int64_t now_ns(void) {
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
-/* An attribute that is such an object; a new reference, NULL with an exception. */
-static PyObject *tally_of(PyObject *object, PyObject *name, PyTypeObject *type) {
-    PyObject *tally = PyObject_GetAttr(object, name);
-    if (!tally || PyObject_TypeCheck(tally, type)) return tally;
-    PyErr_Format(PyExc_TypeError, "%U is not a %s", name, type->tp_name);
-    Py_DECREF(tally);
-    return NULL;
-}
-
-int64_t number(PyObject *object, PyObject *name) {
-    PyObject *attribute = PyObject_GetAttr(object, name);
+static int64_t number(PyObject *object, const char *name) {
+    PyObject *attribute = PyObject_GetAttrString(object, name);
     int64_t value = attribute ? PyLong_AsLongLong(attribute) : -1;
     Py_XDECREF(attribute);
     return value;
@@ -37,7 +28,7 @@ PyObject *nonce_bytes(uint64_t number) {
 /* Whether the cipher lays its nonces out like this; -1 with an exception. */
 static int packs_alike(PyObject *state) {
     const uint64_t any = 0x0102030405060708;
-    PyObject *pack = PyObject_GetAttr(state, names._pack_nonce);
+    PyObject *pack = PyObject_GetAttrString(state, "_pack_nonce");
     PyObject *theirs = pack ? PyObject_CallFunction(pack, "K", any) : NULL;
     PyObject *ours = theirs ? nonce_bytes(any) : NULL;
     int is_alike = ours ? PyObject_RichCompareBool(theirs, ours, Py_EQ) : -1;
@@ -51,23 +42,28 @@ void cipher_clear(cipher_t *cipher) {
     Py_CLEAR(cipher->half);
     Py_CLEAR(cipher->state);
     Py_CLEAR(cipher->use);
+    Py_CLEAR(cipher->operation);
+}
+
+/* An attribute that is such an object; a new reference, NULL with an exception. */
+static void *tally_of(void *object, const char *name, PyTypeObject *type) {
+    PyObject *tally = PyObject_GetAttrString(object, name);
+    if (!tally || PyObject_TypeCheck(tally, type)) return tally;
+    PyErr_Format(PyExc_TypeError, "%s is not a %s", name, type->tp_name);
+    Py_DECREF(tally);
+    return NULL;
 }
 
 /* Returns 0 with an exception. */
-int cipher_init(cipher_t *cipher, PyObject *half, PyObject *operation) {
-    if (!PyObject_TypeCheck(half, &half_tally_type)) {
-        PyErr_SetString(PyExc_TypeError, "not the half of a record layer");
-        return 0;
-    }
-    cipher->half = (half_tally_t *)Py_NewRef(half);
-    cipher->operation = operation;
-    cipher->state = (cipher_tally_t *)tally_of(half, names._cipher, &cipher_tally_type);
-    if (!cipher->state) return 0;
-    cipher->use = (use_tally_t *)tally_of(half, names._use, &use_tally_type);
-    PyObject *policy = cipher->use ? PyObject_GetAttr((PyObject *)cipher->use, names._policy) : NULL;
+int cipher_init(cipher_t *cipher, half_tally_t *half, const char *operation) {
+    cipher->half = (half_tally_t *)Py_NewRef((PyObject *)half);
+    cipher->operation = PyUnicode_InternFromString(operation);
+    cipher->state = cipher->operation ? tally_of(half, "_cipher", &cipher_tally_type) : NULL;
+    cipher->use = cipher->state ? tally_of(half, "_use", &use_tally_type) : NULL;
+    PyObject *policy = cipher->use ? PyObject_GetAttrString((PyObject *)cipher->use, "_policy") : NULL;
     if (!policy) return 0;
-    cipher->max_records = number(policy, names.max_records);
-    cipher->max_bytes = number(policy, names.max_bytes);
+    cipher->max_records = number(policy, "max_records");
+    cipher->max_bytes = number(policy, "max_bytes");
     Py_DECREF(policy);
     if (PyErr_Occurred()) return 0;
     int is_alike = packs_alike((PyObject *)cipher->state);

@@ -11,7 +11,8 @@ enum { LAST_SEALED_BYTES = 1, LAST_RAW = 3 }; /* of a RecordHeader */
 typedef struct {
     PyObject_HEAD
     wire_tally_t *wire;
-    PyObject *reader, *arena;
+    reader_tally_t *reader;
+    arena_tally_t *arena;
     cipher_t cipher;
     PyObject *storage, *plain; /* the arena's when last seen, and the part of it that is returned */
 } inlet_t;
@@ -33,26 +34,24 @@ static void arrival_clear(arrival_t *arrival) {
 
 /* The part of the arena's storage for so many bytes; 0 with an exception or where it is less. */
 static int make_room(inlet_t *inlet, Py_ssize_t num_bytes) {
-    PyObject *storage = PyObject_GetAttr(inlet->arena, names.storage);
+    PyObject *storage = inlet->arena->storage;
     if (!storage) return 0;
     if (storage != inlet->storage || !inlet->plain ||
         PyMemoryView_GET_BUFFER(inlet->plain)->len != num_bytes) {
         Py_XSETREF(inlet->plain, PySequence_GetSlice(storage, 0, num_bytes));
         Py_XSETREF(inlet->storage, Py_NewRef(storage));
     }
-    Py_DECREF(storage);
     return inlet->plain && PyMemoryView_Check(inlet->plain) &&
            PyMemoryView_GET_BUFFER(inlet->plain)->len == num_bytes;
 }
 
-/* Makes ready for a record like `last`; without a header afterwards none is expected. Returns 0
- * with an exception. */
-static int expect(inlet_t *inlet, arrival_t *arrival, PyObject *last) {
-    PyObject *state = PyObject_GetAttr((PyObject *)inlet->cipher.half, names._cipher);
-    Py_XDECREF(state); /* compared only: None after a failure */
-    if (state != (PyObject *)inlet->cipher.state || !PyTuple_Check(last) ||
-        PyTuple_GET_SIZE(last) <= LAST_RAW) {
-        return !PyErr_Occurred();
+/* Makes ready for a record like the last one; without a header afterwards none is expected.
+ * Returns 0 with an exception. */
+static int expect(inlet_t *inlet, arrival_t *arrival) {
+    PyObject *last = inlet->reader->last;
+    if (inlet->cipher.half->cipher != (PyObject *)inlet->cipher.state ||
+        !PyTuple_Check(last) || PyTuple_GET_SIZE(last) <= LAST_RAW) {
+        return 1;
     }
     PyObject *header = PyTuple_GET_ITEM(last, LAST_RAW);
     arrival->num_bytes = PyLong_AsSsize_t(PyTuple_GET_ITEM(last, LAST_SEALED_BYTES)) - TAG_BYTES;
@@ -75,19 +74,11 @@ static int expect(inlet_t *inlet, arrival_t *arrival, PyObject *last) {
 /* All that can be done before anything has come. 1, 0 if the reader is in the middle of a record,
  * -1 with an exception. */
 static int get_ready(inlet_t *inlet, arrival_t *arrival) {
-    int64_t start = number(inlet->reader, names._start), end = number(inlet->reader, names._end);
-    PyObject *header = PyObject_GetAttr(inlet->reader, names._header);
-    int is_between = header == Py_None && start == end;
-    Py_XDECREF(header);
-    if (PyErr_Occurred()) return -1;
-    if (!is_between) return 0;
-    PyObject *store = PyObject_GetAttr(inlet->reader, names._store);
-    PyObject *last = store ? PyObject_GetAttr(inlet->reader, names._last) : NULL;
-    int is_ready = last && !PyObject_GetBuffer(store, &arrival->store, PyBUF_WRITABLE) &&
-                   expect(inlet, arrival, last);
-    Py_XDECREF(store);
-    Py_XDECREF(last);
-    return is_ready ? 1 : -1;
+    const reader_tally_t *reader = inlet->reader;
+    int is_empty = reader->header == Py_None && reader->start == reader->end;
+    if (!is_empty || !reader->store || !reader->last) return 0;
+    if (PyObject_GetBuffer(reader->store, &arrival->store, PyBUF_WRITABLE)) return -1;
+    return expect(inlet, arrival) ? 1 : -1;
 }
 
 /* Waits, then takes what there is; 0 with an exception, EOFError at the end. */
@@ -136,13 +127,10 @@ static int open_record(inlet_t *inlet, arrival_t *arrival) {
 }
 
 /* Tells the reader of bytes that it has to make sense of; 0 with an exception. */
-static int leave(inlet_t *inlet, Py_ssize_t received) {
-    PyObject *none = PyLong_FromLong(0), *end = PyLong_FromSsize_t(received);
-    int is_left = none && end && !PyObject_SetAttr(inlet->reader, names._start, none) &&
-                  !PyObject_SetAttr(inlet->reader, names._end, end);
-    Py_XDECREF(none);
-    Py_XDECREF(end);
-    return is_left;
+static int leave(const inlet_t *inlet, Py_ssize_t received) {
+    PyObject *told = PyObject_CallMethod((PyObject *)inlet->reader, "took", "n", received);
+    Py_XDECREF(told);
+    return told != NULL;
 }
 
 static PyObject *inlet_receive(PyObject *self, PyObject *patience) {
@@ -175,15 +163,16 @@ static void inlet_dealloc(PyObject *self) {
 static PyObject *inlet_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     PyObject *wire, *reader, *opener, *arena;
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "O!OOO", &wire_tally_type, &wire, &reader, &opener, &arena)) {
+    if (!PyArg_ParseTuple(args, "O!O!O!O!", &wire_tally_type, &wire, &reader_tally_type, &reader,
+                          &half_tally_type, &opener, &arena_tally_type, &arena)) {
         return NULL;
     }
     inlet_t *inlet = (inlet_t *)type->tp_alloc(type, 0);
     if (!inlet) return NULL;
     inlet->wire = (wire_tally_t *)Py_NewRef(wire);
-    inlet->reader = Py_NewRef(reader);
-    inlet->arena = Py_NewRef(arena);
-    if (!cipher_init(&inlet->cipher, opener, names.decrypt_into)) Py_CLEAR(inlet);
+    inlet->reader = (reader_tally_t *)Py_NewRef(reader);
+    inlet->arena = (arena_tally_t *)Py_NewRef(arena);
+    if (!cipher_init(&inlet->cipher, (half_tally_t *)opener, "decrypt_into")) Py_CLEAR(inlet);
     return (PyObject *)inlet;
 }
 

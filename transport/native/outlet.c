@@ -88,7 +88,10 @@ static PyObject *outlet_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     PyObject *wire, *sealer;
     Py_ssize_t room;
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "O!On", &wire_tally_type, &wire, &sealer, &room)) return NULL;
+    if (!PyArg_ParseTuple(args, "O!O!n", &wire_tally_type, &wire, &half_tally_type, &sealer,
+                          &room)) {
+        return NULL;
+    }
     outlet_t *outlet = (outlet_t *)type->tp_alloc(type, 0);
     if (!outlet) return NULL;
     outlet->wire = (wire_tally_t *)Py_NewRef(wire);
@@ -97,7 +100,7 @@ static PyObject *outlet_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     outlet->record = room < 0 ? NULL : PyMem_Malloc((size_t)room + HEADER_BYTES);
     if (outlet->nothing && !outlet->record) PyErr_NoMemory();
     if (!outlet->nothing || !outlet->record ||
-        !cipher_init(&outlet->cipher, sealer, names.encrypt_into)) {
+        !cipher_init(&outlet->cipher, (half_tally_t *)sealer, "encrypt_into")) {
         Py_CLEAR(outlet);
     }
     return (PyObject *)outlet;

@@ -17,15 +17,7 @@
 
 enum { HEADER_BYTES = 8, TAG_BYTES = 16, FRAME = 2 };
 
-/* module.c: attributes that are read */
-struct names {
-    PyObject *_start, *_end, *_header, *_last, *_store, *storage;
-    PyObject *_cipher, *_use, *_pack_nonce, *_policy, *max_records, *max_bytes;
-    PyObject *decrypt_into, *encrypt_into;
-};
-extern struct names names;
-
-/* tallies.c: what is counted, in bases of Python classes */
+/* tallies.c: what is read and counted for each record, in bases of Python classes */
 typedef struct {
     PyObject_HEAD
     uint64_t nonce;
@@ -40,28 +32,40 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     int64_t cipher_ns;
+    PyObject *cipher; /* a cipher_tally_t, or None after a failure */
 } half_tally_t;
+
+typedef struct {
+    PyObject_HEAD
+    int64_t start, end;             /* of what is in the store and has not been read */
+    PyObject *store, *header, *last; /* last: the header of the record before */
+} reader_tally_t;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *storage;
+} arena_tally_t;
 
 typedef struct {
     PyObject_HEAD
     int64_t fd, bytes_sent, bytes_received, send_ns, recv_ns;
 } wire_tally_t;
 
-extern PyTypeObject cipher_tally_type, use_tally_type, half_tally_type, wire_tally_type;
+extern PyTypeObject cipher_tally_type, use_tally_type, half_tally_type, reader_tally_type,
+    arena_tally_type, wire_tally_type;
 
 /* cipher.c: one direction's */
 typedef struct {
     half_tally_t *half; /* a RecordSealer or RecordOpener */
     cipher_tally_t *state;
     use_tally_t *use;
-    PyObject *operation; /* the name of encrypt_into or decrypt_into */
+    PyObject *operation; /* its name: encrypt_into or decrypt_into */
     int64_t max_records, max_bytes;
 } cipher_t;
 
 int64_t now_ns(void);
-int64_t number(PyObject *object, PyObject *name); /* an attribute, as a number */
 PyObject *nonce_bytes(uint64_t number);
-int cipher_init(cipher_t *cipher, PyObject *half, PyObject *operation);
+int cipher_init(cipher_t *cipher, half_tally_t *half, const char *operation);
 void cipher_clear(cipher_t *cipher);
 int may_go_on(const cipher_t *cipher, int64_t num_bytes);
 int apply(const cipher_t *cipher, PyObject *nonce, PyObject *from, PyObject *header,

@@ -5,9 +5,10 @@
 #include <structmember.h>
 
 #define NUMBER(TYPE, NAME) {#NAME, T_LONGLONG, offsetof(TYPE, NAME), 0, NULL}
+#define OBJECT(TYPE, MEMBER, NAME) {NAME, T_OBJECT_EX, offsetof(TYPE, MEMBER), 0, NULL}
 static PyMemberDef cipher_members[] = {
     {"nonce", T_ULONGLONG, offsetof(cipher_tally_t, nonce), 0, NULL},
-    {"_cipher", T_OBJECT_EX, offsetof(cipher_tally_t, aead), 0, NULL},
+    OBJECT(cipher_tally_t, aead, "_cipher"),
     {0},
 };
 static PyMemberDef use_members[] = {
@@ -17,6 +18,19 @@ static PyMemberDef use_members[] = {
 };
 static PyMemberDef half_members[] = {
     NUMBER(half_tally_t, cipher_ns),
+    OBJECT(half_tally_t, cipher, "_cipher"),
+    {0},
+};
+static PyMemberDef reader_members[] = {
+    {"_start", T_LONGLONG, offsetof(reader_tally_t, start), 0, NULL},
+    {"_end", T_LONGLONG, offsetof(reader_tally_t, end), 0, NULL},
+    OBJECT(reader_tally_t, store, "_store"),
+    OBJECT(reader_tally_t, header, "_header"),
+    OBJECT(reader_tally_t, last, "_last"),
+    {0},
+};
+static PyMemberDef arena_members[] = {
+    OBJECT(arena_tally_t, storage, "storage"),
     {0},
 };
 static PyMemberDef wire_members[] = {
@@ -27,6 +41,24 @@ static PyMemberDef wire_members[] = {
 
 static void cipher_dealloc(PyObject *self) {
     Py_CLEAR(((cipher_tally_t *)self)->aead);
+    Py_TYPE(self)->tp_free(self);
+}
+
+static void half_dealloc(PyObject *self) {
+    Py_CLEAR(((half_tally_t *)self)->cipher);
+    Py_TYPE(self)->tp_free(self);
+}
+
+static void reader_dealloc(PyObject *self) {
+    reader_tally_t *reader = (reader_tally_t *)self;
+    Py_CLEAR(reader->store);
+    Py_CLEAR(reader->header);
+    Py_CLEAR(reader->last);
+    Py_TYPE(self)->tp_free(self);
+}
+
+static void arena_dealloc(PyObject *self) {
+    Py_CLEAR(((arena_tally_t *)self)->storage);
     Py_TYPE(self)->tp_free(self);
 }
 
@@ -42,5 +74,7 @@ static void cipher_dealloc(PyObject *self) {
     };
 TALLY(cipher, CipherTally, cipher_dealloc)
 TALLY(use, UseTally, NULL)
-TALLY(half, HalfTally, NULL)
+TALLY(half, HalfTally, half_dealloc)
+TALLY(reader, ReaderTally, reader_dealloc)
+TALLY(arena, ArenaTally, arena_dealloc)
 TALLY(wire, WireTally, NULL)
