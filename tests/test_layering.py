@@ -28,6 +28,7 @@ LAYERS = [
     "transport.records",
     "transport.handshake transport.frames",
     "transport.framing",
+    "transport.single_records",
     "transport.channel",
     "transport.relay",
     "transport.relay_manifest",

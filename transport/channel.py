@@ -25,12 +25,8 @@ from transport.handshake import (
     with_length,
 )
 from transport.records import OVERHEAD_BYTES, RekeyPolicy
+from transport.single_records import Inlet, Outlet
 from transport.wire import Wire
-
-try:
-    from transport import _native
-except ImportError:  # it saves time and does nothing else
-    _native = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +61,9 @@ class SecureChannel(trio.abc.Channel[Frame]):
         # What holds the times of `stats`, for whoever reads them often.
         self.clocks = (session.sealer, session.opener, wire)
         self._sender = FrameSender(session.sealer)
-        self._receiver = FrameReceiver(session.opener, limits)
-        self._inlet = self._outlet = None
-        if _native is not None:
-            receiver = self._receiver
-            self._inlet = _native.Inlet(wire, receiver.reader, session.opener, receiver.arena)
-            self._outlet = _native.Outlet(wire, session.sealer, INLINE_BYTES + OVERHEAD_BYTES)
+        self._receiver = receiver = FrameReceiver(session.opener, limits)
+        self._inlet = Inlet(wire, receiver.reader, session.opener, receiver.arena)
+        self._outlet = Outlet(wire, session.sealer, INLINE_BYTES + OVERHEAD_BYTES)
         self._is_sending = False
         self._is_receiving = False
         self._frames_sent = 0
@@ -103,7 +96,7 @@ class SecureChannel(trio.abc.Channel[Frame]):
         That saves the loop's work for each frame, of which there is one for every token. Meanwhile
         all other tasks stand still, so it is for processes that have nothing better to do.
         """
-        self._wire.wait_in_place(patience_ms)
+        self._wire.patience_ms = patience_ms
 
     async def send(self, frame: Frame) -> None:
         """Send one frame.
@@ -190,13 +183,9 @@ class SecureChannel(trio.abc.Channel[Frame]):
         try:
             if not receiver.is_idle:
                 return receiver.peek()  # a peer may send faster than its frames are dealt with
-            if self._inlet is None or not wire.patience_ms:
-                if not wire.has_come():
-                    return None
-                receiver.wrote(wire.try_receive(receiver.space()))
-                return receiver.peek()
-            receiver.peeked = plain = self._inlet.receive(wire.patience_ms)
-            return receiver.peek() if plain is None else plain
+            if not wire.patience_ms:
+                return None
+            return receiver.peek(self._inlet.receive(wire.patience_ms))
         except EOFError as error:
             raise wire.ended() from error
         except OSError as error:
@@ -217,7 +206,7 @@ class SecureChannel(trio.abc.Channel[Frame]):
             raise self._unusable()
         self._is_sending = True
         try:
-            rest = None if self._outlet is None else self._outlet.send(form.plain)
+            rest = self._outlet.send(form.plain)
             if rest is None:
                 data = self._sender.seal_head(form.plain)
                 rest = data[wire.try_send(data) :]

@@ -66,38 +66,41 @@ class FrameReceiver:
         self._layout: Layout | None = None
         self._storage: memoryview | None = None
         self._tensors: tuple[Tensor, ...] = ()
-        self.peeked: memoryview | None = None
+        self._peeked: memoryview | None = None
         self.is_ended = False
 
     @property
     def is_idle(self) -> bool:
         """Whether a next frame may come and no byte of it has: waiting can be given up."""
-        if self._body is not None or self.peeked is not None or self.is_ended:
+        if self._body is not None or self._peeked is not None or self.is_ended:
             return False
         return self.reader.is_empty
 
-    def peek(self) -> memoryview | None:
+    def peek(self, opened: memoryview | None = None) -> memoryview | None:
         """The plaintext of the next frame's head, if that is there; until `drop` it is still next.
 
+        `opened`: that plaintext, where its record has been opened already, into the arena.
         Raises: RecordError; the channel is then over.
         """
-        if self.peeked is None and self._body is None and not self.is_ended:
+        if opened is not None:
+            self._peeked = opened
+        elif self._peeked is None and self._body is None and not self.is_ended:
             record = self.reader.ready_untrusted()
             if record is not None and record.kind is FRAME:
-                self.peeked = self._open(record)
-        return self.peeked
+                self._peeked = self._open(record)
+        return self._peeked
 
     def drop(self) -> None:
         """The frame whose head was peeked at had no more than that, and has been dealt with."""
-        self.peeked = None
+        self._peeked = None
 
     def next_frame_untrusted(self) -> Frame | None:
         """Return the next whole frame, or None while bytes are missing or after the close.
 
         Raises: RecordError, FrameError; the channel is then over.
         """
-        if self.peeked is not None:
-            plain, self.peeked = self.peeked, None
+        if self._peeked is not None:
+            plain, self._peeked = self._peeked, None
             frame = self._take_head(plain)
             if frame is not None:
                 return frame

@@ -13,7 +13,10 @@ try:
         UseTally,
         WireTally,
     )
-except ImportError:  # the same in Python
+
+    IS_COMPILED = True
+except ImportError:  # there is none, or it was built from other sources: the same in Python
+    IS_COMPILED = False
 
     class CipherTally:  # type: ignore[no-redef]
         """A key, and the number of the next message under it."""

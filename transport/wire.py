@@ -41,8 +41,9 @@ class Wire(WireTally):
         self.fd = sock.fileno()
         self.is_closed = False
         self._unwaited = 0
-        self._poll: select.poll | None = None
-        self.patience_ms = 0
+        self._poll = select.poll()
+        self._poll.register(self.fd, select.POLLIN)
+        self.patience_ms = 0  # see `SecureChannel.wait_in_place`
         self._looped_ns = 0
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -66,14 +67,6 @@ class Wire(WireTally):
             self._unwaited = 0
             await trio.lowlevel.checkpoint()
 
-    def wait_in_place(self, patience_ms: int) -> None:
-        """See `SecureChannel.wait_in_place`."""
-        self._poll = None
-        self.patience_ms = patience_ms
-        if patience_ms and not self.is_closed:
-            self._poll = select.poll()
-            self._poll.register(self.fd, select.POLLIN)
-
     @property
     def is_turn_due(self) -> bool:
         """Whether other tasks have stood still for a while: best asked while nothing has come."""
@@ -86,17 +79,18 @@ class Wire(WireTally):
         if self.is_closed:
             raise trio.ClosedResourceError(CLOSED)
 
-    def has_come(self) -> bool:
-        """Wait in place, where that has been asked for; whether there is something to receive."""
-        return self._poll is not None and bool(self._poll.poll(self.patience_ms))
+    def has_come(self, patience_ms: int) -> bool:
+        """Wait in place, that long at most; whether there is something to receive."""
+        return bool(self._poll.poll(patience_ms))
 
     async def readable(self) -> None:
         """Wait until there is something to receive, or the end."""
-        if self._poll is not None and self.is_turn_due:
-            await self.fair_turn()
-        if self.has_come():
-            await trio.lowlevel.checkpoint_if_cancelled()
-            return
+        if self.patience_ms:
+            if self.is_turn_due:
+                await self.fair_turn()
+            if self.has_come(self.patience_ms):
+                await trio.lowlevel.checkpoint_if_cancelled()
+                return
         self._unwaited = 0  # what waits lets the others run
         await trio.lowlevel.wait_readable(self.fd)
 

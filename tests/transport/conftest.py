@@ -11,7 +11,7 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from transport import channel, handshake
+from transport import channel, handshake, single_records, tallies
 from transport.attestation.evidence import Attested, EvidenceKind, user_data
 from transport.channel import accept_channel, connect_channel
 from transport.errors import AttestationError
@@ -130,6 +130,12 @@ def open_sockets():
     return found
 
 
+def without_compiled_records(monkeypatch):
+    """Channels made from now on pass no single record through a compiled call."""
+    monkeypatch.setattr(channel, "Inlet", single_records.PlainInlet)
+    monkeypatch.setattr(channel, "Outlet", single_records.PlainOutlet)
+
+
 @pytest.fixture(scope="session")
 def toy():
     """Everything above, by name."""
@@ -148,14 +154,15 @@ def toy():
         tcp_pair=tcp_pair,
         channels=make_channels,
         open_sockets=open_sockets,
+        without_compiled_records=without_compiled_records,
     )
 
 
 @pytest.fixture(params=["compiled", "interpreted"])
 def records_by(request, monkeypatch):
     """Channels that pass single records through the compiled functions, or do without them."""
-    if request.param == "compiled" and channel._native is None:
+    if request.param == "compiled" and not tallies.IS_COMPILED:
         pytest.skip("transport._native is not compiled")
     if request.param == "interpreted":
-        monkeypatch.setattr(channel, "_native", None)
+        without_compiled_records(monkeypatch)
     return request.param

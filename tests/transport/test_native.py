@@ -4,20 +4,38 @@ import os
 import random
 import socket
 import struct
+import subprocess
 import sys
 
 import pytest
 import trio
 
-from transport import channel
 from transport.errors import ConnectionLost, MisuseError, RecordError
 from transport.frames import INLINE_BYTES, FrameForm
 from transport.noise import REKEY_NONCE
 from transport.records import HEADER_BYTES, OVERHEAD_BYTES, RekeyPolicy
+from transport.single_records import Inlet
+from transport.tallies import IS_COMPILED
 
-pytestmark = pytest.mark.skipif(channel._native is None, reason="not compiled")
+pytestmark = pytest.mark.skipif(not IS_COMPILED, reason="not compiled")
 
 PATIENCE_MS = 500
+
+
+WITHOUT_IT = """
+import sys, types
+sys.modules["transport._native"] = {module}
+from transport import channel, framing, frames, noise, records, tallies
+assert not tallies.IS_COMPILED
+first, second = [noise.CipherState(noise.AEADS["ChaChaPoly"], bytes(32)) for _ in range(2)]
+sender = framing.FrameSender(records.RecordSealer(first, records.RekeyPolicy()))
+opener = records.RecordOpener(second, records.RekeyPolicy())
+receiver = framing.FrameReceiver(opener, frames.FrameLimits(100, 1, 1000))
+data, _ = sender.begin(frames.Frame(frames.FrameKind.DATA, b"header", ()))
+receiver.space()[: len(data)] = data
+receiver.wrote(len(data))
+assert receiver.next_frame_untrusted().header == b"header"
+"""
 
 
 async def connected(toy, **options):
@@ -69,7 +87,7 @@ async def traffic(toy, seed, *, is_compiled, monkeypatch):
     """
     with monkeypatch.context() as patch:
         if not is_compiled:
-            patch.setattr(channel, "_native", None)
+            toy.without_compiled_records(patch)
         near, far = await toy.channels(rekey=RekeyPolicy(max_records=7, max_bytes=20_000))
     far.wait_in_place(PATIENCE_MS)
     choose = random.Random(seed)
@@ -258,5 +276,11 @@ async def test_what_is_no_buffer_is_misuse(toy):
     with pytest.raises(TypeError):
         far._inlet.receive("soon")
     with pytest.raises(TypeError):
-        channel._native.Inlet(1)
+        Inlet(1)
     await close_all(near, far)
+
+
+@pytest.mark.parametrize("module", ["None", "types.ModuleType('of_other_sources')"])
+def test_where_it_is_absent_or_was_built_from_other_sources_all_goes_without_it(module):
+    script = WITHOUT_IT.format(module=module)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
