@@ -10,6 +10,7 @@ import sys
 import pytest
 import trio
 
+from transport import handshake
 from transport.errors import ConnectionLost, MisuseError, RecordError
 from transport.frames import INLINE_BYTES, FrameForm
 from transport.noise import REKEY_NONCE
@@ -220,6 +221,20 @@ async def test_a_frame_that_has_no_room_or_no_key_is_left_to_the_ordinary_way(to
     assert near._outlet.send(form.plain) is not None
     assert near._outlet.send(form.plain) is None  # the key is spent
     assert await far.peek() == form.plain
+    await close_all(near, far)
+
+
+async def test_a_cipher_that_lays_out_its_nonces_otherwise_is_left_to_the_ordinary_way(
+    toy, monkeypatch
+):
+    monkeypatch.setattr(handshake, "PROTOCOL_NAME", "Noise_XX_25519_AESGCM_SHA256")
+    near, far, form = await connected(toy)
+    assert near._outlet.send(form.plain) is None
+    for _ in range(3):
+        await near.send_form(form)
+        assert far._inlet.receive(PATIENCE_MS) is None
+        assert await far.peek() == form.plain
+        far.drop()
     await close_all(near, far)
 
 

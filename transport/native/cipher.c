@@ -67,8 +67,8 @@ int cipher_init(cipher_t *cipher, half_tally_t *half, const char *operation) {
     Py_DECREF(policy);
     if (PyErr_Occurred()) return 0;
     int is_alike = packs_alike((PyObject *)cipher->state);
-    if (is_alike == 0) PyErr_SetString(PyExc_ValueError, "another cipher lays out nonces otherwise");
-    return is_alike == 1;
+    if (!is_alike) cipher->max_records = 0; /* every record is left to the ordinary way */
+    return is_alike >= 0;
 }
 
 /* Whether a record of so many bytes may be next under this key. */

@@ -9,7 +9,7 @@ typedef struct {
     PyObject_HEAD
     wire_tally_t *wire;
     cipher_t cipher;
-    char *record;
+    char *record; /* many channels never send one: made for the first */
     Py_ssize_t room, num_bytes; /* of the plaintext that header and sealed are for */
     PyObject *header, *sealed, *nothing;
 } outlet_t;
@@ -17,6 +17,11 @@ typedef struct {
 /* Where a record of so many bytes goes; 0 with an exception. */
 static int lay_out(outlet_t *outlet, Py_ssize_t num_bytes) {
     if (outlet->num_bytes == num_bytes) return 1;
+    if (!outlet->record) outlet->record = PyMem_Malloc((size_t)outlet->room);
+    if (!outlet->record) {
+        PyErr_NoMemory();
+        return 0;
+    }
     Py_ssize_t sealed_bytes = num_bytes + TAG_BYTES;
     unsigned char header[HEADER_BYTES] = {FRAME};
     for (int i = 0; i < 4; i++) header[4 + i] = (unsigned char)(sealed_bytes >> (24 - 8 * i));
@@ -97,10 +102,7 @@ static PyObject *outlet_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     outlet->wire = (wire_tally_t *)Py_NewRef(wire);
     outlet->room = room;
     outlet->nothing = PyMemoryView_FromMemory("", 0, PyBUF_READ);
-    outlet->record = room < 0 ? NULL : PyMem_Malloc((size_t)room + HEADER_BYTES);
-    if (outlet->nothing && !outlet->record) PyErr_NoMemory();
-    if (!outlet->nothing || !outlet->record ||
-        !cipher_init(&outlet->cipher, (half_tally_t *)sealer, "encrypt_into")) {
+    if (!outlet->nothing || !cipher_init(&outlet->cipher, (half_tally_t *)sealer, "encrypt_into")) {
         Py_CLEAR(outlet);
     }
     return (PyObject *)outlet;
