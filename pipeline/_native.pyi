@@ -35,8 +35,12 @@ def features() -> tuple[str, ...]:
     "bf16_dot": this CPU multiplies bf16 itself, faster than weights can be widened.
     """
 
-def set_num_threads(num_threads: int, /) -> None:
-    """Compute with at most that many threads, the caller's included; 1 at first."""
+def set_num_threads(num_threads: int, /, *cpus: int) -> None:
+    """Compute with at most that many threads, the caller's included; 1 at first.
+
+    `cpus`: none, or one for each. Threads made from now on stay on theirs; the first is the
+    caller's, who has to see to itself.
+    """
 
 class Program:
     """Calls of this module, recorded once and then made by one call.

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -43,8 +44,14 @@ def tasks(args: argparse.Namespace) -> list[Task]:
     return [found[name] for name in args.measure]
 
 
+def cpus_for(threads: int) -> tuple[int, ...]:
+    """The same for every contender; none where there are too few, or none can be chosen."""
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return tuple(usable[:threads]) if threads <= len(usable) and shutil.which("taskset") else ()
+
+
 def hold(args: argparse.Namespace, threads: int, model_dir: Path) -> Heat:
-    field = Field(model_dir, threads, args.cache)
+    field = Field(model_dir, threads, args.cache, cpus_for(threads) if args.pin else ())
     contenders, missing = [floor(field)], {}
     for name, made in assemble(matching(args.contenders), field):
         if isinstance(made, str):
@@ -114,6 +121,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=wholes(1), default=[1, 2],
         help="of every process that computes; a comparison for each (default 1,2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pin", action=argparse.BooleanOptionalAction, default=True,
+        help="keep whatever computes on the same CPUs, as many as threads (default); who only "
+        "drives others may use all",
     )  # fmt: skip
     parser.add_argument("--rounds", type=whole(1), default=5)
     parser.add_argument("--tokens", type=whole(4), default=24, help="generated per round")

@@ -34,7 +34,8 @@ LAYERS = [
     "transport.relay_manifest",
     "transport.relay_cli",
     # pipeline
-    "pipeline.errors pipeline.tasks pipeline.models.runtime",
+    "pipeline.errors pipeline.tasks",
+    "pipeline.models.runtime",
     "pipeline.files pipeline.rotation pipeline.dtypes pipeline.models.batch",
     "pipeline.sampling.params pipeline.sampling.processors pipeline.sampling.stop",
     "pipeline.sampling.sampler",

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -68,8 +69,12 @@ def serve(
         str, typer.Option(help="Arithmetic: auto, native (AVX-512) or torch.")
     ] = "auto",
     threads: Annotated[
-        int, typer.Option(min=1, max=1024, metavar="N", help="Threads for this stage.")
-    ] = 1,
+        int | None, typer.Option(min=1, max=1024, metavar="N", help="Threads for this stage [1].")
+    ] = None,
+    cpus: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="CPUs to pin them to, one each: 0-3,8 [none]."),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
     kv_memory: Annotated[
         float | None,
@@ -115,7 +120,9 @@ def serve(
             "give --control-listen and --data-in-listen"
         )
     precision = _precision(dtype, stage)
-    set_num_threads(threads)
+    pinned = _cpus(cpus, threads)
+    num_threads = len(pinned) or threads or 1
+    set_num_threads(num_threads, pinned)
     shard = _load(loaded, stage_idx, model_dir, precision, kernels, device)
     setup = StageSetup(
         manifest=loaded,
@@ -123,7 +130,7 @@ def serve(
         shard=shard,
         trust=trust,
         precision=precision,
-        num_threads=threads,
+        num_threads=num_threads,
         device=device,
         max_kv_bytes=shard.kernels.free_bytes() if kv_memory is None else int(kv_memory * GIB),
         data_out=data_out,
@@ -147,6 +154,24 @@ def _precision(flag: str | None, stage: StageSpec) -> Precision:
             "all parties have to agree"
         )
     return precision
+
+
+def _cpus(flag: str | None, threads: int | None) -> tuple[int, ...]:
+    """The CPUs of `0-3,8`, in that order."""
+    if flag is None:
+        return ()
+    found: list[int] = []
+    for part in flag.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        if match is None:
+            raise InputError(f"--cpus {flag}: expected CPUs like 0-3,8")
+        first = int(match[1])
+        found += range(first, int(match[2] or first) + 1)
+    if not found or len(set(found)) != len(found):
+        raise InputError(f"--cpus {flag}: expected each CPU once")
+    if threads not in {None, len(found)}:
+        raise InputError(f"--cpus {flag} has {len(found)} CPUs for --threads {threads}")
+    return tuple(found)
 
 
 def _load(

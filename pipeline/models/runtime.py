@@ -9,11 +9,14 @@ anyway. It also makes a single row's product the same for any count.
 
 import contextlib
 import ctypes
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from pipeline.errors import InputError
 
 # OpenBLAS exports its names with the prefix and suffix it was built with.
 _SETTERS = (
@@ -26,27 +29,50 @@ _SETTERS = (
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE_BLOCK = 1 << 20
 
-_asked: dict[str, int] = {}  # torch's threads, for when it is imported
+# Threads and CPUs for torch, for when it is imported.
+_asked: tuple[int, Sequence[int]] | None = None
 
 
-def set_num_threads(num_threads: int) -> None:
-    """Let this process compute with at most `num_threads` threads at a time."""
+def set_num_threads(num_threads: int, cpus: Sequence[int] = ()) -> None:
+    """Let this process compute with at most `num_threads` threads at a time.
+
+    `cpus`: none, or one for each; native kernels' threads stay on theirs, the first of them this
+    one. torch's share them. Raises InputError for CPUs that this process may not use.
+    """
+    global _asked  # noqa: PLW0603 - as global as what it governs
     if num_threads < 1:
         raise ValueError(f"num_threads={num_threads}: at least one thread computes")
-    _asked["torch"] = num_threads
+    if cpus:
+        _check_cpus(cpus)
+    _asked = num_threads, cpus
     limit_torch()
     pin_blas()
     with contextlib.suppress(ImportError):
         from pipeline import _native  # noqa: PLC0415 (may be absent)
 
         if _native.features():  # else it offers nothing more on this processor
-            _native.set_num_threads(num_threads)
+            _native.set_num_threads(num_threads, *cpus)
+            if cpus:
+                os.sched_setaffinity(0, cpus[:1])
+
+
+def _check_cpus(cpus: Sequence[int]) -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        raise InputError("this system does not let a process choose its CPUs")
+    usable = os.sched_getaffinity(0)
+    for cpu in cpus:
+        if cpu not in usable:
+            names = ", ".join(map(str, sorted(usable)))
+            raise InputError(f"CPU {cpu} is not one that this process may use ({names})")
 
 
 def limit_torch() -> None:
     """Hold torch to what was asked for, if it was imported, which only some kernels do."""
-    if "torch" in sys.modules and "torch" in _asked:
-        sys.modules["torch"].set_num_threads(_asked["torch"])
+    if "torch" in sys.modules and _asked is not None:
+        num_threads, cpus = _asked
+        sys.modules["torch"].set_num_threads(num_threads)
+        if cpus:  # before it makes its threads, which inherit that
+            os.sched_setaffinity(0, cpus)
 
 
 def return_large_blocks() -> None:

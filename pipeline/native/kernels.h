@@ -25,9 +25,10 @@ typedef struct {
     uint8_t weights[SUPER / 4][BLOCK][4];  /* + 128 */
 } super_t;
 
+enum { MAX_THREADS = 256, MAX_CPUS = 1024 }; /* as many as a cpu_set_t holds */
 /* threads.c: chunks 0..num_chunks of a job, run by the caller and whichever workers are free. */
 typedef void (*chunk_fn)(void *job, size_t chunk);
-void pool_set_num_threads(size_t num_threads);
+void pool_set_num_threads(size_t num_threads, const int *cpus); /* NULL, or one CPU for each */
 size_t pool_num_threads(void);
 void pool_run(chunk_fn run, void *job, size_t num_chunks);
 size_t pool_num_chunks(size_t num_units); /* a good number of chunks for that many units of work */

@@ -10,12 +10,21 @@ static int64_t number(PyObject *arg) {
     return -1;
 }
 
-static PyObject *py_set_num_threads(PyObject *self, PyObject *arg) {
+static PyObject *py_set_num_threads(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     (void)self;
-    int64_t num_threads = number(arg);
+    if (given < 1) return PyErr_Format(PyExc_TypeError, "expected a number of threads, and CPUs");
+    int64_t num_threads = number(args[0]);
     if (num_threads < 0) return NULL;
     if (num_threads < 1) return refuse((refusal_t){"num_threads", num_threads});
-    pool_set_num_threads((size_t)num_threads);
+    if (given > 1 && given - 1 != num_threads) return refuse((refusal_t){"CPUs", given - 1});
+    int cpus[MAX_THREADS];
+    for (Py_ssize_t i = 0; i < given - 1; i++) {
+        int64_t cpu = number(args[1 + i]);
+        if (cpu < 0) return NULL;
+        if (i >= MAX_THREADS || cpu >= MAX_CPUS) return refuse((refusal_t){"CPU", cpu});
+        cpus[i] = (int)cpu;
+    }
+    pool_set_num_threads((size_t)num_threads, given > 1 ? cpus : NULL);
     Py_RETURN_NONE;
 }
 
@@ -57,7 +66,7 @@ CALLS(FUNCTION)
 #define FAST(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL},
 static PyMethodDef methods[] = {
     {"features", py_features, METH_NOARGS, NULL},
-    {"set_num_threads", py_set_num_threads, METH_O, NULL},
+    FAST(set_num_threads)
     FAST(packed_bytes)
     CALLS(FAST) {NULL, NULL, 0, NULL},
 };

@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-enum { MAX_THREADS = 256, CHUNKS_PER_THREAD = 4, SPIN_NS = 40000, LOOKS_PER_TIME = 64 };
+enum { CHUNKS_PER_THREAD = 4, SPIN_NS = 40000, LOOKS_PER_TIME = 64 };
 enum { PATIENT_LOOKS = 1000 };
 
 static struct {
@@ -26,6 +26,8 @@ static struct {
     size_t num_chunks;
     _Atomic size_t num_threads;
     size_t num_started;
+    bool is_pinned;
+    int cpus[MAX_THREADS];
     uint32_t generation;
     pthread_mutex_t busy, parking;
     pthread_cond_t wake;
@@ -100,21 +102,39 @@ static void forget_workers(void) {
     pthread_cond_init(&pool.wake, NULL);
 }
 
+/* Returns an errno; `pool.cpus` holds for workers that are yet to be made. */
+static int start_worker(size_t worker) {
+    pthread_attr_t attributes;
+    int failure = pthread_attr_init(&attributes);
+    if (failure) return failure;
+    if (pool.is_pinned) {
+        cpu_set_t own;
+        CPU_ZERO(&own);
+        CPU_SET(pool.cpus[worker], &own);
+        pthread_attr_setaffinity_np(&attributes, sizeof own, &own);
+    }
+    pthread_t thread;
+    failure = pthread_create(&thread, &attributes, work, (void *)(uintptr_t)worker);
+    pthread_attr_destroy(&attributes);
+    if (!failure) pthread_detach(thread);
+    return failure;
+}
+
 /* Makes the workers that are missing; fewer than asked for if the system refuses. */
 static void start_workers(void) {
     static bool is_told_of_forks = false;
     if (!is_told_of_forks) is_told_of_forks = !pthread_atfork(NULL, NULL, forget_workers);
     while (pool.num_started + 1 < pool.num_threads) {
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, work, (void *)(uintptr_t)(pool.num_started + 1))) return;
-        pthread_detach(thread);
+        if (start_worker(pool.num_started + 1)) return;
         pool.num_started++;
     }
 }
 
-void pool_set_num_threads(size_t num_threads) {
+void pool_set_num_threads(size_t num_threads, const int *cpus) {
     pthread_mutex_lock(&pool.busy);
     pool.num_threads = num_threads < MAX_THREADS ? num_threads : MAX_THREADS;
+    pool.is_pinned = cpus != NULL;
+    for (size_t i = 0; cpus && i < pool.num_threads; i++) pool.cpus[i] = cpus[i];
     pthread_mutex_unlock(&pool.busy);
 }
 

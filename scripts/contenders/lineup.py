@@ -34,14 +34,22 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class Field:
-    """The model, the threads of every computing process, and where derived files are kept."""
+    """The model, the threads of every computing process, and where derived files are kept.
+
+    `cpus`: what computes is pinned to these, as many as threads; none leaves that to the system.
+    """
 
     model_dir: Path
     threads: int
     cache: Path
+    cpus: tuple[int, ...] = ()
 
     def script(self, name: str, *args: object) -> tuple[str, ...]:
         return (sys.executable, str(HERE / name), *map(str, args))
+
+    def pinned(self, command: tuple[str, ...]) -> tuple[str, ...]:
+        """A command for something that knows no pinning of its own."""
+        return ("taskset", "-c", ",".join(map(str, self.cpus)), *command) if self.cpus else command
 
     def derived(self, suffix: str) -> Path:
         return self.cache / "models" / f"{self.model_dir.resolve().name}-{suffix}"
@@ -105,7 +113,7 @@ def num_weights_read(model_dir: Path) -> int:
 
 def veilpipe(field: Field, kind: str, stages: int, wire: str = "F32") -> Contender:
     script = ("veilpipe_stages.py", field.model_dir, kind, field.threads, stages, wire)
-    command = field.script(*script)
+    command = field.script(*script, *field.cpus)
     where = f"{stages} stages, encrypted" if stages else "one process"
     where += f", wire {wire}" if wire != "F32" else ""
     return Contender(
@@ -116,33 +124,35 @@ def veilpipe(field: Field, kind: str, stages: int, wire: str = "F32") -> Contend
 def transformers(field: Field, kind: str) -> Contender:
     need("transformers")
     command = field.script("transformers_cpu.py", field.model_dir, kind, field.threads)
+    command = field.pinned(command)
     return Contender(f"transformers {kind}", kind, "transformers", 1, field.threads, command)
 
 
 def ctranslate2(field: Field, kind: str) -> Contender:
     need("ctranslate2")
     command = field.script("ctranslate2_cpu.py", field.ctranslate2(kind), field.threads)
+    command = field.pinned(command)
     return Contender(f"CTranslate2 {kind}", kind, "ctranslate2", 1, field.threads, command)
 
 
 def llama_cpp(field: Field, kind: str) -> Contender:
     command = (str(field.llama_cpp()), str(field.gguf(kind)), str(field.threads))
+    command = field.pinned(command)
     name = f"llama.cpp {GGUF_TYPES[kind]}"
     return Contender(name, kind, "llama.cpp", 1, field.threads, command)
 
 
 def llama_cpp_rpc(field: Field, kind: str) -> Contender:
     server = field.cache / "llama.cpp" / "build" / "bin" / "ggml-rpc-server"
-    command = field.script(
-        "llama_cpp_rpc.py", server, field.llama_cpp(), field.gguf(kind), field.threads
-    )
+    servers = (server, field.llama_cpp(), field.gguf(kind), field.threads)
+    command = field.script("llama_cpp_rpc.py", *servers, *field.cpus)
     name = f"llama.cpp {GGUF_TYPES[kind]}, 2 RPC servers, in the clear"
     return Contender(name, kind, "llama.cpp rpc", 2, field.threads, command)
 
 
 def floor(field: Field) -> Contender:
     num_bytes = num_weights_read(field.model_dir) * BYTES_PER_WEIGHT["float32"]
-    command = field.script("memory_floor.py", num_bytes, field.threads)
+    command = field.pinned(field.script("memory_floor.py", num_bytes, field.threads))
     return Contender(FLOOR, "float32", "floor", 1, field.threads, command)
 
 

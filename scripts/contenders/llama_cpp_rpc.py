@@ -1,7 +1,7 @@
-"""llama.cpp over its own RPC: llama_cpp_rpc.py SERVER LLAMA_CPP MODEL.gguf THREADS [SERVERS].
+"""llama.cpp over its own RPC: llama_cpp_rpc.py SERVER LLAMA_CPP MODEL.gguf THREADS [CPU ...].
 
-Starts that many RPC servers on loopback (in the clear: it knows no other way), each with THREADS,
-and lets llama_cpp, which speaks the protocol, split the layers over them.
+Starts two RPC servers on loopback (in the clear: it knows no other way), each with THREADS, on the
+CPUs if any are given, and lets llama_cpp, which speaks the protocol, split the layers over them.
 """
 
 import socket
@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from time import sleep
 
 CONNECT_TRIES = 100
+SERVERS = 2
 
 
 def free_ports(count: int) -> list[int]:
@@ -33,12 +34,22 @@ def wait_for(port: int) -> None:
 
 
 def main() -> None:
-    server, llama_cpp, model, threads, *rest = sys.argv[1:]
-    ports = free_ports(int(rest[0]) if rest else 2)
+    server, llama_cpp, model, threads, *cpus = sys.argv[1:]
+    pinning = ["taskset", "-c", ",".join(cpus)] if cpus else []
+    ports = free_ports(SERVERS)
     servers = []
     try:
         for port in ports:
-            command = [server, "--host", "127.0.0.1", "--port", str(port), "--threads", threads]
+            command = [
+                *pinning,
+                server,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--threads",
+                threads,
+            ]
             servers.append(
                 subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             )

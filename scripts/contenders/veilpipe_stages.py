@@ -1,5 +1,6 @@
-"""veilpipe: veilpipe_stages.py MODEL_DIR DTYPE THREADS STAGES WIRE.
+"""veilpipe: veilpipe_stages.py MODEL_DIR DTYPE THREADS STAGES WIRE [CPU ...].
 
+Threads that compute are pinned to the CPUs, if any are given: each process's first to the first.
 STAGES 0 is everything in this process, nothing encrypted; otherwise this process is the
 orchestrator of that many stage-worker processes, connected over loopback as they always are.
 """
@@ -98,7 +99,15 @@ async def one_process(manifest: Manifest, model_dir: Path, dtype: str, limits: L
 
 
 @asynccontextmanager
-async def processes(manifest: Manifest, model_dir: Path, dtype: str, threads: int, limits: Limits):
+async def processes(
+    manifest: Manifest,
+    model_dir: Path,
+    dtype: str,
+    threads: int,
+    cpus: tuple[int, ...],
+    limits: Limits,
+):
+    pinning = ["--cpus", ",".join(map(str, cpus))] if cpus else []
     async with trio.open_nursery() as nursery:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "manifest.json"
@@ -107,7 +116,7 @@ async def processes(manifest: Manifest, model_dir: Path, dtype: str, threads: in
                 command = [
                     Path(sys.executable).with_name("stage-worker"),
                     "--manifest", path, "--stage-idx", str(stage.stage_idx),
-                    "--model-dir", model_dir, "--threads", str(threads), "--dev",
+                    "--model-dir", model_dir, "--threads", str(threads), *pinning, "--dev",
                     *(["--dtype", dtype] if dtype != "float32" else []),
                 ]  # fmt: skip
                 log = (Path(directory) / f"{stage.stage_idx}.log").open("wb")
@@ -123,13 +132,15 @@ async def processes(manifest: Manifest, model_dir: Path, dtype: str, threads: in
             nursery.cancel_scope.cancel()
 
 
-async def run(model_dir: Path, dtype: str, threads: int, num_stages: int, wire: str) -> None:
-    set_num_threads(threads)
+async def run(
+    model_dir: Path, dtype: str, threads: int, num_stages: int, wire: str, cpus: tuple[int, ...]
+) -> None:
     limits = Limits(ROWS, POSITIONS, num_stages=num_stages or 1)
     manifest = make_manifest(model_dir, dtype, num_stages, wire)
     if num_stages:
-        arrangement = processes(manifest, model_dir, dtype, threads, limits)
+        arrangement = processes(manifest, model_dir, dtype, threads, cpus, limits)
     else:
+        set_num_threads(threads, cpus)
         arrangement = one_process(manifest, model_dir, dtype, limits)
     async with arrangement as pipeline:
         say_ready(f"{dtype}, wire {manifest.activation_spec.dtype}")
@@ -139,8 +150,9 @@ async def run(model_dir: Path, dtype: str, threads: int, num_stages: int, wire: 
 
 
 def main() -> None:
-    model_dir, dtype, threads, stages, wire = sys.argv[1:]
-    trio.run(run, Path(model_dir), dtype, int(threads), int(stages), wire)
+    model_dir, dtype, threads, stages, wire, *cpus = sys.argv[1:]
+    pinned = tuple(map(int, cpus))
+    trio.run(run, Path(model_dir), dtype, int(threads), int(stages), wire, pinned)
 
 
 if __name__ == "__main__":
