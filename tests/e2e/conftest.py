@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from pipeline.manifest import dump_manifest
@@ -43,8 +45,121 @@ class Ports:
         self._claim.close()
 
 
+class Log:
+    """What processes write to a file, from now on."""
+
+    def __init__(self, path):
+        self._path = path
+        path.touch()
+        self._begin = path.stat().st_size
+
+    def begin(self):
+        """Forget what has been written."""
+        self._begin += len(self.text().encode())
+
+    def text(self):
+        """Whole lines only: what is being written can be seen half done."""
+        written = self._path.read_bytes()[self._begin :]
+        return written[: written.rfind(b"\n") + 1].decode()
+
+
+class Server:
+    """`pipeline-orch serve` in front of a cluster's stages."""
+
+    def __init__(self, cluster, *extra, headers=None, **options):
+        self.headers = headers
+        path = cluster.directory / "serve.log"
+        self._log = Log(path)
+        with path.open("ab") as file:
+            self.process = subprocess.Popen(
+                [BIN / "pipeline-orch", "serve", "--manifest", cluster.manifest,
+                 "--model-dir", cluster.model_dir, "--port", "0", "--dev", "--max-batch", "8",
+                 *extra],
+                stdout=file, stderr=file, env=cluster.environment, **options,
+            )  # fmt: skip
+        self.url = None
+
+    def wait_until_ready(self):
+        self.url = self.wait_for(lambda: re.search(r"url\W+(http://[\w.:]+)", self.log()))[1]
+        self.wait_for(self.is_ready)
+
+    def begin(self):
+        """Forget what has been logged."""
+        self._log.begin()
+
+    def log(self):
+        return self._log.text()
+
+    def events(self, name):
+        """The lines of one event, where lines are JSON."""
+        lines = [json.loads(line) for line in self.log().splitlines()]
+        return [line for line in lines if line.get("event") == name]
+
+    def workers(self):
+        """Process ids of supervised workers by stage, the latest of each."""
+        started = re.findall(r'worker_started\W.*?stage"?\W+(\d+).*?pid"?\W+(\d+)', self.log())
+        return {int(idx): int(pid) for idx, pid in started}
+
+    def is_ready(self):
+        try:
+            return httpx.get(f"{self.url}/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait_for(self, condition, seconds=60):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := condition():
+                return found
+            assert self.process.poll() is None, self.log()
+            time.sleep(0.02)
+        raise AssertionError(self.log()[-5000:])
+
+    def wait_for_log(self, text, count):
+        self.wait_for(lambda: self.log().count(text) >= count)
+
+    def get(self, path, timeout=10):
+        return httpx.get(f"{self.url}{path}", headers=self.headers, timeout=timeout)
+
+    def post(self, body, path="/v1/completions"):
+        answer = httpx.post(f"{self.url}{path}", json=body, headers=self.headers, timeout=120)
+        assert answer.status_code == 200, answer.text
+        return answer
+
+    @staticmethod
+    def wish(prompt, max_tokens, **more):
+        """The body of a request for exactly so many tokens."""
+        return {"model": "model", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
+                "ignore_eos": True} | more  # fmt: skip
+
+    def text(self, prompt, max_tokens, **more):
+        """What is completed."""
+        answer = self.post(self.wish(prompt, max_tokens, **more))
+        return answer.json()["choices"][0]["text"]
+
+    def pipeline(self):
+        return self.get("/pipeline").raise_for_status().json()
+
+    def num_running(self):
+        return self.pipeline()["engine"]["num_running"]
+
+    def stop(self):
+        assert end(self.process) == 0
+
+
+def end(process):
+    """How a process that runs, or hangs, ends on SIGTERM."""
+    process.send_signal(signal.SIGCONT)
+    process.terminate()
+    try:
+        return process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"{process.args} did not end on SIGTERM") from None
+
+
 class Cluster:
-    """Workers and orchestrators of one manifest, as real processes."""
+    """Workers, orchestrators and servers of one manifest, as real processes."""
 
     def __init__(self, directory, model_dir, environment):
         self.directory = directory
@@ -53,6 +168,7 @@ class Cluster:
         self.manifest = directory / "manifest.json"
         self.workers = {}
         self.orchestrators = []
+        self.servers = []
         self._ports = []
         self.bin = BIN
 
@@ -71,7 +187,7 @@ class Cluster:
 
     def start_worker(self, idx, *extra, manifest=None):
         if idx in self.workers:
-            self.workers[idx].wait(10)
+            self.workers[idx].wait(30)
         log = self.directory / f"stage{idx}.log"
         with log.open("ab") as file:
             process = subprocess.Popen(
@@ -115,6 +231,12 @@ class Cluster:
         self.orchestrators.append(process)
         return process
 
+    def serve(self, *extra, **options):
+        server = Server(self, *extra, **options)
+        self.servers.append(server)
+        server.wait_until_ready()
+        return server
+
     def _run(self, *command):
         return subprocess.run(
             command, capture_output=True, text=True, env=self.environment, timeout=90
@@ -131,15 +253,11 @@ class Cluster:
         for process in self.orchestrators:
             process.kill()  # nothing to one that has ended
             process.communicate()
+        for server in self.servers:
+            if server.process.poll() is None:
+                server.stop()
         for process in self.workers.values():
-            process.send_signal(signal.SIGCONT)
-            process.terminate()
-        for process in self.workers.values():
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise AssertionError("a worker did not end on SIGTERM") from None
+            end(process)
 
 
 @contextmanager

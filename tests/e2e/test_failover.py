@@ -1,7 +1,6 @@
 """Stages die, hang and lose each other while they serve: only what is lost is replaced."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -24,89 +23,48 @@ REQUESTS = [
 _UNDISTURBED = []
 
 
-class Server:
-    """`pipeline-orch serve` in front of a cluster's stages."""
+@contextmanager
+def completing(server):
+    """All requests are under way in the body; yields their texts, complete after it."""
+    texts = [None] * len(REQUESTS)
 
-    def __init__(self, cluster, *extra):
-        self.cluster = cluster
-        self.log_path = cluster.directory / "serve.log"
-        self._start = len(self.log()) if self.log_path.exists() else 0
-        with self.log_path.open("ab") as file:
-            self.process = subprocess.Popen(
-                [cluster.bin / "pipeline-orch", "serve", "--manifest", cluster.manifest,
-                 "--model-dir", cluster.model_dir, "--port", "0", "--dev",
-                 "--max-batch", "8", "--context", "512", *extra],
-                stdout=file, stderr=file, env=cluster.environment,
-            )  # fmt: skip
-        found = self.wait_for(lambda: re.search(r"url=(http://\S+)", self.log()[self._start :]))
-        self.url = found[1]
-        self.wait_for(self.is_ready)
+    def run(index):
+        texts[index] = complete(server, index)
 
-    def log(self):
-        return self.log_path.read_text()
+    began = server.pipeline()["engine"]["num_tokens"]
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(REQUESTS))]
+    for thread in threads:
+        thread.start()
+    server.wait_for(lambda: are_under_way(server, began))
+    assert texts == [None] * len(REQUESTS), "they were over too soon to be disturbed"
+    yield texts
+    for thread in threads:
+        thread.join(120)
 
-    def is_ready(self):
-        try:
-            return httpx.get(f"{self.url}/readyz").status_code == 200
-        except httpx.TransportError:
-            return False
 
-    def wait_for(self, condition):
-        for _ in range(600):
-            if found := condition():
-                return found
-            assert self.process.poll() is None, self.log()
-            time.sleep(0.05)
-        raise AssertionError(self.log())
+def are_under_way(server, began):
+    """Whether all requests run, and have some of their tokens."""
+    engine = server.pipeline()["engine"]
+    num_tokens = engine["num_tokens"] - began
+    return engine["num_running"] == len(REQUESTS) and num_tokens > 5 * len(REQUESTS)
 
-    def wait_for_log(self, text, count):
-        self.wait_for(lambda: self.log().count(text) >= count)
 
-    def complete(self, request):
-        body = {"model": "model", "max_tokens": NUM_TOKENS, "ignore_eos": True, **request}
-        response = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
-        assert response.status_code == 200, response.text
-        return response.json()["choices"][0]["text"]
-
-    @contextmanager
-    def completing(self):
-        """All requests are under way in the body; yields their texts, complete after it."""
-        texts = [None] * len(REQUESTS)
-
-        def run(index):
-            texts[index] = self.complete(REQUESTS[index])
-
-        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(REQUESTS))]
-        for thread in threads:
-            thread.start()
-        time.sleep(0.2)
-        assert texts == [None] * len(REQUESTS), "they were over too soon to be disturbed"
-        yield texts
-        for thread in threads:
-            thread.join(60)
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(15) == 0
+def complete(server, index):
+    return server.text(max_tokens=NUM_TOKENS, **REQUESTS[index])
 
 
 @pytest.fixture
 def serve(cluster):
     """Starts stages by hand and a server in front of them."""
-    servers = []
 
     def start(stages, *extra, flags=None):
         if not cluster.workers:
             cluster.plan(stages)
             for idx in range(stages):
                 cluster.start_worker(idx, *(flags or {}).get(idx, ()))
-        servers.append(Server(cluster, *extra))
-        return servers[-1]
+        return cluster.serve("--context", "512", *extra)
 
-    yield start
-    for server in servers:
-        if server.process.poll() is None:
-            server.stop()
+    return start
 
 
 def sessions(cluster, idx):
@@ -120,8 +78,8 @@ def replays(cluster, idx):
 def undisturbed(server):
     """What the requests get when nothing happens."""
     if not _UNDISTURBED:
-        _UNDISTURBED.extend(server.complete(request) for request in REQUESTS)
-    server.complete(REQUESTS[0])  # what a first request sets up is there
+        _UNDISTURBED.extend(complete(server, index) for index in range(len(REQUESTS)))
+    complete(server, 0)  # what a first request sets up is there
     return _UNDISTURBED
 
 
@@ -131,7 +89,7 @@ def test_only_the_dead_are_replaced_and_every_text_is_the_undisturbed_one(cluste
     begun, replayed = [1, 1, 1], [0, 0, 0]
     victims = [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 2}, {0, 1, 2}]
     for count, dead in enumerate(victims, start=1):
-        with server.completing() as texts:
+        with completing(server) as texts:
             for idx in dead:
                 cluster.workers[idx].kill()
             for idx in dead:
@@ -151,7 +109,7 @@ def test_a_stage_that_hangs_is_replaced_by_itself_once_it_goes_on(cluster, serve
     expected = undisturbed(server)
     for victim in range(3):
         before = [sessions(cluster, idx) for idx in range(3)]
-        with server.completing() as texts:
+        with completing(server) as texts:
             cluster.workers[victim].send_signal(signal.SIGSTOP)
             server.wait_for_log(f"stage {victim} is lost", 1)
             cluster.workers[victim].send_signal(signal.SIGCONT)
@@ -169,13 +127,13 @@ def test_a_relay_cut_for_seconds_costs_no_stage_and_no_state(cluster, serve):
         cluster.start_worker(1)
         server = serve(2)
         expected = undisturbed(server)
-        with server.completing() as texts:
+        with completing(server) as texts:
             relay.kill()
             relay.wait()
             time.sleep(2)
+            assert texts == [None] * len(REQUESTS)
             with subprocess.Popen(command, stderr=subprocess.DEVNULL) as successor:
                 server.wait_for_log("event=failover_complete", 1)
-                assert texts == [None] * len(REQUESTS)
                 server.wait_for(lambda: None not in texts)
                 successor.terminate()
     assert texts == expected
@@ -196,7 +154,7 @@ def test_a_link_on_which_nothing_moves_any_more_is_made_anew(cluster, serve):
         expected = undisturbed(server)
         time.sleep(5)  # with nothing to do, nothing moves either
         assert "event=failover_started" not in server.log()
-        with server.completing() as texts:
+        with completing(server) as texts:
             relay.send_signal(signal.SIGSTOP)
             server.wait_for_log("event=failover_started", 1)
             relay.send_signal(signal.SIGCONT)
@@ -207,7 +165,7 @@ def test_a_link_on_which_nothing_moves_any_more_is_made_anew(cluster, serve):
 
 def test_a_restarted_orchestrator_is_served_at_once(cluster, serve):
     server = serve(2)
-    expected = server.complete(REQUESTS[0])
+    expected = complete(server, 0)
     body = {"model": "model", "stream": True, "max_tokens": 400, **REQUESTS[1]}
     with httpx.stream("POST", f"{server.url}/v1/completions", timeout=30, json=body) as response:
         lines = response.iter_lines()
@@ -217,7 +175,7 @@ def test_a_restarted_orchestrator_is_served_at_once(cluster, serve):
             list(lines)
     server.process.wait()
     successor = serve(2)
-    assert successor.complete(REQUESTS[0]) == expected
+    assert complete(successor, 0) == expected
     assert [sessions(cluster, idx) for idx in range(2)] == [2, 2]
     assert "busy" not in cluster.log(0) + cluster.log(1)
 
@@ -226,7 +184,7 @@ def test_a_stage_without_room_to_keep_activations_is_rebuilt_with_the_one_behind
     # Of 4 stages with a layer each: 1 MiB of keys and values, and as much of activations.
     server = serve(4, flags={1: ("--kv-memory", "0.0015")})
     expected = undisturbed(server)
-    with server.completing() as texts:
+    with completing(server) as texts:
         cluster.workers[2].kill()
         cluster.start_worker(2)
     assert texts == expected
@@ -243,30 +201,20 @@ def test_a_stage_that_stays_away_ends_the_server_with_one_line(cluster, serve):
     assert "stage 1" in line
 
 
-def workers_of(process):
-    """Process ids of the server's workers by stage, the latest of each."""
-    log = process.log()
-    return {
-        int(idx): int(pid) for idx, pid in re.findall(r"worker_started stage=(\d) pid=(\d+)", log)
-    }
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
 def test_a_supervised_stage_is_replaced_and_no_other(cluster, serve, number):
     cluster.plan(3)
-    server = Server(cluster, "--supervise", "--hang-timeout", "4")
-    try:
-        expected = undisturbed(server)
-        before = workers_of(server)
-        for count, victim in enumerate(range(3), start=1):
-            with server.completing() as texts:
-                os.kill(workers_of(server)[victim], number)
-                server.wait_for_log("event=failover_complete", count)
-            assert texts == expected
-        after = workers_of(server)
-        assert not set(before.values()) & set(after.values())
-        assert server.log().count("event=worker_started") == 6
-    finally:
-        server.stop()
+    server = cluster.serve("--context", "512", "--supervise", "--hang-timeout", "4")
+    expected = undisturbed(server)
+    before = server.workers()
+    for count, victim in enumerate(range(3), start=1):
+        with completing(server) as texts:
+            os.kill(server.workers()[victim], number)
+            server.wait_for_log("event=failover_complete", count)
+        assert texts == expected
+    after = server.workers()
+    assert not set(before.values()) & set(after.values())
+    assert server.log().count("event=worker_started") == 6
+    server.stop()
     pids = {*before.values(), *after.values()}
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
