@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from pipeline.dtypes import KV_DTYPES, Array, Floats, HostArray, Precision
 from pipeline.errors import MessageError
@@ -19,17 +19,28 @@ from pipeline.models.sinks import Sink
 MAX_DECODE_STEPS = 32
 
 
+class Block(NamedTuple):
+    """Some rows of a step, as many as pass through an MLP at a time, and room for what they are."""
+
+    hidden: Array  # [rows, hidden]
+    normed: Array  # [rows, hidden]
+    inner: Array  # [rows, intermediate]
+    gate_up: Array  # [rows, 2 * intermediate] where the MLP has a gate
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all layers of one forward share: attention, rotary angles, room for what passes by."""
+    """What all layers of one forward share: attention, rotary angles, room for what passes by.
+
+    What is not needed at the same time shares memory: `normed` with `mixed`, `qkv` with `gate_up`.
+    """
 
     attention: Attention
     rope: tuple[Array, Array] | None
     normed: Array  # [rows, hidden]
     qkv: Array  # [rows, (heads + 2 kv_heads) * head_dim]
     mixed: Array  # [rows, heads * head_dim]
-    inner: Array  # [rows, intermediate]
-    gate_up: Array  # [rows, 2 * intermediate] where the MLP has a gate
+    blocks: Sequence[Block]  # all rows of `hidden`
 
 
 class Layer(Protocol):
@@ -91,10 +102,10 @@ class Shard(ABC):
             if self.is_first and not is_shared
             else None
         )
-        mixed = config.num_heads * config.head_dim
-        self._widths = (hidden, self.heads.qkv_width, mixed, inner, 2 * inner if is_gated else 0)
+        self._mixed_width = config.num_heads * config.head_dim
+        self._inner_widths = (inner, 2 * inner if is_gated else 0)
         self._buffers: tuple[Array, ...] = ()
-        self._views: tuple[Array, ...] = ()
+        self._room_rows = 0
         self._logits: Array = kernels.empty(0, size)
 
     @property
@@ -222,7 +233,7 @@ class Shard(ABC):
             (self._embedding or self._tied_head()).gather(inputs, hidden)
         else:
             self.kernels.copy(inputs, hidden)
-        step = Step(attention, self._place(hidden, positions, end), *self._room(rows))
+        step = self._step(hidden, attention, self._place(hidden, positions, end))
         for layer, own_keys, own_values in zip(self._layers, keys, values, strict=True):
             layer(hidden, step, own_keys, own_values)
         return hidden
@@ -253,21 +264,55 @@ class Shard(ABC):
         assert self._head is not None, "the first stage has an embedding or shares the head's"
         return self._head
 
-    def _room(self, rows: int) -> tuple[Array, ...]:
-        """The step's intermediate arrays, in memory that is kept from step to step.
+    def _step(self, hidden: Array, attention: Attention, rope: tuple[Array, Array] | None) -> Step:
+        """What layers need beside `hidden`, in memory that is kept from step to step."""
+        rows, width = hidden.shape
+        inner_width, gate_width = self._inner_widths
+        rowwise, wide, inner = self._room(rows)
+        most = min(rows, self.kernels.block_rows)
+        blocks = []
+        for part in (hidden[first : first + most] for first in range(0, rows, most)):
+            count = len(part)
+            blocks.append(
+                Block(
+                    part,
+                    _rows(rowwise, count, width),
+                    _rows(inner, count, inner_width),
+                    _rows(wide, count, gate_width),
+                )
+            )
+        return Step(
+            attention,
+            rope,
+            _rows(rowwise, rows, width),
+            _rows(wide, rows, self.heads.qkv_width),
+            _rows(rowwise, rows, self._mixed_width),
+            blocks,
+        )
 
-        A device's allocator keeps memory itself, and apart for recorded steps.
-        """
-        if self._views and self._views[0].shape[0] == rows:
-            return self._views
-        empty = self.kernels.empty
-        if not self.kernels.is_host:
-            return tuple(empty(rows, width) for width in self._widths)
-        if not self._buffers or self._buffers[0].shape[0] < rows:
-            room = _round_up(rows)
-            self._buffers = tuple(empty(room, width) for width in self._widths)
-        self._views = tuple(each[:rows] for each in self._buffers)
-        return self._views
+    def _room(self, rows: int) -> tuple[Array, ...]:
+        """Memory for a step's intermediate arrays; a device's allocator keeps it itself."""
+        kernels = self.kernels
+        if kernels.is_host:
+            rows = _round_up(rows)
+            if rows <= self._room_rows:
+                return self._buffers
+        blocks = min(rows, kernels.block_rows)
+        inner, gate_up = self._inner_widths
+        sizes = (
+            rows * max(self.config.hidden_dim, self._mixed_width),
+            max(rows * self.heads.qkv_width, blocks * gate_up),
+            blocks * inner,
+        )
+        room = tuple(map(kernels.empty, sizes))
+        if kernels.is_host:
+            self._buffers, self._room_rows = room, rows
+        return room
+
+
+def _rows(memory: Array, rows: int, width: int) -> Array:
+    """[rows, width] at the start of flat memory."""
+    return memory[: rows * width].reshape(rows, width)
 
 
 def _round_up(rows: int) -> int:

@@ -48,8 +48,9 @@ class GPT2Layer:
         qkv = self.attn_c_attn(self.ln_1(hidden, step.normed), step.qkv)
         mixed = step.attention(qkv, keys, values, step.mixed)
         self.attn_c_proj(mixed, hidden, residual=hidden)
-        inner = self.mlp_c_fc(self.ln_2(hidden, step.normed), step.inner)
-        self.mlp_c_proj(inner, hidden, residual=hidden)
+        for block in step.blocks:
+            inner = self.mlp_c_fc(self.ln_2(block.hidden, block.normed), block.inner)
+            self.mlp_c_proj(inner, block.hidden, residual=block.hidden)
 
     @property
     def num_bytes(self) -> int:

@@ -169,6 +169,8 @@ class Kernels(ABC):
     key_block: ClassVar[int]
     # Whether a row depends on itself and its own cache alone, bit for bit, in steps of any size.
     is_row_exact: ClassVar[bool]
+    # So many rows pass through an MLP at a time: nothing that a step makes is wider.
+    block_rows: ClassVar[int] = 1 << 20
     # Whether there is a `decode_step`.
     has_decode_steps: ClassVar[bool] = False
 

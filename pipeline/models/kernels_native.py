@@ -19,7 +19,7 @@ from pipeline.dtypes import (
     Precision,
     to_floats,
 )
-from pipeline.models.arena import Arena, aligned
+from pipeline.models.arena import Arena, aligned, reserve
 from pipeline.models.batch import Batch
 from pipeline.models.kernels import (
     Activation,
@@ -165,6 +165,7 @@ class NativeKernels(Kernels):
     name = "native"
     key_block = KEY_BLOCK
     is_row_exact = True
+    block_rows = 128
     has_decode_steps = True
 
     def __init__(self) -> None:
@@ -177,7 +178,7 @@ class NativeKernels(Kernels):
 
     def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> HostArray:
         """Zeros, in memory that is reserved and not touched."""
-        return aligned(np.zeros, shape, dtype)
+        return reserve(shape, dtype)
 
     def linear(
         self,

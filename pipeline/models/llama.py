@@ -63,9 +63,10 @@ class LlamaLayer:
         kernels.rope(qkv, self._heads, *step.rope)
         mixed = step.attention(qkv, keys, values, step.mixed)
         self.self_attn_o_proj(mixed, hidden, residual=hidden)
-        normed = self.post_attention_layernorm(hidden, step.normed)
-        inner = kernels.silu_mul(self.gate_up_proj(normed, step.gate_up), step.inner)
-        self.mlp_down_proj(inner, hidden, residual=hidden)
+        for block in step.blocks:
+            normed = self.post_attention_layernorm(block.hidden, block.normed)
+            inner = kernels.silu_mul(self.gate_up_proj(normed, block.gate_up), block.inner)
+            self.mlp_down_proj(inner, block.hidden, residual=block.hidden)
 
     @property
     def num_bytes(self) -> int:

@@ -1,10 +1,13 @@
 import gc
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.dtypes import BFLOAT16, FLOAT32
-from pipeline.models.arena import ALIGNMENT, CHUNK_BYTES, Arena, aligned
+from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from pipeline.models.arena import ALIGNMENT, CHUNK_BYTES, Arena, aligned, reserve
 
 
 def test_pieces_are_zeroed_aligned_and_nobody_elses():
@@ -22,7 +25,7 @@ def test_pieces_are_zeroed_aligned_and_nobody_elses():
 
 
 def test_more_than_the_machine_has_is_said_to_be_too_much_memory():
-    with pytest.raises(MemoryError, match="bytes for weights"):
+    with pytest.raises(MemoryError, match="bytes of memory"):
         Arena().take(1 << 60)
 
 
@@ -51,3 +54,26 @@ def test_arrays_start_where_a_cache_line_does(shape, dtype):
         assert array.flags.c_contiguous
         assert array.ctypes.data % ALIGNMENT == 0 or not array.size
         assert not array.any()
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_reserved_takes_memory_only_while_it_is_used():
+    before = resident()
+    arrays = [reserve((1000, 400), FLOAT16) for _ in range(30)]  # 24 MB in pieces of 800 KB
+    assert resident() - before < 2 << 20
+    for array in arrays:
+        assert array.shape == (1000, 400)
+        assert array.ctypes.data % ALIGNMENT == 0
+        assert not array.any()
+        array.fill(1)
+    assert resident() - before > 20 << 20
+    del array, arrays
+    assert resident() - before < 2 << 20
+
+
+def test_nothing_can_be_reserved():
+    assert reserve((0, 3, 0), FLOAT32).shape == (0, 3, 0)

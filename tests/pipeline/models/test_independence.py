@@ -70,6 +70,16 @@ def test_a_batch_of_any_size_equals_each_alone(exact, make_pipeline, dtype, coun
     assert torch.equal(together, torch.cat(expected))
 
 
+def test_rows_may_pass_through_mlps_in_blocks_of_any_size(
+    exact, make_pipeline, dtype, token_ids, monkeypatch
+):
+    shards, batch = exact.split(dtype=dtype), [Segment(0, 0, len(token_ids))]
+    expected = make_pipeline(shards).logits(token_ids, batch)
+    for block_rows in (1, 2, len(token_ids) - 1):
+        monkeypatch.setattr(type(shards[0].kernels), "block_rows", block_rows)
+        assert torch.equal(make_pipeline(shards).logits(token_ids, batch), expected)
+
+
 def test_a_prefill_in_any_chunks_equals_token_by_token(exact, make_pipeline, dtype, token_ids):
     shards = exact.split(dtype=dtype)
     length, expected = len(token_ids), None
