@@ -321,11 +321,11 @@ async def test_a_defect_costs_the_session_and_not_the_worker(rig, monkeypatch):
 
 
 async def test_an_orchestrator_may_take_its_time_before_init(rig, monkeypatch):
-    monkeypatch.setattr(pipeline.worker, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(pipeline.worker, "SILENCE_SECONDS", 2.0)
     async with rig.worker():
         control = await rig.control()
         for sequence in range(5):
-            await trio.sleep(0.3)
+            await trio.sleep(0.5)
             await control.send(Health(sequence=sequence))
             assert (await control.receive()).sequence == sequence
         await control.aclose()
@@ -573,13 +573,20 @@ async def test_a_stage_lost_while_another_is_awaited_is_named_at_once(rig):
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(expect_loss)
-            await trio.sleep(0.5)
+            with trio.fail_after(10):
+                while len(control_links()) < 2:  # noqa: ASYNC110 - both ends: it has no event
+                    await trio.sleep(0.01)
             break_control_channels()
+
+
+def control_links():
+    found = [each for each in gc.get_objects() if type(each) is ControlLink]
+    return [each for each in found if not each.channel.is_closed]
 
 
 def break_control_channels():
     """What a stage's death looks like from outside: its connections end without a close."""
-    for link in [each for each in gc.get_objects() if type(each) is ControlLink]:
+    for link in control_links():
         if link.channel.peer.role == ORCHESTRATOR:
             link.channel._wire.close()
 

@@ -352,8 +352,10 @@ async def test_cancelled_inside_a_frame_sender_and_receiver_are_closed(toy):
     near, far = await toy.channels()
     data, _ = near._sender.begin(toy.frame(3000))
     near._wire.try_send(data[:100])
-    with trio.move_on_after(0.05):
-        await far.receive()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(far.receive)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
     assert far.is_closed
     near._wire.close()
 
@@ -560,11 +562,11 @@ async def test_closing_one_that_waits_in_place_while_others_have_their_turn(toy,
 @BOTH_WAYS
 async def test_waiting_in_place_can_be_ended(toy):
     near, far = await toy.channels()
-    for patience_ms in (1000, 0):
+    for patience_ms in (10_000, 0):
         far.wait_in_place(patience_ms)
     started = trio.current_time()
     assert await far.peek() is None
-    assert trio.current_time() - started < 0.5
+    assert trio.current_time() - started < 5
     await close_all(near, far)
 
 

@@ -382,7 +382,7 @@ async def test_closing_a_stream_cancels_its_generation(start_gateway, make_engin
 
     async with start_gateway(make_engine(seconds=0.01, repeats=True)) as gateway:
         await with_client(gateway, use)
-        with trio.fail_after(2):
+        with trio.fail_after(10):
             await gateway.engine.left.wait()
         assert gateway.engine.num_active == 0
-        assert gateway.engine.num_made < 50
+        assert gateway.engine.num_made < 500
