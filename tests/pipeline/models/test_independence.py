@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,6 +79,15 @@ def test_rows_may_pass_through_mlps_in_blocks_of_any_size(
     for block_rows in (1, 2, len(token_ids) - 1):
         monkeypatch.setattr(type(shards[0].kernels), "block_rows", block_rows)
         assert torch.equal(make_pipeline(shards).logits(token_ids, batch), expected)
+
+
+def test_a_long_prompt_leaves_no_room_for_all_its_rows_in_an_mlp(exact, monkeypatch):
+    (shard,) = exact.split()
+    monkeypatch.setattr(type(shard.kernels), "block_rows", 4)
+    shard.forward(np.zeros(128, np.int64), [Segment(0, 0, 128)], shard.new_cache(1, 128))
+    width, inner = exact.config.hidden_dim, exact.config.intermediate_size
+    room = sum(each.size for each in shard._buffers)
+    assert room < 128 * (width + shard.heads.qkv_width + inner)
 
 
 def test_a_prefill_in_any_chunks_equals_token_by_token(exact, make_pipeline, dtype, token_ids):
