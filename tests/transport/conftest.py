@@ -116,6 +116,11 @@ async def make_channels(sockets=None, link=None, peer_link=None, rekey=None, lim
     return made["initiator"], made["responder"]
 
 
+async def close(*channels):
+    for each in channels:
+        await each.aclose()
+
+
 def open_sockets():
     """The file descriptors of this process that are sockets."""
     gc.collect()
@@ -153,6 +158,7 @@ def toy():
         contents=contents,
         tcp_pair=tcp_pair,
         channels=make_channels,
+        close=close,
         open_sockets=open_sockets,
         without_compiled_records=without_compiled_records,
     )

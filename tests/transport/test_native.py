@@ -50,11 +50,6 @@ async def connected(toy, **options):
     return near, far, form
 
 
-async def close_all(*channels):
-    for each in channels:
-        await each.aclose()
-
-
 def counters(end):
     """All that a direction's record layer counts, but for times."""
     counted = []
@@ -78,7 +73,7 @@ async def test_a_record_like_the_last_one_takes_neither_python_way(toy, monkeypa
     monkeypatch.undo()
     now = far.stats.decrypt_ns, far.stats.recv_ns, near.stats.encrypt_ns, near.stats.send_ns
     assert all(map(int.__gt__, now, spent))
-    await close_all(near, far)
+    await toy.close(near, far)
 
 
 async def traffic(toy, seed, *, is_compiled, monkeypatch):
@@ -107,7 +102,7 @@ async def traffic(toy, seed, *, is_compiled, monkeypatch):
         else:
             arrived.append(toy.contents(await far.receive()) == toy.contents(frame))
     counted = counters(near), counters(far)
-    await close_all(near, far)
+    await toy.close(near, far)
     return arrived, counted
 
 
@@ -140,7 +135,7 @@ async def test_a_forged_record_is_refused_and_nothing_of_it_can_be_read(toy, at)
     assert far.is_closed
     if at >= HEADER_BYTES or at < 0:
         assert not any(far._receiver.arena.storage[: len(form.plain)])
-    await close_all(near, far)
+    await toy.close(near, far)
 
 
 @pytest.mark.parametrize("attack", ["repeat", "drop", "other direction"])
@@ -161,7 +156,7 @@ async def test_a_record_out_of_its_place_is_refused(toy, attack):
     with pytest.raises(RecordError):
         await far.peek()
     assert far.is_closed
-    await close_all(near, far)
+    await toy.close(near, far)
 
 
 @pytest.mark.parametrize("cut", [1, HEADER_BYTES, 2000])
@@ -174,7 +169,7 @@ async def test_a_record_in_pieces_or_with_another_behind_it_is_left_to_the_ordin
     for _ in range(2):
         frame = await far.receive()
         assert frame.tensors[0].data == form.plain[slice(*form.places[0])]
-    await close_all(near, far)
+    await toy.close(near, far)
 
 
 async def test_a_lost_connection_is_told_as_such(toy):
@@ -221,7 +216,7 @@ async def test_a_frame_that_has_no_room_or_no_key_is_left_to_the_ordinary_way(to
     assert near._outlet.send(form.plain) is not None
     assert near._outlet.send(form.plain) is None  # the key is spent
     assert await far.peek() == form.plain
-    await close_all(near, far)
+    await toy.close(near, far)
 
 
 async def test_a_cipher_that_lays_out_its_nonces_otherwise_is_left_to_the_ordinary_way(
@@ -235,7 +230,7 @@ async def test_a_cipher_that_lays_out_its_nonces_otherwise_is_left_to_the_ordina
         assert far._inlet.receive(PATIENCE_MS) is None
         assert await far.peek() == form.plain
         far.drop()
-    await close_all(near, far)
+    await toy.close(near, far)
 
 
 async def test_nonces_from_first_to_last(toy):
@@ -250,7 +245,7 @@ async def test_nonces_from_first_to_last(toy):
     with pytest.raises(MisuseError):
         await near.send_form(form)
     assert near.is_closed
-    await close_all(near, far)
+    await toy.close(near, far)
 
 
 async def test_a_key_that_has_been_replaced_is_held_nowhere(toy):
@@ -264,7 +259,7 @@ async def test_a_key_that_has_been_replaced_is_held_nowhere(toy):
         await far.receive()
     assert near.stats.rekeys == far.stats.rekeys == 1
     assert [sys.getrefcount(keys[at]) for at in range(2)] == [2, 2]  # in the list, and in the call
-    await close_all(near, far)
+    await toy.close(near, far)
 
 
 async def test_interrupted_before_a_record_is_authentic_nothing_of_it_can_be_read(toy):
@@ -281,7 +276,7 @@ async def test_interrupted_before_a_record_is_authentic_nothing_of_it_can_be_rea
         await far.peek()
     assert far.is_closed
     assert not any(far._receiver.arena.storage[: len(form.plain)])
-    await close_all(near, far)
+    await toy.close(near, far)
 
 
 async def test_what_is_no_buffer_is_misuse(toy):
@@ -292,7 +287,7 @@ async def test_what_is_no_buffer_is_misuse(toy):
         far._inlet.receive("soon")
     with pytest.raises(TypeError):
         Inlet(1)
-    await close_all(near, far)
+    await toy.close(near, far)
 
 
 @pytest.mark.parametrize("module", ["None", "types.ModuleType('of_other_sources')"])
