@@ -133,6 +133,21 @@ def on_record(direction, number, action):
     return tamper
 
 
+def held_back(*, is_swapped):
+    """Keep the responder's second data record until the third has come, which may overtake it."""
+    held = []
+
+    def tamper(direction, number, unit):
+        if direction == TO_RESPONDER and number == 3:
+            held.append(unit)
+            return []
+        is_next = direction == TO_RESPONDER and number == 4
+        both = [*held, unit] if is_next else [unit]
+        return both[::-1] if is_swapped else both
+
+    return tamper
+
+
 async def send_three(scene):
     for number in range(3):
         await scene.near.send(scene.toy.frame(100, header=b"%d" % number))
@@ -157,15 +172,7 @@ async def test_an_honest_relay_changes_nothing(toy):
 
 
 async def test_a_delay_alone_changes_nothing(toy):
-    held = []
-
-    def release(direction, number, unit):
-        if direction == TO_RESPONDER and number == 3:
-            held.append(unit)
-            return []
-        return [*held, unit] if direction == TO_RESPONDER and number == 4 else [unit]
-
-    async with Scene(toy, release) as scene:
+    async with Scene(toy, held_back(is_swapped=False)) as scene:
         await send_three(scene)
         assert [(await scene.far.receive()).header for _ in range(3)] == [b"0", b"1", b"2"]
 
@@ -181,15 +188,7 @@ async def test_a_replayed_record_is_detected(toy):
 
 
 async def test_reordered_records_are_detected(toy):
-    held = []
-
-    def swap(direction, number, unit):
-        if direction == TO_RESPONDER and number == 3:
-            held.append(unit)
-            return []
-        return [unit, *held] if direction == TO_RESPONDER and number == 4 else [unit]
-
-    async with Scene(toy, swap) as scene:
+    async with Scene(toy, held_back(is_swapped=True)) as scene:
         await expect_first_only(scene, RecordError)
 
 
@@ -266,15 +265,7 @@ async def test_a_close_cannot_be_forged(toy):
 
 
 async def test_a_piece_of_a_large_tensor_moved_within_it_is_detected(toy):
-    held = []
-
-    def swap(direction, number, unit):
-        if direction == TO_RESPONDER and number == 3:
-            held.append(unit)
-            return []
-        return [unit, *held] if direction == TO_RESPONDER and number == 4 else [unit]
-
-    async with Scene(toy, swap) as scene:
+    async with Scene(toy, held_back(is_swapped=True)) as scene:
         scene.nursery.start_soon(scene.near.send, toy.frame(1_000_000))
         with pytest.raises(RecordError):
             await scene.far.receive()

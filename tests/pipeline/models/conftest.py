@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,10 +20,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from pipeline.dtypes import FLOAT16
 from pipeline.errors import InputError
 from pipeline.models.batch import Segment
 from pipeline.models.config import load_config
 from pipeline.models.kernel_choice import choose_kernels
+from pipeline.models.kv_cache import KVCache
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.models.runtime import set_num_threads
 
@@ -235,6 +238,13 @@ def oracle(request, make_oracle, kernels):
 @pytest.fixture
 def token_ids():
     return torch.randint(3, VOCAB, (23,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def make_cache():
+    """A cache of one layer, slot and head, but for `changes`."""
+    least = {"num_layers": 1, "num_slots": 1, "num_kv_heads": 1, "max_seq_len": 16, "head_dim": 16}
+    return lambda **changes: KVCache(**least | {"zeros": np.zeros, "dtype": FLOAT16} | changes)
 
 
 @pytest.fixture(scope="session")

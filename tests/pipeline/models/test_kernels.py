@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
-from pipeline.dtypes import FLOAT16
 from pipeline.errors import InputError
 from pipeline.models import kernel_choice, kernels_torch
 from pipeline.models.batch import Segment
@@ -15,7 +14,6 @@ from pipeline.models.config import load_config
 from pipeline.models.kernel_choice import choose_kernels
 from pipeline.models.kernels import HeadShape
 from pipeline.models.kernels_torch import TorchKernels, blas_matvec, choose_matvec, torch_matvec
-from pipeline.models.kv_cache import KVCache
 from pipeline.models.quant import GROUP, dequantise, quantise
 from pipeline.models.runtime import set_num_threads
 
@@ -111,18 +109,9 @@ def test_native_kernels_hold_int8_weights_as_they_were_quantised(native, config)
     np.testing.assert_array_equal(found, dequantise(*quantise(weights.numpy())))
 
 
-def test_what_halves_cannot_hold_is_attended_to_as_their_greatest(kernels, config):
+def test_what_halves_cannot_hold_is_attended_to_as_their_greatest(kernels, config, make_cache):
     chosen, shape = choose_kernels(kernels, config), HeadShape(1, 1, 16, 0)
-    cache = KVCache(
-        num_layers=1,
-        num_slots=1,
-        num_kv_heads=1,
-        max_seq_len=16,
-        head_dim=16,
-        zeros=chosen.zeros,
-        dtype=FLOAT16,
-        key_block=chosen.key_block,
-    )
+    cache = make_cache(zeros=chosen.zeros, key_block=chosen.key_block)
     values = np.linspace(-1e6, 1e6, 16, dtype=np.float32)
     values[3:13] /= 50
     values[0], values[15] = -np.inf, np.inf

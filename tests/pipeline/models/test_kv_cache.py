@@ -1,6 +1,5 @@
 """A step must continue exactly what its slot holds, and clearing leaves nothing behind."""
 
-import numpy as np
 import pytest
 
 from pipeline.dtypes import FLOAT16, FLOAT32
@@ -15,16 +14,8 @@ def dtype(request):
 
 
 @pytest.fixture
-def cache(dtype):
-    return KVCache(
-        num_layers=2,
-        num_slots=3,
-        num_kv_heads=2,
-        max_seq_len=16,
-        head_dim=4,
-        zeros=np.zeros,
-        dtype=dtype,
-    )
+def cache(make_cache, dtype):
+    return make_cache(num_layers=2, num_slots=3, num_kv_heads=2, head_dim=4, dtype=dtype)
 
 
 def fill(cache: KVCache, *batch: Segment) -> None:
@@ -95,16 +86,9 @@ def test_a_truncated_slot_keeps_its_beginning_and_nothing_behind_it(cache):
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 5, 8])
-def test_in_blocks_a_truncated_slot_keeps_its_beginning_alone_too(length, dtype):
-    cache = KVCache(
-        num_layers=1,
-        num_slots=2,
-        num_kv_heads=3,
-        max_seq_len=14,
-        head_dim=2,
-        zeros=np.zeros,
-        dtype=dtype,
-        key_block=4,
+def test_in_blocks_a_truncated_slot_keeps_its_beginning_alone_too(make_cache, length, dtype):
+    cache = make_cache(
+        num_slots=2, num_kv_heads=3, max_seq_len=14, head_dim=2, dtype=dtype, key_block=4
     )
     batch = [Segment(0, 0, 9), Segment(1, 0, 9)]
     cache.reserve(batch)
