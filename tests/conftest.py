@@ -1,4 +1,4 @@
-"""What several suites share: a tiny model."""
+"""What several suites share: a tiny model, and how a relay tells where a record ends."""
 
 import pytest
 
@@ -30,3 +30,27 @@ def tiny_model(tmp_path_factory):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory
+
+
+@pytest.fixture(scope="session")
+def read_unit():
+    """Reads one handshake message, or one record, off a stream; None where that has ended."""
+
+    async def exactly(source, num_bytes):
+        data = b""
+        while len(data) < num_bytes:
+            piece = await source.receive_some(num_bytes - len(data))
+            if not piece:
+                return None
+            data += piece
+        return data
+
+    async def read_unit(source, *, is_handshake):
+        header = await exactly(source, 2 if is_handshake else 8)
+        if header is None:
+            return None
+        size = int.from_bytes(header if is_handshake else header[4:], "big")
+        body = await exactly(source, size)
+        return None if body is None else header + body
+
+    return read_unit

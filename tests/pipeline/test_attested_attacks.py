@@ -37,7 +37,8 @@ class Malicious:
     per direction; None among them ends the stream there. `units` keeps all that came, by link.
     """
 
-    def __init__(self, link=None, tamper=None):
+    def __init__(self, read_unit, link, tamper):
+        self._read_unit = read_unit
         self.link = link
         self.tamper = tamper
         self.instead = {}
@@ -69,7 +70,11 @@ class Malicious:
     async def _forward(self, name, direction, source, sink):
         number = 0
         try:
-            while unit := await self._read(source, NUM_HANDSHAKE_UNITS[direction] > number):
+            while True:
+                is_handshake = number < NUM_HANDSHAKE_UNITS[direction]
+                unit = await self._read_unit(source, is_handshake=is_handshake)
+                if unit is None:
+                    break
                 self.units.setdefault((name, direction), []).append(unit)
                 sent = [unit]
                 if name == self.link:
@@ -86,22 +91,16 @@ class Malicious:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
 
-    @staticmethod
-    async def _read(source, is_handshake):
-        async def read(num_bytes):
-            data = b""
-            while len(data) < num_bytes:
-                piece = await source.receive_some(num_bytes - len(data))
-                if not piece:
-                    return None
-                data += piece
-            return data
 
-        header = await read(2 if is_handshake else 8)
-        if header is None:
-            return None
-        body = await read(int.from_bytes(header if is_handshake else header[4:], "big"))
-        return None if body is None else header + body
+@pytest.fixture
+def malicious(deployment, read_unit):
+    """Puts a malicious relay between all of a deployment."""
+
+    def put(link=None, tamper=None):
+        deployment.tap = Malicious(read_unit, link, tamper)
+        return deployment.tap
+
+    return put
 
 
 def on_record(action, at=AT):
@@ -157,25 +156,25 @@ async def expect_refusal(deployment, *words):
 
 @pytest.mark.parametrize("link", DATA_LINKS)
 @pytest.mark.parametrize("attack", RECORD_ATTACKS)
-async def test_what_happens_to_a_record_is_noticed(deployment, link, attack):
-    deployment.tap = Malicious(link, RECORD_ATTACKS[attack]())
+async def test_what_happens_to_a_record_is_noticed(deployment, malicious, link, attack):
+    malicious(link, RECORD_ATTACKS[attack]())
     await expect_refusal(deployment)
     assert deployment.tap.num_tampered > 0
 
 
-async def test_a_delay_changes_nothing_but_the_time(deployment):
+async def test_a_delay_changes_nothing_but_the_time(deployment, malicious):
     async def wait(direction, number, unit):
         await trio.sleep(0.02)
         return [unit]
 
-    deployment.tap = Malicious("data1", wait)
+    malicious("data1", wait)
     async with deployment.running() as (manifest, results):
         tokens = await deployment.generate(manifest, results, NUM_TOKENS)
     assert tokens == deployment.reference(NUM_TOKENS)
 
 
-async def test_a_message_reflected_to_its_sender_is_noticed(deployment):
-    tap = deployment.tap = Malicious("control0")
+async def test_a_message_reflected_to_its_sender_is_noticed(deployment, malicious):
+    tap = malicious("control0")
 
     def reflect(direction, number, unit):
         if direction == FROM_TARGET and number == FIRST_MESSAGE:
@@ -188,9 +187,9 @@ async def test_a_message_reflected_to_its_sender_is_noticed(deployment):
 
 
 @pytest.mark.parametrize("link", DATA_LINKS)
-async def test_a_record_spliced_in_from_another_channel_is_noticed(deployment, link):
+async def test_a_record_spliced_in_from_another_channel_is_noticed(deployment, malicious, link):
     """Its neighbour's record of the same step, or on the first link the control channel's."""
-    tap = deployment.tap = Malicious(link)
+    tap = malicious(link)
     other = {"data0": "control0", "data1": "data0", "results": "data1"}[link]
     first = NUM_HANDSHAKE_UNITS[TO_TARGET]
     tap.tamper = on_record(lambda unit: [tap.units[other, TO_TARGET][first]], at=0)
@@ -199,9 +198,9 @@ async def test_a_record_spliced_in_from_another_channel_is_noticed(deployment, l
 
 
 @pytest.mark.parametrize("link", ["control0", "control1", *DATA_LINKS])
-async def test_a_session_replayed_in_place_of_the_next_one_is_noticed(deployment, link):
+async def test_a_session_replayed_in_place_of_the_next_one_is_noticed(deployment, malicious, link):
     """The same parties, manifest and roles; another epoch on data channels, other keys on all."""
-    tap = deployment.tap = Malicious()
+    tap = malicious()
     async with deployment.running() as (manifest, results):
         await deployment.generate(manifest, results, NUM_TOKENS)
         recorded = {d: list(tap.units[link, d]) for d in (TO_TARGET, FROM_TARGET)}
@@ -216,16 +215,16 @@ async def test_a_session_replayed_in_place_of_the_next_one_is_noticed(deployment
     ("link", "instead"),
     [("control0", "control1"), ("control1", "control0"), ("data0", "data1"), ("data1", "data0")],
 )
-async def test_the_channel_of_another_stage_is_refused(deployment, link, instead):
-    deployment.tap = Malicious()
+async def test_the_channel_of_another_stage_is_refused(deployment, malicious, link, instead):
+    malicious()
     deployment.tap.instead = {link: instead}
     await expect_refusal(deployment)
     assert (deployment.tap.num_rerouted, deployment.tap.prompt_records) == (1, 0)
 
 
-async def test_another_manifest_is_refused(deployment):
+async def test_another_manifest_is_refused(deployment, malicious):
     """The user was sent a manifest whose core is not the one in the images."""
-    deployment.tap = Malicious()
+    malicious()
     deployment.pinned = deployment.pinned.model_copy(update={"model_version": "2"})
     await expect_refusal(deployment, "stage")
     assert deployment.tap.prompt_records == 0
@@ -246,15 +245,15 @@ class Replay:
         return shown
 
 
-async def test_a_document_of_an_earlier_handshake_is_refused(deployment):
+async def test_a_document_of_an_earlier_handshake_is_refused(deployment, malicious):
     deployment.attesters[0] = Replay(deployment.module(0))
-    deployment.tap = Malicious()
+    malicious()
     # The first handshake of the stage shows a fresh document; its data channels show old ones.
     await expect_refusal(deployment, "not bound to this handshake")
     assert deployment.tap.prompt_records == 0
 
 
-async def test_a_document_got_by_asking_the_genuine_stage_is_refused(deployment):
+async def test_a_document_got_by_asking_the_genuine_stage_is_refused(deployment, malicious):
     """Diversion: a stage shows its document to whoever dials; it serves nobody else."""
     shown = []
 
@@ -281,6 +280,6 @@ async def test_a_document_got_by_asking_the_genuine_stage_is_refused(deployment)
 
     deployment.attesters[0] = Diverted()
     deployment.keys[0] = X25519PrivateKey.generate()
-    deployment.tap = Malicious()
+    malicious()
     await expect_refusal(deployment, "stage 0")
     assert deployment.tap.prompt_records == 0

@@ -142,7 +142,7 @@ def without_compiled_records(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def toy():
+def toy(read_unit):
     """Everything above, by name."""
     return SimpleNamespace(
         ORCHESTRATOR=ORCHESTRATOR,
@@ -160,6 +160,7 @@ def toy():
         channels=make_channels,
         close=close,
         open_sockets=open_sockets,
+        read_unit=read_unit,
         without_compiled_records=without_compiled_records,
     )
 

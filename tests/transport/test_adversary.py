@@ -23,6 +23,7 @@ class Relay:
 
     def __init__(self, toy, tamper):
         self.tamper = tamper
+        self._read_unit = toy.read_unit
         self.near, self._from_initiator = toy.tcp_pair()
         self._from_responder, self.far = toy.tcp_pair()
 
@@ -57,23 +58,6 @@ class Relay:
             pass
         await source.aclose()
         await target.aclose()
-
-    @staticmethod
-    async def _read_unit(source, *, is_handshake):
-        async def read(num_bytes):
-            data = b""
-            while len(data) < num_bytes:
-                piece = await source.receive_some(num_bytes - len(data))
-                if not piece:
-                    return None
-                data += piece
-            return data
-
-        header = await read(2 if is_handshake else 8)
-        if header is None:
-            return None
-        body = await read(int.from_bytes(header if is_handshake else header[4:], "big"))
-        return None if body is None else header + body
 
 
 def honest(direction, number, unit):
