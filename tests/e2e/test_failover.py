@@ -118,14 +118,23 @@ def test_a_stage_that_hangs_is_replaced_by_itself_once_it_goes_on(cluster, serve
             assert (sessions(cluster, idx) > before[idx]) is (idx == victim)
 
 
-def test_a_relay_cut_for_seconds_costs_no_stage_and_no_state(cluster, serve):
+@contextmanager
+def relayed(cluster, serve, *extra):
+    """A relay between two stages, its command, and the server in front of them."""
     cluster.plan(2)
     base = cluster.base_port
     command = [RELAY, "--map", f"127.0.0.1:{base + 5}=127.0.0.1:{base + 11}"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as relay:
-        cluster.start_worker(0, "--data-out-target", f"127.0.0.1:{base + 5}")
-        cluster.start_worker(1)
-        server = serve(2)
+        try:
+            cluster.start_worker(0, "--data-out-target", f"127.0.0.1:{base + 5}")
+            cluster.start_worker(1)
+            yield relay, command, serve(2, *extra)
+        finally:
+            relay.kill()
+
+
+def test_a_relay_cut_for_seconds_costs_no_stage_and_no_state(cluster, serve):
+    with relayed(cluster, serve) as (relay, command, server):
         expected = undisturbed(server)
         with completing(server) as texts:
             relay.kill()
@@ -144,13 +153,7 @@ def test_a_relay_cut_for_seconds_costs_no_stage_and_no_state(cluster, serve):
 
 def test_a_link_on_which_nothing_moves_any_more_is_made_anew(cluster, serve):
     """Its ends see no error, and every stage answers: only the steps under way do not move."""
-    cluster.plan(2)
-    base = cluster.base_port
-    command = [RELAY, "--map", f"127.0.0.1:{base + 5}=127.0.0.1:{base + 11}"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as relay:
-        cluster.start_worker(0, "--data-out-target", f"127.0.0.1:{base + 5}")
-        cluster.start_worker(1)
-        server = serve(2, "--hang-timeout", "2")
+    with relayed(cluster, serve, "--hang-timeout", "2") as (relay, _, server):
         expected = undisturbed(server)
         time.sleep(5)  # with nothing to do, nothing moves either
         assert "event=failover_started" not in server.log()
@@ -158,7 +161,6 @@ def test_a_link_on_which_nothing_moves_any_more_is_made_anew(cluster, serve):
             relay.send_signal(signal.SIGSTOP)
             server.wait_for_log("event=failover_started", 1)
             relay.send_signal(signal.SIGCONT)
-        relay.terminate()
     assert texts == expected
     assert [sessions(cluster, idx) for idx in range(2)] == [1, 1]
 
