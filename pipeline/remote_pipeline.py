@@ -262,9 +262,9 @@ class Pipeline:
         self._failure = None
         self._connector.pending.clear()
         async with self.unbroken():
-            await self._drop_links()
             for stage in self.stages:
-                stage.end_epoch()
+                stage.end_epoch()  # at once: what they say of links that end now is no new loss
+            await self._drop_links()
             async with open_tasks() as tasks:
                 for spec in self._manifest.stages:
                     if spec.stage_idx not in self._stages:

@@ -165,9 +165,11 @@ def _cpus(flag: str | None, threads: int | None) -> tuple[int, ...]:
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
         if match is None:
             raise InputError(f"--cpus {flag}: expected CPUs like 0-3,8")
-        first = int(match[1])
-        found += range(first, int(match[2] or first) + 1)
-    if not found or len(set(found)) != len(found):
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise InputError(f"--cpus {flag}: {part} is no range")
+        found += range(first, last + 1)
+    if len(set(found)) != len(found):
         raise InputError(f"--cpus {flag}: expected each CPU once")
     if threads not in {None, len(found)}:
         raise InputError(f"--cpus {flag} has {len(found)} CPUs for --threads {threads}")

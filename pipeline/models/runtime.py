@@ -29,6 +29,7 @@ _SETTERS = (
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE_BLOCK = 1 << 20
 
+MAX_CPUS = 256  # as many threads as native kernels make
 # Threads and CPUs for torch, for when it is imported.
 _asked: tuple[int, Sequence[int]] | None = None
 
@@ -59,6 +60,8 @@ def set_num_threads(num_threads: int, cpus: Sequence[int] = ()) -> None:
 def _check_cpus(cpus: Sequence[int]) -> None:
     if not hasattr(os, "sched_setaffinity"):
         raise InputError("this system does not let a process choose its CPUs")
+    if len(cpus) > MAX_CPUS:
+        raise InputError(f"{len(cpus)} CPUs are more than the {MAX_CPUS} that threads run on here")
     usable = os.sched_getaffinity(0)
     for cpu in cpus:
         if cpu not in usable:

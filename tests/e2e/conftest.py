@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -253,11 +253,12 @@ class Cluster:
         for process in self.orchestrators:
             process.kill()  # nothing to one that has ended
             process.communicate()
-        for server in self.servers:
-            if server.process.poll() is None:
-                server.stop()
-        for process in self.workers.values():
-            end(process)
+        with ExitStack() as ending:  # servers first; each is ended, whatever becomes of others
+            for process in self.workers.values():
+                ending.callback(end, process)
+            for server in self.servers:
+                if server.process.poll() is None:
+                    ending.callback(server.stop)
 
 
 @contextmanager

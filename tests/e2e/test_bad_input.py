@@ -84,7 +84,7 @@ def test_usage_errors(command, worker, orch):
     expect(command(stage_worker), 2, "--manifest")
     expect(command(orchestrator), 2, "--manifest, --tokenizer, --text")
     expect(worker("--threads", "0"), 2, "--threads", "1")
-    for cpus in ("one", "", "0-", "3-1", "0,0", "0-1,1"):
+    for cpus in ("one", "", "0-", "3-1", "0,3-1", "0,0", "0-1,1"):
         expect(worker("--cpus", cpus), 2, f"--cpus {cpus}")
     expect(worker("--cpus", "0", "--threads", "2"), 2, "1 CPUs for --threads 2")
     expect(worker("--cpus", "9999"), 2, "CPU 9999", "may use")

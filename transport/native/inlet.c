@@ -35,7 +35,7 @@ static void arrival_clear(arrival_t *arrival) {
 /* The part of the arena's storage for so many bytes; 0 with an exception or where it is less. */
 static int make_room(inlet_t *inlet, Py_ssize_t num_bytes) {
     PyObject *storage = inlet->arena->storage;
-    if (!storage) return 0;
+    if (!storage || !PyMemoryView_Check(storage)) return 0;
     if (storage != inlet->storage || !inlet->plain ||
         PyMemoryView_GET_BUFFER(inlet->plain)->len != num_bytes) {
         Py_XSETREF(inlet->plain, PySequence_GetSlice(storage, 0, num_bytes));
