@@ -19,23 +19,22 @@ from time import perf_counter_ns
 import trio
 from command_line import Parser, run_main, unwind_on_sigterm, whole, wholes
 
-from pipeline.drive import drive
+from pipeline.agreement.manifest import Manifest, dump_manifest
+from pipeline.agreement.trust import DevTrust
+from pipeline.engine.drive import drive
 from pipeline.engine.latency import LatencyLog, percentile
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import SessionError
-from pipeline.local import LocalPipeline
-from pipeline.manifest import Manifest, dump_manifest
+from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
-from pipeline.models.runtime import set_num_threads
-from pipeline.orchestrator import PipelineOptions, open_pipeline
-from pipeline.peers import PATIENCE_MS
-from pipeline.plan import PlanOptions, plan
-from pipeline.stage import StageCore
-from pipeline.steps import ACTIVATION_DTYPES, SessionLimits
-from pipeline.trust import DevTrust
+from pipeline.orchestrator.local_pipeline import LocalPipeline
+from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
+from pipeline.planning.plan import PlanOptions, plan
+from pipeline.protocol.peers import PATIENCE_MS
+from pipeline.stage.core import StageCore
 from transport.attestation.dev import default_directory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,14 +57,7 @@ def free_base_port(count: int, start: int) -> int:
 def local_pipeline(model_dir: Path, manifest: Manifest, limits: Limits) -> LocalPipeline:
     config = load_config(model_dir)
     shard = load_shard(model_dir, config, 0, config.num_layers, expected_hashes=None)
-    spec = manifest.activation_spec
-    session = SessionLimits(
-        limits.num_slots,
-        limits.max_seq_len,
-        limits.max_step_tokens,
-        spec.hidden_dim,
-        ACTIVATION_DTYPES[spec.dtype],
-    )
+    session = limits.for_session(manifest.activation_spec.codec)
     return LocalPipeline([StageCore(shard, session)])
 
 

@@ -7,7 +7,7 @@ is compared with the float32 wire's. `I8 plain` is what int8 would be without th
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter_ns
@@ -18,15 +18,15 @@ from command_line import Parser, run_main, whole
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.codec import ActivationCodec, RotatedInt8, activation_codec
+from pipeline.codecs.base import ActivationCodec
+from pipeline.codecs.registry import CODECS, make_codec
+from pipeline.codecs.rotated_int8 import RotatedInt8
 from pipeline.engine.tokenizer import Tokenizer
-from pipeline.models.batch import Segment
+from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
-from pipeline.models.runtime import set_num_threads
-from pipeline.plan import PlanOptions, plan
-from pipeline.steps import ACTIVATION_DTYPES, SessionLimits
-from transport.frames import DType
+from pipeline.planning.plan import PlanOptions, plan
+from pipeline.protocol.segments import Segment
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = (ROOT / "README.md", ROOT / "SECURITY.md")
@@ -61,11 +61,7 @@ class Figures:
 
 
 def codecs(hidden_dim: int) -> dict[str, ActivationCodec]:
-    limits = SessionLimits(1, WINDOW, WINDOW, hidden_dim, DType.F32)
-    found = {
-        name: activation_codec(replace(limits, activation_dtype=dtype))
-        for name, dtype in ACTIVATION_DTYPES.items()
-    }
+    found = {name: make_codec(name, hidden_dim) for name in CODECS}
     return {**found, "I8 plain": PlainInt8(hidden_dim)}
 
 

@@ -53,7 +53,7 @@ stages=$(python - "${manifest:-$shards/manifest.json}" <<'PY'
 import sys
 from pathlib import Path
 from pipeline.errors import InputError
-from pipeline.manifest import load_manifest
+from pipeline.agreement.manifest import load_manifest
 
 try:
     manifest = load_manifest(Path(sys.argv[1]))

@@ -22,20 +22,22 @@ import atheris
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 with atheris.instrument_imports(
-    include=["pipeline.messages", "pipeline.manifest", "pipeline.steps"]
+    include=["pipeline.protocol.messages", "pipeline.agreement.manifest", "pipeline.protocol.steps"]
 ):
-    from pipeline import manifest, messages, steps
-with atheris.instrument_imports(include=["pipeline.models.weights", "pipeline.models.config"]):
-    from pipeline.models import config, weights
+    from pipeline.agreement import manifest
+    from pipeline.protocol import messages, steps
+with atheris.instrument_imports(include=["pipeline.weights.checkpoint", "pipeline.models.config"]):
+    from pipeline.models import config
+    from pipeline.weights import checkpoint
 
 from command_line import Parser, whole
 
+from pipeline.codecs.registry import make_codec
 from pipeline.errors import ManifestError, MessageError, ModelError
-from pipeline.models.batch import Segment
-from transport.frames import DType
+from pipeline.protocol.segments import Segment
 
 LIMITS = steps.SessionLimits(
-    num_slots=4, max_seq_len=64, max_step_tokens=32, hidden_dim=8, activation_dtype=DType.F32
+    num_slots=4, max_seq_len=64, max_step_tokens=32, codec=make_codec("F32", 8)
 )
 
 
@@ -58,7 +60,7 @@ def decode_step(data: bytes) -> None:
     assert messages.encode_step(header) == data
     steps.check_header(header, LIMITS)
     for is_first in (True, False):
-        for limits in (LIMITS, replace(LIMITS, activation_dtype=DType.I8)):
+        for limits in (LIMITS, replace(LIMITS, codec=make_codec("I8", 8))):
             specs = steps.expected_inputs(header, limits, is_first=is_first)
             assert sum(spec.nbytes for spec in specs) <= limits.max_tensor_bytes
 
@@ -71,7 +73,7 @@ def decode_manifest(data: bytes) -> None:
 
 def decode_header(data: bytes) -> None:
     position = 0
-    for tensor in weights.parse_header_untrusted(data):
+    for tensor in checkpoint.parse_header_untrusted(data):
         assert tensor.start == position
         position = tensor.end
 
@@ -186,7 +188,7 @@ def make_decoder(name: str) -> Decoder:
             return Decoder(decode_manifest, (ManifestError,), seeds, names_in(seeds))
         case "header":
             seeds = header_seeds()
-            return Decoder(decode_header, (weights.CorruptHeader,), seeds, names_in(seeds))
+            return Decoder(decode_header, (checkpoint.CorruptHeader,), seeds, names_in(seeds))
         case _:
             seeds = config_seeds()
             return Decoder(decode_config, (ModelError,), seeds, names_in(seeds))

@@ -15,10 +15,10 @@ from command_line import Parser, run_main, whole
 
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
-from pipeline.models.batch import Segment
+from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
-from pipeline.models.runtime import set_num_threads
+from pipeline.protocol.segments import Segment
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ("float32", "bfloat16", "int8")

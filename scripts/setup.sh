@@ -57,7 +57,7 @@ flock 9    # two scripts started together must not install over each other
 [ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null || make_venv
 
 # One stamp per extra: the base package (its kernels are built here), and whatever else was asked for.
-want=$(cat "$root/pyproject.toml" "$root/constraints.txt" "$root"/*/native/*.[ch] | sha256sum | cut -c1-16)
+want=$(cat "$root/pyproject.toml" "$root/constraints.txt" "$root"/*/native/*.[ch] "$root"/*/*/native/*.[ch] | sha256sum | cut -c1-16)
 for extra in base "$@"; do
   stamp="$venv/.veilpipe-$extra"
   [ "$(cat "$stamp" 2>/dev/null || true)" = "$want" ] && continue

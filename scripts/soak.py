@@ -26,11 +26,11 @@ import trio
 from command_line import Parser, not_negative, run_main, unwind_on_sigterm, whole
 from openai_stream import RequestFailed, Server, ask, find_model, stream
 
+from pipeline.agreement.manifest import dump_manifest, load_manifest
 from pipeline.errors import PipelineError
-from pipeline.manifest import dump_manifest, load_manifest
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
-from pipeline.plan import PlanOptions, plan
+from pipeline.planning.plan import PlanOptions, plan
 
 HANG_SECONDS = 3.0
 PRECISION = "float32"

@@ -93,7 +93,7 @@ def test_a_soak_that_cannot_be_meant(refuse, arguments, words):
 )
 def test_a_benchmark_that_cannot_be_meant(refuse, script, arguments, words):
     if script == "bench_kernels":
-        pytest.importorskip("pipeline._native", reason="the kernels are not compiled")
+        pytest.importorskip("pipeline.kernels._native", reason="the kernels are not compiled")
     assert words in refuse(script, *arguments)
 
 

@@ -1,7 +1,8 @@
-"""A module imports only from lower layers: the architecture is what this list says."""
+"""The architecture: what each room may import, and that no import goes round in a circle."""
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,86 +10,29 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("transport", "pipeline", "enclave")
 
-# Lowest first. A module may import from lines above its own, and from its own line never.
-LAYERS = [
-    # transport
-    "transport.errors",
-    "transport.tallies",
-    "transport.address transport.wire",
-    "transport.endpoint",
-    "transport.attestation.evidence",
-    "transport.attestation.cbor transport.attestation.key_only",
-    "transport.attestation.cose",
-    "transport.attestation.chain",
-    "transport.attestation.document",
-    "transport.attestation.nsm",
-    "transport.attestation.nitro",
-    "transport.attestation.dev",
-    "transport.noise",
-    "transport.records",
-    "transport.handshake transport.frames",
-    "transport.framing",
-    "transport.single_records",
-    "transport.channel",
-    "transport.relay",
-    "transport.relay_manifest",
-    "transport.relay_cli",
-    # pipeline
-    "pipeline.errors pipeline.tasks",
-    "pipeline.models.runtime",
-    "pipeline.files pipeline.rotation pipeline.dtypes pipeline.models.batch",
-    "pipeline.sampling.params pipeline.sampling.processors pipeline.sampling.stop",
-    "pipeline.sampling.sampler",
-    "pipeline.manifest pipeline.messages",
-    "pipeline.replay",
-    "pipeline.models.config pipeline.models.kv_cache pipeline.models.quant pipeline.models.arena",
-    "pipeline.models.sinks",
-    "pipeline.models.weights pipeline.models.kernels",
-    "pipeline.models.rope pipeline.models.embedding pipeline.models.torch_attention",
-    "pipeline.models.native_step",
-    "pipeline.models.kernels_torch pipeline.models.kernels_native pipeline.models.outline",
-    "pipeline.models.self_test",
-    "pipeline.models.kernels_cuda",
-    "pipeline.models.kernel_choice",
-    "pipeline.models.base",
-    "pipeline.models.gpt2 pipeline.models.llama",
-    "pipeline.models.registry",
-    "pipeline.engine.request pipeline.engine.tokenizer pipeline.engine.latency",
-    "pipeline.engine.generation",
-    "pipeline.engine.scheduler",
-    "pipeline.steps pipeline.tensors pipeline.trust pipeline.plan",
-    "pipeline.codec pipeline.activation_log pipeline.catch_up pipeline.shard",
-    "pipeline.stage",
-    "pipeline.links pipeline.drive pipeline.meter",
-    "pipeline.local pipeline.service",
-    "pipeline.peers",
-    "pipeline.stage_setup",
-    "pipeline.neighbours",
-    "pipeline.lane",
-    "pipeline.session pipeline.remote_stage pipeline.ahead",
-    "pipeline.worker pipeline.connector pipeline.evidence",
-    "pipeline.remote_pipeline",
-    "pipeline.orchestrator",
-    "pipeline.failover pipeline.supervisor",
-    "pipeline.gateway.templates pipeline.gateway.text pipeline.gateway.errors",
-    "pipeline.gateway.metrics",
-    "pipeline.gateway.overview",
-    "pipeline.gateway.auth pipeline.gateway.limits",
-    "pipeline.gateway.config",
-    "pipeline.gateway.schemas pipeline.gateway.choices",
-    "pipeline.gateway.formats pipeline.gateway.edge",
-    "pipeline.gateway.answers pipeline.gateway.connection",
-    "pipeline.gateway.app",
-    "pipeline.gateway.server",
-    "pipeline.cli.logs",
-    "pipeline.cli.common",
-    "pipeline.cli.attest pipeline.cli.connection",
-    "pipeline.cli.generate pipeline.cli.serve pipeline.cli.top",
-    "pipeline.cli.stage_worker pipeline.cli.orchestrator",
-    "pipeline.cli.standby",
-    "pipeline.cli.entry",
-]
-RANK = {module: rank for rank, line in enumerate(LAYERS) for module in line.split()}
+# What each room of `pipeline` may import beside `transport` and the modules that lie before all
+# rooms (errors, dtypes, tasks, files). An enclave's image carries what a stage imports.
+ROOMS = {
+    "codecs": set(),
+    "agreement": {"codecs"},
+    "protocol": {"agreement", "codecs"},
+    "weights": set(),
+    "kernels": {"protocol", "weights"},
+    "models": {"kernels", "protocol", "weights"},
+    "stage": {"agreement", "codecs", "kernels", "models", "protocol"},
+    "sampling": set(),
+    "engine": {"codecs", "protocol", "sampling"},
+    "orchestrator": {"agreement", "engine", "protocol", "stage"},
+    "placement": {"agreement"},
+    "planning": {"agreement", "models", "weights"},
+    "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
+    "cli": {
+        "agreement", "codecs", "engine", "gateway", "kernels", "models", "orchestrator",
+        "placement", "planning", "protocol", "stage",
+    },
+}  # fmt: skip
+# The one thing that kernels know of the protocol: which rows of a step are whose.
+ONLY = {("kernels", "protocol"): "pipeline.protocol.segments"}
 FORBIDDEN = {
     "transport": {"torch", "numpy", "pipeline", "enclave", "transformers"},
     "enclave": {"torch", "numpy", "pipeline", "transport", "transformers"},
@@ -100,8 +44,16 @@ def modules():
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
-            if parts[-1] != "__init__":
-                yield ".".join(parts), path
+            yield ".".join(parts).removesuffix(".__init__"), path
+
+
+MODULES = dict(modules())
+
+
+def room_of(module):
+    """The room of a module of `pipeline`; none for what lies before all rooms."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "pipeline" and parts[1:2] and parts[1] in ROOMS else None
 
 
 def imports(path):
@@ -114,22 +66,51 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: str(value))
-def test_a_module_imports_only_from_lower_layers(module, path):
+@pytest.mark.parametrize("module", MODULES)
+def test_a_package_imports_no_other_that_is_forbidden_to_it(module):
     package = module.partition(".")[0]
-    found = set(imports(path))
-    crossing = {name for name in found if name.partition(".")[0] in FORBIDDEN[package]}
-    assert not crossing, f"{module} must not import {crossing}"
-    if package == "enclave":
-        return
-    assert module in RANK, f"{module} has no layer yet: add it to LAYERS"
-    for name in found & RANK.keys():
-        assert RANK[name] < RANK[module], f"{module} imports {name}, which is not below it"
+    found = {name.partition(".")[0] for name in imports(MODULES[module])}
+    assert not found & FORBIDDEN[package]
 
 
-def test_no_layer_names_a_module_that_is_gone():
-    existing = {module for module, _ in modules()}
-    assert existing >= RANK.keys(), RANK.keys() - existing
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module)])
+def test_a_module_imports_only_from_rooms_below_its_own(module):
+    room = room_of(module)
+    for name in imports(MODULES[module]):
+        other = room_of(name)
+        if other in {None, room}:
+            continue
+        assert other in ROOMS[room], f"{module} imports {name}: {room} must not know {other}"
+        only = ONLY.get((room, other))
+        assert only is None or name.startswith(only), f"{module} imports {name}, not {only}"
+
+
+def test_what_lies_before_all_rooms_imports_none():
+    for module, path in MODULES.items():
+        if module.startswith("pipeline") and room_of(module) is None:
+            rooms = {room_of(name) for name in imports(path)} - {None}
+            assert not rooms, f"{module} imports {rooms}"
+
+
+def test_every_room_has_its_rule_and_every_rule_its_room():
+    rooms = {path.name for path in (ROOT / "pipeline").iterdir() if (path / "__init__.py").exists()}
+    assert rooms == ROOMS.keys()
+
+
+def test_no_import_goes_round_in_a_circle():
+    graph = {
+        module: {name for name in imports(path) if name in MODULES and name != module}
+        for module, path in MODULES.items()
+    }
+    list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
+
+
+def test_an_init_holds_its_rooms_story_and_nothing_else():
+    for module, path in MODULES.items():
+        if path.name == "__init__.py":
+            body = ast.parse(path.read_text()).body
+            assert len(body) == 1, f"{module} runs code"
+            assert isinstance(body[0], ast.Expr), f"{module} runs code"
 
 
 def test_no_runtime_module_needs_a_test_dependency():
@@ -140,6 +121,6 @@ def test_no_runtime_module_needs_a_test_dependency():
         # the gateway
         "hypercorn", "jinja2", "prometheus_client", "pydantic_core", "starlette",
     }  # fmt: skip
-    for module, path in modules():
+    for module, path in MODULES.items():
         roots = {name.partition(".")[0] for name in imports(path)}
         assert roots <= allowed | standard, f"{module} imports {roots - allowed - standard}"

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import load_manifest
+from pipeline.agreement.manifest import load_manifest
 from pipeline.models.config import load_config
-from pipeline.plan import FIRST_CID, PlanOptions, plan
-from pipeline.shard import _enclave_command
+from pipeline.planning.plan import FIRST_CID, PlanOptions, plan
+from pipeline.planning.shard import _enclave_command
 from transport.endpoint import TcpEndpoint
 from transport.relay_manifest import manifest_maps
 

@@ -10,12 +10,12 @@ import trio
 import typer
 from cryptography import x509
 
+from pipeline.agreement.manifest import load_manifest
+from pipeline.agreement.trust import load_identity
 from pipeline.cli.common import new_app
 from pipeline.cli.logs import printable
 from pipeline.errors import InputError, SessionError
-from pipeline.evidence import fetch_evidence
-from pipeline.manifest import load_manifest
-from pipeline.trust import load_identity
+from pipeline.orchestrator.evidence_request import fetch_evidence
 from transport.attestation.document import Document
 from transport.attestation.evidence import Binding
 from transport.attestation.nitro import CheckResult, aws_root, examine, read_document

@@ -51,6 +51,6 @@ def pipeline_orch() -> None:
     """Run `pipeline-orch`."""
     _leave_on_signals()
     with importing():
-        from pipeline.cli.orchestrator import main
+        from pipeline.cli.pipeline_orch import main
 
     main()

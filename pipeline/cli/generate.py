@@ -10,20 +10,20 @@ from time import perf_counter_ns
 import trio
 import typer
 
+from pipeline.agreement.manifest import load_manifest
+from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags
 from pipeline.cli.common import run_until_signalled
-from pipeline.cli.connection import Connection, ConnectionFlags, Source
 from pipeline.cli.logs import tell
-from pipeline.drive import drive
+from pipeline.engine.drive import drive
 from pipeline.engine.latency import LatencyLog
 from pipeline.engine.request import Request, TokenEvent
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.engine.tokenizer import TextStream, Tokenizer
 from pipeline.errors import SessionError
 from pipeline.files import check_writable
-from pipeline.manifest import load_manifest
-from pipeline.messages import Abort, Done, StageTiming, Start
-from pipeline.orchestrator import Pipeline
-from pipeline.peers import GOODBYE_SECONDS, PATIENCE_MS
+from pipeline.orchestrator.opening import Pipeline
+from pipeline.protocol.messages import Abort, Done, StageTiming, Start
+from pipeline.protocol.peers import GOODBYE_SECONDS, PATIENCE_MS
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class GenerateFlags:
     latency_out: Path | None
 
 
-def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
+def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     """Run one prompt to its end. Raises PipelineError, or typer.Exit after a signal."""
     manifest = load_manifest(flags.manifest)
     tokenizer = Tokenizer(flags.tokenizer)
@@ -54,9 +54,9 @@ def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
     path = flags.latency_out
     if path is not None:
         check_writable(path)
-    source = Source(manifest, flags.manifest, flags.model_dir)
-    connection = Connection.create(
-        source, connection_flags, limits, is_resumable=False, patience_ms=PATIENCE_MS
+    source = ManifestSource(manifest, flags.manifest, flags.model_dir)
+    access = PipelineAccess.create(
+        source, pipeline_flags, limits, is_resumable=False, patience_ms=PATIENCE_MS
     )
     log = LatencyLog()
     printer = _Printer(flags.text, TextStream(tokenizer, request.prompt_ids), log)
@@ -77,7 +77,7 @@ def generate(flags: GenerateFlags, connection_flags: ConnectionFlags) -> None:
                 with trio.move_on_after(GOODBYE_SECONDS, shield=True), suppress(SessionError):
                     await pipeline.notify(outcome)
 
-    number = run_until_signalled(lambda: connection.run(work, scheduler))
+    number = run_until_signalled(lambda: access.run(work, scheduler))
     if number is not None:
         raise typer.Exit(128 + number)
     tell("latency", log.summary())

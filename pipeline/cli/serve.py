@@ -8,20 +8,20 @@ from pathlib import Path
 
 import typer
 
+from pipeline.agreement.manifest import load_manifest
+from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags
 from pipeline.cli.common import run_until_signalled
-from pipeline.cli.connection import Connection, ConnectionFlags, Source
 from pipeline.engine.scheduler import Limits
+from pipeline.engine.service import PipelineEngine
 from pipeline.errors import InputError, SessionError
 from pipeline.gateway.auth import load_api_keys
-from pipeline.gateway.config import GatewayConfig
 from pipeline.gateway.limits import GatewayLimits
 from pipeline.gateway.overview import Overview
 from pipeline.gateway.server import serve as serve_gateway
+from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.gateway.text import GatewayTokenizer
-from pipeline.manifest import load_manifest
-from pipeline.orchestrator import Pipeline
-from pipeline.service import PipelineEngine
+from pipeline.orchestrator.opening import Pipeline
 from pipeline.tasks import open_tasks
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class ServeFlags:
     limits: GatewayLimits
 
 
-def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
+def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     """Serve until stopped. Raises PipelineError, or typer.Exit after a signal."""
     _allow_open_files(flags.limits.max_connections + _OTHER_FILES)
     manifest = load_manifest(flags.manifest)
@@ -66,8 +66,8 @@ def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
         limits=flags.limits,
     )
     tokenizer = GatewayTokenizer(flags.model_dir / "tokenizer.json")
-    source = Source(manifest, flags.manifest, flags.model_dir)
-    connection = Connection.create(source, connection_flags, limits, is_resumable=True)
+    source = ManifestSource(manifest, flags.manifest, flags.model_dir)
+    access = PipelineAccess.create(source, pipeline_flags, limits, is_resumable=True)
     engine = PipelineEngine(limits)
     standing: Pipeline | None = None
     overview = Overview(
@@ -97,7 +97,7 @@ def serve(flags: ServeFlags, connection_flags: ConnectionFlags) -> None:
             )
             logger.info("event=serving url=%s model=%s", url, config.served_model_name)
             try:
-                await connection.run(work, engine.scheduler)
+                await access.run(work, engine.scheduler)
             except SessionError as error:
                 engine.fail(error)
                 raise

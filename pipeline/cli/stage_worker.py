@@ -10,6 +10,8 @@ from typing import Annotated
 import trio
 import typer
 
+from pipeline.agreement.manifest import Manifest, StageSpec, check_precision, load_manifest
+from pipeline.agreement.trust import DEV_WARNING, DevTrust, EnclaveTrust, Trust
 from pipeline.cli.common import (
     DevOption,
     ManifestOption,
@@ -23,15 +25,13 @@ from pipeline.cli.common import (
 from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, PolicyError
-from pipeline.manifest import Manifest, StageSpec, check_precision, load_manifest
+from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
-from pipeline.models.runtime import set_num_threads
-from pipeline.peers import PATIENCE_MS
-from pipeline.stage_setup import StageSetup
+from pipeline.protocol.peers import PATIENCE_MS
+from pipeline.stage.setup import StageSetup
+from pipeline.stage.worker import StageWorker
 from pipeline.tasks import open_tasks
-from pipeline.trust import DEV_WARNING, DevTrust, EnclaveTrust, Trust
-from pipeline.worker import StageWorker
 from transport.attestation.dev import default_directory
 from transport.endpoint import Endpoint, listen
 

@@ -33,7 +33,7 @@ _STATE_STYLES = {"ready": "green", "connecting": "yellow", "down": "bold red"}
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ServerAddress:
     """Where a server's figures are."""
 
     url: str
@@ -44,7 +44,7 @@ class Source:
     key: str | None
 
     @classmethod
-    def parse(cls, url: str, key_file: Path | None) -> "Source":
+    def parse(cls, url: str, key_file: Path | None) -> "ServerAddress":
         """Read the flags. Raises InputError."""
         try:
             parts = urlsplit(url)
@@ -88,7 +88,7 @@ class Source:
             connection.close()
 
 
-def top(source: Source, interval: float, *, once: bool) -> None:
+def top(source: ServerAddress, interval: float, *, once: bool) -> None:
     """Show the server until interrupted, or once. Raises PipelineError."""
     is_terminal = sys.stdout.isatty()
     console = Console(width=None if is_terminal else _PLAIN_WIDTH, highlight=False)
@@ -111,7 +111,7 @@ def top(source: Source, interval: float, *, once: bool) -> None:
 
 
 def _follow(
-    source: Source, first: PipelineView, interval: float
+    source: ServerAddress, first: PipelineView, interval: float
 ) -> Iterator[tuple[PipelineView, str]]:
     """What is seen as time goes on; the last view with the problem while there is no new one."""
     view, problem = first, ""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from pipeline.replay import Piece, truncate
+from pipeline.protocol.replay import SlotPart, truncate
 
 
 class FinishReason(Enum):
@@ -37,7 +37,7 @@ class RequestState:
     num_sent: int = 0
     token_ids: list[int] = field(default_factory=list)
     # The steps they went in.
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[SlotPart] = field(default_factory=list)
 
     @property
     def num_known(self) -> int:
@@ -63,7 +63,7 @@ class RequestState:
         generated = self.token_ids[max(0, start - len(prompt)) : end - len(prompt)]
         return (*prompt[start:], *generated)
 
-    def sent(self, piece: Piece) -> None:
+    def sent(self, piece: SlotPart) -> None:
         """Count a step's part as handed to the pipeline."""
         self.num_sent += piece.num_tokens
         self.pieces.append(piece)

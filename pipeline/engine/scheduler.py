@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from itertools import count
 from operator import attrgetter
 
+from pipeline.codecs.base import ActivationCodec
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
 from pipeline.errors import MessageError, PromptError
-from pipeline.messages import StepHeader, StepKind, Want
-from pipeline.models.batch import Segment
-from pipeline.replay import Piece, replay_headers
+from pipeline.protocol.messages import StepHeader, StepKind, Want
+from pipeline.protocol.replay import SlotPart, replay_headers
+from pipeline.protocol.segments import Segment
+from pipeline.protocol.steps import SessionLimits
 
 # A chunk smaller than this takes nearly as long: a stage reads all its weights for each.
 MIN_CHUNK_TOKENS = 64
@@ -40,6 +42,10 @@ class Limits:
     def max_step_tokens(self) -> int:
         """Most tokens a step can hold: a chunk, and one token of every other request."""
         return self.chunk_tokens + self.num_slots
+
+    def for_session(self, codec: ActivationCodec) -> SessionLimits:
+        """What stages are asked for, their activations travelling by `codec`."""
+        return SessionLimits(self.num_slots, self.max_seq_len, self.max_step_tokens, codec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +262,7 @@ class Scheduler:
             pending = state.pending(num_tokens)
             segments.append(Segment(state.slot, state.num_sent, len(pending)))
             token_ids += pending
-            state.sent(Piece(self._next_step, len(segments) - 1, state.num_sent, len(pending)))
+            state.sent(SlotPart(self._next_step, len(segments) - 1, state.num_sent, len(pending)))
             is_last_known = state.num_sent == state.num_known
             wants.append(_want(state.request) if is_last_known else Want.NOTHING)
             if is_last_known:

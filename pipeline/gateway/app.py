@@ -18,7 +18,6 @@ from pipeline.engine.generation import Engine, Generation
 from pipeline.errors import PromptError
 from pipeline.gateway.answers import Answer, Job
 from pipeline.gateway.auth import Access
-from pipeline.gateway.config import GatewayConfig
 from pipeline.gateway.edge import Edge
 from pipeline.gateway.errors import ApiError, invalid, too_long, unknown_model
 from pipeline.gateway.formats import ChatFormat, CompletionFormat, Format
@@ -26,6 +25,7 @@ from pipeline.gateway.limits import RateLimiter
 from pipeline.gateway.metrics import GatewayMetrics, RequestRecord
 from pipeline.gateway.overview import Overview, PipelineView
 from pipeline.gateway.schemas import ChatRequest, CompletionRequest, parse_untrusted
+from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.text import GatewayTokenizer
 
 # What OpenAI generates after a text when not told.

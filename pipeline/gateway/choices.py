@@ -25,7 +25,7 @@ class PlacedToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextPiece:
     """What one more token made certain of a continuation; `finish` ("stop", "length") ends it."""
 
     choice: int
@@ -47,7 +47,7 @@ class ChoiceText:
         self._num_decoded = 0
         self._num_emitted = 0
 
-    def push(self, output: TokenOutput) -> Piece:
+    def push(self, output: TokenOutput) -> TextPiece:
         """Take the next token. The one that ends a text is no part of it."""
         is_eos = output.finish is FinishReason.EOS
         if not is_eos:
@@ -65,7 +65,7 @@ class ChoiceText:
         else:
             finish = None if output.finish is None else "length"
         is_whole = finish is not None and not is_stopped
-        return Piece(self._choice, certain, self._release(is_whole), finish)
+        return TextPiece(self._choice, certain, self._release(is_whole), finish)
 
     def _release(self, is_whole: bool) -> tuple[PlacedToken, ...]:
         """Tokens whose text has begun to be emitted; at an end without stop string, the rest."""
@@ -82,15 +82,15 @@ class PieceStream:
     """The pieces of all continuations of a request, as they come."""
 
     def __init__(
-        self, pieces: trio.MemoryReceiveChannel[Piece | PipelineError], num_choices: int
+        self, pieces: trio.MemoryReceiveChannel[TextPiece | PipelineError], num_choices: int
     ) -> None:
         self._pieces = pieces
         self._num_open = num_choices
 
-    def __aiter__(self) -> AsyncIterator[Piece]:
+    def __aiter__(self) -> AsyncIterator[TextPiece]:
         return self
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> TextPiece:
         """The next piece. Raises what the engine raised."""
         if self._num_open == 0:
             raise StopAsyncIteration
@@ -111,7 +111,7 @@ async def open_choices(
     come, so a client that reads slowly holds up nobody; a request's tokens are bounded, and so is
     what waits here.
     """
-    sender, receiver = trio.open_memory_channel[Piece | PipelineError](math.inf)
+    sender, receiver = trio.open_memory_channel[TextPiece | PipelineError](math.inf)
     async with open_tasks() as tasks:
         for choice, generation in enumerate(generations):
             stops = generation.sampling.stop
@@ -125,7 +125,7 @@ async def _follow(
     engine: Engine,
     generation: Generation,
     text: ChoiceText,
-    sender: trio.MemorySendChannel[Piece | PipelineError],
+    sender: trio.MemorySendChannel[TextPiece | PipelineError],
     record: RequestRecord,
     choice: int,
     *,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from pipeline.gateway.choices import Piece, PlacedToken
+from pipeline.gateway.choices import PlacedToken, TextPiece
 from pipeline.gateway.text import GatewayTokenizer
 
 # JSON has no infinities; OpenAI writes an impossible token's logprob so.
@@ -22,7 +22,7 @@ class Format(Protocol):
         """What a stream says of a choice before its text."""
         ...
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
+    def delta(self, piece: TextPiece) -> dict[str, Any]:
         """What a stream says of one piece."""
         ...
 
@@ -49,7 +49,7 @@ class ChatFormat:
         delta = {"role": "assistant", "content": ""}
         return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
+    def delta(self, piece: TextPiece) -> dict[str, Any]:
         """The piece's text; nothing more when there is none."""
         return {
             "index": piece.choice,
@@ -108,7 +108,7 @@ class CompletionFormat:
         echo = self._echoes[choice]
         return self._choice(choice, echo, (), None) if echo else None
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
+    def delta(self, piece: TextPiece) -> dict[str, Any]:
         """The piece's text."""
         return self._choice(piece.choice, piece.text, piece.tokens, piece.finish)
 

@@ -10,12 +10,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.agreement.manifest import Manifest, StageSpec
 from pipeline.engine.scheduler import Limits
+from pipeline.engine.service import EngineStats
 from pipeline.gateway.metrics import LatencyView
-from pipeline.manifest import Manifest, StageSpec
-from pipeline.messages import StageFigures
-from pipeline.remote_stage import RemoteStage
-from pipeline.service import EngineStats
+from pipeline.orchestrator.remote_stage import RemoteStage
+from pipeline.protocol.messages import StageFigures
 
 NS = 1e-9
 

@@ -17,10 +17,10 @@ from pipeline.engine.generation import Engine
 from pipeline.errors import InputError
 from pipeline.gateway.app import build_app
 from pipeline.gateway.auth import is_local_name
-from pipeline.gateway.config import GatewayConfig
-from pipeline.gateway.connection import Connection
+from pipeline.gateway.client_connection import ClientConnection
 from pipeline.gateway.metrics import GatewayMetrics
 from pipeline.gateway.overview import Overview
+from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.text import GatewayTokenizer
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class _Server:
         self._num_open += 1
         self._metrics.connections.inc()
         try:
-            await Connection(
+            await ClientConnection(
                 self._app, self._config, self._context, stream, self._limits.write_seconds
             ).run()
         except Exception as error:

@@ -8,12 +8,12 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from pipeline.dtypes import KV_DTYPES, Array, Floats, HostArray, Precision
 from pipeline.errors import MessageError
-from pipeline.models.batch import Batch, num_tokens
+from pipeline.kernels.base import Attention, DecodeStep, HeadShape, Kernels, Linear, Norm, Rows
+from pipeline.kernels.kv_cache import KVCache, kv_bytes
 from pipeline.models.config import ModelConfig
 from pipeline.models.embedding import Embedding
-from pipeline.models.kernels import Attention, DecodeStep, HeadShape, Kernels, Linear, Norm, Rows
-from pipeline.models.kv_cache import KVCache, kv_bytes
-from pipeline.models.sinks import Sink
+from pipeline.protocol.segments import Batch, num_tokens
+from pipeline.weights.sinks import Sink
 
 # Decode steps kept for a cache, one for each number of requests: each has buffers of its own.
 MAX_DECODE_STEPS = 32
@@ -29,7 +29,7 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ForwardPass:
     """What all layers of one forward share: attention, rotary angles, room for what passes by.
 
     What is not needed at the same time shares memory: `normed` with `mixed`, `qkv` with `gate_up`.
@@ -49,7 +49,7 @@ class Layer(Protocol):
     def sinks(self) -> dict[str, Sink]:
         """Sinks of its tensors, by their names below the layer's prefix."""
 
-    def __call__(self, hidden: Array, step: Step, keys: Array, values: Array) -> None:
+    def __call__(self, hidden: Array, step: ForwardPass, keys: Array, values: Array) -> None:
         """Transform hidden [rows, hidden] in place, appending to this layer's cache."""
 
     @property
@@ -89,7 +89,7 @@ class Shard(ABC):
         self.is_first = layer_start == 0
         self.is_last = layer_end == config.num_layers
         self.kernels = kernels
-        self.heads = HeadShape.of(config, window)
+        self.heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, window or 0)
         self._kv_dtype = KV_DTYPES[precision]
         size, hidden, inner = config.vocab_size, config.hidden_dim, config.intermediate_size
         self._head = (
@@ -233,7 +233,7 @@ class Shard(ABC):
             (self._embedding or self._tied_head()).gather(inputs, hidden)
         else:
             self.kernels.copy(inputs, hidden)
-        step = self._step(hidden, attention, self._place(hidden, positions, end))
+        step = self._forward_pass(hidden, attention, self._place(hidden, positions, end))
         for layer, own_keys, own_values in zip(self._layers, keys, values, strict=True):
             layer(hidden, step, own_keys, own_values)
         return hidden
@@ -264,7 +264,9 @@ class Shard(ABC):
         assert self._head is not None, "the first stage has an embedding or shares the head's"
         return self._head
 
-    def _step(self, hidden: Array, attention: Attention, rope: tuple[Array, Array] | None) -> Step:
+    def _forward_pass(
+        self, hidden: Array, attention: Attention, rope: tuple[Array, Array] | None
+    ) -> ForwardPass:
         """What layers need beside `hidden`, in memory that is kept from step to step."""
         rows, width = hidden.shape
         inner_width, gate_width = self._inner_widths
@@ -281,7 +283,7 @@ class Shard(ABC):
                     _rows(wide, count, gate_width),
                 )
             )
-        return Step(
+        return ForwardPass(
             attention,
             rope,
             _rows(rowwise, rows, width),

@@ -1,9 +1,9 @@
 """A stage's own embedding table, held where the head is another stage's."""
 
 from pipeline.dtypes import BFLOAT16, PRECISIONS, Array, HostArray, Precision
-from pipeline.models.kernels import Kernels
-from pipeline.models.quant import num_groups
-from pipeline.models.sinks import Sink, weight_sinks
+from pipeline.kernels.base import Kernels
+from pipeline.weights.quant import num_groups
+from pipeline.weights.sinks import Sink, weight_sinks
 
 
 class Embedding:

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from pipeline.dtypes import Array, Precision
-from pipeline.models.base import Layer, Names, Shard, Step
+from pipeline.kernels.base import Activation, Kernels, Norm
+from pipeline.models.base import ForwardPass, Layer, Names, Shard
 from pipeline.models.config import GPT2Config
-from pipeline.models.kernels import Activation, Kernels, Norm
-from pipeline.models.sinks import CopySink, Sink
+from pipeline.weights.sinks import CopySink, Sink
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_new": "gelu_tanh",
@@ -43,7 +43,7 @@ class GPT2Layer:
             | self.mlp_c_proj.sinks("mlp.c_proj", is_in_out=True)
         )
 
-    def __call__(self, hidden: Array, step: Step, keys: Array, values: Array) -> None:
+    def __call__(self, hidden: Array, step: ForwardPass, keys: Array, values: Array) -> None:
         """Transform hidden [rows, hidden] in place, appending to this layer's cache."""
         qkv = self.attn_c_attn(self.ln_1(hidden, step.normed), step.qkv)
         mixed = step.attention(qkv, keys, values, step.mixed)

@@ -6,11 +6,11 @@ Attribute names are the checkpoint's; q, k, v and gate, up are one matrix each i
 from collections.abc import Sequence
 
 from pipeline.dtypes import Array, Precision
-from pipeline.models.base import Layer, Names, Shard, Step
+from pipeline.kernels.base import HeadShape, Kernels, Norm
+from pipeline.models.base import ForwardPass, Layer, Names, Shard
 from pipeline.models.config import LlamaConfig
-from pipeline.models.kernels import HeadShape, Kernels, Norm
 from pipeline.models.rope import RopeTable, rope_frequencies
-from pipeline.models.sinks import Sink
+from pipeline.weights.sinks import Sink
 
 
 class LlamaLayer:
@@ -55,7 +55,7 @@ class LlamaLayer:
             | self.mlp_down_proj.sinks("mlp.down_proj")
         )
 
-    def __call__(self, hidden: Array, step: Step, keys: Array, values: Array) -> None:
+    def __call__(self, hidden: Array, step: ForwardPass, keys: Array, values: Array) -> None:
         """Transform hidden [rows, hidden] in place, appending to this layer's cache."""
         assert step.rope is not None, "every step of this family has rotary positions"
         kernels = self._kernels

@@ -6,18 +6,18 @@ from typing import Protocol
 
 from pipeline.dtypes import Array, Floats, HostArray, Precision
 from pipeline.errors import ModelError
+from pipeline.kernels.base import Kernels, Rows
+from pipeline.kernels.choice import choose_kernels
+from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.outline import Outline
 from pipeline.models.base import Shard
-from pipeline.models.batch import Batch
 from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard
-from pipeline.models.kernel_choice import choose_kernels
-from pipeline.models.kernels import Kernels, Rows
-from pipeline.models.kv_cache import KVCache
 from pipeline.models.llama import LlamaShard
-from pipeline.models.outline import Outline
-from pipeline.models.quant import to_precision
-from pipeline.models.sinks import Sink
-from pipeline.models.weights import load_tensors, stage_files, stored_names, tensor_sizes
+from pipeline.protocol.segments import Batch
+from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names, tensor_sizes
+from pipeline.weights.quant import to_precision
+from pipeline.weights.sinks import Sink
 
 GPT2_PREFIX = "transformer."  # some checkpoints carry it, the hub's own gpt2 does not
 
@@ -78,7 +78,7 @@ def load_shard(
     """
     precision = to_precision(dtype)
     _check_range(config, layer_start, layer_end)
-    chosen = choose_kernels(kernels, config, device)
+    chosen = choose_kernels(kernels, config.head_dim, device)
     shard = _allocate(config, layer_start, layer_end, chosen, precision)
     memory = shard.destinations()
     stored = _names_in_files(model_dir, config, memory)

@@ -5,8 +5,8 @@ import math
 import numpy as np
 
 from pipeline.dtypes import FLOAT32, Array, Floats
+from pipeline.kernels.base import Kernels
 from pipeline.models.config import LlamaConfig, RopeScaling
-from pipeline.models.kernels import Kernels
 
 TABLE_STEP = 256  # positions computed at a time
 

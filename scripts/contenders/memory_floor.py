@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from protocol import Ask, Clock, Result, serve
 
-from pipeline.models.runtime import pin_blas
+from pipeline.kernels.runtime import pin_blas
 
 WIDTH = 4096
 
 try:
-    from pipeline import _native
+    from pipeline.kernels import _native
 except ImportError:  # no compiler where this was installed
     _native = None
 

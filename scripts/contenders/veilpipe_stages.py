@@ -15,21 +15,21 @@ from pathlib import Path
 import trio
 from protocol import Ask, Clock, Result, parse, say, say_ready
 
-from pipeline.drive import StepRunner, drive
+from pipeline.agreement.manifest import Manifest, dump_manifest, parse_manifest
+from pipeline.agreement.trust import DevTrust
+from pipeline.engine.drive import StepRunner, drive
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import FollowUp, Limits, Scheduler, Step
-from pipeline.local import LocalPipeline
-from pipeline.manifest import Manifest, dump_manifest, parse_manifest
-from pipeline.messages import StepKind
+from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
-from pipeline.models.runtime import set_num_threads
-from pipeline.orchestrator import PipelineOptions, open_pipeline
-from pipeline.peers import PATIENCE_MS
-from pipeline.plan import PlanOptions, plan
-from pipeline.stage import StageCore
-from pipeline.steps import ACTIVATION_DTYPES, SessionLimits, StepResult
-from pipeline.trust import DevTrust
+from pipeline.orchestrator.local_pipeline import LocalPipeline
+from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
+from pipeline.planning.plan import PlanOptions, plan
+from pipeline.protocol.messages import StepKind
+from pipeline.protocol.peers import PATIENCE_MS
+from pipeline.protocol.steps import StepResult
+from pipeline.stage.core import StageCore
 from transport.attestation.dev import default_directory
 
 ROWS, POSITIONS = 16, 1024
@@ -87,14 +87,7 @@ def make_manifest(model_dir: Path, dtype: str, num_stages: int, wire: str) -> Ma
 async def one_process(manifest: Manifest, model_dir: Path, dtype: str, limits: Limits):
     config = load_config(model_dir)
     shard = load_shard(model_dir, config, 0, config.num_layers, dtype=dtype, expected_hashes=None)
-    spec = manifest.activation_spec
-    session = SessionLimits(
-        limits.num_slots,
-        limits.max_seq_len,
-        limits.max_step_tokens,
-        spec.hidden_dim,
-        ACTIVATION_DTYPES[spec.dtype],
-    )
+    session = limits.for_session(manifest.activation_spec.codec)
     yield LocalPipeline([StageCore(shard, session)])
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pipeline.manifest import dump_manifest
-from pipeline.plan import PlanOptions, plan
+from pipeline.agreement.manifest import dump_manifest
+from pipeline.planning.plan import PlanOptions, plan
 
 BIN = Path(sys.executable).parent
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import common, logs, orchestrator, stage_worker
+from pipeline.cli import common, logs, pipeline_orch, stage_worker
 
 BIN = Path(sys.executable).parent
 
@@ -55,7 +55,7 @@ def orch(command, cluster):
     cluster.plan(1)
 
     def run(text="Hi", *extra):
-        return command(orchestrator, *cluster.arguments(text, *extra))
+        return command(pipeline_orch, *cluster.arguments(text, *extra))
 
     return run
 
@@ -75,14 +75,14 @@ def test_a_precision_the_manifest_contradicts(command, worker, cluster, tmp_path
     expect(worker("--dtype", "float32", manifest=pinned), 2, "--dtype float32", "int8", "agree")
     for arguments in (("plan", "--stages", "2"), ("shard", "--manifest", pinned, "--out", "out")):
         result = command(
-            orchestrator, *arguments, "--model-dir", cluster.model_dir, "--dtype", "int12"
+            pipeline_orch, *arguments, "--model-dir", cluster.model_dir, "--dtype", "int12"
         )
         expect(result, 2, "--dtype int12", "float32, bfloat16, int8")
 
 
 def test_usage_errors(command, worker, orch):
     expect(command(stage_worker), 2, "--manifest")
-    expect(command(orchestrator), 2, "--manifest, --tokenizer, --text")
+    expect(command(pipeline_orch), 2, "--manifest, --tokenizer, --text")
     expect(worker("--threads", "0"), 2, "--threads", "1")
     for cpus in ("one", "", "0-", "3-1", "0,3-1", "0,0", "0-1,1"):
         expect(worker("--cpus", cpus), 2, f"--cpus {cpus}")
@@ -98,7 +98,9 @@ def test_usage_errors(command, worker, orch):
     expect(orch("Hi", "--latency-out", "/nowhere/at/all.json"), 2, "/nowhere/at")
     for directory in ("/", ".", "/tmp", "/dev/null"):
         expect(orch("Hi", "--latency-out", directory), 2, f"cannot write {directory}")
-    expect(command(orchestrator, "plan", "--model-dir", "/nowhere", "--stages", "2"), 2, "/nowhere")
+    expect(
+        command(pipeline_orch, "plan", "--model-dir", "/nowhere", "--stages", "2"), 2, "/nowhere"
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_prompts_and_tokenizers(orch, cluster):
 
 def test_nothing_starts_without_protection_unless_development_says_so(command, cluster, worker):
     arguments = [each for each in cluster.arguments() if each != "--dev"]
-    expect(command(orchestrator, *arguments), 2, "expected_measurements", "--dev")
+    expect(command(pipeline_orch, *arguments), 2, "expected_measurements", "--dev")
     expect(worker(dev=False), 2, "orchestrator_keys")
     cluster.edit(lambda m: m["stages"][0].update(weight_hashes=[]))
     expect(worker(dev=False), 2, "weight_hashes")
@@ -212,22 +214,22 @@ def test_nothing_starts_without_protection_unless_development_says_so(command, c
             stage["weight_hashes"] = ["ab" * 32]
 
     cluster.edit(pin)
-    expect(command(orchestrator, *arguments), 2, "--identity")
-    expect(command(orchestrator, *arguments, "--identity", "/nowhere.pem"), 2, "/nowhere.pem")
+    expect(command(pipeline_orch, *arguments), 2, "--identity")
+    expect(command(pipeline_orch, *arguments, "--identity", "/nowhere.pem"), 2, "/nowhere.pem")
     not_a_key = cluster.directory / "not.pem"
     not_a_key.write_text("hello")
-    expect(command(orchestrator, *arguments, "--identity", not_a_key), 2, "not.pem")
+    expect(command(pipeline_orch, *arguments, "--identity", not_a_key), 2, "not.pem")
 
 
 def test_keygen_makes_a_private_file_once(command, cluster, capfd, monkeypatch):
     path = cluster.directory / "key.pem"
     monkeypatch.setattr(sys, "argv", ["pipeline-orch", "keygen", str(path)])
     with pytest.raises(SystemExit) as caught:
-        orchestrator.main()
+        pipeline_orch.main()
     assert caught.value.code == 0
     assert len(bytes.fromhex(capfd.readouterr().out.strip())) == 32
     assert path.stat().st_mode & 0o777 == 0o600
-    expect(command(orchestrator, "keygen", path), 2, "key.pem")
+    expect(command(pipeline_orch, "keygen", path), 2, "key.pem")
 
 
 def test_development_evidence_is_refused_where_it_is_not_allowed(command, cluster):
@@ -238,7 +240,7 @@ def test_development_evidence_is_refused_where_it_is_not_allowed(command, cluste
     cluster.edit(lambda m: m["stages"][0].update(expected_measurements={"0": "ab" * 48}))
     cluster.wait_for_log(0, "event=listening")
     arguments = [each for each in cluster.arguments() if each != "--dev"]
-    code, line = command(orchestrator, *arguments, "--identity", key)
+    code, line = command(pipeline_orch, *arguments, "--identity", key)
     assert code == 1, line
     assert "stage 0" in line
     assert "DEV" in line
@@ -249,7 +251,7 @@ def test_manifests_that_differ_are_told_apart_before_the_prompt_leaves(command, 
     cluster.start_worker(0)
     cluster.wait_for_log(0, "event=listening")
     cluster.edit(lambda m: m.update(model_version="2"))
-    code, line = command(orchestrator, *cluster.arguments())
+    code, line = command(pipeline_orch, *cluster.arguments())
     assert code == 1, line
     assert "manifest" in line
 
@@ -293,7 +295,7 @@ def impostor(port, behave):
     ids=["closes", "closes-later", "http", "ones", "zeros", "silent"],
 )
 def test_a_peer_that_is_not_veilpipe(orch, cluster, monkeypatch, behave, word):
-    monkeypatch.setattr("pipeline.peers.HANDSHAKE_SECONDS", 1.0)
+    monkeypatch.setattr("pipeline.protocol.peers.HANDSHAKE_SECONDS", 1.0)
     with impostor(cluster.base_port, behave):
         code, line = orch("Hi", "--connect-timeout", "5")
     assert code == 1
@@ -330,7 +332,7 @@ def test_a_worker_survives_strangers_and_still_serves(cluster, garbage):
 
 def test_plans_that_no_manifest_can_hold(command, cluster):
     def plan(*extra):
-        return command(orchestrator, "plan", "--model-dir", cluster.model_dir, *extra)
+        return command(pipeline_orch, "plan", "--model-dir", cluster.model_dir, *extra)
 
     expect(plan("--stages", "2", "--base-port", "65535"), 2, "65536")
     expect(plan("--stages", "2", "--orchestrator-key", "zz"), 2, "'zz'")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pipeline.models.kernel_choice import why_not_native
+from pipeline.kernels.choice import why_not_native
 
 # A command that says, when it ends, what it has imported of some packages, and the kilobytes that
 # it has for itself.
@@ -28,8 +28,8 @@ SERVING = {"hypercorn", "jinja2", "pipeline.gateway", "prometheus_client", "rich
 HEAVY = {
     "asyncio", "concurrent.futures", "http", "multiprocessing", "numpy.fft", "numpy.ma",
     "numpy.polynomial", "numpy.random", "numpy.testing", "pipeline.engine", "pipeline.orchestrator",
-    "pipeline.plan", "pipeline.shard", "pydantic.networks", "pydantic.v1", "pygments", "tokenizers",
-    "unittest", "urllib.request", "xml",
+    "pipeline.placement", "pipeline.planning", "pipeline.sampling", "pydantic.networks",
+    "pydantic.v1", "pygments", "tokenizers", "unittest", "urllib.request", "xml",
 }  # fmt: skip
 # A worker with hardly any shard has some 40 MB for itself, one with torch several times as much.
 MOST_KILOBYTES = 56 << 10

@@ -16,14 +16,14 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from enclave import eif
+from pipeline.agreement.manifest import Manifest, StageEndpoint, TcpAddress
+from pipeline.agreement.trust import UserTrust, create_identity
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import SessionError
-from pipeline.links import CONTROL_LIMITS, ControlLink
-from pipeline.manifest import Manifest, StageEndpoint, TcpAddress
-from pipeline.orchestrator import PipelineOptions, open_pipeline
-from pipeline.peers import CONTROL_EPOCH, ORCHESTRATOR
-from pipeline.plan import PlanOptions, plan
-from pipeline.trust import UserTrust, create_identity
+from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
+from pipeline.planning.plan import PlanOptions, plan
+from pipeline.protocol.links import CONTROL_LIMITS, ControlLink
+from pipeline.protocol.peers import CONTROL_EPOCH, ORCHESTRATOR
 from transport.attestation.evidence import Binding, EvidenceKind, user_data
 from transport.attestation.key_only import KeyOnlyVerifier
 from transport.channel import accept_channel

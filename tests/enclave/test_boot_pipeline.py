@@ -36,10 +36,10 @@ _GUEST_MEMORY_MIB = 2560
 _ORCHESTRATOR = """
 import pathlib, sys
 from cryptography import x509
-import pipeline.trust
+import pipeline.agreement.trust
 root = x509.load_pem_x509_certificate(pathlib.Path(sys.argv.pop(1)).read_bytes())
-pipeline.trust.aws_root = lambda: root
-from pipeline.cli.orchestrator import main
+pipeline.agreement.trust.aws_root = lambda: root
+from pipeline.cli.pipeline_orch import main
 main()
 """
 

@@ -10,18 +10,18 @@ import torch
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from pipeline.drive import drive
+from pipeline.agreement.manifest import StageEndpoint, TcpAddress
+from pipeline.agreement.trust import EnclaveTrust, UserTrust, create_identity
+from pipeline.engine.drive import drive
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
-from pipeline.manifest import StageEndpoint, TcpAddress
+from pipeline.kernels.choice import why_not_native
 from pipeline.models.config import load_config
-from pipeline.models.kernel_choice import why_not_native
 from pipeline.models.registry import load_shard
-from pipeline.orchestrator import PipelineOptions, open_pipeline
-from pipeline.plan import PlanOptions, plan
-from pipeline.stage_setup import StageSetup
-from pipeline.trust import EnclaveTrust, UserTrust, create_identity
-from pipeline.worker import StageWorker
+from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
+from pipeline.planning.plan import PlanOptions, plan
+from pipeline.stage.setup import StageSetup
+from pipeline.stage.worker import StageWorker
 from transport.attestation.dev import DevAttester, DevAuthority
 from transport.attestation.evidence import EvidenceKind
 from transport.endpoint import TcpEndpoint, dial, listen

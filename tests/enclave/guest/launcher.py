@@ -10,10 +10,10 @@ from pathlib import Path
 
 from cryptography import x509
 
-import pipeline.trust
+import pipeline.agreement.trust
 from pipeline.cli.stage_worker import main
 
 # measured with the rest
 _ROOT = x509.load_pem_x509_certificate(Path("/stage/test_root.pem").read_bytes())
-pipeline.trust.aws_root = lambda: _ROOT
+pipeline.agreement.trust.aws_root = lambda: _ROOT
 main()

@@ -7,11 +7,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from rich.console import Console
 
-from pipeline.cli.top import Source, render
+from pipeline.cli.top import ServerAddress, render
 from pipeline.errors import InputError, PipelineError
 from pipeline.gateway.metrics import LatencyView
 from pipeline.gateway.overview import EngineView, PipelineView, StageRates, StageView
-from pipeline.messages import StageFigures
+from pipeline.protocol.messages import StageFigures
 
 FIGURES = StageFigures(
     **dict.fromkeys(StageFigures.model_fields, 0)
@@ -115,7 +115,7 @@ def test_the_key_goes_along_and_the_apis_address_will_do(server, tmp_path, suffi
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     key = tmp_path / "key"
     key.write_text("sk-1\n")
-    assert Source.parse(server.url + suffix, key).fetch() == VIEW
+    assert ServerAddress.parse(server.url + suffix, key).fetch() == VIEW
     assert server.asked == [("/pipeline", "Bearer sk-1")]
 
 
@@ -135,17 +135,17 @@ def test_the_key_goes_along_and_the_apis_address_will_do(server, tmp_path, suffi
 def test_every_other_answer_is_one_line(server, status, body, kind, word):
     server.answer = (status, body)
     with pytest.raises(kind, match=word) as caught:
-        Source.parse(server.url, None).fetch()
+        ServerAddress.parse(server.url, None).fetch()
     assert "\n" not in str(caught.value)
     assert len(server.asked) == 1
 
 
 def test_a_server_that_is_not_there_is_named():
     with pytest.raises(PipelineError, match=r"http://127\.0\.0\.1:1 .*pipeline-orch serve"):
-        Source.parse("http://127.0.0.1:1", None).fetch()
+        ServerAddress.parse("http://127.0.0.1:1", None).fetch()
 
 
 @pytest.mark.parametrize("url", ["", "x", "ftp://h", "http://", "http://h:99999", "http://h\r\nx"])
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(InputError, match="--url"):
-        Source.parse(url, None)
+        ServerAddress.parse(url, None)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import MIN_CHUNK_TOKENS, MIN_SHARE, Limits, Scheduler
-from pipeline.messages import StepKind, Want
+from pipeline.protocol.messages import StepKind, Want
 
 # A step of n rows takes a stage this long: mostly the time to read its weights, as on real ones.
 FIXED, PER_ROW = 10.0, 1.0

@@ -5,7 +5,7 @@ import pytest
 from pipeline.engine.request import FinishReason, Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.errors import MessageError, PromptError
-from pipeline.messages import StepKind, Want
+from pipeline.protocol.messages import StepKind, Want
 
 
 def run(scheduler, token_of, order=None):

@@ -13,9 +13,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from pipeline.engine.generation import TokenOutput
 from pipeline.engine.request import FinishReason
 from pipeline.errors import PromptError
-from pipeline.gateway.config import GatewayConfig
 from pipeline.gateway.limits import GatewayLimits
 from pipeline.gateway.server import serve
+from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.gateway.text import GatewayTokenizer
 from pipeline.sampling.sampler import Sampler

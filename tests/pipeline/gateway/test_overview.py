@@ -10,10 +10,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.engine.scheduler import Limits
+from pipeline.engine.service import EngineStats
 from pipeline.gateway.metrics import RecentTokens
 from pipeline.gateway.overview import EngineView, Overview, PipelineView
-from pipeline.messages import StageFigures
-from pipeline.service import EngineStats
+from pipeline.protocol.messages import StageFigures
 from transport.attestation.evidence import Attested, EvidenceKind
 
 SECOND = 10**9
@@ -56,7 +56,7 @@ def overview(manifest_of_two):
 
 @pytest.fixture(scope="module")
 def manifest_of_two(tiny_model):
-    from pipeline.plan import PlanOptions, plan
+    from pipeline.planning.plan import PlanOptions, plan
 
     return plan(tiny_model, PlanOptions(2))
 

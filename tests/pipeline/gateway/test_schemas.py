@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from pipeline.gateway.app import build_app
-from pipeline.gateway.config import GatewayConfig
 from pipeline.gateway.errors import ApiError
 from pipeline.gateway.limits import GatewayLimits
 from pipeline.gateway.schemas import ChatRequest, CompletionRequest, parse_untrusted
+from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import PLAIN, ChatTemplate
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}

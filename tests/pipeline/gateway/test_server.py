@@ -11,8 +11,8 @@ import pytest
 import trio
 
 from pipeline.errors import InputError
-from pipeline.gateway.config import GatewayConfig
 from pipeline.gateway.server import serve
+from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import PLAIN, ChatTemplate
 
 CHAT = "/v1/chat/completions"

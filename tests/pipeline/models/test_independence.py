@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.models.batch import Segment
-from pipeline.models.runtime import set_num_threads
+from pipeline.kernels.runtime import set_num_threads
+from pipeline.protocol.segments import Segment
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 NUM_REQUESTS = 16

@@ -17,9 +17,9 @@ LOAD = """
 import sys
 from pathlib import Path
 from pipeline.models.config import load_config
-from pipeline.models.kernel_choice import why_not_native
+from pipeline.kernels.choice import why_not_native
 from pipeline.models.registry import load_shard, required_files
-from pipeline.models.weights import hash_files
+from pipeline.weights.checkpoint import hash_files
 
 def peak():
     status = Path("/proc/self/status").read_text()
@@ -76,7 +76,7 @@ FREE = """
 import re
 from pathlib import Path
 import numpy as np
-from pipeline.models.runtime import return_large_blocks
+from pipeline.kernels.runtime import return_large_blocks
 
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

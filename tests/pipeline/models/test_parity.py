@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from pipeline.models.batch import Segment
+from pipeline.protocol.segments import Segment
 
 TOLERANCE = 1e-4
 

@@ -10,11 +10,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pipeline.errors import ModelError
-from pipeline.models.batch import Segment
 from pipeline.models.config import load_config
-from pipeline.models.quant import SCALE_SUFFIX, dequantise, quantise
 from pipeline.models.registry import load_shard, required_tensors
-from pipeline.models.sinks import WeightSink
+from pipeline.protocol.segments import Segment
+from pipeline.weights.quant import SCALE_SUFFIX, dequantise, quantise
+from pipeline.weights.sinks import WeightSink
 
 PRECISIONS = ("bfloat16", "int8")
 

@@ -1,0 +1,301 @@
+"""The manifest: which layers run where, what must run there, and what everybody has to agree on."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from pipeline.codecs.base import ActivationCodec
+from pipeline.codecs.registry import make_codec
+from pipeline.dtypes import Precision
+from pipeline.errors import InputError, ManifestError
+from transport.endpoint import (
+    Endpoint,
+    TcpEndpoint,
+    UnixEndpoint,
+    VsockEndpoint,
+    parse_endpoint,
+)
+from transport.errors import EndpointError
+
+CORE_DOMAIN = b"veilpipe-manifest-core/1\n"
+WHOLE_DOMAIN = b"veilpipe-manifest/1\n"
+# A manifest of 256 stages is about 256 KiB, weights in many files a few times that.
+MAX_MANIFEST_BYTES = 4 << 20
+# As many as control messages and step headers can name.
+MAX_STAGES = 256
+
+
+def _pcr_index(key: object) -> object:
+    """JSON keys are text, and "00" next to "0" would leave open which measurement counts."""
+    if not isinstance(key, str):
+        return key
+    if not (key.isascii() and key.isdigit() and len(key) <= 2 and str(int(key)) == key):
+        raise ValueError("a PCR is named by a decimal number, 0 to 31, without leading zeros")
+    return int(key)
+
+
+Sha256Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower=True)]
+KeyHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower=True)]
+PcrHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{96}$", to_lower=True)]
+PcrIndex = Annotated[int, Field(ge=0, le=31), BeforeValidator(_pcr_index)]
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class _Strict(BaseModel):
+    # Strict: "30", 30.0 and true are no integers, so two readers cannot disagree about them.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class TcpAddress(_Strict):
+    """A TCP address, HOST:PORT."""
+
+    type: Literal["tcp"]
+    addr: str
+
+    def to_endpoint(self) -> Endpoint:
+        """The address as the transport takes it."""
+        endpoint = parse_endpoint(self.addr)
+        if not isinstance(endpoint, TcpEndpoint):
+            raise EndpointError(f"{self.addr!r} is not a TCP address; write HOST:PORT")
+        return endpoint
+
+
+class VsockAddress(_Strict):
+    """A vsock address: an enclave's CID and a port."""
+
+    type: Literal["vsock"]
+    cid: Annotated[int, Field(ge=0, lt=2**32)]
+    port: Annotated[int, Field(ge=0, lt=2**32)]
+
+    def to_endpoint(self) -> Endpoint:
+        """The address as the transport takes it."""
+        return VsockEndpoint(self.cid, self.port)
+
+
+class UnixAddress(_Strict):
+    """A UNIX socket; with `port`, the hybrid vsock that hypervisors offer on the host's side."""
+
+    type: Literal["unix"]
+    path: str
+    port: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+
+    def to_endpoint(self) -> Endpoint:
+        """The address as the transport takes it."""
+        return UnixEndpoint(Path(self.path), self.port)
+
+
+Address = Annotated[TcpAddress | VsockAddress | UnixAddress, Field(discriminator="type")]
+
+
+class StageEndpoint(_Strict):
+    """Addresses of a stage, each named from the side of whoever dials it."""
+
+    control: Address
+    data_in: Address
+    data_out: Address
+
+    @model_validator(mode="after")
+    def _addresses_parse(self) -> Self:
+        for name in ("control", "data_in", "data_out"):
+            try:
+                getattr(self, name).to_endpoint()
+            except EndpointError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return self
+
+
+class ActivationSpec(_Strict):
+    """What travels between stages: [tokens, hidden_dim] in the wire format of the codec `dtype`."""
+
+    dtype: str
+    hidden_dim: Annotated[int, Field(ge=1, le=1 << 20)]
+    max_seq_len: Annotated[int, Field(ge=1, le=1 << 24)]
+
+    @model_validator(mode="after")
+    def _has_a_codec(self) -> Self:
+        assert self.codec  # raises ValueError where there is none
+        return self
+
+    @property
+    def codec(self) -> ActivationCodec:
+        """What makes them of a stage's rows, and rows of them."""
+        return make_codec(self.dtype, self.hidden_dim)
+
+
+class StageSpec(_Strict):
+    """One stage: layers `layer_start` (inclusive) to `layer_end` (exclusive)."""
+
+    stage_idx: int
+    layer_start: Annotated[int, Field(ge=0)]
+    layer_end: Annotated[int, Field(ge=1)]
+    weight_hashes: tuple[Sha256Hex, ...] = ()
+    require_weight_hashes: bool = False
+    precision: Precision | None = None  # of the weights in memory; None: the stage decides
+    expected_measurements: dict[PcrIndex, PcrHex] = Field(default_factory=dict)
+    endpoint: StageEndpoint | None = None
+
+    def measurements(self) -> dict[int, bytes]:
+        """PCR index to the 48 bytes this stage must show."""
+        return {index: bytes.fromhex(value) for index, value in self.expected_measurements.items()}
+
+
+class Manifest(_Strict):
+    """What every party loads; `core_hash` is what they must have in common to talk at all."""
+
+    model_name: str
+    model_version: str
+    total_layers: Annotated[int, Field(ge=1, le=4096)]
+    stages: Annotated[tuple[StageSpec, ...], Field(max_length=MAX_STAGES)]
+    activation_spec: ActivationSpec
+    config_hash: Sha256Hex | None = None
+    eos_token_ids: tuple[TokenId, ...] = ()
+    orchestrator_keys: tuple[KeyHex, ...] = ()
+
+    @model_validator(mode="after")
+    def _stages_cover_the_model(self) -> Self:
+        if not self.stages:
+            raise ValueError("stages is empty; a pipeline needs at least one stage")
+        expected_start = 0
+        for position, stage in enumerate(self.stages):
+            where = f"stages[{position}]"
+            if stage.stage_idx != position:
+                raise ValueError(f"{where} has stage_idx {stage.stage_idx}, expected {position}")
+            if stage.layer_end <= stage.layer_start:
+                raise ValueError(
+                    f"{where} covers no layer ({stage.layer_start} to {stage.layer_end})"
+                )
+            if stage.layer_start != expected_start:
+                kind = "gap" if stage.layer_start > expected_start else "overlap"
+                raise ValueError(
+                    f"{kind}: {where} starts at layer {stage.layer_start}, "
+                    f"expected {expected_start}"
+                )
+            expected_start = stage.layer_end
+        if expected_start != self.total_layers:
+            raise ValueError(
+                f"expected {self.total_layers} layers, the stages cover {expected_start}"
+            )
+        return self
+
+    def core(self) -> dict[str, Any]:
+        """Everything but addresses and measurements: what an image can carry of itself."""
+        whole = self.model_dump(mode="json")
+        for stage in whole["stages"]:
+            del stage["endpoint"], stage["expected_measurements"]
+        return whole
+
+    def core_hash(self) -> bytes:
+        """SHA-256 of the canonical core; control channels bind it."""
+        return _canonical_hash(CORE_DOMAIN, self.core())
+
+    def whole_hash(self) -> bytes:
+        """SHA-256 of the canonical manifest; data channels bind it."""
+        return _canonical_hash(WHOLE_DOMAIN, self.model_dump(mode="json"))
+
+    def stage(self, stage_idx: int) -> StageSpec:
+        """The stage of that index; raises ManifestError when there is none."""
+        if not 0 <= stage_idx < len(self.stages):
+            raise ManifestError(
+                f"stage index {stage_idx} is out of range; the manifest has stages 0 to "
+                f"{len(self.stages) - 1}"
+            )
+        return self.stages[stage_idx]
+
+    def endpoint(self, stage_idx: int) -> StageEndpoint:
+        """That stage's addresses; raises ManifestError when the manifest is only a core."""
+        endpoint = self.stage(stage_idx).endpoint
+        if endpoint is None:
+            raise ManifestError(f"stage {stage_idx} has no endpoint in this manifest; add one")
+        return endpoint
+
+
+def check_precision(name: str) -> Precision:
+    """A precision given as a flag; raises InputError listing those there are."""
+    known = get_args(Precision)
+    if name not in known:
+        raise InputError(f"--dtype {name}: use {', '.join(known)}")
+    return cast(Precision, name)
+
+
+def _canonical_hash(domain: bytes, value: dict[str, Any]) -> bytes:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(domain + canonical.encode()).digest()
+
+
+def parse_manifest(text: str | bytes, source: str = "manifest") -> Manifest:
+    """Decode and check a manifest. Raises ManifestError naming the field and the value."""
+    try:
+        json.loads(text, object_pairs_hook=_unique)
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise ManifestError(f"{source}: {_first_problem(error)}") from error
+    except _DuplicateKey as error:
+        raise ManifestError(f"{source}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{source}: not JSON ({error})") from error
+
+
+def build_manifest(fields: Mapping[str, Any], source: str) -> Manifest:
+    """A manifest from plain values, judged as one that is read. Raises ManifestError."""
+    return parse_manifest(json.dumps(fields), source)
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read a manifest file. Raises ManifestError, one line."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise ManifestError(
+            f"cannot read manifest {path}: {error.strerror}; "
+            "`pipeline-orch plan` writes one, and manifests/ holds examples"
+        ) from error
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"manifest {path} is over {MAX_MANIFEST_BYTES} bytes")
+    return parse_manifest(text, str(path))
+
+
+def dump_manifest(manifest: Manifest) -> str:
+    """The manifest as indented JSON, for people."""
+    return json.dumps(manifest.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
+
+
+class _DuplicateKey(Exception):
+    """A name given twice, where readers differ in which one they take."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _DuplicateKey(f"field {twice[:80]!r} is given twice")
+    return found
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors(include_url=False, include_context=False)
+    problem = problems[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "json_invalid":
+        return f"not JSON ({message.removeprefix('Invalid JSON: ')})"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown field {where!r}; remove it or correct its name"
+    shown = ""
+    if isinstance(problem["input"], str | int | float) or problem["input"] is None:
+        shown = f", got {str(problem['input'])[:80]!r}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{where + ': ' if where else ''}{message}{shown}{more}"

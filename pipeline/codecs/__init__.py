@@ -1,0 +1,1 @@
+"""How activations look while they travel between stages."""

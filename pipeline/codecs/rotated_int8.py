@@ -1,0 +1,79 @@
+"""Activations as int8 with a scale for each row, after a rotation that spreads outliers."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+
+from pipeline.codecs.base import row_specs
+from pipeline.codecs.rotation import Rotation
+from pipeline.dtypes import Floats
+from pipeline.errors import MessageError
+from transport.frames import DType, Tensor, TensorSpec
+
+# Symmetric: -128 is never sent, so that a row and its negative lose the same.
+INT8_MAX = 127
+# Of a row of zeros.
+MIN_SCALE = float(np.finfo(np.float32).tiny)
+# Beyond any activation, and small enough that no sum over a row overflows float32.
+MAX_SCALE = 2.0**90
+
+
+def check_scales(scales: Floats) -> None:
+    """Refuse rows that are not finite, or absurd. Raises MessageError."""
+    # Both comparisons are false for a NaN, which a reduction passes on.
+    if not (np.minimum.reduce(scales) >= MIN_SCALE and np.maximum.reduce(scales) <= MAX_SCALE):
+        raise MessageError("a row of activations has a scale that is not a positive finite number")
+
+
+class RotatedInt8:
+    """Each row rotated, then quantised symmetrically: I8 [tokens, hidden], F32 scales [tokens].
+
+    Why a scale for the whole row is enough: after the rotation its elements are of a size.
+    """
+
+    name: ClassVar[str] = "I8"
+    is_plain_f32: ClassVar[bool] = False
+
+    def __init__(self, hidden_dim: int) -> None:
+        """Raises ValueError for a width that has no rotation."""
+        self.hidden_dim = hidden_dim
+        self._rotation = Rotation(hidden_dim)
+
+    def specs(self, num_tokens: int) -> tuple[TensorSpec, ...]:
+        """I8 [tokens, hidden], F32 [tokens]."""
+        return _specs(num_tokens, self.hidden_dim)
+
+    def encode(self, hidden: Floats) -> tuple[Tensor, ...]:
+        """Rotate and quantise [tokens, hidden]. Raises MessageError unless all are finite."""
+        with np.errstate(over="ignore", invalid="ignore"):  # the scale shows both
+            rotated = self._rotation.apply(hidden)
+        scales = np.maximum.reduce(np.abs(rotated), axis=-1)
+        scales /= INT8_MAX
+        np.maximum(scales, MIN_SCALE, out=scales)
+        check_scales(scales)
+        rotated /= scales[:, None]
+        quantised = np.rint(rotated, out=rotated).astype(np.int8)
+        specs = self.specs(len(hidden))
+        return (
+            Tensor(specs[0], quantised.data.cast("B")),
+            Tensor(specs[1], scales.data.cast("B")),
+        )
+
+    def decode(self, tensors: Sequence[Tensor]) -> Floats:
+        """Undo both. Raises MessageError for a scale that no encoder writes."""
+        quantised, scales = (
+            np.frombuffer(tensor.data, kind).reshape(tensor.spec.shape)
+            for tensor, kind in zip(tensors, ("<i1", "<f4"), strict=True)
+        )
+        check_scales(scales)
+        rotated = quantised.astype(np.float32)
+        rotated *= scales[:, None]
+        return self._rotation.undo(rotated)
+
+
+@lru_cache(maxsize=256)
+def _specs(num_tokens: int, hidden_dim: int) -> tuple[TensorSpec, ...]:
+    scales = TensorSpec(DType.F32, (num_tokens,))
+    return (*row_specs(DType.I8, num_tokens, hidden_dim), scales)

@@ -1,0 +1,255 @@
+"""Kernels in C for decode steps and prefill: CPUs with AVX-512; sources in native/.
+
+Optional: installing without a C compiler leaves the module out, and everything runs without it.
+An `Address` is an array, or an int, of C-contiguous memory that the caller keeps alive; None or 0:
+none. Floats are float32 unless said. Trusted callers only: sizes are checked, memory is not, but an
+array that is not C-contiguous is refused, but for arguments that come with strides.
+
+Every function gives a row bit for bit the same result however many rows come with it, wherever a
+prompt is cut into chunks, and whatever the number of threads. Raises ValueError for sizes that
+cannot be, misaligned packed weights, and kinds this CPU cannot run.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final, Protocol, Self
+
+import numpy.typing as npt
+
+Address = npt.NDArray[Any] | int | None
+
+class Segment(Protocol):
+    """What a step needs to know of a batch's segment."""
+
+    @property
+    def slot(self) -> int: ...
+    @property
+    def position(self) -> int: ...
+
+F32: Final = 0
+BF16: Final = 1  # weights in bf16, sums in float32; with "bf16_dot" each row is rounded to bf16 too
+I8: Final = 2  # weights and activations in int8, a scale for each 32 inputs of an output or a row
+
+def features() -> tuple[str, ...]:
+    """What may be called here: "avx512" all but the kinds "bf16" BF16, "vnni" I8; () nothing.
+
+    "bf16_dot": this CPU multiplies bf16 itself, faster than weights can be widened.
+    """
+
+def set_num_threads(num_threads: int, /, *cpus: int) -> None:
+    """Compute with at most that many threads, the caller's included; 1 at first.
+
+    `cpus`: none, or one for each. Threads made from now on stay on theirs; the first is the
+    caller's, who has to see to itself.
+    """
+
+class Program:
+    """Calls of this module, recorded once and then made by one call.
+
+    Within `with program:` this thread's calls (but those above) are recorded and not made. `run`
+    makes them with the same addresses and sizes; what lies at the addresses may have changed. The
+    program keeps the arrays it was recorded with; for ints the caller has to.
+    """
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc_info: object) -> None: ...
+    def run(self) -> None:
+        """Make the calls, in their order, other Python threads running meanwhile.
+
+        Raises ValueError as the first call that does, which ends it.
+        """
+
+    def connect(
+        self,
+        spans: Address,
+        num_rows: int,
+        inputs: Address,
+        num_input_bytes: int,
+        outputs: Address,
+        num_output_bytes: int,
+        /,
+    ) -> None:
+        """Make it a decode step: its spans, one for each row, as `attend` takes them; its ends."""
+
+    def step(self, batch: Sequence[Segment], rows: bytes | bytearray | memoryview, /) -> bytearray:
+        """Run for a segment of one token each: rows in, rows out.
+
+        Raises ValueError as `run`, and for another number of segments or bytes.
+        """
+
+    def serve(
+        self,
+        form: memoryview,
+        header: int,
+        rows: int,
+        out: memoryview,
+        out_header: int,
+        out_rows: int,
+        lengths: list[int],
+        max_length: int,
+        want: int,
+        frame: memoryview,
+        crypto_ns: int,
+        wire_ns: int,
+        /,
+    ) -> int:
+        """Run for a frame like `form`, into `out`, both with where their headers and rows start.
+
+        The frame's segments must continue slots of those lengths, of one token each; all have to
+        want `want` if that is not 0. The header goes on with the time spent here as one timing
+        more. Returns nanoseconds of computing, -1 for any other frame, and if a call is refused.
+        Raises ValueError for forms of other steps.
+        """
+
+def packed_bytes(kind: int, num_in: int, num_out: int, /) -> int:
+    """Size of a packed weight, which has to be 64-byte aligned and zeroed."""
+
+def pack(
+    kind: int,
+    dst: Address,
+    num_in: int,
+    num_out: int,
+    src: Address,
+    src_stride_out: int,
+    src_stride_in: int,
+    first_out: int,
+    count: int,
+    /,
+) -> None:
+    """Write outputs first_out..first_out + count of a packed weight from [count, in] at `src`.
+
+    Strides in elements; elements are float32 for F32 and I8, which is quantised here, and bf16 for
+    BF16.
+    """
+
+def pack_int8(
+    dst: Address,
+    num_in: int,
+    num_out: int,
+    values: Address,
+    value_stride_out: int,
+    value_stride_in: int,
+    scales: Address,
+    scale_stride_out: int,
+    first_out: int,
+    count: int,
+    /,
+) -> None:
+    """Write outputs of a packed I8 weight that are quantised already, as `pack` would.
+
+    values: int8 [count, in]; scales: bf16 [count, in / 32 rounded up]. Strides in elements.
+    """
+
+def unpack(kind: int, packed: Address, num_in: int, num_out: int, dst: Address, /) -> None:
+    """The weight as [out, in] float32, whatever its kind: what `linear` multiplies by."""
+
+def gather(
+    kind: int, packed: Address, num_in: int, num_out: int, ids: Address, count: int, dst: Address, /
+) -> None:
+    """Rows of an embedding packed for the head: dst [count, in] = W[ids], ids int64 [count].
+
+    Raises ValueError for an id that is not below num_out.
+    """
+
+def lookup(
+    kind: int,
+    table: Address,
+    scales: Address,
+    num_rows: int,
+    width: int,
+    ids: Address,
+    id_stride: int,
+    count: int,
+    adds: int,
+    out: Address,
+    /,
+) -> None:
+    """Set out [count, width] = table[ids], or add that to it; ids int64, id_stride in elements.
+
+    table [num_rows, width]: float32, for BF16 bf16; for I8 int8 with scales bf16
+    [num_rows, width / 32 rounded up]. Raises ValueError for an id that is not below num_rows.
+    """
+
+def widen(src: Address, dst: Address, count: int, /) -> None:
+    """Copy uint32 to int64."""
+
+def narrow(src: Address, dst: Address, count: int, /) -> None:
+    """Copy int64 of 0..2^32-1 to uint32."""
+
+def copy(src: Address, dst: Address, num_bytes: int, /) -> None:
+    """Copy bytes."""
+
+def linear(
+    kind: int,
+    packed: Address,
+    bias: Address,
+    x: Address,
+    y: Address,
+    rows: int,
+    num_in: int,
+    num_out: int,
+    activation: int,
+    residual: Address,
+    /,
+) -> None:
+    """Set y = activation(x W^T + bias) + residual; x [rows, in], y and residual [rows, out].
+
+    activation: 0 none, 1 gelu (tanh), 2 gelu (erf), 3 relu. bias, residual: 0 for none. `residual`
+    may be `y` itself; `x` may not overlap `y`.
+    """
+
+def layer_norm(
+    x: Address, weight: Address, bias: Address, y: Address, rows: int, size: int, eps: float, /
+) -> None:
+    """Set y = (x - mean) / sqrt(variance + eps) * weight + bias, [rows, size]; y may be x."""
+
+def rms_norm(x: Address, weight: Address, y: Address, rows: int, size: int, eps: float, /) -> None:
+    """Set y = x / sqrt(mean square + eps) * weight, [rows, size]; y may be x."""
+
+def rope(
+    x: Address,
+    row_stride: int,
+    rows: int,
+    num_heads: int,
+    head_dim: int,
+    cosines: Address,
+    signed_sines: Address,
+    /,
+) -> None:
+    """Rotate, in place, the first num_heads heads of each row of x; row_stride in elements.
+
+    cosines, signed_sines: [rows, head_dim], the first half of the sines negated.
+    """
+
+def silu_mul(gate_up: Address, y: Address, rows: int, inner: int, /) -> None:
+    """Set y [rows, inner] = silu(gate_up[:, :inner]) * gate_up[:, inner:]."""
+
+def attend(
+    qkv: Address,
+    row_stride: int,
+    out: Address,
+    keys: Address,
+    values: Address,
+    spans: Address,
+    num_spans: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seq: int,
+    window: int,
+    itemsize: int,
+    /,
+) -> None:
+    """Append the rows' keys and values to the cache, then attend each span to its own slot.
+
+    Shapes: qkv [rows, (heads + 2 kv_heads) * head_dim], row_stride in elements; out
+    [rows, heads * head_dim]; spans int64 [num_spans, 4] of (slot, first row, count, start): the
+    span's rows take cache positions start..start + count. window: a row sees so many positions,
+    its own included; 0 for all. keys [slots, max_seq / 16, kv_heads, head_dim, 16], values
+    [slots, max_seq / 16, kv_heads, 16, head_dim]; max_seq is a multiple of 16. Of a slot only
+    positions below start are read. itemsize: 4 for keys and values in float32, 2 for IEEE halves,
+    which take what exceeds them as their greatest; sums are float32's. Raises ValueError for spans
+    that leave the context.
+    """
+
+def argmax(x: Address, rows: int, n: int, out: Address, /) -> None:
+    """Index of the first greatest of each row of x [rows, n] into out, int64 [rows]."""

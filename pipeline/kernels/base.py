@@ -1,0 +1,286 @@
+"""The seam between architectures and arithmetic: what a set of kernels offers.
+
+Activations are float32 [rows, width] whatever the weights' precision. Every operation writes into
+`out`, which the caller owns and may reuse; `residual` may be `out` itself. What kernels compute
+with, they make (`empty`, `zeros`, `to_device`), C-contiguous: numpy's arrays unless they say else.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from pipeline.dtypes import FLOAT32, Array, ArrayDType, Floats, HostArray, Precision
+from pipeline.kernels.kv_cache import KVCache
+from pipeline.protocol.segments import Batch
+from pipeline.weights.sinks import CopySink, Fill, Sink, fill_array, weight_sinks
+
+Activation = Literal["none", "gelu_tanh", "gelu", "relu"]
+
+
+class Linear(ABC):
+    """y = activation(x W^T + b) + residual, with W held as the kernels like it."""
+
+    def __init__(
+        self, kernels: "Kernels", num_in: int, num_out: int, *, bias: bool, precision: Precision
+    ) -> None:
+        self.num_in, self.num_out = num_in, num_out
+        self.precision: Precision = precision
+        self.bias: Array | None = kernels.empty(num_out) if bias else None
+        self._fill: Fill = kernels.fill
+
+    @abstractmethod
+    def __call__(self, x: Array, out: Array, residual: Array | None = None) -> Array:
+        """[rows, in] -> out [rows, out]."""
+
+    @abstractmethod
+    def gather(self, ids: Array, out: Array) -> None:
+        """Weights of the outputs `ids`, [n, in]: the embedding a head is tied to."""
+
+    @abstractmethod
+    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
+        """Store outputs first.., [n, in] in this layer's precision, int8 with its scales."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes held."""
+
+    def sinks(
+        self, name: str, first: int = 0, last: int | None = None, *, is_in_out: bool = False
+    ) -> dict[str, Sink]:
+        """Sinks of checkpoint layer `name`, which gives outputs first..last of this one."""
+        last = self.num_out if last is None else last
+        found = weight_sinks(
+            f"{name}.weight", self, first, last - first, self.num_in, is_in_out=is_in_out
+        )
+        if self.bias is not None:
+            found[f"{name}.bias"] = CopySink(self.bias[first:last], fill=self._fill)
+        return found
+
+
+class Norm(ABC):
+    """Normalises rows; `bias` is None for RMSNorm."""
+
+    def __init__(self, kernels: "Kernels", size: int, eps: float, *, bias: bool) -> None:
+        self.size, self.eps = size, eps
+        self.weight: Array = kernels.empty(size)
+        self.bias: Array | None = kernels.empty(size) if bias else None
+        self._fill: Fill = kernels.fill
+
+    @abstractmethod
+    def __call__(self, x: Array, out: Array) -> Array:
+        """[rows, size] -> out [rows, size]."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        held: int = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        return held
+
+    def sinks(self, name: str) -> dict[str, Sink]:
+        """Sinks of checkpoint norm `name`."""
+        found: dict[str, Sink] = {f"{name}.weight": CopySink(self.weight, fill=self._fill)}
+        if self.bias is not None:
+            found[f"{name}.bias"] = CopySink(self.bias, fill=self._fill)
+        return found
+
+
+class Attention(Protocol):
+    """One step's attention: which rows belong to which slot. Made once, called by every layer."""
+
+    def __call__(self, qkv: Array, keys: Array, values: Array, out: Array) -> Array:
+        """Append k and v of each row to the layer's cache, then attend.
+
+        Shapes: qkv [rows, (heads + 2 kv_heads) * head_dim]; returns out [rows, heads * head_dim].
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """How a row of q, k and v divides, and how far back it may look (`window` 0: to the start)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int
+
+    @property
+    def qkv_width(self) -> int:
+        """Of a row with queries, keys and values."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+# A shard's layers: inputs, the position of each row, a bound above all positions, the attention.
+Compute = Callable[[Array, Array, int, Attention], Array]
+# A model's end: its layers' result to each row's greedy token and its logits.
+Finish = Callable[[Array], tuple[Array, Array]]
+Rows = bytes | bytearray | memoryview
+
+
+class FramePlace(NamedTuple):
+    """A data frame's memory, and where its step header and its rows start."""
+
+    memory: memoryview
+    header: int
+    rows: int
+
+
+# Computes the step of a frame. The nanoseconds that ciphers and sockets have taken go into the
+# header of what goes on, with those of computing, which are returned; -1 for a frame that is not
+# plainly such a step: then nothing has happened.
+Serve = Callable[[memoryview, int, int], int]
+
+
+class DecodeStep(Protocol):
+    """A step in which each of so many requests takes one token, from the wire to the wire."""
+
+    # Of the last step computed, [n, vocab], until any other is; None before a model's end.
+    logits: Floats | None
+
+    def __call__(self, batch: Batch, rows: Rows) -> bytearray:
+        """Compute the step: U32 [n] or F32 [n, hidden] in, F32 [n, hidden] or U32 [n] out."""
+
+    def server(self, form: FramePlace, out: FramePlace, cache: KVCache) -> Serve:
+        """What computes the steps of frames like `form`, and lays out those that go on in `out`.
+
+        A step with logits to give takes only what wants none.
+        """
+
+
+class Kernels(ABC):
+    """Makes layers, and computes what lies between them."""
+
+    name: ClassVar[str]
+    # Whether arrays lie in this machine's own memory.
+    is_host: bool = True
+    # A cache's slots beyond the requests', for rows that only fill a step up.
+    scratch_slots: ClassVar[int] = 0
+    # Keys are cached as [slots, kv_heads, max_seq / block, head_dim, block]; 1: plain rows.
+    key_block: ClassVar[int]
+    # Whether a row depends on itself and its own cache alone, bit for bit, in steps of any size.
+    is_row_exact: ClassVar[bool]
+    # So many rows pass through an MLP at a time: nothing that a step makes is wider.
+    block_rows: ClassVar[int] = 1 << 20
+    # Whether there is a `decode_step`.
+    has_decode_steps: ClassVar[bool] = False
+
+    def run(
+        self,
+        compute: Compute,
+        inputs: HostArray,
+        batch: Batch,
+        shape: HeadShape,
+        cache: KVCache,
+    ) -> Array:
+        """A step from the host's inputs to `compute`'s result, where these kernels compute."""
+        end = max(segment.position + segment.num_tokens for segment in batch)
+        attention = self.attention(batch, shape, cache.capacity)
+        positions = self.to_device(batch_positions(batch))
+        return compute(self.to_device(inputs), positions, end, attention)
+
+    def decode_step(
+        self,
+        compute: Compute,
+        finish: Finish | None,
+        batch: Batch,
+        width: int | None,
+        shape: HeadShape,
+        cache: KVCache,
+    ) -> DecodeStep:
+        """The steps of batches like this one over a cache, for kernels that have them.
+
+        `width` is that of the rows coming in, None for token ids; `finish` makes tokens of rows.
+        """
+        raise NotImplementedError
+
+    def free_bytes(self) -> int:
+        """What sessions may take of the memory that these kernels compute in: on the CPU, all."""
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> Array:
+        """An array to be filled, where these kernels compute."""
+        return np.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> Array:
+        """Zeros, on the CPU in memory that is reserved and not touched."""
+        return np.zeros(shape, dtype)
+
+    def fill(self, target: Array, rows: HostArray) -> None:
+        """Set all of an array, or of a view of one, to a host's of the same shape and dtype."""
+        fill_array(target, rows)
+
+    def to_device(self, array: HostArray) -> Array:
+        """A host's array where these kernels compute; it may share the memory."""
+        return array
+
+    def to_host(self, *arrays: Array) -> tuple[HostArray, ...]:
+        """Results where the host can read them, all of them computed."""
+        return arrays
+
+    @abstractmethod
+    def linear(
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        precision: Precision,
+        activation: Activation = "none",
+    ) -> Linear:
+        """An empty linear layer."""
+
+    @abstractmethod
+    def layer_norm(self, size: int, eps: float) -> Norm:
+        """Rows centred, over their deviation, scaled and shifted."""
+
+    @abstractmethod
+    def rms_norm(self, size: int, eps: float) -> Norm:
+        """Rows over their root mean square, scaled."""
+
+    @abstractmethod
+    def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
+        """A step's attention over caches of `max_seq_len` positions."""
+
+    @abstractmethod
+    def copy(self, source: Array, out: Array) -> None:
+        """Float32 rows into `out`, of the same shape."""
+
+    @abstractmethod
+    def lookup(
+        self,
+        table: Array,
+        ids: Array,
+        out: Array,
+        *,
+        scales: Array | None = None,
+        adds: bool = False,
+    ) -> None:
+        """Rows `ids` of a table into out [n, width], or `adds` them to it.
+
+        Shapes: table [rows, width] in any precision, int8 with scales [rows, groups].
+        """
+
+    @abstractmethod
+    def rope(self, qkv: Array, shape: HeadShape, cos: Array, sin: Array) -> None:
+        """Rotate queries and keys in place: each (j, j + head_dim/2) pair by its row's angle.
+
+        Shapes: cos, sin [rows, head_dim], the first half of sin negated.
+        """
+
+    @abstractmethod
+    def silu_mul(self, gate_up: Array, out: Array) -> Array:
+        """silu(gate) * up: [rows, 2 * inner] -> out [rows, inner]."""
+
+    @abstractmethod
+    def argmax(self, logits: Array) -> Array:
+        """Index of the first greatest of each row: [rows, n] -> [rows] int64."""
+
+
+def batch_positions(batch: Batch) -> HostArray:
+    """Position of every row, [rows] int64."""
+    ranges = [np.arange(each.position, each.position + each.num_tokens) for each in batch]
+    return np.concatenate(ranges)

@@ -1,0 +1,332 @@
+"""The kernels for NVIDIA GPUs: torch's operations there, decode steps recorded as CUDA graphs.
+
+A token's step is hundreds of operations too small to hide what it costs to launch each. So a step
+in which every request takes one token runs on memory of its own, padded to the next larger number
+of requests and to the next larger context, and is recorded once for each such pair; from then on
+it is one launch. The rows that pad it write to a slot of the cache that belongs to nobody. All
+other steps launch their operations one by one.
+
+Everything runs in the order of one stream, except copies of inputs of such other steps: those
+overlap what is still being computed. The host waits once a step, for results that it reads.
+
+A row's result is independent of its batch-mates except in rounding. float32 is never shortened to
+TF32. bfloat16 weights multiply rows rounded to bfloat16. int8 has no kernel here.
+
+With the device `cpu` the same steps are computed without graphs, streams and pinned memory: what
+remains is what can be tested without a GPU.
+
+Source: "CUDA Graphs" and "CUDA semantics" in torch's documentation.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+
+from pipeline.dtypes import PRECISIONS, Array, HostArray, Precision
+from pipeline.errors import InputError
+from pipeline.kernels.base import Activation, Attention, Compute, HeadShape, Linear
+from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.torch_attention import TorchAttention, to_cache
+from pipeline.kernels.torch_kernels import (
+    ACTIVATIONS,
+    TORCH_DTYPES,
+    TorchKernels,
+    to_tensor,
+    torch_matvec,
+)
+from pipeline.protocol.segments import Batch
+
+# Shorter contexts share one graph: reading them costs less than recording more.
+MIN_CONTEXT = 128
+
+
+def find_gpu(name: str) -> torch.device:
+    """The GPU that `cuda` or `cuda:N` names, made the current one.
+
+    Raises InputError for another name, and where torch or the machine has no such GPU.
+    """
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (":" in name and not (index.isascii() and index.isdigit())):
+        raise InputError(f"--device {name}: use cpu, cuda or cuda:N")
+    if torch.version.cuda is None:
+        raise InputError(f"--device {name}: this torch was built without CUDA; install one with it")
+    if not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch finds no GPU; is there one, and its driver?")
+    number = int(index or 0)
+    if number >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+class CudaLinear(Linear):
+    """Weights as float32 or bfloat16 [in, out]; everything but the product is in float32."""
+
+    def __init__(
+        self,
+        kernels: "CudaKernels",
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        precision: Precision,
+        activation: Activation,
+    ) -> None:
+        if precision == "int8":
+            raise InputError("int8 weights have no kernel on a GPU: use bfloat16 or float32 there")
+        super().__init__(kernels, num_in, num_out, bias=bias, precision=precision)
+        self._weight = kernels.empty(num_in, num_out, dtype=PRECISIONS[precision])
+        self._dtype = TORCH_DTYPES[PRECISIONS[precision]]
+        self._activate = ACTIVATIONS[activation]
+
+    def __call__(
+        self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[rows, in] -> out [rows, out]."""
+        y = torch.mm(x.to(self._dtype), self._weight).float()
+        if self.bias is not None:
+            y.add_(self.bias)
+        y = self._activate(y)
+        return out.copy_(y) if residual is None else torch.add(y, residual, out=out)
+
+    def gather(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Weights of the outputs `ids`, [n, in]."""
+        out.copy_(self._weight.index_select(1, ids).t())
+
+    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
+        """Store outputs first.., [n, in] in this layer's precision."""
+        assert scales is None, "int8 has been refused"
+        self._weight[:, first : first + len(outputs)] = to_tensor(outputs).t()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return self._weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class DecodeAttention:
+    """One row for each of `slots` [rows]: the same operations whatever the slots and positions.
+
+    Positions lie below `context`, and so much of every slot is read.
+    """
+
+    def __init__(
+        self, slots: torch.Tensor, positions: torch.Tensor, context: int, shape: HeadShape
+    ) -> None:
+        self._slots, self._positions = slots, positions
+        self._context, self._shape = context, shape
+        seen, last = torch.arange(context, device=slots.device), positions.unsqueeze(1)
+        is_seen = seen <= last
+        if shape.window:
+            is_seen &= seen > last - shape.window
+        self._is_seen = is_seen[:, None, None]  # [rows, 1, 1, context]
+
+    def __call__(
+        self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Append k and v of each row to its slot, then attend."""
+        shape, rows = self._shape, qkv.shape[0]
+        values_from = shape.num_heads + shape.num_kv_heads
+        heads = qkv.view(rows, -1, shape.head_dim)
+        new_keys, new_values = heads[:, shape.num_heads : values_from], heads[:, values_from:]
+        keys[self._slots, :, self._positions] = to_cache(new_keys, keys)
+        values[self._slots, :, self._positions] = to_cache(new_values, values)
+        mixed = F.scaled_dot_product_attention(
+            # the heads of a group are rows over the same keys: [rows, kv_heads, group, head_dim]
+            heads[:, : shape.num_heads].reshape(rows, shape.num_kv_heads, -1, shape.head_dim),
+            keys[:, :, : self._context].index_select(0, self._slots).float(),
+            values[:, :, : self._context].index_select(0, self._slots).float(),
+            attn_mask=self._is_seen,
+        )
+        return out.copy_(mixed.reshape(rows, -1))
+
+
+class StaticStep:
+    """A decode step of at most `rows` requests with contexts of at most `context`."""
+
+    def __init__(
+        self,
+        compute: Compute,
+        example: HostArray,
+        shape: HeadShape,
+        *,
+        rows: int,
+        context: int,
+        scratch: int,
+        recorder: "Recorder",
+    ) -> None:
+        """`example`: inputs like those to come; `scratch`: the slot that padding writes to."""
+        device = recorder.device
+        self._recorder, self._scratch, self._rows = recorder, scratch, rows
+        # [slots, positions], [rows]; what the graph reads is changed in place only
+        self._places = torch.tensor([[scratch], [0]], device=device).repeat(1, rows)
+        dtype = to_tensor(example).dtype
+        self._inputs = torch.zeros(rows, *example.shape[1:], dtype=dtype, device=device)
+
+        def step() -> torch.Tensor:
+            slots, positions = self._places
+            attention = DecodeAttention(slots, positions, context, shape)
+            result: torch.Tensor = compute(self._inputs, positions, context, attention)
+            return result
+
+        self._step = recorder.record(step)
+
+    def __call__(self, inputs: HostArray, batch: Batch) -> torch.Tensor:
+        """Compute the batch's rows [n, hidden], which nothing later writes to."""
+        missing = self._rows - len(batch)
+        slots = [segment.slot for segment in batch] + [self._scratch] * missing
+        positions = [segment.position for segment in batch] + [0] * missing
+        padded = torch.zeros(self._inputs.shape, dtype=self._inputs.dtype)
+        padded[: len(batch)] = to_tensor(
+            inputs
+        )  # zeros below: no request's row lingers in the padding
+        self._recorder.refill(self._places, torch.tensor([slots, positions]))
+        self._recorder.refill(self._inputs, padded)
+        return self._step()[: len(batch)].clone()
+
+
+class Recorder:
+    """The decode steps over one cache by (rows, context); they read its memory and end with it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.steps: dict[tuple[int, int], StaticStep] = {}
+        self._is_gpu = device.type == "cuda"
+        if self._is_gpu:
+            # Graphs may share memory since one runs at a time and none leaves anything in it.
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def record(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """`step` as one launch; its result is the same memory every time.
+
+        It runs once before, so that libraries allocate and choose what they then keep.
+        """
+        if not self._is_gpu:
+            return step
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            step()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            result = step()
+        return partial(_replay, graph, result, step)
+
+    def refill(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy a host's tensor over one on the device, behind all that reads the old one."""
+        # Pinned memory is not handed out again before its copies are done.
+        target.copy_(source.pin_memory() if self._is_gpu else source, non_blocking=True)
+
+
+class CudaKernels(TorchKernels):
+    """Everything through torch, on one GPU."""
+
+    name = "cuda"
+    scratch_slots = 1
+
+    def __init__(self, device: torch.device) -> None:
+        """Compute on `device`: a GPU, or in tests the CPU."""
+        super().__init__(torch_matvec, device)
+        self._is_gpu = device.type == "cuda"
+        if self._is_gpu:
+            torch.set_float32_matmul_precision("highest")  # no TF32
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def linear(
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        precision: Precision,
+        activation: Activation = "none",
+    ) -> Linear:
+        """An empty linear layer. Raises InputError for int8."""
+        return CudaLinear(
+            self, num_in, num_out, bias=bias, precision=precision, activation=activation
+        )
+
+    def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
+        """A step's attention."""
+        del max_seq_len
+        with self.device:  # where masks are made
+            return TorchAttention(batch, shape)
+
+    def run(
+        self,
+        compute: Compute,
+        inputs: HostArray,
+        batch: Batch,
+        shape: HeadShape,
+        cache: KVCache,
+    ) -> Array:
+        """A step from the host's inputs to rows on the device; recorded if all are decoding."""
+        if any(segment.num_tokens != 1 for segment in batch):
+            return super().run(compute, inputs, batch, shape, cache)
+        rows = _bucket(len(batch))
+        longest = max(segment.position for segment in batch) + 1
+        context = min(max(_bucket(longest), MIN_CONTEXT), cache.capacity)
+        recorder = cache.recorded
+        if not isinstance(recorder, Recorder):
+            recorder = cache.recorded = Recorder(self.device)
+        step = recorder.steps.get((rows, context))
+        if step is None:
+            step = recorder.steps[rows, context] = StaticStep(
+                compute,
+                inputs,
+                shape,
+                rows=rows,
+                context=context,
+                scratch=cache.num_slots,
+                recorder=recorder,
+            )
+        return step(inputs, batch)
+
+    def to_device(self, array: HostArray) -> torch.Tensor:
+        """A host's array on the device, copied beside what is being computed."""
+        if not self._is_gpu:
+            return super().to_device(array)
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            moved = to_tensor(array).pin_memory().to(self.device, non_blocking=True)
+        current.wait_stream(self._copies)
+        moved.record_stream(current)  # made on one stream, used and freed on the other
+        return moved
+
+    def to_host(self, *arrays: torch.Tensor) -> tuple[HostArray, ...]:
+        """Results in pinned memory; waits once for all that has been launched."""
+        if not self._is_gpu:
+            return super().to_host(*arrays)
+        found = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in arrays)
+        for host, tensor in zip(found, arrays, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(self.device).synchronize()
+        return super().to_host(*found)
+
+    def free_bytes(self) -> int:
+        """What weights leave free of the GPU, less a tenth to compute in."""
+        return (
+            torch.cuda.mem_get_info(self.device)[0] * 9 // 10
+            if self._is_gpu
+            else super().free_bytes()
+        )
+
+
+def _bucket(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+def _replay(
+    graph: torch.cuda.CUDAGraph, result: torch.Tensor, step: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """Run a recorded step; holding `step` keeps alive what the graph reads."""
+    del step
+    graph.replay()
+    return result

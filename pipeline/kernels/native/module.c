@@ -1,0 +1,102 @@
+/* pipeline.kernels._native: what Python sees of the kernels. Described in pipeline/kernels/_native.pyi. */
+#include "calls.h"
+
+#if defined(VEILPIPE_X86)
+
+static int64_t number(PyObject *arg) {
+    int64_t value = PyLong_AsLongLong(arg);
+    if (value >= 0 || PyErr_Occurred()) return value;
+    PyErr_Format(PyExc_ValueError, "argument is negative: %lld", (long long)value);
+    return -1;
+}
+
+static PyObject *py_set_num_threads(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    if (given < 1) return PyErr_Format(PyExc_TypeError, "expected a number of threads, and CPUs");
+    int64_t num_threads = number(args[0]);
+    if (num_threads < 0) return NULL;
+    if (num_threads < 1) return refuse((refusal_t){"num_threads", num_threads});
+    if (given > 1 && given - 1 != num_threads) return refuse((refusal_t){"CPUs", given - 1});
+    int cpus[MAX_THREADS];
+    for (Py_ssize_t i = 0; i < given - 1; i++) {
+        int64_t cpu = number(args[1 + i]);
+        if (cpu < 0) return NULL;
+        if (i >= MAX_THREADS || cpu >= MAX_CPUS) return refuse((refusal_t){"CPU", cpu});
+        cpus[i] = (int)cpu;
+    }
+    pool_set_num_threads((size_t)num_threads, given > 1 ? cpus : NULL);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_packed_bytes(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    (void)self;
+    int64_t a[3];
+    if (given != 3) return PyErr_Format(PyExc_TypeError, "expected 3 arguments, not %zd", given);
+    for (int i = 0; i < 3; i++) {
+        if ((a[i] = number(args[i])) < 0) return NULL;
+    }
+    refusal_t refusal = check_weight(a[0], 0, a[1], a[2]);
+    if (refusal.what) return refuse(refusal);
+    return PyLong_FromSize_t(packed_bytes((int)a[0], (size_t)a[1], (size_t)a[2]));
+}
+
+static PyObject *py_features(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    if (!has_avx512()) return PyTuple_New(0);
+    const char *names[] = {"avx512", "bf16", NULL, NULL};
+    Py_ssize_t count = 2;
+    if (has_bf16_dot()) names[count++] = "bf16_dot";
+    if (has_vnni()) names[count++] = "vnni";
+    PyObject *features = PyTuple_New(count);
+    for (Py_ssize_t i = 0; features != NULL && i < count; i++) {
+        PyObject *name = PyUnicode_FromString(names[i]);
+        if (name == NULL) Py_CLEAR(features);
+        else PyTuple_SET_ITEM(features, i, name);
+    }
+    return features;
+}
+
+#define FUNCTION(NAME)                                                                            \
+    static PyObject *py_##NAME(PyObject *self, PyObject *const *args, Py_ssize_t given) {         \
+        (void)self;                                                                               \
+        return make_call(&call_##NAME, args, given);                                              \
+    }
+CALLS(FUNCTION)
+
+#define FAST(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL},
+static PyMethodDef methods[] = {
+    {"features", py_features, METH_NOARGS, NULL},
+    FAST(set_num_threads)
+    FAST(packed_bytes)
+    CALLS(FAST) {NULL, NULL, 0, NULL},
+};
+
+#else
+
+static PyObject *py_features(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    return PyTuple_New(0);
+}
+
+static PyMethodDef methods[] = {{"features", py_features, METH_NOARGS, NULL},
+                                {NULL, NULL, 0, NULL}};
+#endif
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "pipeline.kernels._native",
+                                    "Kernels in C; see pipeline/kernels/_native.pyi.", -1, methods,
+                                    NULL, NULL, NULL, NULL};
+
+static int add_members(PyObject *native) {
+#if defined(VEILPIPE_X86)
+    if (PyModule_AddType(native, &program_type)) return -1;
+#endif
+    return PyModule_AddIntConstant(native, "F32", KIND_F32) ||
+           PyModule_AddIntConstant(native, "BF16", KIND_BF16) ||
+           PyModule_AddIntConstant(native, "I8", KIND_I8);
+}
+
+PyMODINIT_FUNC PyInit__native(void) {
+    PyObject *native = PyModule_Create(&module);
+    if (native != NULL && add_members(native)) Py_CLEAR(native);
+    return native;
+}

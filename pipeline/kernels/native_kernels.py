@@ -1,0 +1,261 @@
+"""The kernels written for this processor: `pipeline.kernels._native`, given arrays as they are.
+
+Here a row's result depends on that row and its own cache alone, bit for bit: not on the rows that
+come with it, nor on where a prompt is cut into steps, nor on the number of threads.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from pipeline.dtypes import (
+    BFLOAT16,
+    FLOAT32,
+    INT8,
+    ArrayDType,
+    Floats,
+    HostArray,
+    Precision,
+    to_floats,
+)
+from pipeline.kernels import _native
+from pipeline.kernels.arena import Arena, aligned, reserve
+from pipeline.kernels.base import (
+    Activation,
+    Attention,
+    Compute,
+    DecodeStep,
+    Finish,
+    HeadShape,
+    Kernels,
+    Linear,
+    Norm,
+)
+from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.native_step import NativeAttention, NativeStep, spans_of
+from pipeline.kernels.runtime import return_large_blocks
+from pipeline.protocol.segments import Batch
+from pipeline.weights.quant import dequantise
+
+# Precision -> kind of packed weight, and what the processor must have for it.
+KINDS: Mapping[Precision, tuple[int, str]] = {
+    "float32": (_native.F32, "avx512"),
+    "bfloat16": (_native.BF16, "bf16"),
+    "int8": (_native.I8, "vnni"),
+}
+TABLES: Mapping[ArrayDType, int] = {FLOAT32: _native.F32, BFLOAT16: _native.BF16, INT8: _native.I8}
+ACTIVATIONS: Mapping[Activation, int] = {"none": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+KEY_BLOCK = 16
+
+
+def _strides(matrix: HostArray) -> tuple[int, int]:
+    """In elements."""
+    down, right = matrix.strides
+    return down // matrix.itemsize, right // matrix.itemsize
+
+
+def _kind(precision: Precision) -> int:
+    """The kind that holds a precision; float32 with its values where the processor lacks it."""
+    kind, feature = KINDS[precision]
+    return kind if feature in _native.features() else _native.F32
+
+
+class NativeLinear(Linear):
+    """Weights packed in the order the kernels stream them."""
+
+    def __init__(
+        self,
+        kernels: "NativeKernels",
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        precision: Precision,
+        activation: Activation,
+    ) -> None:
+        super().__init__(kernels, num_in, num_out, bias=bias, precision=precision)
+        self._kind = _kind(precision)
+        self._packed = kernels.arena.take(_native.packed_bytes(self._kind, num_in, num_out))
+        self._activation = ACTIVATIONS[activation]
+
+    def __call__(self, x: Floats, out: Floats, residual: Floats | None = None) -> Floats:
+        """[rows, in] -> out [rows, out]."""
+        _native.linear(
+            self._kind,
+            self._packed,
+            self.bias,
+            x,
+            out,
+            len(x),
+            self.num_in,
+            self.num_out,
+            self._activation,
+            residual,
+        )
+        return out
+
+    def gather(self, ids: HostArray, out: Floats) -> None:
+        """Weights of the outputs `ids`, [n, in]."""
+        _native.gather(
+            self._kind,
+            self._packed,
+            self.num_in,
+            self.num_out,
+            ids,
+            len(ids),
+            out,
+        )
+
+    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
+        """Pack outputs first.., [n, in] in this layer's precision, int8 with its scales."""
+        sizes, count = (self.num_in, self.num_out), len(outputs)
+        if self._kind == _native.I8:
+            assert scales is not None, "int8 comes with scales"
+            _native.pack_int8(
+                self._packed,
+                *sizes,
+                outputs,
+                *_strides(outputs),
+                scales,
+                _strides(scales)[0],
+                first,
+                count,
+            )
+            return
+        weights = outputs if scales is None else dequantise(outputs, scales)
+        if self._kind == _native.F32:
+            weights = to_floats(weights)
+        _native.pack(self._kind, self._packed, *sizes, weights, *_strides(weights), first, count)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return self._packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class LayerNorm(Norm):
+    """Rows centred, over their deviation, scaled and shifted."""
+
+    def __call__(self, x: Floats, out: Floats) -> Floats:
+        """[rows, size] -> out [rows, size]."""
+        _native.layer_norm(
+            x,
+            self.weight,
+            self.bias,
+            out,
+            len(x),
+            self.size,
+            self.eps,
+        )
+        return out
+
+
+class RMSNorm(Norm):
+    """Rows over their root mean square, scaled."""
+
+    def __call__(self, x: Floats, out: Floats) -> Floats:
+        """[rows, size] -> out [rows, size]."""
+        _native.rms_norm(x, self.weight, out, len(x), self.size, self.eps)
+        return out
+
+
+class NativeKernels(Kernels):
+    """Everything through `pipeline.kernels._native`."""
+
+    name = "native"
+    key_block = KEY_BLOCK
+    is_row_exact = True
+    block_rows = 128
+    has_decode_steps = True
+
+    def __init__(self) -> None:
+        return_large_blocks()
+        self.arena = Arena()
+
+    def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
+        """An array to be filled."""
+        return aligned(np.empty, shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> HostArray:
+        """Zeros, in memory that is reserved and not touched."""
+        return reserve(shape, dtype)
+
+    def linear(
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        precision: Precision,
+        activation: Activation = "none",
+    ) -> Linear:
+        """An empty linear layer."""
+        return NativeLinear(
+            self, num_in, num_out, bias=bias, precision=precision, activation=activation
+        )
+
+    def layer_norm(self, size: int, eps: float) -> Norm:
+        """Rows centred, over their deviation, scaled and shifted."""
+        return LayerNorm(self, size, eps, bias=True)
+
+    def rms_norm(self, size: int, eps: float) -> Norm:
+        """Rows over their root mean square, scaled."""
+        return RMSNorm(self, size, eps, bias=False)
+
+    def decode_step(
+        self,
+        compute: Compute,
+        finish: Finish | None,
+        batch: Batch,
+        width: int | None,
+        shape: HeadShape,
+        cache: KVCache,
+    ) -> DecodeStep:
+        """A recorded step."""
+        return NativeStep(compute, finish, batch, width, shape, cache)
+
+    def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
+        """A step's attention."""
+        return NativeAttention(spans_of(batch), shape, max_seq_len)
+
+    def copy(self, source: Floats, out: Floats) -> None:
+        """Rows into `out`."""
+        _native.copy(source, out, out.nbytes)
+
+    def lookup(
+        self,
+        table: HostArray,
+        ids: HostArray,
+        out: Floats,
+        *,
+        scales: HostArray | None = None,
+        adds: bool = False,
+    ) -> None:
+        """Rows of a table."""
+        num_rows, width = table.shape
+        stride = ids.strides[0] // ids.itemsize
+        kind = TABLES[table.dtype]
+        _native.lookup(kind, table, scales, num_rows, width, ids, stride, len(ids), adds, out)
+
+    def rope(self, qkv: Floats, shape: HeadShape, cos: Floats, sin: Floats) -> None:
+        """Rotate queries and keys in place."""
+        _native.rope(
+            qkv,
+            shape.qkv_width,
+            len(qkv),
+            shape.num_heads + shape.num_kv_heads,
+            shape.head_dim,
+            cos,
+            sin,
+        )
+
+    def silu_mul(self, gate_up: Floats, out: Floats) -> Floats:
+        """silu(gate) * up."""
+        _native.silu_mul(gate_up, out, len(out), out.shape[1])
+        return out
+
+    def argmax(self, logits: Floats) -> HostArray:
+        """Index of the first greatest of each row."""
+        found = np.empty(len(logits), np.int64)
+        _native.argmax(logits, len(logits), logits.shape[1], found)
+        return found

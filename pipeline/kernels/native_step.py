@@ -1,0 +1,100 @@
+"""A decode step of the native kernels: recorded once, then made by a single call.
+
+Between two tokens all of a model's weights pass through the processor's caches, so that whatever
+Python runs next finds its own code gone: a call costs tens of microseconds, and hundreds
+of them a fifth of a small model's token. So a step in which each request takes one token is
+computed once with the kernels only recording (`_native.Program`). From then on it is one call: rows
+in as they came over the wire, rows or tokens out, and between them nothing but the kernels.
+
+What is recorded must consist of native calls alone; what else Python does there happens once.
+The recorded calls are those that any other step makes, so a row's bits are the same.
+"""
+
+from array import array
+from functools import partial
+
+import numpy as np
+
+from pipeline.dtypes import FLOAT32, Floats, HostArray
+from pipeline.kernels import _native
+from pipeline.kernels.arena import aligned
+from pipeline.kernels.base import Compute, Finish, FramePlace, HeadShape, Rows, Serve
+from pipeline.kernels.kv_cache import KVCache
+from pipeline.protocol.segments import Batch
+
+# A span is the rows of one slot: (slot, first row, number of rows, first position).
+SPAN = 4
+POSITION = 3
+# What the segments of a served step may want: a token of those with logits, or whatever.
+ANY, TOKEN = 0, 1
+
+
+def spans_of(batch: Batch) -> HostArray:
+    """Where a step's rows belong, [segments, SPAN]."""
+    spans, offset = array("q"), 0
+    for segment in batch:
+        spans.extend((segment.slot, offset, segment.num_tokens, segment.position))
+        offset += segment.num_tokens
+    return np.frombuffer(spans, np.int64).reshape(-1, SPAN)
+
+
+class NativeAttention:
+    """One step's attention; it reads the spans whenever it is called, or run in a program."""
+
+    def __init__(self, spans: HostArray, shape: HeadShape, max_seq_len: int) -> None:
+        self._width = shape.qkv_width
+        self._shape = (
+            spans,
+            len(spans),
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            max_seq_len,
+            shape.window,
+        )
+
+    def __call__(self, qkv: Floats, keys: Floats, values: Floats, out: Floats) -> Floats:
+        """Append k and v of each row to its slot, then attend."""
+        _native.attend(qkv, self._width, out, keys, values, *self._shape, keys.itemsize)
+        return out
+
+
+class NativeStep:
+    """A step of so many requests over one cache; its program keeps the memory it works on."""
+
+    def __init__(
+        self,
+        compute: Compute,
+        finish: Finish | None,
+        batch: Batch,
+        width: int | None,
+        shape: HeadShape,
+        cache: KVCache,
+    ) -> None:
+        """Record it for batches like this; `width` of the rows coming in, None for token ids."""
+        count, spans = len(batch), spans_of(batch)
+        attention = NativeAttention(spans, shape, cache.capacity)
+        self.logits: Floats | None = None
+        self._program = _native.Program()
+        with self._program:
+            if width is None:
+                rows = np.empty(count, np.uint32)
+                inputs = np.empty(count, np.int64)
+                _native.widen(rows, inputs, count)
+            else:
+                rows = inputs = aligned(np.empty, (count, width), FLOAT32)
+            outputs = compute(inputs, spans[:, POSITION], cache.max_seq_len, attention)
+            if finish is not None:
+                chosen, self.logits = finish(outputs)
+                outputs = np.empty(count, np.uint32)
+                _native.narrow(chosen, outputs, count)
+        self._program.connect(spans, count, rows, rows.nbytes, outputs, outputs.nbytes)
+
+    def __call__(self, batch: Batch, rows: Rows) -> bytearray:
+        """Compute the step: U32 [n] or F32 [n, hidden] in, F32 [n, hidden] or U32 [n] out."""
+        return self._program.step(batch, rows)
+
+    def server(self, form: FramePlace, out: FramePlace, cache: KVCache) -> Serve:
+        """What computes the steps of frames like `form`, and lays out those that go on in `out`."""
+        want = ANY if self.logits is None else TOKEN
+        return partial(self._program.serve, *form, *out, cache.held, cache.max_seq_len, want)

@@ -1,0 +1,65 @@
+"""A shard's shapes without its memory: which tensors it would load, and how large it would be."""
+
+from typing import Any, NoReturn
+
+import numpy as np
+
+from pipeline.dtypes import FLOAT32, PRECISIONS, ArrayDType, HostArray, Precision
+from pipeline.kernels.base import Activation, Kernels, Linear, Norm
+
+
+def _never(self: object, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ANN401
+    del self, args, kwargs
+    raise NotImplementedError("an outline has no memory to compute in")
+
+
+class OutlineLinear(Linear):
+    """The size of a matrix."""
+
+    __call__ = gather = put = _never
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes it would hold."""
+        weights = self.num_in * self.num_out * PRECISIONS[self.precision].itemsize
+        return weights + (0 if self.bias is None else int(self.bias.nbytes))
+
+
+class OutlineNorm(Norm):
+    """The size of a norm."""
+
+    __call__ = _never
+
+
+class Outline(Kernels):
+    """Makes layers that cannot compute, of any size."""
+
+    name = "none"
+    key_block = 1
+    is_row_exact = False
+    attention = copy = lookup = rope = silu_mul = argmax = fill = _never
+
+    def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
+        """One number, seen as an array of any size."""
+        return np.broadcast_to(np.zeros((), dtype), shape)
+
+    def linear(
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        precision: Precision,
+        activation: Activation = "none",
+    ) -> Linear:
+        """A linear layer's size."""
+        del activation
+        return OutlineLinear(self, num_in, num_out, bias=bias, precision=precision)
+
+    def layer_norm(self, size: int, eps: float) -> Norm:
+        """A norm's size."""
+        return OutlineNorm(self, size, eps, bias=True)
+
+    def rms_norm(self, size: int, eps: float) -> Norm:
+        """A norm's size."""
+        return OutlineNorm(self, size, eps, bias=False)

@@ -1,0 +1,119 @@
+"""What arithmetic may take of the machine: how many threads, and how much memory it may keep.
+
+torch's pool gets as many as asked for. numpy's BLAS, which multiplies single rows, stays at one:
+its idle threads spin for milliseconds and steal the core of torch's pool and of the stage next door
+(two threads on two busy cores: a token took 4.5 times as long as through torch alone; on two idle
+ones the products were 1.3 times faster than with one), and one core nearly saturates the memory
+anyway. It also makes a single row's product the same for any count.
+"""
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import InputError
+
+# OpenBLAS exports its names with the prefix and suffix it was built with.
+_SETTERS = (
+    "scipy_openblas_set_num_threads64_",
+    "scipy_openblas_set_num_threads",
+    "openblas_set_num_threads64_",
+    "openblas_set_num_threads",
+)
+# What glibc's mallopt calls its parameters, and from how many bytes on a block is given back.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE_BLOCK = 1 << 20
+
+MAX_CPUS = 256  # as many threads as native kernels make
+# Threads and CPUs for torch, for when it is imported.
+_asked: tuple[int, Sequence[int]] | None = None
+
+
+def set_num_threads(num_threads: int, cpus: Sequence[int] = ()) -> None:
+    """Let this process compute with at most `num_threads` threads at a time.
+
+    `cpus`: none, or one for each; native kernels' threads stay on theirs, the first of them this
+    one. torch's share them. Raises InputError for CPUs that this process may not use.
+    """
+    global _asked  # noqa: PLW0603 - as global as what it governs
+    if num_threads < 1:
+        raise ValueError(f"num_threads={num_threads}: at least one thread computes")
+    if cpus:
+        _check_cpus(cpus)
+    _asked = num_threads, cpus
+    limit_torch()
+    pin_blas()
+    with contextlib.suppress(ImportError):
+        from pipeline.kernels import _native  # noqa: PLC0415 (may be absent)
+
+        if _native.features():  # else it offers nothing more on this processor
+            _native.set_num_threads(num_threads, *cpus)
+            if cpus:
+                os.sched_setaffinity(0, cpus[:1])
+
+
+def _check_cpus(cpus: Sequence[int]) -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        raise InputError("this system does not let a process choose its CPUs")
+    if len(cpus) > MAX_CPUS:
+        raise InputError(f"{len(cpus)} CPUs are more than the {MAX_CPUS} that threads run on here")
+    usable = os.sched_getaffinity(0)
+    for cpu in cpus:
+        if cpu not in usable:
+            names = ", ".join(map(str, sorted(usable)))
+            raise InputError(f"CPU {cpu} is not one that this process may use ({names})")
+
+
+def limit_torch() -> None:
+    """Hold torch to what was asked for, if it was imported, which only some kernels do."""
+    if "torch" in sys.modules and _asked is not None:
+        num_threads, cpus = _asked
+        sys.modules["torch"].set_num_threads(num_threads)
+        if cpus:  # before it makes its threads, which inherit that
+            os.sched_setaffinity(0, cpus)
+
+
+def return_large_blocks() -> None:
+    """Have the system get large blocks back when they are freed, where this C library is glibc.
+
+    By default it keeps all below a size that grows with the largest block that was ever freed, up
+    to 32 MiB; a stage frees such while it loads. For kernels that keep what they compute in.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+        mallopt(_M_TRIM_THRESHOLD, _LARGE_BLOCK)
+
+
+def pin_blas() -> bool:
+    """Hold numpy's BLAS to one thread; False where it is one we cannot govern."""
+    set_blas_threads = _find_blas_setter()
+    if set_blas_threads is None:
+        return False
+    set_blas_threads(1)
+    return True
+
+
+def _find_blas_setter() -> Callable[[int], None] | None:
+    """Sets the threads of the OpenBLAS that numpy has loaded; None if it is another BLAS."""
+    assert np.__version__  # importing numpy is what maps the library
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "openblas" in line}
+    for path in sorted(paths):
+        library = ctypes.CDLL(path)
+        for name in _SETTERS:
+            setter = getattr(library, name, None)
+            if setter is not None:
+                setter.argtypes, setter.restype = [ctypes.c_int], None
+                return lambda num_threads, call=setter: call(num_threads)  # type: ignore[misc]
+    return None

@@ -1,0 +1,158 @@
+"""Whether kernels compute rightly on this machine: each operation against plain numpy's."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from pipeline.dtypes import (
+    KV_DTYPES,
+    PRECISIONS,
+    Array,
+    ArrayDType,
+    Floats,
+    HostArray,
+    Precision,
+    from_floats,
+    to_floats,
+)
+from pipeline.kernels.base import HeadShape, Kernels, Norm
+from pipeline.kernels.kv_cache import KVCache
+from pipeline.protocol.segments import Segment
+from pipeline.weights.quant import dequantise, quantise
+
+# Of the largest value. A wrong kernel is wrong by far more; int8 kernels round activations as well.
+TOLERANCES: dict[Precision, float] = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 3e-2}
+EPS = 1e-5
+SHAPE = HeadShape(num_heads=4, num_kv_heads=2, head_dim=32, window=0)
+
+
+def first_difference(
+    kernels: Kernels, precisions: Iterable[Precision] = tuple(PRECISIONS)
+) -> str | None:
+    """The first operation that is wrong, if there is one."""
+    for precision in precisions:
+        found, expected = _products(kernels, precision)
+        if not _agree(found, expected, TOLERANCES[precision]):
+            return f"their {precision} products are wrong on this machine"
+    for name, (found, expected) in _rest(kernels).items():
+        if not _agree(found, expected, TOLERANCES["float32"]):
+            return f"their {name} is wrong on this machine"
+    return None
+
+
+def _agree(found: HostArray, expected: HostArray, tolerance: float) -> bool:
+    error = np.abs(found - expected).max()
+    return bool(error <= tolerance * np.abs(expected).max())  # False for NaN
+
+
+def _wave(*shape: int) -> Floats:
+    """Numbers without a pattern that an indexing mistake could hide in, the same every time."""
+    count = math.prod(shape)
+    return np.sin(np.linspace(-1.0, 7.0 * count, count)).astype(np.float32).reshape(shape)
+
+
+def _products(kernels: Kernels, precision: Precision) -> tuple[HostArray, HostArray]:
+    """Several rows and one through a layer with everything: [4, out]."""
+    num_in, num_out = 80, 56
+    linear = kernels.linear(num_in, num_out, bias=True, precision=precision, activation="gelu_tanh")
+    weight, bias = _wave(num_out, num_in), _wave(num_out)
+    weight /= 4
+    for name, rows in ((".weight", weight), (".bias", bias)):
+        linear.sinks("")[name].write(0, rows)
+    x, residual = _wave(3, num_in), _wave(3, num_out)
+    several = linear(
+        kernels.to_device(x), kernels.empty(3, num_out), residual=kernels.to_device(residual)
+    )
+    one = linear(kernels.to_device(x[1:2]), kernels.empty(1, num_out))
+    if precision == "int8":
+        rounded = dequantise(*quantise(weight))
+    else:
+        rounded = to_floats(from_floats(weight, PRECISIONS[precision]))
+    y = x @ rounded.T + bias
+    y *= 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+    return np.concatenate(kernels.to_host(several, one)), np.concatenate((y + residual, y[1:2]))
+
+
+def _rest(kernels: Kernels) -> dict[str, tuple[HostArray, HostArray]]:
+    """What lies between the products, on small rows: found and expected."""
+    x = _wave(5, 64)
+    gates = kernels.silu_mul(kernels.to_device(x), kernels.empty(5, 32))
+    qkv, angles = _wave(5, SHAPE.qkv_width), _wave(5, SHAPE.head_dim)
+    cos, sin = np.cos(angles), np.sin(angles)
+    rotated = kernels.to_device(qkv.copy())
+    kernels.rope(rotated, SHAPE, kernels.to_device(cos), kernels.to_device(sin))
+    results = {
+        "silu": (gates, x[:, :32] / (1 + np.exp(-x[:, :32])) * x[:, 32:]),
+        "LayerNorm": (
+            _normed(kernels, kernels.layer_norm(64, EPS), x),
+            _over_deviation(x - x.mean(-1, keepdims=True)) * _wave(64) + _wave(64),
+        ),
+        "RMSNorm": (
+            _normed(kernels, kernels.rms_norm(64, EPS), x),
+            _over_deviation(x) * _wave(64),
+        ),
+        "rotation": (rotated, _rotated(qkv, cos, sin)),
+    }
+    for dtype in sorted(set(KV_DTYPES.values()), key=str):
+        results[f"attention in {dtype}"] = (_attended(kernels, qkv, dtype), _attention(qkv, dtype))
+    return {name: (kernels.to_host(found)[0], each) for name, (found, each) in results.items()}
+
+
+def _normed(kernels: Kernels, norm: Norm, x: Floats) -> Array:
+    for sink in norm.sinks("").values():
+        sink.write(0, _wave(64))
+    return norm(kernels.to_device(x), kernels.empty(*x.shape))
+
+
+def _over_deviation(x: Floats) -> HostArray:
+    scaled: HostArray = x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS)
+    return scaled
+
+
+def _rotated(qkv: Floats, cos: Floats, sin: Floats) -> Floats:
+    """Queries and keys by their row's angles, values as they are."""
+    heads = qkv.reshape(len(qkv), -1, SHAPE.head_dim).copy()
+    turned = heads[:, : SHAPE.num_heads + SHAPE.num_kv_heads]
+    swapped = np.roll(turned, SHAPE.head_dim // 2, -1)
+    turned[:] = turned * cos[:, None] + swapped * sin[:, None]
+    return heads.reshape(qkv.shape)
+
+
+def _attended(kernels: Kernels, qkv: Floats, dtype: ArrayDType) -> Array:
+    """Two requests side by side: three rows of the second, then one of each."""
+    cache = KVCache(
+        num_layers=1,
+        num_slots=2,
+        num_kv_heads=SHAPE.num_kv_heads,
+        max_seq_len=32,
+        head_dim=SHAPE.head_dim,
+        zeros=kernels.zeros,
+        dtype=dtype,
+        key_block=kernels.key_block,
+        scratch_slots=kernels.scratch_slots,
+    )
+    out = kernels.empty(5, SHAPE.num_heads * SHAPE.head_dim)
+    for batch, first in (([Segment(1, 0, 3)], 0), ([Segment(0, 0, 1), Segment(1, 3, 1)], 3)):
+        last = first + sum(segment.num_tokens for segment in batch)
+        attention = kernels.attention(batch, SHAPE, cache.capacity)
+        rows = kernels.to_device(qkv[first:last])
+        attention(rows, cache.keys[0], cache.values[0], out[first:last])
+    return out
+
+
+def _attention(qkv: Floats, dtype: ArrayDType) -> HostArray:
+    """The same: what each of these rows sees, and the values there in the proportion they match."""
+    queries, keys, values = np.split(
+        qkv.reshape(5, -1, SHAPE.head_dim),
+        [SHAPE.num_heads, SHAPE.num_heads + SHAPE.num_kv_heads],
+        axis=1,
+    )
+    keys, values = (to_floats(from_floats(each, dtype)) for each in (keys, values))
+    group = SHAPE.num_heads // SHAPE.num_kv_heads
+    out = np.empty((5, SHAPE.num_heads, SHAPE.head_dim))
+    for row, seen in enumerate(([0], [0, 1], [0, 1, 2], [3], [0, 1, 2, 4])):
+        seen_keys, seen_values = (each[seen].repeat(group, 1) for each in (keys, values))
+        matches = np.exp((seen_keys * queries[row]).sum(-1) / math.sqrt(SHAPE.head_dim))
+        out[row] = (seen_values * (matches / matches.sum(0))[..., None]).sum(0)
+    return out.reshape(5, -1)

@@ -1,0 +1,265 @@
+"""The kernels that run everywhere: torch, and numpy's BLAS for single rows. All in float32.
+
+Weights lie as [in, out], the transpose of a checkpoint's layout, because a single row times such a
+matrix streams memory 1.4 times as fast (GPT-2 124M, one thread: 25 ms a token instead of 36), and
+numpy's OpenBLAS streams it faster still (22 ms). Decoding one sequence is bound by nothing else.
+More rows go through torch.
+
+bfloat16 and int8 weights are rounded as those precisions mean and then held in float32: their
+values, but neither their size nor their speed.
+
+A row's result is independent of its batch-mates except in rounding: one row and several rows take
+different kernels. The same step always gives the same bits.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+
+from pipeline.dtypes import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    INT8,
+    ArrayDType,
+    HostArray,
+    Precision,
+    to_floats,
+)
+from pipeline.kernels.base import Activation, Attention, HeadShape, Kernels, Linear, Norm
+from pipeline.kernels.runtime import limit_torch, pin_blas
+from pipeline.kernels.torch_attention import TorchAttention
+from pipeline.protocol.segments import Batch
+from pipeline.weights.quant import GROUP, dequantise
+
+CPU = torch.device("cpu")
+TORCH_DTYPES: Mapping[ArrayDType, torch.dtype] = {
+    FLOAT32: torch.float32,
+    FLOAT16: torch.float16,
+    BFLOAT16: torch.bfloat16,
+    INT8: torch.int8,
+}
+MatVec = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+_SELF_TEST_SHAPE = (96, 160)
+_SELF_TEST_TOLERANCE = 1e-4
+
+ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "none": lambda x: x,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+def to_tensor(array: HostArray) -> torch.Tensor:
+    """The same memory as a tensor."""
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def torch_matvec(row: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """[1, in] @ [in, out] -> out [1, out]."""
+    torch.mm(row, weight, out=out)
+
+
+def blas_matvec(row: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """[1, in] @ [in, out] -> out [1, out] through numpy's BLAS, on the same memory."""
+    np.matmul(row.numpy(), weight.numpy(), out=out.numpy())
+
+
+def choose_matvec() -> MatVec:
+    """The single-row product to use here: numpy's BLAS if it can be governed and is right.
+
+    Never chosen by a stopwatch: two processes must not differ in rounding.
+    """
+    if not pin_blas():
+        return torch_matvec
+    num_in, num_out = _SELF_TEST_SHAPE
+    row = torch.linspace(-1.0, 1.0, num_in).unsqueeze(0)
+    weight = torch.linspace(-2.0, 2.0, num_in * num_out).sin().view(num_in, num_out)
+    found = torch.empty(1, num_out)
+    blas_matvec(row, weight, found)
+    error = (found - torch.mm(row, weight)).abs().max().item()
+    return blas_matvec if error <= _SELF_TEST_TOLERANCE else torch_matvec
+
+
+class TorchLinear(Linear):
+    """Weights as float32 [in, out]."""
+
+    def __init__(
+        self,
+        kernels: "TorchKernels",
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        precision: Precision,
+        activation: Activation,
+        matvec: MatVec,
+    ) -> None:
+        super().__init__(kernels, num_in, num_out, bias=bias, precision=precision)
+        self.weight = torch.empty(num_in, num_out)
+        self._activate = None if activation == "none" else ACTIVATIONS[activation]
+        self._matvec = matvec
+
+    def __call__(
+        self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[rows, in] -> out [rows, out]."""
+        y = out if residual is None else torch.empty_like(out)
+        if x.shape[0] == 1:
+            self._matvec(x, self.weight, y)
+            if self.bias is not None:
+                y.add_(self.bias)
+        elif self.bias is None:
+            torch.mm(x, self.weight, out=y)
+        else:
+            torch.addmm(self.bias, x, self.weight, out=y)
+        if self._activate is not None:
+            y.copy_(self._activate(y))
+        return y if residual is None else torch.add(y, residual, out=out)
+
+    def gather(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Weights of the outputs `ids`, [n, in]."""
+        out.copy_(self.weight.index_select(1, ids).t())
+
+    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
+        """Store outputs first.., [n, in] in this layer's precision, as float32."""
+        weights = to_floats(outputs) if scales is None else dequantise(outputs, scales)
+        self.weight.numpy()[:, first : first + len(outputs)] = weights.T
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class LayerNorm(Norm):
+    """Rows centred, over their deviation, scaled and shifted."""
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """[rows, size] -> out [rows, size]."""
+        return out.copy_(F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps))
+
+
+class RMSNorm(Norm):
+    """Rows over their root mean square, scaled."""
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """[rows, size] -> out [rows, size]."""
+        return out.copy_(F.rms_norm(x, (self.size,), self.weight, self.eps))
+
+
+class TorchKernels(Kernels):
+    """Everything through torch's public operations."""
+
+    name = "torch"
+    key_block = 1
+    is_row_exact = False
+
+    def __init__(self, matvec: MatVec | None = None, device: torch.device = CPU) -> None:
+        """`matvec` multiplies single rows; by default whatever does it best here."""
+        limit_torch()
+        self.device = device
+        self.is_host = device.type == "cpu"
+        self._matvec = matvec or choose_matvec()
+
+    def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> torch.Tensor:
+        """A tensor to be filled, on the device."""
+        return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=self.device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> torch.Tensor:
+        """Zeros."""
+        if not self.is_host:
+            return torch.zeros(shape, dtype=TORCH_DTYPES[dtype], device=self.device)
+        # numpy asks for zeroed pages, where torch writes the zeros and so touches all of them
+        return to_tensor(super().zeros(shape, dtype))
+
+    def fill(self, target: torch.Tensor, rows: HostArray) -> None:
+        """Set all of a tensor, or of a view of one."""
+        target.copy_(to_tensor(rows))
+
+    def to_device(self, array: HostArray) -> torch.Tensor:
+        """A host's array on the device; on the CPU it shares the memory."""
+        return to_tensor(array)
+
+    def to_host(self, *arrays: torch.Tensor) -> tuple[HostArray, ...]:
+        """Results where the host can read them, all of them computed."""
+        return tuple(tensor.numpy() for tensor in arrays)
+
+    def linear(
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        precision: Precision,
+        activation: Activation = "none",
+    ) -> Linear:
+        """An empty linear layer."""
+        return TorchLinear(
+            self,
+            num_in,
+            num_out,
+            bias=bias,
+            precision=precision,
+            activation=activation,
+            matvec=self._matvec,
+        )
+
+    def layer_norm(self, size: int, eps: float) -> Norm:
+        """Rows centred, over their deviation, scaled and shifted."""
+        return LayerNorm(self, size, eps, bias=True)
+
+    def rms_norm(self, size: int, eps: float) -> Norm:
+        """Rows over their root mean square, scaled."""
+        return RMSNorm(self, size, eps, bias=False)
+
+    def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
+        """A step's attention."""
+        del max_seq_len
+        return TorchAttention(batch, shape)
+
+    def copy(self, source: torch.Tensor, out: torch.Tensor) -> None:
+        """Rows into `out`."""
+        out.copy_(source)
+
+    def lookup(
+        self,
+        table: torch.Tensor,
+        ids: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scales: torch.Tensor | None = None,
+        adds: bool = False,
+    ) -> None:
+        """Rows of a table."""
+        rows = table.index_select(0, ids)
+        if scales is not None:
+            each = scales.index_select(0, ids).float().repeat_interleave(GROUP, dim=1)
+            rows = rows.float() * each[:, : rows.shape[1]]
+        if adds:
+            out.add_(rows)
+        else:
+            out.copy_(rows)
+
+    def rope(
+        self, qkv: torch.Tensor, shape: HeadShape, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
+        """Rotate queries and keys in place."""
+        num_rotated = shape.num_heads + shape.num_kv_heads
+        heads = qkv.view(qkv.shape[0], -1, shape.head_dim)[:, :num_rotated]
+        swapped = heads.roll(shape.head_dim // 2, -1)
+        heads.mul_(cos.unsqueeze(1)).addcmul_(swapped, sin.unsqueeze(1))
+
+    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up."""
+        inner = out.shape[1]
+        return torch.mul(F.silu(gate_up[:, :inner]), gate_up[:, inner:], out=out)
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """Index of the first greatest of each row."""
+        return logits.argmax(dim=-1)

@@ -1,0 +1,142 @@
+"""The orchestrator's channels to the stages of a manifest: how each is opened."""
+
+from collections.abc import Callable
+
+import trio
+
+from pipeline.agreement.manifest import Manifest
+from pipeline.agreement.trust import Trust
+from pipeline.errors import MessageError, SessionError, StageHung
+from pipeline.protocol.links import CONTROL_LIMITS, SEND_ONLY_LIMITS, ControlLink, StepGate
+from pipeline.protocol.messages import Init, StepHeader, StepKind, Want
+from pipeline.protocol.peers import (
+    CONTROL_EPOCH,
+    ORCHESTRATOR,
+    accept_first,
+    connect_retrying,
+    describe,
+)
+from pipeline.protocol.steps import CLEAR_SPEC, SessionLimits, token_specs
+from transport.channel import SecureChannel
+from transport.endpoint import Endpoint, Listener
+from transport.errors import TransportError
+from transport.frames import DType, TensorSpec
+from transport.handshake import Link, LinkKind, Role, RoleKind
+
+# The largest vocabularies have a quarter of this; it bounds what a step's logits may take.
+MAX_VOCAB = 1 << 20
+
+Progress = Callable[[str], None]
+
+
+class Connector:
+    """Dials stages, and accepts the last one's results; each handshake verifies its peer anew."""
+
+    def __init__(
+        self, manifest: Manifest, trust: Trust, limits: SessionLimits, progress: Progress
+    ) -> None:
+        self.num_handshakes = 0
+        # What each connection under way still lacks, for the user.
+        self.pending: dict[str, str] = {}
+        self._manifest = manifest
+        self._trust = trust
+        self._limits = limits
+        self._progress = progress
+
+    async def control(self, stage_idx: int) -> ControlLink:
+        """A stage's control channel, as soon as the stage is up.
+
+        Raises StageHung when it takes the connection and says nothing, SessionError when it is not
+        what it should be.
+        """
+        endpoint = self._manifest.endpoint(stage_idx).control.to_endpoint()
+        core_hash = self._manifest.core_hash()
+        link = Link(
+            LinkKind.CONTROL, ORCHESTRATOR, _stage_role(stage_idx), core_hash, CONTROL_EPOCH
+        )
+        return ControlLink(await self._dial(stage_idx, endpoint, link))
+
+    async def first(self, epoch: bytes) -> SecureChannel:
+        """The data channel to stage 0. Raises SessionError."""
+        endpoint = self._manifest.endpoint(0).data_in.to_endpoint()
+        link = self._data_link(ORCHESTRATOR, _stage_role(0), epoch)
+        return await self._dial(0, endpoint, link)
+
+    async def results(self, listener: Listener, epoch: bytes, gate: StepGate) -> SecureChannel:
+        """The data channel from the last stage."""
+        last = self._manifest.stages[-1]
+        link = self._data_link(_stage_role(last.stage_idx), ORCHESTRATOR, epoch)
+        max_bytes = self._limits.num_slots * (1 + MAX_VOCAB) * DType.F32.itemsize
+        channel = await accept_first(
+            listener, link, self._trust, last.measurements(), gate.frame_limits(max_bytes)
+        )
+        self.num_handshakes += 1
+        return channel
+
+    def new_gate(self) -> StepGate:
+        """Holds the last stage's answers against what may come."""
+        return StepGate(self._limits, self._expect)
+
+    def init(self, stage_idx: int, epoch: bytes) -> Init:
+        """What opens a stage's session."""
+        stages, spec = self._manifest.stages, self._manifest.activation_spec
+        is_last = stage_idx == len(stages) - 1
+        return Init(
+            epoch=epoch,
+            manifest_hash=self._manifest.whole_hash(),
+            stage_idx=stage_idx,
+            activation_dtype=spec.dtype,
+            hidden_dim=spec.hidden_dim,
+            max_seq_len=self._limits.max_seq_len,
+            num_slots=self._limits.num_slots,
+            max_step_tokens=self._limits.max_step_tokens,
+            data_out=str(self._manifest.endpoint(stage_idx).data_out.to_endpoint()),
+            upstream_measurements=stages[stage_idx - 1].measurements() if stage_idx else {},
+            downstream_measurements={} if is_last else stages[stage_idx + 1].measurements(),
+        )
+
+    async def _dial(self, stage_idx: int, endpoint: Endpoint, link: Link) -> SecureChannel:
+        what = f"stage {stage_idx}'s {link.kind.name.lower()} channel at {endpoint}"
+        self.pending[what] = f"{what} does not answer the handshake"
+        is_announced = False
+
+        def on_wait(error: TransportError) -> None:
+            nonlocal is_announced
+            if not is_announced:
+                self._progress(f"waiting for {what}")
+            is_announced = True
+            self.pending[what] = f"{what} is not up ({error})"
+
+        measurements = self._manifest.stage(stage_idx).measurements()
+        credentials = self._trust.toward(link.responder, measurements)
+        limits = CONTROL_LIMITS if link.kind is LinkKind.CONTROL else SEND_ONLY_LIMITS
+        try:
+            channel = await connect_retrying(endpoint, link, credentials, limits, on_wait)
+        except trio.TooSlowError as error:
+            raise StageHung(stage_idx, f"{what}: {describe(error)}") from error
+        except (TransportError, trio.EndOfChannel) as error:
+            raise SessionError(f"{what}: {describe(error)}") from error
+        del self.pending[what]
+        self.num_handshakes += 1
+        return channel
+
+    def _data_link(self, initiator: Role, responder: Role, epoch: bytes) -> Link:
+        return Link(LinkKind.DATA, initiator, responder, self._manifest.whole_hash(), epoch)
+
+    def _expect(self, header: StepHeader, specs: tuple[TensorSpec, ...]) -> None:
+        """What the last stage may return for a step; how many tokens, the scheduler checks."""
+        if header.kind is StepKind.CLEAR:
+            expected: tuple[TensorSpec, ...] = (CLEAR_SPEC,)
+        else:
+            num_logits = header.wants.count(Want.LOGITS)
+            expected = token_specs(num_logits + header.wants.count(Want.TOKEN))
+            if num_logits:
+                # The vocabulary's size is the stage's word, as the greedy token is.
+                vocab = specs[1].shape[-1] if len(specs) == 2 and specs[1].shape else 0
+                expected = (*expected, TensorSpec(DType.F32, (num_logits, min(vocab, MAX_VOCAB))))
+        if specs != expected or len(header.timings) != len(self._manifest.stages):
+            raise MessageError(f"step {header.step} returned {specs}, expected {expected}")
+
+
+def _stage_role(stage_idx: int) -> Role:
+    return Role(RoleKind.STAGE, stage_idx)

@@ -1,0 +1,73 @@
+"""Going on after a loss: the pipeline is mended, and the work resumed where it was certain."""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+
+import trio
+
+from pipeline.errors import SessionError
+from pipeline.orchestrator.remote_pipeline import Pipeline, ReplaySource
+
+logger = logging.getLogger(__name__)
+
+# Between attempts to mend a pipeline; most succeed at the first.
+FIRST_PAUSE_SECONDS = 0.05
+LAST_PAUSE_SECONDS = 1.0
+# One that breaks again and again is mended at once only if it stood for so long, or did any work.
+STEADY_SECONDS = 10.0
+# A request that breaks a stage whenever it is computed would keep everybody waiting for ever.
+MAX_FRUITLESS = 5
+
+Work = Callable[[Pipeline], Awaitable[None]]
+
+
+async def run_with_failover(
+    pipeline: Pipeline, work: Work, source: ReplaySource, patience_seconds: float
+) -> None:
+    """Connect `pipeline` and do `work` on it; whatever is lost, mend it and call `work` again.
+
+    Raises SessionError when it does not stand again within `patience_seconds` of a loss, or breaks
+    again and again without a single result.
+    """
+    num_fruitless = 0
+    pauses = _pauses()
+    while True:
+        before = pipeline.num_results, source.num_given_up
+        await _mend(pipeline, source, patience_seconds)
+        stood_at = trio.current_time()
+        try:
+            async with pipeline.unbroken():
+                return await work(pipeline)
+        except SessionError as error:
+            logger.warning("event=failover_started error=%s", error)
+            is_fruitless = before == (pipeline.num_results, source.num_given_up)
+            num_fruitless = num_fruitless + 1 if is_fruitless and source.has_work else 0
+            if num_fruitless > MAX_FRUITLESS:
+                raise
+        if is_fruitless and trio.current_time() - stood_at < STEADY_SECONDS:
+            await trio.sleep(next(pauses))
+        else:
+            pauses = _pauses()
+
+
+async def _mend(pipeline: Pipeline, source: ReplaySource, patience_seconds: float) -> None:
+    failure: SessionError | None = None
+    with trio.move_on_after(patience_seconds):
+        for pause_seconds in _pauses():
+            failure = None  # of an attempt before this one: its stages may have come back since
+            try:
+                return await pipeline.connect(source)
+            except SessionError as error:
+                logger.warning("event=connecting_failed error=%s", error)
+                failure = error
+            await trio.sleep(pause_seconds)
+    raise SessionError(
+        f"gave up after {patience_seconds:g} s: {failure or pipeline.waiting_for}"
+    ) from failure
+
+
+def _pauses() -> Iterator[float]:
+    seconds = FIRST_PAUSE_SECONDS
+    while True:
+        yield seconds
+        seconds = min(2 * seconds, LAST_PAUSE_SECONDS)

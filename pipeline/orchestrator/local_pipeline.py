@@ -1,0 +1,45 @@
+"""A pipeline without processes: the reference that every split is compared with."""
+
+from collections import deque
+from collections.abc import Sequence
+
+from pipeline.engine.drive import RunnerStats
+from pipeline.engine.scheduler import FollowUp, Step
+from pipeline.protocol.messages import StepKind
+from pipeline.protocol.steps import CLEAR_SENTINEL, StepResult, step_result, token_ids_to_wire
+from pipeline.stage.core import StageCore
+from transport.frames import Tensor
+
+
+class LocalPipeline:
+    """All stages in this process, called one after another: the reference for every split."""
+
+    def __init__(self, stages: Sequence[StageCore]) -> None:
+        self._stages = stages
+        self._results: deque[StepResult] = deque()
+
+    @property
+    def stats(self) -> RunnerStats:
+        """Nothing is ever lost here."""
+        return RunnerStats()
+
+    async def send(self, step: Step) -> None:
+        """Run the step at once."""
+        self._results.append(self.run(step))
+
+    def prepare(self, follow_up: FollowUp | None) -> None:
+        """Nothing waits here for what follows."""
+
+    async def receive(self) -> StepResult:
+        """The oldest result."""
+        return self._results.popleft()
+
+    def run(self, step: Step) -> StepResult:
+        """Run one step through every stage."""
+        is_clear = step.header.kind is StepKind.CLEAR
+        tensors: tuple[Tensor, ...] = (
+            CLEAR_SENTINEL if is_clear else token_ids_to_wire(step.token_ids),
+        )
+        for stage in self._stages:
+            tensors = stage.step(step.header, tensors)
+        return step_result(step.header, tensors)

@@ -1,0 +1,1 @@
+"""Where stages run, and who starts them again."""

@@ -1,0 +1,1 @@
+"""Writing manifests, and cutting a model into what each stage needs."""

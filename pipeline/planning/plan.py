@@ -1,0 +1,142 @@
+"""Writing a manifest: a split balanced by measured bytes, and the hashes that pin it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pipeline.agreement.manifest import Manifest, build_manifest
+from pipeline.dtypes import Precision
+from pipeline.errors import InputError
+from pipeline.models.config import hash_config, load_config
+from pipeline.models.registry import layer_bytes, required_files
+from pipeline.weights.checkpoint import hash_files
+
+# Stage i's enclave has CID 16 + i (0 to 15 are free for others), and reaches its parent as CID 3.
+FIRST_CID = 16
+PARENT_CID = 3
+CONTROL_PORT = 5000
+DATA_PORT = 5001
+RELAY_PORT = 6000
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """Where the planned stages listen: stage i at `base_port` + 10 i, results at the next."""
+
+    num_stages: int
+    host: str = "127.0.0.1"
+    base_port: int = 9000
+    orchestrator_keys: tuple[str, ...] = ()
+    # Stages in Nitro enclaves, behind the relay that scripts/run_nitro.sh starts on `host`.
+    in_enclaves: bool = False
+    model_name: str | None = None
+    wire_dtype: str = "F32"  # of activations between stages, as manifests spell it
+    # What every stage holds its weights in; None leaves it to the stages.
+    precision: Precision | None = None
+
+
+def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) -> list[int]:
+    """End layer of each stage, so that the heaviest stage is as light as it can be.
+
+    `first` and `last` are the bytes that come with the first and the last stage (embedding, head).
+    Exact: dynamic programming over (stage, layer).
+    """
+    num_layers = len(layers)
+    if not 1 <= num_stages <= num_layers:
+        raise InputError(
+            f"cannot split {num_layers} layers into {num_stages} stages; choose 1 to {num_layers}"
+        )
+    prefix = [0]
+    for size in layers:
+        prefix.append(prefix[-1] + size)
+
+    def cost(start: int, end: int) -> int:
+        extra = (first if start == 0 else 0) + (last if end == num_layers else 0)
+        return prefix[end] - prefix[start] + extra
+
+    @cache
+    def best(start: int, stages: int) -> tuple[int, tuple[int, ...]]:
+        if stages == 1:
+            return cost(start, num_layers), (num_layers,)
+        candidates = []
+        for end in range(start + 1, num_layers - stages + 2):
+            rest, ends = best(end, stages - 1)
+            candidates.append((max(cost(start, end), rest), (end, *ends)))
+        return min(candidates)
+
+    return list(best(0, num_stages)[1])
+
+
+def plan(model_dir: Path, options: PlanOptions) -> Manifest:
+    """Plan stages for a model directory. Raises ModelError, ManifestError, InputError."""
+    config = load_config(model_dir)
+    first, layers, last = layer_bytes(model_dir, config)
+    ends = split_layers(first, layers, last, options.num_stages)
+    starts = [0, *ends[:-1]]
+    files = [
+        required_files(model_dir, config, range(start, end))
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    hashes = _hash_once(files)
+    stages = [
+        {
+            "stage_idx": idx,
+            "layer_start": start,
+            "layer_end": end,
+            "weight_hashes": [hashes[path] for path in files[idx]],
+            "require_weight_hashes": True,
+            "precision": options.precision,
+            "endpoint": _endpoint(options, idx),
+        }
+        for idx, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
+    fields = {
+        "model_name": options.model_name or _label(model_dir),
+        "model_version": "1",
+        "total_layers": config.num_layers,
+        "stages": stages,
+        "activation_spec": {
+            "dtype": options.wire_dtype,
+            "hidden_dim": config.hidden_dim,
+            "max_seq_len": config.max_positions,
+        },
+        "config_hash": hash_config(model_dir),
+        "eos_token_ids": config.eos_token_ids,
+        "orchestrator_keys": options.orchestrator_keys,
+    }
+    return build_manifest(fields, "cannot plan this")
+
+
+def _label(model_dir: Path) -> str:
+    """The directory's name as text; a file system's names need not be any."""
+    return model_dir.resolve().name.encode("utf-8", "replace").decode()
+
+
+def _hash_once(files: Sequence[Sequence[Path]]) -> dict[Path, str]:
+    distinct = sorted({path for stage_files in files for path in stage_files})
+    return dict(zip(distinct, hash_files(distinct), strict=True))
+
+
+def _endpoint(options: PlanOptions, idx: int) -> dict[str, Any]:
+    def address(port: int) -> dict[str, Any]:
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        return {"type": "tcp", "addr": f"{host}:{port}"}
+
+    def vsock(cid: int, port: int) -> dict[str, Any]:
+        return {"type": "vsock", "cid": cid, "port": port}
+
+    if options.in_enclaves:
+        return {
+            "control": address(options.base_port + 2 * idx),
+            "data_in": vsock(FIRST_CID + idx, DATA_PORT) if idx else address(options.base_port + 1),
+            "data_out": vsock(PARENT_CID, RELAY_PORT + idx),
+        }
+    port = options.base_port + 10 * idx
+    return {
+        "control": address(port),
+        "data_in": address(port + 1),
+        # The next stage's data_in; after the last stage, where the orchestrator listens.
+        "data_out": address(port + 11),
+    }

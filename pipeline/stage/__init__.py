@@ -1,0 +1,1 @@
+"""A stage worker: one orchestrator's session after another, and what a step computes."""

@@ -1,0 +1,232 @@
+"""What a stage does with one step. Sans-IO: a header and tensors in, tensors out."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from pipeline.dtypes import Array, Floats, HostArray
+from pipeline.errors import MessageError
+from pipeline.kernels.base import DecodeStep, FramePlace, Rows, Serve
+from pipeline.models.registry import ModelShard
+from pipeline.protocol.messages import StepHeader, StepKind, Want
+from pipeline.protocol.segments import Batch
+from pipeline.protocol.steps import (
+    CLEAR_SENTINEL,
+    Logits,
+    SessionLimits,
+    logits_to_wire,
+    token_ids_from_wire,
+    token_ids_to_wire,
+    token_specs,
+)
+from pipeline.stage.activation_log import ActivationLog
+from pipeline.stage.catch_up import CatchUp
+from transport.frames import Tensor
+
+
+class StageCore:
+    """A shard of layers with the KV state of one session, and with `log` what it has sent on."""
+
+    def __init__(
+        self, shard: ModelShard, limits: SessionLimits, log: ActivationLog | None = None
+    ) -> None:
+        self.shard = shard
+        self.limits = limits
+        self.cache = shard.new_cache(limits.num_slots, limits.max_seq_len)
+        self.log = log
+        self._codec = limits.codec
+        self._catch_up = CatchUp(limits.max_step_tokens)
+        # What the last step sends on, until it is kept: its number, its segments, its rows.
+        self._unkept: tuple[int, Batch, Floats | bytearray | memoryview] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes reserved for the session."""
+        return self.cache.num_bytes + (self.log.num_bytes if self.log is not None else 0)
+
+    @property
+    def decodes_in_place(self) -> bool:
+        """Whether `decode` takes rows as they travel, and no replayed step is still put off."""
+        return (
+            self._codec.is_plain_f32 and self.shard.kernels.has_decode_steps and not self._catch_up
+        )
+
+    def decode(self, step: int, segments: Batch, rows: Rows) -> tuple[bytearray, Floats | None]:
+        """Run a step of one token for each segment from rows to rows: see `Shard.decode`."""
+        self.keep()
+        outputs, logits = self.shard.decode(rows, segments, self.cache)
+        if self.log is not None and logits is None:
+            self._unkept = (step, segments, outputs)
+        return outputs, logits
+
+    def server(self, count: int, form: FramePlace, out: FramePlace) -> Serve:
+        """What runs steps of `count` segments from frame to frame, as one has been run already.
+
+        See `DecodeStep.server`. Once they are on their way, each has to be `served`.
+        """
+        step: DecodeStep = self.cache.decode_steps[count]
+        return step.server(form, out, self.cache)
+
+    def served(self, step: int, segments: Batch, rows: memoryview) -> None:
+        """Count what has been computed from frame to frame, and keep what has been laid out."""
+        self.cache.reserve(segments)
+        self.cache.advance(segments)
+        if self.log is not None and not self.shard.is_last:
+            self._unkept = (step, segments, rows)
+            self.keep()
+
+    def take(
+        self, header: StepHeader, tensors: Sequence[Tensor]
+    ) -> list[tuple[StepHeader, tuple[Tensor, ...]]]:
+        """Run one step, or put it off: what has been computed, each step with its outputs.
+
+        Replayed steps wait for each other where that changes nothing, until any other step comes:
+        a few large steps take a fraction of the time. Raises MessageError as `step` does.
+        """
+        is_put_off = header.kind is StepKind.REPLAY and self.shard.kernels.is_row_exact
+        done: list[tuple[StepHeader, tuple[Tensor, ...]]] = []
+        if self._catch_up and not (is_put_off and self._catch_up.has_room(header)):
+            done = self._caught_up()
+        if is_put_off:
+            self._catch_up.add(header, self._inputs(tensors), self.cache.lengths)
+        else:
+            done.append((header, self.step(header, tensors)))
+        return done
+
+    def keep(self) -> None:
+        """Put what the last step sends on into the log: best once it is on its way."""
+        unkept, self._unkept = self._unkept, None
+        if unkept is not None and self.log is not None:
+            step, segments, rows = unkept
+            hidden = np.frombuffer(rows, "<f4").reshape(-1, self._codec.hidden_dim)
+            self.log.append(step, segments, hidden)
+
+    def step(self, header: StepHeader, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run one step.
+
+        Shapes: first stage U32 [tokens], others what the codec's `specs` say; returns that, or
+        from the last stage U32 [segments that want a token] and, if any segment wants logits,
+        F32 [those segments, vocab]. A replay has no result there. Raises MessageError when the step
+        does not fit the KV state.
+        """
+        self.keep()
+        if header.kind is StepKind.CLEAR:
+            slots = [segment.slot for segment in header.segments]
+            self.cache.clear(slots)
+            if self.log is not None:
+                self.log.clear(slots)
+            return (CLEAR_SENTINEL,)
+        is_decoding = header.kind is StepKind.STEP and header.num_tokens == len(header.segments)
+        if is_decoding and self.shard.kernels.has_decode_steps:
+            return self._decode(header, tensors)
+        hidden = self.shard.forward(self._inputs(tensors), header.segments, self.cache)
+        if self.shard.is_last:
+            return () if header.kind is StepKind.REPLAY else self._results(header, hidden)
+        (hidden,) = self.shard.kernels.to_host(hidden)
+        if self.log is not None:
+            self._unkept = (header.step, header.segments, hidden)
+        return self._codec.encode(hidden)
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Go back to `lengths` tokens per slot. Raises MessageError when a slot holds fewer."""
+        if len(lengths) != self.limits.num_slots:
+            raise MessageError(
+                f"rewind names {len(lengths)} slots, there are {self.limits.num_slots}"
+            )
+        self.keep()
+        self._catch_up = CatchUp(self.limits.max_step_tokens)
+        for slot, length in enumerate(lengths):
+            self.cache.truncate(slot, length)
+            if self.log is not None:
+                self.log.truncate(slot, length)
+
+    def replay(self, until: int) -> Iterator[tuple[StepHeader, tuple[Tensor, ...]]]:
+        """What was sent on before, once more. Raises MessageError when it has not been kept."""
+        if self.log is None:
+            raise MessageError("this stage keeps no activations that it could replay")
+        self.keep()
+        for header, hidden in self.log.replay(until):
+            yield header, self._codec.encode(hidden)
+
+    def release(self) -> None:
+        """Zero the session's keys, values, activations and logits; give memory of its own back."""
+        self._catch_up = CatchUp(self.limits.max_step_tokens)
+        self._unkept = None
+        self.cache.release()
+        self.shard.wipe()
+        if self.log is not None:
+            self.log.release()
+
+    def _caught_up(self) -> list[tuple[StepHeader, tuple[Tensor, ...]]]:
+        """Compute all that has been put off, in one go."""
+        self.keep()
+        steps, self._catch_up = self._catch_up, CatchUp(self.limits.max_step_tokens)
+        segments, inputs = steps.merged()
+        done = []
+        (outputs,) = self.shard.kernels.to_host(self.shard.forward(inputs, segments, self.cache))
+        for header, hidden in steps.split(outputs):
+            if self.log is not None:
+                self.log.append(header.step, header.segments, hidden)
+            done.append((header, () if self.shard.is_last else self._codec.encode(hidden)))
+        return done
+
+    def _decode(self, header: StepHeader, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A step of one token each, from the wire to the wire where that carries float32."""
+        is_plain = self._codec.is_plain_f32
+        rows = tensors[0].data
+        if not (self.shard.is_first or is_plain):
+            rows = self._codec.decode(tensors).data.cast("B")
+        try:
+            outputs, logits = self.decode(header.step, header.segments, rows)
+        except ValueError:
+            self._inputs(tensors)  # says what is wrong with token ids
+            raise
+        if logits is not None:
+            return _decoded(header, outputs, logits)
+        if is_plain:
+            (spec,) = self._codec.specs(len(header.segments))
+            return (Tensor(spec, memoryview(outputs)),)
+        hidden = np.frombuffer(outputs, "<f4").reshape(-1, self._codec.hidden_dim)
+        return self._codec.encode(hidden)
+
+    def _inputs(self, tensors: Sequence[Tensor]) -> HostArray:
+        if not self.shard.is_first:
+            return self._codec.decode(tensors)
+        token_ids = token_ids_from_wire(tensors[0])
+        vocab_size = self.shard.config.vocab_size
+        if max(token_ids.tolist(), default=0) >= vocab_size:
+            raise MessageError(
+                f"a token id is outside the vocabulary of {vocab_size}; "
+                "does the tokenizer belong to this model?"
+            )
+        return token_ids.astype(np.int64)
+
+    def _results(self, header: StepHeader, hidden: Array) -> tuple[Tensor, ...]:
+        last_rows, wants, end = [], [], 0
+        for segment, want in zip(header.segments, header.wants, strict=True):
+            end += segment.num_tokens
+            if want is not Want.NOTHING:
+                last_rows.append(end - 1)
+                wants.append(want)
+        if not last_rows:
+            return (token_ids_to_wire(np.empty(0, dtype="<u4")),)
+        kernels = self.shard.kernels
+        if len(last_rows) != hidden.shape[0]:
+            hidden = hidden[kernels.to_device(np.array(last_rows))]
+        chosen, logits = self.shard.results(hidden)  # of segments that want something
+        wanted = [row for row, want in enumerate(wants) if want is Want.LOGITS]
+        if not wanted:
+            return (token_ids_to_wire(kernels.to_host(chosen)[0]),)
+        rows = logits[kernels.to_device(np.array(wanted))]
+        chosen, rows = kernels.to_host(chosen, rows)
+        return token_ids_to_wire(chosen), logits_to_wire(rows)
+
+
+def _decoded(header: StepHeader, tokens: bytearray, logits: Logits) -> tuple[Tensor, ...]:
+    """The results of a decode step: U32 [n] and F32 [n, vocab], of which each wants its part."""
+    if all(want is Want.TOKEN for want in header.wants):
+        return (Tensor(token_specs(len(header.wants))[0], memoryview(tokens)),)
+    some = [row for row, want in enumerate(header.wants) if want is not Want.NOTHING]
+    chosen = token_ids_to_wire(np.frombuffer(tokens, dtype="<u4")[some])
+    rows = logits[[row for row in some if header.wants[row] is Want.LOGITS]]
+    return (chosen, logits_to_wire(rows)) if len(rows) else (chosen,)

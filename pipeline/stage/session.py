@@ -1,0 +1,238 @@
+"""One orchestrator's session on a stage: its data channels, its KV state, its requests."""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter_ns
+
+import trio
+
+from pipeline.errors import MessageError
+from pipeline.protocol.links import ControlLink, StepGate, receive_step, send_step
+from pipeline.protocol.messages import (
+    Abort,
+    Broken,
+    Done,
+    Health,
+    Init,
+    Message,
+    Ready,
+    Rewind,
+    Shutdown,
+    Start,
+    StepKind,
+)
+from pipeline.protocol.peers import describe, hang_up, say
+from pipeline.protocol.steps import SessionLimits
+from pipeline.stage.lane import Lane
+from pipeline.stage.meter import StageMeter
+from pipeline.stage.neighbours import DOWNSTREAM, UPSTREAM, LinkBroken, Neighbours
+from pipeline.stage.setup import StageSetup, expect_step, new_core
+from pipeline.tasks import open_tasks
+from transport.channel import SecureChannel
+from transport.endpoint import Listener
+from transport.errors import TransportError
+
+logger = logging.getLogger(__name__)
+
+# An orchestrator sends `health` every few seconds; one silent for this long is gone.
+SILENCE_SECONDS = 60.0
+# Between steps shorter than this the channels' own turns are enough.
+LONG_STEP_NS = 50_000_000
+
+
+class SessionEnded(Exception):
+    """The orchestrator ended the session, or is gone; `reason` says which."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    """What the data channels of one stretch of the session bind, and what comes first on them."""
+
+    epoch: bytes
+    replay_until: int | None = None
+
+
+class StageSession:
+    """From `init` to the end of the orchestrator's control channel.
+
+    Data channels come and go meanwhile: when one breaks, or the orchestrator says so, KV state goes
+    back to what is certain and both neighbours are met afresh, under a new epoch, so that nothing
+    of before can still be on its way.
+    """
+
+    def __init__(
+        self,
+        setup: StageSetup,
+        meter: StageMeter,
+        control: ControlLink,
+        init: Init,
+        limits: SessionLimits,
+    ) -> None:
+        self._setup = setup
+        self._meter = meter
+        self._control = control
+        self._init = init
+        self._limits = limits
+        self._core = new_core(setup, limits)
+        # Not a method of this object: a reference back to it would keep the KV memory of an ended
+        # session alive until the garbage collector comes by.
+        expect = partial(
+            expect_step,
+            limits=limits,
+            stage_idx=setup.stage_idx,
+            num_stages=len(setup.manifest.stages),
+        )
+        self._gate = StepGate(limits, expect)
+        self._neighbours = Neighbours(
+            setup, init, control, meter, self._gate.frame_limits(limits.max_tensor_bytes)
+        )
+        self._requests: set[int] = set()
+        self._rewind: Rewind | None = None
+        self._is_rewound = trio.Event()
+        self._scope = trio.CancelScope()
+
+    async def run(self, data_in: Listener) -> None:
+        """Serve steps, whatever happens to data channels. Ends by raising the reason of the end."""
+        try:
+            async with open_tasks() as tasks:
+                tasks.start_soon(self._serve_control)
+                epoch = _Epoch(self._init.epoch)
+                while True:
+                    with self._scope:
+                        await self._serve_epoch(epoch, data_in)
+                    epoch = await self._next_epoch()
+        finally:
+            # Whoever holds this memory next must not find the last user's keys and values.
+            self._core.release()
+
+    async def _next_epoch(self) -> _Epoch:
+        """Wait for the orchestrator's `rewind`, the latest if there are several, and obey it."""
+        await self._is_rewound.wait()
+        rewind = self._rewind
+        assert rewind is not None  # set before the event
+        self._is_rewound = trio.Event()
+        self._scope = trio.CancelScope()
+        self._core.rewind(rewind.lengths)
+        logger.info("event=rewound stage=%d", self._setup.stage_idx)
+        return _Epoch(rewind.epoch, rewind.replay_until)
+
+    async def _serve_epoch(self, epoch: _Epoch, data_in: Listener) -> None:
+        """Meet both neighbours and serve steps until a channel breaks; the orchestrator hears."""
+        channels: list[SecureChannel] = []
+        try:
+            upstream, downstream = await self._neighbours.meet(epoch.epoch, data_in, channels)
+            await self._control.send(self._ready(epoch.epoch))
+            logger.info("event=ready stage=%d", self._setup.stage_idx)
+            if epoch.replay_until is not None:
+                await self._replay(downstream, epoch.replay_until)
+            await self._serve_steps(upstream, downstream)
+        except LinkBroken as broken:
+            logger.info("event=link_broken stage=%d error=%s", self._setup.stage_idx, broken)
+            # Should this fail, the control channel's own reader says what that means.
+            message = Broken(epoch=epoch.epoch, side=broken.side, detail=broken.detail)
+            await say(self._control, message)
+        finally:
+            for channel in channels:
+                self._meter.close(channel)
+                await hang_up(channel)
+
+    def _ready(self, epoch: bytes) -> Ready:
+        setup = self._setup
+        return Ready(
+            epoch=epoch,
+            stage_idx=setup.stage_idx,
+            weight_bytes=setup.shard.num_weight_bytes,
+            kv_bytes=self._core.num_bytes,
+            vocab_size=setup.shard.config.vocab_size,
+            precision=setup.precision,
+            kernels=setup.shard.kernels.name,
+            num_threads=setup.num_threads,
+            device=setup.device,
+            keeps_activations=self._core.log is not None,
+        )
+
+    async def _serve_control(self) -> None:
+        while True:
+            try:
+                # The answer is inside: a peer that asks and never reads is silent as well.
+                with trio.fail_after(SILENCE_SECONDS):
+                    self._take(message := await self._control.receive())
+                    if isinstance(message, Health):
+                        await self._control.send(self._meter.answer(message, self._core))
+            except trio.TooSlowError:
+                raise SessionEnded(f"orchestrator silent for {SILENCE_SECONDS:.0f} s") from None
+            except (trio.EndOfChannel, trio.ClosedResourceError, TransportError) as error:
+                raise SessionEnded(f"orchestrator is gone ({describe(error)})") from error
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Health():
+                pass  # answered by the caller
+            case Start(request_id=request_id, slot=slot):
+                is_valid = 0 <= slot < self._limits.num_slots and request_id not in self._requests
+                if not is_valid or len(self._requests) >= self._limits.num_slots:
+                    raise MessageError(f"start of request {request_id} in slot {slot} is refused")
+                self._requests.add(request_id)
+            case Done(request_id=request_id) | Abort(request_id=request_id):
+                self._requests.discard(request_id)
+            case Rewind():
+                self._check_rewind(message)
+                self._rewind = message
+                self._is_rewound.set()
+                self._scope.cancel()
+            case Shutdown():
+                raise SessionEnded("shutdown")
+            case _:
+                raise MessageError(f"control message {message.type!r} is not for a stage")
+
+    def _check_rewind(self, rewind: Rewind) -> None:
+        """What its slots hold is checked once the step under way is out of the way."""
+        until, num_stages = rewind.replay_until, len(self._setup.manifest.stages)
+        if until is not None and not self._setup.stage_idx < until < num_stages:
+            raise MessageError(
+                f"replay until stage {until} is not for stage {self._setup.stage_idx} "
+                f"of {num_stages}"
+            )
+
+    async def _replay(self, downstream: SecureChannel, until: int) -> None:
+        num_steps = 0
+        for header, tensors in self._core.replay(until):
+            with DOWNSTREAM:
+                await send_step(downstream, header, tensors)
+            num_steps += 1
+        logger.info("event=replayed stage=%d steps=%d", self._setup.stage_idx, num_steps)
+
+    async def _serve_steps(self, upstream: SecureChannel, downstream: SecureChannel) -> None:
+        lane = Lane(self._core, self._meter, upstream, downstream, self._setup.stage_idx)
+        try:
+            await self._serve_both_ways(lane, upstream, downstream)
+        finally:
+            lane.wipe()
+
+    async def _serve_both_ways(
+        self, lane: Lane, upstream: SecureChannel, downstream: SecureChannel
+    ) -> None:
+        while True:
+            await lane.serve()
+            with UPSTREAM:
+                header, tensors = await receive_step(upstream, self._gate)
+            started = perf_counter_ns()
+            done = self._core.take(header, tensors)
+            num_tokens = header.num_tokens if header.kind is StepKind.STEP else 0
+            timing = self._meter.step(num_tokens, len(header.segments), perf_counter_ns() - started)
+            for each, outputs in done:
+                if each.kind is StepKind.REPLAY and each.until <= self._setup.stage_idx:
+                    continue
+                with DOWNSTREAM:
+                    await send_step(downstream, each.with_timing(timing), outputs)
+            self._core.keep()
+            lane.learn(header)
+            if timing.compute_ns > LONG_STEP_NS:
+                # Several steps may have come at once; the control channel has its turn between
+                # long ones, or a stage that is only busy would be taken for hung.
+                await trio.lowlevel.checkpoint()

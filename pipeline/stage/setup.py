@@ -1,0 +1,105 @@
+"""What a stage worker is, and which sessions and steps it therefore takes."""
+
+from dataclasses import dataclass
+
+from pipeline.agreement.manifest import Manifest
+from pipeline.agreement.trust import Trust
+from pipeline.dtypes import Precision
+from pipeline.errors import MessageError
+from pipeline.models.registry import ModelShard
+from pipeline.protocol.messages import PROTOCOL_VERSION, Init, Message, StepHeader, StepKind
+from pipeline.protocol.steps import SessionLimits, expected_inputs
+from pipeline.stage.activation_log import ActivationLog, log_bytes
+from pipeline.stage.core import StageCore
+from transport.endpoint import Endpoint
+from transport.frames import TensorSpec
+from transport.handshake import Role, RoleKind
+
+# Bounds how long one step keeps a stage from listening, and how much memory its activations take.
+MAX_STEP_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StageSetup:
+    """All that a worker is, whoever connects. `data_out` overrides the orchestrator's word."""
+
+    manifest: Manifest
+    stage_idx: int
+    shard: ModelShard
+    trust: Trust
+    precision: Precision
+    num_threads: int
+    device: str
+    # The most a session may take of this machine, whatever its orchestrator asks for.
+    max_kv_bytes: int
+    data_out: Endpoint | None = None
+    # How long to wait for a step in place (`SecureChannel.wait_in_place`); 0 where other tasks of
+    # this process have better things to do.
+    patience_ms: int = 0
+
+    @property
+    def role(self) -> Role:
+        """This stage's role on every link."""
+        return Role(RoleKind.STAGE, self.stage_idx)
+
+
+def expect_step(
+    header: StepHeader,
+    specs: tuple[TensorSpec, ...],
+    *,
+    limits: SessionLimits,
+    stage_idx: int,
+    num_stages: int,
+) -> None:
+    """Hold a step's declared tensors against those this stage takes. Raises MessageError."""
+    expected = expected_inputs(header, limits, is_first=stage_idx == 0)
+    if specs != expected:
+        raise MessageError(f"step {header.step} carries {specs}, expected {expected}")
+    if header.kind is StepKind.REPLAY and not stage_idx <= header.until < num_stages:
+        raise MessageError(
+            f"step {header.step} is replayed until stage {header.until}, this is {stage_idx} "
+            f"of {num_stages}"
+        )
+
+
+def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits]:
+    """Hold the first control message against the manifest. Raises MessageError."""
+    if not isinstance(message, Init):
+        raise MessageError(f"the first control message is {message.type!r}, expected 'init'")
+    if message.version != PROTOCOL_VERSION:
+        raise MessageError(f"control protocol version {message.version}, not {PROTOCOL_VERSION}")
+    spec = setup.manifest.activation_spec
+    expected = (setup.stage_idx, spec.dtype, spec.hidden_dim)
+    found = (message.stage_idx, message.activation_dtype, message.hidden_dim)
+    if found != expected or message.max_seq_len > spec.max_seq_len:
+        raise MessageError(
+            f"init is for {found} with {message.max_seq_len} positions, this stage is "
+            f"{expected} with at most {spec.max_seq_len}"
+        )
+    if message.max_step_tokens > MAX_STEP_TOKENS:
+        raise MessageError(
+            f"init wants steps of {message.max_step_tokens} tokens, the most is {MAX_STEP_TOKENS}"
+        )
+    kv_bytes = setup.shard.kv_bytes(message.num_slots, message.max_seq_len)
+    if kv_bytes > setup.max_kv_bytes:
+        raise MessageError(
+            f"{message.num_slots} slots of {message.max_seq_len} positions take {kv_bytes} bytes "
+            f"of KV memory, this stage gives {setup.max_kv_bytes}; ask for fewer or shorter ones"
+        )
+    return message, SessionLimits(
+        num_slots=message.num_slots,
+        max_seq_len=message.max_seq_len,
+        max_step_tokens=message.max_step_tokens,
+        codec=spec.codec,
+    )
+
+
+def new_core(setup: StageSetup, limits: SessionLimits) -> StageCore:
+    """KV memory for a session, and a log of what it sends on where that fits as well."""
+    shard = setup.shard
+    slots, length, width = limits.num_slots, limits.max_seq_len, limits.codec.hidden_dim
+    num_bytes = shard.kv_bytes(slots, length) + log_bytes(slots, length, width)
+    log = None
+    if not shard.is_last and num_bytes <= setup.max_kv_bytes:
+        log = ActivationLog(slots, length, width)
+    return StageCore(shard, limits, log)

@@ -1,0 +1,128 @@
+"""The stage worker: a trio shell that serves one orchestrator after another."""
+
+import logging
+import socket
+
+import trio
+
+from pipeline.errors import MessageError
+from pipeline.protocol.links import CONTROL_LIMITS, ControlLink
+from pipeline.protocol.messages import Failure, Health, Message
+from pipeline.protocol.peers import (
+    CONTROL_EPOCH,
+    MAX_PENDING_HANDSHAKES,
+    ORCHESTRATOR,
+    accept_or_log,
+    close_quietly,
+    describe,
+    hear_out,
+    say,
+)
+from pipeline.stage.meter import StageMeter
+from pipeline.stage.session import SILENCE_SECONDS, SessionEnded, StageSession
+from pipeline.stage.setup import StageSetup, check_init
+from pipeline.tasks import open_tasks
+from transport.endpoint import Listener
+from transport.errors import TransportError
+from transport.handshake import Link, LinkKind
+
+logger = logging.getLogger(__name__)
+
+# An orchestrator that has been restarted may be here before its last session is quite over.
+BUSY_SECONDS = 1.0
+
+
+class StageWorker:
+    """Serves one stage on two listeners, one session at a time."""
+
+    def __init__(self, setup: StageSetup) -> None:
+        self._setup = setup
+        self._meter = StageMeter()
+        self._session = trio.Lock()
+
+    async def serve(self, control: Listener, data_in: Listener, *, once: bool = False) -> None:
+        """Serve sessions until cancelled, or with `once` until the first one has ended."""
+        slots = trio.CapacityLimiter(MAX_PENDING_HANDSHAKES)
+        async with open_tasks() as tasks:
+
+            async def serve_connection(sock: socket.socket, place: object) -> None:
+                link = await self._accept(sock)
+                slots.release_on_behalf_of(place)
+                if link is not None and await self._serve_link(link, data_in) and once:
+                    tasks.cancel_scope.cancel()
+
+            while True:
+                place = object()
+                await slots.acquire_on_behalf_of(place)
+                tasks.start_soon(serve_connection, await control.accept(), place)
+
+    async def _accept(self, sock: socket.socket) -> ControlLink | None:
+        setup = self._setup
+        core_hash = setup.manifest.core_hash()
+        link = Link(LinkKind.CONTROL, ORCHESTRATOR, setup.role, core_hash, CONTROL_EPOCH)
+        credentials = setup.trust.toward(ORCHESTRATOR, {})
+        channel = await accept_or_log(sock, link, credentials, CONTROL_LIMITS)
+        if channel is None:
+            return None
+        self._meter.count_handshake()
+        return ControlLink(channel)
+
+    async def _serve_link(self, control: ControlLink, data_in: Listener) -> bool:
+        """Run one session; False when another one is running, or when it never began."""
+        try:
+            with trio.move_on_after(BUSY_SECONDS) as patience:
+                await self._session.acquire()
+            if patience.cancelled_caught:
+                logger.warning("event=refused reason=busy")
+                await say(control, Failure(code="busy", detail="another orchestrator is connected"))
+                has_begun = False
+            else:
+                try:
+                    has_begun = await self._run_session(control, data_in)
+                finally:
+                    self._session.release()
+            await hear_out(control.channel)
+            return has_begun
+        finally:
+            await close_quietly(control.channel)
+
+    async def _first_message(self, control: ControlLink) -> Message:
+        """What comes after the questions of an orchestrator that still waits for other stages."""
+        while True:
+            with trio.fail_after(SILENCE_SECONDS):
+                message = await control.receive()
+                if not isinstance(message, Health):
+                    return message
+                await control.send(self._meter.answer(message, core=None))
+
+    async def _run_session(self, control: ControlLink, data_in: Listener) -> bool:
+        """Serve until the session ends; whether it got past `init`."""
+        has_begun = False
+        stage_idx = self._setup.stage_idx
+        logger.info("event=session_started stage=%d", stage_idx)
+        try:
+            init, limits = check_init(await self._first_message(control), self._setup)
+            has_begun = True
+            session = StageSession(self._setup, self._meter, control, init, limits)
+            await session.run(data_in)
+        except SessionEnded as ended:
+            logger.info("event=session_ended stage=%d reason=%s", stage_idx, ended.reason)
+        except MessageError as error:
+            logger.warning("event=session_failed stage=%d error=%s", stage_idx, error)
+            await say(control, Failure(code="refused", detail=describe(error)))
+        except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
+            logger.warning("event=session_failed stage=%d error=%s", stage_idx, describe(error))
+            await say(control, Failure(code="refused", detail=describe(error)))
+        except Exception as error:
+            # A defect here must not cost the next orchestrator its stage. The type alone: the text
+            # of an unexpected error may hold anything.
+            name = type(error).__name__
+            is_verbose = logger.isEnabledFor(logging.DEBUG)
+            logger.error(
+                "event=session_failed stage=%d error=internal type=%s",
+                stage_idx,
+                name,
+                exc_info=is_verbose,
+            )
+            await say(control, Failure(code="refused", detail=f"internal error ({name})"))
+        return has_begun

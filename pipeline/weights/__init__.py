@@ -1,0 +1,1 @@
+"""Weights between checkpoint files and memory, converted while they are read."""

@@ -1,0 +1,348 @@
+"""Safetensors files read once, front to back: hashed, checked and copied in the same pass.
+
+The host owns the disk and may swap or rewrite a file between two reads. So each file is opened
+once, each byte is read once, and what was hashed is exactly what was copied. The format's source:
+https://github.com/huggingface/safetensors#format
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.dtypes import STORED_DTYPES, HostArray
+from pipeline.errors import ModelError
+from pipeline.weights.sinks import Sink
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_INDEX_BYTES = 100_000_000
+BLOCK_BYTES = 4 << 20  # read at a time: large enough for the disk, small beside any shard
+MAX_RANK = 8
+
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+# Sizes and offsets beyond any file; without a bound their product could take for ever.
+MAX_SIZE = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One entry of a file's header; `start` and `end` count from the end of the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A file's tensors in the order of their bytes; `raw` is the length field and the JSON."""
+
+    raw: bytes
+    tensors: tuple[StoredTensor, ...]
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The weight files of `model_dir`, sorted by name; raises ModelError when there are none."""
+    return sorted(set(_files_of(model_dir).values()) or {model_dir / SINGLE_FILE})
+
+
+def hash_files(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of each file in hex, as sha256sum prints it."""
+    digests = []
+    for path in paths:
+        with _open(path) as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests
+
+
+def stored_names(model_dir: Path) -> Collection[str]:
+    """Every tensor name in the model's files."""
+    return _files_of(model_dir).keys() or tensor_sizes(model_dir).keys()
+
+
+def stored_tensors(model_dir: Path) -> Mapping[str, StoredTensor]:
+    """Every tensor of the model by name, read from the headers alone."""
+    found = {}
+    for path in weight_files(model_dir):
+        with _open(path) as file:
+            found.update({tensor.name: tensor for tensor in read_header(file, path).tensors})
+    return found
+
+
+def tensor_sizes(model_dir: Path) -> Mapping[str, int]:
+    """Bytes per tensor name."""
+    return {name: each.end - each.start for name, each in stored_tensors(model_dir).items()}
+
+
+def stage_files(model_dir: Path, names: Collection[str]) -> list[Path]:
+    """The files that hold `names`, sorted by name: what a stage reads and a manifest hashes."""
+    files = _files_of(model_dir)
+    if not files:
+        return [model_dir / SINGLE_FILE]
+    for name in names:
+        if name not in files:
+            raise ModelError(f"{model_dir / INDEX_FILE} lists no tensor {name}: fetch it again")
+    return sorted({files[name] for name in names})
+
+
+def load_tensors(
+    model_dir: Path,
+    destinations: Mapping[str, Sink],
+    *,
+    expected_hashes: Sequence[str] | None,
+) -> None:
+    """Fill `destinations` (name in the files -> where it goes).
+
+    With `expected_hashes`, one per file of `stage_files`, every byte of those files is hashed on
+    the way; nothing may use the destinations before this returns. Raises ModelError.
+    """
+    required = {name for name, sink in destinations.items() if not sink.is_optional}
+    paths = stage_files(model_dir, required)
+    if expected_hashes is not None and len(expected_hashes) != len(paths):
+        names = ", ".join(path.name for path in paths)
+        raise ModelError(
+            f"{len(expected_hashes)} weight hashes are given, but the stage reads {len(paths)} "
+            f"files ({names}) of {model_dir}: write the manifest again for this model"
+        )
+    missing = required
+    for index, path in enumerate(paths):
+        expected = None if expected_hashes is None else expected_hashes[index]
+        missing -= _load_file(path, destinations, expected)
+    if missing:
+        raise ModelError(
+            f"{model_dir}: tensor {min(missing)} is missing ({len(missing)} in all): "
+            "the model is incomplete or of another architecture"
+        )
+    for name, sink in destinations.items():
+        if problem := sink.problem():
+            raise ModelError(f"{model_dir}: tensor {name} {problem}")
+
+
+def read_header(file: FileIO, path: Path) -> Header:
+    """Parse and check the header of the safetensors `file`, which stands at its start.
+
+    Raises ModelError unless the tensors fill the file exactly, without gap or overlap.
+    """
+    file_bytes = os.fstat(file.fileno()).st_size
+    prefix = _read_exactly(file, min(8, file_bytes))
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8:
+        raise ModelError(f"{path} is truncated: {file_bytes} bytes: fetch it again")
+    if length > MAX_HEADER_BYTES:
+        raise ModelError(f"{path} is corrupt: a header of {length} bytes: fetch it again")
+    if length > file_bytes - 8:
+        raise ModelError(
+            f"{path} is truncated or corrupt: a header of {length} bytes in a file of "
+            f"{file_bytes}: fetch it again"
+        )
+    raw = _read_exactly(file, length)
+    try:
+        tensors = parse_header_untrusted(raw)
+    except CorruptHeader as error:
+        raise ModelError(f"{path} is corrupt: {error}: fetch it again") from error
+    promised = 8 + length + (tensors[-1].end if tensors else 0)
+    if file_bytes != promised:
+        what = "truncated" if file_bytes < promised else "too long"
+        raise ModelError(
+            f"{path} is {what}: {file_bytes} bytes, its header promises {promised}: fetch it again"
+        )
+    return Header(prefix + raw, tensors)
+
+
+class CorruptHeader(Exception):
+    """Why a header cannot be trusted; always translated to ModelError with the file's name."""
+
+
+def parse_header_untrusted(raw: bytes) -> tuple[StoredTensor, ...]:
+    """The tensors a header's JSON describes, in the order of their bytes."""
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CorruptHeader(f"its header is not valid JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise CorruptHeader("its header is not an object")
+    entries.pop("__metadata__", None)
+    tensors = sorted(
+        (_stored_tensor(name, entry) for name, entry in entries.items()),
+        key=lambda tensor: (tensor.start, tensor.end),
+    )
+    position = 0
+    for tensor in tensors:
+        if tensor.start != position:
+            raise CorruptHeader(
+                f"tensor {tensor.name} starts at {tensor.start}, the one before ends at {position}"
+            )
+        position = tensor.end
+    return tuple(tensors)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice")
+    return found
+
+
+def _stored_tensor(name: str, entry: object) -> StoredTensor:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CorruptHeader(f"tensor {name} is described by {str(entry)[:80]}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise CorruptHeader(f"tensor {name} has the unknown dtype {str(dtype)[:20]!r}")
+    if not _is_sizes(shape) or len(shape) > MAX_RANK:
+        raise CorruptHeader(f"tensor {name} has the shape {str(shape)[:80]}")
+    if not _is_sizes(offsets) or len(offsets) != 2:
+        raise CorruptHeader(f"tensor {name} has the offsets {str(offsets)[:80]}")
+    start, end = offsets
+    num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+    if end - start != num_bytes:
+        raise CorruptHeader(
+            f"tensor {name} is {dtype} {shape}, {num_bytes} bytes, but spans {end - start}"
+        )
+    return StoredTensor(name, dtype, tuple(shape), start, end)
+
+
+def _is_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(
+        type(each) is int and 0 <= each < MAX_SIZE for each in value
+    )
+
+
+def _files_of(model_dir: Path) -> dict[str, Path]:
+    """Tensor name -> file from the index; empty for a single-file model."""
+    if (model_dir / SINGLE_FILE).is_file():
+        return {}
+    index_path = model_dir / INDEX_FILE
+    if not index_path.is_file():
+        raise ModelError(
+            f"no {SINGLE_FILE} or {INDEX_FILE} in {model_dir}: "
+            "fetch a model with scripts/download_model.sh"
+        )
+    with _open(index_path) as file:
+        raw = _read_exactly(file, min(os.fstat(file.fileno()).st_size, MAX_INDEX_BYTES))
+    try:
+        weight_map = json.loads(raw)["weight_map"]
+        names = [(name, file) for name, file in weight_map.items() if isinstance(file, str)]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index_path} has no usable weight_map: fetch it again") from error
+    if not names or len(names) != len(weight_map):
+        raise ModelError(f"{index_path} has no usable weight_map: fetch it again")
+    for _, file_name in names:
+        if Path(file_name).name != file_name:  # an index must not lead out of its directory
+            raise ModelError(f"{index_path} names the file {file_name!r} outside its directory")
+    return {name: model_dir / file_name for name, file_name in names}
+
+
+def _load_file(path: Path, destinations: Mapping[str, Sink], expected_hash: str | None) -> set[str]:
+    """Copy what `destinations` wants from `path` and return the names found."""
+    found = set()
+    digest = None if expected_hash is None else hashlib.sha256()
+    with _open(path) as file:
+        header = read_header(file, path)
+        if digest is not None:
+            digest.update(header.raw)
+        scratch = bytearray(BLOCK_BYTES)
+        for stored in header.tensors:
+            destination = destinations.get(stored.name)
+            if destination is not None:
+                _check_fits(path, stored, destination)
+                found.add(stored.name)
+            elif digest is None:
+                file.seek(stored.end - stored.start, os.SEEK_CUR)
+                continue
+            else:  # only hashed: not by its own rows, which may be as large as the disk
+                stored = replace(stored, dtype="U8", shape=(stored.end - stored.start,))  # noqa: PLW2901
+            for first, block in _blocks(file, path, stored, scratch):
+                if digest is not None:
+                    digest.update(block)
+                if destination is not None:
+                    destination.write(first, _rows(stored, block))
+    if digest is not None and expected_hash is not None:
+        _compare_hash(path, digest.hexdigest(), expected_hash)
+    return found
+
+
+def _blocks(
+    file: FileIO, path: Path, stored: StoredTensor, scratch: bytearray
+) -> Iterator[tuple[int, memoryview]]:
+    """A tensor's bytes as (first row, whole rows); valid until the next block."""
+    num_rows = stored.shape[0] if stored.shape else 1
+    num_bytes = stored.end - stored.start
+    if not num_bytes:
+        return
+    row_bytes = num_bytes // num_rows
+    rows_per_block = max(1, len(scratch) // row_bytes)
+    if row_bytes > len(scratch):
+        scratch.extend(bytes(row_bytes - len(scratch)))
+    for first in range(0, num_rows, rows_per_block):
+        rows = min(rows_per_block, num_rows - first)
+        block = memoryview(scratch)[: rows * row_bytes]
+        _fill(file, path, block)
+        yield first, block
+        block.release()
+
+
+def _rows(stored: StoredTensor, block: memoryview) -> HostArray:
+    return np.frombuffer(block, STORED_DTYPES[stored.dtype]).reshape(-1, *stored.shape[1:])
+
+
+def _check_fits(path: Path, stored: StoredTensor, destination: Sink) -> None:
+    if stored.shape != destination.shape:
+        raise ModelError(
+            f"{path}: tensor {stored.name} has shape {list(stored.shape)}, config.json means "
+            f"{list(destination.shape)}: config and weights do not belong together"
+        )
+    if stored.dtype not in destination.dtypes:
+        raise ModelError(
+            f"{path}: tensor {stored.name} is stored as {stored.dtype}: "
+            f"use weights in one of {', '.join(destination.dtypes)}"
+        )
+
+
+def _compare_hash(path: Path, actual: str, expected: str) -> None:
+    if actual != expected.lower():
+        raise ModelError(
+            f"{path} has SHA-256 {actual}, expected {expected}: these are not the weights the "
+            "manifest was written for: fetch them again, or write the manifest for this model"
+        )
+
+
+def _open(path: Path) -> FileIO:
+    try:
+        return FileIO(path, "r")
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_exactly(file: FileIO, num_bytes: int) -> bytes:
+    buffer = bytearray(num_bytes)
+    _fill(file, Path(str(file.name)), memoryview(buffer))
+    return bytes(buffer)
+
+
+def _fill(file: FileIO, path: Path, block: memoryview) -> None:
+    position = 0
+    while position < len(block):
+        try:
+            count = file.readinto(block[position:])
+        except OSError as error:
+            raise ModelError(f"cannot read {path}: {error.strerror}") from error
+        if not count:
+            raise ModelError(f"{path} was truncated while it was read: fetch it again")
+        position += count

@@ -1,0 +1,61 @@
+"""Activations as they travel: the numbers that torch's conversions give, bit for bit."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.codecs.plain import Plain
+from pipeline.dtypes import BFLOAT16, FLOAT16, from_floats, to_floats
+from transport.frames import DType, TensorSpec
+
+TORCH = {DType.F32: torch.float32, DType.F16: torch.float16, DType.BF16: torch.bfloat16}
+
+
+def awkward_floats():
+    """Every pattern of the upper half of a float32, with lower halves where rounding turns."""
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    return (upper[:, None] | lower).view(np.float32)
+
+
+def assert_same(found, expected):
+    """The same bits; of what is no number only that it is none."""
+    found, expected = (torch.as_tensor(each).float() for each in (found, expected))
+    assert torch.equal(found.isnan(), expected.isnan())
+    found, expected = found.nan_to_num(), expected.nan_to_num()
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "other"), [(BFLOAT16, torch.bfloat16), (FLOAT16, torch.float16)], ids=str
+)
+def test_narrowing_rounds_as_torch_does(dtype, other):
+    values = awkward_floats()
+    expected = torch.from_numpy(values).to(other)
+    found = to_floats(from_floats(values, dtype))
+    assert_same(found, expected)
+
+
+def test_every_bfloat16_widens_to_what_it_is():
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    expected = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+    assert_same(to_floats(bits), expected)
+    assert_same(to_floats(bits.reshape(256, 256).T), expected.view(256, 256).T)
+
+
+@pytest.mark.parametrize("dtype", TORCH, ids=str)
+def test_rows_arrive_as_they_were_rounded(dtype):
+    hidden = np.random.default_rng(0).standard_normal((3, 8), np.float32)
+    (tensor,) = Plain(dtype, 8).encode(hidden)
+    assert tensor.spec == TensorSpec(dtype, (3, 8))
+    expected = torch.from_numpy(hidden).to(TORCH[dtype])
+    assert bytes(tensor.data) == expected.view(torch.uint8).numpy().tobytes()
+    assert_same(Plain(dtype, 8).decode((tensor,)), expected)
+
+
+def test_float32_is_not_copied():
+    hidden = np.zeros((2, 4), np.float32)
+    codec = Plain(DType.F32, 4)
+    found = codec.decode(codec.encode(hidden))
+    hidden[1, 2] = 5
+    assert found[1, 2] == 5

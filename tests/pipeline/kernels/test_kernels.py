@@ -1,0 +1,219 @@
+"""Products are right in every precision, and kernels are used only where they prove themselves."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+
+from pipeline.errors import InputError
+from pipeline.kernels import choice, torch_kernels
+from pipeline.kernels.base import HeadShape
+from pipeline.kernels.choice import choose_kernels
+from pipeline.kernels.runtime import set_num_threads
+from pipeline.kernels.torch_kernels import TorchKernels, blas_matvec, choose_matvec, torch_matvec
+from pipeline.models.config import load_config
+from pipeline.protocol.segments import Segment
+from pipeline.weights.quant import GROUP, dequantise, quantise
+
+
+@pytest.fixture(scope="module")
+def config(make_oracle):
+    return make_oracle("gpt2").config
+
+
+@pytest.fixture
+def make_linear(kernels, config):
+    """A layer with random weights, and those weights as the precision rounds them."""
+
+    def make(num_in, num_out, precision, **options):
+        generator = torch.Generator().manual_seed(0)
+        chosen = choose_kernels(kernels, config.head_dim)
+        layer = chosen.linear(num_in, num_out, precision=precision, **options)
+        weight = torch.randn(num_out, num_in, generator=generator) / num_in**0.5
+        bias = torch.randn(num_out, generator=generator)
+        sinks = layer.sinks("x")
+        sinks["x.weight"].write(0, weight.numpy())
+        if layer.bias is not None:
+            sinks["x.bias"].write(0, bias.numpy())
+        return chosen, layer, rounded(weight, precision), bias
+
+    return make
+
+
+def rounded(weight, precision):
+    if precision == "int8":
+        return torch.from_numpy(dequantise(*quantise(weight.numpy())))
+    return weight.bfloat16().float() if precision == "bfloat16" else weight
+
+
+def on_host(kernels, array):
+    return torch.from_numpy(kernels.to_host(array)[0])
+
+
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-5, "int8": 5e-2}
+ROUNDED = 2e-2  # native products may round their rows to bfloat16, too
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_a_layer_equals_torch_with_the_precisions_weights(
+    make_linear, kernels, precision, activation, rows
+):
+    chosen, layer, weight, bias = make_linear(48, 80, precision, bias=True, activation=activation)
+    x, y = torch.randn(rows, 48), torch.randn(rows, 80)
+    expected = ACTIVATIONS[activation](F.linear(x, weight, bias)) + y
+    x, residual = chosen.to_device(x.numpy()), chosen.to_device(y.numpy())
+    found = layer(x, residual, residual=residual)  # in place
+    assert found is residual
+    is_rounded = kernels == "native" and precision == "bfloat16"
+    tolerance = ROUNDED if is_rounded else TOLERANCES[precision]
+    assert (on_host(chosen, found) - expected).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_a_head_gives_back_its_rows_as_an_embedding(make_linear, precision):
+    chosen, layer, weight, _ = make_linear(48, 80, precision, bias=False)
+    ids, out = np.array([3, 79, 3, 0]), chosen.empty(4, 48)
+    layer.gather(chosen.to_device(ids), out)
+    assert torch.equal(on_host(chosen, out), weight[ids])
+
+
+def test_quantised_weights_are_within_half_a_step():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(64, 100, generator=generator) * torch.logspace(-25, 3, 64).unsqueeze(1)
+    weights[5] = 0
+    exact = torch.from_numpy(dequantise(*quantise(weights.numpy())))
+    step = F.pad(weights.abs(), (0, 28)).unflatten(1, (-1, GROUP)).amax(2) / 127
+    step = step.repeat_interleave(GROUP, 1)[:, :100]
+    assert ((exact - weights).abs() <= 0.51 * step).all()
+    assert not exact[5].any()
+
+
+def test_native_kernels_hold_int8_weights_as_they_were_quantised(native, config):
+    """A prepared shard and a conversion at load mean the same weights."""
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(80, 130, generator=generator) * torch.logspace(-20, 2, 80).unsqueeze(1)
+    layer = choose_kernels(native, config.head_dim).linear(130, 80, bias=False, precision="int8")
+    layer.sinks("x")["x.weight"].write(0, weights.numpy())
+    found = np.empty((80, 130), np.float32)
+    layer.gather(np.arange(80), found)
+    np.testing.assert_array_equal(found, dequantise(*quantise(weights.numpy())))
+
+
+def test_what_halves_cannot_hold_is_attended_to_as_their_greatest(kernels, config, make_cache):
+    chosen, shape = choose_kernels(kernels, config.head_dim), HeadShape(1, 1, 16, 0)
+    cache = make_cache(zeros=chosen.zeros, key_block=chosen.key_block)
+    values = np.linspace(-1e6, 1e6, 16, dtype=np.float32)
+    values[3:13] /= 50
+    values[0], values[15] = -np.inf, np.inf
+    qkv = np.concatenate((np.zeros(16, np.float32), values, values))[None]
+    out = chosen.empty(1, 16)
+    attention = chosen.attention([Segment(0, 0, 1)], shape, cache.capacity)
+    attention(chosen.to_device(qkv), cache.keys[0], cache.values[0], out)
+    expected = values.clip(-65504, 65504).astype(np.float16).astype(np.float32)
+    assert on_host(chosen, out)[0].numpy().tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("matvec", [torch_matvec, blas_matvec])
+def test_a_single_row_equals_torchs_product(matvec):
+    row, weight, out = torch.randn(1, 48), torch.randn(48, 80), torch.empty(1, 80)
+    matvec(row, weight, out)
+    assert torch.allclose(out, row @ weight, atol=1e-5)
+
+
+def test_a_blas_that_cannot_be_governed_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch_kernels, "pin_blas", lambda: False)
+    assert choose_matvec() is torch_matvec
+
+
+def test_a_blas_that_computes_wrongly_is_not_used(monkeypatch):
+    def wrong(row, weight, out):
+        out.copy_(row @ weight * 1.001)
+
+    monkeypatch.setattr(torch_kernels, "pin_blas", lambda: True)
+    monkeypatch.setattr(torch_kernels, "blas_matvec", wrong)
+    assert choose_matvec() is torch_matvec
+
+
+class WrongNorm(TorchKernels):
+    def rms_norm(self, size, eps):
+        return super().rms_norm(size, eps + 1e-2)
+
+
+class WrongInt8(TorchKernels):
+    def linear(self, num_in, num_out, *, precision, **options):
+        if precision == "int8":
+            precision = "float32"
+            options["activation"] = "none"
+        return super().linear(num_in, num_out, precision=precision, **options)
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"), [(WrongNorm, "RMSNorm is wrong"), (WrongInt8, "int8 products are wrong")]
+)
+def test_kernels_that_compute_wrongly_are_not_used(broken, told):
+    assert told in choice.first_difference(broken())
+
+
+def test_native_kernels_that_are_absent_are_refused_only_when_demanded(monkeypatch, config):
+    monkeypatch.setattr(choice, "why_not_native", lambda: "they were not built")
+    assert choose_kernels("auto", config.head_dim).name == "torch"
+    with pytest.raises(InputError, match="--kernels native: they were not built; leave the flag"):
+        choose_kernels("native", config.head_dim)
+
+
+def test_an_installation_without_the_module_is_told_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pipeline.kernels._native", None)
+    monkeypatch.delattr("pipeline.kernels._native", raising=False)
+    assert "not built" in choice.why_not_native.__wrapped__()
+
+
+def test_a_processor_without_the_instructions_computes_with_torch(monkeypatch):
+    """There the module says so, and offers or allows nothing else."""
+
+    class Bare:
+        features = staticmethod(tuple)
+
+    monkeypatch.setattr("pipeline.kernels._native", Bare, raising=False)
+    monkeypatch.setitem(sys.modules, "pipeline.kernels._native", Bare)
+    set_num_threads(1)
+    assert "this processor lacks" in choice.why_not_native.__wrapped__()
+
+
+@pytest.mark.parametrize("change", [None, lambda: None])
+def test_a_module_built_from_older_sources_is_not_used(native, monkeypatch, change):
+    if change is None:
+        monkeypatch.delattr("pipeline.kernels._native.attend")
+    else:
+        monkeypatch.setattr("pipeline.kernels._native.attend", change)
+    assert "built from other sources" in choice.why_not_native.__wrapped__()
+
+
+def test_a_model_whose_heads_do_not_fit_is_computed_with_torch(native, tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "vocab_size": 9, "n_layer": 1, "n_embd": 40, "n_head": 5, '
+        '"n_positions": 8}'
+    )
+    config = load_config(tmp_path)
+    assert choose_kernels("auto", config.head_dim).name == "torch"
+    with pytest.raises(InputError, match="heads of 8 dimensions"):
+        choose_kernels(native, config.head_dim)
+
+
+def test_an_unknown_choice_is_refused(config):
+    with pytest.raises(InputError, match="--kernels fast: use auto, native, torch"):
+        choose_kernels("fast", config.head_dim)
+
+
+def test_at_least_one_thread_computes():
+    with pytest.raises(ValueError, match="num_threads=0"):
+        set_num_threads(0)

@@ -1,0 +1,142 @@
+"""A step must continue exactly what its slot holds, and clearing leaves nothing behind."""
+
+import pytest
+
+from pipeline.dtypes import FLOAT16, FLOAT32
+from pipeline.errors import MessageError
+from pipeline.kernels.kv_cache import KVCache
+from pipeline.protocol.segments import Segment
+
+
+@pytest.fixture(params=[FLOAT32, FLOAT16], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def cache(make_cache, dtype):
+    return make_cache(num_layers=2, num_slots=3, num_kv_heads=2, head_dim=4, dtype=dtype)
+
+
+def fill(cache: KVCache, *batch: Segment) -> None:
+    cache.reserve(batch)
+    for tensor in (*cache.keys, *cache.values):
+        for segment in batch:
+            end = segment.position + segment.num_tokens
+            tensor[segment.slot, :, segment.position : end] = 7.0
+    cache.advance(batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        ([Segment(1, 4, 1)], "slot 1 holds 5 tokens, but the step is at 4"),
+        ([Segment(1, 6, 1)], "slot 1 holds 5 tokens, but the step is at 6"),
+        ([Segment(1, 0, 5)], "slot 1 holds 5 tokens, but the step is at 0"),
+        ([Segment(1, 5, 12)], "12 more at position 5 exceed the context of 16"),
+        ([Segment(0, 0, 17)], "17 more at position 0 exceed the context of 16"),
+        ([Segment(3, 0, 1)], "slot 3 does not exist: there are 3"),
+        ([Segment(-1, 0, 1)], "slot -1 does not exist"),
+        ([Segment(0, 0, 0)], "a segment of 0 tokens"),
+        ([Segment(0, 0, 2), Segment(0, 2, 1)], "slot 0 appears twice"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused_and_changes_nothing(cache, batch, told):
+    fill(cache, Segment(1, 0, 5))
+    with pytest.raises(MessageError, match=told):
+        cache.reserve(batch)
+    assert cache.lengths == (0, 5, 0)
+
+
+def test_the_context_can_be_filled_to_its_last_position(cache):
+    fill(cache, Segment(0, 0, 15))
+    fill(cache, Segment(0, 15, 1))
+    assert cache.lengths == (16, 0, 0)
+
+
+def test_clearing_a_slot_zeroes_it_and_leaves_the_others(cache):
+    fill(cache, Segment(0, 0, 3), Segment(2, 0, 16))
+    cache.clear([2])
+    assert cache.lengths == (3, 0, 0)
+    for tensor in (*cache.keys, *cache.values):
+        assert not tensor[2].any()
+        assert (tensor[0, :, :3] == 7.0).all()
+
+
+def test_clearing_reaches_what_a_failed_step_wrote(cache):
+    fill(cache, Segment(0, 0, 3))
+    cache.reserve([Segment(0, 3, 9)])
+    cache.keys[0][0, :, 3:12] = 9.0  # the first layer was computed, then the step failed
+    cache.clear()
+    assert cache.lengths == (0, 0, 0)
+    assert not cache.keys[0][0, :, :12].any()
+
+
+def test_a_truncated_slot_keeps_its_beginning_and_nothing_behind_it(cache):
+    fill(cache, Segment(0, 0, 9), Segment(2, 0, 9))
+    cache.reserve([Segment(0, 9, 3)])
+    cache.values[1][0, :, 9:12] = 9.0  # a step that failed half-way
+    cache.truncate(0, 4)
+    assert cache.lengths == (4, 0, 9)
+    for tensor in (*cache.keys, *cache.values):
+        assert (tensor[0, :, :4] == 7.0).all()
+        assert not tensor[0, :, 4:12].any()
+        assert (tensor[2, :, :9] == 7.0).all()
+    cache.reserve([Segment(0, 4, 1)])
+
+
+@pytest.mark.parametrize("length", [0, 3, 4, 5, 8])
+def test_in_blocks_a_truncated_slot_keeps_its_beginning_alone_too(make_cache, length, dtype):
+    cache = make_cache(
+        num_slots=2, num_kv_heads=3, max_seq_len=14, head_dim=2, dtype=dtype, key_block=4
+    )
+    batch = [Segment(0, 0, 9), Segment(1, 0, 9)]
+    cache.reserve(batch)
+    for memory in (cache.keys[0], cache.values[0]):
+        memory[:, :3] = 7.0  # 12 positions: of the last block some are unused
+    cache.advance(batch)
+    cache.truncate(0, length)
+    for memory, order in ((cache.keys[0], (0, 2, 1, 4, 3)), (cache.values[0], (0, 2, 1, 3, 4))):
+        by_position = memory.transpose(order).reshape(2, 3, 16, 2)
+        assert (by_position[0, :, :length] == 7.0).all()
+        assert not by_position[0, :, length:].any()
+        assert (by_position[1, :, :9] == 7.0).all()
+
+
+@pytest.mark.parametrize(("slot", "length"), [(0, 6), (0, -1), (1, 1), (3, 0), (-1, 0)])
+def test_a_slot_cannot_be_cut_to_what_it_does_not_hold(cache, slot, length):
+    fill(cache, Segment(0, 0, 5))
+    with pytest.raises(MessageError, match=f"slot {slot} (holds|does not exist)"):
+        cache.truncate(slot, length)
+    assert cache.lengths == (5, 0, 0)
+
+
+def test_generation_after_a_truncation_is_as_if_nothing_else_had_been_seen(
+    oracle, make_pipeline, token_ids
+):
+    pipeline = make_pipeline(oracle.split(2))
+    expected = pipeline.greedy(token_ids, 3)[1]
+    for cache in pipeline.caches:
+        cache.truncate(0, len(token_ids) - 1)
+    again = pipeline.logits(token_ids[-1:], [Segment(0, len(token_ids) - 1, 1)])
+    assert (again[0] - expected[0]).abs().max() <= 1e-5
+
+
+def test_bytes_count_keys_and_values_of_every_layer(cache, dtype):
+    assert cache.num_bytes == 2 * 2 * 3 * 2 * 16 * 4 * dtype.itemsize
+
+
+@pytest.mark.parametrize(("precision", "itemsize"), [("float32", 4), ("bfloat16", 2), ("int8", 2)])
+def test_what_is_planned_is_what_is_reserved(make_oracle, kernels, precision, itemsize):
+    """The same memory whatever computes: plans are made where nobody knows."""
+    (shard,) = make_oracle("llama-untied-gqa").computing_with(kernels).split(dtype=precision)
+    cache = shard.new_cache(3, 64)
+    assert cache.num_bytes == shard.kv_bytes(3, 64) == 4 * 2 * 3 * 64 * 2 * 16 * itemsize
+    assert {each.itemsize for each in (*cache.keys, *cache.values)} == {itemsize}
+
+
+def test_a_shard_refuses_a_step_with_too_few_rows(make_oracle, make_pipeline, token_ids):
+    pipeline = make_pipeline(make_oracle("gpt2").split())
+    with pytest.raises(MessageError, match="a step of 5 tokens came with 3 rows"):
+        pipeline.hidden(token_ids[:3], [Segment(0, 0, 5)])
+    assert pipeline.caches[0].lengths == (0,)
