@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m enclave", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -P -m enclave", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     describe = commands.add_parser("describe", help="print an image's contents and measurements")
@@ -165,7 +165,7 @@ def _assemble(options: argparse.Namespace, directory: Path) -> eif.Image:
     kernel = (options.kernel or options.cache / "tools" / "vmlinuz").read_bytes()
     ramdisks: list[eif.Buffer] = [
         build.system_ramdisk(system, options.cache).read_bytes(),
-        build.code_ramdisk(),
+        build.code_ramdisk(build.compiled_modules(options.cache)),
         build.stage_ramdisk(directory),
     ]
     image_bytes = len(kernel) + sum(map(len, ramdisks))
@@ -195,9 +195,11 @@ def _stage_directory(options: argparse.Namespace) -> Iterator[Path]:
     if options.stage is None or options.model_dir is None:
         raise BuildError("--manifest needs --stage and --model-dir")
     with tempfile.TemporaryDirectory(prefix="veilpipe-stage-") as name:
-        # Beside this Python first: a virtual environment need not be activated.
-        search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        program = shutil.which("pipeline-orch", path=search)
+        # Beside this Python first: a virtual environment need not be activated. Never a relative
+        # entry: what lies in the current directory is not this project's.
+        search = [str(Path(sys.executable).parent), *os.get_exec_path()]
+        absolute = os.pathsep.join(entry for entry in search if Path(entry).is_absolute())
+        program = shutil.which("pipeline-orch", path=absolute)
         if program is None:
             raise BuildError("pipeline-orch, which cuts the stage from the model, is not installed")
         command = [program, "shard", "--manifest", str(options.manifest)]
