@@ -99,6 +99,6 @@ def _data(tree: ast.Module, directory: Path) -> Iterator[Path]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             path = Path(node.value)
-            if path.suffix == _DATA_SUFFIX and path.name == node.value:
-                if (directory / path).is_file():
-                    yield directory / path
+            is_name = path.suffix == _DATA_SUFFIX and path.name == node.value
+            if is_name and (directory / path).is_file():
+                yield directory / path
