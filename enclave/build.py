@@ -41,11 +41,14 @@ class System:
 
 
 def default_cache() -> Path:
-    """Return where tools and finished system ramdisks are kept."""
+    """Return where tools and what is made of them are kept. Raises: BuildError without a home."""
     if chosen := os.environ.get("VEILPIPE_CACHE"):
         return Path(chosen)
     # Not in the checkout: every clone builds the same tools from the same recipes.
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise BuildError("there is no home directory: set VEILPIPE_CACHE, or HOME") from None
     return Path(caches) / "veilpipe" / "enclave"
 
 
@@ -148,7 +151,7 @@ def describe_build(name: str, version: str, system: System) -> dict[str, object]
 
 
 def write_atomically(path: Path, pieces: Iterable[eif.Buffer]) -> None:
-    """Write `pieces` to `path`, which has its whole content or does not change."""
+    """Write `pieces` to `path`, which has its whole content or does not change. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         temporary = Path(file.name)

@@ -35,7 +35,7 @@ class Extension:
     flags: tuple[str, ...]
 
     def digest(self, sources: Path) -> bytes:
-        """Return a SHA-256 over everything the module depends on but the compiler."""
+        """Return a SHA-256 over all the module depends on but the compiler. Raises: OSError."""
         contents = [
             hashlib.sha256((sources / file).read_bytes()).hexdigest() for file in self.files
         ]
@@ -49,7 +49,7 @@ def declared(sources: Path) -> dict[str, Extension]:
     try:
         tables = tomllib.loads(path.read_text())["tool"]["setuptools"]["ext-modules"]
         return {table["name"]: _extension(table) for table in tables}
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BuildError(f"{path} does not declare compiled modules: {error}") from error
 
 
@@ -57,7 +57,8 @@ def compile_extension(sources: Path, extension: Extension, toolchain: Iterable[P
     """Return the compiled module; `toolchain` are the Debian packages of the compiler.
 
     Compiled apart, from just the files declared, so that nothing else can have a part in it.
-    Raises: BuildError when the compiler does not run, or refuses the sources.
+    Raises: BuildError when the compiler does not run, or refuses the sources; OSError when a file
+    cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="veilpipe-compile-") as name:
         root, work = Path(name, "toolchain"), Path(name, "work")

@@ -37,7 +37,7 @@ cd "$root"
   --signing-key "$work/authority/key.pem" --signing-certificate "$work/authority/leaf.pem" \
   -o "$work/probe.eif"
 
-VEILPIPE_BOOT_TEST=$work "$python" -P -m pytest -q tests/enclave/test_boot*.py "$@" &
+VEILPIPE_BOOT_TEST=$work "$python" -P -m pytest -q tests/enclave/test_{boot*,native}.py "$@" &
 child=$!
 status=0
 wait "$child" || status=$?
