@@ -62,7 +62,7 @@ class SecureChannel(trio.abc.Channel[Frame]):
         self.clocks = (session.sealer, session.opener, wire)
         self._sender = FrameSender(session.sealer)
         self._receiver = receiver = FrameReceiver(session.opener, limits)
-        self._inlet = Inlet(wire, receiver.reader, session.opener, receiver.arena)
+        self._inlet = Inlet(wire, receiver.reader, session.opener, receiver.buffer)
         self._outlet = Outlet(wire, session.sealer, INLINE_BYTES + OVERHEAD_BYTES)
         self._is_sending = False
         self._is_receiving = False
