@@ -1,11 +1,13 @@
 """The trio shell: a SecureChannel of frames over a connected socket, and how to make one."""
 
 import socket
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
 
-from transport.errors import ConnectionLost, NoAnswer
+from transport.errors import ConnectionLost, HandshakeError, NoAnswer
 from transport.frames import INLINE_BYTES, Frame, FrameForm, FrameLimits
 from transport.framing import FrameReceiver, FrameSender
 from transport.handshake import (
@@ -13,8 +15,12 @@ from transport.handshake import (
     HELLO_SIZES,
     LENGTH,
     PROOF_SIZES,
+    REFUSAL,
     REPLY_SIZES,
+    VERSION,
+    AwaitingHello,
     Credentials,
+    HelloHeard,
     Link,
     Peer,
     Session,
@@ -266,7 +272,7 @@ async def connect_channel(
     wire = Wire(sock)
     try:
         awaiting_reply, hello = initiate(link, credentials, rekey)
-        reply = await _exchange_hello(wire, hello)
+        reply = await _exchange_hello(wire, hello, link)
         awaiting_accept, proof = awaiting_reply.receive(reply)
         await _send_message(wire, proof)
         session = awaiting_accept.receive(await _receive_accept(wire, link))
@@ -283,18 +289,20 @@ async def accept_channel(
     limits: FrameLimits,
     *,
     rekey: RekeyPolicy | None = None,
+    on_hello: Callable[[bytes], None] = lambda _: None,
 ) -> SecureChannel:
     """Run the handshake as the link's responder on a connected socket, which it then owns.
 
+    `on_hello` gets the initiator's ephemeral key once its hello is known to be for this link and
+    before any more is done for it; it may raise HandshakeError.
     Raises: HandshakeError, AttestationError, ConnectionLost; the socket is closed by then.
     """
     wire = Wire(sock)
     try:
-        awaiting_hello = respond(link, credentials, rekey)
-        hello = await _receive_message(wire, HELLO_SIZES)
-        awaiting_proof, reply = awaiting_hello.receive(hello)
+        heard = await _hear_hello(wire, link, respond(link, credentials, rekey), on_hello)
+        awaiting_proof, reply = heard.answer()
         await _send_message(wire, reply)
-        session, accept = awaiting_proof.receive(await _receive_message(wire, PROOF_SIZES))
+        session, accept = awaiting_proof.receive(await _receive_message(wire, PROOF_SIZES, link))
         await wire.send_all(memoryview(accept))
         return SecureChannel(wire, session, limits)
     except BaseException:
@@ -302,10 +310,26 @@ async def accept_channel(
         raise
 
 
-async def _exchange_hello(wire: Wire, hello: bytes) -> bytes:
+async def _hear_hello(
+    wire: Wire,
+    link: Link,
+    awaiting_hello: AwaitingHello,
+    on_hello: Callable[[bytes], None],
+) -> HelloHeard:
+    try:
+        heard = awaiting_hello.receive(await _receive_message(wire, HELLO_SIZES, link))
+        on_hello(heard.ephemeral_key)
+    except HandshakeError:
+        with suppress(ConnectionLost):
+            wire.try_send(memoryview(REFUSAL))
+        raise
+    return heard
+
+
+async def _exchange_hello(wire: Wire, hello: bytes, link: Link) -> bytes:
     try:
         await _send_message(wire, hello)
-        return await _receive_message(wire, REPLY_SIZES)
+        return await _receive_message(wire, REPLY_SIZES, link)
     except ConnectionLost as error:
         if wire.bytes_received:
             raise
@@ -316,14 +340,14 @@ async def _send_message(wire: Wire, message: bytes) -> None:
     await wire.send_all(memoryview(with_length(message)))
 
 
-async def _receive_message(wire: Wire, sizes: Sizes) -> bytes:
+async def _receive_message(wire: Wire, sizes: Sizes, link: Link) -> bytes:
     try:
         prefix = await wire.receive_exactly(LENGTH.size)
-        return await wire.receive_exactly(message_size_untrusted(prefix, sizes))
+        return await wire.receive_exactly(message_size_untrusted(prefix, sizes, link))
     except ConnectionLost as error:
         raise ConnectionLost(
-            f"{error} during the handshake: the peer may hold another manifest, be another stage "
-            "or role, or not speak veilpipe/1"
+            f"{error} during the handshake: the peer may refuse our evidence or key, "
+            f"or not speak {VERSION.decode()}"
         ) from error
 
 
