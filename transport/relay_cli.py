@@ -125,7 +125,8 @@ def relay_command(
         str, typer.Option(metavar="HOST", help="With --manifest: listen for TCP on this address.")
     ] = "0.0.0.0",  # noqa: S104 - users come from outside, and what listens is blind
     max_connections: Annotated[
-        int, typer.Option(min=1, help="Connections at a time for each map; more are closed.")
+        int,
+        typer.Option(min=1, help="Connections at a time for each map; unanswered ones go first."),
     ] = DEFAULT_MAX_CONNECTIONS,
     metrics_out: Annotated[
         Path | None,
