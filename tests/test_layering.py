@@ -14,7 +14,7 @@ LAYERS = [
     # transport
     "transport.errors",
     "transport.tallies",
-    "transport.address transport.wire transport.lobby",
+    "transport.address transport.wire transport.lobby transport.private_files",
     "transport.endpoint",
     "transport.attestation.evidence",
     "transport.attestation.cbor transport.attestation.key_only",
