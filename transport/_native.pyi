@@ -7,8 +7,8 @@ here. What is not plainly the record expected is left to them as it came.
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
+from transport.cipher import CipherState
 from transport.framing import PlainBuffer
-from transport.noise import CipherState
 from transport.records import RecordHeader, RecordOpener, RecordReader, RecordSealer
 from transport.wire import Wire
 

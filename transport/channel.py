@@ -2,34 +2,15 @@
 
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
 
-from transport.errors import ConnectionLost, HandshakeError, NoAnswer
+from transport.errors import ConnectionLost
 from transport.frames import INLINE_BYTES, Frame, FrameForm, FrameLimits
 from transport.framing import FrameReceiver, FrameSender
-from transport.handshake import (
-    ACCEPT_BYTES,
-    HELLO_SIZES,
-    LENGTH,
-    PROOF_SIZES,
-    REFUSAL,
-    REPLY_SIZES,
-    VERSION,
-    AwaitingHello,
-    Credentials,
-    HelloHeard,
-    Link,
-    Peer,
-    Session,
-    Sizes,
-    initiate,
-    message_size_untrusted,
-    respond,
-    with_length,
-)
+from transport.greeting import run_initiator, run_responder
+from transport.handshake import Credentials, Link, Peer, Session
 from transport.records import OVERHEAD_BYTES, RekeyPolicy
 from transport.single_records import Inlet, Outlet
 from transport.wire import Wire
@@ -271,11 +252,7 @@ async def connect_channel(
     """
     wire = Wire(sock)
     try:
-        awaiting_reply, hello = initiate(link, credentials, rekey)
-        reply = await _exchange_hello(wire, hello, link)
-        awaiting_accept, proof = awaiting_reply.receive(reply)
-        await _send_message(wire, proof)
-        session = awaiting_accept.receive(await _receive_accept(wire, link))
+        session = await run_initiator(wire, link, credentials, rekey)
         return SecureChannel(wire, session, limits)
     except BaseException:
         wire.close()
@@ -299,62 +276,8 @@ async def accept_channel(
     """
     wire = Wire(sock)
     try:
-        heard = await _hear_hello(wire, link, respond(link, credentials, rekey), on_hello)
-        awaiting_proof, reply = heard.answer()
-        await _send_message(wire, reply)
-        session, accept = awaiting_proof.receive(await _receive_message(wire, PROOF_SIZES, link))
-        await wire.send_all(memoryview(accept))
+        session = await run_responder(wire, link, credentials, rekey, on_hello)
         return SecureChannel(wire, session, limits)
     except BaseException:
         wire.close()
         raise
-
-
-async def _hear_hello(
-    wire: Wire,
-    link: Link,
-    awaiting_hello: AwaitingHello,
-    on_hello: Callable[[bytes], None],
-) -> HelloHeard:
-    try:
-        heard = awaiting_hello.receive(await _receive_message(wire, HELLO_SIZES, link))
-        on_hello(heard.ephemeral_key)
-    except HandshakeError:
-        with suppress(ConnectionLost):
-            wire.try_send(memoryview(REFUSAL))
-        raise
-    return heard
-
-
-async def _exchange_hello(wire: Wire, hello: bytes, link: Link) -> bytes:
-    try:
-        await _send_message(wire, hello)
-        return await _receive_message(wire, REPLY_SIZES, link)
-    except ConnectionLost as error:
-        if wire.bytes_received:
-            raise
-        raise NoAnswer(str(error)) from error
-
-
-async def _send_message(wire: Wire, message: bytes) -> None:
-    await wire.send_all(memoryview(with_length(message)))
-
-
-async def _receive_message(wire: Wire, sizes: Sizes, link: Link) -> bytes:
-    try:
-        prefix = await wire.receive_exactly(LENGTH.size)
-        return await wire.receive_exactly(message_size_untrusted(prefix, sizes, link))
-    except ConnectionLost as error:
-        raise ConnectionLost(
-            f"{error} during the handshake: the peer may refuse our evidence or key, "
-            f"or not speak {VERSION.decode()}"
-        ) from error
-
-
-async def _receive_accept(wire: Wire, link: Link) -> bytes:
-    try:
-        return await wire.receive_exactly(ACCEPT_BYTES)
-    except ConnectionLost as error:
-        raise ConnectionLost(
-            f"{error} before the peer accepted us on our {link}: it may refuse our evidence or key"
-        ) from error

@@ -69,7 +69,10 @@ def metrics(relay: Relay) -> dict[str, list[dict[str, str | int]]]:
 
 
 def write_metrics(relay: Relay, path: Path) -> None:
-    """Replaces the file in one step: a reader sees the old counters or the new, never half."""
+    """Replaces the file in one step: a reader sees the old counters or the new, never half.
+
+    Raises: OSError.
+    """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         aside.write_text(json.dumps(metrics(relay), indent=2) + "\n")

@@ -20,10 +20,10 @@ from pipeline.neighbours import LinkBroken
 from pipeline.stage import StageCore
 from pipeline.steps import SessionLimits, activation_specs, token_ids_to_wire
 from transport.channel import SecureChannel
+from transport.cipher import AEADS, CipherState
 from transport.errors import FrameError
 from transport.frames import DType, Frame, FrameKind, Tensor, encode_frame
 from transport.handshake import Session
-from transport.noise import AEADS, CipherState
 from transport.records import RecordOpener, RecordSealer, RekeyPolicy
 from transport.wire import Wire
 

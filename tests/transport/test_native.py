@@ -11,9 +11,9 @@ import pytest
 import trio
 
 from transport import handshake
+from transport.cipher import REKEY_NONCE
 from transport.errors import ConnectionLost, MisuseError, RecordError
 from transport.frames import INLINE_BYTES, FrameForm
-from transport.noise import REKEY_NONCE
 from transport.records import HEADER_BYTES, OVERHEAD_BYTES, RekeyPolicy
 from transport.single_records import Inlet
 from transport.tallies import IS_COMPILED
