@@ -14,7 +14,7 @@ from enclave import build, cpio, eif, rootfs
 from enclave.errors import BuildError
 
 _KERNEL = bytes(514) + b"HdrS" + bytes(100)
-_COMPILED = {"pipeline._native": b"kernels", "transport._native": b"records"}
+_COMPILED = {"pipeline.kernels._native": b"kernels", "transport._native": b"records"}
 # What torch depends on and imports only to compile graphs, or for what no stage does.
 _COMPILER_OF_TORCH = {"filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy"}
 
@@ -110,7 +110,7 @@ def test_an_edit_of_what_a_stage_imports_changes_the_ramdisk(clone: Path) -> Non
         _append(path)
         assert build.code_ramdisk(_COMPILED, clone) != before, file
         path.write_text(original)
-    assert build.code_ramdisk({**_COMPILED, "pipeline._native": b"other"}, clone) != before
+    assert build.code_ramdisk({**_COMPILED, "pipeline.kernels._native": b"other"}, clone) != before
 
 
 def test_what_lies_about_in_a_checkout_is_not_packed(clone: Path) -> None:

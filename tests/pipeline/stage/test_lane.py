@@ -28,10 +28,10 @@ from pipeline.stage.lane import Lane
 from pipeline.stage.meter import StageMeter
 from pipeline.stage.neighbours import LinkBroken
 from transport.channel import SecureChannel
+from transport.cipher import AEADS, CipherState
 from transport.errors import FrameError
 from transport.frames import Frame, FrameKind, Tensor, encode_frame
 from transport.handshake import Session
-from transport.noise import AEADS, CipherState
 from transport.records import RecordOpener, RecordSealer, RekeyPolicy
 from transport.wire import Wire
 
