@@ -44,7 +44,9 @@ __all__ = [
 ]
 
 MAX_BRIDGE_REPLY_BYTES: Final = 32  # b"OK 4294967295" and a newline are 14; some slack
-LISTEN_BACKLOG: Final = 64
+# Between two sessions nobody accepts on a stage's data port: strangers who wait there must be very
+# many before the right peer's dial is not taken; the next session then meets all of them at once.
+LISTEN_BACKLOG: Final = 1024
 FIRST_RETRY_S: Final = 0.05  # a peer started in the same moment is up within a few of these
 LAST_RETRY_S: Final = 0.25  # a peer that has been restarted is found at once
 NO_DESCRIPTORS_PAUSE_S: Final = 0.1  # accept fails at once while descriptors are out: do not spin

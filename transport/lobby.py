@@ -66,10 +66,19 @@ class Lobby:
         self._guests.pop(guest, None)
 
     def _least(self) -> Guest | None:
-        """Of the source that crowds the others out, who has shown least; of those, the first."""
+        """The longest here of the most crowded source, among whichever is more: silent or heard.
+
+        Strangers that can say nothing only crowd out each other; those that can say a hello, too,
+        and leave whoever comes the time to say his.
+        """
         waiting = [guest for guest in self._guests if guest.standing < Standing.ESTABLISHED]
-        crowd = Counter(guest.source for guest in waiting)
-        return min(waiting, key=lambda each: (-crowd[each.source], each.standing), default=None)
+        if not waiting:
+            return None
+        ((source, _),) = Counter(guest.source for guest in waiting).most_common(1)
+        crowd = [guest for guest in waiting if guest.source == source]
+        silent = [guest for guest in crowd if guest.standing is Standing.SILENT]
+        heard = [guest for guest in crowd if guest.standing is Standing.HEARD]
+        return heard[0] if len(heard) > len(silent) else silent[0]
 
 
 class HelloMemory:

@@ -35,6 +35,16 @@ async def test_who_has_spoken_makes_room_where_nobody_is_silent():
     assert not is_out(second)
 
 
+async def test_those_who_have_spoken_leave_a_newcomer_the_time_to_speak():
+    lobby = Lobby(8)
+    for _ in range(8):
+        lobby.enter("one").standing = Standing.HEARD
+    newcomers = [lobby.enter("one") for _ in range(4)]
+    assert not any(is_out(guest) for guest in newcomers)
+    lobby.enter("one")
+    assert [is_out(guest) for guest in newcomers] == [True, False, False, False]
+
+
 async def test_a_crowd_of_one_source_costs_no_other_its_place():
     lobby = Lobby(4)
     right = lobby.enter("elsewhere")
