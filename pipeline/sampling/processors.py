@@ -5,7 +5,7 @@ filter keeps at least the most likely token. Between equal logits the lower toke
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ def repetition_penalty(logits: Logits, is_seen: npt.NDArray[np.bool_], penalty: 
 
 
 def count_penalties(
-    logits: Logits, counts: npt.NDArray[np.int32], presence: float, frequency: float
+    logits: Logits, counts: npt.NDArray[np.integer[Any]], presence: float, frequency: float
 ) -> Logits:
     """Subtract `presence` from each generated token and `frequency` times how often it was."""
     penalties = np.float32(presence) * (counts > 0) + np.float32(frequency) * counts
