@@ -5,7 +5,8 @@ import pytest
 from pipeline.engine.request import FinishReason, Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.errors import MessageError, PromptError
-from pipeline.protocol.messages import StepKind, Want
+from pipeline.protocol.messages import StepKind
+from pipeline.protocol.wants import Want
 
 
 def run(scheduler, token_of, order=None):
@@ -22,7 +23,7 @@ def run(scheduler, token_of, order=None):
         header, token_ids, offset = step.header, [], 0
         for segment, want in zip(header.segments, header.wants, strict=True):
             seen = slots.setdefault(segment.slot, [])
-            if header.kind is StepKind.CLEAR:
+            if header.kind is StepKind.TRUNCATE:
                 seen.clear()
                 continue
             assert segment.position == len(seen), "a slot's tokens must arrive in order"
@@ -132,7 +133,7 @@ def test_a_slot_is_reused_only_after_its_clear_has_come_back():
     first = scheduler.next_step()
     scheduler.complete(first.header, [5])
     clear = scheduler.next_step()
-    assert clear.header.kind is StepKind.CLEAR
+    assert clear.header.kind is StepKind.TRUNCATE
     assert scheduler.next_step() is None
     scheduler.complete(clear.header, [])
     assert scheduler.next_step().owners == (2,)
@@ -164,7 +165,7 @@ def test_cancelling_what_waits_or_is_gone_changes_nothing_else():
 
 def test_a_request_that_samples_asks_for_logits():
     scheduler = Scheduler(Limits(2, 100))
-    scheduler.submit(Request(1, (1,), 1, wants_logits=True))
+    scheduler.submit(Request(1, (1,), 1, want=Want.LOGITS))
     scheduler.submit(Request(2, (2,), 1))
     assert scheduler.next_step().header.wants == (Want.LOGITS, Want.TOKEN)
 
@@ -180,7 +181,7 @@ class Stage:
         results, offset = [], 0
         for segment, want in zip(step.header.segments, step.header.wants, strict=True):
             seen = self.slots.setdefault(segment.slot, [])
-            if step.header.kind is StepKind.CLEAR:
+            if step.header.kind is StepKind.TRUNCATE:
                 seen.clear()
                 continue
             assert segment.position == len(seen), "a slot's tokens must arrive in order"
@@ -369,7 +370,7 @@ def test_a_lone_requests_next_step_is_certain_but_for_its_token():
 @pytest.mark.parametrize("other", ["waits", "runs", "cancelled", "samples"])
 def test_nothing_is_certain_of_a_request_that_is_not_alone(other):
     scheduler = Scheduler(Limits(1 if other == "waits" else 2, 100))
-    scheduler.submit(Request(1, (1, 2), 9, wants_logits=other == "samples"))
+    scheduler.submit(Request(1, (1, 2), 9, want=Want.LOGITS if other == "samples" else Want.TOKEN))
     if other == "runs":
         scheduler.submit(Request(2, (1, 2), 9))
     step = scheduler.next_step()

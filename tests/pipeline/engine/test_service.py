@@ -294,17 +294,17 @@ def mended(scheduler, cores, shards, victim):
     return [first, last]
 
 
-async def test_a_sampler_that_fails_costs_its_own_request_alone(engine, monkeypatch):
+async def test_a_processor_that_fails_costs_its_own_request_alone(engine):
     rng = random.Random(9)
-    steady, doomed = generation(rng, 30), generation(rng, 30, temperature=1.0, seed=1)
-    expected = await tokens_of(engine, steady)
     calls = []
 
-    def choose(sampler, logits):
+    def process(token_ids, logits):
         calls.append(1)
         raise ZeroDivisionError
 
-    monkeypatch.setattr("pipeline.engine.service.Sampler.choose", choose)
+    steady = generation(rng, 30)
+    doomed = replace(generation(rng, 30, temperature=1.0, seed=1), processors=(process,))
+    expected = await tokens_of(engine, steady)
 
     async def fail():
         with pytest.raises(RequestFailed, match="ZeroDivisionError"):

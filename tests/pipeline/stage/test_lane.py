@@ -16,12 +16,12 @@ from pipeline.protocol.messages import (
     StageTiming,
     StepHeader,
     StepKind,
-    Want,
     decode_step,
     encode_step,
 )
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import SessionLimits, token_ids_to_wire
+from pipeline.protocol.wants import Want
 from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.core import StageCore
 from pipeline.stage.lane import Lane
@@ -176,6 +176,7 @@ async def test_what_is_no_such_step_takes_the_ordinary_way(stages):
     await run_both(stages, 1, (0, 3, 1))
     await run_both(stages, 2, (0, 4, 1), wants=Want.LOGITS)
     await run_both(stages, 3, (0, 5, 1), wants=Want.NOTHING)
+    await run_both(stages, 3, (1, 5, 1), wants=Want.HIDDEN)
     await run_both(stages, 4, (0, 6, 2))
     await run_both(stages, 5, (0, 8, 1))  # with a new key
     taken = straight.num_ordinary
@@ -189,7 +190,7 @@ async def test_what_is_no_such_step_takes_the_ordinary_way(stages):
         ([(0, 3, 1)], {}),  # a step again
         ([(0, 5, 1)], {}),
         ([(3, 31, 1)], {}),
-        ([(1 << 31, 0, 1)], {}),
+        ([(1 << 15, 0, 1)], {}),
     ],
 )
 async def test_a_step_that_does_not_fit_is_refused_in_the_ordinary_words(stages, segments, fields):
@@ -269,7 +270,9 @@ async def test_whatever_byte_of_a_frame_is_changed_it_is_served_only_as_what_it_
     each = header(stages[0], 2, (0, 4, 1), (1, 6, 1))
     frame = Frame(FrameKind.DATA, encode_step(each), rows(core.shard, 2, 2))
     good = encode_frame(frame)[0]
-    allowed = {Want.TOKEN} if core.shard.is_last else set(Want)
+    allowed = {Want.TOKEN}
+    if not core.shard.is_last:  # what comes without a tensor of its own
+        allowed |= {Want.NOTHING, Want.LOGITS, Want.HIDDEN}
     served = 0
     start, end = forms.inputs.header_start, forms.inputs.header_stop
     first_row = forms.inputs.places[0][0]
