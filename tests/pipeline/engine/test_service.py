@@ -16,7 +16,9 @@ from pipeline.errors import PromptError, RequestFailed, SessionError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.local_pipeline import LocalPipeline
+from pipeline.protocol.asked import MAX_BIASES
 from pipeline.protocol.steps import token_ids_to_wire
+from pipeline.protocol.wants import Result, Want
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.core import StageCore
@@ -188,6 +190,88 @@ async def test_logprobs_come_with_the_tokens_that_asked(engine):
         assert len(output.top) == 3
         # Greedy: the chosen token is the likeliest.
         assert output.top[0][0] == output.token_id
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.9, "seed": 5},
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.8, "min_p": 0.01, "seed": 6, "logprobs": 4},
+        {"repetition_penalty": 1.4, "frequency_penalty": 0.3},
+        {"temperature": 1.0, "seed": 7, "logit_bias": {5: 4.0, 10**6: 1.0}, "logprobs": 0},
+    ],
+    ids=str,
+)
+async def test_a_token_drawn_by_the_last_stage_is_the_one_drawn_here(engine, sampling):
+    drawn = generation(random.Random(13), 25, **sampling)
+    chosen = replace(drawn, processors=(lambda token_ids, logits: logits,))
+    assert drawn.want.result is Result.DRAWN
+    assert chosen.want == Want.LOGITS
+    outputs = []
+    for request in (drawn, chosen):
+        async with engine.generate(request) as stream:
+            outputs.append([output async for output in stream])
+    for there, here in zip(*outputs, strict=True):
+        assert there.token_id == here.token_id
+        assert (
+            (there.logprob is None) is (here.logprob is None) is (drawn.sampling.logprobs is None)
+        )
+        assert there.logprob is None or there.logprob == pytest.approx(here.logprob, rel=1e-6)
+        assert [token_id for token_id, _ in there.top] == [token_id for token_id, _ in here.top]
+        assert dict(there.top) == pytest.approx(dict(here.top), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("request_", "want"),
+    [
+        (SamplingParams(seed=1), Want.TOKEN),
+        (SamplingParams(temperature=0.5), Want.DRAWN),
+        (SamplingParams(logprobs=0), Want(Result.DRAWN, 1, 0, 1)),
+        (SamplingParams(logprobs=255), Want(Result.DRAWN, 1, 255, 1)),
+        (SamplingParams(logprobs=256), Want.LOGITS),  # more than a header can name
+        (SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIASES), 1.0)), Want.DRAWN),
+        (SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIASES + 1), 1.0)), Want.LOGITS),
+    ],
+)
+def test_logits_travel_only_where_nothing_less_will_do(request_, want):
+    assert Generation((1,), 1, frozenset(), request_).want == want
+
+
+class Overflowing(Yielding):
+    """Its last stage has no numbers for whoever owns a slot."""
+
+    def __init__(self, local, cores, slot):
+        super().__init__(local)
+        self._values, self._slot = cores[-1].cache.values, slot
+
+    async def receive(self):
+        for layer in self._values:
+            layer[self._slot] = np.nan
+        return await super().receive()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "has_processor"),
+    [({}, False), ({"temperature": 1.0}, False), ({"logprobs": 2}, False), ({}, True)],
+    ids=str,
+)
+async def test_a_model_without_numbers_ends_the_request_and_no_other(
+    shards, nursery, sampling, has_processor
+):
+    cores = new_cores(shards)
+    engine = PipelineEngine(LIMITS)
+    nursery.start_soon(engine.run, Overflowing(LocalPipeline(cores), cores, 0))
+    rng = random.Random(14)
+    doomed, steady = generation(rng, 30, **sampling), generation(rng, 30)
+    if has_processor:
+        doomed = replace(doomed, processors=(lambda token_ids, logits: logits,))
+
+    async with engine.generate(doomed) as stream:  # in the first slot, for it came first
+        found = await tokens_of(engine, steady)
+        with pytest.raises(RequestFailed, match=r"no token can be chosen|MessageError"):
+            [output async for output in stream]
+    assert len(found) == 30
+    assert engine.failure is None
 
 
 async def test_processors_of_the_callers_own_decide_what_may_be_chosen(engine):
