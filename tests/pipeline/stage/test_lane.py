@@ -11,6 +11,7 @@ import trio
 from pipeline.codecs.registry import make_codec
 from pipeline.errors import MessageError
 from pipeline.kernels.base import FramePlace
+from pipeline.protocol.asked import Asked, asked_to_wire
 from pipeline.protocol.links import StepGate, receive_step, send_step
 from pipeline.protocol.messages import (
     StageTiming,
@@ -21,7 +22,9 @@ from pipeline.protocol.messages import (
 )
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import SessionLimits, token_ids_to_wire
-from pipeline.protocol.wants import Want
+from pipeline.protocol.wants import Result, Want
+from pipeline.sampling.draw import Draw
+from pipeline.sampling.params import SamplingParams
 from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.core import StageCore
 from pipeline.stage.lane import Lane
@@ -182,6 +185,32 @@ async def test_what_is_no_such_step_takes_the_ordinary_way(stages):
     taken = straight.num_ordinary
     await run_both(stages, 6, (0, 9, 1))
     assert straight.num_ordinary == taken
+
+
+@pytest.mark.parametrize(
+    ("want", "asked"),
+    [
+        (Want.DRAWN, Asked(draws=(Draw(SamplingParams(temperature=1.0), (0.75,)),))),
+        (Want(Result.DRAWN, 1, 3, 1), Asked(draws=(Draw(SamplingParams(), (0.5,)),))),
+        (Want(Result.LOGPROBS, 1, 2, 3), Asked((7, 8, 9))),
+    ],
+    ids=str,
+)
+async def test_what_is_asked_of_the_last_stage_comes_through_between_plain_steps(
+    stages, want, asked
+):
+    await prefill(stages)
+    for number, position in enumerate(range(3, 9), 1):
+        is_plain = number % 2
+        inputs = rows(stages[0].core.shard, 1, number)
+        tensors = inputs if is_plain else (*inputs, *asked_to_wire(asked))
+        fields = {} if is_plain else {"wants": want}
+        _, outputs = await run_both(stages, number, (0, position, 1), tensors=tensors, **fields)
+        if not (is_plain or stages[0].core.shard.is_last):
+            behind = [(tensor.spec, bytes(tensor.data)) for tensor in tensors[1:]]
+            assert outputs[1:] == behind  # as it came
+    straight, ordinary = stages
+    assert straight.num_ordinary < ordinary.num_ordinary
 
 
 @pytest.mark.parametrize(
