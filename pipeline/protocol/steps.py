@@ -17,7 +17,7 @@ from pipeline.protocol.asked import (
     max_draw_bytes,
 )
 from pipeline.protocol.messages import StepHeader, StepKind
-from pipeline.protocol.wants import Result
+from pipeline.protocol.wants import Result, Want
 from transport.frames import DType, Tensor, TensorSpec
 
 TokenIds = npt.NDArray[np.uint32]
@@ -70,7 +70,7 @@ def token_specs(num_tokens: int) -> tuple[TensorSpec, ...]:
 
 def check_header(header: StepHeader, limits: SessionLimits) -> None:
     """Refuse a step that names slots, positions or sizes the session has no room for."""
-    kind, step, segments, _, _, _ = header
+    kind, step, segments, wants, _, _ = header
     if not segments:
         raise MessageError(f"step {step} has no segments")
     if len({slot for slot, _, _ in segments}) != len(segments):
@@ -90,7 +90,8 @@ def check_header(header: StepHeader, limits: SessionLimits) -> None:
         total += num_tokens
     if total > limits.max_step_tokens:
         raise MessageError(f"step {step} has {total} tokens, the limit is {limits.max_step_tokens}")
-    _check_wants(header, limits)
+    if kind is not StepKind.STEP or wants.count(Want.TOKEN) != len(wants):  # else as most are
+        _check_wants(header, limits)
 
 
 def _check_wants(header: StepHeader, limits: SessionLimits) -> None:
@@ -98,8 +99,6 @@ def _check_wants(header: StepHeader, limits: SessionLimits) -> None:
     num_whole = num_logprobs = 0
     for segment, want in zip(header.segments, header.wants, strict=True):
         result, rows, _, _ = want
-        if result is Result.TOKEN and rows == 1 and segment.num_tokens and not is_replay:
-            continue  # by far the most
         if is_replay and result is not Result.NOTHING:
             raise MessageError(f"replayed step {step} wants a result")
         if rows > segment.num_tokens:
