@@ -10,6 +10,7 @@ from pipeline.errors import RequestFailed
 from pipeline.protocol.messages import StageTiming
 from pipeline.protocol.results import StepResult
 from pipeline.protocol.wants import NO_TOKEN
+from pipeline.sampling.draw import NO_NUMBERS
 
 OnToken = Callable[[TokenEvent, tuple[StageTiming, ...]], None]
 
@@ -62,7 +63,7 @@ async def drive(pipeline: StepRunner, scheduler: Scheduler, on_token: OnToken) -
             pipeline.prepare(scheduler.follow_up())
             result = await pipeline.receive()
             if NO_TOKEN in result.token_ids:
-                raise RequestFailed("no token can be chosen: the model's logits are no numbers")
+                raise RequestFailed(NO_NUMBERS)
             events = scheduler.complete(result.header, result.token_ids)
             timings = result.header.timings
     finally:  # the pipeline may fail with a step's tokens in hand: they count

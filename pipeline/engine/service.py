@@ -16,6 +16,7 @@ from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.errors import PipelineError, RequestFailed, SessionError
 from pipeline.protocol.results import SegmentResult, StepResult
 from pipeline.protocol.wants import NO_TOKEN, Result, Want
+from pipeline.sampling.draw import NO_NUMBERS
 from pipeline.sampling.sampler import Choice, Sampler
 
 logger = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ def choice_of(part: SegmentResult, sampler: Sampler | None) -> Choice:
         return sampler.choose(part.logits[-1])
     (token_id,) = part.token_ids
     if token_id == NO_TOKEN:
-        raise RequestFailed("no token can be chosen: the model's logits are no numbers")
+        raise RequestFailed(f"{NO_NUMBERS}, or bias and mask leave none")
     if sampler is not None:
         sampler.took(token_id)
     if not part.logprobs.size:

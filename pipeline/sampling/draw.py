@@ -27,6 +27,9 @@ from pipeline.sampling.processors import (
 
 Counts = npt.NDArray[np.uint32]
 
+NO_NUMBERS = "no token can be chosen: the model's logits are no numbers, something has overflowed"
+NONE_LEFT = "no token can be chosen: bias and mask leave none"
+
 
 def _none() -> Counts:
     return np.empty(0, np.uint32)
@@ -56,10 +59,10 @@ def draw(logits: Logits, how: Draw, row: int = 0) -> int:
     Raises RequestFailed where they are no numbers, or nothing is left that may be chosen.
     """
     if not is_sound(logits):
-        raise RequestFailed("the model's logits are no numbers; no token can be chosen")
+        raise RequestFailed(NO_NUMBERS)
     changed = adjust(logits, how, row)
     if not is_sound(changed):
-        raise RequestFailed("bias and mask leave no token that can be chosen")
+        raise RequestFailed(NONE_LEFT)
     return choose(changed, how.params, how.uniforms[row])
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import InputError, MessageError
-from pipeline.sampling.draw import Draw, History, adjust, choose, is_sound
+from pipeline.errors import InputError, RequestFailed
+from pipeline.sampling.draw import NO_NUMBERS, Draw, History, adjust, choose, is_sound
 from pipeline.sampling.params import SamplingParams
 from pipeline.sampling.processors import LogitsProcessor, log_softmax, most_likely
 
@@ -66,11 +66,11 @@ class Sampler:
     def choose(self, logits: npt.NDArray[np.float32]) -> Choice:
         """The next token, from the logits `[vocab]` the model gave it.
 
-        Raises MessageError if the logits are not numbers, InputError if the request's own
+        Raises RequestFailed if the logits are not numbers, InputError if the request's own
         processors leave no token to choose.
         """
-        if logits.ndim != 1 or not is_sound(logits):
-            raise MessageError(f"the last stage returned logits {logits.shape} that are no numbers")
+        if not is_sound(logits):
+            raise RequestFailed(NO_NUMBERS)
         how = self.next_draw()
         changed = adjust(logits, how)
         for processor in self._processors:

@@ -326,7 +326,7 @@ def test_a_stage_answers_as_on_the_cpu(gqa, device, token_ids):
     ]
     for number, (batch, wants) in enumerate(steps):
         header = StepHeader(
-            StepKind.STEP, number, tuple(batch), tuple(Want[each] for each in wants)
+            StepKind.STEP, number, tuple(batch), tuple(getattr(Want, each) for each in wants)
         )
         rows = token_ids[: sum(each.num_tokens for each in batch)]
         found, expected = (

@@ -99,7 +99,7 @@ def test_logits_that_are_no_numbers_give_no_token(bad, temperature, at):
 
 
 def test_nothing_allowed_gives_no_token():
-    with pytest.raises(RequestFailed, match="leave no token"):
+    with pytest.raises(RequestFailed, match="leave none"):
         draw(random_logits(0), Draw(SamplingParams(temperature=1.0), allowed=mask()))
 
 

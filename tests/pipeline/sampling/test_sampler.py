@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import InputError, MessageError
+from pipeline.errors import InputError, RequestFailed
 from pipeline.sampling.draw import token_at
 from pipeline.sampling.params import SamplingParams
 from pipeline.sampling.sampler import Sampler
@@ -178,7 +178,7 @@ def test_processors_that_leave_nothing_are_the_users_error():
 def test_logits_that_are_not_numbers_are_the_models_error(bad):
     logits = random_logits(0)
     logits[3] = bad
-    with pytest.raises(MessageError, match="no numbers"):
+    with pytest.raises(RequestFailed, match="no numbers"):
         Sampler(SamplingParams(temperature=1.0), ()).choose(logits)
 
 
