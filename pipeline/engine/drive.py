@@ -6,8 +6,11 @@ from typing import Protocol
 
 from pipeline.engine.request import TokenEvent
 from pipeline.engine.scheduler import FollowUp, Scheduler, Step
+from pipeline.errors import RequestFailed
 from pipeline.protocol.messages import StageTiming
-from pipeline.protocol.steps import StepResult
+from pipeline.protocol.results import StepResult
+from pipeline.protocol.wants import NO_TOKEN
+from pipeline.sampling.draw import NO_NUMBERS
 
 OnToken = Callable[[TokenEvent, tuple[StageTiming, ...]], None]
 
@@ -59,6 +62,8 @@ async def drive(pipeline: StepRunner, scheduler: Scheduler, on_token: OnToken) -
                 on_token(events.pop(0), timings)
             pipeline.prepare(scheduler.follow_up())
             result = await pipeline.receive()
+            if NO_TOKEN in result.token_ids:
+                raise RequestFailed(NO_NUMBERS)
             events = scheduler.complete(result.header, result.token_ids)
             timings = result.header.timings
     finally:  # the pipeline may fail with a step's tokens in hand: they count

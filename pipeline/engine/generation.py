@@ -7,6 +7,8 @@ from typing import Protocol
 import trio
 
 from pipeline.engine.request import FinishReason
+from pipeline.protocol.asked import MAX_BIASES
+from pipeline.protocol.wants import MAX_TOP, Result, Want
 from pipeline.sampling.params import SamplingParams
 from pipeline.sampling.processors import LogitsProcessor
 
@@ -27,9 +29,15 @@ class Generation:
     request_id: str = ""
 
     @property
-    def needs_logits(self) -> bool:
-        """Whether more than the last stage's greedy token is asked for."""
-        return self.sampling.needs_logits or bool(self.processors)
+    def want(self) -> Want:
+        """What the last stage has to return for a token: logits only where nothing less will do."""
+        sampling = self.sampling
+        num_top = sampling.logprobs or 0
+        if self.processors or num_top > MAX_TOP or len(sampling.logit_bias) > MAX_BIASES:
+            return Want.LOGITS
+        if not sampling.needs_logits:
+            return Want.TOKEN
+        return Want.DRAWN if sampling.logprobs is None else Want(Result.DRAWN, 1, num_top, 1)
 
 
 @dataclass(frozen=True, slots=True)

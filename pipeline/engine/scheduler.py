@@ -3,16 +3,18 @@
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from operator import attrgetter
 
 from pipeline.codecs.base import ActivationCodec
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
 from pipeline.errors import MessageError, PromptError
-from pipeline.protocol.messages import StepHeader, StepKind, Want
+from pipeline.protocol.asked import NOTHING_ASKED, Asked
+from pipeline.protocol.messages import StepHeader, StepKind
 from pipeline.protocol.replay import SlotPart, replay_headers
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import SessionLimits
+from pipeline.protocol.wants import Want
+from pipeline.sampling.draw import Draw
 
 # A chunk smaller than this takes nearly as long: a stage reads all its weights for each.
 MIN_CHUNK_TOKENS = 64
@@ -54,10 +56,14 @@ class Step:
 
     header: StepHeader
     token_ids: tuple[int, ...]
-    # For each segment that wants a token, whose it is.
+    # For each segment that wants something, whose it is.
     owners: tuple[int, ...]
     # Whether requests take part that had read their prompt before.
     is_decoding: bool = False
+    # What the last stage is told of how to answer.
+    asked: Asked = NOTHING_ASKED
+    # Slots that nobody owns any more once this has come back.
+    freed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +98,21 @@ class Scheduler:
         self._running: dict[int, RequestState] = {}
         self._free_slots = self._all_slots()
         self._ended_slots: list[int] = []
+        # Slots whose stages have to forget what lies at and behind a position.
+        self._taken_back: dict[int, int] = {}
         self._in_flight: deque[Step] = deque()
         self._next_step = 0
 
     @property
     def has_work(self) -> bool:
         """Whether any request, or any step under way, is left."""
-        return bool(self._waiting or self._running or self._in_flight or self._ended_slots)
+        return bool(
+            self._waiting
+            or self._running
+            or self._in_flight
+            or self._ended_slots
+            or self._taken_back
+        )
 
     @property
     def num_running(self) -> int:
@@ -132,6 +146,22 @@ class Scheduler:
             self._ended_slots.append(state.slot)
         del self._losses[request_id]  # a Counter does not mind one it has not
 
+    def take_back(self, request_id: int, length: int) -> None:
+        """Make the stages forget all but a request's first `length` tokens, by the very next step.
+
+        What is known of them stays known, and is sent again. Raises ValueError for a request that
+        has sent fewer, or of which a step is under way: its result would be of what is forgotten.
+        """
+        state = self._running[request_id]
+        slots = {segment.slot for step in self._in_flight for segment in step.header.segments}
+        if not 0 <= length <= state.num_sent or state.slot in slots:
+            raise ValueError(
+                f"request {request_id} cannot keep {length} of {state.num_sent} tokens now"
+            )
+        if length < state.num_sent:
+            state.unsend(state.num_sent - length)
+            self._taken_back[state.slot] = length
+
     def rewind(self) -> list[int]:
         """Forget the steps under way; returns the tokens every stage is certain to hold, by slot.
 
@@ -142,8 +172,8 @@ class Scheduler:
         lost = set()
         for step in self._in_flight:
             for segment in step.header.segments:
-                # A slot gets its next owner after its CLEAR has come back: this is its owner's.
-                if segment.slot in by_slot:
+                # A slot gets its next owner once it has been freed: this is its owner's.
+                if segment.slot in by_slot and segment.num_tokens:
                     by_slot[segment.slot].unsend(segment.num_tokens)
                     lost.add(segment.slot)
         self._in_flight.clear()
@@ -151,6 +181,7 @@ class Scheduler:
             if self._is_given_up(by_slot[slot].request.request_id):
                 del by_slot[slot]
         self._ended_slots = []
+        self._taken_back = {}  # every stage goes back to what has been sent and not taken back
         self._free_slots = [slot for slot in self._all_slots() if slot not in by_slot]
         slots = range(self.limits.num_slots)
         return [by_slot[slot].num_sent if slot in by_slot else 0 for slot in slots]
@@ -171,7 +202,7 @@ class Scheduler:
 
     def next_step(self) -> Step | None:
         """The next step to send, or None when all that is known is under way, or must wait."""
-        step = self._clear_step() or self._token_step()
+        step = self._truncate_step() or self._token_step()
         if step is not None:
             self._in_flight.append(step)
             self._next_step += 1
@@ -187,11 +218,11 @@ class Scheduler:
         due = self._in_flight[0]
         ((request_id, state),) = self._running.items()
         request = state.request
-        is_due = due.owners == (request_id,) and not self._ended_slots
+        is_due = due.owners == (request_id,) and not (self._ended_slots or self._taken_back)
         num_left = min(
             request.max_tokens - len(state.token_ids), self.limits.max_seq_len + 1 - state.num_known
         )
-        if not is_due or request.wants_logits or num_left < 2:
+        if not is_due or request.want != Want.TOKEN or num_left < 2:
             return None
         segments = (Segment(state.slot, state.num_sent, 1),)
         header = StepHeader(StepKind.STEP, self._next_step, segments, (Want.TOKEN,))
@@ -207,12 +238,6 @@ class Scheduler:
             raise MessageError(f"the last stage answered something else than step {header.step}")
         return due.owners
 
-    def logits_rows(self, header: StepHeader) -> tuple[int | None, ...]:
-        """For each owner of a step, its row of the returned logits; None for a greedy one."""
-        rows = count()
-        wants = [want for want in header.wants if want is not Want.NOTHING]
-        return tuple(next(rows) if want is Want.LOGITS else None for want in wants)
-
     def complete(self, header: StepHeader, token_ids: Sequence[int]) -> list[TokenEvent]:
         """Take a step's result, a token for each owner; those cancelled meanwhile are dropped.
 
@@ -226,8 +251,7 @@ class Scheduler:
         step = self._in_flight.popleft()
         if self._losses:
             self._clear_of_suspicion(step)
-        if step.header.kind is StepKind.CLEAR:
-            self._free_slots += [segment.slot for segment in step.header.segments]
+        self._free_slots += step.freed
         return [
             self._advance(request_id, token_id, header.step)
             for request_id, token_id in zip(owners, token_ids, strict=True)
@@ -237,13 +261,16 @@ class Scheduler:
     def _all_slots(self) -> list[int]:
         return list(range(self.limits.num_slots - 1, -1, -1))
 
-    def _clear_step(self) -> Step | None:
-        if not self._ended_slots:
+    def _truncate_step(self) -> Step | None:
+        if not self._ended_slots and not self._taken_back:
             return None
-        segments = tuple(Segment(slot, 0, 0) for slot in self._ended_slots)
-        self._ended_slots = []
+        freed, lengths = tuple(self._ended_slots), self._taken_back
+        self._ended_slots, self._taken_back = [], {}
+        lengths |= dict.fromkeys(freed, 0)
+        segments = tuple(Segment(slot, length, 0) for slot, length in lengths.items())
         wants = (Want.NOTHING,) * len(segments)
-        return Step(StepHeader(StepKind.CLEAR, self._next_step, segments, wants), (), ())
+        header = StepHeader(StepKind.TRUNCATE, self._next_step, segments, wants)
+        return Step(header, (), (), freed=freed)
 
     def _token_step(self) -> Step | None:
         """A step of the requests that have waited longest, if a stage has nothing to do."""
@@ -256,6 +283,7 @@ class Scheduler:
         wants: list[Want] = []
         token_ids: list[int] = []
         owners: list[int] = []
+        draws: list[Draw] = []
         parts = self._next_parts(num_idle)
         is_decoding = any(not state.num_prompt_left for state, _ in parts)
         for state, num_tokens in parts:
@@ -264,13 +292,17 @@ class Scheduler:
             token_ids += pending
             state.sent(SlotPart(self._next_step, len(segments) - 1, state.num_sent, len(pending)))
             is_last_known = state.num_sent == state.num_known
-            wants.append(_want(state.request) if is_last_known else Want.NOTHING)
+            request = state.request
+            wants.append(request.want if is_last_known else Want.NOTHING)
             if is_last_known:
-                owners.append(state.request.request_id)
+                owners.append(request.request_id)
+                if request.next_draw is not None:
+                    draws.append(request.next_draw())
         if not segments:
             return None
         header = StepHeader(StepKind.STEP, self._next_step, tuple(segments), tuple(wants))
-        return Step(header, tuple(token_ids), tuple(owners), is_decoding)
+        asked = Asked(draws=tuple(draws)) if draws else NOTHING_ASKED
+        return Step(header, tuple(token_ids), tuple(owners), is_decoding, asked)
 
     def _admit(self) -> None:
         while self._waiting and self._free_slots:
@@ -354,7 +386,3 @@ class Scheduler:
         else:
             self._ended_slots.append(state.slot)
         return TokenEvent(request_id, token_id, step, finish)
-
-
-def _want(request: Request) -> Want:
-    return Want.LOGITS if request.wants_logits else Want.TOKEN

@@ -14,7 +14,9 @@ from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.errors import PipelineError, RequestFailed, SessionError
-from pipeline.protocol.steps import Logits, StepResult
+from pipeline.protocol.results import SegmentResult, StepResult
+from pipeline.protocol.wants import NO_TOKEN, Result, Want
+from pipeline.sampling.draw import NO_NUMBERS
 from pipeline.sampling.sampler import Choice, Sampler
 
 logger = logging.getLogger(__name__)
@@ -139,17 +141,18 @@ class PipelineEngine:
         if self.failure is not None:
             raise SessionError(str(self.failure)) from self.failure
         request_id = next(self._request_ids)
+        want, sampler = generation.want, None
+        if want != Want.TOKEN:
+            sampler = Sampler(generation.sampling, generation.prompt_ids, generation.processors)
         request = Request(
             request_id,
             generation.prompt_ids,
             generation.max_tokens,
             generation.eos_token_ids,
-            wants_logits=generation.needs_logits,
+            want,
+            sampler.next_draw if sampler and want.result is Result.DRAWN else None,
         )
         self.scheduler.submit(request)
-        sampler = None
-        if generation.needs_logits:
-            sampler = Sampler(generation.sampling, generation.prompt_ids, generation.processors)
         room = min(generation.max_tokens, self.max_seq_len) + 1
         send, receive = trio.open_memory_channel[TokenOutput](room)
         stream = TokenStream(receive)
@@ -207,29 +210,50 @@ class PipelineEngine:
         self._num_tokens += len(choices)
 
     def _choose(self, result: StepResult) -> dict[int, Choice]:
-        """A token for each of the step's owners: sampled here, or the last stage's greedy one."""
+        """A token for each of the step's owners; who gets none ends here."""
         owners = self.scheduler.owners(result.header)
-        wants_logits = self.scheduler.logits_rows(result.header)
         choices = {}
-        for owner, token_id, row in zip(owners, result.token_ids, wants_logits, strict=True):
+        for owner, part in zip(owners, result.segments(), strict=True):
+            choices[owner] = _NO_CHOICE
             live = self._live.get(owner)
-            if live is None or live.sampler is None or row is None or result.logits is None:
-                choices[owner] = Choice(token_id, None, ())
-            else:
-                choices[owner] = self._sample(owner, live, live.sampler, result.logits[row])
+            if live is None:
+                continue  # cancelled meanwhile
+            try:
+                choices[owner] = choice_of(part, live.sampler)
+            except Exception as error:  # a processor may be anyone's code
+                name = type(error).__name__
+                logger.warning("event=sampling_failed request=%d type=%s", owner, name)
+                if not isinstance(error, RequestFailed):
+                    error = RequestFailed(f"choosing a token failed: {name}")
+                live.fail(error)
+                del self._live[owner]
+                self.scheduler.cancel(owner)
         return choices
-
-    def _sample(self, owner: int, live: _Live, sampler: Sampler, logits: Logits) -> Choice:
-        try:
-            return sampler.choose(logits)
-        except Exception as error:  # a processor may be anyone's code
-            logger.warning("event=sampling_failed request=%d type=%s", owner, type(error).__name__)
-            live.fail(RequestFailed(f"choosing a token failed: {type(error).__name__}"))
-            del self._live[owner]
-            self.scheduler.cancel(owner)
-            return Choice(0, None, ())
 
     def _give_up(self, request_id: int) -> None:
         logger.warning("event=request_given_up request=%d", request_id)
         live = self._live.pop(request_id)
         live.fail(RequestFailed("stages were lost whenever this request was computed"))
+
+
+_NO_CHOICE = Choice(0, None, ())
+
+
+def choice_of(part: SegmentResult, sampler: Sampler | None) -> Choice:
+    """The next token of a request, from its part of a result.
+
+    Chosen here from logits, else the last stage's word. Raises RequestFailed where that has none to
+    give, and whatever a processor raises.
+    """
+    if sampler is not None and part.logits is not None:
+        return sampler.choose(part.logits[-1])
+    (token_id,) = part.token_ids
+    if token_id == NO_TOKEN:
+        raise RequestFailed(f"{NO_NUMBERS}, or bias and mask leave none")
+    if sampler is not None:
+        sampler.took(token_id)
+    if not part.logprobs.size:
+        return Choice(token_id, None, ())
+    logprob, *rest = part.logprobs[0].tolist()
+    top = zip(part.top_ids[0].tolist(), rest, strict=True)
+    return Choice(token_id, logprob, tuple(each for each in top if each[0] != NO_TOKEN))

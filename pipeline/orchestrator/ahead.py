@@ -13,11 +13,11 @@ from pipeline.protocol.messages import (
     StageTiming,
     StepHeader,
     StepKind,
-    Want,
     encode_step,
 )
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import token_specs
+from pipeline.protocol.wants import Want
 from transport.frames import FrameForm
 
 TOKEN_BYTES = 4

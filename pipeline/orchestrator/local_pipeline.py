@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 from pipeline.engine.drive import RunnerStats
 from pipeline.engine.scheduler import FollowUp, Step
-from pipeline.protocol.messages import StepKind
-from pipeline.protocol.steps import CLEAR_SENTINEL, StepResult, step_result, token_ids_to_wire
+from pipeline.protocol.results import StepResult, step_result
+from pipeline.protocol.steps import step_tensors
 from pipeline.stage.core import StageCore
-from transport.frames import Tensor
 
 
 class LocalPipeline:
@@ -36,10 +35,7 @@ class LocalPipeline:
 
     def run(self, step: Step) -> StepResult:
         """Run one step through every stage."""
-        is_clear = step.header.kind is StepKind.CLEAR
-        tensors: tuple[Tensor, ...] = (
-            CLEAR_SENTINEL if is_clear else token_ids_to_wire(step.token_ids),
-        )
+        tensors = step_tensors(step.header, step.token_ids, step.asked)
         for stage in self._stages:
             tensors = stage.step(step.header, tensors)
         return step_result(step.header, tensors)

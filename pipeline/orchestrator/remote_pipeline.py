@@ -26,12 +26,9 @@ from pipeline.protocol.links import StepGate, receive_step, send_step
 from pipeline.protocol.messages import Init, Message, Ready, Rewind, Shutdown, StepKind
 from pipeline.protocol.peers import GOODBYE_SECONDS, describe, hang_up
 from pipeline.protocol.replay import ORCHESTRATOR_IDX, ReplayPlan, plan_replay
-from pipeline.protocol.steps import (
-    CLEAR_SENTINEL,
-    StepResult,
-    step_result,
-    token_ids_to_wire,
-)
+from pipeline.protocol.results import StepResult, step_result
+from pipeline.protocol.steps import step_tensors
+from pipeline.protocol.wants import NO_TOKEN
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel
 from transport.endpoint import Endpoint, Listener
@@ -141,6 +138,14 @@ class Pipeline:
         return [self._stages[idx] for idx in sorted(self._stages)]
 
     @property
+    def is_row_exact(self) -> bool:
+        """Whether a row comes out the same, bit for bit, whatever steps its text was computed in.
+
+        Only where all stages say so; of stages that have said nothing yet it is not known.
+        """
+        return bool(self.ready) and all(each.is_row_exact for each in self.ready)
+
+    @property
     def is_joined(self) -> bool:
         """Whether steps can flow."""
         return self._links is not None and not self.is_broken
@@ -161,10 +166,9 @@ class Pipeline:
         self._num_due += step.header.kind is not StepKind.REPLAY
         if links.ahead.has_sent(step.header):
             return
-        is_clear = step.header.kind is StepKind.CLEAR
-        tensor = CLEAR_SENTINEL if is_clear else token_ids_to_wire(step.token_ids)
+        tensors = step_tensors(step.header, step.token_ids, step.asked)
         try:
-            await send_step(links.data_in, step.header, (tensor,))
+            await send_step(links.data_in, step.header, tensors)
         except (TransportError, trio.ClosedResourceError) as error:
             raise LinkLost(0, f"its data channel broke: {describe(error)}") from error
 
@@ -183,15 +187,11 @@ class Pipeline:
         except (TransportError, trio.EndOfChannel, trio.ClosedResourceError) as error:
             raise LinkLost(last, f"its data channel broke: {describe(error)}") from error
         result = step_result(header, tensors)
-        if result.token_ids and max(result.token_ids) >= self.vocab_size:
-            raise MessageError(
-                f"stage {last} returned a token outside the vocabulary of {self.vocab_size}"
-            )
-        if result.logits is not None and result.logits.shape[1] != self.vocab_size:
-            raise MessageError(
-                f"stage {last} returned logits of {result.logits.shape[1]} tokens, "
-                f"the vocabulary has {self.vocab_size}"
-            )
+        for token_id in result.all_ids():
+            if token_id >= self.vocab_size and token_id != NO_TOKEN:
+                raise MessageError(
+                    f"stage {last} returned a token outside the vocabulary of {self.vocab_size}"
+                )
         self.num_results += 1
         self._num_due -= 1
         if self._unproven or self._lost_at is not None:
@@ -390,6 +390,7 @@ class Pipeline:
             raise
         self.ready = tuple(ready)
         self.vocab_size = min(each.vocab_size for each in ready)
+        self._connector.vocab_size = self.vocab_size
         links["out"].wait_in_place(self._options.patience_ms)
         self._links = _Links(links["in"], links["out"], gate, Ahead(len(stages)))
         self._num_due = 0

@@ -28,7 +28,7 @@ from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.protocol.messages import StepKind
 from pipeline.protocol.peers import PATIENCE_MS
-from pipeline.protocol.steps import StepResult
+from pipeline.protocol.results import StepResult
 from pipeline.stage.core import StageCore
 from transport.attestation.dev import default_directory
 

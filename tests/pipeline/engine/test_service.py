@@ -8,15 +8,18 @@ import pytest
 import trio
 
 from pipeline.codecs.registry import make_codec
+from pipeline.engine.drive import drive
 from pipeline.engine.generation import Generation
-from pipeline.engine.request import FinishReason
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.request import FinishReason, Request
+from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.engine.service import PipelineEngine
 from pipeline.errors import PromptError, RequestFailed, SessionError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.local_pipeline import LocalPipeline
+from pipeline.protocol.asked import MAX_BIASES
 from pipeline.protocol.steps import token_ids_to_wire
+from pipeline.protocol.wants import Result, Want
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.core import StageCore
@@ -190,6 +193,104 @@ async def test_logprobs_come_with_the_tokens_that_asked(engine):
         assert output.top[0][0] == output.token_id
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.9, "seed": 5},
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.8, "min_p": 0.01, "seed": 6, "logprobs": 4},
+        {"repetition_penalty": 1.4, "frequency_penalty": 0.3},
+        {"temperature": 1.0, "seed": 7, "logit_bias": {5: 4.0, 10**6: 1.0}, "logprobs": 0},
+    ],
+    ids=str,
+)
+async def test_a_token_drawn_by_the_last_stage_is_the_one_drawn_here(engine, sampling):
+    drawn = generation(random.Random(13), 25, **sampling)
+    chosen = replace(drawn, processors=(lambda token_ids, logits: logits,))
+    assert drawn.want.result is Result.DRAWN
+    assert chosen.want == Want.LOGITS
+    outputs = []
+    for request in (drawn, chosen):
+        async with engine.generate(request) as stream:
+            outputs.append([output async for output in stream])
+    for there, here in zip(*outputs, strict=True):
+        assert there.token_id == here.token_id
+        assert (
+            (there.logprob is None) is (here.logprob is None) is (drawn.sampling.logprobs is None)
+        )
+        assert there.logprob is None or there.logprob == pytest.approx(here.logprob, rel=1e-6)
+        assert [token_id for token_id, _ in there.top] == [token_id for token_id, _ in here.top]
+        assert dict(there.top) == pytest.approx(dict(here.top), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("request_", "want"),
+    [
+        (SamplingParams(seed=1), Want.TOKEN),
+        (SamplingParams(temperature=0.5), Want.DRAWN),
+        (SamplingParams(logprobs=0), Want(Result.DRAWN, 1, 0, 1)),
+        (SamplingParams(logprobs=255), Want(Result.DRAWN, 1, 255, 1)),
+        (SamplingParams(logprobs=256), Want.LOGITS),  # more than a header can name
+        (SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIASES), 1.0)), Want.DRAWN),
+        (SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIASES + 1), 1.0)), Want.LOGITS),
+    ],
+)
+def test_logits_travel_only_where_nothing_less_will_do(request_, want):
+    assert Generation((1,), 1, frozenset(), request_).want == want
+
+
+class Overflowing(Yielding):
+    """Its last stage has no numbers for whoever owns a slot."""
+
+    def __init__(self, local, cores, slot):
+        super().__init__(local)
+        self._values, self._slot = cores[-1].cache.values, slot
+
+    async def receive(self):
+        for layer in self._values:
+            layer[self._slot] = np.nan
+        return await super().receive()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "has_processor"),
+    [({}, False), ({"temperature": 1.0}, False), ({"logprobs": 2}, False), ({}, True)],
+    ids=str,
+)
+async def test_a_model_without_numbers_ends_the_request_and_no_other(
+    shards, nursery, sampling, has_processor
+):
+    cores = new_cores(shards)
+    engine = PipelineEngine(LIMITS)
+    nursery.start_soon(engine.run, Overflowing(LocalPipeline(cores), cores, 0))
+    rng = random.Random(14)
+    doomed, steady = generation(rng, 30, **sampling), generation(rng, 30)
+    if has_processor:
+        doomed = replace(doomed, processors=(lambda token_ids, logits: logits,))
+
+    async with engine.generate(doomed) as stream:  # in the first slot, for it came first
+        found = await tokens_of(engine, steady)
+        with pytest.raises(RequestFailed, match="no token can be chosen"):
+            [output async for output in stream]
+    assert len(found) == 30
+    assert engine.failure is None
+
+
+async def test_a_lone_text_ends_where_the_model_has_no_numbers(shards):
+    cores = new_cores(shards)
+    scheduler = Scheduler(LIMITS)
+    scheduler.submit(Request(0, (1, 2, 3), 9))
+    tokens = []
+
+    def on_token(event, timings):
+        tokens.append(event.token_id)
+
+    pipeline = Overflowing(LocalPipeline(cores), cores, 0)
+    pipeline.prepare = lambda follow_up: None
+    with pytest.raises(RequestFailed, match="overflowed"):
+        await drive(pipeline, scheduler, on_token)
+    assert len(tokens) == 1  # the prompt's, computed before
+
+
 async def test_processors_of_the_callers_own_decide_what_may_be_chosen(engine):
     rng = random.Random(7)
     plain = generation(rng, 12)
@@ -294,17 +395,17 @@ def mended(scheduler, cores, shards, victim):
     return [first, last]
 
 
-async def test_a_sampler_that_fails_costs_its_own_request_alone(engine, monkeypatch):
+async def test_a_processor_that_fails_costs_its_own_request_alone(engine):
     rng = random.Random(9)
-    steady, doomed = generation(rng, 30), generation(rng, 30, temperature=1.0, seed=1)
-    expected = await tokens_of(engine, steady)
     calls = []
 
-    def choose(sampler, logits):
+    def process(token_ids, logits):
         calls.append(1)
         raise ZeroDivisionError
 
-    monkeypatch.setattr("pipeline.engine.service.Sampler.choose", choose)
+    steady = generation(rng, 30)
+    doomed = replace(generation(rng, 30, temperature=1.0, seed=1), processors=(process,))
+    expected = await tokens_of(engine, steady)
 
     async def fail():
         with pytest.raises(RequestFailed, match="ZeroDivisionError"):

@@ -11,9 +11,11 @@ from pipeline.engine.scheduler import Limits, Step
 from pipeline.errors import MessageError
 from pipeline.orchestrator.ahead import Ahead
 from pipeline.orchestrator.remote_pipeline import Pipeline, PipelineOptions
-from pipeline.protocol.messages import StepHeader, StepKind, Want
+from pipeline.protocol.messages import StepHeader, StepKind
+from pipeline.protocol.results import result_to_wire
 from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import logits_to_wire, token_ids_to_wire
+from pipeline.protocol.steps import token_ids_to_wire
+from pipeline.protocol.wants import NO_TOKEN, Result, Want
 
 STEP = Step(StepHeader(StepKind.STEP, 0, (Segment(0, 0, 1),), (Want.TOKEN,)), (1,), (0,))
 REPLAY = Step(StepHeader(StepKind.REPLAY, 0, (Segment(0, 0, 1),), (Want.NOTHING,)), (1,), ())
@@ -41,17 +43,38 @@ async def joined(nursery, monkeypatch):
     nursery.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("num_logits", [1, 3])
-async def test_logits_of_another_vocabulary_are_refused(joined, monkeypatch, num_logits):
+@pytest.mark.parametrize(
+    ("token_ids", "top_ids"), [([2], [0]), ([NO_TOKEN - 1], [0]), ([1], [2])], ids=str
+)
+async def test_tokens_of_another_vocabulary_are_refused(joined, monkeypatch, token_ids, top_ids):
+    want = Want(Result.DRAWN, 1, 1, 1)
+    header = STEP.header._replace(wants=(want,))
+    arrays = {"logits": [], "hidden": [], "logprobs": np.zeros(2, np.float32)}
+
     async def receive(channel, gate):
         await trio.lowlevel.checkpoint()
-        logits = np.zeros((1, num_logits), np.float32)
-        return STEP.header, (token_ids_to_wire([1]), logits_to_wire(logits))
+        return header, result_to_wire(token_ids, top_ids=np.array(top_ids, np.uint32), **arrays)
 
     monkeypatch.setattr(pipeline.orchestrator.remote_pipeline, "receive_step", receive)
     await joined.send(STEP)
-    with pytest.raises(MessageError, match="vocabulary has 2"):
+    with pytest.raises(MessageError, match="outside the vocabulary of 2"):
         await joined.receive()
+
+
+async def test_a_row_without_a_token_is_no_fault_of_the_stage(joined, monkeypatch):
+    async def receive(channel, gate):
+        await trio.lowlevel.checkpoint()
+        return STEP.header, (token_ids_to_wire([NO_TOKEN]),)
+
+    monkeypatch.setattr(pipeline.orchestrator.remote_pipeline, "receive_step", receive)
+    await joined.send(STEP)
+    assert (await joined.receive()).token_ids == [NO_TOKEN]
+
+
+@pytest.mark.parametrize("exact", [(), (True,), (True, True), (True, False), (False, False)])
+async def test_rows_are_exact_where_all_stages_say_so(joined, exact):
+    joined.ready = tuple(SimpleNamespace(is_row_exact=each) for each in exact)
+    assert joined.is_row_exact is (exact in {(True,), (True, True)})
 
 
 async def test_a_step_that_nobody_moves_means_that_a_link_hangs(joined, autojump_clock):

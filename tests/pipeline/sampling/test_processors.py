@@ -114,6 +114,12 @@ def test_a_tiny_temperature_is_greedy_and_no_overflow(temperature):
     assert probabilities(scaled).tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1.7e308])
+def test_a_huge_temperature_makes_all_alike_that_are_not_masked(temperature):
+    scaled = scale_temperature(np.array([5, -np.inf, 4], np.float32), temperature)
+    np.testing.assert_allclose(probabilities(scaled), [0.5, 0, 0.5], atol=1e-6)
+
+
 @given(LOGITS, st.floats(0, 1))
 def test_top_p_keeps_the_smallest_sufficient_set(logits, p):
     kept = np.isfinite(keep_top_p(logits, p))

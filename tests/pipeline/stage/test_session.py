@@ -44,11 +44,11 @@ from pipeline.protocol.messages import (
     StepHeader,
     StepKind,
     Waiting,
-    Want,
 )
 from pipeline.protocol.peers import CONTROL_EPOCH, ORCHESTRATOR, accept_first
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import CLEAR_SENTINEL, SessionLimits
+from pipeline.protocol.wants import Want
 from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
 from transport.channel import connect_channel
@@ -170,7 +170,8 @@ def hidden(num_tokens, width=64):
 
 
 def step(*segments, kind=StepKind.STEP):
-    return StepHeader(kind, 0, segments, (Want.TOKEN,) * len(segments))
+    want = Want.NOTHING if kind is StepKind.TRUNCATE else Want.TOKEN
+    return StepHeader(kind, 0, segments, (want,) * len(segments))
 
 
 async def failure_of(control):
@@ -191,7 +192,7 @@ async def failure_of(control):
         (step(Segment(0, 0, 1), Segment(0, 1, 1)), hidden(2), "twice"),
         (step(Segment(0, 0, 2)), hidden(1), "expected"),
         (step(Segment(0, 0, 1)), hidden(1, 32), "expected"),
-        (step(Segment(0, 0, 40)), hidden(40), "8704"),
+        (step(Segment(0, 0, 40)), hidden(40), "the limit is 34"),
         (step(Segment(0, 0, 0)), hidden(0), "0 tokens"),
     ],
 )
@@ -289,7 +290,7 @@ async def test_health_tells_what_a_stage_holds_and_has_done(rig):
             assert busy.crypto_ns > 0
             assert busy.bytes_received - idle.bytes_received > 9 * 64 * 4
             assert busy.bytes_sent > idle.bytes_sent
-            clear = step(Segment(0, 0, 0), Segment(1, 0, 0), kind=StepKind.CLEAR)
+            clear = step(Segment(0, 0, 0), Segment(1, 0, 0), kind=StepKind.TRUNCATE)
             await send_step(upstream, clear, (CLEAR_SENTINEL,))
             cleared = await settled(control, num_steps=3)
             assert (cleared.slots_in_use, cleared.kv_tokens, cleared.num_tokens) == (0, 0, 9)
