@@ -7,8 +7,10 @@ from typing import Protocol
 import trio
 
 from pipeline.engine.request import FinishReason
+from pipeline.protocol.messages import StageTiming
 from pipeline.sampling.params import SamplingParams
 from pipeline.sampling.processors import LogitsProcessor
+from pipeline.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,12 @@ class Generation:
         """Whether more than the last stage's greedy token is asked for."""
         return self.sampling.needs_logits or bool(self.processors)
 
+    def new_sampler(self) -> Sampler | None:
+        """Who chooses its tokens; None: the last stage, the most likely one."""
+        if not self.needs_logits:
+            return None
+        return Sampler(self.sampling, self.prompt_ids, self.processors)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
@@ -43,6 +51,8 @@ class TokenOutput:
     logprob: float | None
     top: tuple[tuple[int, float], ...]
     finish: FinishReason | None
+    # What each stage needed for the step that brought it.
+    timings: tuple[StageTiming, ...] = ()
 
 
 class Engine(Protocol):

@@ -1,8 +1,7 @@
 """One request's choices, one token after another."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +27,7 @@ _SEED_MASK = (1 << 64) - 1
 _BLOCK = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """A chosen token; `top` holds (token id, logprob), the likeliest first."""
 
     token_id: int

@@ -8,10 +8,10 @@ import pytest
 import trio
 
 from pipeline.codecs.registry import make_codec
+from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.request import FinishReason
 from pipeline.engine.scheduler import Limits
-from pipeline.engine.service import PipelineEngine
 from pipeline.errors import PromptError, RequestFailed, SessionError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
@@ -31,9 +31,15 @@ class Yielding:
         self._local = local
         self.stats = local.stats
 
+    async def notify(self, notices):
+        await trio.lowlevel.checkpoint()
+
     async def send(self, step):
         await trio.lowlevel.checkpoint()
         await self._local.send(step)
+
+    def prepare(self, follow_up):
+        pass
 
     async def receive(self):
         await trio.lowlevel.checkpoint()
@@ -304,7 +310,7 @@ async def test_a_sampler_that_fails_costs_its_own_request_alone(engine, monkeypa
         calls.append(1)
         raise ZeroDivisionError
 
-    monkeypatch.setattr("pipeline.engine.service.Sampler.choose", choose)
+    monkeypatch.setattr("pipeline.engine.engine.Sampler.choose", choose)
 
     async def fail():
         with pytest.raises(RequestFailed, match="ZeroDivisionError"):
