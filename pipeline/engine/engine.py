@@ -176,10 +176,12 @@ class PipelineEngine:
         """Queue a request; returns what to `cancel` it by.
 
         `listener` is called by the loop itself, and so must be quick. Raises PromptError if the
-        prompt can never fit, SessionError after the pipeline has failed.
+        prompt can never fit, InputError if there is no such chooser, SessionError after the
+        pipeline has failed.
         """
         if self.failure is not None:
             raise SessionError(str(self.failure)) from self.failure
+        sampler = generation.new_sampler()
         request_id = next(self._request_ids)
         request = Request(
             request_id,
@@ -189,7 +191,7 @@ class PipelineEngine:
             wants_logits=generation.needs_logits,
         )
         self.scheduler.submit(request)
-        self._live[request_id] = _Live(generation.new_sampler(), listener)
+        self._live[request_id] = _Live(sampler, listener)
         self._has_work.set()
         return request_id
 

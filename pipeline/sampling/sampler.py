@@ -1,30 +1,25 @@
 """One request's choices, one token after another."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import InputError, MessageError
-from pipeline.sampling.params import SamplingParams
-from pipeline.sampling.processors import (
+from pipeline.sampling.choosers import Chooser, Distribution, Greedy, new_chooser
+from pipeline.sampling.draw import final
+from pipeline.sampling.filters import (
     Logits,
     LogitsProcessor,
     add_bias,
     count_penalties,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
     log_softmax,
     most_likely,
     repetition_penalty,
-    scale_temperature,
 )
-
-# numpy takes seeds of any size but no negative ones; clients send signed 64-bit numbers.
-_SEED_MASK = (1 << 64) - 1
-_BLOCK = 256
+from pipeline.sampling.masks import Allowed, Mask
+from pipeline.sampling.params import SamplingParams
 
 
 class Choice(NamedTuple):
@@ -38,9 +33,9 @@ class Choice(NamedTuple):
 class Sampler:
     """Chooses a request's tokens and remembers them.
 
-    Owns its random numbers, one per sampled token, so that the same seed gives the same tokens
-    whoever shares the batch. Order: repetition penalty, presence and frequency penalty, bias, the
-    user's processors, temperature, top-k, top-p, min-p.
+    Owns its random numbers, so that the same seed gives the same tokens whoever shares the batch.
+    Order: repetition penalty, presence and frequency penalty, bias, the user's processors, masks;
+    then temperature, top-k, top-p, min-p; then the chooser.
     """
 
     def __init__(
@@ -48,26 +43,29 @@ class Sampler:
         params: SamplingParams,
         prompt_ids: Sequence[int],
         processors: Sequence[LogitsProcessor] = (),
+        masks: Sequence[Mask] = (),
+        chooser: Chooser | None = None,
     ) -> None:
+        """`chooser`: in the place of the one that `params` name."""
         self._params = params
         self._processors = tuple(processors)
+        self._masks = tuple(masks)
         self._token_ids = list(prompt_ids)
         self._num_prompt = len(prompt_ids)
         self._history: _History | None = None
-        seed = params.seed
-        self._random = np.random.default_rng(None if seed is None else seed & _SEED_MASK)
+        self._chooser = chooser or new_chooser(params)
 
     def choose(self, logits: npt.NDArray[np.float32]) -> Choice:
         """The next token, from the logits `[vocab]` the model gave it.
 
         Raises MessageError if the logits are not numbers, InputError if the request's own
-        processors leave no token to choose.
+        processors and masks leave no token to choose, or its chooser takes one that is not left.
         """
         if logits.ndim != 1 or logits.size == 0 or not np.isfinite(logits.max()):
             raise MessageError(f"the last stage returned logits {logits.shape} that are no numbers")
-        changed = self._process(logits)
+        changed = self._change(logits)
         if not np.isfinite(changed.max()):
-            raise InputError("the logits processors leave no token that can be chosen")
+            raise InputError("processors and masks leave no token that can be chosen")
         token_id = self._pick(changed)
         self._token_ids.append(token_id)
         if self._history is not None:
@@ -82,7 +80,7 @@ class Sampler:
             tuple((int(i), float(logprobs[i])) for i in top),
         )
 
-    def _process(self, logits: Logits) -> Logits:
+    def _change(self, logits: Logits) -> Logits:
         params = self._params
         if params.has_penalties:
             history = self._history
@@ -99,20 +97,26 @@ class Sampler:
             logits = add_bias(logits, params.logit_bias)
         for processor in self._processors:
             logits = processor(self._token_ids, logits)
-        return logits
+        allowed = self._allowed(logits.size)
+        return logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
+
+    def _allowed(self, vocab_size: int) -> Allowed | None:
+        """What all masks allow to come next, [vocab]; None: anything."""
+        allowed: Allowed | None = None
+        for mask in self._masks:
+            more = mask.allowed(self._token_ids[self._num_prompt :], vocab_size)
+            if more is not None:
+                allowed = more if allowed is None else allowed & more
+        return allowed
 
     def _pick(self, logits: Logits) -> int:
-        params = self._params
-        if params.temperature == 0:
-            return int(logits.argmax())
-        logits = scale_temperature(logits, params.temperature)
-        if params.top_k:
-            logits = keep_top_k(logits, params.top_k)
-        if params.top_p < 1:
-            logits = keep_top_p(logits, params.top_p)
-        if params.min_p > 0:
-            logits = keep_min_p(logits, params.min_p)
-        return draw(logits, self._random.random())
+        if isinstance(self._chooser, Greedy):  # filters never leave out the most likely token
+            return self._chooser.choose(Distribution(logits))
+        left = final(logits, self._params)
+        token_id = self._chooser.choose(Distribution(left))
+        if not (0 <= token_id < left.size and left[token_id] > -np.inf):
+            raise InputError(f"the chooser took token {token_id}, which is not left to choose from")
+        return token_id
 
 
 class _History:
@@ -128,26 +132,3 @@ class _History:
     def add(self, token_id: int) -> None:
         self.is_seen[token_id] = True
         self.counts[token_id] += 1
-
-
-def draw(logits: Logits, uniform: float) -> int:
-    """The token at which the cumulative probability passes `uniform`, in [0, 1)."""
-    # Sums of blocks first, then inside one: adding up the whole vocabulary in turn takes six times
-    # as long. The first sum strictly above has a weight of its own, so no masked token is drawn.
-    blocks = np.zeros((-(-logits.size // _BLOCK), _BLOCK), np.float32)
-    np.exp(logits - logits.max(), out=blocks.reshape(-1)[: logits.size])
-    sums = blocks.sum(axis=1, dtype=np.float64)
-    ends = np.cumsum(sums)
-    target = uniform * ends[-1]
-    block = _first_above(ends, target, sums)
-    rest = max(target - (ends[block] - sums[block]), 0.0)
-    inside = np.cumsum(blocks[block], dtype=np.float64)
-    return block * _BLOCK + _first_above(inside, rest, blocks[block])
-
-
-def _first_above(
-    cumulative: npt.NDArray[np.float64], target: float, weights: npt.NDArray[np.floating[Any]]
-) -> int:
-    """The first index whose sum is above `target`; the last with a weight if rounding passed it."""
-    index = int(np.searchsorted(cumulative, target, side="right"))
-    return index if index < cumulative.size else int(np.flatnonzero(weights)[-1])

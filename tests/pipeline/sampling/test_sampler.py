@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError, MessageError
+from pipeline.sampling.draw import token_at
 from pipeline.sampling.params import SamplingParams
-from pipeline.sampling.sampler import Sampler, draw
+from pipeline.sampling.sampler import Sampler
 
 
 def random_logits(seed, vocab=50):
@@ -92,7 +93,7 @@ def test_a_masked_token_is_never_drawn(values, uniform):
     logits = np.array(values, np.float32)
     if not np.isfinite(logits.max()):
         return
-    token_id = draw(logits, uniform)
+    token_id = token_at(logits, uniform)
     assert softmax(logits)[token_id] > 0
 
 
@@ -101,7 +102,7 @@ def test_drawing_inverts_the_cumulative_distribution(uniform):
     logits = np.log(np.array([0.25, 0.5, 0.25], np.float32))
     expected = 0 if uniform < 0.25 else 1 if uniform < 0.75 else 2
     if min(abs(uniform - 0.25), abs(uniform - 0.75)) > 1e-6:
-        assert draw(logits, uniform) == expected
+        assert token_at(logits, uniform) == expected
 
 
 @pytest.mark.parametrize("vocab", [255, 256, 257, 1000, 50_257])
@@ -114,7 +115,7 @@ def test_drawing_from_a_large_vocabulary_follows_its_cumulative_distribution(voc
     chances = softmax(logits)
     ends = np.cumsum(chances)
     for uniform in [0.0, np.nextafter(1, 0), *rng.random(200)]:
-        token_id = draw(logits, uniform)
+        token_id = token_at(logits, uniform)
         assert chances[token_id] > 0
         # float32 exponentials and another order of summing move the ends by about as much.
         assert ends[token_id] - chances[token_id] - 1e-5 <= uniform <= ends[token_id] + 1e-5
