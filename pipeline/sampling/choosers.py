@@ -123,7 +123,7 @@ def number(low: float, high: float) -> Callable[[Option], float]:
     def read(value: Option) -> float:
         try:
             parsed = math.nan if isinstance(value, bool) else float(value)
-        except ValueError:
+        except (TypeError, ValueError, OverflowError):  # a client sends any JSON
             parsed = math.nan
         if not low < parsed <= high:
             raise ValueError(f"give a number above {low:g}, at most {high:g}")
@@ -145,21 +145,22 @@ def parse_chooser(text: str) -> ChooserSpec:
     options: dict[str, Option] = {}
     for part in rest.split(",") if rest else []:
         key, equals, value = part.partition("=")
-        if not equals or key in options:
+        if not equals or key in {"name", *options}:
             raise InputError(f"chooser {name}: {part!r} is not one more option, as key=value")
         options[key] = value
-    spec = ChooserSpec(name, options)
-    check_chooser(spec)
+    return chooser_of({"name": name, **options})
+
+
+def chooser_of(fields: Mapping[str, Any]) -> ChooserSpec:
+    """Read `{"name": NAME, key: value, ...}`. Raises InputError."""
+    options = dict(fields)
+    spec = ChooserSpec(str(options.pop("name", "")), options)
+    _read_options(spec)
     return spec
 
 
-def check_chooser(spec: ChooserSpec) -> None:
-    """Raise InputError unless there is such a chooser with such options."""
-    _read_options(spec)
-
-
 def new_chooser(params: SamplingParams) -> Chooser:
-    """The chooser of a request that has these parameters. Raises InputError: as `check_chooser`."""
+    """The chooser of a request that has these parameters. Raises InputError."""
     random = np.random.default_rng(None if params.seed is None else params.seed & _SEED_MASK)
     if params.chooser is not None:
         options = _read_options(params.chooser)
@@ -167,17 +168,22 @@ def new_chooser(params: SamplingParams) -> Chooser:
     return InverseCdf(random) if params.temperature else Greedy()
 
 
+def _shown(value: object) -> str:
+    """As much of what somebody sent as fits a line."""
+    return repr(value)[:60]
+
+
 def _read_options(spec: ChooserSpec) -> dict[str, Any]:
     kind = CHOOSERS.get(spec.name)
     if kind is None:
-        raise InputError(f"there is no chooser {spec.name!r}, but {', '.join(CHOOSERS)}")
+        raise InputError(f"there is no chooser {_shown(spec.name)}, but {', '.join(CHOOSERS)}")
     options = {}
     for key, value in spec.options.items():
         if key not in kind.options:
             known = ", ".join(kind.options) or "none"
-            raise InputError(f"chooser {spec.name} has no option {key!r}; it has {known}")
+            raise InputError(f"chooser {spec.name} has no option {_shown(key)}; it has {known}")
         try:
             options[key] = kind.options[key](value)
         except ValueError as error:
-            raise InputError(f"chooser {spec.name}: {key} is {value!r}; {error}") from None
+            raise InputError(f"chooser {spec.name}: {key} is {_shown(value)}; {error}") from None
     return options

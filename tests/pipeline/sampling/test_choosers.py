@@ -10,7 +10,7 @@ from pipeline.sampling.choosers import (
     CHOOSERS,
     Distribution,
     Mirostat,
-    check_chooser,
+    chooser_of,
     new_chooser,
     parse_chooser,
 )
@@ -160,10 +160,10 @@ def test_what_is_wrong_with_a_chooser_is_said_by_name(text, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [True, "", "1e400", -1])
+@pytest.mark.parametrize("value", [True, "", "1e400", -1, None, [1], {}])
 def test_an_option_of_any_json_type_is_checked(value):
     with pytest.raises(InputError, match="eta"):
-        check_chooser(ChooserSpec("mirostat", {"eta": value}))
+        chooser_of({"name": "mirostat", "eta": value})
 
 
 @pytest.mark.parametrize("name", CHOOSERS)
