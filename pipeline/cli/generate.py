@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
@@ -22,6 +23,7 @@ from pipeline.files import check_writable
 from pipeline.orchestrator.opening import Pipeline
 from pipeline.protocol.peers import PATIENCE_MS
 from pipeline.sampling.params import SamplingParams
+from pipeline.sampling.stop import StopChecker
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class GenerateFlags:
     max_tokens: int
     ignore_eos: bool
     latency_out: Path | None
+    sampling: SamplingParams
 
 
 def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
@@ -48,9 +51,11 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     eos = frozenset() if flags.ignore_eos else frozenset(manifest.eos_token_ids)
     prompt_ids = tokenizer.encode(flags.text)
     log = LatencyLog()
-    printer = _Printer(flags.text, TextStream(tokenizer, prompt_ids), log)
     engine = PipelineEngine(limits)
-    engine.submit(Generation(prompt_ids, flags.max_tokens, eos, SamplingParams()), printer.hear)
+    printer = _Printer(flags.text, TextStream(tokenizer, prompt_ids), flags.sampling.stop, log)
+    generation = Generation(prompt_ids, flags.max_tokens, eos, flags.sampling)
+    request_id = engine.submit(generation, printer.hear)
+    printer.on_stop = lambda: engine.cancel(request_id)
     path = flags.latency_out
     if path is not None:
         check_writable(path)
@@ -74,11 +79,15 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
 
 
 class _Printer:
-    """Streams text to stdout and latencies to the log."""
+    """Streams text to stdout, up to a stop string, and latencies to the log."""
 
-    def __init__(self, prompt: str, stream: TextStream, log: LatencyLog) -> None:
+    def __init__(
+        self, prompt: str, stream: TextStream, stops: Sequence[str], log: LatencyLog
+    ) -> None:
+        self.on_stop: Callable[[], object] = lambda: None
         self._prompt = prompt
         self._stream = stream
+        self._stop = StopChecker(stops)
         self._log = log
         self._last_ns = 0
         self._failure: PipelineError | None = None
@@ -98,13 +107,17 @@ class _Printer:
         elapsed_ns, self._last_ns = now - self._last_ns, now
         self._log.add(event.token_id, elapsed_ns, event.timings)
         logger.debug("event=token n=%d ms=%.2f", len(self._log.token_ids), elapsed_ns / 1e6)
-        self._write(self._stream.push(event.token_id))
+        text, is_stopped = self._stop.push(self._stream.push(event.token_id))
+        self._write(text)
+        if is_stopped:
+            self.on_stop()
 
     def finish(self) -> None:
         """Print what was held back, and end the line. Raises why no more has come, if so."""
         if self._failure is not None:
             raise self._failure
-        self._write(self._stream.finish() + "\n")
+        text, _ = self._stop.push(self._stream.finish())
+        self._write(text + self._stop.finish() + "\n")
 
     def _write(self, text: str) -> None:
         sys.stdout.buffer.write(text.encode("utf-8", "replace"))
