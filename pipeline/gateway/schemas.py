@@ -14,6 +14,7 @@ from pipeline.gateway.errors import ApiError, invalid
 from pipeline.sampling.choosers import chooser_of
 from pipeline.sampling.params import (
     BIAS,
+    MAX_ALLOWED,
     MAX_BIASES,
     MAX_STOP_CHARS,
     MAX_STOPS,
@@ -68,7 +69,9 @@ class _Sampled(_Schema):
     logit_bias: dict[int, float] = {}
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, _within("min_tokens")] | None = None
-    allowed_token_ids: Annotated[tuple[_Id, ...], Field(min_length=1)] | None = None
+    allowed_token_ids: (
+        Annotated[tuple[_Id, ...], Field(min_length=1, max_length=MAX_ALLOWED)] | None
+    ) = None
     chooser: dict[str, Any] | None = None
 
     @field_validator("stop", mode="before")

@@ -59,5 +59,6 @@ def masks_of(params: SamplingParams, end_ids: Collection[int]) -> tuple[Mask, ..
 
 def _marked(token_ids: Sequence[int], vocab_size: int) -> Allowed:
     marked = np.zeros(vocab_size, np.bool_)
-    marked[[token_id for token_id in token_ids if token_id < vocab_size]] = True
+    ids = np.array(token_ids)
+    marked[ids[ids < vocab_size]] = True
     return marked

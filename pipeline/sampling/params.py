@@ -38,6 +38,7 @@ BIAS = Range(-100, 100)
 MAX_STOPS = 16  # OpenAI takes 4; each costs the same few steps per character
 MAX_STOP_CHARS = 1024
 MAX_BIASES = 1024
+MAX_ALLOWED = 1 << 14  # every continuation of a request looks at each once
 # The largest vocabularies have a quarter of this.
 MAX_TOKEN_ID = (1 << 20) - 1
 
@@ -83,14 +84,14 @@ class SamplingParams:
             if value is not None:
                 _check(name, value, allowed)
         if len(self.logit_bias) > MAX_BIASES:
-            raise InputError(f"logit_bias has {len(self.logit_bias)} tokens, of {MAX_BIASES}")
+            raise InputError(f"logit_bias: give at most {MAX_BIASES} token ids")
         for token_id, bias in self.logit_bias.items():
             _check("a token id of logit_bias", token_id, Range(0, MAX_TOKEN_ID))
             _check("logit_bias", bias, BIAS)
         if self.allowed_token_ids is not None:
-            if not self.allowed_token_ids:
-                raise InputError("allowed_token_ids is empty; give at least one token id")
-            for token_id in self.allowed_token_ids:
+            if not 0 < len(self.allowed_token_ids) <= MAX_ALLOWED:
+                raise InputError(f"allowed_token_ids: give 1 to {MAX_ALLOWED} token ids")
+            for token_id in (min(self.allowed_token_ids), max(self.allowed_token_ids)):
                 _check("allowed_token_ids", token_id, Range(0, MAX_TOKEN_ID))
         is_short = all(0 < len(stop) <= MAX_STOP_CHARS for stop in self.stop)
         if len(self.stop) > MAX_STOPS or not is_short:

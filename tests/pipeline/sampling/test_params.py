@@ -31,6 +31,7 @@ NAN, INF = math.nan, math.inf
         ("min_tokens", -1),
         ("allowed_token_ids", ()),
         ("allowed_token_ids", (3, -1)),
+        ("allowed_token_ids", tuple(range((1 << 14) + 1))),
         ("allowed_token_ids", (1 << 20,)),
         ("logprobs", -1),
         ("logit_bias", {-1: 1.0}),
