@@ -28,7 +28,7 @@ ROOMS = {
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
     "cli": {
         "agreement", "codecs", "engine", "gateway", "kernels", "models", "orchestrator",
-        "placement", "planning", "protocol", "stage",
+        "placement", "planning", "protocol", "sampling", "stage",
     },
 }  # fmt: skip
 # The one thing that kernels know of the protocol: which rows of a step are whose.

@@ -151,6 +151,23 @@ class SecureChannel(trio.abc.Channel[Frame]):
         self._frames_received += 1
         return frame
 
+    async def wait_readable(self) -> None:
+        """Wait, letting other tasks run, until something has come for `peek`, or the end has.
+
+        Cancelled, the channel is as it was. Raises: trio.ClosedResourceError,
+        trio.BusyResourceError.
+        """
+        wire = self._wire
+        if wire.is_closed or self._is_receiving:
+            raise self._unusable()
+        if not self._receiver.is_idle:
+            return
+        self._is_receiving = True
+        try:
+            await wire.readable()
+        finally:
+            self._is_receiving = False
+
     async def peek(self) -> memoryview | None:
         """The plaintext of the next frame's head, waited for in place; the frame is still next.
 
@@ -170,8 +187,6 @@ class SecureChannel(trio.abc.Channel[Frame]):
         try:
             if not receiver.is_idle:
                 return receiver.peek()  # a peer may send faster than its frames are dealt with
-            if not wire.patience_ms:
-                return None
             return receiver.peek(self._inlet.receive(wire.patience_ms))
         except EOFError as error:
             raise wire.ended() from error

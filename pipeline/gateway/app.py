@@ -227,9 +227,10 @@ class Gateway:
 
     def _check_common(self, body: ChatRequest | CompletionRequest) -> None:
         self._check_model(body.model)
-        token_id = max(body.logit_bias, default=0)
-        if token_id >= self._tokenizer.vocab_size:
-            raise invalid(f"The model has no token {token_id}.", "logit_bias")
+        for param in ("logit_bias", "allowed_token_ids"):
+            token_id = max(getattr(body, param) or (), default=0)
+            if token_id >= self._tokenizer.vocab_size:
+                raise invalid(f"The model has no token {token_id}.", param)
 
     def _check_model(self, model: str) -> None:
         if model != self._config.served_model_name:

@@ -3,8 +3,8 @@
 from collections import deque
 from collections.abc import Sequence
 
-from pipeline.engine.drive import RunnerStats
-from pipeline.engine.scheduler import FollowUp, Step
+from pipeline.engine.runner import RunnerStats
+from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.protocol.results import StepResult, step_result
 from pipeline.protocol.steps import step_tensors
 from pipeline.stage.core import StageCore
@@ -21,6 +21,9 @@ class LocalPipeline:
     def stats(self) -> RunnerStats:
         """Nothing is ever lost here."""
         return RunnerStats()
+
+    async def notify(self, notices: Sequence[Notice]) -> None:
+        """Whoever is called step by step needs no telling."""
 
     async def send(self, step: Step) -> None:
         """Run the step at once."""

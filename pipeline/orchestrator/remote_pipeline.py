@@ -10,8 +10,9 @@ from typing import Protocol
 import trio
 
 from pipeline.agreement.manifest import Manifest
-from pipeline.engine.drive import RunnerStats
-from pipeline.engine.scheduler import FollowUp, Limits, Step
+from pipeline.engine.runner import RunnerStats
+from pipeline.engine.scheduler import Limits
+from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.errors import (
     LinkLost,
     MessageError,
@@ -23,7 +24,7 @@ from pipeline.orchestrator.ahead import Ahead
 from pipeline.orchestrator.connector import Connector
 from pipeline.orchestrator.remote_stage import HEALTH_SECONDS, Expectation, RemoteStage
 from pipeline.protocol.links import StepGate, receive_step, send_step
-from pipeline.protocol.messages import Init, Message, Ready, Rewind, Shutdown, StepKind
+from pipeline.protocol.messages import Init, Ready, Rewind, Shutdown, Start, StepKind
 from pipeline.protocol.peers import GOODBYE_SECONDS, describe, hang_up
 from pipeline.protocol.replay import ORCHESTRATOR_IDX, ReplayPlan, plan_replay
 from pipeline.protocol.results import StepResult, step_result
@@ -52,7 +53,8 @@ class PipelineOptions:
     data_out_listen: Endpoint | None = None
     hang_seconds: float = HANG_SECONDS
     on_loss: Callable[[SessionError], None] = lambda _: None
-    # How long to wait for a result in place (`SecureChannel.wait_in_place`).
+    # How long to wait for a result in place (`SecureChannel.wait_in_place`), where nothing else has
+    # to run in this process meanwhile. 0: through the event loop alone.
     patience_ms: int = 0
 
 
@@ -114,6 +116,8 @@ class Pipeline:
         self._tasks = tasks
         self._stages: dict[int, RemoteStage] = {}
         self._links: _Links | None = None
+        # Requests that have started and not ended: a stage that comes later hears of them too.
+        self._started: dict[int, Start] = {}
         # Steps under way on these links.
         self._num_due = 0
         # Rebuilt, and no result has come since that would prove it complete.
@@ -200,6 +204,8 @@ class Pipeline:
 
     async def _send_ahead(self, links: _Links) -> None:
         """Wait for the next result, and send the step that has been prepared for it."""
+        if not self._options.patience_ms:
+            await links.data_out.wait_readable()
         plain = await links.data_out.peek()
         form = None if plain is None else links.ahead.follow(plain, self.vocab_size)
         if form is not None:
@@ -208,16 +214,18 @@ class Pipeline:
             except (TransportError, trio.ClosedResourceError) as error:
                 raise LinkLost(0, f"its data channel broke: {describe(error)}") from error
 
-    async def notify(self, message: Message) -> None:
-        """Tell every stage about a request's life. Raises StageLost, once all have been told."""
-        failure: StageLost | None = None
-        for stage in tuple(self._stages.values()):
-            try:
-                await stage.send(message)
-            except StageLost as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
+    async def notify(self, notices: Sequence[Notice]) -> None:
+        """Tell every stage about requests' lives. Raises StageLost: the others hear of it later."""
+        for notice in notices:
+            if isinstance(notice, Start):
+                self._started[notice.request_id] = notice
+            else:
+                self._started.pop(notice.request_id, None)
+        stages = self.stages
+        for stage in stages:
+            stage.note(notices)
+        for stage in stages:
+            await stage.tell()
 
     @asynccontextmanager
     async def unbroken(self) -> AsyncIterator[None]:
@@ -301,6 +309,7 @@ class Pipeline:
         lengths = list(source.rewind()) if source else [0] * self._options.limits.num_slots
         for stage in stages:
             await stage.begin(self._opening(stage, epoch, lengths, replay))
+            await stage.tell()
         await self._join(stages, epoch)
         until = replay.sources.get(ORCHESTRATOR_IDX)
         if source is not None and until is not None:
@@ -340,6 +349,7 @@ class Pipeline:
         is_last = stage_idx == len(self._manifest.stages) - 1
         expected = Expectation(self._manifest.stage(stage_idx), is_last)
         stage = RemoteStage(expected, control, on_waiting, self.fail)
+        stage.note(self._started.values())
         self._stages[stage_idx] = stage
         self._tasks.start_soon(self._watch, stage)
 

@@ -14,13 +14,11 @@ import numpy.typing as npt
 from pipeline.errors import InputError, MessageError
 from pipeline.protocol.wants import Result, Want
 from pipeline.sampling.draw import Draw
-from pipeline.sampling.params import SamplingParams
+from pipeline.sampling.params import MAX_BIASES, SamplingParams
 from transport.frames import DType, Tensor, TensorSpec
 
 # The largest vocabularies have a quarter of this.
 MAX_VOCAB = 1 << 20
-# Tokens with a bias in one request: more than any API lets a client name.
-MAX_BIASES = 1024
 
 # temperature f64 | top-p f64 | min-p f64 | repetition, presence, frequency penalty f64
 # | top-k u32 | seen tokens u32 | biased tokens u32 | mask bytes u32

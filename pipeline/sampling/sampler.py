@@ -1,22 +1,26 @@
 """One request's choices, one token after another."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import InputError, RequestFailed
-from pipeline.sampling.draw import NO_NUMBERS, Draw, History, adjust, choose, is_sound
+from pipeline.sampling.choosers import (
+    Chooser,
+    Distribution,
+    Greedy,
+    InverseCdf,
+    new_chooser,
+)
+from pipeline.sampling.draw import NO_NUMBERS, Draw, History, adjust, final, is_sound
+from pipeline.sampling.filters import Logits, LogitsProcessor, log_softmax, most_likely
+from pipeline.sampling.masks import Allowed, Mask
 from pipeline.sampling.params import SamplingParams
-from pipeline.sampling.processors import LogitsProcessor, log_softmax, most_likely
-
-# numpy takes seeds of any size but no negative ones; clients send signed 64-bit numbers.
-_SEED_MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """A chosen token; `top` holds (token id, logprob), the likeliest first."""
 
     token_id: int
@@ -27,9 +31,9 @@ class Choice:
 class Sampler:
     """Chooses a request's tokens, or says how the last stage has to, and remembers them.
 
-    Owns its random numbers, one per sampled token, so that the same seed gives the same tokens
-    whoever shares the batch, and wherever they are drawn. The order is that of `draw`; the user's
-    processors come before temperature.
+    Owns its random numbers, one per drawn token, so that the same seed gives the same tokens
+    whoever shares the batch, and wherever they are drawn. The order is that of `draw`, with the
+    user's processors between bias and masks, and the chooser at the end.
     """
 
     def __init__(
@@ -37,48 +41,42 @@ class Sampler:
         params: SamplingParams,
         prompt_ids: Sequence[int],
         processors: Sequence[LogitsProcessor] = (),
+        masks: Sequence[Mask] = (),
+        chooser: Chooser | None = None,
     ) -> None:
+        """`chooser`: in the place of the one that `params` name."""
         self._params = params
         self._processors = tuple(processors)
+        self._masks = tuple(masks)
         self._token_ids = list(prompt_ids)
+        self._num_prompt = len(prompt_ids)
         self._history = History(prompt_ids) if params.has_penalties else None
-        seed = params.seed
-        self._random = np.random.default_rng(None if seed is None else seed & _SEED_MASK)
-        # The next token's random number, for as long as it has none.
-        self._uniform: float | None = None
+        self._chooser = chooser or new_chooser(params)
 
     def next_draw(self) -> Draw:
-        """How the next token has to be drawn: the same until one has been `took`."""
-        if self._uniform is None:
-            self._uniform = self._random.random() if self._params.temperature else 0.0
-        if self._history is None:
-            return Draw(self._params, (self._uniform,))
-        history = self._history
-        return Draw(self._params, (self._uniform,), history.seen, history.counts)
+        """How the last stage has to draw the next token: the same until one has been `took`."""
+        chooser = self._chooser
+        return self._how((chooser.uniform if isinstance(chooser, InverseCdf) else 0.0,))
 
     def took(self, token_id: int) -> None:
-        """The next token is this one, wherever it has been drawn."""
-        self._uniform = None
-        self._token_ids.append(token_id)
-        if self._history is not None:
-            self._history.add(token_id)
+        """The next token is this one, drawn by the last stage."""
+        if isinstance(self._chooser, InverseCdf):
+            self._chooser.spend()
+        self._add(token_id)
 
     def choose(self, logits: npt.NDArray[np.float32]) -> Choice:
         """The next token, from the logits `[vocab]` the model gave it.
 
         Raises RequestFailed if the logits are not numbers, InputError if the request's own
-        processors leave no token to choose.
+        processors and masks leave no token to choose, or its chooser takes one that is not left.
         """
         if not is_sound(logits):
             raise RequestFailed(NO_NUMBERS)
-        how = self.next_draw()
-        changed = adjust(logits, how)
-        for processor in self._processors:
-            changed = processor(self._token_ids, changed)
+        changed = self._change(logits)
         if not is_sound(changed):
-            raise InputError("the logits processors leave no token that can be chosen")
-        token_id = choose(changed, self._params, how.uniforms[0])
-        self.took(token_id)
+            raise InputError("processors and masks leave no token that can be chosen")
+        token_id = self._pick(changed)
+        self._add(token_id)
         if self._params.logprobs is None:
             return Choice(token_id, None, ())
         logprobs = log_softmax(logits)
@@ -88,3 +86,39 @@ class Sampler:
             float(logprobs[token_id]),
             tuple((int(i), float(logprobs[i])) for i in top),
         )
+
+    def _how(self, uniforms: tuple[float, ...]) -> Draw:
+        history = self._history
+        if history is None:
+            return Draw(self._params, uniforms)
+        return Draw(self._params, uniforms, history.seen, history.counts)
+
+    def _add(self, token_id: int) -> None:
+        self._token_ids.append(token_id)
+        if self._history is not None:
+            self._history.add(token_id)
+
+    def _change(self, logits: Logits) -> Logits:
+        logits = adjust(logits, self._how((0.0,)))
+        for processor in self._processors:
+            logits = processor(self._token_ids, logits)
+        allowed = self._allowed(logits.size)
+        return logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
+
+    def _allowed(self, vocab_size: int) -> Allowed | None:
+        """What all masks allow to come next, [vocab]; None: anything."""
+        allowed: Allowed | None = None
+        for mask in self._masks:
+            more = mask.allowed(self._token_ids[self._num_prompt :], vocab_size)
+            if more is not None:
+                allowed = more if allowed is None else allowed & more
+        return allowed
+
+    def _pick(self, logits: Logits) -> int:
+        if isinstance(self._chooser, Greedy):  # filters never leave out the most likely token
+            return self._chooser.choose(Distribution(logits))
+        left = final(logits, self._params)
+        token_id = self._chooser.choose(Distribution(left))
+        if not (0 <= token_id < left.size and left[token_id] > -np.inf):
+            raise InputError(f"the chooser took token {token_id}, which is not left to choose from")
+        return token_id

@@ -14,7 +14,7 @@ from pipeline.protocol.results import Sizes, result_sizes, result_to_wire
 from pipeline.protocol.steps import token_ids_to_wire
 from pipeline.protocol.wants import NO_TOKEN, Result, Want
 from pipeline.sampling.draw import Draw, draw, is_sound
-from pipeline.sampling.processors import log_softmax, most_likely
+from pipeline.sampling.filters import log_softmax, most_likely
 from transport.frames import Tensor
 
 # Logits exist for so many rows at a time, however long the prompts that are scored.

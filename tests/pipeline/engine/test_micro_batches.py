@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from pipeline.engine.chunks import MIN_CHUNK_TOKENS
 from pipeline.engine.request import Request
-from pipeline.engine.scheduler import MIN_CHUNK_TOKENS, MIN_SHARE, Limits, Scheduler
+from pipeline.engine.scheduler import MIN_SHARE, Limits, Scheduler
 from pipeline.protocol.messages import StepKind
 from pipeline.protocol.wants import Want
 

@@ -6,7 +6,7 @@ from pipeline.engine.request import FinishReason, Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.errors import MessageError, PromptError
 from pipeline.protocol.asked import NOTHING_ASKED
-from pipeline.protocol.messages import StepKind
+from pipeline.protocol.messages import Abort, Done, Start, StepKind
 from pipeline.protocol.wants import Want
 from pipeline.sampling.draw import Draw
 from pipeline.sampling.params import SamplingParams
@@ -398,16 +398,106 @@ def test_a_lone_requests_next_step_is_certain_but_for_its_token():
 def test_nothing_is_certain_of_a_request_that_is_not_alone(other):
     scheduler = Scheduler(Limits(1 if other == "waits" else 2, 100))
     scheduler.submit(Request(1, (1, 2), 9, want=Want.LOGITS if other == "samples" else Want.TOKEN))
-    if other == "runs":
+    if other in {"runs", "waits"}:
         scheduler.submit(Request(2, (1, 2), 9))
-    step = scheduler.next_step()
-    assert (scheduler.follow_up() is None) is (other in {"runs", "samples"})
-    if other == "waits":
-        scheduler.submit(Request(2, (1, 2), 9))
+    assert scheduler.next_step() is not None
     if other == "cancelled":
         scheduler.cancel(1)
-    assert scheduler.follow_up() is None or other == "other"
-    assert step is not None
+    assert scheduler.follow_up() is None
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+@pytest.mark.parametrize("has_company", [False, True])
+@pytest.mark.parametrize("moment", ["before the token", "after it"])
+def test_a_follow_up_is_the_next_step_whoever_comes_or_leaves(is_cancelled, has_company, moment):
+    scheduler = Scheduler(Limits(2, 100, num_stages=2))
+    scheduler.submit(Request(1, (1, 2), 9))
+    due = scheduler.next_step()
+    follow_up = scheduler.follow_up()
+
+    def disturb():
+        if is_cancelled:
+            scheduler.cancel(1)
+        if has_company:
+            scheduler.submit(Request(2, (7,), 1))
+
+    if moment == "before the token":
+        disturb()
+        assert scheduler.next_step() is None  # nothing may go before it
+        assert scheduler.follow_up() == follow_up
+    scheduler.complete(due.header, [5])
+    if moment == "after it":
+        disturb()
+    step = scheduler.next_step()
+    assert (step.header, step.token_ids) == (follow_up.header, (5,))
+    events, steps = [], [step]
+    while scheduler.has_work:
+        while (step := scheduler.next_step()) is not None:
+            steps.append(step)
+        step = steps.pop(0)
+        events += scheduler.complete(step.header, [6] * len(step.owners))
+    heard = {event.request_id for event in events}
+    assert heard == ({1} - ({1} if is_cancelled else set())) | ({2} if has_company else set())
+
+
+def test_a_follow_up_is_void_after_an_end_and_after_a_loss():
+    scheduler = Scheduler(Limits(2, 100))
+    scheduler.submit(Request(1, (1, 2), 9, frozenset({4})))
+    due = scheduler.next_step()
+    scheduler.follow_up()
+    scheduler.submit(Request(2, (7, 8), 9))
+    scheduler.complete(due.header, [4])
+    assert scheduler.next_step().header.kind is StepKind.TRUNCATE
+    scheduler.rewind()
+    due = scheduler.next_step()
+    assert scheduler.follow_up() is not None
+    assert scheduler.rewind() == [0, 0]
+    again = scheduler.next_step()
+    assert (again.header.segments, again.token_ids) == (due.header.segments, due.token_ids)
+
+
+class Told:
+    """What stages know of requests' lives."""
+
+    def __init__(self):
+        self.slots = {}
+        self.ended = {}
+
+    def hear(self, notices):
+        for notice in notices:
+            if isinstance(notice, Start):
+                assert notice.request_id not in self.ended
+                assert notice.slot not in self.slots.values()
+                self.slots[notice.request_id] = notice.slot
+            else:
+                del self.slots[notice.request_id]
+                self.ended[notice.request_id] = type(notice)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stages_hear_of_every_request_that_had_a_slot_once_and_in_order(seed):
+    rng, given_up, steps, told = random.Random(seed), [], [], Told()
+    scheduler = Scheduler(Limits(rng.randint(1, 3), 64, num_stages=2), given_up.append)
+    for index in range(120):
+        if rng.random() < 0.3:
+            scheduler.submit(Request(index, (1, 2, 3), rng.randint(1, 4)))
+        if rng.random() < 0.1:
+            scheduler.cancel(rng.randrange(80))
+        if rng.random() < 0.1:
+            scheduler.rewind()
+            steps.clear()
+        while (step := scheduler.next_step()) is not None:
+            steps.append(step)
+            told.hear(scheduler.take_notices())
+            assert set(step.owners) <= told.slots.keys() | told.ended.keys()
+        if steps:
+            step = steps.pop(0)
+            for event in scheduler.complete(step.header, [9] * len(step.owners)):
+                assert event.request_id in told.slots
+    told.hear(scheduler.take_notices())
+    assert {told.ended[each] for each in given_up} <= {Abort}
+    assert Done in told.ended.values()
+    assert scheduler.num_running == len(told.slots)
 
 
 def take_a_step(scheduler, stage):

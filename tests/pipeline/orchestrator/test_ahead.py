@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.engine.scheduler import FollowUp
+from pipeline.engine.step import FollowUp
 from pipeline.errors import LinkLost
 from pipeline.orchestrator.ahead import Ahead
 from pipeline.protocol.messages import StageTiming, StepHeader, StepKind, encode_step

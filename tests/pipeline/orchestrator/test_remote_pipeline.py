@@ -7,11 +7,12 @@ import pytest
 import trio
 
 import pipeline.orchestrator.remote_pipeline
-from pipeline.engine.scheduler import Limits, Step
-from pipeline.errors import MessageError
+from pipeline.engine.scheduler import Limits
+from pipeline.engine.step import Step
+from pipeline.errors import MessageError, StageLost
 from pipeline.orchestrator.ahead import Ahead
 from pipeline.orchestrator.remote_pipeline import Pipeline, PipelineOptions
-from pipeline.protocol.messages import StepHeader, StepKind
+from pipeline.protocol.messages import Abort, Done, Start, StepHeader, StepKind
 from pipeline.protocol.results import result_to_wire
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import token_ids_to_wire
@@ -106,3 +107,53 @@ async def test_where_any_stage_still_computes_no_link_hangs(joined, autojump_clo
         await trio.sleep(5)
         figures.num_steps += 1  # of a long replay, say
     assert not joined.is_broken
+
+
+class Told:
+    """A stage's control channel, of which only what is told counts."""
+
+    figures = None
+
+    def __init__(self, idx, is_lost=False):
+        self.idx = idx
+        self.is_lost = is_lost
+        self.told = []
+        self._untold = []
+
+    def note(self, notices):
+        self._untold += notices
+
+    async def tell(self):
+        await trio.lowlevel.checkpoint()
+        if self.is_lost:
+            raise StageLost(self.idx, "gone")
+        self.told += self._untold
+        self._untold.clear()
+
+
+async def test_a_stage_that_is_lost_keeps_nobody_from_being_told(joined):
+    start, done = Start(request_id=1, slot=0), Done(request_id=1)
+    first, last = Told(0, is_lost=True), Told(1)
+    joined._stages = {0: first, 1: last}
+    with pytest.raises(StageLost):
+        await joined.notify([start])
+    joined._stages = {1: last}
+    await joined.notify([done])
+    assert last.told == [start, done]
+
+
+async def test_a_stage_that_comes_later_is_told_of_requests_under_way(joined, monkeypatch):
+    await joined.notify([Start(request_id=i, slot=i) for i in range(3)])
+    await joined.notify([Done(request_id=0), Abort(request_id=2)])
+    met = Told(0)
+    monkeypatch.setattr(pipeline.orchestrator.remote_pipeline, "RemoteStage", lambda *args: met)
+
+    async def control(_):
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(joined, "_watch", control)
+    joined._connector = SimpleNamespace(control=control, pending={})
+    joined._manifest.stage = lambda idx: None
+    await joined._meet(0)
+    await met.tell()
+    assert met.told == [Start(request_id=1, slot=1)]

@@ -44,6 +44,23 @@ def test_the_same_seed_gives_the_same_tokens_however_choices_interleave():
     assert alone != chosen(SamplingParams(temperature=1.0, seed=8), steps)
 
 
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({}, [49, 30, 45, 9, 15, 8, 7, 46, 46, 13, 35, 10]),
+        ({"temperature": 0.7, "top_p": 0.8}, [48, 30, 41, 9, 15, 9, 17, 49, 36, 13, 35, 10]),
+        (
+            {"temperature": 1.3, "top_k": 5, "repetition_penalty": 1.2},
+            [48, 30, 41, 9, 15, 4, 7, 44, 36, 13, 35, 10],
+        ),
+    ],
+    ids=str,
+)
+def test_a_seed_means_the_same_text_in_every_version(changes, tokens):
+    params = SamplingParams(**{"temperature": 1.0, "seed": 1234} | changes)
+    assert chosen(params, [random_logits(seed) for seed in range(12)]) == tokens
+
+
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**64 - 1, 0])
 def test_any_seed_a_client_may_send_works(seed):
     params = SamplingParams(temperature=1.0, seed=seed)

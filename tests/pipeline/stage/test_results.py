@@ -18,8 +18,8 @@ from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import SessionLimits, expected_inputs, step_tensors
 from pipeline.protocol.wants import NO_TOKEN, Result, Want
 from pipeline.sampling.draw import Draw, draw
+from pipeline.sampling.filters import log_softmax, most_likely
 from pipeline.sampling.params import SamplingParams
-from pipeline.sampling.processors import log_softmax, most_likely
 from pipeline.stage.core import StageCore
 from pipeline.stage.results import Scored, results_of
 from transport.frames import Tensor

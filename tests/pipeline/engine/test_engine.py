@@ -8,19 +8,17 @@ import pytest
 import trio
 
 from pipeline.codecs.registry import make_codec
-from pipeline.engine.drive import drive
+from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
-from pipeline.engine.request import FinishReason, Request
-from pipeline.engine.scheduler import Limits, Scheduler
-from pipeline.engine.service import PipelineEngine
-from pipeline.errors import PromptError, RequestFailed, SessionError
+from pipeline.engine.request import FinishReason
+from pipeline.engine.scheduler import Limits
+from pipeline.errors import InputError, PromptError, RequestFailed, SessionError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.local_pipeline import LocalPipeline
-from pipeline.protocol.asked import MAX_BIASES
 from pipeline.protocol.steps import token_ids_to_wire
 from pipeline.protocol.wants import Result, Want
-from pipeline.sampling.params import SamplingParams
+from pipeline.sampling.params import MAX_BIASES, ChooserSpec, SamplingParams
 from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.core import StageCore
 
@@ -34,9 +32,15 @@ class Yielding:
         self._local = local
         self.stats = local.stats
 
+    async def notify(self, notices):
+        await trio.lowlevel.checkpoint()
+
     async def send(self, step):
         await trio.lowlevel.checkpoint()
         await self._local.send(step)
+
+    def prepare(self, follow_up):
+        pass
 
     async def receive(self):
         await trio.lowlevel.checkpoint()
@@ -231,7 +235,8 @@ async def test_a_token_drawn_by_the_last_stage_is_the_one_drawn_here(engine, sam
         (SamplingParams(logprobs=255), Want(Result.DRAWN, 1, 255, 1)),
         (SamplingParams(logprobs=256), Want.LOGITS),  # more than a header can name
         (SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIASES), 1.0)), Want.DRAWN),
-        (SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIASES + 1), 1.0)), Want.LOGITS),
+        (SamplingParams(allowed_token_ids=(1, 2)), Want.LOGITS),
+        (SamplingParams(temperature=0.5, chooser=ChooserSpec("mirostat")), Want.LOGITS),
     ],
 )
 def test_logits_travel_only_where_nothing_less_will_do(request_, want):
@@ -277,18 +282,12 @@ async def test_a_model_without_numbers_ends_the_request_and_no_other(
 
 async def test_a_lone_text_ends_where_the_model_has_no_numbers(shards):
     cores = new_cores(shards)
-    scheduler = Scheduler(LIMITS)
-    scheduler.submit(Request(0, (1, 2, 3), 9))
-    tokens = []
-
-    def on_token(event, timings):
-        tokens.append(event.token_id)
-
-    pipeline = Overflowing(LocalPipeline(cores), cores, 0)
-    pipeline.prepare = lambda follow_up: None
-    with pytest.raises(RequestFailed, match="overflowed"):
-        await drive(pipeline, scheduler, on_token)
-    assert len(tokens) == 1  # the prompt's, computed before
+    engine = PipelineEngine(LIMITS)
+    heard = []
+    engine.submit(generation(random.Random(1), 9), heard.append)
+    await engine.drain(Overflowing(LocalPipeline(cores), cores, 0))
+    assert isinstance(heard.pop(), RequestFailed)
+    assert len(heard) == 1  # the prompt's, computed before
 
 
 async def test_processors_of_the_callers_own_decide_what_may_be_chosen(engine):
@@ -474,3 +473,55 @@ async def test_a_request_that_breaks_the_stages_every_time_ends_alone(shards, en
     assert found[3] == expected[3][: expected[3].index(poison)]
     assert num_losses == 4
     assert poisoned.stats.num_running == 0
+
+
+async def test_a_chooser_of_the_callers_own_is_made_for_each_request(engine):
+    made = []
+
+    class Second:
+        """Takes the second most likely token each time."""
+
+        def __init__(self):
+            made.append(self)
+            self.num_asked = 0
+
+        def choose(self, final):
+            self.num_asked += 1
+            return int(final.ids[np.argsort(-final.probabilities)[1]])
+
+    rng = random.Random(13)
+    plain = generation(rng, 8, temperature=1.0)
+    own = replace(plain, chooser=Second)
+    first = await tokens_of(engine, own)
+    assert await tokens_of(engine, own) == first
+    assert [each.num_asked for each in made] == [8, 8]
+    assert first != await tokens_of(engine, replace(plain, sampling=SamplingParams()))
+
+
+async def test_masks_hold_for_every_token(engine):
+    rng = random.Random(14)
+    allowed = tuple(range(40, 60))
+    tokens = await tokens_of(engine, generation(rng, 12, allowed_token_ids=allowed))
+    assert set(tokens) <= set(allowed)
+    assert len(tokens) == 12
+
+
+async def test_a_text_has_its_least_length(engine):
+    rng = random.Random(15)
+    plain = generation(rng, 12)
+    (end, *_) = await tokens_of(engine, plain)
+    ending = replace(plain, eos_token_ids=frozenset({end}))
+    assert await tokens_of(engine, ending) == [end]
+    longer = replace(ending, sampling=SamplingParams(min_tokens=5))
+    assert len(await tokens_of(engine, longer)) > 5
+
+
+async def test_what_cannot_be_had_is_refused_before_anything_runs(engine):
+    plain = generation(random.Random(16), 12)
+    with pytest.raises(InputError, match="min_tokens is 13"):
+        replace(plain, sampling=SamplingParams(min_tokens=13))
+    unknown = SamplingParams(temperature=1.0, chooser=ChooserSpec("dice"))
+    with pytest.raises(InputError, match="dice"):
+        async with engine.generate(replace(plain, sampling=unknown)):
+            raise AssertionError("entered")
+    assert not engine.scheduler.has_work

@@ -61,6 +61,11 @@ def scale_temperature(logits: Logits, temperature: float) -> Logits:
     return scaled
 
 
+def keep_most_likely(logits: Logits) -> Logits:
+    """Keep the most likely token alone."""
+    return _only(logits, np.array([logits.argmax()]))
+
+
 def keep_top_k(logits: Logits, k: int) -> Logits:
     """Keep the `k` most likely tokens."""
     return logits if k >= logits.size else _only(logits, _most_likely(logits, k))

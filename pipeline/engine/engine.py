@@ -1,7 +1,12 @@
-"""Continuous batching: many requests share one pipeline, joining and leaving at every step."""
+"""The decode loop: many requests share one pipeline, joining and leaving at every step.
+
+One task, no handovers: the scheduler says what to send, the pipeline brings it back, a request's
+sampler chooses its token, and whoever asked hears of it.
+"""
 
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -9,17 +14,20 @@ from typing import NoReturn
 
 import trio
 
-from pipeline.engine.drive import RunnerStats, StepRunner
 from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.request import Request
+from pipeline.engine.runner import RunnerStats, StepRunner
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.errors import PipelineError, RequestFailed, SessionError
 from pipeline.protocol.results import SegmentResult, StepResult
-from pipeline.protocol.wants import NO_TOKEN, Result, Want
+from pipeline.protocol.wants import NO_TOKEN, Result
 from pipeline.sampling.draw import NO_NUMBERS
 from pipeline.sampling.sampler import Choice, Sampler
 
 logger = logging.getLogger(__name__)
+
+# Hears of each of a request's tokens, and of why no more will come if the last has not.
+Listener = Callable[[TokenOutput | PipelineError], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +47,34 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """A request under way: who chooses its tokens when not the last stage, and who hears of them.
-
-    The channel has room for every token the request can have, so a client that reads slowly never
-    holds up the others.
-    """
+    """A request under way: who chooses its tokens if not the last stage, and who hears of them."""
 
     sampler: Sampler | None
-    outputs: trio.MemorySendChannel[TokenOutput]
-    stream: "TokenStream"
-
-    def fail(self, error: PipelineError) -> None:
-        """No token comes any more, for this reason."""
-        self.stream.failure = error
-        self.outputs.close()
+    listener: Listener
 
 
 class TokenStream(trio.abc.ReceiveChannel[TokenOutput]):
-    """A request's tokens as they come."""
+    """A request's tokens as they come.
 
-    def __init__(self, outputs: trio.MemoryReceiveChannel[TokenOutput]) -> None:
+    It has room for every token the request can have, so a client that reads slowly never holds up
+    the others.
+    """
+
+    def __init__(self, room: int) -> None:
         # Why it ended without a last token.
         self.failure: PipelineError | None = None
-        self._outputs = outputs
+        self._sender, self._outputs = trio.open_memory_channel[TokenOutput](room)
+
+    def hear(self, event: TokenOutput | PipelineError) -> None:
+        """Take a token, or the reason why none comes any more."""
+        if isinstance(event, PipelineError):
+            self.failure = event
+            self._sender.close()
+            return
+        with suppress(trio.BrokenResourceError):  # nobody listens any more, and is about to leave
+            self._sender.send_nowait(event)
+        if event.finish is not None:
+            self._sender.close()
 
     async def receive(self) -> TokenOutput:
         """The next token.
@@ -80,6 +93,11 @@ class TokenStream(trio.abc.ReceiveChannel[TokenOutput]):
         """Stop listening."""
         await self._outputs.aclose()
 
+    def close(self) -> None:
+        """Be done with it, on both sides."""
+        self._sender.close()
+        self._outputs.close()
+
 
 class PipelineEngine:
     """Requests on one side, a pipeline on the other; they advance while `run` is running."""
@@ -89,6 +107,8 @@ class PipelineEngine:
         self.scheduler = Scheduler(limits, self._give_up)
         self._runner: StepRunner | None = None
         self._live: dict[int, _Live] = {}
+        # What has come and its requests have not heard yet.
+        self._outputs: deque[tuple[int, TokenOutput]] = deque()
         self._request_ids: Iterator[int] = count()
         self._has_work = trio.Event()
         self._num_steps = 0
@@ -121,29 +141,51 @@ class PipelineEngine:
         Requests stay open then: rewind the `scheduler`, have its tokens replayed where they are
         lost, and run again; or `fail` them.
         """
-        self._runner = pipeline
         while True:
-            await self._work(pipeline)
+            await self.drain(pipeline)
+            self._has_work = trio.Event()
+            await self._has_work.wait()
+
+    async def drain(self, pipeline: StepRunner) -> None:
+        """Run until no request is left; else as `run`.
+
+        A step's tokens are handed out after the next step has been sent: turning them into text
+        takes its time, and the stages need not wait for it.
+        """
+        self._runner = pipeline
+        scheduler = self.scheduler
+        try:
+            while scheduler.has_work:
+                while (step := scheduler.next_step()) is not None:
+                    self._last_batch = len(step.header.segments)
+                    if notices := scheduler.take_notices():
+                        await pipeline.notify(notices)
+                    await pipeline.send(step)
+                self._hand_out()
+                pipeline.prepare(scheduler.follow_up())
+                self._take(await pipeline.receive())
+        finally:
+            self._hand_out()  # the pipeline may fail with a step's tokens in hand: they count
 
     def fail(self, error: SessionError) -> None:
         """Give up: every open request hears of it, and so does whoever comes later."""
         self.failure = error
         for live in self._live.values():
-            live.fail(error)
+            live.listener(error)
         self._live.clear()
 
-    @asynccontextmanager
-    async def generate(self, generation: Generation) -> AsyncIterator[TokenStream]:
-        """Generate while the context is open; leaving it aborts what is left.
+    def submit(self, generation: Generation, listener: Listener) -> int:
+        """Queue a request; returns what to `cancel` it by.
 
-        Raises PromptError if the prompt can never fit, SessionError after the pipeline has failed.
+        `listener` is called by the loop itself, and so must be quick. Raises PromptError if the
+        prompt can never fit, InputError if there is no such chooser, SessionError after the
+        pipeline has failed.
         """
         if self.failure is not None:
             raise SessionError(str(self.failure)) from self.failure
+        sampler = generation.new_sampler()
         request_id = next(self._request_ids)
-        want, sampler = generation.want, None
-        if want != Want.TOKEN:
-            sampler = Sampler(generation.sampling, generation.prompt_ids, generation.processors)
+        want = generation.want
         request = Request(
             request_id,
             generation.prompt_ids,
@@ -153,22 +195,30 @@ class PipelineEngine:
             sampler.next_draw if sampler and want.result is Result.DRAWN else None,
         )
         self.scheduler.submit(request)
-        room = min(generation.max_tokens, self.max_seq_len) + 1
-        send, receive = trio.open_memory_channel[TokenOutput](room)
-        stream = TokenStream(receive)
-        self._live[request_id] = _Live(sampler, send, stream)
+        self._live[request_id] = _Live(sampler, listener)
         self._has_work.set()
+        return request_id
+
+    def cancel(self, request_id: int) -> bool:
+        """Give a request up, which then hears of nothing more; whether it was open."""
+        if self._live.pop(request_id, None) is None:
+            return False
+        self.scheduler.cancel(request_id)
+        self._has_work.set()
+        return True
+
+    @asynccontextmanager
+    async def generate(self, generation: Generation) -> AsyncIterator[TokenStream]:
+        """Generate while the context is open; leaving it aborts the rest. Raises: as `submit`."""
+        stream = TokenStream(min(generation.max_tokens, self.max_seq_len) + 1)
+        request_id = self.submit(generation, stream.hear)
         self._log("started", request_id, generation)
         try:
             yield stream
         finally:
-            is_open = self._live.pop(request_id, None) is not None
-            if is_open:
-                self.scheduler.cancel(request_id)
-                self._has_work.set()
-            self._log("aborted" if is_open else "ended", request_id, generation)
-            send.close()
-            receive.close()
+            was_open = self.cancel(request_id)
+            self._log("aborted" if was_open else "ended", request_id, generation)
+            stream.close()
 
     def _log(self, what: str, request: int, generation: Generation) -> None:
         logger.debug(
@@ -180,34 +230,25 @@ class PipelineEngine:
             self._num_steps,
         )
 
-    async def _work(self, pipeline: StepRunner) -> None:
-        """Everything there is to do; then wait until there is more."""
-        scheduler = self.scheduler
-        while scheduler.has_work:
-            while (step := scheduler.next_step()) is not None:
-                self._last_batch = len(step.header.segments)
-                await pipeline.send(step)
-            self._deliver(await pipeline.receive())
-        self._has_work = trio.Event()
-        await self._has_work.wait()
-
-    def _deliver(self, result: StepResult) -> None:
+    def _take(self, result: StepResult) -> None:
         choices = self._choose(result)
         token_ids = [choice.token_id for choice in choices.values()]
         for event in self.scheduler.complete(result.header, token_ids):
-            live = self._live.get(event.request_id)
-            if live is None:
-                continue  # its sampler failed at this very token
             choice = choices[event.request_id]
-            with suppress(trio.BrokenResourceError):  # it listens no more, and is about to leave
-                live.outputs.send_nowait(
-                    TokenOutput(choice.token_id, choice.logprob, choice.top, event.finish)
-                )
-            if event.finish is not None:
-                del self._live[event.request_id]
-                live.outputs.close()
+            output = TokenOutput(*choice, event.finish, result.header.timings)
+            self._outputs.append((event.request_id, output))
         self._num_steps += 1
         self._num_tokens += len(choices)
+
+    def _hand_out(self) -> None:
+        while self._outputs:
+            request_id, output = self._outputs.popleft()
+            live = self._live.get(request_id)
+            if live is None:
+                continue  # it has left since
+            if output.finish is not None:
+                del self._live[request_id]
+            live.listener(output)
 
     def _choose(self, result: StepResult) -> dict[int, Choice]:
         """A token for each of the step's owners; who gets none ends here."""
@@ -225,15 +266,17 @@ class PipelineEngine:
                 logger.warning("event=sampling_failed request=%d type=%s", owner, name)
                 if not isinstance(error, RequestFailed):
                     error = RequestFailed(f"choosing a token failed: {name}")
-                live.fail(error)
-                del self._live[owner]
+                self._fail_request(owner, error)
                 self.scheduler.cancel(owner)
         return choices
 
     def _give_up(self, request_id: int) -> None:
         logger.warning("event=request_given_up request=%d", request_id)
-        live = self._live.pop(request_id)
-        live.fail(RequestFailed("stages were lost whenever this request was computed"))
+        reason = "stages were lost whenever this request was computed"
+        self._fail_request(request_id, RequestFailed(reason))
+
+    def _fail_request(self, request_id: int, error: RequestFailed) -> None:
+        self._live.pop(request_id).listener(error)
 
 
 _NO_CHOICE = Choice(0, None, ())

@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from pipeline.sampling.processors import (
+from pipeline.sampling.filters import (
     add_bias,
     count_penalties,
     keep_min_p,
