@@ -40,6 +40,7 @@ from pipeline.protocol.segments import Batch
 
 # Shorter contexts share one graph: reading them costs less than recording more.
 MIN_CONTEXT = 128
+GRAPHS = "graphs"  # what a cache keeps its recorder under
 
 
 def find_gpu(name: str) -> torch.device:
@@ -272,9 +273,7 @@ class CudaKernels(TorchKernels):
         rows = _bucket(len(batch))
         longest = max(segment.position for segment in batch) + 1
         context = min(max(_bucket(longest), MIN_CONTEXT), cache.capacity)
-        recorder = cache.recorded
-        if not isinstance(recorder, Recorder):
-            recorder = cache.recorded = Recorder(self.device)
+        recorder = cache.recordings.get(GRAPHS, partial(Recorder, self.device))
         step = recorder.steps.get((rows, context))
         if step is None:
             step = recorder.steps[rows, context] = StaticStep(

@@ -9,14 +9,12 @@ from typing import ClassVar, NamedTuple, Protocol
 from pipeline.dtypes import KV_DTYPES, Array, Floats, HostArray, Precision
 from pipeline.errors import MessageError
 from pipeline.kernels.base import Attention, DecodeStep, HeadShape, Kernels, Linear, Norm, Rows
-from pipeline.kernels.kv_cache import KVCache, kv_bytes
+from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.kv_storage import kv_bytes
 from pipeline.models.config import ModelConfig
 from pipeline.models.embedding import Embedding
 from pipeline.protocol.segments import Batch, num_tokens
 from pipeline.weights.sinks import Sink
-
-# Decode steps kept for a cache, one for each number of requests: each has buffers of its own.
-MAX_DECODE_STEPS = 32
 
 
 class Block(NamedTuple):
@@ -161,6 +159,7 @@ class Shard(ABC):
     def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
         """An empty cache for this shard's layers."""
         return KVCache(
+            self.kernels,
             num_layers=self.layer_end - self.layer_start,
             num_slots=num_slots,
             num_kv_heads=self.config.num_kv_heads,
@@ -168,7 +167,6 @@ class Shard(ABC):
             head_dim=self.config.head_dim,
             key_block=self.kernels.key_block,
             scratch_slots=self.kernels.scratch_slots,
-            zeros=self.kernels.zeros,
             dtype=self._kv_dtype,
         )
 
@@ -200,12 +198,7 @@ class Shard(ABC):
         if num_tokens(batch) != len(batch):
             raise MessageError(f"a decode step of {num_tokens(batch)} tokens for {len(batch)}")
         cache.reserve(batch)
-        steps = cache.decode_steps
-        step = steps.get(len(batch))
-        if step is None:
-            if len(steps) == MAX_DECODE_STEPS:
-                del steps[next(iter(steps))]
-            step = steps[len(batch)] = self._decode_step(batch, cache)
+        step = cache.recordings.get(len(batch), partial(self._decode_step, batch, cache))
         outputs = step(batch, rows)
         cache.advance(batch)
         return outputs, step.logits

@@ -64,7 +64,7 @@ class StageCore:
 
         See `DecodeStep.server`. Once they are on their way, each has to be `served`.
         """
-        step: DecodeStep = self.cache.decode_steps[count]
+        step: DecodeStep = self.cache.recordings[count]
         return step.server(form, out, self.cache)
 
     def served(self, step: int, segments: Batch, rows: memoryview) -> None:

@@ -111,7 +111,7 @@ def test_native_kernels_hold_int8_weights_as_they_were_quantised(native, config)
 
 def test_what_halves_cannot_hold_is_attended_to_as_their_greatest(kernels, config, make_cache):
     chosen, shape = choose_kernels(kernels, config.head_dim), HeadShape(1, 1, 16, 0)
-    cache = make_cache(zeros=chosen.zeros, key_block=chosen.key_block)
+    cache = make_cache(chosen, key_block=chosen.key_block)
     values = np.linspace(-1e6, 1e6, 16, dtype=np.float32)
     values[3:13] /= 50
     values[0], values[15] = -np.inf, np.inf
