@@ -21,8 +21,27 @@ from pipeline.weights.sinks import CopySink, Fill, Sink, fill_array, weight_sink
 Activation = Literal["none", "gelu_tanh", "gelu", "relu"]
 
 
-class Linear(ABC):
-    """y = activation(x W^T + b) + residual, with W held as the kernels like it."""
+class Linear(Protocol):
+    """y = activation(x W^T + b) + residual, wherever that is computed."""
+
+    def __call__(self, x: Array, out: Array, residual: Array | None = None) -> Array:
+        """[rows, in] -> out [rows, out]; `residual` may be `out`."""
+
+    def gather(self, ids: Array, out: Array) -> None:
+        """Weights of the outputs `ids`, [n, in]: the embedding a head is tied to."""
+
+    def sinks(
+        self, name: str, first: int = 0, last: int | None = None, *, is_in_out: bool = False
+    ) -> dict[str, Sink]:
+        """Sinks of checkpoint layer `name`, which gives outputs first..last of this one."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+
+
+class KernelLinear(ABC):
+    """A linear layer of these kernels, with W held as they like it."""
 
     def __init__(
         self, kernels: "Kernels", num_in: int, num_out: int, *, bias: bool, precision: Precision
@@ -175,8 +194,14 @@ class Kernels(ABC):
         batch: Batch,
         shape: HeadShape,
         cache: KVCache,
+        *,
+        may_record: bool = True,
     ) -> Array:
-        """A step from the host's inputs to `compute`'s result, where these kernels compute."""
+        """A step from the host's inputs to `compute`'s result, where these kernels compute.
+
+        `may_record`: whether `compute` is theirs alone, so that it may be recorded.
+        """
+        del may_record
         end = max(segment.position + segment.num_tokens for segment in batch)
         attention = self.attention(batch, shape, cache.capacity)
         positions = self.to_device(batch_positions(batch))

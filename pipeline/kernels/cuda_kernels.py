@@ -26,7 +26,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from pipeline.dtypes import PRECISIONS, Array, HostArray, Precision
 from pipeline.errors import InputError
-from pipeline.kernels.base import Activation, Attention, Compute, HeadShape, Linear
+from pipeline.kernels.base import Activation, Attention, Compute, HeadShape, KernelLinear, Linear
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.torch_attention import TorchAttention, to_cache
 from pipeline.kernels.torch_kernels import (
@@ -63,7 +63,7 @@ def find_gpu(name: str) -> torch.device:
     return device
 
 
-class CudaLinear(Linear):
+class CudaLinear(KernelLinear):
     """Weights as float32 or bfloat16 [in, out]; everything but the product is in float32."""
 
     def __init__(
@@ -266,9 +266,11 @@ class CudaKernels(TorchKernels):
         batch: Batch,
         shape: HeadShape,
         cache: KVCache,
+        *,
+        may_record: bool = True,
     ) -> Array:
         """A step from the host's inputs to rows on the device; recorded if all are decoding."""
-        if any(segment.num_tokens != 1 for segment in batch):
+        if not may_record or any(segment.num_tokens != 1 for segment in batch):
             return super().run(compute, inputs, batch, shape, cache)
         rows = _bucket(len(batch))
         longest = max(segment.position for segment in batch) + 1

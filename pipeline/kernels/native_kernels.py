@@ -27,6 +27,7 @@ from pipeline.kernels.base import (
     DecodeStep,
     Finish,
     HeadShape,
+    KernelLinear,
     Kernels,
     Linear,
     Norm,
@@ -60,7 +61,7 @@ def _kind(precision: Precision) -> int:
     return kind if feature in _native.features() else _native.F32
 
 
-class NativeLinear(Linear):
+class NativeLinear(KernelLinear):
     """Weights packed in the order the kernels stream them."""
 
     def __init__(

@@ -28,7 +28,15 @@ from pipeline.dtypes import (
     Precision,
     to_floats,
 )
-from pipeline.kernels.base import Activation, Attention, HeadShape, Kernels, Linear, Norm
+from pipeline.kernels.base import (
+    Activation,
+    Attention,
+    HeadShape,
+    KernelLinear,
+    Kernels,
+    Linear,
+    Norm,
+)
 from pipeline.kernels.runtime import limit_torch, pin_blas
 from pipeline.kernels.torch_attention import TorchAttention
 from pipeline.protocol.segments import Batch
@@ -86,7 +94,7 @@ def choose_matvec() -> MatVec:
     return blas_matvec if error <= _SELF_TEST_TOLERANCE else torch_matvec
 
 
-class TorchLinear(Linear):
+class TorchLinear(KernelLinear):
     """Weights as float32 [in, out]."""
 
     def __init__(

@@ -1,8 +1,8 @@
 """The part of a shard that no architecture changes: its range, its names, its cache, its step."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import kv_bytes
 from pipeline.models.config import ModelConfig
 from pipeline.models.embedding import Embedding
+from pipeline.models.parts import LayerMaker, LayerParts
 from pipeline.protocol.segments import Batch, num_tokens
 from pipeline.weights.sinks import Sink
 
@@ -78,6 +79,7 @@ class Shard(ABC):
         *,
         kernels: Kernels,
         precision: Precision,
+        parts: LayerParts,
         is_gated: bool,
         window: int | None = None,
     ) -> None:
@@ -88,10 +90,12 @@ class Shard(ABC):
         self.is_last = layer_end == config.num_layers
         self.kernels = kernels
         self.heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, window or 0)
+        self.parts = parts
+        self._make = LayerMaker(kernels, precision, parts)
         self._kv_dtype = KV_DTYPES[precision]
         size, hidden, inner = config.vocab_size, config.hidden_dim, config.intermediate_size
         self._head = (
-            kernels.linear(hidden, size, bias=False, precision=precision) if self.is_last else None
+            self._make.linear(self.NAMES.head, hidden, size, bias=False) if self.is_last else None
         )
         # where embedding and head are one matrix in one stage it is held once, as the head
         is_shared = self.is_first and self.is_last and config.tie_word_embeddings
@@ -123,6 +127,21 @@ class Shard(ABC):
         Adds learned positions to embedded rows, or returns rotary (cos, signed sin) for every
         layer, each [rows, head_dim].
         """
+
+    def layer_makers(self) -> Iterator[LayerMaker]:
+        """What makes each of this shard's layers, first to last."""
+        for index in range(self.layer_start, self.layer_end):
+            yield replace(self._make, prefix=f"{self.NAMES.layers}.{index}.")
+
+    @property
+    def has_decode_steps(self) -> bool:
+        """Whether `decode` may be called: whether kernels can record all of a step."""
+        return self.kernels.has_decode_steps and self.parts.are_recordable
+
+    @property
+    def is_row_exact(self) -> bool:
+        """Whether a row depends on itself and its own cache alone, bit for bit."""
+        return self.kernels.is_row_exact and self.parts.are_row_exact
 
     def destinations(self) -> Mapping[str, Sink]:
         """Tensor name in the checkpoint (unprefixed) -> where it goes."""
@@ -182,15 +201,17 @@ class Shard(ABC):
         if inputs.shape[0] != rows or not batch:
             raise MessageError(f"a step of {rows} tokens came with {inputs.shape[0]} rows")
         cache.reserve(batch)
-        compute = partial(self._compute, cache.keys, cache.values)
-        hidden = self.kernels.run(compute, inputs, batch, self.heads, cache)
+        compute = partial(self._compute, cache.keys, cache.values, batch)
+        hidden = self.kernels.run(
+            compute, inputs, batch, self.heads, cache, may_record=self.parts.are_recordable
+        )
         cache.advance(batch)
         return hidden
 
     def decode(self, rows: Rows, batch: Batch, cache: KVCache) -> tuple[bytearray, Floats | None]:
         """Run a step of one token for each segment from the wire to the wire.
 
-        Only with kernels that have decode steps. Shapes: rows U32 [n] token ids on the first stage,
+        Only where `has_decode_steps`. Shapes: rows U32 [n] token ids on the first stage,
         else F32 [n, hidden]; returns such rows, and from the last stage U32 [n] greedy tokens, with
         logits that the next step overwrites. Raises MessageError when the batch does not fit the
         cache, ValueError when the rows do not fit the batch or an id the vocabulary.
@@ -205,7 +226,7 @@ class Shard(ABC):
 
     def _decode_step(self, batch: Batch, cache: KVCache) -> DecodeStep:
         # not the cache itself: what is kept there would keep it
-        compute = partial(self._compute, cache.keys, cache.values)
+        compute = partial(self._compute, cache.keys, cache.values, batch)
         finish = self.results if self.is_last else None
         width = None if self.is_first else self.config.hidden_dim
         return self.kernels.decode_step(compute, finish, batch, width, self.heads, cache)
@@ -214,6 +235,7 @@ class Shard(ABC):
         self,
         keys: Sequence[Array],
         values: Sequence[Array],
+        batch: Batch,
         inputs: Array,
         positions: Array,
         end: int,
@@ -227,8 +249,11 @@ class Shard(ABC):
         else:
             self.kernels.copy(inputs, hidden)
         step = self._forward_pass(hidden, attention, self._place(hidden, positions, end))
-        for layer, own_keys, own_values in zip(self._layers, keys, values, strict=True):
-            layer(hidden, step, own_keys, own_values)
+        layers = enumerate(zip(self._layers, keys, values, strict=True), self.layer_start)
+        for index, (layer, own_keys, own_values) in layers:
+            attend = self.parts.attention(index, batch, attention)
+            own = step if attend is attention else replace(step, attention=attend)
+            layer(hidden, own, own_keys, own_values)
         return hidden
 
     def logits(self, hidden: Array) -> Array:

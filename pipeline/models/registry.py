@@ -1,6 +1,6 @@
 """From a model directory and a layer range to a shard that computes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,11 +14,17 @@ from pipeline.models.base import Shard
 from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.llama import LlamaShard
+from pipeline.models.parts import OWN, LayerParts
 from pipeline.protocol.segments import Batch
 from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names, tensor_sizes
 from pipeline.weights.quant import to_precision
 from pipeline.weights.sinks import Sink
 
+# What serves a model, by what its configuration became.
+FAMILIES: Mapping[type[ModelConfig], Callable[..., Shard]] = {
+    GPT2Config: GPT2Shard,
+    LlamaConfig: LlamaShard,
+}
 GPT2_PREFIX = "transformer."  # some checkpoints carry it, the hub's own gpt2 does not
 
 
@@ -31,6 +37,14 @@ class ModelShard(Protocol):
     is_first: bool
     is_last: bool
     kernels: Kernels
+
+    @property
+    def has_decode_steps(self) -> bool:
+        """Whether `decode` may be called."""
+
+    @property
+    def is_row_exact(self) -> bool:
+        """Whether a row depends on itself and its own cache alone, bit for bit."""
 
     @property
     def num_weight_bytes(self) -> int:
@@ -67,19 +81,21 @@ def load_shard(
     dtype: str = "float32",
     kernels: str = "auto",
     device: str = "cpu",
+    parts: LayerParts = OWN,
     expected_hashes: Sequence[str] | None,
 ) -> ModelShard:
     """Load layers layer_start..layer_end (exclusive), with embedding first and head last.
 
     `dtype` is what the weights are held in; `kernels` the arithmetic: auto, native or torch,
-    all on the CPU; `device` where to compute: cpu, cuda or cuda:N. `expected_hashes`: SHA-256 of
+    all on the CPU; `device` where to compute: cpu, cuda or cuda:N; `parts` what does the work
+    of linears and attention. `expected_hashes`: SHA-256 of
     each of `required_files`, or None to load unverified. Raises ModelError naming file, tensor,
     expected and actual, InputError for kernels that cannot be had.
     """
     precision = to_precision(dtype)
     _check_range(config, layer_start, layer_end)
     chosen = choose_kernels(kernels, config.head_dim, device)
-    shard = _allocate(config, layer_start, layer_end, chosen, precision)
+    shard = _allocate(config, layer_start, layer_end, chosen, precision, parts)
     memory = shard.destinations()
     stored = _names_in_files(model_dir, config, memory)
     load_tensors(
@@ -138,10 +154,15 @@ def _check_range(config: ModelConfig, layer_start: int, layer_end: int) -> None:
 
 
 def _allocate(
-    config: ModelConfig, layer_start: int, layer_end: int, kernels: Kernels, precision: Precision
+    config: ModelConfig,
+    layer_start: int,
+    layer_end: int,
+    kernels: Kernels,
+    precision: Precision,
+    parts: LayerParts,
 ) -> Shard:
     try:
-        return _build(config, layer_start, layer_end, kernels, precision)
+        return _build(config, layer_start, layer_end, kernels, precision, parts)
     except (RuntimeError, MemoryError, ValueError) as error:  # what torch, Python, numpy call it
         planned = _plan(config, layer_start, layer_end)
         raise ModelError(
@@ -151,15 +172,17 @@ def _allocate(
 
 
 def _build(
-    config: ModelConfig, layer_start: int, layer_end: int, kernels: Kernels, precision: Precision
+    config: ModelConfig,
+    layer_start: int,
+    layer_end: int,
+    kernels: Kernels,
+    precision: Precision,
+    parts: LayerParts = OWN,
 ) -> Shard:
-    match config:
-        case GPT2Config():
-            return GPT2Shard(config, layer_start, layer_end, kernels=kernels, precision=precision)
-        case LlamaConfig():
-            return LlamaShard(config, layer_start, layer_end, kernels=kernels, precision=precision)
-        case _:
-            raise ModelError(f"architecture {config.architecture!r} is not supported")
+    family = FAMILIES.get(type(config))
+    if family is None:
+        raise ModelError(f"architecture {config.architecture!r} is not supported")
+    return family(config, layer_start, layer_end, kernels=kernels, precision=precision, parts=parts)
 
 
 def _plan(config: ModelConfig, layer_start: int, layer_end: int) -> Shard:

@@ -47,9 +47,7 @@ class StageCore:
     @property
     def decodes_in_place(self) -> bool:
         """Whether `decode` takes rows as they travel, and no replayed step is still put off."""
-        return (
-            self._codec.is_plain_f32 and self.shard.kernels.has_decode_steps and not self._catch_up
-        )
+        return self._codec.is_plain_f32 and self.shard.has_decode_steps and not self._catch_up
 
     def decode(self, step: int, segments: Batch, rows: Rows) -> tuple[bytearray, Floats | None]:
         """Run a step of one token for each segment from rows to rows: see `Shard.decode`."""
@@ -83,7 +81,7 @@ class StageCore:
         Replayed steps wait for each other where that changes nothing, until any other step comes:
         a few large steps take a fraction of the time. Raises MessageError as `step` does.
         """
-        is_put_off = header.kind is StepKind.REPLAY and self.shard.kernels.is_row_exact
+        is_put_off = header.kind is StepKind.REPLAY and self.shard.is_row_exact
         done: list[tuple[StepHeader, tuple[Tensor, ...]]] = []
         if self._catch_up and not (is_put_off and self._catch_up.has_room(header)):
             done = self._caught_up()
@@ -117,7 +115,7 @@ class StageCore:
                 self.log.clear(slots)
             return (CLEAR_SENTINEL,)
         is_decoding = header.kind is StepKind.STEP and header.num_tokens == len(header.segments)
-        if is_decoding and self.shard.kernels.has_decode_steps:
+        if is_decoding and self.shard.has_decode_steps:
             return self._decode(header, tensors)
         hidden = self.shard.forward(self._inputs(tensors), header.segments, self.cache)
         if self.shard.is_last:
