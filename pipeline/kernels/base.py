@@ -222,6 +222,9 @@ class Kernels(ABC):
         """
         raise NotImplementedError
 
+    def wipe(self) -> None:  # noqa: B027 - by default there is nothing
+        """Zero what steps have left in memory of the kernels' own that outlives their session."""
+
     def free_bytes(self) -> int:
         """What sessions may take of the memory that these kernels compute in: on the CPU, all."""
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -34,7 +34,7 @@ from pipeline.kernels.base import (
 )
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.native_step import NativeAttention, NativeStep, spans_of
-from pipeline.kernels.runtime import return_large_blocks
+from pipeline.kernels.runtime import overwrite_freed_blocks, return_large_blocks
 from pipeline.protocol.segments import Batch
 from pipeline.weights.quant import dequantise
 
@@ -171,7 +171,12 @@ class NativeKernels(Kernels):
 
     def __init__(self) -> None:
         return_large_blocks()
+        overwrite_freed_blocks()
         self.arena = Arena()
+
+    def wipe(self) -> None:
+        """Zero what threads have computed in."""
+        _native.wipe()
 
     def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
         """An array to be filled."""

@@ -26,7 +26,7 @@ _SETTERS = (
     "openblas_set_num_threads",
 )
 # What glibc's mallopt calls its parameters, and from how many bytes on a block is given back.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_PERTURB = -1, -3, -6
 _LARGE_BLOCK = 1 << 20
 
 # Threads and CPUs for torch, for when it is imported.
@@ -99,12 +99,33 @@ def return_large_blocks() -> None:
     By default it keeps all below a size that grows with the largest block that was ever freed, up
     to 32 MiB; a stage frees such while it loads. For kernels that keep what they compute in.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
-        mallopt(_M_TRIM_THRESHOLD, _LARGE_BLOCK)
+    _tune_malloc(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+    _tune_malloc(_M_TRIM_THRESHOLD, _LARGE_BLOCK)
+
+
+def overwrite_freed_blocks() -> None:
+    """Have blocks overwritten when they are freed, where this C library is glibc.
+
+    What a step computes in for a moment would otherwise lie in this process's memory after its
+    session, until somebody else is handed it. glibc leaves out what is smaller than about 1 KiB.
+    """
+    _tune_malloc(_M_PERTURB, 0xFF)  # what is handed out then starts as zeros
+
+
+def _tune_malloc(parameter: int, value: int) -> None:
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(parameter, value)
+
+
+def free_mkl_buffers() -> None:
+    """Have torch's MKL free what it copies a product's rows to, where that is its BLAS."""
+    library = Path(sys.modules["torch"].__file__ or "").parent / "lib" / "libtorch_cpu.so"
+    if library.exists():
+        free = getattr(ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None)
+        if free is not None:
+            free()
 
 
 def pin_blas() -> bool:

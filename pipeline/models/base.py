@@ -272,6 +272,7 @@ class Shard(ABC):
         """Zero what steps have left in memory that outlives their session."""
         for each in (*self._buffers, self._logits):
             each[...] = 0
+        self.kernels.wipe()
 
     def _to_logits(self, hidden: Array, out: Array) -> Array:
         assert self._norm is not None, "only the last stage has a norm"

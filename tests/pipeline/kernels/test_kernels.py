@@ -231,7 +231,7 @@ def test_more_threads_than_compute_are_refused_where_kernels_have_a_limit(native
 
 def test_a_cpu_that_no_thread_can_be_pinned_to_is_refused(native, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(2048)))
-    with pytest.raises(InputError, match="CPU 1024 is beyond .* numbered below 1024"):
+    with pytest.raises(InputError, match="CPU 1024 is beyond those"):
         set_num_threads(2, (3, 1024))
 
 
