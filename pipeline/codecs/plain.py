@@ -12,8 +12,8 @@ from pipeline.errors import MessageError
 from transport.frames import DType, Tensor, TensorSpec
 
 _ARRAY_DTYPES = {DType.F32: FLOAT32, DType.F16: FLOAT16, DType.BF16: BFLOAT16}
-# From where on a float32 rounds to infinity.
-_OVERFLOWS_AT = {DType.F16: 65520.0, DType.BF16: 2.0**128 - 2.0**119}
+# The greatest there are: activations of some models are beyond those of F16.
+_GREATEST = {DType.F16: 65504.0, DType.BF16: 2.0**128 - 2.0**120}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +40,16 @@ class Plain:
     def encode(self, hidden: Floats) -> tuple[Tensor, ...]:
         """View [tokens, hidden] as bytes, converted if need be.
 
-        Raises MessageError for what F16 or BF16 has no number for: as an infinity it would make
-        nonsense of all that follows. What F32 carries is not looked at: it is as it was computed.
+        What exceeds F16 or BF16 becomes their greatest, as in the KV cache: as an infinity it would
+        make nonsense of all that follows. Raises MessageError for what is not finite; F32 carries
+        rows as they were computed.
         """
-        if self.dtype in _OVERFLOWS_AT:
-            self._check(_greatest(hidden))
+        most = _GREATEST.get(self.dtype)
+        if most is not None and not (greatest := _greatest(hidden)) <= most:
+            _check_finite(greatest)
+            hidden = hidden.clip(-most, most)
         converted = np.ascontiguousarray(from_floats(hidden, _ARRAY_DTYPES[self.dtype]))
         return (Tensor(self.specs(len(hidden))[0], converted.data.cast("B")),)
-
-    def _check(self, greatest: float) -> None:
-        if not greatest < math.inf:
-            raise MessageError("activations are not finite: the model's numbers overflow")
-        if greatest >= _OVERFLOWS_AT[self.dtype]:
-            able = " or BF16" if greatest < _OVERFLOWS_AT[DType.BF16] else ""
-            raise MessageError(
-                f"activations reach {greatest:.3g}, which {self.name} cannot carry; "
-                f"plan the manifest with --wire-dtype F32{able}"
-            )
 
     def decode(self, tensors: Sequence[Tensor]) -> Floats:
         """View the bytes as [tokens, hidden], converted if need be.
@@ -65,11 +58,16 @@ class Plain:
         """
         stored = np.frombuffer(tensors[0].data, _ARRAY_DTYPES[self.dtype])
         rows = to_floats(stored.reshape(tensors[0].spec.shape))
-        if self.dtype in _OVERFLOWS_AT and not _greatest(rows) < math.inf:
-            raise MessageError(f"activations in {self.name} are not finite")
+        if self.dtype in _GREATEST:
+            _check_finite(_greatest(rows))
         return rows
 
 
 def _greatest(rows: Floats) -> float:
     """The greatest magnitude; not a number where there is one such."""
     return float(np.maximum.reduce(np.abs(rows), axis=None, initial=0.0))
+
+
+def _check_finite(greatest: float) -> None:
+    if not greatest < math.inf:
+        raise MessageError("activations are not finite: a model's numbers overflow")

@@ -69,20 +69,14 @@ def rows_with(value):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "most", "overflow", "fix"),
-    [
-        (DType.F16, 65519.0, 65520.0, "F32 or BF16"),
-        (DType.F16, -65519.0, -70000.0, "F32 or BF16"),
-        (DType.F16, 65504.0, 3.4e38, "F32$"),
-        (DType.BF16, 3.39e38, 3.4e38, "F32$"),
-    ],
+    ("dtype", "most"), [(DType.F16, 65504.0), (DType.BF16, 2.0**128 - 2.0**120)]
 )
-def test_what_a_number_format_cannot_carry_is_refused_with_what_can(dtype, most, overflow, fix):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_exceeds_a_number_format_becomes_its_greatest(dtype, most, sign):
     codec = Plain(dtype, 8)
-    decoded = codec.decode(codec.encode(rows_with(most)))
-    assert np.allclose(decoded, rows_with(most), rtol=0.01)
-    with pytest.raises(MessageError, match=f"{dtype.name} cannot carry; .*--wire-dtype {fix}"):
-        codec.encode(rows_with(overflow))
+    for value in (most, np.nextafter(np.float32(most), np.float32(np.inf)), 3.4e38):
+        decoded = codec.decode(codec.encode(rows_with(sign * value)))
+        assert (decoded == rows_with(sign * most)).all()
 
 
 @pytest.mark.parametrize("dtype", [DType.F16, DType.BF16])
@@ -99,5 +93,5 @@ def test_what_no_encoder_writes_is_refused(dtype, bits, beyond):
     (tensor,) = codec.encode(rows_with(1.0))
     data = np.frombuffer(tensor.data, np.uint16).copy()
     data[9] = bits + beyond  # an infinity, or not a number
-    with pytest.raises(MessageError, match=f"activations in {dtype.name} are not finite"):
+    with pytest.raises(MessageError, match="activations are not finite"):
         codec.decode((Tensor(tensor.spec, memoryview(data).cast("B")),))
