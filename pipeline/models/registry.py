@@ -1,6 +1,8 @@
 """From a model directory and a layer range to a shard that computes."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,8 +22,10 @@ from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names,
 from pipeline.weights.quant import to_precision
 from pipeline.weights.sinks import Sink
 
+logger = logging.getLogger(__name__)
+
 # What serves a model, by what its configuration became.
-FAMILIES: Mapping[type[ModelConfig], Callable[..., Shard]] = {
+FAMILIES: dict[type[ModelConfig], type[Shard]] = {
     GPT2Config: GPT2Shard,
     LlamaConfig: LlamaShard,
 }
@@ -95,6 +99,13 @@ def load_shard(
     precision = to_precision(dtype)
     _check_range(config, layer_start, layer_end)
     chosen = choose_kernels(kernels, config.head_dim, device)
+    stored_config, config = config, _as_stored(model_dir, config)
+    if config is not stored_config and layer_end == config.num_layers:
+        logger.warning(
+            "event=own_head model=%s: config.json ties the head to the embedding, but there is "
+            "a head of its own in the weights, which is used",
+            model_dir.name,
+        )
     shard = _allocate(config, layer_start, layer_end, chosen, precision, parts)
     memory = shard.destinations()
     stored = _names_in_files(model_dir, config, memory)
@@ -104,6 +115,21 @@ def load_shard(
         expected_hashes=expected_hashes,
     )
     return shard
+
+
+def has_own_head(model_dir: Path, config: ModelConfig) -> bool:
+    """Whether the weights hold a head, though the configuration says that it is the embedding.
+
+    Merged and fine-tuned models do: what was trained is what is stored. Raises ModelError.
+    """
+    name = f"{FAMILIES[type(config)].NAMES.head}.weight"
+    return config.tie_word_embeddings and name in stored_names(model_dir)
+
+
+def _as_stored(model_dir: Path, config: ModelConfig) -> ModelConfig:
+    if has_own_head(model_dir, config):
+        return replace(config, tie_word_embeddings=False)
+    return config
 
 
 def required_files(model_dir: Path, config: ModelConfig, layer_range: range) -> list[Path]:
@@ -116,6 +142,7 @@ def required_tensors(
 ) -> Mapping[str, Sink]:
     """The tensors a stage with these layers loads: name as in the files -> what it would go to."""
     _check_range(config, layer_range.start, layer_range.stop)
+    config = _as_stored(model_dir, config)
     sinks = _plan(config, layer_range.start, layer_range.stop).destinations()
     names = _names_in_files(model_dir, config, sinks)
     return {names[name]: sink for name, sink in sinks.items()}
@@ -126,6 +153,7 @@ def layer_bytes(model_dir: Path, config: ModelConfig) -> tuple[int, tuple[int, .
 
     A tied head counts on both sides, as the stages at both ends hold it.
     """
+    config = _as_stored(model_dir, config)
     sizes = tensor_sizes(model_dir)
 
     def total(names: Iterable[str]) -> int:
