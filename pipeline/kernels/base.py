@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import numpy as np
 
 from pipeline.dtypes import FLOAT32, Array, ArrayDType, Floats, HostArray, Precision
+from pipeline.kernels.host_memory import available_bytes
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.protocol.segments import Batch
 from pipeline.weights.sinks import CopySink, Fill, Sink, fill_array, weight_sinks
@@ -226,8 +227,11 @@ class Kernels(ABC):
         """Zero what steps have left in memory of the kernels' own that outlives their session."""
 
     def free_bytes(self) -> int:
-        """What sessions may take of the memory that these kernels compute in: on the CPU, all."""
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        """What is free of the memory that these kernels compute in, less a tenth for the rest."""
+        free = available_bytes()
+        if free is None:
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return free * 9 // 10
 
     def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> Array:
         """An array to be filled, where these kernels compute."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
 
-from pipeline.dtypes import KV_DTYPES, Array, Floats, HostArray, Precision
+from pipeline.dtypes import FLOAT32, KV_DTYPES, Array, Floats, HostArray, Precision
 from pipeline.errors import MessageError
 from pipeline.kernels.base import Attention, DecodeStep, HeadShape, Kernels, Linear, Norm, Rows
 from pipeline.kernels.kv_cache import KVCache
@@ -16,6 +16,8 @@ from pipeline.models.embedding import Embedding
 from pipeline.models.parts import LayerMaker, LayerParts
 from pipeline.protocol.segments import Batch, num_tokens
 from pipeline.weights.sinks import Sink
+
+LOGIT_ROWS = 64  # as many as are expected of a step
 
 
 class Block(NamedTuple):
@@ -174,6 +176,17 @@ class Shard(ABC):
         return num_layers * kv_bytes(
             slots, config.num_kv_heads, max_seq_len, config.head_dim, block, self._kv_dtype
         )
+
+    def step_bytes(self, num_rows: int) -> int:
+        """About what a step of that many rows takes beside weights and caches, at its widest."""
+        inner, gate_up = self._inner_widths
+        hidden = self.config.hidden_dim
+        mixed = max(hidden, self._mixed_width)
+        wide = max(self.heads.qkv_width, gate_up)
+        # rows as they come in, between layers and as they go out; what kernels make of some of them
+        width = 4 * hidden + mixed + 2 * wide + 2 * inner
+        logits = LOGIT_ROWS * self.config.vocab_size if self.is_last else 0
+        return (num_rows * width + logits) * FLOAT32.itemsize
 
     def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
         """An empty cache for this shard's layers."""

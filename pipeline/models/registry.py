@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.dtypes import Array, Floats, HostArray, Precision
 from pipeline.errors import ModelError
@@ -12,7 +12,7 @@ from pipeline.kernels.base import Kernels, Rows
 from pipeline.kernels.choice import choose_kernels
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.outline import Outline
-from pipeline.models.base import Shard
+from pipeline.models.base import Names, Shard
 from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.llama import LlamaShard
@@ -24,8 +24,29 @@ from pipeline.weights.sinks import Sink
 
 logger = logging.getLogger(__name__)
 
+
+class Family(Protocol):
+    """A shard's class."""
+
+    @property
+    def NAMES(self) -> Names:  # noqa: N802 - a constant of the class
+        """Where its checkpoints keep what every decoder has."""
+
+    def __call__(
+        self,
+        config: Any,  # noqa: ANN401 - of the family's own class
+        layer_start: int,
+        layer_end: int,
+        *,
+        kernels: Kernels,
+        precision: Precision,
+        parts: LayerParts = OWN,
+    ) -> Shard:
+        """Allocate its memory."""
+
+
 # What serves a model, by what its configuration became.
-FAMILIES: dict[type[ModelConfig], type[Shard]] = {
+FAMILIES: dict[type[ModelConfig], Family] = {
     GPT2Config: GPT2Shard,
     LlamaConfig: LlamaShard,
 }
@@ -56,6 +77,9 @@ class ModelShard(Protocol):
 
     def kv_bytes(self, num_slots: int, max_seq_len: int) -> int:
         """Bytes such a cache reserves."""
+
+    def step_bytes(self, num_rows: int) -> int:
+        """About what a step of that many rows takes beside weights and caches."""
 
     def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
         """KV memory for this shard's layers."""
@@ -122,7 +146,7 @@ def has_own_head(model_dir: Path, config: ModelConfig) -> bool:
 
     Merged and fine-tuned models do: what was trained is what is stored. Raises ModelError.
     """
-    name = f"{FAMILIES[type(config)].NAMES.head}.weight"
+    name = f"{_family(config).NAMES.head}.weight"
     return config.tie_word_embeddings and name in stored_names(model_dir)
 
 
@@ -207,10 +231,15 @@ def _build(
     precision: Precision,
     parts: LayerParts = OWN,
 ) -> Shard:
+    family = _family(config)
+    return family(config, layer_start, layer_end, kernels=kernels, precision=precision, parts=parts)
+
+
+def _family(config: ModelConfig) -> Family:
     family = FAMILIES.get(type(config))
     if family is None:
         raise ModelError(f"architecture {config.architecture!r} is not supported")
-    return family(config, layer_start, layer_end, kernels=kernels, precision=precision, parts=parts)
+    return family
 
 
 def _plan(config: ModelConfig, layer_start: int, layer_end: int) -> Shard:
