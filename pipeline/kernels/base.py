@@ -263,7 +263,7 @@ class Kernels(ABC):
         precision: Precision,
         activation: Activation = "none",
     ) -> Linear:
-        """An empty linear layer."""
+        """An empty linear layer. Raises InputError for a precision without a product."""
 
     @abstractmethod
     def layer_norm(self, size: int, eps: float) -> Norm:

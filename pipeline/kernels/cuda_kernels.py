@@ -76,6 +76,7 @@ class CudaLinear(KernelLinear):
         precision: Precision,
         activation: Activation,
     ) -> None:
+        """Raises InputError for int8."""
         if precision == "int8":
             raise InputError("int8 weights have no kernel on a GPU: use bfloat16 or float32 there")
         super().__init__(kernels, num_in, num_out, bias=bias, precision=precision)

@@ -189,7 +189,7 @@ class Shard(ABC):
         return (num_rows * width + logits) * FLOAT32.itemsize
 
     def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
-        """An empty cache for this shard's layers."""
+        """An empty cache for this shard's layers. Raises MemoryError."""
         return KVCache(
             self.kernels,
             num_layers=self.layer_end - self.layer_start,

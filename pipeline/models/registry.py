@@ -85,7 +85,10 @@ class ModelShard(Protocol):
         """KV memory for this shard's layers."""
 
     def forward(self, inputs: HostArray, batch: Batch, cache: KVCache) -> Array:
-        """[rows] int64 ids (first stage) or [rows, hidden] -> [rows, hidden]."""
+        """[rows] int64 ids (first stage) or [rows, hidden] -> [rows, hidden].
+
+        Raises MessageError when the batch does not fit the inputs or the cache.
+        """
 
     def logits(self, hidden: Array) -> Array:
         """Last stage: [n, hidden] -> [n, vocab]."""
@@ -157,14 +160,17 @@ def _as_stored(model_dir: Path, config: ModelConfig) -> ModelConfig:
 
 
 def required_files(model_dir: Path, config: ModelConfig, layer_range: range) -> list[Path]:
-    """The weight files a stage with these layers reads, sorted by name."""
+    """The weight files a stage with these layers reads, sorted by name. Raises ModelError."""
     return stage_files(model_dir, required_tensors(model_dir, config, layer_range))
 
 
 def required_tensors(
     model_dir: Path, config: ModelConfig, layer_range: range
 ) -> Mapping[str, Sink]:
-    """The tensors a stage with these layers loads: name as in the files -> what it would go to."""
+    """The tensors a stage with these layers loads: name as in the files -> what it would go to.
+
+    Raises ModelError for a range outside the model, and for files that cannot be read.
+    """
     _check_range(config, layer_range.start, layer_range.stop)
     config = _as_stored(model_dir, config)
     sinks = _plan(config, layer_range.start, layer_range.stop).destinations()
@@ -175,7 +181,8 @@ def required_tensors(
 def layer_bytes(model_dir: Path, config: ModelConfig) -> tuple[int, tuple[int, ...], int]:
     """Stored bytes of (embedding, each layer, final norm and head): what a split balances.
 
-    A tied head counts on both sides, as the stages at both ends hold it.
+    A tied head counts on both sides, as the stages at both ends hold it. Raises ModelError for a
+    tensor that is missing, and for files that cannot be read.
     """
     config = _as_stored(model_dir, config)
     sizes = tensor_sizes(model_dir)

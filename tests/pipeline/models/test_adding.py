@@ -1,5 +1,6 @@
 """Who follows ADDING.md has a family of models that a stage serves, in every split."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -44,8 +45,11 @@ def directory(family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(FIELDS))
     random = np.random.default_rng(4)
     shapes = {
-        "embed.weight": (50, 64), "norm.weight": (64,), "norm.bias": (64,), "lm_head.weight": (50, 64),
-    }  # fmt: skip
+        "embed.weight": (50, 64),
+        "norm.weight": (64,),
+        "norm.bias": (64,),
+        "lm_head.weight": (50, 64),
+    }
     for index in range(3):
         shapes |= {
             f"layers.{index}.{name}": shape
@@ -70,15 +74,11 @@ def generate(directory, bounds, kernels, count=8):
     found = load_config(directory)
     limits = SessionLimits(1, 64, 32, make_codec("F32", 64))
     edges = [0, *bounds, found.num_layers]
-    cores = [
-        StageCore(
-            load_shard(
-                directory, found, *edges[at : at + 2], kernels=kernels, expected_hashes=None
-            ),
-            limits,
-        )
-        for at in range(len(edges) - 1)
+    shards = [
+        load_shard(directory, found, start, end, kernels=kernels, expected_hashes=None)
+        for start, end in itertools.pairwise(edges)
     ]
+    cores = [StageCore(shard, limits) for shard in shards]
     ids, position, tokens = list(range(3, 12)), 0, []
     for step in range(count):
         segment = Segment(0, position, len(ids))
