@@ -29,7 +29,7 @@ from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.protocol.peers import PATIENCE_MS
-from pipeline.stage.setup import StageSetup
+from pipeline.stage.setup import MAX_STEP_TOKENS, StageSetup
 from pipeline.stage.worker import StageWorker
 from pipeline.tasks import open_tasks
 from transport.attestation.dev import default_directory
@@ -78,7 +78,7 @@ def serve(
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
     kv_memory: Annotated[
         float | None,
-        typer.Option(min=0.001, metavar="GIB", help="KV memory of a session [all there is]."),
+        typer.Option(min=0.001, metavar="GIB", help="KV memory of a session [what is free]."),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Exit after the first session.")] = False,
     until_stdin_ends: Annotated[
@@ -132,11 +132,16 @@ def serve(
         precision=precision,
         num_threads=num_threads,
         device=device,
-        max_kv_bytes=shard.kernels.free_bytes() if kv_memory is None else int(kv_memory * GIB),
+        max_kv_bytes=_kv_bytes(shard) if kv_memory is None else int(kv_memory * GIB),
         data_out=data_out,
         patience_ms=PATIENCE_MS,
     )
     _run(setup, control, data_in, once=once, until_stdin_ends=until_stdin_ends)
+
+
+def _kv_bytes(shard: ModelShard) -> int:
+    """What is left for a session's KV memory: weights are loaded, steps are yet to come."""
+    return max(0, shard.kernels.free_bytes() - shard.step_bytes(MAX_STEP_TOKENS))
 
 
 def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:

@@ -1,18 +1,17 @@
 """The codecs there are, by the names that manifests give them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache, partial
-from types import MappingProxyType
 
 from pipeline.codecs.base import ActivationCodec
 from pipeline.codecs.plain import Plain
 from pipeline.codecs.rotated_int8 import RotatedInt8
 from transport.frames import DType
 
-CODECS: Mapping[str, Callable[[int], ActivationCodec]] = MappingProxyType(
-    {dtype.name: partial(Plain, dtype) for dtype in (DType.F32, DType.F16, DType.BF16)}
-    | {RotatedInt8.name: RotatedInt8}
-)
+CODECS: dict[str, Callable[[int], ActivationCodec]] = {
+    **{dtype.name: partial(Plain, dtype) for dtype in (DType.F32, DType.F16, DType.BF16)},
+    RotatedInt8.name: RotatedInt8,
+}
 
 
 @cache

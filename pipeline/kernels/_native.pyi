@@ -29,6 +29,9 @@ F32: Final = 0
 BF16: Final = 1  # weights in bf16, sums in float32; with "bf16_dot" each row is rounded to bf16 too
 I8: Final = 2  # weights and activations in int8, a scale for each 32 inputs of an output or a row
 
+MAX_THREADS: Final = 256
+MAX_CPUS: Final = 1024  # CPUs are numbered below that
+
 def features() -> tuple[str, ...]:
     """What may be called here: "avx512" all but the kinds "bf16" BF16, "vnni" I8; () nothing.
 
@@ -36,10 +39,16 @@ def features() -> tuple[str, ...]:
     """
 
 def set_num_threads(num_threads: int, /, *cpus: int) -> None:
-    """Compute with at most that many threads, the caller's included; 1 at first.
+    """Compute with at most that many threads, up to MAX_THREADS, the caller's included; 1 at first.
 
     `cpus`: none, or one for each. Threads made from now on stay on theirs; the first is the
     caller's, who has to see to itself.
+    """
+
+def wipe() -> None:
+    """Zero what the calling thread and the pool's have computed in: scratch and stacks.
+
+    No other thread may be computing. Not recorded.
     """
 
 class Program:

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import numpy as np
 
 from pipeline.dtypes import FLOAT32, Array, ArrayDType, Floats, HostArray, Precision
+from pipeline.kernels.host_memory import available_bytes
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.protocol.segments import Batch
 from pipeline.weights.sinks import CopySink, Fill, Sink, fill_array, weight_sinks
@@ -21,8 +22,27 @@ from pipeline.weights.sinks import CopySink, Fill, Sink, fill_array, weight_sink
 Activation = Literal["none", "gelu_tanh", "gelu", "relu"]
 
 
-class Linear(ABC):
-    """y = activation(x W^T + b) + residual, with W held as the kernels like it."""
+class Linear(Protocol):
+    """y = activation(x W^T + b) + residual, wherever that is computed."""
+
+    def __call__(self, x: Array, out: Array, residual: Array | None = None) -> Array:
+        """[rows, in] -> out [rows, out]; `residual` may be `out`."""
+
+    def gather(self, ids: Array, out: Array) -> None:
+        """Weights of the outputs `ids`, [n, in]: the embedding a head is tied to."""
+
+    def sinks(
+        self, name: str, first: int = 0, last: int | None = None, *, is_in_out: bool = False
+    ) -> dict[str, Sink]:
+        """Sinks of checkpoint layer `name`, which gives outputs first..last of this one."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+
+
+class KernelLinear(ABC):
+    """A linear layer of these kernels, with W held as they like it."""
 
     def __init__(
         self, kernels: "Kernels", num_in: int, num_out: int, *, bias: bool, precision: Precision
@@ -175,8 +195,14 @@ class Kernels(ABC):
         batch: Batch,
         shape: HeadShape,
         cache: KVCache,
+        *,
+        may_record: bool = True,
     ) -> Array:
-        """A step from the host's inputs to `compute`'s result, where these kernels compute."""
+        """A step from the host's inputs to `compute`'s result, where these kernels compute.
+
+        `may_record`: whether `compute` is theirs alone, so that it may be recorded.
+        """
+        del may_record
         end = max(segment.position + segment.num_tokens for segment in batch)
         attention = self.attention(batch, shape, cache.capacity)
         positions = self.to_device(batch_positions(batch))
@@ -197,9 +223,15 @@ class Kernels(ABC):
         """
         raise NotImplementedError
 
+    def wipe(self) -> None:  # noqa: B027 - by default there is nothing
+        """Zero what steps have left in memory of the kernels' own that outlives their session."""
+
     def free_bytes(self) -> int:
-        """What sessions may take of the memory that these kernels compute in: on the CPU, all."""
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        """What is free of the memory that these kernels compute in, less a tenth for the rest."""
+        free = available_bytes()
+        if free is None:
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return free * 9 // 10
 
     def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> Array:
         """An array to be filled, where these kernels compute."""
@@ -231,7 +263,7 @@ class Kernels(ABC):
         precision: Precision,
         activation: Activation = "none",
     ) -> Linear:
-        """An empty linear layer."""
+        """An empty linear layer. Raises InputError for a precision without a product."""
 
     @abstractmethod
     def layer_norm(self, size: int, eps: float) -> Norm:

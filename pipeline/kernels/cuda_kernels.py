@@ -26,7 +26,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from pipeline.dtypes import PRECISIONS, Array, HostArray, Precision
 from pipeline.errors import InputError
-from pipeline.kernels.base import Activation, Attention, Compute, HeadShape, Linear
+from pipeline.kernels.base import Activation, Attention, Compute, HeadShape, KernelLinear, Linear
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.torch_attention import TorchAttention, to_cache
 from pipeline.kernels.torch_kernels import (
@@ -40,6 +40,7 @@ from pipeline.protocol.segments import Batch
 
 # Shorter contexts share one graph: reading them costs less than recording more.
 MIN_CONTEXT = 128
+GRAPHS = "graphs"  # what a cache keeps its recorder under
 
 
 def find_gpu(name: str) -> torch.device:
@@ -62,7 +63,7 @@ def find_gpu(name: str) -> torch.device:
     return device
 
 
-class CudaLinear(Linear):
+class CudaLinear(KernelLinear):
     """Weights as float32 or bfloat16 [in, out]; everything but the product is in float32."""
 
     def __init__(
@@ -75,6 +76,7 @@ class CudaLinear(Linear):
         precision: Precision,
         activation: Activation,
     ) -> None:
+        """Raises InputError for int8."""
         if precision == "int8":
             raise InputError("int8 weights have no kernel on a GPU: use bfloat16 or float32 there")
         super().__init__(kernels, num_in, num_out, bias=bias, precision=precision)
@@ -265,16 +267,16 @@ class CudaKernels(TorchKernels):
         batch: Batch,
         shape: HeadShape,
         cache: KVCache,
+        *,
+        may_record: bool = True,
     ) -> Array:
         """A step from the host's inputs to rows on the device; recorded if all are decoding."""
-        if any(segment.num_tokens != 1 for segment in batch):
+        if not may_record or any(segment.num_tokens != 1 for segment in batch):
             return super().run(compute, inputs, batch, shape, cache)
         rows = _bucket(len(batch))
         longest = max(segment.position for segment in batch) + 1
         context = min(max(_bucket(longest), MIN_CONTEXT), cache.capacity)
-        recorder = cache.recorded
-        if not isinstance(recorder, Recorder):
-            recorder = cache.recorded = Recorder(self.device)
+        recorder = cache.recordings.get(GRAPHS, partial(Recorder, self.device))
         step = recorder.steps.get((rows, context))
         if step is None:
             step = recorder.steps[rows, context] = StaticStep(

@@ -1,174 +1,134 @@
-"""Keys and values of the tokens each slot has seen, preallocated for the longest context."""
+"""Keys and values of the tokens each slot has seen, preallocated for the longest context.
 
-from collections.abc import Callable, Sequence
-from typing import Any
+Three things make a cache: a ledger of what each slot holds, the memory that it lies in, and what
+kernels have recorded over that memory. Here is what has to be done to several of them at once.
+"""
+
+from collections.abc import Sequence
 
 from pipeline.dtypes import Array, ArrayDType
 from pipeline.errors import MessageError
+from pipeline.kernels.kv_ledger import SlotLedger
+from pipeline.kernels.kv_storage import KVStorage, LayerKV, Memory
+from pipeline.kernels.recordings import Recordings
 from pipeline.protocol.segments import Batch, Segment
 
 
-def kv_bytes(
-    num_slots: int,
-    num_kv_heads: int,
-    max_seq_len: int,
-    head_dim: int,
-    key_block: int,
-    dtype: ArrayDType,
-) -> int:
-    """Bytes of one layer's keys and values."""
-    capacity = _round_up(max_seq_len, key_block)
-    return 2 * num_slots * num_kv_heads * capacity * head_dim * dtype.itemsize
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 class KVCache:
-    """One request per slot; a layer's keys and values are [slots, kv_heads, capacity, head_dim].
+    """One request per slot; behind the slots lie `scratch_slots` that no request can name."""
 
-    With a `key_block` above 1 keys are [slots, capacity / block, kv_heads, head_dim, block] and
-    values [slots, capacity / block, kv_heads, block, head_dim], as kernels read them that take a
-    block of positions at once: what a slot has seen lies together. The memory is reserved, not
-    touched: the operating system hands out zeroed pages as slots fill. Behind the requests' slots
-    lie `scratch_slots` that no request can name. `recorded`, and `decode_steps` by their number of
-    requests, are what kernels keep that refers to this memory and has to end with it.
-    """
-
-    __slots__ = (
-        "_key_block",
-        "_lengths",
-        "_written",
-        "capacity",
-        "decode_steps",
-        "keys",
-        "max_seq_len",
-        "recorded",
-        "values",
-    )
+    __slots__ = ("ledger", "recordings", "storage")
 
     def __init__(
         self,
+        memory: Memory,
         *,
         num_layers: int,
         num_slots: int,
         num_kv_heads: int,
         max_seq_len: int,
         head_dim: int,
-        zeros: Callable[[tuple[int, ...], ArrayDType], Array],
         dtype: ArrayDType,
         key_block: int = 1,
         scratch_slots: int = 0,
     ) -> None:
-        self.capacity = capacity = _round_up(max_seq_len, key_block)
-        slots = num_slots + scratch_slots
-        values: tuple[int, ...] = (slots, num_kv_heads, capacity, head_dim)
-        keys = values
-        if key_block > 1:
-            blocks = (slots, capacity // key_block, num_kv_heads)
-            keys, values = (*blocks, head_dim, key_block), (*blocks, key_block, head_dim)
-        self.keys = [zeros(keys, dtype) for _ in range(num_layers)]
-        self.values = [zeros(values, dtype) for _ in range(num_layers)]
-        self.recorded: object = None
-        self.decode_steps: dict[int, Any] = {}
-        self._key_block = key_block
-        self.max_seq_len = max_seq_len
-        self._lengths = [0] * num_slots
-        self._written = [0] * num_slots  # beyond the length when a step failed half-way
+        self.ledger = SlotLedger(num_slots, max_seq_len)
+        self.storage = KVStorage(
+            memory,
+            num_layers=num_layers,
+            num_slots=num_slots + scratch_slots,
+            num_kv_heads=num_kv_heads,
+            max_seq_len=max_seq_len,
+            head_dim=head_dim,
+            key_block=key_block,
+            dtype=dtype,
+        )
+        self.recordings = Recordings()
+
+    @property
+    def keys(self) -> list[Array]:
+        """Of each layer, as its storage has them."""
+        return self.storage.keys
+
+    @property
+    def values(self) -> list[Array]:
+        """Of each layer, as its storage has them."""
+        return self.storage.values
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a slot has memory for."""
+        return self.storage.capacity
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens held per slot."""
-        return tuple(self._lengths)
-
-    @property
-    def held(self) -> list[int]:
-        """Tokens held per slot, as they are kept: to be read and not changed."""
-        return self._lengths
+        return self.ledger.lengths()
 
     @property
     def num_slots(self) -> int:
         """How many requests fit side by side."""
-        return len(self._lengths)
+        return len(self.ledger.held)
 
     @property
     def num_bytes(self) -> int:
         """Bytes reserved, whether touched yet or not."""
-        return sum(array.nbytes for array in (*self.keys, *self.values))
-
-    def release(self) -> None:
-        """Zero what was used and give the memory back at once, whoever still refers to this."""
-        self.clear()
-        self.recorded = None
-        self.decode_steps.clear()
-        self.keys.clear()
-        self.values.clear()
+        return self.storage.num_bytes
 
     def reserve(self, batch: Batch) -> None:
-        """Admit a step, or refuse one that would not append exactly behind what its slots hold.
-
-        A replayed, lost or reordered step would otherwise silently compute on another history.
-        Raises MessageError naming slot, tokens held and position.
-        """
-        seen: set[int] = set()
-        for segment in batch:
-            self._check(segment, seen)
-        for segment in batch:
-            end = segment.position + segment.num_tokens
-            self._written[segment.slot] = max(self._written[segment.slot], end)
-
-    def _check(self, segment: Segment, seen: set[int]) -> None:
-        slot, position, count = segment.slot, segment.position, segment.num_tokens
-        if not 0 <= slot < len(self._lengths):
-            raise MessageError(f"slot {slot} does not exist: there are {len(self._lengths)}")
-        if slot in seen:
-            raise MessageError(f"slot {slot} appears twice in one step")
-        seen.add(slot)
-        held = self._lengths[slot]
-        if position != held:
-            raise MessageError(f"slot {slot} holds {held} tokens, but the step is at {position}")
-        if count <= 0:
-            raise MessageError(f"slot {slot}: a segment of {count} tokens")
-        if position + count > self.max_seq_len:
-            raise MessageError(
-                f"slot {slot} holds {held} tokens; {count} more at position {position} "
-                f"exceed the context of {self.max_seq_len}"
-            )
+        """Admit a step. Raises MessageError as `SlotLedger.reserve` does."""
+        self.ledger.reserve(batch)
 
     def advance(self, batch: Batch) -> None:
         """Count a computed step's tokens as held."""
-        for segment in batch:
-            self._lengths[segment.slot] += segment.num_tokens
+        self.ledger.advance(batch)
 
     def truncate(self, slot: int, length: int) -> None:
         """Roll `slot` back to its first `length` tokens; what was written behind them is zeroed.
 
         Raises MessageError when the slot does not exist or holds fewer.
         """
-        if not 0 <= slot < len(self._lengths):
-            raise MessageError(f"slot {slot} does not exist: there are {len(self._lengths)}")
-        held = self._lengths[slot]
-        if not 0 <= length <= held:
-            raise MessageError(f"slot {slot} holds {held} tokens, it cannot keep {length}")
-        written = self._written[slot]
-        for keys, values in zip(self.keys, self.values, strict=True):
-            self._zero(keys[slot], values[slot], length, written)
-        self._lengths[slot] = self._written[slot] = length
-
-    def _zero(self, keys: Array, values: Array, first: int, last: int) -> None:
-        """Zero positions first..last of one slot; whatever shares the last block is unused."""
-        block = self._key_block
-        if block == 1:
-            keys[:, first:last] = 0
-            values[:, first:last] = 0
-        elif first < last:
-            keys[first // block, :, :, first % block :] = 0
-            values[first // block, :, first % block :] = 0
-            for each in (keys, values):
-                each[first // block + 1 : -(-last // block)] = 0
+        written = self.ledger.truncate(slot, length)
+        self.storage.zero(slot, length, written)
 
     def clear(self, slots: Sequence[int] | None = None) -> None:
-        """Forget `slots` (all by default): all that was ever written there is zeroed."""
+        """Forget `slots` (all by default): all that was ever written there is zeroed.
+
+        Raises MessageError for a slot that does not exist.
+        """
         for slot in range(self.num_slots) if slots is None else slots:
             self.truncate(slot, 0)
+
+    def release(self) -> None:
+        """Zero what was used and give the memory back at once, whoever still refers to this."""
+        self.clear()
+        self.recordings.clear()
+        self.storage.release()
+
+    def range_bytes(self, num_positions: int) -> int:
+        """Bytes of what `export` gives for so many positions."""
+        return self.storage.range_bytes(num_positions)
+
+    def export(self, slot: int, positions: range) -> list[LayerKV]:
+        """Keys and values at consecutive positions of a slot, of every layer, on the host.
+
+        They do not depend on the kernels whose cache this is, and are the caller's own. Raises
+        MessageError when the slot does not exist or does not hold all of them.
+        """
+        self.ledger.check_range(slot, positions)
+        return self.storage.read(slot, positions)
+
+    def restore(self, slot: int, position: int, layers: Sequence[LayerKV]) -> None:
+        """Append what a cache of the same model has exported; the slot then holds these tokens.
+
+        `position` is that of the first, and has to be the one behind what the slot holds: keys
+        know their positions. Raises MessageError for that, for another model's layers, shapes or
+        dtype, and for more than the context takes; then nothing has changed.
+        """
+        num_positions = self.storage.check(layers)
+        if num_positions == 0:
+            raise MessageError("no keys and values to restore")
+        batch = (Segment(slot, position, num_positions),)
+        self.ledger.reserve(batch)
+        self.storage.write(slot, position, layers)
+        self.ledger.advance(batch)

@@ -27,13 +27,14 @@ from pipeline.kernels.base import (
     DecodeStep,
     Finish,
     HeadShape,
+    KernelLinear,
     Kernels,
     Linear,
     Norm,
 )
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.native_step import NativeAttention, NativeStep, spans_of
-from pipeline.kernels.runtime import return_large_blocks
+from pipeline.kernels.runtime import overwrite_freed_blocks, return_large_blocks
 from pipeline.protocol.segments import Batch
 from pipeline.weights.quant import dequantise
 
@@ -60,7 +61,7 @@ def _kind(precision: Precision) -> int:
     return kind if feature in _native.features() else _native.F32
 
 
-class NativeLinear(Linear):
+class NativeLinear(KernelLinear):
     """Weights packed in the order the kernels stream them."""
 
     def __init__(
@@ -170,7 +171,12 @@ class NativeKernels(Kernels):
 
     def __init__(self) -> None:
         return_large_blocks()
+        overwrite_freed_blocks()
         self.arena = Arena()
+
+    def wipe(self) -> None:
+        """Zero what threads have computed in."""
+        _native.wipe()
 
     def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
         """An array to be filled."""

@@ -84,7 +84,7 @@ class NativeStep:
                 _native.widen(rows, inputs, count)
             else:
                 rows = inputs = aligned(np.empty, (count, width), FLOAT32)
-            outputs = compute(inputs, spans[:, POSITION], cache.max_seq_len, attention)
+            outputs = compute(inputs, spans[:, POSITION], cache.ledger.max_seq_len, attention)
             if finish is not None:
                 chosen, self.logits = finish(outputs)
                 outputs = np.empty(count, np.uint32)
@@ -98,4 +98,5 @@ class NativeStep:
     def server(self, form: FramePlace, out: FramePlace, cache: KVCache) -> Serve:
         """What computes the steps of frames like `form`, and lays out those that go on in `out`."""
         want = ANY if self.logits is None else TOKEN
-        return partial(self._program.serve, *form, *out, cache.held, cache.max_seq_len, want)
+        ledger = cache.ledger
+        return partial(self._program.serve, *form, *out, ledger.held, ledger.max_seq_len, want)

@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pipeline.dtypes import FLOAT32, PRECISIONS, ArrayDType, HostArray, Precision
-from pipeline.kernels.base import Activation, Kernels, Linear, Norm
+from pipeline.kernels.base import Activation, KernelLinear, Kernels, Linear, Norm
 
 
 def _never(self: object, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ANN401
@@ -13,7 +13,7 @@ def _never(self: object, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ANN401
     raise NotImplementedError("an outline has no memory to compute in")
 
 
-class OutlineLinear(Linear):
+class OutlineLinear(KernelLinear):
     """The size of a matrix."""
 
     __call__ = gather = put = _never

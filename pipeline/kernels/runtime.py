@@ -7,12 +7,12 @@ ones the products were 1.3 times faster than with one), and one core nearly satu
 anyway. It also makes a single row's product the same for any count.
 """
 
-import contextlib
 import ctypes
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -26,10 +26,9 @@ _SETTERS = (
     "openblas_set_num_threads",
 )
 # What glibc's mallopt calls its parameters, and from how many bytes on a block is given back.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_PERTURB = -1, -3, -6
 _LARGE_BLOCK = 1 << 20
 
-MAX_CPUS = 256  # as many threads as native kernels make
 # Threads and CPUs for torch, for when it is imported.
 _asked: tuple[int, Sequence[int]] | None = None
 
@@ -38,30 +37,46 @@ def set_num_threads(num_threads: int, cpus: Sequence[int] = ()) -> None:
     """Let this process compute with at most `num_threads` threads at a time.
 
     `cpus`: none, or one for each; native kernels' threads stay on theirs, the first of them this
-    one. torch's share them. Raises InputError for CPUs that this process may not use.
+    one. torch's share them. Raises InputError for more threads than the native kernels make, where
+    there are those, and for CPUs that this process may not use; ValueError for less than one.
     """
     global _asked  # noqa: PLW0603 - as global as what it governs
     if num_threads < 1:
         raise ValueError(f"num_threads={num_threads}: at least one thread computes")
+    native = _native_threads()
+    if native is not None and num_threads > native.MAX_THREADS:
+        raise InputError(
+            f"{num_threads} threads are more than the {native.MAX_THREADS} that compute here"
+        )
     if cpus:
         _check_cpus(cpus)
+    if native is not None and max(cpus, default=0) >= native.MAX_CPUS:
+        raise InputError(
+            f"CPU {max(cpus)} is beyond those that threads are pinned to here: "
+            f"they are numbered below {native.MAX_CPUS}"
+        )
     _asked = num_threads, cpus
     limit_torch()
     pin_blas()
-    with contextlib.suppress(ImportError):
-        from pipeline.kernels import _native  # noqa: PLC0415 (may be absent)
+    if native is not None:
+        native.set_num_threads(num_threads, *cpus)
+        if cpus:
+            os.sched_setaffinity(0, cpus[:1])
 
-        if _native.features():  # else it offers nothing more on this processor
-            _native.set_num_threads(num_threads, *cpus)
-            if cpus:
-                os.sched_setaffinity(0, cpus[:1])
+
+def _native_threads() -> ModuleType | None:
+    """The native kernels' module, where there is one that offers threads on this processor."""
+    try:
+        from pipeline.kernels import _native  # noqa: PLC0415 (may be absent)
+    except ImportError:
+        return None
+    # without the last it is built from older sources, which nobody then computes with
+    return _native if _native.features() and hasattr(_native, "MAX_THREADS") else None
 
 
 def _check_cpus(cpus: Sequence[int]) -> None:
     if not hasattr(os, "sched_setaffinity"):
         raise InputError("this system does not let a process choose its CPUs")
-    if len(cpus) > MAX_CPUS:
-        raise InputError(f"{len(cpus)} CPUs are more than the {MAX_CPUS} that threads run on here")
     usable = os.sched_getaffinity(0)
     for cpu in cpus:
         if cpu not in usable:
@@ -84,12 +99,33 @@ def return_large_blocks() -> None:
     By default it keeps all below a size that grows with the largest block that was ever freed, up
     to 32 MiB; a stage frees such while it loads. For kernels that keep what they compute in.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
-        mallopt(_M_TRIM_THRESHOLD, _LARGE_BLOCK)
+    _tune_malloc(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+    _tune_malloc(_M_TRIM_THRESHOLD, _LARGE_BLOCK)
+
+
+def overwrite_freed_blocks() -> None:
+    """Have blocks overwritten when they are freed, where this C library is glibc.
+
+    What a step computes in for a moment would otherwise lie in this process's memory after its
+    session, until somebody else is handed it. glibc leaves out what is smaller than about 1 KiB.
+    """
+    _tune_malloc(_M_PERTURB, 0xFF)  # what is handed out then starts as zeros
+
+
+def _tune_malloc(parameter: int, value: int) -> None:
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(parameter, value)
+
+
+def free_mkl_buffers() -> None:
+    """Have torch's MKL free what it copies a product's rows to, where that is its BLAS."""
+    library = Path(sys.modules["torch"].__file__ or "").parent / "lib" / "libtorch_cpu.so"
+    if library.exists():
+        free = getattr(ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None)
+        if free is not None:
+            free()
 
 
 def pin_blas() -> bool:

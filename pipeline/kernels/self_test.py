@@ -122,12 +122,12 @@ def _rotated(qkv: Floats, cos: Floats, sin: Floats) -> Floats:
 def _attended(kernels: Kernels, qkv: Floats, dtype: ArrayDType) -> Array:
     """Two requests side by side: three rows of the second, then one of each."""
     cache = KVCache(
+        kernels,
         num_layers=1,
         num_slots=2,
         num_kv_heads=SHAPE.num_kv_heads,
         max_seq_len=32,
         head_dim=SHAPE.head_dim,
-        zeros=kernels.zeros,
         dtype=dtype,
         key_block=kernels.key_block,
         scratch_slots=kernels.scratch_slots,

@@ -28,8 +28,21 @@ from pipeline.dtypes import (
     Precision,
     to_floats,
 )
-from pipeline.kernels.base import Activation, Attention, HeadShape, Kernels, Linear, Norm
-from pipeline.kernels.runtime import limit_torch, pin_blas
+from pipeline.kernels.base import (
+    Activation,
+    Attention,
+    HeadShape,
+    KernelLinear,
+    Kernels,
+    Linear,
+    Norm,
+)
+from pipeline.kernels.runtime import (
+    free_mkl_buffers,
+    limit_torch,
+    overwrite_freed_blocks,
+    pin_blas,
+)
 from pipeline.kernels.torch_attention import TorchAttention
 from pipeline.protocol.segments import Batch
 from pipeline.weights.quant import GROUP, dequantise
@@ -86,7 +99,7 @@ def choose_matvec() -> MatVec:
     return blas_matvec if error <= _SELF_TEST_TOLERANCE else torch_matvec
 
 
-class TorchLinear(Linear):
+class TorchLinear(KernelLinear):
     """Weights as float32 [in, out]."""
 
     def __init__(
@@ -163,9 +176,14 @@ class TorchKernels(Kernels):
     def __init__(self, matvec: MatVec | None = None, device: torch.device = CPU) -> None:
         """`matvec` multiplies single rows; by default whatever does it best here."""
         limit_torch()
+        overwrite_freed_blocks()
         self.device = device
         self.is_host = device.type == "cpu"
         self._matvec = matvec or choose_matvec()
+
+    def wipe(self) -> None:
+        """Free what MKL has copied rows to: freed blocks are overwritten."""
+        free_mkl_buffers()
 
     def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> torch.Tensor:
         """A tensor to be filled, on the device."""

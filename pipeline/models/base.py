@@ -1,22 +1,23 @@
 """The part of a shard that no architecture changes: its range, its names, its cache, its step."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
 
-from pipeline.dtypes import KV_DTYPES, Array, Floats, HostArray, Precision
+from pipeline.dtypes import FLOAT32, KV_DTYPES, Array, Floats, HostArray, Precision
 from pipeline.errors import MessageError
 from pipeline.kernels.base import Attention, DecodeStep, HeadShape, Kernels, Linear, Norm, Rows
-from pipeline.kernels.kv_cache import KVCache, kv_bytes
+from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.kv_storage import kv_bytes
 from pipeline.models.config import ModelConfig
 from pipeline.models.embedding import Embedding
+from pipeline.models.parts import LayerMaker, LayerParts
 from pipeline.protocol.segments import Batch, num_tokens
 from pipeline.weights.sinks import Sink
 
-# Decode steps kept for a cache, one for each number of requests: each has buffers of its own.
-MAX_DECODE_STEPS = 32
+LOGIT_ROWS = 64  # as many as are expected of a step
 
 
 class Block(NamedTuple):
@@ -80,6 +81,7 @@ class Shard(ABC):
         *,
         kernels: Kernels,
         precision: Precision,
+        parts: LayerParts,
         is_gated: bool,
         window: int | None = None,
     ) -> None:
@@ -90,10 +92,12 @@ class Shard(ABC):
         self.is_last = layer_end == config.num_layers
         self.kernels = kernels
         self.heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, window or 0)
+        self.parts = parts
+        self._make = LayerMaker(kernels, precision, parts)
         self._kv_dtype = KV_DTYPES[precision]
         size, hidden, inner = config.vocab_size, config.hidden_dim, config.intermediate_size
         self._head = (
-            kernels.linear(hidden, size, bias=False, precision=precision) if self.is_last else None
+            self._make.linear(self.NAMES.head, hidden, size, bias=False) if self.is_last else None
         )
         # where embedding and head are one matrix in one stage it is held once, as the head
         is_shared = self.is_first and self.is_last and config.tie_word_embeddings
@@ -125,6 +129,21 @@ class Shard(ABC):
         Adds learned positions to embedded rows, or returns rotary (cos, signed sin) for every
         layer, each [rows, head_dim].
         """
+
+    def layer_makers(self) -> Iterator[LayerMaker]:
+        """What makes each of this shard's layers, first to last."""
+        for index in range(self.layer_start, self.layer_end):
+            yield replace(self._make, prefix=f"{self.NAMES.layers}.{index}.")
+
+    @property
+    def has_decode_steps(self) -> bool:
+        """Whether `decode` may be called: whether kernels can record all of a step."""
+        return self.kernels.has_decode_steps and self.parts.are_recordable
+
+    @property
+    def is_row_exact(self) -> bool:
+        """Whether a row depends on itself and its own cache alone, bit for bit."""
+        return self.kernels.is_row_exact and self.parts.are_row_exact
 
     def destinations(self) -> Mapping[str, Sink]:
         """Tensor name in the checkpoint (unprefixed) -> where it goes."""
@@ -158,9 +177,21 @@ class Shard(ABC):
             slots, config.num_kv_heads, max_seq_len, config.head_dim, block, self._kv_dtype
         )
 
+    def step_bytes(self, num_rows: int) -> int:
+        """About what a step of that many rows takes beside weights and caches, at its widest."""
+        inner, gate_up = self._inner_widths
+        hidden = self.config.hidden_dim
+        mixed = max(hidden, self._mixed_width)
+        wide = max(self.heads.qkv_width, gate_up)
+        # rows as they come in, between layers and as they go out; what kernels make of some of them
+        width = 4 * hidden + mixed + 2 * wide + 2 * inner
+        logits = LOGIT_ROWS * self.config.vocab_size if self.is_last else 0
+        return (num_rows * width + logits) * FLOAT32.itemsize
+
     def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
-        """An empty cache for this shard's layers."""
+        """An empty cache for this shard's layers. Raises MemoryError."""
         return KVCache(
+            self.kernels,
             num_layers=self.layer_end - self.layer_start,
             num_slots=num_slots,
             num_kv_heads=self.config.num_kv_heads,
@@ -168,7 +199,6 @@ class Shard(ABC):
             head_dim=self.config.head_dim,
             key_block=self.kernels.key_block,
             scratch_slots=self.kernels.scratch_slots,
-            zeros=self.kernels.zeros,
             dtype=self._kv_dtype,
         )
 
@@ -184,15 +214,17 @@ class Shard(ABC):
         if inputs.shape[0] != rows or not batch:
             raise MessageError(f"a step of {rows} tokens came with {inputs.shape[0]} rows")
         cache.reserve(batch)
-        compute = partial(self._compute, cache.keys, cache.values)
-        hidden = self.kernels.run(compute, inputs, batch, self.heads, cache)
+        compute = partial(self._compute, cache.keys, cache.values, batch)
+        hidden = self.kernels.run(
+            compute, inputs, batch, self.heads, cache, may_record=self.parts.are_recordable
+        )
         cache.advance(batch)
         return hidden
 
     def decode(self, rows: Rows, batch: Batch, cache: KVCache) -> tuple[bytearray, Floats | None]:
         """Run a step of one token for each segment from the wire to the wire.
 
-        Only with kernels that have decode steps. Shapes: rows U32 [n] token ids on the first stage,
+        Only where `has_decode_steps`. Shapes: rows U32 [n] token ids on the first stage,
         else F32 [n, hidden]; returns such rows, and from the last stage U32 [n] greedy tokens, with
         logits that the next step overwrites. Raises MessageError when the batch does not fit the
         cache, ValueError when the rows do not fit the batch or an id the vocabulary.
@@ -200,19 +232,14 @@ class Shard(ABC):
         if num_tokens(batch) != len(batch):
             raise MessageError(f"a decode step of {num_tokens(batch)} tokens for {len(batch)}")
         cache.reserve(batch)
-        steps = cache.decode_steps
-        step = steps.get(len(batch))
-        if step is None:
-            if len(steps) == MAX_DECODE_STEPS:
-                del steps[next(iter(steps))]
-            step = steps[len(batch)] = self._decode_step(batch, cache)
+        step = cache.recordings.get(len(batch), partial(self._decode_step, batch, cache))
         outputs = step(batch, rows)
         cache.advance(batch)
         return outputs, step.logits
 
     def _decode_step(self, batch: Batch, cache: KVCache) -> DecodeStep:
         # not the cache itself: what is kept there would keep it
-        compute = partial(self._compute, cache.keys, cache.values)
+        compute = partial(self._compute, cache.keys, cache.values, batch)
         finish = self.results if self.is_last else None
         width = None if self.is_first else self.config.hidden_dim
         return self.kernels.decode_step(compute, finish, batch, width, self.heads, cache)
@@ -221,6 +248,7 @@ class Shard(ABC):
         self,
         keys: Sequence[Array],
         values: Sequence[Array],
+        batch: Batch,
         inputs: Array,
         positions: Array,
         end: int,
@@ -234,8 +262,11 @@ class Shard(ABC):
         else:
             self.kernels.copy(inputs, hidden)
         step = self._forward_pass(hidden, attention, self._place(hidden, positions, end))
-        for layer, own_keys, own_values in zip(self._layers, keys, values, strict=True):
-            layer(hidden, step, own_keys, own_values)
+        layers = enumerate(zip(self._layers, keys, values, strict=True), self.layer_start)
+        for index, (layer, own_keys, own_values) in layers:
+            attend = self.parts.attention(index, batch, attention)
+            own = step if attend is attention else replace(step, attention=attend)
+            layer(hidden, own, own_keys, own_values)
         return hidden
 
     def logits(self, hidden: Array) -> Array:
@@ -254,6 +285,7 @@ class Shard(ABC):
         """Zero what steps have left in memory that outlives their session."""
         for each in (*self._buffers, self._logits):
             each[...] = 0
+        self.kernels.wipe()
 
     def _to_logits(self, hidden: Array, out: Array) -> Array:
         assert self._norm is not None, "only the last stage has a norm"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ModelError
+from pipeline.models.rope_config import Positions, RopeScaling, Scale, read_rope
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -24,9 +26,9 @@ Inner = Annotated[int, Field(gt=0, le=1 << 22)]
 Heads = Annotated[int, Field(gt=0, le=1 << 14)]
 HeadDim = Annotated[int, Field(gt=0, le=1 << 14)]
 Vocabulary = Annotated[int, Field(gt=0, le=1 << 24)]
-Positions = Annotated[int, Field(gt=0, le=1 << 24)]
 Epsilon = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Scale = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+
+Fields = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +57,6 @@ class GPT2Config(ModelConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are stretched: `linear` by `factor`, `llama3` by wavelength."""
-
-    rope_type: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaConfig(ModelConfig):
     """Llama and its relatives: rotary positions, RMSNorm, gated MLP, grouped KV heads."""
 
@@ -77,7 +68,9 @@ class LlamaConfig(ModelConfig):
     sliding_window: int | None
 
 
-class _Json(BaseModel):
+class JsonFields(BaseModel):
+    """What is read of every config.json, and refused."""
+
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
     vocab_size: Vocabulary
@@ -85,7 +78,7 @@ class _Json(BaseModel):
     quantization_config: None = None  # weights some other library packed are not ours to unpack
 
 
-class _GPT2Json(_Json):
+class _GPT2Json(JsonFields):
     model_type: Literal["gpt2"]
     n_layer: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
     n_embd: Width
@@ -100,19 +93,7 @@ class _GPT2Json(_Json):
     add_cross_attention: Literal[False] = False
 
 
-class _RopeJson(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    rope_type: Literal["default", "linear", "llama3"] = "default"
-    rope_theta: Scale | None = None
-    factor: Scale = 1.0
-    low_freq_factor: Scale = 1.0
-    high_freq_factor: Scale = 4.0
-    original_max_position_embeddings: Positions = 8192
-    partial_rotary_factor: Literal[1] | None = None
-
-
-class _LlamaJson(_Json):
+class _LlamaJson(JsonFields):
     model_type: Literal["llama", "mistral", "qwen2"]
     num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
     hidden_size: Width
@@ -126,6 +107,9 @@ class _LlamaJson(_Json):
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     hidden_act: Literal["silu"] = "silu"
+    original_max_position_embeddings: Positions | None = None
+    partial_rotary_factor: Literal[1] | None = None
+    layer_types: list[str] | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: Positions | None = None
@@ -157,16 +141,15 @@ def parse_config(raw: bytes, generation: dict[str, Any], path: Path) -> ModelCon
     """The configuration in `raw`, with the end tokens of `generation`. Raises ModelError."""
     fields = _parse_json(path, raw)
     try:
-        match fields.get("model_type"):
-            case "gpt2":
-                return _gpt2(_GPT2Json.model_validate(fields), generation)
-            case "llama" | "mistral" | "qwen2":
-                return _llama(_LlamaJson.model_validate(fields), generation)
-            case other:
-                raise ModelError(
-                    f"{path}: model_type {_shown(other)} is not supported: "
-                    "use a gpt2, llama, mistral or qwen2 model"
-                )
+        model_type = fields.get("model_type")
+        read = READERS.get(model_type) if isinstance(model_type, str) else None
+        if read is None:
+            *others, last = READERS
+            raise ModelError(
+                f"{path}: model_type {_shown(model_type)} is not supported: "
+                f"use a {', '.join(others)} or {last} model"
+            )
+        return read(fields, generation)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -215,7 +198,8 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     return fields
 
 
-def _eos_token_ids(*values: object) -> tuple[int, ...]:
+def eos_token_ids_of(*values: object) -> tuple[int, ...]:
+    """Every end token that any of these fields names."""
     found: set[int] = set()
     for value in values:
         candidates = value if isinstance(value, list) else [value]
@@ -229,7 +213,8 @@ def _head_dim(hidden: int, num_heads: int, names: str) -> int:
     return hidden // num_heads
 
 
-def _gpt2(raw: _GPT2Json, generation: dict[str, Any]) -> GPT2Config:
+def _gpt2(fields: Fields, generation: Fields) -> GPT2Config:
+    raw = _GPT2Json.model_validate(fields)
     return GPT2Config(
         architecture=raw.model_type,
         num_layers=raw.n_layer,
@@ -239,7 +224,7 @@ def _gpt2(raw: _GPT2Json, generation: dict[str, Any]) -> GPT2Config:
         head_dim=_head_dim(raw.n_embd, raw.n_head, "n_embd/n_head"),
         vocab_size=raw.vocab_size,
         max_positions=raw.n_positions,
-        eos_token_ids=_eos_token_ids(raw.eos_token_id, generation.get("eos_token_id")),
+        eos_token_ids=eos_token_ids_of(raw.eos_token_id, generation.get("eos_token_id")),
         intermediate_size=raw.n_inner or 4 * raw.n_embd,
         norm_eps=raw.layer_norm_epsilon,
         tie_word_embeddings=raw.tie_word_embeddings,
@@ -247,9 +232,15 @@ def _gpt2(raw: _GPT2Json, generation: dict[str, Any]) -> GPT2Config:
     )
 
 
-def _llama(raw: _LlamaJson, generation: dict[str, Any]) -> LlamaConfig:
+def _llama(fields: Fields, generation: Fields) -> LlamaConfig:
+    raw = _LlamaJson.model_validate(fields)
     if raw.model_type == "qwen2" and raw.use_sliding_window:
         raise ModelError("config.json: use_sliding_window=true is not supported for qwen2")
+    if len(set(raw.layer_types or ())) > 1:
+        raise ModelError(
+            f"config.json: layer_types={_shown(sorted(set(raw.layer_types or ())))} is not "
+            "supported: layers of one type are"
+        )
     num_heads = raw.num_attention_heads
     num_kv_heads = raw.num_key_value_heads or num_heads
     if num_heads % num_kv_heads:
@@ -262,7 +253,12 @@ def _llama(raw: _LlamaJson, generation: dict[str, Any]) -> LlamaConfig:
     )
     if head_dim % 2:
         raise ModelError(f"config.json: head_dim={head_dim} is odd; rotary positions need pairs")
-    theta, scaling = _rope(raw)
+    rope = read_rope(
+        (raw.rope_parameters, raw.rope_scaling),
+        raw.rope_theta,
+        max_positions=raw.max_position_embeddings,
+        original_positions=raw.original_max_position_embeddings,
+    )
     is_qwen2 = raw.model_type == "qwen2"
     return LlamaConfig(
         architecture=raw.model_type,
@@ -272,13 +268,13 @@ def _llama(raw: _LlamaJson, generation: dict[str, Any]) -> LlamaConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=raw.vocab_size,
-        max_positions=raw.max_position_embeddings,
-        eos_token_ids=_eos_token_ids(raw.eos_token_id, generation.get("eos_token_id")),
+        max_positions=rope.max_positions,
+        eos_token_ids=eos_token_ids_of(raw.eos_token_id, generation.get("eos_token_id")),
         intermediate_size=raw.intermediate_size,
         norm_eps=raw.rms_norm_eps,
         tie_word_embeddings=raw.tie_word_embeddings,
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
         qkv_bias=is_qwen2 or (raw.model_type == "llama" and raw.attention_bias),
         output_bias=raw.model_type == "llama" and raw.attention_bias,
         mlp_bias=raw.model_type == "llama" and raw.mlp_bias,
@@ -286,19 +282,11 @@ def _llama(raw: _LlamaJson, generation: dict[str, Any]) -> LlamaConfig:
     )
 
 
-def _rope(raw: _LlamaJson) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling, from `rope_parameters` or the older `rope_theta`, `rope_scaling`."""
-    fields = dict(raw.rope_parameters or raw.rope_scaling or {})
-    if "type" in fields:  # the key's name before rope_type
-        fields.setdefault("rope_type", fields["type"])
-    rope = _RopeJson.model_validate(fields)
-    theta = rope.rope_theta or raw.rope_theta or 10000.0
-    if rope.rope_type == "default":
-        return theta, None
-    return theta, RopeScaling(
-        rope_type=rope.rope_type,
-        factor=rope.factor,
-        low_freq_factor=rope.low_freq_factor,
-        high_freq_factor=rope.high_freq_factor,
-        original_max_position_embeddings=rope.original_max_position_embeddings,
-    )
+# What reads config.json (and generation_config.json's fields) of a model_type. Raises ModelError,
+# and pydantic's ValidationError.
+READERS: dict[str, Callable[[Fields, Fields], ModelConfig]] = {
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "mistral": _llama,
+    "qwen2": _llama,
+}

@@ -6,6 +6,7 @@ from pipeline.dtypes import Array, Precision
 from pipeline.kernels.base import Activation, Kernels, Norm
 from pipeline.models.base import ForwardPass, Layer, Names, Shard
 from pipeline.models.config import GPT2Config
+from pipeline.models.parts import OWN, LayerMaker, LayerParts
 from pipeline.weights.sinks import CopySink, Sink
 
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -19,18 +20,16 @@ ACTIVATIONS: Mapping[str, Activation] = {
 class GPT2Layer:
     """Pre-norm attention and MLP, both with biases."""
 
-    def __init__(self, config: GPT2Config, kernels: Kernels, precision: Precision) -> None:
+    def __init__(self, config: GPT2Config, make: LayerMaker) -> None:
         hidden, inner, eps = config.hidden_dim, config.intermediate_size, config.norm_eps
         activation = ACTIVATIONS[config.activation_function]
 
-        self.ln_1 = kernels.layer_norm(hidden, eps)
-        self.attn_c_attn = kernels.linear(hidden, 3 * hidden, bias=True, precision=precision)
-        self.attn_c_proj = kernels.linear(hidden, hidden, bias=True, precision=precision)
-        self.ln_2 = kernels.layer_norm(hidden, eps)
-        self.mlp_c_fc = kernels.linear(
-            hidden, inner, bias=True, precision=precision, activation=activation
-        )
-        self.mlp_c_proj = kernels.linear(inner, hidden, bias=True, precision=precision)
+        self.ln_1 = make.layer_norm(hidden, eps)
+        self.attn_c_attn = make.linear("attn.c_attn", hidden, 3 * hidden, bias=True)
+        self.attn_c_proj = make.linear("attn.c_proj", hidden, hidden, bias=True)
+        self.ln_2 = make.layer_norm(hidden, eps)
+        self.mlp_c_fc = make.linear("mlp.c_fc", hidden, inner, bias=True, activation=activation)
+        self.mlp_c_proj = make.linear("mlp.c_proj", inner, hidden, bias=True)
 
     def sinks(self) -> dict[str, Sink]:
         """Sinks of its tensors, by their names below the layer's prefix."""
@@ -72,14 +71,21 @@ class GPT2Shard(Shard):
         *,
         kernels: Kernels,
         precision: Precision,
+        parts: LayerParts = OWN,
     ) -> None:
         super().__init__(
-            config, layer_start, layer_end, kernels=kernels, precision=precision, is_gated=False
+            config,
+            layer_start,
+            layer_end,
+            kernels=kernels,
+            precision=precision,
+            parts=parts,
+            is_gated=False,
         )
         self.wpe: Array | None = None
         if self.is_first:
             self.wpe = kernels.empty(config.max_positions, config.hidden_dim)
-        self.h = [GPT2Layer(config, kernels, precision) for _ in range(layer_start, layer_end)]
+        self.h = [GPT2Layer(config, make) for make in self.layer_makers()]
         self.ln_f = kernels.layer_norm(config.hidden_dim, config.norm_eps) if self.is_last else None
 
     def destinations(self) -> Mapping[str, Sink]:

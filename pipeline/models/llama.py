@@ -9,6 +9,7 @@ from pipeline.dtypes import Array, Precision
 from pipeline.kernels.base import HeadShape, Kernels, Norm
 from pipeline.models.base import ForwardPass, Layer, Names, Shard
 from pipeline.models.config import LlamaConfig
+from pipeline.models.parts import OWN, LayerMaker, LayerParts
 from pipeline.models.rope import RopeTable, rope_frequencies
 from pipeline.weights.sinks import Sink
 
@@ -16,29 +17,25 @@ from pipeline.weights.sinks import Sink
 class LlamaLayer:
     """Pre-norm attention with rotary positions and grouped KV heads, and a gated MLP."""
 
-    def __init__(
-        self, config: LlamaConfig, heads: HeadShape, kernels: Kernels, precision: Precision
-    ) -> None:
+    def __init__(self, config: LlamaConfig, heads: HeadShape, make: LayerMaker) -> None:
         hidden, eps = config.hidden_dim, config.norm_eps
-        self._kernels, self._heads = kernels, heads
+        self._kernels, self._heads = make.kernels, heads
         self._width = heads.num_heads * heads.head_dim
         self._kv_width = heads.num_kv_heads * heads.head_dim
         self._inner = config.intermediate_size
 
-        self.input_layernorm = kernels.rms_norm(hidden, eps)
-        self.qkv_proj = kernels.linear(
-            hidden, heads.qkv_width, bias=config.qkv_bias, precision=precision
+        self.input_layernorm = make.rms_norm(hidden, eps)
+        self.qkv_proj = make.linear(
+            "self_attn.qkv_proj", hidden, heads.qkv_width, bias=config.qkv_bias
         )
-        self.self_attn_o_proj = kernels.linear(
-            self._width, hidden, bias=config.output_bias, precision=precision
+        self.self_attn_o_proj = make.linear(
+            "self_attn.o_proj", self._width, hidden, bias=config.output_bias
         )
-        self.post_attention_layernorm = kernels.rms_norm(hidden, eps)
-        self.gate_up_proj = kernels.linear(
-            hidden, 2 * self._inner, bias=config.mlp_bias, precision=precision
+        self.post_attention_layernorm = make.rms_norm(hidden, eps)
+        self.gate_up_proj = make.linear(
+            "mlp.gate_up_proj", hidden, 2 * self._inner, bias=config.mlp_bias
         )
-        self.mlp_down_proj = kernels.linear(
-            self._inner, hidden, bias=config.mlp_bias, precision=precision
-        )
+        self.mlp_down_proj = make.linear("mlp.down_proj", self._inner, hidden, bias=config.mlp_bias)
 
     def sinks(self) -> dict[str, Sink]:
         """Sinks of its tensors, by their names below the layer's prefix."""
@@ -91,6 +88,7 @@ class LlamaShard(Shard):
         *,
         kernels: Kernels,
         precision: Precision,
+        parts: LayerParts = OWN,
     ) -> None:
         super().__init__(
             config,
@@ -98,13 +96,11 @@ class LlamaShard(Shard):
             layer_end,
             kernels=kernels,
             precision=precision,
+            parts=parts,
             is_gated=True,
             window=config.sliding_window,
         )
-        self.layers = [
-            LlamaLayer(config, self.heads, kernels, precision)
-            for _ in range(layer_start, layer_end)
-        ]
+        self.layers = [LlamaLayer(config, self.heads, make) for make in self.layer_makers()]
         self.norm = kernels.rms_norm(config.hidden_dim, config.norm_eps) if self.is_last else None
         self._table = RopeTable(rope_frequencies(config), kernels, config.max_positions)
 

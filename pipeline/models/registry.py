@@ -1,8 +1,10 @@
 """From a model directory and a layer range to a shard that computes."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.dtypes import Array, Floats, HostArray, Precision
 from pipeline.errors import ModelError
@@ -10,15 +12,44 @@ from pipeline.kernels.base import Kernels, Rows
 from pipeline.kernels.choice import choose_kernels
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.outline import Outline
-from pipeline.models.base import Shard
+from pipeline.models.base import Names, Shard
 from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.llama import LlamaShard
+from pipeline.models.parts import OWN, LayerParts
 from pipeline.protocol.segments import Batch
 from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names, tensor_sizes
 from pipeline.weights.quant import to_precision
 from pipeline.weights.sinks import Sink
 
+logger = logging.getLogger(__name__)
+
+
+class Family(Protocol):
+    """A shard's class."""
+
+    @property
+    def NAMES(self) -> Names:  # noqa: N802 - a constant of the class
+        """Where its checkpoints keep what every decoder has."""
+
+    def __call__(
+        self,
+        config: Any,  # noqa: ANN401 - of the family's own class
+        layer_start: int,
+        layer_end: int,
+        *,
+        kernels: Kernels,
+        precision: Precision,
+        parts: LayerParts = OWN,
+    ) -> Shard:
+        """Allocate its memory."""
+
+
+# What serves a model, by what its configuration became.
+FAMILIES: dict[type[ModelConfig], Family] = {
+    GPT2Config: GPT2Shard,
+    LlamaConfig: LlamaShard,
+}
 GPT2_PREFIX = "transformer."  # some checkpoints carry it, the hub's own gpt2 does not
 
 
@@ -33,17 +64,31 @@ class ModelShard(Protocol):
     kernels: Kernels
 
     @property
+    def has_decode_steps(self) -> bool:
+        """Whether `decode` may be called."""
+
+    @property
+    def is_row_exact(self) -> bool:
+        """Whether a row depends on itself and its own cache alone, bit for bit."""
+
+    @property
     def num_weight_bytes(self) -> int:
         """Bytes of weights held."""
 
     def kv_bytes(self, num_slots: int, max_seq_len: int) -> int:
         """Bytes such a cache reserves."""
 
+    def step_bytes(self, num_rows: int) -> int:
+        """About what a step of that many rows takes beside weights and caches."""
+
     def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
         """KV memory for this shard's layers."""
 
     def forward(self, inputs: HostArray, batch: Batch, cache: KVCache) -> Array:
-        """[rows] int64 ids (first stage) or [rows, hidden] -> [rows, hidden]."""
+        """[rows] int64 ids (first stage) or [rows, hidden] -> [rows, hidden].
+
+        Raises MessageError when the batch does not fit the inputs or the cache.
+        """
 
     def logits(self, hidden: Array) -> Array:
         """Last stage: [n, hidden] -> [n, vocab]."""
@@ -67,19 +112,28 @@ def load_shard(
     dtype: str = "float32",
     kernels: str = "auto",
     device: str = "cpu",
+    parts: LayerParts = OWN,
     expected_hashes: Sequence[str] | None,
 ) -> ModelShard:
     """Load layers layer_start..layer_end (exclusive), with embedding first and head last.
 
     `dtype` is what the weights are held in; `kernels` the arithmetic: auto, native or torch,
-    all on the CPU; `device` where to compute: cpu, cuda or cuda:N. `expected_hashes`: SHA-256 of
+    all on the CPU; `device` where to compute: cpu, cuda or cuda:N; `parts` what does the work
+    of linears and attention. `expected_hashes`: SHA-256 of
     each of `required_files`, or None to load unverified. Raises ModelError naming file, tensor,
     expected and actual, InputError for kernels that cannot be had.
     """
     precision = to_precision(dtype)
     _check_range(config, layer_start, layer_end)
     chosen = choose_kernels(kernels, config.head_dim, device)
-    shard = _allocate(config, layer_start, layer_end, chosen, precision)
+    stored_config, config = config, _as_stored(model_dir, config)
+    if config is not stored_config and layer_end == config.num_layers:
+        logger.warning(
+            "event=own_head model=%s: config.json ties the head to the embedding, but there is "
+            "a head of its own in the weights, which is used",
+            model_dir.name,
+        )
+    shard = _allocate(config, layer_start, layer_end, chosen, precision, parts)
     memory = shard.destinations()
     stored = _names_in_files(model_dir, config, memory)
     load_tensors(
@@ -90,16 +144,35 @@ def load_shard(
     return shard
 
 
+def has_own_head(model_dir: Path, config: ModelConfig) -> bool:
+    """Whether the weights hold a head, though the configuration says that it is the embedding.
+
+    Merged and fine-tuned models do: what was trained is what is stored. Raises ModelError.
+    """
+    name = f"{_family(config).NAMES.head}.weight"
+    return config.tie_word_embeddings and name in stored_names(model_dir)
+
+
+def _as_stored(model_dir: Path, config: ModelConfig) -> ModelConfig:
+    if has_own_head(model_dir, config):
+        return replace(config, tie_word_embeddings=False)
+    return config
+
+
 def required_files(model_dir: Path, config: ModelConfig, layer_range: range) -> list[Path]:
-    """The weight files a stage with these layers reads, sorted by name."""
+    """The weight files a stage with these layers reads, sorted by name. Raises ModelError."""
     return stage_files(model_dir, required_tensors(model_dir, config, layer_range))
 
 
 def required_tensors(
     model_dir: Path, config: ModelConfig, layer_range: range
 ) -> Mapping[str, Sink]:
-    """The tensors a stage with these layers loads: name as in the files -> what it would go to."""
+    """The tensors a stage with these layers loads: name as in the files -> what it would go to.
+
+    Raises ModelError for a range outside the model, and for files that cannot be read.
+    """
     _check_range(config, layer_range.start, layer_range.stop)
+    config = _as_stored(model_dir, config)
     sinks = _plan(config, layer_range.start, layer_range.stop).destinations()
     names = _names_in_files(model_dir, config, sinks)
     return {names[name]: sink for name, sink in sinks.items()}
@@ -108,8 +181,10 @@ def required_tensors(
 def layer_bytes(model_dir: Path, config: ModelConfig) -> tuple[int, tuple[int, ...], int]:
     """Stored bytes of (embedding, each layer, final norm and head): what a split balances.
 
-    A tied head counts on both sides, as the stages at both ends hold it.
+    A tied head counts on both sides, as the stages at both ends hold it. Raises ModelError for a
+    tensor that is missing, and for files that cannot be read.
     """
+    config = _as_stored(model_dir, config)
     sizes = tensor_sizes(model_dir)
 
     def total(names: Iterable[str]) -> int:
@@ -138,10 +213,15 @@ def _check_range(config: ModelConfig, layer_start: int, layer_end: int) -> None:
 
 
 def _allocate(
-    config: ModelConfig, layer_start: int, layer_end: int, kernels: Kernels, precision: Precision
+    config: ModelConfig,
+    layer_start: int,
+    layer_end: int,
+    kernels: Kernels,
+    precision: Precision,
+    parts: LayerParts,
 ) -> Shard:
     try:
-        return _build(config, layer_start, layer_end, kernels, precision)
+        return _build(config, layer_start, layer_end, kernels, precision, parts)
     except (RuntimeError, MemoryError, ValueError) as error:  # what torch, Python, numpy call it
         planned = _plan(config, layer_start, layer_end)
         raise ModelError(
@@ -151,15 +231,22 @@ def _allocate(
 
 
 def _build(
-    config: ModelConfig, layer_start: int, layer_end: int, kernels: Kernels, precision: Precision
+    config: ModelConfig,
+    layer_start: int,
+    layer_end: int,
+    kernels: Kernels,
+    precision: Precision,
+    parts: LayerParts = OWN,
 ) -> Shard:
-    match config:
-        case GPT2Config():
-            return GPT2Shard(config, layer_start, layer_end, kernels=kernels, precision=precision)
-        case LlamaConfig():
-            return LlamaShard(config, layer_start, layer_end, kernels=kernels, precision=precision)
-        case _:
-            raise ModelError(f"architecture {config.architecture!r} is not supported")
+    family = _family(config)
+    return family(config, layer_start, layer_end, kernels=kernels, precision=precision, parts=parts)
+
+
+def _family(config: ModelConfig) -> Family:
+    family = FAMILIES.get(type(config))
+    if family is None:
+        raise ModelError(f"architecture {config.architecture!r} is not supported")
+    return family
 
 
 def _plan(config: ModelConfig, layer_start: int, layer_end: int) -> Shard:

@@ -6,7 +6,8 @@ import numpy as np
 
 from pipeline.dtypes import FLOAT32, Array, Floats
 from pipeline.kernels.base import Kernels
-from pipeline.models.config import LlamaConfig, RopeScaling
+from pipeline.models.config import LlamaConfig
+from pipeline.models.rope_config import RopeScaling
 
 TABLE_STEP = 256  # positions computed at a time
 

@@ -49,9 +49,7 @@ class StageCore:
     @property
     def decodes_in_place(self) -> bool:
         """Whether `decode` takes rows as they travel, and no replayed step is still put off."""
-        return (
-            self._codec.is_plain_f32 and self.shard.kernels.has_decode_steps and not self._catch_up
-        )
+        return self._codec.is_plain_f32 and self.shard.has_decode_steps and not self._catch_up
 
     def decode(self, step: int, segments: Batch, rows: Rows) -> tuple[bytearray, Floats | None]:
         """Run a step of one token for each segment from rows to rows: see `Shard.decode`."""
@@ -66,7 +64,7 @@ class StageCore:
 
         See `DecodeStep.server`. Once they are on their way, each has to be `served`.
         """
-        step: DecodeStep = self.cache.decode_steps[count]
+        step: DecodeStep = self.cache.recordings[count]
         return step.server(form, out, self.cache)
 
     def served(self, step: int, segments: Batch, rows: memoryview) -> None:
@@ -85,7 +83,7 @@ class StageCore:
         Replayed steps wait for each other where that changes nothing, until any other step comes:
         a few large steps take a fraction of the time. Raises MessageError as `step` does.
         """
-        is_put_off = header.kind is StepKind.REPLAY and self.shard.kernels.is_row_exact
+        is_put_off = header.kind is StepKind.REPLAY and self.shard.is_row_exact
         done: list[tuple[StepHeader, tuple[Tensor, ...]]] = []
         if self._catch_up and not (is_put_off and self._catch_up.has_room(header)):
             done = self._caught_up()
@@ -169,7 +167,7 @@ class StageCore:
     def _is_decoding(self, header: StepHeader) -> bool:
         """Whether it is a step for `decode`, which has no rows to return from before the head."""
         return (
-            self.shard.kernels.has_decode_steps
+            self.shard.has_decode_steps
             and header.kind is StepKind.STEP
             and header.num_tokens == len(header.segments)
             and not (self.shard.is_last and Want.HIDDEN in header.wants)

@@ -8,7 +8,7 @@ left, as it came, to the ordinary way, which decides what it is.
 """
 
 from pipeline.kernels.base import FramePlace
-from pipeline.models.base import MAX_DECODE_STEPS
+from pipeline.kernels.recordings import MAX_RECORDINGS
 from pipeline.protocol.links import step_form
 from pipeline.protocol.messages import StageTiming, StepHeader, StepKind, decode_step
 from pipeline.protocol.segments import Segment
@@ -46,7 +46,7 @@ class Lane:
         """From now on take such steps, if they can be taken, as one that has just been served."""
         count = len(header.segments)
         is_decoding = header.kind is StepKind.STEP and header.num_tokens == count
-        is_full = len(self._known) == MAX_DECODE_STEPS
+        is_full = len(self._known) == MAX_RECORDINGS
         if count in self._known or is_full or not (is_decoding and self._core.decodes_in_place):
             return
         self._known.add(count)

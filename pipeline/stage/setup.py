@@ -1,9 +1,12 @@
 """What a stage worker is, and which sessions and steps it therefore takes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust import Trust
+from pipeline.codecs.base import ActivationCodec
+from pipeline.codecs.registry import make_codec
 from pipeline.dtypes import Precision
 from pipeline.errors import MessageError
 from pipeline.models.registry import ModelShard
@@ -21,7 +24,11 @@ MAX_STEP_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class StageSetup:
-    """All that a worker is, whoever connects. `data_out` overrides the orchestrator's word."""
+    """All that a worker is, whoever connects. `data_out` overrides the orchestrator's word.
+
+    A stage imports no mode: what one replaces, whoever starts the worker hands in here, and with
+    the shard the parts of its layers (`pipeline.models.parts`).
+    """
 
     manifest: Manifest
     stage_idx: int
@@ -36,6 +43,8 @@ class StageSetup:
     # How long to wait for a step in place (`SecureChannel.wait_in_place`); 0 where other tasks of
     # this process have better things to do.
     patience_ms: int = 0
+    # The codec of a manifest's name for it, for rows of a width.
+    make_codec: Callable[[str, int], ActivationCodec] = make_codec
 
     @property
     def role(self) -> Role:
@@ -86,11 +95,15 @@ def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits
             f"{message.num_slots} slots of {message.max_seq_len} positions take {kv_bytes} bytes "
             f"of KV memory, this stage gives {setup.max_kv_bytes}; ask for fewer or shorter ones"
         )
+    try:
+        codec = setup.make_codec(spec.dtype, spec.hidden_dim)
+    except ValueError as error:
+        raise MessageError(str(error)) from error
     return message, SessionLimits(
         num_slots=message.num_slots,
         max_seq_len=message.max_seq_len,
         max_step_tokens=message.max_step_tokens,
-        codec=spec.codec,
+        codec=codec,
     )
 
 

@@ -63,7 +63,7 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 
 def hash_files(paths: Sequence[Path]) -> list[str]:
-    """SHA-256 of each file in hex, as sha256sum prints it."""
+    """SHA-256 of each file in hex, as sha256sum prints it. Raises ModelError."""
     digests = []
     for path in paths:
         with _open(path) as file:
@@ -72,12 +72,12 @@ def hash_files(paths: Sequence[Path]) -> list[str]:
 
 
 def stored_names(model_dir: Path) -> Collection[str]:
-    """Every tensor name in the model's files."""
+    """Every tensor name in the model's files. Raises ModelError."""
     return _files_of(model_dir).keys() or tensor_sizes(model_dir).keys()
 
 
 def stored_tensors(model_dir: Path) -> Mapping[str, StoredTensor]:
-    """Every tensor of the model by name, read from the headers alone."""
+    """Every tensor of the model by name, read from the headers alone. Raises ModelError."""
     found = {}
     for path in weight_files(model_dir):
         with _open(path) as file:
@@ -86,12 +86,15 @@ def stored_tensors(model_dir: Path) -> Mapping[str, StoredTensor]:
 
 
 def tensor_sizes(model_dir: Path) -> Mapping[str, int]:
-    """Bytes per tensor name."""
+    """Bytes per tensor name. Raises ModelError."""
     return {name: each.end - each.start for name, each in stored_tensors(model_dir).items()}
 
 
 def stage_files(model_dir: Path, names: Collection[str]) -> list[Path]:
-    """The files that hold `names`, sorted by name: what a stage reads and a manifest hashes."""
+    """The files that hold `names`, sorted by name: what a stage reads and a manifest hashes.
+
+    Raises ModelError where an index does not list one of them.
+    """
     files = _files_of(model_dir)
     if not files:
         return [model_dir / SINGLE_FILE]
@@ -170,7 +173,7 @@ class CorruptHeader(Exception):
 
 
 def parse_header_untrusted(raw: bytes) -> tuple[StoredTensor, ...]:
-    """The tensors a header's JSON describes, in the order of their bytes."""
+    """The tensors a header's JSON describes, in the order of their bytes. Raises CorruptHeader."""
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

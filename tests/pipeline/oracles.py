@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,8 +29,10 @@ from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.protocol.segments import Segment
+from pipeline.weights.sinks import fill_array
 
 VOCAB = 101
+HOST = SimpleNamespace(zeros=np.zeros, fill=fill_array, to_host=lambda *arrays: arrays)
 NUM_LAYERS = 4
 LLAMA = {
     "vocab_size": VOCAB,
@@ -250,7 +253,7 @@ def token_ids():
 def make_cache():
     """A cache of one layer, slot and head, but for `changes`."""
     least = {"num_layers": 1, "num_slots": 1, "num_kv_heads": 1, "max_seq_len": 16, "head_dim": 16}
-    return lambda **changes: KVCache(**least | {"zeros": np.zeros, "dtype": FLOAT16} | changes)
+    return lambda memory=HOST, **changes: KVCache(memory, **least | {"dtype": FLOAT16} | changes)
 
 
 @pytest.fixture(scope="session")

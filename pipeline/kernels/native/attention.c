@@ -8,90 +8,13 @@
  * A query is one head of one row. Heads that share keys and rows of one span form tiles; each query
  * has its own bounds, and positions of a tile outside them weigh exactly zero.
  */
-#include "tiles.h"
+#include "attention.h"
 
 #include <string.h>
 
 #if defined(VEILPIPE_X86)
 
 enum { QUERIES_PER_TASK = 48, CHUNKS_PER_THREAD = 2 };
-
-typedef struct {
-    const attention_t *shape;
-    size_t group; /* query heads per key head */
-    float scale;
-    size_t cut;                            /* of single rows: the parts that heads are cut into */
-    size_t number, head_bytes, block_bytes; /* of the cache: one number, a head's block, all heads' */
-} job_t;
-
-/* A span's part for one key head. */
-typedef struct {
-    const span_t *span;
-    size_t kv_head, task;
-    char *keys, *values; /* of the head's first block */
-} part_t;
-
-static size_t num_queries(const job_t *job, const span_t *span) {
-    return (size_t)span->count * job->group;
-}
-
-static part_t part_of(const job_t *job, const span_t *span, size_t kv_head, size_t task) {
-    const attention_t *shape = job->shape;
-    size_t at = (size_t)span->slot * (shape->max_seq / BLOCK) * job->block_bytes +
-                kv_head * job->head_bytes;
-    return (part_t){span, kv_head, task, (char *)shape->keys + at, (char *)shape->values + at};
-}
-
-/* Where the row `i` of a span belongs, from a head's first block; `step` is that of positions. */
-static size_t place_of(const job_t *job, const part_t *part, size_t i, size_t step) {
-    size_t position = (size_t)part->span->start + i;
-    return position / BLOCK * job->block_bytes + position % BLOCK * step * job->number;
-}
-
-/* The key of row `i` of a span; its value follows those of all heads. */
-static const float *key_of(const job_t *job, const part_t *part, size_t i) {
-    const attention_t *shape = job->shape;
-    return shape->qkv + ((size_t)part->span->row_offset + i) * shape->row_stride +
-           (shape->num_heads + part->kv_head) * shape->head_dim;
-}
-
-/* The nearest halves, the greatest there are instead of infinities; what is no number stays so. */
-INLINE __m256i to_halves(const float *from) {
-    const __m512 most = _mm512_set1_ps(65504.0f), least = _mm512_set1_ps(-65504.0f);
-    __m512 x = _mm512_max_ps(least, _mm512_min_ps(most, _mm512_loadu_ps(from)));
-    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
-}
-
-static void append_keys(const job_t *job, const part_t *part) {
-    for (size_t i = 0; i < (size_t)part->span->count; i++) {
-        const float *key = key_of(job, part, i);
-        char *to = part->keys + place_of(job, part, i, 1);
-        for (size_t d = 0; d < job->shape->head_dim; d += BLOCK) {
-            uint16_t halves[BLOCK];
-            if (job->shape->is_half) _mm256_storeu_si256((__m256i *)halves, to_halves(key + d));
-            for (size_t j = 0; j < BLOCK; j++) {
-                size_t at = (d + j) * BLOCK;
-                if (job->shape->is_half) ((uint16_t *)to)[at] = halves[j];
-                else ((float *)to)[at] = key[d + j];
-            }
-        }
-    }
-}
-
-static void append_values(const job_t *job, const part_t *part) {
-    size_t head_dim = job->shape->head_dim;
-    for (size_t i = 0; i < (size_t)part->span->count; i++) {
-        const float *value = key_of(job, part, i) + job->shape->num_kv_heads * head_dim;
-        char *to = part->values + place_of(job, part, i, head_dim);
-        if (!job->shape->is_half) {
-            memcpy(to, value, head_dim * sizeof(float));
-            continue;
-        }
-        for (size_t d = 0; d < head_dim; d += BLOCK) {
-            _mm256_storeu_si256((__m256i *)(to + d * job->number), to_halves(value + d));
-        }
-    }
-}
 
 /* Queries first..first + count of a part: positions they see, and room to compute in. */
 typedef struct {

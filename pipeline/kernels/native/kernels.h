@@ -25,7 +25,7 @@ typedef struct {
     uint8_t weights[SUPER / 4][BLOCK][4];  /* + 128 */
 } super_t;
 
-enum { MAX_THREADS = 256, MAX_CPUS = 1024 }; /* as many as a cpu_set_t holds */
+enum { MAX_THREADS = 256, MAX_CPUS = 1024 }; /* the latter: as many as a cpu_set_t holds */
 /* threads.c: chunks 0..num_chunks of a job, run by the caller and whichever workers are free. */
 typedef void (*chunk_fn)(void *job, size_t chunk);
 void pool_set_num_threads(size_t num_threads, const int *cpus); /* NULL, or one CPU for each */
@@ -33,6 +33,7 @@ size_t pool_num_threads(void);
 void pool_run(chunk_fn run, void *job, size_t num_chunks);
 size_t pool_num_chunks(size_t num_units); /* a good number of chunks for that many units of work */
 void *scratch(size_t bytes);              /* this thread's, 64-byte aligned, until it asks again */
+void pool_wipe(void); /* zeroes what the caller and the workers keep: scratch, and stack left behind */
 
 /* pack.c */
 typedef struct {
@@ -98,7 +99,7 @@ rows_fn tile_rows(int is_half, size_t rows, size_t blocks);
 
 void linear(const weight_t *weight, const product_t *product);
 
-/* attention.c */
+/* attention.c, attention_cache.c */
 enum { MAX_HEAD_DIM = 512 };
 
 typedef struct {

@@ -15,16 +15,24 @@ static PyObject *py_set_num_threads(PyObject *self, PyObject *const *args, Py_ss
     if (given < 1) return PyErr_Format(PyExc_TypeError, "expected a number of threads, and CPUs");
     int64_t num_threads = number(args[0]);
     if (num_threads < 0) return NULL;
-    if (num_threads < 1) return refuse((refusal_t){"num_threads", num_threads});
+    if (num_threads < 1 || num_threads > MAX_THREADS) return refuse((refusal_t){"num_threads", num_threads});
     if (given > 1 && given - 1 != num_threads) return refuse((refusal_t){"CPUs", given - 1});
     int cpus[MAX_THREADS];
     for (Py_ssize_t i = 0; i < given - 1; i++) {
         int64_t cpu = number(args[1 + i]);
         if (cpu < 0) return NULL;
-        if (i >= MAX_THREADS || cpu >= MAX_CPUS) return refuse((refusal_t){"CPU", cpu});
+        if (cpu >= MAX_CPUS) return refuse((refusal_t){"CPU", cpu});
         cpus[i] = (int)cpu;
     }
     pool_set_num_threads((size_t)num_threads, given > 1 ? cpus : NULL);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_wipe(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    Py_BEGIN_ALLOW_THREADS
+    pool_wipe();
+    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
@@ -66,6 +74,7 @@ CALLS(FUNCTION)
 #define FAST(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL},
 static PyMethodDef methods[] = {
     {"features", py_features, METH_NOARGS, NULL},
+    {"wipe", py_wipe, METH_NOARGS, NULL},
     FAST(set_num_threads)
     FAST(packed_bytes)
     CALLS(FAST) {NULL, NULL, 0, NULL},
@@ -92,7 +101,9 @@ static int add_members(PyObject *native) {
 #endif
     return PyModule_AddIntConstant(native, "F32", KIND_F32) ||
            PyModule_AddIntConstant(native, "BF16", KIND_BF16) ||
-           PyModule_AddIntConstant(native, "I8", KIND_I8);
+           PyModule_AddIntConstant(native, "I8", KIND_I8) ||
+           PyModule_AddIntConstant(native, "MAX_THREADS", MAX_THREADS) ||
+           PyModule_AddIntConstant(native, "MAX_CPUS", MAX_CPUS);
 }
 
 PyMODINIT_FUNC PyInit__native(void) {

@@ -5,30 +5,13 @@
  * keeps the arrays it was given. A decode step is one that is connected: its rows come in as bytes,
  * go to the slots of a batch, and leave as bytes.
  */
-#include "calls.h"
+#include "program.h"
 
 #include <string.h>
-#include <time.h>
 
 #if defined(VEILPIPE_X86)
 
 #define WORTH_RELEASING (1 << 23) /* multiplications after which other threads should get a turn */
-
-typedef struct {
-    const call_t *call;
-    int64_t args[MAX_ARGS];
-} entry_t;
-
-typedef struct {
-    PyObject_HEAD
-    entry_t *entries;
-    size_t num_entries, room;
-    PyObject *kept; /* a list */
-    /* of a decode step: a span for each row, and what goes in and out */
-    span_t *spans;
-    char *inputs, *outputs;
-    int64_t num_rows, input_bytes, output_bytes;
-} program_t;
 
 static _Thread_local program_t *recording;
 
@@ -146,7 +129,7 @@ static PyObject *program_exit(PyObject *self, PyObject *const *args, Py_ssize_t 
     Py_RETURN_NONE;
 }
 
-static refusal_t make_calls(const program_t *program) {
+refusal_t make_calls(const program_t *program) {
     refusal_t refusal = {NULL, 0};
     Py_BEGIN_ALLOW_THREADS
     for (size_t i = 0; i < program->num_entries && !refusal.what; i++) {
@@ -156,8 +139,7 @@ static refusal_t make_calls(const program_t *program) {
     return refusal;
 }
 
-/* Returns 0 with an exception where calls are recorded now. */
-static int may_run(void) {
+int may_run(void) {
     if (!recording) return 1;
     PyErr_SetString(PyExc_RuntimeError, "a program cannot run while one is recorded");
     return 0;
@@ -229,112 +211,6 @@ static PyObject *program_step(PyObject *self, PyObject *const *args, Py_ssize_t 
     if (!is_fit) return refuse((refusal_t){"bytes of rows", rows.len});
     if (!place(program, args[0]) || !run(program)) return NULL;
     return PyByteArray_FromStringAndSize(program->outputs, program->output_bytes);
-}
-
-/* A data frame of a decode step, as pipeline.protocol.messages has its header and transport.frames the rest:
- * what is fixed is compared with a form of the same size, or lies in it already. */
-typedef struct {
-    Py_buffer memory;
-    Py_ssize_t header, rows; /* where they start */
-} frame_t;
-
-enum { FIXED_BYTES = 8, TIMINGS_AT = 4, SEGMENTS_AT = 16, SEGMENT_BYTES = 16, TIMING_BYTES = 24 };
-
-static uint32_t u32_at(const char *at) {
-    uint32_t value;
-    memcpy(&value, at, sizeof value);
-    return value;
-}
-
-static Py_ssize_t header_bytes(const program_t *program, const frame_t *form) {
-    uint16_t num_timings;
-    memcpy(&num_timings, (char *)form->memory.buf + form->header + TIMINGS_AT, sizeof num_timings);
-    return SEGMENTS_AT + SEGMENT_BYTES * program->num_rows + TIMING_BYTES * num_timings;
-}
-
-static int is_form(const program_t *program, const frame_t *form, int64_t num_row_bytes) {
-    Py_ssize_t size = form->memory.len;
-    return form->header >= 0 && form->header <= size - SEGMENTS_AT && form->rows <= size &&
-           header_bytes(program, form) <= form->rows - form->header &&
-           size - form->rows == num_row_bytes;
-}
-
-/* Whether a segment of one token may want this: nothing, or its only row as a token, as logits or as
- * it is. All else comes with a tensor of its own. */
-static int is_want(uint32_t want) {
-    return !want || (want >> 16 == 1 && (want & 0xffff) - 1 < 3);
-}
-
-/* Whether each segment is of one token that its slot has room for next, and wants what it may. The
- * ids that a want scores are counted above its slot, so that no slot is as high as both. */
-static int read_segments(const program_t *program, const char *at, PyObject *lengths,
-                         int64_t max_length, int64_t only_want) {
-    for (int64_t i = 0; i < program->num_rows; i++, at += SEGMENT_BYTES) {
-        uint32_t slot = u32_at(at), position = u32_at(at + 4), want = u32_at(at + 12);
-        if (u32_at(at + 8) != 1 || slot >= PyList_GET_SIZE(lengths)) return 0;
-        if (!is_want(want) || (only_want && want != only_want)) return 0;
-        if (position >= max_length) return 0;
-        if (PyLong_AsLongLong(PyList_GET_ITEM(lengths, slot)) != position) return 0;
-        for (int64_t j = 0; j < i; j++) {
-            if (program->spans[j].slot == slot) return 0;
-        }
-        program->spans[i].slot = slot;
-        program->spans[i].start = position;
-    }
-    return 1;
-}
-
-static int64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
-
-/* Serves a frame; the nanoseconds computed, -1 for one that is not plainly such a step. */
-static int64_t serve(program_t *program, const Py_buffer *frame, const frame_t *in,
-                     const frame_t *out, PyObject *lengths, const int64_t *numbers) {
-    const char *from = frame->buf, *form = in->memory.buf;
-    Py_ssize_t size = header_bytes(program, in), end = in->header + size;
-    if (frame->len != in->memory.len || memcmp(from, form, in->header + FIXED_BYTES) ||
-        memcmp(from + end, form + end, in->rows - end) ||
-        !read_segments(program, from + in->header + SEGMENTS_AT, lengths, numbers[0], numbers[1])) {
-        return -1;
-    }
-    memcpy(program->inputs, from + in->rows, program->input_bytes);
-    int64_t started = now_ns();
-    if (make_calls(program).what) return -1;
-    int64_t timing[] = {now_ns() - started, numbers[2], numbers[3]};
-    char *header = (char *)out->memory.buf + out->header;
-    memcpy(header + FIXED_BYTES, from + in->header + FIXED_BYTES, size - FIXED_BYTES);
-    memcpy(header + size, timing, sizeof timing);
-    memcpy((char *)out->memory.buf + out->rows, program->outputs, program->output_bytes);
-    return timing[0];
-}
-
-static PyObject *program_serve(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    program_t *program = (program_t *)self;
-    Py_buffer frame = {0};
-    frame_t in = {0}, out = {0};
-    int64_t numbers[4] = {0}, spent = -1;
-    if (given != 12 || !PyList_CheckExact(args[6])) {
-        return PyErr_Format(PyExc_TypeError, "expected two forms, lengths, two numbers, a frame, two numbers");
-    }
-    in.header = PyLong_AsSsize_t(args[1]), in.rows = PyLong_AsSsize_t(args[2]);
-    out.header = PyLong_AsSsize_t(args[4]), out.rows = PyLong_AsSsize_t(args[5]);
-    for (int i = 0; i < 4; i++) numbers[i] = PyLong_AsLongLong(args[i < 2 ? 7 + i : 8 + i]);
-    if (may_run() && !PyErr_Occurred() && !PyObject_GetBuffer(args[9], &frame, PyBUF_SIMPLE) &&
-        !PyObject_GetBuffer(args[0], &in.memory, PyBUF_SIMPLE) &&
-        !PyObject_GetBuffer(args[3], &out.memory, PyBUF_WRITABLE)) {
-        int fits = is_form(program, &in, program->input_bytes) &&
-                   is_form(program, &out, program->output_bytes) &&
-                   header_bytes(program, &out) == header_bytes(program, &in) + TIMING_BYTES;
-        if (fits) spent = serve(program, &frame, &in, &out, args[6], numbers);
-        else PyErr_SetString(PyExc_ValueError, "these are not the forms of this step's frames");
-    }
-    PyBuffer_Release(&frame);
-    PyBuffer_Release(&in.memory);
-    PyBuffer_Release(&out.memory);
-    return PyErr_Occurred() ? NULL : PyLong_FromLongLong(spent);
 }
 
 static PyMethodDef program_methods[] = {

@@ -12,10 +12,12 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 enum { CHUNKS_PER_THREAD = 4, SPIN_NS = 40000, LOOKS_PER_TIME = 64 };
 enum { PATIENT_LOOKS = 1000 };
+enum { STACK_BYTES = 128 << 10 }; /* more than any kernel's locals take */
 
 static struct {
     _Alignas(64) _Atomic uint64_t ticket;
@@ -132,7 +134,7 @@ static void start_workers(void) {
 
 void pool_set_num_threads(size_t num_threads, const int *cpus) {
     pthread_mutex_lock(&pool.busy);
-    pool.num_threads = num_threads < MAX_THREADS ? num_threads : MAX_THREADS;
+    pool.num_threads = num_threads;
     pool.is_pinned = cpus != NULL;
     for (size_t i = 0; cpus && i < pool.num_threads; i++) pool.cpus[i] = cpus[i];
     pthread_mutex_unlock(&pool.busy);
@@ -145,13 +147,8 @@ size_t pool_num_chunks(size_t num_units) {
     return num_units < wanted ? num_units : wanted;
 }
 
-void pool_run(chunk_fn run, void *job, size_t num_chunks) {
-    /* alone, or with the pool taken by another thread's product: the same work, serially */
-    if (num_chunks < 2 || pool.num_threads == 1 || pthread_mutex_trylock(&pool.busy)) {
-        for (size_t chunk = 0; chunk < num_chunks; chunk++) run(job, chunk);
-        return;
-    }
-    start_workers();
+/* Does a job with all threads there are; the caller holds `busy`. */
+static void share(chunk_fn run, void *job, size_t num_chunks) {
     pool.run = run;
     pool.job = job;
     pool.num_chunks = num_chunks;
@@ -167,15 +164,62 @@ void pool_run(chunk_fn run, void *job, size_t num_chunks) {
         relax();
         if (++looks > PATIENT_LOOKS) sched_yield(); /* the worker may be waiting for this core */
     }
+}
+
+void pool_run(chunk_fn run, void *job, size_t num_chunks) {
+    /* alone, or with the pool taken by another thread's product: the same work, serially */
+    if (num_chunks < 2 || pool.num_threads == 1 || pthread_mutex_trylock(&pool.busy)) {
+        for (size_t chunk = 0; chunk < num_chunks; chunk++) run(job, chunk);
+        return;
+    }
+    start_workers();
+    share(run, job, num_chunks);
+    pthread_mutex_unlock(&pool.busy);
+}
+
+static _Thread_local struct {
+    void *memory;
+    size_t bytes;
+} own;
+
+static void wipe_scratch(void) {
+    if (own.memory) explicit_bzero(own.memory, own.bytes);
+}
+
+/* Where deeper calls have kept sums and queries. */
+__attribute__((noinline)) static void wipe_stack(void) {
+    char left[STACK_BYTES];
+    explicit_bzero(left, sizeof left);
+}
+
+typedef struct {
+    size_t num_threads;
+    _Atomic size_t num_here;
+} wipe_t;
+
+/* A chunk for each thread: none ends before all have begun, so that nobody takes two. */
+static void wipe_chunk(void *opaque, size_t chunk) {
+    (void)chunk;
+    wipe_t *job = opaque;
+    wipe_scratch();
+    wipe_stack();
+    atomic_fetch_add(&job->num_here, 1);
+    while (atomic_load(&job->num_here) < job->num_threads) sched_yield();
+}
+
+void pool_wipe(void) {
+    pthread_mutex_lock(&pool.busy);
+    size_t asked_for = pool.num_threads;
+    wipe_t job = {.num_threads = pool.num_started + 1};
+    pool.num_threads = job.num_threads; /* also those that were only wanted before */
+    share(wipe_chunk, &job, job.num_threads);
+    pool.num_threads = asked_for;
     pthread_mutex_unlock(&pool.busy);
 }
 
 void *scratch(size_t bytes) {
-    static _Thread_local struct {
-        void *memory;
-        size_t bytes;
-    } own;
     if (own.bytes < bytes) {
+        wipe_scratch(); /* the allocator hands it to somebody else */
         free(own.memory);
         own.bytes = (bytes + bytes / 4 + 4095) & ~(size_t)4095;
         own.memory = aligned_alloc(64, own.bytes);

@@ -6,7 +6,8 @@ import torch
 
 from pipeline.codecs.plain import Plain
 from pipeline.dtypes import BFLOAT16, FLOAT16, from_floats, to_floats
-from transport.frames import DType, TensorSpec
+from pipeline.errors import MessageError
+from transport.frames import DType, Tensor, TensorSpec
 
 TORCH = {DType.F32: torch.float32, DType.F16: torch.float16, DType.BF16: torch.bfloat16}
 
@@ -59,3 +60,38 @@ def test_float32_is_not_copied():
     found = codec.decode(codec.encode(hidden))
     hidden[1, 2] = 5
     assert found[1, 2] == 5
+
+
+def rows_with(value):
+    rows = np.full((3, 8), 0.5, np.float32)
+    rows[1, 5] = value
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(DType.F16, 65504.0), (DType.BF16, 2.0**128 - 2.0**120)]
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_exceeds_a_number_format_becomes_its_greatest(dtype, most, sign):
+    codec = Plain(dtype, 8)
+    for value in (most, np.nextafter(np.float32(most), np.float32(np.inf)), 3.4e38):
+        decoded = codec.decode(codec.encode(rows_with(sign * value)))
+        assert (decoded == rows_with(sign * most)).all()
+
+
+@pytest.mark.parametrize("dtype", [DType.F16, DType.BF16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_not_sent(dtype, value):
+    with pytest.raises(MessageError, match="activations are not finite"):
+        Plain(dtype, 8).encode(rows_with(value))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(DType.F16, 0x7C00), (DType.BF16, 0xFF80)])
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_what_no_encoder_writes_is_refused(dtype, bits, beyond):
+    codec = Plain(dtype, 8)
+    (tensor,) = codec.encode(rows_with(1.0))
+    data = np.frombuffer(tensor.data, np.uint16).copy()
+    data[9] = bits + beyond  # an infinity, or not a number
+    with pytest.raises(MessageError, match="activations are not finite"):
+        codec.decode((Tensor(tensor.spec, memoryview(data).cast("B")),))

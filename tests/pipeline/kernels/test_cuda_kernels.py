@@ -123,7 +123,7 @@ def gqa(make_oracle):
 
 
 def recorded(cache):
-    return set(cache.recorded.steps)
+    return set(cache.recordings[cuda_kernels.GRAPHS].steps)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -198,7 +198,7 @@ def test_padding_holds_nothing_of_requests_that_left(gqa, gpu_pipeline, token_id
     prefill(pipeline, token_ids, dict.fromkeys(range(4), 3))
     pipeline.logits(token_ids[:4], [Segment(slot, 3, 1) for slot in range(4)])
     cache = pipeline.caches[stage]
-    (step,) = cache.recorded.steps.values()
+    (step,) = cache.recordings[cuda_kernels.GRAPHS].steps.values()
     assert step._inputs[3].any()
     padding = []
     for position in (4, 5):
@@ -215,7 +215,7 @@ def test_a_step_never_leaves_its_memory(gqa, gpu_pipeline, token_ids):
     places = []
     for position in range(9, 14):
         pipeline.logits(token_ids[:1], [Segment(0, position, 1)])
-        (step,) = pipeline.caches[0].recorded.steps.values()
+        (step,) = pipeline.caches[0].recordings[cuda_kernels.GRAPHS].steps.values()
         places.append((step._inputs.data_ptr(), step._places.data_ptr()))
     assert len(set(places)) == 1
 
@@ -259,7 +259,7 @@ def test_clearing_and_releasing_leave_nothing_behind(gqa, gpu_pipeline, token_id
     assert all(each[0].any() for each in memory)
     cache.release()
     assert not any(each[:2].any() for each in memory)
-    assert cache.recorded is None
+    assert not cache.recordings.keys()
 
 
 def test_a_second_session_starts_afresh(gqa, gpu_pipeline, reference, token_ids):

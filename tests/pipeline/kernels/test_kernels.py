@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from pipeline.errors import InputError
-from pipeline.kernels import choice, torch_kernels
+from pipeline.kernels import choice, runtime, torch_kernels
 from pipeline.kernels.base import HeadShape
 from pipeline.kernels.choice import choose_kernels
 from pipeline.kernels.runtime import set_num_threads
@@ -111,7 +111,7 @@ def test_native_kernels_hold_int8_weights_as_they_were_quantised(native, config)
 
 def test_what_halves_cannot_hold_is_attended_to_as_their_greatest(kernels, config, make_cache):
     chosen, shape = choose_kernels(kernels, config.head_dim), HeadShape(1, 1, 16, 0)
-    cache = make_cache(zeros=chosen.zeros, key_block=chosen.key_block)
+    cache = make_cache(chosen, key_block=chosen.key_block)
     values = np.linspace(-1e6, 1e6, 16, dtype=np.float32)
     values[3:13] /= 50
     values[0], values[15] = -np.inf, np.inf
@@ -212,6 +212,27 @@ def test_a_model_whose_heads_do_not_fit_is_computed_with_torch(native, tmp_path)
 def test_an_unknown_choice_is_refused(config):
     with pytest.raises(InputError, match="--kernels fast: use auto, native, torch"):
         choose_kernels("fast", config.head_dim)
+
+
+def test_more_threads_than_compute_are_refused_where_kernels_have_a_limit(native, monkeypatch):
+    module = sys.modules["pipeline.kernels._native"]
+    most = module.MAX_THREADS
+    with pytest.raises(InputError, match=f"{most + 1} threads are more than the {most}"):
+        set_num_threads(most + 1)
+    with pytest.raises(ValueError, match=f"num_threads: {most + 1}"):
+        module.set_num_threads(most + 1)
+    monkeypatch.setattr(runtime, "_native_threads", lambda: None)
+    monkeypatch.setattr(runtime, "limit_torch", lambda: None)
+    try:
+        set_num_threads(most + 1)  # torch makes as many as it is told to
+    finally:
+        set_num_threads(1)
+
+
+def test_a_cpu_that_no_thread_can_be_pinned_to_is_refused(native, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(2048)))
+    with pytest.raises(InputError, match="CPU 1024 is beyond those"):
+        set_num_threads(2, (3, 1024))
 
 
 def test_at_least_one_thread_computes():

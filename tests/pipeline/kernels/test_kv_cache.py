@@ -1,10 +1,13 @@
 """A step must continue exactly what its slot holds, and clearing leaves nothing behind."""
 
+import numpy as np
 import pytest
+import torch
 
 from pipeline.dtypes import FLOAT16, FLOAT32
 from pipeline.errors import MessageError
 from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.kv_storage import LayerKV
 from pipeline.protocol.segments import Segment
 
 
@@ -140,3 +143,116 @@ def test_a_shard_refuses_a_step_with_too_few_rows(make_oracle, make_pipeline, to
     with pytest.raises(MessageError, match="a step of 5 tokens came with 3 rows"):
         pipeline.hidden(token_ids[:3], [Segment(0, 0, 5)])
     assert pipeline.caches[0].lengths == (0,)
+
+
+LAYOUTS = [(1, 1), (1, 4), (4, 1), (4, 4), (16, 3)]
+
+
+def numbered(make_cache, key_block, dtype, num_tokens=11):
+    """A cache whose slot 1 holds tokens that all differ, written as a step would write them."""
+    cache = make_cache(
+        num_layers=2, num_slots=3, num_kv_heads=2, max_seq_len=14, head_dim=4,
+        dtype=dtype, key_block=key_block,
+    )  # fmt: skip
+    cache.reserve([Segment(1, 0, num_tokens)])
+    rows = np.arange(2 * 2 * 2 * num_tokens * 4, dtype=dtype).reshape(2, 2, 2, num_tokens, 4)
+    for layer in range(2):
+        for head, position, each in np.ndindex(2, num_tokens, 4):
+            numbers = rows[layer, :, head, position, each]
+            if key_block == 1:
+                cache.keys[layer][1, head, position, each] = numbers[0]
+                cache.values[layer][1, head, position, each] = numbers[1]
+            else:
+                block, at = divmod(position, key_block)
+                cache.keys[layer][1, block, head, each, at] = numbers[0]
+                cache.values[layer][1, block, head, at, each] = numbers[1]
+    cache.advance([Segment(1, 0, num_tokens)])
+    return cache, rows
+
+
+@pytest.mark.parametrize(("own", "other"), LAYOUTS)
+@pytest.mark.parametrize("cut", [1, 4, 6, 11])
+def test_what_is_exported_is_the_same_whatever_the_layout(make_cache, dtype, own, other, cut):
+    cache, rows = numbered(make_cache, own, dtype)
+    parts = [cache.export(1, range(cut)), cache.export(1, range(cut, 11))]
+    for first, part in zip((0, cut), parts, strict=True):
+        assert sum(array.nbytes for layer in part for array in layer) == cache.range_bytes(
+            part[0].keys.shape[1]
+        )
+        for layer, expected in zip(part, rows, strict=True):
+            for found, numbers in zip(layer, expected, strict=True):
+                assert found.dtype == dtype
+                assert (found == numbers[:, first : first + found.shape[1]]).all()
+                assert not any(np.shares_memory(found, each) for each in cache.keys + cache.values)
+    target = make_cache(
+        num_layers=2, num_slots=2, num_kv_heads=2, max_seq_len=16, head_dim=4,
+        dtype=dtype, key_block=other,
+    )  # fmt: skip
+    target.restore(0, 0, parts[0])
+    if cut < 11:
+        target.restore(0, cut, parts[1])
+    assert target.lengths == (11, 0)
+    for found, expected in zip(target.export(0, range(11)), rows, strict=True):
+        assert (found.keys == expected[0]).all()
+        assert (found.values == expected[1]).all()
+    assert not any(each[1].any() for each in target.keys + target.values)
+    target.clear()
+    assert not any(each.any() for each in target.keys + target.values)
+
+
+@pytest.mark.parametrize(
+    ("slot", "positions"),
+    [(1, range(12)), (1, range(-1, 3)), (0, range(1)), (3, range(1)), (1, range(0, 8, 2))],
+)
+def test_only_what_a_slot_holds_is_exported(make_cache, dtype, slot, positions):
+    cache, _ = numbered(make_cache, 4, dtype)
+    with pytest.raises(MessageError, match=f"slot {slot} (holds|does not exist)"):
+        cache.export(slot, positions)
+
+
+@pytest.mark.parametrize(
+    ("slot", "position", "change", "told"),
+    [
+        (0, 1, lambda layers: layers, "slot 0 holds 0 tokens, but the step is at 1"),
+        (1, 0, lambda layers: layers, "slot 1 holds 11 tokens"),
+        (3, 0, lambda layers: layers, "slot 3 does not exist"),
+        (1, 11, lambda layers: layers, "exceed the context of 14"),
+        (0, 0, lambda layers: layers[:1], "of 1 layers, not 2"),
+        (0, 0, lambda layers: [], "of 0 layers, not 2"),
+        (0, 0, lambda layers: [each._replace(keys=each.keys[:1]) for each in layers], "expected"),
+        (0, 0, lambda layers: [each._replace(values=each.values[..., :3]) for each in layers],
+         "expected"),
+        (0, 0, lambda layers: [layers[0], layers[1]._replace(keys=layers[1].keys[:, :2])],
+         "expected"),
+        (0, 0, lambda layers: [each._replace(keys=each.keys.astype("<f8")) for each in layers],
+         "float64"),
+        (0, 0, lambda layers: [LayerKV(*(a[:, :0] for a in each)) for each in layers], "no keys"),
+        (0, 0, lambda layers: [LayerKV(*(a[0, 0] for a in each)) for each in layers], "expected"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_a_slot_is_not_restored(make_cache, dtype, slot, position, change, told):
+    cache, _ = numbered(make_cache, 4, dtype)
+    before = [each.copy() for each in cache.keys + cache.values]
+    with pytest.raises(MessageError, match=told):
+        cache.restore(slot, position, change(cache.export(1, range(5))))
+    assert cache.lengths == (0, 11, 0)
+    assert all(map(np.array_equal, before, cache.keys + cache.values))
+
+
+@pytest.mark.parametrize(("source", "target"), [("torch", "native"), ("native", "torch")])
+def test_generation_goes_on_from_what_other_kernels_have_computed(
+    make_oracle, native, make_pipeline, token_ids, source, target
+):
+    assert native
+    oracle = make_oracle("llama-untied-gqa")
+    start, end = (
+        make_pipeline(oracle.computing_with(kernels).split(2), num_slots=2)
+        for kernels in (source, target)
+    )
+    expected = start.greedy(token_ids, 6)
+    for theirs, own in zip(start.caches, end.caches, strict=True):
+        own.restore(1, 0, theirs.export(0, range(len(token_ids))))
+    tokens, rows = expected
+    for at, token in enumerate(tokens[:-1]):
+        found = end.logits(torch.tensor([token]), [Segment(1, len(token_ids) + at, 1)])
+        assert (found[0] - rows[at + 1]).abs().max() <= 1e-4

@@ -84,8 +84,8 @@ def test_recorded_steps_equal_the_calls_one_by_one(
     finally:
         set_num_threads(1)
     for cache, other in zip(recorded.caches, plain.caches, strict=True):
-        assert set(cache.decode_steps) == {1, 2, 3, 7, 16}
-        assert not other.decode_steps
+        assert cache.recordings.keys() == {1, 2, 3, 7, 16}
+        assert not other.recordings.keys()
         assert all(map(np.array_equal, cache.keys + cache.values, other.keys + other.values))
 
 
@@ -119,7 +119,7 @@ def test_a_step_after_a_rewind_sees_what_is_left(pipeline):
 def test_a_released_cache_takes_its_steps_along(pipeline):
     decode(pipeline, 0)
     cache = pipeline.caches[1]
-    (step,) = cache.decode_steps.values()
+    step = cache.recordings[1]
     kept = [weakref.ref(each) for each in (step, cache.keys[0], cache.values[1])]
     del step
     cache.release()

@@ -1,9 +1,14 @@
 """Our shards against transformers, and every split against one process."""
 
+import copy
 import itertools
+import shutil
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from pipeline.models.registry import layer_bytes, required_tensors
 from pipeline.protocol.segments import Segment
 
 TOLERANCE = 1e-4
@@ -66,3 +71,28 @@ def test_requests_side_by_side_equal_each_alone(oracle, make_pipeline, token_ids
         assert logits.argmax(-1).tolist() == [each[0][step] for each in alone]
         positions = [at + len(row) for at, row in zip(positions, rows, strict=True)]
         rows = list(logits.argmax(-1).unsqueeze(1))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama-tied-llama3-rope"])
+@pytest.mark.parametrize("bounds", [(), (2,)], ids=str)
+def test_a_head_of_its_own_is_used_though_the_configuration_ties_it(
+    make_oracle, oracle_class, make_pipeline, token_ids, tmp_path, caplog, family, bounds
+):
+    tied = make_oracle(family)
+    shutil.copytree(tied.directory, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    head = torch.randn(tied.config.vocab_size, tied.config.hidden_dim)
+    save_file(weights | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    model = copy.deepcopy(tied.model)
+    model.lm_head.weight = torch.nn.Parameter(head)
+    own = oracle_class(tmp_path, model)
+    assert own.config.tie_word_embeddings
+    expected, expected_logits = own.greedy(token_ids, 6)
+    tokens, logits = make_pipeline(own.split(*bounds)).greedy(token_ids, 6)
+    assert tokens == expected
+    assert (logits - expected_logits).abs().max() <= 1e-4
+    assert caplog.text.count("event=own_head") == 1
+    sizes = layer_bytes(tmp_path, own.config)
+    assert sizes[2] - layer_bytes(tied.directory, tied.config)[2] == 0
+    last = required_tensors(tmp_path, own.config, range(3, 4))
+    assert "lm_head.weight" in last

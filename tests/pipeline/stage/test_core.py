@@ -59,8 +59,8 @@ def test_every_want_is_answered_alike(cores, without_decode_steps):
         tensors = (token_ids_to_wire([step, 7, 40 + step]),)
         sent.append(through(decoding, header, tensors))
         assert sent[-1] == without_decode_steps(other, header, tensors)
-    assert all(core.cache.decode_steps for core in decoding)
-    assert not any(core.cache.decode_steps for core in other)
+    assert all(core.cache.recordings.keys() for core in decoding)
+    assert not any(core.cache.recordings.keys() for core in other)
     for stages in (decoding, other):
         for idx, core in enumerate(stages[:-1]):
             replayed = [

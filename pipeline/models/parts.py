@@ -1,0 +1,89 @@
+"""What a shard's layers are made of, and where that can be something else than the kernels' own.
+
+A layer names each of its linears and leaves it to `LayerParts` what does its work; the same before
+each step for what attends in a layer. So a protected product or an attention computed elsewhere is
+a value handed to the shard, and no architecture knows of it.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from pipeline.dtypes import Precision
+from pipeline.kernels.base import Activation, Attention, Kernels, Linear, Norm
+from pipeline.protocol.segments import Batch
+
+
+class LinearSpec(NamedTuple):
+    """A linear layer before it is made."""
+
+    num_in: int
+    num_out: int
+    bias: bool
+    precision: Precision
+    activation: Activation
+
+    def make(self, kernels: Kernels) -> Linear:
+        """The kernels' own. Raises InputError for a precision that they have no product for."""
+        return kernels.linear(
+            self.num_in,
+            self.num_out,
+            bias=self.bias,
+            precision=self.precision,
+            activation=self.activation,
+        )
+
+
+class LayerParts:
+    """The kernels' own linears and attention; a mode overrides what it replaces."""
+
+    # Whether all of a step is the kernels' own, so that they may record it and make it in one call.
+    are_recordable: ClassVar[bool] = True
+    # Whether a row depends on itself and its own cache alone, bit for bit, where it does for the
+    # kernels' own.
+    are_row_exact: ClassVar[bool] = True
+
+    def linear(self, name: str, spec: LinearSpec, kernels: Kernels) -> Linear:
+        """What computes the linear `name`, such as model.layers.3.self_attn.o_proj or lm_head.
+
+        Names are the checkpoint's; where a family holds several of its matrices as one, as it calls
+        that: self_attn.qkv_proj, mlp.gate_up_proj. What is returned takes the weights by its sinks.
+        """
+        del name
+        return spec.make(kernels)
+
+    def attention(self, layer: int, batch: Batch, own: Attention) -> Attention:
+        """What attends in a layer of the model, for a step with the rows of `batch`.
+
+        `own` is the kernels', which appends to the cache as well. Of steps that are recorded nobody
+        asks: see `are_recordable`.
+        """
+        del layer, batch
+        return own
+
+
+OWN = LayerParts()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMaker:
+    """Makes the parts of the layer whose names start with `prefix`."""
+
+    kernels: Kernels
+    precision: Precision
+    parts: LayerParts
+    prefix: str = ""
+
+    def linear(
+        self, name: str, num_in: int, num_out: int, *, bias: bool, activation: Activation = "none"
+    ) -> Linear:
+        """The linear `name`, to be filled."""
+        spec = LinearSpec(num_in, num_out, bias, self.precision, activation)
+        return self.parts.linear(self.prefix + name, spec, self.kernels)
+
+    def layer_norm(self, size: int, eps: float) -> Norm:
+        """Rows centred, over their deviation, scaled and shifted."""
+        return self.kernels.layer_norm(size, eps)
+
+    def rms_norm(self, size: int, eps: float) -> Norm:
+        """Rows over their root mean square, scaled."""
+        return self.kernels.rms_norm(size, eps)
