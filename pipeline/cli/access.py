@@ -17,9 +17,9 @@ from pipeline.cli.common import DevOption, to_endpoint
 from pipeline.cli.logs import LogFormat, LogFormatOption, tell
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError
+from pipeline.orchestrator.epochs import ReplaySource
 from pipeline.orchestrator.failover import Work, run_with_failover
 from pipeline.orchestrator.opening import PipelineOptions, new_pipeline, open_pipeline
-from pipeline.orchestrator.remote_pipeline import ReplaySource
 from pipeline.placement.supervisor import Supervisor, worker_arguments
 from pipeline.tasks import open_tasks
 from transport.attestation.dev import default_directory

@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, Iterator
 import trio
 
 from pipeline.errors import SessionError
-from pipeline.orchestrator.remote_pipeline import Pipeline, ReplaySource
+from pipeline.orchestrator.epochs import ReplaySource
+from pipeline.orchestrator.remote_pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import trio
 
-import pipeline.orchestrator.remote_pipeline
+import pipeline.orchestrator.step_link
 from pipeline.engine.scheduler import Limits, Step
 from pipeline.errors import MessageError
-from pipeline.orchestrator.ahead import Ahead
 from pipeline.orchestrator.remote_pipeline import Pipeline, PipelineOptions
+from pipeline.orchestrator.step_link import StepLink
 from pipeline.protocol.messages import StepHeader, StepKind, Want
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import logits_to_wire, token_ids_to_wire
@@ -30,13 +30,12 @@ async def joined(nursery, monkeypatch):
         await trio.lowlevel.checkpoint()
         return STEP.header, (token_ids_to_wire([1]),)
 
-    monkeypatch.setattr(pipeline.orchestrator.remote_pipeline, "send_step", send)
-    monkeypatch.setattr(pipeline.orchestrator.remote_pipeline, "receive_step", receive)
+    monkeypatch.setattr(pipeline.orchestrator.step_link, "send_step", send)
+    monkeypatch.setattr(pipeline.orchestrator.step_link, "receive_step", receive)
     options = PipelineOptions(Limits(1, 64), 10, hang_seconds=10)
     manifest = SimpleNamespace(stages=(None,))
     joined = Pipeline(manifest, options, None, None, nursery)
-    joined._links = SimpleNamespace(data_in=None, data_out=None, gate=None, ahead=Ahead(1))
-    joined.vocab_size = 2
+    joined._link = StepLink(None, None, None, num_stages=1, vocab_size=2)
     yield joined
     nursery.cancel_scope.cancel()
 
@@ -48,7 +47,7 @@ async def test_logits_of_another_vocabulary_are_refused(joined, monkeypatch, num
         logits = np.zeros((1, num_logits), np.float32)
         return STEP.header, (token_ids_to_wire([1]), logits_to_wire(logits))
 
-    monkeypatch.setattr(pipeline.orchestrator.remote_pipeline, "receive_step", receive)
+    monkeypatch.setattr(pipeline.orchestrator.step_link, "receive_step", receive)
     await joined.send(STEP)
     with pytest.raises(MessageError, match="vocabulary has 2"):
         await joined.receive()
