@@ -22,8 +22,8 @@ ROOMS = {
     "stage": {"agreement", "codecs", "kernels", "models", "protocol"},
     "sampling": set(),
     "engine": {"codecs", "protocol", "sampling"},
-    "orchestrator": {"agreement", "engine", "protocol", "stage"},
     "placement": {"agreement"},
+    "orchestrator": {"agreement", "engine", "placement", "protocol", "stage"},
     "planning": {"agreement", "models", "weights"},
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
     "cli": {

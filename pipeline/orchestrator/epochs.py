@@ -95,6 +95,7 @@ class Epochs:
         return Rewind(
             epoch=epoch,
             lengths=[0] * len(lengths) if is_rebuilt else list(lengths),
+            data_out=self._connector.data_out(stage.idx),
             replay_until=plan.sources.get(stage.idx),
         )
 

@@ -1,7 +1,7 @@
 """The stages of a manifest joined up: steps run on them, and what is lost is replaced."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
@@ -10,12 +10,13 @@ import trio
 from pipeline.agreement.manifest import Manifest
 from pipeline.engine.drive import RunnerStats
 from pipeline.engine.scheduler import FollowUp, Limits, Step
-from pipeline.errors import LinkLost, SessionError, StageHung, StageLost
+from pipeline.errors import LinkLost, SessionError, StageLost, StageSilent
 from pipeline.orchestrator.connector import Connector
 from pipeline.orchestrator.epochs import Epochs, ReplaySource
 from pipeline.orchestrator.losses import Losses
 from pipeline.orchestrator.remote_stage import HEALTH_SECONDS, Expectation, RemoteStage
 from pipeline.orchestrator.step_link import StepLink
+from pipeline.placement.base import Placement, Progress
 from pipeline.protocol.messages import Message, Ready, Shutdown
 from pipeline.protocol.peers import GOODBYE_SECONDS
 from pipeline.protocol.steps import StepResult
@@ -30,13 +31,12 @@ HANG_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class PipelineOptions:
-    """What the user may choose beside the manifest. `on_loss` hears of every stage that is lost."""
+    """What the user may choose beside the manifest."""
 
     limits: Limits
     connect_seconds: float
     data_out_listen: Endpoint | None = None
     hang_seconds: float = HANG_SECONDS
-    on_loss: Callable[[SessionError], None] = lambda _: None
     # How long to wait for a result in place (`SecureChannel.wait_in_place`).
     patience_ms: int = 0
 
@@ -52,6 +52,7 @@ class Pipeline:
         self,
         manifest: Manifest,
         options: PipelineOptions,
+        placement: Placement,
         connector: Connector,
         listener: Listener,
         tasks: trio.Nursery,
@@ -60,6 +61,7 @@ class Pipeline:
         self.num_results = 0
         self._manifest = manifest
         self._options = options
+        self._placement = placement
         self._connector = connector
         self._tasks = tasks
         self._stages: dict[int, RemoteStage] = {}
@@ -105,6 +107,12 @@ class Pipeline:
     def waiting_for(self) -> str:
         """What the connection still lacks, for the user."""
         return "; ".join(self._connector.pending.values()) or "the stages did not become ready"
+
+    @property
+    def progress(self) -> Mapping[int, Progress]:
+        """How far the stages have come that are not up, where that can be told."""
+        told = {idx: self._placement.progress(idx) for idx in self._connector.absent}
+        return {idx: progress for idx, progress in told.items() if progress is not None}
 
     async def send(self, step: Step) -> None:
         """Send a step to the first stage. Raises LinkLost."""
@@ -198,10 +206,11 @@ class Pipeline:
 
     async def _meet(self, stage_idx: int) -> None:
         """Open a missing stage's control channel, and watch it from then on."""
+        await self._placement.start(stage_idx)
         try:
             control = await self._connector.control(stage_idx)
-        except StageHung as error:
-            self._options.on_loss(error)
+        except StageSilent as error:
+            self._placement.on_loss(error)
             raise
 
         def on_waiting(text: str) -> None:
@@ -219,7 +228,7 @@ class Pipeline:
         except SessionError as error:
             del self._stages[stage.idx]
             self._losses.fail(error)
-            self._options.on_loss(error)
+            self._placement.on_loss(error)
         await stage.aclose()
 
     async def _watch_progress(self) -> None:

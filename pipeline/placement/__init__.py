@@ -1,1 +1,1 @@
-"""Where stages run, and who starts them again."""
+"""Where stages run, who starts them, and where they are to be found now."""

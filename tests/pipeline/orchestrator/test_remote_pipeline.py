@@ -34,7 +34,7 @@ async def joined(nursery, monkeypatch):
     monkeypatch.setattr(pipeline.orchestrator.step_link, "receive_step", receive)
     options = PipelineOptions(Limits(1, 64), 10, hang_seconds=10)
     manifest = SimpleNamespace(stages=(None,))
-    joined = Pipeline(manifest, options, None, None, nursery)
+    joined = Pipeline(manifest, options, None, None, None, nursery)
     joined._link = StepLink(None, None, None, num_stages=1, vocab_size=2)
     yield joined
     nursery.cancel_scope.cancel()
