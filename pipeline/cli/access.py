@@ -18,6 +18,7 @@ from pipeline.cli.common import DevOption, to_endpoint
 from pipeline.cli.logs import LogFormat, LogFormatOption, tell
 from pipeline.cli.worker_options import (
     CPUS_HELP,
+    SLOW_KERNELS,
     DeviceOption,
     DTypeOption,
     KernelsOption,
@@ -29,7 +30,7 @@ from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError
 from pipeline.orchestrator.epochs import ReplaySource
 from pipeline.orchestrator.failover import Work, run_with_failover
-from pipeline.orchestrator.opening import PipelineOptions, new_pipeline, open_pipeline
+from pipeline.orchestrator.opening import Pipeline, PipelineOptions, new_pipeline, open_pipeline
 from pipeline.placement.base import Placement
 from pipeline.placement.by_hand import ByHand
 from pipeline.placement.supervisor import Supervisor
@@ -124,6 +125,13 @@ class ManifestSource:
     model_dir: Path | None
 
 
+def check_context(context: int | None, manifest: Manifest) -> None:
+    """Raises InputError for a --context that the model does not have."""
+    longest = manifest.activation_spec.max_seq_len
+    if context is not None and context > longest:
+        raise InputError(f"--context {context} is more than the model's {longest}")
+
+
 @dataclass(frozen=True, slots=True)
 class PipelineAccess:
     """How to reach the stages of a manifest, and what to do when one is lost."""
@@ -168,6 +176,15 @@ class PipelineAccess:
 
         Raises SessionError, and InputError for what workers started here cannot use.
         """
+        has_told = False
+
+        async def tell_and_work(pipeline: Pipeline) -> None:
+            nonlocal has_told
+            if not has_told:
+                _tell_kernels(pipeline)
+            has_told = True
+            await work(pipeline)
+
         new = new_pipeline if self.is_resumable else open_pipeline
         async with open_tasks() as tasks:
             placement = self.place(tasks)
@@ -176,10 +193,21 @@ class PipelineAccess:
             ) as pipeline:
                 if self.is_resumable:
                     patience_seconds = self.options.connect_seconds
-                    await run_with_failover(pipeline, work, source, patience_seconds)
+                    await run_with_failover(pipeline, tell_and_work, source, patience_seconds)
                 else:
-                    await work(pipeline)
+                    await tell_and_work(pipeline)
             tasks.cancel_scope.cancel()
+
+
+def _tell_kernels(pipeline: Pipeline) -> None:
+    """Slow kernels give the same text, so that nothing else would tell the user of them."""
+    slow = [str(each.stage_idx) for each in pipeline.ready if each.kernels == SLOW_KERNELS]
+    if slow:
+        logger.warning(
+            "event=slow_kernels stages=%s kernels=%s: `stage-worker --kernels native` says why",
+            ",".join(slow),
+            SLOW_KERNELS,
+        )
 
 
 def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.Nursery], Placement]:

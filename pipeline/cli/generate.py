@@ -11,7 +11,7 @@ import trio
 import typer
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags
+from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags, check_context
 from pipeline.cli.common import run_until_signalled
 from pipeline.cli.logs import tell
 from pipeline.engine.drive import drive
@@ -37,6 +37,7 @@ class GenerateFlags:
     tokenizer: Path
     text: str
     max_tokens: int
+    context: int | None
     ignore_eos: bool
     latency_out: Path | None
 
@@ -45,10 +46,13 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     """Run one prompt to its end. Raises PipelineError, or typer.Exit after a signal."""
     manifest = load_manifest(flags.manifest)
     tokenizer = Tokenizer(flags.tokenizer)
-    longest = manifest.activation_spec.max_seq_len
-    limits = Limits(num_slots=1, max_seq_len=longest, num_stages=len(manifest.stages))
+    check_context(flags.context, manifest)
+    prompt_ids = tokenizer.encode(flags.text)
+    # No more than it takes: a model may have room for far more than its stages' memory.
+    needed = min(len(prompt_ids) + flags.max_tokens, manifest.activation_spec.max_seq_len)
+    limits = Limits(1, flags.context or needed, num_stages=len(manifest.stages))
     eos = frozenset() if flags.ignore_eos else frozenset(manifest.eos_token_ids)
-    request = Request(0, tokenizer.encode(flags.text), flags.max_tokens, eos)
+    request = Request(0, prompt_ids, flags.max_tokens, eos)
     scheduler = Scheduler(limits)
     scheduler.submit(request)
     path = flags.latency_out

@@ -47,6 +47,9 @@ def generate_command(
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")
     ] = 20,
+    context: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Room for prompt and text [as needed].")
+    ] = None,
     latency_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write per-token latencies as JSON.")
     ] = None,
@@ -78,7 +81,9 @@ def generate_command(
         missing = [name for name, value in given.items() if value is None]
         raise InputError(f"missing {', '.join(missing)}; see pipeline-orch --help")
     generate(
-        GenerateFlags(manifest, model_dir, tokenizer, text, max_tokens, ignore_eos, latency_out),
+        GenerateFlags(
+            manifest, model_dir, tokenizer, text, max_tokens, context, ignore_eos, latency_out
+        ),
         shared,
     )
 

@@ -25,6 +25,8 @@ KvMemoryOption = Annotated[
     float | None,
     typer.Option(min=0.001, metavar="GIB", help="KV memory of a session [all there is]."),
 ]
+# What computes where nothing faster can: several times slower than native kernels.
+SLOW_KERNELS = "torch"
 CPUS_HELP = "CPUs to pin them to, one each: 0-3,8"
 
 

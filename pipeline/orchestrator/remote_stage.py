@@ -84,6 +84,11 @@ class RemoteStage:
         return None if self._ready is None else self._ready.precision
 
     @property
+    def kernels(self) -> str | None:
+        """What it computes with, once it has said so."""
+        return None if self._ready is None else self._ready.kernels
+
+    @property
     def is_ready(self) -> bool:
         """Whether it has said that steps may flow."""
         return self._is_ready.is_set()
