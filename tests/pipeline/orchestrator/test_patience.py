@@ -1,12 +1,16 @@
 """Whoever waits for stages waits as long as they come nearer."""
 
+import sys
 from functools import partial
 
 import pytest
 import trio
 
+import pipeline.placement.supervisor
 from pipeline.orchestrator.patience import MAX_LIVES, Patience
 from pipeline.placement.base import Progress
+from pipeline.placement.supervisor import Supervisor
+from transport.endpoint import UnixEndpoint, dial_retrying
 
 
 async def seconds_of(patience, work=trio.sleep_forever):
@@ -70,3 +74,39 @@ async def test_a_stage_that_dies_whenever_it_has_loaded_is_given_up(autojump_clo
     is_done, seconds = await seconds_of(Patience(30, dying))
     assert not is_done
     assert seconds == pytest.approx(MAX_LIVES * 20 + 30, abs=2)
+
+
+LOADING = "end = time.process_time() + 2\nwhile time.process_time() < end: pass\n"
+STUCK = "time.sleep(60)\n"
+
+
+@pytest.mark.parametrize(("how", "is_reached"), [(LOADING, True), (STUCK, False)])
+async def test_a_worker_is_waited_for_while_it_loads_and_not_when_it_is_stuck(
+    how, is_reached, nursery, monkeypatch, tmp_path
+):
+    place = tmp_path / "s"
+    worker = f"""import socket, time
+{how}
+sock = socket.socket(socket.AF_UNIX)
+sock.bind({str(place)!r})
+sock.listen()
+time.sleep(60)
+"""
+    monkeypatch.setattr(
+        pipeline.placement.supervisor, "COMMAND", (sys.executable, "-S", "-c", worker)
+    )
+    monkeypatch.setattr(pipeline.placement.supervisor, "QUIET_SECONDS", 60.0)
+    supervisor = Supervisor(None, lambda stage_idx: (), nursery)
+    await supervisor.start(0)
+
+    def progress():
+        known = supervisor.progress(0)
+        return {} if known is None else {0: known}
+
+    async def reach():
+        (await dial_retrying(lambda: UnixEndpoint(place), lambda error: None)).close()
+
+    is_done, seconds = await seconds_of(Patience(1.0, progress), reach)
+    assert is_done == is_reached
+    assert seconds > 2 if is_reached else seconds < 5
+    nursery.cancel_scope.cancel()
