@@ -98,7 +98,7 @@ def test_a_prompt_asks_for_no_more_room_than_it_takes(cluster):
     done = cluster.orch(*ONE_LINE)
     assert done.returncode == 0, done.stderr
     assert cluster.orch(*ONE_LINE, "--context", "64").stdout == done.stdout
-    assert "--context" in error_of(cluster.orch(*ONE_LINE, "--context", longest), 2)
+    assert "--context" in error_of(cluster.orch(*ONE_LINE, "--context", str(longest)), 2)
     line = error_of(cluster.orch(*ONE_LINE, "--context", str(longest + 1)), 2)
     assert f"more than the model's {longest}" in line
     assert "context holds 2" in error_of(cluster.orch("Hello there", "--context", "2"), 2)
@@ -115,9 +115,9 @@ def test_workers_that_load_for_longer_than_patience_lasts_are_waited_for(cluster
 
 def test_a_worker_that_is_stuck_while_it_loads_is_given_up(cluster):
     cluster.plan(1)
-    weights = cluster.model_dir / "model.safetensors"
-    weights.unlink()
-    os.mkfifo(weights)  # opening it waits for a writer
+    config = cluster.model_dir / "config.json"
+    config.unlink()
+    os.mkfifo(config)  # opening it waits for a writer
     done = cluster.orch(
         *ONE_LINE, "--supervise", "--model-dir", cluster.model_dir, "--connect-timeout", "2"
     )
