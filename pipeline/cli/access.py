@@ -217,7 +217,7 @@ def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.N
         return lambda _: ByHand(manifest, source.path)
     if model_dir is None:
         raise InputError("--supervise starts workers, which need --model-dir")
-    own = flags.workers.arguments(len(manifest.stages))
+    own = flags.workers.arguments(manifest)
     shared = ["--manifest", str(source.path), "--model-dir", str(model_dir)]
     shared += ["--log-format", flags.log_format, *(["--dev"] if flags.is_dev else [])]
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import trio
 import typer
 
-from pipeline.agreement.manifest import Manifest, StageSpec, check_precision, load_manifest
+from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.agreement.trust import DEV_WARNING, DevTrust, EnclaveTrust, Trust
 from pipeline.cli.common import (
     DevOption,
@@ -30,6 +30,7 @@ from pipeline.cli.worker_options import (
     KvMemoryOption,
     ThreadsOption,
     parse_cpus,
+    precision_of,
 )
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, PolicyError
@@ -121,8 +122,8 @@ def serve(
             f"stage {stage_idx} has no endpoint in {manifest}; "
             "give --control-listen and --data-in-listen"
         )
-    precision = _precision(dtype, stage)
-    pinned = _cpus(cpus, threads)
+    precision = precision_of(dtype, stage)
+    pinned = () if cpus is None else parse_cpus(cpus, threads)
     num_threads = len(pinned) or threads or 1
     set_num_threads(num_threads, pinned)
     shard = _load(loaded, stage_idx, model_dir, precision, kernels or "auto", device)
@@ -147,25 +148,6 @@ def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
         logger.warning("event=development_mode %s", DEV_WARNING)
         return DevTrust.create(default_directory(os.environ))
     return EnclaveTrust.create(manifest, stage_idx)
-
-
-def _precision(flag: str | None, stage: StageSpec) -> Precision:
-    precision = check_precision(flag) if flag is not None else stage.precision or "float32"
-    if stage.precision is not None and precision != stage.precision:
-        raise InputError(
-            f"--dtype {flag}: the manifest says {stage.precision} for stage {stage.stage_idx}, and "
-            "all parties have to agree"
-        )
-    return precision
-
-
-def _cpus(flag: str | None, threads: int | None) -> tuple[int, ...]:
-    if flag is None:
-        return ()
-    found = parse_cpus(flag)
-    if threads not in {None, len(found)}:
-        raise InputError(f"--cpus {flag} has {len(found)} CPUs for --threads {threads}")
-    return found
 
 
 def _load(

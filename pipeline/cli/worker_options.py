@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pipeline.agreement.manifest import Manifest, StageSpec, check_precision
+from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 
 DTypeOption = Annotated[
@@ -46,8 +48,10 @@ class WorkerOptions:
         """The flags that were set."""
         return [name for name, value in self._flags(self.cpus) if value is not None]
 
-    def arguments(self, num_stages: int) -> Sequence[Sequence[str]]:
-        """What each stage's worker gets. Raises InputError for CPUs of another number of stages."""
+    def arguments(self, manifest: Manifest) -> Sequence[Sequence[str]]:
+        """What each stage's worker gets. Raises InputError for what no worker could start with."""
+        self._check(manifest)
+        num_stages = len(manifest.stages)
         parts = [None] if self.cpus is None else self.cpus.split("/")
         if len(parts) not in {1, num_stages}:
             raise InputError(
@@ -55,7 +59,7 @@ class WorkerOptions:
             )
         for part in parts:
             if part is not None:
-                parse_cpus(part)
+                parse_cpus(part, self.threads)
         each = parts if len(parts) == num_stages else parts * num_stages
         return [
             [
@@ -66,6 +70,15 @@ class WorkerOptions:
             ]
             for cpus in each
         ]
+
+    def _check(self, manifest: Manifest) -> None:
+        """Say it once and here; every worker would say it, after it has been started."""
+        for stage in manifest.stages:
+            precision_of(self.dtype, stage)
+        if self.kernels is not None:
+            from pipeline.kernels.choice import check_choice
+
+            check_choice(self.kernels)
 
     def _flags(self, cpus: str | None) -> Sequence[tuple[str, object]]:
         return (
@@ -78,8 +91,19 @@ class WorkerOptions:
         )
 
 
-def parse_cpus(text: str) -> tuple[int, ...]:
-    """The CPUs of `0-3,8`, in that order. Raises InputError."""
+def precision_of(flag: str | None, stage: StageSpec) -> Precision:
+    """What a stage's weights are held in. Raises InputError where that is not the manifest's."""
+    precision = check_precision(flag) if flag is not None else stage.precision or "float32"
+    if stage.precision is not None and precision != stage.precision:
+        raise InputError(
+            f"--dtype {flag}: the manifest says {stage.precision} for stage {stage.stage_idx}, and "
+            "all parties have to agree"
+        )
+    return precision
+
+
+def parse_cpus(text: str, threads: int | None) -> tuple[int, ...]:
+    """The CPUs of `0-3,8`, in that order. Raises InputError, also for other than `threads`."""
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
@@ -91,4 +115,6 @@ def parse_cpus(text: str) -> tuple[int, ...]:
         found += range(first, last + 1)
     if len(set(found)) != len(found):
         raise InputError(f"--cpus {text}: expected each CPU once")
+    if threads not in {None, len(found)}:
+        raise InputError(f"--cpus {text} has {len(found)} CPUs for --threads {threads}")
     return tuple(found)
