@@ -43,6 +43,12 @@ class RequestFailed(PipelineError):
     """One request cannot be served; it says nothing of any other."""
 
 
+class SessionRefused(SessionError):
+    """A session as it was asked for cannot be had, however often one asks."""
+
+    exit_code: ClassVar[int] = 2
+
+
 class MessageError(SessionError):
     """An authentic peer sent a control message or step this side cannot accept."""
 
@@ -57,7 +63,11 @@ class StageLost(SessionError):
 
 
 class StageHung(StageLost):
-    """A stage's process lives but does not answer."""
+    """A stage that had answered does not any more, on a channel that nobody else has access to."""
+
+
+class StageSilent(StageLost):
+    """A connection was taken and nothing said: a stage that hangs, or one kept busy by others."""
 
 
 class LinkLost(StageLost):

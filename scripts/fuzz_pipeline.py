@@ -115,7 +115,7 @@ def decode_config(data: bytes) -> None:
 
 def message_seeds() -> list[bytes]:
     init = messages.Init(
-        epoch=bytes(16), manifest_hash=bytes(32), stage_idx=1, activation_dtype="F32",
+        epoch=bytes(16), stage_idx=1, activation_dtype="F32",
         hidden_dim=8, max_seq_len=64, num_slots=4, max_step_tokens=32, data_out="127.0.0.1:9011",
         upstream_measurements={0: bytes(48)}, downstream_measurements={},
     )  # fmt: skip

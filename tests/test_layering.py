@@ -22,8 +22,8 @@ ROOMS = {
     "models": {"kernels", "protocol", "weights"},
     "stage": {"agreement", "codecs", "kernels", "models", "protocol", "sampling"},
     "engine": {"codecs", "protocol", "sampling"},
-    "orchestrator": {"agreement", "engine", "protocol", "stage"},
     "placement": {"agreement"},
+    "orchestrator": {"agreement", "engine", "placement", "protocol", "stage"},
     "planning": {"agreement", "models", "weights"},
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
     "cli": {

@@ -13,6 +13,7 @@ import socket
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -28,12 +29,13 @@ from transport.address import (
     parse_endpoint,
 )
 from transport.endpoint_errors import failed, unresolvable, vsock_family
-from transport.errors import EndpointError
+from transport.errors import DialRefused, EndpointError
 
 __all__ = [
     "VSOCK_ANY",
     "Endpoint",
     "Listener",
+    "Permit",
     "TcpEndpoint",
     "UnixEndpoint",
     "VsockEndpoint",
@@ -54,19 +56,24 @@ NO_DESCRIPTORS_PAUSE_S: Final = 0.1  # accept fails at once while descriptors ar
 _NO_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 _Address = tuple[Any, ...] | str  # as the socket module takes it for the family
+Permit = Callable[[IPv4Address | IPv6Address], bool]  # whether an address may be dialed
 
 _log = logging.getLogger(__name__)
 
 
-async def dial(endpoint: Endpoint) -> socket.socket:
+async def dial(endpoint: Endpoint, permit: Permit | None = None) -> socket.socket:
     """One attempt to connect: a non-blocking socket, with TCP_NODELAY where it is TCP.
 
-    Raises: EndpointError naming the endpoint, the cause and a remedy.
+    `permit` judges the very addresses that a TCP host stands for now, and only those it lets pass
+    are dialed: a name that stands for another one the next time it is asked for gains nothing.
+
+    Raises: EndpointError naming the endpoint, the cause and a remedy; DialRefused where `permit`
+    lets none of the addresses pass.
     """
     _require_dialable(endpoint)
     match endpoint:
         case TcpEndpoint():
-            return await _dial_tcp(endpoint)
+            return await _dial_tcp(endpoint, permit)
         case UnixEndpoint(path=path, port=port):
             sock = await _connect(endpoint, socket.AF_UNIX, str(path))
             if port is None:
@@ -77,17 +84,24 @@ async def dial(endpoint: Endpoint) -> socket.socket:
 
 
 async def dial_retrying(
-    endpoint: Endpoint, on_wait: Callable[[EndpointError], None]
+    where: Callable[[], Endpoint],
+    on_wait: Callable[[EndpointError], None],
+    permit: Permit | None = None,
 ) -> socket.socket:
     """Dials until it succeeds or the caller's cancel scope ends; `on_wait` sees each failure.
 
-    Raises: EndpointError where no attempt could ever succeed.
+    `where` is asked before each attempt: whoever is awaited may come back elsewhere.
+
+    Raises: EndpointError where no attempt could ever succeed, DialRefused among them.
     """
-    _require_dialable(endpoint)
     delay_s = FIRST_RETRY_S
     while True:
+        endpoint = where()
+        _require_dialable(endpoint)
         try:
-            return await dial(endpoint)
+            return await dial(endpoint, permit)
+        except DialRefused:
+            raise
         except EndpointError as error:
             on_wait(error)
         await trio.sleep(delay_s)
@@ -106,21 +120,31 @@ def _require_dialable(endpoint: Endpoint) -> None:
     raise EndpointError(f"cannot dial {endpoint}: {problem}")
 
 
-async def _dial_tcp(endpoint: TcpEndpoint) -> socket.socket:
+async def _dial_tcp(endpoint: TcpEndpoint, permit: Permit | None) -> socket.socket:
     try:
         infos = await trio.socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise unresolvable(endpoint, error) from error
     failure: EndpointError | None = None
     for family, _, _, _, address in infos:
+        if permit is not None and not permit(_plain_address(address)):
+            failure = failure or DialRefused(f"{endpoint} stands for {address[0]}")
+            continue
         try:
             sock = await _connect(endpoint, family, address)
         except EndpointError as error:
-            failure = failure or error  # the first address is the preferred one: report it
+            # The first address that may be dialed is the preferred one: report it.
+            failure = error if isinstance(failure, DialRefused | None) else failure
             continue
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
     raise failure or unresolvable(endpoint, OSError("no address"))
+
+
+def _plain_address(address: _Address) -> IPv4Address | IPv6Address:
+    """An IPv4 address in IPv6's clothes is dialed as IPv4, and so it is judged as that."""
+    plain = ip_address(address[0])
+    return getattr(plain, "ipv4_mapped", None) or plain
 
 
 async def _connect(endpoint: Endpoint, family: int, address: _Address) -> socket.socket:

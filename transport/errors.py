@@ -13,6 +13,10 @@ class EndpointError(TransportError):
     """An address cannot be parsed, bound or reached."""
 
 
+class DialRefused(EndpointError):
+    """What a name stands for is an address that the caller may not dial: trying again is no use."""
+
+
 class DeviceError(TransportError):
     """This machine's security module is missing, or refuses a request."""
 

@@ -58,7 +58,7 @@ class Link:
     kind: LinkKind
     initiator: Role
     responder: Role
-    manifest_hash: bytes  # SHA-256 of the manifest's core, or of all of it on data links
+    manifest_hash: bytes  # SHA-256 of the manifest's core
     epoch: bytes = bytes(EPOCH_BYTES)  # separates pipeline sessions; zeros on control links
 
     def __post_init__(self) -> None:

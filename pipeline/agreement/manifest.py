@@ -30,7 +30,6 @@ from transport.endpoint import (
 from transport.errors import EndpointError
 
 CORE_DOMAIN = b"veilpipe-manifest-core/1\n"
-WHOLE_DOMAIN = b"veilpipe-manifest/1\n"
 # A manifest of 256 stages is about 256 KiB, weights in many files a few times that.
 MAX_MANIFEST_BYTES = 4 << 20
 # As many as control messages and step headers can name.
@@ -197,12 +196,11 @@ class Manifest(_Strict):
         return whole
 
     def core_hash(self) -> bytes:
-        """SHA-256 of the canonical core; control channels bind it."""
-        return _canonical_hash(CORE_DOMAIN, self.core())
-
-    def whole_hash(self) -> bytes:
-        """SHA-256 of the canonical manifest; data channels bind it."""
-        return _canonical_hash(WHOLE_DOMAIN, self.model_dump(mode="json"))
+        """SHA-256 of the canonical core; every channel binds it."""
+        canonical = json.dumps(
+            self.core(), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+        )
+        return hashlib.sha256(CORE_DOMAIN + canonical.encode()).digest()
 
     def stage(self, stage_idx: int) -> StageSpec:
         """The stage of that index; raises ManifestError when there is none."""
@@ -227,11 +225,6 @@ def check_precision(name: str) -> Precision:
     if name not in known:
         raise InputError(f"--dtype {name}: use {', '.join(known)}")
     return cast(Precision, name)
-
-
-def _canonical_hash(domain: bytes, value: dict[str, Any]) -> bytes:
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(domain + canonical.encode()).digest()
 
 
 def parse_manifest(text: str | bytes, source: str = "manifest") -> Manifest:

@@ -3,24 +3,37 @@
 import inspect
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
+import trio
 import typer
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust import DEV_WARNING, DevTrust, Trust, UserTrust
 from pipeline.cli.common import DevOption, to_endpoint
 from pipeline.cli.logs import LogFormat, LogFormatOption, tell
+from pipeline.cli.worker_options import (
+    CPUS_HELP,
+    SLOW_KERNELS,
+    DeviceOption,
+    DTypeOption,
+    KernelsOption,
+    KvMemoryOption,
+    ThreadsOption,
+    WorkerOptions,
+)
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError
+from pipeline.orchestrator.epochs import ReplaySource
 from pipeline.orchestrator.failover import Work, run_with_failover
-from pipeline.orchestrator.opening import PipelineOptions, new_pipeline, open_pipeline
-from pipeline.orchestrator.remote_pipeline import ReplaySource
-from pipeline.placement.supervisor import Supervisor, worker_arguments
+from pipeline.orchestrator.opening import Pipeline, PipelineOptions, new_pipeline, open_pipeline
+from pipeline.placement.base import Placement
+from pipeline.placement.by_hand import ByHand
+from pipeline.placement.supervisor import Supervisor
 from pipeline.tasks import open_tasks
 from transport.attestation.dev import default_directory
 from transport.endpoint import Endpoint
@@ -38,7 +51,7 @@ class PipelineFlags:
     connect_seconds: float
     hang_seconds: float
     supervise: bool
-    threads: int
+    workers: WorkerOptions
     log_format: LogFormat
 
 
@@ -48,7 +61,8 @@ def pipeline_flags(
         typer.Option(metavar="ADDR", help="Where the last stage delivers [last stage's data_out]."),
     ] = None,
     connect_timeout: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="Patience with stages not up.")
+        float,
+        typer.Option(min=0.1, metavar="SECONDS", help="Patience with stages not up nor loading."),
     ] = 30.0,
     identity: Annotated[
         Path | None, typer.Option(metavar="FILE", help="This orchestrator's key (see keygen).")
@@ -56,9 +70,15 @@ def pipeline_flags(
     supervise: Annotated[
         bool, typer.Option("--supervise", help="Start the workers here, and survive their death.")
     ] = False,
-    threads: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Threads of each worker, with --supervise.")
-    ] = 1,
+    dtype: DTypeOption = None,
+    kernels: KernelsOption = None,
+    threads: ThreadsOption = None,
+    cpus: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help=f"{CPUS_HELP}; a / between stages [none]."),
+    ] = None,
+    device: DeviceOption = None,
+    kv_memory: KvMemoryOption = None,
     hang_timeout: Annotated[
         float, typer.Option(min=0.5, metavar="SECONDS", help="Patience with a silent stage.")
     ] = 60.0,
@@ -66,6 +86,9 @@ def pipeline_flags(
     log_format: LogFormatOption = LogFormat.TEXT,
 ) -> PipelineFlags:
     """What the command line says. Raises InputError."""
+    workers = WorkerOptions(dtype, kernels, threads, cpus, device, kv_memory)
+    if not supervise and (given := workers.given()):
+        raise InputError(f"{given[0]} is for workers that are started here; give --supervise too")
     return PipelineFlags(
         identity=identity,
         is_dev=dev,
@@ -73,7 +96,7 @@ def pipeline_flags(
         connect_seconds=connect_timeout,
         hang_seconds=hang_timeout,
         supervise=supervise,
-        threads=threads,
+        workers=workers,
         log_format=log_format,
     )
 
@@ -115,6 +138,13 @@ class ManifestSource:
     model_dir: Path | None
 
 
+def check_context(context: int | None, manifest: Manifest) -> None:
+    """Raises InputError for a --context that the model does not have."""
+    longest = manifest.activation_spec.max_seq_len
+    if context is not None and context > longest:
+        raise InputError(f"--context {context} is more than the model's {longest}")
+
+
 @dataclass(frozen=True, slots=True)
 class PipelineAccess:
     """How to reach the stages of a manifest, and what to do when one is lost."""
@@ -122,7 +152,7 @@ class PipelineAccess:
     manifest: Manifest
     trust: Trust
     options: PipelineOptions
-    supervisor: Supervisor | None
+    place: Callable[[trio.Nursery], Placement]
     is_resumable: bool
 
     @classmethod
@@ -137,15 +167,6 @@ class PipelineAccess:
     ) -> "PipelineAccess":
         """Check the flags and the protection the manifest gives. Raises InputError."""
         manifest = source.manifest
-        supervisor = None
-        if flags.supervise:
-            if source.model_dir is None:
-                raise InputError("--supervise starts workers, which need --model-dir")
-            arguments = worker_arguments(
-                source.path, source.model_dir, threads=flags.threads, is_dev=flags.is_dev
-            )
-            arguments += ("--log-format", flags.log_format)
-            supervisor = Supervisor(manifest, arguments)
         options = PipelineOptions(
             limits,
             flags.connect_seconds,
@@ -153,13 +174,11 @@ class PipelineAccess:
             flags.hang_seconds,
             patience_ms=patience_ms,
         )
-        if supervisor is not None:
-            options = replace(options, on_loss=supervisor.on_loss)
         return cls(
             manifest=manifest,
             trust=_trust(manifest, flags.identity, dev=flags.is_dev),
             options=options,
-            supervisor=supervisor,
+            place=_placement(source, flags),
             is_resumable=is_resumable or flags.supervise,
         )
 
@@ -167,19 +186,58 @@ class PipelineAccess:
         """Do `work` on a pipeline; after a loss mend it and go on, where that is wanted.
 
         `source` is what `work` works off; `work` is called again after every loss.
+
+        Raises SessionError, and InputError for what workers started here cannot use.
         """
-        if not self.is_resumable:
-            async with open_pipeline(
-                self.manifest, self.trust, self.options, _progress
-            ) as pipeline:
-                return await work(pipeline)
+        has_told = False
+
+        async def tell_and_work(pipeline: Pipeline) -> None:
+            nonlocal has_told
+            if not has_told:
+                _tell_kernels(pipeline)
+            has_told = True
+            await work(pipeline)
+
+        new = new_pipeline if self.is_resumable else open_pipeline
         async with open_tasks() as tasks:
-            if self.supervisor is not None:
-                tasks.start_soon(self.supervisor.run)
-            async with new_pipeline(self.manifest, self.trust, self.options, _progress) as pipeline:
-                await run_with_failover(pipeline, work, source, self.options.connect_seconds)
+            placement = self.place(tasks)
+            async with new(
+                self.manifest, self.trust, self.options, _progress, placement
+            ) as pipeline:
+                if self.is_resumable:
+                    patience_seconds = self.options.connect_seconds
+                    await run_with_failover(pipeline, tell_and_work, source, patience_seconds)
+                else:
+                    await tell_and_work(pipeline)
             tasks.cancel_scope.cancel()
-        return None
+
+
+def _tell_kernels(pipeline: Pipeline) -> None:
+    """Slow kernels give the same text, so that nothing else would tell the user of them."""
+    slow = [str(each.stage_idx) for each in pipeline.ready if each.kernels == SLOW_KERNELS]
+    if slow:
+        logger.warning(
+            "event=slow_kernels stages=%s kernels=%s: `stage-worker --kernels native` says why",
+            ",".join(slow),
+            SLOW_KERNELS,
+        )
+
+
+def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.Nursery], Placement]:
+    """How stages are placed, given tasks to watch over them. Raises InputError."""
+    manifest, model_dir = source.manifest, source.model_dir
+    if not flags.supervise:
+        return lambda _: ByHand(manifest, source.path)
+    if model_dir is None:
+        raise InputError("--supervise starts workers, which need --model-dir")
+    own = flags.workers.arguments(manifest)
+    shared = ["--manifest", str(source.path), "--model-dir", str(model_dir)]
+    shared += ["--log-format", flags.log_format, *(["--dev"] if flags.is_dev else [])]
+
+    def arguments(stage_idx: int) -> Sequence[str]:
+        return (*shared, *own[stage_idx])
+
+    return lambda tasks: Supervisor(manifest, arguments, tasks)
 
 
 def _trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:

@@ -157,7 +157,10 @@ def to_endpoint(text: str | None, option: str) -> Endpoint | None:
 
 
 def run_until_signalled(main: Callable[[], Awaitable[None]]) -> int | None:
-    """Run `main` under trio; SIGINT or SIGTERM cancels it. Returns the signal's number, if any."""
+    """Run `main` under trio; SIGINT or SIGTERM cancels it. Returns the signal's number, if any.
+
+    Raises what `main` raises, itself and not in a group.
+    """
     received: int | None = None
 
     async def supervise() -> None:

@@ -10,7 +10,7 @@ from time import perf_counter_ns
 import typer
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags
+from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags, check_context
 from pipeline.cli.common import run_until_signalled
 from pipeline.cli.logs import tell
 from pipeline.engine.engine import PipelineEngine
@@ -37,6 +37,7 @@ class GenerateFlags:
     tokenizer: Path
     text: str
     max_tokens: int
+    context: int | None
     ignore_eos: bool
     latency_out: Path | None
     sampling: SamplingParams
@@ -46,10 +47,12 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     """Run one prompt to its end. Raises PipelineError, or typer.Exit after a signal."""
     manifest = load_manifest(flags.manifest)
     tokenizer = Tokenizer(flags.tokenizer)
-    longest = manifest.activation_spec.max_seq_len
-    limits = Limits(num_slots=1, max_seq_len=longest, num_stages=len(manifest.stages))
-    eos = frozenset() if flags.ignore_eos else frozenset(manifest.eos_token_ids)
+    check_context(flags.context, manifest)
     prompt_ids = tokenizer.encode(flags.text)
+    # No more than it takes: a model may have room for far more than its stages' memory.
+    needed = min(len(prompt_ids) + flags.max_tokens, manifest.activation_spec.max_seq_len)
+    limits = Limits(1, flags.context or needed, num_stages=len(manifest.stages))
+    eos = frozenset() if flags.ignore_eos else frozenset(manifest.eos_token_ids)
     log = LatencyLog()
     engine = PipelineEngine(limits)
     printer = _Printer(flags.text, TextStream(tokenizer, prompt_ids), flags.sampling.stop, log)

@@ -50,6 +50,9 @@ def generate_command(
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")
     ] = 20,
+    context: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Room for prompt and text [as needed].")
+    ] = None,
     latency_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write per-token latencies as JSON.")
     ] = None,
@@ -82,7 +85,15 @@ def generate_command(
         raise InputError(f"missing {', '.join(missing)}; see pipeline-orch --help")
     generate(
         GenerateFlags(
-            manifest, model_dir, tokenizer, text, max_tokens, ignore_eos, latency_out, sampling
+            manifest=manifest,
+            model_dir=model_dir,
+            tokenizer=tokenizer,
+            text=text,
+            max_tokens=max_tokens,
+            context=context,
+            ignore_eos=ignore_eos,
+            latency_out=latency_out,
+            sampling=sampling,
         ),
         shared,
     )

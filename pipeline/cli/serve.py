@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags
+from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags, check_context
 from pipeline.cli.common import run_until_signalled
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
@@ -17,6 +17,7 @@ from pipeline.errors import InputError, SessionError
 from pipeline.gateway.auth import load_api_keys
 from pipeline.gateway.limits import GatewayLimits
 from pipeline.gateway.overview import Overview
+from pipeline.gateway.server import listen
 from pipeline.gateway.server import serve as serve_gateway
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
@@ -50,12 +51,9 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     """Serve until stopped. Raises PipelineError, or typer.Exit after a signal."""
     _allow_open_files(flags.limits.max_connections + _OTHER_FILES)
     manifest = load_manifest(flags.manifest)
-    longest = manifest.activation_spec.max_seq_len
-    if flags.context is not None and flags.context > longest:
-        raise InputError(f"--context {flags.context} is more than the model's {longest}")
-    limits = Limits(
-        flags.max_batch, flags.context or longest, flags.chunk_tokens, len(manifest.stages)
-    )
+    check_context(flags.context, manifest)
+    context = flags.context or manifest.activation_spec.max_seq_len
+    limits = Limits(flags.max_batch, context, flags.chunk_tokens, len(manifest.stages))
     config = GatewayConfig(
         served_model_name=flags.served_model_name or manifest.model_name,
         chat_template=ChatTemplate.load(flags.model_dir),
@@ -65,7 +63,6 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         api_keys=load_api_keys(flags.api_key_file) if flags.api_key_file else frozenset(),
         limits=flags.limits,
     )
-    tokenizer = GatewayTokenizer(flags.model_dir / "tokenizer.json")
     source = ManifestSource(manifest, flags.manifest, flags.model_dir)
     access = PipelineAccess.create(source, pipeline_flags, limits, is_resumable=True)
     engine = PipelineEngine(limits)
@@ -77,13 +74,20 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         lambda: standing.stages if standing else (),
     )
 
-    async def work(pipeline: Pipeline) -> None:
-        nonlocal standing
-        tokenizer.check_vocabulary(pipeline.vocab_size)
-        standing = pipeline
-        await engine.run(pipeline)
-
     async def run() -> None:
+        # First of all: loading takes its time, and an address that cannot be had is known at once.
+        listeners = await listen(config)
+        tokenizer = GatewayTokenizer(flags.model_dir / "tokenizer.json")
+        url = ""
+
+        async def work(pipeline: Pipeline) -> None:
+            nonlocal standing
+            tokenizer.check_vocabulary(pipeline.vocab_size)
+            if standing is None:
+                logger.info("event=serving url=%s model=%s", url, config.served_model_name)
+            standing = pipeline
+            await engine.run(pipeline)
+
         async with open_tasks() as tasks:
             url = await tasks.start(
                 partial(
@@ -91,11 +95,11 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
                     config,
                     engine,
                     tokenizer,
+                    listeners=listeners,
                     overview=overview,
                     is_ready=lambda: standing is not None and standing.is_joined,
                 )
             )
-            logger.info("event=serving url=%s model=%s", url, config.served_model_name)
             try:
                 await access.run(work, engine.scheduler)
             except SessionError as error:

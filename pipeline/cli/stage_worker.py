@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,7 @@ from typing import Annotated
 import trio
 import typer
 
-from pipeline.agreement.manifest import Manifest, StageSpec, check_precision, load_manifest
+from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.agreement.trust import DEV_WARNING, DevTrust, EnclaveTrust, Trust
 from pipeline.cli.common import (
     DevOption,
@@ -23,12 +22,23 @@ from pipeline.cli.common import (
     wait_for_end_of_stdin,
 )
 from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
+from pipeline.cli.worker_options import (
+    CPUS_HELP,
+    DeviceOption,
+    DTypeOption,
+    KernelsOption,
+    KvMemoryOption,
+    ThreadsOption,
+    parse_cpus,
+    precision_of,
+)
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, PolicyError
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.protocol.peers import PATIENCE_MS
+from pipeline.stage.dialing import parse_networks
 from pipeline.stage.setup import MAX_STEP_TOKENS, StageSetup
 from pipeline.stage.worker import StageWorker
 from pipeline.tasks import open_tasks
@@ -61,25 +71,16 @@ def serve(
         str | None,
         typer.Option(metavar="ADDR", help="Where the stage before connects [manifest's data_in]."),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Weights: float32, bfloat16, int8 [manifest's, else float32]."),
+    allow_dial: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CIDR", help="Also dial there [only what the manifest names]."),
     ] = None,
-    kernels: Annotated[
-        str, typer.Option(help="Arithmetic: auto, native (AVX-512) or torch.")
-    ] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, metavar="N", help="Threads for this stage [1].")
-    ] = None,
-    cpus: Annotated[
-        str | None,
-        typer.Option(metavar="LIST", help="CPUs to pin them to, one each: 0-3,8 [none]."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
-    kv_memory: Annotated[
-        float | None,
-        typer.Option(min=0.001, metavar="GIB", help="KV memory of a session [what is free]."),
-    ] = None,
+    dtype: DTypeOption = None,
+    kernels: KernelsOption = None,
+    threads: ThreadsOption = None,
+    cpus: Annotated[str | None, typer.Option(metavar="LIST", help=f"{CPUS_HELP} [none].")] = None,
+    device: DeviceOption = None,
+    kv_memory: KvMemoryOption = None,
     once: Annotated[bool, typer.Option("--once", help="Exit after the first session.")] = False,
     until_stdin_ends: Annotated[
         bool, typer.Option("--until-stdin-ends", help="End when stdin does: for supervisors.")
@@ -104,7 +105,9 @@ def serve(
     """
     configure_logging(verbose=verbose, quiet=quiet, log_format=log_format)
     loaded = load_manifest(manifest)
+    networks = parse_networks(allow_dial or ())
     stage = loaded.stage(stage_idx)
+    device = device or "cpu"
     trust = _trust(loaded, stage_idx, dev=dev)
     endpoint = stage.endpoint
     control = to_endpoint(control_listen, "--control-listen") or (
@@ -119,11 +122,11 @@ def serve(
             f"stage {stage_idx} has no endpoint in {manifest}; "
             "give --control-listen and --data-in-listen"
         )
-    precision = _precision(dtype, stage)
-    pinned = _cpus(cpus, threads)
+    precision = precision_of(dtype, stage)
+    pinned = () if cpus is None else parse_cpus(cpus, threads)
     num_threads = len(pinned) or threads or 1
     set_num_threads(num_threads, pinned)
-    shard = _load(loaded, stage_idx, model_dir, precision, kernels, device)
+    shard = _load(loaded, stage_idx, model_dir, precision, kernels or "auto", device)
     setup = StageSetup(
         manifest=loaded,
         stage_idx=stage_idx,
@@ -135,6 +138,7 @@ def serve(
         max_kv_bytes=_kv_bytes(shard) if kv_memory is None else int(kv_memory * GIB),
         data_out=data_out,
         patience_ms=PATIENCE_MS,
+        allow_dial=networks,
     )
     _run(setup, control, data_in, once=once, until_stdin_ends=until_stdin_ends)
 
@@ -149,36 +153,6 @@ def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
         logger.warning("event=development_mode %s", DEV_WARNING)
         return DevTrust.create(default_directory(os.environ))
     return EnclaveTrust.create(manifest, stage_idx)
-
-
-def _precision(flag: str | None, stage: StageSpec) -> Precision:
-    precision = check_precision(flag) if flag is not None else stage.precision or "float32"
-    if stage.precision is not None and precision != stage.precision:
-        raise InputError(
-            f"--dtype {flag}: the manifest says {stage.precision} for stage {stage.stage_idx}, and "
-            "all parties have to agree"
-        )
-    return precision
-
-
-def _cpus(flag: str | None, threads: int | None) -> tuple[int, ...]:
-    """The CPUs of `0-3,8`, in that order."""
-    if flag is None:
-        return ()
-    found: list[int] = []
-    for part in flag.split(","):
-        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
-        if match is None:
-            raise InputError(f"--cpus {flag}: expected CPUs like 0-3,8")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise InputError(f"--cpus {flag}: {part} is no range")
-        found += range(first, last + 1)
-    if len(set(found)) != len(found):
-        raise InputError(f"--cpus {flag}: expected each CPU once")
-    if threads not in {None, len(found)}:
-        raise InputError(f"--cpus {flag} has {len(found)} CPUs for --threads {threads}")
-    return tuple(found)
 
 
 def _load(

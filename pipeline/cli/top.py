@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cli.logs import printable
+from pipeline.cli.worker_options import SLOW_KERNELS
 from pipeline.errors import InputError, PipelineError
 from pipeline.gateway.auth import load_api_keys
 from pipeline.gateway.overview import PipelineView, StageRates, StageView
@@ -25,10 +26,10 @@ _PATH = "/pipeline"
 _ANSWER_SECONDS = 5.0
 _MAX_ANSWER_BYTES = 1 << 20
 # Wide enough for every column where there is no terminal to ask.
-_PLAIN_WIDTH = 132
+_PLAIN_WIDTH = 142
 # What they take at most.
-_FULL_WIDTH = 120
-_TEXTUAL = frozenset({"layers", "state", "attested"})
+_FULL_WIDTH = 130
+_TEXTUAL = frozenset({"layers", "kernels", "state", "attested"})
 _STATE_STYLES = {"ready": "green", "connecting": "yellow", "down": "bold red"}
 
 
@@ -186,6 +187,7 @@ def _stage_cells(stage: StageView, max_seq_len: int) -> dict[str, Text]:
         "layers": Text(
             f"{stage.layer_start}-{stage.layer_end - 1} {printable(stage.precision)[:8]}"
         ),
+        "kernels": _kernels(stage.kernels),
         "state": Text(stage.state, style=_STATE_STYLES[stage.state]),
         "load": Text("-" if rates is None else f"{rates.load:.0%}"),
         "batch": Text(batch),
@@ -207,6 +209,12 @@ def _step_cells(rates: StageRates | None) -> dict[str, Text]:
     }
     shown = {name: Text(f"{ms:.2f}", style="dim") for name, ms in parts.items()}
     return {"ms/step": Text(f"{sum(parts.values()):.2f}"), **shown}
+
+
+def _kernels(name: str | None) -> Text:
+    """Those that are several times slower than others stand out."""
+    style = "yellow" if name == SLOW_KERNELS else ""
+    return Text("-" if name is None else printable(name)[:7], style=style)
 
 
 def _attested(stage: StageView) -> Text:

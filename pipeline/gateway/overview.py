@@ -44,6 +44,7 @@ class StageView(_View):
     layer_start: int
     layer_end: int
     precision: str
+    kernels: str | None = None
     state: Literal["down", "connecting", "ready"]
     # What the handshake proved: "nitro", "dev" or "key_only", and the image's measurement (PCR 0).
     evidence: str | None = None
@@ -121,6 +122,7 @@ def _stage_view(spec: StageSpec, stage: RemoteStage | None) -> StageView:
     return view.model_copy(
         update={
             "precision": stage.precision or view.precision,
+            "kernels": stage.kernels,
             "state": "ready" if stage.is_ready else "connecting",
             "evidence": attested.kind.name.lower(),
             "measurement": None if measurement is None else measurement.hex(),

@@ -2,7 +2,7 @@
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import cast
 
@@ -43,6 +43,7 @@ async def serve(
     engine: Engine,
     tokenizer: GatewayTokenizer,
     *,
+    listeners: Sequence[trio.SocketListener] = (),
     registry: CollectorRegistry | None = None,
     overview: Overview | None = None,
     is_ready: Callable[[], bool] = lambda: True,
@@ -50,11 +51,12 @@ async def serve(
 ) -> None:
     """Serve until cancelled; reports the base URL once it listens.
 
-    `overview` is shown by /metrics and /pipeline.
+    `listeners` are those of `listen`, if that has been done; `overview` is shown by /metrics and
+    /pipeline.
 
     Raises InputError if the address cannot be had, or is open to others and no key is set.
     """
-    listeners = await _listen(app_config)
+    listeners = listeners or await listen(app_config)
     url = _url(listeners[0])
     registry = CollectorRegistry() if registry is None else registry
     metrics = GatewayMetrics(registry)
@@ -72,7 +74,7 @@ async def serve(
     server = _Server(ASGIWrapper(cast(ASGIFramework, app)), app_config, metrics)
     logger.info("event=gateway_started url=%s keys=%d", url, len(app_config.api_keys))
     task_status.started(url)
-    await trio.serve_listeners(server.handle, listeners)
+    await trio.serve_listeners(server.handle, list(listeners))
 
 
 class _Server:
@@ -120,7 +122,11 @@ async def _refuse(stream: trio.SocketStream) -> None:
     await trio.aclose_forcefully(stream)
 
 
-async def _listen(config: GatewayConfig) -> list[trio.SocketListener]:
+async def listen(config: GatewayConfig) -> list[trio.SocketListener]:
+    """The address clients dial, had at once.
+
+    Raises InputError if it cannot be had, or is open to others and no key is set.
+    """
     try:
         found = await trio.socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
         if not config.api_keys and not all(is_local_name(str(entry[4][0])) for entry in found):

@@ -19,8 +19,7 @@ def choose_kernels(choice: str, head_dim: int, device: str = "cpu") -> Kernels:
     Another device than the CPU has its own. Raises InputError when native kernels or a device are
     demanded and cannot be had.
     """
-    if choice not in CHOICES:
-        raise InputError(f"--kernels {choice}: use {', '.join(CHOICES)}")
+    check_choice(choice)
     if device != "cpu":
         return _gpu(choice, device)
     if choice == "torch":
@@ -33,6 +32,12 @@ def choose_kernels(choice: str, head_dim: int, device: str = "cpu") -> Kernels:
     if choice == "native":
         raise InputError(f"--kernels native: {problem}; leave the flag out to compute with torch")
     return _torch()
+
+
+def check_choice(choice: str) -> None:
+    """Raises InputError for kernels that there are nowhere."""
+    if choice not in CHOICES:
+        raise InputError(f"--kernels {choice}: use {', '.join(CHOICES)}")
 
 
 # Only what computes is imported: torch takes as long as all else together, and a worker's memory.

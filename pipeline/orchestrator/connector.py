@@ -1,4 +1,4 @@
-"""The orchestrator's channels to the stages of a manifest: how each is opened."""
+"""The orchestrator's channels to the stages of a manifest: how each is opened, and where."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,8 @@ import trio
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust import Trust
-from pipeline.errors import MessageError, SessionError, StageHung
+from pipeline.errors import MessageError, SessionError, StageSilent
+from pipeline.placement.base import Placement
 from pipeline.protocol.asked import MAX_VOCAB
 from pipeline.protocol.links import CONTROL_LIMITS, SEND_ONLY_LIMITS, ControlLink, StepGate
 from pipeline.protocol.messages import Init, StepHeader
@@ -32,13 +33,21 @@ class Connector:
     """Dials stages, and accepts the last one's results; each handshake verifies its peer anew."""
 
     def __init__(
-        self, manifest: Manifest, trust: Trust, limits: SessionLimits, progress: Progress
+        self,
+        manifest: Manifest,
+        trust: Trust,
+        limits: SessionLimits,
+        placement: Placement,
+        progress: Progress,
     ) -> None:
         self.num_handshakes = 0
         # Of the model, once its stages have named it: what logits may come back.
         self.vocab_size = 0
         # What each connection under way still lacks, for the user.
         self.pending: dict[str, str] = {}
+        # Stages that took no connection when they were last dialed.
+        self.absent: set[int] = set()
+        self._placement = placement
         self._manifest = manifest
         self._trust = trust
         self._limits = limits
@@ -47,21 +56,19 @@ class Connector:
     async def control(self, stage_idx: int) -> ControlLink:
         """A stage's control channel, as soon as the stage is up.
 
-        Raises StageHung when it takes the connection and says nothing, SessionError when it is not
-        what it should be.
+        Raises StageSilent when it takes the connection and says nothing, SessionError when it is
+        not what it should be.
         """
-        endpoint = self._manifest.endpoint(stage_idx).control.to_endpoint()
         core_hash = self._manifest.core_hash()
         link = Link(
             LinkKind.CONTROL, ORCHESTRATOR, _stage_role(stage_idx), core_hash, CONTROL_EPOCH
         )
-        return ControlLink(await self._dial(stage_idx, endpoint, link))
+        return ControlLink(await self._dial(stage_idx, link))
 
     async def first(self, epoch: bytes) -> SecureChannel:
-        """The data channel to stage 0. Raises SessionError."""
-        endpoint = self._manifest.endpoint(0).data_in.to_endpoint()
+        """The data channel to stage 0. Raises StageSilent or SessionError."""
         link = self._data_link(ORCHESTRATOR, _stage_role(0), epoch)
-        return await self._dial(0, endpoint, link)
+        return await self._dial(0, link)
 
     async def results(self, listener: Listener, epoch: bytes, gate: StepGate) -> SecureChannel:
         """The data channel from the last stage."""
@@ -84,45 +91,64 @@ class Connector:
         is_last = stage_idx == len(stages) - 1
         return Init(
             epoch=epoch,
-            manifest_hash=self._manifest.whole_hash(),
             stage_idx=stage_idx,
             activation_dtype=spec.dtype,
             hidden_dim=spec.hidden_dim,
             max_seq_len=self._limits.max_seq_len,
             num_slots=self._limits.num_slots,
             max_step_tokens=self._limits.max_step_tokens,
-            data_out=str(self._manifest.endpoint(stage_idx).data_out.to_endpoint()),
+            data_out=self.data_out(stage_idx),
             upstream_measurements=stages[stage_idx - 1].measurements() if stage_idx else {},
             downstream_measurements={} if is_last else stages[stage_idx + 1].measurements(),
         )
 
-    async def _dial(self, stage_idx: int, endpoint: Endpoint, link: Link) -> SecureChannel:
-        what = f"stage {stage_idx}'s {link.kind.name.lower()} channel at {endpoint}"
-        self.pending[what] = f"{what} does not answer the handshake"
+    def data_out(self, stage_idx: int) -> str:
+        """Where a stage finds the next one now, or the last one its results' listener."""
+        return str(self._placement.where(stage_idx).data_out.to_endpoint())
+
+    def _where(self, stage_idx: int, kind: LinkKind) -> Endpoint:
+        addresses = self._placement.where(stage_idx)
+        address = addresses.control if kind is LinkKind.CONTROL else addresses.data_in
+        return address.to_endpoint()
+
+    async def _dial(self, stage_idx: int, link: Link) -> SecureChannel:
+        name = f"stage {stage_idx}'s {link.kind.name.lower()} channel"
+        what = ""
         is_announced = False
+
+        def where() -> Endpoint:
+            nonlocal what
+            endpoint = self._where(stage_idx, link.kind)
+            if what != (now := f"{name} at {endpoint}"):
+                what = now
+                self.pending[name] = f"{what} does not answer the handshake"
+            return endpoint
 
         def on_wait(error: TransportError) -> None:
             nonlocal is_announced
             if not is_announced:
                 self._progress(f"waiting for {what}")
             is_announced = True
-            self.pending[what] = f"{what} is not up ({error})"
+            self.absent.add(stage_idx)
+            self.pending[name] = f"{what} is not up ({error})"
 
         measurements = self._manifest.stage(stage_idx).measurements()
         credentials = self._trust.toward(link.responder, measurements)
         limits = CONTROL_LIMITS if link.kind is LinkKind.CONTROL else SEND_ONLY_LIMITS
         try:
-            channel = await connect_retrying(endpoint, link, credentials, limits, on_wait)
+            channel = await connect_retrying(where, link, credentials, limits, on_wait)
         except trio.TooSlowError as error:
-            raise StageHung(stage_idx, f"{what}: {describe(error)}") from error
+            raise StageSilent(stage_idx, f"{what}: {describe(error)}") from error
         except (TransportError, trio.EndOfChannel) as error:
             raise SessionError(f"{what}: {describe(error)}") from error
-        del self.pending[what]
+        finally:
+            self.absent.discard(stage_idx)
+        del self.pending[name]
         self.num_handshakes += 1
         return channel
 
     def _data_link(self, initiator: Role, responder: Role, epoch: bytes) -> Link:
-        return Link(LinkKind.DATA, initiator, responder, self._manifest.whole_hash(), epoch)
+        return Link(LinkKind.DATA, initiator, responder, self._manifest.core_hash(), epoch)
 
     def _expect(self, header: StepHeader, specs: tuple[TensorSpec, ...]) -> None:
         """What the last stage may return for a step; how many tokens, the scheduler checks."""

@@ -51,7 +51,7 @@ async def fetch_evidence(
     credentials = Credentials(key, KeyOnlyAttester(), (recorder,))
     try:
         channel = await connect_retrying(
-            endpoint, link, credentials, CONTROL_LIMITS, lambda _: None
+            lambda: endpoint, link, credentials, CONTROL_LIMITS, lambda _: None
         )
     except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
         raise SessionError(f"stage {stage_idx} at {endpoint}: {describe(error)}") from error

@@ -5,8 +5,10 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import trio
 
-from pipeline.errors import SessionError
-from pipeline.orchestrator.remote_pipeline import Pipeline, ReplaySource
+from pipeline.errors import SessionError, SessionRefused
+from pipeline.orchestrator.epochs import ReplaySource
+from pipeline.orchestrator.patience import Patience
+from pipeline.orchestrator.remote_pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +28,9 @@ async def run_with_failover(
 ) -> None:
     """Connect `pipeline` and do `work` on it; whatever is lost, mend it and call `work` again.
 
-    Raises SessionError when it does not stand again within `patience_seconds` of a loss, or breaks
-    again and again without a single result.
+    Raises SessionRefused when a stage will not take part as it is asked to, SessionError when the
+    pipeline does not stand again and nothing moves for `patience_seconds`, or when it breaks again
+    and again without a single result.
     """
     num_fruitless = 0
     pauses = _pauses()
@@ -38,6 +41,8 @@ async def run_with_failover(
         try:
             async with pipeline.unbroken():
                 return await work(pipeline)
+        except SessionRefused:
+            raise
         except SessionError as error:
             logger.warning("event=failover_started error=%s", error)
             is_fruitless = before == (pipeline.num_results, source.num_given_up)
@@ -52,18 +57,26 @@ async def run_with_failover(
 
 async def _mend(pipeline: Pipeline, source: ReplaySource, patience_seconds: float) -> None:
     failure: SessionError | None = None
-    with trio.move_on_after(patience_seconds):
+
+    async def connect() -> None:
+        nonlocal failure
         for pause_seconds in _pauses():
             failure = None  # of an attempt before this one: its stages may have come back since
             try:
-                return await pipeline.connect(source)
+                await pipeline.connect(source)
+            except SessionRefused:
+                raise
             except SessionError as error:
                 logger.warning("event=connecting_failed error=%s", error)
                 failure = error
+            else:
+                return
             await trio.sleep(pause_seconds)
-    raise SessionError(
-        f"gave up after {patience_seconds:g} s: {failure or pipeline.waiting_for}"
-    ) from failure
+
+    if not await Patience(patience_seconds, lambda: pipeline.progress).run(connect):
+        raise SessionError(
+            f"gave up after {patience_seconds:g} s: {failure or pipeline.waiting_for}"
+        ) from failure
 
 
 def _pauses() -> Iterator[float]:

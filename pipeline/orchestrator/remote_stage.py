@@ -9,7 +9,14 @@ import trio
 
 from pipeline.agreement.manifest import StageSpec
 from pipeline.engine.step import Notice
-from pipeline.errors import LinkLost, MessageError, SessionError, StageHung, StageLost
+from pipeline.errors import (
+    LinkLost,
+    MessageError,
+    SessionError,
+    SessionRefused,
+    StageHung,
+    StageLost,
+)
 from pipeline.protocol.links import ControlLink
 from pipeline.protocol.messages import (
     Broken,
@@ -81,6 +88,11 @@ class RemoteStage:
         return None if self._ready is None else self._ready.precision
 
     @property
+    def kernels(self) -> str | None:
+        """What it computes with, once it has said so."""
+        return None if self._ready is None else self._ready.kernels
+
+    @property
     def is_ready(self) -> bool:
         """Whether it has said that steps may flow."""
         return self._is_ready.is_set()
@@ -125,7 +137,10 @@ class RemoteStage:
         return self._ready
 
     async def watch(self, hang_seconds: float) -> NoReturn:
-        """Read the channel. Raises StageLost, StageHung or SessionError when the stage fails."""
+        """Read the channel until the stage fails.
+
+        Raises StageLost, StageHung, SessionRefused for what it will never do, or SessionError.
+        """
         async with open_tasks() as tasks:
             tasks.start_soon(self._ask, hang_seconds)
             while True:
@@ -164,8 +179,10 @@ class RemoteStage:
                 self._is_ready.set()
             case Broken():
                 self._on_broken(self._link_lost(message))
+            case Failure(code="refused", detail=detail):
+                raise SessionRefused(f"stage {self.idx} refused the session: {detail}")
             case Failure(detail=detail):
-                raise SessionError(f"stage {self.idx} refused the session: {detail}")
+                raise SessionError(f"stage {self.idx} ended the session: {detail}")
             case _:
                 raise MessageError(f"stage {self.idx} sent {message.type!r} out of turn")
 

@@ -4,13 +4,14 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Sequence
 
 import trio
 
-from pipeline.agreement.manifest import Manifest
-from pipeline.errors import InputError, SessionError, StageHung
+from pipeline.agreement.manifest import Manifest, StageEndpoint
+from pipeline.errors import InputError, SessionError, StageHung, StageLost, StageSilent
+from pipeline.placement.base import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -35,28 +36,60 @@ class Supervisor:
     successor is there sooner by the seconds that starting an interpreter takes.
     """
 
-    def __init__(self, manifest: Manifest, arguments: Sequence[str]) -> None:
-        """`arguments` follow `stage-worker --stage-idx I`."""
-        self._num_stages = len(manifest.stages)
-        self._arguments = tuple(arguments)
+    def __init__(
+        self, manifest: Manifest, arguments: Callable[[int], Sequence[str]], tasks: trio.Nursery
+    ) -> None:
+        """`arguments` of a stage follow `stage-worker --stage-idx I`.
+
+        `tasks` keep the processes running; cancelled, they end them. They raise InputError when a
+        worker finds its input unusable: it has said why on stderr.
+        """
+        self._manifest = manifest
+        self._arguments = arguments
+        self._tasks = tasks
+        self._kept: set[int] = set()
         self._processes: dict[int, trio.Process] = {}
+        # How far a stage had come when it last was silent in a handshake.
+        self._silent_at: dict[int, Progress | None] = {}
         self._spare: trio.Process | None = None
         self._is_spare_taken = trio.Event()
+        tasks.start_soon(self._keep_spare)
 
-    async def run(self) -> None:
-        """Keep every stage's worker running until cancelled; then end them.
+    async def start(self, stage_idx: int) -> None:
+        """Keep the stage's worker running from now on."""
+        if stage_idx not in self._kept:
+            self._kept.add(stage_idx)
+            self._tasks.start_soon(self._keep, stage_idx)
 
-        Raises InputError when a worker finds its input unusable; it has said why on stderr.
-        """
-        async with trio.open_nursery() as nursery:
-            for stage_idx in range(self._num_stages):
-                nursery.start_soon(self._keep, stage_idx)
-            nursery.start_soon(self._keep_spare)
+    def where(self, stage_idx: int) -> StageEndpoint:
+        """Where the manifest says; workers listen there. Raises ManifestError."""
+        return self._manifest.endpoint(stage_idx)
 
     def on_loss(self, error: SessionError) -> None:
-        """Make way for a successor of a stage that hangs: it will not end by itself."""
-        if isinstance(error, StageHung) and error.stage_idx in self._processes:
-            self._processes[error.stage_idx].kill()
+        """Make way for a successor of a stage that hangs: it will not end by itself.
+
+        Attack: strangers who hold all its places for handshakes make a healthy worker as silent as
+        one that hangs, and would have it killed again and again. But it runs meanwhile.
+        """
+        if not isinstance(error, StageLost) or error.stage_idx not in self._processes:
+            return
+        stage_idx, is_hung = error.stage_idx, isinstance(error, StageHung)
+        if isinstance(error, StageSilent):
+            now = self.progress(stage_idx)
+            is_hung = now is not None and self._silent_at.get(stage_idx) == now
+            self._silent_at[stage_idx] = now
+        if is_hung:
+            self._processes[stage_idx].kill()
+
+    def progress(self, stage_idx: int) -> Progress | None:
+        """The time that the worker has computed; None where this system does not tell."""
+        process = self._processes.get(stage_idx)
+        if process is None:
+            return None
+        try:
+            return Progress(process.pid, time.clock_gettime(_cpu_clock(process.pid)))
+        except OSError:
+            return None
 
     def pid(self, stage_idx: int) -> int | None:
         """The worker's process id, if it is running."""
@@ -80,7 +113,7 @@ class Supervisor:
     async def _run_worker(self, stage_idx: int) -> int:
         arguments = (
             *("--stage-idx", str(stage_idx), "--quiet", "--until-stdin-ends"),
-            *self._arguments,
+            *self._arguments(stage_idx),
         )
         process = await self._start(arguments)
         self._processes[stage_idx] = process
@@ -138,9 +171,6 @@ async def _end(process: trio.Process) -> None:
             await process.stdin.aclose()
 
 
-def worker_arguments(
-    manifest: Path, model_dir: Path, *, threads: int, is_dev: bool
-) -> tuple[str, ...]:
-    """The flags every supervised worker gets."""
-    flags = ("--manifest", str(manifest), "--model-dir", str(model_dir), "--threads", str(threads))
-    return (*flags, "--dev") if is_dev else flags
+def _cpu_clock(pid: int) -> int:
+    """The clock of what a process computes, as Linux numbers it (clock_getcpuclockid)."""
+    return (~pid << 3) | 2

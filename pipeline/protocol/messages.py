@@ -23,7 +23,8 @@ MAX_CONTROL_BYTES = 64 << 10
 MAX_SEGMENTS = 1024
 
 Epoch = Annotated[bytes, Field(min_length=16, max_length=16)]
-Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
+# Text of an endpoint, as `parse_endpoint` takes it.
+Address = Annotated[str, Field(max_length=1024)]
 Measurements = dict[
     Annotated[int, Field(ge=0, le=31)], Annotated[bytes, Field(min_length=48, max_length=48)]
 ]
@@ -34,12 +35,15 @@ class _Message(BaseModel):
 
 
 class Init(_Message):
-    """Orchestrator → stage, first on a control channel: what this session's data channels bind."""
+    """Orchestrator → stage, first on a control channel: what this session is, and its neighbours.
+
+    The epoch is random, and said nowhere else: a data channel that binds it has at its other end
+    somebody who was told of the same session by the same orchestrator.
+    """
 
     type: Literal["init"] = "init"
     version: int = PROTOCOL_VERSION
     epoch: Epoch
-    manifest_hash: Digest
     stage_idx: Annotated[int, Field(ge=0, lt=MAX_STAGES)]
     # A codec's name, as the manifest has it.
     activation_dtype: Annotated[str, Field(max_length=64)]
@@ -47,7 +51,7 @@ class Init(_Message):
     max_seq_len: Annotated[int, Field(ge=1)]
     num_slots: Annotated[int, Field(ge=1, le=MAX_SEGMENTS)]
     max_step_tokens: Annotated[int, Field(ge=1, le=1 << 20)]
-    data_out: Annotated[str, Field(max_length=1024)]
+    data_out: Address
     upstream_measurements: Measurements
     downstream_measurements: Measurements
 
@@ -157,7 +161,8 @@ class Rewind(_Message):
     """Orchestrator → stage: go back to what is certain, and connect both neighbours afresh.
 
     `lengths` is what each slot keeps, in tokens. With `replay_until` the stages behind this one, up
-    to that one, are new: send them the activations kept for those tokens.
+    to that one, are new: send them the activations kept for those tokens. `data_out` is where to
+    dial now: the stage behind may have come back elsewhere.
     """
 
     type: Literal["rewind"] = "rewind"
@@ -165,14 +170,19 @@ class Rewind(_Message):
     lengths: Annotated[
         list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_SEGMENTS)
     ]
+    data_out: Address
     replay_until: Annotated[int, Field(ge=1, lt=MAX_STAGES)] | None = None
 
 
 class Failure(_Message):
-    """Stage → orchestrator: the session is over. `detail` never holds prompt or activation."""
+    """Stage → orchestrator: the session is over. `detail` never holds prompt or activation.
+
+    "refused": it would be over again, however often it is asked for. "failed": something went
+    wrong in it. "busy": another one is under way.
+    """
 
     type: Literal["error"] = "error"
-    code: Literal["busy", "refused"]
+    code: Literal["busy", "refused", "failed"]
     detail: Annotated[str, Field(max_length=1024)]
 
 

@@ -12,7 +12,7 @@ from pipeline.protocol.links import ControlLink
 from pipeline.protocol.messages import Message
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel, accept_channel, connect_channel
-from transport.endpoint import Endpoint, Listener, dial_retrying
+from transport.endpoint import Endpoint, Listener, Permit, dial_retrying
 from transport.errors import NoAnswer, TransportError
 from transport.frames import FrameLimits
 from transport.handshake import Credentials, Link, Role, RoleKind
@@ -137,19 +137,23 @@ class Refusals:
 
 
 async def connect_retrying(
-    endpoint: Endpoint,
+    where: Callable[[], Endpoint],
     link: Link,
     credentials: Credentials,
     limits: FrameLimits,
     on_wait: Callable[[TransportError], None],
+    permit: Permit | None = None,
 ) -> SecureChannel:
     """Dial and run the initiator's handshake, again and again until the peer is up.
 
+    `where` is asked before each attempt, and `permit` about each address (see `dial`).
+
     A relay accepts for a stage that is not up and then hangs up without a word, so that counts as
-    not up either. Every other failure of the handshake is final.
+    not up either. Every other failure of the handshake is final: a TransportError,
+    trio.EndOfChannel, or trio.TooSlowError for a peer that says nothing.
     """
     while True:
-        sock = await dial_retrying(endpoint, on_wait)
+        sock = await dial_retrying(where, on_wait, permit)
         try:
             with trio.fail_after(HANDSHAKE_SECONDS):
                 return await connect_channel(sock, link, credentials, limits)

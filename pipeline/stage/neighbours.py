@@ -8,12 +8,13 @@ import trio
 from pipeline.protocol.links import SEND_ONLY_LIMITS, ControlLink
 from pipeline.protocol.messages import Init, Waiting
 from pipeline.protocol.peers import ORCHESTRATOR, accept_first, connect_retrying, describe
+from pipeline.stage.dialing import Target
 from pipeline.stage.meter import StageMeter
 from pipeline.stage.setup import StageSetup
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel
-from transport.endpoint import Listener, parse_endpoint
-from transport.errors import TransportError
+from transport.endpoint import Listener
+from transport.errors import DialRefused, TransportError
 from transport.frames import FrameLimits
 from transport.handshake import Link, LinkKind, Role, RoleKind
 
@@ -77,11 +78,12 @@ class Neighbours:
         self._waiting_for: str | None = None
 
     async def meet(
-        self, epoch: bytes, data_in: Listener, channels: list[SecureChannel]
+        self, epoch: bytes, data_in: Listener, target: Target, channels: list[SecureChannel]
     ) -> tuple[SecureChannel, SecureChannel]:
         """Both channels of `epoch`; whatever has been opened is in `channels`, come what may.
 
-        Raises LinkBroken when the stage behind refuses, or is not what it should be.
+        Raises LinkBroken when the stage behind refuses, or is not what it should be, and
+        SessionRefused when `target` is no address that this one may dial.
         """
         upstream: SecureChannel | None = None
         downstream: SecureChannel | None = None
@@ -98,7 +100,7 @@ class Neighbours:
             reporting.start_soon(self._report_waiting)
             async with open_tasks() as tasks:
                 tasks.start_soon(accept)
-                downstream = await self._dial_downstream(epoch)
+                downstream = await self._dial_downstream(epoch, target)
                 channels.append(downstream)
                 self._meter.open(downstream)
             reporting.cancel_scope.cancel()
@@ -116,21 +118,29 @@ class Neighbours:
             self._upstream_limits,
         )
 
-    async def _dial_downstream(self, epoch: bytes) -> SecureChannel:
+    async def _dial_downstream(self, epoch: bytes, target: Target) -> SecureChannel:
         setup = self._setup
         is_last = setup.stage_idx == len(setup.manifest.stages) - 1
         peer = ORCHESTRATOR if is_last else Role(RoleKind.STAGE, setup.stage_idx + 1)
         link = self._link(epoch, initiator=setup.role, responder=peer)
         credentials = setup.trust.toward(peer, self._init.downstream_measurements)
         with DOWNSTREAM:
-            endpoint = setup.data_out or parse_endpoint(self._init.data_out)
             # Retries end with the session: the orchestrator is the one who loses patience.
-            return await connect_retrying(
-                endpoint, link, credentials, SEND_ONLY_LIMITS, self._note_waiting
-            )
+            try:
+                return await connect_retrying(
+                    lambda: target.endpoint,
+                    link,
+                    credentials,
+                    SEND_ONLY_LIMITS,
+                    self._note_waiting,
+                    target.permit,
+                )
+            except DialRefused as error:
+                raise setup.dial_policy.refusal(target.endpoint) from error
 
     def _link(self, epoch: bytes, *, initiator: Role, responder: Role) -> Link:
-        return Link(LinkKind.DATA, initiator, responder, self._init.manifest_hash, epoch)
+        core_hash = self._setup.manifest.core_hash()
+        return Link(LinkKind.DATA, initiator, responder, core_hash, epoch)
 
     def _note_waiting(self, error: TransportError) -> None:
         if self._waiting_for is None:

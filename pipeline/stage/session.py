@@ -24,6 +24,7 @@ from pipeline.protocol.messages import (
 )
 from pipeline.protocol.peers import describe, hang_up, say
 from pipeline.protocol.steps import SessionLimits
+from pipeline.stage.dialing import Target
 from pipeline.stage.lane import Lane
 from pipeline.stage.meter import StageMeter
 from pipeline.stage.neighbours import DOWNSTREAM, UPSTREAM, LinkBroken, Neighbours
@@ -51,9 +52,10 @@ class SessionEnded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Epoch:
-    """What the data channels of one stretch of the session bind, and what comes first on them."""
+    """What the data channels of one stretch bind and lead to, and what comes first on them."""
 
     epoch: bytes
+    target: Target
     replay_until: int | None = None
 
 
@@ -101,7 +103,7 @@ class StageSession:
         try:
             async with open_tasks() as tasks:
                 tasks.start_soon(self._serve_control)
-                epoch = _Epoch(self._init.epoch)
+                epoch = _Epoch(self._init.epoch, self._setup.target(self._init.data_out))
                 while True:
                     with self._scope:
                         await self._serve_epoch(epoch, data_in)
@@ -119,13 +121,15 @@ class StageSession:
         self._scope = trio.CancelScope()
         self._core.rewind(rewind.lengths)
         logger.info("event=rewound stage=%d", self._setup.stage_idx)
-        return _Epoch(rewind.epoch, rewind.replay_until)
+        return _Epoch(rewind.epoch, self._setup.target(rewind.data_out), rewind.replay_until)
 
     async def _serve_epoch(self, epoch: _Epoch, data_in: Listener) -> None:
         """Meet both neighbours and serve steps until a channel breaks; the orchestrator hears."""
         channels: list[SecureChannel] = []
         try:
-            upstream, downstream = await self._neighbours.meet(epoch.epoch, data_in, channels)
+            upstream, downstream = await self._neighbours.meet(
+                epoch.epoch, data_in, epoch.target, channels
+            )
             await self._control.send(self._ready(epoch.epoch))
             logger.info("event=ready stage=%d", self._setup.stage_idx)
             if epoch.replay_until is not None:
@@ -192,7 +196,11 @@ class StageSession:
                 raise MessageError(f"control message {message.type!r} is not for a stage")
 
     def _check_rewind(self, rewind: Rewind) -> None:
-        """What its slots hold is checked once the step under way is out of the way."""
+        """What its slots hold is checked once the step under way is out of the way.
+
+        Raises MessageError, or SessionRefused for an address that may not be dialed.
+        """
+        self._setup.target(rewind.data_out)
         until, num_stages = rewind.replay_until, len(self._setup.manifest.stages)
         if until is not None and not self._setup.stage_idx < until < num_stages:
             raise MessageError(

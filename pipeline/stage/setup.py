@@ -8,12 +8,13 @@ from pipeline.agreement.trust import Trust
 from pipeline.codecs.base import ActivationCodec
 from pipeline.codecs.registry import make_codec
 from pipeline.dtypes import Precision
-from pipeline.errors import MessageError
+from pipeline.errors import MessageError, SessionRefused
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.messages import PROTOCOL_VERSION, Init, Message, StepHeader, StepKind
 from pipeline.protocol.steps import SessionLimits, expected_inputs
 from pipeline.stage.activation_log import ActivationLog, log_bytes
 from pipeline.stage.core import StageCore
+from pipeline.stage.dialing import DialPolicy, Network, Target
 from transport.endpoint import Endpoint
 from transport.frames import TensorSpec
 from transport.handshake import Role, RoleKind
@@ -45,11 +46,24 @@ class StageSetup:
     patience_ms: int = 0
     # The codec of a manifest's name for it, for rows of a width.
     make_codec: Callable[[str, int], ActivationCodec] = make_codec
+    # What may be dialed beside what the manifest names.
+    allow_dial: tuple[Network, ...] = ()
 
     @property
     def role(self) -> Role:
         """This stage's role on every link."""
         return Role(RoleKind.STAGE, self.stage_idx)
+
+    @property
+    def dial_policy(self) -> DialPolicy:
+        """What an orchestrator may have this stage dial."""
+        return DialPolicy(self.manifest.stage(self.stage_idx), self.allow_dial)
+
+    def target(self, data_out: str) -> Target:
+        """Where results go, if the orchestrator says `data_out`. Raises SessionRefused."""
+        if self.data_out is not None:
+            return Target(self.data_out, None)
+        return self.dial_policy.target(data_out)
 
 
 def expect_step(
@@ -72,28 +86,33 @@ def expect_step(
 
 
 def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits]:
-    """Hold the first control message against the manifest. Raises MessageError."""
+    """Hold the first control message against the manifest.
+
+    Raises MessageError for another message, SessionRefused for a session that is not to be had.
+    """
     if not isinstance(message, Init):
         raise MessageError(f"the first control message is {message.type!r}, expected 'init'")
     if message.version != PROTOCOL_VERSION:
-        raise MessageError(f"control protocol version {message.version}, not {PROTOCOL_VERSION}")
+        raise SessionRefused(f"control protocol version {message.version}, not {PROTOCOL_VERSION}")
     spec = setup.manifest.activation_spec
     expected = (setup.stage_idx, spec.dtype, spec.hidden_dim)
     found = (message.stage_idx, message.activation_dtype, message.hidden_dim)
     if found != expected or message.max_seq_len > spec.max_seq_len:
-        raise MessageError(
+        raise SessionRefused(
             f"init is for {found} with {message.max_seq_len} positions, this stage is "
             f"{expected} with at most {spec.max_seq_len}"
         )
     if message.max_step_tokens > MAX_STEP_TOKENS:
-        raise MessageError(
+        raise SessionRefused(
             f"init wants steps of {message.max_step_tokens} tokens, the most is {MAX_STEP_TOKENS}"
         )
+    setup.target(message.data_out)
     kv_bytes = setup.shard.kv_bytes(message.num_slots, message.max_seq_len)
     if kv_bytes > setup.max_kv_bytes:
-        raise MessageError(
+        raise SessionRefused(
             f"{message.num_slots} slots of {message.max_seq_len} positions take {kv_bytes} bytes "
-            f"of KV memory, this stage gives {setup.max_kv_bytes}; ask for fewer or shorter ones"
+            f"of KV memory, this stage gives {setup.max_kv_bytes}; ask for less with --context or "
+            "--max-batch"
         )
     try:
         codec = setup.make_codec(spec.dtype, spec.hidden_dim)

@@ -1,10 +1,11 @@
 """The stage worker: a trio shell that serves one orchestrator after another."""
 
 import logging
+from typing import Literal
 
 import trio
 
-from pipeline.errors import MessageError
+from pipeline.errors import MessageError, SessionRefused
 from pipeline.protocol.links import CONTROL_LIMITS, ControlLink
 from pipeline.protocol.messages import Failure, Health, Message
 from pipeline.protocol.peers import (
@@ -94,12 +95,15 @@ class StageWorker:
             await session.run(data_in)
         except SessionEnded as ended:
             logger.info("event=session_ended stage=%d reason=%s", stage_idx, ended.reason)
-        except MessageError as error:
-            logger.warning("event=session_failed stage=%d error=%s", stage_idx, error)
+        except SessionRefused as error:
+            logger.warning("event=session_refused stage=%d error=%s", stage_idx, error)
             await say(control, Failure(code="refused", detail=describe(error)))
-        except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
+        except (MessageError, TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
             logger.warning("event=session_failed stage=%d error=%s", stage_idx, describe(error))
-            await say(control, Failure(code="refused", detail=describe(error)))
+            # One that begins with a message unknown here is of another version, today and later.
+            is_refused = isinstance(error, MessageError) and not has_begun
+            code: Literal["refused", "failed"] = "refused" if is_refused else "failed"
+            await say(control, Failure(code=code, detail=describe(error)))
         except Exception as error:
             # A defect here must not cost the next orchestrator its stage. The type alone: the text
             # of an unexpected error may hold anything.
@@ -111,5 +115,5 @@ class StageWorker:
                 name,
                 exc_info=is_verbose,
             )
-            await say(control, Failure(code="refused", detail=f"internal error ({name})"))
+            await say(control, Failure(code="failed", detail=f"internal error ({name})"))
         return has_begun

@@ -21,6 +21,7 @@ from pipeline.models.registry import load_shard
 from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.sampling.params import SamplingParams
+from pipeline.stage.dialing import parse_networks
 from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
 from transport.attestation.dev import DevAttester, DevAuthority
@@ -118,7 +119,10 @@ class Deployment:
             orchestrator_keys=frozenset(map(bytes.fromhex, self.planned.orchestrator_keys)),
             root=self.authority.root_cert,
         )
-        return StageSetup(self.planned, idx, shard, trust, "float32", 1, "cpu", 1 << 30)
+        return StageSetup(
+            self.planned, idx, shard, trust, "float32", 1, "cpu", 1 << 30,
+            allow_dial=parse_networks(["127.0.0.0/8"]),
+        )  # fmt: skip
 
     @asynccontextmanager
     async def running(self):

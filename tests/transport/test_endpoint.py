@@ -2,6 +2,7 @@ import errno
 import os
 import socket
 from contextlib import ExitStack
+from ipaddress import ip_address
 
 import pytest
 import trio
@@ -18,7 +19,7 @@ from transport.endpoint import (
     listen,
     parse_endpoint,
 )
-from transport.errors import EndpointError
+from transport.errors import DialRefused, EndpointError
 
 
 async def receive(sock, num_bytes):
@@ -93,7 +94,7 @@ async def test_every_address_of_a_host_is_tried(monkeypatch):
     [TcpEndpoint("127.0.0.1", 0), VsockEndpoint(VSOCK_ANY, 1), VsockEndpoint(3, VSOCK_ANY)],
 )
 async def test_placeholder_addresses_are_not_dialed_nor_retried(endpoint):
-    for attempt in (dial(endpoint), dial_retrying(endpoint, pytest.fail)):
+    for attempt in (dial(endpoint), dial_retrying(lambda: endpoint, pytest.fail)):
         with pytest.raises(EndpointError, match="cannot be dialed"):
             await attempt
 
@@ -109,16 +110,63 @@ async def test_retrying_dial_reports_each_failure_until_someone_listens(tmp_path
             listeners.append(listen(endpoint))
 
     started = trio.current_time()
-    (await dial_retrying(endpoint, on_wait)).close()
+    (await dial_retrying(lambda: endpoint, on_wait)).close()
     listeners[0].close()
     assert len(failures) == 7
     assert 1 < trio.current_time() - started < 2  # 0.05 doubling up to 0.25 s
 
 
+async def test_retrying_dial_finds_a_peer_that_comes_up_elsewhere(tmp_path, autojump_clock):
+    places = [UnixEndpoint(tmp_path / name) for name in ("before", "after")]
+    failures = []
+
+    def on_wait(error):
+        failures.append(str(error))
+
+    with listen(places[1]):
+        (await dial_retrying(lambda: places[len(failures) > 2], on_wait)).close()
+    assert len(failures) == 3
+    assert all(str(places[0]) in failure for failure in failures)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::ffff:127.0.0.1"])
+async def test_an_address_that_is_not_permitted_is_never_dialed(host):
+    with listen(TcpEndpoint("127.0.0.1", 0)) as listener:
+        endpoint = TcpEndpoint(host, listener.endpoint.port)
+        judged = []
+
+        def permit(address):
+            judged.append(address)
+            return False
+
+        for attempt in (dial(endpoint, permit), dial_retrying(lambda: endpoint, print, permit)):
+            with pytest.raises(DialRefused, match="stands for"):
+                await attempt
+        with pytest.raises(BlockingIOError):
+            listener._sock.accept()
+    assert ip_address("127.0.0.1") in judged
+
+
+async def test_of_a_names_addresses_only_those_permitted_are_dialed(monkeypatch):
+    with listen(TcpEndpoint("127.0.0.1", 0)) as listener:
+        port = listener.endpoint.port
+
+        async def both(*_, **__):
+            await trio.lowlevel.checkpoint()
+            return [
+                (socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, port))
+                for host in ("127.0.0.2", "127.0.0.1")
+            ]
+
+        monkeypatch.setattr(trio.socket, "getaddrinfo", both)
+        with await dial(TcpEndpoint("two", 1), lambda ip: str(ip) == "127.0.0.1") as sock:
+            assert sock.getpeername() == ("127.0.0.1", port)
+
+
 async def test_retrying_dial_ends_with_the_callers_scope(tmp_path, autojump_clock):
     failures = []
     with trio.move_on_after(10) as scope:
-        await dial_retrying(UnixEndpoint(tmp_path / "s.sock"), failures.append)
+        await dial_retrying(lambda: UnixEndpoint(tmp_path / "s.sock"), failures.append)
     assert scope.cancelled_caught
     assert len(failures) > 10
 

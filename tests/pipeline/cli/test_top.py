@@ -35,7 +35,7 @@ VIEW = PipelineView(
     stages=(
         StageView(
             stage_idx=0, layer_start=0, layer_end=15, precision="float32", state="ready",
-            evidence="nitro", measurement="ab12" * 24, handshake_age_seconds=4000,
+            kernels="native", evidence="nitro", measurement="ab12" * 24, handshake_age_seconds=4000,
             figures=FIGURES, rates=RATES,
         ),
         StageView(stage_idx=1, layer_start=15, layer_end=30, precision="int8", state="down"),
@@ -43,7 +43,7 @@ VIEW = PipelineView(
 )  # fmt: skip
 
 
-def shown(view, width=132, problem=""):
+def shown(view, width=142, problem=""):
     output = io.StringIO()
     Console(width=width, file=output).print(render(view, width, problem))
     return output.getvalue().splitlines()
@@ -57,12 +57,12 @@ def test_a_row_tells_all_of_a_stage_and_dashes_stand_for_the_unknown():
     ]  # fmt: skip
     assert "first token p50 120.0 p95 300.0 ms" in lines[1]
     assert "between tokens -" in lines[1]
-    first = "0 0-14 float32 ready 41% 3 512 tok 6% 51.2 kB 22.25 20.50 0.25 1.50"
+    first = "0 0-14 float32 native ready 41% 3 512 tok 6% 51.2 kB 22.25 20.50 0.25 1.50"
     assert " ".join(lines[-2].split()) == f"{first} nitro ab12ab12ab12 67 min"
-    assert " ".join(lines[-1].split()) == "1 15-29 int8 down - - - - - - - - - -"
+    assert " ".join(lines[-1].split()) == "1 15-29 int8 - down - - - - - - - - - -"
 
 
-@pytest.mark.parametrize("width", [80, 119])
+@pytest.mark.parametrize("width", [80, 129])
 def test_nothing_is_cut_off_in_a_narrow_terminal(width):
     lines = shown(VIEW, width)
     assert max(map(len, lines)) <= width

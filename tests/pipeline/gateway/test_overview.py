@@ -44,6 +44,7 @@ def stage(idx, past=BEFORE, now=AFTER, is_ready=True):
     return SimpleNamespace(
         idx=idx, peer=SimpleNamespace(attested=attested), connected_at=0.0, is_ready=is_ready,
         past_figures=past, figures=now, precision="int8" if is_ready else None,
+        kernels="torch" if is_ready else None,
     )  # fmt: skip
 
 
@@ -67,6 +68,7 @@ async def test_a_stage_without_a_session_is_down_and_says_nothing(overview):
     assert (first.state, first.figures, first.evidence) == ("down", None, None)
     assert (second.state, second.rates, second.evidence) == ("connecting", None, "dev")
     assert (first.precision, second.precision) == ("unpinned", "unpinned")
+    assert (first.kernels, second.kernels) == (None, None)
 
 
 async def test_the_engines_figures_are_shown_as_they_are(overview):
@@ -81,7 +83,7 @@ async def test_the_engines_figures_are_shown_as_they_are(overview):
 async def test_rates_are_what_changed_between_two_answers(overview):
     overview.stages += [stage(0), stage(1, AFTER, AFTER)]
     first, second = overview.overview.stages()
-    assert (first.state, first.precision) == ("ready", "int8")
+    assert (first.state, first.precision, first.kernels) == ("ready", "int8", "torch")
     assert first.measurement == "01" * 48
     assert first.rates.load == 0.5
     assert first.rates.steps_per_second == 20

@@ -1,74 +1,70 @@
-"""What the last stage may return is known before any of it is stored."""
+"""How stages are dialed: where they are at that moment, and what their silence means."""
 
-from types import SimpleNamespace
-
-import numpy as np
 import pytest
+import trio
 
-from pipeline.codecs.registry import make_codec
+import pipeline.protocol.peers
+from pipeline.agreement.manifest import StageEndpoint, TcpAddress
+from pipeline.agreement.trust import DevTrust
+from pipeline.engine.scheduler import Limits
+from pipeline.errors import StageHung, StageSilent
 from pipeline.orchestrator.connector import Connector
-from pipeline.protocol.messages import StageTiming, StepHeader, StepKind, encode_step
-from pipeline.protocol.results import result_to_wire
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import SessionLimits
-from pipeline.protocol.wants import Result, Want
-from transport.errors import FrameError
+from pipeline.planning.plan import PlanOptions, plan
+from transport.endpoint import TcpEndpoint, listen
 
-VOCAB, WIDTH = 5, 8
-WANT = Want(Result.LOGPROBS, 2, 1, 2)
+LOOPBACK = TcpEndpoint("127.0.0.1", 0)
+
+
+class Somewhere:
+    """A placement whose only stage is where it is said to be."""
+
+    def __init__(self, port):
+        self.port = port
+        self.num_asked = 0
+
+    def where(self, stage_idx):
+        self.num_asked += 1
+        at = TcpAddress(type="tcp", addr=f"127.0.0.1:{self.port}")
+        return StageEndpoint(control=at, data_in=at, data_out=at)
 
 
 @pytest.fixture
-def gate():
-    limits = SessionLimits(2, 64, 32, make_codec("F32", WIDTH))
-    connector = Connector(SimpleNamespace(stages=(None, None)), None, limits, print)
-    gate = connector.new_gate()
-    connector.vocab_size = VOCAB  # once the stages have named it
-    return gate
+def connector(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.protocol.peers, "HANDSHAKE_SECONDS", 0.3)
+    with listen(LOOPBACK) as closed:
+        placement = Somewhere(closed.endpoint.port)
+    manifest = plan(tiny_model, PlanOptions(1))
+    limits = Limits(1, 64).for_session(manifest.activation_spec.codec)
+    trust = DevTrust.create(tmp_path / "dev")
+    return Connector(manifest, trust, limits, placement, lambda line: None), placement
 
 
-def answer(want, num_timings=2, kind=StepKind.STEP):
-    segments = (Segment(0, 0, 2),)
-    return encode_step(
-        StepHeader(kind, 1, segments, (want,), (StageTiming(0, 0, 0),) * num_timings)
-    )
+async def test_a_stage_is_absent_until_it_takes_a_connection_and_looked_for_where_it_is_now(
+    connector,
+):
+    connector, placement = connector
+
+    async def meet():
+        with pytest.raises(StageSilent, match="stage 0's control channel at"):
+            await connector.control(0)
+
+    with trio.fail_after(10), listen(LOOPBACK) as elsewhere:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(meet)
+            while placement.num_asked < 3:  # noqa: ASYNC110 - there is no event for it
+                await trio.sleep(0.01)
+            assert connector.absent == {0}
+            assert str(placement.port) in connector.pending["stage 0's control channel"]
+            placement.port = elsewhere.endpoint.port
+    assert connector.absent == set()
 
 
-def specs(tokens=(), **sizes):
-    shapes = {"logits": (0, VOCAB), "hidden": (0, WIDTH), "logprobs": (0,), "top_ids": (0,)}
-    arrays = {
-        name: np.zeros(sizes.get(name, shape), np.uint32 if name == "top_ids" else np.float32)
-        for name, shape in shapes.items()
-    }
-    return tuple(tensor.spec for tensor in result_to_wire(tokens, **arrays))
-
-
-@pytest.mark.parametrize(
-    ("want", "good"),
-    [
-        (Want.TOKEN, specs([1])),
-        (Want.NOTHING, specs()),
-        (Want(Result.LOGITS, 2), specs(logits=(2, VOCAB))),
-        (Want(Result.HIDDEN, 2), specs(hidden=(2, WIDTH))),
-        (WANT, specs(logprobs=(6,), top_ids=(2,))),
-        (Want(Result.DRAWN, 1, 2, 1), specs([1], logprobs=(3,), top_ids=(2,))),
-    ],
-    ids=str,
-)
-def test_a_result_is_what_its_header_wants_and_nothing_else(gate, want, good):
-    gate.check(answer(want), good)
-    wrong = [
-        good[:-1],
-        (*good, good[-1]),
-        specs([1, 2]),
-        specs(logits=(2, VOCAB + 1)),
-        specs(logits=(1, VOCAB)),
-        specs(hidden=(2, WIDTH + 1)),
-        specs(logprobs=(6,), top_ids=(3,)),
-        specs(logprobs=(1 << 20,)),
-    ]
-    for each in wrong:
-        with pytest.raises(FrameError, match="expected"):
-            gate.check(answer(want), each)
-    with pytest.raises(FrameError, match="returned"):
-        gate.check(answer(want, num_timings=1), good)
+async def test_silence_in_a_handshake_is_another_thing_than_a_stage_that_hangs(connector):
+    """Strangers can cause it; nobody else can be silent on a stage's own control channel."""
+    connector, placement = connector
+    with listen(LOOPBACK) as full:
+        placement.port = full.endpoint.port
+        with pytest.raises(StageSilent) as caught:
+            await connector.control(0)
+    assert not isinstance(caught.value, StageHung)
+    assert str(placement.port) in connector.pending["stage 0's control channel"]

@@ -3,11 +3,12 @@
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 import pytest
 import trio
 
-from pipeline.errors import SessionError
+from pipeline.errors import SessionError, SessionRefused
 from pipeline.orchestrator.failover import MAX_FRUITLESS, run_with_failover
 
 
@@ -16,6 +17,7 @@ class Away:
 
     waiting_for = "stage 1's control channel"
     num_results = 0
+    progress = MappingProxyType({})
 
     def __init__(self, attempts):
         self._attempts = iter(attempts)
@@ -40,10 +42,42 @@ async def test_giving_up_between_attempts_names_the_last_failure(autojump_clock)
         await run_with_failover(Away(["stage 0 is lost"] * 100), nothing, Source(), 10.0)
 
 
+class Refusing(Away):
+    """A pipeline of which a stage will never take part as it is asked to."""
+
+    def __init__(self, is_joined):
+        self.num_attempts = 0
+        self.is_joined = is_joined
+
+    async def connect(self, source):
+        self.num_attempts += 1
+        if not self.is_joined:
+            raise SessionRefused("stage 0 refused the session: too large")
+
+    @asynccontextmanager
+    async def unbroken(self):
+        yield
+
+
+@pytest.mark.parametrize("is_joined", [False, True])
+async def test_what_a_stage_refuses_is_not_asked_for_again(autojump_clock, is_joined):
+    pipeline = Refusing(is_joined)
+
+    async def work(pipeline):
+        raise SessionRefused("stage 0 refused the session: too large")
+
+    began = trio.current_time()
+    with pytest.raises(SessionRefused, match="too large"):
+        await run_with_failover(pipeline, work, Source(has_work=True), 30.0)
+    assert pipeline.num_attempts == 1
+    assert trio.current_time() == began
+
+
 class Flapping:
     """A pipeline that breaks as soon as it stands, or when its time has come."""
 
     num_results = 0
+    progress = MappingProxyType({})
 
     def __init__(self, seconds=0.0):
         self.connected_at = []

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import trio
 
-import pipeline.orchestrator.remote_pipeline
+import pipeline.orchestrator.step_link
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.step import Step
 from pipeline.errors import MessageError, StageLost
-from pipeline.orchestrator.ahead import Ahead
 from pipeline.orchestrator.remote_pipeline import Pipeline, PipelineOptions
+from pipeline.orchestrator.step_link import StepLink
 from pipeline.protocol.messages import Abort, Done, Start, StepHeader, StepKind
 from pipeline.protocol.results import result_to_wire
 from pipeline.protocol.segments import Segment
@@ -33,13 +33,12 @@ async def joined(nursery, monkeypatch):
         await trio.lowlevel.checkpoint()
         return STEP.header, (token_ids_to_wire([1]),)
 
-    monkeypatch.setattr(pipeline.orchestrator.remote_pipeline, "send_step", send)
-    monkeypatch.setattr(pipeline.orchestrator.remote_pipeline, "receive_step", receive)
+    monkeypatch.setattr(pipeline.orchestrator.step_link, "send_step", send)
+    monkeypatch.setattr(pipeline.orchestrator.step_link, "receive_step", receive)
     options = PipelineOptions(Limits(1, 64), 10, hang_seconds=10)
     manifest = SimpleNamespace(stages=(None,))
-    joined = Pipeline(manifest, options, None, None, nursery)
-    joined._links = SimpleNamespace(data_in=None, data_out=None, gate=None, ahead=Ahead(1))
-    joined.vocab_size = 2
+    joined = Pipeline(manifest, options, None, None, None, nursery)
+    joined._link = StepLink(None, None, None, num_stages=1, vocab_size=2)
     yield joined
     nursery.cancel_scope.cancel()
 
@@ -56,7 +55,7 @@ async def test_tokens_of_another_vocabulary_are_refused(joined, monkeypatch, tok
         await trio.lowlevel.checkpoint()
         return header, result_to_wire(token_ids, top_ids=np.array(top_ids, np.uint32), **arrays)
 
-    monkeypatch.setattr(pipeline.orchestrator.remote_pipeline, "receive_step", receive)
+    monkeypatch.setattr(pipeline.orchestrator.step_link, "receive_step", receive)
     await joined.send(STEP)
     with pytest.raises(MessageError, match="outside the vocabulary of 2"):
         await joined.receive()

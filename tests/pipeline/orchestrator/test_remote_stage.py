@@ -46,7 +46,7 @@ async def stage(control):
 
 
 async def test_a_stage_that_was_not_told_to_begin_has_not_begun(stage, control):
-    opening = Rewind(epoch=bytes(16), lengths=[0])
+    opening = Rewind(epoch=bytes(16), lengths=[0], data_out="127.0.0.1:9011")
     with trio.CancelScope() as scope:
         scope.cancel()  # as by the loss of another stage
         await stage.begin(opening)

@@ -7,16 +7,11 @@ import pytest
 import trio
 
 import pipeline.placement.supervisor
-from pipeline.agreement.manifest import Manifest
-from pipeline.errors import InputError, StageHung
+from pipeline.errors import InputError, StageHung, StageSilent
 from pipeline.placement.supervisor import Supervisor
 
 SPARE = "import sys; print('ready', flush=True); a = sys.stdin.readline(); "
 WORK = "import time; time.sleep(60)"
-
-
-class OneStage:
-    stages = (None,)
 
 
 def python(code):
@@ -24,10 +19,10 @@ def python(code):
 
 
 @pytest.fixture
-def supervisor(monkeypatch):
+async def supervisor(monkeypatch, nursery):
     monkeypatch.setattr(pipeline.placement.supervisor, "QUIET_SECONDS", 0.0)
-    manifest: Manifest = OneStage()
-    return Supervisor(manifest, ("--flag",))
+    yield Supervisor(None, lambda stage_idx: (f"--flag-{stage_idx}",), nursery)
+    nursery.cancel_scope.cancel()
 
 
 async def until(condition):
@@ -52,12 +47,13 @@ def branching(spare, worker):
 
 
 async def test_the_spare_becomes_the_successor_and_another_takes_its_place(
-    supervisor, monkeypatch, nursery, tmp_path
+    supervisor, monkeypatch, tmp_path
 ):
     told = tmp_path / "told"
     spare = f"{SPARE} open({str(told)!r}, 'w').write(a); {WORK}"
     monkeypatch.setattr(pipeline.placement.supervisor, "COMMAND", branching(spare, WORK))
-    nursery.start_soon(supervisor.run)
+    await supervisor.start(0)
+    await supervisor.start(0)  # once is enough
     first = await pid_other_than(supervisor, ())
     waiting = await spare_of(supervisor)
     supervisor.on_loss(StageHung(0, "it says nothing"))
@@ -65,14 +61,14 @@ async def test_the_spare_becomes_the_successor_and_another_takes_its_place(
     assert (await spare_of(supervisor)).pid != waiting.pid
     await until(lambda: told.exists() and told.read_text())
     assert '"--stage-idx", "0"' in told.read_text()
-    assert "--flag" in told.read_text()
+    assert "--flag-0" in told.read_text()
 
 
-async def test_a_spare_that_has_died_costs_one_more_try(supervisor, monkeypatch, nursery):
+async def test_a_spare_that_has_died_costs_one_more_try(supervisor, monkeypatch):
     monkeypatch.setattr(
         pipeline.placement.supervisor, "COMMAND", branching(f"{SPARE} {WORK}", WORK)
     )
-    nursery.start_soon(supervisor.run)
+    await supervisor.start(0)
     first = await pid_other_than(supervisor, ())
     waiting = await spare_of(supervisor)
     waiting.kill()
@@ -96,9 +92,62 @@ def test_a_spare_whose_supervisor_is_gone_ends_quietly(is_reading):
         assert spare.wait(10) == 0
 
 
-async def test_a_worker_that_keeps_dying_is_tried_ever_more_seldom(
-    supervisor, monkeypatch, nursery
-):
+async def test_a_silent_worker_is_killed_once_it_is_seen_to_do_nothing(supervisor, monkeypatch):
+    monkeypatch.setattr(pipeline.placement.supervisor, "COMMAND", python(WORK))
+    monkeypatch.setattr(pipeline.placement.supervisor, "QUIET_SECONDS", 60.0)
+    await supervisor.start(0)
+    first = await pid_other_than(supervisor, ())
+    await idle(supervisor)
+    silent = StageSilent(0, "it says nothing")
+    supervisor.on_loss(silent)
+    await trio.sleep(0.2)
+    assert supervisor.pid(0) == first  # one refused handshake is no evidence
+    supervisor.on_loss(silent)
+    assert await pid_other_than(supervisor, (first,))
+
+
+async def test_a_silent_worker_that_runs_is_left_alone(supervisor, monkeypatch):
+    """As one is whose places for handshakes are all taken by strangers."""
+    busy = "import time\nwhile True: time.sleep(0.01)"
+    monkeypatch.setattr(pipeline.placement.supervisor, "COMMAND", python(busy))
+    monkeypatch.setattr(pipeline.placement.supervisor, "QUIET_SECONDS", 60.0)
+    await supervisor.start(0)
+    first = await pid_other_than(supervisor, ())
+    for _ in range(5):
+        supervisor.on_loss(StageSilent(0, "it says nothing"))
+        await trio.sleep(0.1)
+    assert supervisor.pid(0) == first
+
+
+async def idle(supervisor):
+    seen = [None]
+
+    def is_idle():
+        seen.append(supervisor.progress(0))
+        return len(seen) > 20 and len(set(seen[-20:])) == 1
+
+    await until(is_idle)
+
+
+async def test_how_far_a_worker_has_come_is_what_it_has_computed(supervisor, monkeypatch):
+    assert supervisor.progress(0) is None
+    working = "import time\nend = time.process_time() + 0.3\n"
+    working += f"while time.process_time() < end: pass\n{WORK}"
+    monkeypatch.setattr(pipeline.placement.supervisor, "COMMAND", python(working))
+    await supervisor.start(0)
+    await pid_other_than(supervisor, ())
+    await until(lambda: supervisor.progress(0).seconds > 0.3)
+    await idle(supervisor)
+    life, seconds = supervisor.progress(0)
+    assert life == supervisor.pid(0)
+    assert seconds < 5
+
+
+async def no_spare(supervisor):
+    await trio.sleep_forever()
+
+
+async def test_a_worker_that_keeps_dying_is_tried_ever_more_seldom(monkeypatch):
     waits = []
 
     async def sleep(seconds):
@@ -108,14 +157,16 @@ async def test_a_worker_that_keeps_dying_is_tried_ever_more_seldom(
             nursery.cancel_scope.cancel()
 
     monkeypatch.setattr(pipeline.placement.supervisor, "COMMAND", python("raise SystemExit(1)"))
-    monkeypatch.setattr(supervisor, "_keep_spare", trio.sleep_forever)
+    monkeypatch.setattr(Supervisor, "_keep_spare", no_spare)
     monkeypatch.setattr(pipeline.placement.supervisor.trio, "sleep", sleep)
     with trio.move_on_after(20):
-        await supervisor.run()
+        async with trio.open_nursery() as nursery:
+            await Supervisor(None, lambda stage_idx: (), nursery).start(0)
     assert waits[:7] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0]
 
 
-async def test_a_worker_with_unusable_input_is_not_tried_again(supervisor, monkeypatch):
+async def test_a_worker_with_unusable_input_is_not_tried_again(monkeypatch):
     monkeypatch.setattr(pipeline.placement.supervisor, "COMMAND", python("raise SystemExit(2)"))
     with trio.fail_after(10), pytest.RaisesGroup(InputError):
-        await supervisor.run()
+        async with trio.open_nursery() as nursery:
+            await Supervisor(None, lambda stage_idx: (), nursery).start(0)

@@ -32,7 +32,6 @@ from pipeline.protocol.wants import Want
 
 INIT = Init(
     epoch=bytes(16),
-    manifest_hash=bytes(32),
     stage_idx=1,
     activation_dtype="F32",
     hidden_dim=576,
@@ -66,7 +65,7 @@ MESSAGES = [
     Done(request_id=1),
     Abort(request_id=1),
     Broken(epoch=bytes(16), side="upstream", detail="x"),
-    Rewind(epoch=bytes(16), lengths=[0, 7], replay_until=2),
+    Rewind(epoch=bytes(16), lengths=[0, 7], data_out="127.0.0.1:9011", replay_until=2),
     Failure(code="busy", detail="x"),
     Shutdown(),
 ]
@@ -97,7 +96,6 @@ def test_every_truncated_control_message_is_refused(message):
     ("field", "value"),
     [
         ("epoch", bytes(15)),
-        ("manifest_hash", b""),
         ("stage_idx", -1),
         ("stage_idx", "1"),
         ("num_slots", 0),
@@ -124,10 +122,12 @@ def test_a_field_out_of_range_is_refused(field, value):
         {"epoch": bytes(15)},
         {"replay_until": 0},
         {"replay_until": 256},
+        {"data_out": "x" * 2000},
+        {"data_out": None},
     ],
 )
 def test_a_rewind_out_of_range_is_refused(change):
-    rewind = Rewind(epoch=bytes(16), lengths=[3]).model_dump()
+    rewind = Rewind(epoch=bytes(16), lengths=[3], data_out="127.0.0.1:9011").model_dump()
     with pytest.raises(MessageError):
         decode_message(msgpack.packb({**rewind, **change}))
 

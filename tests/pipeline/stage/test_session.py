@@ -49,6 +49,7 @@ from pipeline.protocol.peers import CONTROL_EPOCH, ORCHESTRATOR, accept_first
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import CLEAR_SENTINEL, SessionLimits
 from pipeline.protocol.wants import Want
+from pipeline.stage.dialing import parse_networks
 from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
 from transport.channel import connect_channel
@@ -78,7 +79,6 @@ class Rig:
     def init(self, data_out, **changes):
         fields = {
             "epoch": self.epoch,
-            "manifest_hash": self.manifest.whole_hash(),
             "stage_idx": 1,
             "activation_dtype": "F32",
             "hidden_dim": 64,
@@ -102,6 +102,7 @@ class Rig:
             1,
             "cpu",
             max_kv_bytes=1 << 24,
+            allow_dial=parse_networks(["127.0.0.0/8"]),
         )
         with listen(LOOPBACK) as control, listen(LOOPBACK) as data_in:
             async with trio.open_nursery() as nursery:
@@ -124,7 +125,7 @@ class Rig:
         )
 
     def data_link(self, initiator, responder):
-        return Link(LinkKind.DATA, initiator, responder, self.manifest.whole_hash(), self.epoch)
+        return Link(LinkKind.DATA, initiator, responder, self.manifest.core_hash(), self.epoch)
 
     async def dial_upstream(self):
         """A channel that plays stage 0."""
@@ -217,12 +218,16 @@ async def test_a_step_that_does_not_fit_ends_the_session_and_not_the_worker(
         ({"stage_idx": 0}, "init is for"),
         ({"hidden_dim": 32}, "init is for"),
         ({"version": 1}, "version 1"),
+        ({"data_out": "10.0.0.5:80"}, "may not dial tcp:10.0.0.5:80; allow it with --allow-dial"),
+        ({"data_out": "unix:/run/docker.sock"}, "may not dial unix:/run/docker.sock; name it"),
+        ({"data_out": "vsock:3:80"}, "may not dial vsock:3:80; name it"),
+        ({"data_out": "nowhere"}, "cannot dial"),
     ],
 )
 async def test_an_init_that_asks_too_much_is_refused_with_the_values(rig, changes, word):
     async with rig.worker():
         control = await rig.control()
-        await control.send(rig.init("127.0.0.1:1", **changes))
+        await control.send(rig.init(**{"data_out": "127.0.0.1:1"} | changes))
         failure = await failure_of(control)
         assert failure.code == "refused"
         assert word in failure.detail
@@ -245,7 +250,7 @@ async def test_control_messages_out_of_order_are_refused(rig, messages):
     async with rig.worker(), rig.session() as (control, _):
         for message in messages:
             await control.send(message)
-        assert (await failure_of(control)).code == "refused"
+        assert (await failure_of(control)).code == "failed"
 
 
 async def figures_of(control):
@@ -265,7 +270,7 @@ async def test_requests_come_and_go_within_the_sessions_slots(rig):
         await control.send(Start(request_id=3, slot=0))
         await figures_of(control)
         await control.send(Start(request_id=4, slot=1))
-        assert (await failure_of(control)).code == "refused"
+        assert (await failure_of(control)).code == "failed"
 
 
 async def test_health_tells_what_a_stage_holds_and_has_done(rig):
@@ -308,6 +313,31 @@ async def settled(control, num_steps):
             figures = await figures_of(control)
             if figures.num_steps == num_steps:
                 return figures
+
+
+async def test_a_name_that_stands_for_another_address_when_it_is_dialed_is_refused(
+    rig, monkeypatch
+):
+    """Attack: a name whose owner answers with an allowed address first, with another one later."""
+    looked_up = []
+
+    async def getaddrinfo(host, port, **_):
+        await trio.lowlevel.checkpoint()
+        looked_up.append(host)
+        address = "127.0.0.1" if len(looked_up) == 1 else "10.0.0.5"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port))]
+
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        closed_port = sock.getsockname()[1]
+    async with rig.worker():
+        control = await rig.control()
+        monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
+        await control.send(rig.init(f"rebinding.example:{closed_port}"))
+        failure = await failure_of(control)
+        await control.aclose()
+    assert failure.code == "refused"
+    assert "may not dial tcp:rebinding.example" in failure.detail
+    assert len(looked_up) == 2
 
 
 async def test_a_defect_costs_the_session_and_not_the_worker(rig, monkeypatch):
@@ -389,6 +419,7 @@ class Joined:
     async def rewind(self, lengths, **fields):
         """Leave the old channels once the stage has heard of it, not before."""
         self.rig.epoch = bytes([self.rig.epoch[0] + 1]) * 16
+        fields = {"data_out": str(self.results.endpoint), **fields}
         await self.control.send(Rewind(epoch=self.rig.epoch, lengths=lengths, **fields))
         await self.control.send(Health(sequence=1))
         heard = await self.said(Healthy | Failure)
@@ -459,6 +490,16 @@ async def test_a_rewind_interrupts_a_session_that_sees_nothing_wrong(joined):
     assert await joined.run(logits(0, 0, 5), rows(0, 5)) == expected
 
 
+async def test_a_rewind_names_where_the_neighbour_is_now(joined):
+    expected = await joined.run(logits(0, 0, 5), rows(0, 5))
+    with listen(LOOPBACK) as elsewhere:
+        before, joined.results = joined.results, elsewhere
+        before.close()
+        await joined.rewind([0, 0])
+        await joined.join()
+        assert await joined.run(logits(0, 0, 5), rows(0, 5)) == expected
+
+
 async def test_of_several_rewinds_the_last_one_counts(joined):
     await joined.run(logits(0, 0, 5), rows(0, 5))
     await joined.rewind([4, 0])
@@ -504,6 +545,7 @@ async def test_a_stage_answers_between_long_steps_that_came_together(joined, mon
         ([5, 0, 0], {}, "names 3 slots"),
         ([5, 0], {"replay_until": 1}, "replay until stage 1"),
         ([5, 0], {"replay_until": 7}, "replay until stage 7"),
+        ([5, 0], {"data_out": "10.0.0.5:80"}, "stage 1 may not dial tcp:10.0.0.5:80"),
     ],
 )
 async def test_a_rewind_that_cannot_be_is_refused_with_the_values(joined, lengths, fields, word):

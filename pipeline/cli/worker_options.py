@@ -1,0 +1,120 @@
+"""How a worker computes: options of `stage-worker`, and of commands that start workers."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from pipeline.agreement.manifest import Manifest, StageSpec, check_precision
+from pipeline.dtypes import Precision
+from pipeline.errors import InputError
+
+DTypeOption = Annotated[
+    str | None, typer.Option(help="Weights: float32, bfloat16, int8 [manifest's, else float32].")
+]
+KernelsOption = Annotated[
+    str | None, typer.Option(help="Arithmetic: auto, native (AVX-512) or torch [auto].")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, max=1024, metavar="N", help="Threads of a stage [1].")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where to compute: cpu, cuda or cuda:N [cpu].")
+]
+KvMemoryOption = Annotated[
+    float | None,
+    typer.Option(min=0.001, metavar="GIB", help="KV memory of a session [all there is]."),
+]
+# What computes where nothing faster can: several times slower than native kernels.
+SLOW_KERNELS = "torch"
+CPUS_HELP = "CPUs to pin them to, one each: 0-3,8"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """The options for workers that are started here; None is a worker's own default."""
+
+    dtype: str | None = None
+    kernels: str | None = None
+    threads: int | None = None
+    # A list for all stages, or one for each between slashes.
+    cpus: str | None = None
+    device: str | None = None
+    kv_memory: float | None = None
+
+    def given(self) -> list[str]:
+        """The flags that were set."""
+        return [name for name, value in self._flags(self.cpus) if value is not None]
+
+    def arguments(self, manifest: Manifest) -> Sequence[Sequence[str]]:
+        """What each stage's worker gets. Raises InputError for what no worker could start with."""
+        self._check(manifest)
+        num_stages = len(manifest.stages)
+        parts = [None] if self.cpus is None else self.cpus.split("/")
+        if len(parts) not in {1, num_stages}:
+            raise InputError(
+                f"--cpus {self.cpus}: expected one list of CPUs, or {num_stages} between slashes"
+            )
+        for part in parts:
+            if part is not None:
+                parse_cpus(part, self.threads)
+        each = parts if len(parts) == num_stages else parts * num_stages
+        return [
+            [
+                word
+                for name, value in self._flags(cpus)
+                if value is not None
+                for word in (name, str(value))
+            ]
+            for cpus in each
+        ]
+
+    def _check(self, manifest: Manifest) -> None:
+        """Say it once and here; every worker would say it, after it has been started."""
+        for stage in manifest.stages:
+            precision_of(self.dtype, stage)
+        if self.kernels is not None:
+            from pipeline.kernels.choice import check_choice
+
+            check_choice(self.kernels)
+
+    def _flags(self, cpus: str | None) -> Sequence[tuple[str, object]]:
+        return (
+            ("--dtype", self.dtype),
+            ("--kernels", self.kernels),
+            ("--threads", self.threads),
+            ("--cpus", cpus),
+            ("--device", self.device),
+            ("--kv-memory", self.kv_memory),
+        )
+
+
+def precision_of(flag: str | None, stage: StageSpec) -> Precision:
+    """What a stage's weights are held in. Raises InputError where that is not the manifest's."""
+    precision = check_precision(flag) if flag is not None else stage.precision or "float32"
+    if stage.precision is not None and precision != stage.precision:
+        raise InputError(
+            f"--dtype {flag}: the manifest says {stage.precision} for stage {stage.stage_idx}, and "
+            "all parties have to agree"
+        )
+    return precision
+
+
+def parse_cpus(text: str, threads: int | None) -> tuple[int, ...]:
+    """The CPUs of `0-3,8`, in that order. Raises InputError, also for other than `threads`."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        if match is None:
+            raise InputError(f"--cpus {text}: expected CPUs like 0-3,8")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise InputError(f"--cpus {text}: {part} is no range")
+        found += range(first, last + 1)
+    if len(set(found)) != len(found):
+        raise InputError(f"--cpus {text}: expected each CPU once")
+    if threads not in {None, len(found)}:
+        raise InputError(f"--cpus {text} has {len(found)} CPUs for --threads {threads}")
+    return tuple(found)

@@ -1,0 +1,70 @@
+"""Stages that somebody else starts, wherever that is now."""
+
+import pytest
+
+from pipeline.agreement.manifest import TcpAddress, dump_manifest
+from pipeline.errors import ManifestError
+from pipeline.placement.by_hand import ByHand
+from pipeline.planning.plan import PlanOptions, plan
+
+
+@pytest.fixture
+def manifest(tiny_model):
+    return plan(tiny_model, PlanOptions(2))
+
+
+def moved(manifest, port):
+    address = TcpAddress(type="tcp", addr=f"127.0.0.1:{port}")
+    stages = [
+        stage.model_copy(
+            update={"endpoint": stage.endpoint.model_copy(update={"control": address})}
+        )
+        for stage in manifest.stages
+    ]
+    return manifest.model_copy(update={"stages": tuple(stages)})
+
+
+def port(placement):
+    return placement.where(1).control.to_endpoint().port
+
+
+@pytest.fixture
+def path(manifest, tmp_path):
+    path = tmp_path / "manifest.json"
+    path.write_text(dump_manifest(manifest))
+    return path
+
+
+def test_addresses_are_those_of_the_file_as_it_is_now(manifest, path):
+    placement = ByHand(manifest, path)
+    before = port(placement)
+    for now in (before + 1, before + 2):
+        path.write_text(dump_manifest(moved(manifest, now)))
+        assert port(placement) == now
+
+
+def test_a_file_that_cannot_be_read_changes_nothing(manifest, path, caplog):
+    placement = ByHand(manifest, path)
+    before = port(placement)
+    path.write_text(dump_manifest(moved(manifest, 1))[:100])
+    assert port(placement) == before
+    path.unlink()
+    assert port(placement) == before
+    assert "addresses_unreadable" in caplog.text
+    path.write_text(dump_manifest(moved(manifest, before + 1)))
+    assert port(placement) == before + 1
+
+
+def test_another_pipelines_addresses_are_not_taken(manifest, path, caplog):
+    placement = ByHand(manifest, path)
+    before = port(placement)
+    other = moved(manifest, 1).model_copy(update={"model_version": "2"})
+    path.write_text(dump_manifest(other))
+    assert port(placement) == before
+    assert "another_core" in caplog.text
+
+
+def test_a_core_alone_is_nowhere(manifest):
+    stages = tuple(stage.model_copy(update={"endpoint": None}) for stage in manifest.stages)
+    with pytest.raises(ManifestError, match="no endpoint"):
+        ByHand(manifest.model_copy(update={"stages": stages})).where(0)
