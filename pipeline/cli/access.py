@@ -16,6 +16,7 @@ from pipeline.agreement.trust import DEV_WARNING, DevTrust, Trust, UserTrust
 from pipeline.cli.common import DevOption, to_endpoint
 from pipeline.cli.logs import LogFormat, LogFormatOption, tell
 from pipeline.engine.scheduler import Limits
+from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.orchestrator.failover import Work, run_with_failover
 from pipeline.orchestrator.opening import PipelineOptions, new_pipeline, open_pipeline
@@ -167,6 +168,19 @@ class PipelineAccess:
                 await run_with_failover(pipeline, work, source, self.options.connect_seconds)
             tasks.cancel_scope.cancel()
         return None
+
+
+def end_tokens(manifest: Manifest, tokenizer: Tokenizer) -> frozenset[int]:
+    """What ends a text: by the manifest, and by the files beside the tokenizer.
+
+    Raises TokenizerError.
+    """
+    ends = frozenset(manifest.eos_token_ids) | tokenizer.end_token_ids
+    if not ends:
+        logger.warning(
+            "event=no_end_token detail=%r", "the model names none, so only lengths end a text"
+        )
+    return ends
 
 
 def _trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:

@@ -11,7 +11,7 @@ import trio
 import typer
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags
+from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags, end_tokens
 from pipeline.cli.common import run_until_signalled
 from pipeline.cli.logs import tell
 from pipeline.engine.drive import drive
@@ -47,7 +47,7 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     tokenizer = Tokenizer(flags.tokenizer)
     longest = manifest.activation_spec.max_seq_len
     limits = Limits(num_slots=1, max_seq_len=longest, num_stages=len(manifest.stages))
-    eos = frozenset() if flags.ignore_eos else frozenset(manifest.eos_token_ids)
+    eos = frozenset() if flags.ignore_eos else end_tokens(manifest, tokenizer)
     request = Request(0, tokenizer.encode(flags.text), flags.max_tokens, eos)
     scheduler = Scheduler(limits)
     scheduler.submit(request)
@@ -63,6 +63,7 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
 
     async def work(pipeline: Pipeline) -> None:
         tokenizer.check_vocabulary(pipeline.vocab_size)
+        tokenizer.check_ids(request.prompt_ids)
         if not printer.has_started:
             printer.start()  # first: a stage takes a second `start`, after a loss, for a mistake
             await pipeline.notify(Start(request_id=request.request_id, slot=0))

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags
+from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags, end_tokens
 from pipeline.cli.common import run_until_signalled
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.service import PipelineEngine
@@ -21,6 +21,7 @@ from pipeline.gateway.server import serve as serve_gateway
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.gateway.text import GatewayTokenizer
+from pipeline.models.config import CONFIG_FILE, load_config
 from pipeline.orchestrator.opening import Pipeline
 from pipeline.tasks import open_tasks
 
@@ -56,16 +57,21 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     limits = Limits(
         flags.max_batch, flags.context or longest, flags.chunk_tokens, len(manifest.stages)
     )
+    tokenizer = GatewayTokenizer(flags.model_dir / "tokenizer.json")
+    if (flags.model_dir / CONFIG_FILE).is_file():
+        # Before the stages say it: requests may come first, and one with a token that the model
+        # does not have would cost a stage.
+        model = load_config(flags.model_dir, manifest.config_hash)
+        tokenizer.check_vocabulary(model.vocab_size)
     config = GatewayConfig(
         served_model_name=flags.served_model_name or manifest.model_name,
         chat_template=ChatTemplate.load(flags.model_dir),
-        eos_token_ids=frozenset(manifest.eos_token_ids),
+        eos_token_ids=end_tokens(manifest, tokenizer),
         host=flags.host,
         port=flags.port,
         api_keys=load_api_keys(flags.api_key_file) if flags.api_key_file else frozenset(),
         limits=flags.limits,
     )
-    tokenizer = GatewayTokenizer(flags.model_dir / "tokenizer.json")
     source = ManifestSource(manifest, flags.manifest, flags.model_dir)
     access = PipelineAccess.create(source, pipeline_flags, limits, is_resumable=True)
     engine = PipelineEngine(limits)

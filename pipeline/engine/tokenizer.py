@@ -70,7 +70,8 @@ class Tokenizer:
         Raises TokenizerError when ordinary text can give tokens the model does not have. Added
         tokens beyond it, such as a fine-tune's padding, harm only a prompt that spells them.
         """
-        plain = set(self._tokenizer.get_vocab(with_added_tokens=False).values()) - self._added.keys()
+        vocab = self._tokenizer.get_vocab(with_added_tokens=False)
+        plain = set(vocab.values()) - self._added.keys()
         largest = max(plain | set(self._tokenizer.encode("").ids), default=-1)
         if largest >= model_vocab_size:
             raise TokenizerError(

@@ -176,11 +176,12 @@ class Gateway:
         record: RequestRecord = request.state.record
         num_prompt = sum(map(len, prompts))
         record.add_prompt(num_prompt)
+        ends = frozenset(body.stop_token_ids or ())
         generations = [
             Generation(
                 prompt_ids=prompt_ids,
                 max_tokens=max_tokens,
-                eos_token_ids=frozenset() if body.ignore_eos else self._config.eos_token_ids,
+                eos_token_ids=ends if body.ignore_eos else ends | self._config.eos_token_ids,
                 sampling=body.sampling(choice, logprobs),
                 request_id=record.request_id,
             )
@@ -227,9 +228,13 @@ class Gateway:
 
     def _check_common(self, body: ChatRequest | CompletionRequest) -> None:
         self._check_model(body.model)
-        token_id = max(body.logit_bias, default=0)
-        if token_id >= self._tokenizer.vocab_size:
-            raise invalid(f"The model has no token {token_id}.", "logit_bias")
+        for param, token_ids in (
+            ("logit_bias", body.logit_bias),
+            ("stop_token_ids", body.stop_token_ids or ()),
+        ):
+            token_id = max(token_ids, default=0)
+            if token_id >= self._tokenizer.vocab_size:
+                raise invalid(f"The model has no token {token_id}.", param)
 
     def _check_model(self, model: str) -> None:
         if model != self._config.served_model_name:

@@ -42,7 +42,8 @@ class ChoiceText:
     ) -> None:
         self._choice = choice
         self._stream = TextStream(tokenizer, prompt_ids)
-        self._stop = StopChecker(stops)
+        self._tokenizer = tokenizer
+        self._stop = StopChecker(stops, tokenizer.special_tokens)
         self._held: list[PlacedToken] = []
         self._num_decoded = 0
         self._num_emitted = 0
@@ -56,7 +57,10 @@ class ChoiceText:
         if output.finish is not None:
             text += self._stream.finish()
         self._num_decoded += len(text)
-        certain, is_stopped = self._stop.push(text)
+        special = "" if is_eos else self._tokenizer.special_text(output.token_id)
+        certain, is_stopped = self._stop.push(special, is_shown=False)
+        if not is_stopped:
+            certain, is_stopped = self._stop.push(text)
         if output.finish is not None and not is_stopped:
             certain += self._stop.finish()
         self._num_emitted += len(certain)

@@ -16,11 +16,13 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOPS = 16  # OpenAI takes 4; each costs the same few steps per character
 MAX_STOP_CHARS = 1024
+MAX_STOP_TOKENS = 1024
 MAX_BIASES = 1024
 MAX_PROMPTS = 128
 
 _INT64 = 1 << 63
 _Count = Annotated[int, Field(ge=1)]
+_TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -37,7 +39,7 @@ class StreamOptions(_Schema):
 class _Sampled(_Schema):
     """What both endpoints share.
 
-    Beyond OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos.
+    Beyond OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids.
     """
 
     model: str
@@ -54,6 +56,7 @@ class _Sampled(_Schema):
     frequency_penalty: _Penalty | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: Annotated[list[_TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     logit_bias: dict[int, float] = {}
     ignore_eos: bool | None = None
 

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that models come with, and the text of their tokens as it comes."""
+"""The text of tokens as they come, with a small tokenizer of every kind that models have."""
 
 import pytest
 from hypothesis import example, given

@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as HfTokenizer
 
 from pipeline.engine.tokenizer import TextStream, Tokenizer
 from pipeline.errors import PromptError, TokenizerError
