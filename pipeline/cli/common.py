@@ -15,6 +15,7 @@ import trio
 import typer
 
 from pipeline.cli.logs import tell_error
+from pipeline.cli.terminal import harmless
 from pipeline.errors import InputError, PipelineError
 from transport.endpoint import Endpoint, parse_endpoint
 from transport.errors import DeviceError, EndpointError, MisuseError, TransportError
@@ -25,6 +26,7 @@ ClickException: type[Exception] = next(
 )
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
+READER_GONE = 128 + signal.SIGPIPE  # of stdout, as with `| head`
 # What writing to stdout fails with; every other file is written under a handler that names it.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
@@ -58,12 +60,18 @@ def run_app(app: typer.Typer, name: str) -> None:
     _open_closed_streams()
     with _termination_unwinds():
         code = _run(app, name)
-    try:
-        sys.stdout.flush()
-    except OSError:
+    if not _can_flush() or code == READER_GONE:
         # It has been reported; keep the interpreter from complaining about it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def _can_flush() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _run(app: typer.Typer, name: str) -> int:
@@ -83,7 +91,12 @@ def _run(app: typer.Typer, name: str) -> int:
     except TransportError as error:
         code = _fail(name, str(error), EXIT_FAILURE)
     except BrokenPipeError:
-        code = 128 + signal.SIGPIPE  # the reader of stdout has gone
+        code = READER_GONE
+    except SystemExit as error:
+        # Both click and rich answer a reader that has gone with an exit of 1.
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        code = READER_GONE
     except Exception as error:
         code = _fail_unexpectedly(name, error)
     return code
@@ -93,7 +106,7 @@ def _fail_unexpectedly(name: str, error: Exception) -> int:
     if isinstance(error, OSError) and error.filename is None and error.errno in UNWRITABLE:
         return _fail(name, f"cannot write to stdout: {error.strerror}", EXIT_FAILURE)
     if {"--verbose", "-v"} & set(sys.argv[1:]):
-        traceback.print_exception(error)
+        print(harmless("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     # Where it happened, not the exception's own text: that may quote what must not reach a log.
     place = traceback.extract_tb(error.__traceback__)[-1]
     what = f"{type(error).__name__}: in {Path(place.filename).name} line {place.lineno}"

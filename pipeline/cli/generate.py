@@ -1,7 +1,6 @@
 """Generating once: a prompt in, its continuation on stdout, latencies on stderr."""
 
 import logging
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pipeline.agreement.manifest import load_manifest
 from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags, end_tokens
 from pipeline.cli.common import run_until_signalled
 from pipeline.cli.logs import tell
+from pipeline.cli.terminal import write_text
 from pipeline.engine.drive import drive
 from pipeline.engine.latency import LatencyLog
 from pipeline.engine.request import Request, TokenEvent
@@ -102,7 +102,7 @@ class _Printer:
 
     def start(self) -> None:
         """Print the prompt; time starts now."""
-        self._write(self._prompt)
+        write_text(self._prompt)
         self._last_ns = perf_counter_ns()
 
     def on_token(self, event: TokenEvent, timings: tuple[StageTiming, ...]) -> None:
@@ -111,12 +111,8 @@ class _Printer:
         elapsed_ns, self._last_ns = now - self._last_ns, now
         self._log.add(event.token_id, elapsed_ns, timings)
         logger.debug("event=token n=%d ms=%.2f", len(self._log.token_ids), elapsed_ns / 1e6)
-        self._write(self._stream.push(event.token_id))
+        write_text(self._stream.push(event.token_id))
 
     def finish(self) -> None:
         """Print what was held back, and end the line."""
-        self._write(self._stream.finish() + "\n")
-
-    def _write(self, text: str) -> None:
-        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
-        sys.stdout.buffer.flush()
+        write_text(self._stream.finish() + "\n")

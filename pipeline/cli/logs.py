@@ -10,14 +10,19 @@ import re
 import sys
 from datetime import UTC, datetime
 from enum import StrEnum
+from types import TracebackType
 from typing import Annotated
 
 import typer
+
+from pipeline.cli.terminal import harmless
 
 MAX_SHOWN = 2000
 # A conversion of a format string, and a word of a message.
 _SPEC = re.compile(r"%[-#0 +]*\d*(?:\.\d+)?[a-zA-Z]")
 _WORD = re.compile(r"(?:([a-z_]+)=)?(\S+)")
+
+_ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +63,10 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
         """One line, whatever the message holds."""
         return printable(super().formatMessage(record))
+
+    def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802 - logging's own name
+        """A traceback's lines; the error's own text may come from a peer."""
+        return harmless(super().formatException(ei))
 
 
 class JsonFormatter(logging.Formatter):

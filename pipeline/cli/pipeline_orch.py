@@ -17,7 +17,8 @@ from pipeline.cli.common import (
     run_app,
 )
 from pipeline.cli.generate import GenerateFlags, generate
-from pipeline.cli.logs import configure_logging
+from pipeline.cli.logs import configure_logging, tell
+from pipeline.cli.prompt import read_prompt
 from pipeline.errors import InputError
 from pipeline.files import check_writable, write_atomically
 from pipeline.gateway.limits import GatewayLimits
@@ -44,6 +45,10 @@ def generate_command(
         Path | None, typer.Option(metavar="FILE", help="The model's tokenizer.json.")
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt.")] = None,
+    text_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The prompt's file, - for stdin: unseen by `ps`."),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")
     ] = 20,
@@ -61,7 +66,8 @@ def generate_command(
     """Generate text over the stages of a manifest, from the user's machine.
 
     Verifies what every stage runs, then sends the prompt and streams the text. stdout holds the
-    prompt and its continuation, stderr everything else.
+    prompt and its continuation, stderr everything else. A terminal is shown control characters as
+    their escapes; pipes and files get them as they are.
 
     Example, with the stages of manifests/smollm2_2stage.json running:
 
@@ -73,12 +79,13 @@ def generate_command(
     if ctx.invoked_subcommand is not None:
         return
     configure_logging(verbose=verbose, log_format=shared.log_format)
-    given = {"--manifest": manifest, "--tokenizer": tokenizer, "--text": text}
-    if manifest is None or tokenizer is None or text is None:
+    prompt = read_prompt(text, text_file)
+    given = {"--manifest": manifest, "--tokenizer": tokenizer, "--text": prompt}
+    if manifest is None or tokenizer is None or prompt is None:
         missing = [name for name, value in given.items() if value is None]
         raise InputError(f"missing {', '.join(missing)}; see pipeline-orch --help")
     generate(
-        GenerateFlags(manifest, model_dir, tokenizer, text, max_tokens, ignore_eos, latency_out),
+        GenerateFlags(manifest, model_dir, tokenizer, prompt, max_tokens, ignore_eos, latency_out),
         shared,
     )
 
@@ -219,7 +226,7 @@ def plan_command(
         sys.stdout.write(text)
         return
     write_atomically(output, text)
-    print(f"wrote {output}", file=sys.stderr)
+    tell("pipeline-orch", f"wrote {output}")
 
 
 @app.command("shard")
@@ -250,7 +257,7 @@ def shard_command(
         raise InputError("--dtype: with --stage the manifest of the shards decides")
     else:
         cut_stage(loaded, stage, model_dir, output)
-    print(f"wrote {output}", file=sys.stderr)
+    tell("pipeline-orch", f"wrote {output}")
 
 
 @app.command("keygen")
