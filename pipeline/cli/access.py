@@ -13,7 +13,7 @@ import typer
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust import DEV_WARNING, DevTrust, Trust, UserTrust
-from pipeline.cli.common import DevOption, to_endpoint
+from pipeline.cli.common import DevOption, finite, to_endpoint
 from pipeline.cli.logs import LogFormat, LogFormatOption, tell
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.tokenizer import Tokenizer
@@ -49,7 +49,10 @@ def pipeline_flags(
         typer.Option(metavar="ADDR", help="Where the last stage delivers [last stage's data_out]."),
     ] = None,
     connect_timeout: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="Patience with stages not up.")
+        float,
+        typer.Option(
+            min=0.1, metavar="SECONDS", help="Patience with stages not up.", callback=finite
+        ),
     ] = 30.0,
     identity: Annotated[
         Path | None, typer.Option(metavar="FILE", help="This orchestrator's key (see keygen).")
@@ -61,7 +64,10 @@ def pipeline_flags(
         int, typer.Option(min=1, metavar="N", help="Threads of each worker, with --supervise.")
     ] = 1,
     hang_timeout: Annotated[
-        float, typer.Option(min=0.5, metavar="SECONDS", help="Patience with a silent stage.")
+        float,
+        typer.Option(
+            min=0.5, metavar="SECONDS", help="Patience with a silent stage.", callback=finite
+        ),
     ] = 60.0,
     dev: DevOption = False,
     log_format: LogFormatOption = LogFormat.TEXT,

@@ -12,7 +12,7 @@ from cryptography import x509
 
 from pipeline.agreement.manifest import load_manifest
 from pipeline.agreement.trust import load_identity
-from pipeline.cli.common import new_app
+from pipeline.cli.common import finite, new_app
 from pipeline.cli.logs import printable
 from pipeline.errors import InputError, SessionError
 from pipeline.orchestrator.evidence_request import fetch_evidence
@@ -64,7 +64,10 @@ def verify(
         Path | None, typer.Option(metavar="FILE", help="Your key, to ask a running stage.")
     ] = None,
     connect_timeout: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="Patience with a stage not up.")
+        float,
+        typer.Option(
+            min=0.1, metavar="SECONDS", help="Patience with a stage not up.", callback=finite
+        ),
     ] = 30.0,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,6 +1,7 @@
 """What both commands share: one line for every error, exit codes, signals."""
 
 import errno
+import math
 import os
 import signal
 import sys
@@ -157,6 +158,16 @@ async def wait_for_end_of_stdin() -> None:
     async with trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())) as stdin:
         async for _ in stdin:
             pass
+
+
+def finite(value: float | None) -> float | None:
+    """Callback of an option that takes a number: `nan` and `inf` pass every bound of typer's.
+
+    Raises typer.BadParameter.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number of that kind")
+    return value
 
 
 def to_endpoint(text: str | None, option: str) -> Endpoint | None:

@@ -13,6 +13,7 @@ from pipeline.cli.access import PipelineFlags, takes_pipeline_flags
 from pipeline.cli.common import (
     ManifestOption,
     VerboseOption,
+    finite,
     new_app,
     run_app,
 )
@@ -168,14 +169,17 @@ def top_command(
         Path | None, typer.Option(metavar="FILE", help="A key the server accepts.")
     ] = None,
     interval: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks.")
+        float,
+        typer.Option(
+            min=0.1, max=86400, metavar="SECONDS", help="Between two looks.", callback=finite
+        ),
     ] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print one snapshot.")] = False,
 ) -> None:
     """Watch a running server: every stage's load, batch, KV, time per step, attestation.
 
     load is the share of time spent computing; ms/step the mean of what one step takes, by part:
-    computing, cryptography, socket calls. Ctrl-C ends it.
+    computing, cryptography, socket calls. `q` or Ctrl-C ends it.
     """
     from pipeline.cli.top import ServerAddress, top
 

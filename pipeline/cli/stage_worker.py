@@ -16,6 +16,7 @@ from pipeline.cli.common import (
     DevOption,
     ManifestOption,
     VerboseOption,
+    finite,
     new_app,
     run_app,
     run_until_signalled,
@@ -78,7 +79,13 @@ def serve(
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
     kv_memory: Annotated[
         float | None,
-        typer.Option(min=0.001, metavar="GIB", help="KV memory of a session [all there is]."),
+        typer.Option(
+            min=0.001,
+            max=1 << 20,
+            metavar="GIB",
+            help="KV memory of a session [all there is].",
+            callback=finite,
+        ),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Exit after the first session.")] = False,
     until_stdin_ends: Annotated[

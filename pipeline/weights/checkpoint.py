@@ -243,8 +243,12 @@ def _files_of(model_dir: Path) -> dict[str, Path]:
         raise ModelError(f"{index_path} has no usable weight_map: fetch it again") from error
     if not names or len(names) != len(weight_map):
         raise ModelError(f"{index_path} has no usable weight_map: fetch it again")
-    for _, file_name in names:
-        if Path(file_name).name != file_name:  # an index must not lead out of its directory
+    for file_name in {file for _, file in names}:
+        parts = Path(file_name).parts  # a dot alone is no part
+        if not parts or "\0" in file_name:
+            raise ModelError(f"{index_path} names {file_name!r}, which is no file: fetch it again")
+        if ".." in parts or Path(file_name).is_absolute():
+            # An index must not have us read, and hash to whoever asks, what is not the model's.
             raise ModelError(f"{index_path} names the file {file_name!r} outside its directory")
     return {name: model_dir / file_name for name, file_name in names}
 
