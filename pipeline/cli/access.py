@@ -13,7 +13,7 @@ import typer
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust import DEV_WARNING, DevTrust, Trust, UserTrust
-from pipeline.cli.common import DevOption, finite, to_endpoint
+from pipeline.cli.common import DataOutPortOption, DevOption, finite, results_address, to_endpoint
 from pipeline.cli.logs import LogFormat, LogFormatOption, tell
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.tokenizer import Tokenizer
@@ -36,11 +36,17 @@ class PipelineFlags:
     identity: Path | None
     is_dev: bool
     data_out_listen: Endpoint | None
+    data_out_port: int | None
     connect_seconds: float
     hang_seconds: float
     supervise: bool
     threads: int
     log_format: LogFormat
+
+    def results_at(self, manifest: Manifest) -> Endpoint | None:
+        """Where to listen for results; None for the manifest's address. Raises InputError."""
+        last = len(manifest.stages) - 1
+        return results_address(manifest, last, self.data_out_listen, self.data_out_port)
 
 
 def pipeline_flags(
@@ -48,6 +54,7 @@ def pipeline_flags(
         str | None,
         typer.Option(metavar="ADDR", help="Where the last stage delivers [last stage's data_out]."),
     ] = None,
+    data_out_port: DataOutPortOption = None,
     connect_timeout: Annotated[
         float,
         typer.Option(
@@ -77,6 +84,7 @@ def pipeline_flags(
         identity=identity,
         is_dev=dev,
         data_out_listen=to_endpoint(data_out_listen, "--data-out-listen"),
+        data_out_port=data_out_port,
         connect_seconds=connect_timeout,
         hang_seconds=hang_timeout,
         supervise=supervise,
@@ -143,7 +151,7 @@ class PipelineAccess:
         options = PipelineOptions(
             limits,
             flags.connect_seconds,
-            flags.data_out_listen,
+            flags.results_at(manifest),
             flags.hang_seconds,
             patience_ms=patience_ms,
         )

@@ -15,10 +15,11 @@ from typing import Annotated
 import trio
 import typer
 
+from pipeline.agreement.manifest import Manifest
 from pipeline.cli.logs import tell_error
 from pipeline.cli.terminal import harmless
 from pipeline.errors import InputError, PipelineError
-from transport.endpoint import Endpoint, parse_endpoint
+from transport.endpoint import Endpoint, TcpEndpoint, parse_endpoint
 from transport.errors import DeviceError, EndpointError, MisuseError, TransportError
 
 # typer carries a copy of click since 0.2x and used the package before; this is either's root.
@@ -39,6 +40,16 @@ DevOption = Annotated[
     typer.Option(
         "--dev",
         help="Development: evidence from a local CA instead of attestation. No privacy from hosts.",
+    ),
+]
+DataOutPortOption = Annotated[
+    int | None,
+    typer.Option(
+        "--data-out-port",
+        min=1,
+        max=65535,
+        metavar="PORT",
+        help="Port of results instead of the manifest's, on the same host.",
     ),
 ]
 VerboseOption = Annotated[
@@ -178,6 +189,23 @@ def to_endpoint(text: str | None, option: str) -> Endpoint | None:
         return parse_endpoint(text)
     except EndpointError as error:
         raise InputError(f"{option}: {error}") from error
+
+
+def results_address(
+    manifest: Manifest, stage_idx: int, address: Endpoint | None, port: int | None
+) -> Endpoint | None:
+    """Where a stage's results go by the flags for that, `port` on the manifest's host.
+
+    None where no flag says so. Raises InputError.
+    """
+    if port is None:
+        return address
+    if address is not None:
+        raise InputError("--data-out-port: the other flag for results names a port already")
+    named = manifest.endpoint(stage_idx).data_out.to_endpoint()
+    if not isinstance(named, TcpEndpoint):
+        raise InputError(f"--data-out-port {port}: results go to {named}, which is no TCP address")
+    return TcpEndpoint(named.host, port)
 
 
 def run_until_signalled(main: Callable[[], Awaitable[None]]) -> int | None:

@@ -193,7 +193,17 @@ def plan_command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write [stdout].")
     ] = None,
-    host: Annotated[str, typer.Option(help="Host of every address.")] = "127.0.0.1",
+    host: Annotated[
+        list[str],
+        typer.Option(
+            metavar="HOST[,HOST...]",
+            help="Host of every address, or each stage's in order and then, "
+            "if it has its own, the orchestrator's; repeatable.",
+        ),
+    ] = ["127.0.0.1"],  # noqa: B006  (typer copies it)
+    model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the model [the directory's].")
+    ] = None,
     base_port: Annotated[
         int,
         typer.Option(
@@ -216,10 +226,11 @@ def plan_command(
 
     options = PlanOptions(
         stages,
-        host,
+        tuple(name.strip() for names in host for name in names.split(",")),
         base_port,
         tuple(orchestrator_key or ()),
         in_enclaves=vsock,
+        model_name=model_name,
         wire_dtype=wire_dtype,
         precision=None if dtype is None else check_precision(dtype),
     )

@@ -13,11 +13,13 @@ import typer
 from pipeline.agreement.manifest import Manifest, StageSpec, check_precision, load_manifest
 from pipeline.agreement.trust import DEV_WARNING, DevTrust, EnclaveTrust, Trust
 from pipeline.cli.common import (
+    DataOutPortOption,
     DevOption,
     ManifestOption,
     VerboseOption,
     finite,
     new_app,
+    results_address,
     run_app,
     run_until_signalled,
     to_endpoint,
@@ -54,6 +56,7 @@ def serve(
         str | None,
         typer.Option(metavar="ADDR", help="Where to send results [manifest's data_out]."),
     ] = None,
+    data_out_port: DataOutPortOption = None,
     control_listen: Annotated[
         str | None,
         typer.Option(metavar="ADDR", help="Where the orchestrator connects [manifest's control]."),
@@ -120,7 +123,9 @@ def serve(
     data_in = to_endpoint(data_in_listen, "--data-in-listen") or (
         endpoint.data_in.to_endpoint() if endpoint else None
     )
-    data_out = to_endpoint(data_out_target, "--data-out-target")
+    data_out = results_address(
+        loaded, stage_idx, to_endpoint(data_out_target, "--data-out-target"), data_out_port
+    )
     if control is None or data_in is None:
         raise InputError(
             f"stage {stage_idx} has no endpoint in {manifest}; "
