@@ -135,7 +135,7 @@ def configure_logging(
 
 def tell(command: str, text: str) -> None:
     """A line on stderr for the user: plain, or a log line where all lines are JSON."""
-    if _logs_json():
+    if logs_json():
         logger.info("event=progress command=%s detail=%s", command, text)
     else:
         print(f"{command}: {printable(text)}", file=sys.stderr)
@@ -143,12 +143,13 @@ def tell(command: str, text: str) -> None:
 
 def tell_error(command: str, text: str, code: int) -> None:
     """The one line on stderr that says why a command exits with `code`."""
-    if _logs_json():
+    if logs_json():
         logger.error("event=failed command=%s code=%d error=%s", command, code, text)
     else:
         print(f"{command}: error: {printable(text)}", file=sys.stderr)
 
 
-def _logs_json() -> bool:
+def logs_json() -> bool:
+    """Whether lines on stderr are JSON objects, every one."""
     handlers = logging.getLogger().handlers
     return any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)

@@ -19,6 +19,7 @@ from pipeline.cli.common import (
 )
 from pipeline.cli.generate import GenerateFlags, generate
 from pipeline.cli.logs import configure_logging, tell
+from pipeline.cli.progress import progress_bar
 from pipeline.cli.prompt import read_prompt
 from pipeline.errors import InputError
 from pipeline.files import check_writable, write_atomically
@@ -236,7 +237,8 @@ def plan_command(
     )
     if output is not None:
         check_writable(output)  # before minutes of hashing
-    text = dump_manifest(plan(model_dir, options))
+    with progress_bar("hashing weights") as progress:
+        text = dump_manifest(plan(model_dir, options, progress))
     if output is None:
         sys.stdout.write(text)
         return
@@ -266,12 +268,13 @@ def shard_command(
 
     loaded = load_manifest(manifest)
     precision = None if dtype is None else check_precision(dtype)
-    if stage is None:
-        cut_model(loaded, model_dir, output, precision)
-    elif precision is not None:
+    if stage is not None and precision is not None:
         raise InputError("--dtype: with --stage the manifest of the shards decides")
-    else:
-        cut_stage(loaded, stage, model_dir, output)
+    with progress_bar("cutting weights") as progress:
+        if stage is None:
+            cut_model(loaded, model_dir, output, precision, progress)
+        else:
+            cut_stage(loaded, stage, model_dir, output, progress)
     tell("pipeline-orch", f"wrote {output}")
 
 

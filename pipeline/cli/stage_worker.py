@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -26,11 +27,13 @@ from pipeline.cli.common import (
     wait_for_end_of_stdin,
 )
 from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
+from pipeline.cli.progress import progress_bar
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, PolicyError
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
+from pipeline.progress import Progress
 from pipeline.protocol.peers import PATIENCE_MS
 from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
@@ -135,7 +138,9 @@ def serve(
     pinned = _cpus(cpus, threads)
     num_threads = len(pinned) or threads or 1
     set_num_threads(num_threads, pinned)
-    shard = _load(loaded, stage_idx, model_dir, precision, kernels, device)
+    # Several workers of one supervisor would draw over each other.
+    with nullcontext() if until_stdin_ends else progress_bar("loading weights") as progress:
+        shard = _load(loaded, stage_idx, model_dir, precision, kernels, device, progress)
     setup = StageSetup(
         manifest=loaded,
         stage_idx=stage_idx,
@@ -195,6 +200,7 @@ def _load(
     precision: Precision,
     kernels: str,
     device: str,
+    progress: Progress | None,
 ) -> ModelShard:
     stage = manifest.stage(stage_idx)
     if stage.require_weight_hashes and not stage.weight_hashes:
@@ -224,6 +230,7 @@ def _load(
         kernels=kernels,
         device=device,
         expected_hashes=stage.weight_hashes or None,
+        progress=progress,
     )
 
 

@@ -14,6 +14,7 @@ from pipeline.models.base import Shard
 from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.llama import LlamaShard
+from pipeline.progress import Progress
 from pipeline.protocol.segments import Batch
 from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names, tensor_sizes
 from pipeline.weights.quant import to_precision
@@ -68,6 +69,7 @@ def load_shard(
     kernels: str = "auto",
     device: str = "cpu",
     expected_hashes: Sequence[str] | None,
+    progress: Progress | None = None,
 ) -> ModelShard:
     """Load layers layer_start..layer_end (exclusive), with embedding first and head last.
 
@@ -86,6 +88,7 @@ def load_shard(
         model_dir,
         {stored[name]: tensor for name, tensor in memory.items()},
         expected_hashes=expected_hashes,
+        progress=progress,
     )
     return shard
 

@@ -11,6 +11,7 @@ from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 from pipeline.models.config import hash_config, load_config
 from pipeline.models.registry import layer_bytes, required_files
+from pipeline.progress import Progress
 from pipeline.weights.checkpoint import hash_files
 
 # Stage i's enclave has CID 16 + i (0 to 15 are free for others), and reaches its parent as CID 3.
@@ -73,7 +74,7 @@ def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) 
     return list(best(0, num_stages)[1])
 
 
-def plan(model_dir: Path, options: PlanOptions) -> Manifest:
+def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None) -> Manifest:
     """Plan stages for a model directory, whose weights are read once, to hash them.
 
     Raises ModelError, ManifestError, InputError.
@@ -87,7 +88,7 @@ def plan(model_dir: Path, options: PlanOptions) -> Manifest:
         required_files(model_dir, config, range(start, end))
         for start, end in zip(starts, ends, strict=True)
     ]
-    hashes = _hash_once(files)
+    hashes = _hash_once(files, progress)
     stages = [
         {
             "stage_idx": idx,
@@ -122,9 +123,9 @@ def _label(model_dir: Path) -> str:
     return model_dir.resolve().name.encode("utf-8", "replace").decode()
 
 
-def _hash_once(files: Sequence[Sequence[Path]]) -> dict[Path, str]:
+def _hash_once(files: Sequence[Sequence[Path]], progress: Progress | None) -> dict[Path, str]:
     distinct = sorted({path for stage_files in files for path in stage_files})
-    return dict(zip(distinct, hash_files(distinct), strict=True))
+    return dict(zip(distinct, hash_files(distinct, progress), strict=True))
 
 
 def _hosts(options: PlanOptions) -> list[str]:
