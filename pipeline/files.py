@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one, nor what is not theirs."""
+"""Files: looking for them, and writing them so that nobody sees half of one or another's."""
 
 import os
 import secrets
@@ -8,6 +8,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.errors import InputError
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there. Raises InputError where that cannot even be asked."""
+    try:
+        return path.is_file()
+    except OSError as error:  # a directory that is not ours to look into, a name too long
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def write_atomically(path: Path, text: str, *, is_private: bool = False) -> None:

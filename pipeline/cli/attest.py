@@ -153,7 +153,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     if len(evidence) > MAX_DOCUMENT_BYTES:
-        raise InputError(f"{path} is over {MAX_DOCUMENT_BYTES} bytes, no attestation document")
+        raise InputError(f"{path} is over {MAX_DOCUMENT_BYTES} bytes: nothing of that kind is")
     return evidence
 
 
@@ -198,9 +198,7 @@ def _load_root(path: Path | None) -> x509.Certificate:
     if path is None:
         return aws_root()
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        return x509.load_pem_x509_certificate(_read(path))
     except ValueError as error:
         raise InputError(f"{path} is not a PEM certificate") from error
 

@@ -14,6 +14,7 @@ from pipeline.cli.common import run_until_signalled
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.service import PipelineEngine
 from pipeline.errors import InputError, SessionError
+from pipeline.files import is_file
 from pipeline.gateway.auth import load_api_keys
 from pipeline.gateway.limits import GatewayLimits
 from pipeline.gateway.overview import Overview
@@ -58,7 +59,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         flags.max_batch, flags.context or longest, flags.chunk_tokens, len(manifest.stages)
     )
     tokenizer = GatewayTokenizer(flags.model_dir / "tokenizer.json")
-    if (flags.model_dir / CONFIG_FILE).is_file():
+    if is_file(flags.model_dir / CONFIG_FILE):
         # Before the stages say it: requests may come first, and one with a token that the model
         # does not have would cost a stage.
         model = load_config(flags.model_dir, manifest.config_hash)

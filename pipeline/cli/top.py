@@ -55,7 +55,8 @@ class ServerAddress:
             host, port = parts.hostname, parts.port
         except ValueError as error:
             raise InputError(f"--url {url}: {error}") from error
-        if parts.scheme not in {"http", "https"} or not host or not url.isprintable():
+        is_text = url.isprintable() and " " not in url
+        if parts.scheme not in {"http", "https"} or not host or not is_text:
             raise InputError(f"--url {url}: give an address like http://127.0.0.1:8000")
         # Clients of the API are given the address with /v1 at its end.
         path = parts.path.rstrip("/").removesuffix("/v1") + _PATH
@@ -78,8 +79,11 @@ class ServerAddress:
     def _get(self) -> tuple[int, bytes]:
         # Neither proxies nor redirects: whoever they lead to would get the key.
         kind = http.client.HTTPSConnection if self.is_secure else http.client.HTTPConnection
-        connection = kind(self.host, self.port, timeout=_ANSWER_SECONDS)
         headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        try:
+            connection = kind(self.host, self.port, timeout=_ANSWER_SECONDS)
+        except http.client.InvalidURL as error:
+            raise InputError(f"--url {self.url}: {error}") from error
         try:
             connection.request("GET", self.path, headers=headers)
             response = connection.getresponse()

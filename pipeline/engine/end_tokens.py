@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TokenizerError
+from pipeline.files import is_file
 
 _WITH_IDS = ("config.json", "generation_config.json")
 _WITH_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -45,7 +46,7 @@ def _each(value: object) -> Iterator[object]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not is_file(path):
         return {}
     try:
         with path.open("rb") as file:

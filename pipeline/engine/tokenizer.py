@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from pipeline.engine.end_tokens import read_end_tokens
 from pipeline.errors import PromptError, TokenizerError
+from pipeline.files import is_file
 
 # What stands where bytes are no UTF-8.
 _REPLACEMENT = "\ufffd"
@@ -23,8 +24,8 @@ class Tokenizer:
     """A `tokenizer.json`, and what the files beside it say of the tokens that end a text."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file. Raises TokenizerError."""
-        if not path.is_file():
+        """Read the file. Raises InputError, mostly TokenizerError."""
+        if not is_file(path):
             raise TokenizerError(
                 f"no tokenizer at {path}; give the model directory's tokenizer.json"
             )

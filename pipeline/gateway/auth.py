@@ -16,7 +16,8 @@ MAX_KEY_FILE_BYTES = 1 << 16
 def load_api_keys(path: Path) -> frozenset[str]:
     """The keys in a file, one a line. Raises InputError."""
     try:
-        text = path.read_bytes()[: MAX_KEY_FILE_BYTES + 1].decode("ascii")
+        with path.open("rb") as file:
+            text = file.read(MAX_KEY_FILE_BYTES + 1).decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read API keys from {path}: {error}") from error
     keys = frozenset(line.strip() for line in text.splitlines() if line.strip())

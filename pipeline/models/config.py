@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ModelError
+from pipeline.files import is_file
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -149,7 +150,7 @@ def load_config(model_dir: Path, expected_hash: str | None = None) -> ModelConfi
             f"{expected_hash}: fetch the model again, or plan a manifest for this one"
         )
     generation_path = model_dir / GENERATION_CONFIG_FILE
-    generation = _read_json(generation_path) if generation_path.is_file() else {}
+    generation = _read_json(generation_path) if is_file(generation_path) else {}
     return parse_config(raw, generation, path)
 
 

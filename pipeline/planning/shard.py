@@ -243,9 +243,9 @@ def _enclave_command(stage: StageSpec) -> list[str]:
 @contextmanager
 def _new_directory(output: Path) -> Iterator[Path]:
     """A directory that appears as `output` when its content is complete, or not at all."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists and is not an empty directory; choose another")
     try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise InputError(f"{output} exists and is not an empty directory; choose another")
         output.parent.mkdir(parents=True, exist_ok=True)
         directory = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     except OSError as error:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from pipeline.errors import ModelError
+from pipeline.files import is_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -12,10 +13,10 @@ MAX_INDEX_BYTES = 100_000_000
 
 def read_index(model_dir: Path) -> dict[str, Path]:
     """Tensor name -> file; empty for a single-file model. Raises ModelError."""
-    if (model_dir / SINGLE_FILE).is_file():
+    if is_file(model_dir / SINGLE_FILE):
         return {}
     path = model_dir / INDEX_FILE
-    if not path.is_file():
+    if not is_file(path):
         raise ModelError(
             f"no {SINGLE_FILE} or {INDEX_FILE} in {model_dir}: "
             "fetch a model with scripts/download_model.sh"

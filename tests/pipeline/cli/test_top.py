@@ -167,7 +167,9 @@ def test_a_server_that_is_not_there_is_named():
         ServerAddress.parse("http://127.0.0.1:1", None).fetch()
 
 
-@pytest.mark.parametrize("url", ["", "x", "ftp://h", "http://", "http://h:99999", "http://h\r\nx"])
+@pytest.mark.parametrize(
+    "url", ["", "x", "ftp://h", "http://", "http://h:99999", "http://h\r\nx", "http://a b"]
+)
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(InputError, match="--url"):
         ServerAddress.parse(url, None)
