@@ -79,6 +79,8 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
 
     Raises ModelError, ManifestError, InputError.
     """
+    if options.model_name == "":
+        raise InputError("the model's name is empty; give one")
     hosts = _hosts(options)
     config = load_config(model_dir)
     first, layers, last = layer_bytes(model_dir, config)
