@@ -30,13 +30,23 @@ def read_end_tokens(directory: Path) -> EndTokens:
         for value in _each(_read(directory / name).get("eos_token_id"))
         if type(value) is int and 0 <= value < 1 << 32
     }
+    named = [_read(directory / name) for name in _WITH_NAMES]
     tokens = {
         value
-        for name in _WITH_NAMES
-        for value in _each(_read(directory / name).get("eos_token"))
+        for fields in named
+        for value in _each(fields.get("eos_token"))
         if isinstance(value, str)
     }
+    ids |= {token_id for fields in named for token_id, text in _added(fields) if text in tokens}
     return EndTokens(frozenset(ids), frozenset(tokens))
+
+
+def _added(fields: dict[str, Any]) -> Iterator[tuple[int, object]]:
+    """The id and the text of tokens that tokenizer.json itself may lack."""
+    added = fields.get("added_tokens_decoder")
+    for key, value in added.items() if isinstance(added, dict) else ():
+        if key.isascii() and key.isdecimal() and len(key) < 10:
+            yield int(key), next(_each(value))
 
 
 def _each(value: object) -> Iterator[object]:

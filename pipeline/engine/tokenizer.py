@@ -71,15 +71,23 @@ class Tokenizer:
         Raises TokenizerError when ordinary text can give tokens the model does not have. Added
         tokens beyond it, such as a fine-tune's padding, harm only a prompt that spells them.
         """
-        vocab = self._tokenizer.get_vocab(with_added_tokens=False)
-        plain = set(vocab.values()) - self._added.keys()
-        largest = max(plain | set(self._tokenizer.encode("").ids), default=-1)
-        if largest >= model_vocab_size:
+        beyond = range(model_vocab_size, self._num_ids)
+        always = self._tokenizer.encode("").ids  # what is put around every text
+        if any(each in always or self._comes_of_text(each) for each in beyond):
             raise TokenizerError(
-                f"the tokenizer has {largest + 1} tokens, the model {model_vocab_size}; "
+                f"the tokenizer has {self._num_ids} tokens, the model {model_vocab_size}; "
                 "give the tokenizer.json that belongs to the model"
             )
         self._num_rows = model_vocab_size
+
+    def _comes_of_text(self, token_id: int) -> bool:
+        """Whether text that spells no added token can be given this token."""
+        if token_id in self._added or self._tokenizer.id_to_token(token_id) is None:
+            return False
+        text = self._decode((token_id,))
+        if _REPLACEMENT in text:  # some bytes of a character
+            return self._raw_bytes(token_id) is not None
+        return token_id in self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
         """Raise PromptError for an id that the model does not have, as far as that is known."""

@@ -32,7 +32,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Check every field. Raises InputError."""
         self._check("temperature", self.temperature, self.temperature >= 0, "at least 0")
         self._check("top_k", self.top_k, self.top_k >= 0, "at least 0")
         self._check("top_p", self.top_p, 0 <= self.top_p <= 1, "between 0 and 1")

@@ -33,6 +33,7 @@ def unread(cluster):
     "command",
     [
         ("stage-worker", "--help"),
+        ("pipeline-relay", "--help"),
         ("pipeline-orch", "--help"),
         ("pipeline-orch", "plan", "--help"),
         ("pipeline-orch", "top", "-h"),

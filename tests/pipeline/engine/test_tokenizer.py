@@ -127,6 +127,20 @@ def test_a_tokenizer_whose_ordinary_text_is_beyond_the_model_is_refused(path):
         Tokenizer(path).check_vocabulary(255)
 
 
+def test_a_token_that_no_text_is_given_harms_nobody(tmp_path):
+    vocab = {"a": 0, "b": 1, "ab": 2}  # without a merge nothing makes the third of the others
+    for merges, is_refused in (([], False), ([("a", "b")], True)):
+        library = HfTokenizer(models.BPE(vocab, merges))
+        library.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+        if is_refused:
+            with pytest.raises(TokenizerError, match="3 tokens, the model 2"):
+                tokenizer.check_vocabulary(2)
+        else:
+            tokenizer.check_vocabulary(2)
+            assert tokenizer.encode("ab") == (0, 1)
+
+
 def test_a_tokenizer_that_puts_a_token_beyond_the_model_before_every_text_is_refused(path):
     begin = processors.TemplateProcessing("<s> $0", special_tokens=[("<s>", 256)])
     tokenizer = with_added(path, "<s>", post_processor=begin)
@@ -163,6 +177,21 @@ def test_ids_count_and_not_how_many_there_are(tmp_path):
             {256, 257},
         ),
         ({"special_tokens_map.json": {"eos_token": "<never heard of>"}}, set()),
+        (
+            {
+                "tokenizer_config.json": {
+                    "eos_token": "<late>",
+                    "added_tokens_decoder": {
+                        "300": {"content": "<late>"},
+                        "301": {"content": "<pad>"},
+                        "x": 3,
+                        "²": "<late>",
+                    },
+                }
+            },
+            {300},
+        ),
+        ({"tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": [3]}}, {257}),
         (
             {
                 "config.json": {"eos_token_id": 2},
