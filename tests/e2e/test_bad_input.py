@@ -194,3 +194,68 @@ def test_plans_that_no_manifest_can_hold(command, cluster):
     expect(plan("--stages", "2", "--host", ""), 2, "':9000'")
     for path in (cluster.manifest / "x.json", "a" * 300, ".", "/"):
         expect(plan("--stages", "2", "-o", path), 2, f"cannot write {path}")
+
+
+LONG = "a" * 300  # more than a file system's names may have
+ENDLESS = "/dev/zero"
+
+
+@pytest.mark.parametrize("path", [LONG, "a/" * 3000, "nowhere", "new\nline", "\udcff", "", ENDLESS])
+def test_a_path_may_be_anything(command, cluster, path):
+    cluster.plan(1)
+    manifest, model = cluster.manifest, cluster.model_dir
+    orch = ["--manifest", manifest, "--dev", "--connect-timeout", "0.1"]
+    for arguments in (
+        [*orch, "--tokenizer", path, "--text", "Hi"],
+        [*orch, "--tokenizer", model / "tokenizer.json", "--text-file", path],
+        ["plan", "--stages", "2", "--model-dir", path],
+        ["shard", "--manifest", path, "--model-dir", model, "--out", "out"],
+        ["shard", "--manifest", manifest, "--model-dir", path, "--out", "out"],
+        ["serve", "--manifest", manifest, "--dev", "--model-dir", path],
+        ["serve", "--manifest", manifest, "--dev", "--model-dir", model, "--api-key-file", path],
+        ["top", "--once", "--url", "http://127.0.0.1:1", "--api-key-file", path],
+        ["attest", "show", path],
+        ["attest", "verify", manifest, "--root", path],
+    ):
+        expect(command(pipeline_orch, *arguments), 2)
+    expect(command(stage_worker, "--manifest", manifest, "--stage-idx", 0, "--model-dir", path), 2)
+
+
+@pytest.mark.parametrize("path", [LONG, "a/" * 3000, ENDLESS, "/", "."])
+def test_an_output_path_may_be_anything(command, cluster, path):
+    cluster.plan(1)
+    expect(command(pipeline_orch, *cluster.arguments("Hi", "--latency-out", path)), 2)
+    for name, rest in (("plan", ("--stages", "2")), ("shard", ("--manifest", cluster.manifest))):
+        result = command(pipeline_orch, name, *rest, "--model-dir", cluster.model_dir, "-o", path)
+        expect(result, 2)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "-1", "", "x", "9" * 5000, "1e999"])
+def test_a_number_must_be_one(command, cluster, worker, number):
+    expect(worker("--kv-memory", number), 2, "--kv-memory")
+    for flag in ("--connect-timeout", "--hang-timeout", "--max-tokens", "--data-out-port"):
+        expect(command(pipeline_orch, *cluster.arguments("Hi", flag, number)), 2, flag)
+    expect(command(pipeline_orch, "top", "--once", "--interval", number), 2, "--interval")
+    expect(command(pipeline_orch, "plan", "--model-dir", ".", "--stages", number), 2, "--stages")
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+             "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+)  # fmt: skip
+@pytest.mark.parametrize("leads_to", [LONG, "nowhere", ".", ENDLESS])
+def test_a_model_whose_file_leads_nowhere(cluster, command, file, leads_to):
+    cluster.plan(1)
+    path = cluster.model_dir / file
+    path.unlink(missing_ok=True)
+    path.symlink_to(leads_to)
+    model, manifest = cluster.model_dir, cluster.manifest
+    # With each file that is needed gone, each command says so; without the others it goes on, and
+    # finds that nobody can listen there.
+    nobody = ("--control-listen", "0.0.0.1:1")
+    for module, arguments in (
+        (stage_worker, ["--manifest", manifest, "--stage-idx", 0, "--model-dir", model, *nobody]),
+        (pipeline_orch, ["serve", "--manifest", manifest, "--model-dir", model,
+                         "--data-out-listen", "0.0.0.1:1", "--port", "0"]),
+    ):  # fmt: skip
+        expect(command(module, *arguments, "--dev"), 2)
