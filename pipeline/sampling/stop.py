@@ -23,20 +23,21 @@ class StopChecker:
         self._offsets: deque[int] = deque(maxlen=max(map(len, spelled), default=0))
         self._num_shown = 0
         self._held = ""
-        self._is_stopped = False
+        # The stop string that has ended the text.
+        self.found: str | None = None
 
     def push(self, text: str, *, is_shown: bool = True) -> tuple[str, bool]:
         """Text that is certain now, and whether the text has ended."""
-        if self._is_stopped:
+        if self.found is not None:
             return "", True
         first = self._num_shown - len(self._held)
         if is_shown:
             self._held += text
         for char in text:
-            starts = self._starts_of_complete(char, is_shown=is_shown)
-            if starts:
-                certain, self._held = self._held[: min(starts) - first], ""
-                self._is_stopped = True
+            complete = self._complete(char, is_shown=is_shown)
+            if complete:
+                start, self.found = min(complete)
+                certain, self._held = self._held[: start - first], ""
                 return certain, True
         num_certain = min(self._starts_of_open(), default=self._num_shown) - first
         certain, self._held = self._held[:num_certain], self._held[num_certain:]
@@ -47,18 +48,18 @@ class StopChecker:
         held, self._held = self._held, ""
         return held
 
-    def _starts_of_complete(self, char: str, *, is_shown: bool) -> list[int]:
-        """Where the stop strings begin that are complete with this character."""
-        starts = []
+    def _complete(self, char: str, *, is_shown: bool) -> list[tuple[int, str]]:
+        """The stop strings that are complete with this character, and where each begins."""
+        complete = []
         if self._spelled:
             self._offsets.append(self._num_shown)
-            found = [length for each in self._spelled if (length := each.advance(char))]
-            starts = [self._offsets[-length] for length in found]
+            found = [each.text for each in self._spelled if each.advance(char)]
+            complete = [(self._offsets[-len(text)], text) for text in found]
         if is_shown:
             self._num_shown += 1
-            found = [length for each in self._shown if (length := each.advance(char))]
-            starts += [self._num_shown - length for length in found]
-        return starts
+            found = [each.text for each in self._shown if each.advance(char)]
+            complete += [(self._num_shown - len(text), text) for text in found]
+        return complete
 
     def _starts_of_open(self) -> list[int]:
         """Where what may become a stop string begins."""
@@ -72,18 +73,18 @@ class _Pattern:
 
     def __init__(self, text: str) -> None:
         self.num_matched = 0
-        self._text = text
+        self.text = text
         # For each length of a match: the next shorter one that also ends there.
         self._shorter = [0] * (len(text) + 1)
         for end in range(1, len(text)):
             self._shorter[end + 1] = self._step(self._shorter[end], text[end])
 
-    def advance(self, char: str) -> int:
-        """Take a character; the string's length if it is complete, else 0."""
+    def advance(self, char: str) -> bool:
+        """Take a character; whether the string is complete with it."""
         self.num_matched = self._step(self.num_matched, char)
-        return self.num_matched if self.num_matched == len(self._text) else 0
+        return self.num_matched == len(self.text)
 
     def _step(self, num_matched: int, char: str) -> int:
-        while num_matched and self._text[num_matched] != char:
+        while num_matched and self.text[num_matched] != char:
             num_matched = self._shorter[num_matched]
-        return num_matched + (self._text[num_matched] == char)
+        return num_matched + (self.text[num_matched] == char)

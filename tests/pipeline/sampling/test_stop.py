@@ -75,6 +75,13 @@ def test_nothing_is_emitted_early_and_nothing_held_needlessly(text, stops):
         assert len(held) == longest
 
 
+def test_the_stop_string_that_was_found_is_told():
+    checker = StopChecker(["bc", "abc", "x"])
+    assert checker.found is None
+    checker.push("aabcx")
+    assert checker.found == "abc"
+
+
 def test_after_the_end_nothing_more_comes_out():
     checker = StopChecker(["b"])
     assert checker.push("ab") == ("a", True)
@@ -123,6 +130,7 @@ def test_a_stop_string_with_a_special_token_matches_though_none_is_shown(pieces,
             break
     emitted += checker.finish()
     assert (emitted, is_stopped) == mixed_reference(pieces, stops)
+    assert checker.found in stops if is_stopped else checker.found is None
 
 
 def test_a_special_token_is_held_only_by_a_stop_string_that_spells_it():
