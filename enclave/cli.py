@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("-o", "--output", type=Path, required=True)
     make.add_argument("--kernel", type=Path, help="bzImage (default: the one in the cache)")
     make.add_argument("--cmdline", default=build.DEFAULT_CMDLINE)
-    make.add_argument("--cache", type=Path, help="for tools and ramdisks (default: the user's)")
+    make.add_argument("--cache", type=Path, default=build.default_cache())
     make.add_argument("--name", default="veilpipe-stage")
     make.add_argument("--cpus", type=int, default=2, help="default vCPUs (default 2)")
     make.add_argument("--memory-mib", type=int, help="default memory (default: from the size)")
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     boot.add_argument("--cpus", type=int, default=2)
     boot.add_argument("--memory-mib", type=int, default=4096)
     boot.add_argument("--signing-dir", type=Path, help="test key and chain for documents")
-    boot.add_argument("--cache", type=Path, help="for tools and ramdisks (default: the user's)")
+    boot.add_argument("--cache", type=Path, default=build.default_cache())
     boot.set_defaults(run=_boot)
 
     pinning = commands.add_parser("pin", help="write an image's measurements into a manifest")
@@ -137,7 +137,7 @@ def _boot(options: argparse.Namespace) -> int:
         memory_mib=options.memory_mib,
         signing_dir=options.signing_dir,
     )
-    run_until_stopped(machine, _cache(options) / "tools")
+    run_until_stopped(machine, options.cache / "tools")
     return 0
 
 
@@ -160,17 +160,11 @@ def _build(options: argparse.Namespace) -> int:
     return 0
 
 
-def _cache(options: argparse.Namespace) -> Path:
-    chosen: Path | None = options.cache
-    return build.default_cache() if chosen is None else chosen
-
-
 def _assemble(options: argparse.Namespace, directory: Path) -> eif.Image:
-    cache = _cache(options)
-    system = build.find_system(cache, with_wheels=not options.without_wheels)
-    kernel = (options.kernel or cache / "tools" / "vmlinuz").read_bytes()
+    system = build.find_system(options.cache, with_wheels=not options.without_wheels)
+    kernel = (options.kernel or options.cache / "tools" / "vmlinuz").read_bytes()
     ramdisks: list[eif.Buffer] = [
-        build.system_ramdisk(system, cache).read_bytes(),
+        build.system_ramdisk(system, options.cache).read_bytes(),
         build.code_ramdisk(),
         build.stage_ramdisk(directory),
     ]

@@ -173,20 +173,3 @@ def test_boot_without_tools_says_how_to_get_them(
     sockets = ["--vsock", str(tmp_path / "v"), "--console", str(tmp_path / "c")]
     assert cli.main(["boot", str(path), *sockets, "--cache", str(tmp_path)]) == 2
     assert "build_enclave_tools.sh" in capsys.readouterr().err
-
-
-def test_a_user_without_a_home_is_helped_and_told_what_to_set(monkeypatch, capsys, tmp_path):
-    def no_account(uid):
-        raise KeyError(uid)
-
-    for name in ("HOME", "XDG_CACHE_HOME", "VEILPIPE_CACHE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pwd.getpwuid", no_account)
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["build", "--help"])
-    assert caught.value.code == 0
-    (tmp_path / "run.json").write_text('{"argv": ["/bin/true"]}')
-    arguments = ["build", "--stage-dir", str(tmp_path), "-o", str(tmp_path / "image.eif")]
-    capsys.readouterr()
-    assert cli.main(arguments) == 2
-    assert "VEILPIPE_CACHE" in capsys.readouterr().err
