@@ -11,8 +11,8 @@ import typer
 from pipeline.agreement.manifest import load_manifest
 from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags, end_tokens
 from pipeline.cli.common import run_until_signalled
+from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
-from pipeline.engine.service import PipelineEngine
 from pipeline.errors import InputError, SessionError
 from pipeline.files import is_file
 from pipeline.gateway.auth import load_api_keys

@@ -228,11 +228,8 @@ class Gateway:
 
     def _check_common(self, body: ChatRequest | CompletionRequest) -> None:
         self._check_model(body.model)
-        for param, token_ids in (
-            ("logit_bias", body.logit_bias),
-            ("stop_token_ids", body.stop_token_ids or ()),
-        ):
-            token_id = max(token_ids, default=0)
+        for param in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+            token_id = max(getattr(body, param) or (), default=0)
             if token_id >= self._tokenizer.vocab_size:
                 raise invalid(f"The model has no token {token_id}.", param)
 
