@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
+from huggingface_hub.utils import disable_progress_bars
 
 # The HTTP library is huggingface-hub's own choice and has changed; the root of its errors is the
 # base of the hub's.
@@ -92,6 +93,8 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="where to write; made if absent")
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # the hub's own, which would fill a log
     try:
         fetch_model(arguments.repo, arguments.directory)
     except (

@@ -186,7 +186,12 @@ def _failure(problem: object, code: int) -> typer.Exit:
 
 def main() -> None:
     """Entry point of the command."""
-    app()
+    try:
+        app()
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # of stdout, as with `| head`
+            sys.exit(128 + signal.SIGPIPE)
+        raise
 
 
 if __name__ == "__main__":

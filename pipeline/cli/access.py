@@ -14,7 +14,7 @@ import typer
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust import DEV_WARNING, DevTrust, Trust, UserTrust
-from pipeline.cli.common import DevOption, to_endpoint
+from pipeline.cli.common import DataOutPortOption, DevOption, finite, results_address, to_endpoint
 from pipeline.cli.logs import LogFormat, LogFormatOption, tell
 from pipeline.cli.worker_options import (
     CPUS_HELP,
@@ -27,6 +27,7 @@ from pipeline.cli.worker_options import (
     WorkerOptions,
 )
 from pipeline.engine.scheduler import Limits
+from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.orchestrator.epochs import ReplaySource
 from pipeline.orchestrator.failover import Work, run_with_failover
@@ -48,11 +49,17 @@ class PipelineFlags:
     identity: Path | None
     is_dev: bool
     data_out_listen: Endpoint | None
+    data_out_port: int | None
     connect_seconds: float
     hang_seconds: float
     supervise: bool
     workers: WorkerOptions
     log_format: LogFormat
+
+    def results_at(self, manifest: Manifest) -> Endpoint | None:
+        """Where to listen for results; None for the manifest's address. Raises InputError."""
+        last = len(manifest.stages) - 1
+        return results_address(manifest, last, self.data_out_listen, self.data_out_port)
 
 
 def pipeline_flags(
@@ -60,9 +67,15 @@ def pipeline_flags(
         str | None,
         typer.Option(metavar="ADDR", help="Where the last stage delivers [last stage's data_out]."),
     ] = None,
+    data_out_port: DataOutPortOption = None,
     connect_timeout: Annotated[
         float,
-        typer.Option(min=0.1, metavar="SECONDS", help="Patience with stages not up nor loading."),
+        typer.Option(
+            min=0.1,
+            metavar="SECONDS",
+            help="Patience with stages not up nor loading.",
+            callback=finite,
+        ),
     ] = 30.0,
     identity: Annotated[
         Path | None, typer.Option(metavar="FILE", help="This orchestrator's key (see keygen).")
@@ -80,7 +93,10 @@ def pipeline_flags(
     device: DeviceOption = None,
     kv_memory: KvMemoryOption = None,
     hang_timeout: Annotated[
-        float, typer.Option(min=0.5, metavar="SECONDS", help="Patience with a silent stage.")
+        float,
+        typer.Option(
+            min=0.5, metavar="SECONDS", help="Patience with a silent stage.", callback=finite
+        ),
     ] = 60.0,
     dev: DevOption = False,
     log_format: LogFormatOption = LogFormat.TEXT,
@@ -93,6 +109,7 @@ def pipeline_flags(
         identity=identity,
         is_dev=dev,
         data_out_listen=to_endpoint(data_out_listen, "--data-out-listen"),
+        data_out_port=data_out_port,
         connect_seconds=connect_timeout,
         hang_seconds=hang_timeout,
         supervise=supervise,
@@ -170,7 +187,7 @@ class PipelineAccess:
         options = PipelineOptions(
             limits,
             flags.connect_seconds,
-            flags.data_out_listen,
+            flags.results_at(manifest),
             flags.hang_seconds,
             patience_ms=patience_ms,
         )
@@ -238,6 +255,19 @@ def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.N
         return (*shared, *own[stage_idx])
 
     return lambda tasks: Supervisor(manifest, arguments, tasks)
+
+
+def end_tokens(manifest: Manifest, tokenizer: Tokenizer) -> frozenset[int]:
+    """What ends a text: by the manifest, and by the files beside the tokenizer.
+
+    Raises TokenizerError.
+    """
+    ends = frozenset(manifest.eos_token_ids) | tokenizer.end_token_ids
+    if not ends:
+        logger.warning(
+            "event=no_end_token detail=%r", "the model names none, so only lengths end a text"
+        )
+    return ends
 
 
 def _trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:

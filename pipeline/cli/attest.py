@@ -12,7 +12,7 @@ from cryptography import x509
 
 from pipeline.agreement.manifest import load_manifest
 from pipeline.agreement.trust import load_identity
-from pipeline.cli.common import new_app
+from pipeline.cli.common import finite, new_app
 from pipeline.cli.logs import printable
 from pipeline.errors import InputError, SessionError
 from pipeline.orchestrator.evidence_request import fetch_evidence
@@ -64,7 +64,10 @@ def verify(
         Path | None, typer.Option(metavar="FILE", help="Your key, to ask a running stage.")
     ] = None,
     connect_timeout: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="Patience with a stage not up.")
+        float,
+        typer.Option(
+            min=0.1, metavar="SECONDS", help="Patience with a stage not up.", callback=finite
+        ),
     ] = 30.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -150,7 +153,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     if len(evidence) > MAX_DOCUMENT_BYTES:
-        raise InputError(f"{path} is over {MAX_DOCUMENT_BYTES} bytes, no attestation document")
+        raise InputError(f"{path} is over {MAX_DOCUMENT_BYTES} bytes: nothing of that kind is")
     return evidence
 
 
@@ -195,9 +198,7 @@ def _load_root(path: Path | None) -> x509.Certificate:
     if path is None:
         return aws_root()
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        return x509.load_pem_x509_certificate(_read(path))
     except ValueError as error:
         raise InputError(f"{path} is not a PEM certificate") from error
 

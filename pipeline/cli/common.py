@@ -1,6 +1,7 @@
 """What both commands share: one line for every error, exit codes, signals."""
 
 import errno
+import math
 import os
 import signal
 import sys
@@ -14,9 +15,11 @@ from typing import Annotated
 import trio
 import typer
 
+from pipeline.agreement.manifest import Manifest
 from pipeline.cli.logs import tell_error
+from pipeline.cli.terminal import harmless
 from pipeline.errors import InputError, PipelineError
-from transport.endpoint import Endpoint, parse_endpoint
+from transport.endpoint import Endpoint, TcpEndpoint, parse_endpoint
 from transport.errors import DeviceError, EndpointError, MisuseError, TransportError
 
 # typer carries a copy of click since 0.2x and used the package before; this is either's root.
@@ -25,6 +28,7 @@ ClickException: type[Exception] = next(
 )
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
+READER_GONE = 128 + signal.SIGPIPE  # of stdout, as with `| head`
 # What writing to stdout fails with; every other file is written under a handler that names it.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
@@ -36,6 +40,16 @@ DevOption = Annotated[
     typer.Option(
         "--dev",
         help="Development: evidence from a local CA instead of attestation. No privacy from hosts.",
+    ),
+]
+DataOutPortOption = Annotated[
+    int | None,
+    typer.Option(
+        "--data-out-port",
+        min=1,
+        max=65535,
+        metavar="PORT",
+        help="Port of results instead of the manifest's, on the same host.",
     ),
 ]
 VerboseOption = Annotated[
@@ -58,12 +72,18 @@ def run_app(app: typer.Typer, name: str) -> None:
     _open_closed_streams()
     with _termination_unwinds():
         code = _run(app, name)
-    try:
-        sys.stdout.flush()
-    except OSError:
+    if not _can_flush() or code == READER_GONE:
         # It has been reported; keep the interpreter from complaining about it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def _can_flush() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _run(app: typer.Typer, name: str) -> int:
@@ -83,7 +103,12 @@ def _run(app: typer.Typer, name: str) -> int:
     except TransportError as error:
         code = _fail(name, str(error), EXIT_FAILURE)
     except BrokenPipeError:
-        code = 128 + signal.SIGPIPE  # the reader of stdout has gone
+        code = READER_GONE
+    except SystemExit as error:
+        # Both click and rich answer a reader that has gone with an exit of 1.
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        code = READER_GONE
     except Exception as error:
         code = _fail_unexpectedly(name, error)
     return code
@@ -93,7 +118,7 @@ def _fail_unexpectedly(name: str, error: Exception) -> int:
     if isinstance(error, OSError) and error.filename is None and error.errno in UNWRITABLE:
         return _fail(name, f"cannot write to stdout: {error.strerror}", EXIT_FAILURE)
     if {"--verbose", "-v"} & set(sys.argv[1:]):
-        traceback.print_exception(error)
+        print(harmless("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     # Where it happened, not the exception's own text: that may quote what must not reach a log.
     place = traceback.extract_tb(error.__traceback__)[-1]
     what = f"{type(error).__name__}: in {Path(place.filename).name} line {place.lineno}"
@@ -146,6 +171,16 @@ async def wait_for_end_of_stdin() -> None:
             pass
 
 
+def finite(value: float | None) -> float | None:
+    """Callback of an option that takes a number: `nan` and `inf` pass every bound of typer's.
+
+    Raises typer.BadParameter.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number of that kind")
+    return value
+
+
 def to_endpoint(text: str | None, option: str) -> Endpoint | None:
     """Parse an address flag. Raises InputError naming the flag."""
     if text is None:
@@ -154,6 +189,23 @@ def to_endpoint(text: str | None, option: str) -> Endpoint | None:
         return parse_endpoint(text)
     except EndpointError as error:
         raise InputError(f"{option}: {error}") from error
+
+
+def results_address(
+    manifest: Manifest, stage_idx: int, address: Endpoint | None, port: int | None
+) -> Endpoint | None:
+    """Where a stage's results go by the flags for that, `port` on the manifest's host.
+
+    None where no flag says so. Raises InputError.
+    """
+    if port is None:
+        return address
+    if address is not None:
+        raise InputError("--data-out-port: the other flag for results names a port already")
+    named = manifest.endpoint(stage_idx).data_out.to_endpoint()
+    if not isinstance(named, TcpEndpoint):
+        raise InputError(f"--data-out-port {port}: results go to {named}, which is no TCP address")
+    return TcpEndpoint(named.host, port)
 
 
 def run_until_signalled(main: Callable[[], Awaitable[None]]) -> int | None:

@@ -1,8 +1,7 @@
 """Generating once: a prompt in, its continuation on stdout, latencies on stderr."""
 
 import logging
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
@@ -10,20 +9,27 @@ from time import perf_counter_ns
 import typer
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags, check_context
+from pipeline.cli.access import (
+    ManifestSource,
+    PipelineAccess,
+    PipelineFlags,
+    check_context,
+    end_tokens,
+)
 from pipeline.cli.common import run_until_signalled
 from pipeline.cli.logs import tell
+from pipeline.cli.terminal import write_text
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.latency import LatencyLog
 from pipeline.engine.scheduler import Limits
-from pipeline.engine.tokenizer import TextStream, Tokenizer
+from pipeline.engine.text import StoppedText
+from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable
 from pipeline.orchestrator.opening import Pipeline
 from pipeline.protocol.peers import PATIENCE_MS
 from pipeline.sampling.params import SamplingParams
-from pipeline.sampling.stop import StopChecker
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +58,11 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     # No more than it takes: a model may have room for far more than its stages' memory.
     needed = min(len(prompt_ids) + flags.max_tokens, manifest.activation_spec.max_seq_len)
     limits = Limits(1, flags.context or needed, num_stages=len(manifest.stages))
-    eos = frozenset() if flags.ignore_eos else frozenset(manifest.eos_token_ids)
+    eos = frozenset() if flags.ignore_eos else end_tokens(manifest, tokenizer)
     log = LatencyLog()
     engine = PipelineEngine(limits)
-    printer = _Printer(flags.text, TextStream(tokenizer, prompt_ids), flags.sampling.stop, log)
+    text = StoppedText(tokenizer, prompt_ids, flags.sampling.stop)
+    printer = _Printer(flags.text, text, log)
     generation = Generation(prompt_ids, flags.max_tokens, eos, flags.sampling)
     request_id = engine.submit(generation, printer.hear)
     printer.on_stop = lambda: engine.cancel(request_id)
@@ -69,6 +76,7 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
 
     async def work(pipeline: Pipeline) -> None:
         tokenizer.check_vocabulary(pipeline.vocab_size)
+        tokenizer.check_ids(prompt_ids)
         printer.start()
         await engine.drain(pipeline)
         printer.finish()
@@ -84,13 +92,10 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
 class _Printer:
     """Streams text to stdout, up to a stop string, and latencies to the log."""
 
-    def __init__(
-        self, prompt: str, stream: TextStream, stops: Sequence[str], log: LatencyLog
-    ) -> None:
+    def __init__(self, prompt: str, text: StoppedText, log: LatencyLog) -> None:
         self.on_stop: Callable[[], object] = lambda: None
         self._prompt = prompt
-        self._stream = stream
-        self._stop = StopChecker(stops)
+        self._text = text
         self._log = log
         self._last_ns = 0
         self._failure: PipelineError | None = None
@@ -98,7 +103,7 @@ class _Printer:
     def start(self) -> None:
         """Print the prompt; time starts now. After a loss this is done already."""
         if not self._last_ns:
-            self._write(self._prompt)
+            write_text(self._prompt)
             self._last_ns = perf_counter_ns()
 
     def hear(self, event: TokenOutput | PipelineError) -> None:
@@ -110,8 +115,8 @@ class _Printer:
         elapsed_ns, self._last_ns = now - self._last_ns, now
         self._log.add(event.token_id, elapsed_ns, event.timings)
         logger.debug("event=token n=%d ms=%.2f", len(self._log.token_ids), elapsed_ns / 1e6)
-        text, is_stopped = self._stop.push(self._stream.push(event.token_id))
-        self._write(text)
+        text, is_stopped = self._text.push(event.token_id)
+        write_text(text)
         if is_stopped:
             self.on_stop()
 
@@ -119,9 +124,5 @@ class _Printer:
         """Print what was held back, and end the line. Raises why no more has come, if so."""
         if self._failure is not None:
             raise self._failure
-        text, _ = self._stop.push(self._stream.finish())
-        self._write(text + self._stop.finish() + "\n")
-
-    def _write(self, text: str) -> None:
-        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
-        sys.stdout.buffer.flush()
+        text, _ = self._text.finish()
+        write_text(text + "\n")

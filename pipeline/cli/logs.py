@@ -10,14 +10,19 @@ import re
 import sys
 from datetime import UTC, datetime
 from enum import StrEnum
+from types import TracebackType
 from typing import Annotated
 
 import typer
+
+from pipeline.cli.terminal import harmless
 
 MAX_SHOWN = 2000
 # A conversion of a format string, and a word of a message.
 _SPEC = re.compile(r"%[-#0 +]*\d*(?:\.\d+)?[a-zA-Z]")
 _WORD = re.compile(r"(?:([a-z_]+)=)?(\S+)")
+
+_ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +63,10 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
         """One line, whatever the message holds."""
         return printable(super().formatMessage(record))
+
+    def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802 - logging's own name
+        """A traceback's lines; the error's own text may come from a peer."""
+        return harmless(super().formatException(ei))
 
 
 class JsonFormatter(logging.Formatter):
@@ -126,7 +135,7 @@ def configure_logging(
 
 def tell(command: str, text: str) -> None:
     """A line on stderr for the user: plain, or a log line where all lines are JSON."""
-    if _logs_json():
+    if logs_json():
         logger.info("event=progress command=%s detail=%s", command, text)
     else:
         print(f"{command}: {printable(text)}", file=sys.stderr)
@@ -134,12 +143,13 @@ def tell(command: str, text: str) -> None:
 
 def tell_error(command: str, text: str, code: int) -> None:
     """The one line on stderr that says why a command exits with `code`."""
-    if _logs_json():
+    if logs_json():
         logger.error("event=failed command=%s code=%d error=%s", command, code, text)
     else:
         print(f"{command}: error: {printable(text)}", file=sys.stderr)
 
 
-def _logs_json() -> bool:
+def logs_json() -> bool:
+    """Whether lines on stderr are JSON objects, every one."""
     handlers = logging.getLogger().handlers
     return any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)

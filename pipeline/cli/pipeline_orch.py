@@ -13,11 +13,14 @@ from pipeline.cli.access import PipelineFlags, pipeline_flags, takes_flags
 from pipeline.cli.common import (
     ManifestOption,
     VerboseOption,
+    finite,
     new_app,
     run_app,
 )
 from pipeline.cli.generate import GenerateFlags, generate
-from pipeline.cli.logs import configure_logging
+from pipeline.cli.logs import configure_logging, tell
+from pipeline.cli.progress import progress_bar
+from pipeline.cli.prompt import read_prompt
 from pipeline.cli.sampling import sampling_flags
 from pipeline.errors import InputError
 from pipeline.files import check_writable, write_atomically
@@ -47,6 +50,10 @@ def generate_command(
         Path | None, typer.Option(metavar="FILE", help="The model's tokenizer.json.")
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt.")] = None,
+    text_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The prompt's file, - for stdin: unseen by `ps`."),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")
     ] = 20,
@@ -67,7 +74,8 @@ def generate_command(
     """Generate text over the stages of a manifest, from the user's machine.
 
     Verifies what every stage runs, then sends the prompt and streams the text. stdout holds the
-    prompt and its continuation, stderr everything else.
+    prompt and its continuation, stderr everything else. A terminal is shown control characters as
+    their escapes; pipes and files get them as they are.
 
     Example, with the stages of manifests/smollm2_2stage.json running:
 
@@ -79,8 +87,9 @@ def generate_command(
     if ctx.invoked_subcommand is not None:
         return
     configure_logging(verbose=verbose, log_format=shared.log_format)
-    given = {"--manifest": manifest, "--tokenizer": tokenizer, "--text": text}
-    if manifest is None or tokenizer is None or text is None:
+    prompt = read_prompt(text, text_file)
+    given = {"--manifest": manifest, "--tokenizer": tokenizer, "--text": prompt}
+    if manifest is None or tokenizer is None or prompt is None:
         missing = [name for name, value in given.items() if value is None]
         raise InputError(f"missing {', '.join(missing)}; see pipeline-orch --help")
     generate(
@@ -88,7 +97,7 @@ def generate_command(
             manifest=manifest,
             model_dir=model_dir,
             tokenizer=tokenizer,
-            text=text,
+            text=prompt,
             max_tokens=max_tokens,
             context=context,
             ignore_eos=ignore_eos,
@@ -177,14 +186,17 @@ def top_command(
         Path | None, typer.Option(metavar="FILE", help="A key the server accepts.")
     ] = None,
     interval: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks.")
+        float,
+        typer.Option(
+            min=0.1, max=86400, metavar="SECONDS", help="Between two looks.", callback=finite
+        ),
     ] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print one snapshot.")] = False,
 ) -> None:
     """Watch a running server: every stage's load, batch, KV, time per step, attestation.
 
     load is the share of time spent computing; ms/step the mean of what one step takes, by part:
-    computing, cryptography, socket calls. Ctrl-C ends it.
+    computing, cryptography, socket calls. `q` or Ctrl-C ends it.
     """
     from pipeline.cli.top import ServerAddress, top
 
@@ -198,7 +210,17 @@ def plan_command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write [stdout].")
     ] = None,
-    host: Annotated[str, typer.Option(help="Host of every address.")] = "127.0.0.1",
+    host: Annotated[
+        list[str],
+        typer.Option(
+            metavar="HOST[,HOST...]",
+            help="Host of every address, or each stage's in order and then, "
+            "if it has its own, the orchestrator's; repeatable.",
+        ),
+    ] = ["127.0.0.1"],  # noqa: B006  (typer copies it)
+    model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the model [the directory's].")
+    ] = None,
     base_port: Annotated[
         int,
         typer.Option(
@@ -221,21 +243,23 @@ def plan_command(
 
     options = PlanOptions(
         stages,
-        host,
+        tuple(name.strip() for names in host for name in names.split(",")),
         base_port,
         tuple(orchestrator_key or ()),
         in_enclaves=vsock,
+        model_name=model_name,
         wire_dtype=wire_dtype,
         precision=None if dtype is None else check_precision(dtype),
     )
     if output is not None:
         check_writable(output)  # before minutes of hashing
-    text = dump_manifest(plan(model_dir, options))
+    with progress_bar("hashing weights") as progress:
+        text = dump_manifest(plan(model_dir, options, progress))
     if output is None:
         sys.stdout.write(text)
         return
     write_atomically(output, text)
-    print(f"wrote {output}", file=sys.stderr)
+    tell("pipeline-orch", f"wrote {output}")
 
 
 @app.command("shard")
@@ -260,13 +284,14 @@ def shard_command(
 
     loaded = load_manifest(manifest)
     precision = None if dtype is None else check_precision(dtype)
-    if stage is None:
-        cut_model(loaded, model_dir, output, precision)
-    elif precision is not None:
+    if stage is not None and precision is not None:
         raise InputError("--dtype: with --stage the manifest of the shards decides")
-    else:
-        cut_stage(loaded, stage, model_dir, output)
-    print(f"wrote {output}", file=sys.stderr)
+    with progress_bar("cutting weights") as progress:
+        if stage is None:
+            cut_model(loaded, model_dir, output, precision, progress)
+        else:
+            cut_stage(loaded, stage, model_dir, output, progress)
+    tell("pipeline-orch", f"wrote {output}")
 
 
 @app.command("keygen")

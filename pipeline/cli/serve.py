@@ -9,11 +9,18 @@ from pathlib import Path
 import typer
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags, check_context
+from pipeline.cli.access import (
+    ManifestSource,
+    PipelineAccess,
+    PipelineFlags,
+    check_context,
+    end_tokens,
+)
 from pipeline.cli.common import run_until_signalled
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError, SessionError
+from pipeline.files import is_file
 from pipeline.gateway.auth import load_api_keys
 from pipeline.gateway.limits import GatewayLimits
 from pipeline.gateway.overview import Overview
@@ -22,6 +29,7 @@ from pipeline.gateway.server import serve as serve_gateway
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.gateway.text import GatewayTokenizer
+from pipeline.models.config import CONFIG_FILE, load_config
 from pipeline.orchestrator.opening import Pipeline
 from pipeline.tasks import open_tasks
 
@@ -54,10 +62,16 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     check_context(flags.context, manifest)
     context = flags.context or manifest.activation_spec.max_seq_len
     limits = Limits(flags.max_batch, context, flags.chunk_tokens, len(manifest.stages))
+    tokenizer = GatewayTokenizer(flags.model_dir / "tokenizer.json")
+    if is_file(flags.model_dir / CONFIG_FILE):
+        # Before the stages say it: requests may come first, and one with a token that the model
+        # does not have would cost a stage.
+        model = load_config(flags.model_dir, manifest.config_hash)
+        tokenizer.check_vocabulary(model.vocab_size)
     config = GatewayConfig(
         served_model_name=flags.served_model_name or manifest.model_name,
         chat_template=ChatTemplate.load(flags.model_dir),
-        eos_token_ids=frozenset(manifest.eos_token_ids),
+        eos_token_ids=end_tokens(manifest, tokenizer),
         host=flags.host,
         port=flags.port,
         api_keys=load_api_keys(flags.api_key_file) if flags.api_key_file else frozenset(),

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -12,16 +13,19 @@ import typer
 from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.agreement.trust import DEV_WARNING, DevTrust, EnclaveTrust, Trust
 from pipeline.cli.common import (
+    DataOutPortOption,
     DevOption,
     ManifestOption,
     VerboseOption,
     new_app,
+    results_address,
     run_app,
     run_until_signalled,
     to_endpoint,
     wait_for_end_of_stdin,
 )
 from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
+from pipeline.cli.progress import progress_bar
 from pipeline.cli.worker_options import (
     CPUS_HELP,
     DeviceOption,
@@ -37,6 +41,7 @@ from pipeline.errors import InputError, PolicyError
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
+from pipeline.progress import Progress
 from pipeline.protocol.peers import PATIENCE_MS
 from pipeline.stage.dialing import parse_networks
 from pipeline.stage.setup import MAX_STEP_TOKENS, StageSetup
@@ -63,6 +68,7 @@ def serve(
         str | None,
         typer.Option(metavar="ADDR", help="Where to send results [manifest's data_out]."),
     ] = None,
+    data_out_port: DataOutPortOption = None,
     control_listen: Annotated[
         str | None,
         typer.Option(metavar="ADDR", help="Where the orchestrator connects [manifest's control]."),
@@ -116,7 +122,9 @@ def serve(
     data_in = to_endpoint(data_in_listen, "--data-in-listen") or (
         endpoint.data_in.to_endpoint() if endpoint else None
     )
-    data_out = to_endpoint(data_out_target, "--data-out-target")
+    data_out = results_address(
+        loaded, stage_idx, to_endpoint(data_out_target, "--data-out-target"), data_out_port
+    )
     if control is None or data_in is None:
         raise InputError(
             f"stage {stage_idx} has no endpoint in {manifest}; "
@@ -126,7 +134,9 @@ def serve(
     pinned = () if cpus is None else parse_cpus(cpus, threads)
     num_threads = len(pinned) or threads or 1
     set_num_threads(num_threads, pinned)
-    shard = _load(loaded, stage_idx, model_dir, precision, kernels or "auto", device)
+    # Several workers of one supervisor would draw over each other.
+    with nullcontext() if until_stdin_ends else progress_bar("loading weights") as progress:
+        shard = _load(loaded, stage_idx, model_dir, precision, kernels or "auto", device, progress)
     setup = StageSetup(
         manifest=loaded,
         stage_idx=stage_idx,
@@ -162,6 +172,7 @@ def _load(
     precision: Precision,
     kernels: str,
     device: str,
+    progress: Progress | None,
 ) -> ModelShard:
     stage = manifest.stage(stage_idx)
     if stage.require_weight_hashes and not stage.weight_hashes:
@@ -191,6 +202,7 @@ def _load(
         kernels=kernels,
         device=device,
         expected_hashes=stage.weight_hashes or None,
+        progress=progress,
     )
 
 

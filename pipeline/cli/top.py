@@ -1,13 +1,18 @@
 """`pipeline-orch top`: what a running server and its stages are doing, in the terminal."""
 
 import http.client
+import os
+import select
 import ssl
 import sys
+import termios
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import tty
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import ValidationError
@@ -27,8 +32,7 @@ _ANSWER_SECONDS = 5.0
 _MAX_ANSWER_BYTES = 1 << 20
 # Wide enough for every column where there is no terminal to ask.
 _PLAIN_WIDTH = 142
-# What they take at most.
-_FULL_WIDTH = 130
+_GAP = 2  # between columns
 _TEXTUAL = frozenset({"layers", "kernels", "state", "attested"})
 _STATE_STYLES = {"ready": "green", "connecting": "yellow", "down": "bold red"}
 
@@ -52,7 +56,8 @@ class ServerAddress:
             host, port = parts.hostname, parts.port
         except ValueError as error:
             raise InputError(f"--url {url}: {error}") from error
-        if parts.scheme not in {"http", "https"} or not host or not url.isprintable():
+        is_text = url.isprintable() and " " not in url
+        if parts.scheme not in {"http", "https"} or not host or not is_text:
             raise InputError(f"--url {url}: give an address like http://127.0.0.1:8000")
         # Clients of the API are given the address with /v1 at its end.
         path = parts.path.rstrip("/").removesuffix("/v1") + _PATH
@@ -75,8 +80,11 @@ class ServerAddress:
     def _get(self) -> tuple[int, bytes]:
         # Neither proxies nor redirects: whoever they lead to would get the key.
         kind = http.client.HTTPSConnection if self.is_secure else http.client.HTTPConnection
-        connection = kind(self.host, self.port, timeout=_ANSWER_SECONDS)
         headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        try:
+            connection = kind(self.host, self.port, timeout=_ANSWER_SECONDS)
+        except http.client.InvalidURL as error:
+            raise InputError(f"--url {self.url}: {error}") from error
         try:
             connection.request("GET", self.path, headers=headers)
             response = connection.getresponse()
@@ -90,39 +98,77 @@ class ServerAddress:
 
 
 def top(source: ServerAddress, interval: float, *, once: bool) -> None:
-    """Show the server until interrupted, or once. Raises PipelineError."""
-    is_terminal = sys.stdout.isatty()
-    console = Console(width=None if is_terminal else _PLAIN_WIDTH, highlight=False)
+    """Show the server until interrupted or told to quit, or once. Raises PipelineError.
+
+    A terminal that can do no more than print (TERM=dumb) gets what a pipe does: one table after
+    another.
+    """
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
     first = source.fetch()
     if once:
         console.print(render(first, console.width))
         return
     try:
-        if not is_terminal:
-            for view, problem in _follow(source, first, interval):
-                console.print(render(view, console.width, problem))
-            return
-        with Live(
-            render(first, console.width), console=console, screen=True, auto_refresh=False
-        ) as live:
-            for view, problem in _follow(source, first, interval):
-                live.update(render(view, console.width, problem), refresh=True)
+        with _Keys() as keys:
+            views = _follow(source, first, partial(keys.quits_within, interval))
+            if not console.is_interactive:
+                for view, problem in views:
+                    console.print(render(view, console.width, problem))
+                return
+            live = Live(console=console, screen=True, auto_refresh=False)
+            try:  # and not `with`, whose beginning an interrupt would leave the screen in
+                live.start()
+                for view, problem in views:
+                    live.update(render(view, console.width, problem), refresh=True)
+            finally:
+                live.stop()
     except KeyboardInterrupt:
-        return  # how one leaves it
+        return  # the other way to leave it
+
+
+class _Keys:
+    """The keyboard, where there is one: each key as it is pressed, and not on the screen."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+        self._before: list[Any] = []
+
+    def __enter__(self) -> Self:
+        if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+            self._descriptor = sys.stdin.fileno()
+            self._before = termios.tcgetattr(self._descriptor)
+            tty.setcbreak(self._descriptor, termios.TCSANOW)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            termios.tcsetattr(self._descriptor, termios.TCSANOW, self._before)
+
+    def quits_within(self, seconds: float) -> bool:
+        """Wait so long, or until `q` is pressed."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if self._descriptor is None:
+                time.sleep(left)
+            elif select.select([self._descriptor], [], [], left)[0]:
+                keys = os.read(self._descriptor, 64)
+                if not keys or b"q" in keys.lower():  # the terminal has gone, or told us to
+                    return True
+        return False
 
 
 def _follow(
-    source: ServerAddress, first: PipelineView, interval: float
+    source: ServerAddress, first: PipelineView, quits: Callable[[], bool]
 ) -> Iterator[tuple[PipelineView, str]]:
     """What is seen as time goes on; the last view with the problem while there is no new one."""
     view, problem = first, ""
-    while True:
-        yield view, problem
-        time.sleep(interval)
+    yield view, problem
+    while not quits():
         try:
             view, problem = source.fetch(), ""
         except PipelineError as error:
             problem = str(error)
+        yield view, problem
 
 
 def render(view: PipelineView, width: int, problem: str = "") -> Group:
@@ -158,15 +204,26 @@ def _latencies(view: PipelineView) -> Text:
 
 
 def _stage_tables(view: PipelineView, width: int) -> list[Table]:
-    """One row a stage; two tables, one below the other, where one does not fit."""
+    """One row a stage; as many tables, one below the other, as it takes for all to fit."""
     rows = [_stage_cells(stage, view.engine.max_seq_len) for stage in view.stages]
-    names = tuple(rows[0]) if rows else ()
-    parts = [names] if width >= _FULL_WIDTH else [names[:7], (names[0], *names[7:])]
+    if not rows:
+        return []
+    first, *names = rows[0]
+    parts = [[first]]
+    for name in names:
+        if len(parts[-1]) > 1 and _table_width([*parts[-1], name], rows) > width:
+            parts.append([first])
+        parts[-1].append(name)
     return [_table(part, rows) for part in parts]
 
 
+def _table_width(names: Sequence[str], rows: Sequence[Mapping[str, Text]]) -> int:
+    widths = [max(len(name), *(row[name].cell_len for row in rows)) for name in names]
+    return sum(widths) + _GAP * len(names)
+
+
 def _table(names: Sequence[str], rows: Sequence[Mapping[str, Text]]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, _GAP, 0, 0), header_style="bold")
     for name in names:
         justify: Literal["left", "right"] = "left" if name in _TEXTUAL else "right"
         table.add_column(name, justify=justify, no_wrap=True)

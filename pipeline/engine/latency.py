@@ -71,5 +71,8 @@ class LatencyLog:
         }
 
     def write(self, path: Path) -> None:
-        """Write the record as JSON, whole or not at all. Raises InputError."""
-        write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
+        """Write the record as JSON, whole or not at all, for its owner alone. Raises InputError.
+
+        Its token ids are the answer.
+        """
+        write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n", is_private=True)

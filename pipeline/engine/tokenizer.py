@@ -1,24 +1,31 @@
 """Text to token ids and back; the only place that sees a prompt's text."""
 
-from collections.abc import Sequence
+import codecs
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer as HfTokenizer
 
+from pipeline.engine.end_tokens import read_end_tokens
 from pipeline.errors import PromptError, TokenizerError
+from pipeline.files import is_file
 
-# What a byte-level decoder prints for a character whose bytes have not all arrived.
+# What stands where bytes are no UTF-8.
 _REPLACEMENT = "\ufffd"
-_MAX_HELD = 4
-_CONTEXT = 8
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Of a prompt: enough tokens to have text, and to hold the bytes of a character that it ends in.
+_NUM_EDGE = 8
 
 
 class Tokenizer:
-    """A `tokenizer.json`."""
+    """A `tokenizer.json`, and what the files beside it say of the tokens that end a text."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file. Raises TokenizerError."""
-        if not path.is_file():
+        """Read the file. Raises InputError, mostly TokenizerError."""
+        if not is_file(path):
             raise TokenizerError(
                 f"no tokenizer at {path}; give the model directory's tokenizer.json"
             )
@@ -26,68 +33,205 @@ class Tokenizer:
             self._tokenizer = HfTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path} is not a tokenizer.json: {error}") from error
+        # Left behind by training, which wants batches of one length. A prompt is what it is.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        decoder = self._tokenizer.decoder
+        spelled = b"" if decoder is None else decoder.__getstate__()
+        self._is_byte_level = b'"ByteLevel"' in spelled
+        self._has_byte_tokens = b'"ByteFallback"' in spelled
+        self._directory = path.parent
+        self._num_rows: int | None = None
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, added tokens included."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        """One more than the largest token id a prompt may hold, added tokens included."""
+        return self._num_ids if self._num_rows is None else min(self._num_ids, self._num_rows)
+
+    @cached_property
+    def _num_ids(self) -> int:
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @cached_property
+    def end_token_ids(self) -> frozenset[int]:
+        """The tokens that end a text by the files beside the tokenizer. Raises TokenizerError."""
+        ends = read_end_tokens(self._directory)
+        named = {self._tokenizer.token_to_id(token) for token in ends.tokens}
+        return ends.token_ids | {token_id for token_id in named if token_id is not None}
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts of the tokens that are left out of what is decoded."""
+        return tuple(token.content for token in self._added.values() if token.special)
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
-        """Raise TokenizerError when this tokenizer can name tokens the model does not have."""
-        if self.vocab_size > model_vocab_size:
+        """Hold the ids against the model's; from now on prompts are, too.
+
+        Raises TokenizerError when ordinary text can give tokens the model does not have. Added
+        tokens beyond it, such as a fine-tune's padding, harm only a prompt that spells them.
+        """
+        beyond = range(model_vocab_size, self._num_ids)
+        always = self._tokenizer.encode("").ids  # what is put around every text
+        if any(each in always or self._comes_of_text(each) for each in beyond):
             raise TokenizerError(
-                f"the tokenizer has {self.vocab_size} tokens, the model {model_vocab_size}; "
+                f"the tokenizer has {self._num_ids} tokens, the model {model_vocab_size}; "
                 "give the tokenizer.json that belongs to the model"
             )
+        self._num_rows = model_vocab_size
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of `text`, with the special tokens the tokenizer itself adds."""
+    def _comes_of_text(self, token_id: int) -> bool:
+        """Whether text that spells no added token can be given this token."""
+        if token_id in self._added or self._tokenizer.id_to_token(token_id) is None:
+            return False
+        text = self._decode((token_id,))
+        if _REPLACEMENT in text:  # some bytes of a character
+            return self._raw_bytes(token_id) is not None
+        return token_id in self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """Raise PromptError for an id that the model does not have, as far as that is known."""
+        largest = max(token_ids, default=-1)
+        if self._num_rows is not None and largest >= self._num_rows:
+            raise PromptError(
+                f"the prompt holds token {largest}, and the model has only 0 to "
+                f"{self._num_rows - 1}; leave out what spells it"
+            )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of `text`, with the special tokens the tokenizer itself adds.
+
+        Raises PromptError.
+        """
         if not text:
             raise PromptError("the prompt is empty; give at least one token of text")
         try:
-            return tuple(self._tokenizer.encode(text).ids)
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError) as error:
             raise PromptError("the prompt is not valid Unicode text") from error
+        except Exception as error:  # the library's own: a vocabulary without an unknown token
+            raise PromptError(f"the tokenizer cannot spell the prompt: {error}") from error
+        self.check_ids(encoding.ids)
+        return tuple(encoding.ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`, special tokens left out."""
+        text = self._decode(token_ids)
+        if _REPLACEMENT not in text:
+            return text
+        stream = TextStream(self)  # the library gives up a whole run of byte tokens for one of them
+        return "".join(map(stream.push, token_ids)) + stream.finish()
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def special_text(self, token_id: int) -> str:
+        """What a special token is called; empty for every other."""
+        added = self._added.get(token_id)
+        return added.content if added is not None and added.special else ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; they need not be whole characters."""
+        if token_id in self._added:
+            return self._added[token_id].content.encode()
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:  # rows of the head beyond the vocabulary
+            return b""
+        match = None if self._is_byte_level else _BYTE_TOKEN.fullmatch(token)
+        if match:
+            return bytes.fromhex(match[1])
+        return self._raw_bytes(token_id) or token.replace("\u2581", " ").encode()
+
+    def _raw_bytes(self, token_id: int) -> bytes | None:
+        """The bytes that the decoder itself makes of a token; None if it makes characters."""
+        token = self._tokenizer.id_to_token(token_id) or ""
+        match = _BYTE_TOKEN.fullmatch(token) if self._has_byte_tokens else None
+        if match:
+            return bytes.fromhex(match[1])
+        if not self._is_byte_level:
+            return None
+        table = _byte_of_char()
+        if all(char in table for char in token):
+            return bytes(table[char] for char in token)
+        return token.encode()
+
+    @cached_property
+    def _word(self) -> tuple[int, ...]:
+        """A token that is a plain word, if there is one: what stands for all text before."""
+        for token_id in range(self._num_ids):
+            text = self._decode((token_id,))
+            if text.isascii() and text.isalnum():
+                return (token_id,)
+        return ()
+
+    def _is_shown(self, token_id: int) -> bool:
+        return not self.special_text(token_id) and self._tokenizer.id_to_token(token_id) is not None
 
 
 class TextStream:
-    """Turns token ids into text as they come, holding back characters not yet complete.
+    """Turns token ids into text as they come, holding back bytes that are no whole character yet.
 
-    A token's text depends on its neighbours (a leading space, a character split over tokens),
-    so what is emitted is the growth of the text of a short window, as the Hugging Face
-    streamers do.
+    What has come out at the end is the text of prompt and tokens less the text of the prompt. Only
+    where bytes are no UTF-8 does it differ from what the library decodes: each malformed part is
+    one U+FFFD, and characters beside it stay.
+
+    A token's text depends on what stands before it: a decoder strips the space a text begins with,
+    sets one between words, or drops a repetition. None looks back further than one token, so a
+    token is decoded behind its neighbour and, for the text before that, some word. It costs the
+    same wherever it stands.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
-        """`prompt_ids` give the first generated token its left neighbour."""
+        """`prompt_ids` are what the generated tokens follow."""
         self._tokenizer = tokenizer
-        self._num_held = 0
-        self._restart(list(prompt_ids))
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._has_begun = False
+        # What the next token is decoded behind; all there is until that has a text.
+        self._before: tuple[int, ...] = ()
+        for token_id in self._edges(prompt_ids):
+            self.push(token_id)
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token."""
-        self._window.append(token_id)
-        self._num_held += 1
-        text = self._tokenizer.decode(self._window)
-        # A character has at most four bytes, so what is not whole by then never will be.
-        is_open = text.endswith(_REPLACEMENT) and self._num_held < _MAX_HELD
-        return "" if is_open else self._emit(text)
+        if not self._tokenizer._is_shown(token_id):
+            return ""
+        return self._utf8.decode(self._bytes(token_id))
 
     def finish(self) -> str:
         """What was held back: an incomplete character prints as U+FFFD."""
-        return self._emit(self._tokenizer.decode(self._window))
+        return self._utf8.decode(b"", final=True)
 
-    def _emit(self, text: str) -> str:
-        new = text[len(self._emitted) :]
-        self._restart(self._window)
-        return new
+    def _edges(self, prompt_ids: Sequence[int]) -> Iterable[int]:
+        """Where the prompt's text begins, and what it ends in."""
+        if len(prompt_ids) <= 2 * _NUM_EDGE:
+            return prompt_ids
+        is_shown = self._tokenizer._is_shown
+        head = list(islice(filter(is_shown, prompt_ids), _NUM_EDGE))
+        tail = list(islice(filter(is_shown, reversed(prompt_ids)), _NUM_EDGE))
+        return [*head, *reversed(tail)]
 
-    def _restart(self, token_ids: list[int]) -> None:
-        """Keep a few tokens of context, so that the cost of a token stays constant."""
-        self._window = token_ids[-_CONTEXT:]
-        self._emitted = self._tokenizer.decode(self._window)
-        self._num_held = 0
+    def _bytes(self, token_id: int) -> bytes:
+        tokenizer = self._tokenizer
+        before = tokenizer._decode(self._before)
+        text = tokenizer._decode((*self._before, token_id))
+        grown = text.removeprefix(before) if text.startswith(before) else _REPLACEMENT
+        raw = tokenizer._raw_bytes(token_id) if _REPLACEMENT in grown else None
+        if raw is not None:
+            self._has_begun, self._before = True, tokenizer._word
+            return raw
+        if not text.startswith(before):  # a decoder that takes back what it has said
+            grown = tokenizer._decode((*tokenizer._word, token_id))
+            grown = grown.removeprefix(tokenizer._decode(tokenizer._word))
+        self._has_begun = self._has_begun or bool(grown)
+        kept = tokenizer._word if self._has_begun else self._before[-_NUM_EDGE:]
+        self._before = (*kept, token_id)
+        return grown.encode("utf-8", "replace")
+
+
+@lru_cache(maxsize=1)
+def _byte_of_char() -> dict[str, int]:
+    """The printable characters byte-level vocabularies write bytes with (Radford et al. 2019)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + i): byte for i, byte in enumerate(others)}

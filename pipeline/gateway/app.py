@@ -176,11 +176,12 @@ class Gateway:
         record: RequestRecord = request.state.record
         num_prompt = sum(map(len, prompts))
         record.add_prompt(num_prompt)
+        ends = frozenset(body.stop_token_ids or ())
         generations = [
             Generation(
                 prompt_ids=prompt_ids,
                 max_tokens=max_tokens,
-                eos_token_ids=frozenset() if body.ignore_eos else self._config.eos_token_ids,
+                eos_token_ids=ends if body.ignore_eos else ends | self._config.eos_token_ids,
                 sampling=body.sampling(choice, logprobs),
                 request_id=record.request_id,
             )
@@ -227,7 +228,7 @@ class Gateway:
 
     def _check_common(self, body: ChatRequest | CompletionRequest) -> None:
         self._check_model(body.model)
-        for param in ("logit_bias", "allowed_token_ids"):
+        for param in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
             token_id = max(getattr(body, param) or (), default=0)
             if token_id >= self._tokenizer.vocab_size:
                 raise invalid(f"The model has no token {token_id}.", param)

@@ -9,10 +9,10 @@ import trio
 
 from pipeline.engine.generation import Engine, Generation, TokenOutput
 from pipeline.engine.request import FinishReason
-from pipeline.engine.tokenizer import TextStream, Tokenizer
+from pipeline.engine.text import StoppedText
+from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import PipelineError, SessionError
 from pipeline.gateway.metrics import RequestRecord
-from pipeline.sampling.stop import StopChecker
 from pipeline.tasks import open_tasks
 
 
@@ -41,24 +41,20 @@ class ChoiceText:
         self, choice: int, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: Sequence[str]
     ) -> None:
         self._choice = choice
-        self._stream = TextStream(tokenizer, prompt_ids)
-        self._stop = StopChecker(stops)
+        self._text = StoppedText(tokenizer, prompt_ids, stops)
         self._held: list[PlacedToken] = []
-        self._num_decoded = 0
         self._num_emitted = 0
 
     def push(self, output: TokenOutput) -> TextPiece:
         """Take the next token. The one that ends a text is no part of it."""
         is_eos = output.finish is FinishReason.EOS
+        certain, is_stopped = "", False
         if not is_eos:
-            self._held.append(PlacedToken(self._num_decoded, output))
-        text = "" if is_eos else self._stream.push(output.token_id)
-        if output.finish is not None:
-            text += self._stream.finish()
-        self._num_decoded += len(text)
-        certain, is_stopped = self._stop.push(text)
+            self._held.append(PlacedToken(self._text.num_decoded, output))
+            certain, is_stopped = self._text.push(output.token_id)
         if output.finish is not None and not is_stopped:
-            certain += self._stop.finish()
+            rest, is_stopped = self._text.finish()
+            certain += rest
         self._num_emitted += len(certain)
         if is_stopped or is_eos:
             finish: str | None = "stop"

@@ -24,6 +24,7 @@ from pipeline.sampling.params import (
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_STOP_TOKENS = 1024
 MAX_PROMPTS = 128
 
 _INT64 = 1 << 63
@@ -49,7 +50,7 @@ class _Sampled(_Schema):
     """What both endpoints share.
 
     Beyond OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, min_tokens,
-    allowed_token_ids, chooser.
+    allowed_token_ids, chooser, stop_token_ids.
     """
 
     model: str
@@ -66,6 +67,7 @@ class _Sampled(_Schema):
     frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: Annotated[list[_Id], Field(max_length=MAX_STOP_TOKENS)] | None = None
     logit_bias: dict[int, float] = {}
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, _within("min_tokens")] | None = None

@@ -14,6 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import PromptError, TokenizerError
+from pipeline.files import is_file
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class ChatTemplate:
         """
         config = _read_config(model_dir / TOKENIZER_CONFIG)
         file = model_dir / TEMPLATE_FILE
-        source = _read(file) if file.is_file() else _source(config.get("chat_template"))
+        source = _read(file) if is_file(file) else _source(config.get("chat_template"))
         if source is None:
             logger.warning(
                 "event=no_chat_template dir=%s detail=%r",
@@ -140,7 +141,7 @@ def _read(path: Path) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not is_file(path):
         return {}
     try:
         config = json.loads(_read(path))

@@ -1,55 +1,14 @@
-"""What the gateway needs of a tokenizer beyond the pipeline's: raw encoding, a token's bytes."""
-
-import json
-import re
-from functools import lru_cache
-from pathlib import Path
+"""What the gateway needs of a tokenizer beyond the pipeline's: encoding a rendered chat."""
 
 from pipeline.engine.tokenizer import Tokenizer
-from pipeline.errors import PromptError
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class GatewayTokenizer(Tokenizer):
     """A `tokenizer.json` for serving."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the file. Raises TokenizerError."""
-        super().__init__(path)
-        decoder = json.loads(self._tokenizer.to_str()).get("decoder")
-        self._is_byte_level = "ByteLevel" in json.dumps(decoder)
-        self._added = {
-            token_id: token.content
-            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
-        }
-
     def encode_rendered(self, text: str) -> tuple[int, ...]:
-        """Token ids of a rendered chat, which holds its special tokens already."""
-        if not text:
-            raise PromptError("the prompt is empty; give at least one token of text")
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Token ids of a rendered chat, which holds its special tokens already.
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for; they need not be whole characters."""
-        if token_id in self._added:
-            return self._added[token_id].encode()
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None:  # rows of the head beyond the vocabulary
-            return b""
-        if self._is_byte_level:
-            table = _byte_of_char()
-            return b"".join(
-                bytes((table[char],)) if char in table else char.encode() for char in token
-            )
-        match = _BYTE_TOKEN.fullmatch(token)
-        return bytes.fromhex(match[1]) if match else token.replace("\u2581", " ").encode()
-
-
-@lru_cache(maxsize=1)
-def _byte_of_char() -> dict[str, int]:
-    """The printable characters byte-level vocabularies write bytes with (Radford et al. 2019)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(256 + i): byte for i, byte in enumerate(others)}
+        Raises PromptError.
+        """
+        return self.encode(text, add_special_tokens=False)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ModelError
+from pipeline.files import is_file
 from pipeline.models.rope_config import Positions, RopeScaling, Scale, read_rope
 
 CONFIG_FILE = "config.json"
@@ -133,7 +134,7 @@ def load_config(model_dir: Path, expected_hash: str | None = None) -> ModelConfi
             f"{expected_hash}: fetch the model again, or plan a manifest for this one"
         )
     generation_path = model_dir / GENERATION_CONFIG_FILE
-    generation = _read_json(generation_path) if generation_path.is_file() else {}
+    generation = _read_json(generation_path) if is_file(generation_path) else {}
     return parse_config(raw, generation, path)
 
 

@@ -17,6 +17,7 @@ from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.llama import LlamaShard
 from pipeline.models.parts import OWN, LayerParts
+from pipeline.progress import Progress
 from pipeline.protocol.segments import Batch
 from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names, tensor_sizes
 from pipeline.weights.quant import to_precision
@@ -114,6 +115,7 @@ def load_shard(
     device: str = "cpu",
     parts: LayerParts = OWN,
     expected_hashes: Sequence[str] | None,
+    progress: Progress | None = None,
 ) -> ModelShard:
     """Load layers layer_start..layer_end (exclusive), with embedding first and head last.
 
@@ -140,6 +142,7 @@ def load_shard(
         model_dir,
         {stored[name]: tensor for name, tensor in memory.items()},
         expected_hashes=expected_hashes,
+        progress=progress,
     )
     return shard
 

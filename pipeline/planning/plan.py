@@ -11,6 +11,7 @@ from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 from pipeline.models.config import hash_config, load_config
 from pipeline.models.registry import layer_bytes, required_files
+from pipeline.progress import Progress
 from pipeline.weights.checkpoint import hash_files
 
 # Stage i's enclave has CID 16 + i (0 to 15 are free for others), and reaches its parent as CID 3.
@@ -23,10 +24,14 @@ RELAY_PORT = 6000
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """Where the planned stages listen: stage i at `base_port` + 10 i, results at the next."""
+    """Where the planned stages listen: stage i at `base_port` + 10 i, results at the next.
+
+    `hosts`: one for all, or each stage's, in order; results then come to the last stage's host,
+    unless one more names the orchestrator's.
+    """
 
     num_stages: int
-    host: str = "127.0.0.1"
+    hosts: tuple[str, ...] = ("127.0.0.1",)
     base_port: int = 9000
     orchestrator_keys: tuple[str, ...] = ()
     # Stages in Nitro enclaves, behind the relay that scripts/run_nitro.sh starts on `host`.
@@ -41,7 +46,7 @@ def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) 
     """End layer of each stage, so that the heaviest stage is as light as it can be.
 
     `first` and `last` are the bytes that come with the first and the last stage (embedding, head).
-    Exact: dynamic programming over (stage, layer).
+    Exact: dynamic programming over (stage, layer). Raises InputError for fewer layers than stages.
     """
     num_layers = len(layers)
     if not 1 <= num_stages <= num_layers:
@@ -69,8 +74,14 @@ def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) 
     return list(best(0, num_stages)[1])
 
 
-def plan(model_dir: Path, options: PlanOptions) -> Manifest:
-    """Plan stages for a model directory. Raises ModelError, ManifestError, InputError."""
+def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None) -> Manifest:
+    """Plan stages for a model directory, whose weights are read once, to hash them.
+
+    Raises ModelError, ManifestError, InputError.
+    """
+    if options.model_name == "":
+        raise InputError("the model's name is empty; give one")
+    hosts = _hosts(options)
     config = load_config(model_dir)
     first, layers, last = layer_bytes(model_dir, config)
     ends = split_layers(first, layers, last, options.num_stages)
@@ -79,7 +90,7 @@ def plan(model_dir: Path, options: PlanOptions) -> Manifest:
         required_files(model_dir, config, range(start, end))
         for start, end in zip(starts, ends, strict=True)
     ]
-    hashes = _hash_once(files)
+    hashes = _hash_once(files, progress)
     stages = [
         {
             "stage_idx": idx,
@@ -88,7 +99,7 @@ def plan(model_dir: Path, options: PlanOptions) -> Manifest:
             "weight_hashes": [hashes[path] for path in files[idx]],
             "require_weight_hashes": True,
             "precision": options.precision,
-            "endpoint": _endpoint(options, idx),
+            "endpoint": _endpoint(options, hosts, idx),
         }
         for idx, (start, end) in enumerate(zip(starts, ends, strict=True))
     ]
@@ -114,14 +125,29 @@ def _label(model_dir: Path) -> str:
     return model_dir.resolve().name.encode("utf-8", "replace").decode()
 
 
-def _hash_once(files: Sequence[Sequence[Path]]) -> dict[Path, str]:
+def _hash_once(files: Sequence[Sequence[Path]], progress: Progress | None) -> dict[Path, str]:
     distinct = sorted({path for stage_files in files for path in stage_files})
-    return dict(zip(distinct, hash_files(distinct), strict=True))
+    return dict(zip(distinct, hash_files(distinct, progress), strict=True))
 
 
-def _endpoint(options: PlanOptions, idx: int) -> dict[str, Any]:
-    def address(port: int) -> dict[str, Any]:
-        host = f"[{options.host}]" if ":" in options.host else options.host
+def _hosts(options: PlanOptions) -> list[str]:
+    """Each stage's host, and the one to which results come."""
+    given, num_stages = list(options.hosts), options.num_stages
+    if len(given) == 1:
+        return given * (num_stages + 1)
+    if options.in_enclaves:
+        raise InputError(f"{len(given)} hosts are given; enclaves have one parent, so give one")
+    if len(given) not in (num_stages, num_stages + 1):
+        raise InputError(
+            f"{len(given)} hosts are given for {num_stages} stages; give one for all, or one for "
+            "each, and after those the orchestrator's if it has its own"
+        )
+    return [*given, given[-1]][: num_stages + 1]
+
+
+def _endpoint(options: PlanOptions, hosts: Sequence[str], idx: int) -> dict[str, Any]:
+    def address(port: int, stage: int = idx) -> dict[str, Any]:
+        host = f"[{hosts[stage]}]" if ":" in hosts[stage] else hosts[stage]
         return {"type": "tcp", "addr": f"{host}:{port}"}
 
     def vsock(cid: int, port: int) -> dict[str, Any]:
@@ -138,5 +164,5 @@ def _endpoint(options: PlanOptions, idx: int) -> dict[str, Any]:
         "control": address(port),
         "data_in": address(port + 1),
         # The next stage's data_in; after the last stage, where the orchestrator listens.
-        "data_out": address(port + 11),
+        "data_out": address(port + 11, idx + 1),
     }

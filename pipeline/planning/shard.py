@@ -25,13 +25,14 @@ from pipeline.errors import InputError, ManifestError, ModelError
 from pipeline.models.config import CONFIG_FILE, load_config, read_config
 from pipeline.models.registry import required_tensors
 from pipeline.planning.plan import CONTROL_PORT, DATA_PORT
+from pipeline.progress import Progress, part_of
 from pipeline.weights.checkpoint import (
-    SINGLE_FILE,
     StoredTensor,
     hash_files,
     load_tensors,
     stored_tensors,
 )
+from pipeline.weights.index import SINGLE_FILE
 from pipeline.weights.quant import SCALE_SUFFIX, num_groups
 from pipeline.weights.sinks import FLOATS, CopySink, Sink, WeightSink
 
@@ -43,7 +44,11 @@ HEADER_ALIGNMENT = 8  # of a safetensors file, so that its tensors are aligned
 
 
 def cut_model(
-    manifest: Manifest, model_dir: Path, output: Path, precision: Precision | None = None
+    manifest: Manifest,
+    model_dir: Path,
+    output: Path,
+    precision: Precision | None = None,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Write `output`/stageI for every stage, and `output`/manifest.json that pins those shards.
 
@@ -60,7 +65,10 @@ def cut_model(
         for stage in manifest.stages:
             path = directory / f"stage{stage.stage_idx}"
             path.mkdir()
-            digest = _write_weights(manifest, stage, model_dir, path, stage.weight_hashes or None)
+            digest = _write_weights(
+                manifest, stage, model_dir, path, stage.weight_hashes or None,
+                part_of(progress, stage.stage_idx, len(manifest.stages)),
+            )  # fmt: skip
             update = {"weight_hashes": (digest,), "require_weight_hashes": True}
             stages.append(stage.model_copy(update=update))
         config_hash = hashlib.sha256(read_config(model_dir)).hexdigest()
@@ -72,15 +80,22 @@ def cut_model(
     return pinned
 
 
-def cut_stage(manifest: Manifest, stage_idx: int, model_dir: Path, output: Path) -> None:
+def cut_stage(
+    manifest: Manifest,
+    stage_idx: int,
+    model_dir: Path,
+    output: Path,
+    progress: Progress | None = None,
+) -> None:
     """Write one stage's directory of a manifest that `cut_model` has pinned.
 
-    Raises ManifestError when the shard is not the one the manifest pins: every stage carries the
-    hashes of all, so they have to be known before the first image is built.
+    Raises ModelError, InputError, and ManifestError when the shard is not the one the manifest
+    pins: every stage carries the hashes of all, so they have to be known before the first image
+    is built.
     """
     stage = manifest.stage(stage_idx)
     with _new_directory(output) as directory:
-        digest = _write_weights(manifest, stage, model_dir, directory, None)
+        digest = _write_weights(manifest, stage, model_dir, directory, None, progress)
         if stage.weight_hashes != (digest,):
             raise ManifestError(
                 f"the manifest pins {', '.join(stage.weight_hashes) or 'nothing'} for stage "
@@ -96,6 +111,7 @@ def _write_weights(
     model_dir: Path,
     directory: Path,
     expected_hashes: Sequence[str] | None,
+    progress: Progress | None,
 ) -> str:
     """Write the stage's tensors in its precision; returns the file's SHA-256."""
     config = load_config(model_dir, manifest.config_hash)
@@ -112,7 +128,7 @@ def _write_weights(
         if name in stored  # load_tensors names what is missing
     }
     sinks = {**planned, **{name: each.sink for name, each in kept.items()}}
-    load_tensors(model_dir, sinks, expected_hashes=expected_hashes)
+    load_tensors(model_dir, sinks, expected_hashes=expected_hashes, progress=progress)
     tensors = {name: tensor for each in kept.values() for name, tensor in each.tensors().items()}
     path = directory / SINGLE_FILE
     _save(tensors, path)
@@ -227,9 +243,9 @@ def _enclave_command(stage: StageSpec) -> list[str]:
 @contextmanager
 def _new_directory(output: Path) -> Iterator[Path]:
     """A directory that appears as `output` when its content is complete, or not at all."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists and is not an empty directory; choose another")
     try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise InputError(f"{output} exists and is not an empty directory; choose another")
         output.parent.mkdir(parents=True, exist_ok=True)
         directory = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     except OSError as error:

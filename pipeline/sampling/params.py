@@ -78,7 +78,7 @@ class SamplingParams:
     chooser: ChooserSpec | None = None
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Check every field. Raises InputError."""
         for name, allowed in RANGES.items():
             value = getattr(self, name)
             if value is not None:

@@ -1,6 +1,7 @@
 """Ends a text at the first of several strings, as the text arrives piece by piece."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 
 
 class StopChecker:
@@ -9,32 +10,62 @@ class StopChecker:
     The stop string that is complete first ends the text, just before it (of several complete at
     once, the longest). Where the text was cut into pieces makes no difference. Each character
     costs the same, however long the strings (Knuth, Morris and Pratt 1977).
+
+    Special tokens are not shown. A stop string that spells one of `specials` is therefore looked
+    for twice: in what is shown, and in that with the special tokens where they were.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._patterns = [_Pattern(stop) for stop in stops]
+    def __init__(self, stops: Sequence[str], specials: Collection[str] = ()) -> None:
+        self._shown = [_Pattern(stop) for stop in stops]
+        spelled = [stop for stop in stops if any(each and each in stop for each in specials)]
+        self._spelled = [_Pattern(stop) for stop in spelled]
+        # For each of the last characters, shown or not: how many shown ones were before it.
+        self._offsets: deque[int] = deque(maxlen=max(map(len, spelled), default=0))
+        self._num_shown = 0
         self._held = ""
-        self._is_stopped = False
+        # The stop string that has ended the text.
+        self.found: str | None = None
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, text: str, *, is_shown: bool = True) -> tuple[str, bool]:
         """Text that is certain now, and whether the text has ended."""
-        if self._is_stopped or not self._patterns:
-            return ("", True) if self._is_stopped else (text, False)
-        pending = self._held + text
-        for end, char in enumerate(text, len(self._held) + 1):
-            complete = max(pattern.advance(char) for pattern in self._patterns)
+        if self.found is not None:
+            return "", True
+        first = self._num_shown - len(self._held)
+        if is_shown:
+            self._held += text
+        for char in text:
+            complete = self._complete(char, is_shown=is_shown)
             if complete:
-                self._is_stopped, self._held = True, ""
-                return pending[: end - complete], True
-        num_held = max(pattern.num_matched for pattern in self._patterns)
-        certain = len(pending) - num_held
-        self._held = pending[certain:]
-        return pending[:certain], False
+                start, self.found = min(complete)
+                certain, self._held = self._held[: start - first], ""
+                return certain, True
+        num_certain = min(self._starts_of_open(), default=self._num_shown) - first
+        certain, self._held = self._held[:num_certain], self._held[num_certain:]
+        return certain, False
 
     def finish(self) -> str:
         """What was held back, now that no more text follows."""
         held, self._held = self._held, ""
         return held
+
+    def _complete(self, char: str, *, is_shown: bool) -> list[tuple[int, str]]:
+        """The stop strings that are complete with this character, and where each begins."""
+        complete = []
+        if self._spelled:
+            self._offsets.append(self._num_shown)
+            found = [each.text for each in self._spelled if each.advance(char)]
+            complete = [(self._offsets[-len(text)], text) for text in found]
+        if is_shown:
+            self._num_shown += 1
+            found = [each.text for each in self._shown if each.advance(char)]
+            complete += [(self._num_shown - len(text), text) for text in found]
+        return complete
+
+    def _starts_of_open(self) -> list[int]:
+        """Where what may become a stop string begins."""
+        spelled = [each.num_matched for each in self._spelled if each.num_matched]
+        starts = [self._offsets[-length] for length in spelled]
+        return starts + [self._num_shown - each.num_matched for each in self._shown]
 
 
 class _Pattern:
@@ -42,18 +73,18 @@ class _Pattern:
 
     def __init__(self, text: str) -> None:
         self.num_matched = 0
-        self._text = text
+        self.text = text
         # For each length of a match: the next shorter one that also ends there.
         self._shorter = [0] * (len(text) + 1)
         for end in range(1, len(text)):
             self._shorter[end + 1] = self._step(self._shorter[end], text[end])
 
-    def advance(self, char: str) -> int:
-        """Take a character; the string's length if it is complete, else 0."""
+    def advance(self, char: str) -> bool:
+        """Take a character; whether the string is complete with it."""
         self.num_matched = self._step(self.num_matched, char)
-        return self.num_matched if self.num_matched == len(self._text) else 0
+        return self.num_matched == len(self.text)
 
     def _step(self, num_matched: int, char: str) -> int:
-        while num_matched and self._text[num_matched] != char:
+        while num_matched and self.text[num_matched] != char:
             num_matched = self._shorter[num_matched]
-        return num_matched + (self._text[num_matched] == char)
+        return num_matched + (self.text[num_matched] == char)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -19,12 +20,11 @@ import numpy as np
 
 from pipeline.dtypes import STORED_DTYPES, HostArray
 from pipeline.errors import ModelError
+from pipeline.progress import Meter, Progress
+from pipeline.weights.index import INDEX_FILE, SINGLE_FILE, read_index
 from pipeline.weights.sinks import Sink
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-MAX_INDEX_BYTES = 100_000_000
 BLOCK_BYTES = 4 << 20  # read at a time: large enough for the disk, small beside any shard
 MAX_RANK = 8
 
@@ -59,21 +59,27 @@ class Header:
 
 def weight_files(model_dir: Path) -> list[Path]:
     """The weight files of `model_dir`, sorted by name; raises ModelError when there are none."""
-    return sorted(set(_files_of(model_dir).values()) or {model_dir / SINGLE_FILE})
+    return sorted(set(read_index(model_dir).values()) or {model_dir / SINGLE_FILE})
 
 
-def hash_files(paths: Sequence[Path]) -> list[str]:
+def hash_files(paths: Sequence[Path], progress: Progress | None = None) -> list[str]:
     """SHA-256 of each file in hex, as sha256sum prints it. Raises ModelError."""
+    meter = _meter(paths, progress)
+    block = memoryview(bytearray(BLOCK_BYTES))
     digests = []
     for path in paths:
+        digest = hashlib.sha256()
         with _open(path) as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+            while count := _read_into(file, path, block):
+                digest.update(block[:count])
+                meter.add(count)
+        digests.append(digest.hexdigest())
     return digests
 
 
 def stored_names(model_dir: Path) -> Collection[str]:
     """Every tensor name in the model's files. Raises ModelError."""
-    return _files_of(model_dir).keys() or tensor_sizes(model_dir).keys()
+    return read_index(model_dir).keys() or tensor_sizes(model_dir).keys()
 
 
 def stored_tensors(model_dir: Path) -> Mapping[str, StoredTensor]:
@@ -95,7 +101,7 @@ def stage_files(model_dir: Path, names: Collection[str]) -> list[Path]:
 
     Raises ModelError where an index does not list one of them.
     """
-    files = _files_of(model_dir)
+    files = read_index(model_dir)
     if not files:
         return [model_dir / SINGLE_FILE]
     for name in names:
@@ -109,6 +115,7 @@ def load_tensors(
     destinations: Mapping[str, Sink],
     *,
     expected_hashes: Sequence[str] | None,
+    progress: Progress | None = None,
 ) -> None:
     """Fill `destinations` (name in the files -> where it goes).
 
@@ -124,9 +131,10 @@ def load_tensors(
             f"files ({names}) of {model_dir}: write the manifest again for this model"
         )
     missing = required
+    meter = _meter(paths, progress)
     for index, path in enumerate(paths):
         expected = None if expected_hashes is None else expected_hashes[index]
-        missing -= _load_file(path, destinations, expected)
+        missing -= _load_file(path, destinations, expected, meter)
     if missing:
         raise ModelError(
             f"{model_dir}: tensor {min(missing)} is missing ({len(missing)} in all): "
@@ -227,37 +235,15 @@ def _is_sizes(value: object) -> bool:
     )
 
 
-def _files_of(model_dir: Path) -> dict[str, Path]:
-    """Tensor name -> file from the index; empty for a single-file model."""
-    if (model_dir / SINGLE_FILE).is_file():
-        return {}
-    index_path = model_dir / INDEX_FILE
-    if not index_path.is_file():
-        raise ModelError(
-            f"no {SINGLE_FILE} or {INDEX_FILE} in {model_dir}: "
-            "fetch a model with scripts/download_model.sh"
-        )
-    with _open(index_path) as file:
-        raw = _read_exactly(file, min(os.fstat(file.fileno()).st_size, MAX_INDEX_BYTES))
-    try:
-        weight_map = json.loads(raw)["weight_map"]
-        names = [(name, file) for name, file in weight_map.items() if isinstance(file, str)]
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index_path} has no usable weight_map: fetch it again") from error
-    if not names or len(names) != len(weight_map):
-        raise ModelError(f"{index_path} has no usable weight_map: fetch it again")
-    for _, file_name in names:
-        if Path(file_name).name != file_name:  # an index must not lead out of its directory
-            raise ModelError(f"{index_path} names the file {file_name!r} outside its directory")
-    return {name: model_dir / file_name for name, file_name in names}
-
-
-def _load_file(path: Path, destinations: Mapping[str, Sink], expected_hash: str | None) -> set[str]:
+def _load_file(
+    path: Path, destinations: Mapping[str, Sink], expected_hash: str | None, meter: Meter
+) -> set[str]:
     """Copy what `destinations` wants from `path` and return the names found."""
     found = set()
     digest = None if expected_hash is None else hashlib.sha256()
     with _open(path) as file:
         header = read_header(file, path)
+        meter.add(len(header.raw))
         if digest is not None:
             digest.update(header.raw)
         scratch = bytearray(BLOCK_BYTES)
@@ -268,6 +254,7 @@ def _load_file(path: Path, destinations: Mapping[str, Sink], expected_hash: str 
                 found.add(stored.name)
             elif digest is None:
                 file.seek(stored.end - stored.start, os.SEEK_CUR)
+                meter.add(stored.end - stored.start)
                 continue
             else:  # only hashed: not by its own rows, which may be as large as the disk
                 stored = replace(stored, dtype="U8", shape=(stored.end - stored.start,))  # noqa: PLW2901
@@ -276,6 +263,7 @@ def _load_file(path: Path, destinations: Mapping[str, Sink], expected_hash: str 
                     digest.update(block)
                 if destination is not None:
                     destination.write(first, _rows(stored, block))
+                meter.add(len(block))
     if digest is not None and expected_hash is not None:
         _compare_hash(path, digest.hexdigest(), expected_hash)
     return found
@@ -342,10 +330,22 @@ def _read_exactly(file: FileIO, num_bytes: int) -> bytes:
 def _fill(file: FileIO, path: Path, block: memoryview) -> None:
     position = 0
     while position < len(block):
-        try:
-            count = file.readinto(block[position:])
-        except OSError as error:
-            raise ModelError(f"cannot read {path}: {error.strerror}") from error
+        count = _read_into(file, path, block[position:])
         if not count:
             raise ModelError(f"{path} was truncated while it was read: fetch it again")
         position += count
+
+
+def _read_into(file: FileIO, path: Path, block: memoryview) -> int:
+    try:
+        return file.readinto(block)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _meter(paths: Sequence[Path], progress: Progress | None) -> Meter:
+    num_bytes = 0
+    if progress is not None:
+        with suppress(OSError):  # whoever reads the file says what is wrong with it
+            num_bytes = sum(path.stat().st_size for path in paths)
+    return Meter(num_bytes, progress)

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from pipeline.agreement.manifest import dump_manifest
+from pipeline.cli import pipeline_orch, stage_worker
 from pipeline.planning.plan import PlanOptions, plan
 
 BIN = Path(sys.executable).parent
@@ -282,3 +283,44 @@ def shared_cluster(tmp_path_factory, tiny_model):
     """For tests that leave its processes as they found them."""
     with new_cluster(tmp_path_factory.mktemp("shared"), tiny_model) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def command(capfd, monkeypatch):
+    """Runs a console command in this process: (exit code, stderr lines with 'error:')."""
+
+    def run(module, *arguments):
+        name = "stage-worker" if module is stage_worker else "pipeline-orch"
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            module.main()
+        stderr = capfd.readouterr().err
+        assert "Traceback" not in stderr
+        errors = [line for line in stderr.splitlines() if f"{name}: error:" in line]
+        assert len(errors) == 1, stderr
+        return caught.value.code, errors[0]
+
+    return run
+
+
+@pytest.fixture
+def worker(command, cluster):
+    cluster.plan(2)
+
+    def run(*extra, stage_idx=0, manifest=None, dev=True):
+        return command(
+            stage_worker, "--manifest", manifest or cluster.manifest, "--stage-idx", stage_idx,
+            "--model-dir", cluster.model_dir, *(["--dev"] if dev else []), *extra,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def orch(command, cluster):
+    cluster.plan(1)
+
+    def run(text="Hi", *extra):
+        return command(pipeline_orch, *cluster.arguments(text, *extra))
+
+    return run

@@ -28,7 +28,7 @@ SERVING = {"hypercorn", "jinja2", "pipeline.gateway", "prometheus_client", "rich
 HEAVY = {
     "asyncio", "concurrent.futures", "http", "multiprocessing", "numpy.fft", "numpy.ma",
     "numpy.polynomial", "numpy.random", "numpy.testing", "pipeline.engine", "pipeline.orchestrator",
-    "pipeline.placement", "pipeline.planning", "pipeline.sampling", "pydantic.networks",
+    "pipeline.placement", "pipeline.planning", "pydantic.networks",
     "pydantic.v1", "pygments", "tokenizers", "unittest", "urllib.request", "xml",
 }  # fmt: skip
 # A worker with hardly any shard has some 40 MB for itself, one with torch several times as much.

@@ -237,15 +237,30 @@ def test_the_plan_command_writes_what_the_workers_take(cluster):
 
 
 def test_a_tokenizer_of_another_model_is_told_before_anything_is_sent(cluster):
+    path = cluster.model_dir / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["Hi"] = 256
+    tokenizer["model"]["merges"] = [["H", "i"]]
+    path.write_text(json.dumps(tokenizer))
+    cluster.plan(1)
+    cluster.start_worker(0)
+    result = cluster.orch("Hello", "--max-tokens", "3")
+    assert result.returncode == 2
+    assert "the tokenizer has 257 tokens, the model 256" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_prompt_with_a_token_the_model_does_not_have_is_told_before_anything_is_sent(cluster):
     from tokenizers import Tokenizer
 
     path = cluster.model_dir / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.add_tokens(["one too many"])
+    tokenizer.add_special_tokens(["<pad>"])
     tokenizer.save(str(path))
     cluster.plan(1)
     cluster.start_worker(0)
-    result = cluster.orch("Hi", "--max-tokens", "3")
+    result = cluster.orch("Hi<pad>", "--max-tokens", "3")
     assert result.returncode == 2
-    assert "the tokenizer has 257 tokens, the model 256" in result.stderr
+    assert "token 256, and the model has only 0 to 255" in result.stderr
     assert result.stdout == ""
+    assert cluster.orch("Hi", "--max-tokens", "3").returncode == 0

@@ -41,11 +41,21 @@ MODULE_ID: Final = "veilpipe-development"
 
 
 def default_directory(environment: Mapping[str, str]) -> Path:
-    """Where this user's development authority lives, by the environment's variables."""
+    """Where this user's development authority lives, by the environment's variables.
+
+    Raises: MisuseError where nothing says which directory is this user's.
+    """
     if directory := environment.get("VEILPIPE_DEV_DIR"):
         return Path(directory)
-    state = environment.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "veilpipe" / "dev"
+    if state := environment.get("XDG_STATE_HOME"):
+        return Path(state) / "veilpipe" / "dev"
+    try:
+        return Path.home() / ".local" / "state" / "veilpipe" / "dev"
+    except RuntimeError as error:  # a container's user without HOME and without an account
+        raise MisuseError(
+            "this user has no home directory for the development authority; "
+            "set VEILPIPE_DEV_DIR to a directory of yours"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

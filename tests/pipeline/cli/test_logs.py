@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from pipeline.cli.logs import JsonFormatter, TextFormatter
+from pipeline.cli.logs import MAX_SHOWN, JsonFormatter, TextFormatter, printable
 
 
 def record(message, *args, level=logging.INFO, **changes):
@@ -86,3 +86,11 @@ def test_text_is_one_line_without_control_characters():
     line = TextFormatter().format(record("event=x error=%s", "a\nlevel=ERROR\x1b[2J"))
     assert line.isprintable()
     assert "event=x error=a level=ERROR" in line
+
+
+def test_text_from_elsewhere_cannot_drive_the_terminal():
+    forged = "peer said\x1b]0;owned\x07\r\npipeline-orch: error: \u202e\udcff\x9b"
+    shown = printable(forged)
+    assert shown == r"peer said\x1b]0;owned\x07 pipeline-orch: error: \u202e\udcff\x9b"
+    assert shown.isprintable()
+    assert len(printable("x\x1b" * 10**6)) <= MAX_SHOWN + 1

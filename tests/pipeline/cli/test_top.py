@@ -1,8 +1,18 @@
 """`pipeline-orch top`: what it shows, and of what it cannot show the reason."""
 
 import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
 import threading
+import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -62,13 +72,25 @@ def test_a_row_tells_all_of_a_stage_and_dashes_stand_for_the_unknown():
     assert " ".join(lines[-1].split()) == "1 15-29 int8 - down - - - - - - - - - -"
 
 
-@pytest.mark.parametrize("width", [80, 129])
+@pytest.mark.parametrize("width", [48, 60, 80, 129])
 def test_nothing_is_cut_off_in_a_narrow_terminal(width):
     lines = shown(VIEW, width)
     assert max(map(len, lines)) <= width
     words = " ".join(lines).split()
     assert "…" not in "".join(words)
     assert set(words) >= {"22.25", "ab12ab12ab12", "down", "51.2", "6%"}
+
+
+@pytest.mark.parametrize("width", [1, 10, 30])
+def test_every_figure_has_its_place_in_the_narrowest_terminal(width):
+    lines = shown(VIEW, width)
+    assert max(map(len, lines)) <= width
+    if width == 30:
+        assert {"22.25", "67", "51.2", "down"} <= set(" ".join(lines).split())
+
+
+def test_a_pipeline_without_stages_has_no_table():
+    assert len(shown(VIEW.model_copy(update={"stages": ()}))) == 2
 
 
 def test_a_server_cannot_drive_the_terminal():
@@ -145,7 +167,82 @@ def test_a_server_that_is_not_there_is_named():
         ServerAddress.parse("http://127.0.0.1:1", None).fetch()
 
 
-@pytest.mark.parametrize("url", ["", "x", "ftp://h", "http://", "http://h:99999", "http://h\r\nx"])
+@pytest.mark.parametrize(
+    "url", ["", "x", "ftp://h", "http://", "http://h:99999", "http://h\r\nx", "http://a b"]
+)
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(InputError, match="--url"):
         ServerAddress.parse(url, None)
+
+
+@contextmanager
+def on_a_terminal(server, term, *arguments):
+    """`top` on a terminal of its own: the process, and the terminal's other end."""
+    leader, follower = pty.openpty()
+    command = [
+        Path(sys.executable).parent / "pipeline-orch",
+        "top",
+        "--url",
+        server.url,
+        *arguments,
+    ]
+    process = subprocess.Popen(
+        command, stdin=follower, stdout=follower, stderr=follower, env=os.environ | {"TERM": term}
+    )
+    os.close(follower)
+    try:
+        yield process, leader
+    finally:
+        process.kill()
+        process.wait()
+        os.close(leader)
+
+
+def read_until(leader, is_enough):
+    seen = b""
+    while not is_enough(seen):
+        assert select.select([leader], [], [], 30)[0], seen
+        try:
+            seen += os.read(leader, 65536)
+        except OSError:  # the other end has closed it
+            return seen
+    return seen
+
+
+def test_a_terminal_that_can_only_print_is_shown_one_table_after_another(server):
+    with on_a_terminal(server, "dumb", "--interval", "0.1") as (_, leader):
+        seen = read_until(leader, lambda seen: seen.count(b"tokens/s") >= 3)
+    assert b"\x1b" not in seen
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+@pytest.mark.parametrize("key", [b"q", b"Q", None])
+def test_a_key_leaves_it_and_the_terminal_is_as_it_was(server, term, key):
+    with on_a_terminal(server, term, "--interval", "1000") as (process, leader):
+        before = termios.tcgetattr(leader)
+        read_until(leader, lambda seen: b"tokens/s" in seen)
+        while termios.tcgetattr(leader) == before:
+            time.sleep(0.01)
+        os.write(leader, b"x")
+        if key is None:
+            process.send_signal(signal.SIGINT)
+        else:
+            os.write(leader, key)
+        assert process.wait(30) == 0
+        assert termios.tcgetattr(leader)[3] == before[3]
+        seen = read_until(leader, lambda seen: False)
+    assert b"Traceback" not in seen
+    if term == "xterm":
+        assert b"\x1b[?1049l" in seen  # the screen that was there before
+
+
+def test_a_reader_that_leaves_ends_it_quietly(server):
+    command = [Path(sys.executable).parent / "pipeline-orch", "top", "--url", server.url]
+    process = subprocess.Popen(
+        [*command, "--interval", "0.1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(30) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()

@@ -36,6 +36,7 @@ def test_the_record_names_each_stages_parts(log, tmp_path):
     assert record["token_ids"] == [0, 1, 2, 3]
     assert record["stages"][1] == [{"compute_ms": 5.0, "crypto_ms": 0.001, "wire_ms": 0.002}]
     assert [file.name for file in tmp_path.iterdir()] == ["latency.json"]
+    assert path.stat().st_mode & 0o777 == 0o600  # the tokens are the answer
 
 
 def test_an_unwritable_path_is_one_error_and_no_file(log, tmp_path):

@@ -84,3 +84,24 @@ def test_an_incomplete_character_at_the_end_is_shown_as_such(tokenizer):
     choice = ChoiceText(0, tokenizer, (), ())
     ids = tokenizer.encode_rendered("a日")[:-1]
     assert "".join(choice.push(output).text for output in outputs(ids)) == "a\ufffd"
+
+
+@pytest.mark.parametrize("stop", ["<|end|>", "i<|end|>", "<|end|>!", "hi<|end|>!"])
+def test_a_stop_string_may_name_a_special_token(tokenizer, stop):
+    choice = ChoiceText(0, tokenizer, (), [stop])
+    ids = tokenizer.encode_rendered("hi<|end|>! you")
+    pieces = []
+    for output in outputs(ids):
+        pieces.append(choice.push(output))
+        if pieces[-1].finish:
+            break
+    assert "".join(piece.text for piece in pieces) == "hi<|end|>".partition(stop.strip("!"))[0]
+    assert pieces[-1].finish == "stop"
+
+
+def test_special_tokens_are_not_shown_and_end_nothing_unasked(tokenizer):
+    choice = ChoiceText(0, tokenizer, (), ["end"])
+    ids = tokenizer.encode_rendered("hi<|end|>! you")
+    pieces = [choice.push(output) for output in outputs(ids)]
+    assert "".join(piece.text for piece in pieces) == "hi! you"
+    assert pieces[-1].finish == "length"

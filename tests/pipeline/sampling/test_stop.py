@@ -75,8 +75,69 @@ def test_nothing_is_emitted_early_and_nothing_held_needlessly(text, stops):
         assert len(held) == longest
 
 
+def test_the_stop_string_that_was_found_is_told():
+    checker = StopChecker(["bc", "abc", "x"])
+    assert checker.found is None
+    checker.push("aabcx")
+    assert checker.found == "abc"
+
+
 def test_after_the_end_nothing_more_comes_out():
     checker = StopChecker(["b"])
     assert checker.push("ab") == ("a", True)
     assert checker.push("aaa") == ("", True)
     assert checker.finish() == ""
+
+
+SPECIALS = ["<e>", "b<e>"]
+# Pieces of text that is shown, and special tokens, which are not.
+MIXED = st.lists(st.one_of(st.text("ab<e>", max_size=4), st.sampled_from(SPECIALS).map(list)))
+MIXED_STOPS = st.lists(
+    st.one_of(
+        st.text("ab<e>", min_size=1, max_size=5),
+        st.sampled_from(["<e>", "a<e>", "<e>b", "<e><e>", "ab<e>ab"]),
+    ),
+    max_size=3,
+)
+
+
+def mixed_reference(pieces, stops):
+    """Shown text up to the stop string complete first: alone, or among the special tokens."""
+    marked = [stop for stop in stops if any(special in stop for special in SPECIALS)]
+    shown, full, before = "", "", []
+    for piece in pieces:
+        for char in piece:
+            before.append(len(shown))
+            full += char
+            starts = [before[len(full) - len(s)] for s in marked if full.endswith(s)]
+            if isinstance(piece, str):
+                shown += char
+                starts += [len(shown) - len(s) for s in stops if shown.endswith(s)]
+            if starts:
+                return shown[: min(starts)], True
+    return shown, False
+
+
+@settings(max_examples=500)
+@given(MIXED, MIXED_STOPS)
+def test_a_stop_string_with_a_special_token_matches_though_none_is_shown(pieces, stops):
+    checker = StopChecker(stops, SPECIALS)
+    emitted, is_stopped = "", False
+    for piece in pieces:
+        text, is_stopped = checker.push("".join(piece), is_shown=isinstance(piece, str))
+        emitted += text
+        if is_stopped:
+            break
+    emitted += checker.finish()
+    assert (emitted, is_stopped) == mixed_reference(pieces, stops)
+    assert checker.found in stops if is_stopped else checker.found is None
+
+
+def test_a_special_token_is_held_only_by_a_stop_string_that_spells_it():
+    checker = StopChecker(["a<e>b", "x"], ["<e>"])
+    assert checker.push("a") == ("", False)
+    assert checker.push("<e>", is_shown=False) == ("", False)
+    assert checker.push("c") == ("ac", False)
+    checker = StopChecker(["a", "x"], ["<e>"])
+    assert checker.push("<e>", is_shown=False) == ("", False)
+    assert checker.push("c") == ("c", False)

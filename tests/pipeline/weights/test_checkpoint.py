@@ -204,10 +204,23 @@ def test_a_directory_without_weights_says_what_to_fetch(tmp_path):
         checkpoint.weight_files(tmp_path)
 
 
-def test_an_index_may_not_lead_out_of_its_directory(tmp_path):
-    index = {"weight_map": {"a": "../model.safetensors"}}
+@pytest.mark.parametrize(
+    ("file", "word"),
+    [
+        ("../model.safetensors", "outside its directory"),
+        ("a/../../model.safetensors", "outside its directory"),
+        ("./../model.safetensors", "outside its directory"),
+        ("/model.safetensors", "outside its directory"),
+        ("..", "outside its directory"),
+        ("", "no file"),
+        (".", "no file"),
+        ("a\0b", "no file"),
+    ],
+)
+def test_an_index_may_not_lead_out_of_its_directory(tmp_path, file, word):
+    index = {"weight_map": {"a": file}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="outside its directory"):
+    with pytest.raises(ModelError, match=word):
         checkpoint.weight_files(tmp_path)
 
 
@@ -235,6 +248,24 @@ def test_a_sharded_model_equals_the_single_file_and_each_stage_reads_its_own_fil
         stages.append(load_shard(directory, config, start, end, expected_hashes=hashes))
     assert torch.equal(make_pipeline(stages).greedy(token_ids, 4)[1], expected)
     assert all(len(files) < len(checkpoint.weight_files(directory)) for files in read)
+
+
+@pytest.mark.parametrize("prefix", ["./", "weights/", "./a//b/./"])
+def test_an_index_may_spell_its_files_anyhow_below_its_directory(sharded, prefix):
+    _, directory = sharded
+    index_path = directory / checkpoint.INDEX_FILE
+    index = json.loads(index_path.read_text())
+    before = checkpoint.weight_files(directory)
+    hashes = checkpoint.hash_files(before)
+    (directory / prefix).mkdir(parents=True, exist_ok=True)
+    for path in before:
+        path.rename(directory / prefix / path.name)
+    names = {tensor: prefix + file for tensor, file in index["weight_map"].items()}
+    index_path.write_text(json.dumps({"weight_map": names}))
+    after = checkpoint.weight_files(directory)
+    assert after == [directory / prefix / path.name for path in before]
+    assert checkpoint.hash_files(after) == hashes
+    load_shard(directory, load_config(directory), 0, 4, expected_hashes=hashes)
 
 
 def test_a_stage_does_not_need_the_other_stages_files(sharded):

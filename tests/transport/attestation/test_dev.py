@@ -188,3 +188,15 @@ def test_unusable_directory_is_named(tmp_path):
 )
 def test_directory_follows_the_environment(environment, directory):
     assert default_directory(environment) == directory
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def no_account(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", no_account)
+    with pytest.raises(MisuseError, match="set VEILPIPE_DEV_DIR"):
+        default_directory({})
+    assert default_directory({"VEILPIPE_DEV_DIR": "/a"}) == Path("/a")
+    assert default_directory({"XDG_STATE_HOME": "/b"}) == Path("/b/veilpipe/dev")

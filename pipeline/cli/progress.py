@@ -1,0 +1,37 @@
+"""A bar on the terminal while weights are read, hashed or cut; nothing where nobody looks."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.cli.logs import logs_json
+from pipeline.progress import Progress
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Progress | None]:
+    """Something to tell of bytes done, which shows them on stderr if that is a terminal."""
+    if logs_json() or not _is_watched():
+        yield None
+        return
+    # Only now: a worker that nobody watches would carry it for nothing.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Bars(
+        *columns, console=console, transient=True, disable=not console.is_interactive
+    ) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _is_watched() -> bool:
+    """Whether stderr is a terminal, and this process in front of it: others would draw over it."""
+    try:
+        return sys.stderr.isatty() and os.tcgetpgrp(sys.stderr.fileno()) == os.getpgrp()
+    except OSError:  # not the terminal of this session
+        return False

@@ -1,0 +1,139 @@
+"""However a command ends: with an exit code, at most a line, and nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import common
+
+BIN = Path(sys.executable).parent
+
+SHELL = {"full": '"$@" >/dev/full', "closed": '"$@" >&-'}
+
+
+@pytest.mark.parametrize("redirection", SHELL.values(), ids=SHELL)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "--stages", "2", "--model-dir"]], ids=["help", "plan"]
+)
+def test_output_that_cannot_be_written_is_one_line(cluster, redirection, arguments):
+    if arguments[-1] == "--model-dir":
+        arguments = [*arguments, cluster.model_dir]
+    result = subprocess.run(
+        ["sh", "-c", redirection, "sh", BIN / "pipeline-orch", *arguments],
+        capture_output=True, text=True, env=cluster.environment, timeout=90,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.startswith("pipeline-orch: error: cannot write to stdout: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_worker_needs_no_output_to_say_what_is_wrong(cluster):
+    result = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", BIN / "stage-worker", "--stage-idx", "0",
+         "--manifest", "/nowhere.json", "--model-dir", "/nowhere"],
+        capture_output=True, text=True, env=cluster.environment, timeout=90,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "/nowhere.json" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def broken_command(monkeypatch, capfd):
+    """Runs a command with a bug in it: (exit code, stderr)."""
+
+    def run(*flags):
+        app = common.new_app()
+
+        @app.command()
+        def broken(verbose: bool = False):
+            raise KeyError("the prompt")
+
+        monkeypatch.setattr(sys, "argv", ["stage-worker", *flags])
+        with pytest.raises(SystemExit) as caught:
+            common.run_app(app, "stage-worker")
+        return caught.value.code, capfd.readouterr().err
+
+    return run
+
+
+def test_a_bug_is_one_line_that_says_where_and_quotes_nothing(broken_command):
+    code, err = broken_command()
+    assert code == 1
+    assert "stage-worker: error: internal error: KeyError: in test_endings.py line" in err
+    assert "--verbose" in err
+    assert "prompt" not in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_bug_is_traced_when_asked(broken_command):
+    code, err = broken_command("--verbose")
+    assert code == 1
+    assert "Traceback" in err
+    assert "internal error" in err.splitlines()[-1]
+
+
+# Stands in for seconds of importing: says when it has begun, and never ends by itself.
+SLOW_IMPORT = """
+import sys, time
+
+class Slow:
+    def find_spec(self, name, path, target=None):
+        if name == "numpy" or name == "typer":
+            print("importing", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Slow())
+from pipeline.cli import entry
+entry.{command}()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
+@pytest.mark.parametrize("command", ["stage_worker", "pipeline_orch"])
+def test_a_signal_during_the_imports_ends_a_command_quietly(command, number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_IMPORT.format(command=command)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert stderr == b""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
+def test_a_signal_while_a_worker_loads_ends_it_quietly(cluster, number):
+    cluster.plan(1)
+    config = cluster.model_dir / "config.json"
+    config.unlink()
+    os.mkfifo(config)  # opening it for writing waits until the worker reads
+    worker = cluster.start_worker(0)
+    with config.open("wb"):
+        worker.send_signal(number)
+        assert worker.wait(20) == 128 + number
+    assert "Traceback" not in cluster.log(0)
+    assert "error" not in cluster.log(0)
+
+
+def test_a_shard_that_is_interrupted_leaves_nothing_behind(cluster):
+    cluster.plan(1)
+    config = cluster.model_dir / "config.json"
+    config.unlink()
+    os.mkfifo(config)
+    process = subprocess.Popen(
+        [BIN / "pipeline-orch", "shard", "--manifest", cluster.manifest,
+         "--model-dir", cluster.model_dir, "-o", cluster.directory / "shards"],
+        env=cluster.environment,
+    )  # fmt: skip
+    before = {"model", "manifest.json"}
+    with config.open("wb"):
+        assert {each.name for each in cluster.directory.iterdir()} > before
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+    assert {each.name for each in cluster.directory.iterdir()} == before

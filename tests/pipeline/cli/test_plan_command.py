@@ -1,0 +1,55 @@
+"""`pipeline-orch plan`: what its flags put into a manifest."""
+
+import json
+import sys
+
+import pytest
+
+from pipeline.cli import pipeline_orch
+
+
+@pytest.fixture
+def planned(tiny_model, monkeypatch, capfd):
+    """Plans two stages of the tiny model with these flags: the manifest."""
+
+    def run(*flags):
+        command = ["plan", "--model-dir", str(tiny_model), "--stages", "2", *flags]
+        monkeypatch.setattr(sys, "argv", ["pipeline-orch", *command])
+        with pytest.raises(SystemExit) as caught:
+            pipeline_orch.main()
+        out, err = capfd.readouterr()
+        if caught.value.code:
+            return err
+        return json.loads(out)
+
+    return run
+
+
+def controls(manifest):
+    return [stage["endpoint"]["control"]["addr"] for stage in manifest["stages"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), ["127.0.0.1:9000", "127.0.0.1:9010"]),
+        (("--host", "a"), ["a:9000", "a:9010"]),
+        (("--host", "a,b"), ["a:9000", "b:9010"]),
+        (("--host", "a", "--host", "b"), ["a:9000", "b:9010"]),
+        (("--host", "a, ::1,c"), ["a:9000", "[::1]:9010"]),
+    ],
+)
+def test_hosts_are_the_stages_in_order_however_they_are_listed(planned, flags, expected):
+    assert controls(planned(*flags)) == expected
+
+
+def test_a_name_may_be_given(planned, tiny_model):
+    assert planned()["model_name"] == tiny_model.resolve().name
+    assert planned("--model-name", "Ünïque/1")["model_name"] == "Ünïque/1"
+
+
+@pytest.mark.parametrize("flags", [("--host", "a,b,c,d"), ("--host", "a,"), ("--model-name", "")])
+def test_what_cannot_be_meant_is_one_line(planned, flags):
+    err = planned(*flags)
+    assert err.startswith("pipeline-orch: error: ")
+    assert len(err.splitlines()) == 1
