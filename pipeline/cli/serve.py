@@ -6,18 +6,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import trio
 import typer
+from prometheus_client import CollectorRegistry
 
 from pipeline.agreement.manifest import load_manifest
 from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags
 from pipeline.cli.common import run_until_signalled
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.service import PipelineEngine
-from pipeline.errors import InputError, SessionError
+from pipeline.errors import InputError, PipelineError, SessionError
 from pipeline.gateway.auth import load_api_keys
+from pipeline.gateway.desk import Desk
+from pipeline.gateway.http.server import serve as serve_http
+from pipeline.gateway.http.tls import load_tls
 from pipeline.gateway.limits import GatewayLimits
+from pipeline.gateway.metrics import GatewayMetrics
 from pipeline.gateway.overview import Overview
-from pipeline.gateway.server import serve as serve_gateway
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.gateway.text import GatewayTokenizer
@@ -28,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Open files beside clients' connections: stages, workers, listeners, libraries.
 _OTHER_FILES = 128
+# For the answers of those who wait when the pipeline has failed for good.
+_LAST_ANSWER_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,8 @@ class ServeFlags:
     chunk_tokens: int
     context: int | None
     limits: GatewayLimits
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
 
 
 def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
@@ -63,6 +72,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         host=flags.host,
         port=flags.port,
         api_keys=load_api_keys(flags.api_key_file) if flags.api_key_file else frozenset(),
+        tls=load_tls(flags.tls_cert, flags.tls_key),
         limits=flags.limits,
     )
     tokenizer = GatewayTokenizer(flags.model_dir / "tokenizer.json")
@@ -76,10 +86,13 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         lambda: engine.stats,
         lambda: standing.stages if standing else (),
     )
+    registry = CollectorRegistry()
+    desk = Desk(config, engine, tokenizer, GatewayMetrics(registry))
 
     async def work(pipeline: Pipeline) -> None:
         nonlocal standing
         tokenizer.check_vocabulary(pipeline.vocab_size)
+        desk.open(pipeline.vocab_size)
         standing = pipeline
         await engine.run(pipeline)
 
@@ -87,10 +100,9 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         async with open_tasks() as tasks:
             url = await tasks.start(
                 partial(
-                    serve_gateway,
-                    config,
-                    engine,
-                    tokenizer,
+                    serve_http,
+                    desk,
+                    registry,
                     overview=overview,
                     is_ready=lambda: standing is not None and standing.is_joined,
                 )
@@ -98,8 +110,12 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
             logger.info("event=serving url=%s model=%s", url, config.served_model_name)
             try:
                 await access.run(work, engine.scheduler)
-            except SessionError as error:
-                engine.fail(error)
+            except PipelineError as error:
+                engine.fail(SessionError(str(error)))
+                desk.close()
+                # Whoever waits for an answer gets one before the server goes.
+                with trio.move_on_after(_LAST_ANSWER_SECONDS):
+                    await desk.wait_idle()
                 raise
 
     number = run_until_signalled(run)

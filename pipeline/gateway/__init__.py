@@ -1,1 +1,7 @@
-"""The OpenAI-compatible HTTP API, served on the user's side of the pipeline."""
+"""Serving many clients, on the user's side of the pipeline.
+
+A door (`http`, or another) takes a request in, reads it into an `Order` (`schemas`, for those who
+send OpenAI's JSON), and gives it to the `desk`. The desk knows no HTTP: it admits, renders and
+encodes what is asked (`templates`, `text`), limits how much there is at once, records sizes and
+times (`metrics`), and hands back pieces of text as the engine generates them (`choices`).
+"""

@@ -9,11 +9,15 @@ import trio
 
 from pipeline.engine.generation import Engine, Generation, TokenOutput
 from pipeline.engine.request import FinishReason
-from pipeline.engine.tokenizer import TextStream, Tokenizer
+from pipeline.engine.tokenizer import TextStream
 from pipeline.errors import PipelineError, SessionError
 from pipeline.gateway.metrics import RequestRecord
+from pipeline.gateway.text import GatewayTokenizer
 from pipeline.sampling.stop import StopChecker
 from pipeline.tasks import open_tasks
+
+# Ending so many continuations takes a millisecond.
+_LEAVING_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +38,35 @@ class TextPiece:
     finish: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """What of a continuation is shown beside its text: special tokens, what ended it."""
+
+    shows_special_tokens: bool = False
+    includes_stop: bool = False
+
+
+_AS_USUAL = TextOptions()
+
+
 class ChoiceText:
     """Turns one continuation's tokens into pieces, and ends it at a stop string."""
 
     def __init__(
-        self, choice: int, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: Sequence[str]
+        self,
+        choice: int,
+        tokenizer: GatewayTokenizer,
+        prompt_ids: Sequence[int],
+        stops: Sequence[str],
+        options: TextOptions = _AS_USUAL,
     ) -> None:
         self._choice = choice
+        self._tokenizer = tokenizer
+        self._options = options
         self._stream = TextStream(tokenizer, prompt_ids)
         self._stop = StopChecker(stops)
+        self._stops = sorted(stops, key=len)
+        self._pending = ""
         self._held: list[PlacedToken] = []
         self._num_decoded = 0
         self._num_emitted = 0
@@ -50,13 +74,19 @@ class ChoiceText:
     def push(self, output: TokenOutput) -> TextPiece:
         """Take the next token. The one that ends a text is no part of it."""
         is_eos = output.finish is FinishReason.EOS
-        if not is_eos:
+        is_shown = self._options.includes_stop or not is_eos
+        if is_shown:
             self._held.append(PlacedToken(self._num_decoded, output))
-        text = "" if is_eos else self._stream.push(output.token_id)
+        text = self._stream.push(output.token_id) if is_shown else ""
+        if is_shown and self._options.shows_special_tokens:
+            text += self._tokenizer.special_text(output.token_id)
         if output.finish is not None:
             text += self._stream.finish()
         self._num_decoded += len(text)
         certain, is_stopped = self._stop.push(text)
+        self._pending = (self._pending + text)[len(certain) :]
+        if is_stopped and self._options.includes_stop:
+            certain += self._ending()
         if output.finish is not None and not is_stopped:
             certain += self._stop.finish()
         self._num_emitted += len(certain)
@@ -66,6 +96,10 @@ class ChoiceText:
             finish = None if output.finish is None else "length"
         is_whole = finish is not None and not is_stopped
         return TextPiece(self._choice, certain, self._release(is_whole), finish)
+
+    def _ending(self) -> str:
+        """The stop string that has ended the text: of several there, the first to be complete."""
+        return next((stop for stop in self._stops if self._pending.startswith(stop)), "")
 
     def _release(self, is_whole: bool) -> tuple[PlacedToken, ...]:
         """Tokens whose text has begun to be emitted; at an end without stop string, the rest."""
@@ -103,22 +137,46 @@ class PieceStream:
 
 @asynccontextmanager
 async def open_choices(
-    engine: Engine, tokenizer: Tokenizer, generations: Sequence[Generation], record: RequestRecord
+    engine: Engine,
+    tokenizer: GatewayTokenizer,
+    generations: Sequence[Generation],
+    options: TextOptions,
+    record: RequestRecord,
+    leaving: trio.Lock,
 ) -> AsyncIterator[PieceStream]:
     """Generate all continuations at once; leaving aborts those under way.
 
     Raises what the engine raises when it refuses one. Tokens are taken from the engine as they
     come, so a client that reads slowly holds up nobody; a request's tokens are bounded, and so is
-    what waits here.
+    what waits here. Whoever shares the lock `leaving` leaves in turn.
     """
     sender, receiver = trio.open_memory_channel[TextPiece | PipelineError](math.inf)
+    scopes: list[trio.CancelScope] = []
     async with open_tasks() as tasks:
-        for choice, generation in enumerate(generations):
-            stops = generation.sampling.stop
-            text = ChoiceText(choice, tokenizer, generation.prompt_ids, stops)
-            await tasks.start(_follow, engine, generation, text, sender, record, choice)
-        yield PieceStream(receiver, len(generations))
-        tasks.cancel_scope.cancel()
+        try:
+            for choice, generation in enumerate(generations):
+                stops = generation.sampling.stop
+                text = ChoiceText(choice, tokenizer, generation.prompt_ids, stops, options)
+                scope = trio.CancelScope()
+                scopes.append(scope)
+                await tasks.start(_follow, engine, generation, text, sender, record, choice, scope)
+                scope.shield = True  # from now on it is aborted in turn
+            yield PieceStream(receiver, len(generations))
+        finally:
+            with trio.CancelScope(shield=True):
+                await _abort(scopes, leaving)
+
+
+async def _abort(scopes: Sequence[trio.CancelScope], leaving: trio.Lock) -> None:
+    """Cancel them a few at a time.
+
+    Attack: thousands that hang up at once, so that ending them takes all the time there is.
+    """
+    async with leaving:
+        for i, scope in enumerate(scopes):
+            if i % _LEAVING_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            scope.cancel()
 
 
 async def _follow(
@@ -128,18 +186,20 @@ async def _follow(
     sender: trio.MemorySendChannel[TextPiece | PipelineError],
     record: RequestRecord,
     choice: int,
+    scope: trio.CancelScope,
     *,
     task_status: trio.TaskStatus[None],
 ) -> None:
-    async with engine.generate(generation) as outputs:
-        task_status.started()
-        try:
-            async for output in outputs:
-                record.add_token(choice)
-                piece = text.push(output)
-                sender.send_nowait(piece)
-                if piece.finish is not None:
-                    return
-            sender.send_nowait(SessionError("the engine ended a request without a reason"))
-        except PipelineError as error:
-            sender.send_nowait(error)
+    with scope:
+        async with engine.generate(generation) as outputs:
+            task_status.started()
+            try:
+                async for output in outputs:
+                    record.add_token(choice)
+                    piece = text.push(output)
+                    sender.send_nowait(piece)
+                    if piece.finish is not None:
+                        return
+                sender.send_nowait(SessionError("the engine ended a request without a reason"))
+            except PipelineError as error:
+                sender.send_nowait(error)

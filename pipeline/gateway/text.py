@@ -2,7 +2,7 @@
 
 import json
 import re
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from pipeline.engine.tokenizer import Tokenizer
@@ -29,6 +29,16 @@ class GatewayTokenizer(Tokenizer):
         if not text:
             raise PromptError("the prompt is empty; give at least one token of text")
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def special_text(self, token_id: int) -> str:
+        """What a special token is called; empty for every other."""
+        token = self._tokenizer.get_added_tokens_decoder().get(token_id)
+        return token.content if token is not None and token.special else ""
+
+    @cached_property
+    def max_token_chars(self) -> int:
+        """No token stands for more characters of a text than this."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; they need not be whole characters."""

@@ -266,7 +266,7 @@ async def test_sampling_parameters_reach_the_engine(start_gateway):
                 stop=["x"],
                 max_completion_tokens=9,
                 user="someone",
-                extra_body={"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2, "odd": [1]},
+                extra_body={"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2},
             ),
         )
         await with_client(gateway, lambda c: c.chat.completions.create(model=MODEL, messages=USER))

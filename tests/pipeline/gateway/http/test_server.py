@@ -4,16 +4,16 @@ import json
 import logging
 import socket
 import struct
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 import trio
+from prometheus_client import CollectorRegistry
 
 from pipeline.errors import InputError
-from pipeline.gateway.server import serve
-from pipeline.gateway.settings import GatewayConfig
-from pipeline.gateway.templates import PLAIN, ChatTemplate
+from pipeline.gateway.http.server import serve
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hi"}]
@@ -398,33 +398,42 @@ async def test_without_keys_only_this_machines_programs_are_served(
         assert (await client.read_response())[0] == status
 
 
-def config(**kwargs):
-    template = ChatTemplate.compile(PLAIN, {})
-    return GatewayConfig(served_model_name="m", chat_template=template, **kwargs)
+def desk_at(make_desk, host="127.0.0.1", port=0, **kwargs):
+    desk = make_desk(**kwargs)
+    desk.config = replace(desk.config, host=host, port=port)
+    return desk
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-async def test_without_a_key_only_loopback_is_listened_on(tokenizer, make_engine, host):
+async def test_without_a_key_only_loopback_is_listened_on(make_desk, host):
     with pytest.raises(InputError, match="no API key"):
-        await serve(config(host=host, port=0), make_engine(), tokenizer)
+        await serve(desk_at(make_desk, host, keys=()), CollectorRegistry())
 
 
-async def test_with_a_key_any_address_is_listened_on(tokenizer, make_engine):
-    options = config(host="0.0.0.0", port=0, api_keys=frozenset({"k"}))
+async def _start(desk, *, task_status):
+    await serve(desk, CollectorRegistry(), task_status=task_status)
+
+
+async def test_with_a_key_any_address_is_listened_on_and_the_danger_is_said(make_desk, caplog):
     async with trio.open_nursery() as nursery:
-        started = await nursery.start(_start, options, make_engine(), tokenizer)
+        started = await nursery.start(_start, desk_at(make_desk, "0.0.0.0"))
         assert started.startswith("http://0.0.0.0:")
         nursery.cancel_scope.cancel()
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "event=plain_http" in warning
+    assert "--tls-cert" in warning
 
 
-async def _start(options, engine, tokenizer, *, task_status):
-    await serve(options, engine, tokenizer, task_status=task_status)
+async def test_on_loopback_there_is_no_danger_to_speak_of(start_gateway, caplog):
+    async with start_gateway():
+        pass
+    assert "plain_http" not in caplog.text
 
 
-async def test_an_address_in_use_is_the_users_error(tokenizer, make_engine, start_gateway):
+async def test_an_address_in_use_is_the_users_error(make_desk, start_gateway):
     async with start_gateway() as gateway:
         with pytest.raises(InputError, match="cannot listen"):
-            await serve(config(port=gateway.port), make_engine(), tokenizer)
+            await serve(desk_at(make_desk, port=gateway.port), CollectorRegistry())
 
 
 async def test_clients_that_leave_anyhow_leave_nothing_behind(start_gateway, connect, make_engine):
