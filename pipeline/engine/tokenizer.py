@@ -45,7 +45,8 @@ class Tokenizer:
         if not text:
             raise PromptError("the prompt is empty; give at least one token of text")
         try:
-            return tuple(self._tokenizer.encode(text).ids)
+            # As a batch, since only that lets other threads run meanwhile.
+            return tuple(self._tokenizer.encode_batch_fast([text])[0].ids)
         except (TypeError, UnicodeEncodeError) as error:
             raise PromptError("the prompt is not valid Unicode text") from error
 

@@ -28,7 +28,8 @@ class GatewayTokenizer(Tokenizer):
         """Token ids of a rendered chat, which holds its special tokens already."""
         if not text:
             raise PromptError("the prompt is empty; give at least one token of text")
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        encodings = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return tuple(encodings[0].ids)
 
     def special_text(self, token_id: int) -> str:
         """What a special token is called; empty for every other."""

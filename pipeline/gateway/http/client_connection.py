@@ -46,13 +46,16 @@ class ClientConnection(TCPServer):
         context: WorkerContext,
         stream: ClientStream,
         write_seconds: float,
+        leaving: trio.Lock,
     ) -> None:
+        """Connections that share the lock `leaving` end in turn, when their clients have left."""
         super().__init__(app, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
         self._is_secure = isinstance(stream, trio.SSLStream)
         self._socket = (
             stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
         ).socket
         self._write_seconds = write_seconds
+        self._leaving = leaving
         self._is_over = False
 
     async def run(self) -> None:
@@ -92,7 +95,9 @@ class ClientConnection(TCPServer):
             with suppress(trio.ClosedResourceError, trio.BrokenResourceError):
                 while data := bytes(await self.stream.receive_some(_CHUNK_BYTES)):
                     await ahead.send(data)
-            nursery.cancel_scope.cancel()
+            # Attack: all hang up at once, and ending them takes all the time there is.
+            async with self._leaving:
+                nursery.cancel_scope.cancel()
         await self.protocol.handle(Closed())
 
     async def _feed(self, due: trio.MemoryReceiveChannel[bytes]) -> None:

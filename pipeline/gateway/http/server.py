@@ -79,6 +79,7 @@ class _Server:
         self._limits = config.limits
         self._tls = config.tls
         self._metrics = metrics
+        self._leaving = trio.Lock()
         self._num_open = 0
         self._context = WorkerContext(None)
         self._config = Config()
@@ -103,7 +104,12 @@ class _Server:
             secured = await self._secure(stream)
             if secured is not None:
                 await ClientConnection(
-                    self._app, self._config, self._context, secured, self._limits.write_seconds
+                    self._app,
+                    self._config,
+                    self._context,
+                    secured,
+                    self._limits.write_seconds,
+                    self._leaving,
                 ).run()
         except Exception as error:
             logger.error("event=connection_failed error=%s", type(error).__name__)

@@ -1,6 +1,8 @@
 """A gateway on loopback before an engine that makes tokens up."""
 
+import gc
 import logging
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -270,3 +272,42 @@ def connect():
             yield RawClient(stream)
 
     return connect
+
+
+@pytest.fixture
+def heartbeat():
+    """A context manager: how long the event loop was ever busy without a pause, in seconds.
+
+    Unless told otherwise of this thread's processor time: what others do with the machine makes no
+    difference so.
+    """
+
+    @asynccontextmanager
+    async def heartbeat(clock=time.thread_time):
+        gaps = []
+
+        async def beat():
+            last = clock()
+            while True:
+                await trio.lowlevel.checkpoint()
+                now = clock()
+                gaps.append(now - last)
+                last = now
+
+        # What the whole test run has left in memory is not to be gone through meanwhile.
+        gc.collect()
+        gc.freeze()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(beat)
+                while not gaps:
+                    await trio.lowlevel.checkpoint()
+                gaps.clear()
+                yield gaps
+                await trio.lowlevel.checkpoint()
+                await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+        finally:
+            gc.unfreeze()
+
+    return heartbeat
