@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import trio
 
@@ -23,8 +24,10 @@ from pipeline.gateway.orders import Conversation, Order, TokenIds
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.text import GatewayTokenizer
 
-# Texts encoded and conversations rendered at once; they take turns with the interpreter anyway.
+# Texts encoded at once. Conversations are rendered one after another, by one process.
 _MAX_ENCODING = 4
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Desk:
         self._engine = engine
         self._rate = RateLimiter(config.limits.requests_per_minute, trio.current_time)
         self._encoding = trio.CapacityLimiter(_MAX_ENCODING)
+        self._rendering = trio.CapacityLimiter(1)
         self._leaving = trio.Lock()
         self._num_choices = 0
         self._num_requests = 0
@@ -181,13 +185,14 @@ class Desk:
 
     async def _encode_all(self, order: Order) -> tuple[TokenIds, ...]:
         if order.conversation is not None:
-            encode = partial(self._render, order.conversation)
             adds = bool(order.adds_special_tokens)
-            return (await self._encode(encode, adds, order, "messages"),)
+            render = partial(self._render, order.conversation)
+            text = await self._in_thread(render, self._rendering, "messages")
+            return (await self._encode(text, adds, order, "messages"),)
         adds = order.adds_special_tokens is not False
         return tuple(
             [
-                await self._encode(partial(str, prompt), adds, order, "prompt")
+                await self._encode(prompt, adds, order, "prompt")
                 if isinstance(prompt, str)
                 else self._checked(prompt, order, "prompt")
                 for prompt in order.prompts
@@ -205,24 +210,21 @@ class Desk:
             variables=variables,
         )
 
-    async def _encode(
-        self, text: Callable[[], str], adds_special: bool, order: Order, param: str
-    ) -> TokenIds:
-        """Encode in a thread: a long text takes a second, and others' tokens must not wait."""
+    async def _encode(self, text: str, adds_special: bool, order: Order, param: str) -> TokenIds:
+        self._check_length(text, order, param)
+        encoder = self.tokenizer.encode if adds_special else self.tokenizer.encode_rendered
+        prompt_ids = await self._in_thread(partial(encoder, text), self._encoding, param)
+        return self._checked(prompt_ids, order, param)
 
-        def encode() -> TokenIds:
-            prompt = text()
-            self._check_length(prompt, order, param)
-            encoder = self.tokenizer.encode if adds_special else self.tokenizer.encode_rendered
-            return encoder(prompt)
-
+    @staticmethod
+    async def _in_thread(
+        work: Callable[[], _Result], limiter: trio.CapacityLimiter, param: str
+    ) -> _Result:
+        """Work in a thread: a long text takes a second, and others' tokens must not wait."""
         try:
-            prompt_ids = await trio.to_thread.run_sync(
-                encode, abandon_on_cancel=True, limiter=self._encoding
-            )
+            return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
         except PromptError as error:
             raise invalid(str(error), param) from error
-        return self._checked(prompt_ids, order, param)
 
     def _check_length(self, text: str, order: Order, param: str) -> None:
         """Refuse what is too long however it is split: no token has more than so many characters.

@@ -19,7 +19,7 @@ from pipeline.gateway.http.answers import Answer, Wanted
 from pipeline.gateway.http.edge import Edge
 from pipeline.gateway.http.errors import to_response
 from pipeline.gateway.http.exchange import Exchange
-from pipeline.gateway.http.formats import ChatFormat, CompletionFormat, Format
+from pipeline.gateway.http.formats import ChatFormat, CompletionFormat
 from pipeline.gateway.http.metrics import HttpMetrics
 from pipeline.gateway.orders import Order
 from pipeline.gateway.overview import Overview, PipelineView
@@ -100,12 +100,14 @@ class Door:
     async def chat(self, request: Request) -> Answer:
         """The next message of a conversation. Raises ApiError."""
         body, order = await _read(ChatRequest, request)
+        job = await self._desk.prepare(order, request.state.exchange.record)
         format_ = ChatFormat(self._desk.tokenizer, body.num_logprobs is not None)
-        return await self._answer(request, body, order, format_)
+        return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
 
     async def completions(self, request: Request) -> Answer:
         """What follows a text, or each of several. Raises ApiError."""
         body, order = await _read(CompletionRequest, request)
+        job = await self._desk.prepare(order, request.state.exchange.record)
         echoes = [""] * len(body.prompt)
         if body.echo:
             echoes = [
@@ -117,18 +119,7 @@ class Door:
             body.logprobs is not None,
             [echo for echo in echoes for _ in order.sampling],
         )
-        return await self._answer(request, body, order, format_)
-
-    async def _answer(
-        self,
-        request: Request,
-        body: ChatRequest | CompletionRequest,
-        order: Order,
-        format_: Format,
-    ) -> Answer:
-        job = await self._desk.prepare(order, request.state.exchange.record)
-        wanted = Wanted(format_, bool(body.stream), body.includes_usage)
-        return Answer(self._desk, job, wanted)
+        return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
 
     def _model(self) -> dict[str, object]:
         return {
