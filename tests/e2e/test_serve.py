@@ -143,3 +143,14 @@ def test_a_stream_under_way_ends_with_the_failure_of_its_pipeline(cluster):
         last = [line for line in lines if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "pipeline_unavailable"
     assert server.process.wait(20) == 1
+
+
+def test_a_certificate_that_cannot_be_used_is_one_line(cluster):
+    cluster.plan(1)
+    serve = ("serve", "--manifest", cluster.manifest, "--model-dir", cluster.model_dir, "--dev")
+    for files in (("--tls-cert", "/nowhere"), ("--tls-cert", "/nowhere", "--tls-key", "/nowhere")):
+        done = cluster.orch_command(*serve, *files)
+        assert done.returncode == 2
+        errors = [line for line in done.stderr.splitlines() if line.startswith("pipeline-orch: ")]
+        assert len(errors) == 1
+        assert "Traceback" not in done.stderr
