@@ -1,4 +1,4 @@
-"""`python -m enclave`."""
+"""`python -P -m enclave`."""
 
 import sys
 

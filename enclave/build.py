@@ -11,12 +11,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from enclave import cpio, eif, rootfs
+from enclave import cpio, eif, imports, native, rootfs
 from enclave.errors import BuildError
 
 PROJECT_ROOT: Final = Path(__file__).resolve().parent.parent
@@ -26,7 +26,8 @@ DEFAULT_CMDLINE: Final = (
     "reboot=k panic=30 pci=off nomodules console=ttyS0 random.trust_cpu=on root=/dev/ram0"
 )
 MAX_CMDLINE_BYTES: Final = 1024  # of the kernel's 2048, half is left to the hypervisor
-PACKAGES: Final = ("enclave", "pipeline", "transport")
+# What runs inside: the first process, and what `pipeline-orch shard` has it start.
+ROOTS: Final = ("enclave.init", "pipeline.cli.stage_worker")
 STAGE_PREFIX: Final = "stage"
 
 
@@ -40,11 +41,14 @@ class System:
 
 
 def default_cache() -> Path:
-    """Return where tools and finished system ramdisks are kept."""
+    """Return where tools and what is made of them are kept. Raises: BuildError without a home."""
     if chosen := os.environ.get("VEILPIPE_CACHE"):
         return Path(chosen)
     # Not in the checkout: every clone builds the same tools from the same recipes.
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise BuildError("there is no home directory: set VEILPIPE_CACHE, or HOME") from None
     return Path(caches) / "veilpipe" / "enclave"
 
 
@@ -67,9 +71,34 @@ def system_ramdisk(system: System, cache: Path) -> Path:
     return path
 
 
-def code_ramdisk(sources: Path = PROJECT_ROOT) -> bytes:
-    """Return the ramdisk of init and the project's own packages. Raises: BuildError."""
-    return b"".join(cpio.pack(rootfs.code_entries(sources, PACKAGES)))
+def code_closure(sources: Path = PROJECT_ROOT) -> imports.Closure:
+    """Return what a stage and init import of this project, and of others. Raises: BuildError."""
+    return imports.closure(sources, ROOTS, native.declared(sources))
+
+
+def compiled_modules(cache: Path, sources: Path = PROJECT_ROOT) -> dict[str, bytes]:
+    """Return the compiled modules a stage imports, compiled now unless cached. Raises: BuildError.
+
+    They depend on their sources and the pinned compiler, not on what lies compiled in `sources`.
+    """
+    toolchain = _pinned(RECIPES / "toolchain.lock", cache / "tools" / "toolchain")
+    extensions = native.declared(sources)
+    modules = {}
+    for name in code_closure(sources).compiled:
+        digest = hashlib.sha256(extensions[name].digest(sources))
+        digest.update(json.dumps(sorted(toolchain.values())).encode())
+        path = cache / "compiled" / f"{digest.hexdigest()[:32]}.so"
+        if not path.exists():
+            code = native.compile_extension(sources, extensions[name], tuple(toolchain))
+            write_atomically(path, [code])
+        modules[name] = path.read_bytes()
+    return modules
+
+
+def code_ramdisk(compiled: Mapping[str, bytes], sources: Path = PROJECT_ROOT) -> bytes:
+    """Return the ramdisk of init and what a stage imports of this project. Raises: BuildError."""
+    files = code_closure(sources).files
+    return b"".join(cpio.pack(rootfs.code_entries(sources, files, compiled)))
 
 
 def stage_ramdisk(directory: Path) -> bytes:
@@ -122,7 +151,7 @@ def describe_build(name: str, version: str, system: System) -> dict[str, object]
 
 
 def write_atomically(path: Path, pieces: Iterable[eif.Buffer]) -> None:
-    """Write `pieces` to `path`, which has its whole content or does not change."""
+    """Write `pieces` to `path`, which has its whole content or does not change. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         temporary = Path(file.name)

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m enclave", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -P -m enclave", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     describe = commands.add_parser("describe", help="print an image's contents and measurements")
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("-o", "--output", type=Path, required=True)
     make.add_argument("--kernel", type=Path, help="bzImage (default: the one in the cache)")
     make.add_argument("--cmdline", default=build.DEFAULT_CMDLINE)
-    make.add_argument("--cache", type=Path, default=build.default_cache())
+    make.add_argument("--cache", type=Path)
     make.add_argument("--name", default="veilpipe-stage")
     make.add_argument("--cpus", type=int, default=2, help="default vCPUs (default 2)")
     make.add_argument("--memory-mib", type=int, help="default memory (default: from the size)")
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     boot.add_argument("--cpus", type=int, default=2)
     boot.add_argument("--memory-mib", type=int, default=4096)
     boot.add_argument("--signing-dir", type=Path, help="test key and chain for documents")
-    boot.add_argument("--cache", type=Path, default=build.default_cache())
+    boot.add_argument("--cache", type=Path)
     boot.set_defaults(run=_boot)
 
     pinning = commands.add_parser("pin", help="write an image's measurements into a manifest")
@@ -137,7 +137,7 @@ def _boot(options: argparse.Namespace) -> int:
         memory_mib=options.memory_mib,
         signing_dir=options.signing_dir,
     )
-    run_until_stopped(machine, options.cache / "tools")
+    run_until_stopped(machine, (options.cache or build.default_cache()) / "tools")
     return 0
 
 
@@ -161,11 +161,12 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _assemble(options: argparse.Namespace, directory: Path) -> eif.Image:
-    system = build.find_system(options.cache, with_wheels=not options.without_wheels)
-    kernel = (options.kernel or options.cache / "tools" / "vmlinuz").read_bytes()
+    cache = options.cache or build.default_cache()
+    system = build.find_system(cache, with_wheels=not options.without_wheels)
+    kernel = (options.kernel or cache / "tools" / "vmlinuz").read_bytes()
     ramdisks: list[eif.Buffer] = [
-        build.system_ramdisk(system, options.cache).read_bytes(),
-        build.code_ramdisk(),
+        build.system_ramdisk(system, cache).read_bytes(),
+        build.code_ramdisk(build.compiled_modules(cache)),
         build.stage_ramdisk(directory),
     ]
     image_bytes = len(kernel) + sum(map(len, ramdisks))
@@ -195,9 +196,11 @@ def _stage_directory(options: argparse.Namespace) -> Iterator[Path]:
     if options.stage is None or options.model_dir is None:
         raise BuildError("--manifest needs --stage and --model-dir")
     with tempfile.TemporaryDirectory(prefix="veilpipe-stage-") as name:
-        # Beside this Python first: a virtual environment need not be activated.
-        search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        program = shutil.which("pipeline-orch", path=search)
+        # Beside this Python first: a virtual environment need not be activated. Never a relative
+        # entry: what lies in the current directory is not this project's.
+        search = [str(Path(sys.executable).parent), *os.get_exec_path()]
+        absolute = os.pathsep.join(entry for entry in search if Path(entry).is_absolute())
+        program = shutil.which("pipeline-orch", path=absolute)
         if program is None:
             raise BuildError("pipeline-orch, which cuts the stage from the model, is not installed")
         command = [program, "shard", "--manifest", str(options.manifest)]

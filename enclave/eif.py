@@ -95,13 +95,16 @@ class Image:
         return tuple(section.data for section in self.sections if section.type is kind)
 
     def with_section(self, section: Section) -> Image:
-        """Return this image with one more section at its end."""
+        """Return this image with one more section at its end. Raises: EifError if it may not be."""
         sections = (*self.sections, section)
         return Image(sections, self.default_memory_bytes, self.default_cpus, self.flags)
 
 
 def pack(image: Image) -> Iterator[Buffer]:
-    """Yield the image file piece by piece; the same image always gives the same bytes."""
+    """Yield the image file piece by piece; the same image always gives the same bytes.
+
+    Raises: EifError when the memory or the CPUs do not fit their fields.
+    """
     sizes = [len(section.data) for section in image.sections]
     offsets, offset = [], _HEADER.size
     for size in sizes:
@@ -230,7 +233,7 @@ def _octets(item: cbor.Item) -> bytes:
 
 
 def certificate_der(pem: bytes) -> bytes:
-    """Return the DER form of the first certificate in `pem`."""
+    """Return the DER form of the first certificate in `pem`. Raises: EifError."""
     start, end = pem.find(_PEM_BEGIN), pem.find(_PEM_END)
     if start < 0 or end < start:
         raise EifError("the signing certificate is not in PEM form")

@@ -72,7 +72,10 @@ def booted(machine: Machine, tools: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def run_until_stopped(machine: Machine, tools: Path) -> None:
-    """Boot and wait for SIGINT or SIGTERM. Raises: EmulatorError when QEMU ends before."""
+    """Boot and wait for SIGINT or SIGTERM.
+
+    Raises: EmulatorError when a tool is missing or does not start, or QEMU ends before.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with booted(machine, tools) as process:

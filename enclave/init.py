@@ -78,7 +78,10 @@ def main() -> None:
 
 
 def become_stage() -> None:
-    """Replace this process by the stage's command, where another init has prepared the machine."""
+    """Replace this process by the stage's command, where another init has prepared the machine.
+
+    Raises: EnclaveError when the stage's files name no command, OSError when they cannot be read.
+    """
     _become(read_command(RUN_FILE.read_bytes()))
 
 

@@ -12,16 +12,15 @@ import re
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 from enclave import cpio
 from enclave.errors import BuildError
 
 SITE_PACKAGES: Final = "usr/local/lib/python3.11/dist-packages"
-# .so: the kernels as they were compiled beside the sources; without them an image runs, slower.
-_SOURCE_SUFFIXES: Final = frozenset({".py", ".pem", ".so", ".typed"})
+MODULE_SUFFIX: Final = ".cpython-311-x86_64-linux-gnu.so"
 
 # -I: no environment, no user packages; -B: nothing is written next to the sources.
 _INIT: Final = b"#!/usr/bin/python3 -IB\nfrom enclave.init import main\n\nmain()\n"
@@ -66,11 +65,23 @@ def system_entries(debs: Iterable[Path], wheels: Iterable[Path]) -> list[cpio.En
     )
 
 
-def code_entries(sources: Path, packages: Iterable[str]) -> list[cpio.Entry]:
-    """Return init and the project's own `packages` found in `sources`. Raises: BuildError."""
+def code_entries(
+    sources: Path, files: Iterable[Path], compiled: Mapping[str, bytes]
+) -> list[cpio.Entry]:
+    """Return init, the project's `files` (relative to `sources`) and its compiled modules by name.
+
+    Raises: OSError when a file cannot be read.
+    """
     return [
         cpio.regular("init", _INIT, 0o755),
-        *(entry for package in packages for entry in source_entries(sources, package)),
+        *(
+            cpio.regular(f"{SITE_PACKAGES}/{file.as_posix()}", (sources / file).read_bytes())
+            for file in files
+        ),
+        *(
+            cpio.regular(f"{SITE_PACKAGES}/{name.replace('.', '/')}{MODULE_SUFFIX}", data)
+            for name, data in compiled.items()
+        ),
     ]
 
 
@@ -87,15 +98,6 @@ def tree_entries(directory: Path, prefix: str) -> Iterator[cpio.Entry]:
             raise BuildError(f"{path} is no regular file")
         name = f"{prefix}/{path.relative_to(directory).as_posix()}"
         yield cpio.regular(name, path.read_bytes(), 0o755 if mode & 0o100 else 0o644)
-
-
-def source_entries(sources: Path, package: str) -> Iterator[cpio.Entry]:
-    """Yield one of the project's own packages, without caches and documents."""
-    if not (sources / package).is_dir():
-        raise BuildError(f"no package {package} in {sources}")
-    for entry in tree_entries(sources / package, f"{SITE_PACKAGES}/{package}"):
-        if PurePosixPath(entry.path).suffix in _SOURCE_SUFFIXES:
-            yield entry
 
 
 def deb_entries(path: Path) -> Iterator[cpio.Entry]:

@@ -21,10 +21,10 @@ from command_line import Parser, run_main, unwind_on_sigterm, whole, wholes
 
 from pipeline.agreement.manifest import Manifest, dump_manifest
 from pipeline.agreement.trust import DevTrust
-from pipeline.engine.drive import drive
+from pipeline.engine.engine import PipelineEngine
+from pipeline.engine.generation import Generation
 from pipeline.engine.latency import LatencyLog, percentile
-from pipeline.engine.request import Request
-from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.scheduler import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import SessionError
 from pipeline.kernels.runtime import set_num_threads
@@ -34,6 +34,7 @@ from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.protocol.peers import PATIENCE_MS
+from pipeline.sampling.params import SamplingParams
 from pipeline.stage.core import StageCore
 from transport.attestation.dev import default_directory
 
@@ -91,17 +92,17 @@ async def workers(nursery, directory: Path, model_dir: Path, num_stages: int, th
 
 
 async def measure(pipeline, prompt_ids, num_tokens: int, limits: Limits) -> LatencyLog:
-    scheduler, log = Scheduler(limits), LatencyLog()
-    scheduler.submit(Request(0, prompt_ids, num_tokens))
+    engine, log = PipelineEngine(limits), LatencyLog()
     last = perf_counter_ns()
 
-    def on_token(event, timings):
+    def hear(output):
         nonlocal last
         now = perf_counter_ns()
-        log.add(event.token_id, now - last, timings)
+        log.add(output.token_id, now - last, output.timings)
         last = now
 
-    await drive(pipeline, scheduler, on_token)
+    engine.submit(Generation(prompt_ids, num_tokens, frozenset(), SamplingParams()), hear)
+    await engine.drain(pipeline)
     return log
 
 

@@ -9,6 +9,8 @@
 # --image-only  only what images are made of, not what boots them: all that a build for AWS needs
 # --lock        pin the newest Debian packages and the wheels of constraints.txt, then stop
 #
+# Everything fetched is compared with a SHA-256 in enclave/recipes before it is used.
+#
 # Everything lands in $VEILPIPE_CACHE (~/.cache/veilpipe/enclave, or below $XDG_CACHE_HOME), for every
 # checkout, and stays there until a recipe changes. Exit codes: 75 something cannot be had here, 1 all
 # else.
@@ -34,10 +36,11 @@ cannot_fetch() { printf 'enclave-tools: %s\n' "$*" >&2; exit 75; }
 # A tool is current when the stamp beside it names exactly what it was made from.
 recipe_of() {
   case $1 in
-    qemu) echo "$QEMU_VERSION $FIRMWARE_VERSION $MESON_VERSION 1"; cat "$recipes/qemu-nsm.patch" ;;
-    kernel) echo "$LINUX_VERSION 1"; cat "$recipes/kernel.config" ;;
-    vsock) echo "$VHOST_VSOCK_VERSION 1" ;;
+    qemu) echo "$QEMU_SHA256 $FIRMWARE_SHA256 $MESON_SHA256 1"; cat "$recipes/qemu-nsm.patch" ;;
+    kernel) echo "$LINUX_SHA256 1"; cat "$recipes/kernel.config" "$recipes/toolchain.lock" ;;
+    vsock) echo "$VHOST_VSOCK_SHA256 1" ;;
     base) cat "$recipes/debian.lock" "$recipes/python.lock" ;;
+    toolchain) cat "$recipes/toolchain.lock" ;;
   esac | sha256sum | cut -c1-64
 }
 is_current() { [ "$(cat "$tools/$1.stamp" 2>/dev/null)" = "$(recipe_of "$1")" ]; }
@@ -92,11 +95,36 @@ Set the version in $recipes/tools.env"; }
 # The file a package version is kept in; apt writes an epoch's colon as %3a.
 download_of() { echo "$cache/downloads/$1_${2//:/%3a}_$3.deb"; }
 
-unpack_deb() {
+# check FILE SHA256: die unless the file, which apt has checked too, is the one that was pinned.
+check() {
+  local found
+  found=$(sha256sum <"$1" | cut -c1-64)
+  [ "$found" = "$2" ] && return
+  rm -f "$1"
+  die "${1##*/} has SHA-256 $found, pinned is ${2:-none}"
+}
+
+# fetch_deb NAME VERSION ARCHITECTURE SHA256: leave the pinned package in the downloads.
+fetch_deb() {
   local file
   file=$(download_of "$1" "$2" "$3")
   [ -e "$file" ] || fetch deb "$1" "$2"
-  dpkg-deb -x "$file" "$4"
+  check "$file" "$4"
+}
+
+unpack_deb() { # NAME VERSION ARCHITECTURE SHA256 DIRECTORY
+  fetch_deb "${@:1:4}"
+  dpkg-deb -x "$(download_of "$1" "$2" "$3")" "$5"
+}
+
+# fetch_locked LOCK DIRECTORY: the packages of a lock, and nothing else, into a directory.
+fetch_locked() {
+  local name version sha256
+  rm -rf "$2" && mkdir -p "$2"
+  while read -r name version sha256; do
+    fetch_deb "$name" "$version" amd64 "$sha256"
+    cp "$(download_of "$name" "$version" amd64)" "$2/"
+  done < <(grep -v '^#' "$1")
 }
 
 install_build_packages() {
@@ -122,12 +150,14 @@ build_qemu() {
   local build=$cache/build/qemu upstream=${QEMU_VERSION#*:}
   rm -rf "$build" && mkdir -p "$build"
   [ -e "$cache/downloads/qemu_$upstream.dsc" ] || fetch source qemu "$QEMU_VERSION"
+  check "$cache/downloads/qemu_$upstream.dsc" "$QEMU_SHA256"  # names its archives' SHA-256
   say "building QEMU $upstream (about 5 minutes on 2 cores)"
-  run_logged "$build/unpack.log" dpkg-source --no-check -x "$cache/downloads/qemu_$upstream.dsc" "$build/src"
+  run_logged "$build/unpack.log" dpkg-source -x "$cache/downloads/qemu_$upstream.dsc" "$build/src"
   patch -s -d "$build/src" -p1 --fuzz=0 <"$recipes/qemu-nsm.patch" || die "the QEMU patch does not apply"
   printf 'CONFIG_%s=y\n' MICROVM NITRO_ENCLAVE VIRTIO_RNG VIRTIO_BLK >"$build/src/configs/devices/x86_64-softmmu/enclave.mak"
-  python3 -m venv "$build/venv"
-  "$build/venv/bin/pip" install -q "meson==$MESON_VERSION" >"$build/meson.log" 2>&1 ||
+  python3 -I -m venv "$build/venv"
+  echo "meson==$MESON_VERSION --hash=sha256:$MESON_SHA256" >"$build/meson.lock"
+  "$build/venv/bin/pip" install -q --require-hashes -r "$build/meson.lock" >"$build/meson.log" 2>&1 ||
     cannot_fetch "cannot install meson $MESON_VERSION: $(tail -n 1 "$build/meson.log")"
   mkdir "$build/out" && cd "$build/out"
   PATH=$build/venv/bin:$PATH run_logged "$build/configure.log" ../src/configure \
@@ -138,37 +168,43 @@ build_qemu() {
   run_logged "$build/build.log" nice -n 19 ninja -j"$jobs" qemu-system-x86_64
   mkdir -p "$tools/firmware"
   install -s qemu-system-x86_64 "$tools/qemu-nitro"
-  unpack_deb qemu-system-data "$FIRMWARE_VERSION" all "$build/data"
+  unpack_deb qemu-system-data "$FIRMWARE_VERSION" all "$FIRMWARE_SHA256" "$build/data"
   cp "$build"/data/usr/share/qemu/{qboot.rom,linuxboot_dma.bin} "$tools/firmware/"
   cd "$root"
   "$tools/qemu-nitro" -M help | grep -q nitro-enclave || die "the QEMU just built has no nitro-enclave machine"
   rm -rf "$build"
 }
 
-build_kernel() {
-  local build=$cache/build/linux
-  rm -rf "$build" && mkdir -p "$build"
-  unpack_deb linux-source-6.12 "$LINUX_VERSION" all "$build"
+# In a subshell: what it exports is for it alone.
+build_kernel() (
+  build=$cache/build/linux tree=$cache/build/linux/toolchain
+  rm -rf "$build" && mkdir -p "$tree"
+  unpack_deb linux-source-6.12 "$LINUX_VERSION" all "$LINUX_SHA256" "$build"
+  for package in "$tools"/toolchain/*.deb; do dpkg-deb -x "$package" "$tree"; done
   say "building Linux $LINUX_VERSION (about 5 minutes on 2 cores)"
   tar -xf "$build"/usr/src/linux-source-6.12.tar.xz -C "$build"
   cd "$build/linux-source-6.12"
   # Who built it when and where would otherwise be part of the measured bytes.
   export KBUILD_BUILD_TIMESTAMP='Thu Jan  1 00:00:00 UTC 2026' KBUILD_BUILD_USER=veilpipe
   export KBUILD_BUILD_HOST=veilpipe KBUILD_BUILD_VERSION=1
-  run_logged "$build/config.log" make KCONFIG_ALLCONFIG="$recipes/kernel.config" allnoconfig
+  # So would the compiler's version.
+  export PATH=$tree/usr/bin:$PATH LD_LIBRARY_PATH=$tree/usr/lib/x86_64-linux-gnu
+  prefix=$tree/usr/bin/x86_64-linux-gnu-
+  compiler=("CROSS_COMPILE=$prefix" "CC=${prefix}gcc-12")
+  run_logged "$build/config.log" make "${compiler[@]}" KCONFIG_ALLCONFIG="$recipes/kernel.config" allnoconfig
   grep -E '^CONFIG_.*=[^n]' "$recipes/kernel.config" | while read -r line; do
     grep -qxF "$line" .config || die "Linux $LINUX_VERSION does not take $line"
   done
-  run_logged "$build/build.log" nice -n 19 make -j"$jobs" bzImage
+  run_logged "$build/build.log" nice -n 19 make "${compiler[@]}" -j"$jobs" bzImage
   cp arch/x86/boot/bzImage "$tools/vmlinuz"
   cd "$root"
   rm -rf "$build"
-}
+)
 
 build_vsock() {
   local build=$cache/build/vsock
   rm -rf "$build" && mkdir -p "$build"
-  unpack_deb vhost-device-vsock "$VHOST_VSOCK_VERSION" amd64 "$build"
+  unpack_deb vhost-device-vsock "$VHOST_VSOCK_VERSION" amd64 "$VHOST_VSOCK_SHA256" "$build"
   install "$build/usr/bin/vhost-device-vsock" "$tools/vhost-device-vsock"
   "$tools/vhost-device-vsock" --version >/dev/null || die "vhost-device-vsock $VHOST_VSOCK_VERSION does not run here"
   rm -rf "$build"
@@ -178,36 +214,40 @@ build_vsock() {
 pip_download() {
   local python=$root/.venv/bin/python
   [ -x "$python" ] || python=python3
-  "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.11 --implementation cp \
+  "$python" -I -m pip download -q --no-deps --only-binary=:all: --python-version 3.11 --implementation cp \
     --abi cp311 --abi abi3 --abi none --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
     --platform manylinux2014_x86_64 --platform manylinux1_x86_64 "$@"
 }
 
+build_toolchain() { fetch_locked "$recipes/toolchain.lock" "$tools/toolchain"; }
+
 build_base() {
-  local name version sha256 file
-  rm -rf "$tools/debs" "$tools/wheels" && mkdir -p "$tools/debs" "$tools/wheels"
-  while read -r name version sha256; do
-    file=$(download_of "$name" "$version" amd64)
-    [ -e "$file" ] || fetch deb "$name" "$version"
-    echo "$sha256  $file" | sha256sum --quiet --check - || die "$name $version is not the file that was pinned"
-    cp "$file" "$tools/debs/"
-  done < <(grep -v '^#' "$recipes/debian.lock")
+  fetch_locked "$recipes/debian.lock" "$tools/debs"
+  rm -rf "$tools/wheels" && mkdir -p "$tools/wheels"
   pip_download --require-hashes -d "$tools/wheels" -r "$recipes/python.lock" >"$cache/wheels.log" 2>&1 ||
     cannot_fetch "cannot fetch the wheels of python.lock: $(tail -n 1 "$cache/wheels.log")"
 }
 
-write_locks() {
+# renew_lock LOCK: with the newest version in Debian 12 of each package it names.
+renew_lock() {
   local name version file
-  rm -f "$cache/apt/ready" && prepare_apt
-  mkdir -p "$cache/downloads"
-  { grep '^#' "$recipes/debian.lock"
-    grep -v '^#' "$recipes/debian.lock" | while read -r name _; do
+  { grep '^#' "$1"
+    grep -v '^#' "$1" | while read -r name _; do
       version=$(private_apt apt-cache madison "$name" | awk '$6 ~ /bookworm/ {print $3; exit}')
       file=$(download_of "$name" "$version" amd64)
       [ -e "$file" ] || fetch deb "$name" "$version"
       echo "$name $version $(sha256sum <"$file" | cut -c1-64)"
     done
-  } >"$cache/debian.lock"
+  } >"$cache/renewed.lock"
+  mv "$cache/renewed.lock" "$1"
+}
+
+write_locks() {
+  local file
+  rm -f "$cache/apt/ready" && prepare_apt
+  mkdir -p "$cache/downloads"
+  renew_lock "$recipes/debian.lock"
+  renew_lock "$recipes/toolchain.lock"
   rm -rf "$cache/wheels" && mkdir "$cache/wheels"
   grep -v '^#' "$recipes/python.lock" | sed 's/==.*//' |
     run_logged "$cache/wheels.log" pip_download -c "$root/constraints.txt" -d "$cache/wheels" -r /dev/stdin
@@ -217,15 +257,15 @@ write_locks() {
       echo " --hash=sha256:$(sha256sum <"$file" | cut -c1-64)"
     done
   } >"$cache/python.lock"
-  mv "$cache/debian.lock" "$cache/python.lock" "$recipes/"
+  mv "$cache/python.lock" "$recipes/"
   rm -rf "$cache/wheels"
-  say "wrote $recipes/debian.lock and python.lock"
+  say "wrote debian.lock, toolchain.lock and python.lock in $recipes"
 }
 
-wanted="base kernel vsock qemu"
+wanted="base toolchain kernel vsock qemu"
 case ${1:-} in
   '' | --check) ;;
-  --image-only) wanted="base kernel" ;;
+  --image-only) wanted="base toolchain kernel" ;;
   --lock) write_locks && exit 0 ;;
   *) die "unknown option $1 (there are --check, --image-only and --lock)" ;;
 esac

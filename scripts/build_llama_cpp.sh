@@ -32,7 +32,7 @@ if [ "$(cat "$source_dir/.version" 2>/dev/null)" != "$version" ]; then
   bash "$root/scripts/setup.sh"
   echo "fetching llama-cpp-python $version" >&2
   echo "llama-cpp-python==$version --hash=sha256:$sha256" >"$cache/requirement.txt"
-  python -m pip download -q --no-deps --no-binary llama-cpp-python --require-hashes \
+  python -I -m pip download -q --no-deps --no-binary llama-cpp-python --require-hashes \
     -d "$cache" -r "$cache/requirement.txt" || die "cannot fetch llama-cpp-python $version"
   rm -rf "$source_dir"
   mkdir "$source_dir"

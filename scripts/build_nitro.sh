@@ -49,7 +49,7 @@ if [ -n "$docker" ]; then
 fi
 
 bash "$root/scripts/setup.sh" || exit $?
-stages=$(python - "${manifest:-$shards/manifest.json}" <<'PY'
+stages=$(python -I - "${manifest:-$shards/manifest.json}" <<'PY'
 import sys
 from pathlib import Path
 from pipeline.errors import InputError
@@ -87,10 +87,10 @@ for stage in $stages; do
   if [ -n "$docker" ]; then
     build_with_docker "$stage"
   else
-    python -m enclave build --stage-dir "$shards/stage$stage" --name "veilpipe-stage$stage" \
+    python -I -m enclave build --stage-dir "$shards/stage$stage" --name "veilpipe-stage$stage" \
       "${signing[@]}" -o "$out/stage$stage.eif"
   fi
-  python -m enclave pin "$out/stage$stage.eif" --manifest "$out/.manifest.json" --stage "$stage" >/dev/null
+  python -I -m enclave pin "$out/stage$stage.eif" --manifest "$out/.manifest.json" --stage "$stage" >/dev/null
 done
 mv "$out/.manifest.json" "$out/manifest.json"
 echo "pinned in $out/manifest.json"

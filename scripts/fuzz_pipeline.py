@@ -18,14 +18,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import atheris
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 with atheris.instrument_imports(
-    include=["pipeline.protocol.messages", "pipeline.agreement.manifest", "pipeline.protocol.steps"]
+    include=[
+        "pipeline.agreement.manifest",
+        "pipeline.protocol.asked",
+        "pipeline.protocol.messages",
+        "pipeline.protocol.results",
+        "pipeline.protocol.steps",
+        "pipeline.protocol.wants",
+    ]
 ):
     from pipeline.agreement import manifest
-    from pipeline.protocol import messages, steps
+    from pipeline.protocol import asked, messages, results, steps
+    from pipeline.protocol.wants import Result, Want
 with atheris.instrument_imports(include=["pipeline.weights.checkpoint", "pipeline.models.config"]):
     from pipeline.models import config
     from pipeline.weights import checkpoint
@@ -33,12 +42,17 @@ with atheris.instrument_imports(include=["pipeline.weights.checkpoint", "pipelin
 from command_line import Parser, whole
 
 from pipeline.codecs.registry import make_codec
-from pipeline.errors import ManifestError, MessageError, ModelError
+from pipeline.errors import ManifestError, MessageError, ModelError, RequestFailed
 from pipeline.protocol.segments import Segment
+from pipeline.sampling.draw import Draw, draw
+from pipeline.sampling.params import SamplingParams
+from transport.frames import DType, Tensor, TensorSpec
 
 LIMITS = steps.SessionLimits(
     num_slots=4, max_seq_len=64, max_step_tokens=32, codec=make_codec("F32", 8)
 )
+VOCAB = 40
+ASKED_WANTS = (Want(Result.LOGPROBS, 3, 0, 1), Want(Result.DRAWN, 2), Want.DRAWN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +75,24 @@ def decode_step(data: bytes) -> None:
     steps.check_header(header, LIMITS)
     for is_first in (True, False):
         for limits in (LIMITS, replace(LIMITS, codec=make_codec("I8", 8))):
-            specs = steps.expected_inputs(header, limits, is_first=is_first)
-            assert sum(spec.nbytes for spec in specs) <= limits.max_tensor_bytes
+            for declared in ((), (TensorSpec(DType.U8, (1 << 40,)),)):
+                specs = steps.expected_inputs(header, limits, is_first=is_first, declared=declared)
+                assert sum(spec.nbytes for spec in specs) <= limits.max_tensor_bytes
+    returned = results.expected_results(header, VOCAB, 8)
+    assert sum(spec.nbytes for spec in returned) <= results.max_result_bytes(LIMITS, VOCAB)
+
+
+def decode_asked(data: bytes) -> None:
+    """Ids to score and two draws, of two rows and of one."""
+    ids = Tensor(TensorSpec(DType.U32, (3,)), memoryview(data[:12].ljust(12, b"\0")))
+    draws = Tensor(TensorSpec(DType.U8, (len(data[12:]),)), memoryview(data)[12:])
+    found = asked.asked_from_wire(ASKED_WANTS, (ids, draws), VOCAB)
+    logits = np.linspace(-1, 1, VOCAB, dtype=np.float32)
+    for how in found.draws:
+        for row in range(len(how.uniforms)):
+            with contextlib.suppress(RequestFailed), np.errstate(all="ignore"):
+                assert 0 <= draw(logits, how, row) < VOCAB
+    assert asked.asked_from_wire(ASKED_WANTS, asked.asked_to_wire(found), VOCAB).token_ids
 
 
 def decode_manifest(data: bytes) -> None:
@@ -103,13 +133,25 @@ def message_seeds() -> list[bytes]:
 
 def step_seeds() -> list[bytes]:
     segments = (Segment(0, 5, 1), Segment(3, 0, 9))
-    wants = (messages.Want.TOKEN, messages.Want.NOTHING)
     timings = (messages.StageTiming(1, 2, 3),)
-    step = messages.StepHeader(messages.StepKind.STEP, 7, segments, wants, timings)
-    clear = messages.StepHeader(
-        messages.StepKind.CLEAR, 1, (Segment(2, 0, 0),), (messages.Want.NOTHING,)
-    )
-    return [messages.encode_step(step), messages.encode_step(clear)]
+    headers = [
+        messages.StepHeader(messages.StepKind.STEP, 7, segments, wants, timings)
+        for wants in (
+            (Want.TOKEN, Want.NOTHING),
+            (Want.DRAWN, Want(Result.LOGPROBS, 9, 5, 2)),
+            (Want(Result.DRAWN, 1, 5, 1), Want(Result.HIDDEN, 3)),
+        )
+    ]
+    back = messages.StepHeader(messages.StepKind.TRUNCATE, 1, (Segment(2, 9, 0),), (Want.NOTHING,))
+    return [messages.encode_step(each) for each in (*headers, back)]
+
+
+def asked_seeds() -> list[bytes]:
+    params = SamplingParams(temperature=0.7, top_k=3, top_p=0.9, logit_bias={3: 1.5})
+    ids = np.array([3, 4], np.uint32)
+    draws = (Draw(params, (0.25, 0.5), ids, ids, (7,), bytes(2 * 5)), Draw(params, (0.125,)))
+    tensors = asked.asked_to_wire(asked.Asked((1, 2, 3), draws))
+    return [b"".join(tensor.data for tensor in tensors)]
 
 
 def manifest_seeds() -> list[bytes]:
@@ -183,6 +225,8 @@ def make_decoder(name: str) -> Decoder:
             return Decoder(decode_message, (MessageError,), message_seeds(), words)
         case "step":
             return Decoder(decode_step, (MessageError,), step_seeds(), [])
+        case "asked":
+            return Decoder(decode_asked, (MessageError,), asked_seeds(), [])
         case "manifest":
             seeds = manifest_seeds()
             return Decoder(decode_manifest, (ManifestError,), seeds, names_in(seeds))
@@ -194,7 +238,7 @@ def make_decoder(name: str) -> Decoder:
             return Decoder(decode_config, (ModelError,), seeds, names_in(seeds))
 
 
-DECODERS = ("message", "step", "manifest", "header", "config")
+DECODERS = ("message", "step", "asked", "manifest", "header", "config")
 
 
 def fuzz(name: str, num_runs: int, seed: int, directory: Path) -> None:

@@ -1,6 +1,8 @@
 # Shared by the scripts that run a pipeline on this machine. Source it; it starts nothing.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${VEILPIPE_VENV:-$root/.venv}
+venv=$(realpath -m "${VEILPIPE_VENV:-$root/.venv}")
+# Only absolute entries: an empty one, or `.`, would run what lies beside a downloaded model.
+PATH=$(printf %s "$PATH" | tr : '\n' | grep '^/' | paste -sd :)
 export PATH="$venv/bin:$PATH"
 
 die() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
@@ -15,7 +17,7 @@ prepare_model() {
 
 # free_base_port COUNT: the first of COUNT consecutive free loopback ports.
 free_base_port() {
-  python - "$1" <<'PY'
+  python -I - "$1" <<'PY'
 import random, socket, sys
 
 count = int(sys.argv[1])

@@ -16,6 +16,7 @@ set -euo pipefail
 
 # shellcheck source=scripts/lib.sh
 . "$(cd "$(dirname "$0")" && pwd)/lib.sh"
+unset PYTHONPATH PYTHONHOME # this may run as root: only what is installed is run
 
 usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit "${1:-2}"; }
 
@@ -39,15 +40,15 @@ done
 images=${images:-$(dirname "$manifest")}
 
 bash "$root/scripts/setup.sh" || exit $?
-num_stages=$(python -c 'import json, sys; print(len(json.load(open(sys.argv[1]))["stages"]))' "$manifest" 2>/dev/null) ||
+num_stages=$(python -I -c 'import json, sys; print(len(json.load(open(sys.argv[1]))["stages"]))' "$manifest" 2>/dev/null) ||
   die "$manifest has no list of stages"
 cpus=0 memory_mib=0 cpus_of=() mib_of=()
 for ((stage = 0; stage < num_stages; stage++)); do
   image=$images/stage$stage.eif
   # An image the user has not pinned would be refused by every orchestrator: say so now.
-  reason=$(python -m enclave verify "$image" --manifest "$manifest" --stage "$stage" 2>&1 >/dev/null) ||
+  reason=$(python -I -m enclave verify "$image" --manifest "$manifest" --stage "$stage" 2>&1 >/dev/null) ||
     die "$image is not what $manifest pins for stage $stage: ${reason%%$'\n'*}"
-  read -r image_cpus image_mib < <(python -m enclave describe -j "$image" | python -c \
+  read -r image_cpus image_mib < <(python -I -m enclave describe -j "$image" | python -I -c \
     'import json, sys; report = json.load(sys.stdin); print(report["DefaultCpus"], report["DefaultMemoryMiB"])')
   cpus_of+=("$image_cpus")
   mib_of+=("$image_mib")
@@ -90,7 +91,7 @@ for ((stage = 0; stage < num_stages; stage++)); do
   started=$(nitro-cli run-enclave --eif-path "$images/stage$stage.eif" --enclave-cid $((16 + stage)) \
     --cpu-count "${cpus_of[$stage]}" --memory "${mib_of[$stage]}" "${debug[@]}") ||
     die "stage $stage did not start"
-  id=$(python -c 'import json, sys; print(json.loads(sys.argv[1])["EnclaveID"])' "$started")
+  id=$(python -I -c 'import json, sys; print(json.loads(sys.argv[1])["EnclaveID"])' "$started")
   enclaves+=("$id")
   echo "stage $stage runs in enclave $id, CID $((16 + stage))"
   [ ${#debug[@]} -eq 0 ] || nitro-cli console --enclave-id "$id" &

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Prepare .venv with veilpipe and the named extras. Idempotent: a second run costs milliseconds.
 # Usage: scripts/setup.sh [EXTRA ...]        e.g. scripts/setup.sh download test
+#
+# Every package is a wheel whose SHA-256 scripts/locks names (scripts/lock.sh renews them).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${VEILPIPE_VENV:-$root/.venv}
+venv=$(realpath -m "${VEILPIPE_VENV:-$root/.venv}")
 
 die() { echo "setup: error: $*" >&2; exit 2; }
 
@@ -11,7 +13,7 @@ find_python() {
   local candidate
   for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
     if command -v "$candidate" >/dev/null &&
-       "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+       "$candidate" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       echo "$candidate"; return
     fi
   done
@@ -22,7 +24,7 @@ make_venv() {
   local python
   python=$(find_python)
   rm -rf "$venv"
-  "$python" -m venv "$venv" >/dev/null 2>&1 && return
+  "$python" -I -m venv "$venv" >/dev/null 2>&1 && return
   # Debian ships venv apart from Python; root can simply have it.
   [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null ||
     die "cannot create a virtual environment; run: apt-get install python3-venv"
@@ -30,11 +32,11 @@ make_venv() {
   { apt-get update && apt-get install -y --no-install-recommends python3-venv; } >/dev/null 2>&1 ||
     die "cannot install python3-venv; run: apt-get update && apt-get install python3-venv"
   rm -rf "$venv"
-  "$python" -m venv "$venv" || die "cannot create a virtual environment in $venv"
+  "$python" -I -m venv "$venv" || die "cannot create a virtual environment in $venv"
 }
 
 has_compiler() {
-  command -v "${CC:-cc}" >/dev/null && "$venv/bin/python" -c '
+  command -v "${CC:-cc}" >/dev/null && "$venv/bin/python" -I -c '
 import pathlib, sys, sysconfig
 sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())'
 }
@@ -54,24 +56,42 @@ mkdir -p "$(dirname "$venv")"
 exec 9>"$venv.lock"
 flock 9    # two scripts started together must not install over each other
 
-[ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null || make_venv
+[ -x "$venv/bin/python" ] && "$venv/bin/python" -I -c '' 2>/dev/null || make_venv
+
+# Shows which package is being fetched, and keeps the rest quiet unless it fails.
+log="$venv/install.log"
+pip_install() { # PIP ARGUMENT...
+  "$venv/bin/python" -I -m pip install --disable-pip-version-check --no-input --no-deps "$@" 2>&1 |
+    tee "$log" | { grep --line-buffered -E '^(Collecting|Installing)' | cut -c1-100 >&2 || true; }
+}
+
+# The locks are complete, so pip need look for nothing; a wheel runs nothing while it is installed.
+install_locked() { pip_install --require-hashes --only-binary :all: -r "$locks/$1.lock"; }
+
+pip_failed() {
+  tail -n 5 "$log" >&2
+  die "pip failed; the full log is $log"
+}
+
+install_base() {
+  want_compiler
+  install_locked base || pip_failed
+  # An index of this machine that has torch without CUDA is there to be used: it spares gigabytes.
+  install_locked torch-cpu || { install_locked torch && install_locked cuda; } || pip_failed
+  pip_install --no-build-isolation --editable "$root" || pip_failed
+}
 
 # One stamp per extra: the base package (its kernels are built here), and whatever else was asked for.
-want=$(cat "$root/pyproject.toml" "$root/constraints.txt" "$root"/*/native/*.[ch] "$root"/*/*/native/*.[ch] | sha256sum | cut -c1-16)
+locks=$root/scripts/locks
 for extra in base "$@"; do
+  made_from=("$locks/$extra.lock")
+  [ -f "${made_from[0]}" ] || die "there is no extra $extra"
+  [ "$extra" = base ] && made_from+=("$locks"/{torch-cpu,torch,cuda}.lock "$root/pyproject.toml") &&
+    mapfile -t -O ${#made_from[@]} made_from < <(find "$root/pipeline" "$root/transport" -name '*.[ch]' | sort)
+  want=$(cat "${made_from[@]}" | sha256sum | cut -c1-16)
   stamp="$venv/.veilpipe-$extra"
   [ "$(cat "$stamp" 2>/dev/null || true)" = "$want" ] && continue
-  [ "$extra" = base ] && want_compiler
-  target="$root"
-  [ "$extra" = base ] || target="$root[$extra]"
   echo "setup: installing veilpipe${extra:+ ($extra)}, a minute the first time" >&2
-  # Shows which package is being fetched, and keeps the rest quiet unless it fails.
-  log="$venv/install.log"
-  if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
-        -c "$root/constraints.txt" -e "$target" 2>&1 |
-       tee "$log" | { grep --line-buffered -E '^(Collecting|Installing)' | cut -c1-100 >&2 || true; }; then
-    tail -n 5 "$log" >&2
-    die "pip failed; the full log is $log"
-  fi
+  if [ "$extra" = base ]; then install_base; else install_locked "$extra" || pip_failed; fi
   echo "$want" > "$stamp"
 done

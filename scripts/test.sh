@@ -11,4 +11,4 @@ if [ $# -eq 0 ]; then
   # A file's tests stay together: they share servers.
   set -- -m "not slow" -n 2 --dist loadfile
 fi
-exec python -m pytest "$@"
+exec python -P -m pytest "$@"

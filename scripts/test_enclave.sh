@@ -33,11 +33,11 @@ cp "$root/tests/enclave/guest/probe.py" "$work/stage/"
 echo '{"argv": ["/usr/bin/python3", "-IB", "/stage/probe.py"]}' >"$work/stage/run.json"
 cd "$root"
 "$python" tests/enclave/make_test_authority.py "$work/authority"
-"$python" -m enclave build --without-wheels --name boot-test --stage-dir "$work/stage" \
+"$python" -P -m enclave build --without-wheels --name boot-test --stage-dir "$work/stage" \
   --signing-key "$work/authority/key.pem" --signing-certificate "$work/authority/leaf.pem" \
   -o "$work/probe.eif"
 
-VEILPIPE_BOOT_TEST=$work "$python" -m pytest -q tests/enclave/test_boot*.py "$@" &
+VEILPIPE_BOOT_TEST=$work "$python" -P -m pytest -q tests/enclave/test_{boot*,native}.py "$@" &
 child=$!
 status=0
 wait "$child" || status=$?

@@ -14,13 +14,13 @@ PACKAGES = ("transport", "pipeline", "enclave")
 # rooms (errors, dtypes, tasks, files). An enclave's image carries what a stage imports.
 ROOMS = {
     "codecs": set(),
+    "sampling": set(),
     "agreement": {"codecs"},
-    "protocol": {"agreement", "codecs"},
+    "protocol": {"agreement", "codecs", "sampling"},
     "weights": set(),
     "kernels": {"protocol", "weights"},
     "models": {"kernels", "protocol", "weights"},
-    "stage": {"agreement", "codecs", "kernels", "models", "protocol"},
-    "sampling": set(),
+    "stage": {"agreement", "codecs", "kernels", "models", "protocol", "sampling"},
     "engine": {"codecs", "protocol", "sampling"},
     "orchestrator": {"agreement", "engine", "protocol", "stage"},
     "placement": {"agreement"},
@@ -28,7 +28,7 @@ ROOMS = {
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
     "cli": {
         "agreement", "codecs", "engine", "gateway", "kernels", "models", "orchestrator",
-        "placement", "planning", "protocol", "stage",
+        "placement", "planning", "protocol", "sampling", "stage",
     },
 }  # fmt: skip
 # The one thing that kernels know of the protocol: which rows of a step are whose.

@@ -7,8 +7,8 @@ here. What is not plainly the record expected is left to them as it came.
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
-from transport.framing import Arena
-from transport.noise import CipherState
+from transport.cipher import CipherState
+from transport.framing import PlainBuffer
 from transport.records import RecordHeader, RecordOpener, RecordReader, RecordSealer
 from transport.wire import Wire
 
@@ -39,7 +39,7 @@ class ReaderTally:
     _header: RecordHeader | None
     _last: RecordHeader
 
-class ArenaTally:
+class PlainTally:
     """Storage for plaintexts."""
 
     storage: memoryview
@@ -57,10 +57,10 @@ class Inlet:
     """Takes a frame's head that has the size of the last one, where it comes alone and whole."""
 
     def __new__(
-        cls, wire: Wire, reader: RecordReader, opener: RecordOpener, arena: Arena, /
+        cls, wire: Wire, reader: RecordReader, opener: RecordOpener, buffer: PlainBuffer, /
     ) -> Inlet: ...
     def receive(self, patience_ms: int, /) -> memoryview | None:
-        """Wait that long; return the plaintext, a view of the arena's storage, else None.
+        """Wait that long; return the plaintext, a view of the buffer's storage, else None.
 
         With None, received bytes are in the reader. Raises OSError, EOFError at the end.
         """

@@ -23,7 +23,10 @@ _FORMS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class TcpEndpoint:
-    """A TCP host and port; port 0 lets the system choose one when listening."""
+    """A TCP host and port; port 0 lets the system choose one when listening.
+
+    Raises: EndpointError.
+    """
 
     host: str
     port: int
@@ -40,7 +43,10 @@ class TcpEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class UnixEndpoint:
-    """A UNIX socket; with a port, a vsock bridged over it (see the module's text)."""
+    """A UNIX socket; with a port, a vsock bridged over it (see the module's text).
+
+    Raises: EndpointError.
+    """
 
     path: Path
     port: int | None = None
@@ -76,7 +82,10 @@ class UnixEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class VsockEndpoint:
-    """An AF_VSOCK context id and port; VSOCK_ANY as the context id listens on every one."""
+    """An AF_VSOCK context id and port; VSOCK_ANY as the context id listens on every one.
+
+    Raises: EndpointError.
+    """
 
     cid: int
     port: int

@@ -1,29 +1,16 @@
 """The trio shell: a SecureChannel of frames over a connected socket, and how to make one."""
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
 
-from transport.errors import ConnectionLost, NoAnswer
+from transport.errors import ConnectionLost
 from transport.frames import INLINE_BYTES, Frame, FrameForm, FrameLimits
 from transport.framing import FrameReceiver, FrameSender
-from transport.handshake import (
-    ACCEPT_BYTES,
-    HELLO_SIZES,
-    LENGTH,
-    PROOF_SIZES,
-    REPLY_SIZES,
-    Credentials,
-    Link,
-    Peer,
-    Session,
-    Sizes,
-    initiate,
-    message_size_untrusted,
-    respond,
-    with_length,
-)
+from transport.greeting import run_initiator, run_responder
+from transport.handshake import Credentials, Link, Peer, Session
 from transport.records import OVERHEAD_BYTES, RekeyPolicy
 from transport.single_records import Inlet, Outlet
 from transport.wire import Wire
@@ -62,7 +49,7 @@ class SecureChannel(trio.abc.Channel[Frame]):
         self.clocks = (session.sealer, session.opener, wire)
         self._sender = FrameSender(session.sealer)
         self._receiver = receiver = FrameReceiver(session.opener, limits)
-        self._inlet = Inlet(wire, receiver.reader, session.opener, receiver.arena)
+        self._inlet = Inlet(wire, receiver.reader, session.opener, receiver.buffer)
         self._outlet = Outlet(wire, session.sealer, INLINE_BYTES + OVERHEAD_BYTES)
         self._is_sending = False
         self._is_receiving = False
@@ -164,6 +151,23 @@ class SecureChannel(trio.abc.Channel[Frame]):
         self._frames_received += 1
         return frame
 
+    async def wait_readable(self) -> None:
+        """Wait, letting other tasks run, until something has come for `peek`, or the end has.
+
+        Cancelled, the channel is as it was. Raises: trio.ClosedResourceError,
+        trio.BusyResourceError.
+        """
+        wire = self._wire
+        if wire.is_closed or self._is_receiving:
+            raise self._unusable()
+        if not self._receiver.is_idle:
+            return
+        self._is_receiving = True
+        try:
+            await wire.readable()
+        finally:
+            self._is_receiving = False
+
     async def peek(self) -> memoryview | None:
         """The plaintext of the next frame's head, waited for in place; the frame is still next.
 
@@ -183,8 +187,6 @@ class SecureChannel(trio.abc.Channel[Frame]):
         try:
             if not receiver.is_idle:
                 return receiver.peek()  # a peer may send faster than its frames are dealt with
-            if not wire.patience_ms:
-                return None
             return receiver.peek(self._inlet.receive(wire.patience_ms))
         except EOFError as error:
             raise wire.ended() from error
@@ -265,11 +267,7 @@ async def connect_channel(
     """
     wire = Wire(sock)
     try:
-        awaiting_reply, hello = initiate(link, credentials, rekey)
-        reply = await _exchange_hello(wire, hello)
-        awaiting_accept, proof = awaiting_reply.receive(reply)
-        await _send_message(wire, proof)
-        session = awaiting_accept.receive(await _receive_accept(wire, link))
+        session = await run_initiator(wire, link, credentials, rekey)
         return SecureChannel(wire, session, limits)
     except BaseException:
         wire.close()
@@ -283,54 +281,18 @@ async def accept_channel(
     limits: FrameLimits,
     *,
     rekey: RekeyPolicy | None = None,
+    on_hello: Callable[[bytes], None] = lambda _: None,
 ) -> SecureChannel:
     """Run the handshake as the link's responder on a connected socket, which it then owns.
 
+    `on_hello` gets the initiator's ephemeral key once its hello is known to be for this link and
+    before any more is done for it; it may raise HandshakeError.
     Raises: HandshakeError, AttestationError, ConnectionLost; the socket is closed by then.
     """
     wire = Wire(sock)
     try:
-        awaiting_hello = respond(link, credentials, rekey)
-        hello = await _receive_message(wire, HELLO_SIZES)
-        awaiting_proof, reply = awaiting_hello.receive(hello)
-        await _send_message(wire, reply)
-        session, accept = awaiting_proof.receive(await _receive_message(wire, PROOF_SIZES))
-        await wire.send_all(memoryview(accept))
+        session = await run_responder(wire, link, credentials, rekey, on_hello)
         return SecureChannel(wire, session, limits)
     except BaseException:
         wire.close()
         raise
-
-
-async def _exchange_hello(wire: Wire, hello: bytes) -> bytes:
-    try:
-        await _send_message(wire, hello)
-        return await _receive_message(wire, REPLY_SIZES)
-    except ConnectionLost as error:
-        if wire.bytes_received:
-            raise
-        raise NoAnswer(str(error)) from error
-
-
-async def _send_message(wire: Wire, message: bytes) -> None:
-    await wire.send_all(memoryview(with_length(message)))
-
-
-async def _receive_message(wire: Wire, sizes: Sizes) -> bytes:
-    try:
-        prefix = await wire.receive_exactly(LENGTH.size)
-        return await wire.receive_exactly(message_size_untrusted(prefix, sizes))
-    except ConnectionLost as error:
-        raise ConnectionLost(
-            f"{error} during the handshake: the peer may hold another manifest, be another stage "
-            "or role, or not speak veilpipe/1"
-        ) from error
-
-
-async def _receive_accept(wire: Wire, link: Link) -> bytes:
-    try:
-        return await wire.receive_exactly(ACCEPT_BYTES)
-    except ConnectionLost as error:
-        raise ConnectionLost(
-            f"{error} before the peer accepted us on our {link}: it may refuse our evidence or key"
-        ) from error

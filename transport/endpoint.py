@@ -27,6 +27,7 @@ from transport.address import (
     VsockEndpoint,
     parse_endpoint,
 )
+from transport.endpoint_errors import failed, unresolvable, vsock_family
 from transport.errors import EndpointError
 
 __all__ = [
@@ -43,7 +44,9 @@ __all__ = [
 ]
 
 MAX_BRIDGE_REPLY_BYTES: Final = 32  # b"OK 4294967295" and a newline are 14; some slack
-LISTEN_BACKLOG: Final = 64
+# Between two sessions nobody accepts on a stage's data port: strangers who wait there must be very
+# many before the right peer's dial is not taken; the next session then meets all of them at once.
+LISTEN_BACKLOG: Final = 1024
 FIRST_RETRY_S: Final = 0.05  # a peer started in the same moment is up within a few of these
 LAST_RETRY_S: Final = 0.25  # a peer that has been restarted is found at once
 NO_DESCRIPTORS_PAUSE_S: Final = 0.1  # accept fails at once while descriptors are out: do not spin
@@ -70,7 +73,7 @@ async def dial(endpoint: Endpoint) -> socket.socket:
                 return sock
             return await _bridge(sock, endpoint, port)
         case VsockEndpoint(cid=cid, port=port):
-            return await _connect(endpoint, _vsock_family(endpoint), (cid, port))
+            return await _connect(endpoint, vsock_family(endpoint), (cid, port))
 
 
 async def dial_retrying(
@@ -107,7 +110,7 @@ async def _dial_tcp(endpoint: TcpEndpoint) -> socket.socket:
     try:
         infos = await trio.socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise _unresolvable(endpoint, error) from error
+        raise unresolvable(endpoint, error) from error
     failure: EndpointError | None = None
     for family, _, _, _, address in infos:
         try:
@@ -117,21 +120,21 @@ async def _dial_tcp(endpoint: TcpEndpoint) -> socket.socket:
             continue
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
-    raise failure or _unresolvable(endpoint, OSError("no address"))
+    raise failure or unresolvable(endpoint, OSError("no address"))
 
 
 async def _connect(endpoint: Endpoint, family: int, address: _Address) -> socket.socket:
     try:
         sock = _new_socket(family)
     except OSError as error:
-        raise _failed("dial", endpoint, error) from error
+        raise failed("dial", endpoint, error) from error
     try:
         code = sock.connect_ex(address)
         if code == errno.EINPROGRESS:
             await trio.lowlevel.wait_writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            raise _failed("dial", endpoint, OSError(code, os.strerror(code)))
+            raise failed("dial", endpoint, OSError(code, os.strerror(code)))
     except BaseException:
         sock.close()
         raise
@@ -151,7 +154,7 @@ async def _bridge(sock: socket.socket, endpoint: UnixEndpoint, port: int) -> soc
         reply = await _read_line(sock)
     except OSError as error:
         sock.close()
-        raise _failed("dial", endpoint, error) from error
+        raise failed("dial", endpoint, error) from error
     except BaseException:
         sock.close()
         raise
@@ -201,7 +204,10 @@ class Listener:
         self._file_id = _file_id(endpoint)
 
     async def accept(self) -> socket.socket:
-        """The next connection, non-blocking, with TCP_NODELAY where it is TCP."""
+        """The next connection, non-blocking, with TCP_NODELAY where it is TCP.
+
+        Raises: EndpointError, trio.ClosedResourceError.
+        """
         await trio.lowlevel.checkpoint()
         while True:
             if self._sock.fileno() < 0:
@@ -214,7 +220,7 @@ class Listener:
                 continue  # the peer left before it was accepted
             except OSError as error:
                 if error.errno not in _NO_DESCRIPTORS:
-                    raise _failed("accept on", self.endpoint, error) from error
+                    raise failed("accept on", self.endpoint, error) from error
                 _log.warning("accept waits endpoint=%s cause=%s", self.endpoint, error.strerror)
                 await trio.sleep(NO_DESCRIPTORS_PAUSE_S)
             else:
@@ -257,7 +263,7 @@ def listen(endpoint: Endpoint) -> Listener:
             _remove_stale(endpoint)
             return Listener(_bind(endpoint, socket.AF_UNIX, str(endpoint.listen_path)), endpoint)
         case VsockEndpoint(cid=cid, port=port):
-            sock = _bind(endpoint, _vsock_family(endpoint), (cid, port))
+            sock = _bind(endpoint, vsock_family(endpoint), (cid, port))
             return Listener(sock, VsockEndpoint(cid, sock.getsockname()[1]))
 
 
@@ -267,7 +273,7 @@ def _listen_tcp(endpoint: TcpEndpoint) -> socket.socket:
             endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except (OSError, UnicodeError) as error:
-        raise _unresolvable(endpoint, error) from error
+        raise unresolvable(endpoint, error) from error
     family, _, _, _, address = infos[0]
     return _bind(endpoint, family, address)
 
@@ -276,7 +282,7 @@ def _bind(endpoint: Endpoint, family: int, address: _Address) -> socket.socket:
     try:
         sock = _new_socket(family)
     except OSError as error:
-        raise _failed("listen on", endpoint, error) from error
+        raise failed("listen on", endpoint, error) from error
     try:
         if isinstance(endpoint, TcpEndpoint):
             # Lets a restart bind while connections of the last run still linger in TIME_WAIT.
@@ -287,7 +293,7 @@ def _bind(endpoint: Endpoint, family: int, address: _Address) -> socket.socket:
         sock.listen(LISTEN_BACKLOG)
     except OSError as error:
         sock.close()
-        raise _failed("listen on", endpoint, error) from error
+        raise failed("listen on", endpoint, error) from error
     return sock
 
 
@@ -322,43 +328,3 @@ def _file_id(endpoint: Endpoint) -> tuple[int, int] | None:
     except OSError:
         return None
     return info.st_dev, info.st_ino
-
-
-# --- errors ----------------------------------------------------------------------------------
-
-
-def _vsock_family(endpoint: Endpoint) -> int:
-    family = getattr(socket, "AF_VSOCK", None)
-    if family is None:
-        raise EndpointError(f"cannot use {endpoint}: this system has no vsock; use TCP or UNIX")
-    return int(family)
-
-
-def _unresolvable(endpoint: TcpEndpoint, error: Exception) -> EndpointError:
-    cause = getattr(error, "strerror", None) or str(error)
-    return EndpointError(
-        f"cannot resolve host {endpoint.host!r} of {endpoint}: {cause}; check the name"
-    )
-
-
-_REMEDIES: Final = {
-    errno.ECONNREFUSED: "start the listener first, or correct the address",
-    errno.ENOENT: "start the listener first, or correct the path",
-    errno.EADDRINUSE: "stop what listens there, or choose another address",
-    errno.EADDRNOTAVAIL: "choose an address of this machine",
-    errno.EACCES: "choose another port or path, or ask for the permission",
-    errno.EAGAIN: "its queue of connections is full; try again",
-    errno.ETIMEDOUT: "check that the machine is up and no firewall is in between",
-    errno.EHOSTUNREACH: "check the address and the route to it",
-    errno.ENETUNREACH: "check the address and the route to it",
-    errno.ENODEV: "check that the enclave of this CID is running",
-    errno.ECONNRESET: "check that the enclave is up and listens on this port",
-    errno.EAFNOSUPPORT: "this kernel lacks the address family; load its module or use TCP",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-}
-
-
-def _failed(action: str, endpoint: Endpoint, error: OSError) -> EndpointError:
-    cause = error.strerror or str(error)
-    remedy = _REMEDIES.get(error.errno or 0, "check the address")
-    return EndpointError(f"cannot {action} {endpoint}: {cause}; {remedy}")

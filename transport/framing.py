@@ -20,13 +20,13 @@ from transport.records import (
     RecordReader,
     RecordSealer,
 )
-from transport.tallies import ArenaTally
+from transport.tallies import PlainTally
 
 # Members of an enumeration are slow to look up, and these are needed for every record.
 FRAME, BODY, REKEY, CLOSE = RecordKind.FRAME, RecordKind.BODY, RecordKind.REKEY, RecordKind.CLOSE
 
 
-class Arena(ArenaTally):
+class PlainBuffer(PlainTally):
     """Storage that frames are decrypted into, kept from frame to frame.
 
     It grows geometrically with records that have arrived, never with a declared size.
@@ -58,7 +58,7 @@ class FrameReceiver:
         self.space = self.reader.space
         self.wrote = self.reader.wrote
         self._limits = limits
-        self.arena = Arena()
+        self.buffer = PlainBuffer()
         self._body: _Body | None = None
         # From token to token the heads' fixed parts are the same, and so are the tensors: views of
         # the same storage. What differs by a byte is parsed and held to the limits anew.
@@ -79,7 +79,7 @@ class FrameReceiver:
     def peek(self, opened: memoryview | None = None) -> memoryview | None:
         """The plaintext of the next frame's head, if that is there; until `drop` it is still next.
 
-        `opened`: that plaintext, where its record has been opened already, into the arena.
+        `opened`: that plaintext, where its record has been opened already, into the buffer.
         Raises: RecordError; the channel is then over.
         """
         if opened is not None:
@@ -124,16 +124,16 @@ class FrameReceiver:
         if record.kind is not REKEY and (record.kind is not CLOSE or self._body is not None):
             place = "between frames" if self._body is None else "inside a frame"
             raise RecordError(f"a {record.kind.name} record {place}")
-        self.reader.open_into(self.arena.range(0, 0, 0))
+        self.reader.open_into(self.buffer.range(0, 0, 0))
         self.is_ended = record.kind is CLOSE
 
     def _open(self, record: RecordHeader) -> memoryview:
         num_bytes = record.plaintext_bytes
-        storage = self.arena.storage
+        storage = self.buffer.storage
         if num_bytes <= len(storage):
             plain = storage[:num_bytes]
         else:
-            plain = self.arena.range(0, num_bytes, num_bytes)
+            plain = self.buffer.range(0, num_bytes, num_bytes)
         self.reader.open_into(plain)
         return plain
 
@@ -161,7 +161,7 @@ class FrameReceiver:
         return layout
 
     def _tensors_of(self, layout: Layout) -> tuple[Tensor, ...]:
-        storage = self.arena.storage
+        storage = self.buffer.storage
         if self._storage is not storage:
             views = [storage[start:stop] for start, stop in layout.places]
             self._tensors = tuple(map(Tensor, layout.specs, views))
@@ -174,7 +174,7 @@ class FrameReceiver:
             raise RecordError(
                 f"a BODY record of {record.plaintext_bytes} bytes where {stop - start} are due"
             )
-        self.reader.open_into(self.arena.range(start, stop, body.layout.storage_bytes))
+        self.reader.open_into(self.buffer.range(start, stop, body.layout.storage_bytes))
         return self._finish(body) if body.advance() else None
 
     def _finish(self, body: "_Body") -> Frame:

@@ -3,12 +3,12 @@
 Every phase is an object with one transition, which returns the next phase; it works once. The
 messages travel with a two-byte length before them, the ACCEPT record without.
 
-    initiate → AwaitingReply → AwaitingAccept → Session
-    respond  → AwaitingHello → AwaitingProof  → Session
+    initiate → AwaitingReply →               AwaitingAccept → Session
+    respond  → AwaitingHello → HelloHeard → AwaitingProof  → Session
 """
 
+import hmac
 from dataclasses import dataclass
-from enum import IntEnum
 from struct import Struct
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -21,8 +21,10 @@ from transport.attestation.evidence import (
     Verifier,
     is_same,
 )
+from transport.cipher import TAG_BYTES
 from transport.errors import AttestationError, HandshakeError, MisuseError, RecordError
-from transport.noise import DH_BYTES, TAG_BYTES, XX, HandshakeState
+from transport.link import PROTOCOL_NAME, VERSION, Link, LinkKind, Role, RoleKind
+from transport.noise import DH_BYTES, XX, HandshakeState
 from transport.records import (
     OVERHEAD_BYTES,
     RecordKind,
@@ -31,96 +33,53 @@ from transport.records import (
     RekeyPolicy,
 )
 
-VERSION = b"veilpipe/1"
-PROTOCOL_NAME = "Noise_XX_25519_ChaChaPoly_SHA256"
-MANIFEST_HASH_BYTES = 32
-EPOCH_BYTES = 16
-MAX_STAGE_IDX = 2**16 - 1  # far above any real pipeline; the prologue holds it in four bytes
+__all__ = [
+    "ACCEPT_BYTES",
+    "HELLO_SIZES",
+    "LENGTH",
+    "PROOF_SIZES",
+    "REFUSAL",
+    "REPLY_SIZES",
+    "VERSION",
+    "AwaitingAccept",
+    "AwaitingHello",
+    "AwaitingProof",
+    "AwaitingReply",
+    "Credentials",
+    "HelloHeard",
+    "Link",
+    "LinkKind",
+    "Peer",
+    "Role",
+    "RoleKind",
+    "Session",
+    "Sizes",
+    "check_evidence_untrusted",
+    "initiate",
+    "message_size_untrusted",
+    "respond",
+    "with_length",
+]
+
 # NSM documents have about 5 KiB; the certificate chain may grow, a peer's appetite may not.
 MAX_EVIDENCE_BYTES = 16 * 1024
 
 LENGTH = Struct(">H")
-_PROLOGUE_TAIL = Struct(">BBIBI")
+# What a responder answers to a hello for another link than its own: a message of no bytes. It is
+# not authentic, so it says no more than hanging up would; but it is told apart from a peer not up.
+REFUSAL = LENGTH.pack(0)
+MARK_BYTES = 16
+_MARK_CONTEXT = b"veilpipe-hello/2"
+
+_OTHER_LINK = "the peer holds another manifest, is another stage or role, or is of another session"
+_OTHER_PROTOCOL = f"the peer does not speak {VERSION.decode()}"
 
 Sizes = tuple[int, int]
-HELLO_SIZES: Sizes = (DH_BYTES, DH_BYTES)
+HELLO_SIZES: Sizes = (DH_BYTES + MARK_BYTES, DH_BYTES + MARK_BYTES)
 _PROOF_MIN = DH_BYTES + TAG_BYTES + 1 + TAG_BYTES  # encrypted s, evidence kind, tags
 PROOF_SIZES: Sizes = (_PROOF_MIN, _PROOF_MIN + MAX_EVIDENCE_BYTES)
 REPLY_SIZES: Sizes = (DH_BYTES + _PROOF_MIN, DH_BYTES + _PROOF_MIN + MAX_EVIDENCE_BYTES)
 ACCEPT_BYTES = OVERHEAD_BYTES
-
-
-class RoleKind(IntEnum):
-    """What a party is."""
-
-    ORCHESTRATOR = 1
-    STAGE = 2
-
-
-class LinkKind(IntEnum):
-    """What a link carries."""
-
-    CONTROL = 1
-    DATA = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """A party's place in the pipeline. Raises: MisuseError."""
-
-    kind: RoleKind
-    stage_idx: int = 0  # 0 for the orchestrator
-
-    def __post_init__(self) -> None:
-        most = MAX_STAGE_IDX if self.kind is RoleKind.STAGE else 0
-        if not 0 <= self.stage_idx <= most:
-            raise MisuseError(f"stage index {self.stage_idx} is outside 0 to {most}")
-
-    def canonical(self) -> bytes:
-        """Return the name evidence is bound to: `orchestrator` or `stage/<index>`."""
-        if self.kind is RoleKind.ORCHESTRATOR:
-            return b"orchestrator"
-        return b"stage/%d" % self.stage_idx
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """What both ends must agree on before they speak; all of it is in the Noise prologue.
-
-    Raises: MisuseError on a field of the wrong length.
-    """
-
-    kind: LinkKind
-    initiator: Role
-    responder: Role
-    manifest_hash: bytes  # SHA-256 of the manifest's core, or of all of it on data links
-    epoch: bytes = bytes(EPOCH_BYTES)  # separates pipeline sessions; zeros on control links
-
-    def __post_init__(self) -> None:
-        if len(self.manifest_hash) != MANIFEST_HASH_BYTES:
-            raise MisuseError(f"a manifest hash has 32 bytes, not {len(self.manifest_hash)}")
-        if len(self.epoch) != EPOCH_BYTES:
-            raise MisuseError(f"an epoch has 16 bytes, not {len(self.epoch)}")
-        if self.initiator == self.responder:
-            # The two ends' evidence would be bound to the same role, and could be reflected.
-            raise MisuseError(f"{self.initiator} cannot hold a link with itself")
-
-    def prologue(self) -> bytes:
-        """Return the fixed-length bytes that Noise binds."""
-        tail = _PROLOGUE_TAIL.pack(
-            self.kind,
-            self.initiator.kind,
-            self.initiator.stage_idx,
-            self.responder.kind,
-            self.responder.stage_idx,
-        )
-        return VERSION + PROTOCOL_NAME.encode() + self.manifest_hash + tail + self.epoch
-
-    def __str__(self) -> str:
-        """Name both ends and the manifest, for errors."""
-        names = [role.canonical().decode() for role in (self.initiator, self.responder)]
-        kind, manifest = self.kind.name.lower(), self.manifest_hash.hex()[:16]
-        return f"{kind} link {names[0]} to {names[1]}, manifest {manifest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +115,7 @@ def initiate(
 ) -> tuple["AwaitingReply", bytes]:
     """Begin as the link's initiator; returns the next phase and message 1."""
     side = _Side(link, credentials, rekey or RekeyPolicy(), is_initiator=True)
-    return AwaitingReply(side), side.noise.write_message(b"")
+    return AwaitingReply(side), side.write_hello()
 
 
 def respond(
@@ -166,8 +125,10 @@ def respond(
     return AwaitingHello(_Side(link, credentials, rekey or RekeyPolicy(), is_initiator=False))
 
 
-def message_size_untrusted(prefix: bytes, sizes: Sizes) -> int:
+def message_size_untrusted(prefix: bytes, sizes: Sizes, link: Link) -> int:
     """Read a length prefix and hold it to what this phase can take. Raises: HandshakeError."""
+    if prefix == REFUSAL:
+        raise HandshakeError(f"the peer refuses our {link}: {_OTHER_LINK}, or {_OTHER_PROTOCOL}")
     (size,) = LENGTH.unpack(prefix)
     _check_size(size, sizes)
     return int(size)
@@ -195,12 +156,25 @@ class _Side:
         self._rekey = rekey
         roles = (link.initiator, link.responder)
         self._own_role, self._peer_role = roles if is_initiator else roles[::-1]
-        self._failure_meaning = (
-            f"on our {link}: the peer holds another manifest, is another stage or role, "
-            "or bytes were altered on the way"
-            if is_initiator
-            else f"on our {link}: bytes were altered on the way"  # the initiator came past ours
-        )
+        # Whoever comes past the hello holds the same link.
+        self._failure_meaning = f"on our {link}: bytes were altered on the way"
+        self._refusal = f"a hello for another link than our {link}: {_OTHER_LINK}"
+
+    def write_hello(self) -> bytes:
+        """Return message 1: a fresh key, and the mark that we hold the link's prologue."""
+        tokens = self.noise.write_tokens()
+        return tokens + self.noise.write_payload(self._mark())
+
+    def read_hello(self, message: bytes) -> None:
+        """Take message 1: three hashes, no other work for a stranger. Raises: HandshakeError."""
+        payload = self.noise.read_tokens(message)
+        expected = self._mark()
+        if not is_same(self.noise.read_payload(payload), expected):
+            raise HandshakeError(self._refusal)
+
+    def _mark(self) -> bytes:
+        """What only a holder of the prologue can compute for this ephemeral key."""
+        return hmac.digest(self.noise.handshake_hash, _MARK_CONTEXT, "sha256")[:MARK_BYTES]
 
     def write_evidence(self) -> bytes:
         """Return the next message, its evidence bound to the hash of all before its payload."""
@@ -272,10 +246,14 @@ class _Phase:
     def __init__(self, side: _Side) -> None:
         self._side: _Side | None = side
 
-    def _take(self, message: bytes) -> _Side:
+    def _leave(self) -> _Side:
         side, self._side = self._side, None
         if side is None:
             raise MisuseError(f"{type(self).__name__} is over: a phase works once")
+        return side
+
+    def _take(self, message: bytes) -> _Side:
+        side = self._leave()
         _check_size(len(message), self.sizes)
         return side
 
@@ -315,10 +293,26 @@ class AwaitingHello(_Phase):
 
     sizes = HELLO_SIZES
 
-    def receive(self, message: bytes) -> tuple["AwaitingProof", bytes]:
-        """Take message 1; returns the next phase and message 2. Raises: ProtocolError."""
+    def receive(self, message: bytes) -> "HelloHeard":
+        """Take message 1, for a few hashes. Raises: HandshakeError where it is for another link."""
         side = self._take(message)
-        side.noise.read_message(message)
+        side.read_hello(message)
+        return HelloHeard(side)
+
+
+class HelloHeard(_Phase):
+    """The initiator holds the link's prologue, or repeats the hello of one that does."""
+
+    def __init__(self, side: _Side) -> None:
+        super().__init__(side)
+        self.ephemeral_key = side.noise.remote_key("e")
+
+    def answer(self) -> tuple["AwaitingProof", bytes]:
+        """Make our evidence; returns the next phase and message 2.
+
+        Raises: ProtocolError; DeviceError or MisuseError where there is no evidence to show.
+        """
+        side = self._leave()
         return AwaitingProof(side), side.write_evidence()
 
 
@@ -339,5 +333,5 @@ def _check_size(size: int, sizes: Sizes) -> None:
     if not least <= size <= most:
         raise HandshakeError(
             f"a handshake message of {size} bytes where {least} to {most} are possible: "
-            "the peer does not speak veilpipe/1"
+            f"{_OTHER_PROTOCOL}"
         )

@@ -7,40 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable
 from dataclasses import dataclass
-from struct import Struct
 from typing import Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
+from transport.cipher import AEADS, KEY_BYTES, TAG_BYTES, Buffer, CipherState
 from transport.errors import HandshakeError, MisuseError
-from transport.tallies import CipherTally
 
-KEY_BYTES = 32
 DH_BYTES = 32
-TAG_BYTES = 16
 MAX_MESSAGE_BYTES = 65_535
-EXHAUSTED = "the message counter of this key is exhausted"
-REKEY_NONCE = 2**64 - 1  # reserved by the specification for REKEY()
-
-Buffer = bytes | bytearray | memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class Aead:
-    """A Noise cipher function: its AEAD and how it lays out the 64-bit nonce."""
-
-    make: Callable[[bytes], ChaCha20Poly1305 | AESGCM]
-    nonce: Struct
-
-
-AEADS = {
-    "ChaChaPoly": Aead(ChaCha20Poly1305, Struct("<4xQ")),
-    "AESGCM": Aead(AESGCM, Struct(">4xQ")),
-}
 HASHES = {"SHA256": "sha256", "SHA512": "sha512", "BLAKE2s": "blake2s", "BLAKE2b": "blake2b"}
 
 
@@ -81,60 +58,6 @@ class Pattern:
 
 
 XX = Pattern.parse("-> e\n<- e, ee, s, es\n-> s, se")
-
-
-class CipherState(CipherTally):
-    """An AEAD key and its message counter, which moves only when an operation succeeds."""
-
-    __slots__ = ("_aead", "_pack_nonce")
-
-    def __init__(self, aead: Aead, key: bytes) -> None:
-        self._aead = aead
-        self._pack_nonce = aead.nonce.pack
-        self._cipher = aead.make(key)
-        self.nonce = 0
-
-    def encrypt(self, ad: Buffer, plaintext: Buffer) -> bytes:
-        """Return ciphertext and tag."""
-        sealed = self._cipher.encrypt(self._next_nonce(), plaintext, ad)
-        self.nonce += 1
-        return sealed
-
-    def decrypt(self, ad: Buffer, sealed: Buffer) -> bytes:
-        """Return the plaintext. Raises: InvalidTag."""
-        plaintext = self._cipher.decrypt(self._next_nonce(), sealed, ad)
-        self.nonce += 1
-        return plaintext
-
-    def encrypt_into(self, ad: Buffer, plaintext: Buffer, out: Buffer) -> None:
-        """Write ciphertext and tag to `out`, len(plaintext) + TAG_BYTES long."""
-        nonce = self.nonce
-        if nonce == REKEY_NONCE:
-            raise MisuseError(EXHAUSTED)
-        self._cipher.encrypt_into(self._pack_nonce(nonce), plaintext, ad, out)
-        self.nonce = nonce + 1
-
-    def decrypt_into(self, ad: Buffer, sealed: Buffer, out: Buffer) -> None:
-        """Write the plaintext to `out`, len(sealed) - TAG_BYTES long. Raises: InvalidTag.
-
-        On InvalidTag `out` holds unauthenticated plaintext: the caller must wipe it.
-        """
-        nonce = self.nonce
-        if nonce == REKEY_NONCE:
-            raise MisuseError(EXHAUSTED)
-        self._cipher.decrypt_into(self._pack_nonce(nonce), sealed, ad, out)
-        self.nonce = nonce + 1
-
-    def rekey(self) -> None:
-        """Replace the key by REKEY(key), a one-way step; the counter goes on."""
-        nonce = self._pack_nonce(REKEY_NONCE)
-        key = self._cipher.encrypt(nonce, bytes(KEY_BYTES), b"")[:KEY_BYTES]
-        self._cipher = self._aead.make(key)
-
-    def _next_nonce(self) -> bytes:
-        if self.nonce == REKEY_NONCE:  # a repeated nonce would give away the key stream
-            raise MisuseError(EXHAUSTED)
-        return self._pack_nonce(self.nonce)
 
 
 class SymmetricState:
@@ -252,18 +175,18 @@ class HandshakeState:
         return self._position == len(self._pattern.messages)
 
     def public_key(self, token: str) -> bytes:
-        """Return our own static (`s`) or ephemeral (`e`) public key."""
+        """Return our own static (`s`) or ephemeral (`e`) public key. Raises: MisuseError."""
         return self._own(token).public_key().public_bytes_raw()
 
     def remote_key(self, token: str) -> bytes:
-        """Return the peer's static (`s`) or ephemeral (`e`) public key."""
+        """Return the peer's static (`s`) or ephemeral (`e`) public key. Raises: MisuseError."""
         key = self._remote[token]
         if key is None:
             raise MisuseError(f"the peer's key {token!r} is not known at this point")
         return key
 
     def write_message(self, payload: Buffer) -> bytes:
-        """Return the next message."""
+        """Return the next message. Raises: as `write_tokens`."""
         return self.write_tokens() + self.write_payload(payload)
 
     def read_message(self, message: Buffer) -> bytes:
@@ -271,7 +194,10 @@ class HandshakeState:
         return self.read_payload(self.read_tokens(message))
 
     def write_tokens(self) -> bytes:
-        """Return the key part of the next message."""
+        """Return the key part of the next message.
+
+        Raises: HandshakeError on a peer's key of low order, MisuseError out of turn.
+        """
         parts = []
         for token in self._tokens(is_writing=True):
             match token:
@@ -291,7 +217,10 @@ class HandshakeState:
         return self._symmetric.encrypt_and_hash(payload)
 
     def read_tokens(self, message: Buffer) -> memoryview:
-        """Take the key part of a message and return the rest. Raises: HandshakeError."""
+        """Take the key part of a message and return the rest.
+
+        Raises: HandshakeError, MisuseError out of turn.
+        """
         rest = memoryview(message)
         for token in self._tokens(is_writing=False):
             match token:
@@ -314,7 +243,7 @@ class HandshakeState:
         return payload
 
     def split(self) -> tuple[CipherState, CipherState]:
-        """Return the transport ciphers (sending, receiving) of a finished handshake."""
+        """Return the transport ciphers (sending, receiving). Raises: MisuseError before the end."""
         if not self.is_finished:
             raise MisuseError("the handshake is not finished")
         first, second = self._symmetric.split()

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
 
+from transport.cipher import TAG_BYTES, Buffer, CipherState
 from transport.errors import MisuseError, RecordError
-from transport.noise import TAG_BYTES, Buffer, CipherState
 from transport.tallies import HalfTally, ReaderTally, UseTally
 
 HEADER = Struct(">II")  # kind in the first byte, zeros; ciphertext length (tag included)
@@ -54,6 +54,7 @@ class RekeyPolicy:
 
     The defaults keep the data under one key far below where ChaCha20-Poly1305's bounds begin to
     matter, and bound what a key read out of memory can open of the past.
+    Raises: MisuseError.
     """
 
     max_records: int = 2**16
@@ -100,6 +101,7 @@ class RecordSealer(HalfTally):
         """Write the record, after a REKEY where one is due, and return the bytes written.
 
         `out` needs len(plaintext) + 2 * OVERHEAD_BYTES.
+        Raises: MisuseError on more than a record holds.
         """
         started_ns = perf_counter_ns()
         num_bytes = len(plaintext)
@@ -120,7 +122,7 @@ class RecordSealer(HalfTally):
         return end
 
     def seal(self, kind: RecordKind, plaintext: Buffer = b"") -> bytes:
-        """Return the record, after a REKEY where one is due."""
+        """Return the record, after a REKEY where one is due. Raises: as `seal_into`."""
         out = memoryview(bytearray(len(plaintext) + 2 * OVERHEAD_BYTES))
         return bytes(out[: self.seal_into(kind, plaintext, out)])
 

@@ -6,6 +6,7 @@ availability alone.
 
 import errno
 import logging
+import math
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,12 +17,24 @@ import trio
 
 from transport.endpoint import Endpoint, Listener, TcpEndpoint, dial, listen, parse_endpoint
 from transport.errors import EndpointError
+from transport.lobby import Guest, Lobby, Standing, source_of
 
 # One buffer a direction, filled only when it is empty: a peer that does not read stops the other
 # one through the kernel's flow control, and a connection never costs more memory than this twice.
 BUFFER_BYTES: Final = 256 * 1024
 DIAL_DEADLINE_S: Final = 10.0  # an unreachable target must not hold the caller's place for minutes
+SILENT_DEADLINE_S: Final = 10.0  # until one end says something: whoever dials has something to say
+# A target that has ended its stream has nothing more to say, and mostly nobody who listens: what
+# the caller still sends may follow, but a caller who only stays is cut off.
+ORPHANED_DEADLINE_S: Final = 10.0
 DEFAULT_MAX_CONNECTIONS: Final = 64  # 32 MiB of buffers; a stage needs three
+# A peer that vanished without a word is noticed after two minutes, not the kernel's two hours.
+_KEEP_ALIVE: Final = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+)
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +58,7 @@ class RelayStats:
     accepted: int = 0
     active: int = 0
     refused_over_limit: int = 0
+    crowded_out: int = 0  # had to make room for others before both ends had said something
     failed_dials: int = 0
     bytes_to_target: int = 0
     bytes_from_target: int = 0
@@ -52,20 +66,39 @@ class RelayStats:
 
 @dataclass(slots=True)
 class _Connection:
-    """Counts one connection's bytes, into its map's running totals too."""
+    """One connection: its bytes, in its map's running totals too, and its right to its place.
+
+    The relay cannot know who authenticates. But a connection of which both ends have spoken, and
+    the target has not ended, is one that the target keeps: it may be silent as long as it likes.
+    """
 
     stats: RelayStats
+    guest: Guest
     reason: str = "cancelled"  # why it ended
     bytes_to_target: int = 0
     bytes_from_target: int = 0
+    is_orphaned: bool = False  # the target has ended its stream
 
     def count_to_target(self, num_bytes: int) -> None:
         self.bytes_to_target += num_bytes
         self.stats.bytes_to_target += num_bytes
+        self._moved()
 
     def count_from_target(self, num_bytes: int) -> None:
         self.bytes_from_target += num_bytes
         self.stats.bytes_from_target += num_bytes
+        self._moved()
+
+    def end_from_target(self) -> None:
+        self.is_orphaned = True
+        self._moved()
+
+    def _moved(self) -> None:
+        has_answer = self.bytes_to_target and self.bytes_from_target and not self.is_orphaned
+        self.guest.standing = Standing.ESTABLISHED if has_answer else Standing.HEARD
+        self.guest.scope.deadline = (
+            trio.current_time() + ORPHANED_DEADLINE_S if self.is_orphaned else math.inf
+        )
 
 
 def parse_map(text: str, max_connections: int = DEFAULT_MAX_CONNECTIONS) -> RelayMap:
@@ -114,38 +147,49 @@ class Relay:
             self.close()
 
     async def _serve(self, mapping: RelayMap, listener: Listener, nursery: trio.Nursery) -> None:
-        stats = self.stats[mapping]
+        stats, lobby = self.stats[mapping], Lobby(mapping.max_connections)
         while True:
             try:
                 incoming = await listener.accept()
             except trio.ClosedResourceError:
                 return
-            if stats.active >= mapping.max_connections:
+            guest = lobby.enter(source_of(incoming))
+            if guest is None:
                 stats.refused_over_limit += 1
                 incoming.close()
                 _log.warning("refused map=%s limit=%d", mapping, mapping.max_connections)
                 continue
             stats.accepted += 1
             stats.active += 1
-            nursery.start_soon(_carry, mapping, stats, incoming)
+            nursery.start_soon(_carry, mapping, _Connection(stats, guest), lobby, incoming)
 
 
-async def _carry(mapping: RelayMap, stats: RelayStats, incoming: socket.socket) -> None:
+async def _carry(
+    mapping: RelayMap, connection: _Connection, lobby: Lobby, incoming: socket.socket
+) -> None:
     """One connection from accept to its log line; nothing that happens to it leaves this task."""
     started = trio.current_time()
-    connection = _Connection(stats)
+    stats, scope = connection.stats, connection.guest.scope
     try:
-        with _closing(incoming):
+        with scope, _closing(incoming):
             outgoing = await _dial_target(mapping.target)
             with _closing(outgoing):
                 _keep_alive(mapping.listen, incoming)
                 _keep_alive(mapping.target, outgoing)
+                scope.deadline = trio.current_time() + SILENT_DEADLINE_S
                 await _pump_both(incoming, outgoing, connection)
+        if scope.cancelled_caught:
+            if trio.current_time() < scope.deadline:
+                stats.crowded_out += 1
+                connection.reason = "crowded-out"
+            else:
+                connection.reason = "orphaned" if connection.is_orphaned else "silent"
     except EndpointError as error:
         stats.failed_dials += 1
         connection.reason = "dial-failed"
         _log.warning("dial failed map=%s error=%s", mapping, error)
     finally:
+        lobby.leave(connection.guest)
         stats.active -= 1
         if connection.reason != "dial-failed":
             _log.info(
@@ -168,6 +212,8 @@ async def _pump_both(
     ) -> None:
         try:
             await _pump(source, sink, count)
+            if source is outgoing:
+                connection.end_from_target()
         except OSError as error:
             connection.reason = errno.errorcode.get(error.errno or 0, "broken").lower()
             nursery.cancel_scope.cancel()
@@ -199,7 +245,8 @@ def _closing(sock: socket.socket) -> Iterator[None]:
 def _keep_alive(endpoint: Endpoint, sock: socket.socket) -> None:
     """Has the kernel notice a peer that vanished, which would hold its place for ever."""
     if isinstance(endpoint, TcpEndpoint):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for level, option, value in _KEEP_ALIVE:
+            sock.setsockopt(level, option, value)
 
 
 async def _pump(source: socket.socket, sink: socket.socket, count: Callable[[int], None]) -> None:

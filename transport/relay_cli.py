@@ -69,7 +69,10 @@ def metrics(relay: Relay) -> dict[str, list[dict[str, str | int]]]:
 
 
 def write_metrics(relay: Relay, path: Path) -> None:
-    """Replaces the file in one step: a reader sees the old counters or the new, never half."""
+    """Replaces the file in one step: a reader sees the old counters or the new, never half.
+
+    Raises: OSError.
+    """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         aside.write_text(json.dumps(metrics(relay), indent=2) + "\n")
@@ -125,7 +128,8 @@ def relay_command(
         str, typer.Option(metavar="HOST", help="With --manifest: listen for TCP on this address.")
     ] = "0.0.0.0",  # noqa: S104 - users come from outside, and what listens is blind
     max_connections: Annotated[
-        int, typer.Option(min=1, help="Connections at a time for each map; more are closed.")
+        int,
+        typer.Option(min=1, help="Connections at a time for each map; unanswered ones go first."),
     ] = DEFAULT_MAX_CONNECTIONS,
     metrics_out: Annotated[
         Path | None,

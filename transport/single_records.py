@@ -6,7 +6,7 @@ compiled one, all but the waiting.
 
 from typing import TYPE_CHECKING
 
-from transport.framing import Arena
+from transport.framing import PlainBuffer
 from transport.records import RecordOpener, RecordReader, RecordSealer
 from transport.tallies import IS_COMPILED
 from transport.wire import Wire
@@ -16,7 +16,7 @@ class PlainInlet:
     """Waits and takes what comes; opens nothing."""
 
     def __init__(
-        self, wire: Wire, reader: RecordReader, _opener: RecordOpener, _arena: Arena
+        self, wire: Wire, reader: RecordReader, _opener: RecordOpener, _buffer: PlainBuffer
     ) -> None:
         self._wire = wire
         self._reader = reader

@@ -6,9 +6,9 @@ through the processor's caches, an attribute takes a Python object's whole way t
 
 try:
     from transport._native import (
-        ArenaTally,
         CipherTally,
         HalfTally,
+        PlainTally,
         ReaderTally,
         UseTally,
         WireTally,
@@ -38,7 +38,7 @@ except ImportError:  # there is none, or it was built from other sources: the sa
 
         __slots__ = ("_end", "_header", "_last", "_start", "_store")
 
-    class ArenaTally:  # type: ignore[no-redef]
+    class PlainTally:  # type: ignore[no-redef]
         """Storage for plaintexts."""
 
         __slots__ = ("storage",)
@@ -49,4 +49,4 @@ except ImportError:  # there is none, or it was built from other sources: the sa
         __slots__ = ("bytes_received", "bytes_sent", "fd", "recv_ns", "send_ns")
 
 
-__all__ = ["ArenaTally", "CipherTally", "HalfTally", "ReaderTally", "UseTally", "WireTally"]
+__all__ = ["CipherTally", "HalfTally", "PlainTally", "ReaderTally", "UseTally", "WireTally"]

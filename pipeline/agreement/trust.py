@@ -1,7 +1,6 @@
 """What this process shows its peers and demands of them: local policy, never negotiated."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +19,9 @@ from transport.attestation.evidence import Attester, Verifier
 from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
 from transport.attestation.nitro import NitroVerifier, aws_root
 from transport.attestation.nsm import NsmAttester
+from transport.errors import MisuseError
 from transport.handshake import Credentials, Role, RoleKind
+from transport.private_files import create_private, read_private
 
 DEV_WARNING = (
     "DEVELOPMENT MODE: evidence comes from a local development CA, nothing is attested. "
@@ -60,7 +61,7 @@ class DevTrust:
 
     @classmethod
     def create(cls, directory: Path) -> "DevTrust":
-        """Load the development CA, or make one on first use."""
+        """Load the development CA, or make one on first use. Raises MisuseError."""
         authority = DevAuthority.load_or_create(directory)
         return cls(
             static_key=X25519PrivateKey.generate(),
@@ -177,7 +178,10 @@ def _require_pins(manifest: Manifest, stage: StageSpec) -> None:
 
 
 def create_identity(path: Path) -> str:
-    """Write a new X25519 key, readable by its owner alone; returns the public key as hex."""
+    """Write a new X25519 key, readable by its owner alone; returns the public key as hex.
+
+    Raises InputError.
+    """
     key = X25519PrivateKey.generate()
     pem = key.private_bytes(
         serialization.Encoding.PEM,
@@ -185,25 +189,24 @@ def create_identity(path: Path) -> str:
         serialization.NoEncryption(),
     )
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        create_private(path, pem)
+    except MisuseError as error:
+        raise PolicyError(f"cannot create key file {path}: {error}") from error
     except OSError as error:
         raise InputError(f"cannot create key file {path}: {error.strerror}") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(pem)
     return key.public_key().public_bytes_raw().hex()
 
 
 def load_identity(path: Path) -> X25519PrivateKey:
     """Read a key written by `create_identity`. Raises InputError."""
     try:
-        mode = path.stat().st_mode
-        key = serialization.load_pem_private_key(path.read_bytes(), None)
+        key = serialization.load_pem_private_key(read_private(path), None)
+    except MisuseError as error:
+        raise PolicyError(f"key file {error}") from error
     except OSError as error:
         raise InputError(f"cannot read key file {path}: {error.strerror}") from error
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise InputError(f"{path} is not a key file; `pipeline-orch keygen` makes one") from error
-    if mode & 0o077:
-        raise PolicyError(f"key file {path} is open to other users; run: chmod 600 {path}")
     if not isinstance(key, X25519PrivateKey):
         raise InputError(f"{path} holds another kind of key; `pipeline-orch keygen` makes X25519")
     return key

@@ -78,19 +78,32 @@ def pipeline_flags(
     )
 
 
-def takes_pipeline_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a typer command the flags of `pipeline_flags` too; it gets them as `shared`."""
-    own = inspect.signature(command, eval_str=True).parameters
-    shared = inspect.signature(pipeline_flags, eval_str=True).parameters
+Command = Callable[..., None]
 
-    @wraps(command)
-    def run(**values: Any) -> None:  # noqa: ANN401  (what typer found on the command line)
-        flags = pipeline_flags(**{name: values.pop(name) for name in shared})
-        command(**values, shared=flags)
 
-    merged = [each for each in own.values() if each.name != "shared"]
-    run.__signature__ = inspect.Signature([*merged, *shared.values()])  # type: ignore[attr-defined]
-    return run
+def takes_flags(**groups: Callable[..., Any]) -> Callable[[Command], Command]:
+    """Give a typer command the flags of other functions too: it gets what `name` makes of them."""
+
+    def add(command: Command) -> Command:
+        own = inspect.signature(command, eval_str=True).parameters
+        flags = {
+            name: inspect.signature(group, eval_str=True).parameters
+            for name, group in groups.items()
+        }
+
+        @wraps(command)
+        def run(**values: Any) -> None:  # noqa: ANN401  (what typer found on the command line)
+            for name, group in groups.items():
+                values[name] = group(**{flag: values.pop(flag) for flag in flags[name]})
+            command(**values)
+
+        merged = [each for each in own.values() if each.name not in groups]
+        for group in flags.values():
+            merged += group.values()
+        run.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
+        return run
+
+    return add
 
 
 @dataclass(frozen=True, slots=True)

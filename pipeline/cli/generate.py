@@ -2,28 +2,28 @@
 
 import logging
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
 
-import trio
 import typer
 
 from pipeline.agreement.manifest import load_manifest
 from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags
 from pipeline.cli.common import run_until_signalled
 from pipeline.cli.logs import tell
-from pipeline.engine.drive import drive
+from pipeline.engine.engine import PipelineEngine
+from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.latency import LatencyLog
-from pipeline.engine.request import Request, TokenEvent
-from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.scheduler import Limits
 from pipeline.engine.tokenizer import TextStream, Tokenizer
-from pipeline.errors import SessionError
+from pipeline.errors import PipelineError
 from pipeline.files import check_writable
 from pipeline.orchestrator.opening import Pipeline
-from pipeline.protocol.messages import Abort, Done, StageTiming, Start
-from pipeline.protocol.peers import GOODBYE_SECONDS, PATIENCE_MS
+from pipeline.protocol.peers import PATIENCE_MS
+from pipeline.sampling.params import SamplingParams
+from pipeline.sampling.stop import StopChecker
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class GenerateFlags:
     max_tokens: int
     ignore_eos: bool
     latency_out: Path | None
+    sampling: SamplingParams
 
 
 def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
@@ -48,9 +49,13 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     longest = manifest.activation_spec.max_seq_len
     limits = Limits(num_slots=1, max_seq_len=longest, num_stages=len(manifest.stages))
     eos = frozenset() if flags.ignore_eos else frozenset(manifest.eos_token_ids)
-    request = Request(0, tokenizer.encode(flags.text), flags.max_tokens, eos)
-    scheduler = Scheduler(limits)
-    scheduler.submit(request)
+    prompt_ids = tokenizer.encode(flags.text)
+    log = LatencyLog()
+    engine = PipelineEngine(limits)
+    printer = _Printer(flags.text, TextStream(tokenizer, prompt_ids), flags.sampling.stop, log)
+    generation = Generation(prompt_ids, flags.max_tokens, eos, flags.sampling)
+    request_id = engine.submit(generation, printer.hear)
+    printer.on_stop = lambda: engine.cancel(request_id)
     path = flags.latency_out
     if path is not None:
         check_writable(path)
@@ -58,26 +63,14 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     access = PipelineAccess.create(
         source, pipeline_flags, limits, is_resumable=False, patience_ms=PATIENCE_MS
     )
-    log = LatencyLog()
-    printer = _Printer(flags.text, TextStream(tokenizer, request.prompt_ids), log)
 
     async def work(pipeline: Pipeline) -> None:
         tokenizer.check_vocabulary(pipeline.vocab_size)
-        if not printer.has_started:
-            printer.start()  # first: a stage takes a second `start`, after a loss, for a mistake
-            await pipeline.notify(Start(request_id=request.request_id, slot=0))
-        outcome: Done | Abort = Abort(request_id=request.request_id)
-        try:
-            await drive(pipeline, scheduler, printer.on_token)
-            printer.finish()
-            outcome = Done(request_id=request.request_id)
-        finally:
-            # The user may have lost patience. After a loss it is not over yet.
-            if not pipeline.is_broken:
-                with trio.move_on_after(GOODBYE_SECONDS, shield=True), suppress(SessionError):
-                    await pipeline.notify(outcome)
+        printer.start()
+        await engine.drain(pipeline)
+        printer.finish()
 
-    number = run_until_signalled(lambda: access.run(work, scheduler))
+    number = run_until_signalled(lambda: access.run(work, engine.scheduler))
     if number is not None:
         raise typer.Exit(128 + number)
     tell("latency", log.summary())
@@ -86,35 +79,45 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
 
 
 class _Printer:
-    """Streams text to stdout and latencies to the log."""
+    """Streams text to stdout, up to a stop string, and latencies to the log."""
 
-    def __init__(self, prompt: str, stream: TextStream, log: LatencyLog) -> None:
+    def __init__(
+        self, prompt: str, stream: TextStream, stops: Sequence[str], log: LatencyLog
+    ) -> None:
+        self.on_stop: Callable[[], object] = lambda: None
         self._prompt = prompt
         self._stream = stream
+        self._stop = StopChecker(stops)
         self._log = log
         self._last_ns = 0
-
-    @property
-    def has_started(self) -> bool:
-        """Whether the prompt has been printed: after a loss, work begins again."""
-        return self._last_ns != 0
+        self._failure: PipelineError | None = None
 
     def start(self) -> None:
-        """Print the prompt; time starts now."""
-        self._write(self._prompt)
-        self._last_ns = perf_counter_ns()
+        """Print the prompt; time starts now. After a loss this is done already."""
+        if not self._last_ns:
+            self._write(self._prompt)
+            self._last_ns = perf_counter_ns()
 
-    def on_token(self, event: TokenEvent, timings: tuple[StageTiming, ...]) -> None:
+    def hear(self, event: TokenOutput | PipelineError) -> None:
         """Print one token's text."""
+        if isinstance(event, PipelineError):
+            self._failure = event
+            return
         now = perf_counter_ns()
         elapsed_ns, self._last_ns = now - self._last_ns, now
-        self._log.add(event.token_id, elapsed_ns, timings)
+        self._log.add(event.token_id, elapsed_ns, event.timings)
         logger.debug("event=token n=%d ms=%.2f", len(self._log.token_ids), elapsed_ns / 1e6)
-        self._write(self._stream.push(event.token_id))
+        text, is_stopped = self._stop.push(self._stream.push(event.token_id))
+        self._write(text)
+        if is_stopped:
+            self.on_stop()
 
     def finish(self) -> None:
-        """Print what was held back, and end the line."""
-        self._write(self._stream.finish() + "\n")
+        """Print what was held back, and end the line. Raises why no more has come, if so."""
+        if self._failure is not None:
+            raise self._failure
+        text, _ = self._stop.push(self._stream.finish())
+        self._write(text + self._stop.finish() + "\n")
 
     def _write(self, text: str) -> None:
         sys.stdout.buffer.write(text.encode("utf-8", "replace"))

@@ -9,7 +9,7 @@ import typer
 from pipeline.agreement.manifest import check_precision, dump_manifest, load_manifest
 from pipeline.agreement.trust import create_identity
 from pipeline.cli import attest
-from pipeline.cli.access import PipelineFlags, takes_pipeline_flags
+from pipeline.cli.access import PipelineFlags, pipeline_flags, takes_flags
 from pipeline.cli.common import (
     ManifestOption,
     VerboseOption,
@@ -18,9 +18,11 @@ from pipeline.cli.common import (
 )
 from pipeline.cli.generate import GenerateFlags, generate
 from pipeline.cli.logs import configure_logging
+from pipeline.cli.sampling import sampling_flags
 from pipeline.errors import InputError
 from pipeline.files import check_writable, write_atomically
 from pipeline.gateway.limits import GatewayLimits
+from pipeline.sampling.params import SamplingParams
 
 DEFAULT_LIMITS = GatewayLimits()
 DTypeOption = Annotated[
@@ -33,9 +35,10 @@ app.add_typer(attest.app, name="attest")
 
 
 @app.callback(invoke_without_command=True)
-@takes_pipeline_flags
+@takes_flags(sampling=sampling_flags, shared=pipeline_flags)
 def generate_command(
     ctx: typer.Context,
+    sampling: SamplingParams,
     shared: PipelineFlags,
     manifest: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Manifest all parties share (JSON).")
@@ -78,13 +81,15 @@ def generate_command(
         missing = [name for name, value in given.items() if value is None]
         raise InputError(f"missing {', '.join(missing)}; see pipeline-orch --help")
     generate(
-        GenerateFlags(manifest, model_dir, tokenizer, text, max_tokens, ignore_eos, latency_out),
+        GenerateFlags(
+            manifest, model_dir, tokenizer, text, max_tokens, ignore_eos, latency_out, sampling
+        ),
         shared,
     )
 
 
 @app.command("serve")
-@takes_pipeline_flags
+@takes_flags(shared=pipeline_flags)
 def serve_command(
     shared: PipelineFlags,
     manifest: ManifestOption,

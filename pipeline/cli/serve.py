@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry
 from pipeline.agreement.manifest import load_manifest
 from pipeline.cli.access import ManifestSource, PipelineAccess, PipelineFlags
 from pipeline.cli.common import run_until_signalled
+from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
-from pipeline.engine.service import PipelineEngine
 from pipeline.errors import InputError, PipelineError, SessionError
 from pipeline.gateway.auth import load_api_keys
 from pipeline.gateway.desk import Desk

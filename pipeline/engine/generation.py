@@ -7,16 +7,24 @@ from typing import Protocol
 import trio
 
 from pipeline.engine.request import FinishReason
+from pipeline.errors import InputError
+from pipeline.protocol.messages import StageTiming
+from pipeline.protocol.wants import MAX_TOP, Result, Want
+from pipeline.sampling.choosers import ChooserFactory
+from pipeline.sampling.filters import LogitsProcessor
+from pipeline.sampling.masks import Mask, masks_of
 from pipeline.sampling.params import SamplingParams
-from pipeline.sampling.processors import LogitsProcessor
+from pipeline.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One continuation to generate: of which prompt, how long, ended by what, chosen how.
 
-    `processors` are anyone's own code, applied to the logits in this order on the user's side;
-    `request_id` is the caller's name for it in logs.
+    `processors` are anyone's own code, applied to the logits in this order on the user's side, and
+    so are `masks` and what `chooser` makes for this request, in the place of `sampling`'s.
+    `request_id` is the caller's name for it in logs. Raises InputError if what `sampling` wants
+    cannot be had of so few tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -24,12 +32,36 @@ class Generation:
     eos_token_ids: frozenset[int]
     sampling: SamplingParams
     processors: tuple[LogitsProcessor, ...] = ()
+    masks: tuple[Mask, ...] = ()
+    chooser: ChooserFactory | None = None
     request_id: str = ""
 
+    def __post_init__(self) -> None:
+        """Check what the parameters alone cannot."""
+        if self.sampling.min_tokens > self.max_tokens:
+            raise InputError(
+                f"min_tokens is {self.sampling.min_tokens}, more than max_tokens, {self.max_tokens}"
+            )
+
     @property
-    def needs_logits(self) -> bool:
-        """Whether more than the last stage's greedy token is asked for."""
-        return self.sampling.needs_logits or bool(self.processors)
+    def want(self) -> Want:
+        """What the last stage has to return for a token: logits only where nothing less will do."""
+        sampling = self.sampling
+        num_top = sampling.logprobs or 0
+        has_own = self.processors or self.masks or self.chooser
+        if has_own or not sampling.can_be_drawn_remotely or num_top > MAX_TOP:
+            return Want.LOGITS
+        if not sampling.needs_logits:
+            return Want.TOKEN
+        return Want.DRAWN if sampling.logprobs is None else Want(Result.DRAWN, 1, num_top, 1)
+
+    def new_sampler(self) -> Sampler | None:
+        """Who chooses its tokens; None: the last stage, the most likely one. Raises InputError."""
+        if self.want == Want.TOKEN:
+            return None
+        masks = (*masks_of(self.sampling, self.eos_token_ids), *self.masks)
+        chooser = None if self.chooser is None else self.chooser()
+        return Sampler(self.sampling, self.prompt_ids, self.processors, masks, chooser)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +75,8 @@ class TokenOutput:
     logprob: float | None
     top: tuple[tuple[int, float], ...]
     finish: FinishReason | None
+    # What each stage needed for the step that brought it.
+    timings: tuple[StageTiming, ...] = ()
 
 
 class Engine(Protocol):

@@ -1,9 +1,12 @@
 """A request on its way from prompt to last token."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
 from pipeline.protocol.replay import SlotPart, truncate
+from pipeline.protocol.wants import Want
+from pipeline.sampling.draw import Draw
 
 
 class FinishReason(Enum):
@@ -22,8 +25,9 @@ class Request:
     prompt_ids: tuple[int, ...]
     max_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
-    # Logits instead of the greedy token, for whoever samples.
-    wants_logits: bool = False
+    # What its next token is made of, and how it is drawn where the last stage draws it.
+    want: Want = Want.TOKEN
+    next_draw: Callable[[], Draw] | None = None
 
 
 @dataclass(slots=True)
@@ -69,7 +73,7 @@ class RequestState:
         self.pieces.append(piece)
 
     def unsend(self, num_tokens: int) -> None:
-        """Take back the last so many: their step is lost."""
+        """Take back the last so many: their step is lost, or is to be forgotten by the stages."""
         self.num_sent -= num_tokens
         truncate(self.pieces, self.num_sent)
 

@@ -3,19 +3,20 @@
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
-from operator import attrgetter
 
 from pipeline.codecs.base import ActivationCodec
+from pipeline.engine.chunks import cut_prompts
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
+from pipeline.engine.step import FollowUp, Notice, Promise, Step
 from pipeline.errors import MessageError, PromptError
-from pipeline.protocol.messages import StepHeader, StepKind, Want
+from pipeline.protocol.asked import NOTHING_ASKED, Asked
+from pipeline.protocol.messages import Abort, Done, Start, StepHeader, StepKind
 from pipeline.protocol.replay import SlotPart, replay_headers
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import SessionLimits
+from pipeline.protocol.wants import Want
+from pipeline.sampling.draw import Draw
 
-# A chunk smaller than this takes nearly as long: a stage reads all its weights for each.
-MIN_CHUNK_TOKENS = 64
 # A step of two requests takes no longer than one of either: nothing is gained by less.
 MIN_SHARE = 2
 # A request whose steps have been lost so often in a row may be what breaks the stages: it travels
@@ -48,28 +49,6 @@ class Limits:
         return SessionLimits(self.num_slots, self.max_seq_len, self.max_step_tokens, codec)
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A step to send: its header, and the token ids for the first stage."""
-
-    header: StepHeader
-    token_ids: tuple[int, ...]
-    # For each segment that wants a token, whose it is.
-    owners: tuple[int, ...]
-    # Whether requests take part that had read their prompt before.
-    is_decoding: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class FollowUp:
-    """A step that is certain but for its one token: the one that the step under way returns."""
-
-    due: StepHeader
-    header: StepHeader
-    # Tokens after which there is no such step.
-    ends: frozenset[int]
-
-
 class Scheduler:
     """Admits requests to KV slots in order of arrival and batches their tokens into steps.
 
@@ -93,13 +72,23 @@ class Scheduler:
         self._running: dict[int, RequestState] = {}
         self._free_slots = self._all_slots()
         self._ended_slots: list[int] = []
+        # Slots whose stages have to forget what lies at and behind a position.
+        self._taken_back: dict[int, int] = {}
         self._in_flight: deque[Step] = deque()
         self._next_step = 0
+        self._promise = Promise()
+        self._notices: list[Notice] = []
 
     @property
     def has_work(self) -> bool:
         """Whether any request, or any step under way, is left."""
-        return bool(self._waiting or self._running or self._in_flight or self._ended_slots)
+        return bool(
+            self._waiting
+            or self._running
+            or self._in_flight
+            or self._ended_slots
+            or self._taken_back
+        )
 
     @property
     def num_running(self) -> int:
@@ -129,7 +118,26 @@ class Scheduler:
         state = self._running.pop(request_id, None)
         if state is not None:
             self._ended_slots.append(state.slot)
+            self._notices.append(Abort(request_id=request_id))
         del self._losses[request_id]  # a Counter does not mind one it has not
+
+    def take_back(self, request_id: int, length: int) -> None:
+        """Make the stages forget all but a request's first `length` tokens, by the very next step.
+
+        What is known of them stays known, and is sent again. Raises ValueError for a request that
+        has sent fewer, or of which a step is under way, or promised: its result would be of what is
+        forgotten.
+        """
+        state = self._running[request_id]
+        slots = {segment.slot for step in self._in_flight for segment in step.header.segments}
+        is_under_way = state.slot in slots or self._promise.is_given
+        if not 0 <= length <= state.num_sent or is_under_way:
+            raise ValueError(
+                f"request {request_id} cannot keep {length} of {state.num_sent} tokens now"
+            )
+        if length < state.num_sent:
+            state.unsend(state.num_sent - length)
+            self._taken_back[state.slot] = length
 
     def rewind(self) -> list[int]:
         """Forget the steps under way; returns the tokens every stage is certain to hold, by slot.
@@ -141,15 +149,17 @@ class Scheduler:
         lost = set()
         for step in self._in_flight:
             for segment in step.header.segments:
-                # A slot gets its next owner after its CLEAR has come back: this is its owner's.
-                if segment.slot in by_slot:
+                # A slot gets its next owner once it has been freed: this is its owner's.
+                if segment.slot in by_slot and segment.num_tokens:
                     by_slot[segment.slot].unsend(segment.num_tokens)
                     lost.add(segment.slot)
         self._in_flight.clear()
+        self._promise.void()
         for slot in lost:
             if self._is_given_up(by_slot[slot].request.request_id):
                 del by_slot[slot]
         self._ended_slots = []
+        self._taken_back = {}  # every stage goes back to what has been sent and not taken back
         self._free_slots = [slot for slot in self._all_slots() if slot not in by_slot]
         slots = range(self.limits.num_slots)
         return [by_slot[slot].num_sent if slot in by_slot else 0 for slot in slots]
@@ -170,7 +180,9 @@ class Scheduler:
 
     def next_step(self) -> Step | None:
         """The next step to send, or None when all that is known is under way, or must wait."""
-        step = self._clear_step() or self._token_step()
+        if self._promise.open is not None:
+            return None  # it may have been sent: nothing goes before it
+        step = self._promised_step() or self._truncate_step() or self._token_step()
         if step is not None:
             self._in_flight.append(step)
             self._next_step += 1
@@ -179,22 +191,30 @@ class Scheduler:
     def follow_up(self) -> FollowUp | None:
         """What `next_step` will be once the step under way is complete, where that is certain.
 
-        It is for a lone request, as long as nobody submits or cancels one.
+        It is for a lone request, and a promise: whoever comes or leaves meanwhile, that step is the
+        next one, unless the token ends the request.
         """
+        if self._promise.open is not None:
+            return self._promise.open
         if len(self._in_flight) != 1 or len(self._running) != 1 or self._waiting:
             return None
         due = self._in_flight[0]
         ((request_id, state),) = self._running.items()
         request = state.request
-        is_due = due.owners == (request_id,) and not self._ended_slots
+        is_due = due.owners == (request_id,) and not (self._ended_slots or self._taken_back)
         num_left = min(
             request.max_tokens - len(state.token_ids), self.limits.max_seq_len + 1 - state.num_known
         )
-        if not is_due or request.wants_logits or num_left < 2:
+        if not is_due or request.want != Want.TOKEN or num_left < 2:
             return None
         segments = (Segment(state.slot, state.num_sent, 1),)
         header = StepHeader(StepKind.STEP, self._next_step, segments, (Want.TOKEN,))
-        return FollowUp(due.header, header, request.eos_token_ids)
+        return self._promise.give(FollowUp(due.header, header, request.eos_token_ids))
+
+    def take_notices(self) -> list[Notice]:
+        """What stages are to hear of requests' lives before the next step, in this order."""
+        notices, self._notices = self._notices, []
+        return notices
 
     def owners(self, header: StepHeader) -> tuple[int, ...]:
         """Whose tokens a step's result holds, in order. Raises MessageError if it is not due."""
@@ -205,12 +225,6 @@ class Scheduler:
         if (header.kind, header.segments, header.wants) != asked:
             raise MessageError(f"the last stage answered something else than step {header.step}")
         return due.owners
-
-    def logits_rows(self, header: StepHeader) -> tuple[int | None, ...]:
-        """For each owner of a step, its row of the returned logits; None for a greedy one."""
-        rows = count()
-        wants = [want for want in header.wants if want is not Want.NOTHING]
-        return tuple(next(rows) if want is Want.LOGITS else None for want in wants)
 
     def complete(self, header: StepHeader, token_ids: Sequence[int]) -> list[TokenEvent]:
         """Take a step's result, a token for each owner; those cancelled meanwhile are dropped.
@@ -223,10 +237,10 @@ class Scheduler:
                 f"step {header.step} returned {len(token_ids)} tokens, expected {len(owners)}"
             )
         step = self._in_flight.popleft()
+        self._promise.come(token_ids, owners)
         if self._losses:
             self._clear_of_suspicion(step)
-        if step.header.kind is StepKind.CLEAR:
-            self._free_slots += [segment.slot for segment in step.header.segments]
+        self._free_slots += step.freed
         return [
             self._advance(request_id, token_id, header.step)
             for request_id, token_id in zip(owners, token_ids, strict=True)
@@ -236,13 +250,23 @@ class Scheduler:
     def _all_slots(self) -> list[int]:
         return list(range(self.limits.num_slots - 1, -1, -1))
 
-    def _clear_step(self) -> Step | None:
-        if not self._ended_slots:
+    def _promised_step(self) -> Step | None:
+        """The follow-up, if it is due. Its request may be gone: then nobody wants its token."""
+        step = self._promise.take()
+        if step is not None and (state := self._running.get(step.owners[0])) is not None:
+            state.sent(SlotPart(step.header.step, 0, state.num_sent, 1))
+        return step
+
+    def _truncate_step(self) -> Step | None:
+        if not self._ended_slots and not self._taken_back:
             return None
-        segments = tuple(Segment(slot, 0, 0) for slot in self._ended_slots)
-        self._ended_slots = []
+        freed, lengths = tuple(self._ended_slots), self._taken_back
+        self._ended_slots, self._taken_back = [], {}
+        lengths |= dict.fromkeys(freed, 0)
+        segments = tuple(Segment(slot, length, 0) for slot, length in lengths.items())
         wants = (Want.NOTHING,) * len(segments)
-        return Step(StepHeader(StepKind.CLEAR, self._next_step, segments, wants), (), ())
+        header = StepHeader(StepKind.TRUNCATE, self._next_step, segments, wants)
+        return Step(header, (), (), freed=freed)
 
     def _token_step(self) -> Step | None:
         """A step of the requests that have waited longest, if a stage has nothing to do."""
@@ -255,6 +279,7 @@ class Scheduler:
         wants: list[Want] = []
         token_ids: list[int] = []
         owners: list[int] = []
+        draws: list[Draw] = []
         parts = self._next_parts(num_idle)
         is_decoding = any(not state.num_prompt_left for state, _ in parts)
         for state, num_tokens in parts:
@@ -263,19 +288,24 @@ class Scheduler:
             token_ids += pending
             state.sent(SlotPart(self._next_step, len(segments) - 1, state.num_sent, len(pending)))
             is_last_known = state.num_sent == state.num_known
-            wants.append(_want(state.request) if is_last_known else Want.NOTHING)
+            request = state.request
+            wants.append(request.want if is_last_known else Want.NOTHING)
             if is_last_known:
-                owners.append(state.request.request_id)
+                owners.append(request.request_id)
+                if request.next_draw is not None:
+                    draws.append(request.next_draw())
         if not segments:
             return None
         header = StepHeader(StepKind.STEP, self._next_step, tuple(segments), tuple(wants))
-        return Step(header, tuple(token_ids), tuple(owners), is_decoding)
+        asked = Asked(draws=tuple(draws)) if draws else NOTHING_ASKED
+        return Step(header, tuple(token_ids), tuple(owners), is_decoding, asked)
 
     def _admit(self) -> None:
         while self._waiting and self._free_slots:
             request_id, state = self._waiting.popitem(last=False)
             state.slot = self._free_slots.pop()
             self._running[request_id] = state
+            self._notices.append(Start(request_id=request_id, slot=state.slot))
 
     def _next_parts(self, num_idle: int) -> list[tuple[RequestState, int]]:
         """Who takes part in the next step, with at most how many tokens."""
@@ -283,7 +313,8 @@ class Scheduler:
             if num_losses >= SUSPECT_LOSSES:
                 alone = [(self._running[request_id], self.limits.chunk_tokens)]
                 return alone if num_idle == self.limits.num_stages else []
-        return [*self._decoding(), *self._prefilling(num_idle)]
+        left = [state for state in self._running.values() if state.num_prompt_left]
+        return [*self._decoding(), *cut_prompts(left, num_idle, self.limits.chunk_tokens)]
 
     def _decoding(self) -> list[tuple[RequestState, int]]:
         """A step's share of the requests that have read their prompt, with a token for each.
@@ -298,28 +329,6 @@ class Scheduler:
             return []
         return [(state, 1) for state in decoding if state.num_sent < state.num_known][:share]
 
-    def _prefilling(self, num_idle: int) -> list[tuple[RequestState, int]]:
-        """Chunks of prompts: `num_idle` stages' share of all.
-
-        The shortest go first, for they are soon done; but half is for the oldest, which would else
-        wait for as long as shorter ones keep coming.
-        """
-        left = [state for state in self._running.values() if state.num_prompt_left]
-        if not left:
-            return []
-        share = -(-sum(state.num_prompt_left for state in left) // num_idle)
-        budget = min(max(share, MIN_CHUNK_TOKENS), self.limits.chunk_tokens)
-        oldest = left[0]
-        chunks = {oldest.slot: min(oldest.num_prompt_left, -(-budget // 2))}
-        budget -= chunks[oldest.slot]
-        for state in sorted(left, key=attrgetter("num_prompt_left")):
-            has = chunks.get(state.slot, 0)
-            more = min(state.num_prompt_left - has, budget)
-            budget -= more
-            if has + more:
-                chunks[state.slot] = has + more
-        return [(state, chunks[state.slot]) for state in left if state.slot in chunks]
-
     def _is_given_up(self, request_id: int) -> bool:
         """Count the loss of a request's step; forget the request if that has been too many."""
         self._losses[request_id] += 1
@@ -327,6 +336,7 @@ class Scheduler:
             return False
         self.num_given_up += 1
         del self._running[request_id], self._losses[request_id]
+        self._notices.append(Abort(request_id=request_id))
         self._on_give_up(request_id)
         return True
 
@@ -352,8 +362,5 @@ class Scheduler:
             self._running[request_id] = state  # behind those that have waited longer
         else:
             self._ended_slots.append(state.slot)
+            self._notices.append(Done(request_id=request_id))
         return TokenEvent(request_id, token_id, step, finish)
-
-
-def _want(request: Request) -> Want:
-    return Want.LOGITS if request.wants_logits else Want.TOKEN

@@ -1,4 +1,4 @@
-"""Serving many clients, on the user's side of the pipeline.
+"""Serving many clients, on the user's side of the pipeline. It believes no client, and no model.
 
 A door (`http`, or another) takes a request in, reads it into an `Order` (`schemas`, for those who
 send OpenAI's JSON), and gives it to the `desk`. The desk knows no HTTP: it admits, renders and

@@ -3,20 +3,28 @@
 import hashlib
 import hmac
 import ipaddress
+import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.errors import InputError
 from pipeline.gateway.errors import ApiError, Kind
+from transport.errors import MisuseError
+from transport.private_files import require_unwritable
 
 MAX_KEY_FILE_BYTES = 1 << 16
 
 
 def load_api_keys(path: Path) -> frozenset[str]:
-    """The keys in a file, one a line. Raises InputError."""
+    """The keys in a file, one a line. Raises InputError, where others may write it too."""
     try:
-        text = path.read_bytes()[: MAX_KEY_FILE_BYTES + 1].decode("ascii")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            info = os.fstat(file.fileno())
+            if stat.S_ISREG(info.st_mode):  # Attack: another user adds a key of his own.
+                require_unwritable(path, info)
+            text = file.read(MAX_KEY_FILE_BYTES + 1).decode("ascii")
+    except (OSError, UnicodeDecodeError, MisuseError) as error:
         raise InputError(f"cannot read API keys from {path}: {error}") from error
     keys = frozenset(line.strip() for line in text.splitlines() if line.strip())
     if not keys or len(text) > MAX_KEY_FILE_BYTES:

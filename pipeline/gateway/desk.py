@@ -5,7 +5,7 @@ No door's protocol is known here: whoever stands before it calls `admit`, opens 
 """
 
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from typing import TypeVar
 import trio
 
 from pipeline.engine.generation import Engine, Generation
-from pipeline.errors import PromptError
+from pipeline.errors import InputError, PromptError
 from pipeline.gateway.auth import KeyRing
 from pipeline.gateway.choices import PieceStream, TextOptions, open_choices
 from pipeline.gateway.errors import busy, invalid, too_long, unknown_model
@@ -130,9 +130,22 @@ class Desk:
         self._check_ids(order.stop_token_ids, "stop_token_ids")
         for sampling in order.sampling:
             self._check_ids(sampling.logit_bias, "logit_bias")
+            self._check_ids(sampling.allowed_token_ids or (), "allowed_token_ids")
         prompts = await self._encode_all(order)
+        try:
+            generations = self._generations(order, prompts, max_tokens, record)
+        except InputError as error:
+            raise invalid(str(error), None) from error
+        options = TextOptions(order.shows_special_tokens, order.includes_stop)
+        job = Job(prompts, generations, options, record)
+        record.add_prompt(job.num_prompt)
+        return job
+
+    def _generations(
+        self, order: Order, prompts: Sequence[TokenIds], max_tokens: int, record: RequestRecord
+    ) -> tuple[Generation, ...]:
         ends = frozenset() if order.ignores_eos else self.config.eos_token_ids
-        generations = tuple(
+        return tuple(
             Generation(
                 prompt_ids=prompt_ids,
                 max_tokens=max_tokens,
@@ -143,10 +156,6 @@ class Desk:
             for prompt_ids in prompts
             for sampling in order.sampling
         )
-        options = TextOptions(order.shows_special_tokens, order.includes_stop)
-        job = Job(prompts, generations, options, record)
-        record.add_prompt(job.num_prompt)
-        return job
 
     @asynccontextmanager
     async def generate(self, job: Job) -> AsyncIterator[PieceStream]:

@@ -11,8 +11,8 @@ from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.agreement.manifest import Manifest, StageSpec
+from pipeline.engine.engine import EngineStats
 from pipeline.engine.scheduler import Limits
-from pipeline.engine.service import EngineStats
 from pipeline.gateway.metrics import LatencyView
 from pipeline.orchestrator.remote_stage import RemoteStage
 from pipeline.protocol.messages import StageFigures

@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import FailFast, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from pipeline.errors import InputError
 from pipeline.gateway.errors import ApiError, invalid, unsupported
 from pipeline.gateway.fields import (
     HARMLESS,
@@ -17,13 +18,19 @@ from pipeline.gateway.fields import (
 )
 from pipeline.gateway.messages import Message, Schema
 from pipeline.gateway.orders import Conversation, Order
-from pipeline.sampling.params import SamplingParams
+from pipeline.sampling.choosers import chooser_of
+from pipeline.sampling.params import (
+    BIAS,
+    MAX_ALLOWED,
+    MAX_BIASES,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    RANGES,
+    SamplingParams,
+)
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
-MAX_STOPS = 16  # OpenAI takes 4; each costs the same few steps per character
-MAX_STOP_CHARS = 1024
-MAX_BIASES = 1024
 MAX_PROMPTS = 128
 MAX_STOP_TOKENS = 1024
 MAX_VARIABLES = 64
@@ -34,8 +41,11 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 _INT64 = 1 << 63
 _Count = Annotated[int, Field(ge=1)]
-_TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+def _within(name: str) -> Any:  # noqa: ANN401  (what Field says it returns)
+    return Field(ge=RANGES[name].low, le=RANGES[name].high)
 
 
 class StreamOptions(Schema):
@@ -53,8 +63,8 @@ class _Sampled(Schema):
     """What both endpoints share.
 
     Beyond OpenAI's fields, as vLLM has them: top_k, min_p, repetition_penalty, ignore_eos,
-    stop_token_ids, include_stop_str_in_output, skip_special_tokens, add_special_tokens,
-    truncate_prompt_tokens.
+    min_tokens, allowed_token_ids, stop_token_ids, include_stop_str_in_output, skip_special_tokens,
+    add_special_tokens, truncate_prompt_tokens; and our own: chooser.
     """
 
     model: str
@@ -62,22 +72,27 @@ class _Sampled(Schema):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: _Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    presence_penalty: _Penalty | None = None
-    frequency_penalty: _Penalty | None = None
+    temperature: Annotated[float, _within("temperature")] | None = None
+    top_p: Annotated[float, _within("top_p")] | None = None
+    top_k: Annotated[int, _within("top_k")] | None = None
+    min_p: Annotated[float, _within("min_p")] | None = None
+    repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, _within("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     stop: tuple[str, ...] = ()
     logit_bias: dict[int, float] = Field(default_factory=dict)
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[_TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    stop_token_ids: Annotated[list[_Id], Field(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    min_tokens: Annotated[int, _within("min_tokens")] | None = None
+    allowed_token_ids: (
+        Annotated[tuple[_Id, ...], Field(min_length=1, max_length=MAX_ALLOWED)] | None
+    ) = None
+    chooser: dict[str, Any] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -108,12 +123,22 @@ class _Sampled(Schema):
         for token, bias in value.items():
             is_id = token.isascii() and token.isdecimal() and len(token) < 10
             is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
-            if not (is_id and is_number and -100 <= bias <= 100):
+            if not (is_id and is_number and BIAS.low <= bias <= BIAS.high):
                 raise PydanticCustomError(
                     "bias_value", "Input should map token ids to numbers from -100 to 100"
                 )
             biases[int(token)] = float(bias)
         return biases
+
+    @field_validator("chooser")
+    @classmethod
+    def _know_chooser(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        try:
+            if value is not None:
+                chooser_of(value)
+        except InputError as error:
+            raise PydanticCustomError("chooser_value", "{reason}", {"reason": str(error)}) from None
+        return value
 
     @model_validator(mode="after")
     def _check_together(self) -> "_Sampled":
@@ -133,7 +158,7 @@ class _Sampled(Schema):
         """How to sample the `choice`-th continuation: a seed gives each its own numbers."""
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=max(self.top_k or 0, 0),
+            top_k=self.top_k or 0,
             top_p=1.0 if self.top_p is None else self.top_p,
             min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty or 1.0,
@@ -143,6 +168,9 @@ class _Sampled(Schema):
             logit_bias=self.logit_bias,
             logprobs=logprobs,
             stop=self.stop,
+            min_tokens=self.min_tokens or 0,
+            allowed_token_ids=self.allowed_token_ids,
+            chooser=None if self.chooser is None else chooser_of(self.chooser),
         )
 
     def _order(self, logprobs: int | None, **fields: Any) -> Order:  # noqa: ANN401  (Order's own)

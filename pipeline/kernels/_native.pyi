@@ -252,4 +252,7 @@ def attend(
     """
 
 def argmax(x: Address, rows: int, n: int, out: Address, /) -> None:
-    """Index of the first greatest of each row of x [rows, n] into out, int64 [rows]."""
+    """Index of the first greatest of each row of x [rows, n] into out, int64 [rows].
+
+    -1 for a row that has a NaN, or whose greatest is infinite.
+    """

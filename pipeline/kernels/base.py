@@ -277,7 +277,10 @@ class Kernels(ABC):
 
     @abstractmethod
     def argmax(self, logits: Array) -> Array:
-        """Index of the first greatest of each row: [rows, n] -> [rows] int64."""
+        """Index of the first greatest of each row: [rows, n] -> [rows] int64.
+
+        -1 for a row that has a NaN, or whose greatest is infinite.
+        """
 
 
 def batch_positions(batch: Batch) -> HostArray:

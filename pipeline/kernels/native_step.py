@@ -25,8 +25,9 @@ from pipeline.protocol.segments import Batch
 # A span is the rows of one slot: (slot, first row, number of rows, first position).
 SPAN = 4
 POSITION = 3
-# What the segments of a served step may want: a token of those with logits, or whatever.
-ANY, TOKEN = 0, 1
+# What the segments of a served step may want: a token of those with logits, or whatever comes with
+# no tensor of its own. As a header has it: the result, and in the upper half how many rows.
+ANY, TOKEN = 0, 1 << 16 | 1
 
 
 def spans_of(batch: Batch) -> HostArray:

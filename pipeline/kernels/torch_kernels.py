@@ -262,4 +262,5 @@ class TorchKernels(Kernels):
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """Index of the first greatest of each row."""
-        return logits.argmax(dim=-1)
+        greatest, found = logits.max(dim=-1)  # NaN where there is one
+        return torch.where(greatest.isfinite(), found, -1)

@@ -5,7 +5,7 @@ orchestrator need only copy that from one frame to the other, and the stages com
 makes sure of the result as it would of any, and turns it into text.
 """
 
-from pipeline.engine.scheduler import FollowUp
+from pipeline.engine.step import FollowUp
 from pipeline.errors import LinkLost
 from pipeline.protocol.links import step_form
 from pipeline.protocol.messages import (
@@ -13,11 +13,11 @@ from pipeline.protocol.messages import (
     StageTiming,
     StepHeader,
     StepKind,
-    Want,
     encode_step,
 )
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import token_specs
+from pipeline.protocol.wants import Want
 from transport.frames import FrameForm
 
 TOKEN_BYTES = 4

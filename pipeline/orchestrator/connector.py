@@ -7,8 +7,9 @@ import trio
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust import Trust
 from pipeline.errors import MessageError, SessionError, StageHung
+from pipeline.protocol.asked import MAX_VOCAB
 from pipeline.protocol.links import CONTROL_LIMITS, SEND_ONLY_LIMITS, ControlLink, StepGate
-from pipeline.protocol.messages import Init, StepHeader, StepKind, Want
+from pipeline.protocol.messages import Init, StepHeader
 from pipeline.protocol.peers import (
     CONTROL_EPOCH,
     ORCHESTRATOR,
@@ -16,15 +17,13 @@ from pipeline.protocol.peers import (
     connect_retrying,
     describe,
 )
-from pipeline.protocol.steps import CLEAR_SPEC, SessionLimits, token_specs
+from pipeline.protocol.results import expected_results, max_result_bytes
+from pipeline.protocol.steps import SessionLimits
 from transport.channel import SecureChannel
 from transport.endpoint import Endpoint, Listener
 from transport.errors import TransportError
-from transport.frames import DType, TensorSpec
+from transport.frames import TensorSpec
 from transport.handshake import Link, LinkKind, Role, RoleKind
-
-# The largest vocabularies have a quarter of this; it bounds what a step's logits may take.
-MAX_VOCAB = 1 << 20
 
 Progress = Callable[[str], None]
 
@@ -36,6 +35,8 @@ class Connector:
         self, manifest: Manifest, trust: Trust, limits: SessionLimits, progress: Progress
     ) -> None:
         self.num_handshakes = 0
+        # Of the model, once its stages have named it: what logits may come back.
+        self.vocab_size = 0
         # What each connection under way still lacks, for the user.
         self.pending: dict[str, str] = {}
         self._manifest = manifest
@@ -66,7 +67,7 @@ class Connector:
         """The data channel from the last stage."""
         last = self._manifest.stages[-1]
         link = self._data_link(_stage_role(last.stage_idx), ORCHESTRATOR, epoch)
-        max_bytes = self._limits.num_slots * (1 + MAX_VOCAB) * DType.F32.itemsize
+        max_bytes = max_result_bytes(self._limits, MAX_VOCAB)
         channel = await accept_first(
             listener, link, self._trust, last.measurements(), gate.frame_limits(max_bytes)
         )
@@ -125,15 +126,7 @@ class Connector:
 
     def _expect(self, header: StepHeader, specs: tuple[TensorSpec, ...]) -> None:
         """What the last stage may return for a step; how many tokens, the scheduler checks."""
-        if header.kind is StepKind.CLEAR:
-            expected: tuple[TensorSpec, ...] = (CLEAR_SPEC,)
-        else:
-            num_logits = header.wants.count(Want.LOGITS)
-            expected = token_specs(num_logits + header.wants.count(Want.TOKEN))
-            if num_logits:
-                # The vocabulary's size is the stage's word, as the greedy token is.
-                vocab = specs[1].shape[-1] if len(specs) == 2 and specs[1].shape else 0
-                expected = (*expected, TensorSpec(DType.F32, (num_logits, min(vocab, MAX_VOCAB))))
+        expected = expected_results(header, self.vocab_size, self._limits.codec.hidden_dim)
         if specs != expected or len(header.timings) != len(self._manifest.stages):
             raise MessageError(f"step {header.step} returned {specs}, expected {expected}")
 

@@ -3,12 +3,11 @@
 from collections import deque
 from collections.abc import Sequence
 
-from pipeline.engine.drive import RunnerStats
-from pipeline.engine.scheduler import FollowUp, Step
-from pipeline.protocol.messages import StepKind
-from pipeline.protocol.steps import CLEAR_SENTINEL, StepResult, step_result, token_ids_to_wire
+from pipeline.engine.runner import RunnerStats
+from pipeline.engine.step import FollowUp, Notice, Step
+from pipeline.protocol.results import StepResult, step_result
+from pipeline.protocol.steps import step_tensors
 from pipeline.stage.core import StageCore
-from transport.frames import Tensor
 
 
 class LocalPipeline:
@@ -23,6 +22,9 @@ class LocalPipeline:
         """Nothing is ever lost here."""
         return RunnerStats()
 
+    async def notify(self, notices: Sequence[Notice]) -> None:
+        """Whoever is called step by step needs no telling."""
+
     async def send(self, step: Step) -> None:
         """Run the step at once."""
         self._results.append(self.run(step))
@@ -36,10 +38,7 @@ class LocalPipeline:
 
     def run(self, step: Step) -> StepResult:
         """Run one step through every stage."""
-        is_clear = step.header.kind is StepKind.CLEAR
-        tensors: tuple[Tensor, ...] = (
-            CLEAR_SENTINEL if is_clear else token_ids_to_wire(step.token_ids),
-        )
+        tensors = step_tensors(step.header, step.token_ids, step.asked)
         for stage in self._stages:
             tensors = stage.step(step.header, tensors)
         return step_result(step.header, tensors)

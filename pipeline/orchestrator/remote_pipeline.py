@@ -10,8 +10,9 @@ from typing import Protocol
 import trio
 
 from pipeline.agreement.manifest import Manifest
-from pipeline.engine.drive import RunnerStats
-from pipeline.engine.scheduler import FollowUp, Limits, Step
+from pipeline.engine.runner import RunnerStats
+from pipeline.engine.scheduler import Limits
+from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.errors import (
     LinkLost,
     MessageError,
@@ -23,15 +24,12 @@ from pipeline.orchestrator.ahead import Ahead
 from pipeline.orchestrator.connector import Connector
 from pipeline.orchestrator.remote_stage import HEALTH_SECONDS, Expectation, RemoteStage
 from pipeline.protocol.links import StepGate, receive_step, send_step
-from pipeline.protocol.messages import Init, Message, Ready, Rewind, Shutdown, StepKind
+from pipeline.protocol.messages import Init, Ready, Rewind, Shutdown, Start, StepKind
 from pipeline.protocol.peers import GOODBYE_SECONDS, describe, hang_up
 from pipeline.protocol.replay import ORCHESTRATOR_IDX, ReplayPlan, plan_replay
-from pipeline.protocol.steps import (
-    CLEAR_SENTINEL,
-    StepResult,
-    step_result,
-    token_ids_to_wire,
-)
+from pipeline.protocol.results import StepResult, step_result
+from pipeline.protocol.steps import step_tensors
+from pipeline.protocol.wants import NO_TOKEN
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel
 from transport.endpoint import Endpoint, Listener
@@ -55,7 +53,8 @@ class PipelineOptions:
     data_out_listen: Endpoint | None = None
     hang_seconds: float = HANG_SECONDS
     on_loss: Callable[[SessionError], None] = lambda _: None
-    # How long to wait for a result in place (`SecureChannel.wait_in_place`).
+    # How long to wait for a result in place (`SecureChannel.wait_in_place`), where nothing else has
+    # to run in this process meanwhile. 0: through the event loop alone.
     patience_ms: int = 0
 
 
@@ -117,6 +116,8 @@ class Pipeline:
         self._tasks = tasks
         self._stages: dict[int, RemoteStage] = {}
         self._links: _Links | None = None
+        # Requests that have started and not ended: a stage that comes later hears of them too.
+        self._started: dict[int, Start] = {}
         # Steps under way on these links.
         self._num_due = 0
         # Rebuilt, and no result has come since that would prove it complete.
@@ -141,6 +142,14 @@ class Pipeline:
         return [self._stages[idx] for idx in sorted(self._stages)]
 
     @property
+    def is_row_exact(self) -> bool:
+        """Whether a row comes out the same, bit for bit, whatever steps its text was computed in.
+
+        Only where all stages say so; of stages that have said nothing yet it is not known.
+        """
+        return bool(self.ready) and all(each.is_row_exact for each in self.ready)
+
+    @property
     def is_joined(self) -> bool:
         """Whether steps can flow."""
         return self._links is not None and not self.is_broken
@@ -161,10 +170,9 @@ class Pipeline:
         self._num_due += step.header.kind is not StepKind.REPLAY
         if links.ahead.has_sent(step.header):
             return
-        is_clear = step.header.kind is StepKind.CLEAR
-        tensor = CLEAR_SENTINEL if is_clear else token_ids_to_wire(step.token_ids)
+        tensors = step_tensors(step.header, step.token_ids, step.asked)
         try:
-            await send_step(links.data_in, step.header, (tensor,))
+            await send_step(links.data_in, step.header, tensors)
         except (TransportError, trio.ClosedResourceError) as error:
             raise LinkLost(0, f"its data channel broke: {describe(error)}") from error
 
@@ -183,15 +191,11 @@ class Pipeline:
         except (TransportError, trio.EndOfChannel, trio.ClosedResourceError) as error:
             raise LinkLost(last, f"its data channel broke: {describe(error)}") from error
         result = step_result(header, tensors)
-        if result.token_ids and max(result.token_ids) >= self.vocab_size:
-            raise MessageError(
-                f"stage {last} returned a token outside the vocabulary of {self.vocab_size}"
-            )
-        if result.logits is not None and result.logits.shape[1] != self.vocab_size:
-            raise MessageError(
-                f"stage {last} returned logits of {result.logits.shape[1]} tokens, "
-                f"the vocabulary has {self.vocab_size}"
-            )
+        for token_id in result.all_ids():
+            if token_id >= self.vocab_size and token_id != NO_TOKEN:
+                raise MessageError(
+                    f"stage {last} returned a token outside the vocabulary of {self.vocab_size}"
+                )
         self.num_results += 1
         self._num_due -= 1
         if self._unproven or self._lost_at is not None:
@@ -200,6 +204,8 @@ class Pipeline:
 
     async def _send_ahead(self, links: _Links) -> None:
         """Wait for the next result, and send the step that has been prepared for it."""
+        if not self._options.patience_ms:
+            await links.data_out.wait_readable()
         plain = await links.data_out.peek()
         form = None if plain is None else links.ahead.follow(plain, self.vocab_size)
         if form is not None:
@@ -208,16 +214,18 @@ class Pipeline:
             except (TransportError, trio.ClosedResourceError) as error:
                 raise LinkLost(0, f"its data channel broke: {describe(error)}") from error
 
-    async def notify(self, message: Message) -> None:
-        """Tell every stage about a request's life. Raises StageLost, once all have been told."""
-        failure: StageLost | None = None
-        for stage in tuple(self._stages.values()):
-            try:
-                await stage.send(message)
-            except StageLost as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
+    async def notify(self, notices: Sequence[Notice]) -> None:
+        """Tell every stage about requests' lives. Raises StageLost: the others hear of it later."""
+        for notice in notices:
+            if isinstance(notice, Start):
+                self._started[notice.request_id] = notice
+            else:
+                self._started.pop(notice.request_id, None)
+        stages = self.stages
+        for stage in stages:
+            stage.note(notices)
+        for stage in stages:
+            await stage.tell()
 
     @asynccontextmanager
     async def unbroken(self) -> AsyncIterator[None]:
@@ -301,6 +309,7 @@ class Pipeline:
         lengths = list(source.rewind()) if source else [0] * self._options.limits.num_slots
         for stage in stages:
             await stage.begin(self._opening(stage, epoch, lengths, replay))
+            await stage.tell()
         await self._join(stages, epoch)
         until = replay.sources.get(ORCHESTRATOR_IDX)
         if source is not None and until is not None:
@@ -340,6 +349,7 @@ class Pipeline:
         is_last = stage_idx == len(self._manifest.stages) - 1
         expected = Expectation(self._manifest.stage(stage_idx), is_last)
         stage = RemoteStage(expected, control, on_waiting, self.fail)
+        stage.note(self._started.values())
         self._stages[stage_idx] = stage
         self._tasks.start_soon(self._watch, stage)
 
@@ -390,6 +400,7 @@ class Pipeline:
             raise
         self.ready = tuple(ready)
         self.vocab_size = min(each.vocab_size for each in ready)
+        self._connector.vocab_size = self.vocab_size
         links["out"].wait_in_place(self._options.patience_ms)
         self._links = _Links(links["in"], links["out"], gate, Ahead(len(stages)))
         self._num_due = 0

@@ -1,12 +1,14 @@
 """A stage as the orchestrator sees it: its control channel, watched from the first moment on."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
 import trio
 
 from pipeline.agreement.manifest import StageSpec
+from pipeline.engine.step import Notice
 from pipeline.errors import LinkLost, MessageError, SessionError, StageHung, StageLost
 from pipeline.protocol.links import ControlLink
 from pipeline.protocol.messages import (
@@ -61,6 +63,8 @@ class RemoteStage:
         self._ready: Ready | None = None
         self._is_ready = trio.Event()
         self._num_unanswered = 0
+        # Of requests' lives, what it has not been told yet.
+        self._untold: deque[Notice] = deque()
         self.connected_at = trio.current_time()
         # What it last told of itself, and what before that: together they give rates.
         self.figures: StageFigures | None = None
@@ -103,6 +107,16 @@ class RemoteStage:
             await self._control.send(message)
         except (TransportError, trio.ClosedResourceError) as error:
             raise StageLost(self.idx, describe(error)) from error
+
+    def note(self, notices: Iterable[Notice]) -> None:
+        """Have this told by the next `tell`: also if the one under way is cut short by a loss."""
+        self._untold += notices
+
+    async def tell(self) -> None:
+        """Tell the stage of requests' lives what it has not heard yet. Raises StageLost."""
+        while self._untold:
+            await self.send(self._untold[0])
+            self._untold.popleft()
 
     async def ready(self) -> Ready:
         """What the stage told of itself once both its data channels of this epoch stood."""

@@ -24,7 +24,8 @@ STOP_SECONDS = 5.0
 # Until the next spare is started: whoever has just been replaced has work to catch up with.
 QUIET_SECONDS = 1.0
 
-COMMAND = (sys.executable, "-c", "from pipeline.cli.entry import stage_worker as w; w()")
+# -P: else a module beside a downloaded model, in the directory the user is in, would be run.
+COMMAND = (sys.executable, "-P", "-c", "from pipeline.cli.entry import stage_worker as w; w()")
 
 
 class Supervisor:

@@ -14,6 +14,7 @@ from pipeline.protocol.messages import (
     encode_message,
     encode_step,
 )
+from pipeline.protocol.results import MAX_RESULT_TENSORS
 from pipeline.protocol.steps import SessionLimits, check_header
 from transport.channel import SecureChannel
 from transport.errors import FrameError
@@ -24,8 +25,6 @@ CONTROL_LIMITS = FrameLimits(
 )
 # Room for MAX_SEGMENTS segments and MAX_STAGES timings.
 MAX_STEP_HEADER_BYTES = 32 << 10
-# Tensors of a result: token ids, logits.
-MAX_RESULT_TENSORS = 2
 
 Expect = Callable[[StepHeader, tuple[TensorSpec, ...]], None]
 

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pipeline.agreement.manifest import MAX_STAGES
 from pipeline.errors import MessageError
 from pipeline.protocol.segments import Segment
+from pipeline.protocol.wants import Want, want_from_wire
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 # Control messages are a few hundred bytes; an init with 32 measurements of two neighbours is 4 KB.
 MAX_CONTROL_BYTES = 64 << 10
 MAX_SEGMENTS = 1024
@@ -66,6 +67,8 @@ class Ready(_Message):
     device: Annotated[str, Field(max_length=64)]
     # Whether it can replay what it sent, should the stage behind it be replaced.
     keeps_activations: bool
+    # Whether its rows are the same, bit for bit, in steps of any size.
+    is_row_exact: bool
 
 
 class Waiting(_Message):
@@ -222,18 +225,11 @@ class StepKind(IntEnum):
     """What a data frame asks of a stage."""
 
     STEP = 1
-    # With a U32 tensor of shape [0]: reset the KV state of the named slots.
-    CLEAR = 2
+    # With a U32 tensor of shape [0]: the named slots keep the tokens before their segment's
+    # position, and at 0 none: nothing of a request is left for the next.
+    TRUNCATE = 2
     # A step of before, for stages that have replaced lost ones: rebuilds KV state, has no result.
     REPLAY = 3
-
-
-class Want(IntEnum):
-    """What the last stage returns for a segment."""
-
-    NOTHING = 0
-    TOKEN = 1
-    LOGITS = 2
 
 
 # Tuples: they are made for every token, in a third of a frozen dataclass's time.
@@ -268,8 +264,8 @@ class StepHeader(NamedTuple):
 
 # version u8 | kind u8 | segments u16 | timings u16 | until u16 | step u64
 _HEAD = Struct("<BBHHHQ")
-# slot u32 | position u32 | tokens u32 | want u32
-_SEGMENT = "IIII"
+# slot u16 | ids u16 | position u32 | tokens u32 | result u8 | top u8 | rows u16
+_SEGMENT = "HHIIBBH"
 # compute ns u64 | crypto ns u64 | wire ns u64
 _TIMING = "QQQ"
 _SEGMENT_BYTES = Struct(f"<{_SEGMENT}").size
@@ -277,7 +273,7 @@ TIMING_BYTES = Struct(f"<{_TIMING}").size
 _NUM_HEAD_FIELDS = len(_HEAD.unpack(bytes(_HEAD.size)))
 # Members of an enumeration are slow to look up by calling it.
 _KINDS = {int(kind): kind for kind in StepKind}
-_WANTS = {int(want): want for want in Want}
+_NUM_SEGMENT_FIELDS = len(_SEGMENT)
 
 
 @lru_cache(maxsize=64)
@@ -289,9 +285,10 @@ def encode_step(header: StepHeader) -> bytes:
     """Pack a step header."""
     kind, step, segments, wants, timings, until = header
     fields = [PROTOCOL_VERSION, kind, len(segments), len(timings), until, step]
-    for segment, want in zip(segments, wants, strict=True):
-        fields += segment
-        fields.append(want)
+    for (slot, position, num_tokens), (result, rows, top, num_ids) in zip(
+        segments, wants, strict=True
+    ):
+        fields += (slot, num_ids, position, num_tokens, result, top, rows)
     for timing in timings:
         fields += timing
     return _layout(len(segments), len(timings)).pack(*fields)
@@ -315,12 +312,13 @@ def decode_step(data: bytes) -> StepHeader:
             f"{num_timings} timings, expected {expected} bytes"
         )
     fields = _layout(num_segments, num_timings).unpack(data)
-    ends = _NUM_HEAD_FIELDS + 4 * num_segments
-    starts = range(_NUM_HEAD_FIELDS, ends, 4)
-    try:
-        wants = tuple([_WANTS[fields[at + 3]] for at in starts])
-    except KeyError as error:
-        raise MessageError(f"step header holds an unknown want: {error}") from error
-    segments = tuple([Segment._make(fields[at : at + 3]) for at in starts])
+    ends = _NUM_HEAD_FIELDS + _NUM_SEGMENT_FIELDS * num_segments
+    segments, wants = [], []
+    for at in range(_NUM_HEAD_FIELDS, ends, _NUM_SEGMENT_FIELDS):
+        slot, num_ids, position, num_tokens, result, top, rows = fields[
+            at : at + _NUM_SEGMENT_FIELDS
+        ]
+        segments.append(Segment(slot, position, num_tokens))
+        wants.append(want_from_wire(result, rows, top, num_ids))
     timings = tuple([StageTiming._make(fields[at : at + 3]) for at in range(ends, len(fields), 3)])
-    return StepHeader(kind, step, segments, wants, timings, until)
+    return StepHeader(kind, step, tuple(segments), tuple(wants), timings, until)

@@ -1,8 +1,9 @@
 """Meeting peers and parting from them: what both sides of a pipeline do alike."""
 
 import logging
+import math
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import trio
 
@@ -15,13 +16,17 @@ from transport.endpoint import Endpoint, Listener, dial_retrying
 from transport.errors import NoAnswer, TransportError
 from transport.frames import FrameLimits
 from transport.handshake import Credentials, Link, Role, RoleKind
+from transport.lobby import Guest, HelloMemory, Lobby, Standing, source_of
 
 logger = logging.getLogger(__name__)
 
 # A peer that says nothing for this long while it is its turn in a handshake is dropped.
 HANDSHAKE_SECONDS = 10.0
-# Handshakes under way at once; more wait in the kernel's backlog, so a flood costs no memory.
-MAX_PENDING_HANDSHAKES = 16
+# Handshakes under way at once, at some 20 KiB each. A right peer is done in two round trips: it
+# loses its place only to so many others in that time, from no place more crowded than its own.
+MAX_PENDING_HANDSHAKES = 64
+# Between two lines about handshakes that failed.
+REFUSAL_SECONDS = 1.0
 # Between tries of a peer whose relay answers for it, before it is up.
 NO_ANSWER_SECONDS = 0.25
 # Time for a last message to a peer that may not be reading.
@@ -41,33 +46,21 @@ async def accept_first(
     measurements: Mapping[int, bytes],
     limits: FrameLimits,
 ) -> SecureChannel:
-    """The first connection that authenticates as the link's initiator; others are dropped.
-
-    Handshakes run side by side, so that a silent stranger cannot keep the right peer out.
-    """
+    """The first connection that authenticates as the link's initiator; others are dropped."""
     accepted: list[SecureChannel] = []
     is_accepted = trio.Event()
-    slots = trio.CapacityLimiter(MAX_PENDING_HANDSHAKES)
 
-    async def greet(sock: socket.socket, place: object) -> None:
-        credentials = trust.toward(link.initiator, measurements)
-        channel = await accept_or_log(sock, link, credentials, limits)
-        slots.release_on_behalf_of(place)
-        if channel is not None and accepted:
+    async def welcome(channel: SecureChannel) -> None:
+        if accepted:
             await close_quietly(channel)
-        elif channel is not None:
+        else:
             accepted.append(channel)
             is_accepted.set()
 
-    async def greet_all(tasks: trio.Nursery) -> None:
-        while True:
-            place = object()
-            await slots.acquire_on_behalf_of(place)
-            tasks.start_soon(greet, await listener.accept(), place)
-
     try:
         async with open_tasks() as tasks:
-            tasks.start_soon(greet_all, tasks)
+            credentials = trust.toward(link.initiator, measurements)
+            tasks.start_soon(accept_all, listener, link, credentials, limits, welcome)
             await is_accepted.wait()
             tasks.cancel_scope.cancel()
     except BaseException:  # cancelled between one's handshake and handing it over
@@ -75,6 +68,72 @@ async def accept_first(
             await close_quietly(channel)
         raise
     return accepted[0]
+
+
+async def accept_all(
+    listener: Listener,
+    link: Link,
+    credentials: Credentials,
+    limits: FrameLimits,
+    welcome: Callable[[SecureChannel], Awaitable[None]],
+) -> None:
+    """Welcome every connection that authenticates as the link's initiator, until cancelled.
+
+    Handshakes run side by side, and when there are too many, the silent make room for others: so
+    no number of strangers can keep the right peer out by saying nothing.
+    """
+    lobby, hellos, refusals = Lobby(MAX_PENDING_HANDSHAKES), HelloMemory(), Refusals(link)
+
+    async def greet(sock: socket.socket, guest: Guest) -> None:
+        def on_hello(ephemeral_key: bytes) -> None:
+            hellos.add(ephemeral_key)
+            guest.standing = Standing.HEARD
+
+        channel = None
+        try:
+            with guest.scope:
+                with trio.fail_after(HANDSHAKE_SECONDS):
+                    channel = await accept_channel(
+                        sock, link, credentials, limits, on_hello=on_hello
+                    )
+        except (TransportError, trio.TooSlowError) as error:
+            refusals.report(describe(error))
+        finally:
+            lobby.leave(guest)
+        if guest.scope.cancelled_caught:
+            refusals.report("too many connect and do not authenticate; this one had to make room")
+        if channel is not None:
+            await welcome(channel)
+
+    async with open_tasks() as tasks:
+        while True:
+            sock = await listener.accept()
+            guest = lobby.enter(source_of(sock))
+            assert guest is not None  # nobody in this lobby is established: they have left it
+            tasks.start_soon(greet, sock, guest)
+
+
+class Refusals:
+    """Logs handshakes that failed, a line a second at most: a flood must not fill the disk too."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._num_unsaid = 0
+        self._quiet_until = -math.inf
+
+    def report(self, reason: str) -> None:
+        """Log one, and how many there were since the last line."""
+        if trio.current_time() < self._quiet_until:
+            self._num_unsaid += 1
+            return
+        logger.warning(
+            "event=handshake_refused link=%s unsaid=%d error=%s",
+            self._link.kind.name,
+            self._num_unsaid,
+            reason,
+        )
+        self._num_unsaid = 0
+        self._quiet_until = trio.current_time() + REFUSAL_SECONDS
 
 
 async def connect_retrying(
@@ -97,18 +156,6 @@ async def connect_retrying(
         except NoAnswer as error:
             on_wait(error)
         await trio.sleep(NO_ANSWER_SECONDS)
-
-
-async def accept_or_log(
-    sock: socket.socket, link: Link, credentials: Credentials, limits: FrameLimits
-) -> SecureChannel | None:
-    """Run the responder's handshake; a peer that fails it is logged and dropped."""
-    try:
-        with trio.fail_after(HANDSHAKE_SECONDS):
-            return await accept_channel(sock, link, credentials, limits)
-    except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
-        logger.warning("event=handshake_refused link=%s error=%s", link.kind.name, describe(error))
-        return None
 
 
 async def say(control: ControlLink, message: Message) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
-from pipeline.protocol.messages import StepHeader, StepKind, Want
+from pipeline.protocol.messages import StepHeader, StepKind
 from pipeline.protocol.segments import Segment
+from pipeline.protocol.wants import Want
 
 # Stands for the orchestrator where a stage's index is asked for: what comes before stage 0.
 ORCHESTRATOR_IDX = -1

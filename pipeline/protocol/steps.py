@@ -3,34 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.codecs.base import ActivationCodec
 from pipeline.errors import MessageError
+from pipeline.protocol.asked import (
+    NOTHING_ASKED,
+    Asked,
+    asked_specs,
+    asked_to_wire,
+    max_draw_bytes,
+)
 from pipeline.protocol.messages import StepHeader, StepKind
+from pipeline.protocol.wants import Result, Want
 from transport.frames import DType, Tensor, TensorSpec
 
 TokenIds = npt.NDArray[np.uint32]
 CLEAR_SPEC = TensorSpec(DType.U32, (0,))
 CLEAR_SENTINEL = Tensor(CLEAR_SPEC, memoryview(b""))
-
-
-Logits = npt.NDArray[np.float32]
-
-
-class StepResult(NamedTuple):
-    """What came back for a step: a token per segment that wants any, logits for those that do.
-
-    Shapes: token_ids [segments that want something]; logits [segments that want logits, vocab],
-    valid until the next result.
-    """
-
-    header: StepHeader
-    token_ids: list[int]
-    logits: Logits | None = None
+_GOES_WITH = frozenset({Result.LOGPROBS, Result.DRAWN})
+# Rows for which all of a vocabulary travels, as logits or as a mask, for each slot of a session.
+WHOLE_ROWS = 32
+# Log-probabilities that one step may ask for: a few megabytes.
+MAX_LOGPROBS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +41,25 @@ class SessionLimits:
     codec: ActivationCodec
 
     @property
-    def max_tensor_bytes(self) -> int:
-        """Most bytes of tensors a step may carry between stages."""
+    def max_row_bytes(self) -> int:
+        """Most bytes that a step's rows may take between stages."""
         activations = sum(spec.nbytes for spec in self.codec.specs(self.max_step_tokens))
         return max(activations, self.max_step_tokens * DType.U32.itemsize)
+
+    @property
+    def max_tensor_bytes(self) -> int:
+        """Most bytes of tensors a step may carry between stages, what is asked of the last one too.
+
+        A bound for any step; each is held against its own header before anything is stored.
+        """
+        given = MAX_LOGPROBS * DType.U32.itemsize
+        draws = max_draw_bytes(self.num_slots, self.max_whole_rows, self.max_seq_len)
+        return self.max_row_bytes + given + draws
+
+    @property
+    def max_whole_rows(self) -> int:
+        """Most rows of a step that may want logits, or be drawn."""
+        return self.num_slots * WHOLE_ROWS
 
 
 @lru_cache(maxsize=256)
@@ -63,7 +75,7 @@ def check_header(header: StepHeader, limits: SessionLimits) -> None:
         raise MessageError(f"step {step} has no segments")
     if len({slot for slot, _, _ in segments}) != len(segments):
         raise MessageError(f"step {step} names a slot twice")
-    is_clear = kind is StepKind.CLEAR
+    takes_back = kind is StepKind.TRUNCATE
     total = 0
     for slot, position, num_tokens in segments:
         if slot >= limits.num_slots:
@@ -73,24 +85,65 @@ def check_header(header: StepHeader, limits: SessionLimits) -> None:
             raise MessageError(
                 f"step {step} reaches position {end}, the context is {limits.max_seq_len}"
             )
-        if (num_tokens == 0) is not is_clear:
+        if (num_tokens == 0) is not takes_back:
             raise MessageError(f"step {step} has a segment of {num_tokens} tokens")
         total += num_tokens
-    if kind is StepKind.REPLAY and any(wants):
-        raise MessageError(f"replayed step {step} wants a result")
     if total > limits.max_step_tokens:
         raise MessageError(f"step {step} has {total} tokens, the limit is {limits.max_step_tokens}")
+    if kind is not StepKind.STEP or wants.count(Want.TOKEN) != len(wants):  # else as most are
+        _check_wants(header, limits)
+
+
+def _check_wants(header: StepHeader, limits: SessionLimits) -> None:
+    step, is_replay = header.step, header.kind is StepKind.REPLAY
+    num_whole = num_logprobs = 0
+    for segment, want in zip(header.segments, header.wants, strict=True):
+        result, rows, _, _ = want
+        if is_replay and result is not Result.NOTHING:
+            raise MessageError(f"replayed step {step} wants a result")
+        if rows > segment.num_tokens:
+            raise MessageError(
+                f"step {step} wants {rows} rows of a segment of {segment.num_tokens}"
+            )
+        num_logprobs += want.num_logprobs
+        if result in {Result.LOGITS, Result.DRAWN}:
+            num_whole += rows
+    if num_whole > limits.max_whole_rows or num_logprobs > MAX_LOGPROBS:
+        raise MessageError(
+            f"step {step} wants {num_whole} rows of logits and {num_logprobs} log-probabilities, "
+            f"the limits are {limits.max_whole_rows} and {MAX_LOGPROBS}"
+        )
 
 
 def expected_inputs(
-    header: StepHeader, limits: SessionLimits, *, is_first: bool
+    header: StepHeader,
+    limits: SessionLimits,
+    *,
+    is_first: bool,
+    declared: Sequence[TensorSpec] = (),
 ) -> tuple[TensorSpec, ...]:
-    """The tensors a stage takes with this header."""
-    if header.kind is StepKind.CLEAR:
+    """The tensors a stage takes with this header; of those `declared`, draws have many sizes."""
+    if header.kind is StepKind.TRUNCATE:
         return (CLEAR_SPEC,)
-    if is_first:
-        return token_specs(header.num_tokens)
-    return limits.codec.specs(header.num_tokens)
+    num_tokens = header.num_tokens
+    rows = token_specs(num_tokens) if is_first else limits.codec.specs(num_tokens)
+    if any(map(_GOES_WITH.__contains__, [want.result for want in header.wants])):
+        return (*rows, *asked_specs(header.wants, declared, limits.max_seq_len))
+    return rows
+
+
+def num_row_tensors(limits: SessionLimits, *, is_first: bool) -> int:
+    """How many of a step's tensors are its rows; what is behind them is for the last stage."""
+    return 1 if is_first else len(limits.codec.specs(1))
+
+
+def step_tensors(
+    header: StepHeader, token_ids: Sequence[int], asked: Asked = NOTHING_ASKED
+) -> tuple[Tensor, ...]:
+    """What goes to the first stage with a header."""
+    if header.kind is StepKind.TRUNCATE:
+        return (CLEAR_SENTINEL,)
+    return (token_ids_to_wire(token_ids), *asked_to_wire(asked))
 
 
 def token_ids_to_wire(token_ids: Sequence[int] | TokenIds) -> Tensor:
@@ -104,18 +157,3 @@ def token_ids_from_wire(tensor: Tensor) -> TokenIds:
     if tensor.spec.dtype is not DType.U32 or len(tensor.spec.shape) != 1:
         raise MessageError(f"token ids arrived as {tensor.spec.dtype.name}{tensor.spec.shape}")
     return np.frombuffer(tensor.data, dtype="<u4")
-
-
-def logits_to_wire(logits: Logits) -> Tensor:
-    """Logits [n, vocab] as an F32 tensor."""
-    rows = np.ascontiguousarray(logits, dtype="<f4")
-    return Tensor(TensorSpec(DType.F32, rows.shape), rows.data.cast("B"))
-
-
-def step_result(header: StepHeader, tensors: Sequence[Tensor]) -> StepResult:
-    """Read the last stage's tensors, whose specs have been checked."""
-    token_ids = token_ids_from_wire(tensors[0]).tolist()
-    if len(tensors) == 1:
-        return StepResult(header, token_ids)
-    logits = np.frombuffer(tensors[1].data, dtype="<f4").reshape(tensors[1].spec.shape)
-    return StepResult(header, token_ids, logits)

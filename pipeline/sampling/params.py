@@ -1,22 +1,65 @@
-"""How a request's tokens are chosen: values only, checked where they are made."""
+"""How a request's tokens are chosen: values only, checked where they are made, for every door."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import NamedTuple
 
 from pipeline.errors import InputError
 
+Option = str | float
+
 _NO_BIAS: Mapping[int, float] = MappingProxyType({})
+_NO_OPTIONS: Mapping[str, Option] = MappingProxyType({})
+
+
+class Range(NamedTuple):
+    """Both ends belong to it."""
+
+    low: float
+    high: float
+
+
+# What each number may be: OpenAI's ranges where it has the field.
+RANGES = {
+    "temperature": Range(0, 2),
+    "top_k": Range(-1, (1 << 31) - 1),
+    "top_p": Range(0, 1),
+    "min_p": Range(0, 1),
+    "repetition_penalty": Range(0.01, 100),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "seed": Range(-(1 << 63), (1 << 64) - 1),
+    "min_tokens": Range(0, (1 << 31) - 1),
+    "logprobs": Range(0, 1 << 20),
+}
+BIAS = Range(-100, 100)
+MAX_STOPS = 16  # OpenAI takes 4; each costs the same few steps per character
+MAX_STOP_CHARS = 1024
+MAX_BIASES = 1024
+MAX_ALLOWED = 1 << 14  # every continuation of a request looks at each once
+# The largest vocabularies have a quarter of this.
+MAX_TOKEN_ID = (1 << 20) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ChooserSpec:
+    """A registered chooser, by name, and its options as the user gave them."""
+
+    name: str
+    options: Mapping[str, Option] = field(default_factory=lambda: _NO_OPTIONS)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Greedy unless told otherwise. Raises InputError naming the value that makes no sense.
 
-    `top_k` 0 and the other neutral values switch a filter off. `logprobs` None asks for none,
+    `top_k` 0 or -1 and the other neutral values switch a filter off. `logprobs` None asks for none,
     `n` for the chosen token's and the `n` most likely ones', all under the model's own
-    distribution, before any of the other fields has changed it.
+    distribution, before any of the other fields has changed it. `allowed_token_ids` None allows
+    all; no end token comes before `min_tokens` others. `chooser` None draws, or is greedy at
+    temperature 0.
     """
 
     temperature: float = 0.0
@@ -30,27 +73,36 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=lambda: _NO_BIAS)
     logprobs: int | None = None
     stop: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    min_tokens: int = 0
+    chooser: ChooserSpec | None = None
 
     def __post_init__(self) -> None:
         """Check every field."""
-        self._check("temperature", self.temperature, self.temperature >= 0, "at least 0")
-        self._check("top_k", self.top_k, self.top_k >= 0, "at least 0")
-        self._check("top_p", self.top_p, 0 <= self.top_p <= 1, "between 0 and 1")
-        self._check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
-        penalty = self.repetition_penalty
-        self._check("repetition_penalty", penalty, penalty > 0, "above 0")
-        self._check("presence_penalty", self.presence_penalty, True, "finite")
-        self._check("frequency_penalty", self.frequency_penalty, True, "finite")
-        self._check("logprobs", self.logprobs or 0, (self.logprobs or 0) >= 0, "at least 0")
+        for name, allowed in RANGES.items():
+            value = getattr(self, name)
+            if value is not None:
+                _check(name, value, allowed)
+        if len(self.logit_bias) > MAX_BIASES:
+            raise InputError(f"logit_bias: give at most {MAX_BIASES} token ids")
         for token_id, bias in self.logit_bias.items():
-            self._check("logit_bias", bias, token_id >= 0, "for a token id of at least 0")
-        if "" in self.stop:
-            raise InputError("a stop string is empty; give at least one character")
-
-    @staticmethod
-    def _check(name: str, value: float, is_valid: bool, expected: str) -> None:
-        if not (is_valid and math.isfinite(value)):
-            raise InputError(f"{name} is {value}; it must be finite and {expected}")
+            _check("a token id of logit_bias", token_id, Range(0, MAX_TOKEN_ID))
+            _check("logit_bias", bias, BIAS)
+        if self.allowed_token_ids is not None:
+            if not 0 < len(self.allowed_token_ids) <= MAX_ALLOWED:
+                raise InputError(f"allowed_token_ids: give 1 to {MAX_ALLOWED} token ids")
+            for token_id in (min(self.allowed_token_ids), max(self.allowed_token_ids)):
+                _check("allowed_token_ids", token_id, Range(0, MAX_TOKEN_ID))
+        is_short = all(0 < len(stop) <= MAX_STOP_CHARS for stop in self.stop)
+        if len(self.stop) > MAX_STOPS or not is_short:
+            raise InputError(
+                f"stop strings: give at most {MAX_STOPS}, of 1 to {MAX_STOP_CHARS} characters each"
+            )
+        if self.chooser is not None and self.chooser.name != "greedy" and self.temperature == 0:
+            raise InputError(
+                f"chooser {self.chooser.name} has one token to choose from at temperature 0; "
+                "give a temperature above 0"
+            )
 
     @property
     def has_penalties(self) -> bool:
@@ -62,6 +114,12 @@ class SamplingParams:
         )
 
     @property
+    def can_be_drawn_remotely(self) -> bool:
+        """Whether a last stage that is told these numbers draws the same tokens."""
+        has_mask = self.allowed_token_ids is not None or self.min_tokens > 0
+        return not has_mask and self.chooser is None
+
+    @property
     def needs_logits(self) -> bool:
         """False when the most likely token, chosen where the logits are, is all it takes."""
         return (
@@ -69,4 +127,12 @@ class SamplingParams:
             or self.logprobs is not None
             or self.has_penalties
             or bool(self.logit_bias)
+            or self.allowed_token_ids is not None
+            or self.min_tokens > 0
+            or self.chooser is not None
         )
+
+
+def _check(name: str, value: float, allowed: Range) -> None:
+    if not (math.isfinite(value) and allowed.low <= value <= allowed.high):
+        raise InputError(f"{name} is {value}; give a number from {allowed.low} to {allowed.high}")

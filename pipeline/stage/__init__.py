@@ -1,1 +1,6 @@
-"""A stage worker: one orchestrator's session after another, and what a step computes."""
+"""A stage worker: one orchestrator's session after another.
+
+A control channel comes in and asks for a session; steps come in on a data channel, pass through the
+shard (`core`, or straight through the `lane`) and leave on another. What a session wrote is zeroed
+when it ends. It runs on machines of others, so it knows neither text nor orchestrator nor gateway.
+"""

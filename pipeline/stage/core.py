@@ -4,23 +4,24 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pipeline.dtypes import Array, Floats, HostArray
+from pipeline.dtypes import Floats, HostArray
 from pipeline.errors import MessageError
 from pipeline.kernels.base import DecodeStep, FramePlace, Rows, Serve
 from pipeline.models.registry import ModelShard
-from pipeline.protocol.messages import StepHeader, StepKind, Want
+from pipeline.protocol.asked import NOTHING_ASKED, Asked, asked_from_wire
+from pipeline.protocol.messages import StepHeader, StepKind
 from pipeline.protocol.segments import Batch
 from pipeline.protocol.steps import (
     CLEAR_SENTINEL,
-    Logits,
     SessionLimits,
-    logits_to_wire,
+    num_row_tensors,
     token_ids_from_wire,
-    token_ids_to_wire,
     token_specs,
 )
+from pipeline.protocol.wants import Result, Want
 from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.catch_up import CatchUp
+from pipeline.stage.results import Scored, results_of, step_results
 from transport.frames import Tensor
 
 
@@ -35,6 +36,7 @@ class StageCore:
         self.cache = shard.new_cache(limits.num_slots, limits.max_seq_len)
         self.log = log
         self._codec = limits.codec
+        self._num_row_tensors = num_row_tensors(limits, is_first=shard.is_first)
         self._catch_up = CatchUp(limits.max_step_tokens)
         # What the last step sends on, until it is kept: its number, its segments, its rows.
         self._unkept: tuple[int, Batch, Floats | bytearray | memoryview] | None = None
@@ -104,28 +106,32 @@ class StageCore:
     def step(self, header: StepHeader, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run one step.
 
-        Shapes: first stage U32 [tokens], others what the codec's `specs` say; returns that, or
-        from the last stage U32 [segments that want a token] and, if any segment wants logits,
-        F32 [those segments, vocab]. A replay has no result there. Raises MessageError when the step
-        does not fit the KV state.
+        Shapes: first stage U32 [tokens], others what the codec's `specs` say, and what is asked
+        of the last stage, which the others pass on behind their rows; the last one returns
+        `expected_results`, or nothing for a replay. Raises MessageError when the step does not fit
+        the KV state, or what is asked this model.
         """
         self.keep()
-        if header.kind is StepKind.CLEAR:
-            slots = [segment.slot for segment in header.segments]
-            self.cache.clear(slots)
-            if self.log is not None:
-                self.log.clear(slots)
+        if header.kind is StepKind.TRUNCATE:
+            for slot, position, _ in header.segments:
+                self._truncate(slot, position)
             return (CLEAR_SENTINEL,)
-        is_decoding = header.kind is StepKind.STEP and header.num_tokens == len(header.segments)
-        if is_decoding and self.shard.kernels.has_decode_steps:
-            return self._decode(header, tensors)
-        hidden = self.shard.forward(self._inputs(tensors), header.segments, self.cache)
-        if self.shard.is_last:
-            return () if header.kind is StepKind.REPLAY else self._results(header, hidden)
-        (hidden,) = self.shard.kernels.to_host(hidden)
-        if self.log is not None:
-            self._unkept = (header.step, header.segments, hidden)
-        return self._codec.encode(hidden)
+        tensors, behind = tensors[: self._num_row_tensors], tensors[self._num_row_tensors :]
+        asked = NOTHING_ASKED
+        if behind and self.shard.is_last:
+            asked = asked_from_wire(header.wants, behind, self.shard.config.vocab_size)
+        if self._is_decoding(header):
+            outputs = self._decode(header, tensors, asked)
+        else:
+            hidden = self.shard.forward(self._inputs(tensors), header.segments, self.cache)
+            if self.shard.is_last:
+                is_replay = header.kind is StepKind.REPLAY
+                return () if is_replay else step_results(self.shard, header, asked, hidden)
+            (hidden,) = self.shard.kernels.to_host(hidden)
+            if self.log is not None:
+                self._unkept = (header.step, header.segments, hidden)
+            outputs = self._codec.encode(hidden)
+        return outputs if self.shard.is_last else (*outputs, *behind)
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Go back to `lengths` tokens per slot. Raises MessageError when a slot holds fewer."""
@@ -136,9 +142,7 @@ class StageCore:
         self.keep()
         self._catch_up = CatchUp(self.limits.max_step_tokens)
         for slot, length in enumerate(lengths):
-            self.cache.truncate(slot, length)
-            if self.log is not None:
-                self.log.truncate(slot, length)
+            self._truncate(slot, length)
 
     def replay(self, until: int) -> Iterator[tuple[StepHeader, tuple[Tensor, ...]]]:
         """What was sent on before, once more. Raises MessageError when it has not been kept."""
@@ -157,6 +161,20 @@ class StageCore:
         if self.log is not None:
             self.log.release()
 
+    def _truncate(self, slot: int, length: int) -> None:
+        self.cache.truncate(slot, length)
+        if self.log is not None:
+            self.log.truncate(slot, length)
+
+    def _is_decoding(self, header: StepHeader) -> bool:
+        """Whether it is a step for `decode`, which has no rows to return from before the head."""
+        return (
+            self.shard.kernels.has_decode_steps
+            and header.kind is StepKind.STEP
+            and header.num_tokens == len(header.segments)
+            and not (self.shard.is_last and Want.HIDDEN in header.wants)
+        )
+
     def _caught_up(self) -> list[tuple[StepHeader, tuple[Tensor, ...]]]:
         """Compute all that has been put off, in one go."""
         self.keep()
@@ -170,7 +188,9 @@ class StageCore:
             done.append((header, () if self.shard.is_last else self._codec.encode(hidden)))
         return done
 
-    def _decode(self, header: StepHeader, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _decode(
+        self, header: StepHeader, tensors: Sequence[Tensor], asked: Asked
+    ) -> tuple[Tensor, ...]:
         """A step of one token each, from the wire to the wire where that carries float32."""
         is_plain = self._codec.is_plain_f32
         rows = tensors[0].data
@@ -182,7 +202,7 @@ class StageCore:
             self._inputs(tensors)  # says what is wrong with token ids
             raise
         if logits is not None:
-            return _decoded(header, outputs, logits)
+            return _decoded(header, asked, outputs, logits)
         if is_plain:
             (spec,) = self._codec.specs(len(header.segments))
             return (Tensor(spec, memoryview(outputs)),)
@@ -201,32 +221,21 @@ class StageCore:
             )
         return token_ids.astype(np.int64)
 
-    def _results(self, header: StepHeader, hidden: Array) -> tuple[Tensor, ...]:
-        last_rows, wants, end = [], [], 0
-        for segment, want in zip(header.segments, header.wants, strict=True):
-            end += segment.num_tokens
-            if want is not Want.NOTHING:
-                last_rows.append(end - 1)
-                wants.append(want)
-        if not last_rows:
-            return (token_ids_to_wire(np.empty(0, dtype="<u4")),)
-        kernels = self.shard.kernels
-        if len(last_rows) != hidden.shape[0]:
-            hidden = hidden[kernels.to_device(np.array(last_rows))]
-        chosen, logits = self.shard.results(hidden)  # of segments that want something
-        wanted = [row for row, want in enumerate(wants) if want is Want.LOGITS]
-        if not wanted:
-            return (token_ids_to_wire(kernels.to_host(chosen)[0]),)
-        rows = logits[kernels.to_device(np.array(wanted))]
-        chosen, rows = kernels.to_host(chosen, rows)
-        return token_ids_to_wire(chosen), logits_to_wire(rows)
 
-
-def _decoded(header: StepHeader, tokens: bytearray, logits: Logits) -> tuple[Tensor, ...]:
+def _decoded(
+    header: StepHeader, asked: Asked, tokens: bytearray, logits: Floats
+) -> tuple[Tensor, ...]:
     """The results of a decode step: U32 [n] and F32 [n, vocab], of which each wants its part."""
-    if all(want is Want.TOKEN for want in header.wants):
+    if all(want == Want.TOKEN for want in header.wants):
         return (Tensor(token_specs(len(header.wants))[0], memoryview(tokens)),)
-    some = [row for row, want in enumerate(header.wants) if want is not Want.NOTHING]
-    chosen = token_ids_to_wire(np.frombuffer(tokens, dtype="<u4")[some])
-    rows = logits[[row for row in some if header.wants[row] is Want.LOGITS]]
-    return (chosen, logits_to_wire(rows)) if len(rows) else (chosen,)
+    scored = [
+        Scored(token_id, None if want.result is Result.TOKEN else row)
+        for want, token_id, row in zip(
+            header.wants, np.frombuffer(tokens, "<u4").tolist(), logits, strict=True
+        )
+        if want.result is not Result.NOTHING
+    ]
+    return results_of(header, asked, scored, logits.shape[1], _NO_ROWS)
+
+
+_NO_ROWS = np.empty((0, 0), np.float32)

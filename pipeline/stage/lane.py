@@ -10,9 +10,10 @@ left, as it came, to the ordinary way, which decides what it is.
 from pipeline.kernels.base import FramePlace
 from pipeline.models.base import MAX_DECODE_STEPS
 from pipeline.protocol.links import step_form
-from pipeline.protocol.messages import StageTiming, StepHeader, StepKind, Want, decode_step
+from pipeline.protocol.messages import StageTiming, StepHeader, StepKind, decode_step
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import token_specs
+from pipeline.protocol.wants import Want
 from pipeline.stage.core import StageCore
 from pipeline.stage.meter import StageMeter
 from pipeline.stage.neighbours import DOWNSTREAM, UPSTREAM

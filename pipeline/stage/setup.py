@@ -52,7 +52,7 @@ def expect_step(
     num_stages: int,
 ) -> None:
     """Hold a step's declared tensors against those this stage takes. Raises MessageError."""
-    expected = expected_inputs(header, limits, is_first=stage_idx == 0)
+    expected = expected_inputs(header, limits, is_first=stage_idx == 0, declared=specs)
     if specs != expected:
         raise MessageError(f"step {header.step} carries {specs}, expected {expected}")
     if header.kind is StepKind.REPLAY and not stage_idx <= header.until < num_stages:

@@ -1,7 +1,6 @@
 """The stage worker: a trio shell that serves one orchestrator after another."""
 
 import logging
-import socket
 
 import trio
 
@@ -10,9 +9,8 @@ from pipeline.protocol.links import CONTROL_LIMITS, ControlLink
 from pipeline.protocol.messages import Failure, Health, Message
 from pipeline.protocol.peers import (
     CONTROL_EPOCH,
-    MAX_PENDING_HANDSHAKES,
     ORCHESTRATOR,
-    accept_or_log,
+    accept_all,
     close_quietly,
     describe,
     hear_out,
@@ -22,6 +20,7 @@ from pipeline.stage.meter import StageMeter
 from pipeline.stage.session import SILENCE_SECONDS, SessionEnded, StageSession
 from pipeline.stage.setup import StageSetup, check_init
 from pipeline.tasks import open_tasks
+from transport.channel import SecureChannel
 from transport.endpoint import Listener
 from transport.errors import TransportError
 from transport.handshake import Link, LinkKind
@@ -42,30 +41,18 @@ class StageWorker:
 
     async def serve(self, control: Listener, data_in: Listener, *, once: bool = False) -> None:
         """Serve sessions until cancelled, or with `once` until the first one has ended."""
-        slots = trio.CapacityLimiter(MAX_PENDING_HANDSHAKES)
-        async with open_tasks() as tasks:
-
-            async def serve_connection(sock: socket.socket, place: object) -> None:
-                link = await self._accept(sock)
-                slots.release_on_behalf_of(place)
-                if link is not None and await self._serve_link(link, data_in) and once:
-                    tasks.cancel_scope.cancel()
-
-            while True:
-                place = object()
-                await slots.acquire_on_behalf_of(place)
-                tasks.start_soon(serve_connection, await control.accept(), place)
-
-    async def _accept(self, sock: socket.socket) -> ControlLink | None:
         setup = self._setup
         core_hash = setup.manifest.core_hash()
         link = Link(LinkKind.CONTROL, ORCHESTRATOR, setup.role, core_hash, CONTROL_EPOCH)
         credentials = setup.trust.toward(ORCHESTRATOR, {})
-        channel = await accept_or_log(sock, link, credentials, CONTROL_LIMITS)
-        if channel is None:
-            return None
-        self._meter.count_handshake()
-        return ControlLink(channel)
+        async with open_tasks() as tasks:
+
+            async def welcome(channel: SecureChannel) -> None:
+                self._meter.count_handshake()
+                if await self._serve_link(ControlLink(channel), data_in) and once:
+                    tasks.cancel_scope.cancel()
+
+            await accept_all(control, link, credentials, CONTROL_LIMITS, welcome)
 
     async def _serve_link(self, control: ControlLink, data_in: Listener) -> bool:
         """Run one session; False when another one is running, or when it never began."""

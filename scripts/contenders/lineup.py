@@ -69,7 +69,7 @@ class Field:
             need("transformers")
             convert = "import sys; from ctranslate2.converters import TransformersConverter as C; "
             convert += "C(sys.argv[1]).convert(sys.argv[2], quantization=sys.argv[3], force=True)"
-            make([sys.executable, "-c", convert, self.model_dir, target, kind], target)
+            make([sys.executable, "-P", "-c", convert, self.model_dir, target, kind], target)
         return target
 
     def llama_cpp(self) -> Path:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from protocol import Ask, Clock, Result, parse, say, say_ready
 
 from pipeline.agreement.manifest import Manifest, dump_manifest, parse_manifest
 from pipeline.agreement.trust import DevTrust
-from pipeline.engine.drive import StepRunner, drive
-from pipeline.engine.request import Request
-from pipeline.engine.scheduler import FollowUp, Limits, Scheduler, Step
+from pipeline.engine.engine import PipelineEngine
+from pipeline.engine.generation import Generation
+from pipeline.engine.runner import RunnerStats, StepRunner
+from pipeline.engine.scheduler import Limits
+from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
@@ -28,7 +31,8 @@ from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.protocol.messages import StepKind
 from pipeline.protocol.peers import PATIENCE_MS
-from pipeline.protocol.steps import StepResult
+from pipeline.protocol.results import StepResult
+from pipeline.sampling.params import SamplingParams
 from pipeline.stage.core import StageCore
 from transport.attestation.dev import default_directory
 
@@ -44,6 +48,13 @@ class Stopwatch:
         self._clock = Clock()
         self.ms: list[float] = []
 
+    @property
+    def stats(self) -> RunnerStats:
+        return self._pipeline.stats
+
+    async def notify(self, notices: Sequence[Notice]) -> None:
+        await self._pipeline.notify(notices)
+
     async def send(self, step: Step) -> None:
         await self._pipeline.send(step)
 
@@ -58,16 +69,13 @@ class Stopwatch:
 
 
 async def generate(pipeline: StepRunner, limits: Limits, ask: Ask) -> Result:
-    scheduler = Scheduler(limits)
-    for row in range(ask.rows):
-        scheduler.submit(Request(row, tuple(ask.prompt), ask.steps))
+    engine = PipelineEngine(limits)
     watch, result = Stopwatch(pipeline, ask.rows), Result()
-
-    def on_token(event, timings) -> None:
-        if event.request_id == 0:
-            result.token_ids.append(event.token_id)
-
-    await drive(watch, scheduler, on_token)
+    generation = Generation(tuple(ask.prompt), ask.steps, frozenset(), SamplingParams())
+    engine.submit(generation, lambda output: result.token_ids.append(output.token_id))
+    for _ in range(ask.rows - 1):
+        engine.submit(generation, lambda output: None)
+    await engine.drain(watch)
     result.ms = watch.ms
     return result
 

@@ -80,6 +80,28 @@ def test_a_precision_the_manifest_contradicts(command, worker, cluster, tmp_path
         expect(result, 2, "--dtype int12", "float32, bfloat16, int8")
 
 
+def test_sampling_that_makes_no_sense(orch):
+    for flag, value, *words in (
+        ("--temperature", "2.5", "temperature is 2.5", "from 0 to 2"),
+        ("--temperature", "-1", "temperature"),
+        ("--temperature", "nan", "temperature"),
+        ("--temperature", "warm", "--temperature"),
+        ("--top-p", "1.01", "top_p", "from 0 to 1"),
+        ("--top-k", "-2", "top_k"),
+        ("--min-p", "inf", "min_p"),
+        ("--repetition-penalty", "0", "repetition_penalty"),
+        ("--presence-penalty", "3", "presence_penalty", "from -2 to 2"),
+        ("--frequency-penalty", "-3", "frequency_penalty"),
+        ("--seed", "1e3", "--seed"),
+        ("--seed", str(1 << 70), "seed"),
+        ("--stop", "", "stop strings"),
+        ("--chooser", "dice", "'dice'", "draw, greedy, mirostat"),
+        ("--chooser", "mirostat", "temperature above 0"),
+        ("--chooser", "mirostat:tau=x", "tau is 'x'"),
+    ):
+        expect(orch("Hi", flag, value), 2, *words)
+
+
 def test_usage_errors(command, worker, orch):
     expect(command(stage_worker), 2, "--manifest")
     expect(command(pipeline_orch), 2, "--manifest, --tokenizer, --text")

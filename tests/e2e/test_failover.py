@@ -1,12 +1,14 @@
 """Stages die, hang and lose each other while they serve: only what is lost is replaced."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -220,3 +222,30 @@ def test_a_supervised_stage_is_replaced_and_no_other(cluster, serve, number):
     server.stop()
     pids = {*before.values(), *after.values()}
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def silent_crowd(cluster, number):
+    """So many connections to every port of every stage, which say nothing and stay."""
+    stages = json.loads(cluster.manifest.read_text())["stages"]
+    crowd = ExitStack()
+    for stage in stages:
+        for name in ("control", "data_in"):
+            host, _, port = stage["endpoint"][name]["addr"].rpartition(":")
+            for _ in range(number):
+                crowd.enter_context(socket.create_connection((host, int(port)), timeout=10))
+    return crowd
+
+
+def test_a_crowd_of_silent_connections_costs_no_healthy_worker_its_life(cluster, serve):
+    cluster.plan(2)
+    server = cluster.serve("--context", "512", "--supervise")
+    expected = undisturbed(server)
+    before = server.workers()
+    with silent_crowd(cluster, 100):
+        os.kill(before[0], signal.SIGKILL)
+        server.wait_for_log("event=failover_started", 1)
+        assert [complete(server, index) for index in range(len(REQUESTS))] == expected
+        server.wait_for_log("event=failover_complete", 1)
+    after = server.workers()
+    assert after[1] == before[1]
+    assert server.log().count("event=worker_started") == 3

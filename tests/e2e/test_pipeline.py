@@ -69,6 +69,35 @@ def test_stages_agree_on_smaller_activations_and_say_the_same_twice(cluster, wir
     assert found[0][:2] == expected_text(cluster.model_dir, "Hello", 12)[:2]
 
 
+def test_a_prompt_is_sampled_as_told(cluster):
+    cluster.plan(2)
+    cluster.start_worker(0)
+    cluster.start_worker(1)
+    out = cluster.directory / "latency.json"
+
+    def generate(*flags):
+        result = cluster.orch("Hi", "--max-tokens", "24", "--ignore-eos", "--latency-out", out,
+                              *flags)  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return json.loads(out.read_text())["token_ids"], result.stdout
+
+    greedy = expected_text(cluster.model_dir, "Hi", 24)
+    drawn = ("--temperature", "1.5", "--seed", "7")
+    tokens, text = generate(*drawn)
+    assert generate(*drawn) == (tokens, text)
+    assert tokens not in (greedy, generate("--temperature", "1.5", "--seed", "8")[0])
+    assert generate(*drawn, "--top-k", "1")[0] == greedy
+    assert generate(*drawn, "--chooser", "greedy")[0] == greedy
+    mirostat = generate(*drawn, "--chooser", "mirostat:tau=2,eta=0.5")[0]
+    assert mirostat not in (greedy, tokens)
+    # A stop string ends the text in front of it, and the tokens soon after.
+    stop = text[len("Hi") :].strip()[3:6]
+    cut_tokens, cut = generate(*drawn, "--stop", "never in it", "--stop", stop)
+    assert cut == text[: text.index(stop, len("Hi"))] + "\n"
+    assert cut_tokens == tokens[: len(cut_tokens)]
+    assert len(cut_tokens) < 24
+
+
 def test_a_worker_serves_one_orchestrator_after_another(cluster):
     cluster.plan(2)
     cluster.start_worker(0)

@@ -31,6 +31,18 @@ def test_concurrent_requests_get_what_each_gets_alone(serve):
     assert together == alone
 
 
+def test_workers_run_nothing_that_lies_where_the_server_was_started(serve, tmp_path):
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    for name in ("json", "pipeline", "torch", "trio", "typer"):
+        (downloads / f"{name}.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    server = serve(cwd=downloads)
+    server.text("Hi", 5)
+    os.kill(server.workers()[0], signal.SIGKILL)  # a spare one takes its place
+    server.text("Hi", 5)
+    assert not (tmp_path / "mark").exists()
+
+
 def test_top_shows_every_stage_and_says_what_is_wrong(serve, cluster):
     key = cluster.directory / "key"
     key.write_text("sk-right\n")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from enclave import cli, eif, emulator
+from enclave import build, cli, eif, emulator
 from transport.attestation import nitro
 from transport.attestation.evidence import Binding, user_data
 from transport.errors import AttestationError
@@ -111,6 +111,12 @@ def test_init_prepared_the_machine(ask: Ask) -> None:
     assert "lo:" in system["interfaces"]
     assert system["is_first_process_init"]
     assert system["stage_files"] == ["probe.py", "run.json"]
+
+
+def test_compiled_modules_are_of_the_python_inside(ask: Ask) -> None:
+    compiled = list(build.code_closure().compiled)
+    assert compiled
+    assert ask("import", modules=compiled) == compiled
 
 
 def test_signed_document_is_accepted_under_its_root(

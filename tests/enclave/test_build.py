@@ -1,14 +1,22 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from enclave import build, cpio, eif
+from enclave import build, cpio, eif, rootfs
 from enclave.errors import BuildError
 
 _KERNEL = bytes(514) + b"HdrS" + bytes(100)
+_COMPILED = {"pipeline.kernels._native": b"kernels", "transport._native": b"records"}
+# What torch depends on and imports only to compile graphs, or for what no stage does.
+_COMPILER_OF_TORCH = {"filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy"}
 
 
 def _stage(directory: Path, files: dict[str, bytes]) -> Path:
@@ -61,12 +69,66 @@ def test_something_that_is_no_kernel_is_refused() -> None:
         build.build_image(b"\x7fELF" + bytes(600), "quiet", [b"a"], {})
 
 
-def test_code_ramdisk_is_the_same_twice_and_holds_init() -> None:
-    first = build.code_ramdisk()
-    assert build.code_ramdisk() == first
-    init = next(entry for entry in cpio.unpack(first) if entry.path == "init")
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """What a fresh clone holds of the project's packages."""
+    unpacked = shutil.ignore_patterns("*.so", "__pycache__")
+    for package in ("enclave", "pipeline", "transport"):
+        shutil.copytree(build.PROJECT_ROOT / package, tmp_path / package, ignore=unpacked)
+    shutil.copy(build.PROJECT_ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def _append(path: Path) -> None:
+    path.write_text(path.read_text() + "\n# edited\n")
+
+
+def test_code_ramdisk_starts_with_init() -> None:
+    init = next(iter(cpio.unpack(build.code_ramdisk(_COMPILED))))
+    assert init.path == "init"
     assert init.mode & 0o111
     assert bytes(init.data).startswith(b"#!/usr/bin/python3 ")
+
+
+def test_edits_of_what_no_stage_imports_leave_the_ramdisk_as_it_was(clone: Path) -> None:
+    packed = {clone / file for file in build.code_closure(clone).files}
+    others = set(clone.rglob("*.py")) - packed
+    for part in ("pipeline/gateway", "pipeline/engine", "enclave/eif.py", "pipeline/cli/serve.py"):
+        assert any(path.is_relative_to(clone / part) for path in others)
+        assert not any(path.is_relative_to(clone / part) for path in packed)
+    before = build.code_ramdisk(_COMPILED, clone)
+    for path in others:
+        _append(path)
+    assert build.code_ramdisk(_COMPILED, clone) == before
+
+
+def test_an_edit_of_what_a_stage_imports_changes_the_ramdisk(clone: Path) -> None:
+    before = build.code_ramdisk(_COMPILED, clone)
+    for file in {file.parent: file for file in build.code_closure(clone).files}.values():
+        path = clone / file
+        original = path.read_text()
+        _append(path)
+        assert build.code_ramdisk(_COMPILED, clone) != before, file
+        path.write_text(original)
+    assert build.code_ramdisk({**_COMPILED, "pipeline.kernels._native": b"other"}, clone) != before
+
+
+def test_what_lies_about_in_a_checkout_is_not_packed(clone: Path) -> None:
+    before = build.code_ramdisk(_COMPILED, clone)
+    for directory in {path.parent for path in clone.rglob("*.py")}:
+        for name in (f"_native{rootfs.MODULE_SUFFIX}", "stray.py", "stray.pem", "config.json"):
+            (directory / name).write_bytes(b"stray = 1")
+        (directory / "__pycache__").mkdir()
+        (directory / "__pycache__/stage.cpython-311.pyc").write_bytes(b"x")
+    for path in clone.rglob("*.py"):
+        path.chmod(0o755)  # modes depend on the umask of whoever cloned
+    assert build.code_ramdisk(_COMPILED, clone) == before
+
+
+def test_what_is_packed_is_what_a_stage_is_started_with() -> None:
+    _, stage = build.ROOTS
+    texts = [path.read_text() for path in (build.PROJECT_ROOT / "pipeline").rglob("*.py")]
+    assert any(f'"-m", "{stage}"' in text for text in texts)
 
 
 def test_unpinned_or_missing_file_is_refused(tmp_path: Path) -> None:
@@ -87,6 +149,24 @@ def test_pinned_wheels_have_the_versions_everything_else_is_installed_with() -> 
     locked = pins(build.RECIPES / "python.lock")
     assert "torch" in locked
     assert {name: constraints[name] for name in locked} == locked
+
+
+def test_pinned_wheels_are_those_that_the_packed_code_imports_or_their_dependencies() -> None:
+    imported = packages_distributions()
+    foreign = build.code_closure().foreign - sys.stdlib_module_names
+    needed: set[str] = set()
+    pending = [name for module in foreign for name in imported[module]]
+    environment = {"python_version": "3.11", "python_full_version": "3.11.2", "extra": ""}
+    while pending:
+        name = canonicalize_name(pending.pop())
+        if name in needed | _COMPILER_OF_TORCH:
+            continue
+        needed.add(name)
+        for requirement in map(Requirement, requires(name) or ()):
+            if requirement.marker is None or requirement.marker.evaluate(environment):
+                pending.append(requirement.name)
+    lock = (build.RECIPES / "python.lock").read_text()
+    assert set(re.findall(r"(?m)^([\w-]+)==", lock)) == needed
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:

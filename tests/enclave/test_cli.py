@@ -173,3 +173,22 @@ def test_boot_without_tools_says_how_to_get_them(
     sockets = ["--vsock", str(tmp_path / "v"), "--console", str(tmp_path / "c")]
     assert cli.main(["boot", str(path), *sockets, "--cache", str(tmp_path)]) == 2
     assert "build_enclave_tools.sh" in capsys.readouterr().err
+
+
+def test_without_a_home_only_what_needs_the_cache_says_so(
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("VEILPIPE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cli.main(["describe", str(path)]) == 0
+    assert cli.main(["build", "--stage-dir", str(tmp_path), "-o", str(tmp_path / "x.eif")]) == 2
+    error = capsys.readouterr().err
+    assert "VEILPIPE_CACHE" in error
+    assert error.count("\n") == 1

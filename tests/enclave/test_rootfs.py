@@ -110,19 +110,19 @@ def test_damaged_wheel_is_refused(tmp_path: Path) -> None:
         rootfs.system_entries([], [tmp_path / "a.whl"])
 
 
-def test_code_is_sources_and_compiled_kernels_only(tmp_path: Path) -> None:
-    package = tmp_path / "package"
-    (package / "__pycache__").mkdir(parents=True)
-    kept = ("a.py", "root.pem", "_native.cpython-311-x86_64-linux-gnu.so")
-    for name in (*kept, "NOTES.md", "kernel.c", "__pycache__/a.cpython-311.pyc"):
-        (package / name).write_bytes(b"x")
-    paths = set(_by_path(rootfs.code_entries(tmp_path, ["package"])))
-    assert paths == {"init", *(f"{_SITE}/package/{name}" for name in kept)}
-
-
-def test_missing_package_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="no package nothing"):
-        rootfs.code_entries(tmp_path, ["nothing"])
+def test_code_is_init_the_named_files_and_the_compiled_modules(tmp_path: Path) -> None:
+    for name in ("a.py", "root.pem", "other.py"):
+        (tmp_path / "package").mkdir(exist_ok=True)
+        (tmp_path / "package" / name).write_bytes(name.encode())
+        (tmp_path / "package" / name).chmod(0o700)
+    files = [Path("package/a.py"), Path("package/root.pem")]
+    code = _by_path(rootfs.code_entries(tmp_path, files, {"package._native": b"compiled"}))
+    assert {path: bytes(entry.data) for path, entry in code.items() if path != "init"} == {
+        f"{_SITE}/package/a.py": b"a.py",
+        f"{_SITE}/package/root.pem": b"root.pem",
+        f"{_SITE}/package/_native.cpython-311-x86_64-linux-gnu.so": b"compiled",
+    }
+    assert stat.S_IMODE(code[f"{_SITE}/package/a.py"].mode) == 0o644
 
 
 def test_stage_file_that_is_a_link_is_refused(tmp_path: Path) -> None:

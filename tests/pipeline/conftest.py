@@ -12,14 +12,15 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pipeline.agreement.manifest import StageEndpoint, TcpAddress
 from pipeline.agreement.trust import EnclaveTrust, UserTrust, create_identity
-from pipeline.engine.drive import drive
-from pipeline.engine.request import Request
-from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.engine import PipelineEngine
+from pipeline.engine.generation import Generation
+from pipeline.engine.scheduler import Limits
 from pipeline.kernels.choice import why_not_native
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
+from pipeline.sampling.params import SamplingParams
 from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
 from transport.attestation.dev import DevAttester, DevAuthority
@@ -156,11 +157,11 @@ class Deployment:
         trust = UserTrust.create(manifest, self.identity, self.authority.root_cert)
         limits = Limits(1, 256, chunk_tokens=16, num_stages=2)  # two steps are under way at first
         options = PipelineOptions(limits, connect_seconds=10, data_out_listen=results)
-        scheduler = Scheduler(limits)
-        scheduler.submit(Request(0, PROMPT, num_tokens))
-        tokens = []
+        engine, tokens = PipelineEngine(limits), []
+        generation = Generation(PROMPT, num_tokens, frozenset(), SamplingParams())
+        engine.submit(generation, lambda output: tokens.append(output.token_id))
         async with open_pipeline(manifest, trust, options, lambda line: None) as pipeline:
-            await drive(pipeline, scheduler, lambda event, timings: tokens.append(event.token_id))
+            await engine.drain(pipeline)
         return tokens
 
     def reference(self, num_tokens):

@@ -68,7 +68,7 @@ def make_sessions(link=None, peer_link=None, rekey=None):
     link = link or make_link()
     awaiting_reply, hello = handshake.initiate(link, make_credentials(), rekey)
     awaiting_hello = handshake.respond(peer_link or link, make_credentials(), rekey)
-    awaiting_proof, reply = awaiting_hello.receive(hello)
+    awaiting_proof, reply = awaiting_hello.receive(hello).answer()
     awaiting_accept, proof = awaiting_reply.receive(reply)
     responder, accept = awaiting_proof.receive(proof)
     return awaiting_accept.receive(accept), responder, (hello, reply, proof, accept)

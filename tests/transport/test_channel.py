@@ -6,6 +6,7 @@ import pytest
 import trio
 import trio.testing
 
+from transport import handshake
 from transport.channel import accept_channel, connect_channel
 from transport.errors import (
     ConnectionLost,
@@ -239,7 +240,7 @@ async def test_a_peer_that_is_not_veilpipe_is_refused_by_both_roles(toy, garbage
     for function in (connect_channel, accept_channel):
         near, far = toy.tcp_pair()
         far.send(garbage)
-        with pytest.raises(HandshakeError, match="does not speak veilpipe/1"):
+        with pytest.raises(HandshakeError, match="does not speak veilpipe/2"):
             await function(near, toy.link(), toy.credentials(), toy.LIMITS)
         assert near.fileno() < 0
         far.close()
@@ -249,7 +250,7 @@ async def test_a_peer_that_is_not_veilpipe_is_refused_by_both_roles(toy, garbage
 async def test_a_peer_that_leaves_during_the_handshake_is_a_lost_connection(toy, num_bytes):
     for function in (connect_channel, accept_channel):
         near, far = toy.tcp_pair()
-        far.send(b"\0\x20abcdefghijkl"[:num_bytes] if function is accept_channel else b"")
+        far.send(b"\0\x30abcdefghijkl"[:num_bytes] if function is accept_channel else b"")
         far.shutdown(socket.SHUT_WR)
         with pytest.raises(ConnectionLost, match="handshake"):
             await function(near, toy.link(), toy.credentials(), toy.LIMITS)
@@ -266,6 +267,44 @@ async def test_only_a_peer_that_never_said_a_byte_gave_no_answer(toy):
             await connect_channel(near, toy.link(), toy.credentials(), toy.LIMITS)
         assert isinstance(caught.value, NoAnswer) is is_silent
         far.close()
+
+
+async def test_the_initiator_learns_that_its_link_is_refused_and_not_that_nobody_is_up(toy):
+    near, far = toy.tcp_pair()
+    refusals = []
+
+    async def accept():
+        with pytest.raises(HandshakeError, match="for another link") as caught:
+            await accept_channel(far, toy.link(), toy.credentials(), toy.LIMITS)
+        refusals.append(caught.value)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept)
+        with pytest.raises(HandshakeError, match=r"refuses our .*another manifest"):
+            await connect_channel(near, toy.link(epoch=bytes(16)), toy.credentials(), toy.LIMITS)
+    assert len(refusals) == 1
+
+
+async def test_a_hello_is_shown_before_anything_is_proved_and_may_be_refused(toy):
+    seen = []
+
+    class Attester(toy.Attester):
+        def attest(self, binding):
+            pytest.fail("evidence for a hello that was refused")
+
+    def refuse(ephemeral_key):
+        seen.append(ephemeral_key)
+        raise HandshakeError("heard before")
+
+    near, far = toy.tcp_pair()
+    _, hello = handshake.initiate(toy.link(), toy.credentials())
+    near.send(handshake.with_length(hello))
+    credentials = toy.credentials(attester=Attester())
+    with pytest.raises(HandshakeError, match="heard before"):
+        await accept_channel(far, toy.link(), credentials, toy.LIMITS, on_hello=refuse)
+    assert seen == [hello[:32]]
+    assert near.recv(3) == handshake.REFUSAL
+    near.close()
 
 
 async def test_a_failed_handshake_closes_both_sockets(toy):

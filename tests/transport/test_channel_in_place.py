@@ -207,3 +207,29 @@ async def test_one_that_only_looks_lets_others_run_now_and_then(toy):
     await near.send(frame)
     assert toy.contents(await far.receive()) == toy.contents(frame)
     await toy.close(near, far)
+
+
+@BOTH_WAYS
+async def test_waiting_for_a_frame_to_look_at_lets_others_run(toy):
+    near, far = await toy.channels()
+    frame, shown = toy.frame(10, 1), []
+
+    async def look():
+        await far.wait_readable()
+        shown.append(bytes(await far.peek()))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(trio.BusyResourceError):
+            await far.wait_readable()
+        await near.send(frame)
+    assert shown == [encode_frame(frame)[0]]
+    await far.wait_readable()  # it is still there
+    assert toy.contents(await far.receive()) == toy.contents(frame)
+    with trio.move_on_after(0.01) as patience:
+        await far.wait_readable()
+    assert patience.cancelled_caught
+    await near.send(frame)  # and nothing is lost by that
+    assert toy.contents(await far.receive()) == toy.contents(frame)
+    await toy.close(near, far)

@@ -1,6 +1,7 @@
 import errno
 import os
 import socket
+from contextlib import ExitStack
 
 import pytest
 import trio
@@ -190,6 +191,13 @@ def test_closing_removes_the_socket_file_and_only_its_own(tmp_path):
     second.close()
     second.close()
     assert not endpoint.path.exists()
+
+
+async def test_a_dial_is_taken_behind_a_crowd_that_nobody_has_accepted_yet():
+    with listen(TcpEndpoint("127.0.0.1", 0)) as listener, ExitStack() as crowd:
+        for _ in range(200):
+            with trio.fail_after(5):
+                crowd.enter_context(await dial(listener.endpoint))
 
 
 async def test_closing_ends_a_pending_accept():

@@ -1,13 +1,14 @@
 """The handshake: agreement, and the refusal of everything that is not exactly the agreement."""
 
 import hashlib
+import hmac
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transport import handshake
+from transport import handshake, noise
 from transport.attestation.evidence import Binding, EvidenceKind
 from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
 from transport.errors import AttestationError, HandshakeError, MisuseError, ProtocolError
@@ -19,7 +20,7 @@ def run_with(toy, alter, link=None, peer_link=None):
     link = link or toy.link()
     awaiting_reply, hello = handshake.initiate(link, toy.credentials())
     awaiting_hello = handshake.respond(peer_link or link, toy.credentials())
-    awaiting_proof, reply = awaiting_hello.receive(alter(0, hello))
+    awaiting_proof, reply = awaiting_hello.receive(alter(0, hello)).answer()
     awaiting_accept, proof = awaiting_reply.receive(alter(1, reply))
     session, accept = awaiting_proof.receive(alter(2, proof))
     return awaiting_accept.receive(alter(3, accept)), session
@@ -74,11 +75,42 @@ LINK_CHANGES = {
 
 @pytest.mark.parametrize("name", LINK_CHANGES)
 def test_a_peer_set_up_for_another_link_is_rejected_with_a_reason(toy, name):
+    peer_link = toy.link(**LINK_CHANGES[name])
     with pytest.raises(HandshakeError) as caught:
-        run_with(toy, lambda _, message: message, peer_link=toy.link(**LINK_CHANGES[name]))
-    assert toy.link().manifest_hash.hex()[:16] in str(caught.value)
+        run_with(toy, lambda _, message: message, peer_link=peer_link)
+    assert peer_link.manifest_hash.hex()[:16] in str(caught.value)
     assert "another manifest" in str(caught.value)
     assert "another stage or role" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", LINK_CHANGES)
+def test_nothing_is_proved_and_no_key_is_touched_for_a_stranger(toy, name, monkeypatch):
+    def spend(*_):
+        pytest.fail("work for a stranger")
+
+    class Spender(toy.Attester):
+        attest = spend
+
+    _, hello = handshake.initiate(toy.link(**LINK_CHANGES[name]), toy.credentials())
+    responder = toy.credentials(attester=Spender())
+    monkeypatch.setattr(noise.HandshakeState, "_mix_secret", spend)
+    with pytest.raises(HandshakeError):
+        handshake.respond(toy.link(), responder).receive(hello)
+
+
+def test_a_mark_is_good_for_its_own_key_alone(toy):
+    hellos = [handshake.initiate(toy.link(), toy.credentials())[1] for _ in range(2)]
+    crossed = hellos[0][:32] + hellos[1][32:]
+    with pytest.raises(HandshakeError, match="another link"):
+        handshake.respond(toy.link(), toy.credentials()).receive(crossed)
+
+
+def test_the_bytes_of_a_hello_are_those_of_the_specification(toy):
+    _, hello = handshake.initiate(toy.link(), toy.credentials())
+    name = b"Noise_XX_25519_ChaChaPoly_SHA256"
+    h = hashlib.sha256(name + b"veilpipe/2" + name + toy.link().prologue()[42:]).digest()
+    h = hashlib.sha256(h + hello[:32]).digest()
+    assert hello[32:] == hmac.digest(h, b"veilpipe-hello/2", "sha256")[:16]
 
 
 def test_links_have_distinct_prologues(toy):
@@ -97,7 +129,7 @@ def test_a_peer_with_our_own_static_key_is_refused_by_both_sides(toy):
     shared = X25519PrivateKey.generate()
     ours, theirs = toy.credentials(static_key=shared), toy.credentials(static_key=shared)
     awaiting_reply, hello = handshake.initiate(toy.link(), ours)
-    _, reply = handshake.respond(toy.link(), theirs).receive(hello)
+    _, reply = handshake.respond(toy.link(), theirs).receive(hello).answer()
     with pytest.raises(HandshakeError, match="our own key"):
         awaiting_reply.receive(reply)
 
@@ -112,7 +144,7 @@ def test_evidence_of_another_handshake_is_refused(toy):
 
     awaiting_reply, hello = handshake.initiate(toy.link(), toy.credentials())
     replayer = toy.credentials(attester=Replayer())
-    _, reply = handshake.respond(toy.link(), replayer).receive(hello)
+    _, reply = handshake.respond(toy.link(), replayer).receive(hello).answer()
     with pytest.raises(AttestationError) as caught:
         awaiting_reply.receive(reply)
     assert caught.value.check == "user_data"
@@ -124,7 +156,7 @@ def test_a_kind_of_evidence_outside_local_policy_is_refused(toy, prover_is_initi
     strict = toy.credentials()
     initiator, responder = (weak, strict) if prover_is_initiator else (strict, weak)
     awaiting_reply, hello = handshake.initiate(toy.link(), initiator)
-    awaiting_proof, reply = handshake.respond(toy.link(), responder).receive(hello)
+    awaiting_proof, reply = handshake.respond(toy.link(), responder).receive(hello).answer()
     with pytest.raises(AttestationError, match="KEY_ONLY; accepted here: DEV"):
         awaiting_proof.receive(awaiting_reply.receive(reply)[1])
 
@@ -137,7 +169,7 @@ def test_key_only_evidence_admits_the_listed_key_alone(toy):
         verifier = KeyOnlyVerifier(frozenset({allowed}))
         responder = toy.credentials(static_key=enclave.static_key, verifiers=(verifier,))
         awaiting_reply, hello = handshake.initiate(toy.link(), initiator)
-        awaiting_proof, reply = handshake.respond(toy.link(), responder).receive(hello)
+        awaiting_proof, reply = handshake.respond(toy.link(), responder).receive(hello).answer()
         awaiting_accept, proof = awaiting_reply.receive(reply)
         if is_admitted:
             session, accept = awaiting_proof.receive(proof)
@@ -158,11 +190,11 @@ def test_evidence_is_bound_to_prover_role_key_and_the_verifiers_ephemeral_key(to
 
     ours, theirs = (toy.credentials(attester=Recorder()) for _ in range(2))
     awaiting_reply, hello = handshake.initiate(toy.link(), ours)
-    awaiting_proof, reply = handshake.respond(toy.link(), theirs).receive(hello)
+    awaiting_proof, reply = handshake.respond(toy.link(), theirs).receive(hello).answer()
     awaiting_proof.receive(awaiting_reply.receive(reply)[1])
     by_responder, by_initiator = seen
     assert (by_responder.role, by_initiator.role) == (b"stage/1", b"stage/0")
-    assert by_responder.nonce == hello
+    assert by_responder.nonce == hello[:32]
     assert by_initiator.nonce == reply[:32]
     assert by_responder.static_key == theirs.static_key.public_key().public_bytes_raw()
     assert by_initiator.static_key == ours.static_key.public_key().public_bytes_raw()
@@ -172,9 +204,9 @@ def test_evidence_is_bound_to_prover_role_key_and_the_verifiers_ephemeral_key(to
 def test_a_phase_works_once_whether_it_succeeded_or_failed(toy):
     awaiting_reply, hello = handshake.initiate(toy.link(), toy.credentials())
     awaiting_hello = handshake.respond(toy.link(), toy.credentials())
-    _, reply = awaiting_hello.receive(hello)
+    _, reply = awaiting_hello.receive(hello).answer()
     with pytest.raises(MisuseError):
-        awaiting_hello.receive(hello)
+        awaiting_hello.receive(hello).answer()
     with pytest.raises(HandshakeError):
         awaiting_reply.receive(reply[:-1] + bytes([reply[-1] ^ 1]))
     with pytest.raises(MisuseError):
@@ -183,7 +215,7 @@ def test_a_phase_works_once_whether_it_succeeded_or_failed(toy):
 
 def test_the_first_record_must_be_accept(toy):
     awaiting_reply, hello = handshake.initiate(toy.link(), toy.credentials())
-    awaiting_proof, reply = handshake.respond(toy.link(), toy.credentials()).receive(hello)
+    awaiting_proof, reply = handshake.respond(toy.link(), toy.credentials()).receive(hello).answer()
     awaiting_accept, proof = awaiting_reply.receive(reply)
     side = awaiting_proof._side
     session = side.session(side.read_evidence(proof))
@@ -198,11 +230,11 @@ def test_evidence_over_the_limit_is_neither_sent_nor_taken(toy):
 
     _, hello = handshake.initiate(toy.link(), toy.credentials())
     with pytest.raises(MisuseError):
-        handshake.respond(toy.link(), toy.credentials(attester=Verbose())).receive(hello)
+        handshake.respond(toy.link(), toy.credentials(attester=Verbose())).receive(hello).answer()
     most = handshake.REPLY_SIZES[1]
     prefix = handshake.LENGTH.pack(most + 1)
-    with pytest.raises(HandshakeError, match="does not speak veilpipe/1"):
-        handshake.message_size_untrusted(prefix, handshake.REPLY_SIZES)
+    with pytest.raises(HandshakeError, match="does not speak veilpipe/2"):
+        handshake.message_size_untrusted(prefix, handshake.REPLY_SIZES, toy.link())
 
 
 @pytest.mark.parametrize(
@@ -233,7 +265,7 @@ def test_arbitrary_messages_raise_protocol_errors_only(toy, message):
     try:
         awaiting_proof, _ = awaiting_hello.receive(message)
     except ProtocolError:
-        awaiting_proof, _ = handshake.respond(toy.link(), toy.credentials()).receive(hello)
+        awaiting_proof, _ = handshake.respond(toy.link(), toy.credentials()).receive(hello).answer()
     with pytest.raises(ProtocolError):
         awaiting_proof.receive(message)
 

@@ -11,9 +11,9 @@ import pytest
 import trio
 
 from transport import handshake
+from transport.cipher import REKEY_NONCE
 from transport.errors import ConnectionLost, MisuseError, RecordError
 from transport.frames import INLINE_BYTES, FrameForm
-from transport.noise import REKEY_NONCE
 from transport.records import HEADER_BYTES, OVERHEAD_BYTES, RekeyPolicy
 from transport.single_records import Inlet
 from transport.tallies import IS_COMPILED
@@ -134,7 +134,7 @@ async def test_a_forged_record_is_refused_and_nothing_of_it_can_be_read(toy, at)
         await far.peek() or await far.receive()
     assert far.is_closed
     if at >= HEADER_BYTES or at < 0:
-        assert not any(far._receiver.arena.storage[: len(form.plain)])
+        assert not any(far._receiver.buffer.storage[: len(form.plain)])
     await toy.close(near, far)
 
 
@@ -275,7 +275,7 @@ async def test_interrupted_before_a_record_is_authentic_nothing_of_it_can_be_rea
     with pytest.raises(KeyboardInterrupt):
         await far.peek()
     assert far.is_closed
-    assert not any(far._receiver.arena.storage[: len(form.plain)])
+    assert not any(far._receiver.buffer.storage[: len(form.plain)])
     await toy.close(near, far)
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transport import records
+from transport.cipher import AEADS, CipherState
 from transport.errors import MisuseError, ProtocolError, RecordError
-from transport.noise import AEADS, CipherState
 from transport.records import RecordKind, RekeyPolicy
 
 KEY = bytes(range(32))

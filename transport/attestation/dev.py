@@ -30,6 +30,7 @@ from transport.attestation.document import PCR_BYTES, Document, require_measurem
 from transport.attestation.evidence import Binding, EvidenceKind, user_data
 from transport.attestation.nitro import DocumentVerifier, Policy
 from transport.errors import MisuseError
+from transport.private_files import create_private, read_private
 
 AUTHORITY_FILE: Final = "authority.pem"  # key and certificate together: no reader sees just one
 ROOT_LIFETIME: Final = timedelta(days=3650)
@@ -59,38 +60,49 @@ class DevAuthority:
         """A fresh authority, held in memory only."""
         key = ec.generate_private_key(ec.SECP384R1())
         name = _named("veilpipe development root")
-        lifetime = (now - BACKDATING, now + ROOT_LIFETIME)
+        # No clock that is set back later shall find its authority not yet valid.
+        lifetime = (now - ROOT_LIFETIME, now + ROOT_LIFETIME)
         return cls(_issue(name, key.public_key(), name, key, lifetime, is_authority=True), key)
 
     @classmethod
-    def load_or_create(cls, directory: Path) -> Self:
+    def load_or_create(
+        cls, directory: Path, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> Self:
         """The authority in the directory, made there at first (mode 0600, one file, atomic).
 
-        Raises: MisuseError naming the file where it is unusable or others may read it.
+        Raises: MisuseError naming the file where it is unusable, not valid by the clock, or where
+        others may read or change it: whoever has its key can claim any measurement.
         """
         path = directory / AUTHORITY_FILE
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not path.exists():
-                cls.create(datetime.now(UTC))._publish(path)
-            return cls._load(path)
+                cls.create(clock())._publish(path)
+            authority = cls._load(path)
         except OSError as error:
             raise MisuseError(
                 f"development authority {path} cannot be used: {error.strerror}; "
                 "set VEILPIPE_DEV_DIR to a directory of yours"
             ) from error
+        authority._require_valid(path, clock())
+        return authority
+
+    def _require_valid(self, path: Path, now: datetime) -> None:
+        first, last = self.root_cert.not_valid_before_utc, self.root_cert.not_valid_after_utc
+        if not first <= now <= last:
+            raise MisuseError(
+                f"development authority {path} is valid from {first:%Y-%m-%d %H:%M} to "
+                f"{last:%Y-%m-%d %H:%M}, and this machine's clock says {now:%Y-%m-%d %H:%M}; "
+                "set the clock, or delete the file to make a new one"
+            )
 
     def _publish(self, path: Path) -> None:
         """Writes aside and links: of several processes one wins, all then load the winner's."""
         aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         pem = self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         pem += self.root_cert.public_bytes(Encoding.PEM)
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        create_private(aside, pem)
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(pem)
-                file.flush()
-                os.fsync(file.fileno())
             with suppress(FileExistsError):
                 os.link(aside, path)
         finally:
@@ -98,11 +110,10 @@ class DevAuthority:
 
     @classmethod
     def _load(cls, path: Path) -> Self:
-        if path.stat().st_mode & 0o077:
-            raise MisuseError(
-                f"development authority {path} is open to other users; run: chmod 600 {path}"
-            )
-        pem = path.read_bytes()
+        try:
+            pem = read_private(path)
+        except MisuseError as error:
+            raise MisuseError(f"development authority {error}") from error
         try:
             key = load_pem_private_key(pem, password=None)
             root_cert = x509.load_pem_x509_certificate(pem)
@@ -147,7 +158,7 @@ class DevAttester:
     def attest(self, binding: Binding) -> bytes:
         """A signed document bound to the handshake, about 1.5 KB."""
         now = self._clock()
-        if now >= self._renewal:
+        if not self._issued <= now < self._renewal:  # due, or the clock has been set back
             self._renew(now)
         return cose.sign(
             Document(
@@ -175,7 +186,7 @@ class DevAttester:
             is_authority=False,
         )
         self._leaf_der = leaf.public_bytes(Encoding.DER)
-        self._renewal = now + LEAF_RENEWAL
+        self._issued, self._renewal = now, now + LEAF_RENEWAL
 
 
 def dev_verifier(

@@ -68,7 +68,10 @@ class Attester(Protocol):
         ...
 
     def attest(self, binding: Binding) -> bytes:
-        """The evidence document for one handshake; empty where the key itself is the evidence."""
+        """The evidence document for one handshake; empty where the key itself is the evidence.
+
+        Raises: DeviceError where a security module does not answer.
+        """
         ...
 
 

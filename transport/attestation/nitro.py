@@ -45,7 +45,10 @@ class Policy:
 
 
 def aws_root() -> x509.Certificate:
-    """The root of AWS Nitro Enclaves, pinned here by its hash as well as by its bytes."""
+    """The root of AWS Nitro Enclaves, pinned here by its hash as well as by its bytes.
+
+    Raises: MisuseError where the two differ.
+    """
     pem = files("transport.attestation").joinpath("aws_nitro_root_g1.pem").read_bytes()
     root = x509.load_pem_x509_certificate(pem)
     found = hashlib.sha256(root.public_bytes(Encoding.DER)).hexdigest()

@@ -60,7 +60,7 @@ class Nsm:
         self._ioctl = ioctl
 
     def describe(self) -> Description:
-        """The module's version, id and registers."""
+        """The module's version, id and registers. Raises: DeviceError."""
         match self._ask("DescribeNSM", "DescribeNSM"):
             case {
                 "version_major": int() as major,
@@ -76,7 +76,7 @@ class Nsm:
         raise self._unexpected("DescribeNSM")
 
     def describe_pcr(self, index: int) -> Pcr:
-        """One register. Raises: MisuseError on an index that no module has."""
+        """One register. Raises: DeviceError, MisuseError on an index that no module has."""
         if not 0 <= index < NUM_PCRS:
             raise MisuseError(f"PCR index {index} is not 0 to {NUM_PCRS - 1}")
         match self._ask("DescribePCR", {"DescribePCR": {"index": index}}):
@@ -87,14 +87,14 @@ class Nsm:
         raise self._unexpected("DescribePCR")
 
     def random(self) -> bytes:
-        """Fresh random bytes, as many as the module gives in one answer (256)."""
+        """Fresh random bytes, as many as one answer holds (256). Raises: DeviceError."""
         match self._ask("GetRandom", "GetRandom"):
             case {"random": bytes() as fresh} if fresh:
                 return fresh
         raise self._unexpected("GetRandom")
 
     def attest(self, *, user_data: bytes, public_key: bytes, nonce: bytes) -> bytes:
-        """A signed attestation document that holds the three values."""
+        """A signed attestation document that holds the three values. Raises: DeviceError."""
         fields = {"user_data": user_data, "public_key": public_key, "nonce": nonce}
         match self._ask("Attestation", {"Attestation": fields}):
             case {"document": bytes() as document} if document:

@@ -12,9 +12,9 @@ typedef struct {
     PyObject_HEAD
     wire_tally_t *wire;
     reader_tally_t *reader;
-    arena_tally_t *arena;
+    plain_tally_t *buffer;
     cipher_t cipher;
-    PyObject *storage, *plain; /* the arena's when last seen, and the part of it that is returned */
+    PyObject *storage, *plain; /* the buffer's when last seen, and the part of it that is returned */
 } inlet_t;
 
 /* Where bytes go, and the record expected there: like the one before it, or none. */
@@ -32,9 +32,9 @@ static void arrival_clear(arrival_t *arrival) {
     PyBuffer_Release(&arrival->store);
 }
 
-/* The part of the arena's storage for so many bytes; 0 with an exception or where it is less. */
+/* The part of the buffer's storage for so many bytes; 0 with an exception or where it is less. */
 static int make_room(inlet_t *inlet, Py_ssize_t num_bytes) {
-    PyObject *storage = inlet->arena->storage;
+    PyObject *storage = inlet->buffer->storage;
     if (!storage || !PyMemoryView_Check(storage)) return 0;
     if (storage != inlet->storage || !inlet->plain ||
         PyMemoryView_GET_BUFFER(inlet->plain)->len != num_bytes) {
@@ -154,24 +154,24 @@ static void inlet_dealloc(PyObject *self) {
     cipher_clear(&inlet->cipher);
     Py_XDECREF(inlet->wire);
     Py_XDECREF(inlet->reader);
-    Py_XDECREF(inlet->arena);
+    Py_XDECREF(inlet->buffer);
     Py_XDECREF(inlet->storage);
     Py_XDECREF(inlet->plain);
     Py_TYPE(self)->tp_free(self);
 }
 
 static PyObject *inlet_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    PyObject *wire, *reader, *opener, *arena;
+    PyObject *wire, *reader, *opener, *buffer;
     (void)kwargs;
     if (!PyArg_ParseTuple(args, "O!O!O!O!", &wire_tally_type, &wire, &reader_tally_type, &reader,
-                          &half_tally_type, &opener, &arena_tally_type, &arena)) {
+                          &half_tally_type, &opener, &plain_tally_type, &buffer)) {
         return NULL;
     }
     inlet_t *inlet = (inlet_t *)type->tp_alloc(type, 0);
     if (!inlet) return NULL;
     inlet->wire = (wire_tally_t *)Py_NewRef(wire);
     inlet->reader = (reader_tally_t *)Py_NewRef(reader);
-    inlet->arena = (arena_tally_t *)Py_NewRef(arena);
+    inlet->buffer = (plain_tally_t *)Py_NewRef(buffer);
     if (!cipher_init(&inlet->cipher, (half_tally_t *)opener, "decrypt_into")) Py_CLEAR(inlet);
     return (PyObject *)inlet;
 }

@@ -44,7 +44,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     PyObject *storage;
-} arena_tally_t;
+} plain_tally_t;
 
 typedef struct {
     PyObject_HEAD
@@ -52,7 +52,7 @@ typedef struct {
 } wire_tally_t;
 
 extern PyTypeObject cipher_tally_type, use_tally_type, half_tally_type, reader_tally_type,
-    arena_tally_type, wire_tally_type;
+    plain_tally_type, wire_tally_type;
 
 /* cipher.c: one direction's */
 typedef struct {

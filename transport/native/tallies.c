@@ -29,8 +29,8 @@ static PyMemberDef reader_members[] = {
     OBJECT(reader_tally_t, last, "_last"),
     {0},
 };
-static PyMemberDef arena_members[] = {
-    OBJECT(arena_tally_t, storage, "storage"),
+static PyMemberDef plain_members[] = {
+    OBJECT(plain_tally_t, storage, "storage"),
     {0},
 };
 static PyMemberDef wire_members[] = {
@@ -57,8 +57,8 @@ static void reader_dealloc(PyObject *self) {
     Py_TYPE(self)->tp_free(self);
 }
 
-static void arena_dealloc(PyObject *self) {
-    Py_CLEAR(((arena_tally_t *)self)->storage);
+static void plain_dealloc(PyObject *self) {
+    Py_CLEAR(((plain_tally_t *)self)->storage);
     Py_TYPE(self)->tp_free(self);
 }
 
@@ -76,5 +76,5 @@ TALLY(cipher, CipherTally, cipher_dealloc)
 TALLY(use, UseTally, NULL)
 TALLY(half, HalfTally, half_dealloc)
 TALLY(reader, ReaderTally, reader_dealloc)
-TALLY(arena, ArenaTally, arena_dealloc)
+TALLY(plain, PlainTally, plain_dealloc)
 TALLY(wire, WireTally, NULL)

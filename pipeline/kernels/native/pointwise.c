@@ -124,12 +124,17 @@ void silu_mul(const float *gate_up, float *y, size_t rows, size_t inner) {
 void argmax(const float *x, size_t rows, size_t n, int64_t *out) {
     for (size_t row = 0; row < rows; row++, x += n) {
         __m512 best = _mm512_set1_ps(-__builtin_inff());
+        __mmask16 nans = 0; /* a greatest value does not show them */
         for (size_t i = 0; i < n; i += 16) {
             __mmask16 mask = lanes(n - i);
-            best = _mm512_mask_max_ps(best, mask, best, _mm512_maskz_loadu_ps(mask, x + i));
+            __m512 values = _mm512_maskz_loadu_ps(mask, x + i);
+            best = _mm512_mask_max_ps(best, mask, best, values);
+            nans |= _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
         }
-        __m512 greatest = _mm512_set1_ps(_mm512_reduce_max_ps(best));
-        out[row] = 0;
+        float most = _mm512_reduce_max_ps(best);
+        __m512 greatest = _mm512_set1_ps(most);
+        out[row] = -1;
+        if (nans || !__builtin_isfinite(most)) continue;
         for (size_t i = 0; i < n; i += 16) {
             __mmask16 mask = lanes(n - i);
             __mmask16 found = _mm512_mask_cmp_ps_mask(

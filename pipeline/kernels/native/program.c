@@ -259,13 +259,20 @@ static int is_form(const program_t *program, const frame_t *form, int64_t num_ro
            size - form->rows == num_row_bytes;
 }
 
-/* Whether each segment is of one token that its slot has room for next, and wants what it may. */
+/* Whether a segment of one token may want this: nothing, or its only row as a token, as logits or as
+ * it is. All else comes with a tensor of its own. */
+static int is_want(uint32_t want) {
+    return !want || (want >> 16 == 1 && (want & 0xffff) - 1 < 3);
+}
+
+/* Whether each segment is of one token that its slot has room for next, and wants what it may. The
+ * ids that a want scores are counted above its slot, so that no slot is as high as both. */
 static int read_segments(const program_t *program, const char *at, PyObject *lengths,
-                         int64_t max_length, int64_t most_wanted) {
+                         int64_t max_length, int64_t only_want) {
     for (int64_t i = 0; i < program->num_rows; i++, at += SEGMENT_BYTES) {
         uint32_t slot = u32_at(at), position = u32_at(at + 4), want = u32_at(at + 12);
         if (u32_at(at + 8) != 1 || slot >= PyList_GET_SIZE(lengths)) return 0;
-        if (want > 2 || (most_wanted && want != most_wanted)) return 0;
+        if (!is_want(want) || (only_want && want != only_want)) return 0;
         if (position >= max_length) return 0;
         if (PyLong_AsLongLong(PyList_GET_ITEM(lengths, slot)) != position) return 0;
         for (int64_t j = 0; j < i; j++) {

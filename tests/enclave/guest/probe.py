@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import socket
 import threading
@@ -45,6 +46,8 @@ def answer(request: dict[str, Any]) -> Any:
         case "attest":
             names = ("nonce", "user_data", "public_key")
             return nsm.attestation_document(*(bytes.fromhex(request[name]) for name in names)).hex()
+        case "import":
+            return [importlib.import_module(name).__name__ for name in request["modules"]]
         case "loopback":
             return loopback(request["bytes"])
         case "dial_parent":

@@ -14,9 +14,10 @@ from pipeline.errors import MessageError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.protocol.links import StepGate
-from pipeline.protocol.messages import StepHeader, StepKind, Want, encode_step
+from pipeline.protocol.messages import StepHeader, StepKind, encode_step
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import SessionLimits, expected_inputs, token_ids_to_wire
+from pipeline.protocol.wants import Want
 from pipeline.stage.core import StageCore
 from pipeline.stage.setup import expect_step
 from transport.errors import FrameError
@@ -85,7 +86,7 @@ def test_the_largest_step_fits_the_limit_exactly(name):
     codec = make_codec(name, 48)
     tensors = codec.encode(rows(32, 48))
     most = sum(len(tensor.data) for tensor in tensors)
-    assert SessionLimits(2, 64, 32, codec).max_tensor_bytes == most
+    assert SessionLimits(2, 64, 32, codec).max_row_bytes == most
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from pipeline.engine.chunks import MIN_CHUNK_TOKENS
 from pipeline.engine.request import Request
-from pipeline.engine.scheduler import MIN_CHUNK_TOKENS, MIN_SHARE, Limits, Scheduler
-from pipeline.protocol.messages import StepKind, Want
+from pipeline.engine.scheduler import MIN_SHARE, Limits, Scheduler
+from pipeline.protocol.messages import StepKind
+from pipeline.protocol.wants import Want
 
 # A step of n rows takes a stage this long: mostly the time to read its weights, as on real ones.
 FIXED, PER_ROW = 10.0, 1.0
@@ -232,5 +234,5 @@ def test_a_slot_is_cleared_at_once_however_much_is_under_way():
     assert [scheduler.next_step().header.kind for _ in range(2)] == [StepKind.STEP] * 2
     assert scheduler.next_step() is None
     scheduler.cancel(0)
-    assert scheduler.next_step().header.kind is StepKind.CLEAR
+    assert scheduler.next_step().header.kind is StepKind.TRUNCATE
     assert scheduler.next_step() is None

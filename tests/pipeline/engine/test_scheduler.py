@@ -6,7 +6,11 @@ import pytest
 from pipeline.engine.request import FinishReason, Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.errors import MessageError, PromptError
-from pipeline.protocol.messages import StepKind, Want
+from pipeline.protocol.asked import NOTHING_ASKED
+from pipeline.protocol.messages import Abort, Done, Start, StepKind
+from pipeline.protocol.wants import Want
+from pipeline.sampling.draw import Draw
+from pipeline.sampling.params import SamplingParams
 
 
 def run(scheduler, token_of, order=None):
@@ -23,8 +27,8 @@ def run(scheduler, token_of, order=None):
         header, token_ids, offset = step.header, [], 0
         for segment, want in zip(header.segments, header.wants, strict=True):
             seen = slots.setdefault(segment.slot, [])
-            if header.kind is StepKind.CLEAR:
-                seen.clear()
+            if header.kind is StepKind.TRUNCATE:
+                del seen[segment.position :]
                 continue
             assert segment.position == len(seen), "a slot's tokens must arrive in order"
             seen += step.token_ids[offset : offset + segment.num_tokens]
@@ -133,7 +137,7 @@ def test_a_slot_is_reused_only_after_its_clear_has_come_back():
     first = scheduler.next_step()
     scheduler.complete(first.header, [5])
     clear = scheduler.next_step()
-    assert clear.header.kind is StepKind.CLEAR
+    assert clear.header.kind is StepKind.TRUNCATE
     assert scheduler.next_step() is None
     scheduler.complete(clear.header, [])
     assert scheduler.next_step().owners == (2,)
@@ -176,9 +180,33 @@ def test_leaving_and_being_served_cost_the_same_however_many_wait():
     assert scheduler.num_waiting == num_waiting // 4
 
 
+def test_a_request_says_what_its_tokens_take_and_how_they_are_drawn():
+    numbers = iter([0.25, 0.5])
+    drawn = Request(
+        3, (1, 2), 9, want=Want.DRAWN, next_draw=lambda: Draw(SamplingParams(), (next(numbers),))
+    )
+    scheduler = Scheduler(Limits(3, 100, chunk_tokens=2))
+    scheduler.submit(drawn)
+    step = scheduler.next_step()  # with all of its prompt: a token comes of this one
+    assert step.header.wants == (Want.DRAWN,)
+    assert [how.uniforms for how in step.asked.draws] == [(0.25,)]
+    assert scheduler.follow_up() is None  # of what is drawn, more has to be said
+    scheduler.complete(step.header, [5])
+    assert [how.uniforms for how in scheduler.next_step().asked.draws] == [(0.5,)]
+
+
+def test_a_chunk_that_ends_inside_a_prompt_draws_nothing():
+    request = Request(1, (1, 2, 3), 9, want=Want.DRAWN, next_draw=lambda: Draw(SamplingParams()))
+    scheduler = Scheduler(Limits(1, 100, chunk_tokens=2, num_stages=2))
+    scheduler.submit(request)
+    step = scheduler.next_step()
+    assert (step.header.wants, step.asked) == ((Want.NOTHING,), NOTHING_ASKED)
+    assert len(scheduler.next_step().asked.draws) == 1
+
+
 def test_a_request_that_samples_asks_for_logits():
     scheduler = Scheduler(Limits(2, 100))
-    scheduler.submit(Request(1, (1,), 1, wants_logits=True))
+    scheduler.submit(Request(1, (1,), 1, want=Want.LOGITS))
     scheduler.submit(Request(2, (2,), 1))
     assert scheduler.next_step().header.wants == (Want.LOGITS, Want.TOKEN)
 
@@ -194,8 +222,8 @@ class Stage:
         results, offset = [], 0
         for segment, want in zip(step.header.segments, step.header.wants, strict=True):
             seen = self.slots.setdefault(segment.slot, [])
-            if step.header.kind is StepKind.CLEAR:
-                seen.clear()
+            if step.header.kind is StepKind.TRUNCATE:
+                del seen[segment.position :]
                 continue
             assert segment.position == len(seen), "a slot's tokens must arrive in order"
             seen += step.token_ids[offset : offset + segment.num_tokens]
@@ -383,14 +411,214 @@ def test_a_lone_requests_next_step_is_certain_but_for_its_token():
 @pytest.mark.parametrize("other", ["waits", "runs", "cancelled", "samples"])
 def test_nothing_is_certain_of_a_request_that_is_not_alone(other):
     scheduler = Scheduler(Limits(1 if other == "waits" else 2, 100))
-    scheduler.submit(Request(1, (1, 2), 9, wants_logits=other == "samples"))
-    if other == "runs":
+    scheduler.submit(Request(1, (1, 2), 9, want=Want.LOGITS if other == "samples" else Want.TOKEN))
+    if other in {"runs", "waits"}:
         scheduler.submit(Request(2, (1, 2), 9))
-    step = scheduler.next_step()
-    assert (scheduler.follow_up() is None) is (other in {"runs", "samples"})
-    if other == "waits":
-        scheduler.submit(Request(2, (1, 2), 9))
+    assert scheduler.next_step() is not None
     if other == "cancelled":
         scheduler.cancel(1)
-    assert scheduler.follow_up() is None or other == "other"
-    assert step is not None
+    assert scheduler.follow_up() is None
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+@pytest.mark.parametrize("has_company", [False, True])
+@pytest.mark.parametrize("moment", ["before the token", "after it"])
+def test_a_follow_up_is_the_next_step_whoever_comes_or_leaves(is_cancelled, has_company, moment):
+    scheduler = Scheduler(Limits(2, 100, num_stages=2))
+    scheduler.submit(Request(1, (1, 2), 9))
+    due = scheduler.next_step()
+    follow_up = scheduler.follow_up()
+
+    def disturb():
+        if is_cancelled:
+            scheduler.cancel(1)
+        if has_company:
+            scheduler.submit(Request(2, (7,), 1))
+
+    if moment == "before the token":
+        disturb()
+        assert scheduler.next_step() is None  # nothing may go before it
+        assert scheduler.follow_up() == follow_up
+    scheduler.complete(due.header, [5])
+    if moment == "after it":
+        disturb()
+    step = scheduler.next_step()
+    assert (step.header, step.token_ids) == (follow_up.header, (5,))
+    events, steps = [], [step]
+    while scheduler.has_work:
+        while (step := scheduler.next_step()) is not None:
+            steps.append(step)
+        step = steps.pop(0)
+        events += scheduler.complete(step.header, [6] * len(step.owners))
+    heard = {event.request_id for event in events}
+    assert heard == ({1} - ({1} if is_cancelled else set())) | ({2} if has_company else set())
+
+
+def test_a_follow_up_is_void_after_an_end_and_after_a_loss():
+    scheduler = Scheduler(Limits(2, 100))
+    scheduler.submit(Request(1, (1, 2), 9, frozenset({4})))
+    due = scheduler.next_step()
+    scheduler.follow_up()
+    scheduler.submit(Request(2, (7, 8), 9))
+    scheduler.complete(due.header, [4])
+    assert scheduler.next_step().header.kind is StepKind.TRUNCATE
+    scheduler.rewind()
+    due = scheduler.next_step()
+    assert scheduler.follow_up() is not None
+    assert scheduler.rewind() == [0, 0]
+    again = scheduler.next_step()
+    assert (again.header.segments, again.token_ids) == (due.header.segments, due.token_ids)
+
+
+class Told:
+    """What stages know of requests' lives."""
+
+    def __init__(self):
+        self.slots = {}
+        self.ended = {}
+
+    def hear(self, notices):
+        for notice in notices:
+            if isinstance(notice, Start):
+                assert notice.request_id not in self.ended
+                assert notice.slot not in self.slots.values()
+                self.slots[notice.request_id] = notice.slot
+            else:
+                del self.slots[notice.request_id]
+                self.ended[notice.request_id] = type(notice)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stages_hear_of_every_request_that_had_a_slot_once_and_in_order(seed):
+    rng, given_up, steps, told = random.Random(seed), [], [], Told()
+    scheduler = Scheduler(Limits(rng.randint(1, 3), 64, num_stages=2), given_up.append)
+    for index in range(120):
+        if rng.random() < 0.3:
+            scheduler.submit(Request(index, (1, 2, 3), rng.randint(1, 4)))
+        if rng.random() < 0.1:
+            scheduler.cancel(rng.randrange(80))
+        if rng.random() < 0.1:
+            scheduler.rewind()
+            steps.clear()
+        while (step := scheduler.next_step()) is not None:
+            steps.append(step)
+            told.hear(scheduler.take_notices())
+            assert set(step.owners) <= told.slots.keys() | told.ended.keys()
+        if steps:
+            step = steps.pop(0)
+            for event in scheduler.complete(step.header, [9] * len(step.owners)):
+                assert event.request_id in told.slots
+    told.hear(scheduler.take_notices())
+    assert {told.ended[each] for each in given_up} <= {Abort}
+    assert Done in told.ended.values()
+    assert scheduler.num_running == len(told.slots)
+
+
+def take_a_step(scheduler, stage):
+    step = scheduler.next_step()
+    scheduler.complete(step.header, stage.take(step))
+    return step
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_taken_back_is_sent_again_and_the_text_stays_the_same(chunk_tokens, seed):
+    rng = random.Random(seed)
+    requests = [Request(i, tuple(range(i, i + 6)), 12) for i in range(3)]
+    expected = {each.request_id: solo(each, checksum) for each in requests}
+    scheduler, stage = Scheduler(Limits(3, 100, chunk_tokens)), Stage()
+    for request in requests:
+        scheduler.submit(request)
+    found = {each.request_id: [] for each in requests}
+    num_taken_back = 0
+    while scheduler.has_work:
+        step = scheduler.next_step()
+        for event in scheduler.complete(step.header, stage.take(step)):
+            found[event.request_id].append(event.token_id)
+        if rng.random() < 0.3 and scheduler._running:
+            request_id, state = rng.choice(list(scheduler._running.items()))
+            length = rng.randint(0, state.num_sent)
+            is_new = length < state.num_sent
+            scheduler.take_back(request_id, length)
+            assert (state.slot in scheduler._taken_back) or not is_new
+            num_taken_back += is_new
+    assert found == expected
+    assert num_taken_back
+    assert not any(stage.slots.values())
+
+
+def test_what_is_taken_back_is_forgotten_by_the_very_next_step():
+    scheduler, stage = Scheduler(Limits(2, 100)), Stage()
+    scheduler.submit(Request(1, (1, 2, 3), 9))
+    take_a_step(scheduler, stage)
+    scheduler.take_back(1, 2)
+    assert scheduler.follow_up() is None
+    step = take_a_step(scheduler, stage)
+    assert step.header.kind is StepKind.TRUNCATE
+    assert [tuple(segment) for segment in step.header.segments] == [(0, 2, 0)]
+    assert stage.slots[0] == [1, 2]
+    assert scheduler.next_step().header.segments[0].position == 2
+
+
+def test_a_request_that_ends_after_all_gives_its_slot_back_once():
+    scheduler, stage = Scheduler(Limits(1, 100)), Stage()
+    scheduler.submit(Request(1, (1, 2, 3), 9))
+    scheduler.submit(Request(2, (4,), 1))
+    take_a_step(scheduler, stage)
+    scheduler.take_back(1, 2)
+    back = scheduler.next_step()
+    scheduler.cancel(1)
+    scheduler.complete(back.header, stage.take(back))
+    clear = scheduler.next_step()  # not a step of the one that waits: the slot is not free yet
+    assert (clear.header.kind, clear.freed) == (StepKind.TRUNCATE, (0,))
+    scheduler.complete(clear.header, stage.take(clear))
+    assert scheduler.next_step().owners == (2,)
+    assert scheduler._free_slots == []
+
+
+def test_a_slot_is_cleared_though_some_of_it_was_to_be_taken_back():
+    scheduler, stage = Scheduler(Limits(1, 100)), Stage()
+    scheduler.submit(Request(1, (1, 2, 3), 9))
+    take_a_step(scheduler, stage)
+    scheduler.take_back(1, 2)
+    scheduler.cancel(1)
+    step = take_a_step(scheduler, stage)
+    assert [tuple(segment) for segment in step.header.segments] == [(0, 0, 0)]
+    assert not scheduler.has_work
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_what_was_taken_back_is_not_replayed_after_a_loss(comes_back):
+    scheduler, stage = Scheduler(Limits(1, 100)), Stage()
+    scheduler.submit(Request(1, (1, 2, 3), 9))
+    for _ in range(3):
+        take_a_step(scheduler, stage)
+    scheduler.take_back(1, 4)
+    if comes_back:
+        take_a_step(scheduler, stage)
+    else:
+        scheduler.next_step()
+    assert scheduler.rewind() == [4]
+    stage.rewind([4])
+    fresh = Stage()
+    for step in scheduler.replay(1):
+        fresh.take(step)
+    assert fresh.slots == stage.slots
+    assert scheduler.next_step().header.segments[0].position == 4
+
+
+@pytest.mark.parametrize("length", [-1, 4])
+def test_what_has_not_been_sent_cannot_be_taken_back(length):
+    scheduler, stage = Scheduler(Limits(1, 100)), Stage()
+    scheduler.submit(Request(1, (1, 2, 3), 9))
+    take_a_step(scheduler, stage)
+    with pytest.raises(ValueError, match="cannot keep"):
+        scheduler.take_back(1, length)
+
+
+def test_nothing_is_taken_back_under_a_step_that_is_on_its_way():
+    scheduler = Scheduler(Limits(1, 100))
+    scheduler.submit(Request(1, (1, 2, 3), 9))
+    scheduler.next_step()
+    with pytest.raises(ValueError, match="cannot keep"):
+        scheduler.take_back(1, 2)

@@ -19,6 +19,14 @@ def test_a_file_without_keys_is_the_users_error(tmp_path, content):
         load_api_keys(path)
 
 
+def test_a_key_file_to_which_others_may_add_is_refused(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("sk-one\n")
+    path.chmod(0o666)
+    with pytest.raises(InputError, match="chmod go-w"):
+        load_api_keys(path)
+
+
 def test_a_missing_key_file_is_the_users_error(tmp_path):
     with pytest.raises(InputError, match="cannot read"):
         load_api_keys(tmp_path / "none")

@@ -11,8 +11,8 @@ import trio.lowlevel
 import trio.testing
 from prometheus_client import CollectorRegistry
 
+from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
-from pipeline.engine.service import PipelineEngine
 from pipeline.errors import SessionError
 from pipeline.gateway.errors import ApiError, Kind
 from pipeline.gateway.orders import Conversation, Order
@@ -269,3 +269,18 @@ async def test_variables_the_template_does_not_read_are_refused_by_name(make_doo
         "unsupported_parameter",
         "chat_template_kwargs.enable_thinking",
     )
+
+
+@pytest.mark.parametrize(
+    ("sampling", "param"),
+    [
+        (SamplingParams(min_tokens=5), None),
+        (SamplingParams(allowed_token_ids=(5, 257)), "allowed_token_ids"),
+    ],
+    ids=["too few tokens", "unknown token"],
+)
+async def test_what_sampling_cannot_have_is_refused(make_door, make_engine, sampling, param):
+    engine = make_engine()
+    error = await make_door(engine).refusal(prompts=("a",), max_tokens=3, sampling=(sampling,))
+    assert (error.kind, error.param) == (Kind.INVALID, param)
+    assert not engine.generations

@@ -114,7 +114,7 @@ def test_null_is_as_if_not_given(schema, base, field):
         ("n", 1), ("best_of", 1), ("stop", []), ("logit_bias", {}), ("presence_penalty", 0),
         ("min_tokens", 0), ("use_beam_search", False), ("length_penalty", 1.0),
         ("priority", 0), ("bad_words", []), ("n_predict", -1), ("typical_p", 1.0),
-        ("mirostat", 0), ("repeat_penalty", 1), ("grammar", ""), ("top_k", -1), ("min_p", 0.0),
+        ("mirostat", 0), ("repeat_penalty", 1), ("grammar", ""), ("top_k", 0), ("min_p", 0.0),
         ("skip_special_tokens", True), ("include_stop_str_in_output", False),
         ("ignore_eos", False), ("echo", False), ("stop_token_ids", []),
         ("spaces_between_special_tokens", True), ("stream", False), ("suffix", ""),

@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter, ValidationError
 
+from pipeline.engine.engine import EngineStats
 from pipeline.engine.scheduler import Limits
-from pipeline.engine.service import EngineStats
 from pipeline.gateway.metrics import RecentTokens
 from pipeline.gateway.overview import EngineView, Overview, PipelineView
 from pipeline.protocol.messages import StageFigures

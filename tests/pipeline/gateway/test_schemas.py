@@ -117,6 +117,14 @@ def test_a_missing_field_is_named(missing):
         ("logit_bias", {"1": "1"}),
         ("logit_bias", {"1": None}),
         ("logit_bias", {"9" * 5000: 1}),
+        ("min_tokens", -1),
+        ("min_tokens", "2"),
+        ("chooser", {}),
+        ("chooser", {"name": 3}),
+        ("chooser", {"name": "dice"}),
+        ("chooser", {"name": "mirostat", "tau": 10**400}),
+        ("chooser", {"name": "mirostat", "tau": [1]}),
+        ("chooser", {"name": "draw", "name ": 1}),
         ("stream", "yes"),
         ("stream_options", 3),
         ("stream_options", {"include_usage": True}),
@@ -176,10 +184,18 @@ def test_a_completion_field_that_cannot_be_served_is_refused_by_name(field, valu
     assert refusal(CompletionRequest, COMPLETION | {field: value}).param == field
 
 
+@pytest.mark.parametrize("schema", [ChatRequest, CompletionRequest])
+@pytest.mark.parametrize("value", [[], [1.5], [-1], ["1"], 3])
+def test_allowed_tokens_are_a_list_of_ids(schema, value):
+    base = CHAT if schema is ChatRequest else COMPLETION
+    assert refusal(schema, base | {"allowed_token_ids": value}).param.startswith("allowed_token")
+
+
 def test_nulls_and_what_changes_no_answer_are_as_if_absent():
     names = (
         "temperature", "top_p", "n", "seed", "stop", "max_tokens", "logit_bias", "stream",
         "stream_options", "presence_penalty", "frequency_penalty", "logprobs", "tools",
+        "min_tokens", "allowed_token_ids", "chooser",
     )  # fmt: skip
     body = CHAT | dict.fromkeys(names) | {"user": 3, "metadata": {"a": [1]}, "no_such": None}
     assert order(ChatRequest, body) == order(ChatRequest, CHAT)

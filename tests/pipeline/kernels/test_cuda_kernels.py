@@ -16,9 +16,10 @@ from pipeline.kernels.base import HeadShape
 from pipeline.kernels.choice import choose_kernels
 from pipeline.kernels.cuda_kernels import CudaKernels, DecodeAttention, Recorder, find_gpu
 from pipeline.models import registry
-from pipeline.protocol.messages import StepHeader, StepKind, Want
+from pipeline.protocol.messages import StepHeader, StepKind
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import SessionLimits, token_ids_to_wire
+from pipeline.protocol.wants import Want
 from pipeline.stage.core import StageCore
 
 TOLERANCE = 1e-4
@@ -325,7 +326,7 @@ def test_a_stage_answers_as_on_the_cpu(gqa, device, token_ids):
     ]
     for number, (batch, wants) in enumerate(steps):
         header = StepHeader(
-            StepKind.STEP, number, tuple(batch), tuple(Want[each] for each in wants)
+            StepKind.STEP, number, tuple(batch), tuple(getattr(Want, each) for each in wants)
         )
         rows = token_ids[: sum(each.num_tokens for each in batch)]
         found, expected = (

@@ -2,12 +2,13 @@
 
 import pytest
 
-from pipeline.engine.scheduler import FollowUp
+from pipeline.engine.step import FollowUp
 from pipeline.errors import LinkLost
 from pipeline.orchestrator.ahead import Ahead
-from pipeline.protocol.messages import StageTiming, StepHeader, StepKind, Want, encode_step
+from pipeline.protocol.messages import StageTiming, StepHeader, StepKind, encode_step
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import token_ids_to_wire
+from pipeline.protocol.wants import Want
 from transport.frames import Frame, FrameKind, encode_frame
 
 TIMINGS = (StageTiming(1, 2, 3), StageTiming(1 << 40, 5, 6))

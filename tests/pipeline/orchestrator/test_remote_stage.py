@@ -9,7 +9,7 @@ import trio.testing
 import pipeline.orchestrator.remote_stage
 from pipeline.errors import StageHung, StageLost
 from pipeline.orchestrator.remote_stage import Expectation, RemoteStage
-from pipeline.protocol.messages import Health, Healthy, Rewind, StageFigures
+from pipeline.protocol.messages import Done, Health, Healthy, Rewind, StageFigures, Start
 
 NOTHING = StageFigures(**dict.fromkeys(StageFigures.model_fields, 0))
 
@@ -93,3 +93,16 @@ async def test_time_in_which_this_process_was_stopped_is_not_the_stages_silence(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(let_time_pass)
         await stage.watch(3)
+
+
+async def test_what_a_stage_was_not_told_for_a_loss_it_is_told_later_in_order(stage, control):
+    notices = [Start(request_id=1, slot=0), Done(request_id=1), Start(request_id=2, slot=0)]
+    stage.note(notices[:2])
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await stage.tell()
+    assert control.heard == []
+    stage.note(notices[2:])
+    await stage.tell()
+    await stage.tell()
+    assert control.heard == notices

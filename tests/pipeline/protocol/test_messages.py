@@ -22,13 +22,13 @@ from pipeline.protocol.messages import (
     StepHeader,
     StepKind,
     Waiting,
-    Want,
     decode_message,
     decode_step,
     encode_message,
     encode_step,
 )
 from pipeline.protocol.segments import Segment
+from pipeline.protocol.wants import Want
 
 INIT = Init(
     epoch=bytes(16),
@@ -57,6 +57,7 @@ MESSAGES = [
         num_threads=1,
         device="cpu",
         keeps_activations=True,
+        is_row_exact=True,
     ),
     Waiting(detail="for 127.0.0.1:9001"),
     Health(sequence=1),

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import InputError, MessageError
+from pipeline.errors import InputError, RequestFailed
+from pipeline.sampling.draw import token_at
 from pipeline.sampling.params import SamplingParams
-from pipeline.sampling.sampler import Sampler, draw
+from pipeline.sampling.sampler import Sampler
 
 
 def random_logits(seed, vocab=50):
@@ -41,6 +42,23 @@ def test_the_same_seed_gives_the_same_tokens_however_choices_interleave():
         second.choose(logits)
     assert interleaved == alone
     assert alone != chosen(SamplingParams(temperature=1.0, seed=8), steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({}, [49, 30, 45, 9, 15, 8, 7, 46, 46, 13, 35, 10]),
+        ({"temperature": 0.7, "top_p": 0.8}, [48, 30, 41, 9, 15, 9, 17, 49, 36, 13, 35, 10]),
+        (
+            {"temperature": 1.3, "top_k": 5, "repetition_penalty": 1.2},
+            [48, 30, 41, 9, 15, 4, 7, 44, 36, 13, 35, 10],
+        ),
+    ],
+    ids=str,
+)
+def test_a_seed_means_the_same_text_in_every_version(changes, tokens):
+    params = SamplingParams(**{"temperature": 1.0, "seed": 1234} | changes)
+    assert chosen(params, [random_logits(seed) for seed in range(12)]) == tokens
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**64 - 1, 0])
@@ -92,7 +110,7 @@ def test_a_masked_token_is_never_drawn(values, uniform):
     logits = np.array(values, np.float32)
     if not np.isfinite(logits.max()):
         return
-    token_id = draw(logits, uniform)
+    token_id = token_at(logits, uniform)
     assert softmax(logits)[token_id] > 0
 
 
@@ -101,7 +119,7 @@ def test_drawing_inverts_the_cumulative_distribution(uniform):
     logits = np.log(np.array([0.25, 0.5, 0.25], np.float32))
     expected = 0 if uniform < 0.25 else 1 if uniform < 0.75 else 2
     if min(abs(uniform - 0.25), abs(uniform - 0.75)) > 1e-6:
-        assert draw(logits, uniform) == expected
+        assert token_at(logits, uniform) == expected
 
 
 @pytest.mark.parametrize("vocab", [255, 256, 257, 1000, 50_257])
@@ -114,7 +132,7 @@ def test_drawing_from_a_large_vocabulary_follows_its_cumulative_distribution(voc
     chances = softmax(logits)
     ends = np.cumsum(chances)
     for uniform in [0.0, np.nextafter(1, 0), *rng.random(200)]:
-        token_id = draw(logits, uniform)
+        token_id = token_at(logits, uniform)
         assert chances[token_id] > 0
         # float32 exponentials and another order of summing move the ends by about as much.
         assert ends[token_id] - chances[token_id] - 1e-5 <= uniform <= ends[token_id] + 1e-5
@@ -177,7 +195,7 @@ def test_processors_that_leave_nothing_are_the_users_error():
 def test_logits_that_are_not_numbers_are_the_models_error(bad):
     logits = random_logits(0)
     logits[3] = bad
-    with pytest.raises(MessageError, match="no numbers"):
+    with pytest.raises(RequestFailed, match="no numbers"):
         Sampler(SamplingParams(temperature=1.0), ()).choose(logits)
 
 

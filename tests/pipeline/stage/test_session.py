@@ -16,7 +16,7 @@ from pipeline.agreement.manifest import StageEndpoint, TcpAddress
 from pipeline.agreement.trust import DevTrust, UserTrust, create_identity, load_identity
 from pipeline.codecs.registry import make_codec
 from pipeline.engine.scheduler import Limits
-from pipeline.errors import PolicyError, SessionError
+from pipeline.errors import InputError, PolicyError, SessionError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
@@ -44,11 +44,11 @@ from pipeline.protocol.messages import (
     StepHeader,
     StepKind,
     Waiting,
-    Want,
 )
 from pipeline.protocol.peers import CONTROL_EPOCH, ORCHESTRATOR, accept_first
 from pipeline.protocol.segments import Segment
 from pipeline.protocol.steps import CLEAR_SENTINEL, SessionLimits
+from pipeline.protocol.wants import Want
 from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
 from transport.channel import connect_channel
@@ -170,7 +170,8 @@ def hidden(num_tokens, width=64):
 
 
 def step(*segments, kind=StepKind.STEP):
-    return StepHeader(kind, 0, segments, (Want.TOKEN,) * len(segments))
+    want = Want.NOTHING if kind is StepKind.TRUNCATE else Want.TOKEN
+    return StepHeader(kind, 0, segments, (want,) * len(segments))
 
 
 async def failure_of(control):
@@ -191,7 +192,7 @@ async def failure_of(control):
         (step(Segment(0, 0, 1), Segment(0, 1, 1)), hidden(2), "twice"),
         (step(Segment(0, 0, 2)), hidden(1), "expected"),
         (step(Segment(0, 0, 1)), hidden(1, 32), "expected"),
-        (step(Segment(0, 0, 40)), hidden(40), "8704"),
+        (step(Segment(0, 0, 40)), hidden(40), "the limit is 34"),
         (step(Segment(0, 0, 0)), hidden(0), "0 tokens"),
     ],
 )
@@ -289,7 +290,7 @@ async def test_health_tells_what_a_stage_holds_and_has_done(rig):
             assert busy.crypto_ns > 0
             assert busy.bytes_received - idle.bytes_received > 9 * 64 * 4
             assert busy.bytes_sent > idle.bytes_sent
-            clear = step(Segment(0, 0, 0), Segment(1, 0, 0), kind=StepKind.CLEAR)
+            clear = step(Segment(0, 0, 0), Segment(1, 0, 0), kind=StepKind.TRUNCATE)
             await send_step(upstream, clear, (CLEAR_SENTINEL,))
             cleared = await settled(control, num_steps=3)
             assert (cleared.slots_in_use, cleared.kv_tokens, cleared.num_tokens) == (0, 0, 9)
@@ -617,3 +618,24 @@ def test_a_key_file_open_to_others_is_refused(tmp_path):
     path.chmod(0o644)
     with pytest.raises(PolicyError, match="chmod 600"):
         load_identity(path)
+
+
+def test_a_key_file_that_others_could_swap_is_neither_used_nor_made(tmp_path):
+    path = tmp_path / "key.pem"
+    create_identity(path)
+    tmp_path.chmod(0o770)
+    with pytest.raises(PolicyError, match="chmod go-w"):
+        load_identity(path)
+    with pytest.raises(PolicyError, match="chmod go-w"):
+        create_identity(tmp_path / "new.pem")
+    assert not (tmp_path / "new.pem").exists()
+
+
+def test_a_key_file_behind_a_link_is_refused_and_none_is_written_through_one(tmp_path):
+    path, link = tmp_path / "key.pem", tmp_path / "link.pem"
+    link.symlink_to(path)
+    with pytest.raises(InputError, match="exists"):
+        create_identity(link)
+    create_identity(path)
+    with pytest.raises(PolicyError, match="symbolic link"):
+        load_identity(link)

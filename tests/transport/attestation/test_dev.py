@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -68,6 +69,29 @@ def test_leaf_is_renewed_before_it_expires(authority, binding):
     assert renewed.not_valid_after_utc > now + timedelta(hours=100)
 
 
+@pytest.mark.parametrize("step", [timedelta(minutes=6), timedelta(days=1), timedelta(days=2000)])
+def test_evidence_holds_after_the_clock_is_set_back(binding, step):
+    clock = datetime.now(UTC)
+    authority = DevAuthority.create(clock)
+    attester = DevAttester(authority, PCRS, clock=lambda: clock)
+    verifier = dev_verifier(authority.root_cert, PCRS, clock=lambda: clock)
+    verifier.verify(attester.attest(binding), binding)
+    clock -= step
+    verifier.verify(attester.attest(binding), binding)
+    clock += step
+    verifier.verify(attester.attest(binding), binding)
+
+
+@pytest.mark.parametrize("years", [-11, 11])
+def test_an_authority_that_is_not_valid_by_the_clock_is_named_with_both_times(tmp_path, years):
+    DevAuthority.load_or_create(tmp_path)
+    other = datetime.now(UTC) + timedelta(days=366 * years)
+    with pytest.raises(
+        MisuseError, match=rf"valid from .* clock says {other:%Y}-.*delete the file"
+    ):
+        DevAuthority.load_or_create(tmp_path, clock=lambda: other)
+
+
 @pytest.mark.parametrize("measurements", [{40: bytes(48)}, {0: b"short"}])
 def test_measurement_no_register_can_hold_is_misuse(authority, measurements):
     with pytest.raises(MisuseError):
@@ -101,6 +125,31 @@ def test_authority_open_to_others_is_refused(tmp_path):
     (tmp_path / AUTHORITY_FILE).chmod(0o640)
     with pytest.raises(MisuseError, match="chmod 600"):
         DevAuthority.load_or_create(tmp_path)
+
+
+def test_authority_of_another_user_is_refused(tmp_path, monkeypatch):
+    DevAuthority.load_or_create(tmp_path)
+    if os.geteuid() == 0:
+        os.chown(tmp_path / AUTHORITY_FILE, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(MisuseError, match=r"development authority .* belongs to another user"):
+        DevAuthority.load_or_create(tmp_path)
+
+
+def test_authority_that_others_could_swap_is_neither_used_nor_made(tmp_path):
+    tmp_path.chmod(0o777)
+    with pytest.raises(MisuseError, match="chmod go-w"):
+        DevAuthority.load_or_create(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_authority_behind_a_link_is_refused(tmp_path):
+    DevAuthority.load_or_create(tmp_path / "theirs")
+    (tmp_path / "ours").mkdir(mode=0o700)
+    (tmp_path / "ours" / AUTHORITY_FILE).symlink_to(tmp_path / "theirs" / AUTHORITY_FILE)
+    with pytest.raises(MisuseError, match="symbolic link"):
+        DevAuthority.load_or_create(tmp_path / "ours")
 
 
 def test_damaged_authority_is_refused(tmp_path):

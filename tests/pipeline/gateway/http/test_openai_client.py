@@ -5,6 +5,7 @@ import pytest
 import trio
 
 from pipeline.errors import RequestFailed, SessionError
+from pipeline.sampling.params import ChooserSpec
 
 KEY = "sk-test-0123456789"
 MODEL = "tiny/model"
@@ -266,7 +267,14 @@ async def test_sampling_parameters_reach_the_engine(start_gateway):
                 stop=["x"],
                 max_completion_tokens=9,
                 user="someone",
-                extra_body={"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2},
+                extra_body={
+                    "top_k": 7,
+                    "min_p": 0.1,
+                    "repetition_penalty": 1.2,
+                    "min_tokens": 4,
+                    "allowed_token_ids": [65, 66],
+                    "chooser": {"name": "mirostat", "tau": 3},
+                },
             ),
         )
         await with_client(gateway, lambda c: c.chat.completions.create(model=MODEL, messages=USER))
@@ -277,10 +285,32 @@ async def test_sampling_parameters_reach_the_engine(start_gateway):
     assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.2)
     assert dict(sampling.logit_bias) == {65: -100.0}
     assert (sampling.seed, sampling.stop, told.max_tokens) == (3, ("x",), 9)
+    assert (sampling.min_tokens, sampling.allowed_token_ids) == (4, (65, 66))
+    assert sampling.chooser == ChooserSpec("mirostat", {"tau": 3})
     assert told.eos_token_ids == {256}
     # As OpenAI: sampled at temperature 1 unless told, up to the whole context.
     assert default.sampling.temperature == 1.0
     assert default.max_tokens == gateway.engine.max_seq_len
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5"),
+        ({"allowed_token_ids": [3, 257]}, "no token 257"),
+        ({"chooser": {"name": "mirostat"}, "temperature": 0}, "temperature above 0"),
+        ({"chooser": {"name": "mirostat", "eta": 2}}, "at most 1"),
+    ],
+)
+async def test_what_cannot_be_sampled_so_is_a_bad_request(start_gateway, body, words):
+    async with start_gateway() as gateway:
+        error = await fails(
+            gateway,
+            openai.BadRequestError,
+            lambda c: c.chat.completions.create(model=MODEL, messages=USER, extra_body=body),
+        )
+    assert words in error.message
+    assert gateway.engine.generations == []
 
 
 async def test_models_are_listed_and_retrieved(start_gateway):

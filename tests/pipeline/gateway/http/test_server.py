@@ -12,8 +12,8 @@ import pytest
 import trio
 from prometheus_client import CollectorRegistry
 
+from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
-from pipeline.engine.service import PipelineEngine
 from pipeline.errors import InputError
 from pipeline.gateway.http.exchange import BodyBudget
 from pipeline.gateway.http.server import serve

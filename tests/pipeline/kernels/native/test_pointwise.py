@@ -108,6 +108,24 @@ def test_argmax_is_the_first_greatest(native, n):
         assert index == row.index(max(row))
 
 
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 1000])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_argmax_of_what_is_no_number_is_none_wherever_it_stands(native, n, bad):
+    for at in range(0, n, max(1, n // 40)):
+        x = normal(3, n)
+        x[1, at] = bad
+        found = torch.empty(3, dtype=torch.int64)
+        native.argmax(x.data_ptr(), 3, n, found.data_ptr())
+        expected = [int(x[0].argmax()), -1, int(x[2].argmax())]
+        assert found.tolist() == expected
+    x.fill_(-float("inf"))
+    native.argmax(x.data_ptr(), 3, n, found.data_ptr())
+    assert found.tolist() == [-1, -1, -1]
+    x[0, n // 2] = -7.0  # the only one that may be chosen
+    native.argmax(x.data_ptr(), 1, n, found.data_ptr())
+    assert found[0] == n // 2
+
+
 def test_impossible_shapes_are_refused(native):
     with pytest.raises(ValueError, match="even"):
         native.rope(0, 30, 1, 1, 15, 0, 0)

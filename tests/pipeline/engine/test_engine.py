@@ -8,16 +8,17 @@ import pytest
 import trio
 
 from pipeline.codecs.registry import make_codec
+from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.request import FinishReason
 from pipeline.engine.scheduler import Limits
-from pipeline.engine.service import PipelineEngine
-from pipeline.errors import PromptError, RequestFailed, SessionError
+from pipeline.errors import InputError, PromptError, RequestFailed, SessionError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.protocol.steps import token_ids_to_wire
-from pipeline.sampling.params import SamplingParams
+from pipeline.protocol.wants import Result, Want
+from pipeline.sampling.params import MAX_BIASES, ChooserSpec, SamplingParams
 from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.core import StageCore
 
@@ -31,9 +32,15 @@ class Yielding:
         self._local = local
         self.stats = local.stats
 
+    async def notify(self, notices):
+        await trio.lowlevel.checkpoint()
+
     async def send(self, step):
         await trio.lowlevel.checkpoint()
         await self._local.send(step)
+
+    def prepare(self, follow_up):
+        pass
 
     async def receive(self):
         await trio.lowlevel.checkpoint()
@@ -190,6 +197,99 @@ async def test_logprobs_come_with_the_tokens_that_asked(engine):
         assert output.top[0][0] == output.token_id
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.9, "seed": 5},
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.8, "min_p": 0.01, "seed": 6, "logprobs": 4},
+        {"repetition_penalty": 1.4, "frequency_penalty": 0.3},
+        {"temperature": 1.0, "seed": 7, "logit_bias": {5: 4.0, 10**6: 1.0}, "logprobs": 0},
+    ],
+    ids=str,
+)
+async def test_a_token_drawn_by_the_last_stage_is_the_one_drawn_here(engine, sampling):
+    drawn = generation(random.Random(13), 25, **sampling)
+    chosen = replace(drawn, processors=(lambda token_ids, logits: logits,))
+    assert drawn.want.result is Result.DRAWN
+    assert chosen.want == Want.LOGITS
+    outputs = []
+    for request in (drawn, chosen):
+        async with engine.generate(request) as stream:
+            outputs.append([output async for output in stream])
+    for there, here in zip(*outputs, strict=True):
+        assert there.token_id == here.token_id
+        assert (
+            (there.logprob is None) is (here.logprob is None) is (drawn.sampling.logprobs is None)
+        )
+        assert there.logprob is None or there.logprob == pytest.approx(here.logprob, rel=1e-6)
+        assert [token_id for token_id, _ in there.top] == [token_id for token_id, _ in here.top]
+        assert dict(there.top) == pytest.approx(dict(here.top), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("request_", "want"),
+    [
+        (SamplingParams(seed=1), Want.TOKEN),
+        (SamplingParams(temperature=0.5), Want.DRAWN),
+        (SamplingParams(logprobs=0), Want(Result.DRAWN, 1, 0, 1)),
+        (SamplingParams(logprobs=255), Want(Result.DRAWN, 1, 255, 1)),
+        (SamplingParams(logprobs=256), Want.LOGITS),  # more than a header can name
+        (SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIASES), 1.0)), Want.DRAWN),
+        (SamplingParams(allowed_token_ids=(1, 2)), Want.LOGITS),
+        (SamplingParams(temperature=0.5, chooser=ChooserSpec("mirostat")), Want.LOGITS),
+    ],
+)
+def test_logits_travel_only_where_nothing_less_will_do(request_, want):
+    assert Generation((1,), 1, frozenset(), request_).want == want
+
+
+class Overflowing(Yielding):
+    """Its last stage has no numbers for whoever owns a slot."""
+
+    def __init__(self, local, cores, slot):
+        super().__init__(local)
+        self._values, self._slot = cores[-1].cache.values, slot
+
+    async def receive(self):
+        for layer in self._values:
+            layer[self._slot] = np.nan
+        return await super().receive()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "has_processor"),
+    [({}, False), ({"temperature": 1.0}, False), ({"logprobs": 2}, False), ({}, True)],
+    ids=str,
+)
+async def test_a_model_without_numbers_ends_the_request_and_no_other(
+    shards, nursery, sampling, has_processor
+):
+    cores = new_cores(shards)
+    engine = PipelineEngine(LIMITS)
+    nursery.start_soon(engine.run, Overflowing(LocalPipeline(cores), cores, 0))
+    rng = random.Random(14)
+    doomed, steady = generation(rng, 30, **sampling), generation(rng, 30)
+    if has_processor:
+        doomed = replace(doomed, processors=(lambda token_ids, logits: logits,))
+
+    async with engine.generate(doomed) as stream:  # in the first slot, for it came first
+        found = await tokens_of(engine, steady)
+        with pytest.raises(RequestFailed, match="no token can be chosen"):
+            [output async for output in stream]
+    assert len(found) == 30
+    assert engine.failure is None
+
+
+async def test_a_lone_text_ends_where_the_model_has_no_numbers(shards):
+    cores = new_cores(shards)
+    engine = PipelineEngine(LIMITS)
+    heard = []
+    engine.submit(generation(random.Random(1), 9), heard.append)
+    await engine.drain(Overflowing(LocalPipeline(cores), cores, 0))
+    assert isinstance(heard.pop(), RequestFailed)
+    assert len(heard) == 1  # the prompt's, computed before
+
+
 async def test_processors_of_the_callers_own_decide_what_may_be_chosen(engine):
     rng = random.Random(7)
     plain = generation(rng, 12)
@@ -294,17 +394,17 @@ def mended(scheduler, cores, shards, victim):
     return [first, last]
 
 
-async def test_a_sampler_that_fails_costs_its_own_request_alone(engine, monkeypatch):
+async def test_a_processor_that_fails_costs_its_own_request_alone(engine):
     rng = random.Random(9)
-    steady, doomed = generation(rng, 30), generation(rng, 30, temperature=1.0, seed=1)
-    expected = await tokens_of(engine, steady)
     calls = []
 
-    def choose(sampler, logits):
+    def process(token_ids, logits):
         calls.append(1)
         raise ZeroDivisionError
 
-    monkeypatch.setattr("pipeline.engine.service.Sampler.choose", choose)
+    steady = generation(rng, 30)
+    doomed = replace(generation(rng, 30, temperature=1.0, seed=1), processors=(process,))
+    expected = await tokens_of(engine, steady)
 
     async def fail():
         with pytest.raises(RequestFailed, match="ZeroDivisionError"):
@@ -373,3 +473,55 @@ async def test_a_request_that_breaks_the_stages_every_time_ends_alone(shards, en
     assert found[3] == expected[3][: expected[3].index(poison)]
     assert num_losses == 4
     assert poisoned.stats.num_running == 0
+
+
+async def test_a_chooser_of_the_callers_own_is_made_for_each_request(engine):
+    made = []
+
+    class Second:
+        """Takes the second most likely token each time."""
+
+        def __init__(self):
+            made.append(self)
+            self.num_asked = 0
+
+        def choose(self, final):
+            self.num_asked += 1
+            return int(final.ids[np.argsort(-final.probabilities)[1]])
+
+    rng = random.Random(13)
+    plain = generation(rng, 8, temperature=1.0)
+    own = replace(plain, chooser=Second)
+    first = await tokens_of(engine, own)
+    assert await tokens_of(engine, own) == first
+    assert [each.num_asked for each in made] == [8, 8]
+    assert first != await tokens_of(engine, replace(plain, sampling=SamplingParams()))
+
+
+async def test_masks_hold_for_every_token(engine):
+    rng = random.Random(14)
+    allowed = tuple(range(40, 60))
+    tokens = await tokens_of(engine, generation(rng, 12, allowed_token_ids=allowed))
+    assert set(tokens) <= set(allowed)
+    assert len(tokens) == 12
+
+
+async def test_a_text_has_its_least_length(engine):
+    rng = random.Random(15)
+    plain = generation(rng, 12)
+    (end, *_) = await tokens_of(engine, plain)
+    ending = replace(plain, eos_token_ids=frozenset({end}))
+    assert await tokens_of(engine, ending) == [end]
+    longer = replace(ending, sampling=SamplingParams(min_tokens=5))
+    assert len(await tokens_of(engine, longer)) > 5
+
+
+async def test_what_cannot_be_had_is_refused_before_anything_runs(engine):
+    plain = generation(random.Random(16), 12)
+    with pytest.raises(InputError, match="min_tokens is 13"):
+        replace(plain, sampling=SamplingParams(min_tokens=13))
+    unknown = SamplingParams(temperature=1.0, chooser=ChooserSpec("dice"))
+    with pytest.raises(InputError, match="dice"):
+        async with engine.generate(replace(plain, sampling=unknown)):
+            raise AssertionError("entered")
+    assert not engine.scheduler.has_work

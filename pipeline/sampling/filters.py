@@ -5,7 +5,7 @@ filter keeps at least the most likely token. Between equal logits the lower toke
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ Logits = npt.NDArray[np.float32]
 
 # Below this the most likely token's rivals vanish in float32 anyway, while the quotient overflows.
 MIN_TEMPERATURE = 1e-5
+# Above this it is infinite in float32, and what is masked would come out as no number.
+MAX_TEMPERATURE = float(np.finfo(np.float32).max)
 # Filters look at the tokens within these distances of the most likely first: a comparison costs a
 # tenth of sorting, and what has less than exp(-16) of its probability rarely matters.
 _DEPTHS = (4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
@@ -34,7 +36,7 @@ def repetition_penalty(logits: Logits, is_seen: npt.NDArray[np.bool_], penalty: 
 
 
 def count_penalties(
-    logits: Logits, counts: npt.NDArray[np.int32], presence: float, frequency: float
+    logits: Logits, counts: npt.NDArray[np.integer[Any]], presence: float, frequency: float
 ) -> Logits:
     """Subtract `presence` from each generated token and `frequency` times how often it was."""
     penalties = np.float32(presence) * (counts > 0) + np.float32(frequency) * counts
@@ -54,8 +56,14 @@ def add_bias(logits: Logits, bias: Mapping[int, float]) -> Logits:
 def scale_temperature(logits: Logits, temperature: float) -> Logits:
     """Divide by the temperature; the most likely token's logit becomes 0, so nothing overflows."""
     with np.errstate(over="ignore"):  # too unlikely to be told from impossible
-        scaled: Logits = (logits - logits.max()) / np.float32(max(temperature, MIN_TEMPERATURE))
+        scale = np.float32(min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE))
+        scaled: Logits = (logits - logits.max()) / scale
     return scaled
+
+
+def keep_most_likely(logits: Logits) -> Logits:
+    """Keep the most likely token alone."""
+    return _only(logits, np.array([logits.argmax()]))
 
 
 def keep_top_k(logits: Logits, k: int) -> Logits:

@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from pipeline.sampling.processors import (
+from pipeline.sampling.filters import (
     add_bias,
     count_penalties,
     keep_min_p,
@@ -112,6 +112,12 @@ def test_bias_on_a_token_the_model_does_not_have_changes_nothing():
 def test_a_tiny_temperature_is_greedy_and_no_overflow(temperature):
     scaled = scale_temperature(np.array([-3e38, 5, 4.9], np.float32), temperature)
     assert probabilities(scaled).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1.7e308])
+def test_a_huge_temperature_makes_all_alike_that_are_not_masked(temperature):
+    scaled = scale_temperature(np.array([5, -np.inf, 4], np.float32), temperature)
+    np.testing.assert_allclose(probabilities(scaled), [0.5, 0, 0.5], atol=1e-6)
 
 
 @given(LOGITS, st.floats(0, 1))

@@ -1,0 +1,302 @@
+"""The decode loop: many requests share one pipeline, joining and leaving at every step.
+
+One task, no handovers: the scheduler says what to send, the pipeline brings it back, a request's
+sampler chooses its token, and whoever asked hears of it.
+"""
+
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from typing import NoReturn
+
+import trio
+
+from pipeline.engine.generation import Generation, TokenOutput
+from pipeline.engine.request import Request
+from pipeline.engine.runner import RunnerStats, StepRunner
+from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.errors import PipelineError, RequestFailed, SessionError
+from pipeline.protocol.results import SegmentResult, StepResult
+from pipeline.protocol.wants import NO_TOKEN, Result
+from pipeline.sampling.draw import NO_NUMBERS
+from pipeline.sampling.sampler import Choice, Sampler
+
+logger = logging.getLogger(__name__)
+
+# Hears of each of a request's tokens, and of why no more will come if the last has not.
+Listener = Callable[[TokenOutput | PipelineError], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What the engine is doing now, and has done."""
+
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    num_tokens: int
+    num_failovers: int
+    last_batch: int
+    # Handshakes with stages so far, and how long the last recovery took; 0 before the first.
+    num_handshakes: int = 0
+    recovery_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """A request under way: who chooses its tokens if not the last stage, and who hears of them."""
+
+    sampler: Sampler | None
+    listener: Listener
+
+
+class TokenStream(trio.abc.ReceiveChannel[TokenOutput]):
+    """A request's tokens as they come.
+
+    It has room for every token the request can have, so a client that reads slowly never holds up
+    the others.
+    """
+
+    def __init__(self, room: int) -> None:
+        # Why it ended without a last token.
+        self.failure: PipelineError | None = None
+        self._sender, self._outputs = trio.open_memory_channel[TokenOutput](room)
+
+    def hear(self, event: TokenOutput | PipelineError) -> None:
+        """Take a token, or the reason why none comes any more."""
+        if isinstance(event, PipelineError):
+            self.failure = event
+            self._sender.close()
+            return
+        with suppress(trio.BrokenResourceError):  # nobody listens any more, and is about to leave
+            self._sender.send_nowait(event)
+        if event.finish is not None:
+            self._sender.close()
+
+    async def receive(self) -> TokenOutput:
+        """The next token.
+
+        Raises trio.EndOfChannel after the last, SessionError when the pipeline has failed,
+        RequestFailed when only this request has.
+        """
+        try:
+            return await self._outputs.receive()
+        except trio.EndOfChannel:
+            if self.failure is None:
+                raise
+            raise self.failure from None
+
+    async def aclose(self) -> None:
+        """Stop listening."""
+        await self._outputs.aclose()
+
+    def close(self) -> None:
+        """Be done with it, on both sides."""
+        self._sender.close()
+        self._outputs.close()
+
+
+class PipelineEngine:
+    """Requests on one side, a pipeline on the other; they advance while `run` is running."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.failure: SessionError | None = None
+        self.scheduler = Scheduler(limits, self._give_up)
+        self._runner: StepRunner | None = None
+        self._live: dict[int, _Live] = {}
+        # What has come and its requests have not heard yet.
+        self._outputs: deque[tuple[int, TokenOutput]] = deque()
+        self._request_ids: Iterator[int] = count()
+        self._has_work = trio.Event()
+        self._num_steps = 0
+        self._num_tokens = 0
+        self._last_batch = 0
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens a request may occupy, its prompt included."""
+        return self.scheduler.limits.max_seq_len
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters for whoever watches."""
+        runner = RunnerStats() if self._runner is None else self._runner.stats
+        return EngineStats(
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            num_steps=self._num_steps,
+            num_tokens=self._num_tokens,
+            num_failovers=runner.num_failovers,
+            last_batch=self._last_batch,
+            num_handshakes=runner.num_handshakes,
+            recovery_seconds=runner.recovery_seconds,
+        )
+
+    async def run(self, pipeline: StepRunner) -> NoReturn:
+        """Serve requests on `pipeline` until it fails, or this is cancelled because it has.
+
+        Requests stay open then: rewind the `scheduler`, have its tokens replayed where they are
+        lost, and run again; or `fail` them.
+        """
+        while True:
+            await self.drain(pipeline)
+            self._has_work = trio.Event()
+            await self._has_work.wait()
+
+    async def drain(self, pipeline: StepRunner) -> None:
+        """Run until no request is left; else as `run`.
+
+        A step's tokens are handed out after the next step has been sent: turning them into text
+        takes its time, and the stages need not wait for it.
+        """
+        self._runner = pipeline
+        scheduler = self.scheduler
+        try:
+            while scheduler.has_work:
+                while (step := scheduler.next_step()) is not None:
+                    self._last_batch = len(step.header.segments)
+                    if notices := scheduler.take_notices():
+                        await pipeline.notify(notices)
+                    await pipeline.send(step)
+                self._hand_out()
+                pipeline.prepare(scheduler.follow_up())
+                self._take(await pipeline.receive())
+        finally:
+            self._hand_out()  # the pipeline may fail with a step's tokens in hand: they count
+
+    def fail(self, error: SessionError) -> None:
+        """Give up: every open request hears of it, and so does whoever comes later."""
+        self.failure = error
+        for live in self._live.values():
+            live.listener(error)
+        self._live.clear()
+
+    def submit(self, generation: Generation, listener: Listener) -> int:
+        """Queue a request; returns what to `cancel` it by.
+
+        `listener` is called by the loop itself, and so must be quick. Raises PromptError if the
+        prompt can never fit, InputError if there is no such chooser, SessionError after the
+        pipeline has failed.
+        """
+        if self.failure is not None:
+            raise SessionError(str(self.failure)) from self.failure
+        sampler = generation.new_sampler()
+        request_id = next(self._request_ids)
+        want = generation.want
+        request = Request(
+            request_id,
+            generation.prompt_ids,
+            generation.max_tokens,
+            generation.eos_token_ids,
+            want,
+            sampler.next_draw if sampler and want.result is Result.DRAWN else None,
+        )
+        self.scheduler.submit(request)
+        self._live[request_id] = _Live(sampler, listener)
+        self._has_work.set()
+        return request_id
+
+    def cancel(self, request_id: int) -> bool:
+        """Give a request up, which then hears of nothing more; whether it was open."""
+        if self._live.pop(request_id, None) is None:
+            return False
+        self.scheduler.cancel(request_id)
+        self._has_work.set()
+        return True
+
+    @asynccontextmanager
+    async def generate(self, generation: Generation) -> AsyncIterator[TokenStream]:
+        """Generate while the context is open; leaving it aborts the rest. Raises: as `submit`."""
+        stream = TokenStream(min(generation.max_tokens, self.max_seq_len) + 1)
+        request_id = self.submit(generation, stream.hear)
+        self._log("started", request_id, generation)
+        try:
+            yield stream
+        finally:
+            was_open = self.cancel(request_id)
+            self._log("aborted" if was_open else "ended", request_id, generation)
+            stream.close()
+
+    def _log(self, what: str, request: int, generation: Generation) -> None:
+        logger.debug(
+            "event=generation_%s request_id=%s request=%d prompt_tokens=%d step=%d",
+            what,
+            generation.request_id,
+            request,
+            len(generation.prompt_ids),
+            self._num_steps,
+        )
+
+    def _take(self, result: StepResult) -> None:
+        choices = self._choose(result)
+        token_ids = [choice.token_id for choice in choices.values()]
+        for event in self.scheduler.complete(result.header, token_ids):
+            choice = choices[event.request_id]
+            output = TokenOutput(*choice, event.finish, result.header.timings)
+            self._outputs.append((event.request_id, output))
+        self._num_steps += 1
+        self._num_tokens += len(choices)
+
+    def _hand_out(self) -> None:
+        while self._outputs:
+            request_id, output = self._outputs.popleft()
+            live = self._live.get(request_id)
+            if live is None:
+                continue  # it has left since
+            if output.finish is not None:
+                del self._live[request_id]
+            live.listener(output)
+
+    def _choose(self, result: StepResult) -> dict[int, Choice]:
+        """A token for each of the step's owners; who gets none ends here."""
+        owners = self.scheduler.owners(result.header)
+        choices = {}
+        for owner, part in zip(owners, result.segments(), strict=True):
+            choices[owner] = _NO_CHOICE
+            live = self._live.get(owner)
+            if live is None:
+                continue  # cancelled meanwhile
+            try:
+                choices[owner] = choice_of(part, live.sampler)
+            except Exception as error:  # a processor may be anyone's code
+                name = type(error).__name__
+                logger.warning("event=sampling_failed request=%d type=%s", owner, name)
+                if not isinstance(error, RequestFailed):
+                    error = RequestFailed(f"choosing a token failed: {name}")
+                self._fail_request(owner, error)
+                self.scheduler.cancel(owner)
+        return choices
+
+    def _give_up(self, request_id: int) -> None:
+        logger.warning("event=request_given_up request=%d", request_id)
+        reason = "stages were lost whenever this request was computed"
+        self._fail_request(request_id, RequestFailed(reason))
+
+    def _fail_request(self, request_id: int, error: RequestFailed) -> None:
+        self._live.pop(request_id).listener(error)
+
+
+_NO_CHOICE = Choice(0, None, ())
+
+
+def choice_of(part: SegmentResult, sampler: Sampler | None) -> Choice:
+    """The next token of a request, from its part of a result.
+
+    Chosen here from logits, else the last stage's word. Raises RequestFailed where that has none to
+    give, and whatever a processor raises.
+    """
+    if sampler is not None and part.logits is not None:
+        return sampler.choose(part.logits[-1])
+    (token_id,) = part.token_ids
+    if token_id == NO_TOKEN:
+        raise RequestFailed(f"{NO_NUMBERS}, or bias and mask leave none")
+    if sampler is not None:
+        sampler.took(token_id)
+    if not part.logprobs.size:
+        return Choice(token_id, None, ())
+    logprob, *rest = part.logprobs[0].tolist()
+    top = zip(part.top_ids[0].tolist(), rest, strict=True)
+    return Choice(token_id, logprob, tuple(each for each in top if each[0] != NO_TOKEN))

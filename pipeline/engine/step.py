@@ -1,0 +1,72 @@
+"""A step to send, and the one after it where that is certain but for its token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.protocol.asked import NOTHING_ASKED, Asked
+from pipeline.protocol.messages import Abort, Done, Start, StepHeader
+
+# What stages hear of a request's life, on their control channels.
+Notice = Start | Done | Abort
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step to send: its header, and the token ids for the first stage."""
+
+    header: StepHeader
+    token_ids: tuple[int, ...]
+    # For each segment that wants something, whose it is.
+    owners: tuple[int, ...]
+    # Whether requests take part that had read their prompt before.
+    is_decoding: bool = False
+    # What the last stage is told of how to answer.
+    asked: Asked = NOTHING_ASKED
+    # Slots that nobody owns any more once this has come back.
+    freed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FollowUp:
+    """A step that is certain but for its one token: the one that the step under way returns."""
+
+    due: StepHeader
+    header: StepHeader
+    # Tokens after which there is no such step.
+    ends: frozenset[int]
+
+
+class Promise:
+    """A follow-up that may be sent ahead, and must then be the next step whatever happens.
+
+    It is open until its token comes; then its step is due, or it is void: the token was an end.
+    """
+
+    def __init__(self) -> None:
+        self.open: FollowUp | None = None
+        self._due: Step | None = None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it still decides what the next step is."""
+        return self.open is not None or self._due is not None
+
+    def give(self, follow_up: FollowUp) -> FollowUp:
+        """Open it."""
+        self.open = follow_up
+        return follow_up
+
+    def come(self, token_ids: Sequence[int], owners: tuple[int, ...]) -> None:
+        """Take the result of the step under way."""
+        follow_up, self.open = self.open, None
+        if follow_up is not None and token_ids[0] not in follow_up.ends:
+            self._due = Step(follow_up.header, tuple(token_ids), owners, is_decoding=True)
+
+    def take(self) -> Step | None:
+        """The step that is due, which it is once."""
+        step, self._due = self._due, None
+        return step
+
+    def void(self) -> None:
+        """Forget it: what it may have been sent on is lost."""
+        self.open = self._due = None

@@ -1,0 +1,179 @@
+"""How a token is drawn from logits: the same function wherever the logits are.
+
+Drawn at home from returned logits or on the last stage, a token is the same: it depends on the
+logits, on what `Draw` says and on nothing else. Order: repetition penalty, presence and frequency
+penalty, bias, the mask of allowed tokens; then temperature, top-k, top-p, min-p; then the token at
+which the cumulative probability passes a uniform number, which the request's owner has drawn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import RequestFailed
+from pipeline.sampling.filters import (
+    Logits,
+    add_bias,
+    count_penalties,
+    keep_min_p,
+    keep_most_likely,
+    keep_top_k,
+    keep_top_p,
+    repetition_penalty,
+    scale_temperature,
+)
+from pipeline.sampling.params import SamplingParams
+
+Counts = npt.NDArray[np.uint32]
+
+_BLOCK = 256
+NO_NUMBERS = "no token can be chosen: the model's logits are no numbers, something has overflowed"
+NONE_LEFT = "no token can be chosen: bias and mask leave none"
+
+
+def _none() -> Counts:
+    return np.empty(0, np.uint32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draw:
+    """All that decides the tokens of some rows in turn, beside their logits.
+
+    Shapes: uniforms [rows], each in [0, 1); seen, counts [n]: each token of the text once, and how
+    often it was generated, 0 for one of the prompt alone; drafted [rows - 1]: the tokens that the
+    rows behind the first have read since; allowed: a bit for each token and row, lowest first,
+    each row's in bytes of its own, or none where all are allowed.
+    """
+
+    params: SamplingParams
+    uniforms: tuple[float, ...] = (0.0,)
+    seen: Counts = field(default_factory=_none)
+    counts: Counts = field(default_factory=_none)
+    drafted: tuple[int, ...] = ()
+    allowed: bytes = b""
+
+
+def draw(logits: Logits, how: Draw, row: int = 0) -> int:
+    """The token of a row with these logits, [vocab].
+
+    Raises RequestFailed where they are no numbers, or nothing is left that may be chosen.
+    """
+    if not is_sound(logits):
+        raise RequestFailed(NO_NUMBERS)
+    changed = adjust(logits, how, row)
+    if not is_sound(changed):
+        raise RequestFailed(NONE_LEFT)
+    return choose(changed, how.params, how.uniforms[row])
+
+
+def is_sound(logits: Logits) -> bool:
+    """Whether something can be chosen: there is a greatest, it is finite, and none is NaN."""
+    return logits.size > 0 and bool(np.isfinite(logits.max()))
+
+
+def adjust(logits: Logits, how: Draw, row: int = 0) -> Logits:
+    """Logits with penalties, bias and mask applied; those that came in are left alone."""
+    params = how.params
+    if params.has_penalties:
+        seen, counts = _history(how, row)
+        values = logits[seen]
+        if params.repetition_penalty != 1.0:
+            values = repetition_penalty(values, np.ones(1, np.bool_), params.repetition_penalty)
+        logits = logits.copy()
+        logits[seen] = count_penalties(
+            values, counts, params.presence_penalty, params.frequency_penalty
+        )
+    if params.logit_bias:
+        logits = add_bias(logits, params.logit_bias)
+    if how.allowed:
+        num_bytes = len(how.allowed) // len(how.uniforms)
+        bits = np.frombuffer(how.allowed, np.uint8, num_bytes, row * num_bytes)
+        is_allowed = np.unpackbits(bits, count=logits.size, bitorder="little").view(np.bool_)
+        logits = np.where(is_allowed, logits, np.float32(-np.inf))
+    return logits
+
+
+def choose(logits: Logits, params: SamplingParams, uniform: float) -> int:
+    """The most likely token at temperature 0, else the one of the final distribution."""
+    if params.temperature == 0:
+        return int(logits.argmax())
+    return token_at(final(logits, params), uniform)
+
+
+def final(logits: Logits, params: SamplingParams) -> Logits:
+    """Logits of the distribution to choose from: temperature, top-k, top-p and min-p applied."""
+    if params.temperature == 0:
+        return keep_most_likely(logits)
+    logits = scale_temperature(logits, params.temperature)
+    if params.top_k > 0:
+        logits = keep_top_k(logits, params.top_k)
+    if params.top_p < 1:
+        logits = keep_top_p(logits, params.top_p)
+    if params.min_p > 0:
+        logits = keep_min_p(logits, params.min_p)
+    return logits
+
+
+def token_at(logits: Logits, uniform: float) -> int:
+    """The token at which the cumulative probability passes `uniform`, in [0, 1)."""
+    # Sums of blocks first, then inside one: adding up the whole vocabulary in turn takes six times
+    # as long. The first sum strictly above has a weight of its own, so no masked token is drawn.
+    blocks = np.zeros((-(-logits.size // _BLOCK), _BLOCK), np.float32)
+    np.exp(logits - logits.max(), out=blocks.reshape(-1)[: logits.size])
+    sums = blocks.sum(axis=1, dtype=np.float64)
+    ends = np.cumsum(sums)
+    target = uniform * ends[-1]
+    block = _first_above(ends, target, sums)
+    rest = max(target - (ends[block] - sums[block]), 0.0)
+    inside = np.cumsum(blocks[block], dtype=np.float64)
+    return block * _BLOCK + _first_above(inside, rest, blocks[block])
+
+
+def _first_above(
+    cumulative: npt.NDArray[np.float64], target: float, weights: npt.NDArray[Any]
+) -> int:
+    """The first index whose sum is above `target`; the last with a weight if rounding passed it."""
+    index = int(np.searchsorted(cumulative, target, side="right"))
+    return index if index < cumulative.size else int(np.flatnonzero(weights)[-1])
+
+
+class History:
+    """Each token of a text once, in order of appearance, and how often it was generated."""
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        self._places = {token_id: at for at, token_id in enumerate(dict.fromkeys(prompt_ids))}
+        self._seen = np.array(list(self._places), np.uint32)
+        self._counts = np.zeros(len(self._places), np.uint32)
+
+    @property
+    def seen(self) -> Counts:
+        """The tokens' ids, [n], until the next is added."""
+        return self._seen[: len(self._places)]
+
+    @property
+    def counts(self) -> Counts:
+        """How often each was generated, [n], until the next is added."""
+        return self._counts[: len(self._places)]
+
+    def add(self, token_id: int) -> None:
+        """Count a generated token."""
+        place = self._places.setdefault(token_id, len(self._places))
+        if place == self._seen.size:
+            room = np.zeros(max(place, 64), np.uint32)
+            self._seen = np.concatenate([self._seen, room])
+            self._counts = np.concatenate([self._counts, room])
+        self._seen[place] = token_id
+        self._counts[place] += 1
+
+
+def _history(how: Draw, row: int) -> tuple[Counts, Counts]:
+    if not row:
+        return how.seen, how.counts
+    history = History(how.seen.tolist())
+    history.counts[:] = how.counts
+    for token_id in how.drafted[:row]:
+        history.add(token_id)
+    return history.seen, history.counts

@@ -1,0 +1,102 @@
+"""PROTOCOL.md says what the code does: its examples, its fields, its numbers."""
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import pipeline.protocol
+from pipeline.protocol import asked, links, messages, steps, wants
+from pipeline.protocol.asked import Asked, asked_to_wire
+from pipeline.protocol.messages import Message, StepHeader, StepKind, encode_message, encode_step
+from pipeline.protocol.segments import Segment
+from pipeline.protocol.wants import NO_TOKEN, Result, Want
+from pipeline.sampling.draw import Draw
+from pipeline.sampling.params import SamplingParams
+from pipeline.stage.setup import MAX_STEP_TOKENS
+
+TEXT = (Path(pipeline.protocol.__file__).parents[1] / "PROTOCOL.md").read_text()
+EXAMPLES = re.findall(r"```example\n(.+?)\n(.+?)```", TEXT, re.DOTALL)
+MESSAGES = {each.model_fields["type"].default: each for each in get_args(Message)}
+NAMES = vars(messages) | {each.__name__: each for each in (Segment, Want, Draw, SamplingParams)}
+
+
+def encode(value):
+    if isinstance(value, StepHeader):
+        return encode_step(value)
+    if isinstance(value, Draw):
+        return bytes(asked_to_wire(Asked(draws=(value,)))[0].data)
+    return encode_message(value)
+
+
+@pytest.mark.parametrize(("source", "dump"), EXAMPLES, ids=[each[0][:40] for each in EXAMPLES])
+def test_an_example_is_what_the_code_sends(source, dump):
+    value = eval(source, {"__builtins__": {"bytes": bytes}}, NAMES)
+    assert encode(value).hex(" ") == " ".join(dump.split())
+
+
+def test_there_are_examples_of_each_kind():
+    assert {type(eval(source, {}, NAMES)).__name__ for source, _ in EXAMPLES} >= {
+        "StepHeader",
+        "Draw",
+        "Health",
+        "Rewind",
+    }
+
+
+def rows_of(name):
+    """Names in the first column of a message's table."""
+    table = re.search(rf"\n`{name}`\n\n((?:\|.*\n)+)", TEXT)
+    return re.findall(r"^\| `(\w+)` \|", table.group(1), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_every_field_of_every_message_is_told_and_no_other(name):
+    expected = list(MESSAGES[name].model_fields)
+    if name == "healthy":
+        expected += list(messages.StageFigures.model_fields)
+    assert rows_of(name) == expected
+
+
+def test_every_type_of_message_is_told_and_no_other():
+    table = re.search(r"\| `type` \| who \| when \|\n\|.*\n((?:\|.*\n)+)", TEXT).group(1)
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(MESSAGES)
+
+
+@pytest.mark.parametrize("members", [StepKind, Result], ids=lambda each: each.__name__)
+def test_every_number_has_its_name(members):
+    for member in members:
+        assert re.search(rf"^\| {int(member)} \| {member.name} \|", TEXT, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("before", "number", "after"),
+    [
+        ("Protocol version ", messages.PROTOCOL_VERSION, "."),
+        ("map of at most ", messages.MAX_CONTROL_BYTES, " bytes"),
+        ("segments, s: at most ", messages.MAX_SEGMENTS, " |"),
+        ("timings, t: at most ", messages.MAX_STAGES, " |"),
+        ("a stage takes at most ", MAX_STEP_TOKENS, " |"),
+        ("Header: ", links.MAX_STEP_HEADER_BYTES, " bytes"),
+        ("or are DRAWN: ", steps.WHOLE_ROWS, " for each slot"),
+        ("Log-probabilities: ", steps.MAX_LOGPROBS, " a step"),
+        ("biased tokens u32, b: at most ", asked.MAX_BIASES, " |"),
+        ("a vocabulary of ", asked.MAX_VOCAB, "."),
+        ("**No token.** ", NO_TOKEN, " stands"),
+    ],
+)
+def test_every_limit_is_the_codes(before, number, after):
+    assert f"{before}{number:,}{after}" in TEXT
+
+
+def test_the_layouts_have_the_bytes_that_are_told():
+    for title, size in (
+        ("the segments", messages._SEGMENT_BYTES),
+        ("a timing", messages.TIMING_BYTES),
+    ):
+        assert re.search(rf"^\| {size}·[st] \| {title}", TEXT, re.MULTILINE)
+    draw = TEXT[TEXT.index("**Draws.**") :]
+    fixed = re.findall(r"^\| (\d+) \|", draw[: draw.index("8·rows")], re.MULTILINE)
+    assert sum(map(int, fixed)) == asked._DRAW.size
+    assert wants.MAX_TOP == 255
