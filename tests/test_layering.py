@@ -33,6 +33,9 @@ ROOMS = {
 }  # fmt: skip
 # The one thing that kernels know of the protocol: which rows of a step are whose.
 ONLY = {("kernels", "protocol"): "pipeline.protocol.segments"}
+# The door of the gateway that speaks HTTP; what lies behind it serves other doors as well.
+HTTP_DOOR = "pipeline.gateway.http"
+HTTP_LIBRARIES = {"hypercorn", "starlette", "h11", "wsproto"}
 FORBIDDEN = {
     "transport": {"torch", "numpy", "pipeline", "enclave", "transformers"},
     "enclave": {"torch", "numpy", "pipeline", "transport", "transformers"},
@@ -83,6 +86,18 @@ def test_a_module_imports_only_from_rooms_below_its_own(module):
         assert other in ROOMS[room], f"{module} imports {name}: {room} must not know {other}"
         only = ONLY.get((room, other))
         assert only is None or name.startswith(only), f"{module} imports {name}, not {only}"
+
+
+def test_only_the_http_door_speaks_http():
+    for module, path in MODULES.items():
+        if module.startswith(HTTP_DOOR):
+            continue
+        found = set(imports(path))
+        roots = {name.partition(".")[0] for name in found}
+        assert not roots & HTTP_LIBRARIES, f"{module} imports {roots & HTTP_LIBRARIES}"
+        if room_of(module) == "gateway":
+            doors = {name for name in found if name.startswith(HTTP_DOOR)}
+            assert not doors, f"{module} imports {doors}: the desk must not know its doors"
 
 
 def test_what_lies_before_all_rooms_imports_none():

@@ -123,6 +123,10 @@ def serve_command(
     api_key_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Accepted bearer keys, one a line.")
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Certificate chain (PEM), for HTTPS.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its key (PEM).")] = None,
     served_model_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name clients use [manifest's].")
     ] = None,
@@ -169,6 +173,8 @@ def serve_command(
             max_batch=max_batch,
             chunk_tokens=chunk_tokens,
             context=context,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
             limits=GatewayLimits(
                 max_connections=max_connections,
                 max_body_bytes=max_body_bytes,

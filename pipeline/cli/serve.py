@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import trio
 import typer
+from prometheus_client import CollectorRegistry
 
 from pipeline.agreement.manifest import load_manifest
 from pipeline.cli.access import (
@@ -19,13 +21,16 @@ from pipeline.cli.access import (
 from pipeline.cli.common import run_until_signalled
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
-from pipeline.errors import InputError, SessionError
+from pipeline.errors import InputError, PipelineError, SessionError
 from pipeline.files import is_file
 from pipeline.gateway.auth import load_api_keys
+from pipeline.gateway.desk import Desk
+from pipeline.gateway.http.server import listen
+from pipeline.gateway.http.server import serve as serve_http
+from pipeline.gateway.http.tls import load_tls
 from pipeline.gateway.limits import GatewayLimits
+from pipeline.gateway.metrics import GatewayMetrics
 from pipeline.gateway.overview import Overview
-from pipeline.gateway.server import listen
-from pipeline.gateway.server import serve as serve_gateway
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.gateway.text import GatewayTokenizer
@@ -37,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # Open files beside clients' connections: stages, workers, listeners, libraries.
 _OTHER_FILES = 128
+# For the answers of those who wait when the pipeline has failed for good.
+_LAST_ANSWER_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,8 @@ class ServeFlags:
     chunk_tokens: int
     context: int | None
     limits: GatewayLimits
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
 
 
 def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
@@ -75,6 +84,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         host=flags.host,
         port=flags.port,
         api_keys=load_api_keys(flags.api_key_file) if flags.api_key_file else frozenset(),
+        tls=load_tls(flags.tls_cert, flags.tls_key),
         limits=flags.limits,
     )
     source = ManifestSource(manifest, flags.manifest, flags.model_dir)
@@ -87,16 +97,18 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         lambda: engine.stats,
         lambda: standing.stages if standing else (),
     )
+    registry = CollectorRegistry()
+    desk = Desk(config, engine, tokenizer, GatewayMetrics(registry))
 
     async def run() -> None:
         # First of all: loading takes its time, and an address that cannot be had is known at once.
         listeners = await listen(config)
-        tokenizer = GatewayTokenizer(flags.model_dir / "tokenizer.json")
         url = ""
 
         async def work(pipeline: Pipeline) -> None:
             nonlocal standing
             tokenizer.check_vocabulary(pipeline.vocab_size)
+            desk.open(pipeline.vocab_size)
             if standing is None:
                 logger.info("event=serving url=%s model=%s", url, config.served_model_name)
             standing = pipeline
@@ -105,10 +117,9 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         async with open_tasks() as tasks:
             url = await tasks.start(
                 partial(
-                    serve_gateway,
-                    config,
-                    engine,
-                    tokenizer,
+                    serve_http,
+                    desk,
+                    registry,
                     listeners=listeners,
                     overview=overview,
                     is_ready=lambda: standing is not None and standing.is_joined,
@@ -116,8 +127,12 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
             )
             try:
                 await access.run(work, engine.scheduler)
-            except SessionError as error:
-                engine.fail(error)
+            except PipelineError as error:
+                engine.fail(SessionError(str(error)))
+                desk.close()
+                # Whoever waits for an answer gets one before the server goes.
+                with trio.move_on_after(_LAST_ANSWER_SECONDS):
+                    await desk.wait_idle()
                 raise
 
     number = run_until_signalled(run)

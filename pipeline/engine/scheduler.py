@@ -1,6 +1,6 @@
 """Which tokens travel in the next step. Pure: no torch, no clock, no I/O."""
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -67,7 +67,8 @@ class Scheduler:
         self._on_give_up = on_give_up
         # How often in a row requests' steps have been lost.
         self._losses: Counter[int] = Counter()
-        self._waiting: deque[RequestState] = deque()
+        # In order of arrival; ordered, so that taking the first and leaving cost the same for all.
+        self._waiting: OrderedDict[int, RequestState] = OrderedDict()
         self._running: dict[int, RequestState] = {}
         self._free_slots = self._all_slots()
         self._ended_slots: list[int] = []
@@ -109,13 +110,11 @@ class Scheduler:
                 f"the prompt has {length} tokens and the context holds {room}; "
                 f"shorten it to at most {room - 1}"
             )
-        self._waiting.append(RequestState(request))
+        self._waiting[request.request_id] = RequestState(request)
 
     def cancel(self, request_id: int) -> None:
         """Give a request up, wherever it is; its slot is cleared by the very next step."""
-        self._waiting = deque(
-            state for state in self._waiting if state.request.request_id != request_id
-        )
+        self._waiting.pop(request_id, None)
         state = self._running.pop(request_id, None)
         if state is not None:
             self._ended_slots.append(state.slot)
@@ -303,9 +302,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and self._free_slots:
-            state = self._waiting.popleft()
+            request_id, state = self._waiting.popitem(last=False)
             state.slot = self._free_slots.pop()
-            request_id = state.request.request_id
             self._running[request_id] = state
             self._notices.append(Start(request_id=request_id, slot=state.slot))
 

@@ -106,7 +106,10 @@ class Tokenizer:
         if not text:
             raise PromptError("the prompt is empty; give at least one token of text")
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            # As a batch, since only that lets other threads run meanwhile.
+            (encoding,) = self._tokenizer.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
         except (TypeError, UnicodeEncodeError) as error:
             raise PromptError("the prompt is not valid Unicode text") from error
         except Exception as error:  # the library's own: a vocabulary without an unknown token

@@ -1,5 +1,7 @@
-"""The OpenAI-compatible server, on the user's side of the pipeline.
+"""Serving many clients, on the user's side of the pipeline. It believes no client, and no model.
 
-A request comes in as JSON, is admitted, rendered, encoded and bounded, and becomes a generation of
-the engine; its tokens leave as text, whole or streamed. It believes no client, and no model either.
+A door (`http`, or another) takes a request in, reads it into an `Order` (`schemas`, for those who
+send OpenAI's JSON), and gives it to the `desk`. The desk knows no HTTP: it admits, renders and
+encodes what is asked (`templates`, `text`), limits how much there is at once, records sizes and
+times (`metrics`), and hands back pieces of text as the engine generates them (`choices`).
 """

@@ -5,12 +5,11 @@ import hmac
 import ipaddress
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from pipeline.errors import InputError
-from pipeline.gateway.errors import ApiError
+from pipeline.gateway.errors import ApiError, Kind
 from transport.errors import MisuseError
 from transport.private_files import require_unwritable
 
@@ -33,40 +32,31 @@ def load_api_keys(path: Path) -> frozenset[str]:
     return keys
 
 
-class Access:
-    """Admits requests that carry one of the keys; without keys, those of this machine's programs.
+class KeyRing:
+    """Admits whoever has one of the keys; everybody, if there are none.
 
-    Attack: with keys, guessing one byte by byte from answer times, hence digests of equal length,
-    compared in constant time, all of them. Without, a web page that makes the user's browser call
-    the server, hence only names of this machine as Host (DNS rebinding) and Origin.
+    Attack: guessing a key byte by byte from answer times, hence digests of equal length, compared
+    in constant time, all of them.
     """
 
     def __init__(self, api_keys: Iterable[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
-    def check(self, headers: Mapping[bytes, bytes]) -> None:
-        """Raise ApiError unless a request with these headers (lower-case names) may pass."""
-        if self._digests:
-            self._check_key(headers.get(b"authorization", b""))
-            return
-        origin = headers.get(b"origin", b"")
-        if not is_local_name(_host(headers.get(b"host", b""))):
-            raise ApiError(403, "Without an API key, this server answers to loopback names only.")
-        if origin and not is_local_name(_host(origin.partition(b"://")[2])):
-            raise ApiError(403, "Without an API key, this server answers no other site's pages.")
+    def __bool__(self) -> bool:
+        """Whether a key is needed."""
+        return bool(self._digests)
 
-    def _check_key(self, authorization: bytes) -> None:
-        scheme, _, key = authorization.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
+    def check(self, key: bytes | None) -> None:
+        """Raise ApiError unless this key, or none, may pass."""
+        digest = hashlib.sha256(key or b"").digest()
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() == b"bearer" and any(matches):
+        if any(matches) or not self._digests:
             return
-        given = "Incorrect API key provided." if authorization else "You provided no API key."
+        given = "You provided no API key." if key is None else "Incorrect API key provided."
         raise ApiError(
-            401,
+            Kind.NO_KEY,
             f"{given} Send it as the header `Authorization: Bearer KEY`.",
             code="invalid_api_key",
-            headers={"www-authenticate": "Bearer"},
         )
 
 
@@ -78,10 +68,3 @@ def is_local_name(host: str) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return False
-
-
-def _host(authority: bytes) -> str:
-    try:
-        return urlsplit(f"//{authority.decode('latin-1')}").hostname or ""
-    except ValueError:
-        return ""

@@ -4,21 +4,25 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.gateway.errors import ApiError
+from pipeline.gateway.errors import ApiError, Kind
 
 
 @dataclass(frozen=True, slots=True)
 class GatewayLimits:
     """What one client may take from the others; durations in seconds.
 
-    `header_seconds` bounds a request's headers and how long an idle connection is kept,
-    `body_seconds` its body, `write_seconds` how long a client may read nothing of a response.
-    Attacks: slow-loris, sockets left half closed, clients that never read.
+    `max_choices` bounds a request's continuations, `max_open_choices` those of all clients that are
+    under way or wait. `max_buffered_bytes` bounds what is held of all requests that are not
+    understood yet. `header_seconds` bounds a request's headers and how long an idle connection is
+    kept, `body_seconds` its body, `write_seconds` how long a client may read nothing of a response.
+    Attacks: slow-loris, sockets left half closed, clients that never read, or ask for everything.
     """
 
     max_connections: int = 1024
     max_body_bytes: int = 4 << 20
+    max_buffered_bytes: int = 64 << 20
     max_choices: int = 128
+    max_open_choices: int = 1024
     requests_per_minute: int | None = None
     header_seconds: float = 10.0
     body_seconds: float = 20.0
@@ -47,11 +51,11 @@ class RateLimiter:
         if self._level < 1:
             seconds = math.ceil((1 - self._level) / rate)
             raise ApiError(
-                429,
+                Kind.TOO_MANY,
                 f"Rate limit of {self._capacity} requests a minute reached; "
                 f"try again in {seconds} s.",
                 code="rate_limit_exceeded",
                 type="requests",
-                headers={"retry-after": str(seconds)},
+                retry_seconds=seconds,
             )
         self._level -= 1

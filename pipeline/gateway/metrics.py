@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import trio
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.engine.latency import percentile
@@ -24,26 +24,9 @@ _RATE_SECONDS = 5
 
 
 class GatewayMetrics:
-    """The gateway's Prometheus metrics, in a registry of the caller's."""
+    """What the desk counts, whatever the door; Prometheus metrics in a registry of the caller's."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter(
-            "veilpipe_http_requests",
-            "Requests; status 499: the client left before its answer, 0: the server did.",
-            ("route", "status"),
-            registry=registry,
-        )
-        self.active = Gauge(
-            "veilpipe_http_active_requests", "Requests being answered.", registry=registry
-        )
-        self.connections = Gauge(
-            "veilpipe_http_connections", "Open connections.", registry=registry
-        )
-        self.refused = Counter(
-            "veilpipe_http_refused_connections",
-            "Connections refused because too many were open.",
-            registry=registry,
-        )
         self.prompt_tokens = Counter(
             "veilpipe_prompt_tokens", "Tokens of prompts.", registry=registry
         )
@@ -131,11 +114,10 @@ class RequestRecord:
 
     metrics: GatewayMetrics
     route: str
-    log_level: int = logging.INFO
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     started: float = field(default_factory=trio.current_time)
-    status: int = 0
-    is_disconnected: bool = False
+    # How it ended, in the words of the door it came by.
+    status: int | str = 0
     num_prompt: int = 0
     num_generated: int = 0
     ttft: float | None = None
@@ -159,17 +141,15 @@ class RequestRecord:
         self._last[choice] = now
         self.num_generated += 1
 
-    def close(self) -> None:
-        """Count the request and write its line."""
-        status = 499 if self.is_disconnected else self.status
-        self.metrics.requests.labels(self.route, str(status)).inc()
+    def log(self, level: int) -> None:
+        """Write its line, when it has ended."""
         logger.log(
-            self.log_level,
-            "event=request request_id=%s route=%s status=%d prompt_tokens=%d "
+            level,
+            "event=request request_id=%s route=%s status=%s prompt_tokens=%d "
             "completion_tokens=%d ttft_ms=%s total_ms=%.3f",
             self.request_id,
             self.route,
-            status,
+            self.status,
             self.num_prompt,
             self.num_generated,
             None if self.ttft is None else round(self.ttft * 1e3, 3),

@@ -1,16 +1,23 @@
-"""Request bodies: what is read of them, and what each field may be.
+"""OpenAI's requests in JSON: what is read of them, what each field may be, and the order it makes.
 
-Fields that change nothing here (`user`, `metadata`, `store`, ...) are ignored, as OpenAI ignores
-what it does not know; those whose effect would be missed are refused.
+Fields that change no answer are accepted; those whose effect would be missed are refused by name.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import FailFast, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.errors import InputError
-from pipeline.gateway.errors import ApiError, invalid
+from pipeline.gateway.errors import ApiError, invalid, unsupported
+from pipeline.gateway.fields import (
+    HARMLESS,
+    STREAM_WITHOUT_EFFECT,
+    WITHOUT_EFFECT,
+    check_fields,
+)
+from pipeline.gateway.messages import Message, Schema
+from pipeline.gateway.orders import Conversation, Order
 from pipeline.sampling.choosers import chooser_of
 from pipeline.sampling.params import (
     BIAS,
@@ -26,31 +33,38 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 1024
 MAX_PROMPTS = 128
+MAX_VARIABLES = 64
+# Of a body, about: so many numbers are no prompt any more, but hold the interpreter for long.
+MAX_VALUES = 1 << 18
+# What OpenAI generates after a text when not told.
+DEFAULT_COMPLETION_TOKENS = 16
 
 _INT64 = 1 << 63
 _Count = Annotated[int, Field(ge=1)]
-_Id = Annotated[int, Field(ge=0)]
+_Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 def _within(name: str) -> Any:  # noqa: ANN401  (what Field says it returns)
     return Field(ge=RANGES[name].low, le=RANGES[name].high)
 
 
-class _Schema(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
-
-
-class StreamOptions(_Schema):
+class StreamOptions(Schema):
     """How to stream."""
 
     include_usage: bool | None = None
 
+    @model_validator(mode="after")
+    def _miss_no_effect(self) -> "StreamOptions":
+        check_fields(self.model_extra or {}, STREAM_WITHOUT_EFFECT, where="stream_options.")
+        return self
 
-class _Sampled(_Schema):
+
+class _Sampled(Schema):
     """What both endpoints share.
 
-    Beyond OpenAI's fields: top_k, min_p, repetition_penalty, ignore_eos, min_tokens,
-    allowed_token_ids, chooser, stop_token_ids.
+    Beyond OpenAI's fields, as vLLM has them: top_k, min_p, repetition_penalty, ignore_eos,
+    min_tokens, allowed_token_ids, stop_token_ids, include_stop_str_in_output, skip_special_tokens,
+    add_special_tokens, truncate_prompt_tokens; and our own: chooser.
     """
 
     model: str
@@ -67,9 +81,13 @@ class _Sampled(_Schema):
     frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     stop: tuple[str, ...] = ()
-    stop_token_ids: Annotated[list[_Id], Field(max_length=MAX_STOP_TOKENS)] | None = None
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[int, float] = Field(default_factory=dict)
     ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[_Id], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
     min_tokens: Annotated[int, _within("min_tokens")] | None = None
     allowed_token_ids: (
         Annotated[tuple[_Id, ...], Field(min_length=1, max_length=MAX_ALLOWED)] | None
@@ -123,7 +141,10 @@ class _Sampled(_Schema):
         return value
 
     @model_validator(mode="after")
-    def _stream_to_have_options(self) -> "_Sampled":
+    def _check_together(self) -> "_Sampled":
+        check_fields(self.model_extra or {}, WITHOUT_EFFECT, HARMLESS)
+        if self.truncate_prompt_tokens == 0:
+            raise invalid("truncate_prompt_tokens leaves no prompt.", "truncate_prompt_tokens")
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options needs stream to be true.", "stream_options")
         return self
@@ -152,63 +173,67 @@ class _Sampled(_Schema):
             chooser=None if self.chooser is None else chooser_of(self.chooser),
         )
 
-
-class Message(_Schema):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | None = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _join_parts(cls, value: object) -> object:
-        if not isinstance(value, list):
-            return value
-        parts = [part.get("text") for part in value if isinstance(part, dict)]
-        texts = [text for text in parts if isinstance(text, str)]
-        if len(texts) < len(value) or any(part.get("type") != "text" for part in value):
-            raise PydanticCustomError("part_value", "Only parts of type text are supported")
-        return "\n".join(texts)
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it; they know the older name of the developer's role."""
-        message = self.model_dump(exclude_none=True)
-        role = "system" if self.role == "developer" else self.role
-        return message | {"role": role, "content": self.content or ""}
+    def _order(self, logprobs: int | None, **fields: Any) -> Order:  # noqa: ANN401  (Order's own)
+        return Order(
+            model=self.model,
+            sampling=tuple(self.sampling(choice, logprobs) for choice in range(self.n or 1)),
+            stop_token_ids=frozenset(self.stop_token_ids or ()),
+            ignores_eos=bool(self.ignore_eos),
+            truncates_to=self.truncate_prompt_tokens,
+            adds_special_tokens=self.add_special_tokens,
+            shows_special_tokens=self.skip_special_tokens is False,
+            includes_stop=bool(self.include_stop_str_in_output),
+            **fields,
+        )
 
 
 class ChatRequest(_Sampled):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[tuple[Message, ...], Field(min_length=1)]
+    messages: Annotated[tuple[Message, ...], Field(min_length=1), FailFast()]
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_VARIABLES)] | None = None
+    echo: bool | None = None
 
     @model_validator(mode="after")
     def _refuse_what_is_missing(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
-        for name in ("tools", "functions"):
-            if getattr(self, name):
-                raise _unsupported(name)
-        if (self.response_format or {}).get("type", "text") != "text":
-            raise _unsupported("response_format")
-        if self.modalities not in (None, ["text"]):
-            raise _unsupported("modalities")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise invalid(
+                "continue_final_message and add_generation_prompt exclude each other.",
+                "continue_final_message",
+            )
+        if self.echo:
+            raise unsupported("echo")
+        for i, message in enumerate(self.messages):
+            message.check_fields(f"messages[{i}].")
         return self
 
     @property
     def num_logprobs(self) -> int | None:
         """As SamplingParams wants it."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def order(self) -> Order:
+        """What this asks the desk for."""
+        is_newer = self.max_completion_tokens is not None
+        conversation = Conversation(
+            [message.for_template() for message in self.messages],
+            adds_turn=self.add_generation_prompt is not False,
+            continues_last=bool(self.continue_final_message),
+            variables=self.chat_template_kwargs or {},
+        )
+        return self._order(
+            self.num_logprobs,
+            conversation=conversation,
+            max_tokens=self.max_completion_tokens if is_newer else self.max_tokens,
+            max_tokens_param="max_completion_tokens" if is_newer else "max_tokens",
+        )
 
 
 class CompletionRequest(_Sampled):
@@ -217,7 +242,6 @@ class CompletionRequest(_Sampled):
     prompt: tuple[str | tuple[int, ...], ...]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
-    suffix: str | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
     @field_validator("prompt", mode="before")
@@ -236,20 +260,31 @@ class CompletionRequest(_Sampled):
 
     @model_validator(mode="after")
     def _refuse_what_is_missing(self) -> "CompletionRequest":
-        if self.suffix:
-            raise _unsupported("suffix")
         if self.best_of not in (None, self.n or 1):
-            raise _unsupported("best_of")
+            raise unsupported("best_of")
         if self.echo and self.logprobs is not None:
-            raise invalid("echo together with logprobs is not supported.", "echo")
+            raise unsupported("echo", "together with logprobs is not supported by this server")
         return self
+
+    def order(self) -> Order:
+        """What this asks the desk for."""
+        return self._order(
+            self.logprobs,
+            prompts=self.prompt,
+            max_tokens=self.max_tokens or DEFAULT_COMPLETION_TOKENS,
+        )
 
 
 _Body = TypeVar("_Body", ChatRequest, CompletionRequest)
 
 
 def parse_untrusted(schema: type[_Body], body: bytes) -> _Body:
-    """Read a request body. Raises ApiError that names the first wrong field."""
+    """Read a request body. Raises ApiError that names the first wrong field.
+
+    Attack: a body of millions of values, each of which takes longer to read than its bytes.
+    """
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
+        raise invalid(f"The body holds more than {MAX_VALUES} values.", None, "request_too_complex")
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
@@ -270,10 +305,6 @@ def _refusal(kind: str, location: tuple[int | str, ...], message: str) -> ApiErr
         return invalid("The body is not a JSON object.", None, "invalid_type")
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     return invalid(f"Invalid value for '{param}': {message}.", param, code)
-
-
-def _unsupported(param: str) -> ApiError:
-    return invalid(f"'{param}' is not supported by this server.", param, "unsupported_parameter")
 
 
 def _is_ids(value: object) -> bool:

@@ -1,6 +1,7 @@
 """What whoever starts the gateway decides."""
 
 from dataclasses import dataclass, field
+from ssl import SSLContext
 
 from pipeline.errors import InputError
 from pipeline.gateway.limits import GatewayLimits
@@ -9,7 +10,10 @@ from pipeline.gateway.templates import ChatTemplate
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """Where to listen, for whom, under which model name. Raises InputError."""
+    """Where to listen, for whom, under which model name. Raises InputError.
+
+    `tls`: the server's certificate; without it, what is said travels in the clear.
+    """
 
     served_model_name: str
     chat_template: ChatTemplate
@@ -17,6 +21,7 @@ class GatewayConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: frozenset[str] = frozenset()
+    tls: SSLContext | None = None
     limits: GatewayLimits = field(default_factory=GatewayLimits)
 
     def __post_init__(self) -> None:

@@ -2,27 +2,29 @@
 
 import json
 import logging
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
-
-from jinja2 import Template, TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from pipeline.errors import PromptError, TokenizerError
 from pipeline.files import is_file
+from pipeline.gateway import render
+from pipeline.gateway.errors import unsupported
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_CONFIG_BYTES = 16 << 20  # those listing a large vocabulary's added tokens are a few MiB
-# Far beyond any context, far below what would hurt: a template may loop over its own input.
-MAX_RENDERED_CHARS = 8 << 20
+# Much longer than the process may compute; for one that does not even do that.
+_WALL_SECONDS = 20.0
+# What every rendering sets itself.
+_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 # For models that came without one: base models continue a transcript.
 PLAIN = (
@@ -31,22 +33,23 @@ PLAIN = (
 )
 
 
-class _GenerationTag(Extension):
-    """`{% generation %}` marks what a model is trained on; rendering shows it as it is."""
-
-    tags = {"generation"}  # noqa: RUF012  (as the base class declares it)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A compiled template and the special tokens it may name."""
+    """A template, compiled in a process that is kept for it, and the special tokens it may name.
 
-    template: Template
-    special_tokens: Mapping[str, str]
+    May be used from several threads; they take turns.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """Compile it. Raises TokenizerError."""
+        self._start_values = (source, dict(special_tokens))
+        self._turn = threading.Lock()
+        self._process: _RenderProcess | None = None
+        answer = self._started().answer()
+        if answer.mark != render.TEXT:
+            self.close()
+            raise TokenizerError(f"the model's chat template does not compile: {answer.text}")
+        # What a client may set: whatever else the template reads.
+        self.variables = frozenset(json.loads(answer.text)) - _RESERVED - special_tokens.keys()
 
     @classmethod
     def load(cls, model_dir: Path) -> "ChatTemplate":
@@ -72,63 +75,132 @@ class ChatTemplate:
     @classmethod
     def compile(cls, source: str, special_tokens: Mapping[str, str]) -> "ChatTemplate":
         """Compile a template. Raises TokenizerError."""
-        # The template comes with the model, from strangers: the sandbox keeps it off the host.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
+        return cls(source, special_tokens)
+
+    def check_variables(self, names: Sequence[str], param: str) -> None:
+        """Raise ApiError that names the first variable the template does not read, or that is ours.
+
+        One that it does not read would have no effect, and be missed.
+        """
+        for name in names:
+            if name not in self.variables:
+                raise unsupported(f"{param}.{name}", "is nothing this model's chat template reads")
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt that asks for the next message. Raises PromptError; blocks for a moment."""
+        values = {
+            **(variables or {}),
+            "messages": list(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        with self._turn:
+            answer = self._exchange(values)
+        if answer.mark != render.TEXT:
+            raise PromptError(f"the model's chat template refuses these messages: {answer.text}")
+        return answer.text
+
+    def render_open(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> str:
+        """The prompt that goes on with the last message. Raises PromptError; blocks for a moment.
+
+        As transformers has it: the conversation is cut where that message's text ends.
+        """
+        text = self.render(messages, add_generation_prompt=False, variables=variables)
+        last = messages[-1].get("content") or ""
+        start = text.rfind(last.strip())
+        if start < 0 or not last.strip():
+            raise PromptError("the chat template does not show the last message as it is")
+        # Templates may trim what they are given.
+        is_whole = text.startswith(last.lstrip(), start)
+        return text[: start + len(last.lstrip() if is_whole else last.strip())]
+
+    def close(self) -> None:
+        """End the process; the next rendering starts another."""
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+
+    def _exchange(self, values: Mapping[str, Any]) -> "_Answer":
+        process = self._process
+        if process is None:
+            process = self._started()
+            process.answer()  # it has compiled before
+        answer = process.ask(values)
+        if not answer.mark:
+            self.close()
+            logger.warning("event=chat_template_ended limit_s=%g", render.RENDER_SECONDS)
+        return answer
+
+    def _started(self) -> "_RenderProcess":
+        self._process = _RenderProcess()
+        self._process.send(self._start_values)
+        return self._process
+
+
+class _Answer(NamedTuple):
+    """`mark` is empty if the process ended without one."""
+
+    mark: bytes
+    text: str
+
+
+class _RenderProcess:
+    """`render.py`, running."""
+
+    def __init__(self) -> None:
+        # -I: neither the directory we are in nor the environment decide what is imported.
+        self._process = subprocess.Popen(  # noqa: S603  (ourselves)
+            [sys.executable, "-I", str(Path(render.__file__))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = _strftime_now
+        self.end = weakref.finalize(self, _end, self._process)
+
+    def send(self, value: object) -> None:
+        """Give it something to do."""
+        with suppress(OSError):  # it has ended; so does its answer
+            render.write_value(cast(BinaryIO, self._process.stdin), value)
+
+    def ask(self, value: object) -> _Answer:
+        """Have something rendered."""
+        self.send(value)
+        return self.answer()
+
+    def answer(self) -> _Answer:
+        """Wait for what it says; for what it has ended without, too."""
+        watch = threading.Timer(_WALL_SECONDS, self._process.kill)
+        watch.start()
         try:
-            return cls(environment.from_string(source), dict(special_tokens))
-        except TemplateError as error:
-            raise TokenizerError(f"the model's chat template does not compile: {error}") from error
+            return self._read(cast(BinaryIO, self._process.stdout))
+        except EOFError:
+            return _Answer(b"", "it takes too long, or too much memory")
+        finally:
+            watch.cancel()
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt that asks for the next message. Raises PromptError."""
-        parts: list[str] = []
-        num_chars = 0
-        try:
-            for part in self.template.generate(
-                messages=list(messages),
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self.special_tokens,
-            ):
-                parts.append(part)
-                num_chars += len(part)
-                if num_chars > MAX_RENDERED_CHARS:
-                    raise PromptError(f"the conversation exceeds {MAX_RENDERED_CHARS} characters")
-        except PromptError:
-            raise
-        except Exception as error:  # a template is a program: on input it forgot, anything happens
-            reason = error.message if isinstance(error, TemplateError) else type(error).__name__
-            raise PromptError(f"the model's chat template refuses these messages: {reason}") from (
-                error
-            )
-        return "".join(parts)
+    @staticmethod
+    def _read(stream: BinaryIO) -> _Answer:
+        size, mark = render.ANSWER.unpack(render.read_exactly(stream, render.ANSWER.size))
+        if size > render.MAX_ANSWER_BYTES:
+            raise EOFError
+        return _Answer(mark, render.read_exactly(stream, size).decode("utf-8", "replace"))
 
 
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().astimezone().strftime(pattern)
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as it is: Jinja's own filter escapes it for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with suppress(BrokenPipeError):  # what it never read
+                stream.close()
+    process.wait()
 
 
 def _read(path: Path) -> str:

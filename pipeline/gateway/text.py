@@ -1,4 +1,6 @@
-"""What the gateway needs of a tokenizer beyond the pipeline's: encoding a rendered chat."""
+"""What the gateway needs of a tokenizer beyond the pipeline's: rendered chats, and a bound."""
+
+from functools import cached_property
 
 from pipeline.engine.tokenizer import Tokenizer
 
@@ -12,3 +14,8 @@ class GatewayTokenizer(Tokenizer):
         Raises PromptError.
         """
         return self.encode(text, add_special_tokens=False)
+
+    @cached_property
+    def max_token_chars(self) -> int:
+        """No token stands for more characters of a text than this."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)

@@ -80,9 +80,8 @@ class Server:
             )  # fmt: skip
         self.url = None
 
-    def wait_until_ready(self):
+    def wait_until_listening(self):
         self.url = self.wait_for(lambda: re.search(r"url\W+(http://[\w.:]+)", self.log()))[1]
-        self.wait_for(self.is_ready)
 
     def begin(self):
         """Forget what has been logged."""
@@ -233,9 +232,15 @@ class Cluster:
         return process
 
     def serve(self, *extra, **options):
+        server = self.begin_to_serve(*extra, **options)
+        server.wait_for(server.is_ready)
+        return server
+
+    def begin_to_serve(self, *extra, **options):
+        """A server that listens; its stages may never be ready."""
         server = Server(self, *extra, **options)
         self.servers.append(server)
-        server.wait_until_ready()
+        server.wait_until_listening()
         return server
 
     def _run(self, *command):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import pytest
 
 PROMPTS = [f"Request number {index} says hello" for index in range(8)]
@@ -115,8 +116,8 @@ def children(process):
 def test_a_killed_server_leaves_no_worker_behind(serve):
     server = serve()
     assert sorted(server.workers()) == [0, 1]
-    # Two workers and a spare one.
-    pids = server.wait_for(lambda: pids if len(pids := children(server.process)) == 3 else None)
+    # Two workers and a spare one, and what renders chats.
+    pids = server.wait_for(lambda: pids if len(pids := children(server.process)) == 4 else None)
     server.process.kill()
     server.process.wait()
     for _ in range(300):  # a spare one may still be importing
@@ -124,3 +125,46 @@ def test_a_killed_server_leaves_no_worker_behind(serve):
             break
         time.sleep(0.1)
     assert not any(map(is_running, pids))
+
+
+@pytest.mark.parametrize("unusable", ["absent", "of another version"])
+def test_clients_before_a_pipeline_that_cannot_stand_are_told_so(cluster, unusable):
+    cluster.plan(1)
+    if unusable == "of another version":
+        cluster.edit(lambda fields: fields.update(model_version="2"), cluster.directory / "2.json")
+        cluster.start_worker(0, manifest=cluster.directory / "2.json")
+    server = cluster.begin_to_serve("--connect-timeout", "3")
+    body = server.wish("x", 4)
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "pipeline_unavailable"
+    assert answer.headers["retry-after"] == "1"
+    assert server.process.wait(20) != 0
+    assert "Traceback" not in server.log()
+
+
+def test_a_stream_under_way_ends_with_the_failure_of_its_pipeline(cluster):
+    cluster.plan(1)
+    cluster.start_worker(0)
+    server = cluster.serve("--connect-timeout", "2")
+    body = server.wish("x", 4000, stream=True)
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        cluster.workers[0].kill()
+        # While it may stand again, the server is there.
+        assert server.get("/health").status_code == 200
+        last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "pipeline_unavailable"
+    assert server.process.wait(20) == 1
+
+
+def test_a_certificate_that_cannot_be_used_is_one_line(cluster):
+    cluster.plan(1)
+    serve = ("serve", "--manifest", cluster.manifest, "--model-dir", cluster.model_dir, "--dev")
+    for files in (("--tls-cert", "/nowhere"), ("--tls-cert", "/nowhere", "--tls-key", "/nowhere")):
+        done = cluster.orch_command(*serve, *files)
+        assert done.returncode == 2
+        errors = [line for line in done.stderr.splitlines() if line.startswith("pipeline-orch: ")]
+        assert len(errors) == 1
+        assert "Traceback" not in done.stderr

@@ -1,6 +1,8 @@
 """A gateway on loopback before an engine that makes tokens up."""
 
+import gc
 import logging
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -13,8 +15,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from pipeline.engine.generation import TokenOutput
 from pipeline.engine.request import FinishReason
 from pipeline.errors import PromptError
+from pipeline.gateway.desk import Desk
+from pipeline.gateway.http.server import serve
 from pipeline.gateway.limits import GatewayLimits
-from pipeline.gateway.server import serve
+from pipeline.gateway.metrics import GatewayMetrics
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.gateway.text import GatewayTokenizer
@@ -137,6 +141,7 @@ class Running:
     url: str
     engine: FakeEngine
     registry: CollectorRegistry
+    desk: Desk
 
     @property
     def port(self):
@@ -151,38 +156,52 @@ def make_engine(tokenizer):
     return lambda **kwargs: FakeEngine(tokenizer, **kwargs)
 
 
-@pytest.fixture
-def start_gateway(tokenizer):
-    """A context manager: a gateway with these limits and keys before `engine`."""
+@pytest.fixture(scope="session")
+def template():
+    return ChatTemplate.compile(TEMPLATE, {"eos_token": END})
 
-    @asynccontextmanager
-    async def start(engine=None, *, keys=(KEY,), is_ready=lambda: True, overview=None, **limits):
-        logging.getLogger("pipeline.gateway").setLevel(logging.INFO)
-        engine = engine or FakeEngine(tokenizer)
+
+@pytest.fixture
+def make_desk(tokenizer, template):
+    """A desk that knows its model, before `engine`; its metrics are in `registry`."""
+
+    def make(engine=None, *, keys=(KEY,), registry=None, tls=None, **limits):
         config = GatewayConfig(
             served_model_name=MODEL,
-            chat_template=ChatTemplate.compile(TEMPLATE, {"eos_token": END}),
+            chat_template=template,
             eos_token_ids=frozenset({256}),
             port=0,
             api_keys=frozenset(keys),
+            tls=tls,
             limits=GatewayLimits(**limits),
         )
+        metrics = GatewayMetrics(registry or CollectorRegistry())
+        desk = Desk(config, engine or FakeEngine(tokenizer), tokenizer, metrics)
+        desk.open(tokenizer.vocab_size)
+        return desk
+
+    return make
+
+
+@pytest.fixture
+def start_gateway(make_desk, tokenizer):
+    """A context manager: a gateway with these limits and keys before `engine`."""
+
+    @asynccontextmanager
+    async def start(engine=None, *, is_ready=lambda: True, overview=None, **options):
+        logging.getLogger("pipeline.gateway").setLevel(logging.INFO)
+        engine = engine or FakeEngine(tokenizer)
         registry = CollectorRegistry()
+        desk = make_desk(engine, registry=registry, **options)
 
         async def run(task_status):
             await serve(
-                config,
-                engine,
-                tokenizer,
-                registry=registry,
-                is_ready=is_ready,
-                overview=overview,
-                task_status=task_status,
+                desk, registry, is_ready=is_ready, overview=overview, task_status=task_status
             )
 
         async with trio.open_nursery() as nursery:
             url = await nursery.start(lambda task_status: run(task_status))
-            yield Running(url, engine, registry)
+            yield Running(url, engine, registry, desk)
             nursery.cancel_scope.cancel()
 
     return start
@@ -253,3 +272,42 @@ def connect():
             yield RawClient(stream)
 
     return connect
+
+
+@pytest.fixture
+def heartbeat():
+    """A context manager: how long the event loop was ever busy without a pause, in seconds.
+
+    Unless told otherwise of this thread's processor time: what others do with the machine makes no
+    difference so.
+    """
+
+    @asynccontextmanager
+    async def heartbeat(clock=time.thread_time):
+        gaps = []
+
+        async def beat():
+            last = clock()
+            while True:
+                await trio.lowlevel.checkpoint()
+                now = clock()
+                gaps.append(now - last)
+                last = now
+
+        # What the whole test run has left in memory is not to be gone through meanwhile.
+        gc.collect()
+        gc.freeze()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(beat)
+                while not gaps:
+                    await trio.lowlevel.checkpoint()
+                gaps.clear()
+                yield gaps
+                await trio.lowlevel.checkpoint()
+                await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+        finally:
+            gc.unfreeze()
+
+    return heartbeat

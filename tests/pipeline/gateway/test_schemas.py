@@ -1,17 +1,10 @@
 import json
+import time
 
 import pytest
-import trio
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
 
-from pipeline.gateway.app import build_app
-from pipeline.gateway.errors import ApiError
-from pipeline.gateway.limits import GatewayLimits
+from pipeline.gateway.errors import ApiError, Kind
 from pipeline.gateway.schemas import ChatRequest, CompletionRequest, parse_untrusted
-from pipeline.gateway.settings import GatewayConfig
-from pipeline.gateway.templates import PLAIN, ChatTemplate
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": "m", "prompt": "Hi"}
@@ -21,8 +14,12 @@ def refusal(schema, body):
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     with pytest.raises(ApiError) as caught:
         parse_untrusted(schema, raw)
-    assert caught.value.status == 400
+    assert caught.value.kind is Kind.INVALID
     return caught.value
+
+
+def order(schema, body):
+    return parse_untrusted(schema, json.dumps(body).encode()).order()
 
 
 @pytest.mark.parametrize(
@@ -45,6 +42,30 @@ def refusal(schema, body):
 def test_what_is_no_json_is_refused_as_such(schema, raw):
     error = refusal(schema, raw)
     assert (error.code, error.param) == ("invalid_json", None)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"m","prompt":[' + b"1," * (1 << 21) + b"1]}",
+        b'{"model":"m","messages":[' + b"3," * (1 << 20) + b"3]}",
+        b'{"model":"m","messages":' + b"[" * (1 << 22),
+        b'{"model":"m","x":[' + b"{}," * (1 << 20) + b"{}]}",
+    ],
+    ids=range(4),
+)
+@pytest.mark.parametrize("schema", [ChatRequest, CompletionRequest])
+def test_millions_of_values_are_refused_before_they_are_read(schema, body):
+    before = time.process_time()
+    assert refusal(schema, body).code == "request_too_complex"
+    assert time.process_time() - before < 0.1
+
+
+def test_the_first_of_many_errors_is_told_soon():
+    body = CHAT | {"messages": [3] * 200_000}
+    before = time.process_time()
+    assert refusal(ChatRequest, body).param == "messages[0]"
+    assert time.process_time() - before < 1
 
 
 @pytest.mark.parametrize("raw", [b"[]", b"3", b'"text"', b"null"])
@@ -170,16 +191,14 @@ def test_allowed_tokens_are_a_list_of_ids(schema, value):
     assert refusal(schema, base | {"allowed_token_ids": value}).param.startswith("allowed_token")
 
 
-def test_nulls_and_unknown_fields_are_as_if_absent():
+def test_nulls_and_what_changes_no_answer_are_as_if_absent():
     names = (
         "temperature", "top_p", "n", "seed", "stop", "max_tokens", "logit_bias", "stream",
         "stream_options", "presence_penalty", "frequency_penalty", "logprobs", "tools",
         "min_tokens", "allowed_token_ids", "chooser",
     )  # fmt: skip
-    body = CHAT | dict.fromkeys(names) | {"user": 3, "metadata": {"a": [1]}, "no_such": "field"}
-    assert parse_untrusted(ChatRequest, json.dumps(body).encode()) == parse_untrusted(
-        ChatRequest, json.dumps(CHAT).encode()
-    )
+    body = CHAT | dict.fromkeys(names) | {"user": 3, "metadata": {"a": [1]}, "no_such": None}
+    assert order(ChatRequest, body) == order(ChatRequest, CHAT)
 
 
 def test_parts_of_a_message_are_joined_and_developers_speak_as_the_system():
@@ -189,83 +208,65 @@ def test_parts_of_a_message_are_joined_and_developers_speak_as_the_system():
     assert message.for_template() == {"role": "system", "content": "a\nb"}
 
 
+CALL = {"id": "c", "type": "function", "function": {"name": "w", "arguments": '{"city": "Ulm"}'}}
+
+
+def shown(**message):
+    (seen,) = order(ChatRequest, CHAT | {"messages": [message]}).conversation.messages
+    return seen
+
+
+def called(arguments):
+    call = CALL | {"function": {"name": "w", "arguments": arguments}}
+    return shown(role="assistant", tool_calls=[call])["tool_calls"][0]["function"]["arguments"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ('{"city": "Ulm", "days": [1, {"a": null}]}', {"city": "Ulm", "days": [1, {"a": None}]}),
+        ({"city": "Ulm"}, {"city": "Ulm"}),
+        ("", {}),
+        # What is no JSON object is a mistake of the model's: the conversation as it was.
+        ('{"city": ', '{"city": '),
+        ("3", "3"),
+        ('"text"', '"text"'),
+        ("[" * 100_000, "[" * 100_000),
+        (None, None),
+    ],
+    ids=range(8),
+)
+def test_what_a_tool_was_called_with_reaches_templates_as_values(arguments, expected):
+    assert called(arguments) == expected
+
+
+@pytest.mark.parametrize("call", [{}, {"function": None}, {"function": "w"}, {"function": {}}])
+def test_a_call_of_another_shape_stays_as_it_is(call):
+    assert shown(role="assistant", tool_calls=[call])["tool_calls"] == [call]
+
+
+def test_the_rest_of_a_call_is_kept():
+    (seen,) = shown(role="assistant", tool_calls=[CALL])["tool_calls"]
+    assert seen == CALL | {"function": {"name": "w", "arguments": {"city": "Ulm"}}}
+
+
+def test_a_message_as_the_client_was_given_it_is_accepted():
+    given = {"role": "assistant", "content": "Hi", "refusal": None, "annotations": [],
+             "audio": None, "function_call": None, "tool_calls": None}  # fmt: skip
+    assert shown(**given) == {"role": "assistant", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("function_call", {"name": "f", "arguments": ""}), ("refusal", "No."), ("audio", {"id": "a"}),
+     ("prefix", True), ("partial", True)],
+)  # fmt: skip
+def test_a_message_field_whose_effect_would_be_missed_is_refused_by_name(field, value):
+    error = refusal(ChatRequest, CHAT | {"messages": [*CHAT["messages"], {"role": "assistant",
+                                                      "content": "x", field: value}]})  # fmt: skip
+    assert (error.code, error.param) == ("unsupported_parameter", f"messages[1].{field}")
+
+
 def test_each_choice_of_a_seeded_request_has_its_own_seed():
     body = parse_untrusted(ChatRequest, json.dumps(CHAT | {"seed": 4, "n": 3}).encode())
     assert [body.sampling(i, None).seed for i in range(3)] == [4, 5, 6]
-
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.integers(-3, 3)
-    | st.floats()
-    | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=6,
-)
-FIELDS = sorted(ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys())
-MESSAGES = st.lists(
-    st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant", "system", "tool"])},
-        optional={"content": JSON, "name": JSON, "tool_calls": JSON, "tool_call_id": JSON},
-    ),
-    max_size=3,
-)
-BODIES = st.builds(
-    lambda base, odd: base | odd,
-    st.fixed_dictionaries(
-        {"model": st.just("m")},
-        optional={"messages": MESSAGES, "prompt": st.text(max_size=9) | JSON},
-    ),
-    st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
-)
-
-
-async def call(app, path, body):
-    """One request, straight into the application."""
-    sent = []
-    gone = trio.Event()
-    requests = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def receive():
-        for message in requests:
-            return message
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message):
-        sent.append(message)
-
-    scope = {
-        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(),
-        "query_string": b"", "headers": [(b"host", b"localhost")], "root_path": "",
-    }  # fmt: skip
-    await app(scope, receive, send)
-    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
-
-
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_no_body_is_a_defect(tokenizer, make_engine, path):
-    config = GatewayConfig(
-        served_model_name="m",
-        chat_template=ChatTemplate.compile(PLAIN, {}),
-        limits=GatewayLimits(max_choices=8),
-    )
-    seen = set()
-
-    @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    @given(st.one_of(BODIES.map(lambda body: json.dumps(body).encode()), st.binary(max_size=40)))
-    def attempt(body):
-        engine = make_engine(text="ab", max_seq_len=64)
-        app = build_app(config, engine, tokenizer, CollectorRegistry())
-        status, answer = trio.run(call, app, path, body)
-        seen.add(status)
-        assert status in {200, 400, 404}
-        if status != 200:
-            error = json.loads(answer)["error"]
-            assert error.keys() == {"message", "type", "param", "code"}
-        assert engine.num_active == 0
-
-    attempt()
-    assert seen >= {200, 400}

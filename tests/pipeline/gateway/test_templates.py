@@ -1,8 +1,12 @@
 import json
+import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from pipeline.errors import PromptError, TokenizerError
+from pipeline.gateway.errors import ApiError
 from pipeline.gateway.templates import ChatTemplate
 
 USER = [{"role": "user", "content": "Hi <you>"}]
@@ -75,6 +79,153 @@ def test_a_template_that_breaks_is_a_refusal(source):
 def test_the_sandbox_holds(source):
     with pytest.raises(PromptError):
         compiled(source).render(USER)
+
+
+DOUBLING = "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x OP ns.x %}"
+HOSTILE = {
+    "nested loops": "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3,
+    "loops that print": "{% for i in range(99999) %}" * 2 + "x" * 999 + "{% endfor %}" * 2,
+    "long string": "{{ messages[0].role * 10**9 }}",
+    "longest string": "{{ messages[0].role * 10**18 }}",
+    "long list": "{{ messages * 10**9 }}",
+    "doubling": DOUBLING.replace("OP", "+") + "{% endfor %}{{ ns.x }}",
+    "joining": DOUBLING.replace("OP", "~") + "{% endfor %}{{ ns.x }}",
+    "power": "{{ (messages | length + 8) ** (9 ** 9 * 99) }}",
+    "recursion": "{% macro f(x) %}{{ f(x) }}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+    "tree": "{% macro f(x) %}{% if x %}{{ f(x-1) ~ f(x-1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "huge range": "{{ range(10**12) | list }}",
+    "centred": "{{ messages[0].role | center(10**11) }}",
+    "indented": "{{ (messages[0].role ~ '\n') * 10**6 | indent(10**6) }}",
+    "formatted": "{{ '%1000000000d' | format(1) }}",
+    "formatted too": "{{ '{:>10000000000}'.format(1) }}",
+    "sums": "{% for i in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
+    "sorting": "{% for i in range(99999) %}{{ range(99999) | sort | length }}{% endfor %}",
+    "lorem ipsum": "{{ lipsum(10**9) }}",
+    "json": "{{ range(99999) | list | tojson(indent=10000) }}",
+    "a date": "{{ strftime_now('%Y' * (messages | length) * 10**8) }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_costs_seconds_and_megabytes_at_most(name):
+    template = compiled(HOSTILE[name])
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    started = time.monotonic()
+    with pytest.raises(PromptError):
+        template.render(USER)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert time.monotonic() - started < 30  # a second of computing, on a busy machine
+    # None of it here: the gateway's own thread of Python is free meanwhile.
+    assert after.ru_utime - before.ru_utime < 0.5
+    assert after.ru_maxrss - before.ru_maxrss < 64 << 10
+    # And the next is served; here, refused again.
+    with pytest.raises(PromptError):
+        template.render(USER)
+    template.close()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}",
+        "{{ " + "[" * 3_000 + "]" * 3_000 + " }}",
+        "{% if 1 %}" * 5_000 + "{% endif %}" * 5_000,
+        "{{ 1" + "|string" * 50_000 + " }}",
+        "{{ ('a ' * 10**7) | wordwrap(1) }}",
+    ],
+    ids=["brackets", "lists", "blocks", "filters", "constants"],
+)
+def test_a_template_that_is_hostile_to_its_compiler_is_the_users_error(source):
+    with pytest.raises(TokenizerError, match="does not compile"):
+        compiled(source)
+
+
+def test_one_conversation_that_breaks_a_template_leaves_the_next_alone():
+    loop = "{% for i in range(messages[0].n) %}{{ range(99999) | sum }}{% endfor %}"
+    template = compiled("{{ messages[0].content }}" + loop)
+    fair, unfair = ([{"content": "x", "n": n}] for n in (0, 99999))
+    assert template.render(fair) == "x"
+    with pytest.raises(PromptError, match="too long, or too much memory"):
+        template.render(unfair)
+    assert template.render(fair) == "x"
+
+
+def test_ordinary_conversations_hardly_notice_the_other_process():
+    template = compiled(CHATML)
+    messages = [{"role": "user", "content": "word " * 200}] * 10
+    template.render(messages)
+    times = []
+    for _ in range(50):
+        started = time.perf_counter()
+        template.render(messages)
+        times.append(time.perf_counter() - started)
+    assert sorted(times)[len(times) // 2] < 0.002
+
+
+def test_several_threads_take_turns():
+    template = compiled("{{ messages[0].content }}")
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda i: template.render([{"content": f"<{i}>" * i}]), range(200)))
+    assert texts == [f"<{i}>" * i for i in range(200)]
+
+
+def test_the_process_goes_with_its_template():
+    template = compiled(CHATML)
+    process = template._process._process
+    assert process.poll() is None
+    del template
+    assert process.poll() is not None
+
+
+def test_the_directory_we_are_in_decides_nothing(tmp_path, monkeypatch):
+    for name in ("json.py", "jinja2.py", "marshal.py", "struct.py"):
+        (tmp_path / name).write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert compiled(CHATML).render(USER)
+
+
+def test_a_refusal_is_a_line_not_a_book():
+    with pytest.raises(PromptError) as caught:
+        compiled("{{ raise_exception('x' * messages | length * 10**6) }}").render(USER)
+    assert len(str(caught.value)) < 1000
+
+
+THINKING = "{% if enable_thinking %}<think>{% endif %}{{ messages[0].content }}{{ bos_token }}"
+
+
+def test_variables_reach_the_template_that_reads_them():
+    template = compiled(THINKING, bos_token="<s>")
+    assert template.variables == {"enable_thinking"}
+    template.check_variables(["enable_thinking"], "kwargs")
+    assert template.render(USER, variables={"enable_thinking": True}) == "<think>Hi <you><s>"
+
+
+@pytest.mark.parametrize(
+    "name", ["no_such", "messages", "bos_token", "add_generation_prompt", "range"]
+)
+def test_no_other_variables_are_taken(name):
+    with pytest.raises(ApiError) as caught:
+        compiled(THINKING, bos_token="<s>").check_variables(["enable_thinking", name], "kwargs")
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", f"kwargs.{name}")
+
+
+@pytest.mark.parametrize("content", ["I think ", "  padded", "I", "<|im_end|> x"])
+@pytest.mark.parametrize("source", [CHATML, CHATML.replace(" | trim", "")], ids=["trims", "keeps"])
+def test_going_on_with_a_message_is_as_transformers_has_it(source, content):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [*USER, {"role": "assistant", "content": content}]
+    expected, _ = render_jinja_template(
+        conversations=[messages], chat_template=source, continue_final_message=True
+    )
+    assert compiled(source).render_open(messages) == expected[0]
+
+
+@pytest.mark.parametrize("content", ["", "  ", None])
+def test_there_must_be_something_to_go_on_with(content):
+    with pytest.raises(PromptError, match="last message"):
+        compiled(CHATML).render_open([*USER, {"role": "assistant", "content": content or ""}])
 
 
 def test_output_is_bounded():

@@ -13,15 +13,14 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ASGIFramework
 from prometheus_client import CollectorRegistry
 
-from pipeline.engine.generation import Engine
 from pipeline.errors import InputError
-from pipeline.gateway.app import build_app
 from pipeline.gateway.auth import is_local_name
-from pipeline.gateway.client_connection import ClientConnection
-from pipeline.gateway.metrics import GatewayMetrics
+from pipeline.gateway.desk import Desk
+from pipeline.gateway.http.app import build_app
+from pipeline.gateway.http.client_connection import ClientConnection, ClientStream
+from pipeline.gateway.http.metrics import HttpMetrics
 from pipeline.gateway.overview import Overview
 from pipeline.gateway.settings import GatewayConfig
-from pipeline.gateway.text import GatewayTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -39,40 +38,37 @@ _BUSY_BODY = (
 
 
 async def serve(
-    app_config: GatewayConfig,
-    engine: Engine,
-    tokenizer: GatewayTokenizer,
+    desk: Desk,
+    registry: CollectorRegistry,
     *,
     listeners: Sequence[trio.SocketListener] = (),
-    registry: CollectorRegistry | None = None,
     overview: Overview | None = None,
     is_ready: Callable[[], bool] = lambda: True,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled; reports the base URL once it listens.
 
-    `listeners` are those of `listen`, if that has been done; `overview` is shown by /metrics and
-    /pipeline.
+    `registry` and `overview` are shown by /metrics, the latter by /pipeline as well; `listeners`
+    are those of `listen`, if that has been done.
 
     Raises InputError if the address cannot be had, or is open to others and no key is set.
     """
-    listeners = listeners or await listen(app_config)
-    url = _url(listeners[0])
-    registry = CollectorRegistry() if registry is None else registry
-    metrics = GatewayMetrics(registry)
+    config = desk.config
+    listeners = listeners or await listen(config)
+    url = _url(listeners[0], is_secure=config.tls is not None)
+    if config.tls is None and not is_local_name(_host(listeners[0])):
+        logger.warning(
+            "event=plain_http url=%s detail=%r",
+            url,
+            "OTHERS ON THE NETWORK CAN READ every prompt, answer and API key: give --tls-cert and "
+            "--tls-key, or listen on 127.0.0.1",
+        )
+    metrics = HttpMetrics(registry)
     if overview is not None:
         registry.register(overview)
-    app = build_app(
-        app_config,
-        engine,
-        tokenizer,
-        registry,
-        metrics=metrics,
-        overview=overview,
-        is_ready=is_ready,
-    )
-    server = _Server(ASGIWrapper(cast(ASGIFramework, app)), app_config, metrics)
-    logger.info("event=gateway_started url=%s keys=%d", url, len(app_config.api_keys))
+    app = build_app(desk, registry, metrics=metrics, overview=overview, is_ready=is_ready)
+    server = _Server(ASGIWrapper(cast(ASGIFramework, app)), config, metrics)
+    logger.info("event=gateway_started url=%s keys=%d", url, len(config.api_keys))
     task_status.started(url)
     await trio.serve_listeners(server.handle, list(listeners))
 
@@ -80,10 +76,12 @@ async def serve(
 class _Server:
     """What connections share: the application, and a limit on how many there are."""
 
-    def __init__(self, app: AppWrapper, config: GatewayConfig, metrics: GatewayMetrics) -> None:
+    def __init__(self, app: AppWrapper, config: GatewayConfig, metrics: HttpMetrics) -> None:
         self._app = app
         self._limits = config.limits
+        self._tls = config.tls
         self._metrics = metrics
+        self._leaving = trio.Lock()
         self._num_open = 0
         self._context = WorkerContext(None)
         self._config = Config()
@@ -97,19 +95,42 @@ class _Server:
         """Serve one connection; nothing it does reaches another."""
         if self._num_open >= self._limits.max_connections:
             self._metrics.refused.inc()
-            await _refuse(stream)
+            if self._tls is None:
+                await _refuse(stream)
+            else:
+                await trio.aclose_forcefully(stream)  # not even its handshake is worth it
             return
         self._num_open += 1
         self._metrics.connections.inc()
         try:
-            await ClientConnection(
-                self._app, self._config, self._context, stream, self._limits.write_seconds
-            ).run()
+            secured = await self._secure(stream)
+            if secured is not None:
+                await ClientConnection(
+                    self._app,
+                    self._config,
+                    self._context,
+                    secured,
+                    self._limits.write_seconds,
+                    self._leaving,
+                ).run()
         except Exception as error:
             logger.error("event=connection_failed error=%s", type(error).__name__)
         finally:
             self._num_open -= 1
             self._metrics.connections.dec()
+
+    async def _secure(self, stream: trio.SocketStream) -> ClientStream | None:
+        """Shake hands, if there is TLS; None if the client does not."""
+        if self._tls is None:
+            return stream
+        secured = trio.SSLStream(stream, self._tls, server_side=True, https_compatible=True)
+        try:
+            with trio.fail_after(self._limits.header_seconds):
+                await secured.do_handshake()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+            await trio.aclose_forcefully(stream)
+            return None
+        return secured
 
 
 async def _refuse(stream: trio.SocketStream) -> None:
@@ -141,6 +162,11 @@ async def listen(config: GatewayConfig) -> list[trio.SocketListener]:
         ) from error
 
 
-def _url(listener: trio.SocketListener) -> str:
+def _host(listener: trio.SocketListener) -> str:
+    return str(listener.socket.getsockname()[0])
+
+
+def _url(listener: trio.SocketListener, *, is_secure: bool) -> str:
+    scheme = "https" if is_secure else "http"
     host, port = listener.socket.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -271,7 +271,6 @@ async def test_sampling_parameters_reach_the_engine(start_gateway):
                     "top_k": 7,
                     "min_p": 0.1,
                     "repetition_penalty": 1.2,
-                    "odd": [1],
                     "min_tokens": 4,
                     "allowed_token_ids": [65, 66],
                     "chooser": {"name": "mirostat", "tau": 3},

@@ -1,6 +1,7 @@
 """One client's TCP connection: hypercorn's HTTP/1.1 on trio, with bounds on what it may hold."""
 
 from contextlib import suppress
+from typing import TypeAlias
 
 import trio
 from hypercorn.config import Config
@@ -20,6 +21,8 @@ _CHUNK_BYTES = 1 << 16
 # A next request or two; beyond, a client that has left is noticed when its turn comes.
 _MAX_CHUNKS_AHEAD = 2
 
+ClientStream: TypeAlias = trio.SocketStream | trio.SSLStream[trio.SocketStream]
+
 
 class ClientConnection(TCPServer):
     """Serves one connection until either side ends it; closes its stream.
@@ -34,23 +37,30 @@ class ClientConnection(TCPServer):
       limits requests.
     """
 
-    stream: trio.SocketStream  # type: ignore[assignment]  # hypercorn's annotation forgets plain TCP
+    stream: ClientStream  # type: ignore[assignment]  # hypercorn's annotation forgets plain TCP
 
     def __init__(
         self,
         app: AppWrapper,
         config: Config,
         context: WorkerContext,
-        stream: trio.SocketStream,
+        stream: ClientStream,
         write_seconds: float,
+        leaving: trio.Lock,
     ) -> None:
+        """Connections that share the lock `leaving` end in turn, when their clients have left."""
         super().__init__(app, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
+        self._is_secure = isinstance(stream, trio.SSLStream)
+        self._socket = (
+            stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+        ).socket
         self._write_seconds = write_seconds
+        self._leaving = leaving
         self._is_over = False
 
     async def run(self) -> None:
         """Serve."""
-        socket = self.stream.socket
+        socket = self._socket
         try:
             client = parse_socket_addr(socket.family, socket.getpeername())
             server = parse_socket_addr(socket.family, socket.getsockname())
@@ -62,7 +72,7 @@ class ClientConnection(TCPServer):
                     self.context,
                     tasks,
                     ConnectionState({}),
-                    False,
+                    self._is_secure,
                     client,
                     server,
                     self.protocol_send,
@@ -74,7 +84,8 @@ class ClientConnection(TCPServer):
         except OSError:
             pass  # the client was gone before it was served
         finally:
-            await self._close()
+            with trio.move_on_after(self._write_seconds):  # TLS says goodbye
+                await self._close()
 
     async def _read_data(self) -> None:
         """Read until either side closes the connection; what came ahead of its turn waits."""
@@ -84,7 +95,9 @@ class ClientConnection(TCPServer):
             with suppress(trio.ClosedResourceError, trio.BrokenResourceError):
                 while data := bytes(await self.stream.receive_some(_CHUNK_BYTES)):
                     await ahead.send(data)
-            nursery.cancel_scope.cancel()
+            # Attack: all hang up at once, and ending them takes all the time there is.
+            async with self._leaving:
+                nursery.cancel_scope.cancel()
         await self.protocol.handle(Closed())
 
     async def _feed(self, due: trio.MemoryReceiveChannel[bytes]) -> None:
@@ -106,9 +119,9 @@ class ClientConnection(TCPServer):
                 with trio.fail_after(self._write_seconds):
                     await self.stream.send_all(event.data)
             except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
-                self.stream.socket.close()
+                self._socket.close()
                 await self.protocol.handle(Closed())
             except trio.Cancelled:
                 # Half a message may be out: nothing more can follow it on this connection.
-                self.stream.socket.close()
+                self._socket.close()
                 raise

@@ -4,16 +4,19 @@ import json
 import logging
 import socket
 import struct
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 import trio
+from prometheus_client import CollectorRegistry
 
+from pipeline.engine.engine import PipelineEngine
+from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError
-from pipeline.gateway.server import serve
-from pipeline.gateway.settings import GatewayConfig
-from pipeline.gateway.templates import PLAIN, ChatTemplate
+from pipeline.gateway.http.exchange import BodyBudget
+from pipeline.gateway.http.server import serve
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hi"}]
@@ -23,8 +26,8 @@ def chat_body(**kwargs):
     return json.dumps({"model": "tiny/model", "messages": USER} | kwargs).encode()
 
 
-async def wait_until(condition):
-    with trio.fail_after(10):
+async def wait_until(condition, seconds=10):
+    with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110  (what is waited for has no event)
             await trio.sleep(0.005)
 
@@ -189,6 +192,137 @@ async def test_without_the_key_nothing_but_health_answers(start_gateway, connect
         async with connect(gateway) as client:
             await client.stream.send_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
             assert (await client.read_response())[0] == 200
+
+
+HEAD = b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n"
+AUTH = b"authorization: Bearer sk-test-0123456789\r\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [(b"POST", b"/health", 405), (b"POST", b"/readyz", 405), (b"POST", b"/v1/models", 405),
+     (b"POST", b"/nowhere", 404), (b"GET", CHAT.encode(), 405), (b"PUT", CHAT.encode(), 405),
+     (b"POST", b"/metrics", 405)],
+)  # fmt: skip
+async def test_what_takes_no_body_holds_none(start_gateway, connect, method, path, status):
+    async with start_gateway(max_body_bytes=1 << 20) as gateway, connect(gateway) as client:
+        held = []
+        take = BodyBudget.take
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BodyBudget, "take", lambda self, num: (held.append(num), take(self, num)))
+            head = HEAD.replace(b"POST", method) % (path, 1 << 19)
+            await client.stream.send_all(head + AUTH + b"\r\n" + b"x" * (1 << 19))
+            with trio.fail_after(10):
+                assert (await client.read_response())[0] == status
+        assert not held
+
+
+async def test_without_the_key_no_body_is_held(start_gateway, connect, monkeypatch):
+    monkeypatch.setattr(BodyBudget, "take", lambda *_: pytest.fail("was held"))
+    async with start_gateway(body_seconds=60) as gateway, connect(gateway) as client:
+        # Not even waited for: half of it never comes.
+        await client.stream.send_all(HEAD % (CHAT.encode(), 100_000) + b"\r\n" + b"x" * 50_000)
+        with trio.fail_after(5):
+            assert (await client.read_response())[0] == 401
+
+
+async def test_bodies_share_a_budget_over_all_connections(start_gateway, connect):
+    limits = {"max_body_bytes": 1 << 18, "max_buffered_bytes": 1 << 19, "body_seconds": 60}
+    async with start_gateway(**limits) as gateway:
+        head = HEAD % (CHAT.encode(), 1 << 18) + AUTH + b"\r\n"
+        async with connect(gateway) as one, connect(gateway) as two:
+            for client in (one, two):
+                await client.stream.send_all(head + b" " * ((1 << 18) - 1000))
+            await trio.sleep(0.2)
+            async with connect(gateway) as third:
+                await third.stream.send_all(head + b" " * ((1 << 18) - 1000))
+                with trio.fail_after(10):
+                    status, headers, body = await third.read_response()
+            assert (status, headers[b"retry-after"]) == (503, b"1")
+            assert json.loads(body)["error"]["code"] == "server_busy"
+            # Small requests go on, and the first two as well.
+            async with connect(gateway) as small:
+                await small.post(CHAT, chat_body())
+                assert (await small.read_response())[0] == 200
+            request = chat_body()
+            await one.stream.send_all(b" " * (1000 - len(request)) + request)
+            assert (await one.read_response())[0] == 200
+        # What was held is given back, whether it was understood or its client left.
+        await wait_until(lambda: gateway.metric("veilpipe_http_connections") == 0)
+        for _ in range(5):
+            async with connect(gateway) as client:
+                await client.stream.send_all(head + chat_body().ljust(1 << 18))
+                assert (await client.read_response())[0] == 200
+
+
+async def test_too_many_continuations_are_told_when_to_return(start_gateway, connect, make_engine):
+    engine = make_engine(seconds=60)
+    async with start_gateway(engine, max_open_choices=10) as gateway, connect(gateway) as one:
+        await one.post(CHAT, chat_body(n=8, stream=True))
+        await wait_until(lambda: engine.num_active == 8)
+        async with connect(gateway) as two:
+            await two.post(CHAT, chat_body(n=3))
+            status, headers, body = await two.read_response()
+            assert (status, headers[b"retry-after"]) == (503, b"1")
+            assert json.loads(body)["error"]["code"] == "server_busy"
+            await two.post(CHAT, chat_body(n=3, stream=True))
+            assert (await two.read_response())[0] == 503
+
+
+async def test_a_thousand_connections_that_hang_up_at_once_hold_nobody_up(make_desk, heartbeat):
+    """Five thousand continuations are theirs."""
+    engine = PipelineEngine(Limits(16, 64))
+    desk = make_desk(engine, max_open_choices=5000)
+    request = chat_body(n=5)
+    data = HEAD % (CHAT.encode(), len(request)) + AUTH + b"\r\n" + request
+    with trio.fail_after(120):
+        async with trio.open_nursery() as nursery:
+            url = await nursery.start(_start, desk)
+            port = int(url.rpartition(":")[2])
+            clients = await trio.to_thread.run_sync(_connect_many, port, 1000, data)
+            await wait_until(lambda: engine.scheduler.num_waiting == 5000, seconds=60)
+            async with heartbeat() as gaps:
+                await trio.to_thread.run_sync(lambda: [client.close() for client in clients])
+                await wait_until(lambda: not engine.scheduler.num_waiting, seconds=60)
+            nursery.cancel_scope.cancel()
+    assert max(gaps) < 0.05
+
+
+def _connect_many(port, num, data):
+    clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(num)]
+    for client in clients:
+        client.sendall(data)
+    return clients
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+async def test_a_huge_answer_holds_nobody_up_while_it_is_written(
+    start_gateway, connect, make_engine, heartbeat, path
+):
+    engine = make_engine(text="x" * 100, repeats=True, max_seq_len=6000)
+    asked = {"prompt": "x", "logprobs": 20, "max_tokens": 5000}
+    if path == CHAT:
+        asked = {"messages": USER, "logprobs": True, "top_logprobs": 20, "max_tokens": 5000}
+    async with start_gateway(engine) as gateway, connect(gateway) as client, heartbeat() as gaps:
+        await client.post(path, json.dumps({"model": "tiny/model"} | asked).encode())
+        with trio.fail_after(60):
+            status, _, body = await client.read_response()
+    assert status == 200
+    assert len(body) > 1_000_000
+    logprobs = json.loads(body)["choices"][0]["logprobs"]
+    assert len(logprobs["content" if path == CHAT else "tokens"]) == 5000
+    assert max(gaps) < 0.05
+
+
+async def test_a_huge_body_holds_nobody_up_while_it_is_read(start_gateway, connect, heartbeat):
+    many = {"model": "tiny/model", "prompt": [1] * 250_000}
+    deep = {"model": "tiny/model", "messages": [{"role": "user", "content": "é" * 1_500_000}]}
+    async with start_gateway() as gateway, connect(gateway) as client, heartbeat() as gaps:
+        for path, body in (("/v1/completions", many), (CHAT, deep)):
+            await client.post(path, json.dumps(body).encode()[: 4 << 20])
+            with trio.fail_after(30):
+                assert (await client.read_response())[0] in {400, 413}
+    assert max(gaps) < 0.05
 
 
 async def test_readiness_is_the_engines(start_gateway, connect):
@@ -398,33 +532,42 @@ async def test_without_keys_only_this_machines_programs_are_served(
         assert (await client.read_response())[0] == status
 
 
-def config(**kwargs):
-    template = ChatTemplate.compile(PLAIN, {})
-    return GatewayConfig(served_model_name="m", chat_template=template, **kwargs)
+def desk_at(make_desk, host="127.0.0.1", port=0, **kwargs):
+    desk = make_desk(**kwargs)
+    desk.config = replace(desk.config, host=host, port=port)
+    return desk
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-async def test_without_a_key_only_loopback_is_listened_on(tokenizer, make_engine, host):
+async def test_without_a_key_only_loopback_is_listened_on(make_desk, host):
     with pytest.raises(InputError, match="no API key"):
-        await serve(config(host=host, port=0), make_engine(), tokenizer)
+        await serve(desk_at(make_desk, host, keys=()), CollectorRegistry())
 
 
-async def test_with_a_key_any_address_is_listened_on(tokenizer, make_engine):
-    options = config(host="0.0.0.0", port=0, api_keys=frozenset({"k"}))
+async def _start(desk, *, task_status):
+    await serve(desk, CollectorRegistry(), task_status=task_status)
+
+
+async def test_with_a_key_any_address_is_listened_on_and_the_danger_is_said(make_desk, caplog):
     async with trio.open_nursery() as nursery:
-        started = await nursery.start(_start, options, make_engine(), tokenizer)
+        started = await nursery.start(_start, desk_at(make_desk, "0.0.0.0"))
         assert started.startswith("http://0.0.0.0:")
         nursery.cancel_scope.cancel()
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "event=plain_http" in warning
+    assert "--tls-cert" in warning
 
 
-async def _start(options, engine, tokenizer, *, task_status):
-    await serve(options, engine, tokenizer, task_status=task_status)
+async def test_on_loopback_there_is_no_danger_to_speak_of(start_gateway, caplog):
+    async with start_gateway():
+        pass
+    assert "plain_http" not in caplog.text
 
 
-async def test_an_address_in_use_is_the_users_error(tokenizer, make_engine, start_gateway):
+async def test_an_address_in_use_is_the_users_error(make_desk, start_gateway):
     async with start_gateway() as gateway:
         with pytest.raises(InputError, match="cannot listen"):
-            await serve(config(port=gateway.port), make_engine(), tokenizer)
+            await serve(desk_at(make_desk, port=gateway.port), CollectorRegistry())
 
 
 async def test_clients_that_leave_anyhow_leave_nothing_behind(start_gateway, connect, make_engine):

@@ -1,0 +1,269 @@
+"""Takes orders: admits, encodes, limits and records them, and has them generated.
+
+No door's protocol is known here: whoever stands before it calls `admit`, opens a `request`, has an
+`Order` understood by `prepare` and follows `generate`. All of them raise ApiError.
+"""
+
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import trio
+
+from pipeline.engine.generation import Engine, Generation
+from pipeline.errors import InputError, PromptError
+from pipeline.gateway.auth import KeyRing
+from pipeline.gateway.choices import PieceStream, TextOptions, open_choices
+from pipeline.gateway.errors import busy, invalid, too_long, unknown_model
+from pipeline.gateway.limits import RateLimiter
+from pipeline.gateway.metrics import GatewayMetrics, RequestRecord
+from pipeline.gateway.orders import Conversation, Order, TokenIds
+from pipeline.gateway.settings import GatewayConfig
+from pipeline.gateway.text import GatewayTokenizer
+
+# Texts encoded at once. Conversations are rendered one after another, by one process.
+_MAX_ENCODING = 4
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An order understood: what to generate, and of which prompts."""
+
+    prompts: tuple[TokenIds, ...]
+    generations: tuple[Generation, ...]
+    options: TextOptions
+    record: RequestRecord
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of all prompts."""
+        return sum(map(len, self.prompts))
+
+
+class Desk:
+    """One model's, in front of one engine. Must be used under trio."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        engine: Engine,
+        tokenizer: GatewayTokenizer,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self.keys = KeyRing(config.api_keys)
+        self.created = int(time.time())
+        self._engine = engine
+        self._rate = RateLimiter(config.limits.requests_per_minute, trio.current_time)
+        self._encoding = trio.CapacityLimiter(_MAX_ENCODING)
+        self._rendering = trio.CapacityLimiter(1)
+        self._leaving = trio.Lock()
+        self._num_choices = 0
+        self._num_requests = 0
+        self._is_idle = trio.Event()
+        # Token ids of the model; 0 until its stages have said how many.
+        self._vocab_size = 0
+        self._is_open = trio.Event()
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens a request may occupy, its prompt included."""
+        return self._engine.max_seq_len
+
+    def open(self, vocab_size: int) -> None:
+        """Take orders from now on: the model, it has turned out, knows so many token ids."""
+        self._vocab_size = vocab_size
+        self._is_open.set()
+
+    def close(self) -> None:
+        """Let orders that wait for the model go on to the engine, which has failed."""
+        self._is_open.set()
+
+    async def wait_idle(self) -> None:
+        """Return when every request has been answered."""
+        while self._num_requests:
+            self._is_idle = trio.Event()
+            await self._is_idle.wait()
+
+    def admit(self, key: bytes | None) -> None:
+        """Count a request of whoever has this key. Raises ApiError if it must not or cannot be."""
+        self.keys.check(key)
+        self.count_request()
+
+    def count_request(self) -> None:
+        """Count a request of somebody whose key is known to be right. Raises ApiError."""
+        self._rate.admit()
+
+    @contextmanager
+    def request(self, route: str) -> Iterator[RequestRecord]:
+        """What is recorded of a request while it is answered; `route` is the door's name for it."""
+        self._num_requests += 1
+        try:
+            yield RequestRecord(self.metrics, route)
+        finally:
+            self._num_requests -= 1
+            self._is_idle.set()
+
+    def check_model(self, model: str) -> None:
+        """Raise ApiError unless it is the one that is served."""
+        if model != self.config.served_model_name:
+            raise unknown_model(model)
+
+    async def prepare(self, order: Order, record: RequestRecord) -> Job:
+        """Understand an order: check it, encode its prompts. Raises ApiError."""
+        self.check_model(order.model)
+        num_choices = max(1, len(order.prompts)) * len(order.sampling)
+        if num_choices > self.config.limits.max_choices:
+            limit = self.config.limits.max_choices
+            raise invalid(f"At most {limit} continuations can be asked for at once.", "n")
+        self._check_room(num_choices)
+        max_tokens = self._max_tokens(order)
+        # What the model can read is known when its stages stand; there is nobody to serve before.
+        await self._is_open.wait()
+        self._check_ids(order.stop_token_ids, "stop_token_ids")
+        for sampling in order.sampling:
+            self._check_ids(sampling.logit_bias, "logit_bias")
+            self._check_ids(sampling.allowed_token_ids or (), "allowed_token_ids")
+        prompts = await self._encode_all(order)
+        try:
+            generations = self._generations(order, prompts, max_tokens, record)
+        except InputError as error:
+            raise invalid(str(error), None) from error
+        options = TextOptions(order.shows_special_tokens, order.includes_stop)
+        job = Job(prompts, generations, options, record)
+        record.add_prompt(job.num_prompt)
+        return job
+
+    def _generations(
+        self, order: Order, prompts: Sequence[TokenIds], max_tokens: int, record: RequestRecord
+    ) -> tuple[Generation, ...]:
+        ends = frozenset() if order.ignores_eos else self.config.eos_token_ids
+        return tuple(
+            Generation(
+                prompt_ids=prompt_ids,
+                max_tokens=max_tokens,
+                eos_token_ids=ends | order.stop_token_ids,
+                sampling=sampling,
+                request_id=record.request_id,
+            )
+            for prompt_ids in prompts
+            for sampling in order.sampling
+        )
+
+    @asynccontextmanager
+    async def generate(self, job: Job) -> AsyncIterator[PieceStream]:
+        """Generate all of a job's continuations; leaving aborts those under way.
+
+        Raises ApiError if there is no room, PipelineError as the engine does.
+        """
+        num_choices = len(job.generations)
+        self._check_room(num_choices)
+        self._num_choices += num_choices
+        try:
+            async with open_choices(
+                self._engine,
+                self.tokenizer,
+                job.generations,
+                job.options,
+                job.record,
+                self._leaving,
+            ) as pieces:
+                yield pieces
+        finally:
+            self._num_choices -= num_choices
+
+    def _check_room(self, num_choices: int) -> None:
+        """Attack: asking for more than anybody will ever wait for, to fill the queue for all."""
+        limit = self.config.limits.max_open_choices
+        if self._num_choices + num_choices > limit:
+            raise busy(f"{self._num_choices} of at most {limit} continuations are open; try again.")
+
+    def _max_tokens(self, order: Order) -> int:
+        asked, room = order.max_tokens, self.max_seq_len
+        if asked is not None and asked > room:
+            param = order.max_tokens_param
+            raise invalid(f"{param} is {asked}; this model's context holds {room} tokens.", param)
+        return asked or room
+
+    async def _encode_all(self, order: Order) -> tuple[TokenIds, ...]:
+        if order.conversation is not None:
+            adds = bool(order.adds_special_tokens)
+            render = partial(self._render, order.conversation)
+            text = await self._in_thread(render, self._rendering, "messages")
+            return (await self._encode(text, adds, order, "messages"),)
+        adds = order.adds_special_tokens is not False
+        return tuple(
+            [
+                await self._encode(prompt, adds, order, "prompt")
+                if isinstance(prompt, str)
+                else self._checked(prompt, order, "prompt")
+                for prompt in order.prompts
+            ]
+        )
+
+    def _render(self, conversation: Conversation) -> str:
+        template, variables = self.config.chat_template, conversation.variables
+        template.check_variables(tuple(variables), "chat_template_kwargs")
+        if conversation.continues_last:
+            return template.render_open(conversation.messages, variables)
+        return template.render(
+            conversation.messages,
+            add_generation_prompt=conversation.adds_turn,
+            variables=variables,
+        )
+
+    async def _encode(self, text: str, adds_special: bool, order: Order, param: str) -> TokenIds:
+        self._check_length(text, order, param)
+        encoder = self.tokenizer.encode if adds_special else self.tokenizer.encode_rendered
+        prompt_ids = await self._in_thread(partial(encoder, text), self._encoding, param)
+        return self._checked(prompt_ids, order, param)
+
+    @staticmethod
+    async def _in_thread(
+        work: Callable[[], _Result], limiter: trio.CapacityLimiter, param: str
+    ) -> _Result:
+        """Work in a thread: a long text takes a second, and others' tokens must not wait."""
+        try:
+            return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
+        except PromptError as error:
+            raise invalid(str(error), param) from error
+
+    def _check_length(self, text: str, order: Order, param: str) -> None:
+        """Refuse what is too long however it is split: no token has more than so many characters.
+
+        Attack: a text of megabytes, which takes seconds to split.
+        """
+        room = self.max_seq_len
+        num_tokens = len(text) // self.tokenizer.max_token_chars
+        if num_tokens >= room and order.truncates_to is None:
+            raise too_long(f"at least {num_tokens}", room, param)
+
+    def _checked(self, prompt_ids: TokenIds, order: Order, param: str) -> TokenIds:
+        room = self.max_seq_len
+        if order.truncates_to is not None:
+            most = room - 1 if order.truncates_to < 0 else order.truncates_to
+            prompt_ids = prompt_ids[-most:]
+        if not prompt_ids:
+            raise invalid("The prompt is empty; give at least one token of text.", param)
+        if len(prompt_ids) >= room:
+            raise too_long(str(len(prompt_ids)), room, param)
+        self._check_ids(prompt_ids, param)
+        return prompt_ids
+
+    def _check_ids(self, token_ids: Collection[int], param: str) -> None:
+        """Refuse tokens the model has no row for.
+
+        Attack: only a stage would notice, and break; each loss of one costs everybody.
+        """
+        largest = max(token_ids, default=-1)
+        if 0 < self._vocab_size <= largest:
+            raise invalid(
+                f"The model has no token {largest}; its last is {self._vocab_size - 1}.", param
+            )

@@ -1,0 +1,168 @@
+"""The endpoints."""
+
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import TypeVar
+
+import trio
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from pipeline.gateway.desk import Desk
+from pipeline.gateway.errors import ApiError, Kind
+from pipeline.gateway.http.answers import Answer, Wanted
+from pipeline.gateway.http.edge import Edge
+from pipeline.gateway.http.errors import to_response
+from pipeline.gateway.http.exchange import Exchange
+from pipeline.gateway.http.formats import ChatFormat, CompletionFormat
+from pipeline.gateway.http.metrics import HttpMetrics
+from pipeline.gateway.orders import Order
+from pipeline.gateway.overview import Overview, PipelineView
+from pipeline.gateway.schemas import ChatRequest, CompletionRequest, parse_untrusted
+
+# A smaller body is read in less time than another thread needs to start.
+_SMALL_BYTES = 1 << 14
+
+_Body = TypeVar("_Body", ChatRequest, CompletionRequest)
+
+
+def build_app(
+    desk: Desk,
+    registry: CollectorRegistry,
+    *,
+    metrics: HttpMetrics | None = None,
+    overview: Overview | None = None,
+    is_ready: Callable[[], bool] = lambda: True,
+) -> Starlette:
+    """The ASGI application; must run under trio, behind a server that drops idle connections.
+
+    `registry` is what /metrics shows; the door's own `metrics` are added to it, unless given.
+    /pipeline shows `overview`, if there is one.
+    """
+    metrics = metrics or HttpMetrics(registry)
+    door = Door(desk, registry, is_ready)
+    watched = [] if overview is None else [_pipeline_route(desk, overview, is_ready)]
+    return Starlette(
+        routes=[
+            Route("/health", door.health),
+            Route("/readyz", door.readyz),
+            Route("/metrics", door.metrics),
+            *watched,
+            Route("/v1/models", door.models),
+            Route("/v1/models/{model:path}", door.model),
+            Route("/v1/chat/completions", door.chat, methods=["POST"]),
+            Route("/v1/completions", door.completions, methods=["POST"]),
+        ],
+        middleware=[Middleware(Edge, desk=desk, metrics=metrics)],
+        exception_handlers={HTTPException: _refuse_route},
+    )
+
+
+class Door:
+    """What each route does."""
+
+    def __init__(
+        self, desk: Desk, registry: CollectorRegistry, is_ready: Callable[[], bool]
+    ) -> None:
+        self._desk = desk
+        self._registry = registry
+        self._is_ready = is_ready
+
+    async def health(self, _: Request) -> Response:
+        """Whether the server runs."""
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(self, _: Request) -> Response:
+        """Whether requests would be served."""
+        if self._is_ready():
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not ready"}, HTTPStatus.SERVICE_UNAVAILABLE)
+
+    async def metrics(self, _: Request) -> Response:
+        """Prometheus' text format."""
+        content = generate_latest(self._registry)
+        return Response(content, headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def models(self, _: Request) -> Response:
+        """The one model there is, as a list."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """One model. Raises ApiError if it is another."""
+        self._desk.check_model(request.path_params["model"])
+        return JSONResponse(self._model())
+
+    async def chat(self, request: Request) -> Answer:
+        """The next message of a conversation. Raises ApiError."""
+        body, order = await _read(ChatRequest, request)
+        job = await self._desk.prepare(order, request.state.exchange.record)
+        format_ = ChatFormat(self._desk.tokenizer, body.num_logprobs is not None)
+        return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
+
+    async def completions(self, request: Request) -> Answer:
+        """What follows a text, or each of several. Raises ApiError."""
+        body, order = await _read(CompletionRequest, request)
+        job = await self._desk.prepare(order, request.state.exchange.record)
+        echoes = [""] * len(body.prompt)
+        if body.echo:
+            echoes = [
+                prompt if isinstance(prompt, str) else self._desk.tokenizer.decode(prompt)
+                for prompt in body.prompt
+            ]
+        format_ = CompletionFormat(
+            self._desk.tokenizer,
+            body.logprobs is not None,
+            [echo for echo in echoes for _ in order.sampling],
+        )
+        return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
+
+    def _model(self) -> dict[str, object]:
+        return {
+            "id": self._desk.config.served_model_name,
+            "object": "model",
+            "created": self._desk.created,
+            "owned_by": "veilpipe",
+        }
+
+
+async def _read(schema: type[_Body], request: Request) -> tuple[_Body, Order]:
+    """The body, and what it asks for. Raises ApiError."""
+    exchange: Exchange = request.state.exchange
+
+    def parse() -> tuple[_Body, Order]:
+        body = parse_untrusted(schema, exchange.body)
+        return body, body.order()
+
+    try:
+        if len(exchange.body) <= _SMALL_BYTES:
+            return parse()
+        return await trio.to_thread.run_sync(parse)
+    finally:
+        exchange.forget_body()
+
+
+def _pipeline_route(desk: Desk, overview: Overview, is_ready: Callable[[], bool]) -> Route:
+    async def show(_: Request) -> Response:
+        view = PipelineView(
+            model=desk.config.served_model_name,
+            is_ready=is_ready(),
+            engine=overview.engine(),
+            latency=desk.metrics.recent.view(trio.current_time()),
+            stages=overview.stages(),
+        )
+        return JSONResponse(view.model_dump())
+
+    return Route("/pipeline", show)
+
+
+async def _refuse_route(_: Request, error: Exception) -> Response:
+    """A path or method that does not exist."""
+    assert isinstance(error, HTTPException)  # what it is registered for
+    is_there = error.status_code == HTTPStatus.METHOD_NOT_ALLOWED
+    kind = Kind.NOT_ALLOWED if is_there else Kind.NOT_FOUND
+    return to_response(ApiError(kind, f"{HTTPStatus(error.status_code).phrase}."), error.headers)

@@ -1,0 +1,47 @@
+"""What a client asks for, however it came in: what every door hands the desk."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.sampling.params import SamplingParams
+
+TokenIds = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages as chat templates expect them.
+
+    `adds_turn`: the template begins the next message. `continues_last`: the answer goes on with
+    the last one instead. `variables` are what else the template reads.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    adds_turn: bool = True
+    continues_last: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """One request.
+
+    What is to be continued is a conversation, or each of several prompts (text or token ids).
+    `sampling` says for each continuation of a prompt how its tokens are chosen, and so how many
+    there are. `max_tokens` None: as many as the context holds. `truncates_to`: of a longer prompt,
+    its last so many tokens; -1 for as many as fit. `adds_special_tokens` None: as is usual.
+    """
+
+    model: str
+    sampling: tuple[SamplingParams, ...]
+    conversation: Conversation | None = None
+    prompts: tuple[str | TokenIds, ...] = ()
+    max_tokens: int | None = None
+    max_tokens_param: str = "max_tokens"
+    stop_token_ids: frozenset[int] = frozenset()
+    ignores_eos: bool = False
+    truncates_to: int | None = None
+    adds_special_tokens: bool | None = None
+    shows_special_tokens: bool = False
+    includes_stop: bool = False
