@@ -78,3 +78,22 @@ def test_nothing_is_sent_ahead_twice_or_unprepared(ahead):
         ahead.has_sent(header(9, 42))
     ahead.prepare(None)
     assert ahead.follow(result, 1000) is None
+
+
+async def test_steps_leave_ahead_over_channels_that_nobody_waits_for_in_place(
+    deployment, monkeypatch
+):
+    """As for a server, whose other tasks need their turn."""
+    sent = []
+
+    class Watched(Ahead):
+        def follow(self, plain, vocab_size):
+            form = super().follow(plain, vocab_size)
+            sent.append(form is not None)
+            return form
+
+    monkeypatch.setattr("pipeline.orchestrator.remote_pipeline.Ahead", Watched)
+    async with deployment.running() as (manifest, results):
+        tokens = await deployment.generate(manifest, results, num_tokens=12)
+    assert tokens == deployment.reference(12)
+    assert sum(sent) >= 9  # of eleven: a frame that comes in two pieces is left to `receive`
