@@ -91,10 +91,7 @@ def tensor_sizes(model_dir: Path) -> Mapping[str, int]:
 
 
 def stage_files(model_dir: Path, names: Collection[str]) -> list[Path]:
-    """The files that hold `names`, sorted by name: what a stage reads and a manifest hashes.
-
-    Raises ModelError where an index does not list one of them.
-    """
+    """The files that hold `names`, sorted by name: what a stage reads. Raises ModelError."""
     files = _files_of(model_dir)
     if not files:
         return [model_dir / SINGLE_FILE]
