@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 from pipeline.dtypes import FLOAT32, KV_DTYPES, Array, Floats, HostArray, Precision
 from pipeline.errors import MessageError
@@ -14,34 +14,11 @@ from pipeline.kernels.kv_storage import kv_bytes
 from pipeline.models.config import ModelConfig
 from pipeline.models.embedding import Embedding
 from pipeline.models.parts import LayerMaker, LayerParts
+from pipeline.models.room import ForwardPass, Room, round_up
 from pipeline.protocol.segments import Batch, num_tokens
 from pipeline.weights.sinks import Sink
 
 LOGIT_ROWS = 64  # as many as are expected of a step
-
-
-class Block(NamedTuple):
-    """Some rows of a step, as many as pass through an MLP at a time, and room for what they are."""
-
-    hidden: Array  # [rows, hidden]
-    normed: Array  # [rows, hidden]
-    inner: Array  # [rows, intermediate]
-    gate_up: Array  # [rows, 2 * intermediate] where the MLP has a gate
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardPass:
-    """What all layers of one forward share: attention, rotary angles, room for what passes by.
-
-    What is not needed at the same time shares memory: `normed` with `mixed`, `qkv` with `gate_up`.
-    """
-
-    attention: Attention
-    rope: tuple[Array, Array] | None
-    normed: Array  # [rows, hidden]
-    qkv: Array  # [rows, (heads + 2 kv_heads) * head_dim]
-    mixed: Array  # [rows, heads * head_dim]
-    blocks: Sequence[Block]  # all rows of `hidden`
 
 
 class Layer(Protocol):
@@ -106,10 +83,7 @@ class Shard(ABC):
             if self.is_first and not is_shared
             else None
         )
-        self._mixed_width = config.num_heads * config.head_dim
-        self._inner_widths = (inner, 2 * inner if is_gated else 0)
-        self._buffers: tuple[Array, ...] = ()
-        self._room_rows = 0
+        self._room = Room(kernels, self.heads, hidden, inner, 2 * inner if is_gated else 0)
         self._logits: Array = kernels.empty(0, size)
 
     @property
@@ -179,14 +153,8 @@ class Shard(ABC):
 
     def step_bytes(self, num_rows: int) -> int:
         """About what a step of that many rows takes beside weights and caches, at its widest."""
-        inner, gate_up = self._inner_widths
-        hidden = self.config.hidden_dim
-        mixed = max(hidden, self._mixed_width)
-        wide = max(self.heads.qkv_width, gate_up)
-        # rows as they come in, between layers and as they go out; what kernels make of some of them
-        width = 4 * hidden + mixed + 2 * wide + 2 * inner
         logits = LOGIT_ROWS * self.config.vocab_size if self.is_last else 0
-        return (num_rows * width + logits) * FLOAT32.itemsize
+        return self._room.num_bytes(num_rows) + logits * FLOAT32.itemsize
 
     def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
         """An empty cache for this shard's layers. Raises MemoryError."""
@@ -261,7 +229,7 @@ class Shard(ABC):
             (self._embedding or self._tied_head()).gather(inputs, hidden)
         else:
             self.kernels.copy(inputs, hidden)
-        step = self._forward_pass(hidden, attention, self._place(hidden, positions, end))
+        step = self._room.forward_pass(hidden, attention, self._place(hidden, positions, end))
         layers = enumerate(zip(self._layers, keys, values, strict=True), self.layer_start)
         for index, (layer, own_keys, own_values) in layers:
             attend = self.parts.attention(index, batch, attention)
@@ -277,14 +245,14 @@ class Shard(ABC):
         """Greedy token of each row, [n], and logits as above, which the next call overwrites."""
         rows, size = len(hidden), self.config.vocab_size
         if len(self._logits) < rows:
-            self._logits = self.kernels.empty(_round_up(rows), size)
+            self._logits = self.kernels.empty(round_up(rows), size)
         logits = self._to_logits(hidden, self._logits[:rows])
         return self.kernels.argmax(logits), logits
 
     def wipe(self) -> None:
         """Zero what steps have left in memory that outlives their session."""
-        for each in (*self._buffers, self._logits):
-            each[...] = 0
+        self._room.wipe()
+        self._logits[...] = 0
         self.kernels.wipe()
 
     def _to_logits(self, hidden: Array, out: Array) -> Array:
@@ -295,60 +263,3 @@ class Shard(ABC):
     def _tied_head(self) -> Linear:
         assert self._head is not None, "the first stage has an embedding or shares the head's"
         return self._head
-
-    def _forward_pass(
-        self, hidden: Array, attention: Attention, rope: tuple[Array, Array] | None
-    ) -> ForwardPass:
-        """What layers need beside `hidden`, in memory that is kept from step to step."""
-        rows, width = hidden.shape
-        inner_width, gate_width = self._inner_widths
-        rowwise, wide, inner = self._room(rows)
-        most = min(rows, self.kernels.block_rows)
-        blocks = []
-        for part in (hidden[first : first + most] for first in range(0, rows, most)):
-            count = len(part)
-            blocks.append(
-                Block(
-                    part,
-                    _rows(rowwise, count, width),
-                    _rows(inner, count, inner_width),
-                    _rows(wide, count, gate_width),
-                )
-            )
-        return ForwardPass(
-            attention,
-            rope,
-            _rows(rowwise, rows, width),
-            _rows(wide, rows, self.heads.qkv_width),
-            _rows(rowwise, rows, self._mixed_width),
-            blocks,
-        )
-
-    def _room(self, rows: int) -> tuple[Array, ...]:
-        """Memory for a step's intermediate arrays; a device's allocator keeps it itself."""
-        kernels = self.kernels
-        if kernels.is_host:
-            rows = _round_up(rows)
-            if rows <= self._room_rows:
-                return self._buffers
-        blocks = min(rows, kernels.block_rows)
-        inner, gate_up = self._inner_widths
-        sizes = (
-            rows * max(self.config.hidden_dim, self._mixed_width),
-            max(rows * self.heads.qkv_width, blocks * gate_up),
-            blocks * inner,
-        )
-        room = tuple(map(kernels.empty, sizes))
-        if kernels.is_host:
-            self._buffers, self._room_rows = room, rows
-        return room
-
-
-def _rows(memory: Array, rows: int, width: int) -> Array:
-    """[rows, width] at the start of flat memory."""
-    return memory[: rows * width].reshape(rows, width)
-
-
-def _round_up(rows: int) -> int:
-    """The next power of two: recorded steps keep memory that was outgrown, no more than as much."""
-    return 1 << (rows - 1).bit_length()

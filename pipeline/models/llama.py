@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from pipeline.dtypes import Array, Precision
 from pipeline.kernels.base import HeadShape, Kernels, Norm
-from pipeline.models.base import ForwardPass, Layer, Names, Shard
+from pipeline.models.base import Layer, Names, Shard
 from pipeline.models.config import LlamaConfig
 from pipeline.models.parts import OWN, LayerMaker, LayerParts
+from pipeline.models.room import ForwardPass
 from pipeline.models.rope import RopeTable, rope_frequencies
 from pipeline.weights.sinks import Sink
 

@@ -17,7 +17,7 @@ class ActivationLog:
     """
 
     def __init__(self, num_slots: int, max_seq_len: int, hidden_dim: int) -> None:
-        self._rows = np.empty((num_slots, max_seq_len, hidden_dim), dtype=np.float32)
+        self._rows = np.zeros((num_slots, max_seq_len, hidden_dim), dtype=np.float32)
         self._pieces: list[list[SlotPart]] = [[] for _ in range(num_slots)]
 
     @property

@@ -86,7 +86,7 @@ def test_a_long_prompt_leaves_no_room_for_all_its_rows_in_an_mlp(exact, monkeypa
     monkeypatch.setattr(type(shard.kernels), "block_rows", 4)
     shard.forward(np.zeros(128, np.int64), [Segment(0, 0, 128)], shard.new_cache(1, 128))
     width, inner = exact.config.hidden_dim, exact.config.intermediate_size
-    room = sum(each.size for each in shard._buffers)
+    room = sum(each.size for each in shard._room._buffers)
     assert room < 128 * (width + shard.heads.qkv_width + inner)
 
 

@@ -74,7 +74,7 @@ def test_a_released_core_leaves_nothing_of_its_steps_in_the_shard(cores):
     header = StepHeader(StepKind.STEP, 0, (Segment(0, 0, 3),), (Want.LOGITS,))
     tensors = (token_ids_to_wire([1, 7, 40]),)
     through(cores[0], header, tensors)
-    kept = [each for core in cores[0] for each in (*core.shard._buffers, core.shard._logits)]
+    kept = [each for core in cores[0] for each in (*core.shard._room._buffers, core.shard._logits)]
     assert any(each.any() for each in kept)
     for core in cores[0]:
         core.release()

@@ -75,7 +75,7 @@ def patterns(cores):
     found = {}
     for index, core in enumerate(cores):
         shard = core.shard
-        arrays = {f"room {at}": each for at, each in enumerate(shard._buffers)}
+        arrays = {f"room {at}": each for at, each in enumerate(shard._room._buffers)}
         arrays["logits"] = shard._logits
         arrays |= {f"keys {at}": each[0] for at, each in enumerate(core.cache.keys)}
         arrays |= {f"values {at}": each[0] for at, each in enumerate(core.cache.values)}
