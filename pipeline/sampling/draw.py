@@ -119,8 +119,9 @@ def token_at(logits: Logits, uniform: float) -> int:
     """The token at which the cumulative probability passes `uniform`, in [0, 1)."""
     # Sums of blocks first, then inside one: adding up the whole vocabulary in turn takes six times
     # as long. In float64: other processors' exponentials and sums differ by less than a draw shows.
-    ids = np.flatnonzero(logits > -np.inf)
-    left = logits if ids.size == logits.size else logits[ids]  # of those filtered, few are
+    is_left = logits > -np.inf
+    ids = None if is_left.all() else np.flatnonzero(is_left)
+    left = logits if ids is None else logits[ids]  # of filtered ones, few are
     shifted = left - left.max()
     sums = np.concatenate(
         [_block_sums(shifted[start : start + _CHUNK]) for start in range(0, left.size, _CHUNK)]
@@ -130,7 +131,8 @@ def token_at(logits: Logits, uniform: float) -> int:
     block = _first_above(ends, target, sums)
     rest = max(target - (ends[block] - sums[block]), 0.0)
     weights = _weights(shifted[block * _BLOCK : (block + 1) * _BLOCK])
-    return int(ids[block * _BLOCK + _first_above(np.cumsum(weights), rest, weights)])
+    place = block * _BLOCK + _first_above(np.cumsum(weights), rest, weights)
+    return place if ids is None else int(ids[place])
 
 
 def _weights(shifted: Logits) -> Weights:
