@@ -8,7 +8,6 @@ which the cumulative probability passes a uniform number, which the request's ow
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +27,10 @@ from pipeline.sampling.filters import (
 from pipeline.sampling.params import SamplingParams
 
 Counts = npt.NDArray[np.uint32]
+Weights = npt.NDArray[np.float64]
 
 _BLOCK = 256
+_CHUNK = 32 * _BLOCK  # what fits a first-level cache, and needs no memory of the system's
 NO_NUMBERS = "no token can be chosen: the model's logits are no numbers, something has overflowed"
 NONE_LEFT = "no token can be chosen: bias and mask leave none"
 
@@ -120,22 +121,39 @@ def final(logits: Logits, params: SamplingParams) -> Logits:
 def token_at(logits: Logits, uniform: float) -> int:
     """The token at which the cumulative probability passes `uniform`, in [0, 1)."""
     # Sums of blocks first, then inside one: adding up the whole vocabulary in turn takes six times
-    # as long. The first sum strictly above has a weight of its own, so no masked token is drawn.
-    blocks = np.zeros((-(-logits.size // _BLOCK), _BLOCK), np.float32)
-    np.exp(logits - logits.max(), out=blocks.reshape(-1)[: logits.size])
-    sums = blocks.sum(axis=1, dtype=np.float64)
+    # as long. In float64: other processors' exponentials and sums differ by less than a draw shows.
+    is_left = logits > -np.inf
+    ids = None if is_left.all() else np.flatnonzero(is_left)
+    left = logits if ids is None else logits[ids]  # of filtered ones, few are
+    shifted = left - left.max()
+    sums = np.concatenate(
+        [_block_sums(shifted[start : start + _CHUNK]) for start in range(0, left.size, _CHUNK)]
+    )
     ends = np.cumsum(sums)
     target = uniform * ends[-1]
     block = _first_above(ends, target, sums)
     rest = max(target - (ends[block] - sums[block]), 0.0)
-    inside = np.cumsum(blocks[block], dtype=np.float64)
-    return block * _BLOCK + _first_above(inside, rest, blocks[block])
+    weights = _weights(shifted[block * _BLOCK : (block + 1) * _BLOCK])
+    place = block * _BLOCK + _first_above(np.cumsum(weights), rest, weights)
+    return place if ids is None else int(ids[place])
 
 
-def _first_above(
-    cumulative: npt.NDArray[np.float64], target: float, weights: npt.NDArray[Any]
-) -> int:
-    """The first index whose sum is above `target`; the last with a weight if rounding passed it."""
+def _weights(shifted: Logits) -> Weights:
+    return np.exp(shifted.astype(np.float64))
+
+
+def _block_sums(shifted: Logits) -> Weights:
+    weights = np.zeros(-(-shifted.size // _BLOCK) * _BLOCK)
+    weights[: shifted.size] = _weights(shifted)
+    sums: Weights = weights.reshape(-1, _BLOCK).sum(axis=1)
+    return sums
+
+
+def _first_above(cumulative: Weights, target: float, weights: Weights) -> int:
+    """The first index whose sum is above `target`; the last with a weight if rounding passed it.
+
+    A sum strictly above the one before it has a weight of its own: no masked token is drawn.
+    """
     index = int(np.searchsorted(cumulative, target, side="right"))
     return index if index < cumulative.size else int(np.flatnonzero(weights)[-1])
 
