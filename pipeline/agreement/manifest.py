@@ -64,7 +64,7 @@ class TcpAddress(_Strict):
     addr: str
 
     def to_endpoint(self) -> Endpoint:
-        """The address as the transport takes it."""
+        """The address as the transport takes it. Raises EndpointError."""
         endpoint = parse_endpoint(self.addr)
         if not isinstance(endpoint, TcpEndpoint):
             raise EndpointError(f"{self.addr!r} is not a TCP address; write HOST:PORT")

@@ -69,7 +69,7 @@ def token_specs(num_tokens: int) -> tuple[TensorSpec, ...]:
 
 
 def check_header(header: StepHeader, limits: SessionLimits) -> None:
-    """Refuse a step that names slots, positions or sizes the session has no room for."""
+    """Refuse a step of slots, positions or sizes there is no room for. Raises MessageError."""
     kind, step, segments, wants, _, _ = header
     if not segments:
         raise MessageError(f"step {step} has no segments")

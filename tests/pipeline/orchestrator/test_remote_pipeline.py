@@ -66,14 +66,14 @@ async def test_a_row_without_a_token_is_no_fault_of_the_stage(joined, monkeypatc
         await trio.lowlevel.checkpoint()
         return STEP.header, (token_ids_to_wire([NO_TOKEN]),)
 
-    monkeypatch.setattr(pipeline.orchestrator.remote_pipeline, "receive_step", receive)
+    monkeypatch.setattr(pipeline.orchestrator.step_link, "receive_step", receive)
     await joined.send(STEP)
     assert (await joined.receive()).token_ids == [NO_TOKEN]
 
 
 @pytest.mark.parametrize("exact", [(), (True,), (True, True), (True, False), (False, False)])
 async def test_rows_are_exact_where_all_stages_say_so(joined, exact):
-    joined.ready = tuple(SimpleNamespace(is_row_exact=each) for each in exact)
+    joined._epochs.ready = tuple(SimpleNamespace(is_row_exact=each) for each in exact)
     assert joined.is_row_exact is (exact in {(True,), (True, True)})
 
 
@@ -152,6 +152,7 @@ async def test_a_stage_that_comes_later_is_told_of_requests_under_way(joined, mo
 
     monkeypatch.setattr(joined, "_watch", control)
     joined._connector = SimpleNamespace(control=control, pending={})
+    joined._placement = SimpleNamespace(start=control)
     joined._manifest.stage = lambda idx: None
     await joined._meet(0)
     await met.tell()

@@ -186,7 +186,7 @@ async def test_one_that_had_to_make_room_tries_again_until_it_is_met(trust, thei
             nursery.start_soon(serve, listener)
             credentials = theirs.toward(STAGE, {})
             channel = await connect_retrying(
-                listener.endpoint, LINK, credentials, LIMITS, waits.append
+                lambda: listener.endpoint, LINK, credentials, LIMITS, waits.append
             )
             await channel.aclose()
     assert [type(each) for each in waits] == [NoAnswer]
@@ -200,7 +200,7 @@ async def test_a_peer_with_another_manifest_is_told_so_at_once_and_does_not_retr
             credentials = theirs.toward(STAGE, {})
             with trio.fail_after(5), pytest.raises(HandshakeError, match="another manifest"):
                 await connect_retrying(
-                    listener.endpoint, other, credentials, LIMITS, lambda _: None
+                    lambda: listener.endpoint, other, credentials, LIMITS, lambda _: None
                 )
             nursery.cancel_scope.cancel()
 
