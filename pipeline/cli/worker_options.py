@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.agreement.manifest import Manifest, StageSpec, check_precision
+from pipeline.cli.common import finite
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 
@@ -25,7 +26,13 @@ DeviceOption = Annotated[
 ]
 KvMemoryOption = Annotated[
     float | None,
-    typer.Option(min=0.001, metavar="GIB", help="KV memory of a session [all there is]."),
+    typer.Option(
+        min=0.001,
+        max=1 << 20,
+        metavar="GIB",
+        help="KV memory of a session [what is free].",
+        callback=finite,
+    ),
 ]
 # What computes where nothing faster can: several times slower than native kernels.
 SLOW_KERNELS = "torch"

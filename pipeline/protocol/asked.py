@@ -27,7 +27,6 @@ _DRAW = Struct("<6d4I")
 _ROW_BYTES = 8 + 4 + MAX_VOCAB // 8
 # id u32 and count u32 of a seen token, id u32 and bias f64 of another
 _SEEN_BYTES, _BIAS_BYTES = 8, 12
-MAX_TOP_K = (1 << 32) - 1
 
 
 class Asked(NamedTuple):
@@ -91,7 +90,7 @@ def _draw_parts(how: Draw) -> Iterator[bytes]:
         params.repetition_penalty,
         params.presence_penalty,
         params.frequency_penalty,
-        min(params.top_k, MAX_TOP_K),
+        max(params.top_k, 0),  # -1 is 0 in other words
         how.seen.size,
         len(bias),
         len(how.allowed),

@@ -72,7 +72,7 @@ class StepGate:
         self._header = header
 
     def take(self) -> StepHeader:
-        """The header checked last, since a frame is only delivered after that. Raises MessageError."""
+        """The header checked last: a frame is only delivered after that. Raises MessageError."""
         header, self._header = self._header, None
         if header is None:
             raise MessageError("a control frame arrived on a data channel")

@@ -92,7 +92,7 @@ async def test_steps_leave_ahead_over_channels_that_nobody_waits_for_in_place(
             sent.append(form is not None)
             return form
 
-    monkeypatch.setattr("pipeline.orchestrator.remote_pipeline.Ahead", Watched)
+    monkeypatch.setattr("pipeline.orchestrator.step_link.Ahead", Watched)
     async with deployment.running() as (manifest, results):
         tokens = await deployment.generate(manifest, results, num_tokens=12)
     assert tokens == deployment.reference(12)

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from pipeline.engine.service import PipelineEngine
 
 from pipeline.agreement.trust import UserTrust
+from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.scheduler import Limits
 from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
@@ -31,7 +31,7 @@ async def test_the_last_stage_draws_what_would_be_drawn_here(deployment, nursery
             assert pipeline.is_row_exact is all(each.is_row_exact for each in pipeline.ready)
             engine = PipelineEngine(limits)
             nursery.start_soon(engine.run, pipeline)
-            stats = pipeline._links.data_out.stats
+            stats = pipeline._link._data_out.stats
             for each in (request, chosen_here):
                 before = stats.bytes_received
                 async with engine.generate(each) as stream:

@@ -4,17 +4,18 @@ from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 import trio
-from pipeline.engine.drive import drive
 
 from pipeline.agreement.manifest import StageEndpoint, TcpAddress
 from pipeline.agreement.trust import DevTrust
-from pipeline.engine.request import Request
-from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.engine import PipelineEngine
+from pipeline.engine.generation import Generation
+from pipeline.engine.scheduler import Limits
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.failover import run_with_failover
 from pipeline.orchestrator.opening import PipelineOptions, new_pipeline
 from pipeline.planning.plan import PlanOptions, plan
+from pipeline.sampling.params import SamplingParams
 from pipeline.stage.dialing import parse_networks
 from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
@@ -94,19 +95,17 @@ class Nomads:
     async def generate(self, moves):
         """The tokens; `moves` names the stages that leave when so many tokens have come."""
         limits = Limits(1, 256, num_stages=3)
-        scheduler = Scheduler(limits)
-        scheduler.submit(Request(0, PROMPT, NUM_TOKENS))
+        engine = PipelineEngine(limits)
         tokens = []
 
-        def on_token(event, timings):
-            tokens.append(event.token_id)
+        def hear(output):
+            tokens.append(output.token_id)
             for idx in moves.get(len(tokens), ()):
                 self.move(idx)
 
+        engine.submit(Generation(PROMPT, NUM_TOKENS, frozenset(), SamplingParams()), hear)
         async with self.pipeline(limits) as pipeline:
-            await run_with_failover(
-                pipeline, lambda pipeline: drive(pipeline, scheduler, on_token), scheduler, 10
-            )
+            await run_with_failover(pipeline, engine.drain, engine.scheduler, 10)
         return tokens
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.codecs.plain import Plain
-from pipeline.errors import MessageError
+from pipeline.errors import MessageError, SessionRefused
 from pipeline.protocol.messages import Init
 from pipeline.protocol.segments import Segment
 from pipeline.stage.setup import check_init, new_core
@@ -33,7 +33,6 @@ def setup(deployment):
 def init(setup, **changes):
     fields = {
         "epoch": bytes(16),
-        "manifest_hash": setup.manifest.whole_hash(),
         "stage_idx": 0,
         "activation_dtype": "F32",
         "hidden_dim": 64,
@@ -83,5 +82,5 @@ def test_a_codec_that_cannot_be_had_refuses_the_session(setup):
 def test_a_session_larger_than_the_stage_gives_is_refused(setup):
     least = setup.shard.kv_bytes(2, 64)
     assert check_init(init(setup), replace(setup, max_kv_bytes=least))
-    with pytest.raises(MessageError, match=f"take {least} bytes of KV memory"):
+    with pytest.raises(SessionRefused, match=f"take {least} bytes of KV memory"):
         check_init(init(setup), replace(setup, max_kv_bytes=least - 1))
