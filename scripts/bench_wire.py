@@ -26,7 +26,7 @@ from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.planning.plan import PlanOptions, plan
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = (ROOT / "README.md", ROOT / "SECURITY.md")

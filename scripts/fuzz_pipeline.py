@@ -27,13 +27,14 @@ with atheris.instrument_imports(
         "pipeline.agreement.manifest",
         "pipeline.protocol.asked",
         "pipeline.protocol.messages",
+        "pipeline.protocol.step_header",
         "pipeline.protocol.results",
-        "pipeline.protocol.steps",
+        "pipeline.protocol.step_limits",
         "pipeline.protocol.wants",
     ]
 ):
     from pipeline.agreement import manifest
-    from pipeline.protocol import asked, messages, results, steps
+    from pipeline.protocol import asked, messages, results, step_header, step_limits
     from pipeline.protocol.wants import Result, Want
 with atheris.instrument_imports(include=["pipeline.weights.checkpoint", "pipeline.models.config"]):
     from pipeline.models import config
@@ -43,12 +44,12 @@ from command_line import Parser, whole
 
 from pipeline.codecs.registry import make_codec
 from pipeline.errors import ManifestError, MessageError, ModelError, RequestFailed
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
 from pipeline.sampling.draw import Draw, draw
 from pipeline.sampling.params import SamplingParams
 from transport.frames import DType, Tensor, TensorSpec
 
-LIMITS = steps.SessionLimits(
+LIMITS = step_limits.SessionLimits(
     num_slots=4, max_seq_len=64, max_step_tokens=32, codec=make_codec("F32", 8)
 )
 VOCAB = 40
@@ -70,13 +71,15 @@ def decode_message(data: bytes) -> None:
 
 
 def decode_step(data: bytes) -> None:
-    header = messages.decode_step(data)
-    assert messages.encode_step(header) == data
-    steps.check_header(header, LIMITS)
+    header = step_header.decode_step(data)
+    assert step_header.encode_step(header) == data
+    step_limits.check_header(header, LIMITS)
     for is_first in (True, False):
         for limits in (LIMITS, replace(LIMITS, codec=make_codec("I8", 8))):
             for declared in ((), (TensorSpec(DType.U8, (1 << 40,)),)):
-                specs = steps.expected_inputs(header, limits, is_first=is_first, declared=declared)
+                specs = step_limits.expected_inputs(
+                    header, limits, is_first=is_first, declared=declared
+                )
                 assert sum(spec.nbytes for spec in specs) <= limits.max_tensor_bytes
     returned = results.expected_results(header, VOCAB, 8)
     assert sum(spec.nbytes for spec in returned) <= results.max_result_bytes(LIMITS, VOCAB)
@@ -133,17 +136,19 @@ def message_seeds() -> list[bytes]:
 
 def step_seeds() -> list[bytes]:
     segments = (Segment(0, 5, 1), Segment(3, 0, 9))
-    timings = (messages.StageTiming(1, 2, 3),)
+    timings = (step_header.StageTiming(1, 2, 3),)
     headers = [
-        messages.StepHeader(messages.StepKind.STEP, 7, segments, wants, timings)
+        step_header.StepHeader(step_header.StepKind.STEP, 7, segments, wants, timings)
         for wants in (
             (Want.TOKEN, Want.NOTHING),
             (Want.DRAWN, Want(Result.LOGPROBS, 9, 5, 2)),
             (Want(Result.DRAWN, 1, 5, 1), Want(Result.HIDDEN, 3)),
         )
     ]
-    back = messages.StepHeader(messages.StepKind.TRUNCATE, 1, (Segment(2, 9, 0),), (Want.NOTHING,))
-    return [messages.encode_step(each) for each in (*headers, back)]
+    back = step_header.StepHeader(
+        step_header.StepKind.TRUNCATE, 1, (Segment(2, 9, 0),), (Want.NOTHING,)
+    )
+    return [step_header.encode_step(each) for each in (*headers, back)]
 
 
 def asked_seeds() -> list[bytes]:

@@ -18,7 +18,7 @@ from pipeline.errors import InputError
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ("float32", "bfloat16", "int8")

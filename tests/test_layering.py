@@ -32,7 +32,7 @@ ROOMS = {
     },
 }  # fmt: skip
 # The one thing that kernels know of the protocol: which rows of a step are whose.
-ONLY = {("kernels", "protocol"): "pipeline.protocol.segments"}
+ONLY = {("kernels", "protocol"): "pipeline.protocol.batch"}
 # The door of the gateway that speaks HTTP; what lies behind it serves other doors as well.
 HTTP_DOOR = "pipeline.gateway.http"
 HTTP_LIBRARIES = {"hypercorn", "starlette", "h11", "wsproto"}

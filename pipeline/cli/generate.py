@@ -9,15 +9,15 @@ from time import perf_counter_ns
 import typer
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli.access import (
+from pipeline.cli.common import run_until_signalled
+from pipeline.cli.logs import tell
+from pipeline.cli.pipeline_flags import (
     ManifestSource,
     PipelineAccess,
     PipelineFlags,
     check_context,
     end_tokens,
 )
-from pipeline.cli.common import run_until_signalled
-from pipeline.cli.logs import tell
 from pipeline.cli.terminal import write_text
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation, TokenOutput

@@ -9,7 +9,6 @@ import typer
 from pipeline.agreement.manifest import check_precision, dump_manifest, load_manifest
 from pipeline.agreement.trust import create_identity
 from pipeline.cli import attest
-from pipeline.cli.access import PipelineFlags, pipeline_flags, takes_flags
 from pipeline.cli.common import (
     ManifestOption,
     VerboseOption,
@@ -19,6 +18,7 @@ from pipeline.cli.common import (
 )
 from pipeline.cli.generate import GenerateFlags, generate
 from pipeline.cli.logs import configure_logging, tell
+from pipeline.cli.pipeline_flags import PipelineFlags, pipeline_flags, takes_flags
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.prompt import read_prompt
 from pipeline.cli.sampling import sampling_flags

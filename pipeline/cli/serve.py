@@ -11,14 +11,14 @@ import typer
 from prometheus_client import CollectorRegistry
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli.access import (
+from pipeline.cli.common import run_until_signalled
+from pipeline.cli.pipeline_flags import (
     ManifestSource,
     PipelineAccess,
     PipelineFlags,
     check_context,
     end_tokens,
 )
-from pipeline.cli.common import run_until_signalled
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError, PipelineError, SessionError

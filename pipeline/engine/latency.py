@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import write_atomically
-from pipeline.protocol.messages import StageTiming
+from pipeline.protocol.step_header import StageTiming
 
 
 def percentile(values: Sequence[float], fraction: float) -> float:

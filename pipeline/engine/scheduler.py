@@ -10,10 +10,11 @@ from pipeline.engine.request import FinishReason, Request, RequestState, TokenEv
 from pipeline.engine.step import FollowUp, Notice, Promise, Step
 from pipeline.errors import MessageError, PromptError
 from pipeline.protocol.asked import NOTHING_ASKED, Asked
-from pipeline.protocol.messages import Abort, Done, Start, StepHeader, StepKind
+from pipeline.protocol.batch import Segment
+from pipeline.protocol.messages import Abort, Done, Start
 from pipeline.protocol.replay import SlotPart, replay_headers
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import SessionLimits
+from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.step_limits import SessionLimits
 from pipeline.protocol.wants import Want
 from pipeline.sampling.draw import Draw
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.protocol.asked import NOTHING_ASKED, Asked
-from pipeline.protocol.messages import Abort, Done, Start, StepHeader
+from pipeline.protocol.messages import Abort, Done, Start
+from pipeline.protocol.step_header import StepHeader
 
 # What stages hear of a request's life, on their control channels.
 Notice = Start | Done | Abort

@@ -1,4 +1,4 @@
-"""What one client may take from the others, and how many requests a minute."""
+"""What clients may take of the server, and how many requests a minute."""
 
 import math
 from collections.abc import Callable

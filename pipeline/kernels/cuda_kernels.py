@@ -36,7 +36,7 @@ from pipeline.kernels.torch_kernels import (
     to_tensor,
     torch_matvec,
 )
-from pipeline.protocol.segments import Batch
+from pipeline.protocol.batch import Batch
 
 # Shorter contexts share one graph: reading them costs less than recording more.
 MIN_CONTEXT = 128

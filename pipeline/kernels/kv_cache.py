@@ -11,7 +11,7 @@ from pipeline.errors import MessageError
 from pipeline.kernels.kv_ledger import SlotLedger
 from pipeline.kernels.kv_storage import KVStorage, LayerKV, Memory
 from pipeline.kernels.recordings import Recordings
-from pipeline.protocol.segments import Batch, Segment
+from pipeline.protocol.batch import Batch, Segment
 
 
 class KVCache:

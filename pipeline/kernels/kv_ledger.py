@@ -1,7 +1,7 @@
 """Which positions of each slot hold tokens: what a step may append to, and how far it may go."""
 
 from pipeline.errors import MessageError
-from pipeline.protocol.segments import Batch, Segment
+from pipeline.protocol.batch import Batch, Segment
 
 
 class SlotLedger:

@@ -35,7 +35,7 @@ from pipeline.kernels.base import (
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.native_step import NativeAttention, NativeStep, spans_of
 from pipeline.kernels.runtime import overwrite_freed_blocks, return_large_blocks
-from pipeline.protocol.segments import Batch
+from pipeline.protocol.batch import Batch
 from pipeline.weights.quant import dequantise
 
 # Precision -> kind of packed weight, and what the processor must have for it.

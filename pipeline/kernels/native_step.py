@@ -20,7 +20,7 @@ from pipeline.kernels import _native
 from pipeline.kernels.arena import aligned
 from pipeline.kernels.base import Compute, Finish, FramePlace, HeadShape, Rows, Serve
 from pipeline.kernels.kv_cache import KVCache
-from pipeline.protocol.segments import Batch
+from pipeline.protocol.batch import Batch
 
 # A span is the rows of one slot: (slot, first row, number of rows, first position).
 SPAN = 4

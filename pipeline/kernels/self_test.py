@@ -18,7 +18,7 @@ from pipeline.dtypes import (
 )
 from pipeline.kernels.base import HeadShape, Kernels, Norm
 from pipeline.kernels.kv_cache import KVCache
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
 from pipeline.weights.quant import dequantise, quantise
 
 # Of the largest value. A wrong kernel is wrong by far more; int8 kernels round activations as well.

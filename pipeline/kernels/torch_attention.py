@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from pipeline.kernels.base import HeadShape
-from pipeline.protocol.segments import Batch
+from pipeline.protocol.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ from pipeline.kernels.runtime import (
     pin_blas,
 )
 from pipeline.kernels.torch_attention import TorchAttention
-from pipeline.protocol.segments import Batch
+from pipeline.protocol.batch import Batch
 from pipeline.weights.quant import GROUP, dequantise
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from pipeline.kernels.kv_storage import kv_bytes
 from pipeline.models.config import ModelConfig
 from pipeline.models.embedding import Embedding
 from pipeline.models.parts import LayerMaker, LayerParts
-from pipeline.models.room import ForwardPass, Room, round_up
-from pipeline.protocol.segments import Batch, num_tokens
+from pipeline.models.workspace import ForwardPass, Room, round_up
+from pipeline.protocol.batch import Batch, num_tokens
 from pipeline.weights.sinks import Sink
 
 LOGIT_ROWS = 64  # as many as are expected of a step

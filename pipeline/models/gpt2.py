@@ -7,7 +7,7 @@ from pipeline.kernels.base import Activation, Kernels, Norm
 from pipeline.models.base import Layer, Names, Shard
 from pipeline.models.config import GPT2Config
 from pipeline.models.parts import OWN, LayerMaker, LayerParts
-from pipeline.models.room import ForwardPass
+from pipeline.models.workspace import ForwardPass
 from pipeline.weights.sinks import CopySink, Sink
 
 ACTIVATIONS: Mapping[str, Activation] = {

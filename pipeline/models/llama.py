@@ -10,8 +10,8 @@ from pipeline.kernels.base import HeadShape, Kernels, Norm
 from pipeline.models.base import Layer, Names, Shard
 from pipeline.models.config import LlamaConfig
 from pipeline.models.parts import OWN, LayerMaker, LayerParts
-from pipeline.models.room import ForwardPass
 from pipeline.models.rope import RopeTable, rope_frequencies
+from pipeline.models.workspace import ForwardPass
 from pipeline.weights.sinks import Sink
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 
 from pipeline.dtypes import Precision
 from pipeline.kernels.base import Activation, Attention, Kernels, Linear, Norm
-from pipeline.protocol.segments import Batch
+from pipeline.protocol.batch import Batch
 
 
 class LinearSpec(NamedTuple):

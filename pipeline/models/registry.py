@@ -18,7 +18,7 @@ from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.llama import LlamaShard
 from pipeline.models.parts import OWN, LayerParts
 from pipeline.progress import Progress
-from pipeline.protocol.segments import Batch
+from pipeline.protocol.batch import Batch
 from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names, tensor_sizes
 from pipeline.weights.quant import to_precision
 from pipeline.weights.sinks import Sink

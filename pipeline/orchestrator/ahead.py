@@ -7,16 +7,16 @@ makes sure of the result as it would of any, and turns it into text.
 
 from pipeline.engine.step import FollowUp
 from pipeline.errors import LinkLost
+from pipeline.protocol.batch import Segment
 from pipeline.protocol.links import step_form
-from pipeline.protocol.messages import (
+from pipeline.protocol.step_header import (
     TIMING_BYTES,
     StageTiming,
     StepHeader,
     StepKind,
     encode_step,
 )
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import token_specs
+from pipeline.protocol.step_limits import token_specs
 from pipeline.protocol.wants import Want
 from transport.frames import FrameForm
 

@@ -10,7 +10,7 @@ from pipeline.errors import MessageError, SessionError, StageSilent
 from pipeline.placement.base import Placement
 from pipeline.protocol.asked import MAX_VOCAB
 from pipeline.protocol.links import CONTROL_LIMITS, SEND_ONLY_LIMITS, ControlLink, StepGate
-from pipeline.protocol.messages import Init, StepHeader
+from pipeline.protocol.messages import Init
 from pipeline.protocol.peers import (
     CONTROL_EPOCH,
     ORCHESTRATOR,
@@ -19,7 +19,8 @@ from pipeline.protocol.peers import (
     describe,
 )
 from pipeline.protocol.results import expected_results, max_result_bytes
-from pipeline.protocol.steps import SessionLimits
+from pipeline.protocol.step_header import StepHeader
+from pipeline.protocol.step_limits import SessionLimits
 from transport.channel import SecureChannel
 from transport.endpoint import Endpoint, Listener
 from transport.errors import TransportError

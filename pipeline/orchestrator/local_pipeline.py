@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pipeline.engine.runner import RunnerStats
 from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.protocol.results import StepResult, step_result
-from pipeline.protocol.steps import step_tensors
+from pipeline.protocol.step_limits import step_tensors
 from pipeline.stage.core import StageCore
 
 

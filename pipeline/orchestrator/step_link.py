@@ -6,10 +6,10 @@ from pipeline.engine.step import FollowUp, Step
 from pipeline.errors import LinkLost, MessageError
 from pipeline.orchestrator.ahead import Ahead
 from pipeline.protocol.links import StepGate, receive_step, send_step
-from pipeline.protocol.messages import StepKind
 from pipeline.protocol.peers import describe, hang_up
 from pipeline.protocol.results import StepResult, step_result
-from pipeline.protocol.steps import step_tensors
+from pipeline.protocol.step_header import StepKind
+from pipeline.protocol.step_limits import step_tensors
 from pipeline.protocol.wants import NO_TOKEN
 from transport.channel import SecureChannel
 from transport.errors import TransportError

@@ -5,17 +5,10 @@ from collections.abc import Callable
 import trio
 
 from pipeline.errors import MessageError
-from pipeline.protocol.messages import (
-    MAX_CONTROL_BYTES,
-    Message,
-    StepHeader,
-    decode_message,
-    decode_step,
-    encode_message,
-    encode_step,
-)
+from pipeline.protocol.messages import MAX_CONTROL_BYTES, Message, decode_message, encode_message
 from pipeline.protocol.results import MAX_RESULT_TENSORS
-from pipeline.protocol.steps import SessionLimits, check_header
+from pipeline.protocol.step_header import StepHeader, decode_step, encode_step
+from pipeline.protocol.step_limits import SessionLimits, check_header
 from transport.channel import SecureChannel
 from transport.errors import FrameError
 from transport.frames import Frame, FrameForm, FrameKind, FrameLimits, Tensor, TensorSpec

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dtypes import Floats
-from pipeline.protocol.messages import StepHeader, StepKind
-from pipeline.protocol.steps import (
+from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.step_limits import (
     CLEAR_SPEC,
     MAX_LOGPROBS,
     SessionLimits,

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.protocol.messages import StepHeader
+from pipeline.protocol.batch import Batch
 from pipeline.protocol.replay import SlotPart, replay_headers, truncate
-from pipeline.protocol.segments import Batch
+from pipeline.protocol.step_header import StepHeader
 
 
 class ActivationLog:

@@ -6,8 +6,8 @@ import numpy as np
 
 from pipeline.dtypes import Floats, HostArray
 from pipeline.errors import MessageError
-from pipeline.protocol.messages import StepHeader
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
+from pipeline.protocol.step_header import StepHeader
 
 
 class CatchUp:

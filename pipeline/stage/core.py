@@ -9,9 +9,9 @@ from pipeline.errors import MessageError
 from pipeline.kernels.base import DecodeStep, FramePlace, Rows, Serve
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.asked import NOTHING_ASKED, Asked, asked_from_wire
-from pipeline.protocol.messages import StepHeader, StepKind
-from pipeline.protocol.segments import Batch
-from pipeline.protocol.steps import (
+from pipeline.protocol.batch import Batch
+from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.step_limits import (
     CLEAR_SENTINEL,
     SessionLimits,
     num_row_tensors,
@@ -21,7 +21,7 @@ from pipeline.protocol.steps import (
 from pipeline.protocol.wants import Result, Want
 from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.catch_up import CatchUp
-from pipeline.stage.results import Scored, results_of, step_results
+from pipeline.stage.last_stage import Scored, results_of, step_results
 from transport.frames import Tensor
 
 

@@ -9,10 +9,10 @@ left, as it came, to the ordinary way, which decides what it is.
 
 from pipeline.kernels.base import FramePlace
 from pipeline.kernels.recordings import MAX_RECORDINGS
+from pipeline.protocol.batch import Segment
 from pipeline.protocol.links import step_form
-from pipeline.protocol.messages import StageTiming, StepHeader, StepKind, decode_step
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import token_specs
+from pipeline.protocol.step_header import StageTiming, StepHeader, StepKind, decode_step
+from pipeline.protocol.step_limits import token_specs
 from pipeline.protocol.wants import Want
 from pipeline.stage.core import StageCore
 from pipeline.stage.meter import StageMeter

@@ -3,7 +3,8 @@
 from time import perf_counter_ns
 from typing import NamedTuple
 
-from pipeline.protocol.messages import Health, Healthy, StageFigures, StageTiming
+from pipeline.protocol.messages import Health, Healthy, StageFigures
+from pipeline.protocol.step_header import StageTiming
 from pipeline.stage.core import StageCore
 from transport.channel import SecureChannel
 

@@ -20,10 +20,10 @@ from pipeline.protocol.messages import (
     Rewind,
     Shutdown,
     Start,
-    StepKind,
 )
 from pipeline.protocol.peers import describe, hang_up, say
-from pipeline.protocol.steps import SessionLimits
+from pipeline.protocol.step_header import StepKind
+from pipeline.protocol.step_limits import SessionLimits
 from pipeline.stage.dialing import Target
 from pipeline.stage.lane import Lane
 from pipeline.stage.meter import StageMeter

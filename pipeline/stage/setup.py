@@ -10,8 +10,9 @@ from pipeline.codecs.registry import make_codec
 from pipeline.dtypes import Precision
 from pipeline.errors import MessageError, SessionRefused
 from pipeline.models.registry import ModelShard
-from pipeline.protocol.messages import PROTOCOL_VERSION, Init, Message, StepHeader, StepKind
-from pipeline.protocol.steps import SessionLimits, expected_inputs
+from pipeline.protocol.messages import Init, Message
+from pipeline.protocol.step_header import PROTOCOL_VERSION, StepHeader, StepKind
+from pipeline.protocol.step_limits import SessionLimits, expected_inputs
 from pipeline.stage.activation_log import ActivationLog, log_bytes
 from pipeline.stage.core import StageCore
 from pipeline.stage.dialing import DialPolicy, Network, Target

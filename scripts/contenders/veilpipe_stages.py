@@ -29,9 +29,9 @@ from pipeline.models.registry import load_shard
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
-from pipeline.protocol.messages import StepKind
 from pipeline.protocol.peers import PATIENCE_MS
 from pipeline.protocol.results import StepResult
+from pipeline.protocol.step_header import StepKind
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.core import StageCore
 from transport.attestation.dev import default_directory

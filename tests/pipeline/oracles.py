@@ -28,7 +28,7 @@ from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
 from pipeline.weights.sinks import fill_array
 
 VOCAB = 101

@@ -16,11 +16,11 @@ from starlette.routing import Route
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.errors import ApiError, Kind
 from pipeline.gateway.http.answers import Answer, Wanted
+from pipeline.gateway.http.counters import HttpMetrics
 from pipeline.gateway.http.edge import Edge
 from pipeline.gateway.http.errors import to_response
 from pipeline.gateway.http.exchange import Exchange
 from pipeline.gateway.http.formats import ChatFormat, CompletionFormat
-from pipeline.gateway.http.metrics import HttpMetrics
 from pipeline.gateway.orders import Order
 from pipeline.gateway.overview import Overview, PipelineView
 from pipeline.gateway.schemas import ChatRequest, CompletionRequest, parse_untrusted

@@ -13,10 +13,10 @@ from pipeline.codecs.rotation import SIGNS_DOMAIN, Rotation, cosines, hadamard, 
 from pipeline.errors import MessageError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
+from pipeline.protocol.batch import Segment
 from pipeline.protocol.links import StepGate
-from pipeline.protocol.messages import StepHeader, StepKind, encode_step
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import SessionLimits, expected_inputs, token_ids_to_wire
+from pipeline.protocol.step_header import StepHeader, StepKind, encode_step
+from pipeline.protocol.step_limits import SessionLimits, expected_inputs, token_ids_to_wire
 from pipeline.protocol.wants import Want
 from pipeline.stage.core import StageCore
 from pipeline.stage.setup import expect_step

@@ -16,7 +16,7 @@ from pipeline.errors import InputError, PromptError, RequestFailed, SessionError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.local_pipeline import LocalPipeline
-from pipeline.protocol.steps import token_ids_to_wire
+from pipeline.protocol.step_limits import token_ids_to_wire
 from pipeline.protocol.wants import Result, Want
 from pipeline.sampling.params import MAX_BIASES, ChooserSpec, SamplingParams
 from pipeline.stage.activation_log import ActivationLog

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.engine.latency import LatencyLog, percentile
 from pipeline.errors import InputError
-from pipeline.protocol.messages import StageTiming
+from pipeline.protocol.step_header import StageTiming
 
 
 @pytest.fixture

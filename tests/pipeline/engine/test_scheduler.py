@@ -7,7 +7,8 @@ from pipeline.engine.request import FinishReason, Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.errors import MessageError, PromptError
 from pipeline.protocol.asked import NOTHING_ASKED
-from pipeline.protocol.messages import Abort, Done, Start, StepKind
+from pipeline.protocol.messages import Abort, Done, Start
+from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.wants import Want
 from pipeline.sampling.draw import Draw
 from pipeline.sampling.params import SamplingParams

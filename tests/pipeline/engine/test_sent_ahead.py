@@ -18,8 +18,9 @@ from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.ahead import Ahead
 from pipeline.orchestrator.local_pipeline import LocalPipeline
-from pipeline.protocol.messages import Abort, Done, StageTiming, Start, encode_step
-from pipeline.protocol.steps import token_ids_to_wire
+from pipeline.protocol.messages import Abort, Done, Start
+from pipeline.protocol.step_header import StageTiming, encode_step
+from pipeline.protocol.step_limits import token_ids_to_wire
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.core import StageCore
 from transport.frames import Frame, FrameKind, encode_frame

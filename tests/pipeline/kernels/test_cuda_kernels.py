@@ -16,9 +16,9 @@ from pipeline.kernels.base import HeadShape
 from pipeline.kernels.choice import choose_kernels
 from pipeline.kernels.cuda_kernels import CudaKernels, DecodeAttention, Recorder, find_gpu
 from pipeline.models import registry
-from pipeline.protocol.messages import StepHeader, StepKind
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import SessionLimits, token_ids_to_wire
+from pipeline.protocol.batch import Segment
+from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.step_limits import SessionLimits, token_ids_to_wire
 from pipeline.protocol.wants import Want
 from pipeline.stage.core import StageCore
 

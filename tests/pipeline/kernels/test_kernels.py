@@ -14,7 +14,7 @@ from pipeline.kernels.choice import choose_kernels
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.kernels.torch_kernels import TorchKernels, blas_matvec, choose_matvec, torch_matvec
 from pipeline.models.config import load_config
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
 from pipeline.weights.quant import GROUP, dequantise, quantise
 
 

@@ -8,7 +8,7 @@ from pipeline.dtypes import FLOAT16, FLOAT32
 from pipeline.errors import MessageError
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
 
 
 @pytest.fixture(params=[FLOAT32, FLOAT16], ids=str)

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.errors import MessageError
 from pipeline.kernels.runtime import set_num_threads
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 # tied and untied heads, learned and rotary positions, biases, a window

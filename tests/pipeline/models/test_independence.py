@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.kernels.runtime import set_num_threads
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 NUM_REQUESTS = 16

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.models.registry import layer_bytes, required_tensors
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
 
 TOLERANCE = 1e-4
 

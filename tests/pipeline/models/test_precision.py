@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 from pipeline.errors import ModelError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard, required_tensors
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
 from pipeline.weights.quant import SCALE_SUFFIX, dequantise, quantise
 from pipeline.weights.sinks import WeightSink
 

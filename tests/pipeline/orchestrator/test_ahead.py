@@ -5,9 +5,9 @@ import pytest
 from pipeline.engine.step import FollowUp
 from pipeline.errors import LinkLost
 from pipeline.orchestrator.ahead import Ahead
-from pipeline.protocol.messages import StageTiming, StepHeader, StepKind, encode_step
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import token_ids_to_wire
+from pipeline.protocol.batch import Segment
+from pipeline.protocol.step_header import StageTiming, StepHeader, StepKind, encode_step
+from pipeline.protocol.step_limits import token_ids_to_wire
 from pipeline.protocol.wants import Want
 from transport.frames import Frame, FrameKind, encode_frame
 

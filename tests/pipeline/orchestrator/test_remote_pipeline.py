@@ -12,10 +12,11 @@ from pipeline.engine.step import Step
 from pipeline.errors import MessageError, StageLost
 from pipeline.orchestrator.remote_pipeline import Pipeline, PipelineOptions
 from pipeline.orchestrator.step_link import StepLink
-from pipeline.protocol.messages import Abort, Done, Start, StepHeader, StepKind
+from pipeline.protocol.batch import Segment
+from pipeline.protocol.messages import Abort, Done, Start
 from pipeline.protocol.results import result_to_wire
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import token_ids_to_wire
+from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.step_limits import token_ids_to_wire
 from pipeline.protocol.wants import NO_TOKEN, Result, Want
 
 STEP = Step(StepHeader(StepKind.STEP, 0, (Segment(0, 0, 1),), (Want.TOKEN,)), (1,), (0,))

@@ -7,10 +7,10 @@ import pytest
 
 from pipeline.codecs.registry import make_codec
 from pipeline.orchestrator.connector import Connector
-from pipeline.protocol.messages import StageTiming, StepHeader, StepKind, encode_step
+from pipeline.protocol.batch import Segment
 from pipeline.protocol.results import result_to_wire
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import SessionLimits
+from pipeline.protocol.step_header import StageTiming, StepHeader, StepKind, encode_step
+from pipeline.protocol.step_limits import SessionLimits
 from pipeline.protocol.wants import Result, Want
 from transport.errors import FrameError
 

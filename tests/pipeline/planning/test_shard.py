@@ -12,7 +12,7 @@ from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model, cut_stage
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
 
 
 @pytest.fixture(scope="module")

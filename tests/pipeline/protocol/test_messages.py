@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import MessageError
+from pipeline.protocol.batch import Segment
 from pipeline.protocol.messages import (
     MAX_CONTROL_BYTES,
     Abort,
@@ -17,17 +18,18 @@ from pipeline.protocol.messages import (
     Rewind,
     Shutdown,
     StageFigures,
-    StageTiming,
     Start,
-    StepHeader,
-    StepKind,
     Waiting,
     decode_message,
-    decode_step,
     encode_message,
+)
+from pipeline.protocol.step_header import (
+    StageTiming,
+    StepHeader,
+    StepKind,
+    decode_step,
     encode_step,
 )
-from pipeline.protocol.segments import Segment
 from pipeline.protocol.wants import Want
 
 INIT = Init(

@@ -7,10 +7,11 @@ from typing import get_args
 import pytest
 
 import pipeline.protocol
-from pipeline.protocol import asked, links, messages, steps, wants
+from pipeline.protocol import asked, links, messages, step_header, step_limits, wants
 from pipeline.protocol.asked import Asked, asked_to_wire
-from pipeline.protocol.messages import Message, StepHeader, StepKind, encode_message, encode_step
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
+from pipeline.protocol.messages import Message, encode_message
+from pipeline.protocol.step_header import StepHeader, StepKind, encode_step
 from pipeline.protocol.wants import NO_TOKEN, Result, Want
 from pipeline.sampling.draw import Draw
 from pipeline.sampling.params import SamplingParams
@@ -19,7 +20,11 @@ from pipeline.stage.setup import MAX_STEP_TOKENS
 TEXT = (Path(pipeline.protocol.__file__).parents[1] / "PROTOCOL.md").read_text()
 EXAMPLES = re.findall(r"```example\n(.+?)\n(.+?)```", TEXT, re.DOTALL)
 MESSAGES = {each.model_fields["type"].default: each for each in get_args(Message)}
-NAMES = vars(messages) | {each.__name__: each for each in (Segment, Want, Draw, SamplingParams)}
+NAMES = (
+    vars(messages)
+    | vars(step_header)
+    | {each.__name__: each for each in (Segment, Want, Draw, SamplingParams)}
+)
 
 
 def encode(value):
@@ -73,14 +78,14 @@ def test_every_number_has_its_name(members):
 @pytest.mark.parametrize(
     ("before", "number", "after"),
     [
-        ("Protocol version ", messages.PROTOCOL_VERSION, "."),
+        ("Protocol version ", step_header.PROTOCOL_VERSION, "."),
         ("map of at most ", messages.MAX_CONTROL_BYTES, " bytes"),
-        ("segments, s: at most ", messages.MAX_SEGMENTS, " |"),
-        ("timings, t: at most ", messages.MAX_STAGES, " |"),
+        ("segments, s: at most ", step_header.MAX_SEGMENTS, " |"),
+        ("timings, t: at most ", step_header.MAX_STAGES, " |"),
         ("a stage takes at most ", MAX_STEP_TOKENS, " |"),
         ("Header: ", links.MAX_STEP_HEADER_BYTES, " bytes"),
-        ("or are DRAWN: ", steps.WHOLE_ROWS, " for each slot"),
-        ("Log-probabilities: ", steps.MAX_LOGPROBS, " a step"),
+        ("or are DRAWN: ", step_limits.WHOLE_ROWS, " for each slot"),
+        ("Log-probabilities: ", step_limits.MAX_LOGPROBS, " a step"),
         ("biased tokens u32, b: at most ", asked.MAX_BIASES, " |"),
         ("a vocabulary of ", asked.MAX_VOCAB, "."),
         ("**No token.** ", NO_TOKEN, " stands"),
@@ -92,8 +97,8 @@ def test_every_limit_is_the_codes(before, number, after):
 
 def test_the_layouts_have_the_bytes_that_are_told():
     for title, size in (
-        ("the segments", messages._SEGMENT_BYTES),
-        ("a timing", messages.TIMING_BYTES),
+        ("the segments", step_header._SEGMENT_BYTES),
+        ("a timing", step_header.TIMING_BYTES),
     ):
         assert re.search(rf"^\| {size}·[st] \| {title}", TEXT, re.MULTILINE)
     draw = TEXT[TEXT.index("**Draws.**") :]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.codecs.registry import make_codec
-from pipeline.protocol.messages import StepHeader, StepKind
+from pipeline.protocol.batch import Segment
 from pipeline.protocol.results import (
     StepResult,
     expected_results,
@@ -12,8 +12,8 @@ from pipeline.protocol.results import (
     result_to_wire,
     step_result,
 )
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import CLEAR_SPEC, MAX_LOGPROBS, SessionLimits, token_specs
+from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.step_limits import CLEAR_SPEC, MAX_LOGPROBS, SessionLimits, token_specs
 from pipeline.protocol.wants import Result, Want
 
 VOCAB, WIDTH = 7, 4

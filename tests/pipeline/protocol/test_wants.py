@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from pipeline.codecs.registry import make_codec
 from pipeline.errors import MessageError
-from pipeline.protocol.messages import StepHeader, StepKind, decode_step, encode_step
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import (
+from pipeline.protocol.batch import Segment
+from pipeline.protocol.step_header import StepHeader, StepKind, decode_step, encode_step
+from pipeline.protocol.step_limits import (
     CLEAR_SPEC,
     MAX_LOGPROBS,
     WHOLE_ROWS,

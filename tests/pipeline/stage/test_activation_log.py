@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from pipeline.protocol.messages import StepKind
-from pipeline.protocol.segments import Segment
+from pipeline.protocol.batch import Segment
+from pipeline.protocol.step_header import StepKind
 from pipeline.stage.activation_log import ActivationLog
 
 WIDTH = 4

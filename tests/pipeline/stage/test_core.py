@@ -4,9 +4,9 @@ import pytest
 
 from pipeline.codecs.registry import make_codec
 from pipeline.errors import MessageError
-from pipeline.protocol.messages import StepHeader, StepKind
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import SessionLimits, token_ids_to_wire
+from pipeline.protocol.batch import Segment
+from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.step_limits import SessionLimits, token_ids_to_wire
 from pipeline.protocol.wants import Want
 from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.core import StageCore

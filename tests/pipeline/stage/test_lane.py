@@ -12,16 +12,16 @@ from pipeline.codecs.registry import make_codec
 from pipeline.errors import MessageError
 from pipeline.kernels.base import FramePlace
 from pipeline.protocol.asked import Asked, asked_to_wire
+from pipeline.protocol.batch import Segment
 from pipeline.protocol.links import StepGate, receive_step, send_step
-from pipeline.protocol.messages import (
+from pipeline.protocol.step_header import (
     StageTiming,
     StepHeader,
     StepKind,
     decode_step,
     encode_step,
 )
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import SessionLimits, token_ids_to_wire
+from pipeline.protocol.step_limits import SessionLimits, token_ids_to_wire
 from pipeline.protocol.wants import Result, Want
 from pipeline.sampling.draw import Draw
 from pipeline.sampling.params import SamplingParams

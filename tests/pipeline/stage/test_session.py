@@ -21,6 +21,7 @@ from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
+from pipeline.protocol.batch import Segment
 from pipeline.protocol.links import (
     CONTROL_LIMITS,
     SEND_ONLY_LIMITS,
@@ -41,13 +42,11 @@ from pipeline.protocol.messages import (
     Shutdown,
     StageFigures,
     Start,
-    StepHeader,
-    StepKind,
     Waiting,
 )
 from pipeline.protocol.peers import CONTROL_EPOCH, ORCHESTRATOR, accept_first
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import CLEAR_SENTINEL, SessionLimits
+from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.step_limits import CLEAR_SENTINEL, SessionLimits
 from pipeline.protocol.wants import Want
 from pipeline.stage.dialing import parse_networks
 from pipeline.stage.setup import StageSetup

@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.codecs.plain import Plain
 from pipeline.errors import MessageError, SessionRefused
+from pipeline.protocol.batch import Segment
 from pipeline.protocol.messages import Init
-from pipeline.protocol.segments import Segment
 from pipeline.stage.setup import check_init, new_core
 from transport.frames import DType
 

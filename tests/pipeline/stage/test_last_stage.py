@@ -6,22 +6,22 @@ from functools import partial
 import numpy as np
 import pytest
 
-import pipeline.stage.results
+import pipeline.stage.last_stage
 from pipeline.codecs.registry import make_codec
 from pipeline.errors import MessageError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.protocol.asked import Asked
-from pipeline.protocol.messages import StepHeader, StepKind
+from pipeline.protocol.batch import Segment
 from pipeline.protocol.results import expected_results, step_result
-from pipeline.protocol.segments import Segment
-from pipeline.protocol.steps import SessionLimits, expected_inputs, step_tensors
+from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.step_limits import SessionLimits, expected_inputs, step_tensors
 from pipeline.protocol.wants import NO_TOKEN, Result, Want
 from pipeline.sampling.draw import Draw, draw
 from pipeline.sampling.filters import log_softmax, most_likely
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.core import StageCore
-from pipeline.stage.results import Scored, results_of
+from pipeline.stage.last_stage import Scored, results_of
 from transport.frames import Tensor
 
 SLOTS, WIDTH = 8, 64
@@ -122,7 +122,7 @@ def check(want, part, rows, draws, given, head, same):
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("block_rows", [2, 256])
 def test_every_want_is_what_the_logits_would_have_given(shards, seed, block_rows, monkeypatch):
-    monkeypatch.setattr(pipeline.stage.results, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(pipeline.stage.last_stage, "BLOCK_ROWS", block_rows)
     rng = random.Random(seed)
     cores, others = ([StageCore(shard, LIMITS) for shard in shards] for _ in range(2))
     vocab_size = shards[-1].config.vocab_size

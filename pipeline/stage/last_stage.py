@@ -9,9 +9,9 @@ from pipeline.dtypes import Array, Floats
 from pipeline.errors import RequestFailed
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.asked import Asked
-from pipeline.protocol.messages import StepHeader
 from pipeline.protocol.results import Sizes, result_sizes, result_to_wire
-from pipeline.protocol.steps import token_ids_to_wire
+from pipeline.protocol.step_header import StepHeader
+from pipeline.protocol.step_limits import token_ids_to_wire
 from pipeline.protocol.wants import NO_TOKEN, Result, Want
 from pipeline.sampling.draw import Draw, draw, is_sound
 from pipeline.sampling.filters import log_softmax, most_likely

@@ -16,7 +16,7 @@ from pipeline.protocol.asked import (
     asked_to_wire,
     max_draw_bytes,
 )
-from pipeline.protocol.messages import StepHeader, StepKind
+from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.wants import Result, Want
 from transport.frames import DType, Tensor, TensorSpec
 
