@@ -11,6 +11,7 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from tests.transport.relayed import LOOPBACK, Running
 from transport import channel, handshake, single_records, tallies
 from transport.attestation.evidence import Attested, EvidenceKind, user_data
 from transport.channel import accept_channel, connect_channel
@@ -173,3 +174,18 @@ def records_by(request, monkeypatch):
     if request.param == "interpreted":
         without_compiled_records(monkeypatch)
     return request.param
+
+
+@pytest.fixture
+def running(nursery):
+    """Starts relays of one map; they and their targets close with the test."""
+    started = []
+
+    def start(listening=LOOPBACK, target=LOOPBACK, max_connections=8):
+        started.append(Running(nursery, listening, target, max_connections))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.target.close()
+        each.relay.close()

@@ -11,9 +11,9 @@ from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.protocol.batch import Segment
-from pipeline.protocol.messages import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits, token_ids_from_wire, token_ids_to_wire
+from pipeline.protocol.wants import Want
 from pipeline.stage.core import StageCore
 from tests.pipeline.pages import written_down
 

@@ -12,9 +12,9 @@ from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.parts import OWN, LayerParts
 from pipeline.models.registry import load_shard
 from pipeline.protocol.batch import Segment
-from pipeline.protocol.messages import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits, token_ids_to_wire
+from pipeline.protocol.wants import Want
 from pipeline.stage.core import StageCore
 
 FAMILIES = {

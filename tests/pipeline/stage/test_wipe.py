@@ -10,9 +10,9 @@ from pipeline.kernels.choice import why_not_native
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.protocol.batch import Segment
-from pipeline.protocol.messages import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits, token_ids_to_wire
+from pipeline.protocol.wants import Want
 from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.core import StageCore
 from tests.pipeline.memory import BYTES, process

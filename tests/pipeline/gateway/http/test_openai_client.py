@@ -4,30 +4,8 @@ import openai
 import pytest
 import trio
 
-from pipeline.errors import RequestFailed, SessionError
 from pipeline.sampling.params import ChooserSpec
-
-KEY = "sk-test-0123456789"
-MODEL = "tiny/model"
-USER = [{"role": "user", "content": "Hi"}]
-
-
-async def with_client(gateway, use, key=KEY):
-    """Run `use(client)` in a thread, since the client blocks."""
-
-    def run():
-        with openai.OpenAI(
-            base_url=f"{gateway.url}/v1", api_key=key, max_retries=0, timeout=10
-        ) as client:
-            return use(client)
-
-    return await trio.to_thread.run_sync(run)
-
-
-async def fails(gateway, error, use, key=KEY):
-    with pytest.raises(error) as caught:
-        await with_client(gateway, use, key)
-    return caught.value
+from tests.pipeline.gateway.http.openai_calls import MODEL, USER, fails, with_client
 
 
 async def test_a_chat_is_answered_with_text_usage_and_reason(start_gateway):
@@ -293,26 +271,6 @@ async def test_sampling_parameters_reach_the_engine(start_gateway):
     assert default.max_tokens == gateway.engine.max_seq_len
 
 
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5"),
-        ({"allowed_token_ids": [3, 257]}, "no token 257"),
-        ({"chooser": {"name": "mirostat"}, "temperature": 0}, "temperature above 0"),
-        ({"chooser": {"name": "mirostat", "eta": 2}}, "at most 1"),
-    ],
-)
-async def test_what_cannot_be_sampled_so_is_a_bad_request(start_gateway, body, words):
-    async with start_gateway() as gateway:
-        error = await fails(
-            gateway,
-            openai.BadRequestError,
-            lambda c: c.chat.completions.create(model=MODEL, messages=USER, extra_body=body),
-        )
-    assert words in error.message
-    assert gateway.engine.generations == []
-
-
 async def test_models_are_listed_and_retrieved(start_gateway):
     async with start_gateway() as gateway:
         listed = await with_client(gateway, lambda c: [model.id for model in c.models.list()])
@@ -321,85 +279,6 @@ async def test_models_are_listed_and_retrieved(start_gateway):
     assert listed == [MODEL]
     assert one.id == MODEL
     assert error.code == "model_not_found"
-
-
-async def test_errors_are_the_clients_own_classes(start_gateway, make_engine):
-    def chat(**kwargs):
-        arguments = {"model": MODEL, "messages": USER} | kwargs
-        return lambda c: c.chat.completions.create(**arguments)
-
-    async with start_gateway(make_engine(max_seq_len=64)) as gateway:
-        error = await fails(gateway, openai.NotFoundError, chat(model="gpt-x"))
-        assert (error.code, error.type) == ("model_not_found", "invalid_request_error")
-        error = await fails(gateway, openai.BadRequestError, chat(temperature=3))
-        assert error.param == "temperature"
-        error = await fails(
-            gateway, openai.BadRequestError, chat(messages=[{"role": "user", "content": "x" * 99}])
-        )
-        assert (error.code, error.param) == ("context_length_exceeded", "messages")
-        error = await fails(gateway, openai.BadRequestError, chat(max_tokens=65))
-        assert error.param == "max_tokens"
-        error = await fails(gateway, openai.BadRequestError, chat(logit_bias={"257": 1}))
-        assert error.param == "logit_bias"
-        error = await fails(
-            gateway,
-            openai.BadRequestError,
-            lambda c: c.completions.create(model=MODEL, prompt=[1, 257]),
-        )
-        assert error.param == "prompt"
-        error = await fails(gateway, openai.AuthenticationError, chat(), key="sk-wrong")
-        assert error.code == "invalid_api_key"
-
-
-async def test_too_many_requests_a_minute_are_told_when_to_return(start_gateway):
-    async with start_gateway(requests_per_minute=2) as gateway:
-        for _ in range(2):
-            await with_client(gateway, lambda c: c.models.list())
-        error = await fails(gateway, openai.RateLimitError, lambda c: c.models.list())
-    assert error.code == "rate_limit_exceeded"
-    assert 0 < int(error.response.headers["retry-after"]) <= 30
-
-
-async def test_a_failed_pipeline_is_unavailable_and_says_nothing_of_itself(
-    start_gateway, make_engine
-):
-    engine = make_engine(fail_at=3, error=SessionError("stage 1 at 10.1.2.3 is lost"))
-    async with start_gateway(engine) as gateway:
-        error = await fails(
-            gateway,
-            openai.InternalServerError,
-            lambda c: c.chat.completions.create(model=MODEL, messages=USER),
-        )
-        assert error.status_code == 503
-        assert error.code == "pipeline_unavailable"
-        assert "10.1.2.3" not in str(error)
-
-
-async def test_a_request_that_fails_alone_is_a_defect_not_an_outage(start_gateway, make_engine):
-    engine = make_engine(fail_at=3, error=RequestFailed("choosing a token failed: KeyError"))
-    async with start_gateway(engine) as gateway:
-        error = await fails(
-            gateway,
-            openai.InternalServerError,
-            lambda c: c.chat.completions.create(model=MODEL, messages=USER),
-        )
-        assert (error.status_code, error.type, error.code) == (500, "server_error", None)
-        assert "retry-after" not in error.response.headers
-        assert "KeyError" not in str(error)
-
-
-async def test_a_pipeline_that_fails_mid_stream_is_an_error_not_an_end(start_gateway, make_engine):
-    received = []
-
-    def use(client):
-        for chunk in client.chat.completions.create(model=MODEL, messages=USER, stream=True):
-            received.append(chunk.choices[0].delta.content)
-
-    engine = make_engine(fail_at=3, error=SessionError("stage 1 is lost"))
-    async with start_gateway(engine) as gateway:
-        error = await fails(gateway, openai.APIError, use)
-    assert received == ["", "H", "e", "l"]
-    assert error.code == "pipeline_unavailable"
 
 
 async def test_closing_a_stream_cancels_its_generation(start_gateway, make_engine):

@@ -1,0 +1,50 @@
+"""A pipeline of two stages in this process, and requests of an engine before it."""
+
+import trio
+
+from pipeline.codecs.registry import make_codec
+from pipeline.engine.generation import Generation
+from pipeline.engine.scheduler import Limits
+from pipeline.sampling.params import SamplingParams
+from pipeline.stage.activation_log import ActivationLog
+from pipeline.stage.core import StageCore
+
+LIMITS = Limits(num_slots=4, max_seq_len=128, chunk_tokens=16)
+
+
+class Yielding:
+    """A local pipeline that lets other tasks run at every step, as a remote one does."""
+
+    def __init__(self, local):
+        self._local = local
+        self.stats = local.stats
+
+    async def notify(self, notices):
+        await trio.lowlevel.checkpoint()
+
+    async def send(self, step):
+        await trio.lowlevel.checkpoint()
+        await self._local.send(step)
+
+    def prepare(self, follow_up):
+        pass
+
+    async def receive(self):
+        await trio.lowlevel.checkpoint()
+        return await self._local.receive()
+
+
+def new_cores(shards):
+    limits = LIMITS.for_session(make_codec("F32", 64))
+    log = ActivationLog(LIMITS.num_slots, LIMITS.max_seq_len, 64)
+    return [StageCore(shards[0], limits, log), StageCore(shards[1], limits)]
+
+
+def generation(rng, max_tokens=12, **sampling):
+    prompt_ids = tuple(rng.randrange(255) for _ in range(rng.randint(1, 60)))
+    return Generation(prompt_ids, max_tokens, frozenset(), SamplingParams(**sampling))
+
+
+async def tokens_of(engine, request):
+    async with engine.generate(request) as stream:
+        return [output.token_id async for output in stream]

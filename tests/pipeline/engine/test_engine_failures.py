@@ -1,0 +1,230 @@
+"""Stages that are lost, and requests that fail, cost no request but their own."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import trio
+
+from pipeline.engine.engine import PipelineEngine
+from pipeline.errors import RequestFailed, SessionError
+from pipeline.orchestrator.local_pipeline import LocalPipeline
+from pipeline.protocol.step_limits import token_ids_to_wire
+from tests.pipeline.engine.engines import LIMITS, Yielding, generation, new_cores, tokens_of
+
+
+class Breaking(Yielding):
+    """Fails after so many steps."""
+
+    def __init__(self, local, num_steps):
+        super().__init__(local)
+        self._left = num_steps
+
+    async def receive(self):
+        self._left -= 1
+        if self._left < 0:
+            raise SessionError("stage 1 is lost")
+        return await super().receive()
+
+
+class Overflowing(Yielding):
+    """Its last stage has no numbers for whoever owns a slot."""
+
+    def __init__(self, local, cores, slot):
+        super().__init__(local)
+        self._values, self._slot = cores[-1].cache.values, slot
+
+    async def receive(self):
+        for layer in self._values:
+            layer[self._slot] = np.nan
+        return await super().receive()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "has_processor"),
+    [({}, False), ({"temperature": 1.0}, False), ({"logprobs": 2}, False), ({}, True)],
+    ids=str,
+)
+async def test_a_model_without_numbers_ends_the_request_and_no_other(
+    shards, nursery, sampling, has_processor
+):
+    cores = new_cores(shards)
+    engine = PipelineEngine(LIMITS)
+    nursery.start_soon(engine.run, Overflowing(LocalPipeline(cores), cores, 0))
+    rng = random.Random(14)
+    doomed, steady = generation(rng, 30, **sampling), generation(rng, 30)
+    if has_processor:
+        doomed = replace(doomed, processors=(lambda token_ids, logits: logits,))
+
+    async with engine.generate(doomed) as stream:  # in the first slot, for it came first
+        found = await tokens_of(engine, steady)
+        with pytest.raises(RequestFailed, match="no token can be chosen"):
+            [output async for output in stream]
+    assert len(found) == 30
+    assert engine.failure is None
+
+
+async def test_a_lone_text_ends_where_the_model_has_no_numbers(shards):
+    cores = new_cores(shards)
+    engine = PipelineEngine(LIMITS)
+    heard = []
+    engine.submit(generation(random.Random(1), 9), heard.append)
+    await engine.drain(Overflowing(LocalPipeline(cores), cores, 0))
+    assert isinstance(heard.pop(), RequestFailed)
+    assert len(heard) == 1  # the prompt's, computed before
+
+
+async def test_a_pipeline_failure_reaches_every_open_request(cores, nursery):
+    engine = PipelineEngine(LIMITS)
+
+    async def run():
+        try:
+            await engine.run(Breaking(LocalPipeline(cores), 5))
+        except SessionError as error:
+            engine.fail(error)
+
+    nursery.start_soon(run)
+    rng = random.Random(6)
+    with pytest.raises(SessionError, match="stage 1 is lost"):
+        await tokens_of(engine, generation(rng, 50))
+    with pytest.raises(SessionError, match="stage 1 is lost"):
+        await tokens_of(engine, generation(rng, 5))
+
+
+async def test_requests_survive_any_number_of_losses_token_for_token(shards, engine):
+    """Each time either stage begins with nothing; the other one keeps what is certain."""
+    rng = random.Random(8)
+    requests = [
+        generation(rng, 15, temperature=temperature, seed=3) for temperature in (0.0, 0.0, 0.8, 0.8)
+    ]
+    expected = [await tokens_of(engine, request) for request in requests]
+    failing = PipelineEngine(LIMITS)
+    losses = []
+
+    async def run():
+        cores = new_cores(shards)
+        while True:
+            try:
+                await failing.run(Breaking(LocalPipeline(cores), rng.randint(2, 6)))
+            except SessionError:
+                victim = len(losses) % 3
+                losses.append(victim)
+                cores = mended(failing.scheduler, cores, shards, victim)
+
+    found = {}
+
+    async def collect(index):
+        found[index] = await tokens_of(failing, requests[index])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        async with trio.open_nursery() as clients:
+            for index in range(len(requests)):
+                clients.start_soon(collect, index)
+        nursery.cancel_scope.cancel()
+    assert [found[index] for index in range(len(requests))] == expected
+    assert set(losses) == {0, 1, 2}
+
+
+def mended(scheduler, cores, shards, victim):
+    """New cores in the place of `victim`, 2 standing for both, with their KV state rebuilt."""
+    fresh = new_cores(shards)
+    lengths = scheduler.rewind()
+    first, last = fresh if victim == 2 else [
+        fresh[idx] if idx == victim else core for idx, core in enumerate(cores)
+    ]  # fmt: skip
+    for core in {first, last} & set(cores):
+        core.rewind(lengths)
+    if first in fresh:
+        for step in scheduler.replay(1 if victim == 2 else 0):
+            tensors = first.step(step.header, (token_ids_to_wire(step.token_ids),))
+            if victim == 2:
+                assert last.step(step.header, tensors) == ()
+    elif last in fresh:
+        for header, tensors in first.replay(1):
+            assert last.step(header, tensors) == ()
+    for core in (first, last):
+        assert list(core.cache.lengths) == lengths
+    return [first, last]
+
+
+async def test_a_processor_that_fails_costs_its_own_request_alone(engine):
+    rng = random.Random(9)
+    calls = []
+
+    def process(token_ids, logits):
+        calls.append(1)
+        raise ZeroDivisionError
+
+    steady = generation(rng, 30)
+    doomed = replace(generation(rng, 30, temperature=1.0, seed=1), processors=(process,))
+    expected = await tokens_of(engine, steady)
+
+    async def fail():
+        with pytest.raises(RequestFailed, match="ZeroDivisionError"):
+            await tokens_of(engine, doomed)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fail)
+        assert await tokens_of(engine, steady) == expected
+    assert calls == [1]
+
+
+class Poisoned(Yielding):
+    """Is lost whenever one token is in a step."""
+
+    def __init__(self, local, poison):
+        super().__init__(local)
+        self._poison = poison
+
+    async def receive(self):
+        result = await super().receive()
+        if self._poison in result.token_ids:
+            raise SessionError("stage 1 is lost")
+        return result
+
+
+async def test_a_request_that_breaks_the_stages_every_time_ends_alone(shards, engine):
+    rng = random.Random(12)
+    requests = [generation(rng, 30) for _ in range(4)]
+    expected = [await tokens_of(engine, request) for request in requests]
+    others = {token for tokens in expected[:3] for token in tokens}
+    poison = next(token for token in expected[3] if token not in others)
+    poisoned = PipelineEngine(replace(LIMITS, num_stages=2))
+    num_losses = 0
+
+    async def run():
+        nonlocal num_losses
+        cores = new_cores(shards)
+        while True:
+            try:
+                await poisoned.run(Poisoned(LocalPipeline(cores), poison))
+            except SessionError:
+                num_losses += 1
+                cores = mended(poisoned.scheduler, cores, shards, 2)
+
+    found = {}
+
+    async def collect(index):
+        async with poisoned.generate(requests[index]) as stream:
+            found[index] = []
+            async for output in stream:
+                found[index].append(output.token_id)
+
+    async def fail():
+        with pytest.raises(RequestFailed, match="whenever"):
+            await collect(3)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        async with trio.open_nursery() as clients:
+            for index in range(3):
+                clients.start_soon(collect, index)
+            clients.start_soon(fail)
+        assert await tokens_of(poisoned, requests[0]) == expected[0]
+        nursery.cancel_scope.cancel()
+    assert [found[index] for index in range(3)] == expected[:3]
+    assert found[3] == expected[3][: expected[3].index(poison)]
+    assert num_losses == 4
+    assert poisoned.stats.num_running == 0

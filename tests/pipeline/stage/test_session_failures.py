@@ -1,0 +1,149 @@
+"""Sessions that break, stall or end cost no more than themselves."""
+
+import gc
+import socket
+import weakref
+
+import pytest
+import trio
+
+import pipeline.stage.neighbours
+import pipeline.stage.session
+import pipeline.stage.worker
+from pipeline.agreement.manifest import StageEndpoint, TcpAddress
+from pipeline.engine.scheduler import Limits
+from pipeline.errors import SessionError
+from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
+from pipeline.protocol.batch import Segment
+from pipeline.protocol.links import (
+    ControlLink,
+    send_step,
+)
+from pipeline.protocol.messages import Health, Shutdown, Waiting
+from pipeline.protocol.peers import ORCHESTRATOR
+from tests.pipeline.stage.rig import LOOPBACK, failure_of, hidden, step
+
+
+async def test_a_defect_costs_the_session_and_not_the_worker(rig, monkeypatch):
+    async with rig.worker():
+        async with rig.session() as (control, upstream):
+            with monkeypatch.context() as patch:
+                patch.setattr(type(rig.shard), "forward", lambda *_: 1 / 0)
+                await send_step(upstream, step(Segment(0, 0, 2)), (hidden(2),))
+                failure = await failure_of(control)
+            assert "ZeroDivisionError" in failure.detail
+        async with rig.session():
+            pass
+
+
+async def test_an_orchestrator_may_take_its_time_before_init(rig, monkeypatch):
+    monkeypatch.setattr(pipeline.stage.worker, "SILENCE_SECONDS", 2.0)
+    async with rig.worker():
+        control = await rig.control()
+        for sequence in range(5):
+            await trio.sleep(0.5)
+            await control.send(Health(sequence=sequence))
+            assert (await control.receive()).sequence == sequence
+        await control.aclose()
+        async with rig.session():
+            pass
+
+
+async def test_a_refusal_reaches_an_orchestrator_that_is_still_talking(rig, monkeypatch):
+    monkeypatch.setattr(pipeline.stage.worker, "BUSY_SECONDS", 0.1)
+    async with rig.worker(), rig.session():
+        second = await rig.control()
+        for sequence in range(20):  # the last ones come after the refusal
+            await second.send(Health(sequence=sequence))
+            await trio.sleep(0.02)
+        assert (await failure_of(second)).code == "busy"
+        await second.aclose()
+
+
+async def test_an_orchestrator_that_never_reads_is_silent_too(rig, monkeypatch):
+    monkeypatch.setattr(pipeline.stage.session, "SILENCE_SECONDS", 0.5)
+    async with rig.worker():
+        async with rig.session() as (control, _):
+            with trio.move_on_after(2):
+                for sequence in range(1_000_000):
+                    await control.send(Health(sequence=sequence))
+        with trio.fail_after(10):
+            async with rig.session():
+                pass
+
+
+async def test_a_stage_says_what_it_waits_for(rig, monkeypatch):
+    monkeypatch.setattr(pipeline.stage.neighbours, "WAITING_SECONDS", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        closed_port = sock.getsockname()[1]
+    async with rig.worker():
+        control = await rig.control()
+        await control.send(rig.init(f"127.0.0.1:{closed_port}"))
+        with trio.fail_after(5):
+            message = await control.receive()
+        assert isinstance(message, Waiting)
+        assert str(closed_port) in message.detail
+        await control.aclose()
+
+
+async def test_an_ended_sessions_kv_memory_is_gone_without_a_collection(rig, monkeypatch):
+    caches = []
+    new_cache = type(rig.shard).new_cache
+
+    def tracked(shard, *arguments):
+        cache = new_cache(shard, *arguments)
+        # The cache has no weak references; its tensors have.
+        caches.append(weakref.ref(cache.keys[0]))
+        return cache
+
+    monkeypatch.setattr(type(rig.shard), "new_cache", tracked)
+    gc.disable()
+    try:
+        async with rig.worker():
+            for _ in range(3):
+                async with rig.session() as (control, _):
+                    await control.send(Shutdown())
+                await trio.sleep(0.1)
+            assert len(caches) == 3
+            assert [cache() for cache in caches[:2]] == [None, None]
+    finally:
+        gc.enable()
+
+
+async def test_a_stage_lost_while_another_is_awaited_is_named_at_once(rig):
+    async with rig.worker():
+        absent = TcpAddress(type="tcp", addr="127.0.0.1:1")
+        present = TcpAddress(type="tcp", addr=f"127.0.0.1:{rig.control_at.port}")
+        out = TcpAddress(type="tcp", addr="127.0.0.1:0")
+        stages = tuple(
+            stage.model_copy(
+                update={"endpoint": StageEndpoint(control=control, data_in=absent, data_out=out)}
+            )
+            for stage, control in zip(rig.manifest.stages, (absent, present), strict=True)
+        )
+        manifest = rig.manifest.model_copy(update={"stages": stages})
+        options = PipelineOptions(Limits(1, 64), 20, LOOPBACK, hang_seconds=0.5)
+
+        async def expect_loss():
+            with pytest.raises(SessionError, match="stage 1 is lost"):
+                async with open_pipeline(manifest, rig.trust, options, lambda line: None):
+                    raise AssertionError("stage 0 does not exist")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect_loss)
+            with trio.fail_after(10):
+                while len(control_links()) < 2:  # noqa: ASYNC110 - both ends: it has no event
+                    await trio.sleep(0.01)
+            break_control_channels()
+
+
+def control_links():
+    found = [each for each in gc.get_objects() if type(each) is ControlLink]
+    return [each for each in found if not each.channel.is_closed]
+
+
+def break_control_channels():
+    """What a stage's death looks like from outside: its connections end without a close."""
+    for link in control_links():
+        if link.channel.peer.role == ORCHESTRATOR:
+            link.channel._wire.close()
