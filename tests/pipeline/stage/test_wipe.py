@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.codecs.registry import make_codec
 from pipeline.kernels.choice import why_not_native
@@ -34,7 +36,24 @@ for line in sys.stdin:
     print("done", flush=True)
 """
 PROMPT = 70
-LENGTHS = {0: PROMPT + 3, 2: 5, 1: 9}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random Llama whose every row takes more than 1 KiB: below, glibc does not overwrite."""
+    directory = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=320,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
 
 
 def make_cores(model_dir, kernels, dtype, wire):
@@ -100,10 +119,10 @@ def patterns(cores):
         ("torch", "float32", "F32"),
     ],
 )
-def test_nothing_of_a_session_is_left_in_memory(tiny_model, kernels, dtype, wire):
+def test_nothing_of_a_session_is_left_in_memory(model, kernels, dtype, wire):
     if kernels == "native" and (why := why_not_native()):
         pytest.skip(f"no native kernels: {why}")
-    arguments = (tiny_model, kernels, dtype, wire)
+    arguments = (model, kernels, dtype, wire)
     cores = make_cores(*arguments)
     run_session(cores)
     wanted = patterns(cores)
