@@ -251,8 +251,14 @@ def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.N
     shared = ["--manifest", str(source.path), "--model-dir", str(model_dir)]
     shared += ["--log-format", flags.log_format, *(["--dev"] if flags.is_dev else [])]
 
+    results_at = flags.results_at(manifest)
+    last = len(manifest.stages) - 1
+
     def arguments(stage_idx: int) -> Sequence[str]:
-        return (*shared, *own[stage_idx])
+        # Where the manifest does not say it, the last worker has to be told where results go.
+        is_elsewhere = stage_idx == last and results_at is not None
+        target = ("--data-out-target", str(results_at)) if is_elsewhere else ()
+        return (*shared, *own[stage_idx], *target)
 
     return lambda tasks: Supervisor(manifest, arguments, tasks)
 

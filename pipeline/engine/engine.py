@@ -18,7 +18,7 @@ from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.request import Request
 from pipeline.engine.runner import RunnerStats, StepRunner
 from pipeline.engine.scheduler import Limits, Scheduler
-from pipeline.errors import PipelineError, RequestFailed, SessionError
+from pipeline.errors import InputError, PipelineError, RequestFailed, SessionError
 from pipeline.protocol.results import SegmentResult, StepResult
 from pipeline.protocol.wants import NO_TOKEN, Result
 from pipeline.sampling.draw import NO_NUMBERS
@@ -257,14 +257,16 @@ class PipelineEngine:
         for owner, part in zip(owners, result.segments(), strict=True):
             choices[owner] = _NO_CHOICE
             live = self._live.get(owner)
-            if live is None:
-                continue  # cancelled meanwhile
+            if live is None:  # it has left; a step with this very token may have been sent ahead
+                if part.token_ids and part.token_ids[0] != NO_TOKEN:
+                    choices[owner] = Choice(part.token_ids[0], None, ())
+                continue
             try:
                 choices[owner] = choice_of(part, live.sampler)
             except Exception as error:  # a processor may be anyone's code
                 name = type(error).__name__
                 logger.warning("event=sampling_failed request=%d type=%s", owner, name)
-                if not isinstance(error, RequestFailed):
+                if not isinstance(error, RequestFailed | InputError):
                     error = RequestFailed(f"choosing a token failed: {name}")
                 self._fail_request(owner, error)
                 self.scheduler.cancel(owner)
@@ -275,7 +277,7 @@ class PipelineEngine:
         reason = "stages were lost whenever this request was computed"
         self._fail_request(request_id, RequestFailed(reason))
 
-    def _fail_request(self, request_id: int, error: RequestFailed) -> None:
+    def _fail_request(self, request_id: int, error: RequestFailed | InputError) -> None:
         self._live.pop(request_id).listener(error)
 
 

@@ -26,6 +26,8 @@ from pipeline.gateway.text import GatewayTokenizer
 
 # Texts encoded at once. Conversations are rendered one after another, by one process.
 _MAX_ENCODING = 4
+# Of a text that is to be cut, so many contexts are encoded for the sake of its end.
+_CUT_ROOMS = 8
 
 _Result = TypeVar("_Result")
 
@@ -242,7 +244,7 @@ class Desk:
         """
         room = self.max_seq_len
         num_tokens = len(text) // self.tokenizer.max_token_chars
-        if num_tokens >= room and order.truncates_to is None:
+        if num_tokens >= (room if order.truncates_to is None else _CUT_ROOMS * room):
             raise too_long(f"at least {num_tokens}", room, param)
 
     def _checked(self, prompt_ids: TokenIds, order: Order, param: str) -> TokenIds:

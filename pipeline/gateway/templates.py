@@ -131,6 +131,9 @@ class ChatTemplate:
 
     def _exchange(self, values: Mapping[str, Any]) -> "_Answer":
         process = self._process
+        if process is not None and not process.is_running:  # killed since, for its memory say
+            self.close()
+            process = None
         if process is None:
             process = self._started()
             process.answer()  # it has compiled before
@@ -164,6 +167,11 @@ class _RenderProcess:
             stdout=subprocess.PIPE,
         )
         self.end = weakref.finalize(self, _end, self._process)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it can be asked."""
+        return self._process.poll() is None
 
     def send(self, value: object) -> None:
         """Give it something to do."""

@@ -10,7 +10,6 @@ from pipeline.errors import MessageError
 NO_TOKEN = (1 << 32) - 1
 # What the wire has room for.
 MAX_TOP = (1 << 8) - 1
-MAX_ROWS = MAX_IDS = (1 << 16) - 1
 
 
 class Result(IntEnum):

@@ -88,7 +88,8 @@ def keep_top_p(logits: Logits, p: float) -> Logits:
 
 def keep_min_p(logits: Logits, p: float) -> Logits:
     """Keep tokens at least `p` times as likely as the most likely (Nguyen et al. 2024)."""
-    floor = logits.max() + np.log(np.float32(p))
+    with np.errstate(divide="ignore"):  # below float32: all are as likely as that
+        floor = logits.max() + np.log(np.float32(p))
     return np.where(logits < floor, np.float32(-np.inf), logits)
 
 

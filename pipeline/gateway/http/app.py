@@ -101,6 +101,7 @@ class Door:
         """The next message of a conversation. Raises ApiError."""
         body, order = await _read(ChatRequest, request)
         job = await self._desk.prepare(order, request.state.exchange.record)
+        request.state.exchange.forget_body()  # what it said has become token ids
         format_ = ChatFormat(self._desk.tokenizer, body.num_logprobs is not None)
         return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
 
@@ -108,6 +109,7 @@ class Door:
         """What follows a text, or each of several. Raises ApiError."""
         body, order = await _read(CompletionRequest, request)
         job = await self._desk.prepare(order, request.state.exchange.record)
+        request.state.exchange.forget_body()  # what it said has become token ids
         echoes = [""] * len(body.prompt)
         if body.echo:
             echoes = [
@@ -138,12 +140,9 @@ async def _read(schema: type[_Body], request: Request) -> tuple[_Body, Order]:
         body = parse_untrusted(schema, exchange.body)
         return body, body.order()
 
-    try:
-        if len(exchange.body) <= _SMALL_BYTES:
-            return parse()
-        return await trio.to_thread.run_sync(parse)
-    finally:
-        exchange.forget_body()
+    if len(exchange.body) <= _SMALL_BYTES:
+        return parse()
+    return await trio.to_thread.run_sync(parse)
 
 
 def _pipeline_route(desk: Desk, overview: Overview, is_ready: Callable[[], bool]) -> Route:

@@ -106,6 +106,15 @@ HOSTILE = {
 }
 
 
+def test_a_rendering_after_its_process_has_been_killed_is_served():
+    template = compiled(CHATML)
+    expected = template.render(USER)
+    template._process._process.kill()
+    template._process._process.wait()
+    assert template.render(USER) == expected
+    template.close()
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_costs_seconds_and_megabytes_at_most(name):
     template = compiled(HOSTILE[name])
