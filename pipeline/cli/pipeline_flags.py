@@ -15,8 +15,7 @@ import typer
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust import DEV_WARNING, DevTrust, Trust, UserTrust
 from pipeline.cli.common import DataOutPortOption, DevOption, finite, results_address, to_endpoint
-from pipeline.cli.logs import LogFormat, LogFormatOption, tell
-from pipeline.cli.worker_options import (
+from pipeline.cli.compute_options import (
     CPUS_HELP,
     SLOW_KERNELS,
     DeviceOption,
@@ -26,15 +25,16 @@ from pipeline.cli.worker_options import (
     ThreadsOption,
     WorkerOptions,
 )
+from pipeline.cli.logs import LogFormat, LogFormatOption, tell
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.orchestrator.epochs import ReplaySource
-from pipeline.orchestrator.failover import Work, run_with_failover
 from pipeline.orchestrator.opening import Pipeline, PipelineOptions, new_pipeline, open_pipeline
+from pipeline.orchestrator.retrying import Work, run_with_failover
 from pipeline.placement.base import Placement
 from pipeline.placement.by_hand import ByHand
-from pipeline.placement.supervisor import Supervisor
+from pipeline.placement.worker_supervisor import Supervisor
 from pipeline.tasks import open_tasks
 from transport.attestation.dev import default_directory
 from transport.endpoint import Endpoint

@@ -24,9 +24,7 @@ from pipeline.cli.common import (
     to_endpoint,
     wait_for_end_of_stdin,
 )
-from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
-from pipeline.cli.progress import progress_bar
-from pipeline.cli.worker_options import (
+from pipeline.cli.compute_options import (
     CPUS_HELP,
     DeviceOption,
     DTypeOption,
@@ -36,6 +34,8 @@ from pipeline.cli.worker_options import (
     parse_cpus,
     precision_of,
 )
+from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
+from pipeline.cli.progress import progress_bar
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, PolicyError
 from pipeline.kernels.runtime import set_num_threads

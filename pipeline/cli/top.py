@@ -21,8 +21,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.cli.compute_options import SLOW_KERNELS
 from pipeline.cli.logs import printable
-from pipeline.cli.worker_options import SLOW_KERNELS
 from pipeline.errors import InputError, PipelineError
 from pipeline.gateway.auth import load_api_keys
 from pipeline.gateway.overview import PipelineView, StageRates, StageView

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from pipeline.errors import PromptError, TokenizerError
 from pipeline.files import is_file
-from pipeline.gateway import template_process
+from pipeline.gateway import template_renderer
 from pipeline.gateway.errors import unsupported
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class ChatTemplate:
         self._turn = threading.Lock()
         self._process: _RenderProcess | None = None
         answer = self._started().answer()
-        if answer.mark != template_process.TEXT:
+        if answer.mark != template_renderer.TEXT:
             self.close()
             raise TokenizerError(f"the model's chat template does not compile: {answer.text}")
         # What a client may set: whatever else the template reads.
@@ -103,7 +103,7 @@ class ChatTemplate:
         }
         with self._turn:
             answer = self._exchange(values)
-        if answer.mark != template_process.TEXT:
+        if answer.mark != template_renderer.TEXT:
             raise PromptError(f"the model's chat template refuses these messages: {answer.text}")
         return answer.text
 
@@ -140,7 +140,7 @@ class ChatTemplate:
         answer = process.ask(values)
         if not answer.mark:
             self.close()
-            logger.warning("event=chat_template_ended limit_s=%g", template_process.RENDER_SECONDS)
+            logger.warning("event=chat_template_ended limit_s=%g", template_renderer.RENDER_SECONDS)
         return answer
 
     def _started(self) -> "_RenderProcess":
@@ -157,12 +157,12 @@ class _Answer(NamedTuple):
 
 
 class _RenderProcess:
-    """`template_process.py`, running."""
+    """`template_renderer.py`, running."""
 
     def __init__(self) -> None:
         # -I: neither the directory we are in nor the environment decide what is imported.
         self._process = subprocess.Popen(  # noqa: S603  (ourselves)
-            [sys.executable, "-I", str(Path(template_process.__file__))],
+            [sys.executable, "-I", str(Path(template_renderer.__file__))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -176,7 +176,7 @@ class _RenderProcess:
     def send(self, value: object) -> None:
         """Give it something to do."""
         with suppress(OSError):  # it has ended; so does its answer
-            template_process.write_value(cast(BinaryIO, self._process.stdin), value)
+            template_renderer.write_value(cast(BinaryIO, self._process.stdin), value)
 
     def ask(self, value: object) -> _Answer:
         """Have something rendered."""
@@ -196,12 +196,13 @@ class _RenderProcess:
 
     @staticmethod
     def _read(stream: BinaryIO) -> _Answer:
-        size, mark = template_process.ANSWER.unpack(
-            template_process.read_exactly(stream, template_process.ANSWER.size)
+        size, mark = template_renderer.ANSWER.unpack(
+            template_renderer.read_exactly(stream, template_renderer.ANSWER.size)
         )
-        if size > template_process.MAX_ANSWER_BYTES:
+        if size > template_renderer.MAX_ANSWER_BYTES:
             raise EOFError
-        return _Answer(mark, template_process.read_exactly(stream, size).decode("utf-8", "replace"))
+        text = template_renderer.read_exactly(stream, size)
+        return _Answer(mark, text.decode("utf-8", "replace"))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

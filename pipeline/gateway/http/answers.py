@@ -1,7 +1,7 @@
 """Sends what is generated: whole, or as server-sent events while it comes."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from pipeline.errors import PipelineError
 from pipeline.gateway.desk import Desk, Job
 from pipeline.gateway.errors import from_pipeline
 from pipeline.gateway.http.formats import Format, WholeChoice, dump
+from pipeline.gateway.http.sse import EventWriter
 
 # An answer is sent in parts of so many bytes, each of which the client has its time to read.
 _PART_BYTES = 1 << 16
@@ -107,34 +108,6 @@ class Answer:
             "completion_tokens": num_generated,
             "total_tokens": num_prompt + num_generated,
         }
-
-
-class EventWriter:
-    """Server-sent events. Source: WHATWG HTML, section 9.2."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-
-    async def open(self) -> None:
-        """Begin; each event is sent at once, and no proxy should wait for more."""
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-        ]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    async def write(self, data: Mapping[str, Any]) -> None:
-        """Send one event."""
-        await self._body(dump(data), more_body=True)
-
-    async def close(self, data: bytes) -> None:
-        """Send the last event and end the response."""
-        await self._body(data, more_body=False)
-
-    async def _body(self, data: bytes, *, more_body: bool) -> None:
-        body = b"data: %b\n\n" % data
-        await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
 
 
 async def _send_json(send: Send, body: bytes) -> None:

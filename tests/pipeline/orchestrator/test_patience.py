@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import trio
 
-import pipeline.placement.supervisor
+import pipeline.placement.worker_supervisor
 from pipeline.orchestrator.patience import MAX_LIVES, Patience
 from pipeline.placement.base import Progress
-from pipeline.placement.supervisor import Supervisor
+from pipeline.placement.worker_supervisor import Supervisor
 from transport.endpoint import UnixEndpoint, dial_retrying
 
 
@@ -93,9 +93,9 @@ sock.listen()
 time.sleep(60)
 """
     monkeypatch.setattr(
-        pipeline.placement.supervisor, "COMMAND", (sys.executable, "-S", "-c", worker)
+        pipeline.placement.worker_supervisor, "COMMAND", (sys.executable, "-S", "-c", worker)
     )
-    monkeypatch.setattr(pipeline.placement.supervisor, "QUIET_SECONDS", 60.0)
+    monkeypatch.setattr(pipeline.placement.worker_supervisor, "QUIET_SECONDS", 60.0)
     supervisor = Supervisor(None, lambda stage_idx: (), nursery)
     await supervisor.start(0)
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 import trio
 
-import pipeline.placement.supervisor
 from pipeline.errors import InputError, StageHung, StageSilent
-from pipeline.placement.supervisor import Supervisor
+from pipeline.placement import worker_supervisor
+from pipeline.placement.worker_supervisor import Supervisor
 
 SPARE = "import sys; print('ready', flush=True); a = sys.stdin.readline(); "
 WORK = "import time; time.sleep(60)"
@@ -20,7 +20,7 @@ def python(code):
 
 @pytest.fixture
 async def supervisor(monkeypatch, nursery):
-    monkeypatch.setattr(pipeline.placement.supervisor, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 0.0)
     yield Supervisor(None, lambda stage_idx: (f"--flag-{stage_idx}",), nursery)
     nursery.cancel_scope.cancel()
 
@@ -51,7 +51,7 @@ async def test_the_spare_becomes_the_successor_and_another_takes_its_place(
 ):
     told = tmp_path / "told"
     spare = f"{SPARE} open({str(told)!r}, 'w').write(a); {WORK}"
-    monkeypatch.setattr(pipeline.placement.supervisor, "COMMAND", branching(spare, WORK))
+    monkeypatch.setattr(worker_supervisor, "COMMAND", branching(spare, WORK))
     await supervisor.start(0)
     await supervisor.start(0)  # once is enough
     first = await pid_other_than(supervisor, ())
@@ -65,9 +65,7 @@ async def test_the_spare_becomes_the_successor_and_another_takes_its_place(
 
 
 async def test_a_spare_that_has_died_costs_one_more_try(supervisor, monkeypatch):
-    monkeypatch.setattr(
-        pipeline.placement.supervisor, "COMMAND", branching(f"{SPARE} {WORK}", WORK)
-    )
+    monkeypatch.setattr(worker_supervisor, "COMMAND", branching(f"{SPARE} {WORK}", WORK))
     await supervisor.start(0)
     first = await pid_other_than(supervisor, ())
     waiting = await spare_of(supervisor)
@@ -79,7 +77,7 @@ async def test_a_spare_that_has_died_costs_one_more_try(supervisor, monkeypatch)
 
 @pytest.mark.parametrize("is_reading", [False, True])
 def test_a_spare_whose_supervisor_is_gone_ends_quietly(is_reading):
-    command = [*pipeline.placement.supervisor.COMMAND, "--standby"]
+    command = [*worker_supervisor.COMMAND, "--standby"]
     spare = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -93,8 +91,8 @@ def test_a_spare_whose_supervisor_is_gone_ends_quietly(is_reading):
 
 
 async def test_a_silent_worker_is_killed_once_it_is_seen_to_do_nothing(supervisor, monkeypatch):
-    monkeypatch.setattr(pipeline.placement.supervisor, "COMMAND", python(WORK))
-    monkeypatch.setattr(pipeline.placement.supervisor, "QUIET_SECONDS", 60.0)
+    monkeypatch.setattr(worker_supervisor, "COMMAND", python(WORK))
+    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 60.0)
     await supervisor.start(0)
     first = await pid_other_than(supervisor, ())
     await idle(supervisor)
@@ -109,8 +107,8 @@ async def test_a_silent_worker_is_killed_once_it_is_seen_to_do_nothing(superviso
 async def test_a_silent_worker_that_runs_is_left_alone(supervisor, monkeypatch):
     """As one is whose places for handshakes are all taken by strangers."""
     busy = "import time\nwhile True: time.sleep(0.01)"
-    monkeypatch.setattr(pipeline.placement.supervisor, "COMMAND", python(busy))
-    monkeypatch.setattr(pipeline.placement.supervisor, "QUIET_SECONDS", 60.0)
+    monkeypatch.setattr(worker_supervisor, "COMMAND", python(busy))
+    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 60.0)
     await supervisor.start(0)
     first = await pid_other_than(supervisor, ())
     for _ in range(5):
@@ -133,7 +131,7 @@ async def test_how_far_a_worker_has_come_is_what_it_has_computed(supervisor, mon
     assert supervisor.progress(0) is None
     working = "import time\nend = time.process_time() + 0.3\n"
     working += f"while time.process_time() < end: pass\n{WORK}"
-    monkeypatch.setattr(pipeline.placement.supervisor, "COMMAND", python(working))
+    monkeypatch.setattr(worker_supervisor, "COMMAND", python(working))
     await supervisor.start(0)
     await pid_other_than(supervisor, ())
     await until(lambda: supervisor.progress(0).seconds > 0.3)
@@ -156,9 +154,9 @@ async def test_a_worker_that_keeps_dying_is_tried_ever_more_seldom(monkeypatch):
         if len(waits) == 8:
             nursery.cancel_scope.cancel()
 
-    monkeypatch.setattr(pipeline.placement.supervisor, "COMMAND", python("raise SystemExit(1)"))
+    monkeypatch.setattr(worker_supervisor, "COMMAND", python("raise SystemExit(1)"))
     monkeypatch.setattr(Supervisor, "_keep_spare", no_spare)
-    monkeypatch.setattr(pipeline.placement.supervisor.trio, "sleep", sleep)
+    monkeypatch.setattr(worker_supervisor.trio, "sleep", sleep)
     with trio.move_on_after(20):
         async with trio.open_nursery() as nursery:
             await Supervisor(None, lambda stage_idx: (), nursery).start(0)
@@ -166,7 +164,7 @@ async def test_a_worker_that_keeps_dying_is_tried_ever_more_seldom(monkeypatch):
 
 
 async def test_a_worker_with_unusable_input_is_not_tried_again(monkeypatch):
-    monkeypatch.setattr(pipeline.placement.supervisor, "COMMAND", python("raise SystemExit(2)"))
+    monkeypatch.setattr(worker_supervisor, "COMMAND", python("raise SystemExit(2)"))
     with trio.fail_after(10), pytest.RaisesGroup(InputError):
         async with trio.open_nursery() as nursery:
             await Supervisor(None, lambda stage_idx: (), nursery).start(0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.cli.worker_options import WorkerOptions
+from pipeline.cli.compute_options import WorkerOptions
 from pipeline.errors import InputError
 from pipeline.planning.plan import PlanOptions, plan
 

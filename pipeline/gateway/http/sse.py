@@ -1,0 +1,36 @@
+"""Server-sent events, as streamed answers travel."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.types import Send
+
+from pipeline.gateway.http.formats import dump
+
+
+class EventWriter:
+    """Server-sent events. Source: WHATWG HTML, section 9.2."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+
+    async def open(self) -> None:
+        """Begin; each event is sent at once, and no proxy should wait for more."""
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def write(self, data: Mapping[str, Any]) -> None:
+        """Send one event."""
+        await self._body(dump(data), more_body=True)
+
+    async def close(self, data: bytes) -> None:
+        """Send the last event and end the response."""
+        await self._body(data, more_body=False)
+
+    async def _body(self, data: bytes, *, more_body: bool) -> None:
+        body = b"data: %b\n\n" % data
+        await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
