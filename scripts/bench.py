@@ -20,7 +20,7 @@ import trio
 from command_line import Parser, run_main, unwind_on_sigterm, whole, wholes
 
 from pipeline.agreement.manifest import Manifest, dump_manifest
-from pipeline.agreement.trust import DevTrust
+from pipeline.agreement.trust_policy import DevTrust
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.latency import LatencyLog, percentile
@@ -31,12 +31,12 @@ from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.local_pipeline import LocalPipeline
-from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
+from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.protocol.peers import PATIENCE_MS
 from pipeline.sampling.params import SamplingParams
-from pipeline.stage.core import StageCore
-from transport.attestation.dev import default_directory
+from pipeline.stage.step_executor import StageCore
+from transport.attestation.dev_authority import default_directory
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "The history of the printing press begins in the workshops of Mainz, where"

@@ -47,7 +47,7 @@ from command_line import Parser, run_main, whole
 from transport import handshake
 from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
 from transport.channel import SecureChannel, accept_channel, connect_channel
-from transport.frames import DType, Frame, FrameKind, Tensor, TensorSpec
+from transport.tensor_frames import DType, Frame, FrameKind, Tensor, TensorSpec
 
 ROUND_TRIPS = 200
 HANDSHAKES = 40

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from command_line import Parser, run_main, whole, wholes
 
 from pipeline.kernels import _native
-from pipeline.kernels.arena import Arena
+from pipeline.kernels.huge_pages import Arena
 
 SHAPES = {  # layers, [in, out] of a layer's products
     "gpt2": (12, [(768, 2304), (768, 768), (768, 3072), (3072, 768)]),

@@ -11,7 +11,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from transport.frames import Frame, FrameLimits, Tensor, decode_layout_untrusted, encode_frame
+from transport.tensor_frames import (
+    Frame,
+    FrameLimits,
+    Tensor,
+    decode_layout_untrusted,
+    encode_frame,
+)
 
 SMALL_BYTES = 3072
 LARGE_BYTES = 1_572_864

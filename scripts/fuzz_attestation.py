@@ -19,9 +19,9 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 with atheris.instrument_imports(include=["transport.attestation"]):
-    from transport.attestation import cbor, cose, document
-    from transport.attestation.chain import ChainVerifier
-    from transport.attestation.dev import DevAttester, DevAuthority, dev_verifier
+    from transport.attestation import attestation_document, cbor, cose
+    from transport.attestation.certificate_chain import ChainVerifier
+    from transport.attestation.dev_authority import DevAttester, DevAuthority, dev_verifier
     from transport.attestation.evidence import Binding
     from transport.attestation.nsm import Nsm
     from transport.errors import DeviceError, ProtocolError
@@ -35,7 +35,7 @@ RECORDED = Path(__file__).parents[2] / "shared" / "fixtures" / "nitro"
 AUTHORITY = DevAuthority.create(datetime.now(UTC))
 BINDING = Binding(b"stage/1", b"h" * 32, b"s" * 32, b"n" * 32)
 EVIDENCE = DevAttester(AUTHORITY, {0: b"\x01" * 48}).attest(BINDING)
-READ = document.parse(cose.parse(EVIDENCE).payload)
+READ = attestation_document.parse(cose.parse(EVIDENCE).payload)
 CHAINS = ChainVerifier(AUTHORITY.root_cert)
 VERIFIER = dev_verifier(AUTHORITY.root_cert, None)
 
@@ -68,7 +68,7 @@ def fuzz_nsm(data: bytes) -> None:
 TARGETS: dict[str, Callable[[bytes], object]] = {
     "cbor": cbor.decode,
     "cose": cose.parse,
-    "document": document.parse,
+    "document": attestation_document.parse,
     "chain": fuzz_chain,
     "verifier": lambda data: VERIFIER.verify(data, BINDING),
     "nsm": fuzz_nsm,
@@ -81,7 +81,7 @@ def seeds() -> list[bytes]:
     found = [EVIDENCE, *recorded]
     for evidence in (EVIDENCE, *recorded):
         payload = cose.parse(evidence).payload
-        read = document.parse(payload)
+        read = attestation_document.parse(payload)
         found += [payload, read.certificate, *read.cabundle]
     found.append(cbor.encode({"DescribePCR": {"data": bytes(48), "lock": True}}))
     found.append(b"\xbf\x61a\x9f\x01\x5f\x41b\xff\xff\xff")

@@ -25,17 +25,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 with atheris.instrument_imports(
     include=[
         "pipeline.agreement.manifest",
-        "pipeline.protocol.asked",
+        "pipeline.protocol.last_stage_inputs",
         "pipeline.protocol.messages",
         "pipeline.protocol.step_header",
-        "pipeline.protocol.results",
+        "pipeline.protocol.step_results",
         "pipeline.protocol.step_limits",
-        "pipeline.protocol.wants",
+        "pipeline.protocol.result_kinds",
     ]
 ):
     from pipeline.agreement import manifest
-    from pipeline.protocol import asked, messages, results, step_header, step_limits
-    from pipeline.protocol.wants import Result, Want
+    from pipeline.protocol import (
+        last_stage_inputs,
+        messages,
+        step_header,
+        step_limits,
+        step_results,
+    )
+    from pipeline.protocol.result_kinds import Result, Want
 with atheris.instrument_imports(include=["pipeline.weights.checkpoint", "pipeline.models.config"]):
     from pipeline.models import config
     from pipeline.weights import checkpoint
@@ -47,7 +53,7 @@ from pipeline.errors import ManifestError, MessageError, ModelError, RequestFail
 from pipeline.protocol.batch import Segment
 from pipeline.sampling.draw import Draw, draw
 from pipeline.sampling.params import SamplingParams
-from transport.frames import DType, Tensor, TensorSpec
+from transport.tensor_frames import DType, Tensor, TensorSpec
 
 LIMITS = step_limits.SessionLimits(
     num_slots=4, max_seq_len=64, max_step_tokens=32, codec=make_codec("F32", 8)
@@ -81,21 +87,23 @@ def decode_step(data: bytes) -> None:
                     header, limits, is_first=is_first, declared=declared
                 )
                 assert sum(spec.nbytes for spec in specs) <= limits.max_tensor_bytes
-    returned = results.expected_results(header, VOCAB, 8)
-    assert sum(spec.nbytes for spec in returned) <= results.max_result_bytes(LIMITS, VOCAB)
+    returned = step_results.expected_results(header, VOCAB, 8)
+    assert sum(spec.nbytes for spec in returned) <= step_results.max_result_bytes(LIMITS, VOCAB)
 
 
 def decode_asked(data: bytes) -> None:
     """Ids to score and two draws, of two rows and of one."""
     ids = Tensor(TensorSpec(DType.U32, (3,)), memoryview(data[:12].ljust(12, b"\0")))
     draws = Tensor(TensorSpec(DType.U8, (len(data[12:]),)), memoryview(data)[12:])
-    found = asked.asked_from_wire(ASKED_WANTS, (ids, draws), VOCAB)
+    found = last_stage_inputs.asked_from_wire(ASKED_WANTS, (ids, draws), VOCAB)
     logits = np.linspace(-1, 1, VOCAB, dtype=np.float32)
     for how in found.draws:
         for row in range(len(how.uniforms)):
             with contextlib.suppress(RequestFailed), np.errstate(all="ignore"):
                 assert 0 <= draw(logits, how, row) < VOCAB
-    assert asked.asked_from_wire(ASKED_WANTS, asked.asked_to_wire(found), VOCAB).token_ids
+    assert last_stage_inputs.asked_from_wire(
+        ASKED_WANTS, last_stage_inputs.asked_to_wire(found), VOCAB
+    ).token_ids
 
 
 def decode_manifest(data: bytes) -> None:
@@ -155,7 +163,7 @@ def asked_seeds() -> list[bytes]:
     params = SamplingParams(temperature=0.7, top_k=3, top_p=0.9, logit_bias={3: 1.5})
     ids = np.array([3, 4], np.uint32)
     draws = (Draw(params, (0.25, 0.5), ids, ids, (7,), bytes(2 * 5)), Draw(params, (0.125,)))
-    tensors = asked.asked_to_wire(asked.Asked((1, 2, 3), draws))
+    tensors = last_stage_inputs.asked_to_wire(last_stage_inputs.Asked((1, 2, 3), draws))
     return [b"".join(tensor.data for tensor in tensors)]
 
 

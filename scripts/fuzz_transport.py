@@ -19,7 +19,7 @@ import atheris
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 with atheris.instrument_imports(include=["transport"]):
-    from transport import frames, framing, handshake, noise, records
+    from transport import frame_stream, handshake, noise, records, tensor_frames
     from transport.attestation.evidence import Binding
     from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
     from transport.errors import ProtocolError
@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 Decoder = Callable[[bytes], None]
 KEY = bytes(32)
-LIMITS = frames.FrameLimits(max_header_bytes=4096, max_tensors=8, max_tensor_bytes=1 << 20)
+LIMITS = tensor_frames.FrameLimits(max_header_bytes=4096, max_tensors=8, max_tensor_bytes=1 << 20)
 POLICY = records.RekeyPolicy(max_records=4)
 LINK = handshake.Link(
     handshake.LinkKind.DATA,
@@ -105,7 +105,7 @@ def make_records_decoder() -> Decoder:
 
 def make_head_decoder() -> Decoder:
     def decode(data: bytes) -> None:
-        frames.decode_layout_untrusted(memoryview(data), LIMITS)
+        tensor_frames.decode_layout_untrusted(memoryview(data), LIMITS)
 
     return decode
 
@@ -116,10 +116,10 @@ def make_frames_decoder() -> Decoder:
 
     def decode(data: bytes) -> None:
         sealer = records.RecordSealer(make_cipher(), POLICY)
-        receiver = framing.FrameReceiver(records.RecordOpener(make_cipher(), POLICY), LIMITS)
+        receiver = frame_stream.FrameReceiver(records.RecordOpener(make_cipher(), POLICY), LIMITS)
         while len(data) >= 2 and not receiver.is_ended:
             kind = records.RecordKind(1 + data[0] % 5)
-            size = data[1] if kind in (framing.FRAME, framing.BODY) else 0
+            size = data[1] if kind in (frame_stream.FRAME, frame_stream.BODY) else 0
             plaintext, data = data[2 : 2 + size], data[2 + size :]
             sealed = out[: sealer.seal_into(kind, plaintext, out)]
             receiver.space()[: len(sealed)] = sealed

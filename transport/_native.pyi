@@ -8,9 +8,9 @@ here. What is not plainly the record expected is left to them as it came.
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from transport.cipher import CipherState
-from transport.framing import PlainBuffer
+from transport.frame_stream import PlainBuffer
+from transport.raw_socket import Wire
 from transport.records import RecordHeader, RecordOpener, RecordReader, RecordSealer
-from transport.wire import Wire
 
 class CipherTally:
     """A key, and the number of the next message under it."""

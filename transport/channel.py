@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import trio
 
+from transport.compiled_records import Inlet, Outlet
 from transport.errors import ConnectionLost
-from transport.frames import INLINE_BYTES, Frame, FrameForm, FrameLimits
-from transport.framing import FrameReceiver, FrameSender
-from transport.greeting import run_initiator, run_responder
+from transport.frame_stream import FrameReceiver, FrameSender
 from transport.handshake import Credentials, Link, Peer, Session
+from transport.handshake_exchange import run_initiator, run_responder
+from transport.raw_socket import Wire
 from transport.records import OVERHEAD_BYTES, RekeyPolicy
-from transport.single_records import Inlet, Outlet
-from transport.wire import Wire
+from transport.tensor_frames import INLINE_BYTES, Frame, FrameForm, FrameLimits
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from struct import Struct
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from transport.errors import MisuseError
-from transport.tallies import CipherTally
+from transport.record_counters import CipherTally
 
 KEY_BYTES = 32
 TAG_BYTES = 16

@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidTag
 
 from transport.cipher import TAG_BYTES, Buffer, CipherState
 from transport.errors import MisuseError, RecordError
-from transport.tallies import HalfTally, ReaderTally, UseTally
+from transport.record_counters import HalfTally, ReaderTally, UseTally
 
 HEADER = Struct(">II")  # kind in the first byte, zeros; ciphertext length (tag included)
 HEADER_BYTES = HEADER.size

@@ -17,7 +17,7 @@ import trio
 
 from transport.endpoint import Endpoint, Listener, TcpEndpoint, dial, listen, parse_endpoint
 from transport.errors import EndpointError
-from transport.lobby import Guest, Lobby, Standing, source_of
+from transport.pending_connections import Guest, Lobby, Standing, source_of
 
 # One buffer a direction, filled only when it is empty: a peer that does not read stops the other
 # one through the kernel's flow control, and a connection never costs more memory than this twice.

@@ -11,14 +11,14 @@ import typer
 from cryptography import x509
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.agreement.trust import load_identity
+from pipeline.agreement.trust_policy import load_identity
 from pipeline.cli.common import finite, new_app
 from pipeline.cli.logs import printable
 from pipeline.errors import InputError, SessionError
 from pipeline.orchestrator.evidence_request import fetch_evidence
-from transport.attestation.document import Document
+from transport.attestation.attestation_document import Document
 from transport.attestation.evidence import Binding
-from transport.attestation.nitro import CheckResult, aws_root, examine, read_document
+from transport.attestation.nitro_verifier import CheckResult, aws_root, examine, read_document
 from transport.errors import AttestationError
 
 MAX_DOCUMENT_BYTES = 1 << 20

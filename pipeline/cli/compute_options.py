@@ -83,7 +83,7 @@ class WorkerOptions:
         for stage in manifest.stages:
             precision_of(self.dtype, stage)
         if self.kernels is not None:
-            from pipeline.kernels.choice import check_choice
+            from pipeline.kernels.kernel_selection import check_choice
 
             check_choice(self.kernels)
 

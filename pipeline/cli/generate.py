@@ -22,12 +22,12 @@ from pipeline.cli.terminal import write_text
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.latency import LatencyLog
+from pipeline.engine.output_text import StoppedText
 from pipeline.engine.scheduler import Limits
-from pipeline.engine.text import StoppedText
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable
-from pipeline.orchestrator.opening import Pipeline
+from pipeline.orchestrator.open_pipeline import Pipeline
 from pipeline.protocol.peers import PATIENCE_MS
 from pipeline.sampling.params import SamplingParams
 

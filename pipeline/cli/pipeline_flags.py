@@ -13,7 +13,7 @@ import trio
 import typer
 
 from pipeline.agreement.manifest import Manifest
-from pipeline.agreement.trust import DEV_WARNING, DevTrust, Trust, UserTrust
+from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, Trust, UserTrust
 from pipeline.cli.common import DataOutPortOption, DevOption, finite, results_address, to_endpoint
 from pipeline.cli.compute_options import (
     CPUS_HELP,
@@ -29,14 +29,19 @@ from pipeline.cli.logs import LogFormat, LogFormatOption, tell
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
-from pipeline.orchestrator.epochs import ReplaySource
-from pipeline.orchestrator.opening import Pipeline, PipelineOptions, new_pipeline, open_pipeline
+from pipeline.orchestrator.failover import ReplaySource
+from pipeline.orchestrator.open_pipeline import (
+    Pipeline,
+    PipelineOptions,
+    new_pipeline,
+    open_pipeline,
+)
 from pipeline.orchestrator.retrying import Work, run_with_failover
 from pipeline.placement.base import Placement
 from pipeline.placement.by_hand import ByHand
 from pipeline.placement.worker_supervisor import Supervisor
 from pipeline.tasks import open_tasks
-from transport.attestation.dev import default_directory
+from transport.attestation.dev_authority import default_directory
 from transport.endpoint import Endpoint
 
 logger = logging.getLogger(__name__)

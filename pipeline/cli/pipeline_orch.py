@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.agreement.manifest import check_precision, dump_manifest, load_manifest
-from pipeline.agreement.trust import create_identity
+from pipeline.agreement.trust_policy import create_identity
 from pipeline.cli import attest
 from pipeline.cli.common import (
     ManifestOption,
@@ -20,11 +20,11 @@ from pipeline.cli.generate import GenerateFlags, generate
 from pipeline.cli.logs import configure_logging, tell
 from pipeline.cli.pipeline_flags import PipelineFlags, pipeline_flags, takes_flags
 from pipeline.cli.progress import progress_bar
-from pipeline.cli.prompt import read_prompt
-from pipeline.cli.sampling import sampling_flags
+from pipeline.cli.prompt_input import read_prompt
+from pipeline.cli.sampling_flags import sampling_flags
 from pipeline.errors import InputError
 from pipeline.files import check_writable, write_atomically
-from pipeline.gateway.limits import GatewayLimits
+from pipeline.gateway.rate_limits import GatewayLimits
 from pipeline.sampling.params import SamplingParams
 
 DEFAULT_LIMITS = GatewayLimits()

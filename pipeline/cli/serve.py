@@ -24,18 +24,18 @@ from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError, PipelineError, SessionError
 from pipeline.files import is_file
 from pipeline.gateway.auth import load_api_keys
+from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.http.server import listen
 from pipeline.gateway.http.server import serve as serve_http
 from pipeline.gateway.http.tls import load_tls
-from pipeline.gateway.limits import GatewayLimits
 from pipeline.gateway.metrics import GatewayMetrics
-from pipeline.gateway.overview import Overview
+from pipeline.gateway.pipeline_status import Overview
+from pipeline.gateway.rate_limits import GatewayLimits
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
-from pipeline.gateway.text import GatewayTokenizer
 from pipeline.models.config import CONFIG_FILE, load_config
-from pipeline.orchestrator.opening import Pipeline
+from pipeline.orchestrator.open_pipeline import Pipeline
 from pipeline.tasks import open_tasks
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import trio
 import typer
 
 from pipeline.agreement.manifest import Manifest, load_manifest
-from pipeline.agreement.trust import DEV_WARNING, DevTrust, EnclaveTrust, Trust
+from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, EnclaveTrust, Trust
 from pipeline.cli.common import (
     DataOutPortOption,
     DevOption,
@@ -43,11 +43,11 @@ from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.progress import Progress
 from pipeline.protocol.peers import PATIENCE_MS
-from pipeline.stage.dialing import parse_networks
+from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.setup import MAX_STEP_TOKENS, StageSetup
 from pipeline.stage.worker import StageWorker
 from pipeline.tasks import open_tasks
-from transport.attestation.dev import default_directory
+from transport.attestation.dev_authority import default_directory
 from transport.endpoint import Endpoint, listen
 
 logger = logging.getLogger(__name__)

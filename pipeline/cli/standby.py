@@ -35,6 +35,6 @@ def _import() -> None:
     with suppress(OSError):  # a priority below that of the machine's policy is not vital
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), IMPORT_NICENESS)
     import pipeline.cli.stage_worker  # noqa: F401
-    from pipeline.kernels.choice import import_kernels
+    from pipeline.kernels.kernel_selection import import_kernels
 
     import_kernels()

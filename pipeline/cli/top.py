@@ -25,7 +25,7 @@ from pipeline.cli.compute_options import SLOW_KERNELS
 from pipeline.cli.logs import printable
 from pipeline.errors import InputError, PipelineError
 from pipeline.gateway.auth import load_api_keys
-from pipeline.gateway.overview import PipelineView, StageRates, StageView
+from pipeline.gateway.pipeline_status import PipelineView, StageRates, StageView
 
 _PATH = "/pipeline"
 _ANSWER_SECONDS = 5.0

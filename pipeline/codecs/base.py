@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from pipeline.dtypes import Floats
-from transport.frames import DType, Tensor, TensorSpec
+from transport.tensor_frames import DType, Tensor, TensorSpec
 
 
 class ActivationCodec(Protocol):

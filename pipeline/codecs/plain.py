@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.codecs.base import row_specs
 from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, Floats, from_floats, to_floats
 from pipeline.errors import MessageError
-from transport.frames import DType, Tensor, TensorSpec
+from transport.tensor_frames import DType, Tensor, TensorSpec
 
 _ARRAY_DTYPES = {DType.F32: FLOAT32, DType.F16: FLOAT16, DType.BF16: BFLOAT16}
 # The greatest there are: activations of some models are beyond those of F16.

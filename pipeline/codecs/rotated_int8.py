@@ -10,7 +10,7 @@ from pipeline.codecs.base import row_specs
 from pipeline.codecs.rotation import Rotation
 from pipeline.dtypes import Floats
 from pipeline.errors import MessageError
-from transport.frames import DType, Tensor, TensorSpec
+from transport.tensor_frames import DType, Tensor, TensorSpec
 
 # Symmetric: -128 is never sent, so that a row and its negative lose the same.
 INT8_MAX = 127

@@ -16,11 +16,11 @@ import trio
 
 from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.request import Request
-from pipeline.engine.runner import RunnerStats, StepRunner
 from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.step_runner import RunnerStats, StepRunner
 from pipeline.errors import InputError, PipelineError, RequestFailed, SessionError
-from pipeline.protocol.results import SegmentResult, StepResult
-from pipeline.protocol.wants import NO_TOKEN, Result
+from pipeline.protocol.result_kinds import NO_TOKEN, Result
+from pipeline.protocol.step_results import SegmentResult, StepResult
 from pipeline.sampling.draw import NO_NUMBERS
 from pipeline.sampling.sampler import Choice, Sampler
 

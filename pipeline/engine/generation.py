@@ -8,8 +8,8 @@ import trio
 
 from pipeline.engine.request import FinishReason
 from pipeline.errors import InputError
+from pipeline.protocol.result_kinds import MAX_TOP, Result, Want
 from pipeline.protocol.step_header import StageTiming
-from pipeline.protocol.wants import MAX_TOP, Result, Want
 from pipeline.sampling.choosers import ChooserFactory
 from pipeline.sampling.filters import LogitsProcessor
 from pipeline.sampling.masks import Mask, masks_of

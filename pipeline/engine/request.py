@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from pipeline.protocol.replay import SlotPart, truncate
-from pipeline.protocol.wants import Want
+from pipeline.protocol.replay_history import SlotPart, truncate
+from pipeline.protocol.result_kinds import Want
 from pipeline.sampling.draw import Draw
 
 

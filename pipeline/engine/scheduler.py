@@ -5,17 +5,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.codecs.base import ActivationCodec
-from pipeline.engine.chunks import cut_prompts
+from pipeline.engine.prefill_chunks import cut_prompts
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
+from pipeline.engine.slots import Slots
 from pipeline.engine.step import FollowUp, Notice, Promise, Step
 from pipeline.errors import MessageError, PromptError
-from pipeline.protocol.asked import NOTHING_ASKED, Asked
 from pipeline.protocol.batch import Segment
+from pipeline.protocol.last_stage_inputs import NOTHING_ASKED, Asked
 from pipeline.protocol.messages import Abort, Done, Start
-from pipeline.protocol.replay import SlotPart, replay_headers
+from pipeline.protocol.replay_history import SlotPart, replay_headers
+from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits
-from pipeline.protocol.wants import Want
 from pipeline.sampling.draw import Draw
 
 # A step of two requests takes no longer than one of either: nothing is gained by less.
@@ -71,10 +72,7 @@ class Scheduler:
         # In order of arrival; ordered, so that taking the first and leaving cost the same for all.
         self._waiting: OrderedDict[int, RequestState] = OrderedDict()
         self._running: dict[int, RequestState] = {}
-        self._free_slots = self._all_slots()
-        self._ended_slots: list[int] = []
-        # Slots whose stages have to forget what lies at and behind a position.
-        self._taken_back: dict[int, int] = {}
+        self._slots = Slots(limits.num_slots)
         self._in_flight: deque[Step] = deque()
         self._next_step = 0
         self._promise = Promise()
@@ -83,13 +81,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any request, or any step under way, is left."""
-        return bool(
-            self._waiting
-            or self._running
-            or self._in_flight
-            or self._ended_slots
-            or self._taken_back
-        )
+        return bool(self._waiting or self._running or self._in_flight or self._slots.is_dirty)
 
     @property
     def num_running(self) -> int:
@@ -118,7 +110,7 @@ class Scheduler:
         self._waiting.pop(request_id, None)
         state = self._running.pop(request_id, None)
         if state is not None:
-            self._ended_slots.append(state.slot)
+            self._slots.end(state.slot)
             self._notices.append(Abort(request_id=request_id))
         del self._losses[request_id]  # a Counter does not mind one it has not
 
@@ -138,7 +130,7 @@ class Scheduler:
             )
         if length < state.num_sent:
             state.unsend(state.num_sent - length)
-            self._taken_back[state.slot] = length
+            self._slots.take_back(state.slot, length)
 
     def rewind(self) -> list[int]:
         """Forget the steps under way; returns the tokens every stage is certain to hold, by slot.
@@ -159,9 +151,7 @@ class Scheduler:
         for slot in lost:
             if self._is_given_up(by_slot[slot].request.request_id):
                 del by_slot[slot]
-        self._ended_slots = []
-        self._taken_back = {}  # every stage goes back to what has been sent and not taken back
-        self._free_slots = [slot for slot in self._all_slots() if slot not in by_slot]
+        self._slots.rewind(by_slot)
         slots = range(self.limits.num_slots)
         return [by_slot[slot].num_sent if slot in by_slot else 0 for slot in slots]
 
@@ -202,7 +192,7 @@ class Scheduler:
         due = self._in_flight[0]
         ((request_id, state),) = self._running.items()
         request = state.request
-        is_due = due.owners == (request_id,) and not (self._ended_slots or self._taken_back)
+        is_due = due.owners == (request_id,) and not self._slots.is_dirty
         num_left = min(
             request.max_tokens - len(state.token_ids), self.limits.max_seq_len + 1 - state.num_known
         )
@@ -241,15 +231,12 @@ class Scheduler:
         self._promise.come(token_ids, owners)
         if self._losses:
             self._clear_of_suspicion(step)
-        self._free_slots += step.freed
+        self._slots.free(step.freed)
         return [
             self._advance(request_id, token_id, header.step)
             for request_id, token_id in zip(owners, token_ids, strict=True)
             if request_id in self._running
         ]
-
-    def _all_slots(self) -> list[int]:
-        return list(range(self.limits.num_slots - 1, -1, -1))
 
     def _promised_step(self) -> Step | None:
         """The follow-up, if it is due. Its request may be gone: then nobody wants its token."""
@@ -259,12 +246,9 @@ class Scheduler:
         return step
 
     def _truncate_step(self) -> Step | None:
-        if not self._ended_slots and not self._taken_back:
+        if not self._slots.is_dirty:
             return None
-        freed, lengths = tuple(self._ended_slots), self._taken_back
-        self._ended_slots, self._taken_back = [], {}
-        lengths |= dict.fromkeys(freed, 0)
-        segments = tuple(Segment(slot, length, 0) for slot, length in lengths.items())
+        segments, freed = self._slots.truncate()
         wants = (Want.NOTHING,) * len(segments)
         header = StepHeader(StepKind.TRUNCATE, self._next_step, segments, wants)
         return Step(header, (), (), freed=freed)
@@ -302,9 +286,9 @@ class Scheduler:
         return Step(header, tuple(token_ids), tuple(owners), is_decoding, asked)
 
     def _admit(self) -> None:
-        while self._waiting and self._free_slots:
+        while self._waiting and self._slots.has_free:
             request_id, state = self._waiting.popitem(last=False)
-            state.slot = self._free_slots.pop()
+            state.slot = self._slots.take()
             self._running[request_id] = state
             self._notices.append(Start(request_id=request_id, slot=state.slot))
 
@@ -362,6 +346,6 @@ class Scheduler:
         if finish is None:
             self._running[request_id] = state  # behind those that have waited longer
         else:
-            self._ended_slots.append(state.slot)
+            self._slots.end(state.slot)
             self._notices.append(Done(request_id=request_id))
         return TokenEvent(request_id, token_id, step, finish)

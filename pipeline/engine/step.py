@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.protocol.asked import NOTHING_ASKED, Asked
+from pipeline.protocol.last_stage_inputs import NOTHING_ASKED, Asked
 from pipeline.protocol.messages import Abort, Done, Start
 from pipeline.protocol.step_header import StepHeader
 

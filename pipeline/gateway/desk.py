@@ -16,13 +16,13 @@ import trio
 from pipeline.engine.generation import Engine, Generation
 from pipeline.errors import InputError, PromptError
 from pipeline.gateway.auth import KeyRing
-from pipeline.gateway.choices import PieceStream, TextOptions, open_choices
+from pipeline.gateway.chat_tokenizer import GatewayTokenizer
+from pipeline.gateway.continuations import PieceStream, TextOptions, open_choices
 from pipeline.gateway.errors import busy, invalid, too_long, unknown_model
-from pipeline.gateway.limits import RateLimiter
 from pipeline.gateway.metrics import GatewayMetrics, RequestRecord
 from pipeline.gateway.orders import Conversation, Order, TokenIds
+from pipeline.gateway.rate_limits import RateLimiter
 from pipeline.gateway.settings import GatewayConfig
-from pipeline.gateway.text import GatewayTokenizer
 
 # Texts encoded at once. Conversations are rendered one after another, by one process.
 _MAX_ENCODING = 4

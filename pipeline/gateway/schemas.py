@@ -9,15 +9,15 @@ from pydantic import FailFast, Field, ValidationError, field_validator, model_va
 from pydantic_core import PydanticCustomError
 
 from pipeline.errors import InputError
+from pipeline.gateway.chat_messages import Message, Schema
 from pipeline.gateway.errors import ApiError, invalid, unsupported
-from pipeline.gateway.fields import (
+from pipeline.gateway.orders import Conversation, Order
+from pipeline.gateway.unsupported_fields import (
     HARMLESS,
     STREAM_WITHOUT_EFFECT,
     WITHOUT_EFFECT,
     check_fields,
 )
-from pipeline.gateway.messages import Message, Schema
-from pipeline.gateway.orders import Conversation, Order
 from pipeline.sampling.choosers import chooser_of
 from pipeline.sampling.params import (
     BIAS,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from ssl import SSLContext
 
 from pipeline.errors import InputError
-from pipeline.gateway.limits import GatewayLimits
+from pipeline.gateway.rate_limits import GatewayLimits
 from pipeline.gateway.templates import ChatTemplate
 
 

@@ -17,7 +17,7 @@ from pipeline.dtypes import FLOAT32, Array, ArrayDType, Floats, HostArray, Preci
 from pipeline.kernels.host_memory import available_bytes
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.protocol.batch import Batch
-from pipeline.weights.sinks import CopySink, Fill, Sink, fill_array, weight_sinks
+from pipeline.weights.tensor_sinks import CopySink, Fill, Sink, fill_array, weight_sinks
 
 Activation = Literal["none", "gelu_tanh", "gelu", "relu"]
 

@@ -1,10 +1,8 @@
 """The kernels for NVIDIA GPUs: torch's operations there, decode steps recorded as CUDA graphs.
 
-A token's step is hundreds of operations too small to hide what it costs to launch each. So a step
-in which every request takes one token runs on memory of its own, padded to the next larger number
-of requests and to the next larger context, and is recorded once for each such pair; from then on
-it is one launch. The rows that pad it write to a slot of the cache that belongs to nobody. All
-other steps launch their operations one by one.
+A token's step is hundreds of operations too small to hide what it costs to launch each, so one in
+which every request takes one token is a graph (`cuda_graphs`), padded to the next larger number of
+requests and to the next larger context. All other steps launch their operations one by one.
 
 Everything runs in the order of one stream, except copies of inputs of such other steps: those
 overlap what is still being computed. The host waits once a step, for results that it reads.
@@ -15,20 +13,19 @@ TF32. bfloat16 weights multiply rows rounded to bfloat16. int8 has no kernel her
 With the device `cpu` the same steps are computed without graphs, streams and pinned memory: what
 remains is what can be tested without a GPU.
 
-Source: "CUDA Graphs" and "CUDA semantics" in torch's documentation.
+Source: "CUDA semantics" in torch's documentation.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from pipeline.dtypes import PRECISIONS, Array, HostArray, Precision
 from pipeline.errors import InputError
 from pipeline.kernels.base import Activation, Attention, Compute, HeadShape, KernelLinear, Linear
+from pipeline.kernels.cuda_graphs import Recorder, StaticStep
 from pipeline.kernels.kv_cache import KVCache
-from pipeline.kernels.torch_attention import TorchAttention, to_cache
+from pipeline.kernels.torch_attention import TorchAttention
 from pipeline.kernels.torch_kernels import (
     ACTIVATIONS,
     TORCH_DTYPES,
@@ -107,122 +104,6 @@ class CudaLinear(KernelLinear):
     def num_bytes(self) -> int:
         """Bytes held."""
         return self._weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
-
-
-class DecodeAttention:
-    """One row for each of `slots` [rows]: the same operations whatever the slots and positions.
-
-    Positions lie below `context`, and so much of every slot is read.
-    """
-
-    def __init__(
-        self, slots: torch.Tensor, positions: torch.Tensor, context: int, shape: HeadShape
-    ) -> None:
-        self._slots, self._positions = slots, positions
-        self._context, self._shape = context, shape
-        seen, last = torch.arange(context, device=slots.device), positions.unsqueeze(1)
-        is_seen = seen <= last
-        if shape.window:
-            is_seen &= seen > last - shape.window
-        self._is_seen = is_seen[:, None, None]  # [rows, 1, 1, context]
-
-    def __call__(
-        self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
-    ) -> torch.Tensor:
-        """Append k and v of each row to its slot, then attend."""
-        shape, rows = self._shape, qkv.shape[0]
-        values_from = shape.num_heads + shape.num_kv_heads
-        heads = qkv.view(rows, -1, shape.head_dim)
-        new_keys, new_values = heads[:, shape.num_heads : values_from], heads[:, values_from:]
-        keys[self._slots, :, self._positions] = to_cache(new_keys, keys)
-        values[self._slots, :, self._positions] = to_cache(new_values, values)
-        mixed = F.scaled_dot_product_attention(
-            # the heads of a group are rows over the same keys: [rows, kv_heads, group, head_dim]
-            heads[:, : shape.num_heads].reshape(rows, shape.num_kv_heads, -1, shape.head_dim),
-            keys[:, :, : self._context].index_select(0, self._slots).float(),
-            values[:, :, : self._context].index_select(0, self._slots).float(),
-            attn_mask=self._is_seen,
-        )
-        return out.copy_(mixed.reshape(rows, -1))
-
-
-class StaticStep:
-    """A decode step of at most `rows` requests with contexts of at most `context`."""
-
-    def __init__(
-        self,
-        compute: Compute,
-        example: HostArray,
-        shape: HeadShape,
-        *,
-        rows: int,
-        context: int,
-        scratch: int,
-        recorder: "Recorder",
-    ) -> None:
-        """`example`: inputs like those to come; `scratch`: the slot that padding writes to."""
-        device = recorder.device
-        self._recorder, self._scratch, self._rows = recorder, scratch, rows
-        # [slots, positions], [rows]; what the graph reads is changed in place only
-        self._places = torch.tensor([[scratch], [0]], device=device).repeat(1, rows)
-        dtype = to_tensor(example).dtype
-        self._inputs = torch.zeros(rows, *example.shape[1:], dtype=dtype, device=device)
-
-        def step() -> torch.Tensor:
-            slots, positions = self._places
-            attention = DecodeAttention(slots, positions, context, shape)
-            result: torch.Tensor = compute(self._inputs, positions, context, attention)
-            return result
-
-        self._step = recorder.record(step)
-
-    def __call__(self, inputs: HostArray, batch: Batch) -> torch.Tensor:
-        """Compute the batch's rows [n, hidden], which nothing later writes to."""
-        missing = self._rows - len(batch)
-        slots = [segment.slot for segment in batch] + [self._scratch] * missing
-        positions = [segment.position for segment in batch] + [0] * missing
-        padded = torch.zeros(self._inputs.shape, dtype=self._inputs.dtype)
-        padded[: len(batch)] = to_tensor(
-            inputs
-        )  # zeros below: no request's row lingers in the padding
-        self._recorder.refill(self._places, torch.tensor([slots, positions]))
-        self._recorder.refill(self._inputs, padded)
-        return self._step()[: len(batch)].clone()
-
-
-class Recorder:
-    """The decode steps over one cache by (rows, context); they read its memory and end with it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.steps: dict[tuple[int, int], StaticStep] = {}
-        self._is_gpu = device.type == "cuda"
-        if self._is_gpu:
-            # Graphs may share memory since one runs at a time and none leaves anything in it.
-            self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def record(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """`step` as one launch; its result is the same memory every time.
-
-        It runs once before, so that libraries allocate and choose what they then keep.
-        """
-        if not self._is_gpu:
-            return step
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            step()
-        current.wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            result = step()
-        return partial(_replay, graph, result, step)
-
-    def refill(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy a host's tensor over one on the device, behind all that reads the old one."""
-        # Pinned memory is not handed out again before its copies are done.
-        target.copy_(source.pin_memory() if self._is_gpu else source, non_blocking=True)
 
 
 class CudaKernels(TorchKernels):
@@ -323,12 +204,3 @@ class CudaKernels(TorchKernels):
 def _bucket(count: int) -> int:
     """The next power of two."""
     return 1 << (count - 1).bit_length()
-
-
-def _replay(
-    graph: torch.cuda.CUDAGraph, result: torch.Tensor, step: Callable[[], torch.Tensor]
-) -> torch.Tensor:
-    """Run a recorded step; holding `step` keeps alive what the graph reads."""
-    del step
-    graph.replay()
-    return result

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from pipeline.dtypes import Array, ArrayDType
 from pipeline.errors import MessageError
-from pipeline.kernels.kv_ledger import SlotLedger
 from pipeline.kernels.kv_storage import KVStorage, LayerKV, Memory
-from pipeline.kernels.recordings import Recordings
+from pipeline.kernels.recording_cache import Recordings
+from pipeline.kernels.slot_lengths import SlotLedger
 from pipeline.protocol.batch import Batch, Segment
 
 

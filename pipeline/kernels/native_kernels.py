@@ -19,7 +19,6 @@ from pipeline.dtypes import (
     to_floats,
 )
 from pipeline.kernels import _native
-from pipeline.kernels.arena import Arena, aligned, reserve
 from pipeline.kernels.base import (
     Activation,
     Attention,
@@ -32,11 +31,12 @@ from pipeline.kernels.base import (
     Linear,
     Norm,
 )
+from pipeline.kernels.huge_pages import Arena, aligned, reserve
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.native_step import NativeAttention, NativeStep, spans_of
 from pipeline.kernels.runtime import overwrite_freed_blocks, return_large_blocks
 from pipeline.protocol.batch import Batch
-from pipeline.weights.quant import dequantise
+from pipeline.weights.quantization import dequantise
 
 # Precision -> kind of packed weight, and what the processor must have for it.
 KINDS: Mapping[Precision, tuple[int, str]] = {

@@ -17,8 +17,8 @@ import numpy as np
 
 from pipeline.dtypes import FLOAT32, Floats, HostArray
 from pipeline.kernels import _native
-from pipeline.kernels.arena import aligned
 from pipeline.kernels.base import Compute, Finish, FramePlace, HeadShape, Rows, Serve
+from pipeline.kernels.huge_pages import aligned
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.protocol.batch import Batch
 

@@ -19,7 +19,7 @@ from pipeline.dtypes import (
 from pipeline.kernels.base import HeadShape, Kernels, Norm
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.protocol.batch import Segment
-from pipeline.weights.quant import dequantise, quantise
+from pipeline.weights.quantization import dequantise, quantise
 
 # Of the largest value. A wrong kernel is wrong by far more; int8 kernels round activations as well.
 TOLERANCES: dict[Precision, float] = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 3e-2}

@@ -45,7 +45,7 @@ from pipeline.kernels.runtime import (
 )
 from pipeline.kernels.torch_attention import TorchAttention
 from pipeline.protocol.batch import Batch
-from pipeline.weights.quant import GROUP, dequantise
+from pipeline.weights.quantization import GROUP, dequantise
 
 CPU = torch.device("cpu")
 TORCH_DTYPES: Mapping[ArrayDType, torch.dtype] = {

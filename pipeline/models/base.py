@@ -13,10 +13,10 @@ from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import kv_bytes
 from pipeline.models.config import ModelConfig
 from pipeline.models.embedding import Embedding
-from pipeline.models.parts import LayerMaker, LayerParts
+from pipeline.models.layer_parts import LayerMaker, LayerParts
 from pipeline.models.workspace import ForwardPass, Room, round_up
 from pipeline.protocol.batch import Batch, num_tokens
-from pipeline.weights.sinks import Sink
+from pipeline.weights.tensor_sinks import Sink
 
 LOGIT_ROWS = 64  # as many as are expected of a step
 

@@ -2,8 +2,8 @@
 
 from pipeline.dtypes import BFLOAT16, PRECISIONS, Array, HostArray, Precision
 from pipeline.kernels.base import Kernels
-from pipeline.weights.quant import num_groups
-from pipeline.weights.sinks import Sink, weight_sinks
+from pipeline.weights.quantization import num_groups
+from pipeline.weights.tensor_sinks import Sink, weight_sinks
 
 
 class Embedding:

@@ -6,9 +6,9 @@ from pipeline.dtypes import Array, Precision
 from pipeline.kernels.base import Activation, Kernels, Norm
 from pipeline.models.base import Layer, Names, Shard
 from pipeline.models.config import GPT2Config
-from pipeline.models.parts import OWN, LayerMaker, LayerParts
+from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts
 from pipeline.models.workspace import ForwardPass
-from pipeline.weights.sinks import CopySink, Sink
+from pipeline.weights.tensor_sinks import CopySink, Sink
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_new": "gelu_tanh",

@@ -9,10 +9,10 @@ from pipeline.dtypes import Array, Precision
 from pipeline.kernels.base import HeadShape, Kernels, Norm
 from pipeline.models.base import Layer, Names, Shard
 from pipeline.models.config import LlamaConfig
-from pipeline.models.parts import OWN, LayerMaker, LayerParts
+from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts
 from pipeline.models.rope import RopeTable, rope_frequencies
 from pipeline.models.workspace import ForwardPass
-from pipeline.weights.sinks import Sink
+from pipeline.weights.tensor_sinks import Sink
 
 
 class LlamaLayer:

@@ -9,19 +9,19 @@ from typing import Any, Protocol
 from pipeline.dtypes import Array, Floats, HostArray, Precision
 from pipeline.errors import ModelError
 from pipeline.kernels.base import Kernels, Rows
-from pipeline.kernels.choice import choose_kernels
+from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.kernels.kv_cache import KVCache
-from pipeline.kernels.outline import Outline
+from pipeline.kernels.memory_estimate import Outline
 from pipeline.models.base import Names, Shard
 from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard
+from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.models.llama import LlamaShard
-from pipeline.models.parts import OWN, LayerParts
 from pipeline.progress import Progress
 from pipeline.protocol.batch import Batch
 from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names, tensor_sizes
-from pipeline.weights.quant import to_precision
-from pipeline.weights.sinks import Sink
+from pipeline.weights.quantization import to_precision
+from pipeline.weights.tensor_sinks import Sink
 
 logger = logging.getLogger(__name__)
 

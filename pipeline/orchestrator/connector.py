@@ -5,10 +5,10 @@ from collections.abc import Callable
 import trio
 
 from pipeline.agreement.manifest import Manifest
-from pipeline.agreement.trust import Trust
+from pipeline.agreement.trust_policy import Trust
 from pipeline.errors import MessageError, SessionError, StageSilent
 from pipeline.placement.base import Placement
-from pipeline.protocol.asked import MAX_VOCAB
+from pipeline.protocol.last_stage_inputs import MAX_VOCAB
 from pipeline.protocol.links import CONTROL_LIMITS, SEND_ONLY_LIMITS, ControlLink, StepGate
 from pipeline.protocol.messages import Init
 from pipeline.protocol.peers import (
@@ -18,14 +18,14 @@ from pipeline.protocol.peers import (
     connect_retrying,
     describe,
 )
-from pipeline.protocol.results import expected_results, max_result_bytes
 from pipeline.protocol.step_header import StepHeader
 from pipeline.protocol.step_limits import SessionLimits
+from pipeline.protocol.step_results import expected_results, max_result_bytes
 from transport.channel import SecureChannel
 from transport.endpoint import Endpoint, Listener
 from transport.errors import TransportError
-from transport.frames import TensorSpec
 from transport.handshake import Link, LinkKind, Role, RoleKind
+from transport.tensor_frames import TensorSpec
 
 Progress = Callable[[str], None]
 

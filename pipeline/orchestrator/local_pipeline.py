@@ -3,11 +3,11 @@
 from collections import deque
 from collections.abc import Sequence
 
-from pipeline.engine.runner import RunnerStats
 from pipeline.engine.step import FollowUp, Notice, Step
-from pipeline.protocol.results import StepResult, step_result
+from pipeline.engine.step_runner import RunnerStats
 from pipeline.protocol.step_limits import step_tensors
-from pipeline.stage.core import StageCore
+from pipeline.protocol.step_results import StepResult, step_result
+from pipeline.stage.step_executor import StageCore
 
 
 class LocalPipeline:

@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Iterator
 import trio
 
 from pipeline.errors import SessionError, SessionRefused
-from pipeline.orchestrator.epochs import ReplaySource
-from pipeline.orchestrator.patience import Patience
+from pipeline.orchestrator.connect_deadline import Patience
+from pipeline.orchestrator.failover import ReplaySource
 from pipeline.orchestrator.remote_pipeline import Pipeline
 
 logger = logging.getLogger(__name__)

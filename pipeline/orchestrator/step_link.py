@@ -4,13 +4,13 @@ import trio
 
 from pipeline.engine.step import FollowUp, Step
 from pipeline.errors import LinkLost, MessageError
-from pipeline.orchestrator.ahead import Ahead
+from pipeline.orchestrator.step_ahead import Ahead
 from pipeline.protocol.links import StepGate, receive_step, send_step
 from pipeline.protocol.peers import describe, hang_up
-from pipeline.protocol.results import StepResult, step_result
+from pipeline.protocol.result_kinds import NO_TOKEN
 from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.step_limits import step_tensors
-from pipeline.protocol.wants import NO_TOKEN
+from pipeline.protocol.step_results import StepResult, step_result
 from transport.channel import SecureChannel
 from transport.errors import TransportError
 

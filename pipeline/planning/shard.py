@@ -32,9 +32,9 @@ from pipeline.weights.checkpoint import (
     load_tensors,
     stored_tensors,
 )
-from pipeline.weights.index import SINGLE_FILE
-from pipeline.weights.quant import SCALE_SUFFIX, num_groups
-from pipeline.weights.sinks import FLOATS, CopySink, Sink, WeightSink
+from pipeline.weights.checkpoint_index import SINGLE_FILE
+from pipeline.weights.quantization import SCALE_SUFFIX, num_groups
+from pipeline.weights.tensor_sinks import FLOATS, CopySink, Sink, WeightSink
 
 MANIFEST_FILE = "manifest.json"
 RUN_FILE = "run.json"

@@ -6,12 +6,12 @@ import trio
 
 from pipeline.errors import MessageError
 from pipeline.protocol.messages import MAX_CONTROL_BYTES, Message, decode_message, encode_message
-from pipeline.protocol.results import MAX_RESULT_TENSORS
 from pipeline.protocol.step_header import StepHeader, decode_step, encode_step
 from pipeline.protocol.step_limits import SessionLimits, check_header
+from pipeline.protocol.step_results import MAX_RESULT_TENSORS
 from transport.channel import SecureChannel
 from transport.errors import FrameError
-from transport.frames import Frame, FrameForm, FrameKind, FrameLimits, Tensor, TensorSpec
+from transport.tensor_frames import Frame, FrameForm, FrameKind, FrameLimits, Tensor, TensorSpec
 
 CONTROL_LIMITS = FrameLimits(
     max_header_bytes=MAX_CONTROL_BYTES, max_tensors=0, max_tensor_bytes=0, check=None

@@ -7,16 +7,16 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import trio
 
-from pipeline.agreement.trust import Trust
+from pipeline.agreement.trust_policy import Trust
 from pipeline.protocol.links import ControlLink
 from pipeline.protocol.messages import Message
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel, accept_channel, connect_channel
 from transport.endpoint import Endpoint, Listener, Permit, dial_retrying
 from transport.errors import NoAnswer, TransportError
-from transport.frames import FrameLimits
 from transport.handshake import Credentials, Link, Role, RoleKind
-from transport.lobby import Guest, HelloMemory, Lobby, Standing, source_of
+from transport.pending_connections import Guest, HelloMemory, Lobby, Standing, source_of
+from transport.tensor_frames import FrameLimits
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pipeline.agreement.manifest import MAX_STAGES
 from pipeline.errors import MessageError
 from pipeline.protocol.batch import Segment
-from pipeline.protocol.wants import Want, want_from_wire
+from pipeline.protocol.result_kinds import Want, want_from_wire
 
 # Of control messages and step headers.
 PROTOCOL_VERSION = 3

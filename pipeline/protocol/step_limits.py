@@ -9,16 +9,16 @@ import numpy.typing as npt
 
 from pipeline.codecs.base import ActivationCodec
 from pipeline.errors import MessageError
-from pipeline.protocol.asked import (
+from pipeline.protocol.last_stage_inputs import (
     NOTHING_ASKED,
     Asked,
     asked_specs,
     asked_to_wire,
     max_draw_bytes,
 )
+from pipeline.protocol.result_kinds import Result, Want
 from pipeline.protocol.step_header import StepHeader, StepKind
-from pipeline.protocol.wants import Result, Want
-from transport.frames import DType, Tensor, TensorSpec
+from transport.tensor_frames import DType, Tensor, TensorSpec
 
 TokenIds = npt.NDArray[np.uint32]
 CLEAR_SPEC = TensorSpec(DType.U32, (0,))

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.protocol.batch import Batch
-from pipeline.protocol.replay import SlotPart, replay_headers, truncate
+from pipeline.protocol.replay_history import SlotPart, replay_headers, truncate
 from pipeline.protocol.step_header import StepHeader
 
 

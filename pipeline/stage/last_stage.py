@@ -8,14 +8,14 @@ import numpy as np
 from pipeline.dtypes import Array, Floats
 from pipeline.errors import RequestFailed
 from pipeline.models.registry import ModelShard
-from pipeline.protocol.asked import Asked
-from pipeline.protocol.results import Sizes, result_sizes, result_to_wire
+from pipeline.protocol.last_stage_inputs import Asked
+from pipeline.protocol.result_kinds import NO_TOKEN, Result, Want
 from pipeline.protocol.step_header import StepHeader
 from pipeline.protocol.step_limits import token_ids_to_wire
-from pipeline.protocol.wants import NO_TOKEN, Result, Want
+from pipeline.protocol.step_results import Sizes, result_sizes, result_to_wire
 from pipeline.sampling.draw import Draw, draw, is_sound
 from pipeline.sampling.filters import log_softmax, most_likely
-from transport.frames import Tensor
+from transport.tensor_frames import Tensor
 
 # Logits exist for so many rows at a time, however long the prompts that are scored.
 BLOCK_ROWS = 256

@@ -24,11 +24,11 @@ from pipeline.protocol.messages import (
 from pipeline.protocol.peers import describe, hang_up, say
 from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.step_limits import SessionLimits
-from pipeline.stage.dialing import Target
-from pipeline.stage.lane import Lane
-from pipeline.stage.meter import StageMeter
-from pipeline.stage.neighbours import DOWNSTREAM, UPSTREAM, LinkBroken, Neighbours
+from pipeline.stage.data_channels import DOWNSTREAM, UPSTREAM, LinkBroken, Neighbours
+from pipeline.stage.decode_lane import Lane
+from pipeline.stage.dial_policy import Target
 from pipeline.stage.setup import StageSetup, expect_step, new_core
+from pipeline.stage.stage_metrics import StageMeter
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel
 from transport.endpoint import Listener

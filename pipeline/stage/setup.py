@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.agreement.manifest import Manifest
-from pipeline.agreement.trust import Trust
+from pipeline.agreement.trust_policy import Trust
 from pipeline.codecs.base import ActivationCodec
 from pipeline.codecs.registry import make_codec
 from pipeline.dtypes import Precision
@@ -14,11 +14,11 @@ from pipeline.protocol.messages import Init, Message
 from pipeline.protocol.step_header import PROTOCOL_VERSION, StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits, expected_inputs
 from pipeline.stage.activation_log import ActivationLog, log_bytes
-from pipeline.stage.core import StageCore
-from pipeline.stage.dialing import DialPolicy, Network, Target
+from pipeline.stage.dial_policy import DialPolicy, Network, Target
+from pipeline.stage.step_executor import StageCore
 from transport.endpoint import Endpoint
-from transport.frames import TensorSpec
 from transport.handshake import Role, RoleKind
+from transport.tensor_frames import TensorSpec
 
 # Bounds how long one step keeps a stage from listening, and how much memory its activations take.
 MAX_STEP_TOKENS = 4096
@@ -29,7 +29,7 @@ class StageSetup:
     """All that a worker is, whoever connects. `data_out` overrides the orchestrator's word.
 
     A stage imports no mode: what one replaces, whoever starts the worker hands in here, and with
-    the shard the parts of its layers (`pipeline.models.parts`).
+    the shard the parts of its layers (`pipeline.models.layer_parts`).
     """
 
     manifest: Manifest

@@ -17,9 +17,9 @@ from pipeline.protocol.peers import (
     hear_out,
     say,
 )
-from pipeline.stage.meter import StageMeter
 from pipeline.stage.session import SILENCE_SECONDS, SessionEnded, StageSession
 from pipeline.stage.setup import StageSetup, check_init
+from pipeline.stage.stage_metrics import StageMeter
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel
 from transport.endpoint import Listener

@@ -21,8 +21,8 @@ import numpy as np
 from pipeline.dtypes import STORED_DTYPES, HostArray
 from pipeline.errors import ModelError
 from pipeline.progress import Meter, Progress
-from pipeline.weights.index import INDEX_FILE, SINGLE_FILE, read_index
-from pipeline.weights.sinks import Sink
+from pipeline.weights.checkpoint_index import INDEX_FILE, SINGLE_FILE, read_index
+from pipeline.weights.tensor_sinks import Sink
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 BLOCK_BYTES = 4 << 20  # read at a time: large enough for the disk, small beside any shard

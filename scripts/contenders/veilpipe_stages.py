@@ -17,24 +17,24 @@ import trio
 from protocol import Ask, Clock, Result, parse, say, say_ready
 
 from pipeline.agreement.manifest import Manifest, dump_manifest, parse_manifest
-from pipeline.agreement.trust import DevTrust
+from pipeline.agreement.trust_policy import DevTrust
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
-from pipeline.engine.runner import RunnerStats, StepRunner
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.step import FollowUp, Notice, Step
+from pipeline.engine.step_runner import RunnerStats, StepRunner
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.local_pipeline import LocalPipeline
-from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
+from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.protocol.peers import PATIENCE_MS
-from pipeline.protocol.results import StepResult
 from pipeline.protocol.step_header import StepKind
+from pipeline.protocol.step_results import StepResult
 from pipeline.sampling.params import SamplingParams
-from pipeline.stage.core import StageCore
-from transport.attestation.dev import default_directory
+from pipeline.stage.step_executor import StageCore
+from transport.attestation.dev_authority import default_directory
 
 ROWS, POSITIONS = 16, 1024
 

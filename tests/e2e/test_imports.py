@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pipeline.kernels.choice import why_not_native
+from pipeline.kernels.kernel_selection import why_not_native
 
 # A command that says, when it ends, what it has imported of some packages, and the kilobytes that
 # it has for itself.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.kernels.choice import why_not_native
+from pipeline.kernels.kernel_selection import why_not_native
 
 ONE_LINE = ("Hello there", "--max-tokens", "5", "--ignore-eos")
 

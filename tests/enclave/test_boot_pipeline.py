@@ -36,9 +36,9 @@ _GUEST_MEMORY_MIB = 2560
 _ORCHESTRATOR = """
 import pathlib, sys
 from cryptography import x509
-import pipeline.agreement.trust
+import pipeline.agreement.trust_policy
 root = x509.load_pem_x509_certificate(pathlib.Path(sys.argv.pop(1)).read_bytes())
-pipeline.agreement.trust.aws_root = lambda: root
+pipeline.agreement.trust_policy.aws_root = lambda: root
 from pipeline.cli.pipeline_orch import main
 main()
 """

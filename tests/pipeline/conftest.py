@@ -11,20 +11,20 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pipeline.agreement.manifest import StageEndpoint, TcpAddress
-from pipeline.agreement.trust import EnclaveTrust, UserTrust, create_identity
+from pipeline.agreement.trust_policy import EnclaveTrust, UserTrust, create_identity
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.scheduler import Limits
-from pipeline.kernels.choice import why_not_native
+from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
-from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
+from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.sampling.params import SamplingParams
-from pipeline.stage.dialing import parse_networks
+from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
-from transport.attestation.dev import DevAttester, DevAuthority
+from transport.attestation.dev_authority import DevAttester, DevAuthority
 from transport.attestation.evidence import EvidenceKind
 from transport.endpoint import TcpEndpoint, dial, listen
 

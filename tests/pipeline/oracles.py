@@ -23,13 +23,13 @@ from transformers import (
 
 from pipeline.dtypes import FLOAT16
 from pipeline.errors import InputError
-from pipeline.kernels.choice import choose_kernels
+from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.protocol.batch import Segment
-from pipeline.weights.sinks import fill_array
+from pipeline.weights.tensor_sinks import fill_array
 
 VOCAB = 101
 HOST = SimpleNamespace(zeros=np.zeros, fill=fill_array, to_host=lambda *arrays: arrays)

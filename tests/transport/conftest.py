@@ -12,11 +12,11 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from tests.transport.relayed import LOOPBACK, Running
-from transport import channel, handshake, single_records, tallies
+from transport import channel, compiled_records, handshake, record_counters
 from transport.attestation.evidence import Attested, EvidenceKind, user_data
 from transport.channel import accept_channel, connect_channel
 from transport.errors import AttestationError
-from transport.frames import DType, Frame, FrameKind, FrameLimits, Tensor, TensorSpec
+from transport.tensor_frames import DType, Frame, FrameKind, FrameLimits, Tensor, TensorSpec
 
 ORCHESTRATOR = handshake.Role(handshake.RoleKind.ORCHESTRATOR)
 STAGE_0 = handshake.Role(handshake.RoleKind.STAGE, 0)
@@ -138,8 +138,8 @@ def open_sockets():
 
 def without_compiled_records(monkeypatch):
     """Channels made from now on pass no single record through a compiled call."""
-    monkeypatch.setattr(channel, "Inlet", single_records.PlainInlet)
-    monkeypatch.setattr(channel, "Outlet", single_records.PlainOutlet)
+    monkeypatch.setattr(channel, "Inlet", compiled_records.PlainInlet)
+    monkeypatch.setattr(channel, "Outlet", compiled_records.PlainOutlet)
 
 
 @pytest.fixture(scope="session")
@@ -169,7 +169,7 @@ def toy(read_unit):
 @pytest.fixture(params=["compiled", "interpreted"])
 def records_by(request, monkeypatch):
     """Channels that pass single records through the compiled functions, or do without them."""
-    if request.param == "compiled" and not tallies.IS_COMPILED:
+    if request.param == "compiled" and not record_counters.IS_COMPILED:
         pytest.skip("transport._native is not compiled")
     if request.param == "interpreted":
         without_compiled_records(monkeypatch)

@@ -15,8 +15,8 @@ from transport.errors import (
     MisuseError,
     NoAnswer,
 )
-from transport.frames import FrameLimits
 from transport.records import RekeyPolicy
+from transport.tensor_frames import FrameLimits
 
 UNIX_OR_TCP = pytest.mark.parametrize(
     "make_sockets", [socket.socketpair, None], ids=["unix", "tcp"]
@@ -156,14 +156,16 @@ async def test_the_end_stays_the_end_while_the_peer_holds_the_socket_open(toy):
 
 
 async def test_a_small_frame_takes_one_system_call_at_either_end(toy, monkeypatch):
-    from transport import wire
+    from transport import raw_socket
 
     near, far = await toy.channels()
     calls = []
     for name in ("try_send", "try_receive"):
-        real = getattr(wire.Wire, name)
+        real = getattr(raw_socket.Wire, name)
         monkeypatch.setattr(
-            wire.Wire, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1]
+            raw_socket.Wire,
+            name,
+            lambda *a, name=name, real=real: (calls.append(name), real(*a))[1],
         )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(far.receive)

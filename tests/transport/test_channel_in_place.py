@@ -8,9 +8,9 @@ import trio
 import trio.testing
 
 from transport.errors import ConnectionLost, RecordError
-from transport.frames import FrameForm, encode_frame
+from transport.raw_socket import FAIR_NS
 from transport.records import RekeyPolicy
-from transport.wire import FAIR_NS
+from transport.tensor_frames import FrameForm, encode_frame
 
 BOTH_WAYS = pytest.mark.usefixtures("records_by")
 

@@ -12,11 +12,11 @@ import trio
 
 from transport import handshake
 from transport.cipher import REKEY_NONCE
+from transport.compiled_records import Inlet
 from transport.errors import ConnectionLost, MisuseError, RecordError
-from transport.frames import INLINE_BYTES, FrameForm
+from transport.record_counters import IS_COMPILED
 from transport.records import HEADER_BYTES, OVERHEAD_BYTES, RekeyPolicy
-from transport.single_records import Inlet
-from transport.tallies import IS_COMPILED
+from transport.tensor_frames import INLINE_BYTES, FrameForm
 
 pytestmark = pytest.mark.skipif(not IS_COMPILED, reason="not compiled")
 
@@ -26,13 +26,13 @@ PATIENCE_MS = 500
 WITHOUT_IT = """
 import sys, types
 sys.modules["transport._native"] = {module}
-from transport import channel, framing, frames, noise, records, tallies
-assert not tallies.IS_COMPILED
+from transport import channel, frame_stream, tensor_frames, noise, records, record_counters
+assert not record_counters.IS_COMPILED
 first, second = [noise.CipherState(noise.AEADS["ChaChaPoly"], bytes(32)) for _ in range(2)]
-sender = framing.FrameSender(records.RecordSealer(first, records.RekeyPolicy()))
+sender = frame_stream.FrameSender(records.RecordSealer(first, records.RekeyPolicy()))
 opener = records.RecordOpener(second, records.RekeyPolicy())
-receiver = framing.FrameReceiver(opener, frames.FrameLimits(100, 1, 1000))
-data, _ = sender.begin(frames.Frame(frames.FrameKind.DATA, b"header", ()))
+receiver = frame_stream.FrameReceiver(opener, tensor_frames.FrameLimits(100, 1, 1000))
+data, _ = sender.begin(tensor_frames.Frame(tensor_frames.FrameKind.DATA, b"header", ()))
 receiver.space()[: len(data)] = data
 receiver.wrote(len(data))
 assert receiver.next_frame_untrusted().header == b"header"

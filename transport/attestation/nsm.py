@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from transport.attestation import cbor
-from transport.attestation.document import NUM_PCRS, PCR_BYTES
+from transport.attestation.attestation_document import NUM_PCRS, PCR_BYTES
 from transport.attestation.evidence import Binding, EvidenceKind, user_data
 from transport.errors import AttestationError, DeviceError, MisuseError
 

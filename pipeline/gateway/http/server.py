@@ -19,7 +19,7 @@ from pipeline.gateway.desk import Desk
 from pipeline.gateway.http.app import build_app
 from pipeline.gateway.http.client_connection import ClientConnection, ClientStream
 from pipeline.gateway.http.counters import HttpMetrics
-from pipeline.gateway.overview import Overview
+from pipeline.gateway.pipeline_status import Overview
 from pipeline.gateway.settings import GatewayConfig
 
 logger = logging.getLogger(__name__)

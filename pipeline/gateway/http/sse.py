@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.types import Send
 
-from pipeline.gateway.http.formats import dump
+from pipeline.gateway.http.completion_formats import dump
 
 
 class EventWriter:

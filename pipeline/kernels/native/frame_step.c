@@ -1,8 +1,8 @@
 /* A decode step from frame to frame: what a data frame says is checked here, and nowhere else in C.
  *
- * A frame's header is as pipeline.protocol.messages has it, the rest as transport.frames does: what
- * is fixed is compared with a form of the same size, or lies in it already. Whatever is not plainly
- * such a step is left as it came.
+ * A frame's header is as pipeline.protocol.messages has it, the rest as transport.tensor_frames
+ * does: what is fixed is compared with a form of the same size, or lies in it already. Whatever is
+ * not plainly such a step is left as it came.
  */
 #include "program.h"
 

@@ -17,7 +17,7 @@ enum kind { KIND_F32, KIND_BF16, KIND_I8, NUM_KINDS };
 enum activation { ACT_NONE, ACT_GELU_TANH, ACT_GELU_ERF, ACT_RELU, NUM_ACTIVATIONS };
 enum { BLOCK = 16 };              /* outputs side by side in a packed weight */
 enum { GROUP = 32, SUPER = 64 }; /* int8: inputs that share a scale; inputs padded to */
-#define SMALLEST_SCALE 1e-30f    /* int8: groups of smaller numbers are zeros, as in quant.py */
+#define SMALLEST_SCALE 1e-30f    /* int8: groups of smaller numbers are zeros, as in quantization.py */
 
 /* 64 inputs of 16 outputs in int8. */
 typedef struct {

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from cryptography import x509
 
-import pipeline.agreement.trust
+import pipeline.agreement.trust_policy
 from pipeline.cli.stage_worker import main
 
 # measured with the rest
 _ROOT = x509.load_pem_x509_certificate(Path("/stage/test_root.pem").read_bytes())
-pipeline.agreement.trust.aws_root = lambda: _ROOT
+pipeline.agreement.trust_policy.aws_root = lambda: _ROOT
 main()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.agreement.trust import create_identity, load_identity
+from pipeline.agreement.trust_policy import create_identity, load_identity
 from pipeline.errors import InputError, PolicyError
 
 

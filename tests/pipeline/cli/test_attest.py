@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipeline.cli import pipeline_orch
 from transport.attestation import cose
-from transport.attestation.document import Document
+from transport.attestation.attestation_document import Document
 
 NITRO = Path(__file__).resolve().parents[4] / "shared" / "fixtures" / "nitro"
 needs_documents = pytest.mark.skipif(

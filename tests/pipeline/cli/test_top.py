@@ -20,7 +20,7 @@ from rich.console import Console
 from pipeline.cli.top import ServerAddress, render
 from pipeline.errors import InputError, PipelineError
 from pipeline.gateway.metrics import LatencyView
-from pipeline.gateway.overview import EngineView, PipelineView, StageRates, StageView
+from pipeline.gateway.pipeline_status import EngineView, PipelineView, StageRates, StageView
 from pipeline.protocol.messages import StageFigures
 
 FIGURES = StageFigures(

@@ -15,13 +15,13 @@ from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.links import StepGate
+from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind, encode_step
 from pipeline.protocol.step_limits import SessionLimits, expected_inputs, token_ids_to_wire
-from pipeline.protocol.wants import Want
-from pipeline.stage.core import StageCore
 from pipeline.stage.setup import expect_step
+from pipeline.stage.step_executor import StageCore
 from transport.errors import FrameError
-from transport.frames import DType, Tensor, TensorSpec
+from transport.tensor_frames import DType, Tensor, TensorSpec
 
 WIDTHS = (8, 9, 24, 576, 768, 896)
 

@@ -7,7 +7,7 @@ import torch
 from pipeline.codecs.plain import Plain
 from pipeline.dtypes import BFLOAT16, FLOAT16, from_floats, to_floats
 from pipeline.errors import MessageError
-from transport.frames import DType, Tensor, TensorSpec
+from transport.tensor_frames import DType, Tensor, TensorSpec
 
 TORCH = {DType.F32: torch.float32, DType.F16: torch.float16, DType.BF16: torch.bfloat16}
 

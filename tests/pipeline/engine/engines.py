@@ -7,7 +7,7 @@ from pipeline.engine.generation import Generation
 from pipeline.engine.scheduler import Limits
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.activation_log import ActivationLog
-from pipeline.stage.core import StageCore
+from pipeline.stage.step_executor import StageCore
 
 LIMITS = Limits(num_slots=4, max_seq_len=128, chunk_tokens=16)
 

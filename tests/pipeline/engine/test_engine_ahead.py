@@ -8,12 +8,12 @@ import trio
 
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
-from pipeline.engine.runner import RunnerStats
 from pipeline.engine.scheduler import Limits
+from pipeline.engine.step_runner import RunnerStats
 from pipeline.errors import LinkLost, RequestFailed, SessionError
-from pipeline.protocol.results import StepResult
+from pipeline.protocol.result_kinds import NO_TOKEN
 from pipeline.protocol.step_header import StepKind
-from pipeline.protocol.wants import NO_TOKEN
+from pipeline.protocol.step_results import StepResult
 from pipeline.sampling.params import SamplingParams
 
 VOCAB = 5  # so that ends come often, token 0 among them

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.engine.generation import Generation
-from pipeline.protocol.wants import Result, Want
+from pipeline.protocol.result_kinds import Result, Want
 from pipeline.sampling.params import MAX_BIASES, ChooserSpec, SamplingParams
 from tests.pipeline.engine.engines import generation, tokens_of
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pipeline.engine.chunks import MIN_CHUNK_TOKENS
+from pipeline.engine.prefill_chunks import MIN_CHUNK_TOKENS
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import MIN_SHARE, Limits, Scheduler
+from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepKind
-from pipeline.protocol.wants import Want
 
 # A step of n rows takes a stage this long: mostly the time to read its weights, as on real ones.
 FIXED, PER_ROW = 10.0, 1.0

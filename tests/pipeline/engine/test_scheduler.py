@@ -6,10 +6,10 @@ import pytest
 from pipeline.engine.request import FinishReason, Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.errors import MessageError, PromptError
-from pipeline.protocol.asked import NOTHING_ASKED
+from pipeline.protocol.last_stage_inputs import NOTHING_ASKED
 from pipeline.protocol.messages import Abort, Done, Start
+from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepKind
-from pipeline.protocol.wants import Want
 from pipeline.sampling.draw import Draw
 from pipeline.sampling.params import SamplingParams
 from tests.pipeline.engine.toy_stages import checksum, run, solo

@@ -4,8 +4,8 @@ import pytest
 
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepKind
-from pipeline.protocol.wants import Want
 
 
 def test_a_lone_requests_next_step_is_certain_but_for_its_token():

@@ -36,7 +36,7 @@ def test_what_is_taken_back_is_sent_again_and_the_text_stays_the_same(chunk_toke
             length = rng.randint(0, state.num_sent)
             is_new = length < state.num_sent
             scheduler.take_back(request_id, length)
-            assert (state.slot in scheduler._taken_back) or not is_new
+            assert (state.slot in scheduler._slots._taken_back) or not is_new
             num_taken_back += is_new
     assert found == expected
     assert num_taken_back
@@ -69,7 +69,7 @@ def test_a_request_that_ends_after_all_gives_its_slot_back_once():
     assert (clear.header.kind, clear.freed) == (StepKind.TRUNCATE, (0,))
     scheduler.complete(clear.header, stage.take(clear))
     assert scheduler.next_step().owners == (2,)
-    assert scheduler._free_slots == []
+    assert not scheduler._slots.has_free
 
 
 def test_a_slot_is_cleared_though_some_of_it_was_to_be_taken_back():

@@ -10,20 +10,20 @@ from pipeline.codecs.registry import make_codec
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.request import FinishReason
-from pipeline.engine.runner import RunnerStats
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.step import Step
+from pipeline.engine.step_runner import RunnerStats
 from pipeline.errors import PipelineError, SessionError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
-from pipeline.orchestrator.ahead import Ahead
 from pipeline.orchestrator.local_pipeline import LocalPipeline
+from pipeline.orchestrator.step_ahead import Ahead
 from pipeline.protocol.messages import Abort, Done, Start
 from pipeline.protocol.step_header import StageTiming, encode_step
 from pipeline.protocol.step_limits import token_ids_to_wire
 from pipeline.sampling.params import SamplingParams
-from pipeline.stage.core import StageCore
-from transport.frames import Frame, FrameKind, encode_frame
+from pipeline.stage.step_executor import StageCore
+from transport.tensor_frames import Frame, FrameKind, encode_frame
 
 LIMITS = Limits(num_slots=3, max_seq_len=128, chunk_tokens=16)
 TIMING = (StageTiming(1, 2, 3),)

@@ -1,8 +1,8 @@
 """Stages whose next token is a checksum of what a slot has seen."""
 
 from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepKind
-from pipeline.protocol.wants import Want
 
 
 def run(scheduler, token_of, order=None):

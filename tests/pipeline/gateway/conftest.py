@@ -15,13 +15,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from pipeline.engine.generation import TokenOutput
 from pipeline.engine.request import FinishReason
 from pipeline.errors import PromptError
+from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.http.server import serve
-from pipeline.gateway.limits import GatewayLimits
 from pipeline.gateway.metrics import GatewayMetrics
+from pipeline.gateway.rate_limits import GatewayLimits
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
-from pipeline.gateway.text import GatewayTokenizer
 from pipeline.sampling.sampler import Sampler
 
 KEY = "sk-test-0123456789"

@@ -13,14 +13,15 @@ from pipeline.codecs.registry import make_codec
 from pipeline.errors import InputError, MessageError
 from pipeline.kernels import cuda_kernels
 from pipeline.kernels.base import HeadShape
-from pipeline.kernels.choice import choose_kernels
-from pipeline.kernels.cuda_kernels import CudaKernels, DecodeAttention, Recorder, find_gpu
+from pipeline.kernels.cuda_graphs import DecodeAttention, Recorder
+from pipeline.kernels.cuda_kernels import CudaKernels, find_gpu
+from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.models import registry
 from pipeline.protocol.batch import Segment
+from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits, token_ids_to_wire
-from pipeline.protocol.wants import Want
-from pipeline.stage.core import StageCore
+from pipeline.stage.step_executor import StageCore
 
 TOLERANCE = 1e-4
 FAMILIES = [

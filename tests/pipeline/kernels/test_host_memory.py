@@ -69,7 +69,7 @@ def test_a_system_that_does_not_say_is_told_apart(tmp_path):
 
 
 def test_kernels_give_what_is_available_less_a_tenth(kernels, oracle_class, monkeypatch):
-    from pipeline.kernels.choice import choose_kernels
+    from pipeline.kernels.kernel_selection import choose_kernels
 
     monkeypatch.setattr(base, "available_bytes", lambda: 50 * MIB)
     assert choose_kernels(kernels, 16).free_bytes() == 45 * MIB

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from pipeline.errors import InputError
-from pipeline.kernels import choice, runtime, torch_kernels
+from pipeline.kernels import kernel_selection, runtime, torch_kernels
 from pipeline.kernels.base import HeadShape
-from pipeline.kernels.choice import choose_kernels
+from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.kernels.torch_kernels import TorchKernels, blas_matvec, choose_matvec, torch_matvec
 from pipeline.models.config import load_config
 from pipeline.protocol.batch import Segment
-from pipeline.weights.quant import GROUP, dequantise, quantise
+from pipeline.weights.quantization import GROUP, dequantise, quantise
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +161,11 @@ class WrongInt8(TorchKernels):
     ("broken", "told"), [(WrongNorm, "RMSNorm is wrong"), (WrongInt8, "int8 products are wrong")]
 )
 def test_kernels_that_compute_wrongly_are_not_used(broken, told):
-    assert told in choice.first_difference(broken())
+    assert told in kernel_selection.first_difference(broken())
 
 
 def test_native_kernels_that_are_absent_are_refused_only_when_demanded(monkeypatch, config):
-    monkeypatch.setattr(choice, "why_not_native", lambda: "they were not built")
+    monkeypatch.setattr(kernel_selection, "why_not_native", lambda: "they were not built")
     assert choose_kernels("auto", config.head_dim).name == "torch"
     with pytest.raises(InputError, match="--kernels native: they were not built; leave the flag"):
         choose_kernels("native", config.head_dim)
@@ -174,7 +174,7 @@ def test_native_kernels_that_are_absent_are_refused_only_when_demanded(monkeypat
 def test_an_installation_without_the_module_is_told_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "pipeline.kernels._native", None)
     monkeypatch.delattr("pipeline.kernels._native", raising=False)
-    assert "not built" in choice.why_not_native.__wrapped__()
+    assert "not built" in kernel_selection.why_not_native.__wrapped__()
 
 
 def test_a_processor_without_the_instructions_computes_with_torch(monkeypatch):
@@ -186,7 +186,7 @@ def test_a_processor_without_the_instructions_computes_with_torch(monkeypatch):
     monkeypatch.setattr("pipeline.kernels._native", Bare, raising=False)
     monkeypatch.setitem(sys.modules, "pipeline.kernels._native", Bare)
     set_num_threads(1)
-    assert "this processor lacks" in choice.why_not_native.__wrapped__()
+    assert "this processor lacks" in kernel_selection.why_not_native.__wrapped__()
 
 
 @pytest.mark.parametrize("change", [None, lambda: None])
@@ -195,7 +195,7 @@ def test_a_module_built_from_older_sources_is_not_used(native, monkeypatch, chan
         monkeypatch.delattr("pipeline.kernels._native.attend")
     else:
         monkeypatch.setattr("pipeline.kernels._native.attend", change)
-    assert "built from other sources" in choice.why_not_native.__wrapped__()
+    assert "built from other sources" in kernel_selection.why_not_native.__wrapped__()
 
 
 def test_a_model_whose_heads_do_not_fit_is_computed_with_torch(native, tmp_path):

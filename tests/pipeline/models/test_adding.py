@@ -15,10 +15,10 @@ from pipeline.models import base, config, registry
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard, required_tensors
 from pipeline.protocol.batch import Segment
+from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits, token_ids_from_wire, token_ids_to_wire
-from pipeline.protocol.wants import Want
-from pipeline.stage.core import StageCore
+from pipeline.stage.step_executor import StageCore
 from tests.pipeline.pages import written_down
 
 PAGE = Path(base.__file__).with_name("ADDING.md")

@@ -17,7 +17,7 @@ LOAD = """
 import sys
 from pathlib import Path
 from pipeline.models.config import load_config
-from pipeline.kernels.choice import why_not_native
+from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.models.registry import load_shard, required_files
 from pipeline.weights.checkpoint import hash_files
 

@@ -13,8 +13,8 @@ from pipeline.errors import ModelError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard, required_tensors
 from pipeline.protocol.batch import Segment
-from pipeline.weights.quant import SCALE_SUFFIX, dequantise, quantise
-from pipeline.weights.sinks import WeightSink
+from pipeline.weights.quantization import SCALE_SUFFIX, dequantise, quantise
+from pipeline.weights.tensor_sinks import WeightSink
 
 PRECISIONS = ("bfloat16", "int8")
 

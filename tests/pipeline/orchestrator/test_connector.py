@@ -5,7 +5,7 @@ import trio
 
 import pipeline.protocol.peers
 from pipeline.agreement.manifest import StageEndpoint, TcpAddress
-from pipeline.agreement.trust import DevTrust
+from pipeline.agreement.trust_policy import DevTrust
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import StageHung, StageSilent
 from pipeline.orchestrator.connector import Connector

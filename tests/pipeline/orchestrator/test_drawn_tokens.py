@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.agreement.trust import UserTrust
+from pipeline.agreement.trust_policy import UserTrust
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.scheduler import Limits
-from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
+from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.sampling.params import SamplingParams
 
 SAMPLING = [

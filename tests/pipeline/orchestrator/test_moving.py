@@ -6,17 +6,17 @@ import pytest
 import trio
 
 from pipeline.agreement.manifest import StageEndpoint, TcpAddress
-from pipeline.agreement.trust import DevTrust
+from pipeline.agreement.trust_policy import DevTrust
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.scheduler import Limits
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
-from pipeline.orchestrator.opening import PipelineOptions, new_pipeline
+from pipeline.orchestrator.open_pipeline import PipelineOptions, new_pipeline
 from pipeline.orchestrator.retrying import run_with_failover
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.sampling.params import SamplingParams
-from pipeline.stage.dialing import parse_networks
+from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
 from transport.endpoint import TcpEndpoint, listen

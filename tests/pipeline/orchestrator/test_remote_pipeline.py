@@ -14,10 +14,10 @@ from pipeline.orchestrator.remote_pipeline import Pipeline, PipelineOptions
 from pipeline.orchestrator.step_link import StepLink
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.messages import Abort, Done, Start
-from pipeline.protocol.results import result_to_wire
+from pipeline.protocol.result_kinds import NO_TOKEN, Result, Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import token_ids_to_wire
-from pipeline.protocol.wants import NO_TOKEN, Result, Want
+from pipeline.protocol.step_results import result_to_wire
 
 STEP = Step(StepHeader(StepKind.STEP, 0, (Segment(0, 0, 1),), (Want.TOKEN,)), (1,), (0,))
 REPLAY = Step(StepHeader(StepKind.REPLAY, 0, (Segment(0, 0, 1),), (Want.NOTHING,)), (1,), ())

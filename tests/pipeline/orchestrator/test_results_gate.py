@@ -8,10 +8,10 @@ import pytest
 from pipeline.codecs.registry import make_codec
 from pipeline.orchestrator.connector import Connector
 from pipeline.protocol.batch import Segment
-from pipeline.protocol.results import result_to_wire
+from pipeline.protocol.result_kinds import Result, Want
 from pipeline.protocol.step_header import StageTiming, StepHeader, StepKind, encode_step
 from pipeline.protocol.step_limits import SessionLimits
-from pipeline.protocol.wants import Result, Want
+from pipeline.protocol.step_results import result_to_wire
 from transport.errors import FrameError
 
 VOCAB, WIDTH = 5, 8

@@ -23,6 +23,7 @@ from pipeline.protocol.messages import (
     decode_message,
     encode_message,
 )
+from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import (
     StageTiming,
     StepHeader,
@@ -30,7 +31,6 @@ from pipeline.protocol.step_header import (
     decode_step,
     encode_step,
 )
-from pipeline.protocol.wants import Want
 
 INIT = Init(
     epoch=bytes(16),

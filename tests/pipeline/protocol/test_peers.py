@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from pipeline.agreement.trust import DevTrust
+from pipeline.agreement.trust_policy import DevTrust
 from pipeline.protocol import peers
 from pipeline.protocol.peers import (
     CONTROL_EPOCH,
@@ -19,8 +19,8 @@ from pipeline.protocol.peers import (
 from transport.channel import connect_channel
 from transport.endpoint import TcpEndpoint, dial, listen
 from transport.errors import HandshakeError, NoAnswer
-from transport.frames import FrameLimits
 from transport.handshake import Link, LinkKind, Role, RoleKind, initiate, with_length
+from transport.tensor_frames import FrameLimits
 
 LOOPBACK = TcpEndpoint("127.0.0.1", 0)
 STAGE = Role(RoleKind.STAGE, 0)

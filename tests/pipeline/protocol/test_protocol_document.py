@@ -7,12 +7,19 @@ from typing import get_args
 import pytest
 
 import pipeline.protocol
-from pipeline.protocol import asked, links, messages, step_header, step_limits, wants
-from pipeline.protocol.asked import Asked, asked_to_wire
+from pipeline.protocol import (
+    last_stage_inputs,
+    links,
+    messages,
+    result_kinds,
+    step_header,
+    step_limits,
+)
 from pipeline.protocol.batch import Segment
+from pipeline.protocol.last_stage_inputs import Asked, asked_to_wire
 from pipeline.protocol.messages import Message, encode_message
+from pipeline.protocol.result_kinds import NO_TOKEN, Result, Want
 from pipeline.protocol.step_header import StepHeader, StepKind, encode_step
-from pipeline.protocol.wants import NO_TOKEN, Result, Want
 from pipeline.sampling.draw import Draw
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.setup import MAX_STEP_TOKENS
@@ -86,8 +93,8 @@ def test_every_number_has_its_name(members):
         ("Header: ", links.MAX_STEP_HEADER_BYTES, " bytes"),
         ("or are DRAWN: ", step_limits.WHOLE_ROWS, " for each slot"),
         ("Log-probabilities: ", step_limits.MAX_LOGPROBS, " a step"),
-        ("biased tokens u32, b: at most ", asked.MAX_BIASES, " |"),
-        ("a vocabulary of ", asked.MAX_VOCAB, "."),
+        ("biased tokens u32, b: at most ", last_stage_inputs.MAX_BIASES, " |"),
+        ("a vocabulary of ", last_stage_inputs.MAX_VOCAB, "."),
         ("**No token.** ", NO_TOKEN, " stands"),
     ],
 )
@@ -103,5 +110,5 @@ def test_the_layouts_have_the_bytes_that_are_told():
         assert re.search(rf"^\| {size}·[st] \| {title}", TEXT, re.MULTILINE)
     draw = TEXT[TEXT.index("**Draws.**") :]
     fixed = re.findall(r"^\| (\d+) \|", draw[: draw.index("8·rows")], re.MULTILINE)
-    assert sum(map(int, fixed)) == asked._DRAW.size
-    assert wants.MAX_TOP == 255
+    assert sum(map(int, fixed)) == last_stage_inputs._DRAW.size
+    assert result_kinds.MAX_TOP == 255

@@ -4,7 +4,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from pipeline.agreement.trust import DevTrust
+from pipeline.agreement.trust_policy import DevTrust
 from pipeline.codecs.registry import make_codec
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
@@ -17,16 +17,16 @@ from pipeline.protocol.links import (
 )
 from pipeline.protocol.messages import Broken, Failure, Health, Healthy, Init, Ready
 from pipeline.protocol.peers import CONTROL_EPOCH, ORCHESTRATOR, accept_first
+from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits
-from pipeline.protocol.wants import Want
-from pipeline.stage.dialing import parse_networks
+from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
 from transport.channel import connect_channel
 from transport.endpoint import TcpEndpoint, dial, listen
-from transport.frames import DType, Tensor, TensorSpec
 from transport.handshake import Link, LinkKind, Role, RoleKind
+from transport.tensor_frames import DType, Tensor, TensorSpec
 
 LOOPBACK = TcpEndpoint("127.0.0.1", 0)
 

@@ -11,18 +11,18 @@ from pipeline.codecs.registry import make_codec
 from pipeline.errors import MessageError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
-from pipeline.protocol.asked import Asked
 from pipeline.protocol.batch import Segment
-from pipeline.protocol.results import expected_results, step_result
+from pipeline.protocol.last_stage_inputs import Asked
+from pipeline.protocol.result_kinds import NO_TOKEN, Result, Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits, expected_inputs, step_tensors
-from pipeline.protocol.wants import NO_TOKEN, Result, Want
+from pipeline.protocol.step_results import expected_results, step_result
 from pipeline.sampling.draw import Draw, draw
 from pipeline.sampling.filters import log_softmax, most_likely
 from pipeline.sampling.params import SamplingParams
-from pipeline.stage.core import StageCore
 from pipeline.stage.last_stage import Scored, results_of
-from transport.frames import Tensor
+from pipeline.stage.step_executor import StageCore
+from transport.tensor_frames import Tensor
 
 SLOTS, WIDTH = 8, 64
 LIMITS = SessionLimits(SLOTS, 64, 64, make_codec("F32", WIDTH))

@@ -7,13 +7,13 @@ import weakref
 import pytest
 import trio
 
-import pipeline.stage.neighbours
+import pipeline.stage.data_channels
 import pipeline.stage.session
 import pipeline.stage.worker
 from pipeline.agreement.manifest import StageEndpoint, TcpAddress
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import SessionError
-from pipeline.orchestrator.opening import PipelineOptions, open_pipeline
+from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.links import (
     ControlLink,
@@ -73,7 +73,7 @@ async def test_an_orchestrator_that_never_reads_is_silent_too(rig, monkeypatch):
 
 
 async def test_a_stage_says_what_it_waits_for(rig, monkeypatch):
-    monkeypatch.setattr(pipeline.stage.neighbours, "WAITING_SECONDS", 0.05)
+    monkeypatch.setattr(pipeline.stage.data_channels, "WAITING_SECONDS", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as sock:
         closed_port = sock.getsockname()[1]
     async with rig.worker():

@@ -11,12 +11,12 @@ from pipeline.protocol.links import (
     send_step,
 )
 from pipeline.protocol.messages import Broken, Failure, Health, Healthy, Ready, Rewind
+from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
-from pipeline.protocol.wants import Want
 from tests.pipeline.stage.rig import LOOPBACK, failure_of, figures_of, settled
 from transport.endpoint import listen
 from transport.errors import HandshakeError
-from transport.frames import DType, Tensor, TensorSpec
+from transport.tensor_frames import DType, Tensor, TensorSpec
 
 
 class Joined:

@@ -10,7 +10,7 @@ from pipeline.errors import MessageError, SessionRefused
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.messages import Init
 from pipeline.stage.setup import check_init, new_core
-from transport.frames import DType
+from transport.tensor_frames import DType
 
 
 class Negated(Plain):

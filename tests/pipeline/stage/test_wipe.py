@@ -8,15 +8,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.codecs.registry import make_codec
-from pipeline.kernels.choice import why_not_native
+from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.protocol.batch import Segment
+from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits, token_ids_to_wire
-from pipeline.protocol.wants import Want
 from pipeline.stage.activation_log import ActivationLog
-from pipeline.stage.core import StageCore
+from pipeline.stage.step_executor import StageCore
 from tests.pipeline.memory import BYTES, process
 
 # Two stages of one process, told by lines what to do; it holds nothing of its own that is computed.

@@ -20,7 +20,7 @@ from pipeline.errors import ModelError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard, required_files
 from pipeline.weights import checkpoint
-from pipeline.weights.sinks import CopySink
+from pipeline.weights.tensor_sinks import CopySink
 
 TENSORS = {
     "a": torch.arange(12.0).view(3, 4),

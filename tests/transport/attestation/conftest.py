@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from transport.attestation import cose
-from transport.attestation.document import Document
+from transport.attestation.attestation_document import Document
 from transport.attestation.evidence import Binding, user_data
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)

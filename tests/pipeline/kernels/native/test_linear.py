@@ -4,7 +4,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.weights.quant import quantise
+from pipeline.weights.quantization import quantise
 
 SIZES = [
     (1, 1),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline.dtypes import BFLOAT16, from_floats, to_floats
-from pipeline.weights.quant import dequantise, quantise
+from pipeline.weights.quantization import dequantise, quantise
 
 IDS = np.array([4, 0, 4, 6])
 

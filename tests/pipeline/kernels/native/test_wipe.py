@@ -13,7 +13,7 @@ PROGRAM = """
 import sys
 import numpy as np
 from pipeline.kernels import _native
-from pipeline.kernels.arena import aligned
+from pipeline.kernels.huge_pages import aligned
 
 kind, rows, size = int(sys.argv[1]), 48, 512
 _native.set_num_threads(2)

@@ -1,0 +1,239 @@
+"""The two shapes of answer: chat completions and text completions.
+
+A whole answer is written while its tokens come: writing megabytes of logprobs at its end would hold
+up everybody else's tokens.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from pipeline.gateway.chat_tokenizer import GatewayTokenizer
+from pipeline.gateway.continuations import PlacedToken, TextPiece
+
+# JSON has no infinities; OpenAI writes an impossible token's logprob so.
+_IMPOSSIBLE = -9999.0
+_COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
+class WholeChoice(Protocol):
+    """A choice on its way to being whole."""
+
+    def add(self, piece: TextPiece) -> None:
+        """Take its next piece."""
+        ...
+
+    def to_json(self) -> Iterator[bytes]:
+        """All of it, in parts to be joined."""
+        ...
+
+
+class Format(Protocol):
+    """How one endpoint writes its choices."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def opening(self, choice: int) -> dict[str, Any] | None:
+        """What a stream says of a choice before its text."""
+        ...
+
+    def delta(self, piece: TextPiece) -> dict[str, Any]:
+        """What a stream says of one piece."""
+        ...
+
+    def whole(self, choice: int) -> WholeChoice:
+        """A choice to be said at once."""
+        ...
+
+
+def dump(value: object) -> bytes:
+    """As JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+class ChatFormat:
+    """`/v1/chat/completions`."""
+
+    id_prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, tokenizer: GatewayTokenizer, has_logprobs: bool) -> None:
+        self._tokenizer = tokenizer
+        self._has_logprobs = has_logprobs
+
+    def opening(self, choice: int) -> dict[str, Any] | None:
+        """The role of who speaks."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def delta(self, piece: TextPiece) -> dict[str, Any]:
+        """The piece's text; nothing more when there is none."""
+        logprobs = None
+        if self._has_logprobs and piece.tokens:
+            logprobs = {"content": [self.logprob(each) for each in piece.tokens], "refusal": None}
+        return {
+            "index": piece.choice,
+            "delta": {"content": piece.text} if piece.text else {},
+            "logprobs": logprobs,
+            "finish_reason": piece.finish,
+        }
+
+    def whole(self, choice: int) -> WholeChoice:
+        """The message."""
+        return _WholeMessage(choice, self if self._has_logprobs else None)
+
+    def logprob(self, placed: PlacedToken) -> dict[str, Any]:
+        """What is said of one token."""
+        output = placed.output
+        top = [self._token(*pair) for pair in output.top]
+        return self._token(output.token_id, output.logprob) | {"top_logprobs": top}
+
+    def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        raw = self._tokenizer.token_bytes(token_id)
+        return {
+            "token": raw.decode(errors="replace"),
+            "logprob": _finite(logprob),
+            "bytes": list(raw),
+        }
+
+
+class _WholeMessage:
+    def __init__(self, choice: int, format_: ChatFormat | None) -> None:
+        self._choice = choice
+        self._format = format_  # if there are logprobs
+        self._texts: list[str] = []
+        self._logprobs: list[bytes] = []
+        self._finish: str | None = None
+
+    def add(self, piece: TextPiece) -> None:
+        self._texts.append(piece.text)
+        if self._format is not None:
+            self._logprobs += [dump(self._format.logprob(placed)) for placed in piece.tokens]
+        self._finish = piece.finish
+
+    def to_json(self) -> Iterator[bytes]:
+        message = {"role": "assistant", "content": "".join(self._texts), "refusal": None}
+        yield b'{"index":%d,"message":%b,"logprobs":' % (self._choice, dump(message))
+        if self._format is None:
+            yield b"null"
+        else:
+            yield b'{"content":['
+            yield from _separated(self._logprobs)
+            yield b'],"refusal":null}'
+        yield b',"finish_reason":%b}' % dump(self._finish)
+
+
+class CompletionFormat:
+    """`/v1/completions`; `echoes` holds what is put before each choice's text."""
+
+    id_prefix = "cmpl-"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(
+        self, tokenizer: GatewayTokenizer, has_logprobs: bool, echoes: Sequence[str]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._has_logprobs = has_logprobs
+        self._echoes = echoes
+
+    def opening(self, choice: int) -> dict[str, Any] | None:
+        """The prompt, if it is to be repeated."""
+        echo = self._echoes[choice]
+        return self.delta(TextPiece(choice, echo, (), None)) if echo else None
+
+    def delta(self, piece: TextPiece) -> dict[str, Any]:
+        """The piece's text."""
+        logprobs = None
+        if self._has_logprobs:
+            each = [self.logprob(placed) for placed in piece.tokens]
+            logprobs = {name: [logprob[name] for logprob in each] for name in _COLUMNS}
+        return {
+            "index": piece.choice,
+            "text": piece.text,
+            "logprobs": logprobs,
+            "finish_reason": piece.finish,
+        }
+
+    def whole(self, choice: int) -> WholeChoice:
+        """The text."""
+        return _WholeText(choice, self._echoes[choice], self if self._has_logprobs else None)
+
+    def logprob(self, placed: PlacedToken) -> dict[str, Any]:
+        """What is said of one token, by the name of its column."""
+        output = placed.output
+        return {
+            "tokens": self._text(output.token_id),
+            "token_logprobs": _finite(output.logprob),
+            "top_logprobs": self._top(output.token_id, output.top),
+            "text_offset": placed.offset,
+        }
+
+    def _top(self, chosen: int, top: Sequence[tuple[int, float]]) -> Mapping[str, float]:
+        """Logprobs by text, the likeliest first.
+
+        Of tokens that share a text the chosen one has it, or else the likeliest; the others go by
+        their number, or they would take its place.
+        """
+        texts = {token_id: self._text(token_id) for token_id, _ in top}
+        owners = {text: token_id for token_id, text in reversed(texts.items())}
+        if chosen in texts:
+            owners[texts[chosen]] = chosen
+        return {
+            text if owners[text] == token_id else f"token_id:{token_id}": _finite(logprob)
+            for (token_id, logprob), text in zip(top, texts.values(), strict=True)
+        }
+
+    def _text(self, token_id: int) -> str:
+        raw = self._tokenizer.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:  # part of a character; OpenAI shows its bytes
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class _WholeText:
+    def __init__(self, choice: int, echo: str, format_: CompletionFormat | None) -> None:
+        self._choice = choice
+        self._format = format_  # if there are logprobs
+        self._texts = [echo]
+        self._columns: dict[str, list[bytes]] = {name: [] for name in _COLUMNS}
+        self._finish: str | None = None
+
+    def add(self, piece: TextPiece) -> None:
+        self._texts.append(piece.text)
+        if self._format is not None:
+            for placed in piece.tokens:
+                for name, value in self._format.logprob(placed).items():
+                    self._columns[name].append(dump(value))
+        self._finish = piece.finish
+
+    def to_json(self) -> Iterator[bytes]:
+        yield b'{"index":%d,"text":%b,"logprobs":' % (self._choice, dump("".join(self._texts)))
+        if self._format is None:
+            yield b"null"
+        else:
+            mark = b"{"
+            for name, values in self._columns.items():
+                yield b'%b"%b":[' % (mark, name.encode())
+                yield from _separated(values)
+                yield b"]"
+                mark = b","
+            yield b"}"
+        yield b',"finish_reason":%b}' % dump(self._finish)
+
+
+def _separated(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The parts of a JSON array, with commas between them."""
+    for i, part in enumerate(parts):
+        if i:
+            yield b","
+        yield part
+
+
+def _finite(logprob: float | None) -> float:
+    return logprob if logprob is not None and math.isfinite(logprob) else _IMPOSSIBLE

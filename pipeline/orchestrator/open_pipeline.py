@@ -1,0 +1,75 @@
+"""The orchestrator: opens a pipeline on the user's side and closes it again."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from pipeline.agreement.manifest import Manifest
+from pipeline.agreement.trust_policy import Trust
+from pipeline.errors import InputError, SessionError
+from pipeline.orchestrator.connect_deadline import Patience
+from pipeline.orchestrator.connector import Connector, Progress
+from pipeline.orchestrator.remote_pipeline import Pipeline, PipelineOptions
+from pipeline.placement.base import Placement
+from pipeline.placement.by_hand import ByHand
+from pipeline.tasks import open_tasks
+from transport.endpoint import listen
+from transport.errors import EndpointError
+
+__all__ = ["Pipeline", "PipelineOptions", "new_pipeline", "open_pipeline"]
+
+
+@asynccontextmanager
+async def new_pipeline(
+    manifest: Manifest,
+    trust: Trust,
+    options: PipelineOptions,
+    progress: Progress,
+    placement: Placement | None = None,
+) -> AsyncIterator[Pipeline]:
+    """A pipeline that is not connected yet; without a placement, at the manifest's addresses.
+
+    Raises InputError when its results cannot arrive.
+    """
+    placement = placement or ByHand(manifest)
+    last = manifest.stages[-1].stage_idx
+    listen_at = options.data_out_listen or placement.where(last).data_out.to_endpoint()
+    limits = options.limits.for_session(manifest.activation_spec.codec)
+    try:
+        listener = listen(listen_at)
+    except EndpointError as error:
+        raise InputError(f"cannot listen for the last stage's results: {error}") from error
+    connector = Connector(manifest, trust, limits, placement, progress)
+    with listener:
+        async with AsyncExitStack() as closing:
+            async with open_tasks() as tasks:
+                pipeline = Pipeline(manifest, options, placement, connector, listener, tasks)
+                closing.push_async_callback(pipeline.aclose)
+                yield pipeline
+                tasks.cancel_scope.cancel()
+            await pipeline.say_goodbye()
+
+
+@asynccontextmanager
+async def open_pipeline(
+    manifest: Manifest,
+    trust: Trust,
+    options: PipelineOptions,
+    progress: Progress,
+    placement: Placement | None = None,
+) -> AsyncIterator[Pipeline]:
+    """Connect every stage of `manifest`, verify what it runs, and yield the working pipeline.
+
+    Raises SessionError or StageLost naming the stage that is missing, refused or lost; while the
+    body runs, the loss of any stage is raised in it.
+    """
+    async with new_pipeline(manifest, trust, options, progress, placement) as pipeline:
+        try:
+            patience = Patience(options.connect_seconds, lambda: pipeline.progress)
+            if not await patience.run(pipeline.connect):
+                raise SessionError(
+                    f"gave up after {options.connect_seconds:g} s: {pipeline.waiting_for}"
+                )
+            async with pipeline.unbroken():
+                yield pipeline
+        except SessionError as error:
+            raise await pipeline.explain(error) from error.__cause__

@@ -1,0 +1,157 @@
+"""A stage's data channels: the one it accepts, the one it dials, and what it waits for."""
+
+import logging
+from typing import Literal
+
+import trio
+
+from pipeline.protocol.links import SEND_ONLY_LIMITS, ControlLink
+from pipeline.protocol.messages import Init, Waiting
+from pipeline.protocol.peers import ORCHESTRATOR, accept_first, connect_retrying, describe
+from pipeline.stage.dial_policy import Target
+from pipeline.stage.setup import StageSetup
+from pipeline.stage.stage_metrics import StageMeter
+from pipeline.tasks import open_tasks
+from transport.channel import SecureChannel
+from transport.endpoint import Listener
+from transport.errors import DialRefused, TransportError
+from transport.handshake import Link, LinkKind, Role, RoleKind
+from transport.tensor_frames import FrameLimits
+
+logger = logging.getLogger(__name__)
+
+# Between reports of what a stage waits for.
+WAITING_SECONDS = 1.0
+
+Side = Literal["upstream", "downstream"]
+
+
+class LinkBroken(Exception):
+    """A data channel broke; the session may go on, on new ones."""
+
+    def __init__(self, side: Side, detail: str) -> None:
+        super().__init__(f"{side}: {detail}")
+        self.side: Side = side
+        self.detail = detail
+
+
+class OnLink:
+    """A context that names the side on which a data channel breaks. Raises LinkBroken.
+
+    A class, because steps pass through it twice: in a third of a generator's time.
+    """
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, TransportError | trio.EndOfChannel | trio.TooSlowError):
+            raise self.broken(error) from error
+
+    def broken(self, error: Exception) -> LinkBroken:
+        """What to raise for an error on this side."""
+        return LinkBroken(self._side, describe(error))
+
+
+UPSTREAM, DOWNSTREAM = OnLink("upstream"), OnLink("downstream")
+
+
+class Neighbours:
+    """Meets the stages on both sides of this one, or the orchestrator at the ends."""
+
+    def __init__(
+        self,
+        setup: StageSetup,
+        init: Init,
+        control: ControlLink,
+        meter: StageMeter,
+        upstream_limits: FrameLimits,
+    ) -> None:
+        self._setup = setup
+        self._init = init
+        self._control = control
+        self._meter = meter
+        self._upstream_limits = upstream_limits
+        self._waiting_for: str | None = None
+
+    async def meet(
+        self, epoch: bytes, data_in: Listener, target: Target, channels: list[SecureChannel]
+    ) -> tuple[SecureChannel, SecureChannel]:
+        """Both channels of `epoch`; whatever has been opened is in `channels`, come what may.
+
+        Raises LinkBroken when the stage behind refuses, or is not what it should be, and
+        SessionRefused when `target` is no address that this one may dial.
+        """
+        upstream: SecureChannel | None = None
+        downstream: SecureChannel | None = None
+        self._waiting_for = None
+
+        async def accept() -> None:
+            nonlocal upstream
+            upstream = await self._accept_upstream(epoch, data_in)
+            upstream.wait_in_place(self._setup.patience_ms)
+            channels.append(upstream)
+            self._meter.open(upstream)
+
+        async with open_tasks() as reporting:
+            reporting.start_soon(self._report_waiting)
+            async with open_tasks() as tasks:
+                tasks.start_soon(accept)
+                downstream = await self._dial_downstream(epoch, target)
+                channels.append(downstream)
+                self._meter.open(downstream)
+            reporting.cancel_scope.cancel()
+        assert upstream is not None  # the task group has ended without an error
+        return upstream, downstream
+
+    async def _accept_upstream(self, epoch: bytes, data_in: Listener) -> SecureChannel:
+        stage_idx = self._setup.stage_idx
+        peer = Role(RoleKind.STAGE, stage_idx - 1) if stage_idx else ORCHESTRATOR
+        return await accept_first(
+            data_in,
+            self._link(epoch, initiator=peer, responder=self._setup.role),
+            self._setup.trust,
+            self._init.upstream_measurements,
+            self._upstream_limits,
+        )
+
+    async def _dial_downstream(self, epoch: bytes, target: Target) -> SecureChannel:
+        setup = self._setup
+        is_last = setup.stage_idx == len(setup.manifest.stages) - 1
+        peer = ORCHESTRATOR if is_last else Role(RoleKind.STAGE, setup.stage_idx + 1)
+        link = self._link(epoch, initiator=setup.role, responder=peer)
+        credentials = setup.trust.toward(peer, self._init.downstream_measurements)
+        with DOWNSTREAM:
+            # Retries end with the session: the orchestrator is the one who loses patience.
+            try:
+                return await connect_retrying(
+                    lambda: target.endpoint,
+                    link,
+                    credentials,
+                    SEND_ONLY_LIMITS,
+                    self._note_waiting,
+                    target.permit,
+                )
+            except DialRefused as error:
+                raise setup.dial_policy.refusal(target.endpoint) from error
+
+    def _link(self, epoch: bytes, *, initiator: Role, responder: Role) -> Link:
+        core_hash = self._setup.manifest.core_hash()
+        return Link(LinkKind.DATA, initiator, responder, core_hash, epoch)
+
+    def _note_waiting(self, error: TransportError) -> None:
+        if self._waiting_for is None:
+            logger.info("event=waiting error=%s", error)
+        self._waiting_for = describe(error)
+
+    async def _report_waiting(self) -> None:
+        """Tell the orchestrator, whose user can do something about it."""
+        reported = None
+        while True:
+            await trio.sleep(WAITING_SECONDS)
+            if self._waiting_for != reported:
+                reported = self._waiting_for
+                await self._control.send(Waiting(detail=reported or ""))

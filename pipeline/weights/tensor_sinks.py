@@ -1,0 +1,183 @@
+"""Where a checkpoint's tensors go while they are read: converted block by block, never whole.
+
+A tensor arrives as blocks of rows in the file's dtype and leaves in the dtype it is held in, so a
+stage's peak memory is its own weights and one block.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+import numpy as np
+
+from pipeline.dtypes import (
+    BFLOAT16,
+    FLOAT32,
+    INT8,
+    PRECISIONS,
+    Array,
+    ArrayDType,
+    HostArray,
+    Precision,
+    from_floats,
+    to_floats,
+)
+from pipeline.weights.quantization import SCALE_SUFFIX, num_groups, quantise
+
+FLOATS = ("F32", "F16", "BF16")
+# Weights are converted in pieces whose float32 values take this much: they stay in the cache.
+PIECE_BYTES = 1 << 20
+
+# Sets all of an array, wherever it is, to a host's array of the same shape and dtype.
+Fill = Callable[[Array, HostArray], None]
+
+
+class Sink(Protocol):
+    """Takes one stored tensor, rows first to last, each once."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What the file has to hold."""
+
+    @property
+    def dtypes(self) -> Collection[str]:
+        """The stored dtypes it can take, by their names in safetensors."""
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether the file may lack it."""
+
+    def write(self, first: int, rows: HostArray) -> None:
+        """Take rows first..first+len(rows), [n, *shape[1:]]; `rows` is reused afterwards."""
+
+    def problem(self) -> str | None:
+        """After the last row of everything: what is wrong with what came, if anything is."""
+
+
+def fill_array(target: Array, rows: HostArray) -> None:
+    """Set all of a host's array."""
+    target[...] = rows
+
+
+def convert(rows: HostArray, dtype: ArrayDType) -> HostArray:
+    """The same numbers, or the nearest there are, in `dtype`."""
+    return rows if rows.dtype == dtype else from_floats(to_floats(rows), dtype)
+
+
+class CopySink:
+    """Fills an array of `dtype`, or a view of one, converting to that."""
+
+    def __init__(
+        self,
+        target: Array,
+        dtype: ArrayDType = FLOAT32,
+        dtypes: Collection[str] = FLOATS,
+        *,
+        fill: Fill = fill_array,
+        is_optional: bool = False,
+    ) -> None:
+        self.target = target
+        self.dtypes = dtypes
+        self._dtype = dtype
+        self._fill = fill
+        self.is_optional = is_optional
+        self.is_filled = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's own."""
+        return tuple(self.target.shape)
+
+    def write(self, first: int, rows: HostArray) -> None:
+        """Copy the rows to their place."""
+        rows = convert(rows, self._dtype)
+        if self.shape:
+            self._fill(self.target[first : first + len(rows)], rows)
+        else:
+            self._fill(self.target, rows[0])
+        self.is_filled = True
+
+    def problem(self) -> str | None:
+        """Nothing can be."""
+        return None
+
+
+class Store(Protocol):
+    """A matrix of outputs held in one precision, however it lies in memory."""
+
+    precision: Precision
+
+    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
+        """Outputs first.. in the store's precision: [n, in], any strides; int8 with its scales."""
+
+
+class WeightSink:
+    """Outputs first..first+n of a store, from a tensor of floats or one already in int8."""
+
+    is_optional = False
+
+    def __init__(
+        self, store: Store, first: int, num_outputs: int, num_in: int, *, is_in_out: bool
+    ) -> None:
+        self._store = store
+        self._first = first
+        self.is_in_out = is_in_out
+        self.shape = (num_in, num_outputs) if is_in_out else (num_outputs, num_in)
+        self.dtypes: Collection[str] = FLOATS
+        self.scales: CopySink | None = None
+        if store.precision == "int8":
+            self.dtypes = (*FLOATS, "I8")
+            scales = np.empty((num_outputs, num_groups(num_in)), BFLOAT16)
+            self.scales = CopySink(scales, BFLOAT16, ("BF16",), is_optional=True)
+        self._staged: HostArray | None = None
+        self._dtype: ArrayDType | None = None
+        self._came_before_scales = False
+
+    def write(self, first: int, rows: HostArray) -> None:
+        """Convert and store the rows; those of an [in, out] tensor once all are there."""
+        self._dtype = rows.dtype
+        if not self.is_in_out:
+            self._put_pieces(first, rows)
+            return
+        if self._staged is None:
+            self._staged = np.empty(self.shape, rows.dtype)
+        self._staged[first : first + len(rows)] = rows
+        if first + len(rows) == self.shape[0]:
+            self._put_pieces(0, self._staged.T)
+            self._staged = None
+
+    def _put_pieces(self, first: int, outputs: HostArray) -> None:
+        piece = max(1, PIECE_BYTES // (FLOAT32.itemsize * outputs.shape[1]))
+        for at in range(0, len(outputs), piece):
+            self._put(first + at, outputs[at : at + piece])
+
+    def _put(self, first: int, outputs: HostArray) -> None:
+        scales = None
+        if outputs.dtype == INT8:
+            assert self.scales is not None, "only int8 stores take int8"
+            self._came_before_scales |= not self.scales.is_filled
+            scales = self.scales.target[first : first + len(outputs)]
+        elif self._store.precision == "int8":
+            outputs, scales = quantise(outputs)
+        else:
+            outputs = convert(outputs, PRECISIONS[self._store.precision])
+        self._store.put(self._first + first, outputs, scales)
+
+    def problem(self) -> str | None:
+        """An int8 tensor without its scales, or scales without one."""
+        if self._came_before_scales:
+            return "is int8 without scales before it: prepare the shard again"
+        has_scales = self.scales is not None and self.scales.is_filled
+        if has_scales and self._dtype != INT8:
+            return "has scales and is not int8: prepare the shard again"
+        return None
+
+
+def weight_sinks(
+    name: str, store: Store, first: int, num_outputs: int, num_in: int, *, is_in_out: bool = False
+) -> dict[str, Sink]:
+    """Sinks of the matrix `name` and, where it may come in int8, of its scales."""
+    sink = WeightSink(store, first, num_outputs, num_in, is_in_out=is_in_out)
+    found: dict[str, Sink] = {name: sink}
+    if sink.scales is not None:
+        found[name + SCALE_SUFFIX] = sink.scales
+    return found

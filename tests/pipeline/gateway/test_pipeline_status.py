@@ -1,0 +1,162 @@
+"""What /pipeline and /metrics say of the stages."""
+
+import json
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.engine.engine import EngineStats
+from pipeline.engine.scheduler import Limits
+from pipeline.gateway.metrics import RecentTokens
+from pipeline.gateway.pipeline_status import EngineView, Overview, PipelineView
+from pipeline.protocol.messages import StageFigures
+from transport.attestation.evidence import Attested, EvidenceKind
+
+SECOND = 10**9
+ZERO = StageFigures(**dict.fromkeys(StageFigures.model_fields, 0))
+BEFORE = ZERO.model_copy(update={"uptime_ns": 10 * SECOND, "num_steps": 5, "bytes_sent": 1000})
+AFTER = BEFORE.model_copy(
+    update={
+        "uptime_ns": 12 * SECOND,
+        "num_steps": 45,
+        "num_tokens": 80,
+        "num_slots": 8,
+        "slots_in_use": 3,
+        "kv_tokens": 77,
+        "compute_ns": SECOND,
+        "crypto_ns": SECOND // 10,
+        "wire_ns": SECOND // 5,
+        "bytes_sent": 3000,
+        "bytes_received": 2000,
+        "num_handshakes": 4,
+    }
+)
+STATS = EngineStats(3, 2, 40, 80, 1, 3, 9, 0.75)
+GET = b"GET %s HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer sk-test-0123456789\r\n\r\n"
+
+
+def stage(idx, past=BEFORE, now=AFTER, is_ready=True):
+    attested = Attested(EvidenceKind.DEV, {0: bytes([idx + 1]) * 48})
+    return SimpleNamespace(
+        idx=idx, peer=SimpleNamespace(attested=attested), connected_at=0.0, is_ready=is_ready,
+        past_figures=past, figures=now, precision="int8" if is_ready else None,
+        kernels="torch" if is_ready else None,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def overview(manifest_of_two):
+    stages = []
+    overview = Overview(manifest_of_two, Limits(8, 128), lambda: STATS, lambda: stages)
+    return SimpleNamespace(overview=overview, stages=stages)
+
+
+@pytest.fixture(scope="module")
+def manifest_of_two(tiny_model):
+    from pipeline.planning.plan import PlanOptions, plan
+
+    return plan(tiny_model, PlanOptions(2))
+
+
+async def test_a_stage_without_a_session_is_down_and_says_nothing(overview):
+    overview.stages.append(stage(1, None, None, is_ready=False))
+    first, second = overview.overview.stages()
+    assert (first.state, first.figures, first.evidence) == ("down", None, None)
+    assert (second.state, second.rates, second.evidence) == ("connecting", None, "dev")
+    assert (first.precision, second.precision) == ("unpinned", "unpinned")
+    assert (first.kernels, second.kernels) == (None, None)
+
+
+async def test_the_engines_figures_are_shown_as_they_are(overview):
+    view = overview.overview.engine()
+    assert asdict(view) == asdict(STATS) | {"max_batch": 8, "max_seq_len": 128}
+    adapter = TypeAdapter(EngineView)
+    assert adapter.validate_json(adapter.dump_json(view)) == view
+    with pytest.raises(ValidationError):
+        adapter.validate_python(asdict(view) | {"num_running": "many"})
+
+
+async def test_rates_are_what_changed_between_two_answers(overview):
+    overview.stages += [stage(0), stage(1, AFTER, AFTER)]
+    first, second = overview.overview.stages()
+    assert (first.state, first.precision, first.kernels) == ("ready", "int8", "torch")
+    assert first.measurement == "01" * 48
+    assert first.rates.load == 0.5
+    assert first.rates.steps_per_second == 20
+    assert first.rates.tokens_per_second == 40
+    assert first.rates.bytes_per_second == 2000
+    assert first.rates.compute_ms == 25
+    assert first.rates.crypto_ms == 2.5
+    assert first.rates.wire_ms == 5
+    assert second.rates is None  # no time has passed
+
+
+async def test_an_idle_stage_has_no_time_per_step(overview):
+    idle = AFTER.model_copy(update={"uptime_ns": 13 * SECOND})
+    overview.stages.append(stage(0, AFTER, idle))
+    rates = overview.overview.stages()[0].rates
+    assert (rates.load, rates.compute_ms) == (0, None)
+
+
+async def test_prometheus_gets_the_same_figures(overview):
+    overview.stages += [stage(0), stage(1)]
+    registry = CollectorRegistry()
+    registry.register(overview.overview)
+    text = generate_latest(registry).decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    value = registry.get_sample_value
+    assert value("veilpipe_stage_busy_seconds_total", {"stage": "1", "part": "compute"}) == 1.0
+    assert value("veilpipe_stage_busy_seconds_total", {"stage": "0", "part": "wire"}) == 0.2
+    assert value("veilpipe_stage_sent_bytes_total", {"stage": "0"}) == 3000
+    assert value("veilpipe_stage_kv_tokens", {"stage": "0"}) == 77
+    assert value("veilpipe_stage_handshakes_total", {"stage": "1"}) == 4
+    assert value("veilpipe_waiting_requests") == 2
+    assert value("veilpipe_failovers_total") == 1
+    assert value("veilpipe_last_recovery_seconds") == 0.75
+    overview.stages.pop()
+    assert value("veilpipe_stage_up", {"stage": "0"}) == 1
+    assert value("veilpipe_stage_up", {"stage": "1"}) == 0
+    assert value("veilpipe_stage_steps_total", {"stage": "1"}) is None
+    labels = {label for family in families.values() for s in family.samples for label in s.labels}
+    assert labels == {"stage", "part"}
+
+
+async def test_the_server_shows_it_beside_its_own_latencies(start_gateway, connect, overview):
+    overview.stages.append(stage(0))
+    async with (
+        start_gateway(overview=overview.overview, requests_per_minute=1) as gateway,
+        connect(gateway) as client,
+    ):
+        await client.post("/v1/completions", b'{"model": "tiny/model", "prompt": "Hi"}')
+        assert (await client.read_response())[0] == 200
+        for _ in range(3):  # beyond the limit on requests: watching is free
+            await client.stream.send_all(GET % b"/pipeline")
+            status, _, body = await client.read_response()
+            assert status == 200
+        await client.stream.send_all(GET % b"/metrics")
+        _, _, metrics = await client.read_response()
+    view = PipelineView.model_validate_json(body)
+    assert view.model == "tiny/model"
+    assert [each.state for each in view.stages] == ["ready", "down"]
+    assert view.engine.num_waiting == 2
+    assert view.latency.ttft_p50_seconds > 0
+    assert b'veilpipe_stage_up{stage="0"} 1.0' in metrics
+    assert b"veilpipe_ttft_seconds_bucket" in metrics
+    # Nothing of the request, nothing of the user.
+    assert "Hi" not in json.dumps(json.loads(body))
+
+
+def test_recent_rates_forget_what_is_long_ago():
+    recent = RecentTokens()
+    assert recent.view(0.0).ttft_p50_seconds is None
+    for tick in range(100):
+        recent.add(10 + tick / 10, 0.5 if tick == 0 else None, 0.1)
+    view = recent.view(20.0)
+    assert view.tokens_per_second == 10
+    assert view.ttft_p95_seconds == 0.5
+    assert view.inter_token_p50_seconds == 0.1
+    assert recent.view(100.0).tokens_per_second == 0
