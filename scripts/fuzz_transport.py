@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 with atheris.instrument_imports(include=["transport"]):
     from transport import frame_stream, handshake, noise, records, tensor_frames
-    from transport.attestation.evidence import Binding
+    from transport.attestation.interfaces import Binding
     from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
     from transport.errors import ProtocolError
 

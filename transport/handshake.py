@@ -13,7 +13,7 @@ from struct import Struct
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from transport.attestation.evidence import (
+from transport.attestation.interfaces import (
     Attested,
     Attester,
     Binding,
@@ -23,7 +23,7 @@ from transport.attestation.evidence import (
 )
 from transport.cipher import TAG_BYTES
 from transport.errors import AttestationError, HandshakeError, MisuseError, RecordError
-from transport.link_terms import PROTOCOL_NAME, VERSION, Link, LinkKind, Role, RoleKind
+from transport.link_prologue import PROTOCOL_NAME, VERSION, Link, LinkKind, Role, RoleKind
 from transport.noise import DH_BYTES, XX, HandshakeState
 from transport.records import (
     OVERHEAD_BYTES,

@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pipeline.agreement.manifest import Manifest, StageSpec
 from pipeline.errors import InputError, PolicyError
 from transport.attestation.dev_authority import DevAttester, DevAuthority, dev_verifier
-from transport.attestation.evidence import Attester, Verifier
+from transport.attestation.document_verifier import NitroVerifier, aws_root
+from transport.attestation.interfaces import Attester, Verifier
 from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
-from transport.attestation.nitro_verifier import NitroVerifier, aws_root
 from transport.attestation.nsm import NsmAttester
 from transport.errors import MisuseError
 from transport.handshake import Credentials, Role, RoleKind

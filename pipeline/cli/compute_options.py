@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.agreement.manifest import Manifest, StageSpec, check_precision
-from pipeline.cli.common import finite
+from pipeline.cli.shared_options import finite
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 

@@ -9,7 +9,6 @@ from time import perf_counter_ns
 import typer
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli.common import run_until_signalled
 from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import (
     ManifestSource,
@@ -18,6 +17,7 @@ from pipeline.cli.pipeline_flags import (
     check_context,
     end_tokens,
 )
+from pipeline.cli.signals import run_until_signalled
 from pipeline.cli.terminal import write_text
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation, TokenOutput

@@ -14,7 +14,6 @@ import typer
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, Trust, UserTrust
-from pipeline.cli.common import DataOutPortOption, DevOption, finite, results_address, to_endpoint
 from pipeline.cli.compute_options import (
     CPUS_HELP,
     SLOW_KERNELS,
@@ -26,6 +25,13 @@ from pipeline.cli.compute_options import (
     WorkerOptions,
 )
 from pipeline.cli.logs import LogFormat, LogFormatOption, tell
+from pipeline.cli.shared_options import (
+    DataOutPortOption,
+    DevOption,
+    finite,
+    results_address,
+    to_endpoint,
+)
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError

@@ -11,7 +11,6 @@ import typer
 from prometheus_client import CollectorRegistry
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli.common import run_until_signalled
 from pipeline.cli.pipeline_flags import (
     ManifestSource,
     PipelineAccess,
@@ -19,6 +18,7 @@ from pipeline.cli.pipeline_flags import (
     check_context,
     end_tokens,
 )
+from pipeline.cli.signals import run_until_signalled
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError, PipelineError, SessionError

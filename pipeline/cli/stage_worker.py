@@ -12,18 +12,6 @@ import typer
 
 from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, EnclaveTrust, Trust
-from pipeline.cli.common import (
-    DataOutPortOption,
-    DevOption,
-    ManifestOption,
-    VerboseOption,
-    new_app,
-    results_address,
-    run_app,
-    run_until_signalled,
-    to_endpoint,
-    wait_for_end_of_stdin,
-)
 from pipeline.cli.compute_options import (
     CPUS_HELP,
     DeviceOption,
@@ -36,6 +24,16 @@ from pipeline.cli.compute_options import (
 )
 from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
 from pipeline.cli.progress import progress_bar
+from pipeline.cli.run_app import new_app, run_app
+from pipeline.cli.shared_options import (
+    DataOutPortOption,
+    DevOption,
+    ManifestOption,
+    VerboseOption,
+    results_address,
+    to_endpoint,
+)
+from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, PolicyError
 from pipeline.kernels.runtime import set_num_threads
@@ -44,7 +42,8 @@ from pipeline.models.registry import ModelShard, load_shard
 from pipeline.progress import Progress
 from pipeline.protocol.peers import PATIENCE_MS
 from pipeline.stage.dial_policy import parse_networks
-from pipeline.stage.setup import MAX_STEP_TOKENS, StageSetup
+from pipeline.stage.session_limits import free_kv_bytes
+from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
 from pipeline.tasks import open_tasks
 from transport.attestation.dev_authority import default_directory
@@ -145,17 +144,12 @@ def serve(
         precision=precision,
         num_threads=num_threads,
         device=device,
-        max_kv_bytes=_kv_bytes(shard) if kv_memory is None else int(kv_memory * GIB),
+        max_kv_bytes=free_kv_bytes(shard) if kv_memory is None else int(kv_memory * GIB),
         data_out=data_out,
         patience_ms=PATIENCE_MS,
         allow_dial=networks,
     )
     _run(setup, control, data_in, once=once, until_stdin_ends=until_stdin_ends)
-
-
-def _kv_bytes(shard: ModelShard) -> int:
-    """What is left for a session's KV memory: weights are loaded, steps are yet to come."""
-    return max(0, shard.kernels.free_bytes() - shard.step_bytes(MAX_STEP_TOKENS))
 
 
 def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:

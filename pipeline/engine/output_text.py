@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from pipeline.engine.tokenizer import TextStream, Tokenizer
+from pipeline.engine.text_stream import TextStream
+from pipeline.engine.tokenizer import Tokenizer
 from pipeline.sampling.stop_strings import StopChecker
 
 

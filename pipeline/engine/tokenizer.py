@@ -1,23 +1,18 @@
 """Text to token ids and back; the only place that sees a prompt's text."""
 
-import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer as HfTokenizer
 
 from pipeline.engine.end_tokens import read_end_tokens
+from pipeline.engine.text_stream import REPLACEMENT, TextStream
 from pipeline.errors import PromptError, TokenizerError
 from pipeline.files import is_file
 
-# What stands where bytes are no UTF-8.
-_REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# Of a prompt: enough tokens to have text, and to hold the bytes of a character that it ends in.
-_NUM_EDGE = 8
 
 
 class Tokenizer:
@@ -84,9 +79,9 @@ class Tokenizer:
         """Whether text that spells no added token can be given this token."""
         if token_id in self._added or self._tokenizer.id_to_token(token_id) is None:
             return False
-        text = self._decode((token_id,))
-        if _REPLACEMENT in text:  # some bytes of a character
-            return self._raw_bytes(token_id) is not None
+        text = self.decode_plain((token_id,))
+        if REPLACEMENT in text:  # some bytes of a character
+            return self.raw_bytes(token_id) is not None
         return token_id in self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
@@ -119,13 +114,14 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`, special tokens left out."""
-        text = self._decode(token_ids)
-        if _REPLACEMENT not in text:
+        text = self.decode_plain(token_ids)
+        if REPLACEMENT not in text:
             return text
         stream = TextStream(self)  # the library gives up a whole run of byte tokens for one of them
         return "".join(map(stream.push, token_ids)) + stream.finish()
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
+    def decode_plain(self, token_ids: Sequence[int]) -> str:
+        """The library's text of these, special tokens left out."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def special_text(self, token_id: int) -> str:
@@ -143,9 +139,9 @@ class Tokenizer:
         match = None if self._is_byte_level else _BYTE_TOKEN.fullmatch(token)
         if match:
             return bytes.fromhex(match[1])
-        return self._raw_bytes(token_id) or token.replace("\u2581", " ").encode()
+        return self.raw_bytes(token_id) or token.replace("\u2581", " ").encode()
 
-    def _raw_bytes(self, token_id: int) -> bytes | None:
+    def raw_bytes(self, token_id: int) -> bytes | None:
         """The bytes that the decoder itself makes of a token; None if it makes characters."""
         token = self._tokenizer.id_to_token(token_id) or ""
         match = _BYTE_TOKEN.fullmatch(token) if self._has_byte_tokens else None
@@ -159,76 +155,17 @@ class Tokenizer:
         return token.encode()
 
     @cached_property
-    def _word(self) -> tuple[int, ...]:
+    def plain_word(self) -> tuple[int, ...]:
         """A token that is a plain word, if there is one: what stands for all text before."""
         for token_id in range(self._num_ids):
-            text = self._decode((token_id,))
+            text = self.decode_plain((token_id,))
             if text.isascii() and text.isalnum():
                 return (token_id,)
         return ()
 
-    def _is_shown(self, token_id: int) -> bool:
+    def is_shown(self, token_id: int) -> bool:
+        """Whether it is a token, and no special one."""
         return not self.special_text(token_id) and self._tokenizer.id_to_token(token_id) is not None
-
-
-class TextStream:
-    """Turns token ids into text as they come, holding back bytes that are no whole character yet.
-
-    What has come out at the end is the text of prompt and tokens less the text of the prompt. Only
-    where bytes are no UTF-8 does it differ from what the library decodes: each malformed part is
-    one U+FFFD, and characters beside it stay.
-
-    A token's text depends on what stands before it: a decoder strips the space a text begins with,
-    sets one between words, or drops a repetition. None looks back further than one token, so a
-    token is decoded behind its neighbour and, for the text before that, some word. It costs the
-    same wherever it stands.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
-        """`prompt_ids` are what the generated tokens follow."""
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._has_begun = False
-        # What the next token is decoded behind; all there is until that has a text.
-        self._before: tuple[int, ...] = ()
-        for token_id in self._edges(prompt_ids):
-            self.push(token_id)
-
-    def push(self, token_id: int) -> str:
-        """The text that became certain with this token."""
-        if not self._tokenizer._is_shown(token_id):
-            return ""
-        return self._utf8.decode(self._bytes(token_id))
-
-    def finish(self) -> str:
-        """What was held back: an incomplete character prints as U+FFFD."""
-        return self._utf8.decode(b"", final=True)
-
-    def _edges(self, prompt_ids: Sequence[int]) -> Iterable[int]:
-        """Where the prompt's text begins, and what it ends in."""
-        if len(prompt_ids) <= 2 * _NUM_EDGE:
-            return prompt_ids
-        is_shown = self._tokenizer._is_shown
-        head = list(islice(filter(is_shown, prompt_ids), _NUM_EDGE))
-        tail = list(islice(filter(is_shown, reversed(prompt_ids)), _NUM_EDGE))
-        return [*head, *reversed(tail)]
-
-    def _bytes(self, token_id: int) -> bytes:
-        tokenizer = self._tokenizer
-        before = tokenizer._decode(self._before)
-        text = tokenizer._decode((*self._before, token_id))
-        grown = text.removeprefix(before) if text.startswith(before) else _REPLACEMENT
-        raw = tokenizer._raw_bytes(token_id) if _REPLACEMENT in grown else None
-        if raw is not None:
-            self._has_begun, self._before = True, tokenizer._word
-            return raw
-        if not text.startswith(before):  # a decoder that takes back what it has said
-            grown = tokenizer._decode((*tokenizer._word, token_id))
-            grown = grown.removeprefix(tokenizer._decode(tokenizer._word))
-        self._has_begun = self._has_begun or bool(grown)
-        kept = tokenizer._word if self._has_begun else self._before[-_NUM_EDGE:]
-        self._before = (*kept, token_id)
-        return grown.encode("utf-8", "replace")
 
 
 @lru_cache(maxsize=1)

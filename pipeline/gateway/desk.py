@@ -19,8 +19,8 @@ from pipeline.gateway.auth import KeyRing
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.continuations import PieceStream, TextOptions, open_choices
 from pipeline.gateway.errors import busy, invalid, too_long, unknown_model
+from pipeline.gateway.generation_order import Conversation, Order, TokenIds
 from pipeline.gateway.metrics import GatewayMetrics, RequestRecord
-from pipeline.gateway.orders import Conversation, Order, TokenIds
 from pipeline.gateway.rate_limits import RateLimiter
 from pipeline.gateway.settings import GatewayConfig
 

@@ -11,7 +11,7 @@ from pipeline.errors import ModelError
 from pipeline.kernels.base import Kernels, Rows
 from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.kernels.kv_cache import KVCache
-from pipeline.kernels.memory_estimate import Outline
+from pipeline.kernels.shape_only_kernels import Outline
 from pipeline.models.base import Names, Shard
 from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard

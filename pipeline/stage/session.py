@@ -27,7 +27,8 @@ from pipeline.protocol.step_limits import SessionLimits
 from pipeline.stage.data_channels import DOWNSTREAM, UPSTREAM, LinkBroken, Neighbours
 from pipeline.stage.decode_lane import Lane
 from pipeline.stage.dial_policy import Target
-from pipeline.stage.setup import StageSetup, expect_step, new_core
+from pipeline.stage.session_limits import expect_step
+from pipeline.stage.setup import StageSetup, new_core
 from pipeline.stage.stage_metrics import StageMeter
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel

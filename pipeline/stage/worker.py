@@ -18,7 +18,8 @@ from pipeline.protocol.peers import (
     say,
 )
 from pipeline.stage.session import SILENCE_SECONDS, SessionEnded, StageSession
-from pipeline.stage.setup import StageSetup, check_init
+from pipeline.stage.session_limits import check_init
+from pipeline.stage.setup import StageSetup
 from pipeline.stage.stage_metrics import StageMeter
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel

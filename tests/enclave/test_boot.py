@@ -17,8 +17,8 @@ import pytest
 from cryptography import x509
 
 from enclave import build, cli, eif, emulator
-from transport.attestation import nitro_verifier
-from transport.attestation.evidence import Binding, user_data
+from transport.attestation import document_verifier
+from transport.attestation.interfaces import Binding, user_data
 from transport.errors import AttestationError
 
 _PARENT_PORT = 7000
@@ -123,7 +123,7 @@ def test_signed_document_is_accepted_under_its_root(
     attest: Attest, image: eif.Image, test_root: x509.Certificate, binding: Binding
 ) -> None:
     expected = eif.measure(image)
-    verifier = nitro_verifier.NitroVerifier(test_root, expected, clock=_now)
+    verifier = document_verifier.NitroVerifier(test_root, expected, clock=_now)
     attested = verifier.verify(attest(binding), binding)
     assert {index: attested.measurements[index] for index in expected} == expected
 
@@ -131,8 +131,8 @@ def test_signed_document_is_accepted_under_its_root(
 def test_signed_document_is_refused_under_the_production_root(
     attest: Attest, image: eif.Image, binding: Binding
 ) -> None:
-    verifier = nitro_verifier.NitroVerifier(
-        nitro_verifier.aws_root(), eif.measure(image), clock=_now
+    verifier = document_verifier.NitroVerifier(
+        document_verifier.aws_root(), eif.measure(image), clock=_now
     )
     with pytest.raises(AttestationError) as refusal:
         verifier.verify(attest(binding), binding)
@@ -146,7 +146,9 @@ def test_document_of_another_image_is_refused(
     at = next(index for index, each in enumerate(image.sections) if each.data is stage)
     changed = eif.Section(eif.SectionType.RAMDISK, bytes(stage[:-1]) + bytes([stage[-1] ^ 1]))
     sections = (*image.sections[:at], changed, *image.sections[at + 1 :])
-    verifier = nitro_verifier.NitroVerifier(test_root, eif.measure(eif.Image(sections)), clock=_now)
+    verifier = document_verifier.NitroVerifier(
+        test_root, eif.measure(eif.Image(sections)), clock=_now
+    )
     with pytest.raises(AttestationError) as refusal:
         verifier.verify(attest(binding), binding)
     assert refusal.value.check == "pcrs"
@@ -155,7 +157,7 @@ def test_document_of_another_image_is_refused(
 def test_document_with_another_nonce_is_refused(
     attest: Attest, image: eif.Image, test_root: x509.Certificate, binding: Binding
 ) -> None:
-    verifier = nitro_verifier.NitroVerifier(test_root, eif.measure(image), clock=_now)
+    verifier = document_verifier.NitroVerifier(test_root, eif.measure(image), clock=_now)
     stale = Binding(binding.role, binding.handshake_hash, binding.static_key, bytes(32))
     with pytest.raises(AttestationError) as refusal:
         verifier.verify(attest(stale), binding)
@@ -194,9 +196,9 @@ def test_unsigned_document_of_the_emulation_is_refused(
     machine = boot.machine("plain", probe, memory_mib=1024, signing_dir=None)
     with emulator.booted(machine, boot.tools):
         document = _attest(boot, machine.vsock, binding)
-    for root in (test_root, nitro_verifier.aws_root()):
+    for root in (test_root, document_verifier.aws_root()):
         with pytest.raises(AttestationError) as refusal:
-            nitro_verifier.NitroVerifier(root, eif.measure(image), clock=_now).verify(
+            document_verifier.NitroVerifier(root, eif.measure(image), clock=_now).verify(
                 document, binding
             )
         assert refusal.value.check == "cose"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transport import handshake, noise
-from transport.attestation.evidence import Binding, EvidenceKind
+from transport.attestation.interfaces import Binding, EvidenceKind
 from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
 from transport.errors import AttestationError, HandshakeError, MisuseError, ProtocolError
 from transport.records import RecordKind, RekeyPolicy

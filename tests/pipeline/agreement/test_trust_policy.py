@@ -16,7 +16,7 @@ from pipeline.errors import SessionError
 from pipeline.orchestrator.evidence_request import fetch_evidence
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from transport.attestation.dev_authority import DevAuthority
-from transport.attestation.nitro_verifier import examine
+from transport.attestation.document_verifier import examine
 
 
 def windows(data, size=16):

@@ -4,7 +4,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as HfTokenizer
 
-from pipeline.engine.tokenizer import TextStream, Tokenizer
+from pipeline.engine.text_stream import TextStream
+from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import PromptError, TokenizerError
 
 

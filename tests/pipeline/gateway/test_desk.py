@@ -15,7 +15,7 @@ from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import SessionError
 from pipeline.gateway.errors import ApiError, Kind
-from pipeline.gateway.orders import Conversation, Order
+from pipeline.gateway.generation_order import Conversation, Order
 from pipeline.sampling.params import SamplingParams
 
 KEY = b"sk-test-0123456789"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from pipeline.gateway.http.app import build_app
-from pipeline.gateway.schemas import ChatRequest, CompletionRequest
+from pipeline.gateway.openai_requests import ChatRequest, CompletionRequest
 
 JSON = st.recursive(
     st.none()

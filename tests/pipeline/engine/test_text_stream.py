@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
-from pipeline.engine.tokenizer import TextStream, Tokenizer
+from pipeline.engine.text_stream import TextStream
+from pipeline.engine.tokenizer import Tokenizer
 
 WORDS = [
     "a",
@@ -226,16 +227,16 @@ def test_a_token_costs_the_same_however_long_the_run_of_bytes(kinds):
     run = ids_of(tokenizer._tokenizer, ["한"]) * 3000
     stream = TextStream(tokenizer, run)
     decoded = 0
-    decode = tokenizer._decode
+    decode = tokenizer.decode_plain
 
     def counting(ids):
         nonlocal decoded
         decoded += len(ids)
         return decode(ids)
 
-    tokenizer._decode = counting
+    tokenizer.decode_plain = counting
     try:
         assert "".join(map(stream.push, run)) == "한" * 3000
     finally:
-        del tokenizer._decode
+        del tokenizer.decode_plain
     assert decoded <= 8 * len(run)

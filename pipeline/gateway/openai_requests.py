@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from pipeline.errors import InputError
 from pipeline.gateway.chat_messages import Message, Schema
 from pipeline.gateway.errors import ApiError, invalid, unsupported
-from pipeline.gateway.orders import Conversation, Order
+from pipeline.gateway.generation_order import Conversation, Order
 from pipeline.gateway.unsupported_fields import (
     HARMLESS,
     STREAM_WITHOUT_EFFECT,

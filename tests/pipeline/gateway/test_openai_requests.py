@@ -4,7 +4,7 @@ import time
 import pytest
 
 from pipeline.gateway.errors import ApiError, Kind
-from pipeline.gateway.schemas import ChatRequest, CompletionRequest, parse_untrusted
+from pipeline.gateway.openai_requests import ChatRequest, CompletionRequest, parse_untrusted
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": "m", "prompt": "Hi"}

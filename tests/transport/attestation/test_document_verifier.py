@@ -5,10 +5,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from transport.attestation import cbor, cose, nitro_verifier
+from transport.attestation import cbor, cose, document_verifier
 from transport.attestation.attestation_document import NUM_PCRS, Document, parse
-from transport.attestation.evidence import Binding, EvidenceKind
-from transport.attestation.nitro_verifier import (
+from transport.attestation.document_verifier import (
     CLOCK_SKEW,
     MAX_EVIDENCE_BYTES,
     NitroVerifier,
@@ -16,6 +15,7 @@ from transport.attestation.nitro_verifier import (
     examine,
     read_document,
 )
+from transport.attestation.interfaces import Binding, EvidenceKind
 from transport.errors import AttestationError, MisuseError
 
 VALID = ("valid-2024-09-17.cbor", "valid-2024-11-14.cbor")
@@ -72,12 +72,12 @@ def test_recorded_document_does_not_reach_another_root(recorded, chain):
 def test_every_mutated_byte_of_a_recorded_document_is_refused(recorded, name):
     document = recorded(name)
     now = stated_time(document)
-    verifier = nitro_verifier.ChainVerifier(aws_root())
+    verifier = document_verifier.ChainVerifier(aws_root())
     for position in [*range(40), *range(40, len(document), 13)]:
         altered = bytearray(document)
         altered[position] ^= 1 << (position % 8)
-        examination = nitro_verifier._Examination(
-            bytes(altered), verifier, now, nitro_verifier.Policy(None, allow_debug=True), None
+        examination = document_verifier._Examination(
+            bytes(altered), verifier, now, document_verifier.Policy(None, allow_debug=True), None
         )
         assert failed(examination.results()), f"byte {position}"
 
@@ -112,7 +112,7 @@ def test_every_changed_field_of_a_recorded_document_is_refused(recorded):
 
 def test_repeat_verification_of_a_recorded_chain_reads_one_certificate(recorded, monkeypatch):
     read = read_document(recorded(VALID[0]))
-    verifier = nitro_verifier.ChainVerifier(aws_root())
+    verifier = document_verifier.ChainVerifier(aws_root())
     verifier.verify(read.certificate, read.cabundle)
     monkeypatch.setattr(verifier, "_verify_bundle", None)  # would fail if it were called again
     verifier.verify(read.certificate, read.cabundle)
@@ -124,7 +124,7 @@ def test_pinned_root_is_the_published_one(recorded):
 
 
 def test_another_root_file_is_not_taken_for_the_pinned_one(monkeypatch):
-    monkeypatch.setattr(nitro_verifier, "AWS_ROOT_SHA256", "00" * 32)
+    monkeypatch.setattr(document_verifier, "AWS_ROOT_SHA256", "00" * 32)
     with pytest.raises(MisuseError, match="expected 00"):
         aws_root()
 

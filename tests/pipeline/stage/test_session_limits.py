@@ -2,10 +2,9 @@
 
 import pytest
 
-from pipeline.cli.stage_worker import _kv_bytes
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
-from pipeline.stage.setup import MAX_STEP_TOKENS
+from pipeline.stage.session_limits import MAX_STEP_TOKENS, free_kv_bytes
 
 
 @pytest.mark.parametrize("free", [1 << 34, 1 << 20])
@@ -13,7 +12,7 @@ def test_a_session_gets_what_weights_and_steps_leave(tiny_model, monkeypatch, fr
     config = load_config(tiny_model)
     shard = load_shard(tiny_model, config, 2, 4, expected_hashes=None)
     monkeypatch.setattr(type(shard.kernels), "free_bytes", lambda self: free)
-    given = _kv_bytes(shard)
+    given = free_kv_bytes(shard)
     rows = MAX_STEP_TOKENS * config.hidden_dim * 4
     assert given == max(0, free - shard.step_bytes(MAX_STEP_TOKENS))
     assert shard.step_bytes(MAX_STEP_TOKENS) > 4 * rows
