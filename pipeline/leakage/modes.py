@@ -1,0 +1,134 @@
+"""The modes, as data: what a server sees in each, what it can do, and what is promised of it.
+
+A new mode adds an entry here, a view, and the card that measuring it gives. Whatever changes what a
+server sees raises the mode's version: its card is then another's, and has to be measured anew.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+
+from pipeline.codecs.base import ActivationCodec
+from pipeline.codecs.registry import make_codec
+from pipeline.errors import InputError
+from pipeline.leakage import views
+from pipeline.leakage.views import View
+
+# The noise under which SmolLM2's text is still its own, and a length that no embedding exceeds.
+USABLE_SIGMA, LONGEST_EMBEDDING = 0.03, 7.5
+TOKEN_BYTES = 4  # an id on its way in, and one on its way out
+
+Secret = Literal["permutation", "rotation"] | None
+MakeView = Callable[[int, np.random.Generator], View]  # of a hidden size, with its randomness
+
+SILENT = (
+    "answers with other rows than the layers give, all or one in a thousand: the text is another, "
+    "and nothing in it shows that"
+)
+FOUND_BY = (
+    "attestation of the code and its weights; without it only computing samples of the rows again"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One way of using stages that nobody attests."""
+
+    name: str
+    version: int
+    make_view: MakeView
+    protects: str  # what it does and does not, in one plain sentence
+    lying_server: str = SILENT
+    found_by: str = FOUND_BY
+    setting: str = ""
+    is_client_split: bool = True  # embedding, final norm and head with the user
+    secret: Secret = None  # one for all sessions, in the server's weights
+    has_noise: bool = False  # anew in every session
+    sigmas: tuple[float, ...] = ()  # strengths of the noise that are measured beside
+    wire: str = "F32"  # the codec that rows travel by
+    is_offered: bool = True  # otherwise an attack's target and nothing to run
+
+    @staticmethod
+    def noise(sigma: float) -> MakeView:
+        """The same mode's view with noise of another strength."""
+        return views.noisy(sigma, LONGEST_EMBEDDING)
+
+    def codec(self, hidden_dim: int) -> ActivationCodec:
+        """How rows of that width travel. Raises InputError for a width that has no such codec."""
+        try:
+            return make_codec(self.wire, hidden_dim)
+        except ValueError as error:
+            raise InputError(f"--mode {self.name}: {error}") from error
+
+    def bytes_per_token(self, hidden_dim: int, num_stages: int) -> int:
+        """What a token moves over all links of so many stages."""
+        row = sum(spec.nbytes for spec in self.codec(hidden_dim).specs(1))
+        if self.is_client_split:
+            return (num_stages + 1) * row
+        return (num_stages - 1) * row + 2 * TOKEN_BYTES
+
+
+_ALL = (
+    Mode(
+        "plain",
+        1,
+        views.plain,
+        "Protects nothing from the stages: their hosts read every token, unless they are attested "
+        "enclaves.",
+        is_client_split=False,
+    ),
+    Mode(
+        "client",
+        1,
+        views.plain,
+        "Stages are never sent a token or a logit, but the activations they compute on give the "
+        "tokens back to whoever has the public weights.",
+    ),
+    Mode(
+        "permute",
+        1,
+        views.permuted,
+        "A secret order of the hidden dimensions hides nothing from whoever has the public weights.",
+        secret="permutation",
+        is_offered=False,
+    ),
+    Mode(
+        "rotate",
+        1,
+        views.rotated,
+        "A secret rotation changes what activations look like and not what they tell: no "
+        "confidentiality against someone who has the public weights.",
+        secret="rotation",
+    ),
+    Mode(
+        "rotate-int8",
+        1,
+        views.rotated_int8,
+        "Makes the wire a quarter as wide at hardly any loss; no confidentiality against someone who "
+        "has the public weights.",
+        secret="rotation",
+        wire="I8",
+    ),
+    Mode(
+        "dp",
+        1,
+        views.noisy(USABLE_SIGMA, LONGEST_EMBEDDING),
+        "Noise that leaves the text usable leaves the tokens readable; noise that hides them leaves "
+        "no text.",
+        setting=f"sigma {USABLE_SIGMA}, clipped to {LONGEST_EMBEDDING}",
+        has_noise=True,
+        sigmas=(0.1, 0.5, 2.42),
+    ),
+)
+MODES: Mapping[str, Mode] = MappingProxyType({mode.name: mode for mode in _ALL})
+
+
+def find_mode(name: str) -> Mode:
+    """Raises InputError where there is none of that name."""
+    mode = MODES.get(name)
+    if mode is None:
+        raise InputError(f"no mode is called {name[:80]!r}; use {', '.join(MODES)}")
+    return mode

@@ -1,0 +1,136 @@
+"""The public model as an attacker runs it: hidden states of any tokens at any layer.
+
+Rows "at layer l" are what layer l takes: at 0 the embeddings, at the number of layers what the final
+norm takes.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.dtypes import Floats
+from pipeline.kernels.kv_cache import KVCache
+from pipeline.models.config import GPT2Config, ModelConfig, load_config
+from pipeline.models.gpt2 import GPT2Shard
+from pipeline.models.registry import FAMILIES, ModelShard, load_shard, required_tensors
+from pipeline.progress import Progress
+from pipeline.protocol.batch import Batch, Segment
+from pipeline.weights.checkpoint import load_tensors
+from pipeline.weights.tensor_sinks import CopySink
+
+# Below a layer's prefix: the norm's gain, and a matrix that reads what it gives.
+GPT2_READERS = ("ln_1.weight", "attn.c_attn.weight")
+LLAMA_READERS = ("input_layernorm.weight", "self_attn.q_proj.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class PublicModel:
+    """Weights that everybody has, cut at the layers that are looked at."""
+
+    config: ModelConfig
+    embedding: Floats  # [vocab, hidden]
+    positions: Floats | None  # [positions, hidden], of models that learn them
+    readers: Floats  # [outputs, hidden]: what layer 0 multiplies normed rows with, gain included
+    cuts: tuple[int, ...]  # 0, the layers looked at, the number of layers
+    shards: tuple[ModelShard, ...]  # between the cuts, from rows to rows
+
+    @classmethod
+    def load(
+        cls, model_dir: Path, layers: Sequence[int], progress: Progress | None = None
+    ) -> "PublicModel":
+        """Raises ModelError."""
+        config = load_config(model_dir)
+        cuts = tuple(sorted({0, *layers, config.num_layers}))
+        shards = tuple(
+            load_shard(
+                model_dir, config, start, end, expected_hashes=None, progress=progress
+            )
+            for start, end in itertools.pairwise(cuts)
+        )
+        _take_rows(shards[0])
+        is_gpt2 = isinstance(config, GPT2Config)
+        names = FAMILIES[type(config)].NAMES
+        gain, reader = GPT2_READERS if is_gpt2 else LLAMA_READERS
+        prefix = f"{names.layers}.0."
+        wanted = [f"{names.embedding}.weight", prefix + gain, prefix + reader]
+        found = _read(model_dir, config, [*wanted, *(["wpe.weight"] if is_gpt2 else [])])
+        matrix = found[prefix + reader]
+        readers = (matrix.T if is_gpt2 else matrix) * found[prefix + gain]
+        return cls(
+            config,
+            found[wanted[0]],
+            found.get("wpe.weight"),
+            without_mean(readers) if is_gpt2 else readers,
+            cuts,
+            shards,
+        )
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether norms drop a row's mean (LayerNorm), so that it says nothing."""
+        return self.positions is not None
+
+    def embed(self, token_ids: Sequence[int] | slice, position: int = 0) -> Floats:
+        """Rows at layer 0 of consecutive tokens, the first at `position`: [tokens, hidden]."""
+        rows = self.embedding[token_ids if isinstance(token_ids, slice) else list(token_ids)]
+        if self.positions is not None:
+            rows = rows + self.positions[position : position + len(rows)]
+        return rows
+
+    def vocabulary(self, position: int) -> Floats:
+        """Row at layer 0 of every token there is, all at `position`: [vocab, hidden]."""
+        if self.positions is None:
+            return self.embedding
+        return self.embedding + self.positions[position]
+
+    def rows_at_cuts(self, embedded: Floats) -> dict[int, Floats]:
+        """One text's rows at every cut, from those at layer 0."""
+        batch = (Segment(0, 0, len(embedded)),)
+        found = {0: embedded}
+        for shard, end in zip(self.shards, self.cuts[1:], strict=True):
+            cache = shard.new_cache(1, len(embedded))
+            embedded = forward(shard, embedded, batch, cache)
+            found[end] = embedded
+        return found
+
+    def logits(self, rows: Floats) -> Floats:
+        """Of rows at the last cut: [n, hidden] -> [n, vocab]."""
+        last = self.shards[-1]
+        (found,) = last.kernels.to_host(last.logits(last.kernels.to_device(rows)))
+        logits: Floats = found
+        return logits
+
+
+def forward(shard: ModelShard, rows: Floats, batch: Batch, cache: KVCache) -> Floats:
+    """Rows through a shard's layers, on the host: [rows, hidden] to the same."""
+    (found,) = shard.kernels.to_host(shard.forward(rows, batch, cache))
+    hidden: Floats = found
+    return hidden
+
+
+def without_mean(rows: Floats) -> Floats:
+    """Each row less its mean."""
+    centred: Floats = rows - rows.mean(axis=-1, keepdims=True)
+    return centred
+
+
+def _take_rows(first: ModelShard) -> None:
+    """Have the first layers take rows, as a stage's do whose orchestrator embeds."""
+    first.is_first = False
+    if isinstance(first, GPT2Shard):
+        first.wpe = None  # the rows have their positions already
+
+
+def _read(model_dir: Path, config: ModelConfig, names: Sequence[str]) -> Mapping[str, Floats]:
+    """Tensors of the first layer and what lies before it, as float32."""
+    stored = required_tensors(model_dir, config, range(1))
+    arrays, sinks = {}, {}
+    for name in names:
+        in_files = next(each for each in stored if each.endswith(name))
+        arrays[name] = np.empty(stored[in_files].shape, np.float32)
+        sinks[in_files] = CopySink(arrays[name])
+    load_tensors(model_dir, sinks, expected_hashes=None)
+    return arrays
