@@ -1,6 +1,6 @@
 """What an attacker holds, and what an attack makes of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,10 +36,10 @@ class Evidence:
 class Comparison(Protocol):
     """How a text's observations are held against candidates, token after token."""
 
-    def at(self, position: int, recovered: Floats) -> tuple[Floats, Features]:
+    def at(self, position: int, recovered: Mapping[int, Floats]) -> tuple[Floats, Features]:
         """What is compared of the observation at `position`: [features], and of candidates.
 
-        `recovered`: the rows of the tokens before it, as far as the attacker knows.
+        `recovered`: the rows of tokens before it that the attacker is sure of, by position.
         """
 
 
@@ -50,7 +50,7 @@ class RowByRow:
     observed: Floats  # [tokens, features]
     features: Features
 
-    def at(self, position: int, recovered: Floats) -> tuple[Floats, Features]:
+    def at(self, position: int, recovered: Mapping[int, Floats]) -> tuple[Floats, Features]:
         """The row's features, whatever came before it."""
         del recovered
         return self.observed[position], self.features

@@ -9,8 +9,6 @@ import numpy.typing as npt
 from pipeline.dtypes import Floats
 from pipeline.leakage.evidence import Comparison, Features
 
-# Candidates are computed so many at a time, at first, then many: mostly one of the first fits.
-FIRST_TRIED = 8
 # A candidate fits when it is so much nearer than the second.
 DECISIVE = 0.25
 LEAST_FEATURES = 8  # by fewer numbers many candidates are that near by chance
@@ -23,20 +21,23 @@ Rows = Callable[[Sequence[int], Sequence[int]], Floats]
 
 
 @dataclass(frozen=True, slots=True)
-class Proposal:
-    """Candidates, likeliest first, and what a language model thinks of each, if it was asked."""
+class Candidates:
+    """Tokens to try, likeliest first, and what a language model thinks of each, if it was asked."""
 
     ids: Ids
     log_probabilities: Floats | None = None
 
-    def first(self, count: int) -> "Proposal":
-        """A copy of the likeliest of them."""
+    def part(self, first: int, last: int | None = None) -> "Candidates":
+        """A copy of some of them."""
         own = self.log_probabilities
-        return Proposal(self.ids[:count].copy(), None if own is None else own[:count].copy())
+        return Candidates(
+            self.ids[first:last].copy(), None if own is None else own[first:last].copy()
+        )
 
 
-# What may stand behind a prefix, given what is compared of the observation there.
-Propose = Callable[[Sequence[int], Floats, Features], Proposal]
+# What may stand behind a prefix, given what is compared of the observation there; the next ones are
+# asked for when none of those before fits.
+Propose = Callable[[Sequence[int], Floats, Features], Iterator[Candidates]]
 
 
 def nearest(observed: Floats, vocabulary: Floats) -> Ids:
@@ -55,19 +56,21 @@ def match_text(
     num_tokens: int,
     propose: Propose,
     rows_of: Rows,
-    hidden_dim: int,
 ) -> list[int]:
     """Tokens of a text, those known in advance included."""
     found: list[int] = []
-    recovered = np.empty((num_tokens, hidden_dim), np.float32)
+    # Rows of tokens that are known or fit: others would mislead what compares with them.
+    recovered: dict[int, Floats] = {}
     for position in range(num_tokens):
         if position < len(known_ids):
-            choice, row = known_ids[position], rows_of(found, known_ids[position : position + 1])[0]
+            choice = known_ids[position]
+            recovered[position] = rows_of(found, [choice])[0]
         else:
-            target, features = comparison.at(position, recovered[:position])
-            proposal = propose(found, target, features)
-            choice, row = _choose(target, features, proposal, lambda ids: rows_of(found, ids))
-        recovered[position] = row
+            target, features = comparison.at(position, recovered)
+            parts = propose(found, target, features)
+            choice, row = _choose(target, features, parts, lambda ids: rows_of(found, ids))
+            if row is not None:
+                recovered[position] = row
         found.append(choice)
     return found
 
@@ -75,38 +78,31 @@ def match_text(
 def _choose(
     target: Floats,
     features: Features,
-    proposal: Proposal,
+    parts: Iterator[Candidates],
     rows_of: Callable[[Sequence[int]], Floats],
-) -> tuple[int, Floats]:
-    """The candidate that fits, and its row; what is decisively nearest ends the search."""
-    distances = np.empty(0, np.float32)
+) -> tuple[int, Floats | None]:
+    """The candidate that fits, and its row; None for the row of one that is only the best."""
+    distances, ids, priors = (np.empty(0, np.float32) for _ in range(3))
     rows: list[Floats] = []
-    for part in _parts(len(proposal.ids)):
-        ids = proposal.ids[part].tolist()
-        rows.append(rows_of(ids))
+    for part in parts:
+        rows.append(rows_of(part.ids.tolist()))
         off = np.square(features(rows[-1]) - target).sum(axis=1)
-        distances = np.concatenate([distances, off])
-        if _is_decided(distances, len(target)):
+        distances, ids = np.concatenate([distances, off]), np.append(ids, part.ids)
+        if part.log_probabilities is not None:
+            priors = np.concatenate([priors, part.log_probabilities])
+        if len(target) >= LEAST_FEATURES and _is_decided(distances):
             break
     best = int(distances.argmin())
-    if proposal.log_probabilities is not None and not _is_decided(distances, len(target)):
+    is_fit = _is_decided(distances)
+    if not is_fit and len(priors) == len(ids):
         # What is nearest tells how strong the noise is; under such noise, what is likeliest?
         variance = max(float(distances[best]) / len(target), 1e-30)
-        scores = proposal.log_probabilities - distances / (2 * variance)
-        best = int(scores.argmax())
-    return int(proposal.ids[best]), np.concatenate(rows)[best]
+        best = int((priors - distances / (2 * variance)).argmax())
+    return int(ids[best]), np.concatenate(rows)[best] if is_fit else None
 
 
-def _parts(count: int) -> Iterator[slice]:
-    yield slice(0, FIRST_TRIED)
-    if count > FIRST_TRIED:
-        yield slice(FIRST_TRIED, 8 * FIRST_TRIED)
-    if count > 8 * FIRST_TRIED:
-        yield slice(8 * FIRST_TRIED, count)
-
-
-def _is_decided(distances: Floats, num_features: int) -> bool:
-    if len(distances) < 2 or num_features < LEAST_FEATURES:
+def _is_decided(distances: Floats) -> bool:
+    if len(distances) < 2:
         return False
     first, second = np.partition(distances, 1)[:2]
     return bool(first < DECISIVE * DECISIVE * second)

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
-from pipeline.leakage.attacks.nearest_vocabulary import nearest_vocabulary
 from pipeline.leakage.cards import Card, Cost, Integrity, Setting
 from pipeline.leakage.modes import MODES, Mode
 from pipeline.leakage.observations import Text, observe, read_texts
 from pipeline.leakage.public_model import PublicModel
-from pipeline.leakage.suite import ATTACKS, Attacker, Scope, recover_all
+from pipeline.leakage.suite import ATTACKS, Attacker, Scope, recover, recover_all
 from pipeline.leakage.utility import NUM_STAGES, measure_utility, tokens_per_second
 from pipeline.models.config import load_config
 from pipeline.progress import Progress
@@ -29,7 +28,7 @@ def measure(model_dir: Path, mode: Mode, scope: Scope, watch: Stages) -> Card:
         raise InputError(f"--layers: this model has layers 0 to {config.num_layers - 1}")
     if scope.num_tokens >= config.max_positions:
         raise InputError(f"--tokens {scope.num_tokens}: the model takes {config.max_positions}")
-    codec = mode.codec(config.hidden_dim)
+    num_bytes = mode.bytes_per_token(config.hidden_dim, NUM_STAGES)
     tokenizer = Tokenizer(model_dir / "tokenizer.json")
     tokenizer.check_vocabulary(config.vocab_size)
     texts = read_texts(tokenizer, scope.num_texts, scope.num_tokens)
@@ -39,7 +38,6 @@ def measure(model_dir: Path, mode: Mode, scope: Scope, watch: Stages) -> Card:
     recoveries = recover_all(
         attacker, mode, observe(model, mode, texts), layers, scope, watch("attacking")
     )
-    del codec
     return Card(
         mode=mode.name,
         version=mode.version,
@@ -52,7 +50,7 @@ def measure(model_dir: Path, mode: Mode, scope: Scope, watch: Stages) -> Card:
         cost=Cost(
             tokens_per_second=speed,
             plain_tokens_per_second=plain_speed,
-            bytes_per_token=mode.bytes_per_token(config.hidden_dim, NUM_STAGES),
+            bytes_per_token=num_bytes,
             round_trips_per_token=1,
         ),
         integrity=Integrity(lying_server=mode.lying_server, found_by=mode.found_by),
@@ -68,17 +66,14 @@ def _setting(
     other = replace(mode, make_view=mode.noise(sigma))
     seen = observe(model, other, texts)
     utility = measure_utility(model, PLAIN, other, texts, None)
-    on_vocabulary = [each for each in ATTACKS if each.attack is nearest_vocabulary]
-    rates = []
-    for each in on_vocabulary:
-        pairs = [
-            zip(texts[index], attacker.recover(each, seen, index, 0)[0], strict=True)
-            for index in scope.texts_at(0)
-        ]
-        rates.append(sum(mine == found for text in pairs for mine, found in text))
+    rates = [
+        recover(attacker, each, seen, 0, scope.texts_at(0), None).token_recovery
+        for each in ATTACKS
+        if each.fits(other, 0)
+    ]
     return Setting(
         sigma=sigma,
-        token_recovery=max(rates) / (scope.num_texts * scope.num_tokens),
+        token_recovery=max(rates),
         kl=utility.kl,
         greedy_agreement=utility.greedy_agreement,
     )

@@ -4,7 +4,7 @@ import numpy as np
 
 from pipeline.dtypes import Floats
 from pipeline.leakage.candidate_states import CandidateStates
-from pipeline.leakage.matching import Proposal
+from pipeline.leakage.matching import Candidates
 from pipeline.leakage.public_model import PublicModel
 
 MAX_CANDIDATES = 512
@@ -19,22 +19,22 @@ class NextTokens:
         self._states = CandidateStates(model, last, 1, num_positions)
         # What ends a text stands before one as well.
         self._start = (*model.config.eos_token_ids, 0)[0]
-        self._found: dict[tuple[int, ...], Proposal] = {}
+        self._found: dict[tuple[int, ...], Candidates] = {}
 
-    def likeliest(self, prefix: tuple[int, ...], count: int) -> Proposal:
+    def likeliest(self, prefix: tuple[int, ...], count: int) -> Candidates:
         """So many of them, the likeliest first."""
         found = self._found.get(prefix)
         if found is None or len(found.ids) < count:
             found = self._ask(prefix, count)
-            self._found[prefix] = found.first(MAX_CANDIDATES)
-        return found.first(count)
+            self._found[prefix] = found.part(0, MAX_CANDIDATES)
+        return found.part(0, count)
 
-    def _ask(self, prefix: tuple[int, ...], count: int) -> Proposal:
+    def _ask(self, prefix: tuple[int, ...], count: int) -> Candidates:
         *before, last = prefix or (self._start,)
         (logits,) = self._model.logits(self._states.rows(before, [last]))
         log_probabilities = log_softmax(logits)
         order = np.argsort(-log_probabilities, kind="stable")[: max(count, MAX_CANDIDATES)]
-        return Proposal(order, log_probabilities[order])
+        return Candidates(order, log_probabilities[order])
 
 
 def log_softmax(logits: Floats) -> Floats:

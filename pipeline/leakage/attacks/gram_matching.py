@@ -6,7 +6,7 @@ tokens are guessed together (`match_gram`), since one length alone says little w
 rounded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,12 +30,12 @@ class GramComparison:
 
     observed: Floats
 
-    def at(self, position: int, recovered: Floats) -> tuple[Floats, Features]:
-        """[1 + tokens before] invariants of the observation, and of candidates."""
+    def at(self, position: int, recovered: Mapping[int, Floats]) -> tuple[Floats, Features]:
+        """[1 + recovered] invariants of the observation, and of candidates."""
         row = self.observed[position : position + 1]
-        return _invariants(row, self.observed[:position])[0], lambda rows: _invariants(
-            rows, recovered
-        )
+        seen = self.observed[list(recovered)]
+        meant = np.array(list(recovered.values())).reshape(seen.shape)
+        return _invariants(row, seen)[0], lambda rows: _invariants(rows, meant)
 
 
 def gram_matching(evidence: Evidence) -> Comparison:
