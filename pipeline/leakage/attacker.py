@@ -18,8 +18,8 @@ SHALLOW, SHALLOW_SLOTS, DEEP_SLOTS = 2, 512, 64
 # Candidates are computed so many at a time, at first; mostly one of these fits.
 FIRST_TRIED, THEN_TRIED = 8, 64
 # Of the whole vocabulary at layer 1, so many are computed with their prefix: those nearest without
-# one, and what a language model expects. Measured: 93 % are among the first 8, nearly all in both.
-SHORTLIST, EXPECTED = 512, 128
+# one, and as many that a language model expects. Measured: 93 % are among the first 8.
+SHORTLIST = 512
 # Parts of candidates whose rows are kept: attacks at one layer mostly ask for the same.
 KEPT_PARTS = 512
 
@@ -104,12 +104,14 @@ class Attacker:
         ) -> Iterator[Candidates]:
             table, squares = self._features_alone(features, layer)
             off = squares - 2 * (table @ target)
-            count = min(SHORTLIST, self._size)
+            count = min(SHORTLIST, MAX_CANDIDATES, self._size)
             ids = np.argpartition(off, count - 1)[:count]
             ids = ids[np.argsort(off[ids], kind="stable")]
             yield Candidates(ids[:FIRST_TRIED])
-            expected = self._next_tokens.likeliest(tuple(prefix), min(EXPECTED, self._size)).ids
-            yield Candidates(np.setdiff1d(expected, ids[:FIRST_TRIED]))
+            expected = self._next_tokens.likeliest(tuple(prefix), count).ids
+            rest = expected[~np.isin(expected, ids[:FIRST_TRIED])]
+            yield Candidates(rest[:THEN_TRIED])
+            yield Candidates(rest[THEN_TRIED:])
             yield Candidates(np.setdiff1d(ids[FIRST_TRIED:], expected))
 
         return propose

@@ -84,7 +84,7 @@ def _choose(
     """The candidate that fits, and its row; None for the row of one that is only the best."""
     distances, ids, priors = (np.empty(0, np.float32) for _ in range(3))
     rows: list[Floats] = []
-    for part in parts:
+    for part in (each for each in parts if len(each.ids)):
         rows.append(rows_of(part.ids.tolist()))
         off = np.square(features(rows[-1]) - target).sum(axis=1)
         distances, ids = np.concatenate([distances, off]), np.append(ids, part.ids)

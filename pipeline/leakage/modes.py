@@ -49,6 +49,7 @@ class Mode:
     has_noise: bool = False  # anew in every session
     sigmas: tuple[float, ...] = ()  # strengths of the noise that are measured beside
     wire: str = "F32"  # the codec that rows travel by
+    round_trips_per_token: int = 1
     is_offered: bool = True  # otherwise an attack's target and nothing to run
 
     @staticmethod

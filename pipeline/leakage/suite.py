@@ -16,6 +16,9 @@ from pipeline.leakage.modes import Mode
 from pipeline.leakage.observations import Observations
 from pipeline.progress import Progress
 
+# Beyond layer 0, where a wrong first token spoils all rows behind it: templates begin alike.
+KNOWN_AT_DEPTH = 1
+
 Fits = Callable[[Mode, int], bool]
 
 
@@ -32,6 +35,7 @@ class NamedAttack:
     fits: Fits
     num_known: int = 0
     is_guided: bool = False  # candidates by a language model even where all could be tried
+    is_brief: bool = False  # behind layer 0 on few texts, since another is both stronger and faster
 
 
 def _vocabulary_fits(mode: Mode, layer: int) -> bool:
@@ -65,7 +69,7 @@ ATTACKS = (
     NamedAttack("nearest-vocabulary", PUBLIC, nearest_vocabulary, _vocabulary_fits),
     NamedAttack("language-model-guided", PUBLIC, nearest_vocabulary, _guided_fits, is_guided=True),
     NamedAttack("sorted-matching", PUBLIC, sorted_matching, _sorted_fits),
-    NamedAttack("gram-matching", PUBLIC, gram_matching, _secret),
+    NamedAttack("gram-matching", PUBLIC, gram_matching, _secret, is_brief=True),
     *(
         NamedAttack(
             f"known-prefix-{count}",
@@ -73,11 +77,12 @@ ATTACKS = (
             known_prefix,
             _shallow_secret,
             num_known=count,
+            is_brief=True,
         )
         for count in (8, 32)
     ),
     NamedAttack("known-weights", f"{PUBLIC} + W'", known_weights, _secret),
-    NamedAttack(*SESSIONS, shared_secret, _secret),
+    NamedAttack(*SESSIONS, shared_secret, _secret, is_brief=True),
     NamedAttack(*SESSIONS, averaged_noise, _sent_noise),
 )
 
@@ -89,15 +94,21 @@ class Scope:
     num_texts: int = 20
     num_tokens: int = 64
     num_deep_texts: int = 2
+    num_deep_tokens: int = 32
     layers: tuple[int, ...] | None = None  # None: 0, 1, the middle and the last
 
     def layers_of(self, num_layers: int) -> tuple[int, ...]:
         """The layers whose input is looked at."""
         return self.layers or tuple(sorted({0, 1, num_layers // 2, num_layers - 1}))
 
-    def texts_at(self, layer: int) -> range:
+    def texts_of(self, each: NamedAttack, layer: int) -> range:
         """Which texts are attacked at a layer."""
-        return range(self.num_texts if layer <= 1 else min(self.num_texts, self.num_deep_texts))
+        is_whole = layer == 0 or (layer == 1 and not each.is_brief)
+        return range(self.num_texts if is_whole else min(self.num_texts, self.num_deep_texts))
+
+    def tokens_at(self, layer: int) -> int:
+        """How many tokens of a text are attacked at a layer."""
+        return self.num_tokens if layer <= 1 else min(self.num_tokens, self.num_deep_tokens)
 
 
 def recover_all(
@@ -113,16 +124,14 @@ def recover_all(
         (each, layer)
         for layer in layers
         for each in ATTACKS
-        if each.fits(mode, layer) and each.num_known < scope.num_tokens
+        if each.fits(mode, layer) and each.num_known < scope.tokens_at(layer)
     ]
-    total, done = sum(len(scope.texts_at(layer)) for _, layer in planned), 0
+    total, done = sum(len(scope.texts_of(*task)) for task in planned), 0
     found = []
     for each, layer in planned:
-        texts = scope.texts_at(layer)
-        found.append(
-            recover(attacker, each, seen, layer, texts, part_of_tasks(progress, done, total))
-        )
-        done += len(texts)
+        part = part_of_tasks(progress, done, total)
+        found.append(recover(attacker, each, seen, layer, scope, part))
+        done += len(scope.texts_of(each, layer))
     return found
 
 
@@ -131,13 +140,14 @@ def recover(
     each: NamedAttack,
     seen: Observations,
     layer: int,
-    texts: range,
+    scope: Scope,
     progress: Progress | None,
 ) -> Recovery:
     """Try one attack at one layer; tokens known in advance do not count."""
     right = count = 0
+    texts, known = scope.texts_of(each, layer), max(each.num_known, KNOWN_AT_DEPTH * (layer > 0))
     for done, index in enumerate(texts, 1):
-        text, known = seen.texts[index], each.num_known
+        text = seen.texts[index][: scope.tokens_at(layer)]
         comparison = each.attack(seen.evidence(index, layer, known))
         tokens = attacker.recover(
             comparison, layer, len(text), text[:known], is_guided=each.is_guided
@@ -150,7 +160,7 @@ def recover(
             progress(done, len(texts))
     return Recovery(
         attack=each.name,
-        attacker=each.attacker,
+        attacker=each.attacker if known == each.num_known else f"{each.attacker} + first token",
         layer=layer,
         candidates=attacker.considered(layer),
         tokens=count,

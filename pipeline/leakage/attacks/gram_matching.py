@@ -45,14 +45,11 @@ def gram_matching(evidence: Evidence) -> Comparison:
 
 def _invariants(rows: Floats, before: Floats) -> Floats:
     """Length of each row and its products with unit rows: [n, 1 + before]."""
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    found: Floats = np.concatenate([lengths, rows @ _units(before).T], axis=1)
+    # norm() would copy what may be a whole vocabulary's
+    lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    units = before / np.maximum(np.linalg.norm(before, axis=1, keepdims=True), 1e-30)
+    found: Floats = np.column_stack([lengths, rows @ units.T])
     return found
-
-
-def _units(rows: Floats) -> Floats:
-    units: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
-    return units
 
 
 def match_gram(observed: Floats, vocabulary: Callable[[int], Floats]) -> Ids:
