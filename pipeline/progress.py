@@ -1,9 +1,17 @@
 """How far a long piece of work has come, for whoever watches."""
 
 from collections.abc import Callable
+from typing import Protocol
 
-# Called with the bytes that are done and with all there are; often, so it returns at once.
+# Called with the bytes, or pieces, that are done and with all there are; often, so it returns at once.
 Progress = Callable[[int, int], None]
+
+
+class Watch(Protocol):
+    """Whoever watches several pieces of work, one after the other."""
+
+    def __call__(self, what: str, *, counts_bytes: bool = False) -> Progress | None:
+        """Told what begins: something to tell how far it is, if anybody wants to know."""
 
 
 class Meter:

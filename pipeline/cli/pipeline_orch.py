@@ -10,6 +10,7 @@ from pipeline.agreement.manifest import check_precision, dump_manifest, load_man
 from pipeline.agreement.trust_policy import create_identity
 from pipeline.cli import attest
 from pipeline.cli.generate import GenerateFlags, generate
+from pipeline.cli.leakage import leakage_command
 from pipeline.cli.logs import configure_logging, tell
 from pipeline.cli.pipeline_flags import PipelineFlags, pipeline_flags, takes_flags
 from pipeline.cli.progress import progress_bar
@@ -30,6 +31,7 @@ DTypeOption = Annotated[
 
 app = new_app()
 app.add_typer(attest.app, name="attest")
+app.command("leakage")(leakage_command)
 
 
 @app.callback(invoke_without_command=True)

@@ -3,30 +3,44 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from pipeline.cli.logs import logs_json
-from pipeline.progress import Progress
+from pipeline.progress import Progress, Watch
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Progress | None]:
-    """Something to tell of bytes done, which shows them on stderr if that is a terminal."""
+def progress_bar(what: str, *, counts_bytes: bool = True) -> Iterator[Progress | None]:
+    """Something to tell of bytes or pieces done, which shows them on stderr if that is a terminal."""
     if logs_json() or not _is_watched():
         yield None
         return
     # Only now: a worker that nobody watches would carry it for nothing.
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn
+    from rich.progress import TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    done = DownloadColumn() if counts_bytes else MofNCompleteColumn()
+    columns = (TextColumn(what), BarColumn(), done, TimeRemainingColumn())
     with Bars(
         *columns, console=console, transient=True, disable=not console.is_interactive
     ) as bars:
         task = bars.add_task(what, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Watch]:
+    """One bar after another, each ended by the next: a terminal is shown only one."""
+    with ExitStack() as current:
+
+        def watch(what: str, *, counts_bytes: bool = False) -> Progress | None:
+            current.close()
+            return current.enter_context(progress_bar(what, counts_bytes=counts_bytes))
+
+        yield watch
 
 
 def _is_watched() -> bool:

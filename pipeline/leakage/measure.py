@@ -1,6 +1,6 @@
 """From a model directory and a mode to a card."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,10 +14,8 @@ from pipeline.leakage.public_model import PublicModel
 from pipeline.leakage.suite import ATTACKS, Scope, recover, recover_all
 from pipeline.leakage.utility import NUM_STAGES, measure_utility, tokens_per_second
 from pipeline.models.config import load_config
-from pipeline.progress import Progress
+from pipeline.progress import Watch
 
-# Told what begins, something to tell how far it is; None where nobody looks.
-Watch = Callable[[str], Progress | None]
 PLAIN = MODES["plain"]
 
 
@@ -47,7 +45,7 @@ class Laboratory:
         tokenizer.check_vocabulary(config.vocab_size)
         texts = read_texts(tokenizer, scope.num_texts, scope.num_tokens)
         cuts = {*layers, config.num_layers // NUM_STAGES}
-        model = PublicModel.load(model_dir, sorted(cuts), watch("loading weights"))
+        model = PublicModel.load(model_dir, sorted(cuts), watch("loading weights", counts_bytes=True))
         attacker = Attacker(model, scope.num_tokens)
         return cls(model_dir.resolve().name, model, texts, attacker, scope, layers)
 

@@ -16,7 +16,7 @@ from pipeline.kernels.kv_cache import KVCache
 from pipeline.models.config import GPT2Config, ModelConfig, load_config
 from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.registry import FAMILIES, ModelShard, load_shard, required_tensors
-from pipeline.progress import Progress
+from pipeline.progress import Progress, part_of
 from pipeline.protocol.batch import Batch, Segment
 from pipeline.weights.checkpoint import load_tensors
 from pipeline.weights.tensor_sinks import CopySink
@@ -46,9 +46,14 @@ class PublicModel:
         cuts = tuple(sorted({0, *layers, config.num_layers}))
         shards = tuple(
             load_shard(
-                model_dir, config, start, end, expected_hashes=None, progress=progress
+                model_dir,
+                config,
+                start,
+                end,
+                expected_hashes=None,
+                progress=part_of(progress, index, len(cuts) - 1),
             )
-            for start, end in itertools.pairwise(cuts)
+            for index, (start, end) in enumerate(itertools.pairwise(cuts))
         )
         _take_rows(shards[0])
         is_gpt2 = isinstance(config, GPT2Config)

@@ -1,0 +1,30 @@
+"""A tiny random model whose laboratory takes seconds."""
+
+import pytest
+
+from pipeline.leakage.attacker import Attacker
+from pipeline.leakage.measure import Laboratory
+from pipeline.leakage.public_model import PublicModel
+from pipeline.leakage.suite import Scope
+
+TINY = Scope(num_texts=3, num_tokens=16, num_deep_texts=1, num_deep_tokens=10)
+
+
+def silent(what, *, counts_bytes=False):
+    """Nobody watches."""
+
+
+@pytest.fixture(scope="session")
+def laboratory(tiny_model):
+    return Laboratory.open(tiny_model, TINY, silent)
+
+
+@pytest.fixture(scope="session")
+def public(make_oracle):
+    """Name of a family -> the public model, cut at layer 1 and in the middle."""
+    return lambda family: PublicModel.load(make_oracle(family).directory, (1, 2))
+
+
+@pytest.fixture(scope="session")
+def attacker(public):
+    return lambda family: Attacker(public(family), 24)
