@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Protocol
 
-# Called with the bytes, or pieces, that are done and with all there are; often, so it returns at once.
+# Called with the bytes, or pieces, that are done and with all there are; often, so it returns at
+# once.
 Progress = Callable[[int, int], None]
 
 

@@ -1,6 +1,7 @@
 """The `leakage` command: measure a mode, and show what the package's cards say."""
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -101,7 +102,8 @@ def _show(card: "Card") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True)
+    # what goes into a file is not cut to a terminal's width
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     table = Table("layer", "attack", "attacker has", "candidates", "tokens", "recovered")
     for each in card.recoveries:
         table.add_row(
@@ -113,10 +115,10 @@ def _show(card: "Card") -> None:
             f"{each.token_recovery:.1%}",
         )
     console.print(table)
-    for each in card.settings:
+    for setting in card.settings:
         console.print(
-            f"sigma {each.sigma:g}: {each.token_recovery:.1%} of tokens recovered at layer 0, "
-            f"KL {each.kl:.3g}, same greedy token {each.greedy_agreement:.1%}"
+            f"sigma {setting.sigma:g}: {setting.token_recovery:.1%} of tokens recovered at layer "
+            f"0, KL {setting.kl:.3g}, same greedy token {setting.greedy_agreement:.1%}"
         )
     utility, cost = card.utility, card.cost
     console.print(

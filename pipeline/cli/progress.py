@@ -11,14 +11,19 @@ from pipeline.progress import Progress, Watch
 
 @contextmanager
 def progress_bar(what: str, *, counts_bytes: bool = True) -> Iterator[Progress | None]:
-    """Something to tell of bytes or pieces done, which shows them on stderr if that is a terminal."""
+    """Something to tell how much is done, which shows it on stderr if that is a terminal."""
     if logs_json() or not _is_watched():
         yield None
         return
     # Only now: a worker that nobody watches would carry it for nothing.
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn
-    from rich.progress import TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)

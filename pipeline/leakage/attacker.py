@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from pipeline.dtypes import Floats
-from pipeline.leakage.attacks.gram_matching import match_gram
+from pipeline.leakage.attacks.gram_matching import GramComparison, match_gram
 from pipeline.leakage.candidate_states import CandidateStates
 from pipeline.leakage.evidence import Comparison, Features, RowByRow
 from pipeline.leakage.matching import Candidates, Propose, match_text, nearest
@@ -71,13 +71,12 @@ class Attacker:
 
     def _match_all(self, comparison: Comparison) -> Sequence[int]:
         """At layer 0 every token's row is known, whatever came before it."""
-        if not isinstance(comparison, RowByRow):
-            found: list[int] = match_gram(comparison.observed, self._vocabulary).tolist()
-            return found
+        if isinstance(comparison, GramComparison):
+            return list(match_gram(comparison.observed, self._vocabulary).tolist())
+        assert isinstance(comparison, RowByRow), "there are no others"
         if self._model.positions is None:
             table = self._features(comparison.features, 0)
-            found = nearest(comparison.observed, table).tolist()
-            return found
+            return list(nearest(comparison.observed, table).tolist())
         return [
             int(nearest(row[None], self._features(comparison.features, position))[0])
             for position, row in enumerate(comparison.observed)

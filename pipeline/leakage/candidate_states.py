@@ -16,9 +16,7 @@ from pipeline.protocol.batch import Segment
 class CandidateStates:
     """Rows at one layer, at most `num_slots` candidates at a time."""
 
-    def __init__(
-        self, model: PublicModel, layer: int, num_slots: int, num_positions: int
-    ) -> None:
+    def __init__(self, model: PublicModel, layer: int, num_slots: int, num_positions: int) -> None:
         self._model = model
         self._shards = model.shards[: model.cuts.index(layer)]
         self._caches = [shard.new_cache(num_slots, num_positions) for shard in self._shards]

@@ -12,6 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.errors import PolicyError
 from pipeline.leakage.modes import MODES, find_mode
 
+COLUMNS = (
+    "mode",
+    "tokens recovered, by layer",
+    "max Δlogit",
+    "KL",
+    "same token",
+    "tokens/s",
+    "bytes, round trips a token",
+    "a lying server is found by",
+)
+
 Rate = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -59,7 +70,7 @@ class Integrity(Part):
 
 
 class Setting(Part):
-    """What one strength of a mode's noise gives: the strength, recovery at layer 0, and the price."""
+    """One strength of a mode's noise: what the best attack recovers at layer 0, and the price."""
 
     sigma: NotNegative
     token_recovery: Rate
@@ -134,12 +145,8 @@ def markdown_table(cards: Sequence[Card] | None = None) -> str:
     """The cards as rows of a table: those that the package carries. Raises PolicyError."""
     if cards is None:
         cards = [load_card(mode.name, mode.version) for mode in MODES.values()]
-    lines = [
-        "| mode | tokens recovered, by layer | max Δlogit | KL | same token | tokens/s | "
-        "bytes, round trips a token | a lying server is found by |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    return "\n".join([*lines, *map(_row, cards)]) + "\n"
+    rule = "| --- " * len(COLUMNS) + "|"
+    return "\n".join([f"| {' | '.join(COLUMNS)} |", rule, *map(_row, cards)]) + "\n"
 
 
 def _row(card: Card) -> str:

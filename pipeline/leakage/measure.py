@@ -45,7 +45,9 @@ class Laboratory:
         tokenizer.check_vocabulary(config.vocab_size)
         texts = read_texts(tokenizer, scope.num_texts, scope.num_tokens)
         cuts = {*layers, config.num_layers // NUM_STAGES}
-        model = PublicModel.load(model_dir, sorted(cuts), watch("loading weights", counts_bytes=True))
+        model = PublicModel.load(
+            model_dir, sorted(cuts), watch("loading weights", counts_bytes=True)
+        )
         attacker = Attacker(model, scope.num_tokens)
         return cls(model_dir.resolve().name, model, texts, attacker, scope, layers)
 

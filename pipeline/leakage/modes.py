@@ -21,7 +21,7 @@ from pipeline.leakage.views import View
 USABLE_SIGMA, LONGEST_EMBEDDING = 0.03, 7.5
 TOKEN_BYTES = 4  # an id on its way in, and one on its way out
 
-Secret = Literal["permutation", "rotation"] | None
+Disguise = Literal["permutation", "rotation"] | None
 MakeView = Callable[[int, np.random.Generator], View]  # of a hidden size, with its randomness
 
 SILENT = (
@@ -45,7 +45,7 @@ class Mode:
     found_by: str = FOUND_BY
     setting: str = ""
     is_client_split: bool = True  # embedding, final norm and head with the user
-    secret: Secret = None  # one for all sessions, in the server's weights
+    disguise: Disguise = None  # one for all sessions, in the server's weights
     has_noise: bool = False  # anew in every session
     sigmas: tuple[float, ...] = ()  # strengths of the noise that are measured beside
     wire: str = "F32"  # the codec that rows travel by
@@ -92,8 +92,9 @@ _ALL = (
         "permute",
         1,
         views.permuted,
-        "A secret order of the hidden dimensions hides nothing from whoever has the public weights.",
-        secret="permutation",
+        "A secret order of the hidden dimensions hides nothing from whoever has the public "
+        "weights.",
+        disguise="permutation",
         is_offered=False,
     ),
     Mode(
@@ -102,23 +103,23 @@ _ALL = (
         views.rotated,
         "A secret rotation changes what activations look like and not what they tell: no "
         "confidentiality against someone who has the public weights.",
-        secret="rotation",
+        disguise="rotation",
     ),
     Mode(
         "rotate-int8",
         1,
         views.rotated_int8,
-        "Makes the wire a quarter as wide at hardly any loss; no confidentiality against someone who "
-        "has the public weights.",
-        secret="rotation",
+        "Makes the wire a quarter as wide at hardly any loss; no confidentiality against someone "
+        "who has the public weights.",
+        disguise="rotation",
         wire="I8",
     ),
     Mode(
         "dp",
         1,
         views.noisy(USABLE_SIGMA, LONGEST_EMBEDDING),
-        "Noise that leaves the text usable leaves the tokens readable; noise that hides them leaves "
-        "no text.",
+        "Noise that leaves the text usable leaves the tokens readable; noise that hides them "
+        "leaves no text.",
         setting=f"sigma {USABLE_SIGMA}, clipped to {LONGEST_EMBEDDING}",
         has_noise=True,
         sigmas=(0.1, 0.5, 2.42),

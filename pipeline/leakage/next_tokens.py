@@ -1,8 +1,10 @@
 """What a language model expects behind a prefix: in which order an attacker tries candidates."""
 
-import numpy as np
+from typing import Any
 
-from pipeline.dtypes import Floats
+import numpy as np
+import numpy.typing as npt
+
 from pipeline.leakage.candidate_states import CandidateStates
 from pipeline.leakage.matching import Candidates
 from pipeline.leakage.public_model import PublicModel
@@ -37,8 +39,8 @@ class NextTokens:
         return Candidates(order, log_probabilities[order])
 
 
-def log_softmax(logits: Floats) -> Floats:
-    """Of each row: [..., vocab]."""
+def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Of each row, [..., vocab], in the precision it comes in."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    found: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    found: npt.NDArray[Any] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return found

@@ -1,7 +1,7 @@
 """The public model as an attacker runs it: hidden states of any tokens at any layer.
 
-Rows "at layer l" are what layer l takes: at 0 the embeddings, at the number of layers what the final
-norm takes.
+Rows "at layer l" are what layer l takes: at 0 the embeddings, at the number of layers what the
+final norm takes.
 """
 
 import itertools
@@ -89,7 +89,8 @@ class PublicModel:
         """Row at layer 0 of every token there is, all at `position`: [vocab, hidden]."""
         if self.positions is None:
             return self.embedding
-        return self.embedding + self.positions[position]
+        placed: Floats = self.embedding + self.positions[position]
+        return placed
 
     def rows_at_cuts(self, embedded: Floats) -> dict[int, Floats]:
         """One text's rows at every cut, from those at layer 0."""

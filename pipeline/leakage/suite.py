@@ -39,24 +39,24 @@ class NamedAttack:
 
 
 def _vocabulary_fits(mode: Mode, layer: int) -> bool:
-    return layer == 0 if mode.secret else layer <= 1
+    return layer == 0 if mode.disguise else layer <= 1
 
 
 def _guided_fits(mode: Mode, layer: int) -> bool:
-    return mode.secret is None and layer != 1
+    return mode.disguise is None and layer != 1
 
 
 def _sorted_fits(mode: Mode, layer: int) -> bool:
-    return mode.secret == "permutation" or (mode.secret is not None and layer == 0)
+    return mode.disguise == "permutation" or (mode.disguise is not None and layer == 0)
 
 
-def _secret(mode: Mode, layer: int) -> bool:
+def _disguised(mode: Mode, layer: int) -> bool:
     del layer
-    return mode.secret is not None
+    return mode.disguise is not None
 
 
-def _shallow_secret(mode: Mode, layer: int) -> bool:
-    return mode.secret is not None and layer <= 1
+def _disguised_shallow(mode: Mode, layer: int) -> bool:
+    return mode.disguise is not None and layer <= 1
 
 
 def _sent_noise(mode: Mode, layer: int) -> bool:
@@ -69,20 +69,20 @@ ATTACKS = (
     NamedAttack("nearest-vocabulary", PUBLIC, nearest_vocabulary, _vocabulary_fits),
     NamedAttack("language-model-guided", PUBLIC, nearest_vocabulary, _guided_fits, is_guided=True),
     NamedAttack("sorted-matching", PUBLIC, sorted_matching, _sorted_fits),
-    NamedAttack("gram-matching", PUBLIC, gram_matching, _secret, is_brief=True),
+    NamedAttack("gram-matching", PUBLIC, gram_matching, _disguised, is_brief=True),
     *(
         NamedAttack(
             f"known-prefix-{count}",
             f"{PUBLIC} + {count} known tokens",
             known_prefix,
-            _shallow_secret,
+            _disguised_shallow,
             num_known=count,
             is_brief=True,
         )
         for count in (8, 32)
     ),
-    NamedAttack("known-weights", f"{PUBLIC} + W'", known_weights, _secret),
-    NamedAttack(*SESSIONS, shared_secret, _secret, is_brief=True),
+    NamedAttack("known-weights", f"{PUBLIC} + W'", known_weights, _disguised),
+    NamedAttack(*SESSIONS, shared_secret, _disguised, is_brief=True),
     NamedAttack(*SESSIONS, averaged_noise, _sent_noise),
 )
 

@@ -30,7 +30,7 @@ class ModePipeline:
         num_layers = model.config.num_layers
         middle = min(model.cuts[1:], key=lambda cut: abs(cut - num_layers / NUM_STAGES))
         self._links = {0, middle, num_layers} if mode.is_client_split else {middle}
-        self._is_centred = model.is_centred and mode.secret is not None
+        self._is_centred = model.is_centred and mode.disguise is not None
 
     def new_caches(self, num_positions: int) -> list[KVCache]:
         """For one text."""
@@ -66,7 +66,7 @@ def measure_utility(
             each.logits(text, 0, each.new_caches(len(text))) for each in (reference, other)
         )
         most = max(most, float(np.abs(expected - found).max()))
-        logs, found_logs = (log_softmax(np.float64(each)) for each in (expected, found))
+        logs, found_logs = (log_softmax(each.astype(np.float64)) for each in (expected, found))
         kl += float((np.exp(logs) * (logs - found_logs)).sum())
         same += int((expected.argmax(axis=-1) == found.argmax(axis=-1)).sum())
         count += len(text)
@@ -82,7 +82,7 @@ def tokens_per_second(model: PublicModel, modes: Sequence[Mode], text: Text) -> 
     pipelines = [ModePipeline(model, mode) for mode in modes]
     num_tokens = min(TIMED_TOKENS, len(text))
     caches = [each.new_caches(len(text) + num_tokens) for each in pipelines]
-    spent = [[] for _ in modes]
+    spent: list[list[float]] = [[] for _ in modes]
     last = [
         int(each.logits(text, 0, own)[-1].argmax())
         for each, own in zip(pipelines, caches, strict=True)

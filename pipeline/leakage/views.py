@@ -1,7 +1,7 @@
 """What a mode's server holds instead of the model's rows, and what the next layers make of it.
 
-A view is a pair of pure functions of rows [tokens, hidden]. Its randomness is handed in: a secret is
-drawn once for all sessions, noise anew for each.
+A view is a few functions of rows [tokens, hidden]. Its randomness is handed in: a secret is drawn
+once for all sessions, noise anew for each.
 """
 
 from collections.abc import Callable
@@ -78,7 +78,8 @@ def noisy(sigma: float, clip: float) -> Callable[[int, np.random.Generator], Vie
             lengths = np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-30)
             clipped = rows * np.minimum(1, clip / lengths)
             noise = sigma * rng.standard_normal(rows.shape, np.float32)
-            return (clipped + noise).astype(np.float32)
+            noisy_rows: Floats = (clipped + noise).astype(np.float32)
+            return noisy_rows
 
         return View(_same, _same, _same, disturb)
 

@@ -1,9 +1,9 @@
 """A rotation leaves lengths and angles between a text's rows as they were (its Gram matrix).
 
 Token after token: a candidate is held against the observation by its length, and by its products
-with the rows of the tokens recovered so far. At layer 0, where all candidates are known at once, two
-tokens are guessed together (`match_gram`), since one length alone says little where observations are
-rounded.
+with the rows of the tokens recovered so far. At layer 0, where all candidates are known at once,
+two tokens are guessed together (`match_gram`), since one length alone says little where
+observations are rounded.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,0 +1,74 @@
+"""What the package carries of each mode, and that nothing is used without it."""
+
+import json
+
+import pytest
+
+from pipeline.errors import InputError, PolicyError
+from pipeline.leakage import cards
+from pipeline.leakage.cards import load_card, markdown_table, parse_card, require_card
+from pipeline.leakage.modes import MODES
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_has_the_card_of_its_version(name):
+    mode = MODES[name]
+    card = load_card(name, mode.version)
+    assert card.protects == mode.protects
+    assert card.integrity.lying_server == mode.lying_server
+    assert card.setting == mode.setting
+    assert [each.sigma for each in card.settings] == list(mode.sigmas)
+    assert {each.layer for each in card.recoveries} == {0, 1, 15, 29}
+
+
+@pytest.mark.parametrize("name", [name for name in MODES if name != "dp"])
+def test_layer_0_tells_nearly_every_token(name):
+    best = load_card(name, MODES[name].version).at(0)
+    assert best is not None
+    assert best.token_recovery >= 0.9
+
+
+def test_a_card_of_another_version_is_none():
+    with pytest.raises(PolicyError, match=r"version 1 of plain, this is version 2: measure it"):
+        load_card("plain", 2)
+
+
+def test_a_mode_without_a_card_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "cards").mkdir()
+    monkeypatch.setattr(cards, "files", lambda package: tmp_path)
+    with pytest.raises(PolicyError, match="mode rotate has no leakage card"):
+        require_card("rotate")
+
+
+def test_a_target_of_attacks_and_an_unknown_mode_are_refused():
+    with pytest.raises(PolicyError, match="permute is what attacks are tried on"):
+        require_card("permute")
+    with pytest.raises(InputError, match="no mode is called 'none'; use plain"):
+        require_card("none")
+    assert require_card("client").mode == "client"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 0}, "here: version: "),
+        ({"recoveries": []}, "here: recoveries: "),
+        ({"extra": 1}, "here: extra: "),
+        ({"protects": None}, "here: protects: "),
+    ],
+)
+def test_a_damaged_card_is_one_line(change, words):
+    fields = json.loads(load_card("plain", 1).model_dump_json()) | change
+    with pytest.raises(PolicyError, match=words) as caught:
+        parse_card(json.dumps(fields), "here")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(PolicyError, match="here: the card: "):
+        parse_card("{", "here")
+
+
+def test_the_table_has_a_row_for_each_mode():
+    lines = markdown_table().splitlines()
+    assert len(lines) == 2 + len(MODES)
+    assert len({line.count("|") for line in lines}) == 1
+    for line, name in zip(lines[2:], MODES, strict=True):
+        assert line.startswith(f"| {name}")
