@@ -17,8 +17,8 @@ from pipeline.leakage.public_model import PublicModel, without_mean
 SHALLOW, SHALLOW_SLOTS, DEEP_SLOTS = 2, 512, 64
 # Candidates are computed so many at a time, at first; mostly one of these fits.
 FIRST_TRIED, THEN_TRIED = 8, 64
-# Of the whole vocabulary at layer 1, so many are computed with their prefix: those nearest without
-# one, and as many that a language model expects. Measured: 93 % are among the first 8.
+# Of the whole vocabulary at layer 1, so many are computed with their prefix at first: those nearest
+# without one, and as many that a language model expects. Measured: 93 % are among the first 8.
 SHORTLIST = 512
 # Parts of candidates whose rows are kept: attacks at one layer mostly ask for the same.
 KEPT_PARTS = 512
@@ -86,8 +86,10 @@ class Attacker:
         """What a language model expects; at layer 0, where rows cost nothing, all there is."""
         count = self._size if layer == 0 else min(MAX_CANDIDATES, self._size)
 
-        def propose(prefix: Sequence[int], *compared: object) -> Iterator[Candidates]:
-            del compared
+        def propose(
+            prefix: Sequence[int], target: Floats, features: Features, *, is_sure: bool
+        ) -> Iterator[Candidates]:
+            del target, features, is_sure
             expected = self._next_tokens.likeliest(tuple(prefix), count)
             yield expected.part(0, FIRST_TRIED)
             yield expected.part(FIRST_TRIED, THEN_TRIED)
@@ -99,7 +101,7 @@ class Attacker:
         """The whole vocabulary, ordered by rows computed without what came before."""
 
         def propose(
-            prefix: Sequence[int], target: Floats, features: Features
+            prefix: Sequence[int], target: Floats, features: Features, *, is_sure: bool
         ) -> Iterator[Candidates]:
             table, squares = self._features_alone(features, layer)
             off = squares - 2 * (table @ target)
@@ -112,6 +114,8 @@ class Attacker:
             yield Candidates(rest[:THEN_TRIED])
             yield Candidates(rest[THEN_TRIED:])
             yield Candidates(np.setdiff1d(ids[FIRST_TRIED:], expected))
+            if is_sure:  # else rows are off by the wrong tokens before, and none will fit
+                yield Candidates(np.setdiff1d(np.arange(self._size), np.append(ids, expected)))
 
         return propose
 
@@ -137,9 +141,12 @@ class Attacker:
         if layer == 0:
             return lambda prefix, ids: self._vocabulary(len(prefix))[list(ids)]
         states = self._new_states(layer)
-        return lru_cache(maxsize=KEPT_PARTS)(
-            lambda prefix, ids: self._as_compared(states.rows(prefix, ids))
-        )
+
+        def compute(prefix: tuple[int, ...], ids: tuple[int, ...]) -> Floats:
+            return self._as_compared(states.rows(prefix, ids))
+
+        kept = lru_cache(maxsize=KEPT_PARTS)(compute)
+        return lambda prefix, ids: (kept if len(ids) <= SHORTLIST else compute)(prefix, ids)
 
     def _as_compared(self, rows: Floats) -> Floats:
         """Without the mean, where the model's norms drop it: see `observations`."""

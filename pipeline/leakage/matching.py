@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,8 @@ from pipeline.leakage.evidence import Comparison, Features
 # A candidate fits when it is so much nearer than the second.
 DECISIVE = 0.25
 LEAST_FEATURES = 8  # by fewer numbers many candidates are that near by chance
+# Or, whatever there is to compare, when nothing but rounding is left: of the squared length.
+EXACT = 1e-10
 # One row beside a whole vocabulary, block by block.
 BLOCK_ROWS = 64
 
@@ -35,9 +38,16 @@ class Candidates:
         )
 
 
-# What may stand behind a prefix, given what is compared of the observation there; the next ones are
-# asked for when none of those before fits.
-Propose = Callable[[Sequence[int], Floats, Features], Iterator[Candidates]]
+class Propose(Protocol):
+    """What may stand behind a prefix."""
+
+    def __call__(
+        self, prefix: Sequence[int], target: Floats, features: Features, *, is_sure: bool
+    ) -> Iterator[Candidates]:
+        """Given what is compared there; the next ones are asked for when none before fits.
+
+        `is_sure`: every token of the prefix is known or fits.
+        """
 
 
 def nearest(observed: Floats, vocabulary: Floats) -> Ids:
@@ -67,7 +77,8 @@ def match_text(
             recovered[position] = rows_of(found, [choice])[0]
         else:
             target, features = comparison.at(position, recovered)
-            parts = propose(found, target, features)
+            is_sure = len(recovered) == position
+            parts = propose(found, target, features, is_sure=is_sure)
             choice, row = _choose(target, features, parts, lambda ids: rows_of(found, ids))
             if row is not None:
                 recovered[position] = row
@@ -90,7 +101,8 @@ def _choose(
         distances, ids = np.concatenate([distances, off]), np.append(ids, part.ids)
         if part.log_probabilities is not None:
             priors = np.concatenate([priors, part.log_probabilities])
-        if len(target) >= LEAST_FEATURES and _is_decided(distances):
+        is_exact = distances.min() <= EXACT * np.square(target).sum()
+        if is_exact or (len(target) >= LEAST_FEATURES and _is_decided(distances)):
             break
     best = int(distances.argmin())
     is_fit = _is_decided(distances)

@@ -41,6 +41,16 @@ def test_a_terminal_is_shown_how_far_hashing_and_cutting_are(plan, tiny_model, t
     assert "cutting weights" in shown
 
 
+def test_a_terminal_is_shown_how_far_attacks_are(tiny_model):
+    shown, code = on_a_terminal(
+        ORCH, "leakage", "--mode", "plain", "--model-dir", tiny_model, "--texts", "2",
+        "--tokens", "4",
+    )  # fmt: skip
+    assert code == 0
+    assert "loading weights" in shown
+    assert "attacking plain" in shown
+
+
 def test_a_worker_shows_how_far_loading_is_unless_it_is_one_of_several(tiny_model, plan, tmp_path):
     subprocess.run(plan, check=True, capture_output=True, timeout=90)
     worker = [

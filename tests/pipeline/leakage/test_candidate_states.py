@@ -76,7 +76,7 @@ def test_known_tokens_are_not_looked_for():
         RowByRow(observed, as_they_are),
         [5],  # the attacker is wrong: what is known is not put to the test
         3,
-        lambda *_: iter([Candidates(np.arange(8))]),
+        lambda *_, is_sure: iter([Candidates(np.arange(8))]),
         rows_of,
     )
     assert found == [5, 2, 3]
@@ -90,7 +90,7 @@ def test_under_noise_a_language_model_decides_between_near_ones():
     def recover(log_probabilities):
         candidates = Candidates(np.arange(2), log_probabilities)
         return match_text(
-            RowByRow(observed, as_they_are), [], 1, lambda *_: iter([candidates]),
+            RowByRow(observed, as_they_are), [], 1, lambda *_, is_sure: iter([candidates]),
             lambda prefix, ids: rows[list(ids)],
         )  # fmt: skip
 
