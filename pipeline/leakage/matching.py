@@ -15,6 +15,8 @@ DECISIVE = 0.25
 LEAST_FEATURES = 8  # by fewer numbers many candidates are that near by chance
 # Or, whatever there is to compare, when nothing but rounding is left: of the squared length.
 EXACT = 1e-10
+# More are not subtracted from one by one, at the price of rounding: that takes ten times as long.
+MANY_ROWS = 4096
 # One row beside a whole vocabulary, block by block.
 BLOCK_ROWS = 64
 
@@ -97,7 +99,7 @@ def _choose(
     rows: list[Floats] = []
     for part in (each for each in parts if len(each.ids)):
         rows.append(rows_of(part.ids.tolist()))
-        off = np.square(features(rows[-1]) - target).sum(axis=1)
+        off = _squared_distances(features(rows[-1]), target)
         distances, ids = np.concatenate([distances, off]), np.append(ids, part.ids)
         if part.log_probabilities is not None:
             priors = np.concatenate([priors, part.log_probabilities])
@@ -111,6 +113,15 @@ def _choose(
         variance = max(float(distances[best]) / len(target), 1e-30)
         best = int((priors - distances / (2 * variance)).argmax())
     return int(ids[best]), np.concatenate(rows)[best] if is_fit else None
+
+
+def _squared_distances(table: Floats, target: Floats) -> Floats:
+    """Of each row [n, features] from one."""
+    if len(table) <= MANY_ROWS:
+        exact: Floats = np.square(table - target).sum(axis=1)
+        return exact
+    squares = np.einsum("ij,ij->i", table, table)
+    return np.maximum(squares - 2 * (table @ target) + target @ target, 0)
 
 
 def _is_decided(distances: Floats) -> bool:

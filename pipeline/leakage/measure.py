@@ -16,6 +16,8 @@ from pipeline.leakage.utility import NUM_STAGES, measure_utility, tokens_per_sec
 from pipeline.models.config import load_config
 from pipeline.progress import Watch
 
+# Other strengths of noise are tried on so many.
+SWEPT_TEXTS = 5
 PLAIN = MODES["plain"]
 
 
@@ -83,10 +85,12 @@ class Laboratory:
     def _setting(self, mode: Mode, sigma: float) -> Setting:
         """The strongest attack on noise of that strength, and its price."""
         other = replace(mode, make_view=mode.noise(sigma))
-        seen = observe(self.model, other, self.texts)
-        utility = measure_utility(self.model, PLAIN, other, self.texts, None)
+        texts = self.texts[:SWEPT_TEXTS]
+        scope = replace(self.scope, num_texts=len(texts))
+        seen = observe(self.model, other, texts)
+        utility = measure_utility(self.model, PLAIN, other, texts, None)
         rates = [
-            recover(self.attacker, each, seen, 0, self.scope, None).token_recovery
+            recover(self.attacker, each, seen, 0, scope, None).token_recovery
             for each in ATTACKS
             if each.fits(other, 0)
         ]
