@@ -35,14 +35,14 @@ from pipeline.cli.shared_options import (
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
-from pipeline.orchestrator.failover import ReplaySource
+from pipeline.orchestrator.epochs import ReplaySource
+from pipeline.orchestrator.failover import Work, run_with_failover
 from pipeline.orchestrator.open_pipeline import (
     Pipeline,
     PipelineOptions,
     new_pipeline,
     open_pipeline,
 )
-from pipeline.orchestrator.retrying import Work, run_with_failover
 from pipeline.placement.base import Placement
 from pipeline.placement.by_hand import ByHand
 from pipeline.placement.worker_supervisor import Supervisor

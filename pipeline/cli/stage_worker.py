@@ -22,9 +22,9 @@ from pipeline.cli.compute_options import (
     parse_cpus,
     precision_of,
 )
+from pipeline.cli.exit_codes import new_app, run_app
 from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
 from pipeline.cli.progress import progress_bar
-from pipeline.cli.run_app import new_app, run_app
 from pipeline.cli.shared_options import (
     DataOutPortOption,
     DevOption,

@@ -15,7 +15,7 @@ from pipeline.protocol.peers import (
     connect_retrying,
     describe,
 )
-from transport.attestation.interfaces import Attested, Binding, EvidenceKind
+from transport.attestation.evidence_binding import Attested, Binding, EvidenceKind
 from transport.attestation.key_only import KeyOnlyAttester
 from transport.errors import TransportError
 from transport.handshake import Credentials, Link, LinkKind, Role, RoleKind

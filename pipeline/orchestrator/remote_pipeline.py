@@ -13,7 +13,7 @@ from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.engine.step_runner import RunnerStats
 from pipeline.errors import LinkLost, SessionError, StageLost, StageSilent
 from pipeline.orchestrator.connector import Connector
-from pipeline.orchestrator.failover import Epochs, ReplaySource
+from pipeline.orchestrator.epochs import Epochs, ReplaySource
 from pipeline.orchestrator.losses import Losses
 from pipeline.orchestrator.remote_stage import HEALTH_SECONDS, Expectation, RemoteStage
 from pipeline.orchestrator.step_link import StepLink

@@ -24,7 +24,7 @@ from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.protocol.links import CONTROL_LIMITS, ControlLink
 from pipeline.protocol.peers import CONTROL_EPOCH, ORCHESTRATOR
-from transport.attestation.interfaces import Binding, EvidenceKind, user_data
+from transport.attestation.evidence_binding import Binding, EvidenceKind, user_data
 from transport.attestation.key_only import KeyOnlyVerifier
 from transport.channel import accept_channel
 from transport.endpoint import Listener, TcpEndpoint, listen

@@ -25,7 +25,7 @@ from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
 from transport.attestation.dev_authority import DevAttester, DevAuthority
-from transport.attestation.interfaces import EvidenceKind
+from transport.attestation.evidence_binding import EvidenceKind
 from transport.endpoint import TcpEndpoint, dial, listen
 
 PCRS = [{0: bytes([i + 1]) * 48, 1: b"\x55" * 48, 2: bytes([i + 101]) * 48} for i in range(3)]

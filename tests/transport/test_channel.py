@@ -15,7 +15,7 @@ from transport.errors import (
     MisuseError,
     NoAnswer,
 )
-from transport.records import RekeyPolicy
+from transport.rekey_policy import RekeyPolicy
 from transport.tensor_frames import FrameLimits
 
 UNIX_OR_TCP = pytest.mark.parametrize(

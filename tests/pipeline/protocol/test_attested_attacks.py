@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pipeline.errors import SessionError
 from pipeline.protocol.links import CONTROL_LIMITS
 from pipeline.protocol.peers import CONTROL_EPOCH, ORCHESTRATOR
-from transport.attestation.interfaces import EvidenceKind
+from transport.attestation.evidence_binding import EvidenceKind
 from transport.attestation.key_only import KeyOnlyAttester
 from transport.channel import connect_channel
 from transport.endpoint import dial

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from pipeline.errors import SessionError, SessionRefused
-from pipeline.orchestrator.retrying import MAX_FRUITLESS, run_with_failover
+from pipeline.orchestrator.failover import MAX_FRUITLESS, run_with_failover
 
 
 class Away:

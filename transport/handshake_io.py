@@ -24,7 +24,7 @@ from transport.handshake import (
     with_length,
 )
 from transport.raw_socket import Wire
-from transport.records import RekeyPolicy
+from transport.rekey_policy import RekeyPolicy
 
 
 async def run_initiator(

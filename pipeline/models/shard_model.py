@@ -12,8 +12,8 @@ from pipeline.kernels.base import Attention, DecodeStep, HeadShape, Kernels, Lin
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import kv_bytes
 from pipeline.models.config import ModelConfig
-from pipeline.models.embedding import Embedding
 from pipeline.models.layer_parts import LayerMaker, LayerParts
+from pipeline.models.own_embedding import Embedding
 from pipeline.models.workspace import ForwardPass, Room, round_up
 from pipeline.protocol.batch import Batch, num_tokens
 from pipeline.weights.tensor_sinks import Sink
