@@ -11,7 +11,7 @@ from transport.errors import ConnectionLost
 from transport.frame_stream import FrameReceiver, FrameSender
 from transport.handshake import Credentials, Link, Peer, Session
 from transport.handshake_io import run_initiator, run_responder
-from transport.raw_socket import Wire
+from transport.nonblocking_socket import Wire
 from transport.records import OVERHEAD_BYTES
 from transport.rekey_policy import RekeyPolicy
 from transport.tensor_frames import INLINE_BYTES, Frame, FrameForm, FrameLimits

@@ -23,7 +23,7 @@ from transport.handshake import (
     respond,
     with_length,
 )
-from transport.raw_socket import Wire
+from transport.nonblocking_socket import Wire
 from transport.rekey_policy import RekeyPolicy
 
 

@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from transport.endpoint import Endpoint, Listener, TcpEndpoint, dial, listen, parse_endpoint
+from transport.dial_and_listen import Endpoint, Listener, TcpEndpoint, dial, listen, parse_endpoint
 from transport.errors import EndpointError
 from transport.pending_connections import Guest, Lobby, Standing, source_of
 

@@ -12,7 +12,7 @@ from cryptography import x509
 
 from pipeline.agreement.manifest import load_manifest
 from pipeline.agreement.trust_policy import load_identity
-from pipeline.cli.exit_codes import new_app
+from pipeline.cli.error_reporting import new_app
 from pipeline.cli.logs import printable
 from pipeline.cli.shared_options import finite
 from pipeline.errors import InputError, SessionError

@@ -48,7 +48,7 @@ from pipeline.placement.by_hand import ByHand
 from pipeline.placement.worker_supervisor import Supervisor
 from pipeline.tasks import open_tasks
 from transport.attestation.dev_authority import default_directory
-from transport.endpoint import Endpoint
+from transport.dial_and_listen import Endpoint
 
 logger = logging.getLogger(__name__)
 

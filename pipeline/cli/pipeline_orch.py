@@ -9,7 +9,7 @@ import typer
 from pipeline.agreement.manifest import check_precision, dump_manifest, load_manifest
 from pipeline.agreement.trust_policy import create_identity
 from pipeline.cli import attest
-from pipeline.cli.exit_codes import new_app, run_app
+from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.generate import GenerateFlags, generate
 from pipeline.cli.logs import configure_logging, tell
 from pipeline.cli.pipeline_flags import PipelineFlags, pipeline_flags, takes_flags

@@ -6,14 +6,14 @@ from typing import Protocol
 
 from pipeline.engine.step import Step
 from pipeline.orchestrator.connector import Connector
-from pipeline.orchestrator.remote_stage import RemoteStage
 from pipeline.orchestrator.replay_plan import ORCHESTRATOR_IDX, ReplayPlan, plan_replay
+from pipeline.orchestrator.stage_watch import RemoteStage
 from pipeline.orchestrator.step_link import StepLink
 from pipeline.protocol.messages import Init, Ready, Rewind
-from pipeline.protocol.peers import hang_up
+from pipeline.protocol.peer_connections import hang_up
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel
-from transport.endpoint import Listener
+from transport.dial_and_listen import Listener
 
 
 class ReplaySource(Protocol):

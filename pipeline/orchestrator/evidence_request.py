@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pipeline.agreement.manifest import Manifest
 from pipeline.errors import SessionError
 from pipeline.protocol.links import CONTROL_LIMITS
-from pipeline.protocol.peers import (
+from pipeline.protocol.peer_connections import (
     CONTROL_EPOCH,
     ORCHESTRATOR,
     close_quietly,

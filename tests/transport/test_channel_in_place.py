@@ -8,7 +8,7 @@ import trio
 import trio.testing
 
 from transport.errors import ConnectionLost, RecordError
-from transport.raw_socket import FAIR_NS
+from transport.nonblocking_socket import FAIR_NS
 from transport.rekey_policy import RekeyPolicy
 from transport.tensor_frames import FrameForm, encode_frame
 

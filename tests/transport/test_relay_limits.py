@@ -8,7 +8,7 @@ import trio
 
 from tests.transport.relayed import LOOPBACK, converse, receive, until
 from transport import relay as relay_module
-from transport.endpoint import dial
+from transport.dial_and_listen import dial
 
 
 async def test_connection_over_the_limit_is_closed_and_a_freed_place_taken(running, caplog):

@@ -16,10 +16,10 @@ from starlette.routing import Route
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.errors import ApiError, Kind
 from pipeline.gateway.generation_order import Order
+from pipeline.gateway.http.client_exchange import Exchange
 from pipeline.gateway.http.completion_formats import ChatFormat, CompletionFormat
 from pipeline.gateway.http.counters import HttpMetrics
 from pipeline.gateway.http.errors import to_response
-from pipeline.gateway.http.exchange import Exchange
 from pipeline.gateway.http.middleware import Edge
 from pipeline.gateway.http.responses import Answer, Wanted
 from pipeline.gateway.openai_requests import ChatRequest, CompletionRequest, parse_untrusted

@@ -10,9 +10,9 @@ from pipeline.errors import PipelineError
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.errors import ApiError, Kind, from_pipeline, internal
 from pipeline.gateway.http.access import Access
+from pipeline.gateway.http.client_exchange import BodyBudget, Exchange
 from pipeline.gateway.http.counters import HttpMetrics
 from pipeline.gateway.http.errors import to_response
-from pipeline.gateway.http.exchange import BodyBudget, Exchange
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from pipeline.errors import InputError
 from pipeline.gateway.auth import is_local_name
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.http.app import build_app
-from pipeline.gateway.http.client_connection import ClientConnection, ClientStream
 from pipeline.gateway.http.counters import HttpMetrics
+from pipeline.gateway.http.hypercorn_connection import ClientConnection, ClientStream
 from pipeline.gateway.pipeline_status import Overview
 from pipeline.gateway.settings import GatewayConfig
 

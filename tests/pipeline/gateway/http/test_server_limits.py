@@ -8,7 +8,7 @@ import trio
 
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
-from pipeline.gateway.http.exchange import BodyBudget
+from pipeline.gateway.http.client_exchange import BodyBudget
 from tests.pipeline.gateway.http.raw_requests import (
     AUTH,
     CHAT,

@@ -30,7 +30,7 @@ from pipeline.protocol.messages import (
     StageFigures,
     Waiting,
 )
-from pipeline.protocol.peers import close_quietly, describe
+from pipeline.protocol.peer_connections import close_quietly, describe
 from pipeline.tasks import open_tasks
 from transport.errors import TransportError
 from transport.handshake import Peer

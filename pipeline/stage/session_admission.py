@@ -5,7 +5,7 @@ from pipeline.models.registry import ModelShard
 from pipeline.protocol.messages import Init, Message
 from pipeline.protocol.step_header import PROTOCOL_VERSION, StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits, expected_inputs
-from pipeline.stage.setup import StageSetup
+from pipeline.stage.worker_setup import StageSetup
 from transport.tensor_frames import TensorSpec
 
 # Bounds how long one step keeps a stage from listening, and how much memory its activations take.

@@ -11,8 +11,8 @@ import trio
 import trio.testing
 
 from tests.transport.sockets import receive
-from transport import endpoint as endpoint_module
-from transport.endpoint import (
+from transport import dial_and_listen as endpoint_module
+from transport.dial_and_listen import (
     VSOCK_ANY,
     TcpEndpoint,
     UnixEndpoint,

@@ -28,7 +28,7 @@ from transport.address import (
     VsockEndpoint,
     parse_endpoint,
 )
-from transport.endpoint_errors import failed, unresolvable, vsock_family
+from transport.dial_errors import failed, unresolvable, vsock_family
 from transport.errors import DialRefused, EndpointError
 
 __all__ = [

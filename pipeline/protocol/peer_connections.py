@@ -12,7 +12,7 @@ from pipeline.protocol.links import ControlLink
 from pipeline.protocol.messages import Message
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel, accept_channel, connect_channel
-from transport.endpoint import Endpoint, Listener, Permit, dial_retrying
+from transport.dial_and_listen import Endpoint, Listener, Permit, dial_retrying
 from transport.errors import NoAnswer, TransportError
 from transport.handshake import Credentials, Link, Role, RoleKind
 from transport.pending_connections import Guest, HelloMemory, Lobby, Standing, source_of

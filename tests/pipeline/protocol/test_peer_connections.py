@@ -8,8 +8,8 @@ import pytest
 import trio
 
 from pipeline.agreement.trust_policy import DevTrust
-from pipeline.protocol import peers
-from pipeline.protocol.peers import (
+from pipeline.protocol import peer_connections
+from pipeline.protocol.peer_connections import (
     CONTROL_EPOCH,
     ORCHESTRATOR,
     accept_all,
@@ -17,7 +17,7 @@ from pipeline.protocol.peers import (
     connect_retrying,
 )
 from transport.channel import connect_channel
-from transport.endpoint import TcpEndpoint, dial, listen
+from transport.dial_and_listen import TcpEndpoint, dial, listen
 from transport.errors import HandshakeError, NoAnswer
 from transport.handshake import Link, LinkKind, Role, RoleKind, initiate, with_length
 from transport.tensor_frames import FrameLimits
@@ -94,7 +94,7 @@ async def test_no_crowd_of_strangers_keeps_the_right_peer_out(trust, theirs, say
 
             nursery.start_soon(accept)
             await crowd(listener.endpoint, trust, say, CROWD, strangers)
-            with trio.fail_after(peers.HANDSHAKE_SECONDS / 2):
+            with trio.fail_after(peer_connections.HANDSHAKE_SECONDS / 2):
                 near = await connect(theirs, listener.endpoint)
         assert near.handshake_hash == accepted[0].handshake_hash
         await near.aclose()
@@ -136,7 +136,7 @@ async def test_handshakes_under_way_are_bounded(trust):
             nursery.start_soon(accept_all, listener, LINK, credentials, LIMITS, welcome)
             await crowd(listener.endpoint, trust, silence, CROWD, strangers)
             with trio.fail_after(5):
-                while num_sockets() - before - CROWD > peers.MAX_PENDING_HANDSHAKES:  # noqa: ASYNC110
+                while num_sockets() - before - CROWD > peer_connections.MAX_PENDING_HANDSHAKES:  # noqa: ASYNC110
                     await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
 
@@ -173,7 +173,7 @@ async def test_a_hello_seen_on_its_way_is_shown_evidence_once(trust):
 
 
 async def test_one_that_had_to_make_room_tries_again_until_it_is_met(trust, theirs, monkeypatch):
-    monkeypatch.setattr(peers, "NO_ANSWER_SECONDS", 0.01)
+    monkeypatch.setattr(peer_connections, "NO_ANSWER_SECONDS", 0.01)
     waits = []
 
     async def serve(listener):
@@ -223,10 +223,10 @@ async def test_a_flood_of_refusals_does_not_flood_the_log(trust, theirs, caplog)
 
 def test_refusals_left_out_are_counted_in_the_next_line(caplog, autojump_clock):
     async def refuse():
-        refusals = peers.Refusals(LINK)
+        refusals = peer_connections.Refusals(LINK)
         for _ in range(10):
             refusals.report("no")
-        await trio.sleep(peers.REFUSAL_SECONDS)
+        await trio.sleep(peer_connections.REFUSAL_SECONDS)
         refusals.report("no more")
 
     trio.run(refuse, clock=autojump_clock)

@@ -6,9 +6,9 @@ import pytest
 import trio
 import trio.testing
 
-import pipeline.orchestrator.remote_stage
+import pipeline.orchestrator.stage_watch
 from pipeline.errors import StageHung, StageLost
-from pipeline.orchestrator.remote_stage import Expectation, RemoteStage
+from pipeline.orchestrator.stage_watch import Expectation, RemoteStage
 from pipeline.protocol.messages import Done, Health, Healthy, Rewind, StageFigures, Start
 
 NOTHING = StageFigures(**dict.fromkeys(StageFigures.model_fields, 0))
@@ -81,7 +81,7 @@ async def test_a_silent_stage_is_hung_and_one_that_answers_is_not(stage, control
 async def test_time_in_which_this_process_was_stopped_is_not_the_stages_silence(
     stage, mock_clock, monkeypatch
 ):
-    monkeypatch.setattr(pipeline.orchestrator.remote_stage, "HEALTH_SECONDS", 1.0)
+    monkeypatch.setattr(pipeline.orchestrator.stage_watch, "HEALTH_SECONDS", 1.0)
 
     async def let_time_pass():
         for seconds in (1, 1, 600, 1, 1):

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
-from pipeline.stage.session_limits import MAX_STEP_TOKENS, free_kv_bytes
+from pipeline.stage.session_admission import MAX_STEP_TOKENS, free_kv_bytes
 
 
 @pytest.mark.parametrize("free", [1 << 34, 1 << 20])

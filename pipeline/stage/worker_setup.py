@@ -13,7 +13,7 @@ from pipeline.protocol.step_limits import SessionLimits
 from pipeline.stage.activation_log import ActivationLog, log_bytes
 from pipeline.stage.dial_policy import DialPolicy, Network, Target
 from pipeline.stage.step_executor import StageCore
-from transport.endpoint import Endpoint
+from transport.dial_and_listen import Endpoint
 from transport.handshake import Role, RoleKind
 
 

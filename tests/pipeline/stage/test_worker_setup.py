@@ -9,8 +9,8 @@ from pipeline.codecs.plain import Plain
 from pipeline.errors import MessageError, SessionRefused
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.messages import Init
-from pipeline.stage.session_limits import check_init
-from pipeline.stage.setup import new_core
+from pipeline.stage.session_admission import check_init
+from pipeline.stage.worker_setup import new_core
 from transport.tensor_frames import DType
 
 
