@@ -32,7 +32,7 @@ Listener = Callable[[TokenOutput | PipelineError], None]
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What the engine is doing now, and has done."""
+    """What the engine is doing now, and has done; tokens are those its requests have heard of."""
 
     num_running: int
     num_waiting: int
@@ -238,7 +238,6 @@ class PipelineEngine:
             output = TokenOutput(*choice, event.finish, result.header.timings)
             self._outputs.append((event.request_id, output))
         self._num_steps += 1
-        self._num_tokens += len(choices)
 
     def _hand_out(self) -> None:
         while self._outputs:
@@ -248,6 +247,7 @@ class PipelineEngine:
                 continue  # it has left since
             if output.finish is not None:
                 del self._live[request_id]
+            self._num_tokens += 1
             live.listener(output)
 
     def _choose(self, result: StepResult) -> dict[int, Choice]:
