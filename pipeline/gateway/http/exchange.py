@@ -92,7 +92,7 @@ class Exchange:
 
         async def send(message: Message) -> None:
             if message["type"] == "http.response.body":
-                await self.send(message | {"more_body": True})
+                await self.send({**message, "more_body": True})
                 await self.drain(max_bytes)
                 message = {"type": "http.response.body", "body": b""}
             await self.send(message)
