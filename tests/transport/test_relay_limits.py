@@ -78,12 +78,12 @@ async def come_again(endpoint):
     """Have oneself answered and stay; when the place is another's, come for the next at once."""
     address, elsewhere = (endpoint.host, endpoint.port), ("127.0.0.2", 0)
     while True:
-        with suppress(ConnectionResetError, BrokenPipeError):
-            with socket.create_connection(address, source_address=elsewhere) as near:
-                near.setblocking(False)
-                near.send(b"1")
-                while await receive(near, 1):
-                    pass
+        near = socket.create_connection(address, source_address=elsewhere)
+        with near, suppress(ConnectionResetError, BrokenPipeError):
+            near.setblocking(False)
+            near.send(b"1")
+            while await receive(near, 1):
+                pass
         await trio.lowlevel.checkpoint()
 
 
