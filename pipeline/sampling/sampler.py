@@ -7,14 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import InputError, RequestFailed
-from pipeline.sampling.choosers import (
-    Chooser,
-    Distribution,
-    Greedy,
-    InverseCdf,
-    new_chooser,
-)
-from pipeline.sampling.draw import NO_NUMBERS, Draw, History, adjust, final, is_sound
+from pipeline.sampling.choosers import Chooser, Distribution, new_chooser
+from pipeline.sampling.draw import NO_NUMBERS, Draw, History, adjust, is_sound
 from pipeline.sampling.filters import Logits, LogitsProcessor, log_softmax, most_likely
 from pipeline.sampling.masks import Allowed, Mask
 from pipeline.sampling.params import SamplingParams
@@ -55,13 +49,11 @@ class Sampler:
 
     def next_draw(self) -> Draw:
         """How the last stage has to draw the next token: the same until one has been `took`."""
-        chooser = self._chooser
-        return self._how((chooser.uniform if isinstance(chooser, InverseCdf) else 0.0,))
+        return self._how((self._chooser.uniform,))
 
     def took(self, token_id: int) -> None:
         """The next token is this one, drawn by the last stage."""
-        if isinstance(self._chooser, InverseCdf):
-            self._chooser.spend()
+        self._chooser.spend()
         self._add(token_id)
 
     def choose(self, logits: npt.NDArray[np.float32]) -> Choice:
@@ -115,10 +107,8 @@ class Sampler:
         return allowed
 
     def _pick(self, logits: Logits) -> int:
-        if isinstance(self._chooser, Greedy):  # filters never leave out the most likely token
-            return self._chooser.choose(Distribution(logits))
-        left = final(logits, self._params)
-        token_id = self._chooser.choose(Distribution(left))
-        if not (0 <= token_id < left.size and left[token_id] > -np.inf):
+        distribution = Distribution(logits, self._params)
+        token_id = self._chooser.choose(distribution)
+        if not distribution.holds(token_id):
             raise InputError(f"the chooser took token {token_id}, which is not left to choose from")
         return token_id
