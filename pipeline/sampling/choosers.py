@@ -84,6 +84,7 @@ class Chooser(Protocol):
 
     def spend(self) -> None:
         """The last stage has drawn the next token."""
+        return
 
 
 ChooserFactory = Callable[[], Chooser]
