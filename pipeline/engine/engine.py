@@ -294,7 +294,7 @@ def choice_of(part: SegmentResult, sampler: Sampler | None) -> Choice:
         return sampler.choose(part.logits[-1])
     (token_id,) = part.token_ids
     if token_id == NO_TOKEN:
-        raise RequestFailed(f"{NO_NUMBERS}, or bias and mask leave none")
+        raise RequestFailed(NO_NUMBERS) if sampler is None else sampler.no_choice()
     if sampler is not None:
         sampler.took(token_id)
     if not part.logprobs.size:

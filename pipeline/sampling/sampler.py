@@ -1,17 +1,20 @@
 """One request's choices, one token after another."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import InputError, RequestFailed
+from pipeline.errors import InputError, PipelineError, RequestFailed
 from pipeline.sampling.choosers import Chooser, Distribution, new_chooser
 from pipeline.sampling.draw import NO_NUMBERS, Draw, History, adjust, is_sound
 from pipeline.sampling.filters import Logits, LogitsProcessor, log_softmax, most_likely
 from pipeline.sampling.masks import Allowed, Mask
 from pipeline.sampling.params import SamplingParams
+
+_NONE_LEFT = "processors and masks leave no token that can be chosen"
 
 
 class Choice(NamedTuple):
@@ -37,19 +40,32 @@ class Sampler:
         processors: Sequence[LogitsProcessor] = (),
         masks: Sequence[Mask] = (),
         chooser: Chooser | None = None,
+        vocab_size: int = 0,
     ) -> None:
-        """`chooser`: in the place of the one that `params` name."""
+        """`chooser`: in the place of the one that `params` name; `vocab_size`: for `next_draw`."""
         self._params = params
         self._processors = tuple(processors)
         self._masks = tuple(masks)
         self._token_ids = list(prompt_ids)
         self._num_prompt = len(prompt_ids)
+        self._vocab_size = vocab_size
         self._history = History(prompt_ids) if params.has_penalties else None
         self._chooser = chooser or new_chooser(params)
 
     def next_draw(self) -> Draw:
         """How the last stage has to draw the next token: the same until one has been `took`."""
-        return self._how((self._chooser.uniform,))
+        how = self._how((self._chooser.uniform,))
+        allowed = self._allowed(self._vocab_size)
+        if allowed is None:
+            return how
+        return replace(how, allowed=np.packbits(allowed, bitorder="little").tobytes())
+
+    def no_choice(self) -> PipelineError:
+        """Why the last stage has drawn no token."""
+        allowed = self._allowed(self._vocab_size)
+        if allowed is None or allowed.any():
+            return RequestFailed(f"{NO_NUMBERS}, or bias and mask leave none")
+        return InputError(_NONE_LEFT)
 
     def took(self, token_id: int) -> None:
         """The next token is this one, drawn by the last stage."""
@@ -66,7 +82,7 @@ class Sampler:
             raise RequestFailed(NO_NUMBERS)
         changed = self._change(logits)
         if not is_sound(changed):
-            raise InputError("processors and masks leave no token that can be chosen")
+            raise InputError(_NONE_LEFT)
         token_id = self._pick(changed)
         self._add(token_id)
         if self._params.logprobs is None:

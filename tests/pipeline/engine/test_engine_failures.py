@@ -189,8 +189,10 @@ class AllowsThree:
         {"masks": (AllowsThree(),), "sampling": SamplingParams(temperature=1.0, logprobs=2)},
         {"eos_token_ids": frozenset({7}),
          "sampling": SamplingParams(allowed_token_ids=(7,), min_tokens=1)},
+        {"eos_token_ids": frozenset({7}), "vocab_size": 256,
+         "sampling": SamplingParams(allowed_token_ids=(7,), min_tokens=1)},
     ],
-    ids=["mask", "processor", "drawn", "fields"],
+    ids=["mask", "processor", "drawn", "fields", "remote"],
 )  # fmt: skip
 async def test_masks_of_its_own_that_leave_nothing_are_a_requests_mistake_and_nobody_elses(
     engine, own

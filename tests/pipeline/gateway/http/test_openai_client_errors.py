@@ -43,6 +43,7 @@ async def test_a_request_that_leaves_itself_no_token_is_a_bad_request(
     nursery.start_soon(engine.run, Yielding(LocalPipeline(new_cores(shards))))
     only_an_end = {"allowed_token_ids": [65], "stop_token_ids": [65], "min_tokens": 1}
     async with start_gateway(engine) as gateway:
+        gateway.desk.open(config.vocab_size)
         error = await fails(
             gateway,
             openai.BadRequestError,
