@@ -36,6 +36,7 @@ ONLY = {("kernels", "protocol"): "pipeline.protocol.batch"}
 # The door of the gateway that speaks HTTP; what lies behind it serves other doors as well.
 HTTP_DOOR = "pipeline.gateway.http"
 HTTP_LIBRARIES = {"hypercorn", "starlette", "h11", "wsproto"}
+MAX_LINES = 400
 FORBIDDEN = {
     "transport": {"torch", "numpy", "pipeline", "enclave", "transformers"},
     "enclave": {"torch", "numpy", "pipeline", "transport", "transformers"},
@@ -105,6 +106,14 @@ def test_what_lies_before_all_rooms_imports_none():
         if module.startswith("pipeline") and room_of(module) is None:
             rooms = {room_of(name) for name in imports(path)} - {None}
             assert not rooms, f"{module} imports {rooms}"
+
+
+@pytest.mark.parametrize("room", [*PACKAGES, "tests", "scripts"])
+def test_a_file_is_short_enough_to_be_read_at_once(room):
+    files = (path for path in (ROOT / room).rglob("*") if path.suffix in {".py", ".c", ".h"})
+    lines = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in files}
+    assert lines
+    assert not {path: count for path, count in lines.items() if count > MAX_LINES}
 
 
 def test_every_room_has_its_rule_and_every_rule_its_room():

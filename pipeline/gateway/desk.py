@@ -154,6 +154,7 @@ class Desk:
                 eos_token_ids=ends | order.stop_token_ids,
                 sampling=sampling,
                 request_id=record.request_id,
+                vocab_size=self._vocab_size,
             )
             for prompt_ids in prompts
             for sampling in order.sampling

@@ -109,7 +109,7 @@ async def accept_all(
         while True:
             sock = await listener.accept()
             guest = lobby.enter(source_of(sock))
-            assert guest is not None  # nobody in this lobby is established: they have left it
+            assert guest is not None  # nobody in this lobby counts as answered: they have left it
             tasks.start_soon(greet, sock, guest)
 
 

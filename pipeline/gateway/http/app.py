@@ -16,7 +16,7 @@ from starlette.routing import Route
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.errors import ApiError, Kind
 from pipeline.gateway.generation_order import Order
-from pipeline.gateway.http.client_exchange import Exchange
+from pipeline.gateway.http.client_exchange import SMALL_BYTES, Exchange
 from pipeline.gateway.http.completion_formats import ChatFormat, CompletionFormat
 from pipeline.gateway.http.counters import HttpMetrics
 from pipeline.gateway.http.errors import to_response
@@ -24,9 +24,6 @@ from pipeline.gateway.http.middleware import Edge
 from pipeline.gateway.http.responses import Answer, Wanted
 from pipeline.gateway.openai_requests import ChatRequest, CompletionRequest, parse_untrusted
 from pipeline.gateway.pipeline_status import Overview, PipelineView
-
-# A smaller body is read in less time than another thread needs to start.
-_SMALL_BYTES = 1 << 14
 
 _Body = TypeVar("_Body", ChatRequest, CompletionRequest)
 
@@ -140,7 +137,7 @@ async def _read(schema: type[_Body], request: Request) -> tuple[_Body, Order]:
         body = parse_untrusted(schema, exchange.body)
         return body, body.order()
 
-    if len(exchange.body) <= _SMALL_BYTES:
+    if len(exchange.body) <= SMALL_BYTES:
         return parse()
     return await trio.to_thread.run_sync(parse)
 

@@ -3,17 +3,21 @@
 from collections.abc import Callable
 
 import trio
-from starlette.types import Message, Receive, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from pipeline.gateway.errors import ApiError, Kind, busy
+from pipeline.gateway.http.errors import to_response
 from pipeline.gateway.metrics import RequestRecord
 
+# A smaller body is read in less time than another thread needs to start, and always has room: a
+# connection is one request, so that the limit on connections bounds what all such bodies hold.
+SMALL_BYTES = 1 << 14
 # A client that sends a body reads the answer afterwards; closing before resets its connection.
 _DRAIN_SECONDS = 1.0
 
 
 class BodyBudget:
-    """Bytes of all requests' bodies that may be held at once, those not understood yet.
+    """What may be held at once of all requests' bodies beyond the small part that each may have.
 
     Attack: many connections that each send most of a large body, and wait.
     """
@@ -51,21 +55,24 @@ class Exchange:
         self._receive = receive
         self._send = send
 
-    async def read_body(self, max_bytes: int) -> None:
-        """Take in the whole body. Raises ApiError if it is too large, or there is no room."""
-        chunks: list[bytes] = []
-        while not self._is_read and not self.is_gone:
-            chunk = await self._next_chunk()
-            if self._num_held + len(chunk) > max_bytes:
-                raise ApiError(
-                    Kind.TOO_LARGE,
-                    f"The request's body is larger than {max_bytes} bytes.",
-                    code="request_too_large",
-                )
-            self._budget.take(len(chunk))
-            self._num_held += len(chunk)
-            chunks.append(chunk)
-        self.body = b"".join(chunks)
+    async def read_body(self, max_bytes: int, declared_bytes: int) -> None:
+        """Take in the whole body, of so many bytes by its head if that says how many.
+
+        Raises ApiError if it is too large, or there is no room.
+        """
+        body = bytearray()  # rather than its chunks, which may be of a byte each
+        while max(declared_bytes, len(body)) <= max_bytes and not self._is_read:
+            body += await self._next_chunk()
+            num_more = max(0, len(body) - SMALL_BYTES) - self._num_held
+            self._budget.take(num_more)
+            self._num_held += num_more
+        if max(declared_bytes, len(body)) > max_bytes:
+            raise ApiError(
+                Kind.TOO_LARGE,
+                f"The request's body is larger than {max_bytes} bytes.",
+                code="request_too_large",
+            )
+        self.body = bytes(body)
 
     def forget_body(self) -> None:
         """It has been understood, or never will be."""
@@ -77,12 +84,25 @@ class Exchange:
         """Discard what is left of the body, for a moment and up to a size."""
         num_bytes = 0
         with trio.move_on_after(_DRAIN_SECONDS):
-            while not self._is_read and not self.is_gone and num_bytes < max_bytes:
+            while not self._is_read and num_bytes < max_bytes:
                 num_bytes += len(await self._next_chunk())
+
+    async def refuse(self, error: ApiError, scope: Scope, max_bytes: int) -> None:
+        """Answer at once, then discard up to `max_bytes` of what is left of the body."""
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                await self.send({**message, "more_body": True})
+                await self.drain(max_bytes)
+                message = {"type": "http.response.body", "body": b""}
+            await self.send(message)
+
+        self.forget_body()
+        await to_response(error)(scope, self.receive, send)
 
     async def _next_chunk(self) -> bytes:
         message = await self._receive()
-        self.is_gone = message["type"] == "http.disconnect"
+        self.is_gone = message["type"] == "http.disconnect" and not self.is_started
         self._is_read = not message.get("more_body", False)
         chunk: bytes = message.get("body", b"")
         return chunk

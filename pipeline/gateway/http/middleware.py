@@ -57,21 +57,21 @@ class Edge:
                 record.log(level)
 
     async def _serve(self, scope: Scope, exchange: Exchange) -> None:
-        app = self._app
+        max_bytes = self._limits.max_body_bytes
         try:
             self._admit(scope)
             if scope["method"] == "POST" and scope["path"] in _BODY_PATHS:
-                await self._read_body(exchange)
+                await self._read_body(exchange, _headers(scope))
             else:
-                await exchange.drain(self._limits.max_body_bytes)
+                await exchange.drain(max_bytes)
         except ApiError as error:
-            await exchange.drain(self._limits.max_body_bytes)
-            app = to_response(error)
+            await exchange.refuse(error, scope, max_bytes)
+            return
         if exchange.is_gone:
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(exchange.watch, nursery.cancel_scope.cancel)
-            await self._answer(app, scope, exchange)
+            await self._answer(scope, exchange)
             nursery.cancel_scope.cancel()
 
     def _admit(self, scope: Scope) -> None:
@@ -81,17 +81,18 @@ class Edge:
         if scope["path"] not in WATCH_PATHS:
             self._desk.count_request()
 
-    async def _read_body(self, exchange: Exchange) -> None:
+    async def _read_body(self, exchange: Exchange, headers: Mapping[bytes, bytes]) -> None:
+        declared_bytes = int(headers.get(b"content-length", 0))  # the server has checked it
         with trio.move_on_after(self._limits.body_seconds):
-            await exchange.read_body(self._limits.max_body_bytes)
+            await exchange.read_body(self._limits.max_body_bytes, declared_bytes)
             return
         raise ApiError(
             Kind.TOO_SLOW, "The request's body did not arrive in time.", code="request_timeout"
         )
 
-    async def _answer(self, app: ASGIApp, scope: Scope, exchange: Exchange) -> None:
+    async def _answer(self, scope: Scope, exchange: Exchange) -> None:
         try:
-            await app(scope, exchange.receive, exchange.send)
+            await self._app(scope, exchange.receive, exchange.send)
             return
         except ApiError as error:
             failure = error

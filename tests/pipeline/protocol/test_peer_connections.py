@@ -20,6 +20,7 @@ from transport.channel import connect_channel
 from transport.dial_and_listen import TcpEndpoint, dial, listen
 from transport.errors import HandshakeError, NoAnswer
 from transport.handshake import Link, LinkKind, Role, RoleKind, initiate, with_length
+from transport.pending_connections import PROOF_SECONDS
 from transport.tensor_frames import FrameLimits
 
 LOOPBACK = TcpEndpoint("127.0.0.1", 0)
@@ -99,6 +100,10 @@ async def test_no_crowd_of_strangers_keeps_the_right_peer_out(trust, theirs, say
         assert near.handshake_hash == accepted[0].handshake_hash
         await near.aclose()
         await accepted[0].aclose()
+
+
+def test_a_relay_waits_for_as_long_as_a_handshake_may_take():
+    assert peers.HANDSHAKE_SECONDS <= PROOF_SECONDS
 
 
 async def test_a_crowd_that_keeps_coming_keeps_nobody_out(trust, theirs):
