@@ -103,7 +103,7 @@ async def test_no_crowd_of_strangers_keeps_the_right_peer_out(trust, theirs, say
 
 
 def test_a_relay_waits_for_as_long_as_a_handshake_may_take():
-    assert peers.HANDSHAKE_SECONDS <= PROOF_SECONDS
+    assert peer_connections.HANDSHAKE_SECONDS <= PROOF_SECONDS
 
 
 async def test_a_crowd_that_keeps_coming_keeps_nobody_out(trust, theirs):
