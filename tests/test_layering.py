@@ -25,6 +25,7 @@ ROOMS = {
     "placement": {"agreement"},
     "orchestrator": {"agreement", "engine", "placement", "protocol", "stage"},
     "planning": {"agreement", "models", "weights"},
+    "stego": {"engine", "sampling"},
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
     "cli": {
         "agreement", "codecs", "engine", "gateway", "kernels", "models", "orchestrator",
