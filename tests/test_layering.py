@@ -37,6 +37,8 @@ ONLY = {("kernels", "protocol"): "pipeline.protocol.batch"}
 # The door of the gateway that speaks HTTP; what lies behind it serves other doors as well.
 HTTP_DOOR = "pipeline.gateway.http"
 HTTP_LIBRARIES = {"hypercorn", "starlette", "h11", "wsproto"}
+# Engines that other people's programs bring along; there alone, and only when they are used.
+ADAPTERS = "pipeline.stego.adapters"
 FORBIDDEN = {
     "transport": {"torch", "numpy", "pipeline", "enclave", "transformers"},
     "enclave": {"torch", "numpy", "pipeline", "transport", "transformers"},
@@ -87,6 +89,13 @@ def test_a_module_imports_only_from_rooms_below_its_own(module):
         assert other in ROOMS[room], f"{module} imports {name}: {room} must not know {other}"
         only = ONLY.get((room, other))
         assert only is None or name.startswith(only), f"{module} imports {name}, not {only}"
+
+
+def test_only_adapters_know_how_other_engines_call():
+    for module, path in MODULES.items():
+        if not module.startswith(ADAPTERS):
+            found = {name for name in imports(path) if name.startswith(ADAPTERS)}
+            assert not found, f"{module} imports {found}"
 
 
 def test_only_the_http_door_speaks_http():
