@@ -13,7 +13,7 @@ import trio
 
 from pipeline.engine.generation import Engine, Generation
 from pipeline.stego.chooser import ReadingChooser, WritingChooser
-from pipeline.stego.codecs import make_codec
+from pipeline.stego.codecs import parse_codec
 from pipeline.stego.cover import TAIL_TOKENS, CoverProgress, CoverReader, CoverWriter
 from pipeline.stego.errors import StegoError
 from pipeline.stego.fingerprint import Fingerprint, Settings
@@ -144,7 +144,7 @@ class StegoService:
 
     async def _write(self, sealed: SealedMessage, task: Task, hear: Hear) -> WritingChooser | None:
         """A text, if it can be split into its tokens again."""
-        codec = make_codec(task.settings.codec)
+        codec = parse_codec(task.settings.codec)
         chooser = WritingChooser(CoverWriter(sealed, codec))
         most = _TOKENS_PER_BIT * chooser.writer.progress.needed
         num_left = min(self._tokens_left(task), task.max_tokens or most)
@@ -172,7 +172,7 @@ class StegoService:
             raise StegoError(UNREADABLE)
         settings, secret = task.settings, task.secret
         context = self.fingerprint(settings).context(task.prompt_ids)
-        reader = CoverReader(secret, make_codec(settings.codec), context)
+        reader = CoverReader(secret, parse_codec(settings.codec), context)
         chooser = ReadingChooser(reader, token_ids)
         num_left = min(self._tokens_left(task), len(token_ids) + TAIL_TOKENS)
         async with self._chosen(task, chooser, num_left) as outputs:
