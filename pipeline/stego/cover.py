@@ -11,8 +11,6 @@ import hmac
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from pipeline.stego.codec import Reader, StegoCodec, Writer
 from pipeline.stego.errors import StegoError
 from pipeline.stego.keys import MessageKeys, Secret
@@ -70,8 +68,7 @@ class _Tail:
         place = self._num_left.to_bytes(4, "little")
         uniform = hmac.digest(self._key, place, "sha256")[:_UNIFORM_BYTES]
         target = int.from_bytes(uniform, "big") * weights.total >> (8 * _UNIFORM_BYTES)
-        ends = np.cumsum(weights.weights)
-        return int(np.searchsorted(ends, np.uint64(target), side="right"))
+        return weights.index_at(target)
 
     def passed(self) -> None:
         self._num_left -= 1

@@ -1,0 +1,61 @@
+"""What a text took: its tokens' entropy, the bits they carry, time and tries. No content."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.sampling.choosers import Distribution
+from pipeline.stego.token_weights import TokenWeights
+
+
+class StepRecord(NamedTuple):
+    """One token's share, in bits."""
+
+    entropy: float
+    carried: float
+    # Of the distribution drawn from to the model's: whole numbers stand for its probabilities.
+    divergence: float
+
+    @classmethod
+    def of(cls, final: Distribution, weights: TokenWeights, carried: float) -> "StepRecord":
+        """What a choice among these weights, for that distribution, was worth."""
+        drawn = weights.weights / weights.total
+        logits = final.logits[weights.ids].astype(np.float64)
+        logits -= logits.max()
+        logs = (logits - np.log(np.exp(logits).sum())) / np.log(2)
+        own = np.log2(drawn)
+        return cls(-float(drawn @ own), carried, float(drawn @ (own - logs)))
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Of one text; `seconds` from the first try to the verified text, `num_retries` in between."""
+
+    steps: Sequence[StepRecord]
+    num_message_bytes: int
+    num_bits: int
+    seconds: float
+    num_retries: int = 0
+
+    @property
+    def entropy(self) -> float:
+        """Of all tokens, in bits."""
+        return sum(step.entropy for step in self.steps)
+
+    @property
+    def used(self) -> float:
+        """The share of all entropy that carries header and message."""
+        return self.num_bits / self.entropy if self.entropy else 0.0
+
+    def summary(self) -> str:
+        """One line for people."""
+        num_tokens = len(self.steps)
+        divergence = sum(step.divergence for step in self.steps) / num_tokens
+        return (
+            f"{num_tokens} tokens, {num_tokens / self.num_message_bytes:.1f} a byte of message; "
+            f"{self.num_bits / num_tokens:.2f} bits a token of {self.entropy / num_tokens:.2f}, "
+            f"{self.used:.1%} of the entropy; KL {divergence:.1e} bits a token; "
+            f"{self.seconds:.2f} s, {self.num_retries} retries"
+        )
