@@ -38,6 +38,8 @@ class Conditioning:
                 "only the most likely token would be left to choose from; give a temperature "
                 "above 0, and a top-k of 0 or above 1"
             )
+        if min(self.excluded, default=0) < 0:
+            raise StegoError(f"there is no token {min(self.excluded)} to exclude")
 
 
 def conditional(logits: EngineLogits, how: Conditioning) -> TokenWeights:

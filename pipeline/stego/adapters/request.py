@@ -54,7 +54,11 @@ class StegoRequest:
         """Choose from a step's logits, [vocab], and force the token on them in place.
 
         `num_taken` tokens the engine has taken since the prompt, `last` the last, if it tells.
+        Where the model lacks the token that ends a text, logits are left as they are.
         """
+        if not 0 <= self._end_token_id < len(logits):
+            self.fail(StegoError(f"the model has no token {self._end_token_id} to end a text with"))
+            return
         force(logits, self._next(logits, num_taken, last))
 
     def fail(self, error: StegoError) -> None:

@@ -87,3 +87,8 @@ def test_a_token_outside_of_the_distribution_has_no_place():
     for absent in (0, 3, 6):
         with pytest.raises(StegoError):
             index_of(weights, absent)
+
+
+def test_a_negative_token_is_refused():
+    with pytest.raises(StegoError, match="no token -1"):
+        Conditioning(excluded=(3, -1))

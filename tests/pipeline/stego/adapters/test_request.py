@@ -67,3 +67,13 @@ def test_of_several_errors_the_first_counts():
     request.fail(StegoError("second"))
     with pytest.raises(StegoError, match="first"):
         request.result()
+
+
+@pytest.mark.parametrize("end_token_id", [-1, END + 1, 1 << 70])
+def test_without_a_token_to_end_with_logits_are_left_alone(end_token_id):
+    request = StegoRequest(object(), HOW, end_token_id)
+    logits = toy_logits(PROMPT)
+    request.step(logits, 0)
+    assert torch.equal(logits, toy_logits(PROMPT))
+    with pytest.raises(StegoError, match="to end a text with"):
+        request.result()

@@ -2,9 +2,12 @@
 
 import enum
 import sys
+import tomllib
 import types
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,6 +39,7 @@ from tests.pipeline.stego.adapters.toys import (
     toy_logits,
 )  # fmt: skip
 
+ROOT = Path(__file__).resolve().parents[4]
 PROMPTS = (PROMPT, (9, 8, 7), (20, 21, 22, 23))
 
 
@@ -444,6 +448,13 @@ def test_either_interface_alone_will_do(monkeypatch):
     monkeypatch.setitem(sys.modules, vllm_processor.LEGACY, None)
     with pytest.raises(StegoError, match="not installed"):
         processor_class(StegoRequests())
+
+
+def test_vllm_finds_the_class_by_its_entry_point():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (value,) = project["entry-points"]["vllm.logits_processors"].values()
+    found = EntryPoint("veilpipe", value, "vllm.logits_processors").load()
+    assert found is vllm_processor.StegoLogitsProcessor
 
 
 def test_both_interfaces_accept_the_class():
