@@ -24,12 +24,15 @@ def opened(sealed, secret=SECRET, context=CONTEXT):
     return read_header(sealed.header, secret).open(sealed.body, context)
 
 
-@pytest.mark.parametrize("secret", [
-    SECRET, Secret(passphrase=b"correct horse"), Secret(bytes(32), b"correct horse"),
-])  # fmt: skip
 @pytest.mark.parametrize("message", [b"a", b"\0" * 3, "grüße".encode(), bytes(range(256)) * 4])
-def test_what_is_sealed_opens_again(secret, message):
-    assert opened(seal(message, secret, CONTEXT), secret) == message
+def test_what_is_sealed_opens_again(message):
+    assert opened(seal(message, SECRET, CONTEXT)) == message
+
+
+@pytest.mark.parametrize("key", [b"", bytes(32)])
+def test_what_is_sealed_by_a_passphrase_opens_again(key):
+    secret = Secret(key, b"correct horse")
+    assert opened(seal(b"hello", secret, CONTEXT), secret) == b"hello"
 
 
 def test_the_overhead_is_36_bytes():
@@ -49,7 +52,7 @@ def test_a_message_is_compressed_where_that_is_shorter_and_only_there():
     Secret(bytes(32)), Secret(bytes(range(32)), b"pass"), Secret(passphrase=bytes(range(32))),
 ])  # fmt: skip
 def test_another_secret_opens_nothing(other):
-    for _ in range(20 if not other.passphrase else 2):
+    for _ in range(20 if not other.passphrase else 1):
         with pytest.raises(StegoError, match="wrong secret"):
             opened(seal(b"hello", SECRET, CONTEXT), other)
 
