@@ -6,9 +6,10 @@ from typing import Protocol
 
 from pipeline.stego.adapters.conditional import Conditioning, index_of
 from pipeline.stego.adapters.request import StegoRequest
-from pipeline.stego.codec import StegoCodec
+from pipeline.stego.codecs import parse_codec
 from pipeline.stego.cover import CoverProgress, CoverReader, CoverWriter
 from pipeline.stego.errors import StegoError
+from pipeline.stego.fingerprint import DEFAULT_CODEC
 from pipeline.stego.keys import Secret
 from pipeline.stego.message import UNREADABLE, seal
 from pipeline.stego.token_weights import TokenWeights
@@ -107,19 +108,19 @@ class StegoEncoder:
         self,
         engine: Engine,
         secret: Secret,
-        codec: StegoCodec,
+        codec: str = DEFAULT_CODEC,
         how: Conditioning | None = None,
         max_tokens: int = DEFAULT_MAX_TOKENS,
     ) -> None:
-        """Whoever reads needs the same engine, secret, codec and conditioning."""
+        """Whoever reads needs the same of all; `codec` as for `parse_codec`. Raises StegoError."""
         given = how or Conditioning()
         excluded = {*given.excluded, *engine.special_token_ids, engine.end_token_id}
         self._how = Conditioning(given.params, tuple(sorted(excluded)))
         self._engine = engine
         self._secret = secret
-        self._codec = codec
+        self._codec = parse_codec(codec)
         self._max_tokens = max_tokens
-        agreed = repr((engine.fingerprint, codec.name, self._how))
+        agreed = repr((engine.fingerprint, codec, self._how))
         self._context = hashlib.sha256(agreed.encode()).digest()
 
     def encode(self, message: str | bytes, prompt: str) -> str:

@@ -15,7 +15,6 @@ from pydantic import BaseModel, Field
 
 from pipeline.stego.adapters.encoder import StegoEncoder
 from pipeline.stego.adapters.tensorrt_llm_model import TensorRtEngine, TensorRtSettings
-from pipeline.stego.codecs import parse_codec
 from pipeline.stego.errors import StegoError
 from pipeline.stego.keys import Secret
 
@@ -30,7 +29,6 @@ IS_FP8 = os.environ.get("STEGO_FP8", "0") == "1"
 CACHE = Path("/cache")
 # The last release line whose TensorRT engines can be built in it.
 IMAGE = "nvcr.io/nvidia/tensorrt-llm/release:1.0.0"
-_CODEC = "range"
 # An engine of some billion parameters is built within the hour.
 _SECONDS_TO_BUILD = 3600
 _SECONDS_IDLE = 300
@@ -88,7 +86,7 @@ class Stego:
         engine = TensorRtEngine(settings, CACHE / "engines")
         if not modal.is_local():
             volume.commit()
-        self._encoder = StegoEncoder(engine, secret, parse_codec(_CODEC))
+        self._encoder = StegoEncoder(engine, secret)
 
     @modal.method()
     def encode(self, message: str | bytes, prompt: str) -> str:

@@ -5,7 +5,6 @@ from pipeline.stego.adapters.conditional import Conditioning
 from pipeline.stego.adapters.encoder import NUM_TRIES, StegoEncoder, next_token_weights
 from pipeline.stego.errors import StegoError
 from pipeline.stego.keys import Secret
-from pipeline.stego.range_coding import RangeCodec
 from tests.pipeline.stego.adapters.toys import (
     END,
     HOW,
@@ -19,8 +18,8 @@ from tests.pipeline.stego.adapters.toys import (
 TOP_20 = Conditioning(SamplingParams(temperature=1.0, top_k=20))
 
 
-def encoder(engine=None, secret=SECRET, how=TOP_20, **options):
-    return StegoEncoder(engine or ToyEngine(), secret, RangeCodec(), how, **options)
+def encoder(engine=None, secret=SECRET, how=TOP_20, codec="range", **options):
+    return StegoEncoder(engine or ToyEngine(), secret, codec, how, **options)
 
 
 @pytest.mark.parametrize("message", [b"\x00", b"\xff" * 64, "Größe 🙂", "x"])
@@ -30,6 +29,15 @@ def test_what_is_encoded_is_decoded_from_the_text(message):
     assert encoder().decode(text, "Dear all") == expected
     assert encoder().decode(text + " \n ", "Dear all") == expected
     assert set(text) <= set(LETTERS)
+
+
+@pytest.mark.parametrize("codec", ["fimec", "fimec:block_bits=10", "range"])
+def test_every_codec_carries_messages_that_no_other_reads(codec):
+    text = encoder(codec=codec).encode("meet at nine", "Dear all")
+    assert encoder(codec=codec).decode(text, "Dear all") == b"meet at nine"
+    for other in {"fimec", "fimec:block_bits=10", "range"} - {codec}:
+        with pytest.raises(StegoError):
+            encoder(codec=other).decode(text, "Dear all")
 
 
 def test_the_text_was_read_before_it_is_handed_out():

@@ -13,7 +13,6 @@ import pytest
 from pipeline.stego.adapters.encoder import StegoEncoder, next_token_weights
 from pipeline.stego.adapters.tensorrt_llm_model import TensorRtEngine, TensorRtSettings
 from pipeline.stego.errors import StegoError
-from pipeline.stego.range_coding import RangeCodec
 from tests.pipeline.stego.adapters.toys import (
     END,
     HOW,
@@ -119,7 +118,7 @@ def library(monkeypatch):
 
 def test_a_message_goes_through_text_and_back(tmp_path):
     engine = TensorRtEngine(TensorRtSettings("org/model"), tmp_path)
-    encoder = StegoEncoder(engine, SECRET, RangeCodec())
+    encoder = StegoEncoder(engine, SECRET)
     text = encoder.encode("meet at nine", "Dear all")
     assert encoder.decode(text, "Dear all") == b"meet at nine"
 

@@ -25,7 +25,6 @@ from pipeline.stego.adapters.vllm_processor import (
 )  # fmt: skip
 from pipeline.stego.errors import StegoError
 from pipeline.stego.message import seal
-from pipeline.stego.range_coding import RangeCodec
 from tests.pipeline.stego.adapters.toys import (
     CONTEXT,
     END,
@@ -489,7 +488,7 @@ class Llm:
 def test_a_message_goes_through_text_and_back(runner_kind):
     requests = StegoRequests()
     engine = VllmEngine(Llm(runner_kind(processor_class(requests))), requests)
-    encoder = StegoEncoder(engine, SECRET, RangeCodec(), HOW)
+    encoder = StegoEncoder(engine, SECRET, "range", HOW)
     text = encoder.encode("meet at nine", "Dear all")
     assert encoder.decode(text, "Dear all") == b"meet at nine"
     assert not requests._requests
