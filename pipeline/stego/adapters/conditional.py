@@ -25,8 +25,8 @@ _NO_NUMBERS = "no token can be chosen: the engine's logits are no numbers, or al
 class Conditioning:
     """How logits become a distribution; both ends of a message must do it alike.
 
-    `params` counts with its temperature, top-k and top-p; `excluded` tokens are never chosen, such
-    as those that end a text. Raises StegoError where nothing could be hidden.
+    `params` counts with its temperature, top-k, top-p and min-p; `excluded` tokens are never
+    chosen, such as those that end a text. Raises StegoError where nothing could be hidden.
     """
 
     params: SamplingParams = _DEFAULT

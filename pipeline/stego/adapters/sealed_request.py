@@ -39,6 +39,7 @@ class _Fields(BaseModel):
     temperature: float = Field(gt=0)
     top_k: int
     top_p: float
+    min_p: float
     excluded: tuple[int, ...]
     end_token_id: int = Field(ge=0)
 
@@ -56,6 +57,7 @@ def sealed_arguments(
         temperature=how.params.temperature,
         top_k=how.params.top_k,
         top_p=how.params.top_p,
+        min_p=how.params.min_p,
         excluded=how.excluded,
         end_token_id=end_token_id,
     )
@@ -94,7 +96,10 @@ def _request(fields: _Fields) -> StegoRequest:
     sealed = SealedMessage(bytes.fromhex(fields.header), bytes.fromhex(fields.body), keys)
     try:
         params = SamplingParams(
-            temperature=fields.temperature, top_k=fields.top_k, top_p=fields.top_p
+            temperature=fields.temperature,
+            top_k=fields.top_k,
+            top_p=fields.top_p,
+            min_p=fields.min_p,
         )
     except InputError as error:
         raise StegoError(f"{SEALED_ARG}: {error}") from error

@@ -30,7 +30,8 @@ _ENVIRONMENT = {"TLLM_WORKER_USE_SINGLE_PROCESS": "1", "FORCE_DETERMINISTIC": "1
 class TensorRtSettings:
     """Which engine: a Hugging Face name or directory, and how it is built.
 
-    `options` go to TensorRT-LLM's `LLM` as they are. Raises StegoError for speculative decoding.
+    `options` go to TensorRT-LLM's `LLM`, but for `kv_cache_config`, which is set here. Raises
+    StegoError for speculative decoding.
     """
 
     model: str

@@ -53,6 +53,7 @@ def test_arguments_of_others_are_not_ours():
         ("top_k", 1),
         ("top_k", -7),
         ("top_p", "x"),
+        ("min_p", 2),
         ("excluded", ["x"]),
         ("excluded", [-1]),
         ("end_token_id", -1),

@@ -11,13 +11,16 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from pipeline.sampling.params import SamplingParams
 from pipeline.stego.adapters.conditional import Conditioning, conditional
-from pipeline.stego.adapters.encoder import StegoEncoder
+from pipeline.stego.adapters.encoder import Replay, StegoEncoder
+from pipeline.stego.adapters.request import StegoRequest
 from pipeline.stego.adapters.transformers_processor import (
     StegoLogitsProcessor,
     TransformersEngine,
 )
+from pipeline.stego.cover import CoverReader
 from pipeline.stego.errors import StegoError
-from tests.pipeline.stego.adapters.toys import END, LETTERS, SECRET, new_request
+from pipeline.stego.range_coding import RangeCodec
+from tests.pipeline.stego.adapters.toys import CONTEXT, END, HOW, LETTERS, SECRET, new_request
 
 PROMPT = "Dear all"
 
@@ -69,17 +72,28 @@ def test_rows_of_a_batch_carry_a_message_each_and_end_when_theirs_do(model, toke
     messages = [b"a", bytes(range(110)), bytes(range(55))]  # which nothing compresses
     requests = [new_request(message) for message in messages]
     prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
-    output = model.generate(
-        prompt.repeat(3, 1),
-        attention_mask=torch.ones(3, prompt.shape[1], dtype=torch.long),
-        logits_processor=[StegoLogitsProcessor(requests)],
-        max_new_tokens=2000,
-        do_sample=True,
-    )
+
+    def generate(batch):
+        return model.generate(
+            prompt.repeat(3, 1),
+            attention_mask=torch.ones(3, prompt.shape[1], dtype=torch.long),
+            logits_processor=[StegoLogitsProcessor(batch)],
+            max_new_tokens=2000,
+            do_sample=True,
+        )
+
+    output = generate(requests)
     for row, request in zip(output[:, prompt.shape[1] :].tolist(), requests, strict=True):
         token_ids = request.result()
         assert tuple(row[: len(token_ids)]) == token_ids
         assert set(row[len(token_ids) :]) <= {END}
+    readers = [CoverReader(SECRET, RangeCodec(), CONTEXT) for _ in requests]
+    replays = [
+        StegoRequest(Replay(request.result(), reader), HOW, END)
+        for request, reader in zip(requests, readers, strict=True)
+    ]
+    generate(replays)
+    assert [reader.message for reader in readers] == messages
     lengths = [len(request.result()) for request in requests]
     assert lengths[0] < lengths[2] < lengths[1]
 
