@@ -116,7 +116,8 @@ def test_wrong_arguments_are_one_line(statistics, monkeypatch, capsys, arguments
 
 
 def test_the_table_tells_codecs_rates_and_costs(statistics, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["stego_statistics.py", "--steps", "60000", "--contexts", "200", "range"])
+    arguments = ["--steps", "60000", "--contexts", "200", "range"]
+    monkeypatch.setattr("sys.argv", ["stego_statistics.py", *arguments])
     with pytest.raises(SystemExit) as caught:
         statistics.run_main("stego_statistics", statistics.main)
     out = capsys.readouterr().out
