@@ -29,7 +29,7 @@ ROOMS = {
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
     "cli": {
         "agreement", "codecs", "engine", "gateway", "kernels", "models", "orchestrator",
-        "placement", "planning", "protocol", "sampling", "stage",
+        "placement", "planning", "protocol", "sampling", "stage", "stego",
     },
 }  # fmt: skip
 # The one thing that kernels know of the protocol: which rows of a step are whose.

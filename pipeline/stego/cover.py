@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.stego.codec import Reader, StegoCodec, Writer
-from pipeline.stego.errors import StegoError
+from pipeline.stego.errors import StegoError, Unreadable
 from pipeline.stego.keys import MessageKeys, Secret
 from pipeline.stego.message import (
     HEADER_BYTES,
-    UNREADABLE,
     Envelope,
     SealedMessage,
     read_header,
@@ -199,9 +198,9 @@ class CoverReader:
 
     @property
     def message(self) -> bytes:
-        """The message, authentic. Raises StegoError before it is certain."""
+        """The message, authentic. Raises Unreadable before it is certain."""
         if not isinstance(self._phase, _ReadingTail):
-            raise StegoError(UNREADABLE)
+            raise Unreadable
         return self._phase.message
 
     def expected(self, weights: TokenWeights) -> int:
@@ -218,10 +217,13 @@ class CoverReader:
         phase = self._phase
         if isinstance(phase, _ReadingTail):
             if phase.tail.is_over or index != phase.tail.index(weights):
-                raise StegoError(UNREADABLE)
+                raise Unreadable
             phase.tail.passed()
             return
-        phase.reader.observe(weights, index)
+        try:
+            phase.reader.observe(weights, index)
+        except StegoError:  # a choice that no bytes explain
+            raise Unreadable from None
         self._text.add(int(weights.ids[index]))
         if phase.reader.is_certain:
             self._phase = self._following(phase)

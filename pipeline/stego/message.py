@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from pipeline.stego.errors import StegoError
+from pipeline.stego.errors import StegoError, Unreadable
 from pipeline.stego.keys import SALT_BYTES, MessageKeys, Secret
 
 WORD_BYTES = 4
@@ -25,7 +25,6 @@ MAX_MESSAGE_BYTES = 1 << 16
 _IS_COMPRESSED = 1 << 31
 _NONCE = bytes(12)  # a key seals once
 _RAW_DEFLATE = -15
-UNREADABLE = "no message can be read: wrong secret, model or settings, or altered text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ class Envelope:
         try:
             content = ChaCha20Poly1305(self.keys.seal).decrypt(_NONCE, body, bound)
         except InvalidTag:
-            raise StegoError(UNREADABLE) from None
+            raise Unreadable from None
         return _unpacked(content) if self.word & _IS_COMPRESSED else content
 
 
@@ -96,7 +95,7 @@ def read_header(header: bytes, secret: Secret) -> Envelope:
     keys = secret.keys(salt)
     word = int.from_bytes(masked, "big") ^ int.from_bytes(keys.mask, "big")
     if not 1 <= word & ~_IS_COMPRESSED <= MAX_MESSAGE_BYTES:
-        raise StegoError(UNREADABLE)
+        raise Unreadable
     return Envelope(keys, word)
 
 

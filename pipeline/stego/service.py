@@ -15,10 +15,10 @@ from pipeline.engine.generation import Engine, Generation
 from pipeline.stego.chooser import ReadingChooser, WritingChooser
 from pipeline.stego.codecs import parse_codec
 from pipeline.stego.cover import TAIL_TOKENS, CoverProgress, CoverReader, CoverWriter
-from pipeline.stego.errors import StegoError
+from pipeline.stego.errors import StegoError, Unreadable
 from pipeline.stego.fingerprint import Fingerprint, Settings
 from pipeline.stego.keys import Secret
-from pipeline.stego.message import UNREADABLE, SealedMessage, seal
+from pipeline.stego.message import HEADER_BYTES, TAG_BYTES, SealedMessage, seal
 from pipeline.stego.retokenise import CoverTokenizer
 from pipeline.stego.statistics import Statistics
 
@@ -64,6 +64,17 @@ class Found:
 
 def _ignore(_: CoverProgress) -> None:
     pass
+
+
+def num_written_tokens(num_message_bytes: int) -> int:
+    """As many tokens as a text of so many bytes may come to, unless told otherwise."""
+    num_bits = 8 * (HEADER_BYTES + num_message_bytes + TAG_BYTES)
+    return _TOKENS_PER_BIT * num_bits + TAIL_TOKENS
+
+
+def num_read_tokens(num_text_tokens: int) -> int:
+    """As many tokens as reading a text of so many may come to: whitespace is put back."""
+    return num_text_tokens + TAIL_TOKENS
 
 
 class StegoService:
@@ -146,8 +157,8 @@ class StegoService:
         """A text, if it can be split into its tokens again."""
         codec = parse_codec(task.settings.codec)
         chooser = WritingChooser(CoverWriter(sealed, codec))
-        most = _TOKENS_PER_BIT * chooser.writer.progress.needed
-        num_left = min(self._tokens_left(task), task.max_tokens or most)
+        most = task.max_tokens or num_written_tokens(len(sealed.body) - TAG_BYTES)
+        num_left = min(self._tokens_left(task), most)
         async with self._chosen(task, chooser, num_left) as outputs:
             async for _ in outputs:
                 hear(chooser.writer.progress)
@@ -168,13 +179,13 @@ class StegoService:
 
     async def _read(self, text: str, task: Task, hear: Hear) -> ReadingChooser:
         token_ids = self._tokenizer.ids(text)
-        if not text.strip() or len(token_ids) > self._tokens_left(task) + TAIL_TOKENS:
-            raise StegoError(UNREADABLE)
+        if not text.strip() or len(token_ids) > num_read_tokens(self._tokens_left(task)):
+            raise Unreadable
         settings, secret = task.settings, task.secret
         context = self.fingerprint(settings).context(task.prompt_ids)
         reader = CoverReader(secret, parse_codec(settings.codec), context)
         chooser = ReadingChooser(reader, token_ids)
-        num_left = min(self._tokens_left(task), len(token_ids) + TAIL_TOKENS)
+        num_left = min(self._tokens_left(task), num_read_tokens(len(token_ids)))
         async with self._chosen(task, chooser, num_left) as outputs:
             async for _ in outputs:
                 hear(reader.progress)
@@ -184,7 +195,7 @@ class StegoService:
             raise chooser.failure
         whole = self._tokenizer.cover(chooser.token_ids)
         if not reader.is_done or whole.rstrip() != text.rstrip():
-            raise StegoError(UNREADABLE)
+            raise Unreadable
         return chooser
 
     async def _verify(self, text: str, message: bytes, task: Task) -> None:
