@@ -43,12 +43,16 @@ class Writer(Reader, Protocol):
 
 
 class StegoCodec(Protocol):
-    """A way to carry bytes. `key` seeds what both ends have to draw alike; it is 32 bytes."""
+    """A way to carry bytes. `key`, 32 bytes, seeds what both ends have to draw alike.
+
+    Tokens fall by their weights if the key is secret and no other message's, or the bytes are
+    uniformly random; a header that is to be read without a secret can have any key.
+    """
 
     name: str
 
     def writer(self, payload: bytes, key: bytes) -> Writer:
-        """For bytes that are uniformly random to whoever has no key."""
+        """For these bytes."""
         ...
 
     def reader(self, num_bytes: int, key: bytes) -> Reader:

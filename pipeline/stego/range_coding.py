@@ -1,36 +1,33 @@
 """Bytes carried by range coding: a number picks each token by the part of a range it lies in.
 
-The bytes and endless random digits behind them are a number's digits; the number, turned round the
-circle of all numbers by an amount drawn from the key, is decoded into tokens as a range coder
-decodes. So each token falls exactly by its weight, as the number is uniform twice over:
+The bytes, turned by a `Rotation`, and endless random digits behind them are one number's digits,
+which a range decoder turns into tokens. The number is uniform, so each token falls exactly by its
+weight, given all before it, and so it stays behind the last byte, where digits never end.
 
-- With a secret key the rotation makes it so, whatever the bytes. The published scheme (rotation
-  range coding, arXiv 2604.08052) rotates anew at each step, as its number has an end and what is
-  left of the range would be too coarse for a distribution. Ours has no end: one rotation by as
-  many digits as the bytes have leaves nothing to be rotated at later steps.
-- With a key that everybody knows, uniform bytes make it so. A header that is read before there is
-  a key can be carried so; with the published scheme's end it could not, for its last tokens would
-  follow the publicly known rotation instead of their weights.
+The published scheme (rotation range coding, arXiv 2604.08052) has no digits behind the bytes and
+rotates anew at each step, for what is left of its range gets too coarse for a distribution: with a
+secret key the rotation makes up for that. Under a key that everybody knows it could not, and its
+last tokens would give it away; a header that is read before there is a key is carried here as well
+as any other uniform bytes.
 """
 
-import hashlib
 import math
 from random import Random, SystemRandom
 
 from pipeline.stego.errors import StegoError
+from pipeline.stego.rotation import Rotation
 from pipeline.stego.token_weights import TokenWeights
 
 _MIN_WIDTH_BITS = 128  # a token's chance is off by less than 2**-128
-_ROTATION = b"veilpipe range coding: rotation\0"
 
 
 class RangeReader:
     """The range in which the rotated number is known to lie."""
 
     def __init__(self, num_bytes: int, key: bytes) -> None:
-        self._num_bytes = num_bytes
-        self._rotation = int.from_bytes(hashlib.shake_256(_ROTATION + key).digest(num_bytes))
-        self._low, self._width = 0, 1 << 8 * num_bytes
+        self._rotation = Rotation.of(key, num_bytes)
+        self._num_payload_bits = 8 * num_bytes
+        self._low, self._width = 0, 1 << self._num_payload_bits
         self._fraction_bits = 0  # how many of the digits lie behind the bytes
 
     @property
@@ -42,9 +39,10 @@ class RangeReader:
     @property
     def num_bits(self) -> float:
         """As `Reader.num_bits`."""
-        all_bits = 8 * self._num_bytes
-        known = all_bits + self._fraction_bits - math.log2(self._width)
-        return all_bits if self.is_certain else min(known, all_bits)
+        if self.is_certain:
+            return self._num_payload_bits
+        known = self._num_payload_bits + self._fraction_bits - math.log2(self._width)
+        return min(known, self._num_payload_bits)
 
     def observe(self, weights: TokenWeights, index: int) -> None:
         """As `Reader.observe`."""
@@ -57,8 +55,7 @@ class RangeReader:
         """As `Reader.payload`. Raises StegoError before they are certain."""
         if not self.is_certain:
             raise StegoError("the choices end before the bytes are certain")
-        rotated = self._low >> self._fraction_bits
-        return ((rotated - self._rotation) % (1 << 8 * self._num_bytes)).to_bytes(self._num_bytes)
+        return self._rotation.undo(self._low >> self._fraction_bits)
 
     def _refine(self) -> int:
         """Count in smaller units where the range has become coarse; how many digits that adds."""
@@ -82,7 +79,7 @@ class RangeWriter(RangeReader):
     def __init__(self, payload: bytes, key: bytes, random: Random) -> None:
         super().__init__(len(payload), key)
         self._random = random
-        self._offset = (int.from_bytes(payload) + self._rotation) % self._width
+        self._offset = self._rotation.apply(payload)
 
     def choose(self, weights: TokenWeights) -> int:
         """As `Writer.choose`."""
@@ -106,7 +103,7 @@ class RangeCodec:
         self._random = random or SystemRandom()
 
     def writer(self, payload: bytes, key: bytes) -> RangeWriter:
-        """As `StegoCodec.writer`; the bytes need not be uniform if the key is secret."""
+        """As `StegoCodec.writer`."""
         return RangeWriter(payload, key, self._random)
 
     def reader(self, num_bytes: int, key: bytes) -> RangeReader:

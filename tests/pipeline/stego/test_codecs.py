@@ -112,7 +112,7 @@ def test_most_of_the_tokens_entropy_carries_bytes(codec):
             entropies.append(-(shares * np.log2(shares)).sum())
             yield weights
 
-    num_messages = 20
+    num_messages = 10
     for _ in range(num_messages):
         payload = random.randbytes(48)
         carry(codec.writer(payload, KEY), codec.reader(48, KEY), counted())
@@ -121,6 +121,27 @@ def test_most_of_the_tokens_entropy_carries_bytes(codec):
     assert {"range": 0.96, "fimec": 0.8}[codec.name] < rate < 1.02
 
 
-def test_an_unknown_codec_is_refused_by_name():
-    with pytest.raises(StegoError, match="there is no codec 'arithmetic', but "):
-        parse_codec("arithmetic")
+def test_a_codec_is_made_by_name_and_options():
+    assert parse_codec("range").name == "range"
+    one, all_at_once = parse_codec("fimec:block_bits=1"), parse_codec("fimec:block_bits=16")
+    for codec, num_bits in ((one, 1), (all_at_once, 16)):
+        reader = codec.reader(2, KEY)
+        reader.observe(weighted(*[1] * 2**16), 3)
+        assert reader.num_bits == num_bits
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("arithmetic", "there is no codec 'arithmetic', but fimec, range"),
+        ("", "there is no codec"),
+        ("range:block_bits=8", "options: none"),
+        ("fimec:bits=8", "options: block_bits=NUMBER"),
+        ("fimec:block_bits=8,block_bits=8", "options: block_bits"),
+        ("fimec:block_bits=eight", "'block_bits=eight' is not"),
+        ("fimec:block_bits=0", "give 1 to 16"),
+    ],
+)
+def test_an_unknown_codec_or_option_is_refused_by_name(text, reason):
+    with pytest.raises(StegoError, match=reason):
+        parse_codec(text)
