@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pipeline.stego.codec import Reader, StegoCodec, Writer
 from pipeline.stego.errors import StegoError, Unreadable
-from pipeline.stego.keys import MessageKeys, Secret
+from pipeline.stego.keys import KeySource, MessageKeys
 from pipeline.stego.message import (
     HEADER_BYTES,
     Envelope,
@@ -165,7 +165,7 @@ class _ReadingTail:
 class CoverReader:
     """Reads the message of a text, whose tokens it is shown in order."""
 
-    def __init__(self, secret: Secret, codec: StegoCodec, context: bytes) -> None:
+    def __init__(self, secret: KeySource, codec: StegoCodec, context: bytes) -> None:
         """`context`: what the message was sealed with."""
         self._secret = secret
         self._codec = codec
@@ -210,9 +210,9 @@ class CoverReader:
         return self._phase.tail.index(weights)
 
     def observe(self, weights: TokenWeights, index: int) -> None:
-        """Learn from the next token: the `index`-th of these. Once in a text, Argon2id runs here.
+        """Learn from the next token: the `index`-th of these. Keys are derived here, once.
 
-        Raises StegoError where no text that carries a message for this secret goes on so.
+        Raises Unreadable where no text that carries a message for this secret goes on so.
         """
         phase = self._phase
         if isinstance(phase, _ReadingTail):

@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from pipeline.stego.errors import StegoError, Unreadable
-from pipeline.stego.keys import SALT_BYTES, MessageKeys, Secret
+from pipeline.stego.keys import SALT_BYTES, KeySource, MessageKeys
 
 WORD_BYTES = 4
 HEADER_BYTES = SALT_BYTES + WORD_BYTES
@@ -37,7 +37,7 @@ class SealedMessage:
 
 
 def seal(
-    message: bytes, secret: Secret, context: bytes, *, compresses: bool = True
+    message: bytes, secret: KeySource, context: bytes, *, compresses: bool = True
 ) -> SealedMessage:
     """Seal under a fresh salt; compressed where that is shorter, if at all.
 
@@ -86,7 +86,7 @@ class Envelope:
         return _unpacked(content) if self.word & _IS_COMPRESSED else content
 
 
-def read_header(header: bytes, secret: Secret) -> Envelope:
+def read_header(header: bytes, secret: KeySource) -> Envelope:
     """What the header says to whoever has the secret.
 
     Raises StegoError for a length that no message has, as almost every wrong secret gives.
