@@ -26,7 +26,7 @@ ROOMS = {
     "orchestrator": {"agreement", "engine", "placement", "protocol", "stage"},
     "planning": {"agreement", "models", "weights"},
     "stego": {"engine", "sampling"},
-    "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
+    "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
     "cli": {
         "agreement", "codecs", "engine", "gateway", "kernels", "models", "orchestrator",
         "placement", "planning", "protocol", "sampling", "stage", "stego",

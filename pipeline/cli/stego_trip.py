@@ -15,7 +15,7 @@ from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import ManifestSource, PipelineAccess, check_context
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.prompt_input import MAX_PROMPT_BYTES, read_bytes
-from pipeline.cli.stego import Settings, TripFlags
+from pipeline.cli.stego_flags import Settings, TripFlags
 from pipeline.cli.stego_model import local_fingerprint, new_service
 from pipeline.cli.terminal import write_text
 from pipeline.engine.engine import PipelineEngine
