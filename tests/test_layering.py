@@ -26,10 +26,10 @@ ROOMS = {
     "orchestrator": {"agreement", "engine", "placement", "protocol", "stage"},
     "planning": {"agreement", "models", "weights"},
     "stego": {"engine", "sampling"},
-    "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
+    "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
     "cli": {
         "agreement", "codecs", "engine", "gateway", "kernels", "models", "orchestrator",
-        "placement", "planning", "protocol", "sampling", "stage",
+        "placement", "planning", "protocol", "sampling", "stage", "stego",
     },
 }  # fmt: skip
 # The one thing that kernels know of the protocol: which rows of a step are whose.

@@ -7,8 +7,7 @@ import numpy.typing as npt
 
 from pipeline.sampling.choosers import Distribution
 from pipeline.stego.cover import CoverReader, CoverWriter
-from pipeline.stego.errors import StegoError
-from pipeline.stego.message import UNREADABLE
+from pipeline.stego.errors import StegoError, Unreadable
 from pipeline.stego.statistics import StepRecord
 from pipeline.stego.token_weights import TokenWeights, token_weights
 
@@ -83,12 +82,12 @@ class ReadingChooser:
         if self.reader.is_certain:
             return self.reader.expected(weights)
         if len(self.token_ids) == len(self._given):
-            raise StegoError(UNREADABLE)
+            raise Unreadable
         return _index_of(weights.ids, self._given[len(self.token_ids)])
 
 
 def _index_of(ids: npt.NDArray[np.int64], token_id: int) -> int:
     index = int(np.searchsorted(ids, token_id))
     if index == ids.size or ids[index] != token_id:
-        raise StegoError(UNREADABLE)
+        raise Unreadable
     return index

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.stego.codec import Reader, StegoCodec, Writer
-from pipeline.stego.errors import StegoError
-from pipeline.stego.keys import MessageKeys, Secret
+from pipeline.stego.errors import StegoError, Unreadable
+from pipeline.stego.keys import KeySource, MessageKeys
 from pipeline.stego.message import (
     HEADER_BYTES,
-    UNREADABLE,
     Envelope,
     SealedMessage,
     read_header,
@@ -166,7 +165,7 @@ class _ReadingTail:
 class CoverReader:
     """Reads the message of a text, whose tokens it is shown in order."""
 
-    def __init__(self, secret: Secret, codec: StegoCodec, context: bytes) -> None:
+    def __init__(self, secret: KeySource, codec: StegoCodec, context: bytes) -> None:
         """`context`: what the message was sealed with."""
         self._secret = secret
         self._codec = codec
@@ -199,9 +198,9 @@ class CoverReader:
 
     @property
     def message(self) -> bytes:
-        """The message, authentic. Raises StegoError before it is certain."""
+        """The message, authentic. Raises Unreadable before it is certain."""
         if not isinstance(self._phase, _ReadingTail):
-            raise StegoError(UNREADABLE)
+            raise Unreadable
         return self._phase.message
 
     def expected(self, weights: TokenWeights) -> int:
@@ -211,17 +210,20 @@ class CoverReader:
         return self._phase.tail.index(weights)
 
     def observe(self, weights: TokenWeights, index: int) -> None:
-        """Learn from the next token: the `index`-th of these. Once in a text, Argon2id runs here.
+        """Learn from the next token: the `index`-th of these. Keys are derived here, once.
 
-        Raises StegoError where no text that carries a message for this secret goes on so.
+        Raises Unreadable where no text that carries a message for this secret goes on so.
         """
         phase = self._phase
         if isinstance(phase, _ReadingTail):
             if phase.tail.is_over or index != phase.tail.index(weights):
-                raise StegoError(UNREADABLE)
+                raise Unreadable
             phase.tail.passed()
             return
-        phase.reader.observe(weights, index)
+        try:
+            phase.reader.observe(weights, index)
+        except StegoError:  # a choice that no bytes explain
+            raise Unreadable from None
         self._text.add(int(weights.ids[index]))
         if phase.reader.is_certain:
             self._phase = self._following(phase)

@@ -1,6 +1,7 @@
 """From what both ends know to the keys of one message."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
@@ -27,6 +28,14 @@ class MessageKeys:
     codec: bytes = field(repr=False)
     mask: bytes = field(repr=False)
     tail: bytes = field(repr=False)
+
+
+class KeySource(Protocol):
+    """Whoever can say the keys of a message."""
+
+    def keys(self, salt: bytes) -> MessageKeys:
+        """The keys of the message with this salt. Raises StegoError."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from pipeline.stego.errors import StegoError
-from pipeline.stego.keys import SALT_BYTES, MessageKeys, Secret
+from pipeline.stego.errors import StegoError, Unreadable
+from pipeline.stego.keys import SALT_BYTES, KeySource, MessageKeys
 
 WORD_BYTES = 4
 HEADER_BYTES = SALT_BYTES + WORD_BYTES
@@ -25,7 +25,6 @@ MAX_MESSAGE_BYTES = 1 << 16
 _IS_COMPRESSED = 1 << 31
 _NONCE = bytes(12)  # a key seals once
 _RAW_DEFLATE = -15
-UNREADABLE = "no message can be read: wrong secret, model or settings, or altered text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class SealedMessage:
 
 
 def seal(
-    message: bytes, secret: Secret, context: bytes, *, compresses: bool = True
+    message: bytes, secret: KeySource, context: bytes, *, compresses: bool = True
 ) -> SealedMessage:
     """Seal under a fresh salt; compressed where that is shorter, if at all.
 
@@ -83,11 +82,11 @@ class Envelope:
         try:
             content = ChaCha20Poly1305(self.keys.seal).decrypt(_NONCE, body, bound)
         except InvalidTag:
-            raise StegoError(UNREADABLE) from None
+            raise Unreadable from None
         return _unpacked(content) if self.word & _IS_COMPRESSED else content
 
 
-def read_header(header: bytes, secret: Secret) -> Envelope:
+def read_header(header: bytes, secret: KeySource) -> Envelope:
     """What the header says to whoever has the secret.
 
     Raises StegoError for a length that no message has, as almost every wrong secret gives.
@@ -96,7 +95,7 @@ def read_header(header: bytes, secret: Secret) -> Envelope:
     keys = secret.keys(salt)
     word = int.from_bytes(masked, "big") ^ int.from_bytes(keys.mask, "big")
     if not 1 <= word & ~_IS_COMPRESSED <= MAX_MESSAGE_BYTES:
-        raise StegoError(UNREADABLE)
+        raise Unreadable
     return Envelope(keys, word)
 
 

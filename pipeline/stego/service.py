@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -15,10 +16,10 @@ from pipeline.engine.generation import Engine, Generation
 from pipeline.stego.chooser import ReadingChooser, WritingChooser
 from pipeline.stego.codecs import parse_codec
 from pipeline.stego.cover import TAIL_TOKENS, CoverProgress, CoverReader, CoverWriter
-from pipeline.stego.errors import StegoError
+from pipeline.stego.errors import StegoError, Unreadable
 from pipeline.stego.fingerprint import Fingerprint, Settings
-from pipeline.stego.keys import Secret
-from pipeline.stego.message import UNREADABLE, SealedMessage, seal
+from pipeline.stego.keys import KeySource, MessageKeys, Secret
+from pipeline.stego.message import HEADER_BYTES, TAG_BYTES, SealedMessage, seal
 from pipeline.stego.retokenise import CoverTokenizer
 from pipeline.stego.statistics import Statistics
 
@@ -28,6 +29,9 @@ MAX_TRIES = 64
 _CHECK_EVERY = 8
 # A quarter of a bit a token is as little as anybody would wait for.
 _TOKENS_PER_BIT = 4
+
+# Each takes 64 MiB and a processor for a moment, in a thread.
+_MAX_DERIVING = 2
 
 Hear = Callable[[CoverProgress], None]
 
@@ -66,6 +70,42 @@ def _ignore(_: CoverProgress) -> None:
     pass
 
 
+def num_written_tokens(num_message_bytes: int) -> int:
+    """As many tokens as a text of so many bytes may come to, unless told otherwise."""
+    num_bits = 8 * (HEADER_BYTES + num_message_bytes + TAG_BYTES)
+    return _TOKENS_PER_BIT * num_bits + TAIL_TOKENS
+
+
+def num_read_tokens(num_text_tokens: int) -> int:
+    """As many tokens as reading a text of so many may come to: whitespace is put back."""
+    return num_text_tokens + TAIL_TOKENS
+
+
+class _KeysNeeded(StegoError):
+    """A text's header is read; the keys of its message are to be derived elsewhere."""
+
+    def __init__(self, salt: bytes) -> None:
+        super().__init__("the keys are not derived yet")
+        self.salt = salt
+
+
+class _KeysLater:
+    """Stops whoever reads where keys would be derived, which would hold up everybody."""
+
+    def keys(self, salt: bytes) -> MessageKeys:
+        raise _KeysNeeded(salt)
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownKeys:
+    """Keys that have been derived."""
+
+    known: MessageKeys
+
+    def keys(self, _salt: bytes) -> MessageKeys:
+        return self.known
+
+
 class StegoService:
     """Writes and reads over one engine, which others may share.
 
@@ -84,8 +124,9 @@ class StegoService:
         self._engine = engine
         self._tokenizer = tokenizer
         self._model = model
-        self._is_row_exact = is_row_exact
+        self.is_row_exact = is_row_exact
         self._num_open = 0
+        self._deriving = trio.CapacityLimiter(_MAX_DERIVING)
 
     def fingerprint(self, settings: Settings) -> Fingerprint:
         """What a message is bound to, with these settings."""
@@ -106,13 +147,14 @@ class StegoService:
         with self._admitted():
             for num_retries in range(MAX_TRIES):
                 sealed = await trio.to_thread.run_sync(
-                    lambda: seal(message, task.secret, context, compresses=compresses)
+                    partial(seal, message, task.secret, context, compresses=compresses),
+                    limiter=self._deriving,
                 )
                 chooser = await self._write(sealed, task, hear)
                 if chooser is None:
                     continue
                 text = self._tokenizer.cover(chooser.token_ids)
-                await self._verify(text, message, task)
+                await self._verify(text, message, task, sealed.keys)
                 seconds = time.perf_counter() - started
                 num_bits = 8 * (len(sealed.header) + len(sealed.body))
                 return Hidden(
@@ -132,11 +174,11 @@ class StegoService:
         started = time.perf_counter()
         with self._admitted():
             try:
-                chooser = await self._read(text, task, hear)
+                chooser = await self._read_alone(text, task, hear)
             except StegoError:
                 if text[:1].isspace():
                     raise
-                chooser = await self._read(" " + text, task, hear)
+                chooser = await self._read_alone(" " + text, task, hear)
         message = chooser.reader.message
         num_bits = chooser.reader.progress.needed
         seconds = time.perf_counter() - started
@@ -146,8 +188,8 @@ class StegoService:
         """A text, if it can be split into its tokens again."""
         codec = parse_codec(task.settings.codec)
         chooser = WritingChooser(CoverWriter(sealed, codec))
-        most = _TOKENS_PER_BIT * chooser.writer.progress.needed
-        num_left = min(self._tokens_left(task), task.max_tokens or most)
+        most = task.max_tokens or num_written_tokens(len(sealed.body) - TAG_BYTES)
+        num_left = min(self._tokens_left(task), most)
         async with self._chosen(task, chooser, num_left) as outputs:
             async for _ in outputs:
                 hear(chooser.writer.progress)
@@ -166,15 +208,25 @@ class StegoService:
         survives = self._tokenizer.survives(chooser.token_ids, chooser.num_needed)
         return chooser if survives else None
 
-    async def _read(self, text: str, task: Task, hear: Hear) -> ReadingChooser:
+    async def _read_alone(self, text: str, task: Task, hear: Hear) -> ReadingChooser:
+        """Read; where the keys are those of a passphrase, the header first."""
+        if not task.secret.passphrase:
+            return await self._read(text, task, task.secret, hear)
+        try:
+            return await self._read(text, task, _KeysLater(), hear)
+        except _KeysNeeded as needed:
+            salt = needed.salt
+        keys = await trio.to_thread.run_sync(task.secret.keys, salt, limiter=self._deriving)
+        return await self._read(text, task, _KnownKeys(keys), hear)
+
+    async def _read(self, text: str, task: Task, secret: KeySource, hear: Hear) -> ReadingChooser:
         token_ids = self._tokenizer.ids(text)
-        if not text.strip() or len(token_ids) > self._tokens_left(task) + TAIL_TOKENS:
-            raise StegoError(UNREADABLE)
-        settings, secret = task.settings, task.secret
-        context = self.fingerprint(settings).context(task.prompt_ids)
-        reader = CoverReader(secret, parse_codec(settings.codec), context)
+        if not text.strip() or len(token_ids) > num_read_tokens(self._tokens_left(task)):
+            raise Unreadable
+        context = self.fingerprint(task.settings).context(task.prompt_ids)
+        reader = CoverReader(secret, parse_codec(task.settings.codec), context)
         chooser = ReadingChooser(reader, token_ids)
-        num_left = min(self._tokens_left(task), len(token_ids) + TAIL_TOKENS)
+        num_left = min(self._tokens_left(task), num_read_tokens(len(token_ids)))
         async with self._chosen(task, chooser, num_left) as outputs:
             async for _ in outputs:
                 hear(reader.progress)
@@ -184,12 +236,12 @@ class StegoService:
             raise chooser.failure
         whole = self._tokenizer.cover(chooser.token_ids)
         if not reader.is_done or whole.rstrip() != text.rstrip():
-            raise StegoError(UNREADABLE)
+            raise Unreadable
         return chooser
 
-    async def _verify(self, text: str, message: bytes, task: Task) -> None:
+    async def _verify(self, text: str, message: bytes, task: Task, keys: MessageKeys) -> None:
         try:
-            found = (await self._read(text, task, _ignore)).reader.message
+            found = (await self._read(text, task, _KnownKeys(keys), _ignore)).reader.message
         except StegoError:
             found = b""
         if found != message:
@@ -227,7 +279,7 @@ class StegoService:
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
-        if self._num_open and not self._is_row_exact:
+        if self._num_open and not self.is_row_exact:
             raise StegoError(
                 "these stages' kernels compute a text otherwise beside others, so that its message "
                 "would be lost; ask for one at a time, or use kernels with exact rows"

@@ -61,6 +61,16 @@ class Statistics:
         return (
             f"{num_tokens} tokens, {num_tokens / self.num_message_bytes:.1f} a byte of message; "
             f"{self.num_bits / num_tokens:.2f} bits a token of {self.entropy / num_tokens:.2f}, "
-            f"{self.used:.1%} of the entropy; KL {divergence:.1e} bits a token; "
+            f"{self.used:.1%} of the entropy; KL {max(divergence, 0):.1e} bits a token; "
             f"{self.seconds:.2f} s, {self.num_retries} retries"
         )
+
+    def to_json(self) -> dict[str, object]:
+        """For who wants to see each token's share."""
+        return {
+            "message_bytes": self.num_message_bytes,
+            "bits": self.num_bits,
+            "seconds": self.seconds,
+            "retries": self.num_retries,
+            "tokens": [step._asdict() for step in self.steps],
+        }

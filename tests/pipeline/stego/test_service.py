@@ -1,6 +1,7 @@
 """Messages come back from texts exactly, however the stages lie; whatever else gives an error."""
 
 import re
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -212,3 +213,21 @@ async def test_leaving_ends_the_generation(service, task):
     await trio.testing.wait_all_tasks_blocked()
     assert service._engine.stats.num_running == 0
     assert service._num_open == 0
+
+
+async def test_a_passphrase_is_stretched_in_another_thread(service, task, monkeypatch):
+    threads = []
+    real = Secret.keys
+
+    def keys(self, salt):
+        threads.append(threading.current_thread())
+        return real(self, salt)
+
+    monkeypatch.setattr(Secret, "keys", keys)
+    by_passphrase = task(secret=Secret(passphrase=b"correct horse"))
+    text = await hidden(service, b"hello", by_passphrase)
+    assert len(threads) == 1  # to check the text, what is known is used
+    assert (await service.find(text, by_passphrase)).message == b"hello"
+    assert threading.main_thread() not in threads
+    with pytest.raises(StegoError, match="wrong secret"):
+        await service.find(text, task(secret=Secret(passphrase=b"wrong donkey")))
