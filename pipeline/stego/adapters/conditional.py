@@ -10,8 +10,7 @@ import torch
 from pipeline.sampling.draw import final, is_sound
 from pipeline.sampling.filters import Logits
 from pipeline.sampling.params import SamplingParams
-from pipeline.stego.errors import StegoError
-from pipeline.stego.message import UNREADABLE
+from pipeline.stego.errors import StegoError, Unreadable
 from pipeline.stego.token_weights import TokenWeights, token_weights
 
 EngineLogits: TypeAlias = torch.Tensor | npt.NDArray[np.floating]
@@ -56,10 +55,10 @@ def conditional(logits: EngineLogits, how: Conditioning) -> TokenWeights:
 
 
 def index_of(weights: TokenWeights, token_id: int) -> int:
-    """A token's place among those that may come next. Raises StegoError where it may not."""
+    """A token's place among those that may come next. Raises Unreadable where it may not."""
     index = int(np.searchsorted(weights.ids, token_id))
     if index == weights.ids.size or weights.ids[index] != token_id:
-        raise StegoError(UNREADABLE)
+        raise Unreadable
     return index
 
 

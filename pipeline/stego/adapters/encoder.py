@@ -8,10 +8,10 @@ from pipeline.stego.adapters.conditional import Conditioning, index_of
 from pipeline.stego.adapters.request import StegoRequest
 from pipeline.stego.codecs import parse_codec
 from pipeline.stego.cover import CoverProgress, CoverReader, CoverWriter
-from pipeline.stego.errors import StegoError
+from pipeline.stego.errors import StegoError, Unreadable
 from pipeline.stego.fingerprint import DEFAULT_CODEC
 from pipeline.stego.keys import Secret
-from pipeline.stego.message import UNREADABLE, seal
+from pipeline.stego.message import seal
 from pipeline.stego.token_weights import TokenWeights
 
 # One text in 24 does not become the tokens again that it was made of: ten in a row never do.
@@ -171,7 +171,7 @@ class StegoEncoder:
         request = StegoRequest(Replay(token_ids, reader), self._how, self._engine.end_token_id)
         self._run(request, prompt_ids, len(token_ids))
         if not reader.is_done:
-            raise StegoError(UNREADABLE)
+            raise Unreadable
         return reader.message
 
     def _run(
