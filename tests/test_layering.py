@@ -25,10 +25,11 @@ ROOMS = {
     "placement": {"agreement"},
     "orchestrator": {"agreement", "engine", "placement", "protocol", "stage"},
     "planning": {"agreement", "models", "weights"},
-    "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
+    "stego": {"engine", "sampling"},
+    "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
     "cli": {
         "agreement", "codecs", "engine", "gateway", "kernels", "models", "orchestrator",
-        "placement", "planning", "protocol", "sampling", "stage",
+        "placement", "planning", "protocol", "sampling", "stage", "stego",
     },
 }  # fmt: skip
 # The one thing that kernels know of the protocol: which rows of a step are whose.
@@ -37,6 +38,10 @@ ONLY = {("kernels", "protocol"): "pipeline.protocol.batch"}
 HTTP_DOOR = "pipeline.gateway.http"
 HTTP_LIBRARIES = {"hypercorn", "starlette", "h11", "wsproto"}
 MAX_LINES = 400
+# What other people's engines call. The pipeline does not know it, and it imports no engine before
+# it is used; only a Modal app cannot even be defined without Modal.
+ADAPTERS = "pipeline.stego.adapters"
+MODAL_APP = f"{ADAPTERS}.modal_app"
 FORBIDDEN = {
     "transport": {"torch", "numpy", "pipeline", "enclave", "transformers"},
     "enclave": {"torch", "numpy", "pipeline", "transport", "transformers"},
@@ -87,6 +92,13 @@ def test_a_module_imports_only_from_rooms_below_its_own(module):
         assert other in ROOMS[room], f"{module} imports {name}: {room} must not know {other}"
         only = ONLY.get((room, other))
         assert only is None or name.startswith(only), f"{module} imports {name}, not {only}"
+
+
+def test_only_adapters_know_how_other_engines_call():
+    for module, path in MODULES.items():
+        if not module.startswith(ADAPTERS):
+            found = {name for name in imports(path) if name.startswith(ADAPTERS)}
+            assert not found, f"{module} imports {found}"
 
 
 def test_only_the_http_door_speaks_http():
@@ -147,4 +159,5 @@ def test_no_runtime_module_needs_a_test_dependency():
     }  # fmt: skip
     for module, path in MODULES.items():
         roots = {name.partition(".")[0] for name in imports(path)}
+        roots -= {"modal"} if module == MODAL_APP else set()
         assert roots <= allowed | standard, f"{module} imports {roots - allowed - standard}"

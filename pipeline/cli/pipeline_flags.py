@@ -129,11 +129,14 @@ def pipeline_flags(
     )
 
 
-Command = Callable[..., None]
+Command = Callable[..., Any]
 
 
 def takes_flags(**groups: Callable[..., Any]) -> Callable[[Command], Command]:
-    """Give a typer command the flags of other functions too: it gets what `name` makes of them."""
+    """Give a typer command the flags of other functions too: it gets what `name` makes of them.
+
+    Such a function may take those of further ones in the same way.
+    """
 
     def add(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True).parameters
@@ -143,15 +146,17 @@ def takes_flags(**groups: Callable[..., Any]) -> Callable[[Command], Command]:
         }
 
         @wraps(command)
-        def run(**values: Any) -> None:  # noqa: ANN401  (what typer found on the command line)
+        def run(**values: Any) -> Any:  # noqa: ANN401  (what typer found on the command line)
             for name, group in groups.items():
                 values[name] = group(**{flag: values.pop(flag) for flag in flags[name]})
-            command(**values)
+            return command(**values)
 
         merged = [each for each in own.values() if each.name not in groups]
         for group in flags.values():
             merged += group.values()
-        run.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
+        # By name only: then those that must be given may come after those that need not.
+        by_name = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in merged]
+        run.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]
         return run
 
     return add

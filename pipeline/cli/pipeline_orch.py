@@ -8,7 +8,7 @@ import typer
 
 from pipeline.agreement.manifest import check_precision, dump_manifest, load_manifest
 from pipeline.agreement.trust_policy import create_identity
-from pipeline.cli import attest
+from pipeline.cli import attest, stego
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.generate import GenerateFlags, generate
 from pipeline.cli.logs import configure_logging, tell
@@ -30,6 +30,7 @@ DTypeOption = Annotated[
 
 app = new_app()
 app.add_typer(attest.app, name="attest")
+app.add_typer(stego.app, name="stego")
 
 
 @app.callback(invoke_without_command=True)

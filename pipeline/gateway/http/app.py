@@ -1,6 +1,6 @@
 """The endpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import TypeVar
 
@@ -35,11 +35,13 @@ def build_app(
     metrics: HttpMetrics | None = None,
     overview: Overview | None = None,
     is_ready: Callable[[], bool] = lambda: True,
+    more: Sequence[Route] = (),
 ) -> Starlette:
     """The ASGI application; must run under trio, behind a server that drops idle connections.
 
     `registry` is what /metrics shows; the door's own `metrics` are added to it, unless given.
-    /pipeline shows `overview`, if there is one.
+    /pipeline shows `overview`, if there is one. `more`: endpoints of others, each of which finds
+    the body in its request's exchange.
     """
     metrics = metrics or HttpMetrics(registry)
     door = Door(desk, registry, is_ready)
@@ -54,8 +56,11 @@ def build_app(
             Route("/v1/models/{model:path}", door.model),
             Route("/v1/chat/completions", door.chat, methods=["POST"]),
             Route("/v1/completions", door.completions, methods=["POST"]),
+            *more,
         ],
-        middleware=[Middleware(Edge, desk=desk, metrics=metrics)],
+        middleware=[
+            Middleware(Edge, desk=desk, metrics=metrics, more=frozenset(r.path for r in more))
+        ],
         exception_handlers={HTTPException: _refuse_route},
     )
 

@@ -19,16 +19,25 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health", "/readyz"})
 # For whoever watches: as often as they like, so that watching costs no user a request.
 WATCH_PATHS = frozenset({"/metrics", "/pipeline"})
-# The only ones that read what is sent to them.
+# The ones that read what is sent to them, beside those that `Edge` is told of.
 _BODY_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
-_ROUTES = OPEN_PATHS | WATCH_PATHS | _BODY_PATHS | {"/v1/models"}
+_ROUTES = OPEN_PATHS | WATCH_PATHS | {"/v1/models"}
 
 
 class Edge:
     """ASGI middleware: access, rate, body, disconnects, errors, and one log line a request."""
 
-    def __init__(self, app: ASGIApp, *, desk: Desk, metrics: HttpMetrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        desk: Desk,
+        metrics: HttpMetrics,
+        more: frozenset[str] = frozenset(),
+    ) -> None:
+        """`more`: further paths that read what is sent to them."""
         self._app = app
+        self._body_paths = _BODY_PATHS | more
         self._desk = desk
         self._limits = desk.config.limits
         self._access = Access(desk.keys)
@@ -41,7 +50,7 @@ class Edge:
             await send({"type": "websocket.close"})
         if scope["type"] != "http":
             return
-        route = _route(scope["path"])
+        route = self._route(scope["path"])
         # Probes come every few seconds and say nothing new.
         level = logging.DEBUG if route in OPEN_PATHS | WATCH_PATHS else logging.INFO
         with self._metrics.active.track_inprogress(), self._desk.request(route) as record:
@@ -56,11 +65,17 @@ class Edge:
                 self._metrics.requests.labels(route, str(record.status)).inc()
                 record.log(level)
 
+    def _route(self, path: str) -> str:
+        """A label from a small set: clients choose paths, and metrics keep every label for ever."""
+        if path.startswith("/v1/models/"):
+            return "/v1/models/{id}"
+        return path if path in _ROUTES | self._body_paths else "other"
+
     async def _serve(self, scope: Scope, exchange: Exchange) -> None:
         max_bytes = self._limits.max_body_bytes
         try:
             self._admit(scope)
-            if scope["method"] == "POST" and scope["path"] in _BODY_PATHS:
+            if scope["method"] == "POST" and scope["path"] in self._body_paths:
                 await self._read_body(exchange, _headers(scope))
             else:
                 await exchange.drain(max_bytes)
@@ -108,13 +123,6 @@ class Edge:
             failure = internal()
         if not exchange.is_started:
             await to_response(failure)(scope, exchange.receive, exchange.send)
-
-
-def _route(path: str) -> str:
-    """A label from a small set: clients choose paths, and metrics keep every label for ever."""
-    if path.startswith("/v1/models/"):
-        return "/v1/models/{id}"
-    return path if path in _ROUTES else "other"
 
 
 def _headers(scope: Scope) -> Mapping[bytes, bytes]:
