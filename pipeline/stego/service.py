@@ -23,8 +23,9 @@ from pipeline.stego.message import HEADER_BYTES, TAG_BYTES, SealedMessage, seal
 from pipeline.stego.retokenise import CoverTokenizer
 from pipeline.stego.statistics import Statistics
 
-# A text that its own tokenizer splits otherwise is thrown away, and another one written.
-MAX_TRIES = 64
+# A text that its own tokenizer splits otherwise is thrown away as soon as that shows, and another
+# one written. Drawn from a whole vocabulary, one token in a hundred brings that about.
+MAX_TRIES = 256
 # How often a text is held against its tokens while it grows.
 _CHECK_EVERY = 8
 # A quarter of a bit a token is as little as anybody would wait for.
