@@ -1,13 +1,10 @@
 """A service before an engine that runs over the tiny model, split as one likes."""
 
-import shutil
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 import trio
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as HfTokenizer
 
 from pipeline.codecs.registry import make_codec
 from pipeline.engine.engine import PipelineEngine
@@ -28,25 +25,6 @@ from tests.pipeline.engine.engines import Yielding
 LIMITS = Limits(num_slots=8, max_seq_len=600, chunk_tokens=16)
 MODEL = Fingerprint(precision="float32", kernels="native")
 PROMPT = "In the beginning"
-
-
-@pytest.fixture(scope="session")
-def text_model(tiny_model, tmp_path_factory):
-    """The tiny model with tokens of printable letters, some pairs of which are tokens as well.
-
-    What it says at random is text, and now and then a pair is said as two tokens.
-    """
-    directory = tmp_path_factory.mktemp("text") / "model"
-    shutil.copytree(tiny_model, directory)
-    letters = [chr(code) for code in range(0x21, 0x7F)] + ["Ġ", "Ċ"]
-    pairs = [(a, b) for a in "aeiou" for b in "bcdfnrst"]
-    vocab = {token: i for i, token in enumerate([*letters, *map("".join, pairs)])}
-    tokenizer = HfTokenizer(models.BPE(vocab, pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
 
 
 @pytest.fixture(scope="session")
