@@ -64,7 +64,7 @@ def read_message(text: str | None, source: Path | None) -> bytes:
 def read_text(source: Path) -> str:
     """The text to read a message from. Raises InputError."""
     try:
-        return read_bytes(source, "--in", MAX_PROMPT_BYTES).decode("utf-8-sig")
+        return read_bytes(source, "--in", MAX_PROMPT_BYTES).decode()
     except UnicodeDecodeError as error:
         raise StegoError("--in: the text is not UTF-8, so it was altered on its way") from error
 
