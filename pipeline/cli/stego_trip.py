@@ -180,18 +180,21 @@ async def _run_beside(
 ) -> None:
     """Do `work` once while the engine runs; a stage that is lost and mended is none of its."""
     standing: list[Pipeline] = []
-    is_standing = trio.Event()
+    is_standing, is_done = trio.Event(), trio.Event()
 
     async def serve(pipeline: Pipeline) -> None:
         standing.append(pipeline)
         is_standing.set()
-        await engine.run(pipeline)
+        async with open_tasks() as running:
+            running.start_soon(engine.run, pipeline)
+            await is_done.wait()
+            running.cancel_scope.cancel()
 
     async with open_tasks() as tasks:
         tasks.start_soon(access.run, serve, engine.scheduler)
         await is_standing.wait()
         await work(standing[0])
-        tasks.cancel_scope.cancel()
+        is_done.set()  # then the stages are told goodbye
 
 
 def _prompt_ids(flags: TripFlags, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -35,17 +35,17 @@ def cover_tokenizer(text_model):
 @pytest.fixture(scope="session")
 def open_service(text_model, cover_tokenizer):
     """Makes a service of stages that begin at these layers."""
-    if why := why_not_native():
-        pytest.skip(f"no native kernels: {why}")
     config = load_config(text_model)
 
     @asynccontextmanager
-    async def make(*starts, limits=LIMITS, model=MODEL, is_row_exact=True):
+    async def make(*starts, limits=LIMITS, model=MODEL, is_row_exact=True, kernels="native"):
+        if kernels == "native" and (why := why_not_native()):
+            pytest.skip(f"no native kernels: {why}")
         bounds = zip((0, *starts), (*starts, 4), strict=True)
         session = limits.for_session(make_codec("F32", 64))
         cores = [
             StageCore(
-                load_shard(text_model, config, *bound, kernels="native", expected_hashes=None),
+                load_shard(text_model, config, *bound, kernels=kernels, expected_hashes=None),
                 session,
                 ActivationLog(limits.num_slots, limits.max_seq_len, 64) if bound[1] < 4 else None,
             )

@@ -174,9 +174,15 @@ async def test_a_codec_that_there_is_not_is_refused(service, task):
         await service.hide(b"a", task(settings=Settings(codec="morse")))
 
 
+async def test_torchs_kernels_write_and_read_alone(open_service, task):
+    async with open_service(kernels="torch", is_row_exact=False) as service:
+        text = await hidden(service, b"a", task())
+    async with open_service(2, kernels="torch", is_row_exact=False) as service:
+        assert (await service.find(text, task())).message == b"a"
+
+
 async def test_kernels_without_exact_rows_take_one_at_a_time(open_service, task):
     async with open_service(is_row_exact=False) as service:
-        assert (await service.find(await hidden(service, b"a", task()), task())).message == b"a"
         errors = []
 
         async def hide():
