@@ -64,7 +64,7 @@ def read_message(text: str | None, source: Path | None) -> bytes:
 def read_text(source: Path) -> str:
     """The text to read a message from. Raises InputError."""
     try:
-        return read_bytes(source, "--in", MAX_PROMPT_BYTES).decode("utf-8-sig")
+        return read_bytes(source, "--in", MAX_PROMPT_BYTES).decode()
     except UnicodeDecodeError as error:
         raise StegoError("--in: the text is not UTF-8, so it was altered on its way") from error
 
@@ -180,18 +180,21 @@ async def _run_beside(
 ) -> None:
     """Do `work` once while the engine runs; a stage that is lost and mended is none of its."""
     standing: list[Pipeline] = []
-    is_standing = trio.Event()
+    is_standing, is_done = trio.Event(), trio.Event()
 
     async def serve(pipeline: Pipeline) -> None:
         standing.append(pipeline)
         is_standing.set()
-        await engine.run(pipeline)
+        async with open_tasks() as running:
+            running.start_soon(engine.run, pipeline)
+            await is_done.wait()
+            running.cancel_scope.cancel()
 
     async with open_tasks() as tasks:
         tasks.start_soon(access.run, serve, engine.scheduler)
         await is_standing.wait()
         await work(standing[0])
-        tasks.cancel_scope.cancel()
+        is_done.set()  # then the stages are told goodbye
 
 
 def _prompt_ids(flags: TripFlags, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -22,6 +22,11 @@ class CoverTokenizer:
         """Leaves out what can be no part of a text: marks, ends, rows beyond the vocabulary."""
         return AllowedTokens(self.tokenizer.text_token_ids)
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens a text can be made of."""
+        return len(self.tokenizer.text_token_ids)
+
     @cached_property
     def _anchor(self) -> tuple[str, tuple[int, ...]]:
         """What has to stand before a text, so that a space it begins with is kept."""

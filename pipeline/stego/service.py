@@ -4,6 +4,7 @@ Reading replays a text token by token, as it was written: a prefill of the whole
 otherwise, and one other bit at one token loses the message.
 """
 
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -23,8 +24,9 @@ from pipeline.stego.message import HEADER_BYTES, TAG_BYTES, SealedMessage, seal
 from pipeline.stego.retokenise import CoverTokenizer
 from pipeline.stego.statistics import Statistics
 
-# A text that its own tokenizer splits otherwise is thrown away, and another one written.
-MAX_TRIES = 64
+# A text that its own tokenizer splits otherwise is thrown away as soon as that shows, and another
+# one written. Drawn from a whole vocabulary, one token in a few hundred brings that about.
+MAX_TRIES = 256
 # How often a text is held against its tokens while it grows.
 _CHECK_EVERY = 8
 # A quarter of a bit a token is as little as anybody would wait for.
@@ -175,7 +177,7 @@ class StegoService:
         with self._admitted():
             try:
                 chooser = await self._read_alone(text, task, hear)
-            except StegoError:
+            except Unreadable:
                 if text[:1].isspace():
                     raise
                 chooser = await self._read_alone(" " + text, task, hear)
@@ -190,6 +192,7 @@ class StegoService:
         chooser = WritingChooser(CoverWriter(sealed, codec))
         most = task.max_tokens or num_written_tokens(len(sealed.body) - TAG_BYTES)
         num_left = min(self._tokens_left(task), most)
+        self._check_room(chooser.writer.progress.needed, task.settings, num_left)
         async with self._chosen(task, chooser, num_left) as outputs:
             async for _ in outputs:
                 hear(chooser.writer.progress)
@@ -221,12 +224,18 @@ class StegoService:
 
     async def _read(self, text: str, task: Task, secret: KeySource, hear: Hear) -> ReadingChooser:
         token_ids = self._tokenizer.ids(text)
-        if not text.strip() or len(token_ids) > num_read_tokens(self._tokens_left(task)):
+        num_room = self._tokens_left(task)
+        if not text.strip():
             raise Unreadable
+        if len(token_ids) > num_room:
+            raise StegoError(
+                f"the text has {len(token_ids)} tokens, and the context has room for {num_room} "
+                "beside the prompt; give the context that it was written with"
+            )
         context = self.fingerprint(task.settings).context(task.prompt_ids)
         reader = CoverReader(secret, parse_codec(task.settings.codec), context)
         chooser = ReadingChooser(reader, token_ids)
-        num_left = min(self._tokens_left(task), num_read_tokens(len(token_ids)))
+        num_left = min(num_room, num_read_tokens(len(token_ids)))
         async with self._chosen(task, chooser, num_left) as outputs:
             async for _ in outputs:
                 hear(reader.progress)
@@ -265,6 +274,17 @@ class StegoService:
         )
         async with self._engine.generate(generation) as outputs:
             yield outputs
+
+    def _check_room(self, num_bits: int, settings: Settings, num_tokens: int) -> None:
+        """Raise StegoError where not even the most even of distributions would carry so much."""
+        # Tokens that are less likely carry more; that all are to so many bits happens never.
+        num_choices = settings.sampling.top_k or self._tokenizer.num_tokens
+        if num_bits > num_tokens * math.log2(num_choices) + 8 * TAG_BYTES:
+            most = num_tokens * math.log2(num_choices)
+            raise StegoError(
+                f"the text carries 0 of {num_bits} bits: its {num_tokens} tokens would carry "
+                f"{most:.0f} at best; give a longer context, more tokens or a shorter message"
+            )
 
     def _tokens_left(self, task: Task) -> int:
         """How many tokens the context has beside the prompt. Raises StegoError if it has none."""

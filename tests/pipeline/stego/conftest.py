@@ -1,13 +1,10 @@
 """A service before an engine that runs over the tiny model, split as one likes."""
 
-import shutil
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 import trio
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as HfTokenizer
 
 from pipeline.codecs.registry import make_codec
 from pipeline.engine.engine import PipelineEngine
@@ -31,25 +28,6 @@ PROMPT = "In the beginning"
 
 
 @pytest.fixture(scope="session")
-def text_model(tiny_model, tmp_path_factory):
-    """The tiny model with tokens of printable letters, some pairs of which are tokens as well.
-
-    What it says at random is text, and now and then a pair is said as two tokens.
-    """
-    directory = tmp_path_factory.mktemp("text") / "model"
-    shutil.copytree(tiny_model, directory)
-    letters = [chr(code) for code in range(0x21, 0x7F)] + ["Ġ", "Ċ"]
-    pairs = [(a, b) for a in "aeiou" for b in "bcdfnrst"]
-    vocab = {token: i for i, token in enumerate([*letters, *map("".join, pairs)])}
-    tokenizer = HfTokenizer(models.BPE(vocab, pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
-
-
-@pytest.fixture(scope="session")
 def cover_tokenizer(text_model):
     return CoverTokenizer(Tokenizer(text_model / "tokenizer.json"))
 
@@ -57,17 +35,17 @@ def cover_tokenizer(text_model):
 @pytest.fixture(scope="session")
 def open_service(text_model, cover_tokenizer):
     """Makes a service of stages that begin at these layers."""
-    if why := why_not_native():
-        pytest.skip(f"no native kernels: {why}")
     config = load_config(text_model)
 
     @asynccontextmanager
-    async def make(*starts, limits=LIMITS, model=MODEL, is_row_exact=True):
+    async def make(*starts, limits=LIMITS, model=MODEL, is_row_exact=True, kernels="native"):
+        if kernels == "native" and (why := why_not_native()):
+            pytest.skip(f"no native kernels: {why}")
         bounds = zip((0, *starts), (*starts, 4), strict=True)
         session = limits.for_session(make_codec("F32", 64))
         cores = [
             StageCore(
-                load_shard(text_model, config, *bound, kernels="native", expected_hashes=None),
+                load_shard(text_model, config, *bound, kernels=kernels, expected_hashes=None),
                 session,
                 ActivationLog(limits.num_slots, limits.max_seq_len, 64) if bound[1] < 4 else None,
             )
