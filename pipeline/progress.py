@@ -11,7 +11,7 @@ Progress = Callable[[int, int], None]
 class Watch(Protocol):
     """Whoever watches several pieces of work, one after the other."""
 
-    def __call__(self, what: str, *, counts_bytes: bool = False) -> Progress | None:
+    def __call__(self, what: str, unit: str) -> Progress | None:
         """Told what begins: something to tell how far it is, if anybody wants to know."""
 
 

@@ -1,4 +1,4 @@
-"""A bar on the terminal while weights are read, hashed or cut; nothing where nobody looks."""
+"""A bar on the terminal while something takes its time; nothing where nobody looks."""
 
 import os
 import sys
@@ -10,25 +10,20 @@ from pipeline.progress import Progress, Watch
 
 
 @contextmanager
-def progress_bar(what: str, *, counts_bytes: bool = True) -> Iterator[Progress | None]:
-    """Something to tell how much is done, which shows it on stderr if that is a terminal."""
+def progress_bar(what: str, unit: str = "bytes") -> Iterator[Progress | None]:
+    """Something to tell of how much is done, which shows it on stderr if that is a terminal."""
     if logs_json() or not _is_watched():
         yield None
         return
     # Only now: a worker that nobody watches would carry it for nothing.
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
-    done = DownloadColumn() if counts_bytes else MofNCompleteColumn()
-    columns = (TextColumn(what), BarColumn(), done, TimeRemainingColumn())
+    done = TextColumn(f"{{task.completed:.0f}}/{{task.total}} {unit}")
+    amount = DownloadColumn() if unit == "bytes" else done
+    columns = (TextColumn(what), BarColumn(), amount, TimeRemainingColumn())
     with Bars(
         *columns, console=console, transient=True, disable=not console.is_interactive
     ) as bars:
@@ -41,9 +36,9 @@ def progress_bars() -> Iterator[Watch]:
     """One bar after another, each ended by the next: a terminal is shown only one."""
     with ExitStack() as current:
 
-        def watch(what: str, *, counts_bytes: bool = False) -> Progress | None:
+        def watch(what: str, unit: str) -> Progress | None:
             current.close()
-            return current.enter_context(progress_bar(what, counts_bytes=counts_bytes))
+            return current.enter_context(progress_bar(what, unit))
 
         yield watch
 

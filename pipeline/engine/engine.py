@@ -32,7 +32,7 @@ Listener = Callable[[TokenOutput | PipelineError], None]
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What the engine is doing now, and has done."""
+    """What the engine is doing now, and has done; tokens are those its requests have heard of."""
 
     num_running: int
     num_waiting: int
@@ -238,7 +238,6 @@ class PipelineEngine:
             output = TokenOutput(*choice, event.finish, result.header.timings)
             self._outputs.append((event.request_id, output))
         self._num_steps += 1
-        self._num_tokens += len(choices)
 
     def _hand_out(self) -> None:
         while self._outputs:
@@ -248,6 +247,7 @@ class PipelineEngine:
                 continue  # it has left since
             if output.finish is not None:
                 del self._live[request_id]
+            self._num_tokens += 1
             live.listener(output)
 
     def _choose(self, result: StepResult) -> dict[int, Choice]:
@@ -294,7 +294,7 @@ def choice_of(part: SegmentResult, sampler: Sampler | None) -> Choice:
         return sampler.choose(part.logits[-1])
     (token_id,) = part.token_ids
     if token_id == NO_TOKEN:
-        raise RequestFailed(f"{NO_NUMBERS}, or bias and mask leave none")
+        raise RequestFailed(NO_NUMBERS) if sampler is None else sampler.no_choice()
     if sampler is not None:
         sampler.took(token_id)
     if not part.logprobs.size:

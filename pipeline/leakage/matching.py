@@ -117,11 +117,13 @@ def _choose(
 
 def _squared_distances(table: Floats, target: Floats) -> Floats:
     """Of each row [n, features] from one."""
+    found: Floats
     if len(table) <= MANY_ROWS:
-        exact: Floats = np.square(table - target).sum(axis=1)
-        return exact
-    squares = np.einsum("ij,ij->i", table, table)
-    return np.maximum(squares - 2 * (table @ target) + target @ target, 0)
+        found = np.square(table - target).sum(axis=1)
+    else:
+        squares = np.einsum("ij,ij->i", table, table)
+        found = np.maximum(squares - 2 * (table @ target) + target @ target, 0)
+    return found
 
 
 def _is_decided(distances: Floats) -> bool:

@@ -47,9 +47,7 @@ class Laboratory:
         tokenizer.check_vocabulary(config.vocab_size)
         texts = read_texts(tokenizer, scope.num_texts, scope.num_tokens)
         cuts = {*layers, config.num_layers // NUM_STAGES}
-        model = PublicModel.load(
-            model_dir, sorted(cuts), watch("loading weights", counts_bytes=True)
-        )
+        model = PublicModel.load(model_dir, sorted(cuts), watch("loading weights", "bytes"))
         attacker = Attacker(model, scope.num_tokens)
         return cls(model_dir.resolve().name, model, texts, attacker, scope, layers)
 
@@ -60,7 +58,10 @@ class Laboratory:
         speed, plain_speed = tokens_per_second(model, (mode, PLAIN), texts[0])
         seen = observe(model, mode, texts)
         recoveries = recover_all(
-            self.attacker, mode, seen, self.layers, scope, watch(f"attacking {mode.name}")
+            self.attacker, mode, seen, self.layers, scope, watch(f"attacking {mode.name}", "texts")
+        )
+        utility = measure_utility(
+            model, PLAIN, mode, texts, watch("comparing predictions", "texts")
         )
         return Card(
             mode=mode.name,
@@ -70,7 +71,7 @@ class Laboratory:
             num_layers=model.config.num_layers,
             texts=scope.num_texts,
             recoveries=recoveries,
-            utility=measure_utility(model, PLAIN, mode, texts, watch("comparing predictions")),
+            utility=utility,
             cost=Cost(
                 tokens_per_second=speed,
                 plain_tokens_per_second=plain_speed,

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.dtypes import Array, Precision
 from pipeline.kernels.base import Activation, Kernels, Norm
-from pipeline.models.base import Layer, Names, Shard
 from pipeline.models.config import GPT2Config
 from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts
+from pipeline.models.shard_model import Layer, Names, Shard
 from pipeline.models.workspace import ForwardPass
 from pipeline.weights.tensor_sinks import CopySink, Sink
 

@@ -6,7 +6,7 @@ from pipeline.engine.step import FollowUp, Step
 from pipeline.errors import LinkLost, MessageError
 from pipeline.orchestrator.step_ahead import Ahead
 from pipeline.protocol.links import StepGate, receive_step, send_step
-from pipeline.protocol.peers import describe, hang_up
+from pipeline.protocol.peer_connections import describe, hang_up
 from pipeline.protocol.result_kinds import NO_TOKEN
 from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.step_limits import step_tensors

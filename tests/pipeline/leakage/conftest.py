@@ -10,7 +10,7 @@ from tests.pipeline.oracles import _quiet_oracle, make_oracle  # noqa: F401 - fi
 TINY = Scope(num_texts=3, num_tokens=16, num_deep_texts=1, num_deep_tokens=10)
 
 
-def silent(what, *, counts_bytes=False):
+def silent(what, unit):
     """Nobody watches."""
 
 

@@ -15,7 +15,7 @@ def card(laboratory):
 
     def get(name):
         if name not in made:
-            made[name] = laboratory.card(MODES[name], lambda what, **_: None)
+            made[name] = laboratory.card(MODES[name], lambda what, unit: None)
         return made[name]
 
     return get
@@ -89,4 +89,4 @@ def test_a_narrow_wire_moves_fewer_bytes(card):
 )
 def test_a_scope_that_cannot_be_meant(tiny_model, scope, words):
     with pytest.raises(InputError, match=words):
-        Laboratory.open(tiny_model, scope, lambda what, **_: None)
+        Laboratory.open(tiny_model, scope, lambda what, unit: None)
