@@ -235,7 +235,7 @@ def plan_command(
         bool, typer.Option("--vsock", help="Stages in Nitro enclaves; --host is their parent.")
     ] = False,
     wire_dtype: Annotated[
-        str, typer.Option(help="Activations between stages: F32, F16, BF16, I8 (rotated).")
+        str, typer.Option(help="Activations between stages: F32, F16, BF16, I8, I5 (rotated).")
     ] = "F32",
     dtype: DTypeOption = None,
 ) -> None:
