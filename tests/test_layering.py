@@ -24,7 +24,7 @@ ROOMS = {
     "engine": {"codecs", "protocol", "sampling"},
     "placement": {"agreement"},
     "orchestrator": {"agreement", "engine", "placement", "protocol", "stage"},
-    "planning": {"agreement", "models", "weights"},
+    "planning": {"agreement", "codecs", "models", "weights"},
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
     "cli": {
         "agreement", "codecs", "engine", "gateway", "kernels", "models", "orchestrator",

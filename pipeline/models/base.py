@@ -14,6 +14,7 @@ from pipeline.kernels.kv_storage import kv_bytes
 from pipeline.models.config import ModelConfig
 from pipeline.models.embedding import Embedding
 from pipeline.models.layer_parts import LayerMaker, LayerParts
+from pipeline.models.residual import ResidualStream
 from pipeline.models.workspace import ForwardPass, Room, round_up
 from pipeline.protocol.batch import Batch, num_tokens
 from pipeline.weights.tensor_sinks import Sink
@@ -49,6 +50,8 @@ class Shard(ABC):
     """Layers layer_start..layer_end of a decoder, with the embedding first and the head last."""
 
     NAMES: ClassVar[Names]
+    # None where the stream cannot be rotated in the weights.
+    STREAM: ClassVar[ResidualStream | None] = None
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class Shard(ABC):
         parts: LayerParts,
         is_gated: bool,
         window: int | None = None,
+        has_head_bias: bool = False,
     ) -> None:
         self.config: ModelConfig = config
         self.layer_start = layer_start
@@ -74,7 +78,9 @@ class Shard(ABC):
         self._kv_dtype = KV_DTYPES[precision]
         size, hidden, inner = config.vocab_size, config.hidden_dim, config.intermediate_size
         self._head = (
-            self._make.linear(self.NAMES.head, hidden, size, bias=False) if self.is_last else None
+            self._make.linear(self.NAMES.head, hidden, size, bias=has_head_bias)
+            if self.is_last
+            else None
         )
         # where embedding and head are one matrix in one stage it is held once, as the head
         is_shared = self.is_first and self.is_last and config.tie_word_embeddings

@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from pipeline.errors import ModelError
 from pipeline.files import is_file
@@ -48,6 +48,8 @@ class ModelConfig:
     intermediate_size: int
     norm_eps: float
     tie_word_embeddings: bool
+    # Fingerprint of the secret rotation in the weights, if any (planning/rotated_weights.py).
+    rotation: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,7 @@ class JsonFields(BaseModel):
     vocab_size: Vocabulary
     eos_token_id: int | list[int] | None = None
     quantization_config: None = None  # weights some other library packed are not ours to unpack
+    residual_rotation: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 
 class _GPT2Json(JsonFields):
@@ -150,7 +153,7 @@ def parse_config(raw: bytes, generation: dict[str, Any], path: Path) -> ModelCon
                 f"{path}: model_type {_shown(model_type)} is not supported: "
                 f"use a {', '.join(others)} or {last} model"
             )
-        return read(fields, generation)
+        return replace(read(fields, generation), rotation=fields.get("residual_rotation"))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

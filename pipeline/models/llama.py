@@ -10,6 +10,7 @@ from pipeline.kernels.base import HeadShape, Kernels, Norm
 from pipeline.models.base import Layer, Names, Shard
 from pipeline.models.config import LlamaConfig
 from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts
+from pipeline.models.residual import ResidualStream
 from pipeline.models.rope import RopeTable, rope_frequencies
 from pipeline.models.workspace import ForwardPass
 from pipeline.weights.tensor_sinks import Sink
@@ -79,6 +80,13 @@ class LlamaShard(Shard):
 
     NAMES = Names(
         embedding="model.embed_tokens", layers="model.layers", norm="model.norm", head="lm_head"
+    )
+    STREAM = ResidualStream(
+        readers={
+            "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+        },
+        writers=("self_attn.o_proj", "mlp.down_proj"),
     )
 
     def __init__(
