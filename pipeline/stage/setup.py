@@ -124,6 +124,7 @@ def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits
         max_seq_len=message.max_seq_len,
         max_step_tokens=message.max_step_tokens,
         codec=codec,
+        has_client_ends=setup.manifest.has_client_ends,
     )
 
 
@@ -133,6 +134,7 @@ def new_core(setup: StageSetup, limits: SessionLimits) -> StageCore:
     slots, length, width = limits.num_slots, limits.max_seq_len, limits.codec.hidden_dim
     num_bytes = shard.kv_bytes(slots, length) + log_bytes(slots, length, width)
     log = None
-    if not shard.is_last and num_bytes <= setup.max_kv_bytes:
+    is_last = setup.stage_idx == len(setup.manifest.stages) - 1
+    if not is_last and num_bytes <= setup.max_kv_bytes:
         log = ActivationLog(slots, length, width)
     return StageCore(shard, limits, log)
