@@ -23,7 +23,9 @@ ROOMS = {
     "stage": {"agreement", "codecs", "kernels", "models", "protocol", "sampling"},
     "engine": {"codecs", "protocol", "sampling"},
     "placement": {"agreement"},
-    "orchestrator": {"agreement", "engine", "placement", "protocol", "stage"},
+    "orchestrator": {
+        "agreement", "codecs", "engine", "models", "placement", "protocol", "stage",
+    },
     "planning": {"agreement", "codecs", "models", "weights"},
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
     "cli": {

@@ -69,7 +69,8 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     path = flags.latency_out
     if path is not None:
         check_writable(path)
-    source = ManifestSource(manifest, flags.manifest, flags.model_dir)
+    client_dir = flags.model_dir or flags.tokenizer.parent
+    source = ManifestSource(manifest, flags.manifest, flags.model_dir, client_dir)
     access = PipelineAccess.create(
         source, pipeline_flags, limits, is_resumable=False, patience_ms=PATIENCE_MS
     )

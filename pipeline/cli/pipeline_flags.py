@@ -36,6 +36,7 @@ from pipeline.engine.scheduler import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.orchestrator.failover import ReplaySource
+from pipeline.orchestrator.model_ends import REMOTE_ENDS, ModelEnds
 from pipeline.orchestrator.open_pipeline import (
     Pipeline,
     PipelineOptions,
@@ -65,6 +66,7 @@ class PipelineFlags:
     hang_seconds: float
     supervise: bool
     workers: WorkerOptions
+    client_part: Path | None
     log_format: LogFormat
 
     def results_at(self, manifest: Manifest) -> Endpoint | None:
@@ -103,6 +105,13 @@ def pipeline_flags(
     ] = None,
     device: DeviceOption = None,
     kv_memory: KvMemoryOption = None,
+    client_part: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Embedding and head, for split client [--model-dir, or where the tokenizer is].",
+        ),
+    ] = None,
     hang_timeout: Annotated[
         float,
         typer.Option(
@@ -114,8 +123,6 @@ def pipeline_flags(
 ) -> PipelineFlags:
     """What the command line says. Raises InputError."""
     workers = WorkerOptions(dtype, kernels, threads, cpus, device, kv_memory)
-    if not supervise and (given := workers.given()):
-        raise InputError(f"{given[0]} is for workers that are started here; give --supervise too")
     return PipelineFlags(
         identity=identity,
         is_dev=dev,
@@ -125,6 +132,7 @@ def pipeline_flags(
         hang_seconds=hang_timeout,
         supervise=supervise,
         workers=workers,
+        client_part=client_part,
         log_format=log_format,
     )
 
@@ -159,11 +167,15 @@ def takes_flags(**groups: Callable[..., Any]) -> Callable[[Command], Command]:
 
 @dataclass(frozen=True, slots=True)
 class ManifestSource:
-    """A manifest, where it came from, and the model that supervised workers load."""
+    """A manifest, where it came from, and the model that supervised workers load.
+
+    `client_dir`: where the orchestrator's own part is unless a flag says so.
+    """
 
     manifest: Manifest
     path: Path
     model_dir: Path | None
+    client_dir: Path
 
 
 def check_context(context: int | None, manifest: Manifest) -> None:
@@ -195,16 +207,23 @@ class PipelineAccess:
     ) -> "PipelineAccess":
         """Check the flags and the protection the manifest gives. Raises InputError."""
         manifest = source.manifest
+        given = flags.workers.given(has_client_ends=manifest.has_client_ends)
+        if given and not flags.supervise:
+            raise InputError(
+                f"{given[0]} is for workers that are started here; give --supervise too"
+            )
+        trust = _trust(manifest, flags.identity, dev=flags.is_dev)
         options = PipelineOptions(
             limits,
             flags.connect_seconds,
             flags.results_at(manifest),
             flags.hang_seconds,
             patience_ms=patience_ms,
+            ends=_ends(source, flags),
         )
         return cls(
             manifest=manifest,
-            trust=_trust(manifest, flags.identity, dev=flags.is_dev),
+            trust=trust,
             options=options,
             place=_placement(source, flags),
             is_resumable=is_resumable or flags.supervise,
@@ -285,6 +304,18 @@ def end_tokens(manifest: Manifest, tokenizer: Tokenizer) -> frozenset[int]:
             "event=no_end_token detail=%r", "the model names none, so only lengths end a text"
         )
     return ends
+
+
+def _ends(source: ManifestSource, flags: PipelineFlags) -> ModelEnds:
+    """What holds the ends of the model. Raises ModelError, InputError."""
+    if source.manifest.has_client_ends:
+        from pipeline.cli.client_part import load_client_ends  # numpy's and the kernels' time
+
+        path = flags.client_part or source.client_dir
+        return load_client_ends(source.manifest, path, flags.workers)
+    if flags.client_part is not None:
+        raise InputError("--client-part: the manifest's split is stages, which hold all themselves")
+    return REMOTE_ENDS
 
 
 def _trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:

@@ -87,7 +87,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         tls=load_tls(flags.tls_cert, flags.tls_key),
         limits=flags.limits,
     )
-    source = ManifestSource(manifest, flags.manifest, flags.model_dir)
+    source = ManifestSource(manifest, flags.manifest, flags.model_dir, flags.model_dir)
     access = PipelineAccess.create(source, pipeline_flags, limits, is_resumable=True)
     engine = PipelineEngine(limits)
     standing: Pipeline | None = None

@@ -65,7 +65,7 @@ def factors(size: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]
     right = 1 << (power.bit_length() // 2)
     while right < power and right * right < size:
         right *= 2
-    left: npt.NDArray[np.float64] = np.kron(cosines(odd), hadamard(power // right))
+    left = np.kron(cosines(odd), hadamard(power // right)).astype(np.float64)
     return left, hadamard(right)
 
 

@@ -4,11 +4,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from pipeline.dtypes import FLOAT32, KV_DTYPES, Array, Floats, HostArray, Precision
 from pipeline.errors import MessageError
-from pipeline.kernels.base import Attention, DecodeStep, HeadShape, Kernels, Linear, Norm, Rows
+from pipeline.kernels.base import (
+    Attention,
+    DecodeStep,
+    HeadShape,
+    Kernels,
+    Linear,
+    Norm,
+    Rows,
+    batch_positions,
+)
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import kv_bytes
 from pipeline.models.config import ModelConfig
@@ -46,12 +55,25 @@ class Names:
     head: str
 
 
+class Ends(NamedTuple):
+    """Which ends of a model a shard holds beside its layers; the head comes with the final norm."""
+
+    embedding: bool
+    head: bool
+
+
+# Of stages whose orchestrator holds both, and of the orchestrator's own part.
+NO_ENDS, BOTH_ENDS = Ends(embedding=False, head=False), Ends(embedding=True, head=True)
+
+
 class Shard(ABC):
     """Layers layer_start..layer_end of a decoder, with the embedding first and the head last."""
 
     NAMES: ClassVar[Names]
     # None where the stream cannot be rotated in the weights.
     STREAM: ClassVar[ResidualStream | None] = None
+    # Whether layers take the token ids once more: then whoever computes them has to be told these.
+    layers_take_ids: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -65,12 +87,14 @@ class Shard(ABC):
         is_gated: bool,
         window: int | None = None,
         has_head_bias: bool = False,
+        ends: Ends | None = None,
     ) -> None:
+        """`ends`: None holds those that the range of layers reaches."""
         self.config: ModelConfig = config
         self.layer_start = layer_start
         self.layer_end = layer_end
-        self.is_first = layer_start == 0
-        self.is_last = layer_end == config.num_layers
+        own = Ends(layer_start == 0, layer_end == config.num_layers) if ends is None else ends
+        self.is_first, self.is_last = own.embedding, own.head
         self.kernels = kernels
         self.heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, window or 0)
         self.parts = parts
@@ -241,6 +265,15 @@ class Shard(ABC):
             attend = self.parts.attention(index, batch, attention)
             own = step if attend is attention else replace(step, attention=attend)
             layer(hidden, own, own_keys, own_values)
+        return hidden
+
+    def embed(self, token_ids: HostArray, batch: Batch) -> Array:
+        """Rows as layers take them: [rows] int64 ids of the vocabulary -> [rows, hidden]."""
+        kernels = self.kernels
+        hidden = kernels.empty(len(token_ids), self.config.hidden_dim)
+        (self._embedding or self._tied_head()).gather(kernels.to_device(token_ids), hidden)
+        end = max(segment.position + segment.num_tokens for segment in batch)
+        self._place(hidden, kernels.to_device(batch_positions(batch)), end)
         return hidden
 
     def logits(self, hidden: Array) -> Array:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.dtypes import Array, Precision
 from pipeline.kernels.base import Activation, Kernels, Norm
-from pipeline.models.base import Layer, Names, Shard
+from pipeline.models.base import Ends, Layer, Names, Shard
 from pipeline.models.config import GPT2Config
 from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts
 from pipeline.models.residual import ResidualStream
@@ -84,6 +84,7 @@ class GPT2Shard(Shard):
         kernels: Kernels,
         precision: Precision,
         parts: LayerParts = OWN,
+        ends: Ends | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -92,6 +93,7 @@ class GPT2Shard(Shard):
             kernels=kernels,
             precision=precision,
             parts=parts,
+            ends=ends,
             is_gated=False,
             has_head_bias=config.rotation is not None,
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pipeline.dtypes import Array, Precision
 from pipeline.kernels.base import HeadShape, Kernels, Norm
-from pipeline.models.base import Layer, Names, Shard
+from pipeline.models.base import Ends, Layer, Names, Shard
 from pipeline.models.config import LlamaConfig
 from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts
 from pipeline.models.residual import ResidualStream
@@ -98,6 +98,7 @@ class LlamaShard(Shard):
         kernels: Kernels,
         precision: Precision,
         parts: LayerParts = OWN,
+        ends: Ends | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -106,6 +107,7 @@ class LlamaShard(Shard):
             kernels=kernels,
             precision=precision,
             parts=parts,
+            ends=ends,
             is_gated=True,
             window=config.sliding_window,
         )

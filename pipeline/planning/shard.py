@@ -4,13 +4,14 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.agreement.manifest import Manifest, StageSpec, dump_manifest
+from pipeline.agreement.manifest import ClientSpec, Manifest, StageSpec, dump_manifest
 from pipeline.dtypes import (
     BFLOAT16,
     FLOAT16,
@@ -22,8 +23,11 @@ from pipeline.dtypes import (
     Precision,
 )
 from pipeline.errors import InputError, ManifestError, ModelError
-from pipeline.models.config import CONFIG_FILE, load_config, read_config
-from pipeline.models.registry import required_tensors
+from pipeline.files import is_file
+from pipeline.models.base import BOTH_ENDS, NO_ENDS, Ends
+from pipeline.models.config import CONFIG_FILE, GENERATION_CONFIG_FILE, load_config, read_config
+from pipeline.models.older_client_part import CLIENT_FILE
+from pipeline.models.registry import in_older_layout, required_tensors
 from pipeline.planning.plan import CONTROL_PORT, DATA_PORT
 from pipeline.progress import Progress, part_of
 from pipeline.weights.checkpoint import (
@@ -38,9 +42,33 @@ from pipeline.weights.tensor_sinks import FLOATS, CopySink, Sink, WeightSink
 
 MANIFEST_FILE = "manifest.json"
 RUN_FILE = "run.json"
+CLIENT_DIRECTORY = "client"
+# What of a model the user's end reads beside its weights, where it is there.
+TEXT_FILES = (
+    GENERATION_CONFIG_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 # Where an enclave finds the directory written here.
 STAGE_ROOT = "/stage"
 HEADER_ALIGNMENT = 8  # of a safetensors file, so that its tensors are aligned
+
+
+class _Part(NamedTuple):
+    """What a directory holds of the model, and what the manifest says of its weights."""
+
+    layers: range
+    ends: Ends | None
+    precision: Precision | None
+    weight_hashes: tuple[str, ...] = ()
+
+
+def _stage_part(manifest: Manifest, stage: StageSpec) -> _Part:
+    layers = range(stage.layer_start, stage.layer_end)
+    ends = NO_ENDS if manifest.has_client_ends else None
+    return _Part(layers, ends, stage.precision, stage.weight_hashes)
 
 
 def cut_model(
@@ -49,8 +77,13 @@ def cut_model(
     output: Path,
     precision: Precision | None = None,
     progress: Progress | None = None,
+    *,
+    in_one_file: bool = False,
 ) -> Manifest:
     """Write `output`/stageI for every stage, and `output`/manifest.json that pins those shards.
+
+    Where the orchestrator holds the ends of the model, `output`/client has those: a model directory
+    with tokenizer and template, or with `in_one_file` its weights in the older layout.
 
     A shard holds its weights as its stage will compute with them: in `precision`, which the new
     manifest then pins, or in what the manifest pins already, or unchanged. The source is held
@@ -58,26 +91,41 @@ def cut_model(
     InputError; nothing is left behind then.
     """
     if precision is not None:
-        stages_in = [s.model_copy(update={"precision": precision}) for s in manifest.stages]
-        manifest = manifest.model_copy(update={"stages": tuple(stages_in)})
+        manifest = _in_precision(manifest, precision)
+    if in_one_file and not manifest.has_client_ends:
+        raise InputError("--client-file: the manifest's split is stages, so no client has a part")
+    num_parts = len(manifest.stages) + manifest.has_client_ends
     with _new_directory(output) as directory:
         stages = []
         for stage in manifest.stages:
             path = directory / f"stage{stage.stage_idx}"
             path.mkdir()
             digest = _write_weights(
-                manifest, stage, model_dir, path, stage.weight_hashes or None,
-                part_of(progress, stage.stage_idx, len(manifest.stages)),
+                manifest, _stage_part(manifest, stage), model_dir, path / SINGLE_FILE,
+                part_of(progress, stage.stage_idx, num_parts),
             )  # fmt: skip
-            update = {"weight_hashes": (digest,), "require_weight_hashes": True}
-            stages.append(stage.model_copy(update=update))
+            pins = {"weight_hashes": (digest,), "require_weight_hashes": True}
+            stages.append(stage.model_copy(update=pins))
+        client = _write_client(
+            manifest, model_dir, directory, part_of(progress, len(stages), num_parts),
+            in_one_file=in_one_file,
+        )  # fmt: skip
         config_hash = hashlib.sha256(read_config(model_dir)).hexdigest()
-        update = {"stages": tuple(stages), "config_hash": config_hash}
-        pinned = manifest.model_copy(update=update)
+        pinned = manifest.model_copy(
+            update={"stages": tuple(stages), "config_hash": config_hash, "client": client}
+        )
         for stage in stages:
             _write_rest(pinned, stage, model_dir, directory / f"stage{stage.stage_idx}")
         (directory / MANIFEST_FILE).write_text(dump_manifest(pinned))
     return pinned
+
+
+def _in_precision(manifest: Manifest, precision: Precision) -> Manifest:
+    """The manifest with all its weights in that."""
+    pins = {"precision": precision}
+    stages = tuple(stage.model_copy(update=pins) for stage in manifest.stages)
+    client = manifest.client and manifest.client.model_copy(update=pins)
+    return manifest.model_copy(update={"stages": stages, "client": client})
 
 
 def cut_stage(
@@ -95,7 +143,8 @@ def cut_stage(
     """
     stage = manifest.stage(stage_idx)
     with _new_directory(output) as directory:
-        digest = _write_weights(manifest, stage, model_dir, directory, None, progress)
+        part = _stage_part(manifest, stage)._replace(weight_hashes=())
+        digest = _write_weights(manifest, part, model_dir, directory / SINGLE_FILE, progress)
         if stage.weight_hashes != (digest,):
             raise ManifestError(
                 f"the manifest pins {', '.join(stage.weight_hashes) or 'nothing'} for stage "
@@ -105,15 +154,34 @@ def cut_stage(
         _write_rest(manifest, stage, model_dir, directory)
 
 
-def _write_weights(
+def _write_client(
     manifest: Manifest,
-    stage: StageSpec,
     model_dir: Path,
     directory: Path,
-    expected_hashes: Sequence[str] | None,
     progress: Progress | None,
+    *,
+    in_one_file: bool,
+) -> ClientSpec | None:
+    """Write the orchestrator's own part, if it has one; what pins it."""
+    client = manifest.client
+    if client is None:
+        return None
+    directory /= CLIENT_DIRECTORY
+    directory.mkdir()
+    part = _Part(range(0), BOTH_ENDS, client.precision, client.weight_hashes)
+    path = directory / (CLIENT_FILE if in_one_file else SINGLE_FILE)
+    digest = _write_weights(manifest, part, model_dir, path, progress)
+    (directory / CONFIG_FILE).write_bytes(read_config(model_dir))
+    for name in TEXT_FILES:
+        if is_file(model_dir / name):
+            shutil.copyfile(model_dir / name, directory / name)
+    return client.model_copy(update={"weight_hashes": (digest,)})
+
+
+def _write_weights(
+    manifest: Manifest, part: _Part, model_dir: Path, path: Path, progress: Progress | None
 ) -> str:
-    """Write the stage's tensors in its precision; returns the file's SHA-256."""
+    """Write a part's tensors in its precision to `path`; returns the file's SHA-256."""
     config = load_config(model_dir, manifest.config_hash)
     if config.num_layers != manifest.total_layers:
         raise ManifestError(
@@ -121,16 +189,18 @@ def _write_weights(
             f"{config.num_layers}"
         )
     stored = stored_tensors(model_dir)
-    planned = required_tensors(model_dir, config, range(stage.layer_start, stage.layer_end))
+    planned = required_tensors(model_dir, config, part.layers, part.ends)
     kept = {
-        name: _keep(stored[name], sink, stage.precision, model_dir)
+        name: _keep(stored[name], sink, part.precision, model_dir)
         for name, sink in planned.items()
         if name in stored  # load_tensors names what is missing
     }
     sinks = {**planned, **{name: each.sink for name, each in kept.items()}}
-    load_tensors(model_dir, sinks, expected_hashes=expected_hashes, progress=progress)
+    expected = part.weight_hashes or None
+    load_tensors(model_dir, sinks, expected_hashes=expected, progress=progress)
     tensors = {name: tensor for each in kept.values() for name, tensor in each.tensors().items()}
-    path = directory / SINGLE_FILE
+    if path.name == CLIENT_FILE:
+        tensors = in_older_layout(config, tensors)
     _save(tensors, path)
     return hash_files([path])[0]
 
