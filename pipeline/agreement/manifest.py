@@ -172,6 +172,8 @@ class Manifest(_Strict):
     orchestrator_keys: tuple[KeyHex, ...] = ()
     split: Split = "stages"
     client: ClientSpec | None = None
+    # Fingerprint of the secret rotation that all weights have in them; None: they are plain.
+    rotation: Sha256Hex | None = None
 
     @property
     def has_client_ends(self) -> bool:
@@ -187,6 +189,8 @@ class Manifest(_Strict):
             )
         if self.client is not None and not self.has_client_ends:
             raise ValueError("client is for manifests whose split is client")
+        if self.rotation is not None and not self.has_client_ends:
+            raise ValueError("rotation is for manifests whose split is client")
         return self
 
     @model_validator(mode="after")
@@ -217,7 +221,7 @@ class Manifest(_Strict):
 
     def core(self) -> dict[str, Any]:
         """Everything but addresses and measurements: what an image can carry of itself."""
-        whole = _without_default_split(self.model_dump(mode="json"))
+        whole = _without_new_defaults(self.model_dump(mode="json"))
         for stage in whole["stages"]:
             del stage["endpoint"], stage["expected_measurements"]
         return whole
@@ -297,15 +301,17 @@ def load_manifest(path: Path) -> Manifest:
 
 def dump_manifest(manifest: Manifest) -> str:
     """The manifest as indented JSON, for people."""
-    whole = _without_default_split(manifest.model_dump(mode="json", exclude_none=True))
+    whole = _without_new_defaults(manifest.model_dump(mode="json", exclude_none=True))
     return json.dumps(whole, indent=2) + "\n"
 
 
-def _without_default_split(whole: dict[str, Any]) -> dict[str, Any]:
-    """Manifests of stages that hold everything keep the core they had before there was a choice."""
+def _without_new_defaults(whole: dict[str, Any]) -> dict[str, Any]:
+    """Manifests of plain stages that hold everything keep the core they had before any choice."""
     if whole["split"] == "stages":
         del whole["split"]
         whole.pop("client", None)
+    if whole.get("rotation") is None:
+        whole.pop("rotation", None)
     return whole
 
 

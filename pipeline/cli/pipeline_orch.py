@@ -286,6 +286,10 @@ def shard_command(
     client_file: Annotated[
         bool, typer.Option("--client-file", help="Client's part as one client_weights.safetensors.")
     ] = False,
+    rotate_secret: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Rotate by this secret, made if need be (split client)."),
+    ] = None,
 ) -> None:
     """Cut a model into one directory per stage, so that a stage's machine needs only its own.
 
@@ -293,7 +297,12 @@ def shard_command(
     shards by hash, and with --dtype the precision they are stored and computed in. A stage's
     directory is a model directory for `stage-worker` and the input of `python -m enclave build`.
     With a split of client also DIR/client, embedding, final norm and head, for --client-part.
+
+    --rotate-secret writes weights that compute in a basis of their own, so that rows travel
+    rotated. DIR/client then tells what the secret is: keep both. Whoever has the model's plain
+    weights finds the rotation in seconds; pipeline/codecs/README.md says what that leaves.
     """
+    from pipeline.cli.rotation_secret import load_rotation
     from pipeline.planning.shard import cut_model, cut_stage
 
     loaded = load_manifest(manifest)
@@ -302,11 +311,17 @@ def shard_command(
         raise InputError("--client-file: with --stage no client's part is written")
     if stage is not None and precision is not None:
         raise InputError("--dtype: with --stage the manifest of the shards decides")
+    rotation = rotate_secret and load_rotation(
+        rotate_secret, loaded.activation_spec.hidden_dim, may_create=stage is None
+    )
     with progress_bar("cutting weights") as progress:
         if stage is None:
-            cut_model(loaded, model_dir, output, precision, progress, in_one_file=client_file)
+            cut_model(
+                loaded, model_dir, output, precision, progress,
+                in_one_file=client_file, rotation=rotation,
+            )  # fmt: skip
         else:
-            cut_stage(loaded, stage, model_dir, output, progress)
+            cut_stage(loaded, stage, model_dir, output, progress, rotation)
     tell("pipeline-orch", f"wrote {output}")
 
 

@@ -166,6 +166,17 @@ def _shown(value: object) -> str:
     return repr(value)[:80]
 
 
+def as_rotated(config: ModelConfig, fingerprint: str) -> ModelConfig:
+    """The configuration of the model with that rotation in its weights: its head is its own."""
+    return replace(config, rotation=fingerprint, tie_word_embeddings=False)
+
+
+def rotated_json(raw: bytes, fingerprint: str) -> bytes:
+    """The config.json that becomes `as_rotated` of what `raw` becomes."""
+    fields = json.loads(raw) | {"residual_rotation": fingerprint, "tie_word_embeddings": False}
+    return (json.dumps(fields, indent=2) + "\n").encode()
+
+
 def hash_config(model_dir: Path) -> str:
     """SHA-256 of config.json as hex, what `load_config` compares. Raises ModelError."""
     return hashlib.sha256(read_config(model_dir)).hexdigest()

@@ -18,6 +18,7 @@ from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.models.llama import LlamaShard
 from pipeline.models.older_client_part import HEAD, is_older_layout, names_in_file, older_name
+from pipeline.models.residual import ResidualStream
 from pipeline.progress import Progress
 from pipeline.protocol.batch import Batch
 from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names, tensor_sizes
@@ -35,6 +36,10 @@ class Family(Protocol):
     @property
     def NAMES(self) -> Names:  # noqa: N802 - a constant of the class
         """Where its checkpoints keep what every decoder has."""
+
+    @property
+    def STREAM(self) -> ResidualStream | None:  # noqa: N802 - a constant of the class
+        """What touches its residual stream; None where that cannot be rotated in the weights."""
 
     def __call__(
         self,
@@ -170,7 +175,7 @@ def has_own_head(model_dir: Path, config: ModelConfig) -> bool:
 
     Merged and fine-tuned models do: what was trained is what is stored. Raises ModelError.
     """
-    name = f"{_family(config).NAMES.head}.weight"
+    name = f"{family_of(config).NAMES.head}.weight"
     return config.tie_word_embeddings and name in stored_names(model_dir)
 
 
@@ -195,16 +200,33 @@ def required_tensors(
     `ends` as for `load_shard`. Raises ModelError for a range outside the model, and for files that
     cannot be read.
     """
-    _check_range(config, layer_range.start, layer_range.stop, ends)
-    config = _as_stored(model_dir, config)
-    sinks = _plan(config, layer_range.start, layer_range.stop, ends).destinations()
-    names = _names_in_files(model_dir, config, sinks)
+    names = stored_as(model_dir, config, layer_range, ends)
+    sinks = plan_tensors(_as_stored(model_dir, config), layer_range, ends)
     return {names[name]: sink for name, sink in sinks.items()}
+
+
+def stored_as(
+    model_dir: Path, config: ModelConfig, layer_range: range, ends: Ends | None = None
+) -> Mapping[str, str]:
+    """The names of those tensors, to what they are called in the files."""
+    config = _as_stored(model_dir, config)
+    return _names_in_files(model_dir, config, plan_tensors(config, layer_range, ends))
+
+
+def plan_tensors(
+    config: ModelConfig, layer_range: range, ends: Ends | None = None
+) -> Mapping[str, Sink]:
+    """The tensors of layers and ends: name -> what it would go to.
+
+    `ends` as for `load_shard`. Raises ModelError for a range outside the model.
+    """
+    _check_range(config, layer_range.start, layer_range.stop, ends)
+    return _plan(config, layer_range.start, layer_range.stop, ends).destinations()
 
 
 def in_older_layout(config: ModelConfig, ends: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a model's ends by the older layout's names, a tied head written out."""
-    names = _family(config).NAMES
+    names = family_of(config).NAMES
     found, heads = {}, {}
     for stored, tensor in ends.items():
         name = stored.removeprefix(GPT2_PREFIX)
@@ -277,7 +299,7 @@ def _build(
     parts: LayerParts = OWN,
     ends: Ends | None = None,
 ) -> Shard:
-    family = _family(config)
+    family = family_of(config)
     if ends is not None and family.layers_take_ids:
         raise ModelError(
             f"{config.architecture}: its layers take the token ids once more (per-layer inputs), "
@@ -294,7 +316,8 @@ def _build(
     )
 
 
-def _family(config: ModelConfig) -> Family:
+def family_of(config: ModelConfig) -> Family:
+    """What serves a model. Raises ModelError."""
     family = FAMILIES.get(type(config))
     if family is None:
         raise ModelError(f"architecture {config.architecture!r} is not supported")
@@ -318,5 +341,5 @@ def _names_in_files(model_dir: Path, config: ModelConfig, names: Iterable[str]) 
     if isinstance(config, GPT2Config) and any(name.startswith(GPT2_PREFIX) for name in stored):
         found = {n: n if n.startswith("lm_head.") else GPT2_PREFIX + n for n in found}
     if is_older_layout(stored):
-        found = names_in_file(_family(config).NAMES, found, stored)
+        found = names_in_file(family_of(config).NAMES, found, stored)
     return found

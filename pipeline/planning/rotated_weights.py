@@ -47,9 +47,18 @@ class RotatedWeights:
         self._rotation = rotation
         self._dtype = dtype
 
-    def layer(self, tensors: Tensors, index: int) -> Iterator[tuple[str, HostArray]]:
-        """Those of one layer."""
+    def layer(self, tensors: Tensors, index: int) -> dict[str, HostArray]:
+        """Those of one layer; what sees no row of the stream as it is."""
         prefix = f"{self._names.layers}.{index}."
+        found = dict(self._touching(tensors, prefix))
+        taken = {*found, *(f"{prefix}{norm}.bias" for norm in self._stream.readers)}
+        for name, tensor in tensors.items():
+            if name.startswith(prefix) and name not in taken:
+                found[name] = tensor.astype(self._dtype)
+        return found
+
+    def _touching(self, tensors: Tensors, prefix: str) -> Iterator[tuple[str, HostArray]]:
+        """Those of a layer that read and write the stream."""
         is_in_out = self._stream.is_in_out
         for norm, linears in self._stream.readers.items():
             yield from self._readers(
