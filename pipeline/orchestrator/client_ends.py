@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.codecs.base import ActivationCodec
 from pipeline.engine.step import Step
-from pipeline.errors import MessageError
+from pipeline.errors import InputError, MessageError
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.result_kinds import Result, Want
@@ -33,13 +33,13 @@ class ClientEnds:
         self._codec = codec
 
     def begin(self, step: Step) -> tuple[StepHeader, tuple[Tensor, ...]]:
-        """Embedded rows. Raises MessageError for ids that the model has no row for."""
+        """Embedded rows. Raises InputError for ids that the model has no row for."""
         header = _in_rows(step.header)
         if header.kind is StepKind.TRUNCATE:
             return header, (CLEAR_SENTINEL,)
         vocab_size = self._shard.config.vocab_size
         if max((*step.token_ids, *step.asked.token_ids)) >= vocab_size:
-            raise MessageError(
+            raise InputError(
                 f"a token id is outside the vocabulary of {vocab_size}; "
                 "does the tokenizer belong to this model?"
             )
