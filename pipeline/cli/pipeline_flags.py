@@ -25,6 +25,7 @@ from pipeline.cli.compute_options import (
     WorkerOptions,
 )
 from pipeline.cli.logs import LogFormat, LogFormatOption, tell
+from pipeline.cli.shard_directories import stage_dir
 from pipeline.cli.shared_options import (
     DataOutPortOption,
     DevOption,
@@ -278,7 +279,7 @@ def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.N
     if model_dir is None:
         raise InputError("--supervise starts workers, which need --model-dir")
     own = flags.workers.arguments(manifest)
-    shared = ["--manifest", str(source.path), "--model-dir", str(model_dir)]
+    shared = ["--manifest", str(source.path)]
     shared += ["--log-format", flags.log_format, *(["--dev"] if flags.is_dev else [])]
 
     results_at = flags.results_at(manifest)
@@ -288,7 +289,8 @@ def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.N
         # Where the manifest does not say it, the last worker has to be told where results go.
         is_elsewhere = stage_idx == last and results_at is not None
         target = ("--data-out-target", str(results_at)) if is_elsewhere else ()
-        return (*shared, *own[stage_idx], *target)
+        model = ("--model-dir", str(stage_dir(model_dir, stage_idx)))
+        return (*shared, *model, *own[stage_idx], *target)
 
     return lambda tasks: Supervisor(manifest, arguments, tasks)
 
