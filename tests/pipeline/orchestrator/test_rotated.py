@@ -10,6 +10,7 @@ from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.scheduler import Limits
+from pipeline.engine.tokenizer import Tokenizer
 from pipeline.models.base import BOTH_ENDS, NO_ENDS
 from pipeline.models.config import load_config
 from pipeline.models.registry import family_of, load_shard
@@ -152,6 +153,20 @@ async def test_rotated_shards_go_with_smaller_wires(cuts, wire):
     found = await rotated.texts()
     assert found == await rotated.texts()
     assert all(len(text) == 20 for text in found)
+
+
+@pytest.mark.slow
+async def test_smollm2_says_the_same_in_three_rotated_stages(smollm2_dir, tmp_path):
+    tokenizer = Tokenizer(smollm2_dir / "tokenizer.json")
+    ids = tokenizer.encode(" ".join(__doc__.split() * 8))[:96]
+    rotation = SecretRotation(SECRET, load_config(smollm2_dir).hidden_dim)
+    plain, rotated = (
+        Cut(smollm2_dir, tmp_path / name, 3, each)
+        for name, each in (("plain", None), ("rotated", rotation))
+    )
+    (_, logits), (_, found) = (cut.rows(ids) for cut in (plain, rotated))
+    assert abs(logits - found).max() <= LOGITS_TOLERANCE
+    assert await rotated.texts() == await plain.texts()
 
 
 class RotatedPipelines(Pipelines):

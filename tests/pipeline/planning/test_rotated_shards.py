@@ -115,6 +115,21 @@ def test_what_is_not_to_be_rotated_is_refused(source, planned, tmp_path, monkeyp
     assert not out.exists()
 
 
+def test_whoever_has_the_plain_weights_finds_the_rotation(request, tmp_path):
+    """What README.md says of it, so that nobody takes it for more."""
+    source = request.getfixturevalue("make_oracle")("llama-tied-llama3-rope").directory
+    cut_model(
+        plan(source, PlanOptions(1, split="client")), source, tmp_path / "out", rotation=ROTATION
+    )
+    plain = load_file(source / "model.safetensors")
+    seen = load_file(tmp_path / "out" / "stage0" / "model.safetensors")
+    layer = "model.layers.0."
+    gain = plain[layer + "post_attention_layernorm.weight"]
+    known = plain[layer + "mlp.gate_proj.weight"] * gain
+    found = np.linalg.lstsq(known, seen[layer + "mlp.gate_proj.weight"])[0]
+    assert abs(found - ROTATION.apply(np.eye(64))).max() < 1e-4
+
+
 def test_the_older_layout_of_a_clients_part_is_rotated_too(source, planned, tmp_path):
     logits = []
     for in_one_file in (False, True):
