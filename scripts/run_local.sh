@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
 # Generate text with stage workers and an orchestrator as separate processes on this machine.
-# Usage: run_local.sh [--mode MODE] "PROMPT" [MAX_TOKENS]
-# MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. MODE is
-# plain; client, where stages see no token; rotate, where rows are rotated by a secret as well; or
-# rotate-int8, where they also travel in 8 bits. pipeline/codecs/README.md says what that protects.
+# Usage: run_local.sh [--mode plain|client|rotate|rotate-int8] "PROMPT" [MAX_TOKENS]
+# MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. In mode
+# client the orchestrator holds embedding and head, and computes them with as many threads; in mode
+# rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits.
+# pipeline/codecs/README.md says what that protects.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage='usage: run_local.sh [--mode plain|client|rotate|rotate-int8] "PROMPT" [MAX_TOKENS]'
 mode=plain
 if [ "${1-}" = --mode ]; then
-  [ $# -ge 2 ] || die "$usage"
-  mode=$2
-  shift 2
+  mode=${2-}
+  shift $(($# < 2 ? $# : 2))
 fi
+plan_flags=(--split client)
+own=(--threads "${THREADS:-1}")
 case $mode in
-  plain) plan_flags=() ;;
-  client | rotate) plan_flags=(--split client) ;;
-  rotate-int8) plan_flags=(--split client --wire-dtype I8) ;;
-  *) die "--mode is '$mode'; $usage" ;;
+  plain) plan_flags=() own=() ;;
+  client | rotate) ;;
+  rotate-int8) plan_flags+=(--wire-dtype I8) ;;
+  *) die "the mode is '$mode', expected plain, client, rotate or rotate-int8; $usage" ;;
 esac
 prompt=${1-}
 max_tokens=${2-50}
@@ -47,8 +49,7 @@ if [[ $mode == rotate* ]]; then
   manifest=$run_dir/shards/manifest.json
   part_dir() { echo "$run_dir/shards/$1"; }
 fi
-client_part=()
-[ "$mode" = plain ] || client_part=(--client-part "$(part_dir client)")
+[ "$mode" = plain ] || own+=(--client-part "$(part_dir client)")
 
 for ((i = 0; i < stages; i++)); do
   stage-worker --manifest "$manifest" --stage-idx "$i" --model-dir "$(part_dir "stage$i")" \
@@ -70,8 +71,8 @@ watch_workers() {
   done
 }
 
-pipeline-orch --manifest "$manifest" --tokenizer "$model_dir/tokenizer.json" "${client_part[@]}" \
-  --text "$prompt" --max-tokens "$max_tokens" --dev &
+pipeline-orch --manifest "$manifest" --tokenizer "$model_dir/tokenizer.json" \
+  --text "$prompt" --max-tokens "$max_tokens" --dev "${own[@]}" &
 orchestrator=$!
 watch_workers "$orchestrator" &
 status=0
