@@ -2,14 +2,18 @@
 
 Real text is read by a model in three stages, once per wire format, and every position's prediction
 is compared with the float32 wire's. `I8 plain` is what int8 would be without the rotation.
+With --rotated the weights have a secret rotation in them and the ends are held outside of the
+stages, so that rows travel once more; the float32 wire of plain stages is still what counts.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import perf_counter_ns
 
 import numpy as np
@@ -21,16 +25,22 @@ from rich.table import Table
 from pipeline.codecs.base import ActivationCodec
 from pipeline.codecs.registry import CODECS, make_codec
 from pipeline.codecs.rotated_int8 import RotatedInt8
+from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
+from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.planning.plan import PlanOptions, plan
+from pipeline.planning.shard import cut_model
 from pipeline.protocol.batch import Segment
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = (ROOT / "README.md", ROOT / "SECURITY.md")
 WINDOW, NUM_STAGES = 256, 3
+SECRET = bytes(32)  # any is as good, and the figures are the same again
+# What --check allows of int8.
+MAX_KL, MIN_AGREEMENT = 0.002, 0.98
 
 
 class Unrotated:
@@ -65,14 +75,26 @@ def codecs(hidden_dim: int) -> dict[str, ActivationCodec]:
     return {**found, "I8 plain": PlainInt8(hidden_dim)}
 
 
-def log_probabilities(shards: list[ModelShard], codec: ActivationCodec, ids: torch.Tensor):
-    """[positions, vocab] of one window, activations through `codec` between the shards."""
+@dataclass(frozen=True)
+class Model:
+    """A model in stages; `ends` hold embedding and head where those do not."""
+
+    stages: Sequence[ModelShard]
+    ends: ModelShard | None = None
+
+
+def log_probabilities(model: Model, codec: ActivationCodec, ids: torch.Tensor):
+    """[positions, vocab] of one window, activations through `codec` wherever they travel."""
     segments, rows = (Segment(0, 0, len(ids)),), ids.numpy()
-    for shard in shards:
+    head = model.ends or model.stages[-1]
+    to_host = head.kernels.to_host
+    if model.ends is not None:
+        rows = codec.decode(codec.encode(*to_host(model.ends.embed(rows, segments))))
+    for shard in model.stages:
         hidden = shard.forward(rows, segments, shard.new_cache(1, len(ids)))
-        if not shard.is_last:
-            rows = codec.decode(codec.encode(*shard.kernels.to_host(hidden)))
-    (logits,) = shards[-1].kernels.to_host(shards[-1].logits(hidden))
+        if shard is not model.stages[-1]:
+            rows = codec.decode(codec.encode(*to_host(hidden)))
+    (logits,) = to_host(head.logits(hidden))
     return torch.from_numpy(logits).log_softmax(dim=-1)
 
 
@@ -85,15 +107,15 @@ def lap_us(work: Callable[[], object], repeats: int) -> float:
     return median(laps) / 1e3
 
 
-def measure(shards, codec, windows, references) -> Figures:
+def measure(model: Model, codec: ActivationCodec, windows, references) -> Figures:
     kl, same, loss, count = 0.0, 0, 0.0, 0
     for ids, reference in zip(windows, references, strict=True):
-        found = log_probabilities(shards, codec, ids)
+        found = log_probabilities(model, codec, ids)
         kl += float((reference.exp() * (reference - found)).sum())
         same += int((reference.argmax(dim=-1) == found.argmax(dim=-1)).sum())
         loss -= float(found[:-1].gather(1, ids[1:, None]).sum())
         count += len(ids)
-    hidden_dim = shards[0].config.hidden_dim
+    hidden_dim = model.stages[0].config.hidden_dim
     normal = np.random.default_rng(0).standard_normal
     one, many = (normal((count, hidden_dim), np.float32) for count in (1, 512))
     hop = lambda rows: codec.decode(codec.encode(rows))  # noqa: E731
@@ -107,20 +129,48 @@ def measure(shards, codec, windows, references) -> Figures:
     )
 
 
+def load_plain(model_dir: Path) -> Model:
+    config = load_config(model_dir)
+    stages = plan(model_dir, PlanOptions(NUM_STAGES)).stages
+    return Model(
+        [
+            load_shard(model_dir, config, s.layer_start, s.layer_end, expected_hashes=None)
+            for s in stages
+        ]
+    )
+
+
+@contextmanager
+def rotated(model_dir: Path) -> Iterator[Model]:
+    """The model in rotated shards, which take its size in float32 of disk meanwhile."""
+    manifest = plan(model_dir, PlanOptions(NUM_STAGES, split="client"))
+    rotation = SecretRotation(SECRET, manifest.activation_spec.hidden_dim)
+    with TemporaryDirectory() as directory:
+        root = Path(directory) / "shards"
+        stages = cut_model(manifest, model_dir, root, rotation=rotation).stages
+        config = load_config(root / "client")
+        yield Model(
+            [
+                load_shard(
+                    root / f"stage{s.stage_idx}", config, s.layer_start, s.layer_end,
+                    ends=NO_ENDS, expected_hashes=None,
+                )
+                for s in stages
+            ],
+            load_shard(root / "client", config, 0, 0, ends=BOTH_ENDS, expected_hashes=None),
+        )  # fmt: skip
+
+
 def compare(args: argparse.Namespace) -> dict[str, Figures]:
-    config = load_config(args.model_dir)
-    manifest = plan(args.model_dir, PlanOptions(NUM_STAGES))
-    shards = [
-        load_shard(args.model_dir, config, s.layer_start, s.layer_end, expected_hashes=None)
-        for s in manifest.stages
-    ]
+    plain = load_plain(args.model_dir)
     tokenizer = Tokenizer(args.model_dir / "tokenizer.json")
     text = "\n".join(path.read_text() for path in args.text)
     ids = torch.tensor(tokenizer.encode(text))
     windows = list(ids[: args.windows * WINDOW].split(WINDOW))
-    found = codecs(config.hidden_dim)
-    references = [log_probabilities(shards, found["F32"], window) for window in windows]
-    return {name: measure(shards, codec, windows, references) for name, codec in found.items()}
+    found = codecs(plain.stages[0].config.hidden_dim)
+    references = [log_probabilities(plain, found["F32"], window) for window in windows]
+    with rotated(args.model_dir) if args.rotated else nullcontext(plain) as model:
+        return {name: measure(model, codec, windows, references) for name, codec in found.items()}
 
 
 def table(figures: dict[str, Figures]) -> Table:
@@ -148,9 +198,15 @@ def main() -> None:
     parser.add_argument("--model-dir", type=Path, default=ROOT / "models" / "smollm2")
     parser.add_argument("--text", type=Path, nargs="+", default=TEXTS)
     parser.add_argument("--windows", type=whole(1), default=12, help=f"of {WINDOW} tokens")
+    parser.add_argument("--rotated", action="store_true", help="of rotated shards")
+    parser.add_argument("--check", action="store_true", help="exit 1 where int8 loses too much")
     args = parser.parse_args()
     set_num_threads(1)
-    Console(width=None if sys.stdout.isatty() else 120).print(table(compare(args)))
+    figures = compare(args)
+    Console(width=None if sys.stdout.isatty() else 120).print(table(figures))
+    int8 = figures["I8"]
+    if args.check and (int8.kl > MAX_KL or int8.agreement < MIN_AGREEMENT):
+        raise SystemExit(f"bench_wire: int8 loses too much: KL {int8.kl}, {int8.agreement}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,32 @@
 #!/usr/bin/env bash
 # Generate text with stage workers and an orchestrator as separate processes on this machine.
-# Usage: run_local.sh "PROMPT" [MAX_TOKENS]     MODEL=gpt2 chooses the model, STAGES=3 the stages,
-#                                               THREADS=2 the threads of each stage.
+# Usage: run_local.sh [--mode plain|client|rotate|rotate-int8] "PROMPT" [MAX_TOKENS]
+# MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. In mode
+# client the orchestrator holds embedding and head, and computes them with as many threads; in mode
+# rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits.
+# pipeline/codecs/README.md says what that protects.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
+usage='usage: run_local.sh [--mode plain|client|rotate|rotate-int8] "PROMPT" [MAX_TOKENS]'
+mode=plain
+if [ "${1-}" = --mode ]; then
+  mode=${2-}
+  shift $(($# < 2 ? $# : 2))
+fi
+plan_flags=(--split client)
+own=(--threads "${THREADS:-1}")
+case $mode in
+  plain) plan_flags=() own=() ;;
+  client | rotate) ;;
+  rotate-int8) plan_flags+=(--wire-dtype I8) ;;
+  *) die "the mode is '$mode', expected plain, client, rotate or rotate-int8; $usage" ;;
+esac
 prompt=${1-}
 max_tokens=${2-50}
 stages=${STAGES:-2}
-[ $# -ge 1 ] && [ $# -le 2 ] || die 'usage: run_local.sh "PROMPT" [MAX_TOKENS]'
-[ -n "$prompt" ] || die 'the prompt is empty; usage: run_local.sh "PROMPT" [MAX_TOKENS]'
+[ $# -ge 1 ] && [ $# -le 2 ] || die "$usage"
+[ -n "$prompt" ] || die "the prompt is empty; $usage"
 [[ $max_tokens =~ ^[1-9][0-9]{0,6}$ ]] || die "MAX_TOKENS is '$max_tokens', expected a number from 1"
 [[ $stages =~ ^[1-9][0-9]?$ ]] || die "STAGES is '$stages', expected a number from 1"
 
@@ -21,11 +38,21 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 base_port=$(free_base_port $((10 * stages + 2)))
+manifest=$run_dir/manifest.json
 pipeline-orch plan --model-dir "$model_dir" --stages "$stages" --base-port "$base_port" \
-  -o "$run_dir/manifest.json" 2>"$run_dir/plan.log" || { cat "$run_dir/plan.log" >&2; exit 2; }
+  "${plan_flags[@]}" -o "$manifest" 2>"$run_dir/plan.log" || { cat "$run_dir/plan.log" >&2; exit 2; }
+
+part_dir() { echo "$model_dir"; }
+if [[ $mode == rotate* ]]; then
+  pipeline-orch shard --manifest "$manifest" --model-dir "$model_dir" --out "$run_dir/shards" \
+    --rotate-secret "$run_dir/secret" 2>"$run_dir/shard.log" || { cat "$run_dir/shard.log" >&2; exit 2; }
+  manifest=$run_dir/shards/manifest.json
+  part_dir() { echo "$run_dir/shards/$1"; }
+fi
+[ "$mode" = plain ] || own+=(--client-part "$(part_dir client)")
 
 for ((i = 0; i < stages; i++)); do
-  stage-worker --manifest "$run_dir/manifest.json" --stage-idx "$i" --model-dir "$model_dir" \
+  stage-worker --manifest "$manifest" --stage-idx "$i" --model-dir "$(part_dir "stage$i")" \
     --threads "${THREADS:-1}" --once --dev >"$run_dir/stage$i.log" 2>&1 &
   pids[i]=$!
 done
@@ -44,8 +71,8 @@ watch_workers() {
   done
 }
 
-pipeline-orch --manifest "$run_dir/manifest.json" --tokenizer "$model_dir/tokenizer.json" \
-  --text "$prompt" --max-tokens "$max_tokens" --dev &
+pipeline-orch --manifest "$manifest" --tokenizer "$model_dir/tokenizer.json" \
+  --text "$prompt" --max-tokens "$max_tokens" --dev "${own[@]}" &
 orchestrator=$!
 watch_workers "$orchestrator" &
 status=0

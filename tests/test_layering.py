@@ -23,8 +23,10 @@ ROOMS = {
     "stage": {"agreement", "codecs", "kernels", "models", "protocol", "sampling"},
     "engine": {"codecs", "protocol", "sampling"},
     "placement": {"agreement"},
-    "orchestrator": {"agreement", "engine", "placement", "protocol", "stage"},
-    "planning": {"agreement", "models", "weights"},
+    "orchestrator": {
+        "agreement", "codecs", "engine", "models", "placement", "protocol", "stage",
+    },
+    "planning": {"agreement", "codecs", "models", "weights"},
     "stego": {"engine", "sampling"},
     "leakage": {"codecs", "engine", "kernels", "models", "protocol", "weights"},
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},

@@ -34,6 +34,8 @@ CORE_DOMAIN = b"veilpipe-manifest-core/1\n"
 MAX_MANIFEST_BYTES = 4 << 20
 # As many as control messages and step headers can name.
 MAX_STAGES = 256
+# Who holds embedding, final norm and head: the first and last stage, or the orchestrator.
+Split = Literal["stages", "client"]
 
 
 def _pcr_index(key: object) -> object:
@@ -150,6 +152,13 @@ class StageSpec(_Strict):
         return {index: bytes.fromhex(value) for index, value in self.expected_measurements.items()}
 
 
+class ClientSpec(_Strict):
+    """The orchestrator's own part where `split` is client: embedding, final norm and head."""
+
+    weight_hashes: Annotated[tuple[Sha256Hex, ...], Field(min_length=1)]
+    precision: Precision | None = None  # of the weights in memory; None: the orchestrator decides
+
+
 class Manifest(_Strict):
     """What every party loads; `core_hash` is what they must have in common to talk at all."""
 
@@ -161,6 +170,28 @@ class Manifest(_Strict):
     config_hash: Sha256Hex | None = None
     eos_token_ids: tuple[TokenId, ...] = ()
     orchestrator_keys: tuple[KeyHex, ...] = ()
+    split: Split = "stages"
+    client: ClientSpec | None = None
+    # Fingerprint of the secret rotation that all weights have in them; None: they are plain.
+    rotation: Sha256Hex | None = None
+
+    @property
+    def has_client_ends(self) -> bool:
+        """Whether the orchestrator holds embedding and head, so that stages hold layers only."""
+        return self.split == "client"
+
+    @model_validator(mode="after")
+    def _a_client_has_its_part(self) -> Self:
+        if self.has_client_ends and self.client is None:
+            raise ValueError(
+                "split is client, and no client.weight_hashes pin its embedding and head; "
+                "`pipeline-orch plan --split client` writes them"
+            )
+        if self.client is not None and not self.has_client_ends:
+            raise ValueError("client is for manifests whose split is client")
+        if self.rotation is not None and not self.has_client_ends:
+            raise ValueError("rotation is for manifests whose split is client")
+        return self
 
     @model_validator(mode="after")
     def _stages_cover_the_model(self) -> Self:
@@ -190,7 +221,7 @@ class Manifest(_Strict):
 
     def core(self) -> dict[str, Any]:
         """Everything but addresses and measurements: what an image can carry of itself."""
-        whole = self.model_dump(mode="json")
+        whole = _without_new_defaults(self.model_dump(mode="json"))
         for stage in whole["stages"]:
             del stage["endpoint"], stage["expected_measurements"]
         return whole
@@ -225,6 +256,14 @@ def check_precision(name: str) -> Precision:
     if name not in known:
         raise InputError(f"--dtype {name}: use {', '.join(known)}")
     return cast(Precision, name)
+
+
+def check_split(name: str) -> Split:
+    """A split given as a flag; raises InputError listing those there are."""
+    known = get_args(Split)
+    if name not in known:
+        raise InputError(f"--split {name}: use {', '.join(known)}")
+    return cast(Split, name)
 
 
 def parse_manifest(text: str | bytes, source: str = "manifest") -> Manifest:
@@ -262,7 +301,18 @@ def load_manifest(path: Path) -> Manifest:
 
 def dump_manifest(manifest: Manifest) -> str:
     """The manifest as indented JSON, for people."""
-    return json.dumps(manifest.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
+    whole = _without_new_defaults(manifest.model_dump(mode="json", exclude_none=True))
+    return json.dumps(whole, indent=2) + "\n"
+
+
+def _without_new_defaults(whole: dict[str, Any]) -> dict[str, Any]:
+    """Manifests of plain stages that hold everything keep the core they had before any choice."""
+    if whole["split"] == "stages":
+        del whole["split"]
+        whole.pop("client", None)
+    if whole.get("rotation") is None:
+        whole.pop("rotation", None)
+    return whole
 
 
 class _DuplicateKey(Exception):

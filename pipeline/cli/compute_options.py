@@ -36,6 +36,8 @@ KvMemoryOption = Annotated[
 ]
 # What computes where nothing faster can: several times slower than native kernels.
 SLOW_KERNELS = "torch"
+# What says how the orchestrator computes as well, where it holds the ends of the model.
+OF_BOTH_SIDES = frozenset({"--dtype", "--kernels", "--threads", "--device"})
 CPUS_HELP = "CPUs to pin them to, one each: 0-3,8"
 
 
@@ -51,9 +53,11 @@ class WorkerOptions:
     device: str | None = None
     kv_memory: float | None = None
 
-    def given(self) -> list[str]:
-        """The flags that were set."""
-        return [name for name, value in self._flags(self.cpus) if value is not None]
+    def given(self, *, has_client_ends: bool = False) -> list[str]:
+        """The flags that were set and are for workers alone; some say how ends are computed too."""
+        shared = OF_BOTH_SIDES if has_client_ends else frozenset()
+        flags = self._flags(self.cpus)
+        return [name for name, value in flags if value is not None and name not in shared]
 
     def arguments(self, manifest: Manifest) -> Sequence[Sequence[str]]:
         """What each stage's worker gets. Raises InputError for what no worker could start with."""
@@ -100,11 +104,15 @@ class WorkerOptions:
 
 def precision_of(flag: str | None, stage: StageSpec) -> Precision:
     """What a stage's weights are held in. Raises InputError where that is not the manifest's."""
-    precision = check_precision(flag) if flag is not None else stage.precision or "float32"
-    if stage.precision is not None and precision != stage.precision:
+    return agreed_precision(flag, stage.precision, f"stage {stage.stage_idx}")
+
+
+def agreed_precision(flag: str | None, pinned: Precision | None, whose: str) -> Precision:
+    """What weights are held in. Raises InputError where that is not what the manifest pins."""
+    precision = check_precision(flag) if flag is not None else pinned or "float32"
+    if pinned is not None and precision != pinned:
         raise InputError(
-            f"--dtype {flag}: the manifest says {stage.precision} for stage {stage.stage_idx}, and "
-            "all parties have to agree"
+            f"--dtype {flag}: the manifest says {pinned} for {whose}, and all parties have to agree"
         )
     return precision
 

@@ -17,6 +17,7 @@ from pipeline.cli.pipeline_flags import (
     check_context,
     end_tokens,
 )
+from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled
 from pipeline.cli.terminal import write_text
 from pipeline.engine.engine import PipelineEngine
@@ -69,7 +70,8 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     path = flags.latency_out
     if path is not None:
         check_writable(path)
-    source = ManifestSource(manifest, flags.manifest, flags.model_dir)
+    home = client_dir(flags.model_dir or flags.tokenizer.parent)
+    source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
     access = PipelineAccess.create(
         source, pipeline_flags, limits, is_resumable=False, patience_ms=PATIENCE_MS
     )

@@ -25,6 +25,7 @@ from pipeline.cli.compute_options import (
     WorkerOptions,
 )
 from pipeline.cli.logs import LogFormat, LogFormatOption, tell
+from pipeline.cli.shard_directories import stage_dir
 from pipeline.cli.shared_options import (
     DataOutPortOption,
     DevOption,
@@ -37,6 +38,7 @@ from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.orchestrator.epochs import ReplaySource
 from pipeline.orchestrator.failover import Work, run_with_failover
+from pipeline.orchestrator.model_ends import REMOTE_ENDS, ModelEnds
 from pipeline.orchestrator.open_pipeline import (
     Pipeline,
     PipelineOptions,
@@ -65,6 +67,7 @@ class PipelineFlags:
     hang_seconds: float
     supervise: bool
     workers: WorkerOptions
+    client_part: Path | None
     log_format: LogFormat
 
     def results_at(self, manifest: Manifest) -> Endpoint | None:
@@ -103,6 +106,13 @@ def pipeline_flags(
     ] = None,
     device: DeviceOption = None,
     kv_memory: KvMemoryOption = None,
+    client_part: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Embedding and head, for split client [--model-dir, or where the tokenizer is].",
+        ),
+    ] = None,
     hang_timeout: Annotated[
         float,
         typer.Option(
@@ -114,8 +124,6 @@ def pipeline_flags(
 ) -> PipelineFlags:
     """What the command line says. Raises InputError."""
     workers = WorkerOptions(dtype, kernels, threads, cpus, device, kv_memory)
-    if not supervise and (given := workers.given()):
-        raise InputError(f"{given[0]} is for workers that are started here; give --supervise too")
     return PipelineFlags(
         identity=identity,
         is_dev=dev,
@@ -125,6 +133,7 @@ def pipeline_flags(
         hang_seconds=hang_timeout,
         supervise=supervise,
         workers=workers,
+        client_part=client_part,
         log_format=log_format,
     )
 
@@ -164,11 +173,15 @@ def takes_flags(**groups: Callable[..., Any]) -> Callable[[Command], Command]:
 
 @dataclass(frozen=True, slots=True)
 class ManifestSource:
-    """A manifest, where it came from, and the model that supervised workers load."""
+    """A manifest, where it came from, and the model that supervised workers load.
+
+    `client_dir`: where the orchestrator's own part is unless a flag says so.
+    """
 
     manifest: Manifest
     path: Path
     model_dir: Path | None
+    client_dir: Path
 
 
 def check_context(context: int | None, manifest: Manifest) -> None:
@@ -200,16 +213,23 @@ class PipelineAccess:
     ) -> "PipelineAccess":
         """Check the flags and the protection the manifest gives. Raises InputError."""
         manifest = source.manifest
+        given = flags.workers.given(has_client_ends=manifest.has_client_ends)
+        if given and not flags.supervise:
+            raise InputError(
+                f"{given[0]} is for workers that are started here; give --supervise too"
+            )
+        trust = _trust(manifest, flags.identity, dev=flags.is_dev)
         options = PipelineOptions(
             limits,
             flags.connect_seconds,
             flags.results_at(manifest),
             flags.hang_seconds,
             patience_ms=patience_ms,
+            ends=_ends(source, flags),
         )
         return cls(
             manifest=manifest,
-            trust=_trust(manifest, flags.identity, dev=flags.is_dev),
+            trust=trust,
             options=options,
             place=_placement(source, flags),
             is_resumable=is_resumable or flags.supervise,
@@ -264,7 +284,7 @@ def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.N
     if model_dir is None:
         raise InputError("--supervise starts workers, which need --model-dir")
     own = flags.workers.arguments(manifest)
-    shared = ["--manifest", str(source.path), "--model-dir", str(model_dir)]
+    shared = ["--manifest", str(source.path)]
     shared += ["--log-format", flags.log_format, *(["--dev"] if flags.is_dev else [])]
 
     results_at = flags.results_at(manifest)
@@ -274,7 +294,8 @@ def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.N
         # Where the manifest does not say it, the last worker has to be told where results go.
         is_elsewhere = stage_idx == last and results_at is not None
         target = ("--data-out-target", str(results_at)) if is_elsewhere else ()
-        return (*shared, *own[stage_idx], *target)
+        model = ("--model-dir", str(stage_dir(model_dir, stage_idx)))
+        return (*shared, *model, *own[stage_idx], *target)
 
     return lambda tasks: Supervisor(manifest, arguments, tasks)
 
@@ -290,6 +311,18 @@ def end_tokens(manifest: Manifest, tokenizer: Tokenizer) -> frozenset[int]:
             "event=no_end_token detail=%r", "the model names none, so only lengths end a text"
         )
     return ends
+
+
+def _ends(source: ManifestSource, flags: PipelineFlags) -> ModelEnds:
+    """What holds the ends of the model. Raises ModelError, InputError."""
+    if source.manifest.has_client_ends:
+        from pipeline.cli.client_part import load_client_ends  # numpy's and the kernels' time
+
+        path = flags.client_part or source.client_dir
+        return load_client_ends(source.manifest, path, flags.workers)
+    if flags.client_part is not None:
+        raise InputError("--client-part: the manifest's split is stages, which hold all themselves")
+    return REMOTE_ENDS
 
 
 def _trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:

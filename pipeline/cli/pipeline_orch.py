@@ -6,7 +6,12 @@ from typing import Annotated
 
 import typer
 
-from pipeline.agreement.manifest import check_precision, dump_manifest, load_manifest
+from pipeline.agreement.manifest import (
+    check_precision,
+    check_split,
+    dump_manifest,
+    load_manifest,
+)
 from pipeline.agreement.trust_policy import create_identity
 from pipeline.cli import attest, stego
 from pipeline.cli.error_reporting import new_app, run_app
@@ -238,9 +243,12 @@ def plan_command(
         bool, typer.Option("--vsock", help="Stages in Nitro enclaves; --host is their parent.")
     ] = False,
     wire_dtype: Annotated[
-        str, typer.Option(help="Activations between stages: F32, F16, BF16, I8 (rotated).")
+        str, typer.Option(help="Activations between stages: F32, F16, BF16, I8, I5 (rotated).")
     ] = "F32",
     dtype: DTypeOption = None,
+    split: Annotated[
+        str, typer.Option(help="Embedding and head: stages (first, last) or client (here).")
+    ] = "stages",
 ) -> None:
     """Write a manifest: layers split by measured bytes, weights and config pinned by hash."""
     from pipeline.planning.plan import PlanOptions, plan
@@ -254,6 +262,7 @@ def plan_command(
         model_name=model_name,
         wire_dtype=wire_dtype,
         precision=None if dtype is None else check_precision(dtype),
+        split=check_split(split),
     )
     if output is not None:
         check_writable(output)  # before minutes of hashing
@@ -277,24 +286,46 @@ def shard_command(
         int | None, typer.Option(metavar="I", help="One stage only, of a manifest of shards.")
     ] = None,
     dtype: DTypeOption = None,
+    client_file: Annotated[
+        bool, typer.Option("--client-file", help="Client's part as one client_weights.safetensors.")
+    ] = False,
+    rotate_secret: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Rotate by this secret, made if need be (split client)."),
+    ] = None,
 ) -> None:
     """Cut a model into one directory per stage, so that a stage's machine needs only its own.
 
     Without --stage writes DIR/stageI for every stage and DIR/manifest.json, which pins the
     shards by hash, and with --dtype the precision they are stored and computed in. A stage's
     directory is a model directory for `stage-worker` and the input of `python -m enclave build`.
+    With a split of client also DIR/client, embedding, final norm and head, for --client-part.
+
+    --rotate-secret writes weights that compute in a basis of their own, so that rows travel
+    rotated. DIR/client then tells what the secret is: keep both. Whoever has the model's plain
+    weights finds the rotation in seconds; pipeline/codecs/README.md says what that leaves.
     """
+    from pipeline.cli.rotation_secret import load_rotation
     from pipeline.planning.shard import cut_model, cut_stage
 
     loaded = load_manifest(manifest)
     precision = None if dtype is None else check_precision(dtype)
+    if stage is not None and client_file:
+        raise InputError("--client-file: with --stage no client's part is written")
     if stage is not None and precision is not None:
         raise InputError("--dtype: with --stage the manifest of the shards decides")
+    rotation = None
+    if rotate_secret is not None:
+        width = loaded.activation_spec.hidden_dim
+        rotation = load_rotation(rotate_secret, width, may_create=stage is None)
     with progress_bar("cutting weights") as progress:
         if stage is None:
-            cut_model(loaded, model_dir, output, precision, progress)
+            cut_model(
+                loaded, model_dir, output, precision, progress,
+                in_one_file=client_file, rotation=rotation,
+            )  # fmt: skip
         else:
-            cut_stage(loaded, stage, model_dir, output, progress)
+            cut_stage(loaded, stage, model_dir, output, progress, rotation)
     tell("pipeline-orch", f"wrote {output}")
 
 

@@ -18,6 +18,7 @@ from pipeline.cli.pipeline_flags import (
     check_context,
     end_tokens,
 )
+from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled
 from pipeline.cli.stego_model import new_service
 from pipeline.engine.engine import PipelineEngine
@@ -74,15 +75,16 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     check_context(flags.context, manifest)
     context = flags.context or manifest.activation_spec.max_seq_len
     limits = Limits(flags.max_batch, context, flags.chunk_tokens, len(manifest.stages))
-    tokenizer = GatewayTokenizer(flags.model_dir / "tokenizer.json")
-    if is_file(flags.model_dir / CONFIG_FILE):
+    home = client_dir(flags.model_dir)
+    tokenizer = GatewayTokenizer(home / "tokenizer.json")
+    if is_file(home / CONFIG_FILE):
         # Before the stages say it: requests may come first, and one with a token that the model
         # does not have would cost a stage.
-        model = load_config(flags.model_dir, manifest.config_hash)
+        model = load_config(home, manifest.config_hash)
         tokenizer.check_vocabulary(model.vocab_size)
     config = GatewayConfig(
         served_model_name=flags.served_model_name or manifest.model_name,
-        chat_template=ChatTemplate.load(flags.model_dir),
+        chat_template=ChatTemplate.load(home),
         eos_token_ids=end_tokens(manifest, tokenizer),
         host=flags.host,
         port=flags.port,
@@ -90,7 +92,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         tls=load_tls(flags.tls_cert, flags.tls_key),
         limits=flags.limits,
     )
-    source = ManifestSource(manifest, flags.manifest, flags.model_dir)
+    source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
     access = PipelineAccess.create(source, pipeline_flags, limits, is_resumable=True)
     engine = PipelineEngine(limits)
     standing: Pipeline | None = None

@@ -24,6 +24,7 @@ from pipeline.cli.compute_options import (
 )
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
+from pipeline.cli.model_config import agreed_config
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.shared_options import (
     DataOutPortOption,
@@ -37,8 +38,8 @@ from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, PolicyError
 from pipeline.kernels.runtime import set_num_threads
-from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
+from pipeline.models.shard_model import NO_ENDS
 from pipeline.progress import Progress
 from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.stage.dial_policy import parse_networks
@@ -174,27 +175,15 @@ def _load(
             f"stage {stage_idx} requires weight hashes and the manifest has none; "
             "`pipeline-orch plan` writes them"
         )
-    config = load_config(model_dir, manifest.config_hash)
-    spec = manifest.activation_spec
-    if spec.max_seq_len > config.max_positions:
-        raise InputError(
-            f"the manifest allows {spec.max_seq_len} positions, the model of {model_dir} was made "
-            f"for {config.max_positions}"
-        )
-    expected = (manifest.total_layers, spec.hidden_dim)
-    if (config.num_layers, config.hidden_dim) != expected:
-        raise InputError(
-            f"{model_dir} has {config.num_layers} layers of width {config.hidden_dim}, "
-            f"the manifest says {expected[0]} of width {expected[1]}"
-        )
     return load_shard(
         model_dir,
-        config,
+        agreed_config(manifest, model_dir),
         stage.layer_start,
         stage.layer_end,
         dtype=precision,
         kernels=kernels,
         device=device,
+        ends=NO_ENDS if manifest.has_client_ends else None,
         expected_hashes=stage.weight_hashes or None,
         progress=progress,
     )

@@ -14,6 +14,7 @@ from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import ManifestSource, PipelineAccess, check_context
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.prompt_input import MAX_PROMPT_BYTES, read_bytes
+from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled
 from pipeline.cli.stego_flags import Settings, TripFlags
 from pipeline.cli.stego_model import local_fingerprint, new_service
@@ -155,7 +156,8 @@ class _Trip:
         longest = manifest.activation_spec.max_seq_len
         limits = Limits(1, flags.context or min(needed, longest), num_stages=len(manifest.stages))
         engine = PipelineEngine(limits)
-        source = ManifestSource(manifest, flags.manifest, flags.model_dir)
+        home = client_dir(flags.model_dir)
+        source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
         access = PipelineAccess.create(source, flags.pipeline, limits, is_resumable=False)
 
         async def with_bar(pipeline: Pipeline) -> None:

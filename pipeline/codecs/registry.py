@@ -5,12 +5,14 @@ from functools import cache, partial
 
 from pipeline.codecs.base import ActivationCodec
 from pipeline.codecs.plain import Plain
+from pipeline.codecs.rotated_int5 import RotatedInt5
 from pipeline.codecs.rotated_int8 import RotatedInt8
 from transport.tensor_frames import DType
 
 CODECS: dict[str, Callable[[int], ActivationCodec]] = {
     **{dtype.name: partial(Plain, dtype) for dtype in (DType.F32, DType.F16, DType.BF16)},
     RotatedInt8.name: RotatedInt8,
+    RotatedInt5.name: RotatedInt5,
 }
 
 

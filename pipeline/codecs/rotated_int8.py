@@ -5,10 +5,11 @@ from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.codecs.base import row_specs
 from pipeline.codecs.rotation import Rotation
-from pipeline.dtypes import Floats
+from pipeline.dtypes import Floats, HostArray
 from pipeline.errors import MessageError
 from transport.tensor_frames import DType, Tensor, TensorSpec
 
@@ -35,6 +36,8 @@ class RotatedInt8:
 
     name: ClassVar[str] = "I8"
     is_plain_f32: ClassVar[bool] = False
+    # The greatest quantised magnitude.
+    MOST: ClassVar[int] = INT8_MAX
 
     def __init__(self, hidden_dim: int) -> None:
         """Raises ValueError for a width that has no rotation."""
@@ -50,27 +53,30 @@ class RotatedInt8:
         with np.errstate(over="ignore", invalid="ignore"):  # the scale shows both
             rotated = self._rotation.apply(hidden)
         scales = np.maximum.reduce(np.abs(rotated), axis=-1)
-        scales /= INT8_MAX
+        scales /= self.MOST
         np.maximum(scales, MIN_SCALE, out=scales)
         check_scales(scales)
         rotated /= scales[:, None]
-        quantised = np.rint(rotated, out=rotated).astype(np.int8)
+        stored = self._pack(np.rint(rotated, out=rotated))
         specs = self.specs(len(hidden))
-        return (
-            Tensor(specs[0], quantised.data.cast("B")),
-            Tensor(specs[1], scales.data.cast("B")),
-        )
+        return Tensor(specs[0], stored.data.cast("B")), Tensor(specs[1], scales.data.cast("B"))
 
     def decode(self, tensors: Sequence[Tensor]) -> Floats:
-        """Undo both. Raises MessageError for a scale that no encoder writes."""
-        quantised, scales = (
-            np.frombuffer(tensor.data, kind).reshape(tensor.spec.shape)
-            for tensor, kind in zip(tensors, ("<i1", "<f4"), strict=True)
-        )
-        check_scales(scales)
-        rotated = quantised.astype(np.float32)
-        rotated *= scales[:, None]
+        """Undo both. Raises MessageError for what no encoder writes."""
+        quantised, scales = tensors
+        factors = np.frombuffer(scales.data, "<f4")
+        check_scales(factors)
+        rotated = self._unpack(np.frombuffer(quantised.data, np.uint8).reshape(len(factors), -1))
+        rotated *= factors[:, None]
         return self._rotation.undo(rotated)
+
+    def _pack(self, quantised: Floats) -> HostArray:
+        """Whole numbers of up to MOST, [tokens, hidden], as they travel."""
+        return quantised.astype(np.int8)
+
+    def _unpack(self, stored: npt.NDArray[np.uint8]) -> Floats:
+        """[tokens, bytes] -> [tokens, hidden]."""
+        return stored.view(np.int8).astype(np.float32)
 
 
 @lru_cache(maxsize=256)

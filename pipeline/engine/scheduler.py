@@ -46,9 +46,12 @@ class Limits:
         """Most tokens a step can hold: a chunk, and one token of every other request."""
         return self.chunk_tokens + self.num_slots
 
-    def for_session(self, codec: ActivationCodec) -> SessionLimits:
+    def for_session(
+        self, codec: ActivationCodec, *, has_client_ends: bool = False
+    ) -> SessionLimits:
         """What stages are asked for, their activations travelling by `codec`."""
-        return SessionLimits(self.num_slots, self.max_seq_len, self.max_step_tokens, codec)
+        slots, length, rows = self.num_slots, self.max_seq_len, self.max_step_tokens
+        return SessionLimits(slots, length, rows, codec, has_client_ends)
 
 
 class Scheduler:

@@ -173,10 +173,13 @@ class DecodeStep(Protocol):
     def __call__(self, batch: Batch, rows: Rows) -> bytearray:
         """Compute the step: U32 [n] or F32 [n, hidden] in, F32 [n, hidden] or U32 [n] out."""
 
-    def server(self, form: FramePlace, out: FramePlace, cache: KVCache) -> Serve:
+    def server(
+        self, form: FramePlace, out: FramePlace, cache: KVCache, *, all_rows: bool = False
+    ) -> Serve:
         """What computes the steps of frames like `form`, and lays out those that go on in `out`.
 
-        A step with logits to give takes only what wants none.
+        A step with logits to give takes only what wants none; with `all_rows` one without takes
+        only what wants every row as it is.
         """
 
 

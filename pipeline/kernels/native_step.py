@@ -25,9 +25,10 @@ from pipeline.protocol.batch import Batch
 # A span is the rows of one slot: (slot, first row, number of rows, first position).
 SPAN = 4
 POSITION = 3
-# What the segments of a served step may want: a token of those with logits, or whatever comes with
-# no tensor of its own. As a header has it: the result, and in the upper half how many rows.
-ANY, TOKEN = 0, 1 << 16 | 1
+# What the segments of a served step may want: a token of those with logits, their row, or whatever
+# comes with no tensor of its own. As a header has it: the result, and in the upper half how many
+# rows.
+ANY, TOKEN, ROW = 0, 1 << 16 | 1, 1 << 16 | 3
 
 
 def spans_of(batch: Batch) -> HostArray:
@@ -95,8 +96,10 @@ class NativeStep:
         """Compute the step: U32 [n] or F32 [n, hidden] in, F32 [n, hidden] or U32 [n] out."""
         return self._program.step(batch, rows)
 
-    def server(self, form: FramePlace, out: FramePlace, cache: KVCache) -> Serve:
+    def server(
+        self, form: FramePlace, out: FramePlace, cache: KVCache, *, all_rows: bool = False
+    ) -> Serve:
         """What computes the steps of frames like `form`, and lays out those that go on in `out`."""
-        want = ANY if self.logits is None else TOKEN
+        want = TOKEN if self.logits is not None else ROW if all_rows else ANY
         ledger = cache.ledger
         return partial(self._program.serve, *form, *out, ledger.held, ledger.max_seq_len, want)

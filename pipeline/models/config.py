@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from pipeline.errors import ModelError
 from pipeline.files import is_file
@@ -48,6 +48,8 @@ class ModelConfig:
     intermediate_size: int
     norm_eps: float
     tie_word_embeddings: bool
+    # Fingerprint of the secret rotation in the weights, if any (planning/rotated_weights.py).
+    rotation: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,7 @@ class JsonFields(BaseModel):
     vocab_size: Vocabulary
     eos_token_id: int | list[int] | None = None
     quantization_config: None = None  # weights some other library packed are not ours to unpack
+    residual_rotation: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 
 class _GPT2Json(JsonFields):
@@ -150,7 +153,7 @@ def parse_config(raw: bytes, generation: dict[str, Any], path: Path) -> ModelCon
                 f"{path}: model_type {_shown(model_type)} is not supported: "
                 f"use a {', '.join(others)} or {last} model"
             )
-        return read(fields, generation)
+        return replace(read(fields, generation), rotation=fields.get("residual_rotation"))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -161,6 +164,17 @@ def parse_config(raw: bytes, generation: dict[str, Any], path: Path) -> ModelCon
 
 def _shown(value: object) -> str:
     return repr(value)[:80]
+
+
+def as_rotated(config: ModelConfig, fingerprint: str) -> ModelConfig:
+    """The configuration of the model with that rotation in its weights: its head is its own."""
+    return replace(config, rotation=fingerprint, tie_word_embeddings=False)
+
+
+def rotated_json(raw: bytes, fingerprint: str) -> bytes:
+    """The config.json that becomes `as_rotated` of what `raw` becomes."""
+    fields = json.loads(raw) | {"residual_rotation": fingerprint, "tie_word_embeddings": False}
+    return (json.dumps(fields, indent=2) + "\n").encode()
 
 
 def hash_config(model_dir: Path) -> str:

@@ -6,7 +6,8 @@ from pipeline.dtypes import Array, Precision
 from pipeline.kernels.base import Activation, Kernels, Norm
 from pipeline.models.config import GPT2Config
 from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts
-from pipeline.models.shard_model import Layer, Names, Shard
+from pipeline.models.residual import ResidualStream
+from pipeline.models.shard_model import Ends, Layer, Names, Shard
 from pipeline.models.workspace import ForwardPass
 from pipeline.weights.tensor_sinks import CopySink, Sink
 
@@ -25,10 +26,13 @@ class GPT2Layer:
         hidden, inner, eps = config.hidden_dim, config.intermediate_size, config.norm_eps
         activation = ACTIVATIONS[config.activation_function]
 
-        self.ln_1 = make.layer_norm(hidden, eps)
+        # rotated weights have centring, gain and shift in them: see planning/rotated_weights.py
+        norm = make.layer_norm if config.rotation is None else make.rms_norm
+
+        self.ln_1 = norm(hidden, eps)
         self.attn_c_attn = make.linear("attn.c_attn", hidden, 3 * hidden, bias=True)
         self.attn_c_proj = make.linear("attn.c_proj", hidden, hidden, bias=True)
-        self.ln_2 = make.layer_norm(hidden, eps)
+        self.ln_2 = norm(hidden, eps)
         self.mlp_c_fc = make.linear("mlp.c_fc", hidden, inner, bias=True, activation=activation)
         self.mlp_c_proj = make.linear("mlp.c_proj", inner, hidden, bias=True)
 
@@ -63,6 +67,13 @@ class GPT2Shard(Shard):
     """A range of GPT-2's layers."""
 
     NAMES = Names(embedding="wte", layers="h", norm="ln_f", head="lm_head")
+    STREAM = ResidualStream(
+        readers={"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
+        writers=("attn.c_proj", "mlp.c_proj"),
+        is_centred=True,
+        is_in_out=True,
+        positions="wpe.weight",
+    )
 
     def __init__(
         self,
@@ -73,6 +84,7 @@ class GPT2Shard(Shard):
         kernels: Kernels,
         precision: Precision,
         parts: LayerParts = OWN,
+        ends: Ends | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -81,13 +93,16 @@ class GPT2Shard(Shard):
             kernels=kernels,
             precision=precision,
             parts=parts,
+            ends=ends,
             is_gated=False,
+            has_head_bias=config.rotation is not None,
         )
         self.wpe: Array | None = None
         if self.is_first:
             self.wpe = kernels.empty(config.max_positions, config.hidden_dim)
         self.h = [GPT2Layer(config, make) for make in self.layer_makers()]
-        self.ln_f = kernels.layer_norm(config.hidden_dim, config.norm_eps) if self.is_last else None
+        norm = kernels.layer_norm if config.rotation is None else kernels.rms_norm
+        self.ln_f = norm(config.hidden_dim, config.norm_eps) if self.is_last else None
 
     def destinations(self) -> Mapping[str, Sink]:
         """Tensor name in the checkpoint (unprefixed) -> where it goes."""

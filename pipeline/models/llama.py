@@ -9,8 +9,9 @@ from pipeline.dtypes import Array, Precision
 from pipeline.kernels.base import HeadShape, Kernels, Norm
 from pipeline.models.config import LlamaConfig
 from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts
+from pipeline.models.residual import ResidualStream
 from pipeline.models.rope import RopeTable, rope_frequencies
-from pipeline.models.shard_model import Layer, Names, Shard
+from pipeline.models.shard_model import Ends, Layer, Names, Shard
 from pipeline.models.workspace import ForwardPass
 from pipeline.weights.tensor_sinks import Sink
 
@@ -80,6 +81,13 @@ class LlamaShard(Shard):
     NAMES = Names(
         embedding="model.embed_tokens", layers="model.layers", norm="model.norm", head="lm_head"
     )
+    STREAM = ResidualStream(
+        readers={
+            "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+        },
+        writers=("self_attn.o_proj", "mlp.down_proj"),
+    )
 
     def __init__(
         self,
@@ -90,6 +98,7 @@ class LlamaShard(Shard):
         kernels: Kernels,
         precision: Precision,
         parts: LayerParts = OWN,
+        ends: Ends | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -98,6 +107,7 @@ class LlamaShard(Shard):
             kernels=kernels,
             precision=precision,
             parts=parts,
+            ends=ends,
             is_gated=True,
             window=config.sliding_window,
         )

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pipeline.dtypes import Array, Floats, HostArray, Precision
 from pipeline.errors import ModelError
@@ -16,7 +16,9 @@ from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.models.llama import LlamaShard
-from pipeline.models.shard_model import Names, Shard
+from pipeline.models.older_client_part import HEAD, is_older_layout, names_in_file, older_name
+from pipeline.models.residual import ResidualStream
+from pipeline.models.shard_model import BOTH_ENDS, Ends, Names, Shard
 from pipeline.progress import Progress
 from pipeline.protocol.batch import Batch
 from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names, tensor_sizes
@@ -25,6 +27,8 @@ from pipeline.weights.tensor_sinks import Sink
 
 logger = logging.getLogger(__name__)
 
+Tensor = TypeVar("Tensor")
+
 
 class Family(Protocol):
     """A shard's class."""
@@ -32,6 +36,10 @@ class Family(Protocol):
     @property
     def NAMES(self) -> Names:  # noqa: N802 - a constant of the class
         """Where its checkpoints keep what every decoder has."""
+
+    @property
+    def STREAM(self) -> ResidualStream | None:  # noqa: N802 - a constant of the class
+        """What touches its residual stream; None where that cannot be rotated in the weights."""
 
     def __call__(
         self,
@@ -42,8 +50,13 @@ class Family(Protocol):
         kernels: Kernels,
         precision: Precision,
         parts: LayerParts = OWN,
+        ends: Ends | None = None,
     ) -> Shard:
         """Allocate its memory."""
+
+    @property
+    def layers_take_ids(self) -> bool:
+        """Whether its layers take the token ids once more."""
 
 
 # What serves a model, by what its configuration became.
@@ -91,6 +104,9 @@ class ModelShard(Protocol):
         Raises MessageError when the batch does not fit the inputs or the cache.
         """
 
+    def embed(self, token_ids: HostArray, batch: Batch) -> Array:
+        """With an embedding: [rows] int64 ids of the vocabulary -> [rows, hidden]."""
+
     def logits(self, hidden: Array) -> Array:
         """Last stage: [n, hidden] -> [n, vocab]."""
 
@@ -114,10 +130,13 @@ def load_shard(
     kernels: str = "auto",
     device: str = "cpu",
     parts: LayerParts = OWN,
+    ends: Ends | None = None,
     expected_hashes: Sequence[str] | None,
     progress: Progress | None = None,
 ) -> ModelShard:
     """Load layers layer_start..layer_end (exclusive), with embedding first and head last.
+
+    `ends`: which of these to hold instead; both may come without layers.
 
     `dtype` is what the weights are held in; `kernels` the arithmetic: auto, native or torch,
     all on the CPU; `device` where to compute: cpu, cuda or cuda:N; `parts` what does the work
@@ -126,16 +145,20 @@ def load_shard(
     expected and actual, InputError for kernels that cannot be had.
     """
     precision = to_precision(dtype)
-    _check_range(config, layer_start, layer_end)
+    _check_range(config, layer_start, layer_end, ends)
     chosen = choose_kernels(kernels, config.head_dim, device)
     stored_config, config = config, _as_stored(model_dir, config)
-    if config is not stored_config and layer_end == config.num_layers:
+    shard = _allocate(config, layer_start, layer_end, chosen, precision, parts, ends)
+    if (
+        config is not stored_config
+        and shard.is_last
+        and not is_older_layout(stored_names(model_dir))
+    ):
         logger.warning(
             "event=own_head model=%s: config.json ties the head to the embedding, but there is "
             "a head of its own in the weights, which is used",
             model_dir.name,
         )
-    shard = _allocate(config, layer_start, layer_end, chosen, precision, parts)
     memory = shard.destinations()
     stored = _names_in_files(model_dir, config, memory)
     load_tensors(
@@ -152,7 +175,7 @@ def has_own_head(model_dir: Path, config: ModelConfig) -> bool:
 
     Merged and fine-tuned models do: what was trained is what is stored. Raises ModelError.
     """
-    name = f"{_family(config).NAMES.head}.weight"
+    name = f"{family_of(config).NAMES.head}.weight"
     return config.tie_word_embeddings and name in stored_names(model_dir)
 
 
@@ -162,23 +185,55 @@ def _as_stored(model_dir: Path, config: ModelConfig) -> ModelConfig:
     return config
 
 
-def required_files(model_dir: Path, config: ModelConfig, layer_range: range) -> list[Path]:
+def required_files(
+    model_dir: Path, config: ModelConfig, layer_range: range, ends: Ends | None = None
+) -> list[Path]:
     """The weight files a stage with these layers reads, sorted by name. Raises ModelError."""
-    return stage_files(model_dir, required_tensors(model_dir, config, layer_range))
+    return stage_files(model_dir, required_tensors(model_dir, config, layer_range, ends))
 
 
 def required_tensors(
-    model_dir: Path, config: ModelConfig, layer_range: range
+    model_dir: Path, config: ModelConfig, layer_range: range, ends: Ends | None = None
 ) -> Mapping[str, Sink]:
     """The tensors a stage with these layers loads: name as in the files -> what it would go to.
 
-    Raises ModelError for a range outside the model, and for files that cannot be read.
+    `ends` as for `load_shard`. Raises ModelError for a range outside the model, and for files that
+    cannot be read.
     """
-    _check_range(config, layer_range.start, layer_range.stop)
-    config = _as_stored(model_dir, config)
-    sinks = _plan(config, layer_range.start, layer_range.stop).destinations()
-    names = _names_in_files(model_dir, config, sinks)
+    names = stored_as(model_dir, config, layer_range, ends)
+    sinks = plan_tensors(_as_stored(model_dir, config), layer_range, ends)
     return {names[name]: sink for name, sink in sinks.items()}
+
+
+def stored_as(
+    model_dir: Path, config: ModelConfig, layer_range: range, ends: Ends | None = None
+) -> Mapping[str, str]:
+    """The names of those tensors, to what they are called in the files."""
+    config = _as_stored(model_dir, config)
+    return _names_in_files(model_dir, config, plan_tensors(config, layer_range, ends))
+
+
+def plan_tensors(
+    config: ModelConfig, layer_range: range, ends: Ends | None = None
+) -> Mapping[str, Sink]:
+    """The tensors of layers and ends: name -> what it would go to.
+
+    `ends` as for `load_shard`. Raises ModelError for a range outside the model.
+    """
+    _check_range(config, layer_range.start, layer_range.stop, ends)
+    return _plan(config, layer_range.start, layer_range.stop, ends).destinations()
+
+
+def in_older_layout(config: ModelConfig, ends: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model's ends by the older layout's names, a tied head written out."""
+    names = family_of(config).NAMES
+    found, heads = {}, {}
+    for stored, tensor in ends.items():
+        name = stored.removeprefix(GPT2_PREFIX)
+        found[older_name(names, name)] = tensor
+        if name.startswith(f"{names.embedding}."):
+            heads[HEAD + name.removeprefix(names.embedding)] = tensor
+    return heads | found
 
 
 def layer_bytes(model_dir: Path, config: ModelConfig) -> tuple[int, tuple[int, ...], int]:
@@ -208,8 +263,9 @@ def layer_bytes(model_dir: Path, config: ModelConfig) -> tuple[int, tuple[int, .
     return total(embedding), layers, total(head)
 
 
-def _check_range(config: ModelConfig, layer_start: int, layer_end: int) -> None:
-    if not 0 <= layer_start < layer_end <= config.num_layers:
+def _check_range(config: ModelConfig, layer_start: int, layer_end: int, ends: Ends | None) -> None:
+    least = 0 if ends == BOTH_ENDS else 1
+    if not 0 <= layer_start <= layer_end - least < config.num_layers:
         raise ModelError(
             f"layers {layer_start}..{layer_end} are not a range of the model's {config.num_layers}"
         )
@@ -222,11 +278,12 @@ def _allocate(
     kernels: Kernels,
     precision: Precision,
     parts: LayerParts,
+    ends: Ends | None,
 ) -> Shard:
     try:
-        return _build(config, layer_start, layer_end, kernels, precision, parts)
+        return _build(config, layer_start, layer_end, kernels, precision, parts, ends)
     except (RuntimeError, MemoryError, ValueError) as error:  # what torch, Python, numpy call it
-        planned = _plan(config, layer_start, layer_end)
+        planned = _plan(config, layer_start, layer_end, ends)
         raise ModelError(
             f"layers {layer_start}..{layer_end} of this config.json need "
             f"{planned.num_weight_bytes} bytes of memory in float32, more than this machine gives"
@@ -240,21 +297,36 @@ def _build(
     kernels: Kernels,
     precision: Precision,
     parts: LayerParts = OWN,
+    ends: Ends | None = None,
 ) -> Shard:
-    family = _family(config)
-    return family(config, layer_start, layer_end, kernels=kernels, precision=precision, parts=parts)
+    family = family_of(config)
+    if ends is not None and family.layers_take_ids:
+        raise ModelError(
+            f"{config.architecture}: its layers take the token ids once more (per-layer inputs), "
+            "which stages are not to see where the split is client: use split stages"
+        )
+    return family(
+        config,
+        layer_start,
+        layer_end,
+        kernels=kernels,
+        precision=precision,
+        parts=parts,
+        ends=ends,
+    )
 
 
-def _family(config: ModelConfig) -> Family:
+def family_of(config: ModelConfig) -> Family:
+    """What serves a model. Raises ModelError."""
     family = FAMILIES.get(type(config))
     if family is None:
         raise ModelError(f"architecture {config.architecture!r} is not supported")
     return family
 
 
-def _plan(config: ModelConfig, layer_start: int, layer_end: int) -> Shard:
+def _plan(config: ModelConfig, layer_start: int, layer_end: int, ends: Ends | None = None) -> Shard:
     """The shard's shapes without their memory."""
-    return _build(config, layer_start, layer_end, Outline(), "float32")
+    return _build(config, layer_start, layer_end, Outline(), "float32", ends=ends)
 
 
 def _stage_tensors(config: ModelConfig, layer_start: int, layer_end: int) -> list[str]:
@@ -264,9 +336,10 @@ def _stage_tensors(config: ModelConfig, layer_start: int, layer_end: int) -> lis
 
 def _names_in_files(model_dir: Path, config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
     """Our name -> the name in the files, which may carry the architecture's prefix."""
-    is_prefixed = isinstance(config, GPT2Config) and any(
-        name.startswith(GPT2_PREFIX) for name in stored_names(model_dir)
-    )
-    if not is_prefixed:
-        return {name: name for name in names}
-    return {name: name if name.startswith("lm_head.") else GPT2_PREFIX + name for name in names}
+    stored = stored_names(model_dir)
+    found = {name: name for name in names}
+    if isinstance(config, GPT2Config) and any(name.startswith(GPT2_PREFIX) for name in stored):
+        found = {n: n if n.startswith("lm_head.") else GPT2_PREFIX + n for n in found}
+    if is_older_layout(stored):
+        found = names_in_file(family_of(config).NAMES, found, stored)
+    return found

@@ -4,16 +4,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from pipeline.dtypes import FLOAT32, KV_DTYPES, Array, Floats, HostArray, Precision
 from pipeline.errors import MessageError
-from pipeline.kernels.base import Attention, DecodeStep, HeadShape, Kernels, Linear, Norm, Rows
+from pipeline.kernels.base import (
+    Attention,
+    DecodeStep,
+    HeadShape,
+    Kernels,
+    Linear,
+    Norm,
+    Rows,
+    batch_positions,
+)
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import kv_bytes
 from pipeline.models.config import ModelConfig
 from pipeline.models.layer_parts import LayerMaker, LayerParts
 from pipeline.models.own_embedding import Embedding
+from pipeline.models.residual import ResidualStream
 from pipeline.models.workspace import ForwardPass, Room, round_up
 from pipeline.protocol.batch import Batch, num_tokens
 from pipeline.weights.tensor_sinks import Sink
@@ -45,10 +55,25 @@ class Names:
     head: str
 
 
+class Ends(NamedTuple):
+    """Which ends of a model a shard holds beside its layers; the head comes with the final norm."""
+
+    embedding: bool
+    head: bool
+
+
+# Of stages whose orchestrator holds both, and of the orchestrator's own part.
+NO_ENDS, BOTH_ENDS = Ends(embedding=False, head=False), Ends(embedding=True, head=True)
+
+
 class Shard(ABC):
     """Layers layer_start..layer_end of a decoder, with the embedding first and the head last."""
 
     NAMES: ClassVar[Names]
+    # None where the stream cannot be rotated in the weights.
+    STREAM: ClassVar[ResidualStream | None] = None
+    # Whether layers take the token ids once more: then whoever computes them has to be told these.
+    layers_take_ids: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -61,12 +86,15 @@ class Shard(ABC):
         parts: LayerParts,
         is_gated: bool,
         window: int | None = None,
+        has_head_bias: bool = False,
+        ends: Ends | None = None,
     ) -> None:
+        """`ends`: None holds those that the range of layers reaches."""
         self.config: ModelConfig = config
         self.layer_start = layer_start
         self.layer_end = layer_end
-        self.is_first = layer_start == 0
-        self.is_last = layer_end == config.num_layers
+        own = Ends(layer_start == 0, layer_end == config.num_layers) if ends is None else ends
+        self.is_first, self.is_last = own.embedding, own.head
         self.kernels = kernels
         self.heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, window or 0)
         self.parts = parts
@@ -74,7 +102,9 @@ class Shard(ABC):
         self._kv_dtype = KV_DTYPES[precision]
         size, hidden, inner = config.vocab_size, config.hidden_dim, config.intermediate_size
         self._head = (
-            self._make.linear(self.NAMES.head, hidden, size, bias=False) if self.is_last else None
+            self._make.linear(self.NAMES.head, hidden, size, bias=has_head_bias)
+            if self.is_last
+            else None
         )
         # where embedding and head are one matrix in one stage it is held once, as the head
         is_shared = self.is_first and self.is_last and config.tie_word_embeddings
@@ -235,6 +265,15 @@ class Shard(ABC):
             attend = self.parts.attention(index, batch, attention)
             own = step if attend is attention else replace(step, attention=attend)
             layer(hidden, own, own_keys, own_values)
+        return hidden
+
+    def embed(self, token_ids: HostArray, batch: Batch) -> Array:
+        """Rows as layers take them: [rows] int64 ids of the vocabulary -> [rows, hidden]."""
+        kernels = self.kernels
+        hidden = kernels.empty(len(token_ids), self.config.hidden_dim)
+        (self._embedding or self._tied_head()).gather(kernels.to_device(token_ids), hidden)
+        end = max(segment.position + segment.num_tokens for segment in batch)
+        self._place(hidden, kernels.to_device(batch_positions(batch)), end)
         return hidden
 
     def logits(self, hidden: Array) -> Array:

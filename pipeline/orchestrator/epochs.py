@@ -6,6 +6,7 @@ from typing import Protocol
 
 from pipeline.engine.step import Step
 from pipeline.orchestrator.connector import Connector
+from pipeline.orchestrator.model_ends import ModelEnds
 from pipeline.orchestrator.replay_plan import ORCHESTRATOR_IDX, ReplayPlan, plan_replay
 from pipeline.orchestrator.stage_watch import RemoteStage
 from pipeline.orchestrator.step_link import StepLink
@@ -41,8 +42,11 @@ class ReplaySource(Protocol):
 class Epochs:
     """Begins epochs: tells stages where to go back to, joins them up, and replays what is lost."""
 
-    def __init__(self, connector: Connector, listener: Listener, patience_ms: int) -> None:
+    def __init__(
+        self, connector: Connector, listener: Listener, patience_ms: int, ends: ModelEnds
+    ) -> None:
         """`listener` takes the last stage's results; `patience_ms`: see `wait_in_place`."""
+        self._ends = ends
         self.ready: tuple[Ready, ...] = ()
         self._connector = connector
         self._listener = listener
@@ -127,5 +131,11 @@ class Epochs:
         self._connector.vocab_size = vocab_size
         channels["out"].wait_in_place(self._patience_ms)
         return StepLink(
-            channels["in"], channels["out"], gate, len(stages), vocab_size, self._patience_ms
+            channels["in"],
+            channels["out"],
+            gate,
+            len(stages),
+            vocab_size,
+            self._patience_ms,
+            self._ends,
         )

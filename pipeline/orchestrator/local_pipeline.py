@@ -5,16 +5,17 @@ from collections.abc import Sequence
 
 from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.engine.step_runner import RunnerStats
-from pipeline.protocol.step_limits import step_tensors
-from pipeline.protocol.step_results import StepResult, step_result
+from pipeline.orchestrator.model_ends import REMOTE_ENDS, ModelEnds
+from pipeline.protocol.step_results import StepResult
 from pipeline.stage.step_executor import StageCore
 
 
 class LocalPipeline:
     """All stages in this process, called one after another: the reference for every split."""
 
-    def __init__(self, stages: Sequence[StageCore]) -> None:
+    def __init__(self, stages: Sequence[StageCore], ends: ModelEnds = REMOTE_ENDS) -> None:
         self._stages = stages
+        self._ends = ends
         self._results: deque[StepResult] = deque()
 
     @property
@@ -38,7 +39,7 @@ class LocalPipeline:
 
     def run(self, step: Step) -> StepResult:
         """Run one step through every stage."""
-        tensors = step_tensors(step.header, step.token_ids, step.asked)
+        header, tensors = self._ends.begin(step)
         for stage in self._stages:
-            tensors = stage.step(step.header, tensors)
-        return step_result(step.header, tensors)
+            tensors = stage.step(header, tensors)
+        return self._ends.end(step, header, tensors)

@@ -28,12 +28,20 @@ async def new_pipeline(
 ) -> AsyncIterator[Pipeline]:
     """A pipeline that is not connected yet; without a placement, at the manifest's addresses.
 
-    Raises InputError when its results cannot arrive.
+    Raises InputError when its results cannot arrive, or the ends of the model are not where the
+    manifest says.
     """
+    if options.ends.are_remote is manifest.has_client_ends:
+        raise InputError(
+            f"the manifest's split is {manifest.split}, and embedding and head are "
+            f"{'not ' if options.ends.are_remote else ''}held here"
+        )
     placement = placement or ByHand(manifest)
     last = manifest.stages[-1].stage_idx
     listen_at = options.data_out_listen or placement.where(last).data_out.to_endpoint()
-    limits = options.limits.for_session(manifest.activation_spec.codec)
+    limits = options.limits.for_session(
+        manifest.activation_spec.codec, has_client_ends=manifest.has_client_ends
+    )
     try:
         listener = listen(listen_at)
     except EndpointError as error:

@@ -15,6 +15,7 @@ from pipeline.errors import LinkLost, SessionError, StageLost, StageSilent
 from pipeline.orchestrator.connector import Connector
 from pipeline.orchestrator.epochs import Epochs, ReplaySource
 from pipeline.orchestrator.loss_record import Losses
+from pipeline.orchestrator.model_ends import REMOTE_ENDS, ModelEnds
 from pipeline.orchestrator.stage_watch import HEALTH_SECONDS, Expectation, RemoteStage
 from pipeline.orchestrator.step_link import StepLink
 from pipeline.placement.base import Placement, Progress
@@ -41,6 +42,8 @@ class PipelineOptions:
     # How long to wait for a result in place (`SecureChannel.wait_in_place`), where nothing else has
     # to run in this process meanwhile. 0: through the event loop alone.
     patience_ms: int = 0
+    # What holds the ends of the model: `ClientEnds` where the manifest's split is client.
+    ends: ModelEnds = REMOTE_ENDS
 
 
 class Pipeline:
@@ -70,7 +73,7 @@ class Pipeline:
         # Requests that have started and not ended: a stage that comes later hears of them too.
         self._started: dict[int, Start] = {}
         self._losses = Losses()
-        self._epochs = Epochs(connector, listener, options.patience_ms)
+        self._epochs = Epochs(connector, listener, options.patience_ms, options.ends)
         self._link: StepLink | None = None
         tasks.start_soon(self._watch_progress)
 

@@ -86,5 +86,4 @@ class Ahead:
 
 def _form(timings: tuple[StageTiming, ...]) -> FrameForm:
     header = StepHeader(StepKind.STEP, 0, (Segment(0, 0, 1),), (Want.TOKEN,), timings)
-    (spec,) = token_specs(1)
-    return step_form(header, spec)
+    return step_form(header, token_specs(1))

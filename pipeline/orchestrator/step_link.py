@@ -1,16 +1,18 @@
 """The data channels of one epoch: steps go in, their results come out in order."""
 
+from collections import deque
+
 import trio
 
 from pipeline.engine.step import FollowUp, Step
 from pipeline.errors import LinkLost, MessageError
+from pipeline.orchestrator.model_ends import REMOTE_ENDS, ModelEnds
 from pipeline.orchestrator.step_ahead import Ahead
 from pipeline.protocol.links import StepGate, receive_step, send_step
 from pipeline.protocol.peer_connections import describe, hang_up
 from pipeline.protocol.result_kinds import NO_TOKEN
 from pipeline.protocol.step_header import StepKind
-from pipeline.protocol.step_limits import step_tensors
-from pipeline.protocol.step_results import StepResult, step_result
+from pipeline.protocol.step_results import StepResult
 from transport.channel import SecureChannel
 from transport.errors import TransportError
 
@@ -26,14 +28,16 @@ class StepLink:
         num_stages: int,
         vocab_size: int,
         patience_ms: int = 0,
+        ends: ModelEnds = REMOTE_ENDS,
     ) -> None:
         """`gate` guards `data_out`; results are held against `vocab_size`.
 
         `patience_ms`: how long to wait for a result in place (`SecureChannel.wait_in_place`).
         """
         self._patience_ms = patience_ms
+        self._ends = ends
         # Steps under way that will have a result.
-        self.num_due = 0
+        self._due: deque[Step] = deque()
         self._data_in = data_in
         self._data_out = data_out
         self._gate = gate
@@ -41,20 +45,27 @@ class StepLink:
         self._last = num_stages - 1
         self._vocab_size = vocab_size
 
+    @property
+    def num_due(self) -> int:
+        """How many steps are under way that will have a result."""
+        return len(self._due)
+
     async def send(self, step: Step) -> None:
         """Send a step to the first stage. Raises LinkLost."""
-        self.num_due += step.header.kind is not StepKind.REPLAY
+        if step.header.kind is not StepKind.REPLAY:
+            self._due.append(step)
         if self._ahead.has_sent(step.header):
             return
-        tensors = step_tensors(step.header, step.token_ids, step.asked)
+        header, tensors = self._ends.begin(step)
         try:
-            await send_step(self._data_in, step.header, tensors)
+            await send_step(self._data_in, header, tensors)
         except (TransportError, trio.ClosedResourceError) as error:
             raise LinkLost(0, f"its data channel broke: {describe(error)}") from error
 
     def prepare(self, follow_up: FollowUp | None) -> None:
         """What to send the moment the next result comes, before that is even looked at whole."""
-        self._ahead.prepare(follow_up)
+        if self._ends.are_remote:  # else the token has to be found here first
+            self._ahead.prepare(follow_up)
 
     async def receive(self) -> StepResult:
         """The oldest outstanding step's result, the stages' timings in its header.
@@ -67,14 +78,16 @@ class StepLink:
             header, tensors = await receive_step(self._data_out, self._gate)
         except (TransportError, trio.EndOfChannel, trio.ClosedResourceError) as error:
             raise LinkLost(self._last, f"its data channel broke: {describe(error)}") from error
-        result = step_result(header, tensors)
+        if not self._due:
+            raise MessageError(f"stage {self._last} answered step {header.step}, which is not due")
+        result = self._ends.end(self._due[0], header, tensors)
         for token_id in result.all_ids():
             if token_id >= self._vocab_size and token_id != NO_TOKEN:
                 raise MessageError(
                     f"stage {self._last} returned a token outside the vocabulary of "
                     f"{self._vocab_size}"
                 )
-        self.num_due -= 1
+        self._due.popleft()
         return result
 
     async def hang_up(self) -> None:

@@ -6,11 +6,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.agreement.manifest import Manifest, build_manifest
+from pipeline.agreement.manifest import Manifest, Split, build_manifest
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 from pipeline.models.config import hash_config, load_config
 from pipeline.models.registry import layer_bytes, required_files
+from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.progress import Progress
 from pipeline.weights.checkpoint import hash_files
 
@@ -40,6 +41,8 @@ class PlanOptions:
     wire_dtype: str = "F32"  # of activations between stages, as manifests spell it
     # What every stage holds its weights in; None leaves it to the stages.
     precision: Precision | None = None
+    # Whether the ends of the model are the stages' or the orchestrator's.
+    split: Split = "stages"
 
 
 def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) -> list[int]:
@@ -84,13 +87,18 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
     hosts = _hosts(options)
     config = load_config(model_dir)
     first, layers, last = layer_bytes(model_dir, config)
+    is_client = options.split == "client"
+    if is_client:
+        first = last = 0
     ends = split_layers(first, layers, last, options.num_stages)
     starts = [0, *ends[:-1]]
+    held = NO_ENDS if is_client else None
     files = [
-        required_files(model_dir, config, range(start, end))
+        required_files(model_dir, config, range(start, end), held)
         for start, end in zip(starts, ends, strict=True)
     ]
-    hashes = _hash_once(files, progress)
+    own = required_files(model_dir, config, range(0), BOTH_ENDS) if is_client else []
+    hashes = _hash_once([*files, own], progress)
     stages = [
         {
             "stage_idx": idx,
@@ -103,6 +111,7 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
         }
         for idx, (start, end) in enumerate(zip(starts, ends, strict=True))
     ]
+    client = {"weight_hashes": [hashes[path] for path in own], "precision": options.precision}
     fields = {
         "model_name": options.model_name or _label(model_dir),
         "model_version": "1",
@@ -116,6 +125,8 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
         "config_hash": hash_config(model_dir),
         "eos_token_ids": config.eos_token_ids,
         "orchestrator_keys": options.orchestrator_keys,
+        "split": options.split,
+        "client": client if is_client else None,
     }
     return build_manifest(fields, "cannot plan this")
 

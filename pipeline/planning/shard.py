@@ -4,43 +4,50 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
-from pipeline.agreement.manifest import Manifest, StageSpec, dump_manifest
-from pipeline.dtypes import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    INT8,
-    STORED_DTYPES,
-    ArrayDType,
-    HostArray,
-    Precision,
+from pipeline.agreement.manifest import ClientSpec, Manifest, StageSpec, dump_manifest
+from pipeline.codecs.secret_rotation import SecretRotation
+from pipeline.dtypes import Precision
+from pipeline.errors import InputError, ManifestError
+from pipeline.files import is_file
+from pipeline.models.config import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    ModelConfig,
+    hash_config,
+    load_config,
 )
-from pipeline.errors import InputError, ManifestError, ModelError
-from pipeline.models.config import CONFIG_FILE, load_config, read_config
-from pipeline.models.registry import required_tensors
+from pipeline.models.older_client_part import CLIENT_FILE
+from pipeline.models.registry import in_older_layout
+from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
+from pipeline.planning.part_weights import Part, Source, part_tensors, save_tensors
 from pipeline.planning.plan import CONTROL_PORT, DATA_PORT
 from pipeline.progress import Progress, part_of
-from pipeline.weights.checkpoint import (
-    StoredTensor,
-    hash_files,
-    load_tensors,
-    stored_tensors,
-)
+from pipeline.weights.checkpoint import hash_files
 from pipeline.weights.checkpoint_index import SINGLE_FILE
-from pipeline.weights.quantization import SCALE_SUFFIX, num_groups
-from pipeline.weights.tensor_sinks import FLOATS, CopySink, Sink, WeightSink
 
 MANIFEST_FILE = "manifest.json"
 RUN_FILE = "run.json"
+CLIENT_DIRECTORY = "client"
+# What of a model the user's end reads beside its weights, where it is there.
+TEXT_FILES = (
+    GENERATION_CONFIG_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 # Where an enclave finds the directory written here.
 STAGE_ROOT = "/stage"
-HEADER_ALIGNMENT = 8  # of a safetensors file, so that its tensors are aligned
+
+
+def _stage_part(manifest: Manifest, stage: StageSpec) -> Part:
+    layers = range(stage.layer_start, stage.layer_end)
+    ends = NO_ENDS if manifest.has_client_ends else None
+    return Part(layers, ends, stage.precision, stage.weight_hashes)
 
 
 def cut_model(
@@ -49,35 +56,69 @@ def cut_model(
     output: Path,
     precision: Precision | None = None,
     progress: Progress | None = None,
+    *,
+    in_one_file: bool = False,
+    rotation: SecretRotation | None = None,
 ) -> Manifest:
     """Write `output`/stageI for every stage, and `output`/manifest.json that pins those shards.
 
+    Where the orchestrator holds the ends of the model, `output`/client has those: a model directory
+    with tokenizer and template, or with `in_one_file` its weights in the older layout.
+
     A shard holds its weights as its stage will compute with them: in `precision`, which the new
-    manifest then pins, or in what the manifest pins already, or unchanged. The source is held
-    against the manifest's hashes where it has any. Returns the new manifest. Raises ModelError,
-    InputError; nothing is left behind then.
+    manifest then pins, or in what the manifest pins already, or unchanged. With `rotation` all of
+    them have that in them, in float32 unless a precision says else, and the new manifest names it.
+    The source is held against the manifest's hashes where it has any. Returns the new manifest.
+    Raises ModelError, InputError; nothing is left behind then.
     """
+    source = Source(model_dir, rotation)
+    if manifest.rotation is not None:
+        raise InputError("the manifest is of rotated shards; cut the model by its plain manifest")
+    if rotation is not None and not manifest.has_client_ends:
+        raise InputError(
+            "a secret rotation is for manifests whose split is client, since stages that embed "
+            "tokens see them; `pipeline-orch plan --split client` writes one"
+        )
     if precision is not None:
-        stages_in = [s.model_copy(update={"precision": precision}) for s in manifest.stages]
-        manifest = manifest.model_copy(update={"stages": tuple(stages_in)})
+        manifest = _in_precision(manifest, precision)
+    if in_one_file and not manifest.has_client_ends:
+        raise InputError("--client-file: the manifest's split is stages, so no client has a part")
+    config = _source_config(manifest, source)
+    num_parts = len(manifest.stages) + manifest.has_client_ends
     with _new_directory(output) as directory:
         stages = []
         for stage in manifest.stages:
             path = directory / f"stage{stage.stage_idx}"
             path.mkdir()
             digest = _write_weights(
-                manifest, stage, model_dir, path, stage.weight_hashes or None,
-                part_of(progress, stage.stage_idx, len(manifest.stages)),
+                source, config, _stage_part(manifest, stage), path / SINGLE_FILE,
+                part_of(progress, stage.stage_idx, num_parts),
             )  # fmt: skip
-            update = {"weight_hashes": (digest,), "require_weight_hashes": True}
-            stages.append(stage.model_copy(update=update))
-        config_hash = hashlib.sha256(read_config(model_dir)).hexdigest()
-        update = {"stages": tuple(stages), "config_hash": config_hash}
-        pinned = manifest.model_copy(update=update)
+            pins = {"weight_hashes": (digest,), "require_weight_hashes": True}
+            stages.append(stage.model_copy(update=pins))
+        client = _write_client(
+            source, config, manifest.client, directory, part_of(progress, len(stages), num_parts),
+            in_one_file=in_one_file,
+        )  # fmt: skip
+        pins = {
+            "stages": tuple(stages),
+            "client": client,
+            "config_hash": _sha256(source.config_json()),
+            "rotation": rotation and rotation.fingerprint,
+        }
+        pinned = manifest.model_copy(update=pins)
         for stage in stages:
-            _write_rest(pinned, stage, model_dir, directory / f"stage{stage.stage_idx}")
+            _write_rest(pinned, stage, source, directory / f"stage{stage.stage_idx}")
         (directory / MANIFEST_FILE).write_text(dump_manifest(pinned))
     return pinned
+
+
+def _in_precision(manifest: Manifest, precision: Precision) -> Manifest:
+    """The manifest with all its weights in that."""
+    pins = {"precision": precision}
+    stages = tuple(stage.model_copy(update=pins) for stage in manifest.stages)
+    client = manifest.client and manifest.client.model_copy(update=pins)
+    return manifest.model_copy(update={"stages": stages, "client": client})
 
 
 def cut_stage(
@@ -86,6 +127,7 @@ def cut_stage(
     model_dir: Path,
     output: Path,
     progress: Progress | None = None,
+    rotation: SecretRotation | None = None,
 ) -> None:
     """Write one stage's directory of a manifest that `cut_model` has pinned.
 
@@ -93,136 +135,93 @@ def cut_stage(
     pins: every stage carries the hashes of all, so they have to be known before the first image
     is built.
     """
-    stage = manifest.stage(stage_idx)
+    stage, source = manifest.stage(stage_idx), Source(model_dir, rotation)
+    if manifest.rotation != (rotation and rotation.fingerprint):
+        raise InputError(
+            "the manifest's shards are not rotated, and a secret is given"
+            if manifest.rotation is None
+            else "the manifest's shards are rotated by a secret; give it with --rotate-secret"
+            if rotation is None
+            else "the manifest's shards are rotated by another secret than the one given"
+        )
+    config = _source_config(manifest, source)
     with _new_directory(output) as directory:
-        digest = _write_weights(manifest, stage, model_dir, directory, None, progress)
+        part = _stage_part(manifest, stage)._replace(weight_hashes=())
+        digest = _write_weights(source, config, part, directory / SINGLE_FILE, progress)
         if stage.weight_hashes != (digest,):
             raise ManifestError(
                 f"the manifest pins {', '.join(stage.weight_hashes) or 'nothing'} for stage "
                 f"{stage_idx}, its shard is {digest}; `pipeline-orch shard` without --stage "
                 "writes a manifest that pins shards"
             )
-        _write_rest(manifest, stage, model_dir, directory)
+        _write_rest(manifest, stage, source, directory)
+
+
+def _write_client(
+    source: Source,
+    config: ModelConfig,
+    client: ClientSpec | None,
+    directory: Path,
+    progress: Progress | None,
+    *,
+    in_one_file: bool,
+) -> ClientSpec | None:
+    """Write the orchestrator's own part, if it has one; what pins it."""
+    if client is None:
+        return None
+    directory /= CLIENT_DIRECTORY
+    directory.mkdir()
+    part = Part(range(0), BOTH_ENDS, client.precision, client.weight_hashes)
+    path = directory / (CLIENT_FILE if in_one_file else SINGLE_FILE)
+    digest = _write_weights(source, config, part, path, progress)
+    if source.rotation is not None:  # whose secret this part gives away
+        directory.chmod(0o700)
+    (directory / CONFIG_FILE).write_bytes(source.config_json())
+    for name in TEXT_FILES:
+        if is_file(source.model_dir / name):
+            shutil.copyfile(source.model_dir / name, directory / name)
+    return client.model_copy(update={"weight_hashes": (digest,)})
 
 
 def _write_weights(
-    manifest: Manifest,
-    stage: StageSpec,
-    model_dir: Path,
-    directory: Path,
-    expected_hashes: Sequence[str] | None,
-    progress: Progress | None,
+    source: Source, config: ModelConfig, part: Part, path: Path, progress: Progress | None
 ) -> str:
-    """Write the stage's tensors in its precision; returns the file's SHA-256."""
-    config = load_config(model_dir, manifest.config_hash)
-    if config.num_layers != manifest.total_layers:
-        raise ManifestError(
-            f"the manifest covers {manifest.total_layers} layers, {model_dir} has "
-            f"{config.num_layers}"
-        )
-    stored = stored_tensors(model_dir)
-    planned = required_tensors(model_dir, config, range(stage.layer_start, stage.layer_end))
-    kept = {
-        name: _keep(stored[name], sink, stage.precision, model_dir)
-        for name, sink in planned.items()
-        if name in stored  # load_tensors names what is missing
-    }
-    sinks = {**planned, **{name: each.sink for name, each in kept.items()}}
-    load_tensors(model_dir, sinks, expected_hashes=expected_hashes, progress=progress)
-    tensors = {name: tensor for each in kept.values() for name, tensor in each.tensors().items()}
-    path = directory / SINGLE_FILE
-    _save(tensors, path)
+    """Write a part's tensors in its precision to `path`; returns the file's SHA-256."""
+    tensors = part_tensors(source, config, part, progress)
+    if path.name == CLIENT_FILE:
+        tensors = in_older_layout(config, tensors)
+    save_tensors(tensors, path)
     return hash_files([path])[0]
 
 
-def _save(tensors: Mapping[str, HostArray], path: Path) -> None:
-    """Write a safetensors file, as the library of that name does: wide formats first, by name."""
-    names = {dtype: name for name, dtype in STORED_DTYPES.items()}
-    order = (FLOAT32, BFLOAT16, FLOAT16, INT8)
-    sorted_tensors = sorted(tensors.items(), key=lambda each: (order.index(each[1].dtype), each[0]))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in sorted_tensors:
-        start, end = end, end + tensor.nbytes
-        shape = list(tensor.shape)
-        header[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": shape,
-            "data_offsets": [start, end],
-        }
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % HEADER_ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for _, tensor in sorted_tensors:
-            file.write(tensor.data)
+def _source_config(manifest: Manifest, source: Source) -> ModelConfig:
+    """The source's configuration, if it is the one that the manifest is of.
 
-
-class _Kept:
-    """A tensor on its way into a shard: as stored, or rounded to another float."""
-
-    def __init__(self, stored: StoredTensor, dtype: ArrayDType) -> None:
-        self._name = stored.name
-        self.sink: Sink = CopySink(np.empty(stored.shape, dtype), dtype)
-
-    def tensors(self) -> Mapping[str, HostArray]:
-        """What the shard stores, by name."""
-        assert isinstance(self.sink, CopySink)
-        return {self._name: self.sink.target}
-
-
-class _KeptInt8:
-    """A matrix on its way into a shard as int8, in the layout it came in."""
-
-    precision: Precision = "int8"
-
-    def __init__(self, stored: StoredTensor, *, is_in_out: bool) -> None:
-        rows, columns = stored.shape
-        num_out, num_in = (columns, rows) if is_in_out else (rows, columns)
-        self._name = stored.name
-        self._values = np.empty((num_out, num_in), INT8)
-        self._scales = np.empty((num_out, num_groups(num_in)), BFLOAT16)
-        self._is_in_out = is_in_out
-        self.sink: Sink = WeightSink(self, 0, num_out, num_in, is_in_out=is_in_out)
-
-    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Keep outputs first.. and their scales."""
-        assert scales is not None, "int8 comes with scales"
-        last = first + len(outputs)
-        self._values[first:last], self._scales[first:last] = outputs, scales
-
-    def tensors(self) -> Mapping[str, HostArray]:
-        """What the shard stores, by name."""
-        values = np.ascontiguousarray(self._values.T) if self._is_in_out else self._values
-        return {self._name: values, self._name + SCALE_SUFFIX: self._scales}
-
-
-def _keep(
-    stored: StoredTensor, planned: Sink, precision: Precision | None, model_dir: Path
-) -> _Kept | _KeptInt8:
-    """Where a tensor of the source goes; float32 is kept as stored, being no less exact so."""
-    if stored.dtype not in FLOATS:
-        raise ModelError(
-            f"{model_dir}: tensor {stored.name} is stored as {stored.dtype}: "
-            f"use weights in one of {', '.join(FLOATS)}"
+    Raises ModelError, ManifestError.
+    """
+    expected = manifest.config_hash
+    if manifest.rotation is not None and expected == _sha256(source.config_json()):
+        expected = hash_config(source.model_dir)
+    config = load_config(source.model_dir, expected)
+    if config.num_layers != manifest.total_layers:
+        raise ManifestError(
+            f"the manifest covers {manifest.total_layers} layers, {source.model_dir} has "
+            f"{config.num_layers}"
         )
-    dtype = STORED_DTYPES[stored.dtype]
-    try:
-        if isinstance(planned, WeightSink) and len(stored.shape) == 2:
-            if precision == "int8":
-                return _KeptInt8(stored, is_in_out=planned.is_in_out)
-            if precision == "bfloat16":
-                dtype = BFLOAT16
-        return _Kept(stored, dtype)
-    except (ValueError, MemoryError) as error:
-        raise ModelError(
-            f"{model_dir}: tensor {stored.name} needs {stored.end - stored.start} bytes of memory, "
-            "more than this machine gives"
-        ) from error
+    if config.hidden_dim != manifest.activation_spec.hidden_dim:
+        raise ManifestError(
+            f"the manifest's hidden_dim is {manifest.activation_spec.hidden_dim}, "
+            f"{source.model_dir} has {config.hidden_dim}"
+        )
+    return config
 
 
-def _write_rest(manifest: Manifest, stage: StageSpec, model_dir: Path, directory: Path) -> None:
-    (directory / CONFIG_FILE).write_bytes(read_config(model_dir))
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_rest(manifest: Manifest, stage: StageSpec, source: Source, directory: Path) -> None:
+    (directory / CONFIG_FILE).write_bytes(source.config_json())
     core = json.dumps(manifest.core(), indent=2, sort_keys=True)
     (directory / MANIFEST_FILE).write_text(core + "\n")
     (directory / RUN_FILE).write_text(json.dumps({"argv": _enclave_command(stage)}) + "\n")

@@ -92,10 +92,10 @@ async def send_step(
     await channel.send(Frame(FrameKind.DATA, encode_step(header), tensors))
 
 
-def step_form(header: StepHeader, spec: TensorSpec) -> FrameForm:
+def step_form(header: StepHeader, specs: tuple[TensorSpec, ...]) -> FrameForm:
     """A step's frame, laid out to be filled in. Raises MisuseError where it is too large."""
-    tensor = Tensor(spec, memoryview(bytes(spec.nbytes)))
-    return FrameForm(Frame(FrameKind.DATA, encode_step(header), (tensor,)))
+    tensors = tuple([Tensor(spec, memoryview(bytes(spec.nbytes))) for spec in specs])
+    return FrameForm(Frame(FrameKind.DATA, encode_step(header), tensors))
 
 
 async def receive_step(

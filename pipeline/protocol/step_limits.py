@@ -24,6 +24,8 @@ TokenIds = npt.NDArray[np.uint32]
 CLEAR_SPEC = TensorSpec(DType.U32, (0,))
 CLEAR_SENTINEL = Tensor(CLEAR_SPEC, memoryview(b""))
 _GOES_WITH = frozenset({Result.LOGPROBS, Result.DRAWN})
+# What stages can answer that have no head.
+_WITHOUT_HEAD = frozenset({Result.NOTHING, Result.HIDDEN})
 # Rows for which all of a vocabulary travels, as logits or as a mask, for each slot of a session.
 WHOLE_ROWS = 32
 # Log-probabilities that one step may ask for: a few megabytes.
@@ -39,6 +41,9 @@ class SessionLimits:
     max_step_tokens: int
     # How activations travel, and how wide they are.
     codec: ActivationCodec
+    # Whether embedding and head are the orchestrator's: stages take rows and return rows, and are
+    # told no token, neither as an id nor by what is asked of the last one.
+    has_client_ends: bool = False
 
     @property
     def max_row_bytes(self) -> int:
@@ -52,6 +57,8 @@ class SessionLimits:
 
         A bound for any step; each is held against its own header before anything is stored.
         """
+        if self.has_client_ends:
+            return self.max_row_bytes
         given = MAX_LOGPROBS * DType.U32.itemsize
         draws = max_draw_bytes(self.num_slots, self.max_whole_rows, self.max_seq_len)
         return self.max_row_bytes + given + draws
@@ -90,7 +97,8 @@ def check_header(header: StepHeader, limits: SessionLimits) -> None:
         total += num_tokens
     if total > limits.max_step_tokens:
         raise MessageError(f"step {step} has {total} tokens, the limit is {limits.max_step_tokens}")
-    if kind is not StepKind.STEP or wants.count(Want.TOKEN) != len(wants):  # else as most are
+    has_own_wants = kind is not StepKind.STEP or wants.count(Want.TOKEN) != len(wants)
+    if has_own_wants or limits.has_client_ends:  # else as most are
         _check_wants(header, limits)
 
 
@@ -101,6 +109,10 @@ def _check_wants(header: StepHeader, limits: SessionLimits) -> None:
         result, rows, _, _ = want
         if is_replay and result is not Result.NOTHING:
             raise MessageError(f"replayed step {step} wants a result")
+        if limits.has_client_ends and result not in _WITHOUT_HEAD:
+            raise MessageError(
+                f"step {step} wants {result.name}: the split is client, so rows alone come back"
+            )
         if rows > segment.num_tokens:
             raise MessageError(
                 f"step {step} wants {rows} rows of a segment of {segment.num_tokens}"
@@ -126,7 +138,8 @@ def expected_inputs(
     if header.kind is StepKind.TRUNCATE:
         return (CLEAR_SPEC,)
     num_tokens = header.num_tokens
-    rows = token_specs(num_tokens) if is_first else limits.codec.specs(num_tokens)
+    takes_ids = is_first and not limits.has_client_ends
+    rows = token_specs(num_tokens) if takes_ids else limits.codec.specs(num_tokens)
     if any(map(_GOES_WITH.__contains__, [want.result for want in header.wants])):
         return (*rows, *asked_specs(header.wants, declared, limits.max_seq_len))
     return rows

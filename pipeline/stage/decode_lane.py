@@ -14,6 +14,7 @@ from pipeline.protocol.links import step_form
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StageTiming, StepHeader, StepKind, decode_step
 from pipeline.protocol.step_limits import token_specs
+from pipeline.protocol.step_results import expected_results
 from pipeline.stage.data_channels import DOWNSTREAM, UPSTREAM
 from pipeline.stage.stage_metrics import StageMeter
 from pipeline.stage.step_executor import StageCore
@@ -100,16 +101,18 @@ class _Forms:
     def __init__(self, count: int, stage_idx: int, core: StageCore) -> None:
         self.count = count
         timings = (StageTiming(0, 0, 0),) * (stage_idx + 1)
-        segments, wants = (Segment(0, 0, 1),) * count, (Want.TOKEN,) * count
+        want = Want.HIDDEN if core.limits.has_client_ends else Want.TOKEN
+        segments, wants = (Segment(0, 0, 1),) * count, (want,) * count
         header = StepHeader(StepKind.STEP, 0, segments, wants, timings[1:])
-        (ids,) = token_specs(count)
-        rows = core.limits.codec.specs(count)[0]
-        self.inputs = step_form(header, ids if core.shard.is_first else rows)
+        rows = core.limits.codec.specs(count)
+        self.inputs = step_form(header, token_specs(count) if core.shard.is_first else rows)
         following = header._replace(timings=timings)
-        self.outputs = step_form(following, ids if core.shard.is_last else rows)
-        self.rows = self.outputs.plain[self.outputs.places[0][0] :]
+        shape = core.shard.config.vocab_size, core.limits.codec.hidden_dim
+        results = expected_results(following, *shape) if core.is_last else rows
+        self.outputs = step_form(following, results)
+        self.rows = self.outputs.plain[self.outputs.places[-1][0] :]
         self.serve = core.server(count, _place(self.inputs), _place(self.outputs))
 
 
 def _place(form: FrameForm) -> FramePlace:
-    return FramePlace(form.plain, form.header_start, form.places[0][0])
+    return FramePlace(form.plain, form.header_start, form.places[-1][0])

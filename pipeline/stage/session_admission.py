@@ -74,4 +74,5 @@ def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits
         max_seq_len=message.max_seq_len,
         max_step_tokens=message.max_step_tokens,
         codec=codec,
+        has_client_ends=setup.manifest.has_client_ends,
     )

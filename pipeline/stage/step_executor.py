@@ -35,6 +35,8 @@ class StageCore:
         self.limits = limits
         self.cache = shard.new_cache(limits.num_slots, limits.max_seq_len)
         self.log = log
+        # Whether results leave here, with or without a head to make them of.
+        self.is_last = shard.layer_end == shard.config.num_layers
         self._codec = limits.codec
         self._num_row_tensors = num_row_tensors(limits, is_first=shard.is_first)
         self._catch_up = CatchUp(limits.max_step_tokens)
@@ -65,13 +67,13 @@ class StageCore:
         See `DecodeStep.server`. Once they are on their way, each has to be `served`.
         """
         step: DecodeStep = self.cache.recordings[count]
-        return step.server(form, out, self.cache)
+        return step.server(form, out, self.cache, all_rows=self.limits.has_client_ends)
 
     def served(self, step: int, segments: Batch, rows: memoryview) -> None:
         """Count what has been computed from frame to frame, and keep what has been laid out."""
         self.cache.reserve(segments)
         self.cache.advance(segments)
-        if self.log is not None and not self.shard.is_last:
+        if self.log is not None and not self.is_last:
             self._unkept = (step, segments, rows)
             self.keep()
 
@@ -122,14 +124,14 @@ class StageCore:
             outputs = self._decode(header, tensors, asked)
         else:
             hidden = self.shard.forward(self._inputs(tensors), header.segments, self.cache)
-            if self.shard.is_last:
+            if self.is_last:
                 is_replay = header.kind is StepKind.REPLAY
                 return () if is_replay else step_results(self.shard, header, asked, hidden)
             (hidden,) = self.shard.kernels.to_host(hidden)
             if self.log is not None:
                 self._unkept = (header.step, header.segments, hidden)
             outputs = self._codec.encode(hidden)
-        return outputs if self.shard.is_last else (*outputs, *behind)
+        return outputs if self.is_last else (*outputs, *behind)
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Go back to `lengths` tokens per slot. Raises MessageError when a slot holds fewer."""
@@ -183,7 +185,7 @@ class StageCore:
         for header, hidden in steps.split(outputs):
             if self.log is not None:
                 self.log.append(header.step, header.segments, hidden)
-            done.append((header, () if self.shard.is_last else self._codec.encode(hidden)))
+            done.append((header, () if self.is_last else self._codec.encode(hidden)))
         return done
 
     def _decode(
@@ -201,11 +203,19 @@ class StageCore:
             raise
         if logits is not None:
             return _decoded(header, asked, outputs, logits)
+        if self.is_last:
+            return self._returned(header, outputs)
         if is_plain:
             (spec,) = self._codec.specs(len(header.segments))
             return (Tensor(spec, memoryview(outputs)),)
         hidden = np.frombuffer(outputs, "<f4").reshape(-1, self._codec.hidden_dim)
         return self._codec.encode(hidden)
+
+    def _returned(self, header: StepHeader, rows: bytearray) -> tuple[Tensor, ...]:
+        """The results of a decode step without a head: F32 [n, hidden], of those that want them."""
+        hidden = np.frombuffer(rows, "<f4").reshape(-1, self._codec.hidden_dim)
+        wanted = hidden[[want.result is Result.HIDDEN for want in header.wants]]
+        return results_of(header, NOTHING_ASKED, (), self.shard.config.vocab_size, wanted)
 
     def _inputs(self, tensors: Sequence[Tensor]) -> HostArray:
         if not self.shard.is_first:

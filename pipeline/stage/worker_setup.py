@@ -66,6 +66,7 @@ def new_core(setup: StageSetup, limits: SessionLimits) -> StageCore:
     slots, length, width = limits.num_slots, limits.max_seq_len, limits.codec.hidden_dim
     num_bytes = shard.kv_bytes(slots, length) + log_bytes(slots, length, width)
     log = None
-    if not shard.is_last and num_bytes <= setup.max_kv_bytes:
+    is_last = setup.stage_idx == len(setup.manifest.stages) - 1
+    if not is_last and num_bytes <= setup.max_kv_bytes:
         log = ActivationLog(slots, length, width)
     return StageCore(shard, limits, log)

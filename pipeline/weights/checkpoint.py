@@ -20,6 +20,7 @@ import numpy as np
 
 from pipeline.dtypes import STORED_DTYPES, HostArray
 from pipeline.errors import ModelError
+from pipeline.files import is_file
 from pipeline.progress import Meter, Progress
 from pipeline.weights.checkpoint_index import INDEX_FILE, SINGLE_FILE, read_index
 from pipeline.weights.tensor_sinks import Sink
@@ -59,7 +60,28 @@ class Header:
 
 def weight_files(model_dir: Path) -> list[Path]:
     """The weight files of `model_dir`, sorted by name; raises ModelError when there are none."""
-    return sorted(set(read_index(model_dir).values()) or {model_dir / SINGLE_FILE})
+    return sorted(set(_index(model_dir).values()) or {model_dir / SINGLE_FILE})
+
+
+def _index(model: Path) -> dict[str, Path]:
+    """Tensor name -> file; empty for a directory of one. Raises ModelError.
+
+    `model` may be a file, which then comes before what its directory holds.
+    """
+    if not is_file(model):
+        return read_index(model)
+    beside = model.parent
+    found = dict.fromkeys(_names_of(beside / SINGLE_FILE), beside / SINGLE_FILE)
+    if not found and is_file(beside / INDEX_FILE):
+        found = read_index(beside)
+    return found | dict.fromkeys(_names_of(model), model)
+
+
+def _names_of(path: Path) -> list[str]:
+    if not is_file(path):
+        return []
+    with _open(path) as file:
+        return [tensor.name for tensor in read_header(file, path).tensors]
 
 
 def hash_files(paths: Sequence[Path], progress: Progress | None = None) -> list[str]:
@@ -79,15 +101,17 @@ def hash_files(paths: Sequence[Path], progress: Progress | None = None) -> list[
 
 def stored_names(model_dir: Path) -> Collection[str]:
     """Every tensor name in the model's files. Raises ModelError."""
-    return read_index(model_dir).keys() or tensor_sizes(model_dir).keys()
+    return _index(model_dir).keys() or tensor_sizes(model_dir).keys()
 
 
 def stored_tensors(model_dir: Path) -> Mapping[str, StoredTensor]:
     """Every tensor of the model by name, read from the headers alone. Raises ModelError."""
     found = {}
+    files = _index(model_dir) if is_file(model_dir) else {}
     for path in weight_files(model_dir):
         with _open(path) as file:
-            found.update({tensor.name: tensor for tensor in read_header(file, path).tensors})
+            tensors = read_header(file, path).tensors
+        found.update({each.name: each for each in tensors if files.get(each.name, path) == path})
     return found
 
 
@@ -101,12 +125,13 @@ def stage_files(model_dir: Path, names: Collection[str]) -> list[Path]:
 
     Raises ModelError where an index does not list one of them.
     """
-    files = read_index(model_dir)
+    files = _index(model_dir)
     if not files:
         return [model_dir / SINGLE_FILE]
+    listing = model_dir if is_file(model_dir) else model_dir / INDEX_FILE
     for name in names:
         if name not in files:
-            raise ModelError(f"{model_dir / INDEX_FILE} lists no tensor {name}: fetch it again")
+            raise ModelError(f"{listing} lists no tensor {name}: fetch it again")
     return sorted({files[name] for name in names})
 
 
@@ -130,11 +155,13 @@ def load_tensors(
             f"{len(expected_hashes)} weight hashes are given, but the stage reads {len(paths)} "
             f"files ({names}) of {model_dir}: write the manifest again for this model"
         )
+    files = _index(model_dir) if is_file(model_dir) else {}
     missing = required
     meter = _meter(paths, progress)
     for index, path in enumerate(paths):
         expected = None if expected_hashes is None else expected_hashes[index]
-        missing -= _load_file(path, destinations, expected, meter)
+        here = {name: to for name, to in destinations.items() if files.get(name, path) == path}
+        missing -= _load_file(path, here, expected, meter)
     if missing:
         raise ModelError(
             f"{model_dir}: tensor {min(missing)} is missing ({len(missing)} in all): "

@@ -274,3 +274,47 @@ def test_a_manifest_with_any_bytes_changed_is_one_or_is_refused(data):
     start = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(start, min(len(text), start + 8)))
     is_a_manifest_or_refused(text[:start] + data.draw(st.binary(max_size=8)) + text[end:])
+
+
+def client(raw, **changes):
+    return raw | {"split": "client", "client": {"weight_hashes": [HASH]} | changes}
+
+
+def test_a_split_that_leaves_the_ends_to_stages_is_the_one_of_before(raw):
+    assert parse(raw | {"split": "stages"}).core_hash() == parse(raw).core_hash()
+    assert not {"split", "client"} & parse(raw).core().keys()
+    assert "split" not in dump_manifest(parse(raw))
+
+
+def test_a_clients_part_is_of_the_core(raw, tmp_path):
+    manifest = parse(client(raw))
+    cores = {
+        each.core_hash()
+        for each in (
+            manifest,
+            parse(raw),
+            parse(client(raw, weight_hashes=["cd" * 32])),
+            parse(client(raw, precision="int8")),
+        )
+    }
+    assert len(cores) == 4
+    path = tmp_path / "m.json"
+    path.write_text(dump_manifest(manifest))
+    assert load_manifest(path) == manifest
+    assert parse_manifest(json.dumps(manifest.core())).core_hash() == manifest.core_hash()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"split": "client"}, "plan --split client"),
+        ({"client": {"weight_hashes": [HASH]}}, "whose split is client"),
+        ({"split": "client", "client": {"weight_hashes": []}}, "client.weight_hashes"),
+        ({"split": "server"}, "split"),
+        ({"split": "client", "client": {"weight_hashes": [HASH], "key": 1}}, "client.key"),
+    ],
+    ids=str,
+)
+def test_a_clients_part_is_pinned_or_not_there(raw, fields, words):
+    with pytest.raises(ManifestError, match=words):
+        parse(raw | fields)

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from pipeline.agreement.manifest import ActivationSpec
 from pipeline.codecs.registry import CODECS, make_codec
+from pipeline.codecs.rotated_int5 import RotatedInt5
 from pipeline.codecs.rotated_int8 import INT8_MAX, MAX_SCALE, RotatedInt8
 from pipeline.codecs.rotation import SIGNS_DOMAIN, Rotation, cosines, hadamard, signs
 from pipeline.errors import MessageError
@@ -97,9 +98,10 @@ def test_a_codec_is_plain_exactly_where_rows_travel_as_they_are(name):
     assert codec.is_plain_f32 == (bytes(first.data) == hidden.tobytes())
 
 
-def test_rotated_int8_is_off_by_at_most_half_a_step_per_rotated_element():
+@pytest.mark.parametrize("make", [RotatedInt8, RotatedInt5])
+def test_a_rotated_row_is_off_by_at_most_half_a_step_per_rotated_element(make):
     hidden = rows(9, 768)
-    codec = RotatedInt8(768)
+    codec = make(768)
     tensors = codec.encode(hidden)
     scales = np.frombuffer(tensors[1].data, "<f4")
     rotation = Rotation(768)
@@ -128,6 +130,35 @@ def test_rows_that_are_not_finite_are_not_sent(value):
     hidden[1, 5] = value
     with pytest.raises(MessageError, match="finite"):
         RotatedInt8(24).encode(hidden)
+
+
+def int5_row(elements: list[int], behind: int = 0) -> tuple[Tensor, Tensor]:
+    """A row of numbers 0 to 31 as RotatedInt5 lays it out, with a scale of one."""
+    whole = sum(value << 5 * index for index, value in enumerate([*elements, behind]))
+    num_bytes = -(-5 * len(elements) // 8)
+    return (
+        Tensor(
+            TensorSpec(DType.U8, (1, num_bytes)), memoryview(whole.to_bytes(num_bytes, "little"))
+        ),
+        Tensor(TensorSpec(DType.F32, (1,)), memoryview(np.ones(1, "<f4").tobytes())),
+    )
+
+
+def test_five_bits_an_element_follow_each_other_lowest_first():
+    elements = [index % 31 for index in range(9)]
+    expected = Rotation(9).undo(np.array([elements], np.float32) - 15)
+    np.testing.assert_array_equal(RotatedInt5(9).decode(int5_row(elements)), expected)
+    # the same row's scale comes out as one only where an element has the greatest magnitude
+    row = Rotation(9).undo(np.array([[15, -15, 3, 0, 1, -7, 2, 9, -1]], np.float32))
+    packed = RotatedInt5(9).encode(row)
+    assert bytes(packed[0].data) == bytes(int5_row([30, 0, 18, 15, 16, 8, 17, 24, 14])[0].data)
+
+
+def test_five_bits_that_no_encoder_writes_are_refused():
+    RotatedInt5(9).decode(int5_row([30] * 9))
+    for tensors in (int5_row([31] + [0] * 8), int5_row([0] * 9, behind=1)):
+        with pytest.raises(MessageError, match="5 bits"):
+            RotatedInt5(9).decode(tensors)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +212,9 @@ def logits_of(shards, codec: str, prompts) -> np.ndarray:
 PROMPTS = ([72, 101, 108, 108, 111], [1, 2, 3], [200, 7, 9, 31, 8, 100, 50])
 
 
-@pytest.mark.parametrize(("codec", "tolerance"), [("F16", 2e-3), ("BF16", 1e-2), ("I8", 2e-2)])
+@pytest.mark.parametrize(
+    ("codec", "tolerance"), [("F16", 2e-3), ("BF16", 1e-2), ("I8", 2e-2), ("I5", 2e-1)]
+)
 def test_three_stages_lose_little_on_a_smaller_wire(shards, codec, tolerance):
     exact = logits_of(shards, "F32", PROMPTS)
     found = logits_of(shards, codec, PROMPTS)
@@ -221,7 +254,7 @@ def test_an_int8_step_with_other_tensors_is_refused_before_it_is_stored(specs):
 
 
 def test_a_manifest_may_not_ask_for_a_codec_that_there_is_not():
-    with pytest.raises(ValidationError, match="'F64'; use F32, F16, BF16, I8"):
+    with pytest.raises(ValidationError, match="'F64'; use F32, F16, BF16, I8, I5"):
         ActivationSpec(dtype="F64", hidden_dim=576, max_seq_len=8)
 
 

@@ -66,7 +66,8 @@ class Stage:
     """A stage between two channels, whose other ends are here."""
 
     def __init__(self, shard, idx, *, has_lane, policy=OFTEN):
-        log = None if shard.is_last else ActivationLog(SLOTS, POSITIONS, WIDTH)
+        is_last = shard.layer_end == shard.config.num_layers
+        log = None if is_last else ActivationLog(SLOTS, POSITIONS, WIDTH)
         self.core, self.idx = StageCore(shard, LIMITS, log), idx
         self.meter = StageMeter()
         self.gate = StepGate(LIMITS, lambda header, specs: None)

@@ -1,0 +1,46 @@
+"""The model that a manifest is for, as the directory has it that a command was given."""
+
+from pathlib import Path
+
+from pipeline.agreement.manifest import Manifest
+from pipeline.errors import InputError
+from pipeline.models.config import ModelConfig, load_config
+
+
+def agreed_config(manifest: Manifest, model_dir: Path) -> ModelConfig:
+    """A model directory's configuration. Raises ModelError, InputError unless it is the manifest's.
+
+    For those manifests too that pin no hash of it.
+    """
+    _check_rotation(manifest, model_dir)
+    config = load_config(model_dir, manifest.config_hash)
+    spec = manifest.activation_spec
+    if spec.max_seq_len > config.max_positions:
+        raise InputError(
+            f"the manifest allows {spec.max_seq_len} positions, the model of {model_dir} was made "
+            f"for {config.max_positions}"
+        )
+    expected = (manifest.total_layers, spec.hidden_dim)
+    if (config.num_layers, config.hidden_dim) != expected:
+        raise InputError(
+            f"{model_dir} has {config.num_layers} layers of width {config.hidden_dim}, "
+            f"the manifest says {expected[0]} of width {expected[1]}"
+        )
+    return config
+
+
+def _check_rotation(manifest: Manifest, model_dir: Path) -> None:
+    """Hold the rotation in the weights against the manifest's. Raises ModelError, InputError.
+
+    Before the hashes, which would only say that these are other weights.
+    """
+    found = load_config(model_dir).rotation
+    if found == manifest.rotation:
+        return
+    if found is None:
+        problem = "holds plain weights, the manifest is of weights rotated by a secret"
+    elif manifest.rotation is None:
+        problem = "holds weights rotated by a secret, the manifest is of plain ones"
+    else:
+        problem = "holds weights rotated by another secret than the manifest's"
+    raise InputError(f"{model_dir} {problem}; use what `pipeline-orch shard` wrote beside it")

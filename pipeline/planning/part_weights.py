@@ -1,0 +1,213 @@
+"""The tensors of a part of a model as its file holds them: in a precision, plain or rotated."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.codecs.secret_rotation import SecretRotation
+from pipeline.dtypes import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    INT8,
+    STORED_DTYPES,
+    ArrayDType,
+    HostArray,
+    Precision,
+)
+from pipeline.errors import ModelError
+from pipeline.models.config import ModelConfig, as_rotated, read_config, rotated_json
+from pipeline.models.registry import (
+    family_of,
+    plan_tensors,
+    required_tensors,
+    stored_as,
+)
+from pipeline.models.shard_model import Ends
+from pipeline.planning.rotated_weights import RotatedWeights
+from pipeline.progress import Progress
+from pipeline.weights.checkpoint import StoredTensor, load_tensors, stored_tensors
+from pipeline.weights.quantization import SCALE_SUFFIX, num_groups
+from pipeline.weights.tensor_sinks import FLOATS, CopySink, Sink, WeightSink
+
+HEADER_ALIGNMENT = 8  # of a safetensors file, so that its tensors are aligned
+
+
+class Part(NamedTuple):
+    """What a directory holds of the model, and what the manifest says of the source's weights."""
+
+    layers: range
+    ends: Ends | None
+    precision: Precision | None
+    weight_hashes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The model that is cut, and the rotation that its parts get, if any."""
+
+    model_dir: Path
+    rotation: SecretRotation | None = None
+
+    def config_json(self) -> bytes:
+        """The config.json of its parts. Raises ModelError."""
+        raw = read_config(self.model_dir)
+        return raw if self.rotation is None else rotated_json(raw, self.rotation.fingerprint)
+
+
+def part_tensors(
+    source: Source, config: ModelConfig, part: Part, progress: Progress | None
+) -> dict[str, HostArray]:
+    """All tensors of a part, by name, in its precision or as they are stored; rotated ones in F32.
+
+    `config` is the source's. Every byte is held against the part's hashes, if there are any.
+    Raises ModelError.
+    """
+    make = _as_stored if source.rotation is None else _rotated
+    kept = make(source, config, part, progress)
+    return {name: tensor for each in kept for name, tensor in each.tensors().items()}
+
+
+def _as_stored(
+    source: Source, config: ModelConfig, part: Part, progress: Progress | None
+) -> "list[_Kept | _KeptInt8]":
+    model_dir = source.model_dir
+    stored = stored_tensors(model_dir)
+    planned = required_tensors(model_dir, config, part.layers, part.ends)
+    kept = {
+        name: _keep(stored[name], sink, part.precision, model_dir)
+        for name, sink in planned.items()
+        if name in stored  # load_tensors names what is missing
+    }
+    sinks = {**planned, **{name: each.sink for name, each in kept.items()}}
+    load_tensors(model_dir, sinks, expected_hashes=part.weight_hashes or None, progress=progress)
+    return list(kept.values())
+
+
+def _rotated(
+    source: Source, config: ModelConfig, part: Part, progress: Progress | None
+) -> "list[_Kept | _KeptInt8]":
+    assert source.rotation is not None
+    planned = plan_tensors(as_rotated(config, source.rotation.fingerprint), part.layers, part.ends)
+    kept = []
+    for name, tensor in _rotate(source, source.rotation, config, part, progress):
+        stored = StoredTensor(name, "F32", tensor.shape, 0, tensor.nbytes)
+        kept.append(_keep(stored, planned[name], part.precision, source.model_dir))
+        kept[-1].sink.write(0, tensor)
+    return kept
+
+
+def _rotate(
+    source: Source,
+    rotation: SecretRotation,
+    config: ModelConfig,
+    part: Part,
+    progress: Progress | None,
+) -> Iterator[tuple[str, HostArray]]:
+    names, stream = family_of(config).NAMES, family_of(config).STREAM
+    if stream is None:
+        raise ModelError(f"the weights of {config.architecture} models cannot be rotated")
+    files = stored_as(source.model_dir, config, part.layers, part.ends)
+    planned = required_tensors(source.model_dir, config, part.layers, part.ends)
+    read = {own: np.empty(planned[name].shape, FLOAT32) for own, name in files.items()}
+    load_tensors(
+        source.model_dir,
+        {files[own]: CopySink(tensor) for own, tensor in read.items()},
+        expected_hashes=part.weight_hashes or None,
+        progress=progress,
+    )
+    weights = RotatedWeights(names, stream, rotation)
+    for index in part.layers:
+        yield from weights.layer(read, index).items()
+    if part.ends is not None and any(part.ends):
+        yield from weights.ends(read)
+
+
+def save_tensors(tensors: Mapping[str, HostArray], path: Path) -> None:
+    """Write a safetensors file, as the library of that name does: wide formats first, by name."""
+    names = {dtype: name for name, dtype in STORED_DTYPES.items()}
+    order = (FLOAT32, BFLOAT16, FLOAT16, INT8)
+    sorted_tensors = sorted(tensors.items(), key=lambda each: (order.index(each[1].dtype), each[0]))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted_tensors:
+        start, end = end, end + tensor.nbytes
+        shape = list(tensor.shape)
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % HEADER_ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for _, tensor in sorted_tensors:
+            file.write(tensor.data)
+
+
+class _Kept:
+    """A tensor on its way into a shard: as stored, or rounded to another float."""
+
+    def __init__(self, stored: StoredTensor, dtype: ArrayDType) -> None:
+        self._name = stored.name
+        self.sink: Sink = CopySink(np.empty(stored.shape, dtype), dtype)
+
+    def tensors(self) -> Mapping[str, HostArray]:
+        """What the shard stores, by name."""
+        assert isinstance(self.sink, CopySink)
+        return {self._name: self.sink.target}
+
+
+class _KeptInt8:
+    """A matrix on its way into a shard as int8, in the layout it came in."""
+
+    precision: Precision = "int8"
+
+    def __init__(self, stored: StoredTensor, *, is_in_out: bool) -> None:
+        rows, columns = stored.shape
+        num_out, num_in = (columns, rows) if is_in_out else (rows, columns)
+        self._name = stored.name
+        self._values = np.empty((num_out, num_in), INT8)
+        self._scales = np.empty((num_out, num_groups(num_in)), BFLOAT16)
+        self._is_in_out = is_in_out
+        self.sink: Sink = WeightSink(self, 0, num_out, num_in, is_in_out=is_in_out)
+
+    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
+        """Keep outputs first.. and their scales."""
+        assert scales is not None, "int8 comes with scales"
+        last = first + len(outputs)
+        self._values[first:last], self._scales[first:last] = outputs, scales
+
+    def tensors(self) -> Mapping[str, HostArray]:
+        """What the shard stores, by name."""
+        values = np.ascontiguousarray(self._values.T) if self._is_in_out else self._values
+        return {self._name: values, self._name + SCALE_SUFFIX: self._scales}
+
+
+def _keep(
+    stored: StoredTensor, planned: Sink, precision: Precision | None, model_dir: Path
+) -> _Kept | _KeptInt8:
+    """Where a tensor of the source goes; float32 is kept as stored, being no less exact so."""
+    if stored.dtype not in FLOATS:
+        raise ModelError(
+            f"{model_dir}: tensor {stored.name} is stored as {stored.dtype}: "
+            f"use weights in one of {', '.join(FLOATS)}"
+        )
+    dtype = STORED_DTYPES[stored.dtype]
+    try:
+        if isinstance(planned, WeightSink) and len(stored.shape) == 2:
+            if precision == "int8":
+                return _KeptInt8(stored, is_in_out=planned.is_in_out)
+            if precision == "bfloat16":
+                dtype = BFLOAT16
+        return _Kept(stored, dtype)
+    except (ValueError, MemoryError) as error:
+        raise ModelError(
+            f"{model_dir}: tensor {stored.name} needs {stored.end - stored.start} bytes of memory, "
+            "more than this machine gives"
+        ) from error
