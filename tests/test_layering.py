@@ -28,7 +28,7 @@ ROOMS = {
     },
     "planning": {"agreement", "codecs", "models", "weights"},
     "stego": {"engine", "sampling"},
-    "leakage": {"codecs", "engine", "kernels", "models", "protocol", "weights"},
+    "leakage": {"codecs", "engine", "kernels", "models", "planning", "protocol", "weights"},
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
     "cli": {
         "agreement", "codecs", "engine", "gateway", "kernels", "leakage", "models", "orchestrator",

@@ -4,15 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.leakage.attacker import Attacker
 from pipeline.leakage.cards import Card, Cost, Integrity, Setting
 from pipeline.leakage.modes import MODES, Mode
-from pipeline.leakage.observations import Text, observe, read_texts
+from pipeline.leakage.observations import SEED, Text, observe, read_texts
 from pipeline.leakage.public_model import PublicModel
+from pipeline.leakage.rotated_model import load_rotated
 from pipeline.leakage.suite import ATTACKS, Scope, recover, recover_all
-from pipeline.leakage.utility import NUM_STAGES, measure_utility, tokens_per_second
+from pipeline.leakage.utility import NUM_STAGES, ModePipeline, measure_utility, tokens_per_second
 from pipeline.models.config import load_config
 from pipeline.progress import Watch
 
@@ -25,7 +28,7 @@ PLAIN = MODES["plain"]
 class Laboratory:
     """A model and texts, ready for modes to be tried on."""
 
-    name: str
+    model_dir: Path
     model: PublicModel
     texts: Sequence[Text]
     attacker: Attacker
@@ -49,25 +52,27 @@ class Laboratory:
         cuts = {*layers, config.num_layers // NUM_STAGES}
         model = PublicModel.load(model_dir, sorted(cuts), watch("loading weights", "bytes"))
         attacker = Attacker(model, scope.num_tokens)
-        return cls(model_dir.resolve().name, model, texts, attacker, scope, layers)
+        return cls(model_dir, model, texts, attacker, scope, layers)
 
     def card(self, mode: Mode, watch: Watch) -> Card:
         """Attack a mode, and measure what it costs. Raises InputError."""
         model, texts, scope = self.model, self.texts, self.scope
         num_bytes = mode.bytes_per_token(model.config.hidden_dim, NUM_STAGES)
-        speed, plain_speed = tokens_per_second(model, (mode, PLAIN), texts[0])
-        seen = observe(model, mode, texts)
+        server = self._server(mode)
+        pipelines = ModePipeline(server, mode), ModePipeline(model, PLAIN)
+        speed, plain_speed = tokens_per_second(pipelines, texts[0])
+        seen = observe(model, server, mode, texts)
         recoveries = recover_all(
             self.attacker, mode, seen, self.layers, scope, watch(f"attacking {mode.name}", "texts")
         )
         utility = measure_utility(
-            model, PLAIN, mode, texts, watch("comparing predictions", "texts")
+            pipelines[1], pipelines[0], texts, watch("comparing predictions", "texts")
         )
         return Card(
             mode=mode.name,
             version=mode.version,
             setting=mode.setting,
-            model=self.name,
+            model=self.model_dir.resolve().name,
             num_layers=model.config.num_layers,
             texts=scope.num_texts,
             recoveries=recoveries,
@@ -83,13 +88,20 @@ class Laboratory:
             protects=mode.protects,
         )
 
+    def _server(self, mode: Mode) -> PublicModel:
+        """The model as the mode's server has it."""
+        if mode.disguise != "rotation":
+            return self.model
+        return load_rotated(self.model_dir, self.model.cuts[1:-1], np.random.default_rng(SEED))
+
     def _setting(self, mode: Mode, sigma: float) -> Setting:
         """The strongest attack on noise of that strength, and its price."""
         other = replace(mode, make_view=mode.noise(sigma))
         texts = self.texts[:SWEPT_TEXTS]
         scope = replace(self.scope, num_texts=len(texts))
-        seen = observe(self.model, other, texts)
-        utility = measure_utility(self.model, PLAIN, other, texts, None)
+        seen = observe(self.model, self.model, other, texts)
+        plain = ModePipeline(self.model, PLAIN)
+        utility = measure_utility(plain, ModePipeline(self.model, other), texts, None)
         rates = [
             recover(self.attacker, each, seen, 0, scope, None).token_recovery
             for each in ATTACKS

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.codecs.base import ActivationCodec
 from pipeline.codecs.registry import make_codec
+from pipeline.dtypes import Floats
 from pipeline.errors import InputError
 from pipeline.leakage import views
 from pipeline.leakage.views import View
@@ -45,7 +46,7 @@ class Mode:
     found_by: str = FOUND_BY
     setting: str = ""
     is_client_split: bool = True  # embedding, final norm and head with the user
-    disguise: Disguise = None  # one for all sessions, in the server's weights
+    disguise: Disguise = None  # one secret for all sessions, in the server's weights
     has_noise: bool = False  # anew in every session
     sigmas: tuple[float, ...] = ()  # strengths of the noise that are measured beside
     wire: str = "F32"  # the codec that rows travel by
@@ -56,6 +57,16 @@ class Mode:
     def noise(sigma: float) -> MakeView:
         """The same mode's view with noise of another strength."""
         return views.noisy(sigma, LONGEST_EMBEDDING)
+
+    def on_the_wire(self, rows: Floats) -> Floats:
+        """Rows as they come out of the codec that they travel by. Raises MessageError."""
+        codec = self.codec(rows.shape[-1])
+        if codec.is_plain_f32:
+            return rows
+        # what is decoded may lie in the frame
+        return np.array(codec.decode(codec.encode(rows.reshape(-1, rows.shape[-1])))).reshape(
+            rows.shape
+        )
 
     def codec(self, hidden_dim: int) -> ActivationCodec:
         """How rows of that width travel. Raises InputError for a width that has no such codec."""
@@ -100,7 +111,7 @@ _ALL = (
     Mode(
         "rotate",
         1,
-        views.rotated,
+        views.plain,
         "A secret rotation changes what activations look like and not what they tell: no "
         "confidentiality against someone who has the public weights.",
         disguise="rotation",
@@ -108,7 +119,7 @@ _ALL = (
     Mode(
         "rotate-int8",
         1,
-        views.rotated_int8,
+        views.plain,
         "Makes the wire a quarter as wide at hardly any loss; no confidentiality against someone "
         "who has the public weights.",
         disguise="rotation",

@@ -12,7 +12,6 @@ from pipeline.errors import InputError
 from pipeline.leakage.evidence import Evidence, Pairs
 from pipeline.leakage.modes import Mode
 from pipeline.leakage.public_model import PublicModel, without_mean
-from pipeline.leakage.views import View
 
 # Sessions that an attacker sees of one text, where noise differs between them.
 NUM_REPEATS = 16
@@ -62,20 +61,34 @@ class Observations:
         )
 
 
-def observe(model: PublicModel, mode: Mode, texts: Sequence[Text]) -> Observations:
-    """Run the texts through the model, and look at them as the mode's server does."""
+def observe(
+    model: PublicModel, server: PublicModel, mode: Mode, texts: Sequence[Text]
+) -> Observations:
+    """Run the texts through the server's model, and look at them as the mode's server does."""
     view = mode.make_view(model.config.hidden_dim, np.random.default_rng(SEED))
-    embedded = [model.embed(text) for text in texts]
-    public = [_seen(model, model.rows_at_cuts(rows)) for rows in embedded]
+
+    def held(rows: Floats) -> Floats:
+        return mode.on_the_wire(view.observe(rows))
+
+    public = [_seen(model, model.rows_at_cuts(model.embed(text))) for text in texts]
     actual = public
-    if mode.has_noise:
-        actual = [_seen(model, model.rows_at_cuts(view.disturb(rows))) for rows in embedded]
+    if mode.has_noise or server is not model:
+        actual = [
+            _seen(server, server.rows_at_cuts(view.disturb(server.embed(text)))) for text in texts
+        ]
     return Observations(
         texts,
         public,
-        [{cut: view.observe(rows) for cut, rows in each.items()} for each in actual],
-        [_repeat(view, rows[0]) for rows in public],
-        Pairs(model.readers, view.readers(model.readers)),
+        [{cut: held(rows) for cut, rows in each.items()} for each in actual],
+        [
+            np.stack(
+                [held(view.disturb(model.embed(text))) for _ in range(NUM_REPEATS)]
+                if mode.has_noise
+                else [held(rows[0])]
+            )
+            for text, rows in zip(texts, actual, strict=True)
+        ],
+        Pairs(model.readers, view.readers(server.readers)),
     )
 
 
@@ -84,7 +97,3 @@ def _seen(model: PublicModel, rows: dict[int, Floats]) -> dict[int, Floats]:
     if not model.is_centred:
         return rows
     return {cut: without_mean(each) for cut, each in rows.items()}
-
-
-def _repeat(view: View, rows: Floats) -> Floats:
-    return np.stack([view.observe(view.disturb(rows)) for _ in range(NUM_REPEATS)])

@@ -12,18 +12,21 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.dtypes import Floats
+from pipeline.errors import ModelError
 from pipeline.kernels.kv_cache import KVCache
-from pipeline.models.config import GPT2Config, ModelConfig, load_config
-from pipeline.models.gpt2 import GPT2Shard
-from pipeline.models.registry import FAMILIES, ModelShard, load_shard, required_tensors
+from pipeline.models.config import ModelConfig, load_config
+from pipeline.models.registry import (
+    ModelShard,
+    family_of,
+    load_shard,
+    required_tensors,
+    stored_as,
+)
+from pipeline.models.shard_model import Ends
 from pipeline.progress import Progress, part_of
 from pipeline.protocol.batch import Batch, Segment
 from pipeline.weights.checkpoint import load_tensors
 from pipeline.weights.tensor_sinks import CopySink
-
-# Below a layer's prefix: the norm's gain, and a matrix that reads what it gives.
-GPT2_READERS = ("ln_1.weight", "attn.c_attn.weight")
-LLAMA_READERS = ("input_layernorm.weight", "self_attn.q_proj.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class PublicModel:
     embedding: Floats  # [vocab, hidden]
     positions: Floats | None  # [positions, hidden], of models that learn them
     readers: Floats  # [outputs, hidden]: what layer 0 multiplies normed rows with, gain included
+    is_centred: bool  # whether norms drop a row's mean (LayerNorm), so that it says nothing
     cuts: tuple[int, ...]  # 0, the layers looked at, the number of layers
     shards: tuple[ModelShard, ...]  # between the cuts, from rows to rows
 
@@ -50,33 +54,33 @@ class PublicModel:
                 config,
                 start,
                 end,
+                ends=Ends(embedding=False, head=end == config.num_layers),
                 expected_hashes=None,
                 progress=part_of(progress, index, len(cuts) - 1),
             )
             for index, (start, end) in enumerate(itertools.pairwise(cuts))
         )
-        _take_rows(shards[0])
-        is_gpt2 = isinstance(config, GPT2Config)
-        names = FAMILIES[type(config)].NAMES
-        gain, reader = GPT2_READERS if is_gpt2 else LLAMA_READERS
-        prefix = f"{names.layers}.0."
-        wanted = [f"{names.embedding}.weight", prefix + gain, prefix + reader]
-        found = _read(model_dir, config, [*wanted, *(["wpe.weight"] if is_gpt2 else [])])
-        matrix = found[prefix + reader]
-        readers = (matrix.T if is_gpt2 else matrix) * found[prefix + gain]
+        family = family_of(config)
+        names, stream = family.NAMES, family.STREAM
+        if stream is None:
+            raise ModelError(f"what reads the rows of {config.architecture} models is not known")
+        norm, linears = next(iter(stream.readers.items()))
+        gain, reader = (f"{names.layers}.0.{each}.weight" for each in (norm, linears[0]))
+        embedding = f"{names.embedding}.weight"
+        positions = [] if stream.positions is None else [stream.positions]
+        found = _read(model_dir, config, [embedding, gain, reader, *positions])
+        matrix = found[reader].T if stream.is_in_out else found[reader]
+        is_centred = stream.is_centred and config.rotation is None
+        readers = matrix * found[gain]
         return cls(
             config,
-            found[wanted[0]],
-            found.get("wpe.weight"),
-            without_mean(readers) if is_gpt2 else readers,
+            found[embedding],
+            None if stream.positions is None else found[stream.positions],
+            without_mean(readers) if is_centred else readers,
+            is_centred,
             cuts,
             shards,
         )
-
-    @property
-    def is_centred(self) -> bool:
-        """Whether norms drop a row's mean (LayerNorm), so that it says nothing."""
-        return self.positions is not None
 
     def embed(self, token_ids: Sequence[int] | slice, position: int = 0) -> Floats:
         """Rows at layer 0 of consecutive tokens, the first at `position`: [tokens, hidden]."""
@@ -123,20 +127,12 @@ def without_mean(rows: Floats) -> Floats:
     return centred
 
 
-def _take_rows(first: ModelShard) -> None:
-    """Have the first layers take rows, as a stage's do whose orchestrator embeds."""
-    first.is_first = False
-    if isinstance(first, GPT2Shard):
-        first.wpe = None  # the rows have their positions already
-
-
 def _read(model_dir: Path, config: ModelConfig, names: Sequence[str]) -> Mapping[str, Floats]:
     """Tensors of the first layer and what lies before it, as float32."""
-    stored = required_tensors(model_dir, config, range(1))
-    arrays, sinks = {}, {}
-    for name in names:
-        in_files = next(each for each in stored if each.endswith(name))
-        arrays[name] = np.empty(stored[in_files].shape, np.float32)
-        sinks[in_files] = CopySink(arrays[name])
+    layers, ends = range(1), Ends(embedding=True, head=False)
+    files = stored_as(model_dir, config, layers, ends)
+    planned = required_tensors(model_dir, config, layers, ends)
+    arrays = {name: np.empty(planned[files[name]].shape, np.float32) for name in names}
+    sinks = {files[name]: CopySink(array) for name, array in arrays.items()}
     load_tensors(model_dir, sinks, expected_hashes=None)
     return arrays

@@ -12,7 +12,7 @@ from pipeline.leakage.cards import Utility
 from pipeline.leakage.modes import Mode
 from pipeline.leakage.next_tokens import log_softmax
 from pipeline.leakage.observations import SEED, Text
-from pipeline.leakage.public_model import PublicModel, forward, without_mean
+from pipeline.leakage.public_model import PublicModel, forward
 from pipeline.leakage.views import View
 from pipeline.progress import Progress
 from pipeline.protocol.batch import Segment
@@ -25,12 +25,11 @@ class ModePipeline:
     """The model in this process, its rows seen and restored wherever a mode has them travel."""
 
     def __init__(self, model: PublicModel, mode: Mode) -> None:
-        self._model = model
+        self._model, self._mode = model, mode
         self._view: View = mode.make_view(model.config.hidden_dim, np.random.default_rng(SEED))
         num_layers = model.config.num_layers
         middle = min(model.cuts[1:], key=lambda cut: abs(cut - num_layers / NUM_STAGES))
         self._links = {0, middle, num_layers} if mode.is_client_split else {middle}
-        self._is_centred = model.is_centred and mode.disguise is not None
 
     def new_caches(self, num_positions: int) -> list[KVCache]:
         """For one text."""
@@ -49,16 +48,14 @@ class ModePipeline:
     def _travel(self, rows: Floats, cut: int) -> Floats:
         if cut not in self._links:
             return rows
-        if self._is_centred:
-            rows = without_mean(rows)
-        return np.ascontiguousarray(self._view.restore(self._view.observe(rows)))
+        held = self._mode.on_the_wire(self._view.observe(rows))
+        return np.ascontiguousarray(self._view.restore(held))
 
 
 def measure_utility(
-    model: PublicModel, plain: Mode, mode: Mode, texts: Sequence[Text], progress: Progress | None
+    reference: ModePipeline, other: ModePipeline, texts: Sequence[Text], progress: Progress | None
 ) -> Utility:
-    """The mode's logits beside the plain pipeline's, at every position of the texts."""
-    reference, other = ModePipeline(model, plain), ModePipeline(model, mode)
+    """A mode's logits beside the plain pipeline's, at every position of the texts."""
     most = kl = 0.0
     same = count = 0
     for index, text in enumerate(texts):
@@ -77,18 +74,17 @@ def measure_utility(
     )
 
 
-def tokens_per_second(model: PublicModel, modes: Sequence[Mode], text: Text) -> list[float]:
-    """Of greedy decoding in this process, the modes taking turns token by token."""
-    pipelines = [ModePipeline(model, mode) for mode in modes]
+def tokens_per_second(pipelines: Sequence[ModePipeline], text: Text) -> list[float]:
+    """Of greedy decoding in this process, the pipelines taking turns token by token."""
     num_tokens = min(TIMED_TOKENS, len(text))
     caches = [each.new_caches(len(text) + num_tokens) for each in pipelines]
-    spent: list[list[float]] = [[] for _ in modes]
+    spent: list[list[float]] = [[] for _ in pipelines]
     last = [
         int(each.logits(text, 0, own)[-1].argmax())
         for each, own in zip(pipelines, caches, strict=True)
     ]
     for position, index in itertools.product(
-        range(len(text), len(text) + num_tokens), range(len(modes))
+        range(len(text), len(text) + num_tokens), range(len(pipelines))
     ):
         started = perf_counter()
         row = pipelines[index].logits(last[index : index + 1], position, caches[index])[-1]

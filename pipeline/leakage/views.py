@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.codecs.rotated_int8 import INT8_MAX
 from pipeline.dtypes import Floats
 
 Change = Callable[[Floats], Floats]
@@ -50,24 +49,6 @@ def permuted(hidden_dim: int, rng: np.random.Generator) -> View:
     return View(permute, lambda rows: rows[..., back], permute, _same)
 
 
-def rotated(hidden_dim: int, rng: np.random.Generator) -> View:
-    """Rows by a secret orthogonal matrix, and the weights with them."""
-    matrix = random_orthogonal(hidden_dim, rng)
-
-    def rotate(rows: Floats) -> Floats:
-        return rows @ matrix.T
-
-    return View(rotate, lambda rows: rows @ matrix, rotate, _same)
-
-
-def rotated_int8(hidden_dim: int, rng: np.random.Generator) -> View:
-    """The same, rounded to int8 with a scale for each row where rows travel."""
-    exact = rotated(hidden_dim, rng)
-    return View(
-        lambda rows: rounded_to_int8(exact.observe(rows)), exact.restore, exact.readers, _same
-    )
-
-
 def noisy(sigma: float, clip: float) -> Callable[[int, np.random.Generator], View]:
     """Embedded rows clipped to a length, with Gaussian noise in each of their dimensions."""
 
@@ -84,17 +65,3 @@ def noisy(sigma: float, clip: float) -> Callable[[int, np.random.Generator], Vie
         return View(_same, _same, _same, disturb)
 
     return make
-
-
-def random_orthogonal(size: int, rng: np.random.Generator) -> Floats:
-    """Uniform over all orthogonal matrices of that size."""
-    matrix, upper = np.linalg.qr(rng.standard_normal((size, size)))
-    return (matrix * np.sign(np.diag(upper))).astype(np.float32)
-
-
-def rounded_to_int8(rows: Floats) -> Floats:
-    """Each row to the nearest multiples of a 127th of its greatest magnitude."""
-    scales = np.abs(rows).max(axis=-1, keepdims=True) / INT8_MAX
-    scales = np.maximum(scales, np.finfo(np.float32).tiny)
-    rounded: Floats = np.rint(rows / scales) * scales
-    return rounded
