@@ -8,7 +8,7 @@ Source: Schönemann, A generalized solution of the orthogonal Procrustes problem
 import numpy as np
 
 from pipeline.dtypes import Floats
-from pipeline.leakage.evidence import Comparison, Pairs, RowByRow
+from pipeline.leakage.evidence import Comparison, Pairs, RowByRow, as_they_are
 
 # Of the greatest singular value: directions below say nothing of the matrix, only of rounding.
 RELATIVE_RANK = 1e-8
@@ -30,4 +30,6 @@ def aligned_bases(pairs: Pairs) -> tuple[Floats, Floats]:
 def compare_aligned(observed: Floats, pairs: Pairs) -> Comparison:
     """Compare observations with candidates in the span that `pairs` give."""
     seen, meant = aligned_bases(pairs)
+    if len(meant) == meant.shape[1]:  # all of the matrix: observations become rows of the model
+        return RowByRow(observed @ (seen @ meant.T), as_they_are)
     return RowByRow(observed @ seen, lambda rows: rows @ meant)
