@@ -33,9 +33,11 @@ from pipeline.cli.shared_options import (
     results_address,
     to_endpoint,
 )
+from pipeline.codecs.rotated_int8 import RotatedInt8
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
+from pipeline.leakage.cards import require_card
 from pipeline.orchestrator.epochs import ReplaySource
 from pipeline.orchestrator.failover import Work, run_with_failover
 from pipeline.orchestrator.model_ends import REMOTE_ENDS, ModelEnds
@@ -191,6 +193,14 @@ def check_context(context: int | None, manifest: Manifest) -> None:
         raise InputError(f"--context {context} is more than the model's {longest}")
 
 
+def mode_of(manifest: Manifest) -> str:
+    """What the leakage cards call the way in which a manifest uses its stages."""
+    if manifest.rotation is not None:
+        is_rounded = manifest.activation_spec.dtype == RotatedInt8.name
+        return "rotate-int8" if is_rounded else "rotate"
+    return "client" if manifest.has_client_ends else "plain"
+
+
 @dataclass(frozen=True, slots=True)
 class PipelineAccess:
     """How to reach the stages of a manifest, and what to do when one is lost."""
@@ -213,6 +223,7 @@ class PipelineAccess:
     ) -> "PipelineAccess":
         """Check the flags and the protection the manifest gives. Raises InputError."""
         manifest = source.manifest
+        require_card(mode_of(manifest))
         given = flags.workers.given(has_client_ends=manifest.has_client_ends)
         if given and not flags.supervise:
             raise InputError(
