@@ -27,7 +27,6 @@ from pipeline.files import check_writable, write_atomically
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.orchestrator.open_pipeline import Pipeline
 from pipeline.stego import fingerprint as fingerprints
-from pipeline.stego.codecs import parse_codec
 from pipeline.stego.cover import CoverProgress
 from pipeline.stego.errors import StegoError, Unreadable
 from pipeline.stego.fingerprint import Fingerprint
@@ -104,6 +103,8 @@ def encode(flags: TripFlags, message: bytes, outputs: Outputs, *, compresses: bo
 
 def decode(flags: TripFlags, text: str) -> None:
     """Print the message of a text. Raises PipelineError, or typer.Exit after a signal."""
+    if not text.strip():
+        raise StegoError("--in: the text is empty")
     trip = _Trip.plan(flags)
     num_text = len(CoverTokenizer(trip.tokenizer).ids(text))
 
@@ -212,7 +213,7 @@ def _settings(given: Settings, secret_file: Path | None) -> fingerprints.Setting
     recorded = read_fingerprint(secret_file) or fingerprints.Settings()
     names = set(fingerprints.Settings.model_fields)
     settings = fingerprints.Settings(**(recorded.model_dump(include=names) | given))
-    _ = settings.sampling, parse_codec(settings.codec)  # raise for what there is not
+    _ = settings.sampling  # raises for what leaves nothing to choose from
     return settings
 
 
