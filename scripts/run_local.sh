@@ -2,13 +2,15 @@
 # Generate text with stage workers and an orchestrator as separate processes on this machine.
 # Usage: run_local.sh [--mode MODE] "PROMPT" [MAX_TOKENS]
 # MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. MODE is
-# plain; client, where stages see no token; rotate, where rows are rotated by a secret as well; or
-# rotate-int8, where they also travel in 8 bits. pipeline/codecs/README.md says what that protects.
+# plain; client, where stages see no token; rotate, where rows are rotated by a secret as well;
+# rotate-int8, where they also travel in 8 bits; or dp, where they get noise (DP_SIGMA, DP_CLIP) up to
+# a bound (DP_EPSILON, DP_DELTA). pipeline/codecs/README.md says what that protects.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-usage='usage: run_local.sh [--mode plain|client|rotate|rotate-int8] "PROMPT" [MAX_TOKENS]'
+usage='usage: run_local.sh [--mode plain|client|rotate|rotate-int8|dp] "PROMPT" [MAX_TOKENS]'
 mode=plain
+bound=()
 if [ "${1-}" = --mode ]; then
   [ $# -ge 2 ] || die "$usage"
   mode=$2
@@ -18,6 +20,11 @@ case $mode in
   plain) plan_flags=() ;;
   client | rotate) plan_flags=(--split client) ;;
   rotate-int8) plan_flags=(--split client --wire-dtype I8) ;;
+  dp)
+    plan_flags=(--split client --dp-sigma "${DP_SIGMA:-0.03}" --dp-clip "${DP_CLIP:-7.5}")
+    # Noise that leaves a text readable hides nothing; what it adds up to is printed.
+    bound=(--dp-epsilon "${DP_EPSILON:-1e9}" --dp-delta "${DP_DELTA:-1e-5}")
+    ;;
   *) die "--mode is '$mode'; $usage" ;;
 esac
 prompt=${1-}
@@ -70,7 +77,7 @@ watch_workers() {
   done
 }
 
-pipeline-orch --manifest "$manifest" --tokenizer "$model_dir/tokenizer.json" "${client_part[@]}" \
+pipeline-orch --manifest "$manifest" --tokenizer "$model_dir/tokenizer.json" "${client_part[@]}" "${bound[@]}" \
   --text "$prompt" --max-tokens "$max_tokens" --dev &
 orchestrator=$!
 watch_workers "$orchestrator" &

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.codecs.base import ActivationCodec
+from pipeline.codecs.gaussian_noise import GaussianNoise
 from pipeline.engine.step import Step
 from pipeline.errors import InputError, MessageError
 from pipeline.models.registry import ModelShard
@@ -27,10 +28,16 @@ class ClientEnds:
 
     are_remote = False
 
-    def __init__(self, shard: ModelShard, codec: ActivationCodec) -> None:
-        """`shard` has both ends and no layers; `codec` is how rows travel to the first stage."""
+    def __init__(
+        self, shard: ModelShard, codec: ActivationCodec, noise: GaussianNoise | None = None
+    ) -> None:
+        """`shard` has both ends and no layers; `codec` is how rows travel to the first stage.
+
+        `noise`: what they get before they do.
+        """
         self._shard = shard
         self._codec = codec
+        self._noise = noise
 
     def begin(self, step: Step) -> tuple[StepHeader, tuple[Tensor, ...]]:
         """Embedded rows. Raises InputError for ids that the model has no row for."""
@@ -45,6 +52,11 @@ class ClientEnds:
             )
         rows = self._shard.embed(np.array(step.token_ids, np.int64), header.segments)
         (rows,) = self._shard.kernels.to_host(rows)
+        if self._noise is not None:
+            places = zip(step.requests, header.segments, strict=True)
+            rows = self._noise.apply(
+                rows, [(request, each.position, each.num_tokens) for request, each in places]
+            )
         return header, self._codec.encode(rows)
 
     def end(self, step: Step, header: StepHeader, tensors: Sequence[Tensor]) -> StepResult:
