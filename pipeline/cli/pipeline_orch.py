@@ -33,6 +33,14 @@ DTypeOption = Annotated[
     typer.Option(help="Weights of every stage: float32, bfloat16, int8 [manifest's]."),
 ]
 
+OLDER_VARIABLES = {
+    "--client-part": ("INFEMERAL_CLIENT_WEIGHTS_PATH",),
+    "--served-model-name": ("INFEMERAL_CLIENT_MODEL_ID",),
+    "--context": ("INFEMERAL_SERVER_MAX_CONTEXT_LENGTH",),
+    "--dp-epsilon": ("INFEMERAL_CRYPTO_DP_EPSILON",),
+    "--dp-delta": ("INFEMERAL_CRYPTO_DP_DELTA",),
+}
+
 app = new_app()
 app.add_typer(attest.app, name="attest")
 
@@ -347,4 +355,4 @@ def keygen_command(
 
 def main() -> None:
     """Console entry point."""
-    run_app(app, "pipeline-orch")
+    run_app(app, "pipeline-orch", OLDER_VARIABLES)
