@@ -1,31 +1,32 @@
 #!/usr/bin/env bash
 # Generate text with stage workers and an orchestrator as separate processes on this machine.
-# Usage: run_local.sh [--mode MODE] "PROMPT" [MAX_TOKENS]
-# MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. MODE is
-# plain; client, where stages see no token; rotate, where rows are rotated by a secret as well;
-# rotate-int8, where they also travel in 8 bits; or dp, where they get noise (DP_SIGMA, DP_CLIP) up to
-# a bound (DP_EPSILON, DP_DELTA). pipeline/codecs/README.md says what that protects.
+# Usage: run_local.sh [--mode plain|client|rotate|rotate-int8|dp] "PROMPT" [MAX_TOKENS]
+# MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. In mode
+# client the orchestrator holds embedding and head, and computes them with as many threads; in mode
+# rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits; in dp they
+# get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA).
+# pipeline/codecs/README.md says what that protects.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage='usage: run_local.sh [--mode plain|client|rotate|rotate-int8|dp] "PROMPT" [MAX_TOKENS]'
 mode=plain
-bound=()
 if [ "${1-}" = --mode ]; then
-  [ $# -ge 2 ] || die "$usage"
-  mode=$2
-  shift 2
+  mode=${2-}
+  shift $(($# < 2 ? $# : 2))
 fi
+plan_flags=(--split client)
+own=(--threads "${THREADS:-1}")
 case $mode in
-  plain) plan_flags=() ;;
-  client | rotate) plan_flags=(--split client) ;;
-  rotate-int8) plan_flags=(--split client --wire-dtype I8) ;;
+  plain) plan_flags=() own=() ;;
+  client | rotate) ;;
+  rotate-int8) plan_flags+=(--wire-dtype I8) ;;
   dp)
-    plan_flags=(--split client --dp-sigma "${DP_SIGMA:-0.03}" --dp-clip "${DP_CLIP:-7.5}")
+    plan_flags+=(--dp-sigma "${DP_SIGMA:-0.03}" --dp-clip "${DP_CLIP:-7.5}")
     # Noise that leaves a text readable hides nothing; what it adds up to is printed.
-    bound=(--dp-epsilon "${DP_EPSILON:-1e9}" --dp-delta "${DP_DELTA:-1e-5}")
+    own+=(--dp-epsilon "${DP_EPSILON:-1e9}" --dp-delta "${DP_DELTA:-1e-5}")
     ;;
-  *) die "--mode is '$mode'; $usage" ;;
+  *) die "the mode is '$mode', expected plain, client, rotate, rotate-int8 or dp; $usage" ;;
 esac
 prompt=${1-}
 max_tokens=${2-50}
@@ -54,8 +55,7 @@ if [[ $mode == rotate* ]]; then
   manifest=$run_dir/shards/manifest.json
   part_dir() { echo "$run_dir/shards/$1"; }
 fi
-client_part=()
-[ "$mode" = plain ] || client_part=(--client-part "$(part_dir client)")
+[ "$mode" = plain ] || own+=(--client-part "$(part_dir client)")
 
 for ((i = 0; i < stages; i++)); do
   stage-worker --manifest "$manifest" --stage-idx "$i" --model-dir "$(part_dir "stage$i")" \
@@ -77,8 +77,8 @@ watch_workers() {
   done
 }
 
-pipeline-orch --manifest "$manifest" --tokenizer "$model_dir/tokenizer.json" "${client_part[@]}" "${bound[@]}" \
-  --text "$prompt" --max-tokens "$max_tokens" --dev &
+pipeline-orch --manifest "$manifest" --tokenizer "$model_dir/tokenizer.json" \
+  --text "$prompt" --max-tokens "$max_tokens" --dev "${own[@]}" &
 orchestrator=$!
 watch_workers "$orchestrator" &
 status=0

@@ -331,9 +331,10 @@ def shard_command(
         raise InputError("--client-file: with --stage no client's part is written")
     if stage is not None and precision is not None:
         raise InputError("--dtype: with --stage the manifest of the shards decides")
-    rotation = rotate_secret and load_rotation(
-        rotate_secret, loaded.activation_spec.hidden_dim, may_create=stage is None
-    )
+    rotation = None
+    if rotate_secret is not None:
+        width = loaded.activation_spec.hidden_dim
+        rotation = load_rotation(rotate_secret, width, may_create=stage is None)
     with progress_bar("cutting weights") as progress:
         if stage is None:
             cut_model(

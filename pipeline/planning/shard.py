@@ -72,8 +72,13 @@ def cut_model(
     Raises ModelError, InputError; nothing is left behind then.
     """
     source = Source(model_dir, rotation)
-    if rotation is not None:
-        _require_rotatable(manifest)
+    if manifest.rotation is not None:
+        raise InputError("the manifest is of rotated shards; cut the model by its plain manifest")
+    if rotation is not None and not manifest.has_client_ends:
+        raise InputError(
+            "a secret rotation is for manifests whose split is client, since stages that embed "
+            "tokens see them; `pipeline-orch plan --split client` writes one"
+        )
     if precision is not None:
         manifest = _in_precision(manifest, precision)
     if in_one_file and not manifest.has_client_ends:
@@ -106,17 +111,6 @@ def cut_model(
             _write_rest(pinned, stage, source, directory / f"stage{stage.stage_idx}")
         (directory / MANIFEST_FILE).write_text(dump_manifest(pinned))
     return pinned
-
-
-def _require_rotatable(manifest: Manifest) -> None:
-    """Raises InputError for stages that would see tokens, and for shards that are rotated."""
-    if manifest.rotation is not None:
-        raise InputError("the manifest is of rotated shards; cut the model by its plain manifest")
-    if not manifest.has_client_ends:
-        raise InputError(
-            "a secret rotation is for manifests whose split is client, since stages that embed "
-            "tokens see them; `pipeline-orch plan --split client` writes one"
-        )
 
 
 def _in_precision(manifest: Manifest, precision: Precision) -> Manifest:

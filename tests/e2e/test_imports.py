@@ -80,6 +80,15 @@ def test_a_worker_on_native_kernels_imports_little_and_stays_small(cluster, star
         assert kilobytes < MOST_KILOBYTES
 
 
+def test_an_orchestrator_that_holds_the_ends_computes_them_without_torch(cluster, start):
+    if why := why_not_native():
+        pytest.skip(f"no native kernels: {why}")
+    cluster.plan(1, split="client")
+    cluster.start_worker(0, "--once")
+    arguments = cluster.arguments("Hello", "--max-tokens", "5", "--ignore-eos")
+    assert not imported(start("pipeline_orch", COMPUTING, *arguments))
+
+
 def test_a_worker_on_torchs_kernels_imports_it(cluster, start):
     """So that the test above cannot pass whatever is imported, and however much it takes."""
     cluster.plan(1)

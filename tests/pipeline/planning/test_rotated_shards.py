@@ -106,8 +106,9 @@ def test_what_is_not_to_be_rotated_is_refused(source, planned, tmp_path, monkeyp
     with pytest.raises(InputError, match="split is client"):
         cut_model(plan(source, PlanOptions(2)), source, out, rotation=ROTATION)
     pinned = cut_model(planned, source, tmp_path / "cut", rotation=ROTATION)
-    with pytest.raises(InputError, match="of rotated shards"):
-        cut_model(pinned, source, out, rotation=ROTATION)
+    for rotation in (ROTATION, None):
+        with pytest.raises(InputError, match="of rotated shards"):
+            cut_model(pinned, source, out, rotation=rotation)
     monkeypatch.setattr(llama.LlamaShard, "STREAM", None)
     monkeypatch.setattr("pipeline.models.gpt2.GPT2Shard.STREAM", None)
     with pytest.raises(ModelError, match="cannot be rotated"):
