@@ -119,7 +119,7 @@ class _Printer:
             return
         now = perf_counter_ns()
         elapsed_ns, self._last_ns = now - self._last_ns, now
-        self._log.add(event.token_id, elapsed_ns, event.timings)
+        self._log.add(event.token_id, elapsed_ns, event.timings, event.home_times)
         logger.debug("event=token n=%d ms=%.2f", len(self._log.token_ids), elapsed_ns / 1e6)
         text, is_stopped = self._text.push(event.token_id)
         write_text(text)

@@ -5,11 +5,12 @@ sampler chooses its token, and whoever asked hears of it.
 """
 
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
+from time import perf_counter_ns
 from typing import NoReturn
 
 import trio
@@ -50,6 +51,8 @@ class EngineStats:
     # Handshakes with stages so far, and how long the last recovery took; 0 before the first.
     num_handshakes: int = 0
     recovery_seconds: float = 0.0
+    # Where the ends of the model are held here, what steps have cost here, by part, nanoseconds.
+    home_times: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,7 @@ class PipelineEngine:
         self._request_ids: Iterator[int] = count()
         self._has_work = trio.Event()
         self._num_steps = 0
+        self._home_times: Counter[str] = Counter()
         self._num_tokens = 0
         self._last_batch = 0
 
@@ -142,6 +146,7 @@ class PipelineEngine:
             last_batch=self._last_batch,
             num_handshakes=runner.num_handshakes,
             recovery_seconds=runner.recovery_seconds,
+            home_times=dict(self._home_times),
         )
 
     async def run(self, pipeline: StepRunner) -> NoReturn:
@@ -247,11 +252,16 @@ class PipelineEngine:
         )
 
     def _take(self, result: StepResult) -> None:
+        start_ns = perf_counter_ns()
         choices = self._choose(result)
+        times = result.home_times
+        if times is not None:
+            times["sample"] = times.get("sample", 0) + perf_counter_ns() - start_ns
+            self._home_times.update(times)
         token_ids = [choice.token_id for choice in choices.values()]
         for event in self.scheduler.complete(result.header, token_ids):
             choice = choices[event.request_id]
-            output = TokenOutput(*choice, event.finish, result.header.timings)
+            output = TokenOutput(*choice, event.finish, result.header.timings, times)
             self._outputs.append((event.request_id, output))
             if self._budget is not None and event.finish is None:
                 self._spend_token(self._budget, event.request_id)
