@@ -75,12 +75,14 @@ class PrivacyBudget:
         """Spend a prompt's rows, before any is sent. Raises PromptError if that is too much."""
         wanted = self.num_spent + num_rows
         if wanted > self.max_rows:
-            before = f"with the {self.num_spent} before it, " if self.num_spent else ""
+            whose = "the prompt's"
+            if self.num_spent:
+                whose = f"the prompt has {num_rows} rows, and with those before it"
             sigma = self.sensitivity * math.sqrt(wanted) / self._max_mu
             raise PromptError(
-                f"the prompt has {num_rows} rows: {before}{self.describe(wanted)}, above the bound "
-                f"of {self.epsilon:g}; it would take --dp-epsilon {_above(wanted, self):.4g}, or "
-                f"a manifest whose sigma is {sigma:.4g}"
+                f"{whose} {self.describe(wanted)}, above the bound of {self.epsilon:g}; it would "
+                f"take --dp-epsilon {_above(wanted, self):.4g}, or a manifest whose sigma is "
+                f"{sigma:.4g}"
             )
         self.num_spent = wanted
 

@@ -61,7 +61,11 @@ def test_a_text_is_told_what_it_amounts_to_and_ends_where_the_bound_does(cluster
     assert whole.returncode == 0, whole.stderr
     assert whole.stdout == expected.stdout
     told = next(line for line in whole.stderr.splitlines() if "rows compose to epsilon" in line)
-    num_prompt, epsilon = int(told.split("prompt's ")[1].split()[0]), float(told.split()[6])
+    words = told.split()
+    num_prompt, epsilon = (
+        int(words[words.index("rows") - 1]),
+        float(words[words.index("epsilon") + 1]),
+    )
     bound = f"{epsilon * (num_prompt + 9) / num_prompt:.9g}"
     part = cluster.orch("Hello", *flags, "--dp-epsilon", bound)
     assert part.returncode == 1

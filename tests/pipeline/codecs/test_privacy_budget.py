@@ -68,7 +68,7 @@ def test_rows_are_as_many_as_stay_within_the_bound(epsilon):
 
 def test_the_defaults_refuse_a_prompt_and_say_what_it_would_take():
     budget = PrivacyBudget(0.03, 7.5, 2.0, 1e-5)
-    with pytest.raises(PromptError, match="the prompt has 12 rows") as caught:
+    with pytest.raises(PromptError, match="the prompt's 12 rows") as caught:
         budget.spend_prompt(12)
     assert budget.num_spent == 0
     words = str(caught.value).split()
