@@ -33,7 +33,7 @@ from pipeline.models.registry import load_shard
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
-from pipeline.protocol.peers import PATIENCE_MS
+from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.step_executor import StageCore
 from transport.attestation.dev_authority import default_directory

@@ -28,9 +28,9 @@ from pipeline.codecs.rotated_int8 import RotatedInt8
 from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.kernels.runtime import set_num_threads
-from pipeline.models.base import BOTH_ENDS, NO_ENDS
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
+from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model
 from pipeline.protocol.batch import Segment

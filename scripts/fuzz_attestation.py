@@ -22,7 +22,7 @@ with atheris.instrument_imports(include=["transport.attestation"]):
     from transport.attestation import attestation_document, cbor, cose
     from transport.attestation.certificate_chain import ChainVerifier
     from transport.attestation.dev_authority import DevAttester, DevAuthority, dev_verifier
-    from transport.attestation.interfaces import Binding
+    from transport.attestation.evidence_binding import Binding
     from transport.attestation.nsm import Nsm
     from transport.errors import DeviceError, ProtocolError
 

@@ -19,8 +19,8 @@ import atheris
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 with atheris.instrument_imports(include=["transport"]):
-    from transport import frame_stream, handshake, noise, records, tensor_frames
-    from transport.attestation.interfaces import Binding
+    from transport import frame_stream, handshake, noise, records, rekey_policy, tensor_frames
+    from transport.attestation.evidence_binding import Binding
     from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
     from transport.errors import ProtocolError
 
@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 Decoder = Callable[[bytes], None]
 KEY = bytes(32)
 LIMITS = tensor_frames.FrameLimits(max_header_bytes=4096, max_tensors=8, max_tensor_bytes=1 << 20)
-POLICY = records.RekeyPolicy(max_records=4)
+POLICY = rekey_policy.RekeyPolicy(max_records=4)
 LINK = handshake.Link(
     handshake.LinkKind.DATA,
     handshake.Role(handshake.RoleKind.STAGE, 0),

@@ -1,5 +1,7 @@
 """What several suites share: a tiny model, and how a relay tells where a record ends."""
 
+import shutil
+
 import pytest
 
 
@@ -28,6 +30,27 @@ def tiny_model(tmp_path_factory):
     tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text_model(tiny_model, tmp_path_factory):
+    """The tiny model with tokens of printable letters, some pairs of which are tokens as well.
+
+    What it says at random is text, and now and then a pair is said as two tokens.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    directory = tmp_path_factory.mktemp("text") / "model"
+    shutil.copytree(tiny_model, directory)
+    letters = [chr(code) for code in range(0x21, 0x7F)] + ["Ġ", "Ċ"]
+    pairs = [(a, b) for a in "aeiou" for b in "bcdfnrst"]
+    vocab = {token: i for i, token in enumerate([*letters, *map("".join, pairs)])}
+    tokenizer = Tokenizer(models.BPE(vocab, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory
 

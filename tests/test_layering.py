@@ -27,10 +27,11 @@ ROOMS = {
         "agreement", "codecs", "engine", "models", "placement", "protocol", "stage",
     },
     "planning": {"agreement", "codecs", "models", "weights"},
-    "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
+    "stego": {"engine", "sampling"},
+    "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
     "cli": {
         "agreement", "codecs", "engine", "gateway", "kernels", "models", "orchestrator",
-        "placement", "planning", "protocol", "sampling", "stage",
+        "placement", "planning", "protocol", "sampling", "stage", "stego",
     },
 }  # fmt: skip
 # The one thing that kernels know of the protocol: which rows of a step are whose.
@@ -38,6 +39,11 @@ ONLY = {("kernels", "protocol"): "pipeline.protocol.batch"}
 # The door of the gateway that speaks HTTP; what lies behind it serves other doors as well.
 HTTP_DOOR = "pipeline.gateway.http"
 HTTP_LIBRARIES = {"hypercorn", "starlette", "h11", "wsproto"}
+MAX_LINES = 400
+# What other people's engines call. The pipeline does not know it, and it imports no engine before
+# it is used; only a Modal app cannot even be defined without Modal.
+ADAPTERS = "pipeline.stego.adapters"
+MODAL_APP = f"{ADAPTERS}.modal_app"
 FORBIDDEN = {
     "transport": {"torch", "numpy", "pipeline", "enclave", "transformers"},
     "enclave": {"torch", "numpy", "pipeline", "transport", "transformers"},
@@ -90,6 +96,13 @@ def test_a_module_imports_only_from_rooms_below_its_own(module):
         assert only is None or name.startswith(only), f"{module} imports {name}, not {only}"
 
 
+def test_only_adapters_know_how_other_engines_call():
+    for module, path in MODULES.items():
+        if not module.startswith(ADAPTERS):
+            found = {name for name in imports(path) if name.startswith(ADAPTERS)}
+            assert not found, f"{module} imports {found}"
+
+
 def test_only_the_http_door_speaks_http():
     for module, path in MODULES.items():
         if module.startswith(HTTP_DOOR):
@@ -107,6 +120,14 @@ def test_what_lies_before_all_rooms_imports_none():
         if module.startswith("pipeline") and room_of(module) is None:
             rooms = {room_of(name) for name in imports(path)} - {None}
             assert not rooms, f"{module} imports {rooms}"
+
+
+@pytest.mark.parametrize("room", [*PACKAGES, "tests", "scripts"])
+def test_a_file_is_short_enough_to_be_read_at_once(room):
+    files = (path for path in (ROOT / room).rglob("*") if path.suffix in {".py", ".c", ".h"})
+    lines = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in files}
+    assert lines
+    assert not {path: count for path, count in lines.items() if count > MAX_LINES}
 
 
 def test_every_room_has_its_rule_and_every_rule_its_room():
@@ -140,4 +161,5 @@ def test_no_runtime_module_needs_a_test_dependency():
     }  # fmt: skip
     for module, path in MODULES.items():
         roots = {name.partition(".")[0] for name in imports(path)}
+        roots -= {"modal"} if module == MODAL_APP else set()
         assert roots <= allowed | standard, f"{module} imports {roots - allowed - standard}"

@@ -8,7 +8,7 @@ from pipeline.agreement.manifest import load_manifest
 from pipeline.models.config import load_config
 from pipeline.planning.plan import FIRST_CID, PlanOptions, plan
 from pipeline.planning.shard import _enclave_command
-from transport.endpoint import TcpEndpoint
+from transport.dial_and_listen import TcpEndpoint
 from transport.relay_manifest import manifest_maps
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from transport.cipher import CipherState
 from transport.frame_stream import PlainBuffer
-from transport.raw_socket import Wire
+from transport.nonblocking_socket import Wire
 from transport.records import RecordHeader, RecordOpener, RecordReader, RecordSealer
 
 class CipherTally:

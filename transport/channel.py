@@ -10,9 +10,10 @@ from transport.compiled_records import Inlet, Outlet
 from transport.errors import ConnectionLost
 from transport.frame_stream import FrameReceiver, FrameSender
 from transport.handshake import Credentials, Link, Peer, Session
-from transport.handshake_exchange import run_initiator, run_responder
-from transport.raw_socket import Wire
-from transport.records import OVERHEAD_BYTES, RekeyPolicy
+from transport.handshake_io import run_initiator, run_responder
+from transport.nonblocking_socket import Wire
+from transport.records import OVERHEAD_BYTES
+from transport.rekey_policy import RekeyPolicy
 from transport.tensor_frames import INLINE_BYTES, Frame, FrameForm, FrameLimits
 
 

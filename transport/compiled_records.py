@@ -7,7 +7,7 @@ compiled one, all but the waiting.
 from typing import TYPE_CHECKING
 
 from transport.frame_stream import PlainBuffer
-from transport.raw_socket import Wire
+from transport.nonblocking_socket import Wire
 from transport.record_counters import IS_COMPILED
 from transport.records import RecordOpener, RecordReader, RecordSealer
 

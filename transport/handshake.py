@@ -13,25 +13,14 @@ from struct import Struct
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from transport.attestation.interfaces import (
-    Attested,
-    Attester,
-    Binding,
-    EvidenceKind,
-    Verifier,
-    is_same,
-)
+from transport.attestation.evidence_binding import Attested, Binding, EvidenceKind, is_same
+from transport.attestation.interfaces import Attester, Verifier
 from transport.cipher import TAG_BYTES
 from transport.errors import AttestationError, HandshakeError, MisuseError, RecordError
 from transport.link_prologue import PROTOCOL_NAME, VERSION, Link, LinkKind, Role, RoleKind
 from transport.noise import DH_BYTES, XX, HandshakeState
-from transport.records import (
-    OVERHEAD_BYTES,
-    RecordKind,
-    RecordOpener,
-    RecordSealer,
-    RekeyPolicy,
-)
+from transport.records import OVERHEAD_BYTES, RecordKind, RecordOpener, RecordSealer
+from transport.rekey_policy import RekeyPolicy
 
 __all__ = [
     "ACCEPT_BYTES",

@@ -5,7 +5,6 @@ whole header is associated data. The sequence number is the cipher's counter and
 a record that was dropped, repeated, moved or taken from elsewhere does not authenticate.
 """
 
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from time import perf_counter_ns
@@ -15,7 +14,8 @@ from cryptography.exceptions import InvalidTag
 
 from transport.cipher import TAG_BYTES, Buffer, CipherState
 from transport.errors import MisuseError, RecordError
-from transport.record_counters import HalfTally, ReaderTally, UseTally
+from transport.record_counters import HalfTally, ReaderTally
+from transport.rekey_policy import KeyUse, RekeyPolicy
 
 HEADER = Struct(">II")  # kind in the first byte, zeros; ciphertext length (tag included)
 HEADER_BYTES = HEADER.size
@@ -44,46 +44,7 @@ _SIZES = {
     RecordKind.CLOSE: _EMPTY,
 }
 _KINDS = {kind << _KIND_SHIFT: (kind, *sizes) for kind, sizes in _SIZES.items()}
-_NEVER = 2**63  # what is counted has 63 bits where it is compiled
 _REKEY = RecordKind.REKEY  # members of an enumeration are slow to look up
-
-
-@dataclass(frozen=True, slots=True)
-class RekeyPolicy:
-    """When a direction changes its key. Both sides must hold the same policy.
-
-    The defaults keep the data under one key far below where ChaCha20-Poly1305's bounds begin to
-    matter, and bound what a key read out of memory can open of the past.
-    Raises: MisuseError.
-    """
-
-    max_records: int = 2**16
-    max_bytes: int = 64 * 2**30
-
-    def __post_init__(self) -> None:
-        if not (0 < self.max_records < _NEVER and 0 < self.max_bytes < _NEVER):
-            raise MisuseError(f"a rekey policy needs thresholds from 1 to 2**63 - 1, not {self}")
-
-
-class _KeyUse(UseTally):
-    """How much one key has done; sender and receiver count alike."""
-
-    __slots__ = ("_policy",)
-
-    def __init__(self, policy: RekeyPolicy) -> None:
-        self._policy = policy
-        self.num_records = 0
-        self.num_bytes = 0
-
-    def is_spent(self, num_bytes: int) -> bool:
-        """Whether a record of `num_bytes` needs the next key."""
-        return self.num_records > 0 and (
-            self.num_records >= self._policy.max_records
-            or self.num_bytes + num_bytes > self._policy.max_bytes
-        )
-
-    def reset(self) -> None:
-        self.num_records = self.num_bytes = 0
 
 
 class RecordSealer(HalfTally):
@@ -93,7 +54,7 @@ class RecordSealer(HalfTally):
 
     def __init__(self, cipher: CipherState, policy: RekeyPolicy) -> None:
         self._cipher: CipherState = cipher
-        self._use = _KeyUse(policy)
+        self._use = KeyUse(policy)
         self.num_rekeys = 0
         self.cipher_ns = 0
 
@@ -167,7 +128,7 @@ class RecordOpener(HalfTally):
 
     def __init__(self, cipher: CipherState, policy: RekeyPolicy) -> None:
         self._cipher: CipherState | None = cipher
-        self._use = _KeyUse(policy)
+        self._use = KeyUse(policy)
         self.num_rekeys = 0
         self.cipher_ns = 0
 

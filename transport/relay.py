@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from transport.endpoint import Endpoint, Listener, TcpEndpoint, dial, listen, parse_endpoint
+from transport.dial_and_listen import Endpoint, Listener, TcpEndpoint, dial, listen, parse_endpoint
 from transport.errors import EndpointError
 from transport.pending_connections import Guest, Lobby, Standing, source_of
 
@@ -58,7 +58,7 @@ class RelayStats:
     accepted: int = 0
     active: int = 0
     refused_over_limit: int = 0
-    crowded_out: int = 0  # had to make room for others before both ends had said something
+    crowded_out: int = 0  # had to make room before its target had kept it for some time
     failed_dials: int = 0
     bytes_to_target: int = 0
     bytes_from_target: int = 0
@@ -69,7 +69,8 @@ class _Connection:
     """One connection: its bytes, in its map's running totals too, and its right to its place.
 
     The relay cannot know who authenticates. But a connection of which both ends have spoken, and
-    the target has not ended, is one that the target keeps: it may be silent as long as it likes.
+    the target has not ended for as long as a handshake may take, is one that the target keeps: it
+    may be silent as long as it likes.
     """
 
     stats: RelayStats
@@ -94,8 +95,10 @@ class _Connection:
         self._moved()
 
     def _moved(self) -> None:
-        has_answer = self.bytes_to_target and self.bytes_from_target and not self.is_orphaned
-        self.guest.standing = Standing.ESTABLISHED if has_answer else Standing.HEARD
+        if self.bytes_to_target and self.bytes_from_target and not self.is_orphaned:
+            self.guest.answer()
+        else:
+            self.guest.standing = Standing.HEARD
         self.guest.scope.deadline = (
             trio.current_time() + ORPHANED_DEADLINE_S if self.is_orphaned else math.inf
         )

@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import trio
 import typer
 
-from transport.endpoint import parse_endpoint
+from transport.dial_and_listen import parse_endpoint
 from transport.errors import EndpointError
 from transport.relay import DEFAULT_MAX_CONNECTIONS, Relay, RelayMap, parse_map
 from transport.relay_manifest import manifest_maps

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from transport.endpoint import Endpoint, TcpEndpoint, VsockEndpoint, parse_endpoint
+from transport.dial_and_listen import Endpoint, TcpEndpoint, VsockEndpoint, parse_endpoint
 from transport.errors import EndpointError
 from transport.relay import RelayMap
 

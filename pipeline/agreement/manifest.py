@@ -20,7 +20,7 @@ from pipeline.codecs.base import ActivationCodec
 from pipeline.codecs.registry import make_codec
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, ManifestError
-from transport.endpoint import (
+from transport.dial_and_listen import (
     Endpoint,
     TcpEndpoint,
     UnixEndpoint,

@@ -12,14 +12,14 @@ from cryptography import x509
 
 from pipeline.agreement.manifest import load_manifest
 from pipeline.agreement.trust_policy import load_identity
+from pipeline.cli.error_reporting import new_app
 from pipeline.cli.logs import printable
-from pipeline.cli.run_app import new_app
 from pipeline.cli.shared_options import finite
 from pipeline.errors import InputError, SessionError
 from pipeline.orchestrator.evidence_request import fetch_evidence
 from transport.attestation.attestation_document import Document
 from transport.attestation.document_verifier import CheckResult, aws_root, examine, read_document
-from transport.attestation.interfaces import Binding
+from transport.attestation.evidence_binding import Binding
 from transport.errors import AttestationError
 
 MAX_DOCUMENT_BYTES = 1 << 20

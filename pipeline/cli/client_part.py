@@ -10,9 +10,9 @@ from pipeline.cli.progress import progress_bar
 from pipeline.codecs.gaussian_noise import KEY_BYTES, GaussianNoise
 from pipeline.errors import ModelError
 from pipeline.kernels.runtime import set_num_threads
-from pipeline.models.base import BOTH_ENDS
 from pipeline.models.older_client_part import client_weights
 from pipeline.models.registry import load_shard
+from pipeline.models.shard_model import BOTH_ENDS
 from pipeline.orchestrator.client_ends import ClientEnds
 
 

@@ -30,7 +30,7 @@ from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable
 from pipeline.orchestrator.open_pipeline import Pipeline
-from pipeline.protocol.peers import PATIENCE_MS
+from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.sampling.params import SamplingParams
 
 logger = logging.getLogger(__name__)

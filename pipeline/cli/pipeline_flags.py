@@ -36,7 +36,8 @@ from pipeline.cli.shared_options import (
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
-from pipeline.orchestrator.failover import ReplaySource
+from pipeline.orchestrator.epochs import ReplaySource
+from pipeline.orchestrator.failover import Work, run_with_failover
 from pipeline.orchestrator.model_ends import REMOTE_ENDS, ModelEnds
 from pipeline.orchestrator.open_pipeline import (
     Pipeline,
@@ -44,13 +45,12 @@ from pipeline.orchestrator.open_pipeline import (
     new_pipeline,
     open_pipeline,
 )
-from pipeline.orchestrator.retrying import Work, run_with_failover
 from pipeline.placement.base import Placement
 from pipeline.placement.by_hand import ByHand
 from pipeline.placement.worker_supervisor import Supervisor
 from pipeline.tasks import open_tasks
 from transport.attestation.dev_authority import default_directory
-from transport.endpoint import Endpoint
+from transport.dial_and_listen import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -149,11 +149,14 @@ def pipeline_flags(
     )
 
 
-Command = Callable[..., None]
+Command = Callable[..., Any]
 
 
 def takes_flags(**groups: Callable[..., Any]) -> Callable[[Command], Command]:
-    """Give a typer command the flags of other functions too: it gets what `name` makes of them."""
+    """Give a typer command the flags of other functions too: it gets what `name` makes of them.
+
+    Such a function may take those of further ones in the same way.
+    """
 
     def add(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True).parameters
@@ -163,15 +166,17 @@ def takes_flags(**groups: Callable[..., Any]) -> Callable[[Command], Command]:
         }
 
         @wraps(command)
-        def run(**values: Any) -> None:  # noqa: ANN401  (what typer found on the command line)
+        def run(**values: Any) -> Any:  # noqa: ANN401  (what typer found on the command line)
             for name, group in groups.items():
                 values[name] = group(**{flag: values.pop(flag) for flag in flags[name]})
-            command(**values)
+            return command(**values)
 
         merged = [each for each in own.values() if each.name not in groups]
         for group in flags.values():
             merged += group.values()
-        run.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
+        # By name only: then those that must be given may come after those that need not.
+        by_name = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in merged]
+        run.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]
         return run
 
     return add

@@ -13,13 +13,13 @@ from pipeline.agreement.manifest import (
     load_manifest,
 )
 from pipeline.agreement.trust_policy import create_identity
-from pipeline.cli import attest
+from pipeline.cli import attest, stego
+from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.generate import GenerateFlags, generate
 from pipeline.cli.logs import configure_logging, tell
 from pipeline.cli.pipeline_flags import PipelineFlags, pipeline_flags, takes_flags
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.prompt_input import read_prompt
-from pipeline.cli.run_app import new_app, run_app
 from pipeline.cli.sampling_flags import sampling_flags
 from pipeline.cli.shared_options import ManifestOption, VerboseOption, finite
 from pipeline.errors import InputError
@@ -43,6 +43,7 @@ OLDER_VARIABLES = {
 
 app = new_app()
 app.add_typer(attest.app, name="attest")
+app.add_typer(stego.app, name="stego")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,4 +1,4 @@
-"""A bar on the terminal while weights are read, hashed or cut; nothing where nobody looks."""
+"""A bar on the terminal while something takes its time; nothing where nobody looks."""
 
 import os
 import sys
@@ -10,8 +10,8 @@ from pipeline.progress import Progress
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Progress | None]:
-    """Something to tell of bytes done, which shows them on stderr if that is a terminal."""
+def progress_bar(what: str, unit: str = "bytes") -> Iterator[Progress | None]:
+    """Something to tell of how much is done, which shows it on stderr if that is a terminal."""
     if logs_json() or not _is_watched():
         yield None
         return
@@ -21,7 +21,9 @@ def progress_bar(what: str) -> Iterator[Progress | None]:
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    done = TextColumn(f"{{task.completed:.0f}}/{{task.total}} {unit}")
+    amount = DownloadColumn() if unit == "bytes" else done
+    columns = (TextColumn(what), BarColumn(), amount, TimeRemainingColumn())
     with Bars(
         *columns, console=console, transient=True, disable=not console.is_interactive
     ) as bars:

@@ -10,35 +10,45 @@ from pipeline.errors import InputError, PromptError
 MAX_PROMPT_BYTES = 64 << 20
 
 
-def read_prompt(text: str | None, file: Path | None) -> str | None:
+def read_prompt(text: str | None, file: Path | None, flag: str = "--text") -> str | None:
     """The prompt that was given, if any: `--text`, or the content of `--text-file` (`-`: stdin).
 
-    One line break at a file's end is the editor's and no part of it. Raises InputError.
+    `flag`: what the former is called, if not that. One line break at a file's end is the editor's
+    and no part of it. Raises InputError.
     """
     if file is None:
         return text
     if text is not None:
-        raise InputError("--text and --text-file exclude each other")
-    name = "stdin" if file == Path("-") else str(file)
-    try:
-        raw = _read(file)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"--text-file: cannot read {name}: {reason}") from error
-    if len(raw) > MAX_PROMPT_BYTES:
-        raise PromptError(f"--text-file: {name} is larger than {MAX_PROMPT_BYTES} bytes")
+        raise InputError(f"{flag} and {flag}-file exclude each other")
+    raw = read_bytes(file, f"{flag}-file", MAX_PROMPT_BYTES)
     try:
         prompt = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PromptError(f"--text-file: {name} is not UTF-8 text") from error
+        raise PromptError(f"{flag}-file: {_name(file)} is not UTF-8 text") from error
     return prompt.removesuffix("\n").removesuffix("\r")
 
 
-def _read(file: Path) -> bytes:
+def read_bytes(file: Path, flag: str, max_bytes: int) -> bytes:
+    """All that a file holds, or stdin (`-`). Raises InputError that names the flag."""
+    try:
+        raw = _read(file, max_bytes)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{flag}: cannot read {_name(file)}: {reason}") from error
+    if len(raw) > max_bytes:
+        raise PromptError(f"{flag}: {_name(file)} is larger than {max_bytes} bytes")
+    return raw
+
+
+def _name(file: Path) -> str:
+    return "stdin" if file == Path("-") else str(file)
+
+
+def _read(file: Path, max_bytes: int) -> bytes:
     if file != Path("-"):
         with file.open("rb") as opened:
-            return opened.read(MAX_PROMPT_BYTES + 1)
+            return opened.read(max_bytes + 1)
     if sys.stdin is None:
         raise OSError(0, "it is closed")
     with os.fdopen(sys.stdin.fileno(), "rb", closefd=False) as opened:
-        return opened.read(MAX_PROMPT_BYTES + 1)
+        return opened.read(max_bytes + 1)

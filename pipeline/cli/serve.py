@@ -21,6 +21,7 @@ from pipeline.cli.pipeline_flags import (
 from pipeline.cli.privacy_bound import privacy_budget
 from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled
+from pipeline.cli.stego_model import new_service
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError, PipelineError, SessionError
@@ -30,6 +31,7 @@ from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.http.server import listen
 from pipeline.gateway.http.server import serve as serve_http
+from pipeline.gateway.http.stego import stego_routes
 from pipeline.gateway.http.tls import load_tls
 from pipeline.gateway.metrics import GatewayMetrics
 from pipeline.gateway.pipeline_status import Overview
@@ -38,6 +40,7 @@ from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.models.config import CONFIG_FILE, load_config
 from pipeline.orchestrator.open_pipeline import Pipeline
+from pipeline.stego.service import StegoService
 from pipeline.tasks import open_tasks
 
 logger = logging.getLogger(__name__)
@@ -103,6 +106,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         lambda: engine.stats,
         lambda: standing.stages if standing else (),
     )
+    stego: StegoService | None = None
     registry = CollectorRegistry()
     desk = Desk(config, engine, tokenizer, GatewayMetrics(registry))
 
@@ -112,8 +116,10 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         url = ""
 
         async def work(pipeline: Pipeline) -> None:
-            nonlocal standing
+            nonlocal standing, stego
             tokenizer.check_vocabulary(pipeline.vocab_size)
+            if stego is None:
+                stego = new_service(engine, tokenizer, manifest, flags.model_dir, pipeline)
             desk.open(pipeline.vocab_size)
             if standing is None:
                 logger.info("event=serving url=%s model=%s", url, config.served_model_name)
@@ -129,6 +135,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
                     listeners=listeners,
                     overview=overview,
                     is_ready=lambda: standing is not None and standing.is_joined,
+                    more=stego_routes(desk, lambda: stego),
                 )
             )
             try:

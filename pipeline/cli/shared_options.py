@@ -8,7 +8,7 @@ import typer
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.errors import InputError
-from transport.endpoint import Endpoint, TcpEndpoint, parse_endpoint
+from transport.dial_and_listen import Endpoint, TcpEndpoint, parse_endpoint
 from transport.errors import EndpointError
 
 ManifestOption = Annotated[

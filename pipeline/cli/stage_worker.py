@@ -23,10 +23,10 @@ from pipeline.cli.compute_options import (
     parse_cpus,
     precision_of,
 )
+from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
 from pipeline.cli.model_config import agreed_config
 from pipeline.cli.progress import progress_bar
-from pipeline.cli.run_app import new_app, run_app
 from pipeline.cli.shared_options import (
     DataOutPortOption,
     DevOption,
@@ -39,17 +39,17 @@ from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, PolicyError
 from pipeline.kernels.runtime import set_num_threads
-from pipeline.models.base import NO_ENDS
 from pipeline.models.registry import ModelShard, load_shard
+from pipeline.models.shard_model import NO_ENDS
 from pipeline.progress import Progress
-from pipeline.protocol.peers import PATIENCE_MS
+from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.stage.dial_policy import parse_networks
-from pipeline.stage.session_limits import free_kv_bytes
-from pipeline.stage.setup import StageSetup
+from pipeline.stage.session_admission import free_kv_bytes
 from pipeline.stage.worker import StageWorker
+from pipeline.stage.worker_setup import StageSetup
 from pipeline.tasks import open_tasks
 from transport.attestation.dev_authority import default_directory
-from transport.endpoint import Endpoint, listen
+from transport.dial_and_listen import Endpoint, listen
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ Listener = Callable[[TokenOutput | PipelineError], None]
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What the engine is doing now, and has done."""
+    """What the engine is doing now, and has done; tokens are those its requests have heard of."""
 
     num_running: int
     num_waiting: int
@@ -266,7 +266,6 @@ class PipelineEngine:
             if self._budget is not None and event.finish is None:
                 self._spend_token(self._budget, event.request_id)
         self._num_steps += 1
-        self._num_tokens += len(choices)
 
     def _hand_out(self) -> None:
         while self._outputs:
@@ -276,6 +275,7 @@ class PipelineEngine:
                 continue  # it has left since
             if isinstance(output, RequestFailed) or output.finish is not None:
                 del self._live[request_id]
+            self._num_tokens += 1
             live.listener(output)
 
     def _spend_token(self, budget: PrivacyBudget, request_id: int) -> None:
@@ -330,7 +330,7 @@ def choice_of(part: SegmentResult, sampler: Sampler | None) -> Choice:
         return sampler.choose(part.logits[-1])
     (token_id,) = part.token_ids
     if token_id == NO_TOKEN:
-        raise RequestFailed(f"{NO_NUMBERS}, or bias and mask leave none")
+        raise RequestFailed(NO_NUMBERS) if sampler is None else sampler.no_choice()
     if sampler is not None:
         sampler.took(token_id)
     if not part.logprobs.size:

@@ -24,8 +24,9 @@ class Generation:
 
     `processors` are anyone's own code, applied to the logits in this order on the user's side, and
     so are `masks` and what `chooser` makes for this request, in the place of `sampling`'s.
-    `request_id` is the caller's name for it in logs. Raises InputError if what `sampling` wants
-    cannot be had of so few tokens.
+    `request_id` is the caller's name for it in logs. `vocab_size`: token ids the model has, so that
+    the last stage can be told which are allowed; 0 if that is not known. Raises InputError if what
+    `sampling` wants cannot be had of so few tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -36,6 +37,7 @@ class Generation:
     masks: tuple[Mask, ...] = ()
     chooser: ChooserFactory | None = None
     request_id: str = ""
+    vocab_size: int = 0
 
     def __post_init__(self) -> None:
         """Check what the parameters alone cannot."""
@@ -49,8 +51,9 @@ class Generation:
         """What the last stage has to return for a token: logits only where nothing less will do."""
         sampling = self.sampling
         num_top = sampling.logprobs or 0
-        has_own = self.processors or self.masks or self.chooser
-        if has_own or not sampling.can_be_drawn_remotely or num_top > MAX_TOP:
+        has_own = self.processors or self.masks or self.chooser or sampling.chooser
+        is_unknown = sampling.has_mask and not self.vocab_size
+        if has_own or is_unknown or num_top > MAX_TOP:
             return Want.LOGITS
         if not sampling.needs_logits:
             return Want.TOKEN
@@ -62,7 +65,9 @@ class Generation:
             return None
         masks = (*masks_of(self.sampling, self.eos_token_ids), *self.masks)
         chooser = None if self.chooser is None else self.chooser()
-        return Sampler(self.sampling, self.prompt_ids, self.processors, masks, chooser)
+        return Sampler(
+            self.sampling, self.prompt_ids, self.processors, masks, chooser, self.vocab_size
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,12 @@ class Tokenizer:
         """The texts of the tokens that are left out of what is decoded."""
         return tuple(token.content for token in self._added.values() if token.special)
 
+    @cached_property
+    def text_token_ids(self) -> tuple[int, ...]:
+        """The tokens that text is made of, in order: none that was added, to mark something."""
+        ids = set(self._tokenizer.get_vocab(with_added_tokens=False).values())
+        return tuple(sorted(ids - self._added.keys()))
+
     def check_vocabulary(self, model_vocab_size: int) -> None:
         """Hold the ids against the model's; from now on prompts are, too.
 

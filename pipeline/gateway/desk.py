@@ -154,6 +154,7 @@ class Desk:
                 eos_token_ids=ends | order.stop_token_ids,
                 sampling=sampling,
                 request_id=record.request_id,
+                vocab_size=self._vocab_size,
             )
             for prompt_ids in prompts
             for sampling in order.sampling
@@ -165,10 +166,7 @@ class Desk:
 
         Raises ApiError if there is no room, PipelineError as the engine does.
         """
-        num_choices = len(job.generations)
-        self._check_room(num_choices)
-        self._num_choices += num_choices
-        try:
+        with self.room(len(job.generations)):
             async with open_choices(
                 self._engine,
                 self.tokenizer,
@@ -178,8 +176,32 @@ class Desk:
                 self._leaving,
             ) as pieces:
                 yield pieces
+
+    @contextmanager
+    def room(self, num_choices: int) -> Iterator[None]:
+        """So many continuations are under way meanwhile. Raises ApiError if there is no room."""
+        self._check_room(num_choices)
+        self._num_choices += num_choices
+        try:
+            yield
         finally:
             self._num_choices -= num_choices
+
+    async def encode_prompt(self, text: str, *, is_message: bool = False) -> TokenIds:
+        """A prompt's tokens, or those of a conversation of one message; checked. Raises ApiError.
+
+        Waits for the model to stand.
+        """
+        await self._is_open.wait()
+        messages = [{"role": "user", "content": text}]
+        order = Order(
+            model=self.config.served_model_name,
+            sampling=(),
+            conversation=Conversation(messages) if is_message else None,
+            prompts=() if is_message else (text,),
+        )
+        (prompt_ids,) = await self._encode_all(order)
+        return prompt_ids
 
     def _check_room(self, num_choices: int) -> None:
         """Attack: asking for more than anybody will ever wait for, to fill the queue for all."""

@@ -275,7 +275,7 @@ class CompletionRequest(_Sampled):
         )
 
 
-_Body = TypeVar("_Body", ChatRequest, CompletionRequest)
+_Body = TypeVar("_Body", bound=Schema)
 
 
 def parse_untrusted(schema: type[_Body], body: bytes) -> _Body:

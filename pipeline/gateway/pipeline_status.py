@@ -14,7 +14,7 @@ from pipeline.agreement.manifest import Manifest, StageSpec
 from pipeline.engine.engine import EngineStats
 from pipeline.engine.scheduler import Limits
 from pipeline.gateway.metrics import LatencyView
-from pipeline.orchestrator.remote_stage import RemoteStage
+from pipeline.orchestrator.stage_watch import RemoteStage
 from pipeline.protocol.messages import StageFigures
 
 NS = 1e-9

@@ -13,8 +13,9 @@ class GatewayLimits:
 
     `max_choices` bounds a request's continuations, `max_open_choices` those of all clients that are
     under way or wait. `max_buffered_bytes` bounds what is held of all requests that are not
-    understood yet. `header_seconds` bounds a request's headers and how long an idle connection is
-    kept, `body_seconds` its body, `write_seconds` how long a client may read nothing of a response.
+    understood yet, beyond the little that each connection may send. `header_seconds` bounds a
+    request's headers and how long an idle connection is kept, `body_seconds` its body,
+    `write_seconds` how long a client may read nothing of a response.
     Attacks: slow-loris, sockets left half closed, clients that never read, or ask for everything.
     """
 

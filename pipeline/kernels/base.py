@@ -22,6 +22,17 @@ from pipeline.weights.tensor_sinks import CopySink, Fill, Sink, fill_array, weig
 Activation = Literal["none", "gelu_tanh", "gelu", "relu"]
 
 
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """A linear layer before it is made."""
+
+    num_in: int
+    num_out: int
+    bias: bool
+    precision: Precision
+    activation: Activation = "none"
+
+
 class Linear(Protocol):
     """y = activation(x W^T + b) + residual, wherever that is computed."""
 
@@ -44,12 +55,10 @@ class Linear(Protocol):
 class KernelLinear(ABC):
     """A linear layer of these kernels, with W held as they like it."""
 
-    def __init__(
-        self, kernels: "Kernels", num_in: int, num_out: int, *, bias: bool, precision: Precision
-    ) -> None:
-        self.num_in, self.num_out = num_in, num_out
-        self.precision: Precision = precision
-        self.bias: Array | None = kernels.empty(num_out) if bias else None
+    def __init__(self, kernels: "Kernels", spec: LinearSpec) -> None:
+        self.num_in, self.num_out = spec.num_in, spec.num_out
+        self.precision: Precision = spec.precision
+        self.bias: Array | None = kernels.empty(spec.num_out) if spec.bias else None
         self._fill: Fill = kernels.fill
 
     @abstractmethod
@@ -257,15 +266,7 @@ class Kernels(ABC):
         return arrays
 
     @abstractmethod
-    def linear(
-        self,
-        num_in: int,
-        num_out: int,
-        *,
-        bias: bool,
-        precision: Precision,
-        activation: Activation = "none",
-    ) -> Linear:
+    def linear(self, spec: LinearSpec) -> Linear:
         """An empty linear layer. Raises InputError for a precision without a product."""
 
     @abstractmethod

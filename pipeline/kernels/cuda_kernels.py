@@ -20,9 +20,16 @@ from functools import partial
 
 import torch
 
-from pipeline.dtypes import PRECISIONS, Array, HostArray, Precision
+from pipeline.dtypes import PRECISIONS, Array, HostArray
 from pipeline.errors import InputError
-from pipeline.kernels.base import Activation, Attention, Compute, HeadShape, KernelLinear, Linear
+from pipeline.kernels.base import (
+    Attention,
+    Compute,
+    HeadShape,
+    KernelLinear,
+    Linear,
+    LinearSpec,
+)
 from pipeline.kernels.cuda_graphs import Recorder, StaticStep
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.torch_attention import TorchAttention
@@ -63,23 +70,15 @@ def find_gpu(name: str) -> torch.device:
 class CudaLinear(KernelLinear):
     """Weights as float32 or bfloat16 [in, out]; everything but the product is in float32."""
 
-    def __init__(
-        self,
-        kernels: "CudaKernels",
-        num_in: int,
-        num_out: int,
-        *,
-        bias: bool,
-        precision: Precision,
-        activation: Activation,
-    ) -> None:
+    def __init__(self, kernels: "CudaKernels", spec: LinearSpec) -> None:
         """Raises InputError for int8."""
-        if precision == "int8":
+        if spec.precision == "int8":
             raise InputError("int8 weights have no kernel on a GPU: use bfloat16 or float32 there")
-        super().__init__(kernels, num_in, num_out, bias=bias, precision=precision)
-        self._weight = kernels.empty(num_in, num_out, dtype=PRECISIONS[precision])
-        self._dtype = TORCH_DTYPES[PRECISIONS[precision]]
-        self._activate = ACTIVATIONS[activation]
+        super().__init__(kernels, spec)
+        dtype = PRECISIONS[spec.precision]
+        self._weight = kernels.empty(spec.num_in, spec.num_out, dtype=dtype)
+        self._dtype = TORCH_DTYPES[dtype]
+        self._activate = ACTIVATIONS[spec.activation]
 
     def __call__(
         self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None
@@ -121,19 +120,9 @@ class CudaKernels(TorchKernels):
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def linear(
-        self,
-        num_in: int,
-        num_out: int,
-        *,
-        bias: bool,
-        precision: Precision,
-        activation: Activation = "none",
-    ) -> Linear:
+    def linear(self, spec: LinearSpec) -> Linear:
         """An empty linear layer. Raises InputError for int8."""
-        return CudaLinear(
-            self, num_in, num_out, bias=bias, precision=precision, activation=activation
-        )
+        return CudaLinear(self, spec)
 
     def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
         """A step's attention."""

@@ -29,6 +29,7 @@ from pipeline.kernels.base import (
     KernelLinear,
     Kernels,
     Linear,
+    LinearSpec,
     Norm,
 )
 from pipeline.kernels.huge_pages import Arena, aligned, reserve
@@ -64,20 +65,12 @@ def _kind(precision: Precision) -> int:
 class NativeLinear(KernelLinear):
     """Weights packed in the order the kernels stream them."""
 
-    def __init__(
-        self,
-        kernels: "NativeKernels",
-        num_in: int,
-        num_out: int,
-        *,
-        bias: bool,
-        precision: Precision,
-        activation: Activation,
-    ) -> None:
-        super().__init__(kernels, num_in, num_out, bias=bias, precision=precision)
-        self._kind = _kind(precision)
-        self._packed = kernels.arena.take(_native.packed_bytes(self._kind, num_in, num_out))
-        self._activation = ACTIVATIONS[activation]
+    def __init__(self, kernels: "NativeKernels", spec: LinearSpec) -> None:
+        super().__init__(kernels, spec)
+        self._kind = _kind(spec.precision)
+        num_bytes = _native.packed_bytes(self._kind, spec.num_in, spec.num_out)
+        self._packed = kernels.arena.take(num_bytes)
+        self._activation = ACTIVATIONS[spec.activation]
 
     def __call__(self, x: Floats, out: Floats, residual: Floats | None = None) -> Floats:
         """[rows, in] -> out [rows, out]."""
@@ -186,19 +179,9 @@ class NativeKernels(Kernels):
         """Zeros, in memory that is reserved and not touched."""
         return reserve(shape, dtype)
 
-    def linear(
-        self,
-        num_in: int,
-        num_out: int,
-        *,
-        bias: bool,
-        precision: Precision,
-        activation: Activation = "none",
-    ) -> Linear:
+    def linear(self, spec: LinearSpec) -> Linear:
         """An empty linear layer."""
-        return NativeLinear(
-            self, num_in, num_out, bias=bias, precision=precision, activation=activation
-        )
+        return NativeLinear(self, spec)
 
     def layer_norm(self, size: int, eps: float) -> Norm:
         """Rows centred, over their deviation, scaled and shifted."""

@@ -16,7 +16,7 @@ from pipeline.dtypes import (
     from_floats,
     to_floats,
 )
-from pipeline.kernels.base import HeadShape, Kernels, Norm
+from pipeline.kernels.base import HeadShape, Kernels, LinearSpec, Norm
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.protocol.batch import Segment
 from pipeline.weights.quantization import dequantise, quantise
@@ -55,7 +55,7 @@ def _wave(*shape: int) -> Floats:
 def _products(kernels: Kernels, precision: Precision) -> tuple[HostArray, HostArray]:
     """Several rows and one through a layer with everything: [4, out]."""
     num_in, num_out = 80, 56
-    linear = kernels.linear(num_in, num_out, bias=True, precision=precision, activation="gelu_tanh")
+    linear = kernels.linear(LinearSpec(num_in, num_out, True, precision, "gelu_tanh"))
     weight, bias = _wave(num_out, num_in), _wave(num_out)
     weight /= 4
     for name, rows in ((".weight", weight), (".bias", bias)):

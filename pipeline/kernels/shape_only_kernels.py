@@ -4,8 +4,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from pipeline.dtypes import FLOAT32, PRECISIONS, ArrayDType, HostArray, Precision
-from pipeline.kernels.base import Activation, KernelLinear, Kernels, Linear, Norm
+from pipeline.dtypes import FLOAT32, PRECISIONS, ArrayDType, HostArray
+from pipeline.kernels.base import KernelLinear, Kernels, Linear, LinearSpec, Norm
 
 
 def _never(self: object, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ANN401
@@ -43,18 +43,9 @@ class Outline(Kernels):
         """One number, seen as an array of any size."""
         return np.broadcast_to(np.zeros((), dtype), shape)
 
-    def linear(
-        self,
-        num_in: int,
-        num_out: int,
-        *,
-        bias: bool,
-        precision: Precision,
-        activation: Activation = "none",
-    ) -> Linear:
+    def linear(self, spec: LinearSpec) -> Linear:
         """A linear layer's size."""
-        del activation
-        return OutlineLinear(self, num_in, num_out, bias=bias, precision=precision)
+        return OutlineLinear(self, spec)
 
     def layer_norm(self, size: int, eps: float) -> Norm:
         """A norm's size."""

@@ -25,7 +25,6 @@ from pipeline.dtypes import (
     INT8,
     ArrayDType,
     HostArray,
-    Precision,
     to_floats,
 )
 from pipeline.kernels.base import (
@@ -35,6 +34,7 @@ from pipeline.kernels.base import (
     KernelLinear,
     Kernels,
     Linear,
+    LinearSpec,
     Norm,
 )
 from pipeline.kernels.runtime import (
@@ -102,20 +102,10 @@ def choose_matvec() -> MatVec:
 class TorchLinear(KernelLinear):
     """Weights as float32 [in, out]."""
 
-    def __init__(
-        self,
-        kernels: "TorchKernels",
-        num_in: int,
-        num_out: int,
-        *,
-        bias: bool,
-        precision: Precision,
-        activation: Activation,
-        matvec: MatVec,
-    ) -> None:
-        super().__init__(kernels, num_in, num_out, bias=bias, precision=precision)
-        self.weight = torch.empty(num_in, num_out)
-        self._activate = None if activation == "none" else ACTIVATIONS[activation]
+    def __init__(self, kernels: "TorchKernels", spec: LinearSpec, matvec: MatVec) -> None:
+        super().__init__(kernels, spec)
+        self.weight = torch.empty(spec.num_in, spec.num_out)
+        self._activate = None if spec.activation == "none" else ACTIVATIONS[spec.activation]
         self._matvec = matvec
 
     def __call__(
@@ -208,25 +198,9 @@ class TorchKernels(Kernels):
         """Results where the host can read them, all of them computed."""
         return tuple(tensor.numpy() for tensor in arrays)
 
-    def linear(
-        self,
-        num_in: int,
-        num_out: int,
-        *,
-        bias: bool,
-        precision: Precision,
-        activation: Activation = "none",
-    ) -> Linear:
+    def linear(self, spec: LinearSpec) -> Linear:
         """An empty linear layer."""
-        return TorchLinear(
-            self,
-            num_in,
-            num_out,
-            bias=bias,
-            precision=precision,
-            activation=activation,
-            matvec=self._matvec,
-        )
+        return TorchLinear(self, spec, self._matvec)
 
     def layer_norm(self, size: int, eps: float) -> Norm:
         """Rows centred, over their deviation, scaled and shifted."""

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.dtypes import Array, Precision
 from pipeline.kernels.base import Activation, Kernels, Norm
-from pipeline.models.base import Ends, Layer, Names, Shard
 from pipeline.models.config import GPT2Config
 from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts
 from pipeline.models.residual import ResidualStream
+from pipeline.models.shard_model import Ends, Layer, Names, Shard
 from pipeline.models.workspace import ForwardPass
 from pipeline.weights.tensor_sinks import CopySink, Sink
 

@@ -6,31 +6,11 @@ a value handed to the shard, and no architecture knows of it.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from pipeline.dtypes import Precision
-from pipeline.kernels.base import Activation, Attention, Kernels, Linear, Norm
+from pipeline.kernels.base import Activation, Attention, Kernels, Linear, LinearSpec, Norm
 from pipeline.protocol.batch import Batch
-
-
-class LinearSpec(NamedTuple):
-    """A linear layer before it is made."""
-
-    num_in: int
-    num_out: int
-    bias: bool
-    precision: Precision
-    activation: Activation
-
-    def make(self, kernels: Kernels) -> Linear:
-        """The kernels' own. Raises InputError for a precision that they have no product for."""
-        return kernels.linear(
-            self.num_in,
-            self.num_out,
-            bias=self.bias,
-            precision=self.precision,
-            activation=self.activation,
-        )
 
 
 class LayerParts:
@@ -49,7 +29,7 @@ class LayerParts:
         that: self_attn.qkv_proj, mlp.gate_up_proj. What is returned takes the weights by its sinks.
         """
         del name
-        return spec.make(kernels)
+        return kernels.linear(spec)
 
     def attention(self, layer: int, batch: Batch, own: Attention) -> Attention:
         """What attends in a layer of the model, for a step with the rows of `batch`.

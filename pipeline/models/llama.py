@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from pipeline.dtypes import Array, Precision
 from pipeline.kernels.base import HeadShape, Kernels, Norm
-from pipeline.models.base import Ends, Layer, Names, Shard
 from pipeline.models.config import LlamaConfig
 from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts
 from pipeline.models.residual import ResidualStream
 from pipeline.models.rope import RopeTable, rope_frequencies
+from pipeline.models.shard_model import Ends, Layer, Names, Shard
 from pipeline.models.workspace import ForwardPass
 from pipeline.weights.tensor_sinks import Sink
 

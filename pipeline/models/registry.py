@@ -12,13 +12,13 @@ from pipeline.kernels.base import Kernels, Rows
 from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.shape_only_kernels import Outline
-from pipeline.models.base import BOTH_ENDS, Ends, Names, Shard
 from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.models.llama import LlamaShard
 from pipeline.models.older_client_part import HEAD, is_older_layout, names_in_file, older_name
 from pipeline.models.residual import ResidualStream
+from pipeline.models.shard_model import BOTH_ENDS, Ends, Names, Shard
 from pipeline.progress import Progress
 from pipeline.protocol.batch import Batch
 from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names, tensor_sizes

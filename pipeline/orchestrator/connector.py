@@ -11,7 +11,7 @@ from pipeline.placement.base import Placement
 from pipeline.protocol.last_stage_inputs import MAX_VOCAB
 from pipeline.protocol.links import CONTROL_LIMITS, SEND_ONLY_LIMITS, ControlLink, StepGate
 from pipeline.protocol.messages import Init
-from pipeline.protocol.peers import (
+from pipeline.protocol.peer_connections import (
     CONTROL_EPOCH,
     ORCHESTRATOR,
     accept_first,
@@ -22,7 +22,7 @@ from pipeline.protocol.step_header import StepHeader
 from pipeline.protocol.step_limits import SessionLimits
 from pipeline.protocol.step_results import expected_results, max_result_bytes
 from transport.channel import SecureChannel
-from transport.endpoint import Endpoint, Listener
+from transport.dial_and_listen import Endpoint, Listener
 from transport.errors import TransportError
 from transport.handshake import Link, LinkKind, Role, RoleKind
 from transport.tensor_frames import TensorSpec

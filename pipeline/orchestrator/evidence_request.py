@@ -8,14 +8,14 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pipeline.agreement.manifest import Manifest
 from pipeline.errors import SessionError
 from pipeline.protocol.links import CONTROL_LIMITS
-from pipeline.protocol.peers import (
+from pipeline.protocol.peer_connections import (
     CONTROL_EPOCH,
     ORCHESTRATOR,
     close_quietly,
     connect_retrying,
     describe,
 )
-from transport.attestation.interfaces import Attested, Binding, EvidenceKind
+from transport.attestation.evidence_binding import Attested, Binding, EvidenceKind
 from transport.attestation.key_only import KeyOnlyAttester
 from transport.errors import TransportError
 from transport.handshake import Credentials, Link, LinkKind, Role, RoleKind

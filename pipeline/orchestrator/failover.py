@@ -1,141 +1,86 @@
-"""From one loss to the next: every stage put where the work is certain to be, on new channels."""
+"""Going on after a loss: the pipeline is mended, and the work resumed where it was certain."""
 
-import os
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+import logging
+from collections.abc import Awaitable, Callable, Iterator
 
-from pipeline.engine.step import Step
-from pipeline.orchestrator.connector import Connector
-from pipeline.orchestrator.model_ends import ModelEnds
-from pipeline.orchestrator.remote_stage import RemoteStage
-from pipeline.orchestrator.replay_plan import ORCHESTRATOR_IDX, ReplayPlan, plan_replay
-from pipeline.orchestrator.step_link import StepLink
-from pipeline.protocol.messages import Init, Ready, Rewind
-from pipeline.protocol.peers import hang_up
-from pipeline.tasks import open_tasks
-from transport.channel import SecureChannel
-from transport.endpoint import Listener
+import trio
 
+from pipeline.errors import SessionError, SessionRefused
+from pipeline.orchestrator.connect_deadline import Patience
+from pipeline.orchestrator.epochs import ReplaySource
+from pipeline.orchestrator.remote_pipeline import Pipeline
 
-class ReplaySource(Protocol):
-    """What is certain of the work so far, and how to do it again: a `Scheduler`."""
+logger = logging.getLogger(__name__)
 
-    @property
-    def has_work(self) -> bool:
-        """Whether anything is left to do."""
-        ...
+# Between attempts to mend a pipeline; most succeed at the first.
+FIRST_PAUSE_SECONDS = 0.05
+LAST_PAUSE_SECONDS = 1.0
+# One that breaks again and again is mended at once only if it stood for so long, or did any work.
+STEADY_SECONDS = 10.0
+# A request that breaks a stage whenever it is computed would keep everybody waiting for ever.
+MAX_FRUITLESS = 5
 
-    @property
-    def num_given_up(self) -> int:
-        """Requests given up because stages were lost whenever they were tried."""
-        ...
-
-    def rewind(self) -> Sequence[int]:
-        """Forget what is under way; the tokens that each slot is certain to hold."""
-        ...
-
-    def replay(self, until: int) -> Iterator[Step]:
-        """The steps of those tokens, for stages 0 to `until`."""
-        ...
+Work = Callable[[Pipeline], Awaitable[None]]
 
 
-class Epochs:
-    """Begins epochs: tells stages where to go back to, joins them up, and replays what is lost."""
+async def run_with_failover(
+    pipeline: Pipeline, work: Work, source: ReplaySource, patience_seconds: float
+) -> None:
+    """Connect `pipeline` and do `work` on it; whatever is lost, mend it and call `work` again.
 
-    def __init__(
-        self, connector: Connector, listener: Listener, patience_ms: int, ends: ModelEnds
-    ) -> None:
-        """`listener` takes the last stage's results; `patience_ms`: see `wait_in_place`."""
-        self._ends = ends
-        self.ready: tuple[Ready, ...] = ()
-        self._connector = connector
-        self._listener = listener
-        self._patience_ms = patience_ms
-        # Rebuilt, and no result has come since that would prove it complete.
-        self._unproven: frozenset[int] = frozenset()
-
-    @property
-    def is_unproven(self) -> bool:
-        """Whether no result has come yet through what was rebuilt."""
-        return bool(self._unproven)
-
-    def note_proof(self) -> None:
-        """A result has come through all stages, and behind all replays."""
-        self._unproven = frozenset()
-
-    def plan(self, stages: Sequence[RemoteStage]) -> ReplayPlan:
-        """Who begins with nothing, and who replays for them."""
-        new = {stage.idx for stage in stages if not stage.has_begun}
-        keepers = {stage.idx for stage in stages if stage.keeps_activations}
-        plan = plan_replay(new | self._unproven, keepers)
-        self._unproven = plan.rebuilt
-        return plan
-
-    async def begin(
-        self, stages: Sequence[RemoteStage], lengths: Sequence[int], plan: ReplayPlan
-    ) -> StepLink:
-        """Have every slot hold so many tokens, or none where it is rebuilt, and join stages up.
-
-        Raises SessionError or StageLost naming the stage that is refused or lost.
-        """
-        epoch = os.urandom(16)
-        for stage in stages:
-            await stage.begin(self._opening(stage, epoch, lengths, plan))
-            await stage.tell()
-        return await self._join(stages, epoch)
-
-    async def replay(self, link: StepLink, source: ReplaySource, plan: ReplayPlan) -> None:
-        """Send what stage 0 has lost, if it has; stages do as much for those behind them."""
-        until = plan.sources.get(ORCHESTRATOR_IDX)
-        if until is not None:
-            for step in source.replay(until):
-                await link.send(step)
-
-    def _opening(
-        self, stage: RemoteStage, epoch: bytes, lengths: Sequence[int], plan: ReplayPlan
-    ) -> Init | Rewind:
-        if not stage.has_begun:
-            return self._connector.init(stage.idx, epoch)
-        is_rebuilt = stage.idx in plan.rebuilt
-        return Rewind(
-            epoch=epoch,
-            lengths=[0] * len(lengths) if is_rebuilt else list(lengths),
-            data_out=self._connector.data_out(stage.idx),
-            replay_until=plan.sources.get(stage.idx),
-        )
-
-    async def _join(self, stages: Sequence[RemoteStage], epoch: bytes) -> StepLink:
-        """Open this epoch's data channels, and wait until every stage has its own."""
-        gate = self._connector.new_gate()
-        channels: dict[str, SecureChannel] = {}
-
-        async def accept_results() -> None:
-            channels["out"] = await self._connector.results(self._listener, epoch, gate)
-
+    Raises SessionRefused when a stage will not take part as it is asked to, SessionError when the
+    pipeline does not stand again and nothing moves for `patience_seconds`, or when it breaks again
+    and again without a single result.
+    """
+    num_fruitless = 0
+    pauses = _pauses()
+    while True:
+        before = pipeline.num_results, source.num_given_up
+        await _mend(pipeline, source, patience_seconds)
+        stood_at = trio.current_time()
         try:
-            async with open_tasks() as tasks:
-                tasks.start_soon(accept_results)
-                channels["in"] = await self._connector.first(epoch)
-            ready = []
-            for stage in stages:
-                what = f"stage {stage.idx}"
-                self._connector.pending.setdefault(what, f"{what} is not ready")
-                ready.append(await stage.ready())
-                del self._connector.pending[what]
-        except BaseException:
-            for channel in channels.values():
-                await hang_up(channel)
+            async with pipeline.unbroken():
+                return await work(pipeline)
+        except SessionRefused:
             raise
-        self.ready = tuple(ready)
-        vocab_size = min(each.vocab_size for each in ready)
-        self._connector.vocab_size = vocab_size
-        channels["out"].wait_in_place(self._patience_ms)
-        return StepLink(
-            channels["in"],
-            channels["out"],
-            gate,
-            len(stages),
-            vocab_size,
-            self._patience_ms,
-            self._ends,
-        )
+        except SessionError as error:
+            logger.warning("event=failover_started error=%s", error)
+            is_fruitless = before == (pipeline.num_results, source.num_given_up)
+            num_fruitless = num_fruitless + 1 if is_fruitless and source.has_work else 0
+            if num_fruitless > MAX_FRUITLESS:
+                raise
+        if is_fruitless and trio.current_time() - stood_at < STEADY_SECONDS:
+            await trio.sleep(next(pauses))
+        else:
+            pauses = _pauses()
+
+
+async def _mend(pipeline: Pipeline, source: ReplaySource, patience_seconds: float) -> None:
+    failure: SessionError | None = None
+
+    async def connect() -> None:
+        nonlocal failure
+        for pause_seconds in _pauses():
+            failure = None  # of an attempt before this one: its stages may have come back since
+            try:
+                await pipeline.connect(source)
+            except SessionRefused:
+                raise
+            except SessionError as error:
+                logger.warning("event=connecting_failed error=%s", error)
+                failure = error
+            else:
+                return
+            await trio.sleep(pause_seconds)
+
+    if not await Patience(patience_seconds, lambda: pipeline.progress).run(connect):
+        raise SessionError(
+            f"gave up after {patience_seconds:g} s: {failure or pipeline.waiting_for}"
+        ) from failure
+
+
+def _pauses() -> Iterator[float]:
+    seconds = FIRST_PAUSE_SECONDS
+    while True:
+        yield seconds
+        seconds = min(2 * seconds, LAST_PAUSE_SECONDS)

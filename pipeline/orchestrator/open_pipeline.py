@@ -12,7 +12,7 @@ from pipeline.orchestrator.remote_pipeline import Pipeline, PipelineOptions
 from pipeline.placement.base import Placement
 from pipeline.placement.by_hand import ByHand
 from pipeline.tasks import open_tasks
-from transport.endpoint import listen
+from transport.dial_and_listen import listen
 from transport.errors import EndpointError
 
 __all__ = ["Pipeline", "PipelineOptions", "new_pipeline", "open_pipeline"]

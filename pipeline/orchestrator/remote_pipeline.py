@@ -13,17 +13,17 @@ from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.engine.step_runner import RunnerStats
 from pipeline.errors import LinkLost, SessionError, StageLost, StageSilent
 from pipeline.orchestrator.connector import Connector
-from pipeline.orchestrator.failover import Epochs, ReplaySource
-from pipeline.orchestrator.losses import Losses
+from pipeline.orchestrator.epochs import Epochs, ReplaySource
+from pipeline.orchestrator.loss_record import Losses
 from pipeline.orchestrator.model_ends import REMOTE_ENDS, ModelEnds
-from pipeline.orchestrator.remote_stage import HEALTH_SECONDS, Expectation, RemoteStage
+from pipeline.orchestrator.stage_watch import HEALTH_SECONDS, Expectation, RemoteStage
 from pipeline.orchestrator.step_link import StepLink
 from pipeline.placement.base import Placement, Progress
 from pipeline.protocol.messages import Ready, Shutdown, Start
-from pipeline.protocol.peers import GOODBYE_SECONDS
+from pipeline.protocol.peer_connections import GOODBYE_SECONDS
 from pipeline.protocol.step_results import StepResult
 from pipeline.tasks import open_tasks
-from transport.endpoint import Endpoint, Listener
+from transport.dial_and_listen import Endpoint, Listener
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pipeline.errors import LinkLost, MessageError
 from pipeline.orchestrator.model_ends import REMOTE_ENDS, ModelEnds
 from pipeline.orchestrator.step_ahead import Ahead
 from pipeline.protocol.links import StepGate, receive_step, send_step
-from pipeline.protocol.peers import describe, hang_up
+from pipeline.protocol.peer_connections import describe, hang_up
 from pipeline.protocol.result_kinds import NO_TOKEN
 from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.step_results import StepResult

@@ -20,7 +20,6 @@ from pipeline.dtypes import (
     Precision,
 )
 from pipeline.errors import ModelError
-from pipeline.models.base import Ends
 from pipeline.models.config import ModelConfig, as_rotated, read_config, rotated_json
 from pipeline.models.registry import (
     family_of,
@@ -28,6 +27,7 @@ from pipeline.models.registry import (
     required_tensors,
     stored_as,
 )
+from pipeline.models.shard_model import Ends
 from pipeline.planning.rotated_weights import RotatedWeights
 from pipeline.progress import Progress
 from pipeline.weights.checkpoint import StoredTensor, load_tensors, stored_tensors

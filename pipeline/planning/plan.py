@@ -9,9 +9,9 @@ from typing import Any
 from pipeline.agreement.manifest import Manifest, Split, build_manifest
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError
-from pipeline.models.base import BOTH_ENDS, NO_ENDS
 from pipeline.models.config import hash_config, load_config
 from pipeline.models.registry import layer_bytes, required_files
+from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.progress import Progress
 from pipeline.weights.checkpoint import hash_files
 

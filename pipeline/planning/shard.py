@@ -13,7 +13,6 @@ from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, ManifestError
 from pipeline.files import is_file
-from pipeline.models.base import BOTH_ENDS, NO_ENDS
 from pipeline.models.config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -23,6 +22,7 @@ from pipeline.models.config import (
 )
 from pipeline.models.older_client_part import CLIENT_FILE
 from pipeline.models.registry import in_older_layout
+from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.planning.part_weights import Part, Source, part_tensors, save_tensors
 from pipeline.planning.plan import CONTROL_PORT, DATA_PORT
 from pipeline.progress import Progress, part_of

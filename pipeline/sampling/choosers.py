@@ -7,13 +7,14 @@ token. Others than these plug in as `Generation.chooser`, or here by a name.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import InputError
-from pipeline.sampling.draw import token_at
+from pipeline.sampling.draw import final, token_at
 from pipeline.sampling.filters import Logits
 from pipeline.sampling.params import ChooserSpec, Option, SamplingParams
 
@@ -24,48 +25,72 @@ _SEED_MASK = (1 << 64) - 1
 class Distribution:
     """What a token is to be chosen from: penalties, masks, temperature and filters applied.
 
+    Temperature and filters are, by `params`, once somebody asks for what they leave.
+
     Shapes: logits float32 [vocab], -inf for a token that may not be chosen; ids [n] in rising
     order, probabilities float64 [n], all above 0, of sum 1.
     """
 
-    __slots__ = ("_support", "logits")
+    def __init__(self, unfiltered: Logits, params: SamplingParams) -> None:
+        self._unfiltered = unfiltered
+        self._params = params
 
-    def __init__(self, logits: Logits) -> None:
-        self.logits = logits
-        self._support: tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]] | None = None
+    @cached_property
+    def most_likely(self) -> int:
+        """The token that no filter leaves out: of several the one with the lowest id."""
+        return int(self._unfiltered.argmax())
+
+    @cached_property
+    def logits(self) -> Logits:
+        """All tokens'."""
+        return final(self._unfiltered, self._params)
+
+    def holds(self, token_id: int) -> bool:
+        """Whether a token may be chosen."""
+        if token_id == self.most_likely:
+            return True
+        return 0 <= token_id < self.logits.size and bool(self.logits[token_id] > -np.inf)
 
     @property
     def ids(self) -> npt.NDArray[np.intp]:
         """The tokens that may be chosen."""
-        return self._kept()[0]
+        return self._support[0]
 
     @property
     def probabilities(self) -> npt.NDArray[np.float64]:
         """The probability of each."""
-        return self._kept()[1]
+        return self._support[1]
 
-    def _kept(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-        if self._support is None:
-            ids = np.flatnonzero(self.logits > -np.inf)
-            weights = np.exp((self.logits[ids] - self.logits.max()).astype(np.float64))
-            chances = weights / weights.sum()
-            is_possible = chances > 0
-            self._support = ids[is_possible], chances[is_possible]
-        return self._support
+    @cached_property
+    def _support(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+        ids = np.flatnonzero(self.logits > -np.inf)
+        weights = np.exp((self.logits[ids] - self.logits.max()).astype(np.float64))
+        chances = weights / weights.sum()
+        is_possible = chances > 0
+        return ids[is_possible], chances[is_possible]
 
 
 class Chooser(Protocol):
-    """Chooses all tokens of one request."""
+    """Chooses all tokens of one request, or has the last stage draw them by numbers of its own."""
 
     def choose(self, final: Distribution) -> int:
         """The next token, one of `final.ids`."""
         ...
 
+    @property
+    def uniform(self) -> float:
+        """The number by which the last stage is to draw the next token: the same until spent."""
+        return 0.0
+
+    def spend(self) -> None:
+        """The last stage has drawn the next token."""
+        return
+
 
 ChooserFactory = Callable[[], Chooser]
 
 
-class InverseCdf:
+class InverseCdf(Chooser):
     """Draws each token with its probability, by one random number."""
 
     def __init__(self, random: np.random.Generator) -> None:
@@ -74,13 +99,13 @@ class InverseCdf:
 
     @property
     def uniform(self) -> float:
-        """The next token's random number: the same until it is spent."""
+        """As `Chooser.uniform`."""
         if self._uniform is None:
             self._uniform = self._random.random()
         return self._uniform
 
     def spend(self) -> None:
-        """The next token has been drawn by its number."""
+        """As `Chooser.spend`."""
         self._uniform = None
 
     def choose(self, final: Distribution) -> int:
@@ -90,15 +115,15 @@ class InverseCdf:
         return token_id
 
 
-class Greedy:
+class Greedy(Chooser):
     """Takes the most likely token; of several the one with the lowest id."""
 
     def choose(self, final: Distribution) -> int:
         """As `Chooser.choose`."""
-        return int(final.logits.argmax())
+        return final.most_likely
 
 
-class Mirostat:
+class Mirostat(Chooser):
     """Keeps the text's surprise near `tau` bits a token, whatever the model's confidence.
 
     Tokens above a surprise are left out, and `eta` is how fast that bound follows the surprise of

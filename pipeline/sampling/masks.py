@@ -1,4 +1,4 @@
-"""Which tokens may come next. Masks apply before temperature and filters, on the user's side."""
+"""Which tokens may come next. Masks apply before temperature and filters."""
 
 from collections.abc import Collection, Sequence
 from typing import Protocol

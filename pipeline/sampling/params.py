@@ -114,10 +114,9 @@ class SamplingParams:
         )
 
     @property
-    def can_be_drawn_remotely(self) -> bool:
-        """Whether a last stage that is told these numbers draws the same tokens."""
-        has_mask = self.allowed_token_ids is not None or self.min_tokens > 0
-        return not has_mask and self.chooser is None
+    def has_mask(self) -> bool:
+        """Whether some tokens are not allowed, at first if not throughout."""
+        return self.allowed_token_ids is not None or self.min_tokens > 0
 
     @property
     def needs_logits(self) -> bool:
@@ -127,8 +126,7 @@ class SamplingParams:
             or self.logprobs is not None
             or self.has_penalties
             or bool(self.logit_bias)
-            or self.allowed_token_ids is not None
-            or self.min_tokens > 0
+            or self.has_mask
             or self.chooser is not None
         )
 

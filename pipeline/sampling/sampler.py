@@ -1,23 +1,20 @@
 """One request's choices, one token after another."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import InputError, RequestFailed
-from pipeline.sampling.choosers import (
-    Chooser,
-    Distribution,
-    Greedy,
-    InverseCdf,
-    new_chooser,
-)
-from pipeline.sampling.draw import NO_NUMBERS, Draw, History, adjust, final, is_sound
+from pipeline.errors import InputError, PipelineError, RequestFailed
+from pipeline.sampling.choosers import Chooser, Distribution, new_chooser
+from pipeline.sampling.draw import NO_NUMBERS, Draw, History, adjust, is_sound
 from pipeline.sampling.filters import Logits, LogitsProcessor, log_softmax, most_likely
 from pipeline.sampling.masks import Allowed, Mask
 from pipeline.sampling.params import SamplingParams
+
+_NONE_LEFT = "processors and masks leave no token that can be chosen"
 
 
 class Choice(NamedTuple):
@@ -43,25 +40,36 @@ class Sampler:
         processors: Sequence[LogitsProcessor] = (),
         masks: Sequence[Mask] = (),
         chooser: Chooser | None = None,
+        vocab_size: int = 0,
     ) -> None:
-        """`chooser`: in the place of the one that `params` name."""
+        """`chooser`: in the place of the one that `params` name; `vocab_size`: for `next_draw`."""
         self._params = params
         self._processors = tuple(processors)
         self._masks = tuple(masks)
         self._token_ids = list(prompt_ids)
         self._num_prompt = len(prompt_ids)
+        self._vocab_size = vocab_size
         self._history = History(prompt_ids) if params.has_penalties else None
         self._chooser = chooser or new_chooser(params)
 
     def next_draw(self) -> Draw:
         """How the last stage has to draw the next token: the same until one has been `took`."""
-        chooser = self._chooser
-        return self._how((chooser.uniform if isinstance(chooser, InverseCdf) else 0.0,))
+        how = self._how((self._chooser.uniform,))
+        allowed = self._allowed(self._vocab_size)
+        if allowed is None:
+            return how
+        return replace(how, allowed=np.packbits(allowed, bitorder="little").tobytes())
+
+    def no_choice(self) -> PipelineError:
+        """Why the last stage has drawn no token."""
+        allowed = self._allowed(self._vocab_size)
+        if allowed is None or allowed.any():
+            return RequestFailed(f"{NO_NUMBERS}, or bias and mask leave none")
+        return InputError(_NONE_LEFT)
 
     def took(self, token_id: int) -> None:
         """The next token is this one, drawn by the last stage."""
-        if isinstance(self._chooser, InverseCdf):
-            self._chooser.spend()
+        self._chooser.spend()
         self._add(token_id)
 
     def choose(self, logits: npt.NDArray[np.float32]) -> Choice:
@@ -74,7 +82,7 @@ class Sampler:
             raise RequestFailed(NO_NUMBERS)
         changed = self._change(logits)
         if not is_sound(changed):
-            raise InputError("processors and masks leave no token that can be chosen")
+            raise InputError(_NONE_LEFT)
         token_id = self._pick(changed)
         self._add(token_id)
         if self._params.logprobs is None:
@@ -115,10 +123,8 @@ class Sampler:
         return allowed
 
     def _pick(self, logits: Logits) -> int:
-        if isinstance(self._chooser, Greedy):  # filters never leave out the most likely token
-            return self._chooser.choose(Distribution(logits))
-        left = final(logits, self._params)
-        token_id = self._chooser.choose(Distribution(left))
-        if not (0 <= token_id < left.size and left[token_id] > -np.inf):
+        distribution = Distribution(logits, self._params)
+        token_id = self._chooser.choose(distribution)
+        if not distribution.holds(token_id):
             raise InputError(f"the chooser took token {token_id}, which is not left to choose from")
         return token_id

@@ -7,13 +7,18 @@ import trio
 
 from pipeline.protocol.links import SEND_ONLY_LIMITS, ControlLink
 from pipeline.protocol.messages import Init, Waiting
-from pipeline.protocol.peers import ORCHESTRATOR, accept_first, connect_retrying, describe
+from pipeline.protocol.peer_connections import (
+    ORCHESTRATOR,
+    accept_first,
+    connect_retrying,
+    describe,
+)
 from pipeline.stage.dial_policy import Target
-from pipeline.stage.setup import StageSetup
 from pipeline.stage.stage_metrics import StageMeter
+from pipeline.stage.worker_setup import StageSetup
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel
-from transport.endpoint import Listener
+from transport.dial_and_listen import Listener
 from transport.errors import DialRefused, TransportError
 from transport.handshake import Link, LinkKind, Role, RoleKind
 from transport.tensor_frames import FrameLimits

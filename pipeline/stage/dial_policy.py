@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_net
 
 from pipeline.agreement.manifest import StageSpec
 from pipeline.errors import InputError, SessionRefused
-from transport.endpoint import Endpoint, Permit, TcpEndpoint, VsockEndpoint, parse_endpoint
+from transport.dial_and_listen import Endpoint, Permit, TcpEndpoint, VsockEndpoint, parse_endpoint
 from transport.errors import EndpointError
 
 Network = IPv4Network | IPv6Network

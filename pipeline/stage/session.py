@@ -21,18 +21,18 @@ from pipeline.protocol.messages import (
     Shutdown,
     Start,
 )
-from pipeline.protocol.peers import describe, hang_up, say
+from pipeline.protocol.peer_connections import describe, hang_up, say
 from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.step_limits import SessionLimits
 from pipeline.stage.data_channels import DOWNSTREAM, UPSTREAM, LinkBroken, Neighbours
 from pipeline.stage.decode_lane import Lane
 from pipeline.stage.dial_policy import Target
-from pipeline.stage.session_limits import expect_step
-from pipeline.stage.setup import StageSetup, new_core
+from pipeline.stage.session_admission import expect_step
 from pipeline.stage.stage_metrics import StageMeter
+from pipeline.stage.worker_setup import StageSetup, new_core
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel
-from transport.endpoint import Listener
+from transport.dial_and_listen import Listener
 from transport.errors import TransportError
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import trio
 from pipeline.errors import MessageError, SessionRefused
 from pipeline.protocol.links import CONTROL_LIMITS, ControlLink
 from pipeline.protocol.messages import Failure, Health, Message
-from pipeline.protocol.peers import (
+from pipeline.protocol.peer_connections import (
     CONTROL_EPOCH,
     ORCHESTRATOR,
     accept_all,
@@ -18,12 +18,12 @@ from pipeline.protocol.peers import (
     say,
 )
 from pipeline.stage.session import SILENCE_SECONDS, SessionEnded, StageSession
-from pipeline.stage.session_limits import check_init
-from pipeline.stage.setup import StageSetup
+from pipeline.stage.session_admission import check_init
 from pipeline.stage.stage_metrics import StageMeter
+from pipeline.stage.worker_setup import StageSetup
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel
-from transport.endpoint import Listener
+from transport.dial_and_listen import Listener
 from transport.errors import TransportError
 from transport.handshake import Link, LinkKind
 

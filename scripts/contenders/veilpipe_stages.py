@@ -29,7 +29,7 @@ from pipeline.models.registry import load_shard
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
-from pipeline.protocol.peers import PATIENCE_MS
+from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.step_results import StepResult
 from pipeline.sampling.params import SamplingParams

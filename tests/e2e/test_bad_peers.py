@@ -72,7 +72,7 @@ def impostor(port, behave):
     ids=["closes", "closes-later", "http", "ones", "zeros", "silent"],
 )
 def test_a_peer_that_is_not_veilpipe(orch, cluster, monkeypatch, behave, word):
-    monkeypatch.setattr("pipeline.protocol.peers.HANDSHAKE_SECONDS", 1.0)
+    monkeypatch.setattr("pipeline.protocol.peer_connections.HANDSHAKE_SECONDS", 1.0)
     with impostor(cluster.base_port, behave):
         code, line = orch("Hi", "--connect-timeout", "5")
     assert code == 1

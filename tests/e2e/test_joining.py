@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import time
 from pathlib import Path
 
@@ -110,6 +111,20 @@ def test_workers_that_load_for_longer_than_patience_lasts_are_waited_for(cluster
     done = cluster.orch(
         *ONE_LINE, "--supervise", "--model-dir", cluster.model_dir, "--connect-timeout", "1"
     )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--data-out-port", "--data-out-listen"])
+def test_workers_started_here_are_told_where_else_results_go(cluster, flag):
+    cluster.plan(2)
+    port = cluster.base_port + 5  # not the manifest's
+    last = json.loads(cluster.manifest.read_text())["stages"][1]["endpoint"]
+    host, _, named = last["data_out"]["addr"].rpartition(":")
+    with socket.create_server((host, int(named))):  # another's: nothing would come back from it
+        done = cluster.orch(
+            *ONE_LINE, "--supervise", "--model-dir", cluster.model_dir, "--connect-timeout", "5",
+            flag, f"127.0.0.1:{port}" if flag == "--data-out-listen" else str(port),
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 

@@ -18,7 +18,7 @@ from cryptography import x509
 
 from enclave import build, cli, eif, emulator
 from transport.attestation import document_verifier
-from transport.attestation.interfaces import Binding, user_data
+from transport.attestation.evidence_binding import Binding, user_data
 from transport.errors import AttestationError
 
 _PARENT_PORT = 7000

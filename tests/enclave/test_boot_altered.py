@@ -23,11 +23,11 @@ from pipeline.errors import SessionError
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.protocol.links import CONTROL_LIMITS, ControlLink
-from pipeline.protocol.peers import CONTROL_EPOCH, ORCHESTRATOR
-from transport.attestation.interfaces import Binding, EvidenceKind, user_data
+from pipeline.protocol.peer_connections import CONTROL_EPOCH, ORCHESTRATOR
+from transport.attestation.evidence_binding import Binding, EvidenceKind, user_data
 from transport.attestation.key_only import KeyOnlyVerifier
 from transport.channel import accept_channel
-from transport.endpoint import Listener, TcpEndpoint, listen
+from transport.dial_and_listen import Listener, TcpEndpoint, listen
 from transport.errors import TransportError
 from transport.handshake import Credentials, Link, LinkKind, Role, RoleKind
 

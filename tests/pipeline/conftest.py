@@ -22,11 +22,11 @@ from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.dial_policy import parse_networks
-from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
+from pipeline.stage.worker_setup import StageSetup
 from transport.attestation.dev_authority import DevAttester, DevAuthority
-from transport.attestation.interfaces import EvidenceKind
-from transport.endpoint import TcpEndpoint, dial, listen
+from transport.attestation.evidence_binding import EvidenceKind
+from transport.dial_and_listen import TcpEndpoint, dial, listen
 
 PCRS = [{0: bytes([i + 1]) * 48, 1: b"\x55" * 48, 2: bytes([i + 101]) * 48} for i in range(3)]
 PROMPT = tuple(range(100, 164))

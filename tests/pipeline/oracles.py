@@ -31,6 +31,11 @@ from pipeline.models.registry import ModelShard, load_shard
 from pipeline.protocol.batch import Segment
 from pipeline.weights.tensor_sinks import fill_array
 
+# The fixtures, for the conftest of each directory that wants them.
+__all__ = [
+    "_quiet_oracle", "kernels", "make_cache", "make_oracle", "make_pipeline", "native", "oracle",
+    "oracle_class", "same_random_numbers", "smollm2_dir", "token_ids",
+]  # fmt: skip
 VOCAB = 101
 HOST = SimpleNamespace(zeros=np.zeros, fill=fill_array, to_host=lambda *arrays: arrays)
 NUM_LAYERS = 4

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from tests.transport.relayed import LOOPBACK, Running
 from transport import channel, compiled_records, handshake, record_counters
-from transport.attestation.interfaces import Attested, EvidenceKind, user_data
+from transport.attestation.evidence_binding import Attested, EvidenceKind, user_data
 from transport.channel import accept_channel, connect_channel
 from transport.errors import AttestationError
 from transport.tensor_frames import DType, Frame, FrameKind, FrameLimits, Tensor, TensorSpec

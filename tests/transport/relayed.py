@@ -2,7 +2,7 @@
 
 import trio
 
-from transport.endpoint import TcpEndpoint, dial, listen
+from transport.dial_and_listen import TcpEndpoint, dial, listen
 from transport.relay import Relay, RelayMap
 
 LOOPBACK = TcpEndpoint("127.0.0.1", 0)

@@ -15,7 +15,7 @@ from transport.errors import (
     MisuseError,
     NoAnswer,
 )
-from transport.records import RekeyPolicy
+from transport.rekey_policy import RekeyPolicy
 from transport.tensor_frames import FrameLimits
 
 UNIX_OR_TCP = pytest.mark.parametrize(
@@ -156,14 +156,14 @@ async def test_the_end_stays_the_end_while_the_peer_holds_the_socket_open(toy):
 
 
 async def test_a_small_frame_takes_one_system_call_at_either_end(toy, monkeypatch):
-    from transport import raw_socket
+    from transport import nonblocking_socket
 
     near, far = await toy.channels()
     calls = []
     for name in ("try_send", "try_receive"):
-        real = getattr(raw_socket.Wire, name)
+        real = getattr(nonblocking_socket.Wire, name)
         monkeypatch.setattr(
-            raw_socket.Wire,
+            nonblocking_socket.Wire,
             name,
             lambda *a, name=name, real=real: (calls.append(name), real(*a))[1],
         )

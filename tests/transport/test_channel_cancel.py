@@ -8,7 +8,7 @@ import trio.testing
 
 from transport.channel import accept_channel, connect_channel
 from transport.errors import ConnectionLost, ProtocolError
-from transport.raw_socket import FAIR_CALLS
+from transport.nonblocking_socket import FAIR_CALLS
 
 
 async def test_every_operation_can_be_cancelled_even_when_it_need_not_wait(toy):
@@ -100,10 +100,10 @@ class CancelAtCheckpoint(trio.abc.Instrument):
 @contextmanager
 def forced_checkpoints(monkeypatch):
     """Make every turn suspend, every second system call block, and the others do half."""
-    from transport import raw_socket
+    from transport import nonblocking_socket
 
     calls = 0
-    send, receive = raw_socket.Wire.try_send, raw_socket.Wire.try_receive
+    send, receive = nonblocking_socket.Wire.try_send, nonblocking_socket.Wire.try_receive
 
     def try_send(self, data):
         nonlocal calls
@@ -116,9 +116,9 @@ def forced_checkpoints(monkeypatch):
         return 0 if calls % 2 else receive(self, into[: max(1000, len(into) // 2)])
 
     with monkeypatch.context() as patch:
-        patch.setattr(raw_socket, "FAIR_CALLS", 1)
-        patch.setattr(raw_socket.Wire, "try_send", try_send)
-        patch.setattr(raw_socket.Wire, "try_receive", try_receive)
+        patch.setattr(nonblocking_socket, "FAIR_CALLS", 1)
+        patch.setattr(nonblocking_socket.Wire, "try_send", try_send)
+        patch.setattr(nonblocking_socket.Wire, "try_receive", try_receive)
         yield
 
 

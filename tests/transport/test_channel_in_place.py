@@ -8,8 +8,8 @@ import trio
 import trio.testing
 
 from transport.errors import ConnectionLost, RecordError
-from transport.raw_socket import FAIR_NS
-from transport.records import RekeyPolicy
+from transport.nonblocking_socket import FAIR_NS
+from transport.rekey_policy import RekeyPolicy
 from transport.tensor_frames import FrameForm, encode_frame
 
 BOTH_WAYS = pytest.mark.usefixtures("records_by")

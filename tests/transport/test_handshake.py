@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transport import handshake, noise
-from transport.attestation.interfaces import Binding, EvidenceKind
+from transport.attestation.evidence_binding import Binding, EvidenceKind
 from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
 from transport.errors import AttestationError, HandshakeError, MisuseError, ProtocolError
-from transport.records import RecordKind, RekeyPolicy
+from transport.records import RecordKind
+from transport.rekey_policy import RekeyPolicy
 
 
 def run_with(toy, alter, link=None, peer_link=None):

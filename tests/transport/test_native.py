@@ -15,7 +15,8 @@ from transport.cipher import REKEY_NONCE
 from transport.compiled_records import Inlet
 from transport.errors import ConnectionLost, MisuseError, RecordError
 from transport.record_counters import IS_COMPILED
-from transport.records import HEADER_BYTES, OVERHEAD_BYTES, RekeyPolicy
+from transport.records import HEADER_BYTES, OVERHEAD_BYTES
+from transport.rekey_policy import RekeyPolicy
 from transport.tensor_frames import INLINE_BYTES, FrameForm
 
 pytestmark = pytest.mark.skipif(not IS_COMPILED, reason="not compiled")
@@ -26,11 +27,12 @@ PATIENCE_MS = 500
 WITHOUT_IT = """
 import sys, types
 sys.modules["transport._native"] = {module}
-from transport import channel, frame_stream, tensor_frames, noise, records, record_counters
+from transport import channel, frame_stream, noise, record_counters, records
+from transport import rekey_policy, tensor_frames
 assert not record_counters.IS_COMPILED
 first, second = [noise.CipherState(noise.AEADS["ChaChaPoly"], bytes(32)) for _ in range(2)]
-sender = frame_stream.FrameSender(records.RecordSealer(first, records.RekeyPolicy()))
-opener = records.RecordOpener(second, records.RekeyPolicy())
+sender = frame_stream.FrameSender(records.RecordSealer(first, rekey_policy.RekeyPolicy()))
+opener = records.RecordOpener(second, rekey_policy.RekeyPolicy())
 receiver = frame_stream.FrameReceiver(opener, tensor_frames.FrameLimits(100, 1, 1000))
 data, _ = sender.begin(tensor_frames.Frame(tensor_frames.FrameKind.DATA, b"header", ()))
 receiver.space()[: len(data)] = data

@@ -1,6 +1,7 @@
 """Places are bounded, always to be had, and lost first by those who crowd and say nothing."""
 
 import socket
+from collections import Counter
 
 import pytest
 import trio
@@ -10,7 +11,14 @@ from hypothesis import strategies as st
 
 from transport import pending_connections as lobby_module
 from transport.errors import HandshakeError
-from transport.pending_connections import Guest, HelloMemory, Lobby, Standing, source_of
+from transport.pending_connections import (
+    PROOF_SECONDS,
+    Guest,
+    HelloMemory,
+    Lobby,
+    Standing,
+    source_of,
+)
 
 
 def is_out(guest):
@@ -56,11 +64,54 @@ async def test_a_crowd_of_one_source_costs_no_other_its_place():
     assert len(lobby) == 4
 
 
-def test_the_established_make_room_for_nobody():
-    lobby = Lobby(1)
-    lobby.enter("one").standing = Standing.ESTABLISHED
+async def test_whose_answer_has_stood_makes_room_for_nobody(autojump_clock):
+    lobby = Lobby(3)
+    guests = [lobby.enter("one") for _ in range(3)]
+    for guest in guests:
+        guest.answer()
+    await trio.sleep(PROOF_SECONDS)
     assert lobby.enter("other") is None
-    assert len(lobby) == 1
+    guests[1].standing = Standing.HEARD  # whoever answered has left it
+    assert lobby.enter("other") is not None
+    assert [is_out(guest) for guest in guests] == [False, True, False]
+
+
+async def test_one_source_that_has_itself_answered_keeps_no_other_out(autojump_clock):
+    lobby = Lobby(8)
+    crowd = [lobby.enter("crowd") for _ in range(8)]
+    for guest in crowd:
+        guest.answer()
+    right = [lobby.enter(source) for source in ("this", "that", "this")]
+    for _ in range(50):  # and comes again for each place it has lost, but has no more to gain
+        if again := lobby.enter("crowd"):
+            again.answer()
+    assert all(right)
+    assert not any(is_out(guest) for guest in right)
+    for guest in right:
+        guest.answer()
+    await trio.sleep(PROOF_SECONDS / 2)
+    for _ in range(50):
+        lobby.enter("crowd")
+    assert not any(is_out(guest) for guest in right)
+
+
+async def test_the_answered_lose_no_place_to_any_number_that_cannot_have_themselves_answered():
+    lobby = Lobby(8)
+    right = [lobby.enter("right") for _ in range(4)]
+    for guest in right:
+        guest.answer()
+    for number in range(100):  # each from elsewhere
+        lobby.enter(number).standing = Standing(number % 2)
+    assert not any(is_out(guest) for guest in right)
+
+
+async def test_a_source_loses_nothing_to_itself_that_has_been_answered():
+    lobby = Lobby(4)
+    answered = [lobby.enter("one") for _ in range(4)]
+    for guest in answered:
+        guest.answer()
+    assert lobby.enter("one") is None
+    assert not any(is_out(guest) for guest in answered)
 
 
 async def test_a_place_is_free_again_once_left():
@@ -73,26 +124,38 @@ async def test_a_place_is_free_again_once_left():
 
 
 @given(
-    moves=st.lists(st.tuples(st.integers(0, 3), st.sampled_from(Standing), st.booleans())),
+    moves=st.lists(
+        st.tuples(
+            st.integers(0, 3), st.sampled_from(Standing), st.sampled_from([0, 0, PROOF_SECONDS])
+        )
+    ),
     num_places=st.integers(1, 5),
 )
 def test_whatever_comes_places_are_bounded_and_the_established_keep_theirs(moves, num_places):
-    trio.run(check_moves, moves, num_places)
+    clock = trio.testing.MockClock(autojump_threshold=0)
+    trio.run(check_moves, moves, num_places, clock=clock)
 
 
 async def check_moves(moves, num_places):
     lobby = Lobby(num_places)
     inside: list[Guest] = []
-    for source, standing, leaves in moves:
+    for source, standing, seconds in moves:
+        established = [each for each in inside if each.is_established]
         guest = lobby.enter(source)
+        assert not any(is_out(each) for each in established)
         inside = [each for each in inside if not is_out(each)]
         if guest is None:
+            unproven = Counter(each.source for each in inside if not each.is_established)
             assert len(inside) == num_places
-            assert all(each.standing is Standing.ESTABLISHED for each in inside)
+            assert all(num == 1 or other == source for other, num in unproven.items())
+        elif standing is Standing.ANSWERED:
+            guest.answer()
         else:
             guest.standing = standing
+        if guest is not None:
             inside.append(guest)
-        if leaves and inside:
+        if seconds and inside:
+            await trio.sleep(seconds)
             lobby.leave(inside.pop(0))
         assert len(lobby) == len(inside) <= num_places
     assert not any(is_out(each) for each in inside)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transport import records
 from transport.cipher import AEADS, CipherState
 from transport.errors import MisuseError, ProtocolError, RecordError
-from transport.records import RecordKind, RekeyPolicy
+from transport.records import RecordKind
+from transport.rekey_policy import RekeyPolicy
 
 KEY = bytes(range(32))
 FRAME = RecordKind.FRAME

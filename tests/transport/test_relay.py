@@ -11,7 +11,7 @@ import trio.testing
 
 from tests.transport.relayed import LOOPBACK, Running, receive, until
 from transport import relay as relay_module
-from transport.endpoint import TcpEndpoint, UnixEndpoint, dial, listen
+from transport.dial_and_listen import TcpEndpoint, UnixEndpoint, dial, listen
 from transport.errors import EndpointError
 from transport.relay import Relay, RelayMap
 from transport.relay_cli import metrics, write_metrics

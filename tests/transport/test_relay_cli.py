@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from transport.endpoint import TcpEndpoint, VsockEndpoint
+from transport.dial_and_listen import TcpEndpoint, VsockEndpoint
 from transport.errors import EndpointError
 from transport.relay import RelayMap, parse_map
 from transport.relay_cli import parse_maps

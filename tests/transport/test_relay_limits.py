@@ -8,7 +8,7 @@ import trio
 
 from tests.transport.relayed import LOOPBACK, converse, receive, until
 from transport import relay as relay_module
-from transport.endpoint import dial
+from transport.dial_and_listen import dial
 
 
 async def test_connection_over_the_limit_is_closed_and_a_freed_place_taken(running, caplog):
@@ -60,6 +60,48 @@ async def test_a_crowd_without_an_answer_makes_room_for_whoever_comes(running, s
         assert relayed.stats.active <= 4
         assert relayed.stats.crowded_out >= 9
         assert relayed.stats.refused_over_limit == 0
+
+
+async def answer_all(target, nursery):
+    """Say again whatever is said, as long as anybody is there."""
+
+    async def answer(far):
+        with far, suppress(ConnectionResetError, BrokenPipeError):
+            while said := await receive(far, 1):
+                far.send(said)
+
+    while True:
+        nursery.start_soon(answer, await target.accept())
+
+
+async def come_again(endpoint):
+    """Have oneself answered and stay; when the place is another's, come for the next at once."""
+    address, elsewhere = (endpoint.host, endpoint.port), ("127.0.0.2", 0)
+    while True:
+        near = socket.create_connection(address, source_address=elsewhere)
+        with near, suppress(ConnectionResetError, BrokenPipeError):
+            near.setblocking(False)
+            near.send(b"1")
+            while await receive(near, 1):
+                pass
+        await trio.lowlevel.checkpoint()
+
+
+async def test_one_source_that_is_answered_and_comes_again_keeps_no_other_out(running):
+    relayed = running(max_connections=8)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(answer_all, relayed.target, nursery)
+        for _ in range(8):
+            nursery.start_soon(come_again, relayed.endpoint)
+        for _ in range(10):
+            await until(lambda: relayed.stats.active == 8)
+            await trio.sleep(0.05)  # and all of them are answered
+            with await dial(relayed.endpoint) as near:
+                for _ in range(3):
+                    near.send(b"?")
+                    assert await receive(near, 1) == b"?"
+                    await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_connection_on_which_nobody_speaks_is_cut(running, monkeypatch, caplog):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from transport.endpoint import TcpEndpoint
+from transport.dial_and_listen import TcpEndpoint
 from transport.errors import EndpointError
 from transport.relay_manifest import manifest_maps
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from transport import frame_stream, tensor_frames
 from transport.errors import FrameError, MisuseError, ProtocolError, RecordError
-from transport.records import RecordKind, RekeyPolicy
+from transport.records import RecordKind
+from transport.rekey_policy import RekeyPolicy
 from transport.tensor_frames import DType, Frame, FrameKind, FrameLimits, Tensor, TensorSpec
 
 

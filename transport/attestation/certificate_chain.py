@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import SignatureAlgorithmOID
 
-from transport.attestation.interfaces import is_same
+from transport.attestation.evidence_binding import is_same
 from transport.errors import AttestationError, MisuseError
 
 MAX_BUNDLE_CERTIFICATES: Final = 8  # AWS sends four; bounds the signatures one message can cost

@@ -28,7 +28,7 @@ from cryptography.x509.oid import NameOID
 from transport.attestation import cose
 from transport.attestation.attestation_document import PCR_BYTES, Document, require_measurements
 from transport.attestation.document_verifier import DocumentVerifier, Policy
-from transport.attestation.interfaces import Binding, EvidenceKind, user_data
+from transport.attestation.evidence_binding import Binding, EvidenceKind, user_data
 from transport.errors import MisuseError
 from transport.private_files import create_private, read_private
 

@@ -16,7 +16,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from transport.attestation import attestation_document, cose
 from transport.attestation.certificate_chain import ChainVerifier, VerifiedLeaf
-from transport.attestation.interfaces import Attested, Binding, EvidenceKind, is_same, user_data
+from transport.attestation.evidence_binding import (
+    Attested,
+    Binding,
+    EvidenceKind,
+    is_same,
+    user_data,
+)
 from transport.errors import AttestationError, MisuseError
 
 MAX_EVIDENCE_BYTES: Final = 16 * 1024  # an NSM answers with at most 12 KiB

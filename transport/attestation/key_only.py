@@ -1,6 +1,6 @@
 """Evidence of a host without a security module: its static key, listed by the verifier."""
 
-from transport.attestation.interfaces import (
+from transport.attestation.evidence_binding import (
     STATIC_KEY_BYTES,
     Attested,
     Binding,

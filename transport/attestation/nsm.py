@@ -16,7 +16,7 @@ from typing import Final
 
 from transport.attestation import cbor
 from transport.attestation.attestation_document import NUM_PCRS, PCR_BYTES
-from transport.attestation.interfaces import Binding, EvidenceKind, user_data
+from transport.attestation.evidence_binding import Binding, EvidenceKind, user_data
 from transport.errors import AttestationError, DeviceError, MisuseError
 
 DEVICE: Final = Path("/dev/nsm")

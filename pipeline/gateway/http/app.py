@@ -1,6 +1,6 @@
 """The endpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import TypeVar
 
@@ -16,17 +16,14 @@ from starlette.routing import Route
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.errors import ApiError, Kind
 from pipeline.gateway.generation_order import Order
+from pipeline.gateway.http.client_exchange import SMALL_BYTES, Exchange
 from pipeline.gateway.http.completion_formats import ChatFormat, CompletionFormat
 from pipeline.gateway.http.counters import HttpMetrics
 from pipeline.gateway.http.errors import to_response
-from pipeline.gateway.http.exchange import Exchange
 from pipeline.gateway.http.middleware import Edge
 from pipeline.gateway.http.responses import Answer, Wanted
 from pipeline.gateway.openai_requests import ChatRequest, CompletionRequest, parse_untrusted
 from pipeline.gateway.pipeline_status import Overview, PipelineView
-
-# A smaller body is read in less time than another thread needs to start.
-_SMALL_BYTES = 1 << 14
 
 _Body = TypeVar("_Body", ChatRequest, CompletionRequest)
 
@@ -38,11 +35,13 @@ def build_app(
     metrics: HttpMetrics | None = None,
     overview: Overview | None = None,
     is_ready: Callable[[], bool] = lambda: True,
+    more: Sequence[Route] = (),
 ) -> Starlette:
     """The ASGI application; must run under trio, behind a server that drops idle connections.
 
     `registry` is what /metrics shows; the door's own `metrics` are added to it, unless given.
-    /pipeline shows `overview`, if there is one.
+    /pipeline shows `overview`, if there is one. `more`: endpoints of others, each of which finds
+    the body in its request's exchange.
     """
     metrics = metrics or HttpMetrics(registry)
     door = Door(desk, registry, is_ready)
@@ -57,8 +56,11 @@ def build_app(
             Route("/v1/models/{model:path}", door.model),
             Route("/v1/chat/completions", door.chat, methods=["POST"]),
             Route("/v1/completions", door.completions, methods=["POST"]),
+            *more,
         ],
-        middleware=[Middleware(Edge, desk=desk, metrics=metrics)],
+        middleware=[
+            Middleware(Edge, desk=desk, metrics=metrics, more=frozenset(r.path for r in more))
+        ],
         exception_handlers={HTTPException: _refuse_route},
     )
 
@@ -140,7 +142,7 @@ async def _read(schema: type[_Body], request: Request) -> tuple[_Body, Order]:
         body = parse_untrusted(schema, exchange.body)
         return body, body.order()
 
-    if len(exchange.body) <= _SMALL_BYTES:
+    if len(exchange.body) <= SMALL_BYTES:
         return parse()
     return await trio.to_thread.run_sync(parse)
 

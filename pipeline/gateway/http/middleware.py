@@ -10,25 +10,34 @@ from pipeline.errors import PipelineError
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.errors import ApiError, Kind, from_pipeline, internal
 from pipeline.gateway.http.access import Access
+from pipeline.gateway.http.client_exchange import BodyBudget, Exchange
 from pipeline.gateway.http.counters import HttpMetrics
 from pipeline.gateway.http.errors import to_response
-from pipeline.gateway.http.exchange import BodyBudget, Exchange
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/readyz"})
 # For whoever watches: as often as they like, so that watching costs no user a request.
 WATCH_PATHS = frozenset({"/metrics", "/pipeline"})
-# The only ones that read what is sent to them.
+# The ones that read what is sent to them, beside those that `Edge` is told of.
 _BODY_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
-_ROUTES = OPEN_PATHS | WATCH_PATHS | _BODY_PATHS | {"/v1/models"}
+_ROUTES = OPEN_PATHS | WATCH_PATHS | {"/v1/models"}
 
 
 class Edge:
     """ASGI middleware: access, rate, body, disconnects, errors, and one log line a request."""
 
-    def __init__(self, app: ASGIApp, *, desk: Desk, metrics: HttpMetrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        desk: Desk,
+        metrics: HttpMetrics,
+        more: frozenset[str] = frozenset(),
+    ) -> None:
+        """`more`: further paths that read what is sent to them."""
         self._app = app
+        self._body_paths = _BODY_PATHS | more
         self._desk = desk
         self._limits = desk.config.limits
         self._access = Access(desk.keys)
@@ -41,7 +50,7 @@ class Edge:
             await send({"type": "websocket.close"})
         if scope["type"] != "http":
             return
-        route = _route(scope["path"])
+        route = self._route(scope["path"])
         # Probes come every few seconds and say nothing new.
         level = logging.DEBUG if route in OPEN_PATHS | WATCH_PATHS else logging.INFO
         with self._metrics.active.track_inprogress(), self._desk.request(route) as record:
@@ -56,22 +65,28 @@ class Edge:
                 self._metrics.requests.labels(route, str(record.status)).inc()
                 record.log(level)
 
+    def _route(self, path: str) -> str:
+        """A label from a small set: clients choose paths, and metrics keep every label for ever."""
+        if path.startswith("/v1/models/"):
+            return "/v1/models/{id}"
+        return path if path in _ROUTES | self._body_paths else "other"
+
     async def _serve(self, scope: Scope, exchange: Exchange) -> None:
-        app = self._app
+        max_bytes = self._limits.max_body_bytes
         try:
             self._admit(scope)
-            if scope["method"] == "POST" and scope["path"] in _BODY_PATHS:
-                await self._read_body(exchange)
+            if scope["method"] == "POST" and scope["path"] in self._body_paths:
+                await self._read_body(exchange, _headers(scope))
             else:
-                await exchange.drain(self._limits.max_body_bytes)
+                await exchange.drain(max_bytes)
         except ApiError as error:
-            await exchange.drain(self._limits.max_body_bytes)
-            app = to_response(error)
+            await exchange.refuse(error, scope, max_bytes)
+            return
         if exchange.is_gone:
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(exchange.watch, nursery.cancel_scope.cancel)
-            await self._answer(app, scope, exchange)
+            await self._answer(scope, exchange)
             nursery.cancel_scope.cancel()
 
     def _admit(self, scope: Scope) -> None:
@@ -81,17 +96,18 @@ class Edge:
         if scope["path"] not in WATCH_PATHS:
             self._desk.count_request()
 
-    async def _read_body(self, exchange: Exchange) -> None:
+    async def _read_body(self, exchange: Exchange, headers: Mapping[bytes, bytes]) -> None:
+        declared_bytes = int(headers.get(b"content-length", 0))  # the server has checked it
         with trio.move_on_after(self._limits.body_seconds):
-            await exchange.read_body(self._limits.max_body_bytes)
+            await exchange.read_body(self._limits.max_body_bytes, declared_bytes)
             return
         raise ApiError(
             Kind.TOO_SLOW, "The request's body did not arrive in time.", code="request_timeout"
         )
 
-    async def _answer(self, app: ASGIApp, scope: Scope, exchange: Exchange) -> None:
+    async def _answer(self, scope: Scope, exchange: Exchange) -> None:
         try:
-            await app(scope, exchange.receive, exchange.send)
+            await self._app(scope, exchange.receive, exchange.send)
             return
         except ApiError as error:
             failure = error
@@ -107,13 +123,6 @@ class Edge:
             failure = internal()
         if not exchange.is_started:
             await to_response(failure)(scope, exchange.receive, exchange.send)
-
-
-def _route(path: str) -> str:
-    """A label from a small set: clients choose paths, and metrics keep every label for ever."""
-    if path.startswith("/v1/models/"):
-        return "/v1/models/{id}"
-    return path if path in _ROUTES else "other"
 
 
 def _headers(scope: Scope) -> Mapping[bytes, bytes]:

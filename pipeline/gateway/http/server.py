@@ -12,13 +12,14 @@ from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ASGIFramework
 from prometheus_client import CollectorRegistry
+from starlette.routing import Route
 
 from pipeline.errors import InputError
 from pipeline.gateway.auth import is_local_name
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.http.app import build_app
-from pipeline.gateway.http.client_connection import ClientConnection, ClientStream
 from pipeline.gateway.http.counters import HttpMetrics
+from pipeline.gateway.http.hypercorn_connection import ClientConnection, ClientStream
 from pipeline.gateway.pipeline_status import Overview
 from pipeline.gateway.settings import GatewayConfig
 
@@ -44,12 +45,13 @@ async def serve(
     listeners: Sequence[trio.SocketListener] = (),
     overview: Overview | None = None,
     is_ready: Callable[[], bool] = lambda: True,
+    more: Sequence[Route] = (),
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled; reports the base URL once it listens.
 
     `registry` and `overview` are shown by /metrics, the latter by /pipeline as well; `listeners`
-    are those of `listen`, if that has been done.
+    are those of `listen`, if that has been done; `more` are endpoints as `build_app` takes them.
 
     Raises InputError if the address cannot be had, or is open to others and no key is set.
     """
@@ -66,7 +68,9 @@ async def serve(
     metrics = HttpMetrics(registry)
     if overview is not None:
         registry.register(overview)
-    app = build_app(desk, registry, metrics=metrics, overview=overview, is_ready=is_ready)
+    app = build_app(
+        desk, registry, metrics=metrics, overview=overview, is_ready=is_ready, more=more
+    )
     server = _Server(ASGIWrapper(cast(ASGIFramework, app)), config, metrics)
     logger.info("event=gateway_started url=%s keys=%d", url, len(config.api_keys))
     task_status.started(url)

@@ -14,7 +14,7 @@ from pipeline.agreement.manifest import (
     parse_manifest,
 )
 from pipeline.errors import ManifestError
-from transport.endpoint import TcpEndpoint, UnixEndpoint, VsockEndpoint
+from transport.dial_and_listen import TcpEndpoint, UnixEndpoint, VsockEndpoint
 
 HASH = "ab" * 32
 PCR = "cd" * 48

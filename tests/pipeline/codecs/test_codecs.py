@@ -19,7 +19,7 @@ from pipeline.protocol.links import StepGate
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind, encode_step
 from pipeline.protocol.step_limits import SessionLimits, expected_inputs, token_ids_to_wire
-from pipeline.stage.session_limits import expect_step
+from pipeline.stage.session_admission import expect_step
 from pipeline.stage.step_executor import StageCore
 from transport.errors import FrameError
 from transport.tensor_frames import DType, Tensor, TensorSpec

@@ -30,11 +30,18 @@ async def test_logprobs_come_with_the_tokens_that_asked(engine):
         {"temperature": 1.3, "top_k": 9, "top_p": 0.8, "min_p": 0.01, "seed": 6, "logprobs": 4},
         {"repetition_penalty": 1.4, "frequency_penalty": 0.3},
         {"temperature": 1.0, "seed": 7, "logit_bias": {5: 4.0, 10**6: 1.0}, "logprobs": 0},
+        {"allowed_token_ids": (250, 3, 77, 1000)},
+        {"temperature": 1.5, "seed": 8, "allowed_token_ids": tuple(range(9, 40)), "logprobs": 2},
+        {"temperature": 1.2, "seed": 9, "min_tokens": 12, "repetition_penalty": 1.2},
     ],
     ids=str,
 )
 async def test_a_token_drawn_by_the_last_stage_is_the_one_drawn_here(engine, sampling):
-    drawn = generation(random.Random(13), 25, **sampling)
+    drawn = replace(
+        generation(random.Random(13), 25, **sampling),
+        eos_token_ids=frozenset(range(128)) if "min_tokens" in sampling else frozenset(),
+        vocab_size=256,
+    )
     chosen = replace(drawn, processors=(lambda token_ids, logits: logits,))
     assert drawn.want.result is Result.DRAWN
     assert chosen.want == Want.LOGITS
@@ -42,6 +49,7 @@ async def test_a_token_drawn_by_the_last_stage_is_the_one_drawn_here(engine, sam
     for request in (drawn, chosen):
         async with engine.generate(request) as stream:
             outputs.append([output async for output in stream])
+    assert len(outputs[0]) >= 12
     for there, here in zip(*outputs, strict=True):
         assert there.token_id == here.token_id
         assert (
@@ -67,6 +75,14 @@ async def test_a_token_drawn_by_the_last_stage_is_the_one_drawn_here(engine, sam
 )
 def test_logits_travel_only_where_nothing_less_will_do(request_, want):
     assert Generation((1,), 1, frozenset(), request_).want == want
+
+
+def test_a_mask_travels_where_the_vocabulary_is_known():
+    allowed = SamplingParams(allowed_token_ids=(1, 2))
+    known = Generation((1,), 1, frozenset(), allowed, vocab_size=9)
+    assert known.want == Want.DRAWN
+    assert known.new_sampler().next_draw().allowed == bytes([0b110, 0])
+    assert replace(known, chooser=lambda: None).want == Want.LOGITS
 
 
 async def test_processors_of_the_callers_own_decide_what_may_be_chosen(engine):

@@ -8,9 +8,10 @@ import pytest
 import trio
 
 from pipeline.engine.engine import PipelineEngine
-from pipeline.errors import RequestFailed, SessionError
+from pipeline.errors import InputError, RequestFailed, SessionError
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.protocol.step_limits import token_ids_to_wire
+from pipeline.sampling.params import SamplingParams
 from tests.pipeline.engine.engines import LIMITS, Yielding, generation, new_cores, tokens_of
 
 
@@ -169,6 +170,66 @@ async def test_a_processor_that_fails_costs_its_own_request_alone(engine):
         nursery.start_soon(fail)
         assert await tokens_of(engine, steady) == expected
     assert calls == [1]
+
+
+def forbids_all_after_three(token_ids, logits):
+    return logits if len(token_ids) % 4 else np.full_like(logits, -np.inf)
+
+
+class AllowsThree:
+    def allowed(self, generated, vocab_size):
+        return np.full(vocab_size, len(generated) < 3)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"masks": (AllowsThree(),)},
+        {"processors": (forbids_all_after_three,)},
+        {"masks": (AllowsThree(),), "sampling": SamplingParams(temperature=1.0, logprobs=2)},
+        {"eos_token_ids": frozenset({7}),
+         "sampling": SamplingParams(allowed_token_ids=(7,), min_tokens=1)},
+        {"eos_token_ids": frozenset({7}), "vocab_size": 256,
+         "sampling": SamplingParams(allowed_token_ids=(7,), min_tokens=1)},
+    ],
+    ids=["mask", "processor", "drawn", "fields", "remote"],
+)  # fmt: skip
+async def test_masks_of_its_own_that_leave_nothing_are_a_requests_mistake_and_nobody_elses(
+    engine, own
+):
+    rng = random.Random(21)
+    steady = generation(rng, 30)
+    mistaken = replace(generation(rng, 30), prompt_ids=(1, 2, 3, 4, 5), **own)
+    expected, heard = await tokens_of(engine, steady), []
+
+    async def hear():
+        async with engine.generate(mistaken) as stream:
+            async for output in stream:
+                heard.append(output)
+
+    async def fail():
+        with pytest.raises(InputError, match="leave no token"):
+            await hear()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fail)
+        assert await tokens_of(engine, steady) == expected
+    assert len(heard) == (0 if "eos_token_ids" in own else 3)
+    assert engine.failure is None
+    assert engine.stats.num_tokens == 60 + len(heard)
+
+
+async def test_tokens_that_nobody_hears_of_are_not_counted(cores):
+    engine, heard = PipelineEngine(LIMITS), []
+
+    def hear(output):
+        heard.append(output)
+        if len(heard) == 5:  # while the step of the sixth is under way
+            engine.cancel(request_id)
+
+    request_id = engine.submit(generation(random.Random(22), 60), hear)
+    await engine.drain(Yielding(LocalPipeline(cores)))
+    assert len(heard) == engine.stats.num_tokens == 5
 
 
 class Poisoned(Yielding):

@@ -18,6 +18,7 @@ from pipeline.errors import PromptError
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.http.server import serve
+from pipeline.gateway.http.stego import stego_routes
 from pipeline.gateway.metrics import GatewayMetrics
 from pipeline.gateway.rate_limits import GatewayLimits
 from pipeline.gateway.settings import GatewayConfig
@@ -188,16 +189,19 @@ def start_gateway(make_desk, tokenizer):
     """A context manager: a gateway with these limits and keys before `engine`."""
 
     @asynccontextmanager
-    async def start(engine=None, *, is_ready=lambda: True, overview=None, **options):
+    async def start(engine=None, *, is_ready=lambda: True, overview=None, stego=None, **options):
         logging.getLogger("pipeline.gateway").setLevel(logging.INFO)
         engine = engine or FakeEngine(tokenizer)
         registry = CollectorRegistry()
         desk = make_desk(engine, registry=registry, **options)
 
+        more = stego_routes(desk, stego) if stego else ()
+
         async def run(task_status):
             await serve(
-                desk, registry, is_ready=is_ready, overview=overview, task_status=task_status
-            )
+                desk, registry, is_ready=is_ready, overview=overview, more=more,
+                task_status=task_status,
+            )  # fmt: skip
 
         async with trio.open_nursery() as nursery:
             url = await nursery.start(lambda task_status: run(task_status))

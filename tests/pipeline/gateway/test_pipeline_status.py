@@ -14,7 +14,7 @@ from pipeline.engine.scheduler import Limits
 from pipeline.gateway.metrics import RecentTokens
 from pipeline.gateway.pipeline_status import EngineView, Overview, PipelineView
 from pipeline.protocol.messages import StageFigures
-from transport.attestation.interfaces import Attested, EvidenceKind
+from transport.attestation.evidence_binding import Attested, EvidenceKind
 
 SECOND = 10**9
 ZERO = StageFigures(**dict.fromkeys(StageFigures.model_fields, 0))

@@ -1,6 +1,7 @@
 """Products are right in every precision, and kernels are used only where they prove themselves."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from pipeline.errors import InputError
 from pipeline.kernels import kernel_selection, runtime, torch_kernels
-from pipeline.kernels.base import HeadShape
+from pipeline.kernels.base import HeadShape, LinearSpec
 from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.kernels.torch_kernels import TorchKernels, blas_matvec, choose_matvec, torch_matvec
@@ -27,17 +28,17 @@ def config(make_oracle):
 def make_linear(kernels, config):
     """A layer with random weights, and those weights as the precision rounds them."""
 
-    def make(num_in, num_out, precision, **options):
+    def make(num_in, num_out, precision, *, bias=False, activation="none"):
         generator = torch.Generator().manual_seed(0)
         chosen = choose_kernels(kernels, config.head_dim)
-        layer = chosen.linear(num_in, num_out, precision=precision, **options)
+        layer = chosen.linear(LinearSpec(num_in, num_out, bias, precision, activation))
         weight = torch.randn(num_out, num_in, generator=generator) / num_in**0.5
-        bias = torch.randn(num_out, generator=generator)
+        biases = torch.randn(num_out, generator=generator)
         sinks = layer.sinks("x")
         sinks["x.weight"].write(0, weight.numpy())
         if layer.bias is not None:
-            sinks["x.bias"].write(0, bias.numpy())
-        return chosen, layer, rounded(weight, precision), bias
+            sinks["x.bias"].write(0, biases.numpy())
+        return chosen, layer, rounded(weight, precision), biases
 
     return make
 
@@ -102,7 +103,7 @@ def test_native_kernels_hold_int8_weights_as_they_were_quantised(native, config)
     """A prepared shard and a conversion at load mean the same weights."""
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(80, 130, generator=generator) * torch.logspace(-20, 2, 80).unsqueeze(1)
-    layer = choose_kernels(native, config.head_dim).linear(130, 80, bias=False, precision="int8")
+    layer = choose_kernels(native, config.head_dim).linear(LinearSpec(130, 80, False, "int8"))
     layer.sinks("x")["x.weight"].write(0, weights.numpy())
     found = np.empty((80, 130), np.float32)
     layer.gather(np.arange(80), found)
@@ -150,11 +151,10 @@ class WrongNorm(TorchKernels):
 
 
 class WrongInt8(TorchKernels):
-    def linear(self, num_in, num_out, *, precision, **options):
-        if precision == "int8":
-            precision = "float32"
-            options["activation"] = "none"
-        return super().linear(num_in, num_out, precision=precision, **options)
+    def linear(self, spec):
+        if spec.precision == "int8":
+            spec = replace(spec, precision="float32", activation="none")
+        return super().linear(spec)
 
 
 @pytest.mark.parametrize(

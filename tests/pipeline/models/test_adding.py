@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from pipeline.codecs.registry import make_codec
 from pipeline.errors import ModelError
-from pipeline.models import base, config, registry
+from pipeline.models import config, registry, shard_model
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard, required_tensors
 from pipeline.protocol.batch import Segment
@@ -21,7 +21,7 @@ from pipeline.protocol.step_limits import SessionLimits, token_ids_from_wire, to
 from pipeline.stage.step_executor import StageCore
 from tests.pipeline.pages import written_down
 
-PAGE = Path(base.__file__).with_name("ADDING.md")
+PAGE = Path(shard_model.__file__).with_name("ADDING.md")
 FIELDS = {
     "model_type": "plain",
     "vocab_size": 50,

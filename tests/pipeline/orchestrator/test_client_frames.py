@@ -21,21 +21,21 @@ from pipeline.engine.generation import Generation
 from pipeline.engine.home_times import PARTS
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError
-from pipeline.models.base import BOTH_ENDS, NO_ENDS, Shard
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
+from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS, Shard
 from pipeline.orchestrator.client_ends import ClientEnds
+from pipeline.orchestrator.failover import run_with_failover
 from pipeline.orchestrator.model_ends import REMOTE_ENDS
 from pipeline.orchestrator.open_pipeline import PipelineOptions, new_pipeline, open_pipeline
-from pipeline.orchestrator.retrying import run_with_failover
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage import session, step_executor, worker
 from pipeline.stage.dial_policy import parse_networks
-from pipeline.stage.setup import StageSetup
+from pipeline.stage.worker_setup import StageSetup
 from tests.pipeline.conftest import address, reserve
 from transport.channel import SecureChannel
-from transport.endpoint import TcpEndpoint, listen
+from transport.dial_and_listen import TcpEndpoint, listen
 from transport.tensor_frames import DType
 
 # Ids of four bytes that are no lengths, positions or numbers of steps.

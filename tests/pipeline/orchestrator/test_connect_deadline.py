@@ -10,7 +10,7 @@ import pipeline.placement.worker_supervisor
 from pipeline.orchestrator.connect_deadline import MAX_LIVES, Patience
 from pipeline.placement.base import Progress
 from pipeline.placement.worker_supervisor import Supervisor
-from transport.endpoint import UnixEndpoint, dial_retrying
+from transport.dial_and_listen import UnixEndpoint, dial_retrying
 
 
 async def seconds_of(patience, work=trio.sleep_forever):

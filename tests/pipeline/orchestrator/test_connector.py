@@ -3,14 +3,14 @@
 import pytest
 import trio
 
-import pipeline.protocol.peers
+import pipeline.protocol.peer_connections
 from pipeline.agreement.manifest import StageEndpoint, TcpAddress
 from pipeline.agreement.trust_policy import DevTrust
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import StageHung, StageSilent
 from pipeline.orchestrator.connector import Connector
 from pipeline.planning.plan import PlanOptions, plan
-from transport.endpoint import TcpEndpoint, listen
+from transport.dial_and_listen import TcpEndpoint, listen
 
 LOOPBACK = TcpEndpoint("127.0.0.1", 0)
 
@@ -30,7 +30,7 @@ class Somewhere:
 
 @pytest.fixture
 def connector(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.protocol.peers, "HANDSHAKE_SECONDS", 0.3)
+    monkeypatch.setattr(pipeline.protocol.peer_connections, "HANDSHAKE_SECONDS", 0.3)
     with listen(LOOPBACK) as closed:
         placement = Somewhere(closed.endpoint.port)
     manifest = plan(tiny_model, PlanOptions(1))

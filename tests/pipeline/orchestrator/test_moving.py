@@ -12,14 +12,14 @@ from pipeline.engine.generation import Generation
 from pipeline.engine.scheduler import Limits
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
+from pipeline.orchestrator.failover import run_with_failover
 from pipeline.orchestrator.open_pipeline import PipelineOptions, new_pipeline
-from pipeline.orchestrator.retrying import run_with_failover
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.dial_policy import parse_networks
-from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
-from transport.endpoint import TcpEndpoint, listen
+from pipeline.stage.worker_setup import StageSetup
+from transport.dial_and_listen import TcpEndpoint, listen
 
 LOOPBACK = TcpEndpoint("127.0.0.1", 0)
 NUM_TOKENS = 40

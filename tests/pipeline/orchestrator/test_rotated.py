@@ -11,9 +11,9 @@ from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.tokenizer import Tokenizer
-from pipeline.models.base import BOTH_ENDS, NO_ENDS
 from pipeline.models.config import load_config
 from pipeline.models.registry import family_of, load_shard
+from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.orchestrator.client_ends import ClientEnds
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.orchestrator.open_pipeline import PipelineOptions
@@ -22,8 +22,8 @@ from pipeline.planning.shard import cut_model
 from pipeline.protocol.batch import Segment
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.dial_policy import parse_networks
-from pipeline.stage.setup import StageSetup
 from pipeline.stage.step_executor import StageCore
+from pipeline.stage.worker_setup import StageSetup
 from tests.pipeline.oracles import FAMILIES
 from tests.pipeline.orchestrator import test_client_frames
 from tests.pipeline.orchestrator.test_client_frames import (

@@ -13,11 +13,11 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pipeline.errors import SessionError
 from pipeline.protocol.links import CONTROL_LIMITS
-from pipeline.protocol.peers import CONTROL_EPOCH, ORCHESTRATOR
-from transport.attestation.interfaces import EvidenceKind
+from pipeline.protocol.peer_connections import CONTROL_EPOCH, ORCHESTRATOR
+from transport.attestation.evidence_binding import EvidenceKind
 from transport.attestation.key_only import KeyOnlyAttester
 from transport.channel import connect_channel
-from transport.endpoint import dial
+from transport.dial_and_listen import dial
 from transport.errors import AttestationError
 from transport.handshake import Credentials, Link, LinkKind, Role, RoleKind
 

@@ -22,7 +22,7 @@ from pipeline.protocol.result_kinds import NO_TOKEN, Result, Want
 from pipeline.protocol.step_header import StepHeader, StepKind, encode_step
 from pipeline.sampling.draw import Draw
 from pipeline.sampling.params import SamplingParams
-from pipeline.stage.session_limits import MAX_STEP_TOKENS
+from pipeline.stage.session_admission import MAX_STEP_TOKENS
 
 TEXT = (Path(pipeline.protocol.__file__).parents[1] / "PROTOCOL.md").read_text()
 EXAMPLES = re.findall(r"```example\n(.+?)\n(.+?)```", TEXT, re.DOTALL)

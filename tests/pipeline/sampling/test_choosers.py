@@ -6,16 +6,21 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.sampling import choosers
 from pipeline.sampling.choosers import (
     CHOOSERS,
+    Chooser,
     Distribution,
     Mirostat,
     chooser_of,
     new_chooser,
     parse_chooser,
 )
+from pipeline.sampling.draw import draw, token_at
 from pipeline.sampling.params import ChooserSpec, SamplingParams
 from pipeline.sampling.sampler import Sampler
+
+UNFILTERED = SamplingParams(temperature=1.0)
 
 
 def random_logits(seed, vocab=400):
@@ -29,7 +34,7 @@ def chosen(params, num=40, **more):
 
 def test_a_distribution_holds_what_is_left_and_its_probabilities():
     logits = np.array([0, -np.inf, math.log(3), -2000], np.float32)
-    final = Distribution(logits)
+    final = Distribution(logits, UNFILTERED)
     assert final.ids.tolist() == [0, 2]  # the last one's probability is 0 in any arithmetic
     assert final.probabilities.tolist() == pytest.approx([0.25, 0.75])
 
@@ -43,6 +48,36 @@ def test_drawing_by_name_is_what_is_done_without_a_name():
 def test_the_greedy_one_takes_the_most_likely_at_any_temperature():
     named = SamplingParams(temperature=1.5, chooser=ChooserSpec("greedy"))
     assert chosen(named) == chosen(SamplingParams(logprobs=0))
+
+
+def test_who_wants_the_most_likely_token_alone_pays_for_no_filter(monkeypatch):
+    monkeypatch.setattr(choosers, "final", lambda *_: pytest.fail("was filtered"))
+    chosen(SamplingParams(temperature=0.7, top_p=0.9, chooser=ChooserSpec("greedy")))
+
+
+def test_one_that_draws_by_a_number_of_its_own_is_drawn_alike_by_the_last_stage():
+    class Told(Chooser):
+        def __init__(self):
+            self.numbers = [0.9, 0.5, 0.1]
+
+        @property
+        def uniform(self):
+            return self.numbers[-1]
+
+        def spend(self):
+            self.numbers.pop()
+
+        def choose(self, final):
+            token_id = token_at(final.logits, self.uniform)
+            self.spend()
+            return token_id
+
+    params = SamplingParams(temperature=0.8, top_k=50)
+    here, there = (Sampler(params, (), chooser=Told()) for _ in range(2))
+    for seed in range(3):
+        token_id = draw(random_logits(seed), there.next_draw())
+        assert here.choose(random_logits(seed)).token_id == token_id
+        there.took(token_id)
 
 
 class Recording:
@@ -97,7 +132,7 @@ def test_mirostat_keeps_the_surprise_near_its_target(tau):
     surprises = []
     for step in range(2000):
         logits = rng.normal(0, 2 + step % 3, 1000).astype(np.float32)
-        final = Distribution(logits)
+        final = Distribution(logits, UNFILTERED)
         token_id = mirostat.choose(final)
         place = int(np.searchsorted(final.ids, token_id))
         surprises.append(-math.log2(final.probabilities[place]))
@@ -106,7 +141,7 @@ def test_mirostat_keeps_the_surprise_near_its_target(tau):
 
 def test_mirostat_leaves_out_what_surprises_more_than_its_bound():
     mirostat = Mirostat(np.random.default_rng(0), tau=1.0, eta=1e-9)
-    final = Distribution(np.log(np.array([0.6, 0.25, 0.1, 0.05], np.float32)))
+    final = Distribution(np.log(np.array([0.6, 0.25, 0.1, 0.05], np.float32)), UNFILTERED)
     found = {mirostat.choose(final) for _ in range(300)}
     assert found == {0, 1}  # two bits at most
     mirostat.bound = -3.0  # nothing is as likely as that: one token stays

@@ -16,15 +16,15 @@ from pipeline.protocol.links import (
     StepGate,
 )
 from pipeline.protocol.messages import Broken, Failure, Health, Healthy, Init, Ready
-from pipeline.protocol.peers import CONTROL_EPOCH, ORCHESTRATOR, accept_first
+from pipeline.protocol.peer_connections import CONTROL_EPOCH, ORCHESTRATOR, accept_first
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits
 from pipeline.stage.dial_policy import parse_networks
-from pipeline.stage.setup import StageSetup
 from pipeline.stage.worker import StageWorker
+from pipeline.stage.worker_setup import StageSetup
 from transport.channel import connect_channel
-from transport.endpoint import TcpEndpoint, dial, listen
+from transport.dial_and_listen import TcpEndpoint, dial, listen
 from transport.handshake import Link, LinkKind, Role, RoleKind
 from transport.tensor_frames import DType, Tensor, TensorSpec
 

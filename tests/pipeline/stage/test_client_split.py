@@ -8,16 +8,17 @@ import pytest
 from pipeline.codecs.registry import make_codec
 from pipeline.errors import MessageError
 from pipeline.kernels.kernel_selection import why_not_native
-from pipeline.models.base import NO_ENDS
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
+from pipeline.models.shard_model import NO_ENDS
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.links import StepGate
 from pipeline.protocol.result_kinds import Result, Want
 from pipeline.protocol.step_header import StepHeader, StepKind, encode_step
 from pipeline.protocol.step_limits import SessionLimits, expected_inputs, token_specs
 from pipeline.protocol.step_results import expected_results
-from pipeline.stage.setup import expect_step, new_core
+from pipeline.stage.session_admission import expect_step
+from pipeline.stage.worker_setup import new_core
 from tests.pipeline.stage import test_decode_lane
 from tests.pipeline.stage.test_decode_lane import Stage, run_both
 from transport.errors import FrameError

@@ -34,8 +34,9 @@ from transport.channel import SecureChannel
 from transport.cipher import AEADS, CipherState
 from transport.errors import FrameError
 from transport.handshake import Session
-from transport.raw_socket import Wire
-from transport.records import RecordOpener, RecordSealer, RekeyPolicy
+from transport.nonblocking_socket import Wire
+from transport.records import RecordOpener, RecordSealer
+from transport.rekey_policy import RekeyPolicy
 from transport.tensor_frames import Frame, FrameKind, Tensor, encode_frame
 
 SLOTS, POSITIONS, WIDTH = 4, 32, 64

@@ -7,7 +7,7 @@ import pytest
 from pipeline.agreement.manifest import StageEndpoint, StageSpec, TcpAddress, UnixAddress
 from pipeline.errors import InputError, SessionRefused
 from pipeline.stage.dial_policy import DialPolicy, parse_networks
-from transport.endpoint import TcpEndpoint, UnixEndpoint, VsockEndpoint
+from transport.dial_and_listen import TcpEndpoint, UnixEndpoint, VsockEndpoint
 
 
 def tcp(text):

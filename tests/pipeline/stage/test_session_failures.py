@@ -20,7 +20,7 @@ from pipeline.protocol.links import (
     send_step,
 )
 from pipeline.protocol.messages import Health, Shutdown, Waiting
-from pipeline.protocol.peers import ORCHESTRATOR
+from pipeline.protocol.peer_connections import ORCHESTRATOR
 from tests.pipeline.stage.rig import LOOPBACK, failure_of, hidden, step
 
 

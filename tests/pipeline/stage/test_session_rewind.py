@@ -14,7 +14,7 @@ from pipeline.protocol.messages import Broken, Failure, Health, Healthy, Ready, 
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from tests.pipeline.stage.rig import LOOPBACK, failure_of, figures_of, settled
-from transport.endpoint import listen
+from transport.dial_and_listen import listen
 from transport.errors import HandshakeError
 from transport.tensor_frames import DType, Tensor, TensorSpec
 

@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 
 from transport.attestation import cose
 from transport.attestation.attestation_document import Document
-from transport.attestation.interfaces import Binding, user_data
+from transport.attestation.evidence_binding import Binding, user_data
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)

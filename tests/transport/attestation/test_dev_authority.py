@@ -15,7 +15,7 @@ from transport.attestation.dev_authority import (
     dev_verifier,
 )
 from transport.attestation.document_verifier import NitroVerifier, aws_root, read_document
-from transport.attestation.interfaces import EvidenceKind
+from transport.attestation.evidence_binding import EvidenceKind
 from transport.errors import AttestationError, MisuseError
 
 PCRS = {0: b"\x01" * 48, 2: b"\x02" * 48}

@@ -15,7 +15,7 @@ from transport.attestation.document_verifier import (
     examine,
     read_document,
 )
-from transport.attestation.interfaces import Binding, EvidenceKind
+from transport.attestation.evidence_binding import Binding, EvidenceKind
 from transport.errors import AttestationError, MisuseError
 
 VALID = ("valid-2024-09-17.cbor", "valid-2024-11-14.cbor")

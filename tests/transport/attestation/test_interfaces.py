@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from transport.attestation.interfaces import Binding, EvidenceKind, user_data
+from transport.attestation.evidence_binding import Binding, EvidenceKind, user_data
 from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
 from transport.errors import AttestationError, MisuseError
 

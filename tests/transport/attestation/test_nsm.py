@@ -7,7 +7,7 @@ import pytest
 
 from transport.attestation import cbor
 from transport.attestation.document_verifier import NitroVerifier
-from transport.attestation.interfaces import EvidenceKind, user_data
+from transport.attestation.evidence_binding import EvidenceKind, user_data
 from transport.attestation.nsm import MAX_RESPONSE_BYTES, NSM_IOCTL, Nsm, NsmAttester
 from transport.errors import DeviceError, MisuseError
 

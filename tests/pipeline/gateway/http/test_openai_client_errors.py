@@ -3,7 +3,12 @@
 import openai
 import pytest
 
+from pipeline.engine.engine import PipelineEngine
 from pipeline.errors import RequestFailed, SessionError
+from pipeline.models.config import load_config
+from pipeline.models.registry import load_shard
+from pipeline.orchestrator.local_pipeline import LocalPipeline
+from tests.pipeline.engine.engines import LIMITS, Yielding, new_cores
 from tests.pipeline.gateway.http.openai_calls import MODEL, USER, fails, with_client
 
 
@@ -25,6 +30,29 @@ async def test_what_cannot_be_sampled_so_is_a_bad_request(start_gateway, body, w
         )
     assert words in error.message
     assert gateway.engine.generations == []
+
+
+async def test_a_request_that_leaves_itself_no_token_is_a_bad_request(
+    start_gateway, tiny_model, nursery
+):
+    config = load_config(tiny_model)
+    shards = [
+        load_shard(tiny_model, config, *layers, expected_hashes=None) for layers in ((0, 2), (2, 4))
+    ]
+    engine = PipelineEngine(LIMITS)
+    nursery.start_soon(engine.run, Yielding(LocalPipeline(new_cores(shards))))
+    only_an_end = {"allowed_token_ids": [65], "stop_token_ids": [65], "min_tokens": 1}
+    async with start_gateway(engine) as gateway:
+        gateway.desk.open(config.vocab_size)
+        error = await fails(
+            gateway,
+            openai.BadRequestError,
+            lambda c: c.completions.create(model=MODEL, prompt="x", extra_body=only_an_end),
+        )
+        assert "leave no token" in error.message
+        await with_client(
+            gateway, lambda c: c.completions.create(model=MODEL, prompt="x", max_tokens=5)
+        )
 
 
 async def test_errors_are_the_clients_own_classes(start_gateway, make_engine):

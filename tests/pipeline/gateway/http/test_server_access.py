@@ -9,7 +9,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from pipeline.errors import InputError
-from pipeline.gateway.http.exchange import BodyBudget
+from pipeline.gateway.http.client_exchange import BodyBudget
 from pipeline.gateway.http.server import serve
 from tests.pipeline.gateway.http.raw_requests import CHAT, HEAD, start_server
 

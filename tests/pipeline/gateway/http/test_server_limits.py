@@ -2,13 +2,15 @@
 
 import json
 import socket
+import threading
 
 import pytest
 import trio
 
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
-from pipeline.gateway.http.exchange import BodyBudget
+from pipeline.gateway.http import client_exchange
+from pipeline.gateway.http.client_exchange import SMALL_BYTES, BodyBudget
 from tests.pipeline.gateway.http.raw_requests import (
     AUTH,
     CHAT,
@@ -33,6 +35,18 @@ async def test_a_body_too_large_is_refused_even_without_a_length(start_gateway, 
             await client.stream.send_all(b"400\r\n" + b"x" * 1024 + b"\r\n")
             status, _, _ = await client.read_response()
         assert status == 413
+
+
+async def test_a_body_that_says_it_is_too_large_is_refused_before_any_of_it_comes(
+    start_gateway, connect, monkeypatch
+):
+    monkeypatch.setattr(client_exchange, "_DRAIN_SECONDS", 60)
+    async with start_gateway(body_seconds=60) as gateway, connect(gateway) as client:
+        await client.stream.send_all(HEAD % (CHAT.encode(), 10**15) + AUTH + b"\r\n")
+        with trio.fail_after(10):
+            status, _, body = await client.read_response()
+        assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
+        await client.stream.send_all(b"x" * 100_000)  # taken, or it would lose the answer
 
 
 @pytest.mark.parametrize(
@@ -81,6 +95,55 @@ async def test_bodies_share_a_budget_over_all_connections(start_gateway, connect
             async with connect(gateway) as client:
                 await client.stream.send_all(head + chat_body().ljust(1 << 18))
                 assert (await client.read_response())[0] == 200
+
+
+async def test_slow_senders_that_hold_the_whole_budget_keep_no_small_body_out(
+    start_gateway, connect
+):
+    limits = {"max_body_bytes": 1 << 18, "max_buffered_bytes": 1 << 18, "body_seconds": 60}
+    async with start_gateway(**limits) as gateway:
+        head = HEAD % (CHAT.encode(), 1 << 18) + AUTH + b"\r\n"
+        async with connect(gateway) as one, connect(gateway) as two, connect(gateway) as third:
+            await one.stream.send_all(head + b" " * ((1 << 18) - SMALL_BYTES))
+            await two.stream.send_all(head + b" " * (3 * SMALL_BYTES - 1))
+            await trio.sleep(0.2)
+            await third.stream.send_all(head + b" " * (SMALL_BYTES + 2))
+            with trio.fail_after(10):
+                assert (await third.read_response())[0] == 503
+            async with connect(gateway) as small:
+                await small.post(CHAT, chat_body().ljust(SMALL_BYTES))
+                assert (await small.read_response())[0] == 200
+
+
+async def test_a_body_counts_until_it_is_token_ids(start_gateway, connect, monkeypatch):
+    limits = {"max_body_bytes": 1 << 18, "max_buffered_bytes": 1 << 18}
+    body = chat_body().ljust(1 << 18)
+    async with start_gateway(**limits) as gateway:
+        begun, may_go_on = threading.Event(), threading.Event()
+        encode = gateway.desk.tokenizer.encode_rendered
+
+        def slowly(text):
+            begun.set()
+            assert may_go_on.wait(30)
+            return encode(text)
+
+        async def ask():
+            async with connect(gateway) as client:
+                await client.post(CHAT, body)
+                return (await client.read_response())[0]
+
+        async def ask_first():
+            assert await ask() == 200
+
+        monkeypatch.setattr(gateway.desk.tokenizer, "encode_rendered", slowly)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask_first)
+            try:
+                await wait_until(begun.is_set)
+                assert await ask() == 503
+            finally:
+                may_go_on.set()
+        assert await ask() == 200
 
 
 async def test_too_many_continuations_are_told_when_to_return(start_gateway, connect, make_engine):

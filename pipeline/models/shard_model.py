@@ -1,0 +1,304 @@
+"""The part of a shard that no architecture changes: its range, its names, its cache, its step."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, NamedTuple, Protocol
+
+from pipeline.dtypes import FLOAT32, KV_DTYPES, Array, Floats, HostArray, Precision
+from pipeline.errors import MessageError
+from pipeline.kernels.base import (
+    Attention,
+    DecodeStep,
+    HeadShape,
+    Kernels,
+    Linear,
+    Norm,
+    Rows,
+    batch_positions,
+)
+from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.kv_storage import kv_bytes
+from pipeline.models.config import ModelConfig
+from pipeline.models.layer_parts import LayerMaker, LayerParts
+from pipeline.models.own_embedding import Embedding
+from pipeline.models.residual import ResidualStream
+from pipeline.models.workspace import ForwardPass, Room, round_up
+from pipeline.protocol.batch import Batch, num_tokens
+from pipeline.weights.tensor_sinks import Sink
+
+LOGIT_ROWS = 64  # as many as are expected of a step
+
+
+class Layer(Protocol):
+    """One decoder layer."""
+
+    def sinks(self) -> dict[str, Sink]:
+        """Sinks of its tensors, by their names below the layer's prefix."""
+
+    def __call__(self, hidden: Array, step: ForwardPass, keys: Array, values: Array) -> None:
+        """Transform hidden [rows, hidden] in place, appending to this layer's cache."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Where a family's checkpoints keep what every decoder has; layers are `prefix.index`."""
+
+    embedding: str
+    layers: str
+    norm: str
+    head: str
+
+
+class Ends(NamedTuple):
+    """Which ends of a model a shard holds beside its layers; the head comes with the final norm."""
+
+    embedding: bool
+    head: bool
+
+
+# Of stages whose orchestrator holds both, and of the orchestrator's own part.
+NO_ENDS, BOTH_ENDS = Ends(embedding=False, head=False), Ends(embedding=True, head=True)
+
+
+class Shard(ABC):
+    """Layers layer_start..layer_end of a decoder, with the embedding first and the head last."""
+
+    NAMES: ClassVar[Names]
+    # None where the stream cannot be rotated in the weights.
+    STREAM: ClassVar[ResidualStream | None] = None
+    # Whether layers take the token ids once more: then whoever computes them has to be told these.
+    layers_take_ids: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer_start: int,
+        layer_end: int,
+        *,
+        kernels: Kernels,
+        precision: Precision,
+        parts: LayerParts,
+        is_gated: bool,
+        window: int | None = None,
+        has_head_bias: bool = False,
+        ends: Ends | None = None,
+    ) -> None:
+        """`ends`: None holds those that the range of layers reaches."""
+        self.config: ModelConfig = config
+        self.layer_start = layer_start
+        self.layer_end = layer_end
+        own = Ends(layer_start == 0, layer_end == config.num_layers) if ends is None else ends
+        self.is_first, self.is_last = own.embedding, own.head
+        self.kernels = kernels
+        self.heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, window or 0)
+        self.parts = parts
+        self._make = LayerMaker(kernels, precision, parts)
+        self._kv_dtype = KV_DTYPES[precision]
+        size, hidden, inner = config.vocab_size, config.hidden_dim, config.intermediate_size
+        self._head = (
+            self._make.linear(self.NAMES.head, hidden, size, bias=has_head_bias)
+            if self.is_last
+            else None
+        )
+        # where embedding and head are one matrix in one stage it is held once, as the head
+        is_shared = self.is_first and self.is_last and config.tie_word_embeddings
+        self._embedding = (
+            Embedding(size, hidden, kernels=kernels, precision=precision)
+            if self.is_first and not is_shared
+            else None
+        )
+        self._room = Room(kernels, self.heads, hidden, inner, 2 * inner if is_gated else 0)
+        self._logits: Array = kernels.empty(0, size)
+
+    @property
+    @abstractmethod
+    def _layers(self) -> Sequence[Layer]:
+        """This shard's layers, under the name its checkpoints give them."""
+
+    @property
+    @abstractmethod
+    def _norm(self) -> Norm | None:
+        """The norm in front of the head, on the last stage."""
+
+    @abstractmethod
+    def _place(self, hidden: Array, positions: Array, end: int) -> tuple[Array, Array] | None:
+        """Tell rows where they stand, all below `end`.
+
+        Adds learned positions to embedded rows, or returns rotary (cos, signed sin) for every
+        layer, each [rows, head_dim].
+        """
+
+    def layer_makers(self) -> Iterator[LayerMaker]:
+        """What makes each of this shard's layers, first to last."""
+        for index in range(self.layer_start, self.layer_end):
+            yield replace(self._make, prefix=f"{self.NAMES.layers}.{index}.")
+
+    @property
+    def has_decode_steps(self) -> bool:
+        """Whether `decode` may be called: whether kernels can record all of a step."""
+        return self.kernels.has_decode_steps and self.parts.are_recordable
+
+    @property
+    def is_row_exact(self) -> bool:
+        """Whether a row depends on itself and its own cache alone, bit for bit."""
+        return self.kernels.is_row_exact and self.parts.are_row_exact
+
+    def destinations(self) -> Mapping[str, Sink]:
+        """Tensor name in the checkpoint (unprefixed) -> where it goes."""
+        found: dict[str, Sink] = {}
+        names = self.NAMES
+        if self._embedding is not None:
+            found |= self._embedding.sinks(f"{names.embedding}.weight")
+        if self._head is not None:
+            found |= self._head.sinks(
+                names.embedding if self.config.tie_word_embeddings else names.head
+            )
+        for index, layer in enumerate(self._layers, self.layer_start):
+            prefix = f"{names.layers}.{index}."
+            found |= {prefix + name: sink for name, sink in layer.sinks().items()}
+        if self._norm is not None:
+            found |= self._norm.sinks(names.norm)
+        return found
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """Bytes of this shard's weights in memory."""
+        ends = (self._embedding, self._head, self._norm)
+        return sum(each.num_bytes for each in (*self._layers, *ends) if each is not None)
+
+    def kv_bytes(self, num_slots: int, max_seq_len: int) -> int:
+        """What a cache of that size would reserve."""
+        num_layers = self.layer_end - self.layer_start
+        slots, block = num_slots + self.kernels.scratch_slots, self.kernels.key_block
+        config = self.config
+        return num_layers * kv_bytes(
+            slots, config.num_kv_heads, max_seq_len, config.head_dim, block, self._kv_dtype
+        )
+
+    def step_bytes(self, num_rows: int) -> int:
+        """About what a step of that many rows takes beside weights and caches, at its widest."""
+        logits = LOGIT_ROWS * self.config.vocab_size if self.is_last else 0
+        return self._room.num_bytes(num_rows) + logits * FLOAT32.itemsize
+
+    def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
+        """An empty cache for this shard's layers. Raises MemoryError."""
+        return KVCache(
+            self.kernels,
+            num_layers=self.layer_end - self.layer_start,
+            num_slots=num_slots,
+            num_kv_heads=self.config.num_kv_heads,
+            max_seq_len=max_seq_len,
+            head_dim=self.config.head_dim,
+            key_block=self.kernels.key_block,
+            scratch_slots=self.kernels.scratch_slots,
+            dtype=self._kv_dtype,
+        )
+
+    def forward(self, inputs: HostArray, batch: Batch, cache: KVCache) -> Array:
+        """Run a step's rows through the shard's layers and append them to the cache.
+
+        Shapes: inputs [rows] int64 token ids on the first stage, else [rows, hidden], a host's;
+        returns [rows, hidden], the caller's own, where the kernels compute. Rows follow each other
+        as the batch's segments do. Raises MessageError when the batch does not fit the inputs or
+        the cache.
+        """
+        rows = num_tokens(batch)
+        if inputs.shape[0] != rows or not batch:
+            raise MessageError(f"a step of {rows} tokens came with {inputs.shape[0]} rows")
+        cache.reserve(batch)
+        compute = partial(self._compute, cache.keys, cache.values, batch)
+        hidden = self.kernels.run(
+            compute, inputs, batch, self.heads, cache, may_record=self.parts.are_recordable
+        )
+        cache.advance(batch)
+        return hidden
+
+    def decode(self, rows: Rows, batch: Batch, cache: KVCache) -> tuple[bytearray, Floats | None]:
+        """Run a step of one token for each segment from the wire to the wire.
+
+        Only where `has_decode_steps`. Shapes: rows U32 [n] token ids on the first stage,
+        else F32 [n, hidden]; returns such rows, and from the last stage U32 [n] greedy tokens, with
+        logits that the next step overwrites. Raises MessageError when the batch does not fit the
+        cache, ValueError when the rows do not fit the batch or an id the vocabulary.
+        """
+        if num_tokens(batch) != len(batch):
+            raise MessageError(f"a decode step of {num_tokens(batch)} tokens for {len(batch)}")
+        cache.reserve(batch)
+        step = cache.recordings.get(len(batch), partial(self._decode_step, batch, cache))
+        outputs = step(batch, rows)
+        cache.advance(batch)
+        return outputs, step.logits
+
+    def _decode_step(self, batch: Batch, cache: KVCache) -> DecodeStep:
+        # not the cache itself: what is kept there would keep it
+        compute = partial(self._compute, cache.keys, cache.values, batch)
+        finish = self.results if self.is_last else None
+        width = None if self.is_first else self.config.hidden_dim
+        return self.kernels.decode_step(compute, finish, batch, width, self.heads, cache)
+
+    def _compute(
+        self,
+        keys: Sequence[Array],
+        values: Sequence[Array],
+        batch: Batch,
+        inputs: Array,
+        positions: Array,
+        end: int,
+        attention: Attention,
+    ) -> Array:
+        """Rows through all layers, where the kernels compute; all positions are below `end`."""
+        rows = positions.shape[0]
+        hidden = self.kernels.empty(rows, self.config.hidden_dim)
+        if self.is_first:
+            (self._embedding or self._tied_head()).gather(inputs, hidden)
+        else:
+            self.kernels.copy(inputs, hidden)
+        step = self._room.forward_pass(hidden, attention, self._place(hidden, positions, end))
+        layers = enumerate(zip(self._layers, keys, values, strict=True), self.layer_start)
+        for index, (layer, own_keys, own_values) in layers:
+            attend = self.parts.attention(index, batch, attention)
+            own = step if attend is attention else replace(step, attention=attend)
+            layer(hidden, own, own_keys, own_values)
+        return hidden
+
+    def embed(self, token_ids: HostArray, batch: Batch) -> Array:
+        """Rows as layers take them: [rows] int64 ids of the vocabulary -> [rows, hidden]."""
+        kernels = self.kernels
+        hidden = kernels.empty(len(token_ids), self.config.hidden_dim)
+        (self._embedding or self._tied_head()).gather(kernels.to_device(token_ids), hidden)
+        end = max(segment.position + segment.num_tokens for segment in batch)
+        self._place(hidden, kernels.to_device(batch_positions(batch)), end)
+        return hidden
+
+    def logits(self, hidden: Array) -> Array:
+        """Final norm and head of rows of the last stage's output: [n, hidden] -> [n, vocab]."""
+        return self._to_logits(hidden, self.kernels.empty(len(hidden), self.config.vocab_size))
+
+    def results(self, hidden: Array) -> tuple[Array, Array]:
+        """Greedy token of each row, [n], and logits as above, which the next call overwrites."""
+        rows, size = len(hidden), self.config.vocab_size
+        if len(self._logits) < rows:
+            self._logits = self.kernels.empty(round_up(rows), size)
+        logits = self._to_logits(hidden, self._logits[:rows])
+        return self.kernels.argmax(logits), logits
+
+    def wipe(self) -> None:
+        """Zero what steps have left in memory that outlives their session."""
+        self._room.wipe()
+        self._logits[...] = 0
+        self.kernels.wipe()
+
+    def _to_logits(self, hidden: Array, out: Array) -> Array:
+        assert self._norm is not None, "only the last stage has a norm"
+        assert self._head is not None, "only the last stage has a head"
+        return self._head(self._norm(hidden, self.kernels.empty(*hidden.shape)), out)
+
+    def _tied_head(self) -> Linear:
+        assert self._head is not None, "the first stage has an embedding or shares the head's"
+        return self._head

@@ -1,0 +1,210 @@
+"""Meeting peers and parting from them: what both sides of a pipeline do alike."""
+
+import logging
+import math
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+
+import trio
+
+from pipeline.agreement.trust_policy import Trust
+from pipeline.protocol.links import ControlLink
+from pipeline.protocol.messages import Message
+from pipeline.tasks import open_tasks
+from transport.channel import SecureChannel, accept_channel, connect_channel
+from transport.dial_and_listen import Endpoint, Listener, Permit, dial_retrying
+from transport.errors import NoAnswer, TransportError
+from transport.handshake import Credentials, Link, Role, RoleKind
+from transport.pending_connections import Guest, HelloMemory, Lobby, Standing, source_of
+from transport.tensor_frames import FrameLimits
+
+logger = logging.getLogger(__name__)
+
+# A peer that says nothing for this long while it is its turn in a handshake is dropped.
+HANDSHAKE_SECONDS = 10.0
+# Handshakes under way at once, at some 20 KiB each. A right peer is done in two round trips: it
+# loses its place only to so many others in that time, from no place more crowded than its own.
+MAX_PENDING_HANDSHAKES = 64
+# Between two lines about handshakes that failed.
+REFUSAL_SECONDS = 1.0
+# Between tries of a peer whose relay answers for it, before it is up.
+NO_ANSWER_SECONDS = 0.25
+# Time for a last message to a peer that may not be reading.
+GOODBYE_SECONDS = 1.0
+# Control channels come before any session, so they bind no session's epoch.
+CONTROL_EPOCH = bytes(16)
+# How long processes that only drive steps wait for one in place. It covers a token of most
+# pipelines, and nobody notices that a signal or a control message has waited for it.
+PATIENCE_MS = 20
+ORCHESTRATOR = Role(RoleKind.ORCHESTRATOR, 0)
+
+
+async def accept_first(
+    listener: Listener,
+    link: Link,
+    trust: Trust,
+    measurements: Mapping[int, bytes],
+    limits: FrameLimits,
+) -> SecureChannel:
+    """The first connection that authenticates as the link's initiator; others are dropped."""
+    accepted: list[SecureChannel] = []
+    is_accepted = trio.Event()
+
+    async def welcome(channel: SecureChannel) -> None:
+        if accepted:
+            await close_quietly(channel)
+        else:
+            accepted.append(channel)
+            is_accepted.set()
+
+    try:
+        async with open_tasks() as tasks:
+            credentials = trust.toward(link.initiator, measurements)
+            tasks.start_soon(accept_all, listener, link, credentials, limits, welcome)
+            await is_accepted.wait()
+            tasks.cancel_scope.cancel()
+    except BaseException:  # cancelled between one's handshake and handing it over
+        for channel in accepted:
+            await close_quietly(channel)
+        raise
+    return accepted[0]
+
+
+async def accept_all(
+    listener: Listener,
+    link: Link,
+    credentials: Credentials,
+    limits: FrameLimits,
+    welcome: Callable[[SecureChannel], Awaitable[None]],
+) -> None:
+    """Welcome every connection that authenticates as the link's initiator, until cancelled.
+
+    Handshakes run side by side, and when there are too many, the silent make room for others: so
+    no number of strangers can keep the right peer out by saying nothing.
+    """
+    lobby, hellos, refusals = Lobby(MAX_PENDING_HANDSHAKES), HelloMemory(), Refusals(link)
+
+    async def greet(sock: socket.socket, guest: Guest) -> None:
+        def on_hello(ephemeral_key: bytes) -> None:
+            hellos.add(ephemeral_key)
+            guest.standing = Standing.HEARD
+
+        channel = None
+        try:
+            with guest.scope:
+                with trio.fail_after(HANDSHAKE_SECONDS):
+                    channel = await accept_channel(
+                        sock, link, credentials, limits, on_hello=on_hello
+                    )
+        except (TransportError, trio.TooSlowError) as error:
+            refusals.report(describe(error))
+        finally:
+            lobby.leave(guest)
+        if guest.scope.cancelled_caught:
+            refusals.report("too many connect and do not authenticate; this one had to make room")
+        if channel is not None:
+            await welcome(channel)
+
+    async with open_tasks() as tasks:
+        while True:
+            sock = await listener.accept()
+            guest = lobby.enter(source_of(sock))
+            assert guest is not None  # nobody in this lobby counts as answered: they have left it
+            tasks.start_soon(greet, sock, guest)
+
+
+class Refusals:
+    """Logs handshakes that failed, a line a second at most: a flood must not fill the disk too."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._num_unsaid = 0
+        self._quiet_until = -math.inf
+
+    def report(self, reason: str) -> None:
+        """Log one, and how many there were since the last line."""
+        if trio.current_time() < self._quiet_until:
+            self._num_unsaid += 1
+            return
+        logger.warning(
+            "event=handshake_refused link=%s unsaid=%d error=%s",
+            self._link.kind.name,
+            self._num_unsaid,
+            reason,
+        )
+        self._num_unsaid = 0
+        self._quiet_until = trio.current_time() + REFUSAL_SECONDS
+
+
+async def connect_retrying(
+    where: Callable[[], Endpoint],
+    link: Link,
+    credentials: Credentials,
+    limits: FrameLimits,
+    on_wait: Callable[[TransportError], None],
+    permit: Permit | None = None,
+) -> SecureChannel:
+    """Dial and run the initiator's handshake, again and again until the peer is up.
+
+    `where` is asked before each attempt, and `permit` about each address (see `dial`).
+
+    A relay accepts for a stage that is not up and then hangs up without a word, so that counts as
+    not up either. Every other failure of the handshake is final: a TransportError,
+    trio.EndOfChannel, or trio.TooSlowError for a peer that says nothing.
+    """
+    while True:
+        sock = await dial_retrying(where, on_wait, permit)
+        try:
+            with trio.fail_after(HANDSHAKE_SECONDS):
+                return await connect_channel(sock, link, credentials, limits)
+        except NoAnswer as error:
+            on_wait(error)
+        await trio.sleep(NO_ANSWER_SECONDS)
+
+
+async def say(control: ControlLink, message: Message) -> None:
+    """Try to send a last message; the peer may be the one that failed."""
+    with trio.move_on_after(GOODBYE_SECONDS, shield=True):
+        try:
+            await control.send(message)
+        except (TransportError, trio.ClosedResourceError, trio.BrokenResourceError):
+            logger.debug("event=goodbye_failed type=%s", message.type)
+
+
+async def hear_out(channel: SecureChannel) -> None:
+    """Read until the peer has hung up or had its time.
+
+    Closing a socket with bytes unread resets the connection, and a peer that is just sending would
+    learn of that instead of the last message it was sent.
+    """
+    with trio.move_on_after(GOODBYE_SECONDS):
+        try:
+            while True:
+                await channel.receive()
+        except (TransportError, trio.EndOfChannel, trio.ClosedResourceError):
+            pass  # what it says no longer matters
+
+
+async def close_quietly(channel: SecureChannel) -> None:
+    """Close with notice if the peer still reads, without if not."""
+    with trio.move_on_after(GOODBYE_SECONDS, shield=True):
+        try:
+            await channel.aclose()
+        except TransportError as error:
+            logger.debug("event=close_failed error=%s", describe(error))
+
+
+async def hang_up(channel: SecureChannel) -> None:
+    """Close at once and without notice, cancelled or not: what was on its way is void."""
+    with trio.CancelScope(shield=True) as scope:
+        scope.cancel()
+        await channel.aclose()
+
+
+def describe(error: BaseException) -> str:
+    """One line for an error that may carry no text."""
+    if isinstance(error, trio.EndOfChannel):
+        return "the peer closed the channel"
+    if isinstance(error, trio.TooSlowError):
+        return f"the peer was silent for {HANDSHAKE_SECONDS:.0f} s"
+    return (str(error) or type(error).__name__)[:1024]

@@ -1,0 +1,78 @@
+"""Which sessions a stage takes, how much KV memory it gives one, and which steps it takes in it."""
+
+from pipeline.errors import MessageError, SessionRefused
+from pipeline.models.registry import ModelShard
+from pipeline.protocol.messages import Init, Message
+from pipeline.protocol.step_header import PROTOCOL_VERSION, StepHeader, StepKind
+from pipeline.protocol.step_limits import SessionLimits, expected_inputs
+from pipeline.stage.worker_setup import StageSetup
+from transport.tensor_frames import TensorSpec
+
+# Bounds how long one step keeps a stage from listening, and how much memory its activations take.
+MAX_STEP_TOKENS = 4096
+
+
+def free_kv_bytes(shard: ModelShard) -> int:
+    """What is left for a session's KV memory: weights are loaded, steps are yet to come."""
+    return max(0, shard.kernels.free_bytes() - shard.step_bytes(MAX_STEP_TOKENS))
+
+
+def expect_step(
+    header: StepHeader,
+    specs: tuple[TensorSpec, ...],
+    *,
+    limits: SessionLimits,
+    stage_idx: int,
+    num_stages: int,
+) -> None:
+    """Hold a step's declared tensors against those this stage takes. Raises MessageError."""
+    expected = expected_inputs(header, limits, is_first=stage_idx == 0, declared=specs)
+    if specs != expected:
+        raise MessageError(f"step {header.step} carries {specs}, expected {expected}")
+    if header.kind is StepKind.REPLAY and not stage_idx <= header.until < num_stages:
+        raise MessageError(
+            f"step {header.step} is replayed until stage {header.until}, this is {stage_idx} "
+            f"of {num_stages}"
+        )
+
+
+def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits]:
+    """Hold the first control message against the manifest.
+
+    Raises MessageError for another message, SessionRefused for a session that is not to be had.
+    """
+    if not isinstance(message, Init):
+        raise MessageError(f"the first control message is {message.type!r}, expected 'init'")
+    if message.version != PROTOCOL_VERSION:
+        raise SessionRefused(f"control protocol version {message.version}, not {PROTOCOL_VERSION}")
+    spec = setup.manifest.activation_spec
+    expected = (setup.stage_idx, spec.dtype, spec.hidden_dim)
+    found = (message.stage_idx, message.activation_dtype, message.hidden_dim)
+    if found != expected or message.max_seq_len > spec.max_seq_len:
+        raise SessionRefused(
+            f"init is for {found} with {message.max_seq_len} positions, this stage is "
+            f"{expected} with at most {spec.max_seq_len}"
+        )
+    if message.max_step_tokens > MAX_STEP_TOKENS:
+        raise SessionRefused(
+            f"init wants steps of {message.max_step_tokens} tokens, the most is {MAX_STEP_TOKENS}"
+        )
+    setup.target(message.data_out)
+    kv_bytes = setup.shard.kv_bytes(message.num_slots, message.max_seq_len)
+    if kv_bytes > setup.max_kv_bytes:
+        raise SessionRefused(
+            f"{message.num_slots} slots of {message.max_seq_len} positions take {kv_bytes} bytes "
+            f"of KV memory, this stage gives {setup.max_kv_bytes}; ask for less with --context or "
+            "--max-batch"
+        )
+    try:
+        codec = setup.make_codec(spec.dtype, spec.hidden_dim)
+    except ValueError as error:
+        raise MessageError(str(error)) from error
+    return message, SessionLimits(
+        num_slots=message.num_slots,
+        max_seq_len=message.max_seq_len,
+        max_step_tokens=message.max_step_tokens,
+        codec=codec,
+        has_client_ends=setup.manifest.has_client_ends,
+    )

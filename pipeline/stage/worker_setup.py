@@ -1,0 +1,72 @@
+"""What a stage worker is, and which sessions and steps it therefore takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.agreement.manifest import Manifest
+from pipeline.agreement.trust_policy import Trust
+from pipeline.codecs.base import ActivationCodec
+from pipeline.codecs.registry import make_codec
+from pipeline.dtypes import Precision
+from pipeline.models.registry import ModelShard
+from pipeline.protocol.step_limits import SessionLimits
+from pipeline.stage.activation_log import ActivationLog, log_bytes
+from pipeline.stage.dial_policy import DialPolicy, Network, Target
+from pipeline.stage.step_executor import StageCore
+from transport.dial_and_listen import Endpoint
+from transport.handshake import Role, RoleKind
+
+
+@dataclass(frozen=True, slots=True)
+class StageSetup:
+    """All that a worker is, whoever connects. `data_out` overrides the orchestrator's word.
+
+    A stage imports no mode: what one replaces, whoever starts the worker hands in here, and with
+    the shard the parts of its layers (`pipeline.models.layer_parts`).
+    """
+
+    manifest: Manifest
+    stage_idx: int
+    shard: ModelShard
+    trust: Trust
+    precision: Precision
+    num_threads: int
+    device: str
+    # The most a session may take of this machine, whatever its orchestrator asks for.
+    max_kv_bytes: int
+    data_out: Endpoint | None = None
+    # How long to wait for a step in place (`SecureChannel.wait_in_place`); 0 where other tasks of
+    # this process have better things to do.
+    patience_ms: int = 0
+    # The codec of a manifest's name for it, for rows of a width.
+    make_codec: Callable[[str, int], ActivationCodec] = make_codec
+    # What may be dialed beside what the manifest names.
+    allow_dial: tuple[Network, ...] = ()
+
+    @property
+    def role(self) -> Role:
+        """This stage's role on every link."""
+        return Role(RoleKind.STAGE, self.stage_idx)
+
+    @property
+    def dial_policy(self) -> DialPolicy:
+        """What an orchestrator may have this stage dial."""
+        return DialPolicy(self.manifest.stage(self.stage_idx), self.allow_dial)
+
+    def target(self, data_out: str) -> Target:
+        """Where results go, if the orchestrator says `data_out`. Raises SessionRefused."""
+        if self.data_out is not None:
+            return Target(self.data_out, None)
+        return self.dial_policy.target(data_out)
+
+
+def new_core(setup: StageSetup, limits: SessionLimits) -> StageCore:
+    """KV memory for a session, and a log of what it sends on where that fits as well."""
+    shard = setup.shard
+    slots, length, width = limits.num_slots, limits.max_seq_len, limits.codec.hidden_dim
+    num_bytes = shard.kv_bytes(slots, length) + log_bytes(slots, length, width)
+    log = None
+    is_last = setup.stage_idx == len(setup.manifest.stages) - 1
+    if not is_last and num_bytes <= setup.max_kv_bytes:
+        log = ActivationLog(slots, length, width)
+    return StageCore(shard, limits, log)
