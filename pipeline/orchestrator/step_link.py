@@ -72,13 +72,14 @@ class StepLink:
         header, tensors = self._ends.begin(step)
         times = self._ends.take_times()
         sealed_ns = 0 if times is None else self._data_in.clocks[0].cipher_ns
+        due.left_ns = perf_counter_ns()  # the stages may be at it before `send` is done
         try:
             await send_step(self._data_in, header, tensors)
         except (TransportError, trio.ClosedResourceError) as error:
             raise LinkLost(0, f"its data channel broke: {describe(error)}") from error
         if times is not None:
             times["seal"] = self._data_in.clocks[0].cipher_ns - sealed_ns
-            due.times, due.left_ns = times, perf_counter_ns()
+            due.times = times
 
     def prepare(self, follow_up: FollowUp | None) -> None:
         """What to send the moment the next result comes, before that is even looked at whole."""
@@ -104,7 +105,7 @@ class StepLink:
         if due.times is not None:
             due.times["open"] = open_ns = self._data_out.clocks[1].cipher_ns - opened_ns
             stages_ns = sum(each.compute_ns + each.crypto_ns for each in header.timings)
-            way_ns = perf_counter_ns() - due.left_ns - open_ns - stages_ns
+            way_ns = perf_counter_ns() - due.left_ns - due.times["seal"] - open_ns - stages_ns
             due.times["network"] = max(0, way_ns)
         result = self._ends.end(due.step, header, tensors)
         if due.times is not None:
