@@ -162,9 +162,9 @@ class ClientSpec(_Strict):
 class DpSpec(_Strict):
     """Noise on every row that leaves an orchestrator that holds the ends."""
 
-    sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    sigma: Annotated[float, Field(ge=1e-9, le=1e9)]
     # The L2 norm that rows are clipped to first.
-    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    clip: Annotated[float, Field(ge=1e-9, le=1e9)]
 
 
 class Manifest(_Strict):

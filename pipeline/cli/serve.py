@@ -135,7 +135,8 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
                     listeners=listeners,
                     overview=overview,
                     is_ready=lambda: standing is not None and standing.is_joined,
-                    more=stego_routes(desk, lambda: stego),
+                    # Noise is another whenever a text is computed: nothing could be read from one.
+                    more=stego_routes(desk, lambda: stego) if manifest.dp is None else (),
                 )
             )
             try:

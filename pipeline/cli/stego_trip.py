@@ -12,6 +12,7 @@ import typer
 from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import ManifestSource, PipelineAccess, check_context
+from pipeline.cli.privacy_bound import privacy_budget
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.prompt_input import MAX_PROMPT_BYTES, read_bytes
 from pipeline.cli.shard_directories import client_dir
@@ -135,6 +136,12 @@ class _Trip:
         """Read what the flags name. Raises InputError."""
         manifest = load_manifest(flags.manifest)
         check_context(flags.context, manifest)
+        if manifest.dp is not None:
+            raise StegoError(
+                "this manifest adds noise, which is another whenever a text is computed: "
+                "no message could be read from one"
+            )
+        privacy_budget(manifest, flags.pipeline.dp_epsilon, flags.pipeline.dp_delta)  # refuses both
         tokenizer = Tokenizer(flags.model_dir / "tokenizer.json")
         task = Task(
             prompt_ids=_prompt_ids(flags, tokenizer),

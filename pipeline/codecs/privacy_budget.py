@@ -12,6 +12,8 @@ from pipeline.errors import BudgetSpent, InputError, PromptError
 
 # Any row may become any other: both lie in a ball of radius `clip`.
 SENSITIVITY_PER_CLIP = 2.0
+# More bounds nothing: e to this is how much likelier one text may be found than another.
+MAX_EPSILON = 1e30
 
 
 def delta_of(mu: float, epsilon: float) -> float:
@@ -47,8 +49,10 @@ class PrivacyBudget:
 
     def __init__(self, sigma: float, clip: float, epsilon: float, delta: float) -> None:
         """Raises InputError for an epsilon and a delta that bound nothing."""
-        if not 0 < epsilon < math.inf:
-            raise InputError(f"--dp-epsilon {epsilon:g}: give a number above 0")
+        if not 0 < epsilon <= MAX_EPSILON:
+            raise InputError(
+                f"--dp-epsilon {epsilon:g}: give a number above 0, at most {MAX_EPSILON:g}"
+            )
         if not 0 < delta < 1:
             raise InputError(f"--dp-delta {delta:g}: give a number between 0 and 1")
         self.sigma = sigma

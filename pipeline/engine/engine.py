@@ -213,6 +213,9 @@ class PipelineEngine:
         if self._budget is not None:
             try:
                 self._budget.spend_prompt(len(request.prompt_ids))
+                spent = self._budget.num_spent
+                epsilon = self._budget.composed_epsilon(spent)
+                logger.info("event=privacy_spent rows_in_all=%d epsilon=%.4g", spent, epsilon)
             except PromptError:
                 self.scheduler.cancel(request_id)
                 raise

@@ -65,11 +65,13 @@ class StepLink:
     async def send(self, step: Step) -> None:
         """Send a step to the first stage. Raises LinkLost."""
         due = _Due(step)
+        is_sent = self._ahead.has_sent(step.header)
+        # Before the step counts as due: what cannot be embedded has no result.
+        header, tensors = (step.header, ()) if is_sent else self._ends.begin(step)
         if step.header.kind is not StepKind.REPLAY:
             self._due.append(due)
-        if self._ahead.has_sent(step.header):
+        if is_sent:
             return
-        header, tensors = self._ends.begin(step)
         times = self._ends.take_times()
         sealed_ns = 0 if times is None else self._data_in.clocks[0].cipher_ns
         due.left_ns = perf_counter_ns()  # the stages may be at it before `send` is done

@@ -88,3 +88,17 @@ def test_a_stage_killed_in_the_middle_costs_neither_text_nor_budget(cluster):
             os.kill(server.workers()[victim], signal.SIGKILL)
             server.wait_for_log("event=failover_complete", count)
         assert texts == expected
+
+
+def test_texts_with_noise_carry_no_message(cluster, command, tmp_path):
+    cluster.plan(1, split="client", noise=(0.01, 3.0))
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(32))
+    secret.chmod(0o600)
+    code, line = command(
+        pipeline_orch, "stego", "encode", "--manifest", cluster.manifest, "--model-dir",
+        cluster.model_dir, "--prompt", "p", "--message", "m", "--secret-file", secret, "--dev",
+        "--dp-epsilon", "1e20",
+    )  # fmt: skip
+    assert code == 2
+    assert "this manifest adds noise" in line

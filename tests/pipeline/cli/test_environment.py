@@ -111,14 +111,30 @@ def test_a_worker_that_is_supervised_is_told_everything_and_reads_no_variable(ru
     assert "'--manifest'" in line
 
 
-@pytest.mark.parametrize("command", [(), ("serve",), ("plan",), ("shard",)], ids=str)
+@pytest.mark.parametrize("command", [(), ("serve",), ("stego", "encode")], ids=str)
 def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
     monkeypatch.setattr(sys, "argv", ["pipeline-orch", *command, "--help"])
     with pytest.raises(SystemExit):
         pipeline_orch.main()
     shown = " ".join(capfd.readouterr().out.split())
-    assert "--manifest FILE" in shown or command == ("plan",)
+    assert "--manifest FILE" in shown
     assert "VEILPIPE_MODEL_DIR" in shown
-    if command in ((), ("serve",)):
-        assert "VEILPIPE_DP_EPSILON, INFEMERAL_CRYPTO_DP_EPSILON" in shown
-        assert "INFEMERAL_CLIENT_WEIGHTS_PATH" in shown
+    assert "VEILPIPE_DP_EPSILON, INFEMERAL_CRYPTO_DP_EPSILON" in shown
+    assert "INFEMERAL_CLIENT_WEIGHTS_PATH" in shown
+    for content in ("TEXT", "PROMPT", "MESSAGE"):
+        assert f"VEILPIPE_{content}" not in shown
+
+
+@pytest.mark.parametrize("command", ["plan", "shard", "keygen"])
+def test_what_writes_files_once_takes_no_variable(monkeypatch, capfd, command):
+    monkeypatch.setattr(sys, "argv", ["pipeline-orch", command, "--help"])
+    with pytest.raises(SystemExit):
+        pipeline_orch.main()
+    assert "VEILPIPE_" not in capfd.readouterr().out
+
+
+def test_an_error_names_no_variable_that_it_does_not_speak_of(run):
+    arguments = ("--manifest", "nowhere.json", "--tokenizer", "t", "--text", "x")
+    code, line = run(pipeline_orch, *arguments, VEILPIPE_THREADS="2", VEILPIPE_LOG_FORMAT="json")
+    assert code == 2
+    assert "VEILPIPE" not in line
