@@ -43,6 +43,10 @@ class RequestFailed(PipelineError):
     """One request cannot be served; it says nothing of any other."""
 
 
+class BudgetSpent(RequestFailed):
+    """All that may be told of a session's texts has been."""
+
+
 class SessionRefused(SessionError):
     """A session as it was asked for cannot be had, however often one asks."""
 

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Generate text with stage workers and an orchestrator as separate processes on this machine.
-# Usage: run_local.sh [--mode plain|client|rotate|rotate-int8] "PROMPT" [MAX_TOKENS]
+# Usage: run_local.sh [--mode plain|client|rotate|rotate-int8|dp] "PROMPT" [MAX_TOKENS]
 # MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. In mode
 # client the orchestrator holds embedding and head, and computes them with as many threads; in mode
-# rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits.
+# rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits; in dp they
+# get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA).
 # pipeline/codecs/README.md says what that protects.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-usage='usage: run_local.sh [--mode plain|client|rotate|rotate-int8] "PROMPT" [MAX_TOKENS]'
+usage='usage: run_local.sh [--mode plain|client|rotate|rotate-int8|dp] "PROMPT" [MAX_TOKENS]'
 mode=plain
 if [ "${1-}" = --mode ]; then
   mode=${2-}
@@ -20,7 +21,12 @@ case $mode in
   plain) plan_flags=() own=() ;;
   client | rotate) ;;
   rotate-int8) plan_flags+=(--wire-dtype I8) ;;
-  *) die "the mode is '$mode', expected plain, client, rotate or rotate-int8; $usage" ;;
+  dp)
+    plan_flags+=(--dp-sigma "${DP_SIGMA:-0.03}" --dp-clip "${DP_CLIP:-7.5}")
+    # Noise that leaves a text readable hides nothing; what it adds up to is printed.
+    own+=(--dp-epsilon "${DP_EPSILON:-1e9}" --dp-delta "${DP_DELTA:-1e-5}")
+    ;;
+  *) die "the mode is '$mode', expected plain, client, rotate, rotate-int8 or dp; $usage" ;;
 esac
 prompt=${1-}
 max_tokens=${2-50}

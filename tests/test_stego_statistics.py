@@ -98,7 +98,7 @@ def test_p_values_are_those_of_the_table(statistics, scaled, expected):
     ("arguments", "words"),
     [
         (["--steps", "10"], "--steps: 10: give a whole number from 1000"),
-        (["fimec:block_bits=99"], "give 1 to 16"),
+        (["fimec:block_bits=99"], "give 1 to 12"),
         (["rot13"], "there is no codec 'rot13'"),
         (["--logits", "/nowhere"], "/nowhere: No such file"),
         (["--logits", __file__], "not a file of --record"),

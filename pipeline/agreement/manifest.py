@@ -159,6 +159,14 @@ class ClientSpec(_Strict):
     precision: Precision | None = None  # of the weights in memory; None: the orchestrator decides
 
 
+class DpSpec(_Strict):
+    """Noise on every row that leaves an orchestrator that holds the ends."""
+
+    sigma: Annotated[float, Field(ge=1e-9, le=1e9)]
+    # The L2 norm that rows are clipped to first.
+    clip: Annotated[float, Field(ge=1e-9, le=1e9)]
+
+
 class Manifest(_Strict):
     """What every party loads; `core_hash` is what they must have in common to talk at all."""
 
@@ -174,6 +182,7 @@ class Manifest(_Strict):
     client: ClientSpec | None = None
     # Fingerprint of the secret rotation that all weights have in them; None: they are plain.
     rotation: Sha256Hex | None = None
+    dp: DpSpec | None = None
 
     @property
     def has_client_ends(self) -> bool:
@@ -191,6 +200,8 @@ class Manifest(_Strict):
             raise ValueError("client is for manifests whose split is client")
         if self.rotation is not None and not self.has_client_ends:
             raise ValueError("rotation is for manifests whose split is client")
+        if self.dp is not None and not self.has_client_ends:
+            raise ValueError("dp is for manifests whose split is client")
         return self
 
     @model_validator(mode="after")
@@ -310,8 +321,9 @@ def _without_new_defaults(whole: dict[str, Any]) -> dict[str, Any]:
     if whole["split"] == "stages":
         del whole["split"]
         whole.pop("client", None)
-    if whole.get("rotation") is None:
-        whole.pop("rotation", None)
+    for name in ("rotation", "dp"):
+        if whole.get(name) is None:
+            whole.pop(name, None)
     return whole
 
 

@@ -1,11 +1,13 @@
 """The orchestrator's own part of a model, where the manifest's split is client."""
 
+import os
 from pathlib import Path
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.cli.compute_options import WorkerOptions, agreed_precision
 from pipeline.cli.model_config import agreed_config
 from pipeline.cli.progress import progress_bar
+from pipeline.codecs.gaussian_noise import KEY_BYTES, GaussianNoise
 from pipeline.errors import ModelError
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.older_client_part import client_weights
@@ -43,4 +45,8 @@ def load_client_ends(manifest: Manifest, path: Path, options: WorkerOptions) -> 
         raise ModelError(
             f"the client's part (--client-part, `pipeline-orch shard` writes it): {error}"
         ) from error
-    return ClientEnds(shard, manifest.activation_spec.codec)
+    noise = None
+    if (dp := manifest.dp) is not None:
+        width, key = manifest.activation_spec.hidden_dim, os.urandom(KEY_BYTES)
+        noise = GaussianNoise(dp.sigma, dp.clip, width, key)
+    return ClientEnds(shard, manifest.activation_spec.codec, noise)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import typer
 
+from pipeline.cli.environment import Command, OlderNames
 from pipeline.cli.logs import tell_error
 from pipeline.cli.signals import termination_unwinds
 from pipeline.cli.terminal import harmless
@@ -36,11 +37,14 @@ def new_app() -> typer.Typer:
     )
 
 
-def run_app(app: typer.Typer, name: str) -> None:
-    """Run a command line to its exit code; every error becomes one line on stderr."""
+def run_app(app: typer.Typer, name: str, older_variables: OlderNames | None) -> None:
+    """Run a command line to its exit code; every error becomes one line on stderr.
+
+    `older_variables`: what options' variables were called elsewhere; None: no variable counts.
+    """
     _open_closed_streams()
     with termination_unwinds():
-        code = _run(app, name)
+        code = _run(Command(app, older_variables), name)
     if not _can_flush() or code == READER_GONE:
         # It has been reported; keep the interpreter from complaining about it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,20 +59,21 @@ def _can_flush() -> bool:
     return True
 
 
-def _run(app: typer.Typer, name: str) -> int:
+def _run(command: Command, name: str) -> int:
     try:
-        result = app(standalone_mode=False, prog_name=name)
+        result = command.run(name)
         sys.stdout.flush()
         code = result if isinstance(result, int) else 0
     except ClickException as error:
-        message = getattr(error, "format_message", error.__str__)()
-        code = _fail(name, f"{message.rstrip('.')}; see {name} --help", EXIT_USAGE)
+        message = getattr(error, "format_message", error.__str__)().rstrip(".")
+        code = _fail(name, f"{command.explain(message)}; see {name} --help", EXIT_USAGE)
     except (typer.Abort, KeyboardInterrupt):
         code = 128 + signal.SIGINT
     except PipelineError as error:
-        code = _fail(name, str(error), error.exit_code)
+        is_usage = error.exit_code == EXIT_USAGE
+        code = _fail(name, command.explain(str(error)) if is_usage else str(error), error.exit_code)
     except (DeviceError, EndpointError, MisuseError) as error:
-        code = _fail(name, str(error), EXIT_USAGE)
+        code = _fail(name, command.explain(str(error)), EXIT_USAGE)
     except TransportError as error:
         code = _fail(name, str(error), EXIT_FAILURE)
     except BrokenPipeError:

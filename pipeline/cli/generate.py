@@ -17,6 +17,7 @@ from pipeline.cli.pipeline_flags import (
     check_context,
     end_tokens,
 )
+from pipeline.cli.privacy_bound import privacy_budget, tell_prompt
 from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled
 from pipeline.cli.terminal import write_text
@@ -61,12 +62,15 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     limits = Limits(1, flags.context or needed, num_stages=len(manifest.stages))
     eos = frozenset() if flags.ignore_eos else end_tokens(manifest, tokenizer)
     log = LatencyLog()
-    engine = PipelineEngine(limits)
+    budget = privacy_budget(manifest, pipeline_flags.dp_epsilon, pipeline_flags.dp_delta)
+    engine = PipelineEngine(limits, budget)
     text = StoppedText(tokenizer, prompt_ids, flags.sampling.stop)
     printer = _Printer(flags.text, text, log)
     generation = Generation(prompt_ids, flags.max_tokens, eos, flags.sampling)
     request_id = engine.submit(generation, printer.hear)
     printer.on_stop = lambda: engine.cancel(request_id)
+    if budget is not None:
+        tell_prompt(budget, len(prompt_ids), flags.max_tokens)
     path = flags.latency_out
     if path is not None:
         check_writable(path)
@@ -115,7 +119,7 @@ class _Printer:
             return
         now = perf_counter_ns()
         elapsed_ns, self._last_ns = now - self._last_ns, now
-        self._log.add(event.token_id, elapsed_ns, event.timings)
+        self._log.add(event.token_id, elapsed_ns, event.timings, event.home_times)
         logger.debug("event=token n=%d ms=%.2f", len(self._log.token_ids), elapsed_ns / 1e6)
         text, is_stopped = self._text.push(event.token_id)
         write_text(text)
@@ -124,7 +128,7 @@ class _Printer:
 
     def finish(self) -> None:
         """Print what was held back, and end the line. Raises why no more has come, if so."""
-        if self._failure is not None:
-            raise self._failure
         text, _ = self._text.finish()
         write_text(text + "\n")
+        if self._failure is not None:
+            raise self._failure

@@ -70,6 +70,8 @@ class PipelineFlags:
     supervise: bool
     workers: WorkerOptions
     client_part: Path | None
+    dp_epsilon: float | None
+    dp_delta: float | None
     log_format: LogFormat
 
     def results_at(self, manifest: Manifest) -> Endpoint | None:
@@ -115,6 +117,13 @@ def pipeline_flags(
             help="Embedding and head, for split client [--model-dir, or where the tokenizer is].",
         ),
     ] = None,
+    dp_epsilon: Annotated[
+        float | None,
+        typer.Option(metavar="E", help="Bound on what noisy rows tell [2 at a terminal]."),
+    ] = None,
+    dp_delta: Annotated[
+        float | None, typer.Option(metavar="D", help="The delta of that epsilon [1e-5].")
+    ] = None,
     hang_timeout: Annotated[
         float,
         typer.Option(
@@ -136,6 +145,8 @@ def pipeline_flags(
         supervise=supervise,
         workers=workers,
         client_part=client_part,
+        dp_epsilon=dp_epsilon,
+        dp_delta=dp_delta,
         log_format=log_format,
     )
 

@@ -34,6 +34,14 @@ DTypeOption = Annotated[
     typer.Option(help="Weights of every stage: float32, bfloat16, int8 [manifest's]."),
 ]
 
+OLDER_VARIABLES = {
+    "--client-part": ("INFEMERAL_CLIENT_WEIGHTS_PATH",),
+    "--served-model-name": ("INFEMERAL_CLIENT_MODEL_ID",),
+    "--context": ("INFEMERAL_SERVER_MAX_CONTEXT_LENGTH",),
+    "--dp-epsilon": ("INFEMERAL_CRYPTO_DP_EPSILON",),
+    "--dp-delta": ("INFEMERAL_CRYPTO_DP_DELTA",),
+}
+
 app = new_app()
 app.add_typer(attest.app, name="attest")
 app.command("leakage")(leakage_command)
@@ -249,10 +257,21 @@ def plan_command(
     split: Annotated[
         str, typer.Option(help="Embedding and head: stages (first, last) or client (here).")
     ] = "stages",
+    dp_sigma: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Noise on rows that leave here [none]; split client."),
+    ] = None,
+    dp_clip: Annotated[
+        float | None, typer.Option(metavar="C", help="L2 norm they are clipped to before.")
+    ] = None,
 ) -> None:
     """Write a manifest: layers split by measured bytes, weights and config pinned by hash."""
     from pipeline.planning.plan import PlanOptions, plan
 
+    if (dp_sigma is None) != (dp_clip is None):
+        raise InputError(
+            "--dp-sigma and --dp-clip go together: noise protects rows of a bounded length"
+        )
     options = PlanOptions(
         stages,
         tuple(name.strip() for names in host for name in names.split(",")),
@@ -263,6 +282,7 @@ def plan_command(
         wire_dtype=wire_dtype,
         precision=None if dtype is None else check_precision(dtype),
         split=check_split(split),
+        noise=None if dp_sigma is None or dp_clip is None else (dp_sigma, dp_clip),
     )
     if output is not None:
         check_writable(output)  # before minutes of hashing
@@ -339,4 +359,4 @@ def keygen_command(
 
 def main() -> None:
     """Console entry point."""
-    run_app(app, "pipeline-orch")
+    run_app(app, "pipeline-orch", OLDER_VARIABLES)

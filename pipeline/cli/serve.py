@@ -18,6 +18,7 @@ from pipeline.cli.pipeline_flags import (
     check_context,
     end_tokens,
 )
+from pipeline.cli.privacy_bound import privacy_budget
 from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled
 from pipeline.cli.stego_model import new_service
@@ -94,7 +95,10 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     )
     source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
     access = PipelineAccess.create(source, pipeline_flags, limits, is_resumable=True)
-    engine = PipelineEngine(limits)
+    budget = privacy_budget(manifest, pipeline_flags.dp_epsilon, pipeline_flags.dp_delta)
+    if budget is not None:
+        logger.info("event=privacy_budget detail=%r", budget.describe(budget.max_rows))
+    engine = PipelineEngine(limits, budget)
     standing: Pipeline | None = None
     overview = Overview(
         manifest,
@@ -131,7 +135,8 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
                     listeners=listeners,
                     overview=overview,
                     is_ready=lambda: standing is not None and standing.is_joined,
-                    more=stego_routes(desk, lambda: stego),
+                    # Noise is another whenever a text is computed: nothing could be read from one.
+                    more=stego_routes(desk, lambda: stego) if manifest.dp is None else (),
                 )
             )
             try:

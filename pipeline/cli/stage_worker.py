@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -53,6 +54,8 @@ from transport.dial_and_listen import Endpoint, listen
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
+UNTIL_STDIN_ENDS = "--until-stdin-ends"
+OLDER_VARIABLES = {"--model-dir": ("INFEMERAL_SERVER_WEIGHTS_PATH",)}
 
 app = new_app()
 
@@ -89,7 +92,7 @@ def serve(
     kv_memory: KvMemoryOption = None,
     once: Annotated[bool, typer.Option("--once", help="Exit after the first session.")] = False,
     until_stdin_ends: Annotated[
-        bool, typer.Option("--until-stdin-ends", help="End when stdin does: for supervisors.")
+        bool, typer.Option(UNTIL_STDIN_ENDS, help="End when stdin does: for supervisors.")
     ] = False,
     dev: DevOption = False,
     quiet: Annotated[
@@ -230,7 +233,9 @@ async def _cancel_at_end_of_stdin(scope: trio.CancelScope) -> None:
 
 def main() -> None:
     """Console entry point."""
-    run_app(app, "stage-worker")
+    # A supervisor has said everything: what is in its environment is for itself.
+    is_supervised = UNTIL_STDIN_ENDS in sys.argv
+    run_app(app, "stage-worker", None if is_supervised else OLDER_VARIABLES)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,12 @@ def model_fingerprint(
     """
     hashes = {digest for stage in manifest.stages for digest in stage.weight_hashes}
     spec = manifest.activation_spec
-    cuts = [stage.layer_start for stage in manifest.stages[1:]]
+    # With embedding and head at home rows travel before the first layers, too.
+    cuts = [
+        stage.layer_start
+        for stage in manifest.stages
+        if manifest.has_client_ends or stage.layer_start
+    ]
     is_exact = spec.dtype == _EXACT_WIRE or not cuts
     planned = [stage.precision for stage in manifest.stages]
     return Fingerprint(

@@ -12,6 +12,7 @@ import typer
 from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import ManifestSource, PipelineAccess, check_context
+from pipeline.cli.privacy_bound import privacy_budget
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.prompt_input import MAX_PROMPT_BYTES, read_bytes
 from pipeline.cli.shard_directories import client_dir
@@ -27,7 +28,6 @@ from pipeline.files import check_writable, write_atomically
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.orchestrator.open_pipeline import Pipeline
 from pipeline.stego import fingerprint as fingerprints
-from pipeline.stego.codecs import parse_codec
 from pipeline.stego.cover import CoverProgress
 from pipeline.stego.errors import StegoError, Unreadable
 from pipeline.stego.fingerprint import Fingerprint
@@ -104,6 +104,8 @@ def encode(flags: TripFlags, message: bytes, outputs: Outputs, *, compresses: bo
 
 def decode(flags: TripFlags, text: str) -> None:
     """Print the message of a text. Raises PipelineError, or typer.Exit after a signal."""
+    if not text.strip():
+        raise StegoError("--in: the text is empty")
     trip = _Trip.plan(flags)
     num_text = len(CoverTokenizer(trip.tokenizer).ids(text))
 
@@ -134,6 +136,12 @@ class _Trip:
         """Read what the flags name. Raises InputError."""
         manifest = load_manifest(flags.manifest)
         check_context(flags.context, manifest)
+        if manifest.dp is not None:
+            raise StegoError(
+                "this manifest adds noise, which is another whenever a text is computed: "
+                "no message could be read from one"
+            )
+        privacy_budget(manifest, flags.pipeline.dp_epsilon, flags.pipeline.dp_delta)  # refuses both
         tokenizer = Tokenizer(flags.model_dir / "tokenizer.json")
         task = Task(
             prompt_ids=_prompt_ids(flags, tokenizer),
@@ -212,7 +220,7 @@ def _settings(given: Settings, secret_file: Path | None) -> fingerprints.Setting
     recorded = read_fingerprint(secret_file) or fingerprints.Settings()
     names = set(fingerprints.Settings.model_fields)
     settings = fingerprints.Settings(**(recorded.model_dump(include=names) | given))
-    _ = settings.sampling, parse_codec(settings.codec)  # raise for what there is not
+    _ = settings.sampling  # raises for what leaves nothing to choose from
     return settings
 
 

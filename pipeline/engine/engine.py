@@ -5,20 +5,28 @@ sampler chooses its token, and whoever asked hears of it.
 """
 
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
+from time import perf_counter_ns
 from typing import NoReturn
 
 import trio
 
+from pipeline.codecs.privacy_budget import PrivacyBudget
 from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.engine.step_runner import RunnerStats, StepRunner
-from pipeline.errors import InputError, PipelineError, RequestFailed, SessionError
+from pipeline.errors import (
+    InputError,
+    PipelineError,
+    PromptError,
+    RequestFailed,
+    SessionError,
+)
 from pipeline.protocol.result_kinds import NO_TOKEN, Result
 from pipeline.protocol.step_results import SegmentResult, StepResult
 from pipeline.sampling.draw import NO_NUMBERS
@@ -43,6 +51,8 @@ class EngineStats:
     # Handshakes with stages so far, and how long the last recovery took; 0 before the first.
     num_handshakes: int = 0
     recovery_seconds: float = 0.0
+    # Where the ends of the model are held here, what steps have cost here, by part, nanoseconds.
+    home_times: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +112,19 @@ class TokenStream(trio.abc.ReceiveChannel[TokenOutput]):
 class PipelineEngine:
     """Requests on one side, a pipeline on the other; they advance while `run` is running."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, budget: PrivacyBudget | None = None) -> None:
+        """`budget`: what may be told of all requests together, where that is bounded."""
+        self._budget = budget
         self.failure: SessionError | None = None
         self.scheduler = Scheduler(limits, self._give_up)
         self._runner: StepRunner | None = None
         self._live: dict[int, _Live] = {}
         # What has come and its requests have not heard yet.
-        self._outputs: deque[tuple[int, TokenOutput]] = deque()
+        self._outputs: deque[tuple[int, TokenOutput | RequestFailed]] = deque()
         self._request_ids: Iterator[int] = count()
         self._has_work = trio.Event()
         self._num_steps = 0
+        self._home_times: Counter[str] = Counter()
         self._num_tokens = 0
         self._last_batch = 0
 
@@ -133,6 +146,7 @@ class PipelineEngine:
             last_batch=self._last_batch,
             num_handshakes=runner.num_handshakes,
             recovery_seconds=runner.recovery_seconds,
+            home_times=dict(self._home_times),
         )
 
     async def run(self, pipeline: StepRunner) -> NoReturn:
@@ -162,7 +176,8 @@ class PipelineEngine:
                         await pipeline.notify(notices)
                     await pipeline.send(step)
                 self._hand_out()
-                pipeline.prepare(scheduler.follow_up())
+                # A step that is promised is sent even if nobody pays for its row.
+                pipeline.prepare(None if self._budget else scheduler.follow_up())
                 self._take(await pipeline.receive())
         finally:
             self._hand_out()  # the pipeline may fail with a step's tokens in hand: they count
@@ -178,8 +193,8 @@ class PipelineEngine:
         """Queue a request; returns what to `cancel` it by.
 
         `listener` is called by the loop itself, and so must be quick. Raises PromptError if the
-        prompt can never fit, InputError if there is no such chooser, SessionError after the
-        pipeline has failed.
+        prompt can never fit, or would tell more than it may, InputError if there is no such
+        chooser, SessionError after the pipeline has failed.
         """
         if self.failure is not None:
             raise SessionError(str(self.failure)) from self.failure
@@ -195,6 +210,15 @@ class PipelineEngine:
             sampler.next_draw if sampler and want.result is Result.DRAWN else None,
         )
         self.scheduler.submit(request)
+        if self._budget is not None:
+            try:
+                self._budget.spend_prompt(len(request.prompt_ids))
+                spent = self._budget.num_spent
+                epsilon = self._budget.composed_epsilon(spent)
+                logger.info("event=privacy_spent rows_in_all=%d epsilon=%.4g", spent, epsilon)
+            except PromptError:
+                self.scheduler.cancel(request_id)
+                raise
         self._live[request_id] = _Live(sampler, listener)
         self._has_work.set()
         return request_id
@@ -231,12 +255,19 @@ class PipelineEngine:
         )
 
     def _take(self, result: StepResult) -> None:
+        start_ns = perf_counter_ns()
         choices = self._choose(result)
+        times = result.home_times
+        if times is not None:
+            times["sample"] = times.get("sample", 0) + perf_counter_ns() - start_ns
+            self._home_times.update(times)
         token_ids = [choice.token_id for choice in choices.values()]
         for event in self.scheduler.complete(result.header, token_ids):
             choice = choices[event.request_id]
-            output = TokenOutput(*choice, event.finish, result.header.timings)
+            output = TokenOutput(*choice, event.finish, result.header.timings, times)
             self._outputs.append((event.request_id, output))
+            if self._budget is not None and event.finish is None:
+                self._spend_token(self._budget, event.request_id)
         self._num_steps += 1
 
     def _hand_out(self) -> None:
@@ -245,10 +276,18 @@ class PipelineEngine:
             live = self._live.get(request_id)
             if live is None:
                 continue  # it has left since
-            if output.finish is not None:
+            if isinstance(output, RequestFailed) or output.finish is not None:
                 del self._live[request_id]
             self._num_tokens += 1
             live.listener(output)
+
+    def _spend_token(self, budget: PrivacyBudget, request_id: int) -> None:
+        """Have a request end here if the row of its token may not be sent."""
+        try:
+            budget.spend_token()
+        except RequestFailed as error:
+            self._outputs.append((request_id, error))
+            self.scheduler.cancel(request_id)
 
     def _choose(self, result: StepResult) -> dict[int, Choice]:
         """A token for each of the step's owners; who gets none ends here."""

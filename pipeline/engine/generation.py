@@ -6,6 +6,7 @@ from typing import Protocol
 
 import trio
 
+from pipeline.engine.home_times import Times
 from pipeline.engine.request import FinishReason
 from pipeline.errors import InputError
 from pipeline.protocol.result_kinds import MAX_TOP, Result, Want
@@ -82,6 +83,8 @@ class TokenOutput:
     finish: FinishReason | None
     # What each stage needed for the step that brought it.
     timings: tuple[StageTiming, ...] = ()
+    # And what it cost here, if the ends of the model are held here.
+    home_times: Times | None = None
 
 
 class Engine(Protocol):

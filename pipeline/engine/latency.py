@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.engine.home_times import PARTS, Times
 from pipeline.files import write_atomically
 from pipeline.protocol.step_header import StageTiming
 
@@ -30,8 +31,15 @@ class LatencyLog:
     latencies_ms: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     timings: list[tuple[StageTiming, ...]] = field(default_factory=list)
+    home_times: list[Times] = field(default_factory=list)
 
-    def add(self, token_id: int, elapsed_ns: int, timings: tuple[StageTiming, ...]) -> None:
+    def add(
+        self,
+        token_id: int,
+        elapsed_ns: int,
+        timings: tuple[StageTiming, ...],
+        home_times: Times | None = None,
+    ) -> None:
         """Record one token, `elapsed_ns` after the one before (the first: after the start)."""
         if self.token_ids:
             self.latencies_ms.append(elapsed_ns / 1e6)
@@ -39,6 +47,8 @@ class LatencyLog:
             self.prompt_ms = elapsed_ns / 1e6
         self.token_ids.append(token_id)
         self.timings.append(timings)
+        if home_times is not None:
+            self.home_times.append(home_times)
 
     def summary(self) -> str:
         """One line for people."""
@@ -53,6 +63,9 @@ class LatencyLog:
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON; times in milliseconds."""
+        home = [
+            {f"{part}_ms": times.get(part, 0) / 1e6 for part in PARTS} for times in self.home_times
+        ]
         return {
             "prompt_ms": self.prompt_ms,
             "latencies_ms": self.latencies_ms,
@@ -68,6 +81,7 @@ class LatencyLog:
                 ]
                 for timings in self.timings
             ],
+            **({"orchestrator": home} if home else {}),
         }
 
     def write(self, path: Path) -> None:

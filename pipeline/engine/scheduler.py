@@ -170,7 +170,8 @@ class Scheduler:
                     each.position, each.position + each.num_tokens
                 )
             )
-            yield Step(header, token_ids, ())
+            requests = tuple(by_slot[each.slot].request.request_id for each in header.segments)
+            yield Step(header, token_ids, (), requests=requests)
 
     def next_step(self) -> Step | None:
         """The next step to send, or None when all that is known is under way, or must wait."""
@@ -286,7 +287,8 @@ class Scheduler:
             return None
         header = StepHeader(StepKind.STEP, self._next_step, tuple(segments), tuple(wants))
         asked = Asked(draws=tuple(draws)) if draws else NOTHING_ASKED
-        return Step(header, tuple(token_ids), tuple(owners), is_decoding, asked)
+        requests = tuple(state.request.request_id for state, _ in parts)
+        return Step(header, tuple(token_ids), tuple(owners), is_decoding, asked, requests=requests)
 
     def _admit(self) -> None:
         while self._waiting and self._slots.has_free:

@@ -25,6 +25,8 @@ class Step:
     asked: Asked = NOTHING_ASKED
     # Slots that nobody owns any more once this has come back.
     freed: tuple[int, ...] = ()
+    # Each segment's request, of steps that carry tokens.
+    requests: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Promise:
         """Take the result of the step under way."""
         follow_up, self.open = self.open, None
         if follow_up is not None and token_ids[0] not in follow_up.ends:
-            self._due = Step(follow_up.header, tuple(token_ids), owners, is_decoding=True)
+            self._due = Step(follow_up.header, tuple(token_ids), owners, True, requests=owners)
 
     def take(self) -> Step | None:
         """The step that is due, which it is once."""

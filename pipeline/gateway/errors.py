@@ -3,7 +3,7 @@
 from enum import Enum, auto
 from typing import Any
 
-from pipeline.errors import InputError, PipelineError, RequestFailed
+from pipeline.errors import BudgetSpent, InputError, PipelineError, RequestFailed
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
@@ -95,6 +95,8 @@ def from_pipeline(error: PipelineError) -> ApiError:
     """What a client may know of a failure behind the gateway: its own mistakes, no more."""
     if isinstance(error, InputError):
         return invalid(str(error), None)
+    if isinstance(error, BudgetSpent):
+        return ApiError(Kind.FAILED, str(error), code="budget_spent", type=SERVER_ERROR)
     if isinstance(error, RequestFailed):
         return ApiError(Kind.FAILED, "This request failed; others are served.", type=SERVER_ERROR)
     return ApiError(

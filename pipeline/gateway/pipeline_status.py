@@ -174,6 +174,14 @@ def _engine_metrics(view: EngineView) -> Iterator[Metric]:
         yield GaugeMetricFamily(name, text, value)
     for name, (text, value) in counters.items():
         yield CounterMetricFamily(name, text, value)
+    home = CounterMetricFamily(
+        "veilpipe_orchestrator_seconds",
+        "Time that steps cost outside the stages, where the ends of the model are held here.",
+        labels=["part"],
+    )
+    for part, ns in view.home_times.items():
+        home.add_metric([part], ns * NS)
+    yield home
 
 
 # Metric, its help, and the figure it shows.

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.codecs.base import ActivationCodec
+from pipeline.codecs.gaussian_noise import GaussianNoise
+from pipeline.dtypes import Array
+from pipeline.engine.home_times import Stopwatch, Times
 from pipeline.engine.step import Step
 from pipeline.errors import InputError, MessageError
 from pipeline.models.registry import ModelShard
@@ -27,10 +30,18 @@ class ClientEnds:
 
     are_remote = False
 
-    def __init__(self, shard: ModelShard, codec: ActivationCodec) -> None:
-        """`shard` has both ends and no layers; `codec` is how rows travel to the first stage."""
+    def __init__(
+        self, shard: ModelShard, codec: ActivationCodec, noise: GaussianNoise | None = None
+    ) -> None:
+        """`shard` has both ends and no layers; `codec` is how rows travel to the first stage.
+
+        `noise`: what they get before they do.
+        """
         self._shard = shard
         self._codec = codec
+        self._noise = noise
+        self._watch = Stopwatch()
+        self._head = _TimedHead(shard, self._watch)
 
     def begin(self, step: Step) -> tuple[StepHeader, tuple[Tensor, ...]]:
         """Embedded rows. Raises InputError for ids that the model has no row for."""
@@ -43,9 +54,19 @@ class ClientEnds:
                 f"a token id is outside the vocabulary of {vocab_size}; "
                 "does the tokenizer belong to this model?"
             )
+        self._watch.start()
         rows = self._shard.embed(np.array(step.token_ids, np.int64), header.segments)
         (rows,) = self._shard.kernels.to_host(rows)
-        return header, self._codec.encode(rows)
+        self._watch.lap("embed")
+        if self._noise is not None:
+            places = zip(step.requests, header.segments, strict=True)
+            rows = self._noise.apply(
+                rows, [(request, each.position, each.num_tokens) for request, each in places]
+            )
+            self._watch.lap("noise")
+        encoded = self._codec.encode(rows)
+        self._watch.lap("cloak")
+        return header, encoded
 
     def end(self, step: Step, header: StepHeader, tensors: Sequence[Tensor]) -> StepResult:
         """Norm and head of the rows that came, and of those whatever the step wants.
@@ -61,7 +82,9 @@ class ClientEnds:
         asked = step.header._replace(timings=header.timings)
         if asked.kind is StepKind.TRUNCATE:
             return step_result(asked, tensors)
+        self._watch.start()
         rows = step_result(header, tensors).hidden
+        self._watch.lap("uncloak")
         if rows is None:  # of a prompt that goes on
             return StepResult(asked, [])
         returned = [
@@ -69,12 +92,34 @@ class ClientEnds:
             for (slot, position, num_tokens), want in zip(asked.segments, asked.wants, strict=True)
         ]
         results = step_results(
-            self._shard,
+            self._head,
             asked._replace(segments=tuple(returned)),
             step.asked,
             self._shard.kernels.to_device(rows),
         )
-        return step_result(asked, results)
+        result = step_result(asked, results)
+        self._watch.lap("sample")
+        return result
+
+    def take_times(self) -> Times:
+        """What has been spent since the last time."""
+        return self._watch.take()
+
+
+class _TimedHead:
+    """A shard's norm and head, on a stopwatch that runs for what is made of their results."""
+
+    def __init__(self, shard: ModelShard, watch: Stopwatch) -> None:
+        self.config, self.kernels = shard.config, shard.kernels
+        self._shard = shard
+        self._watch = watch
+
+    def results(self, hidden: Array) -> tuple[Array, Array]:
+        """Most likely tokens and logits."""
+        self._watch.lap("sample")
+        found = self._shard.results(hidden)
+        self._watch.lap("head")
+        return found
 
 
 def _in_rows(header: StepHeader) -> StepHeader:

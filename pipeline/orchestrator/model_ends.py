@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from pipeline.engine.home_times import Times
 from pipeline.engine.step import Step
 from pipeline.protocol.step_header import StepHeader
 from pipeline.protocol.step_limits import step_tensors
@@ -29,6 +30,10 @@ class ModelEnds(Protocol):
         """
         ...
 
+    def take_times(self) -> Times | None:
+        """What has been spent here since the last time, by part; None where that is nothing."""
+        ...
+
 
 class RemoteEnds:
     """The first and the last stage hold them."""
@@ -43,6 +48,9 @@ class RemoteEnds:
         """What the last stage says."""
         del step
         return step_result(header, tensors)
+
+    def take_times(self) -> None:
+        """Nothing is computed here."""
 
 
 REMOTE_ENDS = RemoteEnds()

@@ -1,9 +1,12 @@
 """The data channels of one epoch: steps go in, their results come out in order."""
 
 from collections import deque
+from dataclasses import dataclass
+from time import perf_counter_ns
 
 import trio
 
+from pipeline.engine.home_times import Times
 from pipeline.engine.step import FollowUp, Step
 from pipeline.errors import LinkLost, MessageError
 from pipeline.orchestrator.model_ends import REMOTE_ENDS, ModelEnds
@@ -15,6 +18,15 @@ from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.step_results import StepResult
 from transport.channel import SecureChannel
 from transport.errors import TransportError
+
+
+@dataclass(slots=True)
+class _Due:
+    """A step under way; what it has cost here so far, if ends are held here, and when it left."""
+
+    step: Step
+    times: Times | None = None
+    left_ns: int = 0
 
 
 class StepLink:
@@ -37,7 +49,7 @@ class StepLink:
         self._patience_ms = patience_ms
         self._ends = ends
         # Steps under way that will have a result.
-        self._due: deque[Step] = deque()
+        self._due: deque[_Due] = deque()
         self._data_in = data_in
         self._data_out = data_out
         self._gate = gate
@@ -52,15 +64,24 @@ class StepLink:
 
     async def send(self, step: Step) -> None:
         """Send a step to the first stage. Raises LinkLost."""
+        due = _Due(step)
+        is_sent = self._ahead.has_sent(step.header)
+        # Before the step counts as due: what cannot be embedded has no result.
+        header, tensors = (step.header, ()) if is_sent else self._ends.begin(step)
         if step.header.kind is not StepKind.REPLAY:
-            self._due.append(step)
-        if self._ahead.has_sent(step.header):
+            self._due.append(due)
+        if is_sent:
             return
-        header, tensors = self._ends.begin(step)
+        times = self._ends.take_times()
+        sealed_ns = 0 if times is None else self._data_in.clocks[0].cipher_ns
+        due.left_ns = perf_counter_ns()  # the stages may be at it before `send` is done
         try:
             await send_step(self._data_in, header, tensors)
         except (TransportError, trio.ClosedResourceError) as error:
             raise LinkLost(0, f"its data channel broke: {describe(error)}") from error
+        if times is not None:
+            times["seal"] = self._data_in.clocks[0].cipher_ns - sealed_ns
+            due.times = times
 
     def prepare(self, follow_up: FollowUp | None) -> None:
         """What to send the moment the next result comes, before that is even looked at whole."""
@@ -75,12 +96,22 @@ class StepLink:
         try:
             if self._ahead.is_prepared:
                 await self._send_ahead()
+            is_timed = not self._ends.are_remote
+            opened_ns = self._data_out.clocks[1].cipher_ns if is_timed else 0
             header, tensors = await receive_step(self._data_out, self._gate)
         except (TransportError, trio.EndOfChannel, trio.ClosedResourceError) as error:
             raise LinkLost(self._last, f"its data channel broke: {describe(error)}") from error
         if not self._due:
             raise MessageError(f"stage {self._last} answered step {header.step}, which is not due")
-        result = self._ends.end(self._due[0], header, tensors)
+        due = self._due[0]
+        if due.times is not None:
+            due.times["open"] = open_ns = self._data_out.clocks[1].cipher_ns - opened_ns
+            stages_ns = sum(each.compute_ns + each.crypto_ns for each in header.timings)
+            way_ns = perf_counter_ns() - due.left_ns - due.times["seal"] - open_ns - stages_ns
+            due.times["network"] = max(0, way_ns)
+        result = self._ends.end(due.step, header, tensors)
+        if due.times is not None:
+            result = result._replace(home_times=due.times | (self._ends.take_times() or {}))
         for token_id in result.all_ids():
             if token_id >= self._vocab_size and token_id != NO_TOKEN:
                 raise MessageError(

@@ -43,6 +43,8 @@ class PlanOptions:
     precision: Precision | None = None
     # Whether the ends of the model are the stages' or the orchestrator's.
     split: Split = "stages"
+    # Noise of `sigma` on rows clipped to `clip`, where the ends are the orchestrator's.
+    noise: tuple[float, float] | None = None
 
 
 def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) -> list[int]:
@@ -127,6 +129,7 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
         "orchestrator_keys": options.orchestrator_keys,
         "split": options.split,
         "client": client if is_client else None,
+        "dp": options.noise and dict(zip(("sigma", "clip"), options.noise, strict=True)),
     }
     return build_manifest(fields, "cannot plan this")
 

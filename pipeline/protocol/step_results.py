@@ -100,6 +100,8 @@ class StepResult(NamedTuple):
     hidden: Floats | None = None
     logprobs: Floats | None = None
     top_ids: TokenIds | None = None
+    # What its step has cost where the ends of the model are held, by part, nanoseconds.
+    home_times: dict[str, int] | None = None
 
     def all_ids(self) -> list[int]:
         """Every id that has come back, to be held against the vocabulary."""
@@ -158,5 +160,5 @@ def step_result(header: StepHeader, tensors: Sequence[Tensor]) -> StepResult:
         )
         for tensor in tensors[1:]
     ]
-    parts = [rest.pop(0) if size else None for size in sizes[1:]]
-    return StepResult(header, token_ids, *parts)
+    logits, hidden, logprobs, top_ids = [rest.pop(0) if size else None for size in sizes[1:]]
+    return StepResult(header, token_ids, logits, hidden, logprobs, top_ids)

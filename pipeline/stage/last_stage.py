@@ -1,13 +1,14 @@
 """What the last stage makes of its rows: tokens, logits, log-probabilities, drawn tokens."""
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from pipeline.dtypes import Array, Floats
 from pipeline.errors import RequestFailed
-from pipeline.models.registry import ModelShard
+from pipeline.kernels.base import Kernels
+from pipeline.models.config import ModelConfig
 from pipeline.protocol.last_stage_inputs import Asked
 from pipeline.protocol.result_kinds import NO_TOKEN, Result, Want
 from pipeline.protocol.step_header import StepHeader
@@ -21,6 +22,24 @@ from transport.tensor_frames import Tensor
 BLOCK_ROWS = 256
 
 
+class Head(Protocol):
+    """What makes logits of rows: the last shard of a model."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
+        ...
+
+    @property
+    def kernels(self) -> Kernels:
+        """What computes."""
+        ...
+
+    def results(self, hidden: Array) -> tuple[Array, Array]:
+        """Greedy token of each row, and logits."""
+        ...
+
+
 class Scored(NamedTuple):
     """A row's most likely token, NO_TOKEN where it has none, and its logits [vocab] if needed."""
 
@@ -29,7 +48,7 @@ class Scored(NamedTuple):
 
 
 def step_results(
-    shard: ModelShard, header: StepHeader, asked: Asked, hidden: Array
+    shard: Head, header: StepHeader, asked: Asked, hidden: Array
 ) -> tuple[Tensor, ...]:
     """The results of a step from all its rows, [rows, hidden], where the kernels compute."""
     kernels = shard.kernels
@@ -121,7 +140,7 @@ class _Answer:
         self.top_ids += [*top, *[NO_TOKEN] * num_missing]
 
 
-def _scored(shard: ModelShard, hidden: Array, rows: list[tuple[int, bool]]) -> Iterator[Scored]:
+def _scored(shard: Head, hidden: Array, rows: list[tuple[int, bool]]) -> Iterator[Scored]:
     """The tokens of rows of the last layer's output, with logits for those that need them."""
     kernels = shard.kernels
     for start in range(0, len(rows), BLOCK_ROWS):
@@ -136,7 +155,7 @@ def _scored(shard: ModelShard, hidden: Array, rows: list[tuple[int, bool]]) -> I
             yield Scored(token_id, next(each) if needs else None)
 
 
-def _rows(shard: ModelShard, hidden: Array, rows: list[int]) -> Array:
+def _rows(shard: Head, hidden: Array, rows: list[int]) -> Array:
     if len(rows) == hidden.shape[0]:
         return hidden
     return hidden[shard.kernels.to_device(np.array(rows, np.int64))]

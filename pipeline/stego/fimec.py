@@ -30,7 +30,9 @@ from pipeline.stego.rotation import Rotation
 from pipeline.stego.token_weights import TokenWeights
 
 _SUM_BITS = 62  # of the masses that are coupled; an int64 holds them
-_MAX_BLOCK_BITS = 16
+DEFAULT_BLOCK_BITS = 8
+# A step takes five milliseconds with 12, and a hundred with 16: too long for whoever waits beside.
+_MAX_BLOCK_BITS = 12
 
 Entry = tuple[int, int, int]
 
@@ -168,12 +170,14 @@ class FimecWriter(FimecReader):
 class FimecCodec:
     """Carries bits by minimum-entropy coupling; larger blocks carry more of them and cost more.
 
-    Takes block_bits, 1 to 16. Raises StegoError for another.
+    Takes block_bits, 1 to 12. Raises StegoError for another.
     """
 
     name = "fimec"
 
-    def __init__(self, random: Random | None = None, *, block_bits: int = 8) -> None:
+    def __init__(
+        self, random: Random | None = None, *, block_bits: int = DEFAULT_BLOCK_BITS
+    ) -> None:
         if not 1 <= block_bits <= _MAX_BLOCK_BITS:
             raise StegoError(f"block_bits is {block_bits}; give 1 to {_MAX_BLOCK_BITS}")
         self._random = random or SystemRandom()

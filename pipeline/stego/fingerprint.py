@@ -9,39 +9,42 @@ import json
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.sampling.params import SamplingParams
+from pipeline.stego.codecs import codec_name
 from pipeline.stego.errors import StegoError
 
 DEFAULT_CODEC = "range"
 DEFAULT_TOP_K = 50
 MAX_FILE_BYTES = 1 << 16
 
+_HASHES = frozenset({"config", "tokenizer", "weights"})
 _Text = Annotated[str, Field(max_length=256)]
 
 
 class Settings(BaseModel):
-    """How tokens are chosen."""
+    """How tokens are chosen. What means the same is the same, or it would be bound otherwise.
+
+    Raises StegoError for a codec that there is not.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    codec: _Text = DEFAULT_CODEC
+    codec: Annotated[str, AfterValidator(codec_name)] = DEFAULT_CODEC
     temperature: float = 1.0
-    top_k: int = DEFAULT_TOP_K
+    top_k: Annotated[int, AfterValidator(lambda top_k: max(top_k, 0))] = DEFAULT_TOP_K
     top_p: float = 1.0
 
     @property
     def sampling(self) -> SamplingParams:
         """The filters before the codec. Raises InputError: StegoError if they leave one token."""
-        if self.temperature == 0 or self.top_k == 1:
+        if 0 in {self.temperature, self.top_p} or self.top_k == 1:
             raise StegoError(
                 "only the most likely token would be left to choose from, and no message fits "
-                "into that; give a temperature above 0, and a top-k of 0 or above 1"
+                "into that; give a temperature and a top-p above 0, and a top-k of 0 or above 1"
             )
-        return SamplingParams(
-            temperature=self.temperature, top_k=max(self.top_k, 0), top_p=self.top_p
-        )
+        return SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 class Fingerprint(Settings):
@@ -70,7 +73,7 @@ class Fingerprint(Settings):
         """Where this is not what was recorded, as far as both say it; empty if nowhere."""
         mine, theirs = self.model_dump(), recorded.model_dump()
         return "; ".join(
-            f"{name} is {_shown(mine[name])}, and was {_shown(theirs[name])}"
+            f"{name} is {_shown(name, mine[name])}, and was {_shown(name, theirs[name])}"
             for name in mine
             if None not in (mine[name], theirs[name]) and mine[name] != theirs[name]
         )
@@ -91,5 +94,5 @@ def parse_fingerprint(text: bytes, source: str) -> Fingerprint:
         raise StegoError(f"{source} is no fingerprint: {what}") from None
 
 
-def _shown(value: object) -> str:
-    return str(value)[:16]
+def _shown(name: str, value: object) -> str:
+    return str(value)[:16] if name in _HASHES else str(value)

@@ -53,13 +53,13 @@ class CoverTokenizer:
         return self.text(token_ids, self._anchor[1])
 
     def survives(self, token_ids: Sequence[int], num_needed: int) -> bool:
-        """Whether who reads their text comes upon the first so many of these tokens.
+        """Whether their text is split into these tokens again, as a model's own text is.
 
-        Also where whitespace at its end has been lost.
+        And where whitespace at its end has been lost, into the first so many of them.
         """
-        needed = tuple(token_ids[:num_needed])
         text = self.cover(token_ids)
-        return all(self.ids(each)[:num_needed] == needed for each in (text, text.rstrip()))
+        shortened = self.ids(text.rstrip())[:num_needed]
+        return self.ids(text) == tuple(token_ids) and shortened == tuple(token_ids[:num_needed])
 
     def may_survive(self, token_ids: Sequence[int]) -> bool:
         """False where nothing that follows will make these tokens those of their text."""

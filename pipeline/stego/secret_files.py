@@ -80,4 +80,6 @@ def _read(path: Path, what: str) -> bytes:
         raise StegoError(f"cannot use {what} file: {error}") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise StegoError(f"cannot read {what} file {path}: {reason}") from error
+        raise StegoError(
+            f"cannot read {what} file {path}: {'it is a directory' if path.is_dir() else reason}"
+        ) from error

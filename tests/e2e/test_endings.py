@@ -55,7 +55,7 @@ def broken_command(monkeypatch, capfd):
 
         monkeypatch.setattr(sys, "argv", ["stage-worker", *flags])
         with pytest.raises(SystemExit) as caught:
-            common.run_app(app, "stage-worker")
+            common.run_app(app, "stage-worker", None)
         return caught.value.code, capfd.readouterr().err
 
     return run

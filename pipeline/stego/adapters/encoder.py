@@ -6,7 +6,7 @@ from typing import Protocol
 
 from pipeline.stego.adapters.conditional import Conditioning, index_of
 from pipeline.stego.adapters.request import StegoRequest
-from pipeline.stego.codecs import parse_codec
+from pipeline.stego.codecs import codec_name, parse_codec
 from pipeline.stego.cover import CoverProgress, CoverReader, CoverWriter
 from pipeline.stego.errors import StegoError, Unreadable
 from pipeline.stego.fingerprint import DEFAULT_CODEC
@@ -14,8 +14,9 @@ from pipeline.stego.keys import Secret
 from pipeline.stego.message import seal
 from pipeline.stego.token_weights import TokenWeights
 
-# One text in 24 does not become the tokens again that it was made of: ten in a row never do.
-NUM_TRIES = 10
+# Of the whole vocabulary a token in a hundred may not come back from its text, of the likeliest
+# fifty a token in thousands.
+NUM_TRIES = 64
 DEFAULT_MAX_TOKENS = 1024
 
 
@@ -120,8 +121,7 @@ class StegoEncoder:
         self._secret = secret
         self._codec = parse_codec(codec)
         self._max_tokens = max_tokens
-        agreed = repr((engine.fingerprint, codec, self._how))
-        self._context = hashlib.sha256(agreed.encode()).digest()
+        self._agreed = repr((engine.fingerprint, codec_name(codec), self._how))
 
     def encode(self, message: str | bytes, prompt: str) -> str:
         """A text that follows the prompt, from which `decode` has read the message already.
@@ -130,7 +130,10 @@ class StegoEncoder:
         """
         content = message.encode() if isinstance(message, str) else message
         prompt_ids = self._prompt_ids(prompt)
-        fault = StegoError("no text became the tokens again that it was made of; change the prompt")
+        fault = StegoError(
+            f"none of {NUM_TRIES} texts became the tokens again that it was made of; a shorter "
+            "message, a lower temperature or a smaller top-k makes that likelier"
+        )
         for _ in range(NUM_TRIES):
             text = self._write(content, prompt_ids)
             if text is None:
@@ -150,6 +153,10 @@ class StegoEncoder:
     def _prompt_ids(self, prompt: str) -> tuple[int, ...]:
         return tuple(self._engine.tokenizer.encode(prompt))
 
+    def _context(self, prompt_ids: tuple[int, ...]) -> bytes:
+        """What a message after this prompt is bound to."""
+        return hashlib.sha256(repr((self._agreed, prompt_ids)).encode()).digest()
+
     def _text_ids(self, text: str) -> tuple[int, ...]:
         if not text:
             raise StegoError("the text is empty")
@@ -157,7 +164,7 @@ class StegoEncoder:
 
     def _write(self, content: bytes, prompt_ids: tuple[int, ...]) -> str | None:
         """A text for the message; none if it does not become its tokens again."""
-        writer = CoverWriter(seal(content, self._secret, self._context), self._codec)
+        writer = CoverWriter(seal(content, self._secret, self._context(prompt_ids)), self._codec)
         token_ids = self._run(
             StegoRequest(writer, self._how, self._engine.end_token_id), prompt_ids
         )
@@ -167,7 +174,7 @@ class StegoEncoder:
 
     def _read(self, text: str, prompt_ids: tuple[int, ...]) -> bytes:
         token_ids = self._text_ids(text)
-        reader = CoverReader(self._secret, self._codec, self._context)
+        reader = CoverReader(self._secret, self._codec, self._context(prompt_ids))
         request = StegoRequest(Replay(token_ids, reader), self._how, self._engine.end_token_id)
         self._run(request, prompt_ids, len(token_ids))
         if not reader.is_done:

@@ -80,6 +80,8 @@ class SealedRequests:
 def _read(text: object) -> _Fields:
     try:
         return _Fields.model_validate_json(text if isinstance(text, str) else json.dumps(text))
+    except (TypeError, RecursionError) as error:
+        raise StegoError(f"{SEALED_ARG}: no JSON") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
+import torch
+
 from pipeline.stego.adapters.encoder import TextTokenizer
 from pipeline.stego.adapters.request import StegoRequest
 from pipeline.stego.adapters.tensorrt_llm import LogitsCallback
@@ -83,8 +85,12 @@ class TensorRtEngine:
 
 
 def _name(library: ModuleType, settings: TensorRtSettings) -> str:
-    """All that decides what is built, and so the numbers."""
-    return json.dumps([library.__version__, asdict(settings)], sort_keys=True, default=repr)
+    """All that decides what is built, and so the numbers. Raises StegoError."""
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    try:
+        return json.dumps([library.__version__, kind, asdict(settings)], sort_keys=True)
+    except TypeError as error:  # an object's representation differs in every process
+        raise StegoError(f"options have to be numbers, text, lists and maps: {error}") from error
 
 
 def _load(library: ModuleType, settings: TensorRtSettings, cache_dir: Path) -> _TensorRt:

@@ -53,3 +53,14 @@ def test_what_cannot_be_meant_is_one_line(planned, flags):
     err = planned(*flags)
     assert err.startswith("pipeline-orch: error: ")
     assert len(err.splitlines()) == 1
+
+
+def test_noise_is_planned_with_the_length_that_it_is_for(planned):
+    flags = ("--split", "client", "--dp-sigma", "0.03", "--dp-clip", "7.5")
+    assert planned(*flags)["dp"] == {"sigma": 0.03, "clip": 7.5}
+    assert "dp" not in planned("--split", "client")
+    assert "go together" in planned("--split", "client", "--dp-sigma", "0.03")
+    assert "go together" in planned("--split", "client", "--dp-clip", "1")
+    assert "dp is for manifests whose split is client" in planned(*flags[2:])
+    for value in ("0", "-1", "nan", "inf"):
+        assert "dp.sigma" in planned(*flags[:3], value, *flags[4:])

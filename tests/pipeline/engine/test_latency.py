@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from pipeline.engine.home_times import PARTS
 from pipeline.engine.latency import LatencyLog, percentile
 from pipeline.errors import InputError
 from pipeline.protocol.step_header import StageTiming
@@ -35,8 +36,20 @@ def test_the_record_names_each_stages_parts(log, tmp_path):
     record = json.loads(path.read_text())
     assert record["token_ids"] == [0, 1, 2, 3]
     assert record["stages"][1] == [{"compute_ms": 5.0, "crypto_ms": 0.001, "wire_ms": 0.002}]
+    assert "orchestrator" not in record
     assert [file.name for file in tmp_path.iterdir()] == ["latency.json"]
     assert path.stat().st_mode & 0o777 == 0o600  # the tokens are the answer
+
+
+def test_parts_of_ends_that_are_held_here_are_named_beside_the_stages():
+    log = LatencyLog()
+    log.add(7, 50_000_000, (), {"embed": 2_000_000, "network": 500_000})
+    (parts,) = log.to_json()["orchestrator"]
+    assert parts["embed_ms"] == 2.0
+    assert parts["network_ms"] == 0.5
+    assert {name for name, ms in parts.items() if not ms} == {
+        f"{part}_ms" for part in PARTS if part not in {"embed", "network"}
+    }
 
 
 def test_an_unwritable_path_is_one_error_and_no_file(log, tmp_path):

@@ -35,7 +35,7 @@ AFTER = BEFORE.model_copy(
         "num_handshakes": 4,
     }
 )
-STATS = EngineStats(3, 2, 40, 80, 1, 3, 9, 0.75)
+STATS = EngineStats(3, 2, 40, 80, 1, 3, 9, 0.75, {"embed": SECOND, "head": 5 * SECOND // 2})
 GET = b"GET %s HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer sk-test-0123456789\r\n\r\n"
 
 
@@ -160,3 +160,12 @@ def test_recent_rates_forget_what_is_long_ago():
     assert view.ttft_p95_seconds == 0.5
     assert view.inter_token_p50_seconds == 0.1
     assert recent.view(100.0).tokens_per_second == 0
+
+
+async def test_prometheus_gets_the_parts_of_ends_that_are_held_here(overview):
+    registry = CollectorRegistry()
+    registry.register(overview.overview)
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    (family,) = [each for each in families if each.name == "veilpipe_orchestrator_seconds"]
+    parts = {sample.labels["part"]: sample.value for sample in family.samples}
+    assert parts == {"embed": 1.0, "head": 2.5}

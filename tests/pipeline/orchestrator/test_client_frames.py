@@ -4,6 +4,7 @@ Every frame that stages and orchestrator open is recorded in the clear, and sear
 """
 
 import json
+import time
 from contextlib import ExitStack
 
 import msgpack
@@ -17,6 +18,7 @@ from pipeline.agreement.trust_policy import DevTrust
 from pipeline.codecs.registry import make_codec
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
+from pipeline.engine.home_times import PARTS
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError
 from pipeline.models.config import load_config
@@ -215,6 +217,10 @@ class Pipelines:
         engine, heard = PipelineEngine(LIMITS), [[] for _ in SAMPLING]
         for index, sampling in enumerate(SAMPLING):
             engine.submit(Generation(PROMPT, 12, frozenset(), sampling), heard[index].append)
+        await self.drain(engine, mending=mending)
+        return [[output.token_id for output in outputs] for outputs in heard]
+
+    async def drain(self, engine, *, mending=False):
         async with trio.open_nursery() as nursery:
             with ExitStack() as listening:
                 manifest = self._start(nursery, listening)
@@ -226,7 +232,6 @@ class Pipelines:
                     async with open_pipeline(*opened) as pipeline:
                         await engine.drain(pipeline)
                 nursery.cancel_scope.cancel()
-        return [[output.token_id for output in outputs] for outputs in heard]
 
 
 async def test_no_frame_holds_a_token_or_a_logit(model_dir, tmp_path, recorder, logits_seen):
@@ -309,3 +314,27 @@ async def test_a_client_that_does_not_hold_the_ends_is_told_so(model_dir, tmp_pa
     with pytest.raises(InputError, match="split is client, and embedding and head are not held"):
         async with new_pipeline(pipelines.manifest, pipelines.trust, options, print):
             pass
+
+
+@pytest.mark.parametrize("split", ["client", "stages"])
+async def test_every_part_of_a_step_is_timed_where_the_ends_are_at_home(model_dir, tmp_path, split):
+    outputs = []
+    pipelines = Pipelines(model_dir, tmp_path, split)
+    engine = PipelineEngine(LIMITS)
+    for sampling in SAMPLING:
+        engine.submit(Generation(PROMPT, 12, frozenset(), sampling), outputs.append)
+    start = time.perf_counter_ns()
+    await pipelines.drain(engine)
+    elapsed = time.perf_counter_ns() - start
+    if split == "stages":
+        assert {output.home_times for output in outputs} == {None}
+        assert engine.stats.home_times == {}
+        return
+    parts = set(PARTS) - {"noise"}
+    for output in outputs:
+        assert parts - {"sample", "uncloak"} <= output.home_times.keys() <= parts
+    total = engine.stats.home_times
+    assert total.keys() == parts
+    assert min(total.values()) > 0
+    # Two steps are under way at a time, and both wait for the network.
+    assert sum(total.values()) < 2 * elapsed

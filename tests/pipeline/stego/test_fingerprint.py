@@ -66,3 +66,27 @@ def test_greedy_settings_are_refused(settings):
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(InputError):
         _ = settings.sampling
+
+
+def test_settings_that_mean_the_same_bind_the_same():
+    same = [
+        (Settings(top_k=-1), Settings(top_k=0)),
+        (Settings(codec="fimec"), Settings(codec="fimec:block_bits=08")),
+        (Settings(codec="fimec:block_bits=12"), Settings(codec="fimec:block_bits=012")),
+    ]
+    for one, other in same:
+        assert one == other
+    assert Settings(codec="fimec:block_bits=9") != Settings(codec="fimec")
+
+
+@pytest.mark.parametrize("codec", ["a" * 300, "fimec:block_bits=" + "9" * 230, "range:x=1", ""])
+def test_a_codec_that_there_is_not_is_refused_in_a_short_line(codec):
+    with pytest.raises(StegoError) as refusal:
+        Settings(codec=codec)
+    assert len(str(refusal.value)) < 200
+
+
+def test_a_difference_is_shown_as_far_as_it_can_be_seen():
+    one, other = Fingerprint(codec="fimec:block_bits=10"), Fingerprint(codec="fimec:block_bits=9")
+    shown = one.differences(other)
+    assert shown == "codec is fimec:block_bits=10, and was fimec:block_bits=9"

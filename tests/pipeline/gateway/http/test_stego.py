@@ -124,6 +124,8 @@ async def test_a_prompt_can_be_a_message_by_the_chat_template(app, service, toke
     ({"message": "a", "prompt": 5}, "prompt"),
     ({"message": "a", "chooser": {"name": "mirostat"}}, "chooser"),
     ({"message": "a", "stop": ["x"]}, "stop"),
+    ({"message": "a", "codec": "a" * 300}, "codec"),
+    ({"message": "a", "codec": "fimec:block_bits=13"}, "block_bits"),
     ({"message": "a", "temperature": "hot"}, "temperature"),
     ({"message": "a", "max_tokens": 0}, "max_tokens"),
 ])  # fmt: skip

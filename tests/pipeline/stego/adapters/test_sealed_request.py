@@ -48,6 +48,7 @@ def test_arguments_of_others_are_not_ours():
         ("body", "0"),
         ("codec_key", "00"),
         ("codec", "none"),
+        ("codec", "fimec:block_bits=" + "9" * 5000),
         ("temperature", 0),
         ("temperature", 3),
         ("top_k", 1),
@@ -65,3 +66,9 @@ def test_a_field_that_makes_no_sense_is_refused_in_one_line(arguments, field, va
     with pytest.raises(StegoError) as refused:
         SealedRequests().check({SEALED_ARG: json.dumps(fields)})
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [b"bytes", {1}, 5, []])
+def test_what_is_no_object_is_refused_in_one_line(value):
+    with pytest.raises(StegoError, match=SEALED_ARG):
+        SealedRequests().open({SEALED_ARG: value})
