@@ -115,10 +115,12 @@ def _show(card: "Card") -> None:
             f"{each.token_recovery:.1%}",
         )
     console.print(table)
+    if card.epsilon is not None:
+        console.print(f"{card.setting}: epsilon {card.epsilon:.3g} for a text of that length")
     for setting in card.settings:
         console.print(
-            f"sigma {setting.sigma:g}: {setting.token_recovery:.1%} of tokens recovered at layer "
-            f"0, KL {setting.kl:.3g}, same greedy token {setting.greedy_agreement:.1%}"
+            f"sigma {setting.sigma:g} (epsilon {setting.epsilon:.3g}): "
+            f"{setting.token_recovery:.1%} of tokens recovered at layer 0, KL {setting.kl:.3g}, same greedy token {setting.greedy_agreement:.1%}"
         )
     utility, cost = card.utility, card.cost
     console.print(

@@ -206,6 +206,8 @@ def check_context(context: int | None, manifest: Manifest) -> None:
 
 def mode_of(manifest: Manifest) -> str:
     """What the leakage cards call the way in which a manifest uses its stages."""
+    if manifest.dp is not None:
+        return "dp"
     if manifest.rotation is not None:
         is_rounded = manifest.activation_spec.dtype == RotatedInt8.name
         return "rotate-int8" if is_rounded else "rotate"

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.errors import PolicyError
 from pipeline.leakage.modes import MODES, find_mode
 
+DELTA = 1e-5  # what an epsilon of these cards holds but for
+
 COLUMNS = (
     "mode",
     "tokens recovered, by layer",
@@ -73,6 +75,7 @@ class Setting(Part):
     """One strength of a mode's noise: what the best attack recovers at layer 0, and the price."""
 
     sigma: NotNegative
+    epsilon: NotNegative  # of one text, at DELTA
     token_recovery: Rate
     kl: NotNegative
     greedy_agreement: Rate
@@ -91,6 +94,7 @@ class Card(Part):
     utility: Utility
     cost: Cost
     integrity: Integrity
+    epsilon: NotNegative | None  # of one text, at DELTA; of modes without noise there is none
     settings: list[Setting]
     protects: str
 

@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.leakage.attacker import Attacker
-from pipeline.leakage.cards import Card, Cost, Integrity, Setting
+from pipeline.leakage.cards import DELTA, Card, Cost, Integrity, Setting
 from pipeline.leakage.modes import MODES, Mode
 from pipeline.leakage.observations import SEED, Text, observe, read_texts
 from pipeline.leakage.public_model import PublicModel
@@ -84,6 +84,7 @@ class Laboratory:
                 round_trips_per_token=mode.round_trips_per_token,
             ),
             integrity=Integrity(lying_server=mode.lying_server, found_by=mode.found_by),
+            epsilon=mode.epsilon(scope.num_tokens, DELTA),
             settings=[self._setting(mode, sigma) for sigma in mode.sigmas],
             protects=mode.protects,
         )
@@ -96,7 +97,7 @@ class Laboratory:
 
     def _setting(self, mode: Mode, sigma: float) -> Setting:
         """The strongest attack on noise of that strength, and its price."""
-        other = replace(mode, make_view=mode.noise(sigma))
+        other = mode.with_sigma(sigma)
         texts = self.texts[:SWEPT_TEXTS]
         scope = replace(self.scope, num_texts=len(texts))
         seen = observe(self.model, self.model, other, texts)
@@ -109,6 +110,7 @@ class Laboratory:
         ]
         return Setting(
             sigma=sigma,
+            epsilon=other.epsilon(scope.num_tokens, DELTA) or 0.0,
             token_recovery=max(rates),
             kl=utility.kl,
             greedy_agreement=utility.greedy_agreement,

@@ -5,13 +5,14 @@ server sees raises the mode's version: its card is then another's, and has to be
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 
 from pipeline.codecs.base import ActivationCodec
+from pipeline.codecs.privacy_budget import MAX_EPSILON, PrivacyBudget
 from pipeline.codecs.registry import make_codec
 from pipeline.dtypes import Floats
 from pipeline.errors import InputError
@@ -47,16 +48,28 @@ class Mode:
     setting: str = ""
     is_client_split: bool = True  # embedding, final norm and head with the user
     disguise: Disguise = None  # one secret for all sessions, in the server's weights
-    has_noise: bool = False  # anew in every session
+    sigma: float = 0.0  # of the noise, anew in every session
     sigmas: tuple[float, ...] = ()  # strengths of the noise that are measured beside
     wire: str = "F32"  # the codec that rows travel by
     round_trips_per_token: int = 1
     is_offered: bool = True  # otherwise an attack's target and nothing to run
 
-    @staticmethod
-    def noise(sigma: float) -> MakeView:
-        """The same mode's view with noise of another strength."""
-        return views.noisy(sigma, LONGEST_EMBEDDING)
+    @property
+    def has_noise(self) -> bool:
+        """Whether rows are sent with noise."""
+        return self.sigma > 0
+
+    def with_sigma(self, sigma: float) -> "Mode":
+        """The same with noise of another strength."""
+        return replace(self, sigma=sigma, make_view=views.noisy(sigma, LONGEST_EMBEDDING))
+
+    def epsilon(self, num_rows: int, delta: float) -> float | None:
+        """What the noise on so many rows adds up to; None where there is none."""
+        if not self.has_noise:
+            return None
+        # no bound is kept to here
+        budget = PrivacyBudget(self.sigma, LONGEST_EMBEDDING, MAX_EPSILON, delta)
+        return budget.composed_epsilon(num_rows)
 
     def on_the_wire(self, rows: Floats) -> Floats:
         """Rows as they come out of the codec that they travel by. Raises MessageError."""
@@ -132,7 +145,7 @@ _ALL = (
         "Noise that leaves the text usable leaves the tokens readable; noise that hides them "
         "leaves no text.",
         setting=f"sigma {USABLE_SIGMA}, clipped to {LONGEST_EMBEDDING}",
-        has_noise=True,
+        sigma=USABLE_SIGMA,
         sigmas=(0.1, 0.5, 2.42),
     ),
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.codecs.gaussian_noise import KEY_BYTES, GaussianNoise
 from pipeline.dtypes import Floats
 
 Change = Callable[[Floats], Floats]
@@ -50,17 +51,12 @@ def permuted(hidden_dim: int, rng: np.random.Generator) -> View:
 
 
 def noisy(sigma: float, clip: float) -> Callable[[int, np.random.Generator], View]:
-    """Embedded rows clipped to a length, with Gaussian noise in each of their dimensions."""
+    """Embedded rows clipped to a length, with Gaussian noise: of another session each time."""
 
     def make(hidden_dim: int, rng: np.random.Generator) -> View:
-        del hidden_dim
-
         def disturb(rows: Floats) -> Floats:
-            lengths = np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-30)
-            clipped = rows * np.minimum(1, clip / lengths)
-            noise = sigma * rng.standard_normal(rows.shape, np.float32)
-            noisy_rows: Floats = (clipped + noise).astype(np.float32)
-            return noisy_rows
+            noise = GaussianNoise(sigma, clip, hidden_dim, rng.bytes(KEY_BYTES))
+            return noise.apply(rows, [(0, 0, len(rows))])
 
         return View(_same, _same, _same, disturb)
 

@@ -28,6 +28,12 @@ def test_a_manifest_says_which_mode_it_is(tiny_model, split, wire, rotation, nam
     assert mode_of(manifest.model_copy(update={"rotation": rotation})) == name
 
 
+def test_noise_is_a_mode_whatever_else_is_done(tiny_model):
+    manifest = plan(tiny_model, PlanOptions(2, split="client", noise=(0.1, 7.5)))
+    assert mode_of(manifest) == "dp"
+    assert mode_of(manifest.model_copy(update={"rotation": FINGERPRINT})) == "dp"
+
+
 def test_a_mode_without_a_card_is_refused_before_anything_is_dialed(
     tiny_model, tmp_path, monkeypatch, capfd
 ):
