@@ -120,7 +120,8 @@ def _show(card: "Card") -> None:
     for setting in card.settings:
         console.print(
             f"sigma {setting.sigma:g} (epsilon {setting.epsilon:.3g}): "
-            f"{setting.token_recovery:.1%} of tokens recovered at layer 0, KL {setting.kl:.3g}, same greedy token {setting.greedy_agreement:.1%}"
+            f"{setting.token_recovery:.1%} of tokens recovered at layer 0, KL {setting.kl:.3g}, "
+            f"same greedy token {setting.greedy_agreement:.1%}"
         )
     utility, cost = card.utility, card.cost
     console.print(
