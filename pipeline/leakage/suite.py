@@ -68,7 +68,7 @@ SESSIONS = "many-sessions", f"{PUBLIC} + many sessions"
 ATTACKS = (
     NamedAttack("nearest-vocabulary", PUBLIC, nearest_vocabulary, _vocabulary_fits),
     NamedAttack("language-model-guided", PUBLIC, nearest_vocabulary, _guided_fits, is_guided=True),
-    NamedAttack("sorted-matching", PUBLIC, sorted_matching, _sorted_fits),
+    NamedAttack("sorted-matching", PUBLIC, sorted_matching, _sorted_fits, is_brief=True),
     NamedAttack("gram-matching", PUBLIC, gram_matching, _disguised_shallow, is_brief=True),
     *(
         NamedAttack(
