@@ -119,7 +119,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
             nonlocal standing, stego
             tokenizer.check_vocabulary(pipeline.vocab_size)
             if stego is None:
-                stego = new_service(engine, tokenizer, manifest, flags.model_dir, pipeline)
+                stego = new_service(engine, tokenizer, manifest, home, pipeline)
             desk.open(pipeline.vocab_size)
             if standing is None:
                 logger.info("event=serving url=%s model=%s", url, config.served_model_name)

@@ -75,7 +75,7 @@ def keygen(out: Path, given: Settings, manifest: Path | None, model_dir: Path | 
     settings = _settings(given, None)
     model = Fingerprint()
     if manifest is not None and model_dir is not None:
-        model = local_fingerprint(load_manifest(manifest), model_dir)
+        model = local_fingerprint(load_manifest(manifest), client_dir(model_dir))
     beside = create_secret(out, model.model_copy(update=dict(settings)))
     tell(COMMAND, f"wrote {out} and {beside}")
 
@@ -142,7 +142,7 @@ class _Trip:
                 "no message could be read from one"
             )
         privacy_budget(manifest, flags.pipeline.dp_epsilon, flags.pipeline.dp_delta)  # refuses both
-        tokenizer = Tokenizer(flags.model_dir / "tokenizer.json")
+        tokenizer = Tokenizer(client_dir(flags.model_dir) / "tokenizer.json")
         task = Task(
             prompt_ids=_prompt_ids(flags, tokenizer),
             secret=read_secret(flags.secret_file, flags.passphrase_file),
@@ -171,7 +171,7 @@ class _Trip:
         async def with_bar(pipeline: Pipeline) -> None:
             self.tokenizer.check_vocabulary(pipeline.vocab_size)
             self.tokenizer.check_ids(self.task.prompt_ids)
-            service = new_service(engine, self.tokenizer, manifest, flags.model_dir, pipeline)
+            service = new_service(engine, self.tokenizer, manifest, home, pipeline)
             with progress_bar(what, "bits") as bar:
 
                 def hear(progress: CoverProgress) -> None:
@@ -211,7 +211,7 @@ def _prompt_ids(flags: TripFlags, tokenizer: Tokenizer) -> tuple[int, ...]:
     if not flags.is_chat:
         return tokenizer.encode(flags.prompt)
     messages = [{"role": "user", "content": flags.prompt}]
-    rendered = ChatTemplate.load(flags.model_dir).render(messages)
+    rendered = ChatTemplate.load(client_dir(flags.model_dir)).render(messages)
     return tokenizer.encode(rendered, add_special_tokens=False)
 
 

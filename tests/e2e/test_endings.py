@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from pipeline.cli import common
+from pipeline.cli import error_reporting
 
 BIN = Path(sys.executable).parent
 
@@ -47,7 +49,7 @@ def broken_command(monkeypatch, capfd):
     """Runs a command with a bug in it: (exit code, stderr)."""
 
     def run(*flags):
-        app = common.new_app()
+        app = error_reporting.new_app()
 
         @app.command()
         def broken(verbose: bool = False):
@@ -55,7 +57,7 @@ def broken_command(monkeypatch, capfd):
 
         monkeypatch.setattr(sys, "argv", ["stage-worker", *flags])
         with pytest.raises(SystemExit) as caught:
-            common.run_app(app, "stage-worker", None)
+            error_reporting.run_app(app, "stage-worker", None)
         return caught.value.code, capfd.readouterr().err
 
     return run
@@ -124,6 +126,7 @@ def test_a_signal_while_a_worker_loads_ends_it_quietly(cluster, number):
 def test_a_shard_that_is_interrupted_leaves_nothing_behind(cluster):
     cluster.plan(1)
     config = cluster.model_dir / "config.json"
+    content = config.read_bytes()
     config.unlink()
     os.mkfifo(config)
     process = subprocess.Popen(
@@ -132,8 +135,25 @@ def test_a_shard_that_is_interrupted_leaves_nothing_behind(cluster):
         env=cluster.environment,
     )  # fmt: skip
     before = {"model", "manifest.json"}
-    with config.open("wb"):
-        assert {each.name for each in cluster.directory.iterdir()} > before
-        process.terminate()
-        assert process.wait(20) == 128 + signal.SIGTERM
-    assert {each.name for each in cluster.directory.iterdir()} == before
+
+    def has_begun():
+        return {each.name for each in cluster.directory.iterdir()} > before
+
+    while True:
+        with config.open("wb") as file:  # which waits until it is read
+            if has_begun():
+                process.terminate()
+                assert process.wait(20) == 128 + signal.SIGTERM
+                break
+            file.write(content)
+        while config in opened_by(process) and not has_begun():
+            time.sleep(0.01)
+    assert not has_begun()
+
+
+def opened_by(process):
+    found = set()
+    for link in Path(f"/proc/{process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it has been closed
+            found.add(link.readlink())
+    return found

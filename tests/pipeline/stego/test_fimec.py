@@ -61,7 +61,7 @@ def test_a_token_that_has_one_value_alone_decides_a_block():
     assert reader.num_bits == 8
 
 
-@pytest.mark.parametrize("block_bits", [1, 5, 8, 11, 16])
+@pytest.mark.parametrize("block_bits", [1, 5, 8, 11, 12])
 def test_bytes_come_back_from_blocks_of_any_size(block_bits):
     random = np.random.default_rng(4)
     codec = FimecCodec(block_bits=block_bits)
@@ -88,7 +88,7 @@ def test_larger_blocks_carry_more_of_the_tokens_entropy():
     assert steps(10) < 0.97 * steps(4)
 
 
-@pytest.mark.parametrize("block_bits", [0, 17])
+@pytest.mark.parametrize("block_bits", [0, 13])
 def test_blocks_of_no_sensible_size_are_refused(block_bits):
-    with pytest.raises(StegoError, match="give 1 to 16"):
+    with pytest.raises(StegoError, match="give 1 to 12"):
         FimecCodec(block_bits=block_bits)
