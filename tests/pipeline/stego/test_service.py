@@ -85,7 +85,9 @@ async def test_a_space_lost_at_the_start_does_not_matter(
 ):
     (space,) = cover_tokenizer.ids(" ")
     monkeypatch.setitem(vars(cover_tokenizer), "mask", SpaceFirst(cover_tokenizer.mask, space))
-    text = await hidden(service, b"a", task())
+    text = "  "
+    while text[1].isspace():  # where more is left, nobody can know that some is lost
+        text = await hidden(service, b"a", task())
     assert text.startswith(" ")
     assert (await service.find(text[1:], task())).message == b"a"
 
@@ -199,11 +201,11 @@ async def test_kernels_without_exact_rows_take_one_at_a_time(open_service, task)
 
 async def test_texts_that_are_split_otherwise_are_written_again(open_service, task, monkeypatch):
     async with open_service() as service:
-        retries = [
-            (await service.hide(b"four", task(settings=Settings(top_k=0)))).statistics.num_retries
-            for _ in range(12)
-        ]
-        assert any(retries)  # some pair of letters was said as two tokens
+        with trio.fail_after(60):
+            while True:  # until some pair of letters is said as two tokens
+                written = await service.hide(b"four", task(settings=Settings(top_k=0)))
+                if written.statistics.num_retries:
+                    break
         monkeypatch.setattr("pipeline.stego.service.MAX_TRIES", 3)
         monkeypatch.setattr(service._tokenizer, "survives", lambda *_: False)
         with pytest.raises(StegoError, match="none of 3 texts"):
