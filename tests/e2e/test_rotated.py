@@ -31,6 +31,7 @@ def shards(cluster):
     return made
 
 
+@pytest.mark.slow
 def test_texts_are_those_of_plain_stages_and_a_killed_stage_costs_none(cluster):
     cluster.plan(3)
     server = cluster.serve("--context", "512", "--supervise")
