@@ -27,12 +27,17 @@ ROOMS = {
         "agreement", "codecs", "engine", "models", "placement", "protocol", "stage",
     },
     "planning": {"agreement", "codecs", "models", "weights"},
+    "sessions": {"agreement", "kernels", "protocol"},
+    "doors": {
+        "agreement", "codecs", "kernels", "models", "orchestrator", "protocol", "sessions", "stage",
+    },
     "stego": {"engine", "sampling"},
     "leakage": {"codecs", "engine", "kernels", "models", "planning", "protocol", "weights"},
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
     "cli": {
-        "agreement", "codecs", "engine", "gateway", "kernels", "leakage", "models", "orchestrator",
-        "placement", "planning", "protocol", "sampling", "stage", "stego",
+        "agreement", "codecs", "doors", "engine", "gateway", "kernels", "leakage", "models",
+        "orchestrator", "placement", "planning", "protocol", "sampling", "sessions", "stage",
+        "stego",
     },
 }  # fmt: skip
 # The one thing that kernels know of the protocol: which rows of a step are whose.
