@@ -10,13 +10,13 @@ import typer
 
 from pipeline.agreement.manifest import load_manifest
 from pipeline.cli.logs import tell
-from pipeline.cli.pipeline_flags import (
+from pipeline.cli.pipeline_access import (
     ManifestSource,
     PipelineAccess,
-    PipelineFlags,
     check_context,
     end_tokens,
 )
+from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.privacy_bound import privacy_budget, tell_prompt
 from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled

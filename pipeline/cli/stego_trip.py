@@ -11,7 +11,7 @@ import typer
 
 from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.cli.logs import tell
-from pipeline.cli.pipeline_flags import ManifestSource, PipelineAccess, check_context
+from pipeline.cli.pipeline_access import ManifestSource, PipelineAccess, check_context
 from pipeline.cli.privacy_bound import privacy_budget
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.prompt_input import MAX_PROMPT_BYTES, read_bytes
