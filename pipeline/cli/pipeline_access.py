@@ -95,12 +95,12 @@ class PipelineAccess:
             raise InputError(
                 f"{given[0]} is for workers that are started here; give --supervise too"
             )
-        trust = _trust(manifest, flags.identity, dev=flags.is_dev)
+        trust = _trust(manifest, flags.identity, dev=flags.dev)
         options = PipelineOptions(
             limits,
-            flags.connect_seconds,
+            flags.connect_timeout,
             flags.results_at(manifest),
-            flags.hang_seconds,
+            flags.hang_timeout,
             patience_ms=patience_ms,
             ends=_ends(source, flags),
         )
@@ -162,7 +162,7 @@ def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.N
         raise InputError("--supervise starts workers, which need --model-dir")
     own = flags.workers.arguments(manifest)
     shared = ["--manifest", str(source.path)]
-    shared += ["--log-format", flags.log_format, *(["--dev"] if flags.is_dev else [])]
+    shared += ["--log-format", flags.log_format, *(["--dev"] if flags.dev else [])]
 
     results_at = flags.results_at(manifest)
     last = len(manifest.stages) - 1

@@ -1,6 +1,7 @@
 """The commands that write what a pipeline is made from: manifest, shards, keys."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -159,4 +160,4 @@ def keygen_command(
     print(create_identity(path))
 
 
-COMMANDS = {"plan": plan_command, "shard": shard_command, "keygen": keygen_command}
+COMMANDS: dict[str, Callable[..., None]] = {"plan": plan_command, "shard": shard_command, "keygen": keygen_command}
