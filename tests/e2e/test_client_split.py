@@ -1,14 +1,13 @@
 """Real processes whose orchestrator holds embedding, norm and head."""
 
 import json
-import os
 import shutil
-import signal
 
 import pytest
 
 from pipeline.cli import pipeline_orch, stage_worker
-from tests.e2e.test_failover import REQUESTS, completing, undisturbed
+from tests.e2e.conftest import expect
+from tests.e2e.texts_under_way import REQUESTS, expect_the_same_whoever_dies, undisturbed
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +74,7 @@ def test_a_stage_killed_in_the_middle_costs_no_text(cluster, tmp_path):
     cluster.plan(3, split="client")
     server = cluster.serve("--context", "512", "--supervise")
     assert [server.text(max_tokens=250, **each) for each in REQUESTS] == expected
-    for count, victim in enumerate(range(3), start=1):
-        with completing(server) as texts:
-            os.kill(server.workers()[victim], signal.SIGKILL)
-            server.wait_for_log("event=failover_complete", count)
-        assert texts == expected
-
-
-def expect(result, code, *words):
-    assert result[0] == code, result[1]
-    for word in words:
-        assert word in result[1]
+    expect_the_same_whoever_dies(server, expected)
 
 
 @pytest.fixture
