@@ -160,4 +160,8 @@ def keygen_command(
     print(create_identity(path))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"plan": plan_command, "shard": shard_command, "keygen": keygen_command}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan_command,
+    "shard": shard_command,
+    "keygen": keygen_command,
+}
