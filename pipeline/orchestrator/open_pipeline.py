@@ -52,9 +52,9 @@ async def new_pipeline(
             async with open_tasks() as tasks:
                 pipeline = Pipeline(manifest, options, placement, connector, listener, tasks)
                 closing.push_async_callback(pipeline.aclose)
+                closing.push_async_callback(pipeline.say_goodbye)  # whatever has ended it
                 yield pipeline
                 tasks.cancel_scope.cancel()
-            await pipeline.say_goodbye()
 
 
 @asynccontextmanager
