@@ -36,6 +36,8 @@ from transport.attestation.dev_authority import default_directory
 
 logger = logging.getLogger(__name__)
 
+PLAIN = "plain"
+
 
 @dataclass(frozen=True, slots=True)
 class ManifestSource:
@@ -64,7 +66,7 @@ def mode_of(manifest: Manifest) -> str:
     if manifest.rotation is not None:
         is_rounded = manifest.activation_spec.dtype == RotatedInt8.name
         return "rotate-int8" if is_rounded else "rotate"
-    return "client" if manifest.has_client_ends else "plain"
+    return "client" if manifest.has_client_ends else PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,10 @@ class PipelineAccess:
     ) -> "PipelineAccess":
         """Check the flags and the protection the manifest gives. Raises InputError."""
         manifest = source.manifest
-        require_card(mode_of(manifest))
+        mode = mode_of(manifest)
+        card = require_card(mode)
+        if mode != PLAIN:  # for what that gives there are the warnings of `--dev` alone
+            tell("pipeline-orch", f"mode {mode}: {card.protects}")
         given = flags.workers.given(has_client_ends=manifest.has_client_ends)
         if given and not flags.supervise:
             raise InputError(

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.cli import pipeline_orch, stage_worker
 from tests.e2e.conftest import expect
-from tests.e2e.texts_under_way import REQUESTS, expect_the_same_whoever_dies, undisturbed
+from tests.e2e.texts_under_way import expect_the_same_whoever_dies, undisturbed
 
 
 @pytest.fixture(scope="module")
@@ -60,21 +60,17 @@ def test_shards_and_a_clients_part_are_all_that_each_side_needs(cluster, expecte
             *(["--client-part", part / "client_weights.safetensors"] if layout else []),
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
+        assert result.stderr.count("mode client: Stages are never sent") == 1
         assert (json.loads(latency.read_text())["token_ids"], result.stdout) == expected[0]
         for idx in range(2):
             assert cluster.workers[idx].wait(30) == 0
 
 
-def test_a_stage_killed_in_the_middle_costs_no_text(cluster, tmp_path):
-    """As with ordinary stages, whose texts these are."""
-    cluster.plan(3)
-    server = cluster.serve("--context", "512", "--supervise")
-    expected = list(undisturbed(server))
-    server.stop()
+def test_a_stage_killed_in_the_middle_costs_no_text(cluster):
+    """As with ordinary stages, whose texts are the same."""
     cluster.plan(3, split="client")
     server = cluster.serve("--context", "512", "--supervise")
-    assert [server.text(max_tokens=250, **each) for each in REQUESTS] == expected
-    expect_the_same_whoever_dies(server, expected)
+    expect_the_same_whoever_dies(server, undisturbed(server))
 
 
 @pytest.fixture
