@@ -2,37 +2,28 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
-import typer
+from pydantic import Field
 
 from pipeline.agreement.manifest import Manifest, StageSpec, check_precision
-from pipeline.cli.shared_options import finite
+from pipeline.cli.settings import Finite, Flag, Settings
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 
-DTypeOption = Annotated[
-    str | None, typer.Option(help="Weights: float32, bfloat16, int8 [manifest's, else float32].")
+DTypeFlag = Annotated[
+    str | None, Flag("TYPE", "Weights: float32, bfloat16, int8 [manifest's, else float32].")
 ]
-KernelsOption = Annotated[
-    str | None, typer.Option(help="Arithmetic: auto, native (AVX-512) or torch [auto].")
+KernelsFlag = Annotated[
+    str | None, Flag("NAME", "Arithmetic: auto, native (AVX-512) or torch [auto].")
 ]
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, max=1024, metavar="N", help="Threads of a stage [1].")
+ThreadsFlag = Annotated[
+    Annotated[int, Field(ge=1, le=1024)] | None, Flag("N", "Threads of a stage [1].")
 ]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="Where to compute: cpu, cuda or cuda:N [cpu].")
-]
-KvMemoryOption = Annotated[
-    float | None,
-    typer.Option(
-        min=0.001,
-        max=1 << 20,
-        metavar="GIB",
-        help="KV memory of a session [what is free].",
-        callback=finite,
-    ),
+DeviceFlag = Annotated[str | None, Flag("NAME", "Where to compute: cpu, cuda or cuda:N [cpu].")]
+KvMemoryFlag = Annotated[
+    Annotated[Finite, Field(ge=0.001, le=1 << 20)] | None,
+    Flag("GIB", "KV memory of a session [what is free]."),
 ]
 # What computes where nothing faster can: several times slower than native kernels.
 SLOW_KERNELS = "torch"
@@ -41,17 +32,15 @@ OF_BOTH_SIDES = frozenset({"--dtype", "--kernels", "--threads", "--device"})
 CPUS_HELP = "CPUs to pin them to, one each: 0-3,8"
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerOptions:
+class WorkerOptions(Settings):
     """The options for workers that are started here; None is a worker's own default."""
 
-    dtype: str | None = None
-    kernels: str | None = None
-    threads: int | None = None
-    # A list for all stages, or one for each between slashes.
-    cpus: str | None = None
-    device: str | None = None
-    kv_memory: float | None = None
+    dtype: DTypeFlag = None
+    kernels: KernelsFlag = None
+    threads: ThreadsFlag = None
+    cpus: Annotated[str | None, Flag("LIST", f"{CPUS_HELP}; a / between stages [none].")] = None
+    device: DeviceFlag = None
+    kv_memory: KvMemoryFlag = None
 
     def given(self, *, has_client_ends: bool = False) -> list[str]:
         """The flags that were set and are for workers alone; some say how ends are computed too."""

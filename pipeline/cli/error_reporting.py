@@ -9,7 +9,6 @@ from pathlib import Path
 
 import typer
 
-from pipeline.cli.environment import Command, OlderNames
 from pipeline.cli.logs import tell_error
 from pipeline.cli.signals import termination_unwinds
 from pipeline.cli.terminal import harmless
@@ -37,14 +36,11 @@ def new_app() -> typer.Typer:
     )
 
 
-def run_app(app: typer.Typer, name: str, older_variables: OlderNames | None) -> None:
-    """Run a command line to its exit code; every error becomes one line on stderr.
-
-    `older_variables`: what options' variables were called elsewhere; None: no variable counts.
-    """
+def run_app(app: typer.Typer, name: str) -> None:
+    """Run a command line to its exit code; every error becomes one line on stderr."""
     _open_closed_streams()
     with termination_unwinds():
-        code = _run(Command(app, older_variables), name)
+        code = _run(app, name)
     if not _can_flush() or code == READER_GONE:
         # It has been reported; keep the interpreter from complaining about it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,21 +55,21 @@ def _can_flush() -> bool:
     return True
 
 
-def _run(command: Command, name: str) -> int:
+def _run(app: typer.Typer, name: str) -> int:
     try:
-        result = command.run(name)
+        result = app(standalone_mode=False, prog_name=name)
         sys.stdout.flush()
         code = result if isinstance(result, int) else 0
     except ClickException as error:
         message = getattr(error, "format_message", error.__str__)().rstrip(".")
-        code = _fail(name, f"{command.explain(message)}; see {name} --help", EXIT_USAGE)
+        code = _fail(name, f"{message}; see {name} --help", EXIT_USAGE)
     except (typer.Abort, KeyboardInterrupt):
         code = 128 + signal.SIGINT
     except PipelineError as error:
         is_usage = error.exit_code == EXIT_USAGE
-        code = _fail(name, command.explain(str(error)) if is_usage else str(error), error.exit_code)
+        code = _fail(name, _with_variables(error) if is_usage else str(error), error.exit_code)
     except (DeviceError, EndpointError, MisuseError) as error:
-        code = _fail(name, command.explain(str(error)), EXIT_USAGE)
+        code = _fail(name, _with_variables(error), EXIT_USAGE)
     except TransportError as error:
         code = _fail(name, str(error), EXIT_FAILURE)
     except BrokenPipeError:
@@ -86,6 +82,12 @@ def _run(command: Command, name: str) -> int:
     except Exception as error:
         code = _fail_unexpectedly(name, error)
     return code
+
+
+def _with_variables(error: Exception) -> str:
+    """An error's message, with the variables that what it speaks of came from."""
+    variables = ", ".join(getattr(error, "__notes__", ()))
+    return f"{error} (from the environment: {variables})" if variables else str(error)
 
 
 def _fail_unexpectedly(name: str, error: Exception) -> int:

@@ -2,21 +2,20 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter_ns
 
 import typer
 
 from pipeline.agreement.manifest import load_manifest
+from pipeline.cli.generate_flags import GenerateFlags
 from pipeline.cli.logs import tell
-from pipeline.cli.pipeline_flags import (
+from pipeline.cli.pipeline_access import (
     ManifestSource,
     PipelineAccess,
-    PipelineFlags,
     check_context,
     end_tokens,
 )
+from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.privacy_bound import privacy_budget, tell_prompt
 from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled
@@ -31,24 +30,8 @@ from pipeline.errors import PipelineError
 from pipeline.files import check_writable
 from pipeline.orchestrator.open_pipeline import Pipeline
 from pipeline.protocol.peer_connections import PATIENCE_MS
-from pipeline.sampling.params import SamplingParams
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateFlags:
-    """What to generate, with what, and what to write beside it."""
-
-    manifest: Path
-    model_dir: Path | None
-    tokenizer: Path
-    text: str
-    max_tokens: int
-    context: int | None
-    ignore_eos: bool
-    latency_out: Path | None
-    sampling: SamplingParams
 
 
 def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
@@ -64,9 +47,10 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     log = LatencyLog()
     budget = privacy_budget(manifest, pipeline_flags.dp_epsilon, pipeline_flags.dp_delta)
     engine = PipelineEngine(limits, budget)
-    text = StoppedText(tokenizer, prompt_ids, flags.sampling.stop)
+    sampling = flags.sampling.params()
+    text = StoppedText(tokenizer, prompt_ids, sampling.stop)
     printer = _Printer(flags.text, text, log)
-    generation = Generation(prompt_ids, flags.max_tokens, eos, flags.sampling)
+    generation = Generation(prompt_ids, flags.max_tokens, eos, sampling)
     request_id = engine.submit(generation, printer.hear)
     printer.on_stop = lambda: engine.cancel(request_id)
     if budget is not None:

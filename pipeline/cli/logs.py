@@ -11,9 +11,6 @@ import sys
 from datetime import UTC, datetime
 from enum import StrEnum
 from types import TracebackType
-from typing import Annotated
-
-import typer
 
 from pipeline.cli.terminal import harmless
 
@@ -32,11 +29,6 @@ class LogFormat(StrEnum):
 
     TEXT = "text"
     JSON = "json"
-
-
-LogFormatOption = Annotated[
-    LogFormat, typer.Option("--log-format", help="Log lines as key=value text or JSON objects.")
-]
 
 
 def printable(text: str) -> str:

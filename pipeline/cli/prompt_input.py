@@ -3,11 +3,22 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import InputError, PromptError
 
 # Far more than any context holds.
 MAX_PROMPT_BYTES = 64 << 20
+
+
+def with_prompt(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """What flags say, with the content of the file instead of a prompt that is in one.
+
+    Raises InputError.
+    """
+    file = values.get(f"{name}_file")
+    text = read_prompt(values.get(name), None if file is None else Path(file), f"--{name}")
+    return values if text is None else values | {name: text}
 
 
 def read_prompt(text: str | None, file: Path | None, flag: str = "--text") -> str | None:

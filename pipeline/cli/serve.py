@@ -2,23 +2,22 @@
 
 import logging
 import resource
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import trio
 import typer
 from prometheus_client import CollectorRegistry
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli.pipeline_flags import (
+from pipeline.cli.pipeline_access import (
     ManifestSource,
     PipelineAccess,
-    PipelineFlags,
     check_context,
     end_tokens,
 )
+from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.privacy_bound import privacy_budget
+from pipeline.cli.serve_flags import ServeFlags
 from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled
 from pipeline.cli.stego_model import new_service
@@ -35,7 +34,6 @@ from pipeline.gateway.http.stego import stego_routes
 from pipeline.gateway.http.tls import load_tls
 from pipeline.gateway.metrics import GatewayMetrics
 from pipeline.gateway.pipeline_status import Overview
-from pipeline.gateway.rate_limits import GatewayLimits
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.models.config import CONFIG_FILE, load_config
@@ -49,24 +47,6 @@ logger = logging.getLogger(__name__)
 _OTHER_FILES = 128
 # For the answers of those who wait when the pipeline has failed for good.
 _LAST_ANSWER_SECONDS = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class ServeFlags:
-    """What to serve where, and how many requests at once."""
-
-    manifest: Path
-    model_dir: Path
-    host: str
-    port: int
-    api_key_file: Path | None
-    served_model_name: str | None
-    max_batch: int
-    chunk_tokens: int
-    context: int | None
-    limits: GatewayLimits
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
 
 
 def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:

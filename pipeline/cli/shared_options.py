@@ -1,38 +1,41 @@
-"""Options that several commands have, and what reads them."""
+"""Flags that several commands have, and what reads them."""
 
 import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import Field
 
 from pipeline.agreement.manifest import Manifest
+from pipeline.cli.logs import LogFormat
+from pipeline.cli.settings import Flag, Port
 from pipeline.errors import InputError
-from transport.dial_and_listen import Endpoint, TcpEndpoint, parse_endpoint
-from transport.errors import EndpointError
+from transport.dial_and_listen import Endpoint, TcpEndpoint
 
-ManifestOption = Annotated[
-    Path, typer.Option("--manifest", metavar="FILE", help="Manifest all parties share (JSON).")
-]
-DevOption = Annotated[
+MANIFEST_HELP = "Manifest all parties share (JSON)."
+ManifestOption = Annotated[Path, typer.Option("--manifest", metavar="FILE", help=MANIFEST_HELP)]
+ManifestFlag = Annotated[Path, Flag("FILE", MANIFEST_HELP)]
+DevFlag = Annotated[
     bool,
-    typer.Option(
-        "--dev",
-        help="Development: evidence from a local CA instead of attestation. No privacy from hosts.",
+    Flag(
+        None,
+        "Development: evidence from a local CA instead of attestation. No privacy from hosts.",
+        is_by_hand=True,
     ),
 ]
-DataOutPortOption = Annotated[
-    int | None,
-    typer.Option(
-        "--data-out-port",
-        min=1,
-        max=65535,
-        metavar="PORT",
-        help="Port of results instead of the manifest's, on the same host.",
-    ),
+DataOutPortFlag = Annotated[
+    Port | None, Flag("PORT", "Port of results instead of the manifest's, on the same host.")
 ]
-VerboseOption = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Log every step to stderr; never any content.")
+VerboseFlag = Annotated[
+    bool, Flag(None, "Log every step to stderr; never any content.", ("--verbose", "-v"))
+]
+LogFormatFlag = Annotated[LogFormat, Flag("FORMAT", "Log lines: key=value text, or json objects.")]
+MAX_CONTEXT_VARIABLE = "INFEMERAL_SERVER_MAX_CONTEXT_LENGTH"
+Context = Annotated[int, Field(ge=2)]
+ContextFlag = Annotated[
+    Context | None,
+    Flag("N", "Room for prompt and text [as needed].", older=(MAX_CONTEXT_VARIABLE,)),
 ]
 
 
@@ -44,16 +47,6 @@ def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no number of that kind")
     return value
-
-
-def to_endpoint(text: str | None, option: str) -> Endpoint | None:
-    """Parse an address flag. Raises InputError naming the flag."""
-    if text is None:
-        return None
-    try:
-        return parse_endpoint(text)
-    except EndpointError as error:
-        raise InputError(f"{option}: {error}") from error
 
 
 def results_address(

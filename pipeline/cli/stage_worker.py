@@ -3,39 +3,21 @@
 import logging
 import os
 import signal
-import sys
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Annotated
 
 import trio
-import typer
 
 from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, EnclaveTrust, Trust
-from pipeline.cli.compute_options import (
-    CPUS_HELP,
-    DeviceOption,
-    DTypeOption,
-    KernelsOption,
-    KvMemoryOption,
-    ThreadsOption,
-    parse_cpus,
-    precision_of,
-)
+from pipeline.cli.compute_options import parse_cpus, precision_of
 from pipeline.cli.error_reporting import new_app, run_app
-from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
+from pipeline.cli.logs import configure_logging
 from pipeline.cli.model_config import agreed_config
 from pipeline.cli.progress import progress_bar
-from pipeline.cli.shared_options import (
-    DataOutPortOption,
-    DevOption,
-    ManifestOption,
-    VerboseOption,
-    results_address,
-    to_endpoint,
-)
+from pipeline.cli.settings import takes_flags
+from pipeline.cli.shared_options import results_address
 from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
+from pipeline.cli.worker_flags import WorkerFlags
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, PolicyError
 from pipeline.kernels.runtime import set_num_threads
@@ -54,53 +36,13 @@ from transport.dial_and_listen import Endpoint, listen
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
-UNTIL_STDIN_ENDS = "--until-stdin-ends"
-OLDER_VARIABLES = {"--model-dir": ("INFEMERAL_SERVER_WEIGHTS_PATH",)}
 
 app = new_app()
 
 
 @app.command()
-def serve(
-    manifest: ManifestOption,
-    stage_idx: Annotated[int, typer.Option(metavar="I", help="Which stage of the manifest.")],
-    model_dir: Annotated[
-        Path, typer.Option(metavar="DIR", help="config.json and *.safetensors of the model.")
-    ],
-    data_out_target: Annotated[
-        str | None,
-        typer.Option(metavar="ADDR", help="Where to send results [manifest's data_out]."),
-    ] = None,
-    data_out_port: DataOutPortOption = None,
-    control_listen: Annotated[
-        str | None,
-        typer.Option(metavar="ADDR", help="Where the orchestrator connects [manifest's control]."),
-    ] = None,
-    data_in_listen: Annotated[
-        str | None,
-        typer.Option(metavar="ADDR", help="Where the stage before connects [manifest's data_in]."),
-    ] = None,
-    allow_dial: Annotated[
-        list[str] | None,
-        typer.Option(metavar="CIDR", help="Also dial there [only what the manifest names]."),
-    ] = None,
-    dtype: DTypeOption = None,
-    kernels: KernelsOption = None,
-    threads: ThreadsOption = None,
-    cpus: Annotated[str | None, typer.Option(metavar="LIST", help=f"{CPUS_HELP} [none].")] = None,
-    device: DeviceOption = None,
-    kv_memory: KvMemoryOption = None,
-    once: Annotated[bool, typer.Option("--once", help="Exit after the first session.")] = False,
-    until_stdin_ends: Annotated[
-        bool, typer.Option(UNTIL_STDIN_ENDS, help="End when stdin does: for supervisors.")
-    ] = False,
-    dev: DevOption = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Log warnings and errors only.")
-    ] = False,
-    verbose: VerboseOption = False,
-    log_format: LogFormatOption = LogFormat.TEXT,
-) -> None:
+@takes_flags(flags=WorkerFlags)
+def serve(flags: WorkerFlags) -> None:
     """Serve stage I of a manifest until stopped.
 
     The worker loads its layers only, checks their hashes, prints `event=listening` and serves one
@@ -112,48 +54,45 @@ def serve(
         stage-worker --manifest manifests/smollm2_2stage.json --stage-idx 0 \\
                      --model-dir models/smollm2 --dev
     """
-    configure_logging(verbose=verbose, quiet=quiet, log_format=log_format)
-    loaded = load_manifest(manifest)
-    networks = parse_networks(allow_dial or ())
-    stage = loaded.stage(stage_idx)
-    device = device or "cpu"
-    trust = _trust(loaded, stage_idx, dev=dev)
-    endpoint = stage.endpoint
-    control = to_endpoint(control_listen, "--control-listen") or (
-        endpoint.control.to_endpoint() if endpoint else None
-    )
-    data_in = to_endpoint(data_in_listen, "--data-in-listen") or (
-        endpoint.data_in.to_endpoint() if endpoint else None
-    )
-    data_out = results_address(
-        loaded, stage_idx, to_endpoint(data_out_target, "--data-out-target"), data_out_port
-    )
+    configure_logging(verbose=flags.verbose, quiet=flags.quiet, log_format=flags.log_format)
+    manifest, stage_idx = load_manifest(flags.manifest), flags.stage_idx
+    networks = parse_networks(flags.allow_dial)
+    stage = manifest.stage(stage_idx)
+    trust = _trust(manifest, stage_idx, dev=flags.dev)
+    control, data_in = flags.control_listen, flags.data_in_listen
+    if stage.endpoint is not None:
+        control = control or stage.endpoint.control.to_endpoint()
+        data_in = data_in or stage.endpoint.data_in.to_endpoint()
+    data_out = results_address(manifest, stage_idx, flags.data_out_target, flags.data_out_port)
     if control is None or data_in is None:
         raise InputError(
-            f"stage {stage_idx} has no endpoint in {manifest}; "
+            f"stage {stage_idx} has no endpoint in {flags.manifest}; "
             "give --control-listen and --data-in-listen"
         )
-    precision = precision_of(dtype, stage)
-    pinned = () if cpus is None else parse_cpus(cpus, threads)
-    num_threads = len(pinned) or threads or 1
+    precision = precision_of(flags.dtype, stage)
+    pinned = () if flags.cpus is None else parse_cpus(flags.cpus, flags.threads)
+    num_threads = len(pinned) or flags.threads or 1
     set_num_threads(num_threads, pinned)
     # Several workers of one supervisor would draw over each other.
-    with nullcontext() if until_stdin_ends else progress_bar("loading weights") as progress:
-        shard = _load(loaded, stage_idx, model_dir, precision, kernels or "auto", device, progress)
+    drawing = nullcontext() if flags.until_stdin_ends else progress_bar("loading weights")
+    with drawing as progress:
+        shard = _load(manifest, flags, precision, progress)
     setup = StageSetup(
-        manifest=loaded,
+        manifest=manifest,
         stage_idx=stage_idx,
         shard=shard,
         trust=trust,
         precision=precision,
         num_threads=num_threads,
-        device=device,
-        max_kv_bytes=free_kv_bytes(shard) if kv_memory is None else int(kv_memory * GIB),
+        device=flags.device or "cpu",
+        max_kv_bytes=free_kv_bytes(shard)
+        if flags.kv_memory is None
+        else int(flags.kv_memory * GIB),
         data_out=data_out,
         patience_ms=PATIENCE_MS,
         allow_dial=networks,
     )
-    _run(setup, control, data_in, once=once, until_stdin_ends=until_stdin_ends)
+    _run(setup, control, data_in, once=flags.once, until_stdin_ends=flags.until_stdin_ends)
 
 
 def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
@@ -164,28 +103,22 @@ def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
 
 
 def _load(
-    manifest: Manifest,
-    stage_idx: int,
-    model_dir: Path,
-    precision: Precision,
-    kernels: str,
-    device: str,
-    progress: Progress | None,
+    manifest: Manifest, flags: WorkerFlags, precision: Precision, progress: Progress | None
 ) -> ModelShard:
-    stage = manifest.stage(stage_idx)
+    stage = manifest.stage(flags.stage_idx)
     if stage.require_weight_hashes and not stage.weight_hashes:
         raise PolicyError(
-            f"stage {stage_idx} requires weight hashes and the manifest has none; "
+            f"stage {flags.stage_idx} requires weight hashes and the manifest has none; "
             "`pipeline-orch plan` writes them"
         )
     return load_shard(
-        model_dir,
-        agreed_config(manifest, model_dir),
+        flags.model_dir,
+        agreed_config(manifest, flags.model_dir),
         stage.layer_start,
         stage.layer_end,
         dtype=precision,
-        kernels=kernels,
-        device=device,
+        kernels=flags.kernels or "auto",
+        device=flags.device or "cpu",
         ends=NO_ENDS if manifest.has_client_ends else None,
         expected_hashes=stage.weight_hashes or None,
         progress=progress,
@@ -233,9 +166,7 @@ async def _cancel_at_end_of_stdin(scope: trio.CancelScope) -> None:
 
 def main() -> None:
     """Console entry point."""
-    # A supervisor has said everything: what is in its environment is for itself.
-    is_supervised = UNTIL_STDIN_ENDS in sys.argv
-    run_app(app, "stage-worker", None if is_supervised else OLDER_VARIABLES)
+    run_app(app, "stage-worker")
 
 
 if __name__ == "__main__":

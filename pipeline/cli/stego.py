@@ -1,13 +1,9 @@
 """The commands of `pipeline-orch stego`: messages in generated text."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from pipeline.cli.error_reporting import new_app
-from pipeline.cli.pipeline_flags import takes_flags
-from pipeline.cli.stego_flags import Settings, TripFlags, settings_flags, trip_flags
+from pipeline.cli.logs import configure_logging
+from pipeline.cli.settings import takes_flags
+from pipeline.cli.stego_flags import DecodeFlags, EncodeFlags, KeygenFlags, TripFlags
 from pipeline.errors import InputError
 
 app = new_app()
@@ -19,17 +15,8 @@ def stego() -> None:
 
 
 @app.command("keygen")
-@takes_flags(settings=settings_flags)
-def keygen_command(
-    settings: Settings,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="A new secret's file.")],
-    manifest: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The manifest that will be used.")
-    ] = None,
-    model_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The model that will be used.")
-    ] = None,
-) -> None:
+@takes_flags(flags=KeygenFlags)
+def keygen_command(flags: KeygenFlags) -> None:
     """Make a secret, and beside it a fingerprint: what both ends have to agree on.
 
     Give both files to whoever shall read. The fingerprint is not secret. Its settings are those
@@ -38,31 +25,14 @@ def keygen_command(
     """
     from pipeline.cli.stego_trip import keygen
 
-    if (manifest is None) != (model_dir is None):
+    if (flags.manifest is None) != (flags.model_dir is None):
         raise InputError("--manifest and --model-dir belong together; give both, or neither")
-    keygen(out, settings, manifest, model_dir)
+    keygen(flags.out, flags.carrier, flags.manifest, flags.model_dir)
 
 
 @app.command("encode")
-@takes_flags(flags=trip_flags)
-def encode_command(
-    flags: TripFlags,
-    message: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to hide; `ps` shows it to others.")
-    ] = None,
-    source: Annotated[
-        Path | None, typer.Option("--in", metavar="FILE", help="What to hide [-, stdin].")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="The text's file [stdout].")
-    ] = None,
-    no_compress: Annotated[
-        bool, typer.Option("--no-compress", help="Carry the message as it is.")
-    ] = False,
-    stats_out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write each token's bits as JSON.")
-    ] = None,
-) -> None:
+@takes_flags(flags=EncodeFlags)
+def encode_command(flags: EncodeFlags) -> None:
     """Write a text that carries a message and reads as the model's own.
 
     The text goes to stdout, what it took to stderr. It is read back before it is handed out.
@@ -74,18 +44,15 @@ def encode_command(
     """
     from pipeline.cli.stego_trip import Outputs, encode, read_message
 
-    data = read_message(message, source)
-    encode(flags, data, Outputs(out, stats_out), compresses=not no_compress)
+    _begin(flags.trip)
+    data = read_message(flags.message, flags.source)
+    outputs = Outputs(flags.out, flags.stats_out)
+    encode(flags.trip, data, outputs, compresses=not flags.no_compress)
 
 
 @app.command("decode")
-@takes_flags(flags=trip_flags)
-def decode_command(
-    flags: TripFlags,
-    source: Annotated[Path, typer.Option("--in", metavar="FILE", help="The text [-, stdin].")] = (
-        Path("-")
-    ),
-) -> None:
+@takes_flags(flags=DecodeFlags)
+def decode_command(flags: DecodeFlags) -> None:
     """Read the message of a text: that and nothing else goes to stdout, byte for byte.
 
     Prompt, settings, model and kernels have to be those that the text was written with; the
@@ -94,4 +61,11 @@ def decode_command(
     """
     from pipeline.cli.stego_trip import decode, read_text
 
-    decode(flags, read_text(source))
+    _begin(flags.trip)
+    decode(flags.trip, read_text(flags.source))
+
+
+def _begin(flags: TripFlags) -> None:
+    configure_logging(verbose=flags.verbose, log_format=flags.pipeline.log_format)
+    if flags.secret_file is None and flags.passphrase_file is None:
+        raise InputError("the secret is missing; give --secret-file or --passphrase-file")

@@ -1,105 +1,87 @@
-"""The flags that writing a text and reading it have in common."""
+"""The flags of messages in texts: of writing, of reading, and what those have in common."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+from pydantic import model_validator
 
-from pipeline.cli.logs import configure_logging
-from pipeline.cli.pipeline_flags import PipelineFlags, pipeline_flags, takes_flags
-from pipeline.cli.prompt_input import read_prompt
-from pipeline.cli.shared_options import ManifestOption, VerboseOption, finite
-from pipeline.errors import InputError
-
-Settings = dict[str, str | int | float]
+from pipeline.cli.pipeline_flags import PipelineFlags
+from pipeline.cli.prompt_input import with_prompt
+from pipeline.cli.settings import Count, Finite, Flag, Settings
+from pipeline.cli.shared_options import ContextFlag, ManifestFlag, VerboseFlag
 
 
-def settings_flags(
-    codec: Annotated[
-        str | None, typer.Option(metavar="NAME", help="How bits are carried: range, fimec [range].")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Draw from the K likeliest, 0: all [50].")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(metavar="T", help="Of the draws [1].", callback=finite)
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P", help="From the likeliest that have P together [1].", callback=finite
-        ),
-    ] = None,
-) -> Settings:
-    """The settings that the command line gives."""
-    given = {"codec": codec, "top_k": top_k, "temperature": temperature, "top_p": top_p}
-    return {name: value for name, value in given.items() if value is not None}
+class CarrierFlags(Settings):
+    """How bits are carried; None is what the secret's fingerprint says."""
+
+    codec: Annotated[str | None, Flag("NAME", "How bits are carried: range, fimec [range].")] = None
+    top_k: Annotated[int | None, Flag("K", "Draw from the K likeliest, 0: all [50].")] = None
+    temperature: Annotated[Finite | None, Flag("T", "Of the draws [1].")] = None
+    top_p: Annotated[Finite | None, Flag("P", "From the likeliest that have P together [1].")] = (
+        None
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class TripFlags:
+class TripFlags(Settings):
     """What writing and reading have in common."""
 
-    manifest: Path
-    model_dir: Path
-    prompt: str
-    secret_file: Path | None
-    passphrase_file: Path | None
-    settings: Settings
-    is_chat: bool
-    context: int | None
-    max_tokens: int | None
-    pipeline: PipelineFlags
-
-
-@takes_flags(settings=settings_flags, shared=pipeline_flags)
-def trip_flags(
-    settings: Settings,
-    shared: PipelineFlags,
-    manifest: ManifestOption,
-    model_dir: Annotated[
-        Path, typer.Option(metavar="DIR", help="Tokenizer; weights: --supervise.")
-    ],
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What the text follows; no part of it.")
-    ] = None,
+    carrier: CarrierFlags
+    manifest: ManifestFlag
+    model_dir: Annotated[Path, Flag("DIR", "Tokenizer; weights: --supervise.")]
+    prompt: Annotated[str, Flag("TEXT", "What the text follows; no part of it.", is_by_hand=True)]
     prompt_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The prompt's file: unseen by `ps`.")
-    ] = None,
-    secret_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What both ends have (`stego keygen`).")
-    ] = None,
-    passphrase_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A passphrase, instead or as well.")
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="The prompt is a message, by the chat template.")
-    ] = False,
-    context: Annotated[
-        int | None, typer.Option(min=2, metavar="N", help="Room for prompt and text [as needed].")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokens of the text at most [enough].")
-    ] = None,
-    verbose: VerboseOption = False,
-) -> TripFlags:
-    """Read what both commands are given. Raises InputError."""
-    configure_logging(verbose=verbose, log_format=shared.log_format)
-    text = read_prompt(prompt, prompt_file, "--prompt")
-    if text is None:
-        raise InputError("the prompt is missing; give --prompt or --prompt-file")
-    if secret_file is None and passphrase_file is None:
-        raise InputError("the secret is missing; give --secret-file or --passphrase-file")
-    return TripFlags(
-        manifest=manifest,
-        model_dir=model_dir,
-        prompt=text,
-        secret_file=secret_file,
-        passphrase_file=passphrase_file,
-        settings=settings,
-        is_chat=chat,
-        context=context,
-        max_tokens=max_tokens,
-        pipeline=shared,
+        Path | None, Flag("FILE", "The prompt's file: unseen by `ps`.", is_by_hand=True)
+    ] = None
+    secret_file: Annotated[Path | None, Flag("FILE", "What both ends have (`stego keygen`).")] = (
+        None
+    )
+    passphrase_file: Annotated[Path | None, Flag("FILE", "A passphrase, instead or as well.")] = (
+        None
+    )
+    chat: Annotated[bool, Flag(None, "The prompt is a message, by the chat template.")] = False
+    context: ContextFlag = None
+    max_tokens: Annotated[Count | None, Flag("N", "Tokens of the text at most [enough].")] = None
+    pipeline: PipelineFlags
+    verbose: VerboseFlag = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_prompt(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return with_prompt(values, "prompt")
+
+
+class KeygenFlags(Settings):
+    """What a new secret is for."""
+
+    carrier: CarrierFlags
+    out: Annotated[Path, Flag("FILE", "A new secret's file.", ("--out", "-o"), is_by_hand=True)]
+    manifest: Annotated[Path | None, Flag("FILE", "The manifest that will be used.")] = None
+    model_dir: Annotated[Path | None, Flag("DIR", "The model that will be used.")] = None
+
+
+class EncodeFlags(Settings):
+    """What to hide, and where the text goes."""
+
+    trip: TripFlags
+    message: Annotated[
+        str | None, Flag("TEXT", "What to hide; `ps` shows it to others.", is_by_hand=True)
+    ] = None
+    source: Annotated[
+        Path | None, Flag("FILE", "What to hide [-, stdin].", ("--in",), is_by_hand=True)
+    ] = None
+    out: Annotated[
+        Path | None, Flag("FILE", "The text's file [stdout].", ("--out", "-o"), is_by_hand=True)
+    ] = None
+    no_compress: Annotated[bool, Flag(None, "Carry the message as it is.")] = False
+    stats_out: Annotated[
+        Path | None, Flag("FILE", "Write each token's bits as JSON.", is_by_hand=True)
+    ] = None
+
+
+class DecodeFlags(Settings):
+    """Where the text is."""
+
+    trip: TripFlags
+    source: Annotated[Path, Flag("FILE", "The text [-, stdin].", ("--in",), is_by_hand=True)] = (
+        Path("-")
     )

@@ -11,13 +11,13 @@ import typer
 
 from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.cli.logs import tell
-from pipeline.cli.pipeline_flags import ManifestSource, PipelineAccess, check_context
+from pipeline.cli.pipeline_access import ManifestSource, PipelineAccess, check_context
 from pipeline.cli.privacy_bound import privacy_budget
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.prompt_input import MAX_PROMPT_BYTES, read_bytes
 from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled
-from pipeline.cli.stego_flags import Settings, TripFlags
+from pipeline.cli.stego_flags import CarrierFlags, TripFlags
 from pipeline.cli.stego_model import local_fingerprint, new_service
 from pipeline.cli.terminal import write_text
 from pipeline.engine.engine import PipelineEngine
@@ -70,7 +70,7 @@ def read_text(source: Path) -> str:
         raise StegoError("--in: the text is not UTF-8, so it was altered on its way") from error
 
 
-def keygen(out: Path, given: Settings, manifest: Path | None, model_dir: Path | None) -> None:
+def keygen(out: Path, given: CarrierFlags, manifest: Path | None, model_dir: Path | None) -> None:
     """Make a secret and its fingerprint. Raises InputError."""
     settings = _settings(given, None)
     model = Fingerprint()
@@ -146,7 +146,7 @@ class _Trip:
         task = Task(
             prompt_ids=_prompt_ids(flags, tokenizer),
             secret=read_secret(flags.secret_file, flags.passphrase_file),
-            settings=_settings(flags.settings, flags.secret_file),
+            settings=_settings(flags.carrier, flags.secret_file),
             max_tokens=flags.max_tokens,
         )
         return cls(flags, manifest, tokenizer, task)
@@ -208,18 +208,20 @@ async def _run_beside(
 
 
 def _prompt_ids(flags: TripFlags, tokenizer: Tokenizer) -> tuple[int, ...]:
-    if not flags.is_chat:
+    if not flags.chat:
         return tokenizer.encode(flags.prompt)
     messages = [{"role": "user", "content": flags.prompt}]
     rendered = ChatTemplate.load(client_dir(flags.model_dir)).render(messages)
     return tokenizer.encode(rendered, add_special_tokens=False)
 
 
-def _settings(given: Settings, secret_file: Path | None) -> fingerprints.Settings:
+def _settings(given: CarrierFlags, secret_file: Path | None) -> fingerprints.Settings:
     """What the command line says, else what lies beside the secret. Raises InputError."""
     recorded = read_fingerprint(secret_file) or fingerprints.Settings()
     names = set(fingerprints.Settings.model_fields)
-    settings = fingerprints.Settings(**(recorded.model_dump(include=names) | given))
+    settings = fingerprints.Settings(
+        **(recorded.model_dump(include=names) | given.model_dump(exclude_none=True))
+    )
     _ = settings.sampling  # raises for what leaves nothing to choose from
     return settings
 

@@ -7,6 +7,7 @@ exactly, mu^2 being the sum of theirs (Dong, Roth & Su 2022), so every row costs
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from pipeline.errors import BudgetSpent, InputError, PromptError
 
@@ -44,7 +45,8 @@ class PrivacyBudget:
     """Counts the rows of a session against the bound that its user has set.
 
     What is protected is the text of a session's prompts as a whole, of known lengths: every row of
-    it may be another. The bound is on all rows that whoever serves the stages is ever sent.
+    it may be another. The bound is on all rows that whoever serves the stages is ever sent. A
+    request pays for its rows before they are, and gets back what it has not sent when it ends.
     """
 
     def __init__(self, sigma: float, clip: float, epsilon: float, delta: float) -> None:
@@ -60,6 +62,7 @@ class PrivacyBudget:
         self.epsilon = epsilon
         self.delta = delta
         self.num_spent = 0
+        self._open: dict[int, _Account] = {}
         self._max_mu = mu_of(epsilon, delta)
         self.max_rows = math.floor((self._max_mu * sigma / self.sensitivity) ** 2)
 
@@ -75,8 +78,8 @@ class PrivacyBudget:
             f"{self.delta:g} (sigma {self.sigma:g}, sensitivity {self.sensitivity:g})"
         )
 
-    def spend_prompt(self, num_rows: int) -> None:
-        """Spend a prompt's rows, before any is sent. Raises PromptError if that is too much."""
+    def spend_prompt(self, request_id: int, num_rows: int) -> None:
+        """Open a request: pay for its prompt's rows. Raises PromptError if that is too much."""
         wanted = self.num_spent + num_rows
         if wanted > self.max_rows:
             whose = "the prompt's"
@@ -89,9 +92,10 @@ class PrivacyBudget:
                 f"{sigma:.4g}"
             )
         self.num_spent = wanted
+        self._open[request_id] = _Account(num_paid=num_rows)
 
-    def spend_token(self) -> None:
-        """Spend the row of a token that goes back to the stages. Raises BudgetSpent if none is."""
+    def spend_token(self, request_id: int) -> None:
+        """Pay for the row of a token that goes back to the stages. Raises BudgetSpent."""
         if self.num_spent >= self.max_rows:
             raise BudgetSpent(
                 f"the session's privacy budget is spent: {self.describe(self.num_spent)}, and one "
@@ -99,6 +103,31 @@ class PrivacyBudget:
                 "session with a budget of its own can go on from it"
             )
         self.num_spent += 1
+        self._open[request_id].num_paid += 1
+
+    def will_send(self, request_id: int, num_rows: int) -> None:
+        """Of an open request's rows so many are on their way, from the first on; nothing else is.
+
+        What is sent again after a loss is the same bytes, so that it costs nothing.
+        """
+        account = self._open[request_id]
+        account.num_sent = max(account.num_sent, num_rows)
+        assert account.num_sent <= account.num_paid, "rows are paid for before they are sent"
+
+    def close(self, request_id: int) -> int:
+        """End a request, if it is open: how many rows it gets back that it has not sent."""
+        account = self._open.pop(request_id, _Account(0))
+        refund = account.num_paid - account.num_sent
+        self.num_spent -= refund
+        return refund
+
+
+@dataclass(slots=True)
+class _Account:
+    """The rows of a request that is open."""
+
+    num_paid: int
+    num_sent: int = 0
 
 
 def _above(num_rows: int, budget: PrivacyBudget) -> float:

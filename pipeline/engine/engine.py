@@ -19,6 +19,7 @@ from pipeline.codecs.privacy_budget import PrivacyBudget
 from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.step import Step
 from pipeline.engine.step_runner import RunnerStats, StepRunner
 from pipeline.errors import (
     InputError,
@@ -28,6 +29,7 @@ from pipeline.errors import (
     SessionError,
 )
 from pipeline.protocol.result_kinds import NO_TOKEN, Result
+from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.step_results import SegmentResult, StepResult
 from pipeline.sampling.draw import NO_NUMBERS
 from pipeline.sampling.sampler import Choice, Sampler
@@ -172,6 +174,7 @@ class PipelineEngine:
             while scheduler.has_work:
                 while (step := scheduler.next_step()) is not None:
                     self._last_batch = len(step.header.segments)
+                    self._note_rows(step)
                     if notices := scheduler.take_notices():
                         await pipeline.notify(notices)
                     await pipeline.send(step)
@@ -212,13 +215,11 @@ class PipelineEngine:
         self.scheduler.submit(request)
         if self._budget is not None:
             try:
-                self._budget.spend_prompt(len(request.prompt_ids))
-                spent = self._budget.num_spent
-                epsilon = self._budget.composed_epsilon(spent)
-                logger.info("event=privacy_spent rows_in_all=%d epsilon=%.4g", spent, epsilon)
+                self._budget.spend_prompt(request_id, len(request.prompt_ids))
             except PromptError:
                 self.scheduler.cancel(request_id)
                 raise
+            _log_spent(self._budget)
         self._live[request_id] = _Live(sampler, listener)
         self._has_work.set()
         return request_id
@@ -228,6 +229,7 @@ class PipelineEngine:
         if self._live.pop(request_id, None) is None:
             return False
         self.scheduler.cancel(request_id)
+        self._settle(request_id)
         self._has_work.set()
         return True
 
@@ -278,16 +280,28 @@ class PipelineEngine:
                 continue  # it has left since
             if isinstance(output, RequestFailed) or output.finish is not None:
                 del self._live[request_id]
+                self._settle(request_id)
             self._num_tokens += 1
             live.listener(output)
 
     def _spend_token(self, budget: PrivacyBudget, request_id: int) -> None:
         """Have a request end here if the row of its token may not be sent."""
         try:
-            budget.spend_token()
+            budget.spend_token(request_id)
         except RequestFailed as error:
             self._outputs.append((request_id, error))
             self.scheduler.cancel(request_id)
+
+    def _note_rows(self, step: Step) -> None:
+        """What is about to be sent is not given back, whatever becomes of it."""
+        if self._budget is not None and step.header.kind is StepKind.STEP:
+            for request_id, each in zip(step.requests, step.header.segments, strict=True):
+                self._budget.will_send(request_id, each.position + each.num_tokens)
+
+    def _settle(self, request_id: int) -> None:
+        """Take back what a request that has ended paid for and has not sent."""
+        if self._budget is not None and self._budget.close(request_id):
+            _log_spent(self._budget)
 
     def _choose(self, result: StepResult) -> dict[int, Choice]:
         """A token for each of the step's owners; who gets none ends here."""
@@ -317,7 +331,14 @@ class PipelineEngine:
         self._fail_request(request_id, RequestFailed(reason))
 
     def _fail_request(self, request_id: int, error: RequestFailed | InputError) -> None:
+        self._settle(request_id)
         self._live.pop(request_id).listener(error)
+
+
+def _log_spent(budget: PrivacyBudget) -> None:
+    spent = budget.num_spent
+    epsilon = budget.composed_epsilon(spent)
+    logger.info("event=privacy_spent rows_in_all=%d epsilon=%.4g", spent, epsilon)
 
 
 _NO_CHOICE = Choice(0, None, ())

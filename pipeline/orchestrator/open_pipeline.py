@@ -48,13 +48,12 @@ async def new_pipeline(
         raise InputError(f"cannot listen for the last stage's results: {error}") from error
     connector = Connector(manifest, trust, limits, placement, progress)
     with listener:
-        async with AsyncExitStack() as closing:
-            async with open_tasks() as tasks:
-                pipeline = Pipeline(manifest, options, placement, connector, listener, tasks)
-                closing.push_async_callback(pipeline.aclose)
-                yield pipeline
-                tasks.cancel_scope.cancel()
-            await pipeline.say_goodbye()
+        async with AsyncExitStack() as closing, open_tasks() as tasks:
+            pipeline = Pipeline(manifest, options, placement, connector, listener, tasks)
+            closing.push_async_callback(pipeline.aclose)
+            closing.push_async_callback(pipeline.say_goodbye)  # whatever has ended it
+            yield pipeline
+            tasks.cancel_scope.cancel()
 
 
 @asynccontextmanager

@@ -199,7 +199,9 @@ class Pipeline:
 
     async def aclose(self) -> None:
         """Close every channel that is open."""
-        await self._drop_link()
+        link, self._link = self._link, None
+        if link is not None:
+            await (link.hang_up() if self.is_broken else link.aclose())
         for stage in self._stages.values():
             await stage.aclose()
 

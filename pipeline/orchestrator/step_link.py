@@ -12,7 +12,7 @@ from pipeline.errors import LinkLost, MessageError
 from pipeline.orchestrator.model_ends import REMOTE_ENDS, ModelEnds
 from pipeline.orchestrator.step_ahead import Ahead
 from pipeline.protocol.links import StepGate, receive_step, send_step
-from pipeline.protocol.peer_connections import describe, hang_up
+from pipeline.protocol.peer_connections import close_quietly, describe, hang_up, hear_out
 from pipeline.protocol.result_kinds import NO_TOKEN
 from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.step_results import StepResult
@@ -120,6 +120,13 @@ class StepLink:
                 )
         self._due.popleft()
         return result
+
+    async def aclose(self) -> None:
+        """Tell the first stage that nothing follows, and hear the last one out."""
+        await close_quietly(self._data_in)
+        with trio.CancelScope(shield=True):
+            await hear_out(self._data_out)
+        await close_quietly(self._data_out)
 
     async def hang_up(self) -> None:
         """Close both channels at once: what was on its way is void."""

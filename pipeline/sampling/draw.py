@@ -31,7 +31,9 @@ Weights = npt.NDArray[np.float64]
 
 _BLOCK = 256
 _CHUNK = 32 * _BLOCK  # what fits a first-level cache, and needs no memory of the system's
-NO_NUMBERS = "no token can be chosen: the model's logits are no numbers, something has overflowed"
+NO_NUMBERS = (
+    "no token can be chosen: the last stage's answer holds no numbers; something overflowed"
+)
 NONE_LEFT = "no token can be chosen: bias and mask leave none"
 
 

@@ -32,12 +32,14 @@ Side = Literal["upstream", "downstream"]
 
 
 class LinkBroken(Exception):
-    """A data channel broke; the session may go on, on new ones."""
+    """A data channel broke, or was closed; the session may go on, on new ones."""
 
-    def __init__(self, side: Side, detail: str) -> None:
-        super().__init__(f"{side}: {detail}")
+    def __init__(self, side: Side, error: BaseException) -> None:
         self.side: Side = side
-        self.detail = detail
+        self.detail = describe(error)
+        # By the peer, in its own word for it.
+        self.is_closed = isinstance(error, trio.EndOfChannel)
+        super().__init__(f"{side}: {self.detail}")
 
 
 class OnLink:
@@ -58,7 +60,7 @@ class OnLink:
 
     def broken(self, error: Exception) -> LinkBroken:
         """What to raise for an error on this side."""
-        return LinkBroken(self._side, describe(error))
+        return LinkBroken(self._side, error)
 
 
 UPSTREAM, DOWNSTREAM = OnLink("upstream"), OnLink("downstream")

@@ -21,7 +21,7 @@ from pipeline.protocol.messages import (
     Shutdown,
     Start,
 )
-from pipeline.protocol.peer_connections import describe, hang_up, say
+from pipeline.protocol.peer_connections import close_quietly, describe, hang_up, say
 from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.step_limits import SessionLimits
 from pipeline.stage.data_channels import DOWNSTREAM, UPSTREAM, LinkBroken, Neighbours
@@ -98,6 +98,8 @@ class StageSession:
         self._rewind: Rewind | None = None
         self._is_rewound = trio.Event()
         self._scope = trio.CancelScope()
+        # The orchestrator has said so: nothing is missing at the end of what it was sent.
+        self._is_over = False
 
     async def run(self, data_in: Listener) -> None:
         """Serve steps, whatever happens to data channels. Ends by raising the reason of the end."""
@@ -127,6 +129,7 @@ class StageSession:
     async def _serve_epoch(self, epoch: _Epoch, data_in: Listener) -> None:
         """Meet both neighbours and serve steps until a channel breaks; the orchestrator hears."""
         channels: list[SecureChannel] = []
+        is_closed = False
         try:
             upstream, downstream = await self._neighbours.meet(
                 epoch.epoch, data_in, epoch.target, channels
@@ -137,14 +140,18 @@ class StageSession:
                 await self._replay(downstream, epoch.replay_until)
             await self._serve_steps(upstream, downstream)
         except LinkBroken as broken:
-            logger.info("event=link_broken stage=%d error=%s", self._setup.stage_idx, broken)
+            is_closed = broken.is_closed
+            what = "closed" if is_closed else "broken"
+            logger.info("event=link_%s stage=%d error=%s", what, self._setup.stage_idx, broken)
             # Should this fail, the control channel's own reader says what that means.
             message = Broken(epoch=epoch.epoch, side=broken.side, detail=broken.detail)
             await say(self._control, message)
         finally:
             for channel in channels:
                 self._meter.close(channel)
-                await hang_up(channel)
+                # A neighbour may learn of the session's end from this before the orchestrator.
+                is_clean = is_closed or self._is_over
+                await (close_quietly(channel) if is_clean else hang_up(channel))
 
     def _ready(self, epoch: bytes) -> Ready:
         setup = self._setup
@@ -192,6 +199,7 @@ class StageSession:
                 self._is_rewound.set()
                 self._scope.cancel()
             case Shutdown():
+                self._is_over = True
                 raise SessionEnded("shutdown")
             case _:
                 raise MessageError(f"control message {message.type!r} is not for a stage")

@@ -25,6 +25,12 @@ from pipeline.planning.plan import PlanOptions, plan
 BIN = Path(sys.executable).parent
 
 
+def expect(result, code, *words):
+    assert result[0] == code, result[1]
+    for word in words:
+        assert word in result[1]
+
+
 class Ports:
     """A range of free ports, and the claim that keeps other test processes from choosing it."""
 

@@ -10,12 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import pipeline_orch, stage_worker
-
-
-def expect(result, code, *words):
-    assert result[0] == code, result[1]
-    for word in words:
-        assert word in result[1]
+from tests.e2e.conftest import expect
 
 
 def test_a_precision_the_manifest_contradicts(command, worker, cluster, tmp_path):

@@ -1,14 +1,13 @@
 """Real processes whose orchestrator holds embedding, norm and head."""
 
 import json
-import os
 import shutil
-import signal
 
 import pytest
 
 from pipeline.cli import pipeline_orch, stage_worker
-from tests.e2e.test_failover import REQUESTS, completing, undisturbed
+from tests.e2e.conftest import expect
+from tests.e2e.texts_under_way import expect_the_same_whoever_dies, undisturbed
 
 
 @pytest.fixture(scope="module")
@@ -61,31 +60,17 @@ def test_shards_and_a_clients_part_are_all_that_each_side_needs(cluster, expecte
             *(["--client-part", part / "client_weights.safetensors"] if layout else []),
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
+        assert result.stderr.count("mode client: Stages are never sent") == 1
         assert (json.loads(latency.read_text())["token_ids"], result.stdout) == expected[0]
         for idx in range(2):
             assert cluster.workers[idx].wait(30) == 0
 
 
-def test_a_stage_killed_in_the_middle_costs_no_text(cluster, tmp_path):
-    """As with ordinary stages, whose texts these are."""
-    cluster.plan(3)
-    server = cluster.serve("--context", "512", "--supervise")
-    expected = list(undisturbed(server))
-    server.stop()
+def test_a_stage_killed_in_the_middle_costs_no_text(cluster):
+    """As with ordinary stages, whose texts are the same."""
     cluster.plan(3, split="client")
     server = cluster.serve("--context", "512", "--supervise")
-    assert [server.text(max_tokens=250, **each) for each in REQUESTS] == expected
-    for count, victim in enumerate(range(3), start=1):
-        with completing(server) as texts:
-            os.kill(server.workers()[victim], signal.SIGKILL)
-            server.wait_for_log("event=failover_complete", count)
-        assert texts == expected
-
-
-def expect(result, code, *words):
-    assert result[0] == code, result[1]
-    for word in words:
-        assert word in result[1]
+    expect_the_same_whoever_dies(server, undisturbed(server))
 
 
 @pytest.fixture

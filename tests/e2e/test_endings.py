@@ -57,7 +57,7 @@ def broken_command(monkeypatch, capfd):
 
         monkeypatch.setattr(sys, "argv", ["stage-worker", *flags])
         with pytest.raises(SystemExit) as caught:
-            error_reporting.run_app(app, "stage-worker", None)
+            error_reporting.run_app(app, "stage-worker")
         return caught.value.code, capfd.readouterr().err
 
     return run
@@ -157,3 +157,30 @@ def opened_by(process):
         with suppress(FileNotFoundError):  # it has been closed
             found.add(link.readlink())
     return found
+
+
+MODES = {
+    "plain": {},
+    "client": {"split": "client"},
+    "dp": {"split": "client", "noise": (1e-9, 10.0)},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sessions_that_end_as_they_should_break_no_link(cluster, mode):
+    """Neither a prompt that is done nor a server that is stopped, in any stage's eyes."""
+    cluster.plan(2, **MODES[mode])
+    for idx in range(2):
+        cluster.start_worker(idx)
+    bound = ("--dp-epsilon", "1e30") if mode == "dp" else ()
+    for _ in range(2):
+        done = cluster.orch("Hello", "--max-tokens", "6", "--ignore-eos", *bound)
+        assert done.returncode == 0, done.stderr
+    server = cluster.serve(*bound)
+    server.text("Hello", 3)
+    server.stop()
+    for idx in range(2):
+        cluster.wait_for_log(idx, "event=session_ended", 3)
+        log = cluster.log(idx)
+        assert log.count("reason=shutdown") == 3, log
+        assert "link_broken" not in log

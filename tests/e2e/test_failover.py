@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,45 +13,15 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.e2e.texts_under_way import (
+    REQUESTS,
+    complete,
+    completing,
+    expect_the_same_whoever_dies,
+    undisturbed,
+)
+
 RELAY = Path(sys.executable).parent / "pipeline-relay"
-NUM_TOKENS = 250
-REQUESTS = [
-    {"prompt": f"Request number {index} says hello", "temperature": 0.9 if index % 2 else 0,
-     "seed": index}
-    for index in range(4)
-]  # fmt: skip
-# What each request gets, from any number of stages: the first server asked tells.
-_UNDISTURBED = []
-
-
-@contextmanager
-def completing(server):
-    """All requests are under way in the body; yields their texts, complete after it."""
-    texts = [None] * len(REQUESTS)
-
-    def run(index):
-        texts[index] = complete(server, index)
-
-    began = server.pipeline()["engine"]["num_tokens"]
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(REQUESTS))]
-    for thread in threads:
-        thread.start()
-    server.wait_for(lambda: are_under_way(server, began))
-    assert texts == [None] * len(REQUESTS), "they were over too soon to be disturbed"
-    yield texts
-    for thread in threads:
-        thread.join(120)
-
-
-def are_under_way(server, began):
-    """Whether all requests run, and have some of their tokens."""
-    engine = server.pipeline()["engine"]
-    num_tokens = engine["num_tokens"] - began
-    return engine["num_running"] == len(REQUESTS) and num_tokens > 5 * len(REQUESTS)
-
-
-def complete(server, index):
-    return server.text(max_tokens=NUM_TOKENS, **REQUESTS[index])
 
 
 @pytest.fixture
@@ -75,14 +44,6 @@ def sessions(cluster, idx):
 
 def replays(cluster, idx):
     return cluster.log(idx).count("event=replayed")
-
-
-def undisturbed(server):
-    """What the requests get when nothing happens."""
-    if not _UNDISTURBED:
-        _UNDISTURBED.extend(complete(server, index) for index in range(len(REQUESTS)))
-    complete(server, 0)  # what a first request sets up is there
-    return _UNDISTURBED
 
 
 def test_only_the_dead_are_replaced_and_every_text_is_the_undisturbed_one(cluster, serve):
@@ -211,11 +172,7 @@ def test_a_supervised_stage_is_replaced_and_no_other(cluster, serve, number):
     server = cluster.serve("--context", "512", "--supervise", "--hang-timeout", "4")
     expected = undisturbed(server)
     before = server.workers()
-    for count, victim in enumerate(range(3), start=1):
-        with completing(server) as texts:
-            os.kill(server.workers()[victim], number)
-            server.wait_for_log("event=failover_complete", count)
-        assert texts == expected
+    expect_the_same_whoever_dies(server, expected, number)
     after = server.workers()
     assert not set(before.values()) & set(after.values())
     assert server.log().count("event=worker_started") == 6

@@ -1,12 +1,9 @@
 """Real processes with noise on the rows between them, up to a bound that the user sets."""
 
-import os
-import signal
-
 import pytest
 
 from pipeline.cli import pipeline_orch
-from tests.e2e.test_failover import REQUESTS, completing
+from tests.e2e.texts_under_way import expect_the_same_whoever_dies, undisturbed
 
 # No noise that a text would notice, so that texts can be compared.
 QUIET = {"split": "client", "noise": (1e-9, 10.0)}
@@ -77,17 +74,9 @@ def test_a_text_is_told_what_it_amounts_to_and_ends_where_the_bound_does(cluster
 
 
 def test_a_stage_killed_in_the_middle_costs_neither_text_nor_budget(cluster):
-    cluster.plan(3, split="client")
-    server = cluster.serve("--context", "512", "--supervise")
-    expected = [server.text(max_tokens=250, **each) for each in REQUESTS]
-    server.stop()
     cluster.plan(3, **QUIET)
     server = cluster.serve("--context", "512", "--supervise", "--dp-epsilon", "1e30")
-    for count, victim in enumerate(range(3), start=1):
-        with completing(server) as texts:
-            os.kill(server.workers()[victim], signal.SIGKILL)
-            server.wait_for_log("event=failover_complete", count)
-        assert texts == expected
+    expect_the_same_whoever_dies(server, undisturbed(server))
 
 
 def test_texts_with_noise_carry_no_message(cluster, command, tmp_path):

@@ -1,13 +1,12 @@
 """Real processes on shards with a secret rotation in them."""
 
 import json
-import os
-import signal
 
 import pytest
 
 from pipeline.cli import pipeline_orch, stage_worker
-from tests.e2e.test_failover import REQUESTS, completing, undisturbed
+from tests.e2e.conftest import expect
+from tests.e2e.texts_under_way import REQUESTS, expect_the_same_whoever_dies, undisturbed
 
 
 def shard(cluster, out, *extra):
@@ -43,17 +42,7 @@ def test_texts_are_those_of_plain_stages_and_a_killed_stage_costs_none(cluster):
     cluster.manifest = cluster.model_dir / "manifest.json"
     server = cluster.serve("--context", "512", "--supervise")
     assert [server.text(max_tokens=250, **each) for each in REQUESTS] == expected
-    for count, victim in enumerate(range(3), start=1):
-        with completing(server) as texts:
-            os.kill(server.workers()[victim], signal.SIGKILL)
-            server.wait_for_log("event=failover_complete", count)
-        assert texts == expected
-
-
-def expect(result, code, *words):
-    assert result[0] == code, result[1]
-    for word in words:
-        assert word in result[1]
+    expect_the_same_whoever_dies(server, expected)
 
 
 @pytest.mark.parametrize(

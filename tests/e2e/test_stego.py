@@ -77,7 +77,7 @@ def test_a_message_comes_back_over_http(stego):
 
 
 @pytest.mark.parametrize(("arguments", "what"), [
-    (["encode", "--message", "a", "--secret-file", "S"], "prompt is missing"),
+    (["encode", "--message", "a", "--secret-file", "S"], "missing --prompt"),
     (["encode", "--message", "a", "--prompt", "p"], "secret is missing"),
     (["encode", "--message", "a", "--prompt", "p", "--secret-file", "none"], "No such file"),
     (["encode", "--message", "", "--prompt", "p", "--secret-file", "S"], "empty"),

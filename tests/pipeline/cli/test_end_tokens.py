@@ -6,7 +6,7 @@ from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as HfTokenizer
 
 from pipeline.agreement.manifest import build_manifest
-from pipeline.cli.pipeline_flags import end_tokens
+from pipeline.cli.pipeline_access import end_tokens
 from pipeline.engine.tokenizer import Tokenizer
 
 

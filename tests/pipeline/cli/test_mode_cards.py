@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from pipeline.cli import pipeline_orch
-from pipeline.cli.pipeline_flags import mode_of
+from pipeline.cli.pipeline_access import mode_of
 from pipeline.leakage import cards
 from pipeline.planning.plan import PlanOptions, plan
 

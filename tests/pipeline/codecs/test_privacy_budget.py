@@ -69,22 +69,40 @@ def test_rows_are_as_many_as_stay_within_the_bound(epsilon):
 def test_the_defaults_refuse_a_prompt_and_say_what_it_would_take():
     budget = PrivacyBudget(0.03, 7.5, 2.0, 1e-5)
     with pytest.raises(PromptError, match="the prompt's 12 rows") as caught:
-        budget.spend_prompt(12)
+        budget.spend_prompt(0, 12)
     assert budget.num_spent == 0
     words = str(caught.value).split()
     epsilon = float(words[words.index("--dp-epsilon") + 1].rstrip(","))
-    PrivacyBudget(0.03, 7.5, epsilon, 1e-5).spend_prompt(12)
+    PrivacyBudget(0.03, 7.5, epsilon, 1e-5).spend_prompt(0, 12)
     sigma = float(words[-1])
-    PrivacyBudget(sigma * 1.001, 7.5, 2.0, 1e-5).spend_prompt(12)
+    PrivacyBudget(sigma * 1.001, 7.5, 2.0, 1e-5).spend_prompt(0, 12)
 
 
 def test_a_session_spends_prompts_and_tokens_together():
     budget = PrivacyBudget(1.0, 0.5, 10.0, 1e-5)
-    budget.spend_prompt(budget.max_rows - 2)
+    budget.spend_prompt(0, budget.max_rows - 2)
     with pytest.raises(PromptError, match="before it"):
-        budget.spend_prompt(3)
-    budget.spend_token()
-    budget.spend_token()
+        budget.spend_prompt(1, 3)
+    assert budget.close(1) == 0
+    budget.spend_token(0)
+    budget.spend_token(0)
     with pytest.raises(BudgetSpent, match="is spent"):
-        budget.spend_token()
+        budget.spend_token(0)
     assert budget.num_spent == budget.max_rows
+
+
+def test_a_request_gets_back_what_it_has_not_sent_and_nothing_else():
+    budget = PrivacyBudget(1.0, 0.5, 100.0, 1e-5)
+    budget.spend_prompt(0, 5)
+    budget.spend_prompt(1, 4)
+    budget.will_send(0, 3)
+    budget.will_send(0, 2)  # once more, after a loss
+    assert budget.close(0) == 2
+    assert budget.close(0) == 0
+    assert budget.num_spent == 7
+    budget.will_send(1, 4)
+    budget.spend_token(1)
+    assert (budget.close(1), budget.num_spent) == (1, 7)
+    budget.spend_prompt(2, 1)
+    with pytest.raises(AssertionError, match="paid for before"):
+        budget.will_send(2, 2)

@@ -338,3 +338,18 @@ async def test_every_part_of_a_step_is_timed_where_the_ends_are_at_home(model_di
     assert min(total.values()) > 0
     # Two steps are under way at a time, and both wait for the network.
     assert sum(total.values()) < 2 * elapsed
+
+
+async def test_the_parts_of_a_token_add_up_to_its_time(model_dir, tmp_path):
+    heard = []
+    engine = PipelineEngine(LIMITS)
+    generation = Generation(PROMPT, 40, frozenset(), SAMPLING[0])
+    engine.submit(generation, lambda output: heard.append((time.perf_counter_ns(), output)))
+    await Pipelines(model_dir, tmp_path, "client").drain(engine)
+    (began, _), *rest = heard
+    elapsed = rest[-1][0] - began
+    at_home = sum(sum(output.home_times.values()) for _, output in rest)
+    in_stages = sum(
+        each.compute_ns + each.crypto_ns for _, output in rest for each in output.timings
+    )
+    assert 0.8 * elapsed < at_home + in_stages < 1.05 * elapsed

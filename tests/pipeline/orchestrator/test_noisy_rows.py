@@ -1,5 +1,7 @@
 """Noise on the rows that leave: always the same for the same row, and no row that is not paid."""
 
+from random import Random
+
 import numpy as np
 import pytest
 
@@ -60,6 +62,46 @@ def noisy_pipeline(oracle, sigma=SIGMA, clip=CLIP, key=bytes(KEY_BYTES)):
     return LocalPipeline(stages, ends), ends
 
 
+def mended(oracle, engine, ends):
+    """New stages in place of lost ones, told again what those knew."""
+    engine.scheduler.rewind()
+    fresh, _ = noisy_pipeline(oracle)
+    for step in engine.scheduler.replay(1):
+        header, tensors = ends.begin(step)
+        for stage in fresh._stages:
+            tensors = stage.step(header, tensors)
+    return LocalPipeline(fresh._stages, ends)
+
+
+class Crowd:
+    """Requests that come whenever others are heard of, and may leave before or while they run."""
+
+    def __init__(self, seed):
+        self.random = Random(seed)
+        self.num_refused = 0
+
+    def submit(self, engine, check):
+        random, ids = self.random, []
+        prompt_ids = tuple(random.randrange(99) for _ in range(random.randint(1, 14)))
+        sampling = random.choice(SAMPLING)
+
+        def hear(event):
+            check()
+            if random.random() < 0.15:
+                engine.cancel(ids[0])
+            if random.random() < 0.15:
+                self.submit(engine, check)
+
+        try:
+            generation = Generation(prompt_ids, random.randint(3, 9), frozenset(), sampling)
+            ids.append(engine.submit(generation, hear))
+        except PromptError:
+            self.num_refused += 1
+            return
+        if random.random() < 0.2:
+            engine.cancel(ids[0])
+
+
 def submit_all(engine, heard, num_tokens=14):
     for index, each in enumerate(SAMPLING):
         prompt_ids = tuple(range(3 + index, 24 + 2 * index))
@@ -87,13 +129,7 @@ async def test_what_is_sent_again_after_a_loss_is_the_same_bytes_and_costs_nothi
             ends.lost_at = lost_at
             with pytest.raises(LinkLost):
                 await engine.drain(pipeline)
-            engine.scheduler.rewind()
-            fresh, _ = noisy_pipeline(oracle)
-            pipeline = LocalPipeline(fresh._stages, ends)
-            for step in engine.scheduler.replay(1):
-                header, tensors = ends.begin(step)
-                for stage in fresh._stages:
-                    tensors = stage.step(header, tensors)
+            pipeline = mended(oracle, engine, ends)
         await engine.drain(pipeline)
         assert {len(sent) for sent in ends.rows.values()} == {1}
         assert budget.num_spent == len(ends.rows)
@@ -144,6 +180,46 @@ async def test_a_lone_greedy_request_sends_no_row_beyond_the_bound(oracle):
     assert len(ends.rows) == 8
     assert len(heard) == 5
     assert isinstance(heard[-1], BudgetSpent)
+
+
+async def test_what_is_given_up_before_it_was_sent_is_paid_back(oracle):
+    budget = PrivacyBudget(SIGMA, CLIP, GENEROUS, 1e-5)
+    pipeline, ends = noisy_pipeline(oracle)
+    engine, heard = PipelineEngine(LIMITS, budget), []
+    given_up = engine.submit(Generation((5, 6, 7), 3, frozenset(), SAMPLING[0]), heard.append)
+    assert budget.num_spent == 3
+    assert engine.cancel(given_up)
+    assert budget.num_spent == 0
+    engine.submit(Generation((5, 6), 3, frozenset(), SAMPLING[0]), heard.append)
+    await engine.drain(pipeline)
+    assert len(heard) == 3
+    assert budget.num_spent == len(ends.rows) == 4
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_never_is_more_sent_than_spent_whoever_comes_leaves_or_is_lost(oracle, seed):
+    crowd = Crowd(seed)
+    budget = PrivacyBudget(SIGMA, CLIP, GENEROUS, 1e-5)
+    bound = budget.composed_epsilon(crowd.random.randint(20, 90))
+    budget = PrivacyBudget(SIGMA, CLIP, bound, 1e-5)
+    pipeline, ends = noisy_pipeline(oracle)
+    engine = PipelineEngine(LIMITS, budget)
+
+    def check():
+        assert len(ends.rows) <= budget.num_spent <= budget.max_rows
+
+    for _ in range(8):
+        for _ in range(crowd.random.randint(1, 3)):
+            crowd.submit(engine, check)
+        ends.lost_at = ends.num_begun + crowd.random.randint(1, 12)
+        while engine.scheduler.has_work:
+            try:
+                await engine.drain(pipeline)
+            except LinkLost:
+                pipeline = mended(oracle, engine, ends)
+        assert {len(sent) for sent in ends.rows.values()} <= {1}
+        assert len(ends.rows) == budget.num_spent <= budget.max_rows
+    assert crowd.num_refused
 
 
 async def test_a_prompt_beyond_the_bound_is_refused_and_nothing_of_it_is_sent(oracle):

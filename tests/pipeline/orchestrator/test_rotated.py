@@ -11,6 +11,7 @@ from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.tokenizer import Tokenizer
+from pipeline.errors import RequestFailed
 from pipeline.models.config import load_config
 from pipeline.models.registry import family_of, load_shard
 from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
@@ -29,9 +30,11 @@ from tests.pipeline.orchestrator import test_client_frames
 from tests.pipeline.orchestrator.test_client_frames import (
     Pipelines,
     Recorder,
+    lie_once,
     model_dir,  # noqa: F401 - a fixture
+    send_twice,
 )
-from transport.tensor_frames import DType
+from transport.tensor_frames import DType, Tensor
 
 SECRET = bytes(range(32))
 LIMITS = Limits(num_slots=3, max_seq_len=96, chunk_tokens=8, num_stages=3)
@@ -217,3 +220,52 @@ async def test_rows_in_frames_are_rotated_ones_and_never_plain(request, tmp_path
     assert len(rows) > 100
     assert nearest(rotation.undo(rows), plain).max() < 1e-3
     assert nearest(rows, plain).min() > 0.5
+
+
+def without_rows(tensors):
+    return tensors[:1]
+
+
+def no_numbers(tensors):
+    rows = np.frombuffer(tensors[1].data, "<f4").copy()
+    rows[3] = np.nan
+    return (tensors[0], Tensor(tensors[1].spec, rows.data.cast("B")), *tensors[2:])
+
+
+@pytest.fixture
+def rotated_pipelines(model_dir, tmp_path):  # noqa: F811
+    rotation = SecretRotation(SECRET, test_client_frames.WIDTH)
+    return lambda: RotatedPipelines(model_dir, tmp_path, rotation)
+
+
+@pytest.mark.parametrize("lie", ["shape", "replay"])
+async def test_a_stage_that_lies_of_shapes_or_repeats_itself_costs_no_text(
+    rotated_pipelines, monkeypatch, caplog, lie
+):
+    pipelines = rotated_pipelines()
+    expected = await pipelines.texts()
+    monkeypatch.setattr("pipeline.stage.decode_lane.Lane.learn", lambda lane, header: None)
+    if lie == "shape":
+        lie_once(monkeypatch, without_rows)
+    else:
+        send_twice(monkeypatch)
+    assert await pipelines.texts(mending=True) == expected
+    assert "expected" in caplog.text if lie == "shape" else "answered something else" in caplog.text
+
+
+async def test_rows_that_are_no_numbers_end_one_text_and_name_who_sent_them(
+    rotated_pipelines, monkeypatch
+):
+    pipelines = rotated_pipelines()
+    monkeypatch.setattr("pipeline.stage.decode_lane.Lane.learn", lambda lane, header: None)
+    lie_once(monkeypatch, no_numbers)
+    engine, heard = PipelineEngine(test_client_frames.LIMITS), [[] for _ in range(3)]
+    for outputs in heard:
+        sampling = SamplingParams()
+        prompt = test_client_frames.PROMPT
+        engine.submit(Generation(prompt, 12, frozenset(), sampling), outputs.append)
+    await pipelines.drain(engine)
+    failures = [outputs[-1] for outputs in heard if isinstance(outputs[-1], RequestFailed)]
+    assert len(failures) == 1
+    assert "the last stage's answer holds no numbers" in str(failures[0])
+    assert sorted(len(outputs) for outputs in heard)[1:] == [12, 12]

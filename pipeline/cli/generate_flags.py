@@ -1,0 +1,35 @@
+"""The flags of generating once."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import model_validator
+
+from pipeline.cli.prompt_input import with_prompt
+from pipeline.cli.sampling_flags import SamplingFlags
+from pipeline.cli.settings import Count, Flag, Settings
+from pipeline.cli.shared_options import ContextFlag, ManifestFlag, VerboseFlag
+
+
+class GenerateFlags(Settings):
+    """What to generate, with what, and what to write beside it."""
+
+    manifest: ManifestFlag
+    tokenizer: Annotated[Path, Flag("FILE", "The model's tokenizer.json.")]
+    text: Annotated[str, Flag("TEXT", "The prompt.", is_by_hand=True)]
+    text_file: Annotated[
+        Path | None,
+        Flag("FILE", "The prompt's file, - for stdin: unseen by `ps`.", is_by_hand=True),
+    ] = None
+    max_tokens: Annotated[Count, Flag("N", "Tokens to generate at most.")] = 20
+    context: ContextFlag = None
+    latency_out: Annotated[Path | None, Flag("FILE", "Write per-token latencies as JSON.")] = None
+    ignore_eos: Annotated[bool, Flag(None, "Go on after the end-of-text token.")] = False
+    model_dir: Annotated[Path | None, Flag("DIR", "The workers' model, with --supervise.")] = None
+    sampling: SamplingFlags
+    verbose: VerboseFlag = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_text(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return with_prompt(values, "text")

@@ -1,0 +1,167 @@
+"""The commands that write what a pipeline is made from: manifest, shards, keys."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.agreement.manifest import (
+    check_precision,
+    check_split,
+    dump_manifest,
+    load_manifest,
+)
+from pipeline.agreement.trust_policy import create_identity
+from pipeline.cli.logs import tell
+from pipeline.cli.progress import progress_bar
+from pipeline.cli.shared_options import ManifestOption
+from pipeline.errors import InputError
+from pipeline.files import check_writable, write_atomically
+
+DTypeOption = Annotated[
+    str | None,
+    typer.Option(help="Weights of every stage: float32, bfloat16, int8 [manifest's]."),
+]
+
+
+def plan_command(
+    model_dir: Annotated[Path, typer.Option(metavar="DIR", help="config.json and weights.")],
+    stages: Annotated[int, typer.Option(min=1, max=256, metavar="N", help="How many stages.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write [stdout].")
+    ] = None,
+    host: Annotated[
+        list[str],
+        typer.Option(
+            metavar="HOST[,HOST...]",
+            help="Host of every address, or each stage's in order and then, "
+            "if it has its own, the orchestrator's; repeatable.",
+        ),
+    ] = ["127.0.0.1"],  # noqa: B006  (typer copies it)
+    model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the model [the directory's].")
+    ] = None,
+    base_port: Annotated[
+        int,
+        typer.Option(
+            min=1, max=65535, metavar="PORT", help="First port; stage i uses base + 10 i."
+        ),
+    ] = 9000,
+    orchestrator_key: Annotated[
+        list[str] | None, typer.Option(metavar="HEX", help="Public key allowed to connect.")
+    ] = None,
+    vsock: Annotated[
+        bool, typer.Option("--vsock", help="Stages in Nitro enclaves; --host is their parent.")
+    ] = False,
+    wire_dtype: Annotated[
+        str, typer.Option(help="Activations between stages: F32, F16, BF16, I8, I5 (rotated).")
+    ] = "F32",
+    dtype: DTypeOption = None,
+    split: Annotated[
+        str, typer.Option(help="Embedding and head: stages (first, last) or client (here).")
+    ] = "stages",
+    dp_sigma: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Noise on rows that leave here [none]; split client."),
+    ] = None,
+    dp_clip: Annotated[
+        float | None, typer.Option(metavar="C", help="L2 norm they are clipped to before.")
+    ] = None,
+) -> None:
+    """Write a manifest: layers split by measured bytes, weights and config pinned by hash."""
+    from pipeline.planning.plan import PlanOptions, plan
+
+    if (dp_sigma is None) != (dp_clip is None):
+        raise InputError(
+            "--dp-sigma and --dp-clip go together: noise protects rows of a bounded length"
+        )
+    options = PlanOptions(
+        stages,
+        tuple(name.strip() for names in host for name in names.split(",")),
+        base_port,
+        tuple(orchestrator_key or ()),
+        in_enclaves=vsock,
+        model_name=model_name,
+        wire_dtype=wire_dtype,
+        precision=None if dtype is None else check_precision(dtype),
+        split=check_split(split),
+        noise=None if dp_sigma is None or dp_clip is None else (dp_sigma, dp_clip),
+    )
+    if output is not None:
+        check_writable(output)  # before minutes of hashing
+    with progress_bar("hashing weights") as progress:
+        text = dump_manifest(plan(model_dir, options, progress))
+    if output is None:
+        sys.stdout.write(text)
+        return
+    write_atomically(output, text)
+    tell("pipeline-orch", f"wrote {output}")
+
+
+def shard_command(
+    manifest: ManifestOption,
+    model_dir: Annotated[Path, typer.Option(metavar="DIR", help="The whole model.")],
+    output: Annotated[
+        Path, typer.Option("--output", "--out", "-o", metavar="DIR", help="A new directory.")
+    ],
+    stage: Annotated[
+        int | None, typer.Option(metavar="I", help="One stage only, of a manifest of shards.")
+    ] = None,
+    dtype: DTypeOption = None,
+    client_file: Annotated[
+        bool, typer.Option("--client-file", help="Client's part as one client_weights.safetensors.")
+    ] = False,
+    rotate_secret: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Rotate by this secret, made if need be (split client)."),
+    ] = None,
+) -> None:
+    """Cut a model into one directory per stage, so that a stage's machine needs only its own.
+
+    Without --stage writes DIR/stageI for every stage and DIR/manifest.json, which pins the
+    shards by hash, and with --dtype the precision they are stored and computed in. A stage's
+    directory is a model directory for `stage-worker` and the input of `python -m enclave build`.
+    With a split of client also DIR/client, embedding, final norm and head, for --client-part.
+
+    --rotate-secret writes weights that compute in a basis of their own, so that rows travel
+    rotated. DIR/client then tells what the secret is: keep both. Whoever has the model's plain
+    weights finds the rotation in seconds; pipeline/codecs/README.md says what that leaves.
+    """
+    from pipeline.cli.rotation_secret import load_rotation
+    from pipeline.planning.shard import cut_model, cut_stage
+
+    loaded = load_manifest(manifest)
+    precision = None if dtype is None else check_precision(dtype)
+    if stage is not None and client_file:
+        raise InputError("--client-file: with --stage no client's part is written")
+    if stage is not None and precision is not None:
+        raise InputError("--dtype: with --stage the manifest of the shards decides")
+    rotation = None
+    if rotate_secret is not None:
+        width = loaded.activation_spec.hidden_dim
+        rotation = load_rotation(rotate_secret, width, may_create=stage is None)
+    with progress_bar("cutting weights") as progress:
+        if stage is None:
+            cut_model(
+                loaded, model_dir, output, precision, progress,
+                in_one_file=client_file, rotation=rotation,
+            )  # fmt: skip
+        else:
+            cut_stage(loaded, stage, model_dir, output, progress, rotation)
+    tell("pipeline-orch", f"wrote {output}")
+
+
+def keygen_command(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the private key.")],
+) -> None:
+    """Make this orchestrator's key; prints the public key for the manifest's orchestrator_keys."""
+    print(create_identity(path))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan_command,
+    "shard": shard_command,
+    "keygen": keygen_command,
+}

@@ -1,0 +1,59 @@
+"""The flags of serving."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.cli.settings import Count, Flag, Settings
+from pipeline.cli.shared_options import MAX_CONTEXT_VARIABLE, Context, ManifestFlag, VerboseFlag
+from pipeline.gateway.rate_limits import GatewayLimits
+
+_DEFAULTS = GatewayLimits()
+
+
+class ServeFlags(Settings):
+    """What to serve where, and how many requests at once."""
+
+    manifest: ManifestFlag
+    model_dir: Annotated[Path, Flag("DIR", "Tokenizer and chat template; weights: --supervise.")]
+    host: Annotated[str, Flag("HOST", "Where to listen; beyond loopback needs a key.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Field(ge=0, le=65535), Flag("PORT", "HTTP port.")] = 8000
+    api_key_file: Annotated[Path | None, Flag("FILE", "Accepted bearer keys, one a line.")] = None
+    tls_cert: Annotated[Path | None, Flag("FILE", "Certificate chain (PEM), for HTTPS.")] = None
+    tls_key: Annotated[Path | None, Flag("FILE", "Its key (PEM).")] = None
+    served_model_name: Annotated[
+        str | None,
+        Flag(
+            "NAME",
+            "Name clients use [manifest's].",
+            older=("INFEMERAL_CLIENT_MODEL_ID", "INFEMERAL_SERVER_MODEL_ID"),
+        ),
+    ] = None
+    max_batch: Annotated[int, Field(ge=1, le=1024), Flag("N", "Requests served at once.")] = 16
+    chunk_tokens: Annotated[Count, Flag("N", "Prompt tokens in one step at most.")] = 128
+    context: Annotated[
+        Context | None,
+        Flag("N", "Tokens of a request [the model's].", older=(MAX_CONTEXT_VARIABLE,)),
+    ] = None
+    requests_per_minute: Annotated[
+        Count | None, Flag("N", "Of all clients together [no limit].")
+    ] = None
+    max_connections: Annotated[Count, Flag("N", "Open connections at most.")] = (
+        _DEFAULTS.max_connections
+    )
+    max_body_bytes: Annotated[Count, Flag("N", "Size of a request at most.")] = (
+        _DEFAULTS.max_body_bytes
+    )
+    verbose: VerboseFlag = False
+
+    @property
+    def limits(self) -> GatewayLimits:
+        """What is refused before it is looked at."""
+        return GatewayLimits(
+            max_connections=self.max_connections,
+            max_body_bytes=self.max_body_bytes,
+            requests_per_minute=self.requests_per_minute,
+        )

@@ -1,0 +1,78 @@
+"""The flags of serving one stage."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pipeline.cli.compute_options import (
+    CPUS_HELP,
+    DeviceFlag,
+    DTypeFlag,
+    KernelsFlag,
+    KvMemoryFlag,
+    ThreadsFlag,
+)
+from pipeline.cli.logs import LogFormat
+from pipeline.cli.settings import Address, Flag, Settings
+from pipeline.cli.shared_options import (
+    DataOutPortFlag,
+    DevFlag,
+    LogFormatFlag,
+    ManifestFlag,
+    VerboseFlag,
+)
+
+_TENSORIZED = (
+    "files of tensorizer's are not read; with tensorizer installed, write the module that it loads "
+    "with safetensors.torch.save_file to DIR/model.safetensors, lay config.json beside it, and "
+    "give --model-dir DIR"
+)
+
+
+class WorkerFlags(Settings):
+    """Which stage to serve where, and how it computes."""
+
+    manifest: ManifestFlag
+    stage_idx: Annotated[int, Flag("I", "Which stage of the manifest.")]
+    model_dir: Annotated[
+        Path,
+        Flag(
+            "DIR",
+            "config.json and *.safetensors of the model.",
+            older=("INFEMERAL_SERVER_WEIGHTS_PATH",),
+            refused={"INFEMERAL_SERVER_TENSORIZED_WEIGHTS_PATH": _TENSORIZED},
+        ),
+    ]
+    data_out_target: Annotated[
+        Address | None, Flag("ADDR", "Where to send results [manifest's data_out].")
+    ] = None
+    data_out_port: DataOutPortFlag = None
+    control_listen: Annotated[
+        Address | None, Flag("ADDR", "Where the orchestrator connects [manifest's control].")
+    ] = None
+    data_in_listen: Annotated[
+        Address | None, Flag("ADDR", "Where the stage before connects [manifest's data_in].")
+    ] = None
+    allow_dial: Annotated[
+        tuple[str, ...],
+        Flag("CIDR", "Also dial there [only what the manifest names].", is_by_hand=True),
+    ] = ()
+    dtype: DTypeFlag = None
+    kernels: KernelsFlag = None
+    threads: ThreadsFlag = None
+    cpus: Annotated[str | None, Flag("LIST", f"{CPUS_HELP} [none].")] = None
+    device: DeviceFlag = None
+    kv_memory: KvMemoryFlag = None
+    once: Annotated[bool, Flag(None, "Exit after the first session.")] = False
+    until_stdin_ends: Annotated[
+        bool, Flag(None, "End when stdin does: for supervisors.", is_by_hand=True)
+    ] = False
+    dev: DevFlag = False
+    quiet: Annotated[bool, Flag(None, "Log warnings and errors only.", ("--quiet", "-q"))] = False
+    verbose: VerboseFlag = False
+    log_format: LogFormatFlag = LogFormat.TEXT
+
+    @classmethod
+    def environment(cls, given: Mapping[str, object]) -> Mapping[str, str]:
+        """None beside a supervisor, which has said everything: its variables are for itself."""
+        return {} if given.get("until_stdin_ends") else super().environment(given)

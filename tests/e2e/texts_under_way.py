@@ -1,0 +1,62 @@
+"""Several texts at once, to be disturbed: each has to be what it is without."""
+
+import os
+import signal
+import threading
+from contextlib import contextmanager
+
+NUM_TOKENS = 250
+REQUESTS = [
+    {"prompt": f"Request number {index} says hello", "temperature": 0.9 if index % 2 else 0,
+     "seed": index}
+    for index in range(4)
+]  # fmt: skip
+# What each request gets, from any number of stages: the first server asked tells.
+_UNDISTURBED = []
+
+
+@contextmanager
+def completing(server):
+    """All requests are under way in the body; yields their texts, complete after it."""
+    texts = [None] * len(REQUESTS)
+
+    def run(index):
+        texts[index] = complete(server, index)
+
+    began = server.pipeline()["engine"]["num_tokens"]
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(REQUESTS))]
+    for thread in threads:
+        thread.start()
+    server.wait_for(lambda: are_under_way(server, began))
+    assert texts == [None] * len(REQUESTS), "they were over too soon to be disturbed"
+    yield texts
+    for thread in threads:
+        thread.join(120)
+
+
+def expect_the_same_whoever_dies(server, expected, number=signal.SIGKILL):
+    """Each of three supervised stages in turn, in the middle of texts that are `expected`."""
+    for count, victim in enumerate(range(3), start=1):
+        with completing(server) as texts:
+            os.kill(server.workers()[victim], number)
+            server.wait_for_log("event=failover_complete", count)
+        assert texts == expected
+
+
+def are_under_way(server, began):
+    """Whether all requests run, and have some of their tokens."""
+    engine = server.pipeline()["engine"]
+    num_tokens = engine["num_tokens"] - began
+    return engine["num_running"] == len(REQUESTS) and num_tokens > 5 * len(REQUESTS)
+
+
+def complete(server, index):
+    return server.text(max_tokens=NUM_TOKENS, **REQUESTS[index])
+
+
+def undisturbed(server):
+    """What the requests get when nothing happens."""
+    if not _UNDISTURBED:
+        _UNDISTURBED.extend(complete(server, index) for index in range(len(REQUESTS)))
+    complete(server, 0)  # what a first request sets up is there
+    return _UNDISTURBED
