@@ -110,15 +110,15 @@ class Admission:
         header = StepHeader(kind, number, tuple(segments), (Want.NOTHING,) * len(segments))
         return Step(header, (), (), freed=tuple(each.slot for each in orders if each.frees))
 
-    def leave(self, state: RequestState, *, has_more: bool = False) -> None:
-        """A request has left its slot, which idles, or is cleared.
+    def leave(self, state: RequestState, *, keeps: bool = True, has_more: bool = False) -> None:
+        """A request has left its slot, which idles, or is cleared: always, unless it `keeps`.
 
         `has_more`: whether the slot may come to hold a token more than its request knows of.
         """
         state.leader = None
         salt = self._salt(state)
         length = min(state.num_sent, self.idle.max_tokens)
-        if salt is None or not length:
+        if salt is None or not length or not keeps:
             self.slots.end(state.slot)
             return
         prefix = IdlePrefix(state.slot, salt, state.known(0, length), tuple(state.pieces))

@@ -337,7 +337,8 @@ class PipelineEngine:
                 if not isinstance(error, RequestFailed | InputError):
                     error = RequestFailed(f"choosing a token failed: {name}")
                 self._fail_request(owner, error)
-                self.scheduler.cancel(owner)
+                # What it leaves may be no numbers: whoever tries again is to have a chance.
+                self.scheduler.cancel(owner, has_failed=True)
         return choices
 
     def _give_up(self, request_id: int) -> None:

@@ -116,12 +116,15 @@ class Scheduler:
             )
         self._waiting[request.request_id] = RequestState(request)
 
-    def cancel(self, request_id: int) -> None:
-        """Give a request up, wherever it is; its slot is cleared by the very next step."""
+    def cancel(self, request_id: int, *, has_failed: bool = False) -> None:
+        """Give a request up, wherever it is.
+
+        Its slot idles, or is cleared by the very next step, as that of one that `has_failed` is.
+        """
         self._waiting.pop(request_id, None)
         state = self._running.pop(request_id, None)
         if state is not None:
-            self.admission.leave(state, has_more=self._promise.is_given)
+            self.admission.leave(state, keeps=not has_failed, has_more=self._promise.is_given)
             self._notices.append(Abort(request_id=request_id))
         del self._losses[request_id]  # a Counter does not mind one it has not
 
