@@ -170,7 +170,12 @@ class PipelineEngine:
 
     def allow_reuse(self, is_row_exact: bool) -> None:
         """Let requests go on from what others have left, if the stages say that rows are exact."""
-        self.scheduler.admission.allow_reuse(is_row_exact)
+        admission = self.scheduler.admission
+        admission.allow_reuse(is_row_exact)
+        if admission.idle.max_tokens and not is_row_exact:
+            logger.info(
+                "event=prefixes_off detail=%r", "rows of some stage's kernels are not exact"
+            )
 
     async def run(self, pipeline: StepRunner) -> NoReturn:
         """Serve requests on `pipeline` until it fails, or this is cancelled because it has.
