@@ -118,7 +118,8 @@ def test_a_copy_is_the_beginning_of_its_source_and_nothing_behind_it(
     rng = np.random.default_rng(1)
     cache.reserve([Segment(2, 0, 9)])
     for memory in (*cache.keys, *cache.values):
-        memory[2] = rng.random(memory.shape[1:])  # of the last block also what is unused
+        # Of the last block also what is unused; nothing is 0.
+        memory[2] = 1 + rng.random(memory.shape[1:])
     cache.advance([Segment(2, 0, 9)])
     cache.copy(2, 0, length)
     assert cache.lengths == (length, 0, 9)
@@ -127,6 +128,9 @@ def test_a_copy_is_the_beginning_of_its_source_and_nothing_behind_it(
     ):
         assert (found.keys == expected.keys).all()
         assert (found.values == expected.values).all()
+    for memory in (*cache.keys, *cache.values):
+        assert np.count_nonzero(memory[0]) == 3 * length * 2
+        assert not memory[1].any()
     cache.truncate(0, 0)
     for memory in (*cache.keys, *cache.values):
         assert not memory[:2].any()
