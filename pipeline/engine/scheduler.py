@@ -116,15 +116,15 @@ class Scheduler:
             )
         self._waiting[request.request_id] = RequestState(request)
 
-    def cancel(self, request_id: int, *, has_failed: bool = False) -> None:
+    def cancel(self, request_id: int, *, keeps: bool = False) -> None:
         """Give a request up, wherever it is.
 
-        Its slot idles, or is cleared by the very next step, as that of one that `has_failed` is.
+        Its slot is cleared by the very next step, unless what it holds is worth to be kept.
         """
         self._waiting.pop(request_id, None)
         state = self._running.pop(request_id, None)
         if state is not None:
-            self.admission.leave(state, keeps=not has_failed, has_more=self._promise.is_given)
+            self.admission.leave(state, keeps=keeps, has_more=self._promise.is_given)
             self._notices.append(Abort(request_id=request_id))
         del self._losses[request_id]  # a Counter does not mind one it has not
 

@@ -294,3 +294,19 @@ async def test_what_a_failed_request_leaves_is_not_gone_on_from(load):
             with pytest.raises(RequestFailed):
                 await stream.receive()
         assert (await warm.ask(range(20)))[2] == 0
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_who_has_had_enough_leaves_it_to_others_and_who_is_cut_off_leaves_nothing(
+    load, is_cancelled
+):
+    generation = Generation(tuple(range(30)), 50, frozenset(), SamplingParams(), salt=SALT)
+    async with running(load(2)) as warm:
+        with trio.CancelScope() as scope:
+            async with warm.engine.generate(generation) as stream:
+                for _ in range(5):
+                    await stream.receive()
+                if is_cancelled:
+                    scope.cancel()
+                    await trio.lowlevel.checkpoint()
+        assert (await warm.ask((*range(30), 7)))[2] == (0 if is_cancelled else 30)
