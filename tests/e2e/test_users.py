@@ -110,7 +110,9 @@ def test_the_openai_client_gets_what_it_asks_of_real_stages(server):
         assert "".join(part.choices[0].delta.content or "" for part in parts) == (
             whole.choices[0].message.content
         )
-        assert last.usage == whole.usage
+        # What of the prompt was there already differs, the second time.
+        known = {"prompt_tokens_details": None}
+        assert last.usage.model_copy(update=known) == whole.usage.model_copy(update=known)
         long = {"model": "model", "prompt": "On and on", "max_tokens": 1500, "temperature": 0}
         stream = client.completions.create(**long, stream=True, extra_body={"ignore_eos": True})
         text = "".join(part.choices[0].text for part, _ in zip(stream, range(8), strict=False))
