@@ -5,8 +5,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.cli.settings import Count, Flag, Settings
+from pipeline.cli.settings import Count, Finite, Flag, Settings
 from pipeline.cli.shared_options import MAX_CONTEXT_VARIABLE, Context, ManifestFlag, VerboseFlag
+from pipeline.engine.idle_prefixes import PrefixOptions
 from pipeline.gateway.rate_limits import GatewayLimits
 
 _DEFAULTS = GatewayLimits()
@@ -38,6 +39,16 @@ class ServeFlags(Settings):
         Context | None,
         Flag("N", "Tokens of a request [the model's].", older=(MAX_CONTEXT_VARIABLE,)),
     ] = None
+    prefix_share: Annotated[
+        Finite,
+        Field(ge=0, le=1),
+        Flag("X", "Share of KV memory that texts of ended requests may take; 0: none."),
+    ] = 0.75
+    prefix_ttl: Annotated[
+        Finite,
+        Field(ge=0.1),
+        Flag("SECONDS", "How long they stay, for requests that go on from them."),
+    ] = 600.0
     requests_per_minute: Annotated[
         Count | None, Flag("N", "Of all clients together [no limit].")
     ] = None
@@ -48,6 +59,11 @@ class ServeFlags(Settings):
         _DEFAULTS.max_body_bytes
     )
     verbose: VerboseFlag = False
+
+    @property
+    def prefixes(self) -> PrefixOptions:
+        """What may stay of requests that have ended."""
+        return PrefixOptions(self.prefix_share, self.prefix_ttl)
 
     @property
     def limits(self) -> GatewayLimits:

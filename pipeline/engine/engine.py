@@ -17,6 +17,7 @@ import trio
 
 from pipeline.codecs.privacy_budget import PrivacyBudget
 from pipeline.engine.generation import Generation, TokenOutput
+from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.engine.step import Step
@@ -55,6 +56,11 @@ class EngineStats:
     recovery_seconds: float = 0.0
     # Where the ends of the model are held here, what steps have cost here, by part, nanoseconds.
     home_times: Mapping[str, int] = field(default_factory=dict)
+    # Slots that hold what nobody owns, requests that went on from such or from another's slot, and
+    # the tokens of theirs that were so not computed.
+    num_idle_prefixes: int = 0
+    num_prefix_hits: int = 0
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +120,21 @@ class TokenStream(trio.abc.ReceiveChannel[TokenOutput]):
 class PipelineEngine:
     """Requests on one side, a pipeline on the other; they advance while `run` is running."""
 
-    def __init__(self, limits: Limits, budget: PrivacyBudget | None = None) -> None:
-        """`budget`: what may be told of all requests together, where that is bounded."""
+    def __init__(
+        self,
+        limits: Limits,
+        budget: PrivacyBudget | None = None,
+        prefixes: PrefixOptions = NO_PREFIXES,
+    ) -> None:
+        """`budget`: what may be told of all requests together, where that is bounded.
+
+        `prefixes`: what of ended requests may stay on the stages, once `allow_reuse` has been
+        called; with a budget nothing does, for noise is bound to the request that a row is of.
+        """
         self._budget = budget
         self.failure: SessionError | None = None
-        self.scheduler = Scheduler(limits, self._give_up)
+        kept = NO_PREFIXES if budget else prefixes
+        self.scheduler = Scheduler(limits, self._give_up, kept, trio.current_time)
         self._runner: StepRunner | None = None
         self._live: dict[int, _Live] = {}
         # What has come and its requests have not heard yet.
@@ -149,7 +165,19 @@ class PipelineEngine:
             num_handshakes=runner.num_handshakes,
             recovery_seconds=runner.recovery_seconds,
             home_times=dict(self._home_times),
+            num_idle_prefixes=len(self.scheduler.admission.idle),
+            num_prefix_hits=self.scheduler.admission.num_hits,
+            num_cached_tokens=self.scheduler.admission.num_cached_tokens,
         )
+
+    def allow_reuse(self, is_row_exact: bool) -> None:
+        """Let requests go on from what others have left, if the stages say that rows are exact."""
+        admission = self.scheduler.admission
+        admission.allow_reuse(is_row_exact)
+        if admission.idle.max_tokens and not is_row_exact:
+            logger.info(
+                "event=prefixes_off detail=%r", "rows of some stage's kernels are not exact"
+            )
 
     async def run(self, pipeline: StepRunner) -> NoReturn:
         """Serve requests on `pipeline` until it fails, or this is cancelled because it has.
@@ -160,7 +188,8 @@ class PipelineEngine:
         while True:
             await self.drain(pipeline)
             self._has_work = trio.Event()
-            await self._has_work.wait()
+            with trio.move_on_at(self.scheduler.admission.idle.next_expiry):
+                await self._has_work.wait()
 
     async def drain(self, pipeline: StepRunner) -> None:
         """Run until no request is left; else as `run`.
@@ -171,6 +200,7 @@ class PipelineEngine:
         self._runner = pipeline
         scheduler = self.scheduler
         try:
+            scheduler.admission.expire()
             while scheduler.has_work:
                 while (step := scheduler.next_step()) is not None:
                     self._last_batch = len(step.header.segments)
@@ -179,6 +209,7 @@ class PipelineEngine:
                         await pipeline.notify(notices)
                     await pipeline.send(step)
                 self._hand_out()
+                scheduler.admission.expire()
                 # A step that is promised is sent even if nobody pays for its row.
                 pipeline.prepare(None if self._budget else scheduler.follow_up())
                 self._take(await pipeline.receive())
@@ -211,6 +242,7 @@ class PipelineEngine:
             generation.eos_token_ids,
             want,
             sampler.next_draw if sampler and want.result is Result.DRAWN else None,
+            generation.salt,
         )
         self.scheduler.submit(request)
         if self._budget is not None:
@@ -224,25 +256,33 @@ class PipelineEngine:
         self._has_work.set()
         return request_id
 
-    def cancel(self, request_id: int) -> bool:
-        """Give a request up, which then hears of nothing more; whether it was open."""
+    def cancel(self, request_id: int, *, keeps: bool = False) -> bool:
+        """Give a request up, which then hears of nothing more; whether it was open.
+
+        `keeps`: it has what it wanted, and what it leaves on the stages may be gone on from.
+        """
         if self._live.pop(request_id, None) is None:
             return False
-        self.scheduler.cancel(request_id)
+        self.scheduler.cancel(request_id, keeps=keeps)
         self._settle(request_id)
         self._has_work.set()
         return True
 
     @asynccontextmanager
     async def generate(self, generation: Generation) -> AsyncIterator[TokenStream]:
-        """Generate while the context is open; leaving it aborts the rest. Raises: as `submit`."""
+        """Generate while the context is open; leaving it aborts the rest. Raises: as `submit`.
+
+        Who leaves by an exception, as whoever is cancelled does, leaves nothing on the stages.
+        """
         stream = TokenStream(min(generation.max_tokens, self.max_seq_len) + 1)
         request_id = self.submit(generation, stream.hear)
         self._log("started", request_id, generation)
+        keeps = False
         try:
             yield stream
+            keeps = True
         finally:
-            was_open = self.cancel(request_id)
+            was_open = self.cancel(request_id, keeps=keeps)
             self._log("aborted" if was_open else "ended", request_id, generation)
             stream.close()
 
@@ -266,7 +306,9 @@ class PipelineEngine:
         token_ids = [choice.token_id for choice in choices.values()]
         for event in self.scheduler.complete(result.header, token_ids):
             choice = choices[event.request_id]
-            output = TokenOutput(*choice, event.finish, result.header.timings, times)
+            output = TokenOutput(
+                *choice, event.finish, result.header.timings, times, event.num_cached
+            )
             self._outputs.append((event.request_id, output))
             if self._budget is not None and event.finish is None:
                 self._spend_token(self._budget, event.request_id)

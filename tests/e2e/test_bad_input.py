@@ -252,6 +252,9 @@ def test_a_number_must_be_one(command, cluster, worker, number):
     expect(worker("--kv-memory", number), 2, "--kv-memory")
     for flag in ("--connect-timeout", "--hang-timeout", "--max-tokens", "--data-out-port"):
         expect(command(pipeline_orch, *cluster.arguments("Hi", flag, number)), 2, flag)
+    serve = ("serve", "--manifest", cluster.manifest, "--model-dir", cluster.model_dir)
+    for flag in ("--prefix-share", "--prefix-ttl"):
+        expect(command(pipeline_orch, *serve, flag, number), 2, flag)
     expect(command(pipeline_orch, "top", "--once", "--interval", number), 2, "--interval")
     expect(command(pipeline_orch, "plan", "--model-dir", ".", "--stages", number), 2, "--stages")
 

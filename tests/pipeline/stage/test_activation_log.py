@@ -20,7 +20,7 @@ def rows(*numbers):
 def replayed(log):
     return [
         (header.step, [tuple(vars_of(each)) for each in header.segments], hidden[:, 0].tolist())
-        for header, hidden in log.replay(2)
+        for header, hidden in log.replay(2, 64)
     ]
 
 
@@ -41,7 +41,7 @@ def test_what_was_sent_comes_back_in_the_same_steps(log):
         (6, [(0, 2, 1)], [3]),
         (8, [(0, 3, 1), (2, 1, 2)], [4, 11, 12]),
     ]
-    headers = [header for header, _ in log.replay(2)]
+    headers = [header for header, _ in log.replay(2, 64)]
     assert all(header.kind is StepKind.REPLAY and header.until == 2 for header in headers)
     assert all(not any(header.wants) for header in headers)
 
@@ -68,3 +68,13 @@ def test_released_memory_is_zeroed_and_given_back(log):
     assert not held[0, :4].any()
     assert not held[2, :3].any()
     assert log.num_bytes == 0
+
+
+def test_a_copy_is_replayed_though_its_source_is_gone(log):
+    filled(log).copy(9, 0, 1, 3)
+    log.clear([0, 2])
+    assert replayed(log) == [(9, [(1, 0, 3)], [1, 2, 3])]
+    log.append(10, (Segment(1, 3, 1),), rows(5))
+    assert [hidden[:, 0].tolist() for _, hidden in log.replay(2, 2)] == [[1, 2], [3], [5]]
+    log.clear([1])
+    assert not log._rows.any()
