@@ -159,6 +159,15 @@ def serve_command(
     max_body_bytes: Annotated[
         int, typer.Option(min=1, metavar="N", help="Size of a request at most.")
     ] = DEFAULT_LIMITS.max_body_bytes,
+    grace: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="SECONDS", help="For running requests after SIGTERM.", callback=finite
+        ),
+    ] = 30.0,
+    exit_on_loss: Annotated[
+        bool, typer.Option("--exit-on-loss", help="End when a stage stays away.")
+    ] = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Serve an OpenAI-compatible API. It runs on the user's side: prompts are in the clear here.
@@ -186,6 +195,8 @@ def serve_command(
             context=context,
             tls_cert=tls_cert,
             tls_key=tls_key,
+            grace_seconds=grace,
+            exits_on_loss=exit_on_loss,
             limits=GatewayLimits(
                 max_connections=max_connections,
                 max_body_bytes=max_body_bytes,
