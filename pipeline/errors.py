@@ -53,6 +53,14 @@ class SessionRefused(SessionError):
     exit_code: ClassVar[int] = 2
 
 
+class ServerLeaving(SessionError):
+    """Whoever runs the pipeline has been told to stop, and had no more time."""
+
+
+class StageMismatch(SessionError):
+    """What answers at a stage's address is not what the manifest says."""
+
+
 class MessageError(SessionError):
     """An authentic peer sent a control message or step this side cannot accept."""
 

@@ -49,8 +49,12 @@ MAX_BRIDGE_REPLY_BYTES: Final = 32  # b"OK 4294967295" and a newline are 14; som
 # Between two sessions nobody accepts on a stage's data port: strangers who wait there must be very
 # many before the right peer's dial is not taken; the next session then meets all of them at once.
 LISTEN_BACKLOG: Final = 1024
+# A packet without an answer is sent again after 1, 3, 7, 15 s and so on: a network that comes back
+# meanwhile would be noticed a minute late by an attempt that is not begun anew.
+ATTEMPT_S: Final = 5.0
 FIRST_RETRY_S: Final = 0.05  # a peer started in the same moment is up within a few of these
-LAST_RETRY_S: Final = 0.25  # a peer that has been restarted is found at once
+LAST_RETRY_S: Final = 2.0
+RETRY_SHARE: Final = 0.05  # of the time a peer has been away: it is found at once when it is back
 NO_DESCRIPTORS_PAUSE_S: Final = 0.1  # accept fails at once while descriptors are out: do not spin
 
 _NO_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -94,7 +98,7 @@ async def dial_retrying(
 
     Raises: EndpointError where no attempt could ever succeed, DialRefused among them.
     """
-    delay_s = FIRST_RETRY_S
+    began = trio.current_time()
     while True:
         endpoint = where()
         _require_dialable(endpoint)
@@ -104,8 +108,8 @@ async def dial_retrying(
             raise
         except EndpointError as error:
             on_wait(error)
-        await trio.sleep(delay_s)
-        delay_s = min(2 * delay_s, LAST_RETRY_S)
+        away_s = trio.current_time() - began
+        await trio.sleep(min(max(FIRST_RETRY_S, RETRY_SHARE * away_s), LAST_RETRY_S))
 
 
 def _require_dialable(endpoint: Endpoint) -> None:
@@ -155,8 +159,11 @@ async def _connect(endpoint: Endpoint, family: int, address: _Address) -> socket
     try:
         code = sock.connect_ex(address)
         if code == errno.EINPROGRESS:
-            await trio.lowlevel.wait_writable(sock)
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            with trio.move_on_after(ATTEMPT_S) as attempt:
+                await trio.lowlevel.wait_writable(sock)
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if attempt.cancelled_caught:
+                code = errno.ETIMEDOUT
         if code:
             raise failed("dial", endpoint, OSError(code, os.strerror(code)))
     except BaseException:

@@ -28,6 +28,7 @@ from pipeline.orchestrator.open_pipeline import (
     new_pipeline,
     open_pipeline,
 )
+from pipeline.orchestrator.outage import Watcher, outlast
 from pipeline.placement.base import Placement
 from pipeline.placement.by_hand import ByHand
 from pipeline.placement.worker_supervisor import Supervisor
@@ -117,10 +118,18 @@ class PipelineAccess:
             is_resumable=is_resumable or flags.supervise,
         )
 
-    async def run(self, work: Work, source: ReplaySource) -> None:
+    async def run(
+        self,
+        work: Work,
+        source: ReplaySource,
+        watcher: Watcher | None = None,
+        *,
+        outlasts: bool = False,
+    ) -> None:
         """Do `work` on a pipeline; after a loss mend it and go on, where that is wanted.
 
-        `source` is what `work` works off; `work` is called again after every loss.
+        `source` is what `work` works off; `work` is called again after every loss. `watcher` hears
+        of the pipeline; with `outlasts` nothing but what is set up wrongly ends it.
 
         Raises SessionError, and InputError for what workers started here cannot use.
         """
@@ -139,8 +148,12 @@ class PipelineAccess:
             async with new(
                 self.manifest, self.trust, self.options, _progress, placement
             ) as pipeline:
-                if self.is_resumable:
-                    patience_seconds = self.options.connect_seconds
+                patience_seconds = self.options.connect_seconds
+                if watcher is not None:
+                    watcher.made(pipeline)
+                if watcher is not None and outlasts:
+                    await outlast(pipeline, tell_and_work, source, patience_seconds, watcher.away)
+                elif self.is_resumable:
                     await run_with_failover(pipeline, tell_and_work, source, patience_seconds)
                 else:
                     await tell_and_work(pipeline)

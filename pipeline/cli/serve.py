@@ -4,7 +4,6 @@ import logging
 import resource
 from functools import partial
 
-import trio
 import typer
 from prometheus_client import CollectorRegistry
 
@@ -18,6 +17,8 @@ from pipeline.cli.pipeline_access import (
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.privacy_bound import privacy_budget
 from pipeline.cli.serve_flags import ServeFlags
+from pipeline.cli.service import Service
+from pipeline.cli.service_manager import ServiceManager
 from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled
 from pipeline.cli.stego_model import new_service
@@ -45,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 # Open files beside clients' connections: stages, workers, listeners, libraries.
 _OTHER_FILES = 128
-# For the answers of those who wait when the pipeline has failed for good.
-_LAST_ANSWER_SECONDS = 5.0
 
 
 def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
@@ -77,16 +76,12 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     if budget is not None:
         logger.info("event=privacy_budget detail=%r", budget.describe(budget.max_rows))
     engine = PipelineEngine(limits, budget, flags.prefixes)
-    standing: Pipeline | None = None
-    overview = Overview(
-        manifest,
-        limits,
-        lambda: engine.stats,
-        lambda: standing.stages if standing else (),
-    )
-    stego: StegoService | None = None
     registry = CollectorRegistry()
     desk = Desk(config, engine, tokenizer, GatewayMetrics(registry))
+    service = Service(desk, engine)
+    overview = Overview(manifest, limits, lambda: engine.stats, service.stages)
+    stego: StegoService | None = None
+    manager = ServiceManager()
 
     async def run() -> None:
         # First of all: loading takes its time, and an address that cannot be had is known at once.
@@ -94,18 +89,17 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         url = ""
 
         async def work(pipeline: Pipeline) -> None:
-            nonlocal standing, stego
+            nonlocal stego
             tokenizer.check_vocabulary(pipeline.vocab_size)
             if stego is None:
                 stego = new_service(engine, tokenizer, manifest, home, pipeline)
-            desk.open(pipeline.vocab_size)
-            engine.allow_reuse(pipeline.is_row_exact)
-            if standing is None:
                 logger.info("event=serving url=%s model=%s", url, config.served_model_name)
-            standing = pipeline
+            engine.allow_reuse(pipeline.is_row_exact)
+            service.open(pipeline)
             await engine.run(pipeline)
 
         async with open_tasks() as tasks:
+            tasks.start_soon(manager.keep_informed, lambda: service.readiness().is_ready)
             url = await tasks.start(
                 partial(
                     serve_http,
@@ -113,22 +107,22 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
                     registry,
                     listeners=listeners,
                     overview=overview,
-                    is_ready=lambda: standing is not None and standing.is_joined,
+                    readiness=service.readiness,
                     # Noise is another whenever a text is computed: nothing could be read from one.
                     more=stego_routes(desk, lambda: stego) if manifest.dp is None else (),
                 )
             )
             try:
-                await access.run(work, engine.scheduler)
+                await access.run(work, engine.scheduler, service, outlasts=not flags.exit_on_loss)
             except PipelineError as error:
-                engine.fail(SessionError(str(error)))
-                desk.close()
-                # Whoever waits for an answer gets one before the server goes.
-                with trio.move_on_after(_LAST_ANSWER_SECONDS):
-                    await desk.wait_idle()
+                await service.fail(SessionError(str(error)))
                 raise
 
-    number = run_until_signalled(run)
+    async def leave() -> None:
+        manager.stopping()
+        await service.leave(flags.grace)
+
+    number = run_until_signalled(run, leave)
     if number is not None:
         raise typer.Exit(0)
 

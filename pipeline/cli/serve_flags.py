@@ -58,6 +58,10 @@ class ServeFlags(Settings):
     max_body_bytes: Annotated[Count, Flag("N", "Size of a request at most.")] = (
         _DEFAULTS.max_body_bytes
     )
+    grace: Annotated[
+        Finite, Field(ge=0), Flag("SECONDS", "For running requests after SIGTERM.")
+    ] = 30.0
+    exit_on_loss: Annotated[bool, Flag(None, "End when a stage stays away.")] = False
     verbose: VerboseFlag = False
 
     @property

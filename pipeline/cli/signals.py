@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -42,24 +42,35 @@ async def wait_for_end_of_stdin() -> None:
             pass
 
 
-def run_until_signalled(main: Callable[[], Awaitable[None]]) -> int | None:
-    """Run `main` under trio; SIGINT or SIGTERM cancels it. Returns the signal's number, if any.
+def run_until_signalled(
+    main: Callable[[], Awaitable[None]],
+    leave: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
+    signals: Collection[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+) -> int | None:
+    """Run `main` under trio; either of `signals` cancels it, once `leave` has had its time.
 
-    Raises what `main` raises, itself and not in a group.
+    A second signal cancels both. Returns the first one's number, if any. Raises what `main` raises,
+    itself and not in a group.
     """
     received: int | None = None
 
     async def supervise() -> None:
         nonlocal received
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with trio.open_signal_receiver(*signals) as caught:
             async with trio.open_nursery() as nursery:
 
                 async def wait() -> None:
                     nonlocal received
-                    async for number in signals:
+                    async for number in caught:
+                        if received is not None:
+                            break
                         received = number
-                        nursery.cancel_scope.cancel()
-                        return
+                        nursery.start_soon(leave_and_cancel)
+                    nursery.cancel_scope.cancel()
+
+                async def leave_and_cancel() -> None:
+                    await leave()
+                    nursery.cancel_scope.cancel()
 
                 nursery.start_soon(wait)
                 await main()

@@ -14,6 +14,7 @@ from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.logs import configure_logging
 from pipeline.cli.model_config import agreed_config
 from pipeline.cli.progress import progress_bar
+from pipeline.cli.service_manager import ServiceManager
 from pipeline.cli.settings import takes_flags
 from pipeline.cli.shared_options import results_address
 from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
@@ -133,6 +134,12 @@ def _run(
     once: bool,
     until_stdin_ends: bool,
 ) -> None:
+    worker, manager = StageWorker(setup), ServiceManager({} if until_stdin_ends else os.environ)
+
+    async def leave() -> None:
+        manager.stopping()
+        await worker.leave()
+
     async def main() -> None:
         with listen(control) as control_listener, listen(data_in) as data_listener:
             logger.info(
@@ -148,12 +155,19 @@ def _run(
                 setup.manifest.core_hash().hex()[:16],
             )
             async with open_tasks() as tasks:
+                tasks.start_soon(manager.keep_informed, lambda: True)
                 if until_stdin_ends:
                     tasks.start_soon(_cancel_at_end_of_stdin, tasks.cancel_scope)
-                await StageWorker(setup).serve(control_listener, data_listener, once=once)
+                await worker.serve(control_listener, data_listener, once=once)
                 tasks.cancel_scope.cancel()
 
-    number = run_until_signalled(main)
+    signals = [signal.SIGTERM]
+    if until_stdin_ends:
+        # Ctrl-C reaches every process of a terminal; the supervisor says when its workers leave.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    else:
+        signals.append(signal.SIGINT)
+    number = run_until_signalled(main, leave, signals)
     if number is not None:
         name = signal.Signals(number).name
         logger.info("event=stopped stage=%d signal=%s", setup.stage_idx, name)

@@ -219,9 +219,14 @@ class PipelineEngine:
     def fail(self, error: SessionError) -> None:
         """Give up: every open request hears of it, and so does whoever comes later."""
         self.failure = error
-        for live in self._live.values():
-            live.listener(error)
-        self._live.clear()
+        self.drop_all(error)
+
+    def drop_all(self, error: SessionError) -> None:
+        """Give every open request up, and tell it why; others may come."""
+        live, self._live = self._live, {}
+        for request_id, each in live.items():
+            self.scheduler.cancel(request_id)
+            each.listener(error)
 
     def submit(self, generation: Generation, listener: Listener) -> int:
         """Queue a request; returns what to `cancel` it by.

@@ -18,7 +18,7 @@ from pipeline.errors import InputError, PromptError
 from pipeline.gateway.auth import KeyRing, prefix_salt
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.continuations import PieceStream, TextOptions, open_choices
-from pipeline.gateway.errors import busy, invalid, too_long, unknown_model
+from pipeline.gateway.errors import ApiError, busy, invalid, too_long, unknown_model
 from pipeline.gateway.generation_order import Conversation, Order, TokenIds
 from pipeline.gateway.metrics import GatewayMetrics, RequestRecord
 from pipeline.gateway.rate_limits import RateLimiter
@@ -80,6 +80,8 @@ class Desk:
         # Token ids of the model; 0 until its stages have said how many.
         self._vocab_size = 0
         self._is_open = trio.Event()
+        # Why no order is taken now.
+        self._refusal: Callable[[], ApiError] | None = None
 
     @property
     def max_seq_len(self) -> int:
@@ -89,11 +91,22 @@ class Desk:
     def open(self, vocab_size: int) -> None:
         """Take orders from now on: the model, it has turned out, knows so many token ids."""
         self._vocab_size = vocab_size
+        self._refusal = None
         self._is_open.set()
 
-    def close(self) -> None:
-        """Let orders that wait for the model go on to the engine, which has failed."""
+    def close(self, refusal: Callable[[], ApiError]) -> None:
+        """Take none from now on, nor those that wait for the model: they hear why."""
+        self._refusal = refusal
         self._is_open.set()
+
+    async def _wait_open(self) -> None:
+        """Return when orders are taken. Raises ApiError while none are."""
+        await self._is_open.wait()
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal()
 
     async def wait_idle(self) -> None:
         """Return when every request has been answered."""
@@ -142,7 +155,7 @@ class Desk:
         self._check_room(num_choices)
         max_tokens = self._max_tokens(order)
         # What the model can read is known when its stages stand; there is nobody to serve before.
-        await self._is_open.wait()
+        await self._wait_open()
         self._check_ids(order.stop_token_ids, "stop_token_ids")
         for sampling in order.sampling:
             self._check_ids(sampling.logit_bias, "logit_bias")
@@ -185,7 +198,7 @@ class Desk:
     async def generate(self, job: Job) -> AsyncIterator[PieceStream]:
         """Generate all of a job's continuations; leaving aborts those under way.
 
-        Raises ApiError if there is no room, PipelineError as the engine does.
+        Raises ApiError if it cannot be begun, PipelineError as the engine does.
         """
         with self.room(len(job.generations)):
             async with open_choices(
@@ -200,7 +213,8 @@ class Desk:
 
     @contextmanager
     def room(self, num_choices: int) -> Iterator[None]:
-        """So many continuations are under way meanwhile. Raises ApiError if there is no room."""
+        """So many continuations are under way meanwhile. Raises ApiError if they cannot be."""
+        self._check_open()
         self._check_room(num_choices)
         self._num_choices += num_choices
         try:
@@ -213,7 +227,7 @@ class Desk:
 
         Waits for the model to stand.
         """
-        await self._is_open.wait()
+        await self._wait_open()
         messages = [{"role": "user", "content": text}]
         order = Order(
             model=self.config.served_model_name,

@@ -3,7 +3,13 @@
 from enum import Enum, auto
 from typing import Any
 
-from pipeline.errors import BudgetSpent, InputError, PipelineError, RequestFailed
+from pipeline.errors import (
+    BudgetSpent,
+    InputError,
+    PipelineError,
+    RequestFailed,
+    ServerLeaving,
+)
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
@@ -99,10 +105,28 @@ def from_pipeline(error: PipelineError) -> ApiError:
         return ApiError(Kind.FAILED, str(error), code="budget_spent", type=SERVER_ERROR)
     if isinstance(error, RequestFailed):
         return ApiError(Kind.FAILED, "This request failed; others are served.", type=SERVER_ERROR)
+    if isinstance(error, ServerLeaving):
+        return leaving()
+    return unavailable("The pipeline lost a stage or its connection; try again.", 1)
+
+
+def unavailable(message: str, retry_seconds: int) -> ApiError:
+    """Nothing can be computed now."""
     return ApiError(
         Kind.UNAVAILABLE,
-        "The pipeline lost a stage or its connection; try again.",
+        message,
         code="pipeline_unavailable",
+        type=SERVER_ERROR,
+        retry_seconds=retry_seconds,
+    )
+
+
+def leaving() -> ApiError:
+    """The server has been told to stop."""
+    return ApiError(
+        Kind.UNAVAILABLE,
+        "The server is stopping; try again.",
+        code="server_stopping",
         type=SERVER_ERROR,
         retry_seconds=1,
     )

@@ -6,7 +6,7 @@ import trio
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust_policy import Trust
-from pipeline.errors import MessageError, SessionError, StageSilent
+from pipeline.errors import MessageError, SessionError, StageMismatch, StageSilent
 from pipeline.placement.base import Placement
 from pipeline.protocol.last_stage_inputs import MAX_VOCAB
 from pipeline.protocol.links import CONTROL_LIMITS, SEND_ONLY_LIMITS, ControlLink, StepGate
@@ -23,7 +23,7 @@ from pipeline.protocol.step_limits import SessionLimits
 from pipeline.protocol.step_results import expected_results, max_result_bytes
 from transport.channel import SecureChannel
 from transport.dial_and_listen import Endpoint, Listener
-from transport.errors import TransportError
+from transport.errors import AttestationError, HandshakeError, TransportError
 from transport.handshake import Link, LinkKind, Role, RoleKind
 from transport.tensor_frames import TensorSpec
 
@@ -48,6 +48,8 @@ class Connector:
         self.pending: dict[str, str] = {}
         # Stages that took no connection when they were last dialed.
         self.absent: set[int] = set()
+        # What the user has been told to be awaited, and has not come since.
+        self._announced: set[str] = set()
         self._placement = placement
         self._manifest = manifest
         self._trust = trust
@@ -57,8 +59,8 @@ class Connector:
     async def control(self, stage_idx: int) -> ControlLink:
         """A stage's control channel, as soon as the stage is up.
 
-        Raises StageSilent when it takes the connection and says nothing, SessionError when it is
-        not what it should be.
+        Raises StageSilent when it takes the connection and says nothing, StageMismatch when it is
+        not what it should be, SessionError when the connection breaks.
         """
         core_hash = self._manifest.core_hash()
         link = Link(
@@ -115,7 +117,6 @@ class Connector:
     async def _dial(self, stage_idx: int, link: Link) -> SecureChannel:
         name = f"stage {stage_idx}'s {link.kind.name.lower()} channel"
         what = ""
-        is_announced = False
 
         def where() -> Endpoint:
             nonlocal what
@@ -126,10 +127,9 @@ class Connector:
             return endpoint
 
         def on_wait(error: TransportError) -> None:
-            nonlocal is_announced
-            if not is_announced:
+            if what not in self._announced:
                 self._progress(f"waiting for {what}")
-            is_announced = True
+            self._announced.add(what)
             self.absent.add(stage_idx)
             self.pending[name] = f"{what} is not up ({error})"
 
@@ -140,11 +140,14 @@ class Connector:
             channel = await connect_retrying(where, link, credentials, limits, on_wait)
         except trio.TooSlowError as error:
             raise StageSilent(stage_idx, f"{what}: {describe(error)}") from error
+        except (AttestationError, HandshakeError) as error:
+            raise StageMismatch(f"{what}: {describe(error)}") from error
         except (TransportError, trio.EndOfChannel) as error:
             raise SessionError(f"{what}: {describe(error)}") from error
         finally:
             self.absent.discard(stage_idx)
         del self.pending[name]
+        self._announced.discard(what)
         self.num_handshakes += 1
         return channel
 

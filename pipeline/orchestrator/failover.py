@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import trio
 
-from pipeline.errors import SessionError, SessionRefused
+from pipeline.errors import SessionError, SessionRefused, StageMismatch
 from pipeline.orchestrator.connect_deadline import Patience
 from pipeline.orchestrator.epochs import ReplaySource
 from pipeline.orchestrator.remote_pipeline import Pipeline
@@ -29,8 +29,9 @@ async def run_with_failover(
     """Connect `pipeline` and do `work` on it; whatever is lost, mend it and call `work` again.
 
     Raises SessionRefused when a stage will not take part as it is asked to, SessionError when the
-    pipeline does not stand again and nothing moves for `patience_seconds`, or when it breaks again
-    and again without a single result.
+    pipeline does not stand again and nothing moves for `patience_seconds` (StageMismatch where a
+    stage was there and not the one of the manifest), or when it breaks again and again without a
+    single result.
     """
     num_fruitless = 0
     pauses = _pauses()
@@ -57,6 +58,7 @@ async def run_with_failover(
 
 async def _mend(pipeline: Pipeline, source: ReplaySource, patience_seconds: float) -> None:
     failure: SessionError | None = None
+    told: set[str] = set()
 
     async def connect() -> None:
         nonlocal failure
@@ -67,14 +69,19 @@ async def _mend(pipeline: Pipeline, source: ReplaySource, patience_seconds: floa
             except SessionRefused:
                 raise
             except SessionError as error:
-                logger.warning("event=connecting_failed error=%s", error)
+                # Again and again the same is said once.
+                is_known = str(error) in told
+                told.add(str(error))
+                level = logging.DEBUG if is_known else logging.WARNING
+                logger.log(level, "event=connecting_failed error=%s", error)
                 failure = error
             else:
                 return
             await trio.sleep(pause_seconds)
 
     if not await Patience(patience_seconds, lambda: pipeline.progress).run(connect):
-        raise SessionError(
+        kind = StageMismatch if isinstance(failure, StageMismatch) else SessionError
+        raise kind(
             f"gave up after {patience_seconds:g} s: {failure or pipeline.waiting_for}"
         ) from failure
 

@@ -70,6 +70,9 @@ class Pipeline:
         self._connector = connector
         self._tasks = tasks
         self._stages: dict[int, RemoteStage] = {}
+        # Since when stages are not there.
+        now = trio.current_time()
+        self._away = dict.fromkeys(range(len(manifest.stages)), now)
         # Requests that have started and not ended: a stage that comes later hears of them too.
         self._started: dict[int, Start] = {}
         self._losses = Losses()
@@ -122,6 +125,11 @@ class Pipeline:
     def waiting_for(self) -> str:
         """What the connection still lacks, for the user."""
         return "; ".join(self._connector.pending.values()) or "the stages did not become ready"
+
+    @property
+    def away(self) -> Mapping[int, float]:
+        """The stages that are not there, and since when, by trio's clock."""
+        return self._away
 
     @property
     def progress(self) -> Mapping[int, Progress]:
@@ -240,6 +248,7 @@ class Pipeline:
         stage = RemoteStage(expected, control, on_waiting, self._losses.fail)
         stage.note(self._started.values())
         self._stages[stage_idx] = stage
+        del self._away[stage_idx]
         self._tasks.start_soon(self._watch, stage)
 
     async def _watch(self, stage: RemoteStage) -> None:
@@ -247,6 +256,7 @@ class Pipeline:
             await stage.watch(self._options.hang_seconds)
         except SessionError as error:
             del self._stages[stage.idx]
+            self._away[stage.idx] = trio.current_time()
             self._losses.fail(error)
             self._placement.on_loss(error)
         await stage.aclose()

@@ -181,6 +181,8 @@ class RemoteStage:
                 self._on_broken(self._link_lost(message))
             case Failure(code="refused", detail=detail):
                 raise SessionRefused(f"stage {self.idx} refused the session: {detail}")
+            case Failure(code="leaving", detail=detail):
+                raise StageLost(self.idx, detail)
             case Failure(detail=detail):
                 raise SessionError(f"stage {self.idx} ended the session: {detail}")
             case _:

@@ -27,6 +27,8 @@ class ControlLink:
 
     def __init__(self, channel: SecureChannel) -> None:
         self.channel = channel
+        # When the peer last said something, by trio's clock.
+        self.heard_at = trio.current_time()
         self._send_lock = trio.Lock()
 
     async def send(self, message: Message) -> None:
@@ -37,6 +39,7 @@ class ControlLink:
     async def receive(self) -> Message:
         """Receive one message. Raises MessageError when an authentic peer sends nonsense."""
         frame = await self.channel.receive()
+        self.heard_at = trio.current_time()
         if frame.kind is not FrameKind.CONTROL:
             raise MessageError("a data frame arrived on a control channel")
         return decode_message(frame.header)

@@ -171,11 +171,11 @@ class Failure(_Message):
     """Stage → orchestrator: the session is over. `detail` never holds prompt or activation.
 
     "refused": it would be over again, however often it is asked for. "failed": something went
-    wrong in it. "busy": another one is under way.
+    wrong in it. "busy": another one is under way. "leaving": the worker has been told to stop.
     """
 
     type: Literal["error"] = "error"
-    code: Literal["busy", "refused", "failed"]
+    code: Literal["busy", "refused", "failed", "leaving"]
     detail: Annotated[str, Field(max_length=1024)]
 
 

@@ -13,6 +13,7 @@ from pipeline.protocol.messages import (
     Abort,
     Broken,
     Done,
+    Failure,
     Health,
     Init,
     Message,
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # An orchestrator sends `health` every few seconds; one silent for this long is gone.
 SILENCE_SECONDS = 60.0
+# For the result of a step to be read, when this worker has been told to stop.
+LEAVE_SECONDS = 5.0
 # Between steps shorter than this the channels' own turns are enough.
 LONG_STEP_NS = 50_000_000
 
@@ -100,6 +103,20 @@ class StageSession:
         self._scope = trio.CancelScope()
         # The orchestrator has said so: nothing is missing at the end of what it was sent.
         self._is_over = False
+        # Whether a step has come and its result is not on its way, and whoever waits for that.
+        self._has_step = False
+        self._step_done = trio.Event()
+
+    async def leave(self) -> None:
+        """Let the step under way go on, and tell the orchestrator that this stage leaves.
+
+        It would find out by itself, but may take a worker that is only busy for one that hangs.
+        """
+        if self._has_step:
+            self._step_done = trio.Event()
+            with trio.move_on_after(LEAVE_SECONDS):
+                await self._step_done.wait()
+        await say(self._control, Failure(code="leaving", detail="its worker has been told to stop"))
 
     async def run(self, data_in: Listener) -> None:
         """Serve steps, whatever happens to data channels. Ends by raising the reason of the end."""
@@ -231,6 +248,8 @@ class StageSession:
             await self._serve_both_ways(lane, upstream, downstream)
         finally:
             lane.wipe()
+            self._has_step = False
+            self._step_done.set()
 
     async def _serve_both_ways(
         self, lane: Lane, upstream: SecureChannel, downstream: SecureChannel
@@ -240,6 +259,7 @@ class StageSession:
             with UPSTREAM:
                 header, tensors = await receive_step(upstream, self._gate)
             started = perf_counter_ns()
+            self._has_step = True
             done = self._core.take(header, tensors)
             num_tokens = header.num_tokens if header.kind is StepKind.STEP else 0
             timing = self._meter.step(num_tokens, len(header.segments), perf_counter_ns() - started)
@@ -248,6 +268,8 @@ class StageSession:
                     continue
                 with DOWNSTREAM:
                     await send_step(downstream, each.with_timing(timing), outputs)
+            self._has_step = False
+            self._step_done.set()
             self._core.keep()
             lane.learn(header)
             if timing.compute_ns > LONG_STEP_NS:

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # An orchestrator that has been restarted may be here before its last session is quite over.
 BUSY_SECONDS = 1.0
+# It asks every second: one that has not, and comes again, has lost its connection.
+STALE_SECONDS = 5.0
 
 
 class StageWorker:
@@ -40,6 +42,10 @@ class StageWorker:
         self._setup = setup
         self._meter = StageMeter()
         self._session = trio.Lock()
+        self._current: StageSession | None = None
+        # Whose turn it is.
+        self._holder: ControlLink | None = None
+        self._turn = trio.CancelScope()
 
     async def serve(self, control: Listener, data_in: Listener, *, once: bool = False) -> None:
         """Serve sessions until cancelled, or with `once` until the first one has ended."""
@@ -56,24 +62,50 @@ class StageWorker:
 
             await accept_all(control, link, credentials, CONTROL_LIMITS, welcome)
 
+    async def leave(self) -> None:
+        """Let the step under way go on, and say that this stage leaves: then it can be ended."""
+        if self._current is not None:
+            await self._current.leave()
+
     async def _serve_link(self, control: ControlLink, data_in: Listener) -> bool:
         """Run one session; False when another one is running, or when it never began."""
         try:
             with trio.move_on_after(BUSY_SECONDS) as patience:
                 await self._session.acquire()
-            if patience.cancelled_caught:
+            if patience.cancelled_caught and self._make_way_for(control):
+                await self._session.acquire()
+            elif patience.cancelled_caught:
                 logger.warning("event=refused reason=busy")
                 await say(control, Failure(code="busy", detail="another orchestrator is connected"))
-                has_begun = False
-            else:
-                try:
+                await hear_out(control.channel)
+                return False
+            has_begun = False
+            try:
+                with trio.CancelScope() as self._turn:
+                    self._holder = control
                     has_begun = await self._run_session(control, data_in)
-                finally:
-                    self._session.release()
+            finally:
+                self._current = self._holder = None  # they would keep the session's memory
+                self._session.release()
             await hear_out(control.channel)
             return has_begun
         finally:
             await close_quietly(control.channel)
+
+    def _make_way_for(self, newcomer: ControlLink) -> bool:
+        """End the turn of the same orchestrator, if nothing has come from it for a while.
+
+        A network that lost its goodbye would keep it out for as long as silence is borne. Another
+        one has to wait, and so has anybody for one that still speaks.
+        """
+        holder = self._holder
+        if holder is None or holder.channel.peer.static_key != newcomer.channel.peer.static_key:
+            return False
+        if trio.current_time() - holder.heard_at < STALE_SECONDS:
+            return False
+        logger.info("event=session_superseded stage=%d", self._setup.stage_idx)
+        self._turn.cancel()
+        return True
 
     async def _first_message(self, control: ControlLink) -> Message:
         """What comes after the questions of an orchestrator that still waits for other stages."""
@@ -92,8 +124,8 @@ class StageWorker:
         try:
             init, limits = check_init(await self._first_message(control), self._setup)
             has_begun = True
-            session = StageSession(self._setup, self._meter, control, init, limits)
-            await session.run(data_in)
+            self._current = StageSession(self._setup, self._meter, control, init, limits)
+            await self._current.run(data_in)
         except SessionEnded as ended:
             logger.info("event=session_ended stage=%d reason=%s", stage_idx, ended.reason)
         except SessionRefused as error:

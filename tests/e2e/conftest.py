@@ -191,13 +191,13 @@ class Cluster:
         path.write_text(json.dumps(raw))
         return path
 
-    def start_worker(self, idx, *extra, manifest=None):
+    def start_worker(self, idx, *extra, manifest=None, within=()):
         if idx in self.workers:
             self.workers[idx].wait(30)
         log = self.directory / f"stage{idx}.log"
         with log.open("ab") as file:
             process = subprocess.Popen(
-                [BIN / "stage-worker", "--manifest", manifest or self.manifest,
+                [*within, BIN / "stage-worker", "--manifest", manifest or self.manifest,
                  "--stage-idx", str(idx), "--model-dir", self.model_dir, "--dev", *extra],
                 stdout=file, stderr=file, env=self.environment,
             )  # fmt: skip

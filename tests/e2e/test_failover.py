@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -157,8 +158,33 @@ def test_a_stage_without_room_to_keep_activations_is_rebuilt_with_the_one_behind
     assert [replays(cluster, idx) for idx in range(4)] == [1, 0, 0, 0]
 
 
-def test_a_stage_that_stays_away_ends_the_server_with_one_line(cluster, serve):
-    server = serve(2, "--connect-timeout", "10")
+def test_a_stage_that_stays_away_is_awaited_and_served_again_when_it_is_back(cluster, serve):
+    server = serve(2, "--connect-timeout", "1")
+    expected = complete(server, 0)
+    with ThreadPoolExecutor() as pool:
+        body = server.wish("x", 400)
+        waiting = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
+        server.wait_for(server.num_running)
+        cluster.workers[1].kill()
+        assert waiting.result().status_code == 503
+    for _ in range(2):
+        refused = httpx.post(f"{server.url}/v1/completions", json=body, timeout=5)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+        assert "stage 1" in refused.json()["error"]["message"]
+        health = server.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "away")
+        (awaited,) = health.json()["awaited"]
+        assert awaited["stage"] == 1
+        time.sleep(2)
+    assert awaited["seconds"] >= 2
+    assert server.get("/livez").status_code == 200
+    cluster.start_worker(1)
+    server.wait_for(server.is_ready, 15)
+    assert complete(server, 0) == expected
+
+
+def test_a_stage_that_stays_away_ends_a_server_that_is_to_exit_with_one_line(cluster, serve):
+    server = serve(2, "--connect-timeout", "10", "--exit-on-loss")
     cluster.workers[1].kill()
     assert server.process.wait(30) == 1
     (line,) = [line for line in server.log().splitlines() if "error:" in line and "orch" in line]

@@ -134,27 +134,71 @@ def test_clients_before_a_pipeline_that_cannot_stand_are_told_so(cluster, unusab
         cluster.edit(lambda fields: fields.update(model_version="2"), cluster.directory / "2.json")
         cluster.start_worker(0, manifest=cluster.directory / "2.json")
     server = cluster.begin_to_serve("--connect-timeout", "3")
+    health = server.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "starting")
     body = server.wish("x", 4)
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "pipeline_unavailable"
-    assert answer.headers["retry-after"] == "1"
-    assert server.process.wait(20) != 0
+    if unusable == "absent":  # it may still come
+        assert server.get("/health").json()["status"] == "away"
+        cluster.start_worker(0)
+        server.wait_for(server.is_ready, 20)
+        assert server.text("x", 4)
+    else:
+        assert server.process.wait(20) != 0
     assert "Traceback" not in server.log()
+
+
+def test_a_server_told_to_stop_finishes_what_runs_and_takes_no_more(serve):
+    server = serve("--grace", "60")
+    expected = [server.text(prompt, 200) for prompt in PROMPTS]
+
+    def stream(prompt):
+        body = server.wish(prompt, 200, stream=True)
+        url = f"{server.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, timeout=60) as answer:
+            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        assert lines[-1] == "[DONE]"
+        return "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        streams = [pool.submit(stream, prompt) for prompt in PROMPTS]
+        server.wait_for(lambda: server.num_running() == len(PROMPTS))
+        server.process.terminate()
+        server.wait_for(lambda: server.get("/health").json()["status"] == "leaving")
+        refused = httpx.post(f"{server.url}/v1/completions", json=server.wish("x", 4))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_stopping")
+        assert [each.result() for each in streams] == expected
+    assert server.process.wait(20) == 0
+
+
+def test_a_server_out_of_grace_ends_its_streams_with_an_error_and_done(serve):
+    server = serve("--grace", "0.2")
+    body = server.wish("x", 100_000 // 250, stream=True)
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
+        next(lines)
+        server.process.terminate()
+        *_, error, done = lines
+    assert json.loads(error)["error"]["code"] == "server_stopping"
+    assert done == "[DONE]"
+    assert server.process.wait(20) == 0
 
 
 def test_a_stream_under_way_ends_with_the_failure_of_its_pipeline(cluster):
     cluster.plan(1)
     cluster.start_worker(0)
-    server = cluster.serve("--connect-timeout", "2")
+    server = cluster.serve("--connect-timeout", "2", "--exit-on-loss")
     body = server.wish("x", 4000, stream=True)
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
         lines = stream.iter_lines()
         next(lines)
         cluster.workers[0].kill()
         # While it may stand again, the server is there.
-        assert server.get("/health").status_code == 200
-        last = [line for line in lines if line][-1]
+        assert server.get("/livez").status_code == 200
+        *_, last, done = [line for line in lines if line]
+    assert done == "data: [DONE]"
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "pipeline_unavailable"
     assert server.process.wait(20) == 1
 

@@ -1,6 +1,7 @@
 """The endpoints."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from http import HTTPStatus
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from pipeline.gateway.http.middleware import Edge
 from pipeline.gateway.http.responses import Answer, Wanted
 from pipeline.gateway.openai_requests import ChatRequest, CompletionRequest, parse_untrusted
 from pipeline.gateway.pipeline_status import Overview, PipelineView
+from pipeline.gateway.readiness import READY, Readiness
 
 _Body = TypeVar("_Body", ChatRequest, CompletionRequest)
 
@@ -34,7 +36,7 @@ def build_app(
     *,
     metrics: HttpMetrics | None = None,
     overview: Overview | None = None,
-    is_ready: Callable[[], bool] = lambda: True,
+    readiness: Callable[[], Readiness] = lambda: READY,
     more: Sequence[Route] = (),
 ) -> Starlette:
     """The ASGI application; must run under trio, behind a server that drops idle connections.
@@ -44,12 +46,13 @@ def build_app(
     the body in its request's exchange.
     """
     metrics = metrics or HttpMetrics(registry)
-    door = Door(desk, registry, is_ready)
-    watched = [] if overview is None else [_pipeline_route(desk, overview, is_ready)]
+    door = Door(desk, registry, readiness)
+    watched = [] if overview is None else [_pipeline_route(desk, overview, readiness)]
     return Starlette(
         routes=[
+            Route("/livez", door.livez),
             Route("/health", door.health),
-            Route("/readyz", door.readyz),
+            Route("/readyz", door.health),
             Route("/metrics", door.metrics),
             *watched,
             Route("/v1/models", door.models),
@@ -69,21 +72,22 @@ class Door:
     """What each route does."""
 
     def __init__(
-        self, desk: Desk, registry: CollectorRegistry, is_ready: Callable[[], bool]
+        self, desk: Desk, registry: CollectorRegistry, readiness: Callable[[], Readiness]
     ) -> None:
         self._desk = desk
         self._registry = registry
-        self._is_ready = is_ready
+        self._readiness = readiness
 
-    async def health(self, _: Request) -> Response:
-        """Whether the server runs."""
+    async def livez(self, _: Request) -> Response:
+        """Whether the server runs: starting it again would help with nothing else."""
         return JSONResponse({"status": "ok"})
 
-    async def readyz(self, _: Request) -> Response:
-        """Whether requests would be served."""
-        if self._is_ready():
-            return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "not ready"}, HTTPStatus.SERVICE_UNAVAILABLE)
+    async def health(self, _: Request) -> Response:
+        """Whether a token could be computed now, and what is awaited for that."""
+        found = self._readiness()
+        awaited = [asdict(each) for each in found.awaited]
+        status = HTTPStatus.OK if found.is_ready else HTTPStatus.SERVICE_UNAVAILABLE
+        return JSONResponse({"status": found.phase, "awaited": awaited}, status)
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus' text format."""
@@ -151,11 +155,11 @@ async def _read(schema: type[_Body], request: Request) -> tuple[_Body, Order]:
     return await trio.to_thread.run_sync(parse)
 
 
-def _pipeline_route(desk: Desk, overview: Overview, is_ready: Callable[[], bool]) -> Route:
+def _pipeline_route(desk: Desk, overview: Overview, readiness: Callable[[], Readiness]) -> Route:
     async def show(_: Request) -> Response:
         view = PipelineView(
             model=desk.config.served_model_name,
-            is_ready=is_ready(),
+            is_ready=readiness().is_ready,
             engine=overview.engine(),
             latency=desk.metrics.recent.view(trio.current_time()),
             stages=overview.stages(),

@@ -16,7 +16,7 @@ from pipeline.gateway.http.errors import to_response
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/readyz"})
+OPEN_PATHS = frozenset({"/livez", "/health", "/readyz"})
 # For whoever watches: as often as they like, so that watching costs no user a request.
 WATCH_PATHS = frozenset({"/metrics", "/pipeline"})
 # The ones that read what is sent to them, beside those that `Edge` is told of.

@@ -85,7 +85,8 @@ class Answer:
                         await events.write(header | {"choices": [delta]} | no_usage)
             except PipelineError as error:
                 # The status is sent: the stream itself must say that it is not whole.
-                await events.close(dump(from_pipeline(error).to_json()))
+                await events.write(from_pipeline(error).to_json())
+                await events.close(b"[DONE]")
                 return
         if wanted.includes_usage:
             await events.write(header | {"choices": [], "usage": self._usage()})

@@ -21,6 +21,7 @@ from pipeline.gateway.http.app import build_app
 from pipeline.gateway.http.counters import HttpMetrics
 from pipeline.gateway.http.hypercorn_connection import ClientConnection, ClientStream
 from pipeline.gateway.pipeline_status import Overview
+from pipeline.gateway.readiness import READY, Readiness
 from pipeline.gateway.settings import GatewayConfig
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ async def serve(
     *,
     listeners: Sequence[trio.SocketListener] = (),
     overview: Overview | None = None,
-    is_ready: Callable[[], bool] = lambda: True,
+    readiness: Callable[[], Readiness] = lambda: READY,
     more: Sequence[Route] = (),
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -69,7 +70,7 @@ async def serve(
     if overview is not None:
         registry.register(overview)
     app = build_app(
-        desk, registry, metrics=metrics, overview=overview, is_ready=is_ready, more=more
+        desk, registry, metrics=metrics, overview=overview, readiness=readiness, more=more
     )
     server = _Server(ASGIWrapper(cast(ASGIFramework, app)), config, metrics)
     logger.info("event=gateway_started url=%s keys=%d", url, len(config.api_keys))

@@ -21,6 +21,7 @@ from pipeline.gateway.http.server import serve
 from pipeline.gateway.http.stego import stego_routes
 from pipeline.gateway.metrics import GatewayMetrics
 from pipeline.gateway.rate_limits import GatewayLimits
+from pipeline.gateway.readiness import READY
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.sampling.sampler import Sampler
@@ -193,7 +194,7 @@ def start_gateway(make_desk, tokenizer):
     """A context manager: a gateway with these limits and keys before `engine`."""
 
     @asynccontextmanager
-    async def start(engine=None, *, is_ready=lambda: True, overview=None, stego=None, **options):
+    async def start(engine=None, *, readiness=lambda: READY, overview=None, stego=None, **options):
         logging.getLogger("pipeline.gateway").setLevel(logging.INFO)
         engine = engine or FakeEngine(tokenizer)
         registry = CollectorRegistry()
@@ -203,7 +204,7 @@ def start_gateway(make_desk, tokenizer):
 
         async def run(task_status):
             await serve(
-                desk, registry, is_ready=is_ready, overview=overview, more=more,
+                desk, registry, readiness=readiness, overview=overview, more=more,
                 task_status=task_status,
             )  # fmt: skip
 

@@ -13,8 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.scheduler import Limits
-from pipeline.errors import SessionError
-from pipeline.gateway.errors import ApiError, Kind
+from pipeline.gateway.errors import ApiError, Kind, leaving
 from pipeline.gateway.generation_order import Conversation, Order
 from pipeline.sampling.params import SamplingParams
 
@@ -127,26 +126,25 @@ async def test_until_the_model_is_known_orders_wait(make_desk, make_engine):
     assert errors[0].param == "prompt"
 
 
-async def test_when_the_engine_has_failed_those_who_wait_for_the_model_hear_of_it(make_desk):
-    engine = PipelineEngine(Limits(4, 64))
-    desk = make_desk(engine)
+async def test_while_a_desk_is_closed_those_who_wait_and_those_who_come_hear_why(make_desk):
+    desk = make_desk(PipelineEngine(Limits(4, 64)))
     desk._is_open = trio.Event()
     failures = []
 
     async def ask():
         try:
             await PlainDoor(desk).ask(prompts=("a",))
-        except SessionError as error:
-            failures.append(error)
+        except ApiError as error:
+            failures.append(error.code)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ask)
         await trio.testing.wait_all_tasks_blocked()
-        engine.fail(SessionError("no stage"))
-        desk.close()
+        desk.close(leaving)
         with trio.fail_after(1):
             await desk.wait_idle()
-    assert len(failures) == 1
+    await ask()
+    assert failures == ["server_stopping"] * 2
 
 
 async def until_open(door, num_choices):

@@ -35,6 +35,7 @@ class Rig:
     """Worker 1 of 2 in this process, and a test that plays everybody else."""
 
     def __init__(self, model_dir, directory):
+        self.directory = directory
         self.manifest = plan(model_dir, PlanOptions(2))
         self.trust, self.worker_trust = (DevTrust.create(directory / "dev") for _ in range(2))
         config = load_config(model_dir)
@@ -75,7 +76,8 @@ class Rig:
         )
         with listen(LOOPBACK) as control, listen(LOOPBACK) as data_in:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(StageWorker(setup).serve, control, data_in)
+                self.server = StageWorker(setup)
+                nursery.start_soon(self.server.serve, control, data_in)
                 self.control_at, self.data_at = control.endpoint, data_in.endpoint
                 yield
                 nursery.cancel_scope.cancel()

@@ -11,6 +11,7 @@ import pipeline.stage.data_channels
 import pipeline.stage.session
 import pipeline.stage.worker
 from pipeline.agreement.manifest import StageEndpoint, TcpAddress
+from pipeline.agreement.trust_policy import DevTrust
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import SessionError
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
@@ -19,9 +20,9 @@ from pipeline.protocol.links import (
     ControlLink,
     send_step,
 )
-from pipeline.protocol.messages import Health, Shutdown, Waiting
+from pipeline.protocol.messages import Failure, Health, Healthy, Shutdown, Waiting
 from pipeline.protocol.peer_connections import ORCHESTRATOR
-from tests.pipeline.stage.rig import LOOPBACK, failure_of, hidden, step
+from tests.pipeline.stage.rig import LOOPBACK, failure_of, hidden, settled, step
 
 
 async def test_a_defect_costs_the_session_and_not_the_worker(rig, monkeypatch):
@@ -147,3 +148,44 @@ def break_control_channels():
     for link in control_links():
         if link.channel.peer.role == ORCHESTRATOR:
             link.channel._wire.close()
+
+
+async def test_a_worker_told_to_stop_says_so_once_its_step_is_on_its_way(rig):
+    async with rig.worker(), rig.session() as (control, upstream):
+        await send_step(upstream, step(Segment(0, 0, 5)), (hidden(5),))
+        await settled(control, num_steps=1)
+        with trio.fail_after(5):
+            await rig.server.leave()
+        assert (await failure_of(control)).code == "leaving"
+
+
+async def test_a_worker_that_serves_nobody_stops_at_once(rig):
+    async with rig.worker():
+        with trio.fail_after(1):
+            await rig.server.leave()
+
+
+async def test_an_orchestrator_whose_connection_was_lost_need_not_wait_for_its_own_silence(
+    rig, monkeypatch
+):
+    monkeypatch.setattr(pipeline.stage.worker, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(pipeline.stage.worker, "STALE_SECONDS", 0.5)
+    async with rig.worker(), rig.session():
+        for is_silent in (False, True):
+            await trio.sleep(0.6 if is_silent else 0)
+            again = await rig.control()
+            await again.send(Health(sequence=1))
+            with trio.fail_after(5):
+                answer = await again.receive()
+            await again.aclose()
+            assert isinstance(answer, Healthy if is_silent else Failure)
+
+
+async def test_another_orchestrator_has_to_wait_for_one_that_is_silent(rig, monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline.stage.worker, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(pipeline.stage.worker, "STALE_SECONDS", 0.0)
+    async with rig.worker(), rig.session():
+        rig.trust = DevTrust.create(rig.directory / "dev")
+        other = await rig.control()
+        assert (await failure_of(other)).code == "busy"
+        await other.aclose()

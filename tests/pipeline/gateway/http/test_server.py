@@ -2,10 +2,14 @@
 
 import json
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import trio
 
+import pipeline.gateway
+from pipeline.gateway.readiness import Awaited, Phase, Readiness
 from tests.pipeline.gateway.http.raw_requests import CHAT, chat_body, wait_until
 
 
@@ -29,12 +33,32 @@ async def test_a_connection_serves_one_request_after_another(start_gateway, conn
         assert len(headers[b"x-request-id"]) == 32
 
 
-async def test_readiness_is_the_engines(start_gateway, connect):
-    ready = False
-    async with start_gateway(is_ready=lambda: ready) as gateway, connect(gateway) as client:
-        for ready, expected in ((False, 503), (True, 200)):  # noqa: B007
-            await client.stream.send_all(b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n")
-            assert (await client.read_response())[0] == expected
+PROBES = ("/livez", "/readyz", "/health")
+MANUAL = Path(pipeline.gateway.__file__).parent / "SERVING.md"
+
+
+def documented_probes():
+    """The manual's table of what probes are answered: status codes by phase."""
+    row = re.compile(r"^\| `(\w+)` \|.*\| (\d+) \| (\d+) \| (\d+) \|", re.MULTILINE)
+    rows = row.findall(MANUAL.read_text())
+    return {phase: tuple(map(int, codes)) for phase, *codes in rows}
+
+
+@pytest.mark.parametrize("phase", Phase)
+async def test_probes_are_answered_as_the_manual_says(start_gateway, connect, phase):
+    readiness = Readiness(phase, (Awaited(1, 2.5),))
+    async with start_gateway(readiness=lambda: readiness) as gateway, connect(gateway) as client:
+        found = []
+        for path in PROBES:
+            await client.stream.send_all(b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path.encode())
+            status, _, body = await client.read_response()
+            found.append(status)
+    assert tuple(found) == documented_probes()[phase]
+    assert json.loads(body) == {"status": phase, "awaited": [{"stage": 1, "seconds": 2.5}]}
+
+
+def test_the_manual_has_a_row_for_every_phase():
+    assert documented_probes().keys() == set(Phase)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +114,7 @@ async def test_a_websocket_is_refused(start_gateway, connect):
 
 async def test_pipelined_requests_are_answered_in_turn(start_gateway, connect):
     async with start_gateway() as gateway, connect(gateway) as client:
-        await client.stream.send_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" * 3)
+        await client.stream.send_all(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n" * 3)
         data = b""
         with trio.fail_after(10):
             while data.count(b'{"status":"ok"}') < 3:

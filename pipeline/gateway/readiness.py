@@ -1,0 +1,38 @@
+"""What a server's probes are told: how far it is from computing a token."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """Where a server stands between its start and its end."""
+
+    STARTING = "starting"  # no token could be computed yet; requests wait for that
+    READY = "ready"
+    RECOVERING = "recovering"  # a stage is lost and being replaced; requests wait for that
+    AWAY = "away"  # it has been for too long: requests are refused until it is back
+    LEAVING = "leaving"  # told to stop: what runs is finished, and no more is taken
+
+
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """A stage that is not there, and for how long. Never its address: anybody may ask."""
+
+    stage: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """A server's phase, and the stages that it waits for."""
+
+    phase: Phase
+    awaited: tuple[Awaited, ...] = ()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be served at once."""
+        return self.phase is Phase.READY
+
+
+READY = Readiness(Phase.READY)
