@@ -6,8 +6,8 @@ sampler chooses its token, and whoever asked hears of it.
 
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from time import perf_counter_ns
@@ -21,24 +21,21 @@ from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.engine.step import Step
+from pipeline.engine.step_choice import choice_of
 from pipeline.engine.step_runner import RunnerStats, StepRunner
+from pipeline.engine.token_stream import Listener, TokenStream
 from pipeline.errors import (
     InputError,
-    PipelineError,
     PromptError,
     RequestFailed,
     SessionError,
 )
 from pipeline.protocol.result_kinds import NO_TOKEN, Result
 from pipeline.protocol.step_header import StepKind
-from pipeline.protocol.step_results import SegmentResult, StepResult
-from pipeline.sampling.draw import NO_NUMBERS
+from pipeline.protocol.step_results import StepResult
 from pipeline.sampling.sampler import Choice, Sampler
 
 logger = logging.getLogger(__name__)
-
-# Hears of each of a request's tokens, and of why no more will come if the last has not.
-Listener = Callable[[TokenOutput | PipelineError], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,52 +66,6 @@ class _Live:
 
     sampler: Sampler | None
     listener: Listener
-
-
-class TokenStream(trio.abc.ReceiveChannel[TokenOutput]):
-    """A request's tokens as they come.
-
-    It has room for every token the request can have, so a client that reads slowly never holds up
-    the others.
-    """
-
-    def __init__(self, room: int) -> None:
-        # Why it ended without a last token.
-        self.failure: PipelineError | None = None
-        self._sender, self._outputs = trio.open_memory_channel[TokenOutput](room)
-
-    def hear(self, event: TokenOutput | PipelineError) -> None:
-        """Take a token, or the reason why none comes any more."""
-        if isinstance(event, PipelineError):
-            self.failure = event
-            self._sender.close()
-            return
-        with suppress(trio.BrokenResourceError):  # nobody listens any more, and is about to leave
-            self._sender.send_nowait(event)
-        if event.finish is not None:
-            self._sender.close()
-
-    async def receive(self) -> TokenOutput:
-        """The next token.
-
-        Raises trio.EndOfChannel after the last, SessionError when the pipeline has failed,
-        RequestFailed when only this request has.
-        """
-        try:
-            return await self._outputs.receive()
-        except trio.EndOfChannel:
-            if self.failure is None:
-                raise
-            raise self.failure from None
-
-    async def aclose(self) -> None:
-        """Stop listening."""
-        await self._outputs.aclose()
-
-    def close(self) -> None:
-        """Be done with it, on both sides."""
-        self._sender.close()
-        self._outputs.close()
 
 
 class PipelineEngine:
@@ -389,23 +340,3 @@ def _log_spent(budget: PrivacyBudget) -> None:
 
 
 _NO_CHOICE = Choice(0, None, ())
-
-
-def choice_of(part: SegmentResult, sampler: Sampler | None) -> Choice:
-    """The next token of a request, from its part of a result.
-
-    Chosen here from logits, else the last stage's word. Raises RequestFailed where that has none to
-    give, and whatever a processor raises.
-    """
-    if sampler is not None and part.logits is not None:
-        return sampler.choose(part.logits[-1])
-    (token_id,) = part.token_ids
-    if token_id == NO_TOKEN:
-        raise RequestFailed(NO_NUMBERS) if sampler is None else sampler.no_choice()
-    if sampler is not None:
-        sampler.took(token_id)
-    if not part.logprobs.size:
-        return Choice(token_id, None, ())
-    logprob, *rest = part.logprobs[0].tolist()
-    top = zip(part.top_ids[0].tolist(), rest, strict=True)
-    return Choice(token_id, logprob, tuple(each for each in top if each[0] != NO_TOKEN))
