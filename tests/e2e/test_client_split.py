@@ -31,7 +31,7 @@ def answer(cluster, *flags):
     return json.loads(out.read_text())["token_ids"], result.stdout
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("stages", [1, 3])  # two are those with shards of their own
 def test_texts_are_those_of_ordinary_stages(cluster, expected, stages):
     cluster.plan(stages, split="client")
     found = [answer(cluster, *flags, "--threads", "2") for flags in FLAGS]

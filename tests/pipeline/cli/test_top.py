@@ -222,8 +222,7 @@ def test_a_terminal_that_can_only_print_is_shown_one_table_after_another(server)
     assert b"\x1b" not in seen
 
 
-@pytest.mark.parametrize("term", ["xterm", "dumb"])
-@pytest.mark.parametrize("key", [b"q", b"Q", None])
+@pytest.mark.parametrize(("key", "term"), [(b"q", "xterm"), (b"Q", "dumb"), (None, "xterm")])
 def test_a_key_leaves_it_and_the_terminal_is_as_it_was(server, term, key):
     with on_a_terminal(server, term, "--interval", "1000") as (process, leader):
         before = termios.tcgetattr(leader)
