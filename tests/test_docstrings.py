@@ -29,11 +29,11 @@ def public(node, place):
 
 def is_public(function):
     """Commands are called by nobody: their docstrings are what --help prints."""
-    is_command = any(
+    name = function.name
+    is_command = name.endswith("_command") or any(
         ".command" in ast.unparse(each) or ".callback" in ast.unparse(each)
         for each in function.decorator_list
     )
-    name = function.name
     return not is_command and (name == "__init__" or not name.startswith("_"))
 
 
