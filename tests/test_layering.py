@@ -28,8 +28,10 @@ ROOMS = {
     },
     "planning": {"agreement", "codecs", "models", "weights"},
     "sessions": {"agreement", "kernels", "protocol"},
+    # On the client's side a door takes the engine's steps, as a pipeline of stages does.
     "doors": {
-        "agreement", "codecs", "kernels", "models", "orchestrator", "protocol", "sessions", "stage",
+        "agreement", "codecs", "engine", "kernels", "models", "orchestrator", "protocol",
+        "sessions", "stage",
     },
     "stego": {"engine", "sampling"},
     "leakage": {"codecs", "engine", "kernels", "models", "planning", "protocol", "weights"},
