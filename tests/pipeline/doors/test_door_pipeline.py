@@ -9,7 +9,17 @@ from pipeline.errors import InputError, SessionError
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.step_executor import StageCore
-from tests.pipeline.doors.conftest import LIMITS, PROMPT, Model, Wire, generate, wired
+from tests.pipeline.doors.rig import (
+    LIMITS,
+    PROMPT,
+    Model,
+    Wire,
+    generate,
+    model,
+    wired,
+)
+
+__all__ = ["model"]
 
 SAMPLING = [SamplingParams(), SamplingParams(temperature=0.9, seed=5, repetition_penalty=1.2)]
 
@@ -82,7 +92,7 @@ async def test_what_a_door_forgets_is_rebuilt_from_tokens(model, sampling, after
         pipeline = model.pipeline(wire)
         assert await generate(pipeline, sampling=sampling) == expected
     assert min(1, len(after - {0})) <= pipeline.stats.num_failovers <= len(after)
-    assert pipeline.stats.num_handshakes == 1 + len(after)
+    assert 2 <= pipeline.stats.num_handshakes <= 1 + len(after)
 
 
 class Failing(Wire):
