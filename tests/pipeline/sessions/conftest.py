@@ -1,6 +1,8 @@
 """Stores of each kind, and a Redis server of the test's own."""
 
+import os
 import shutil
+import socket
 import subprocess
 import time
 from contextlib import asynccontextmanager
@@ -24,28 +26,28 @@ class RedisServer:
         self._options += ["--save", "", "--appendonly", "yes", "--appendfsync", "always", *options]
         self.process = None
 
-    def start(self):
+    def start(self, **environment):
+        """Returns when it answers, or has died."""
         self.socket.unlink(missing_ok=True)
-        command = [shutil.which("redis-server"), *self._options]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [shutil.which("redis-server"), *self._options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | environment,
         )
         deadline = time.monotonic() + 20
-        while not self._is_loaded():
-            assert self.process.poll() is None, "redis-server has ended"
+        while self.process.poll() is None and not self.ask("PING").startswith(b"+PONG"):
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    def _is_loaded(self):
-        import socket
-
+    def ask(self, command):
         with socket.socket(socket.AF_UNIX) as sock:
             try:
                 sock.connect(str(self.socket))
+                sock.sendall(f"{command}\r\n".encode())
+                return sock.recv(64)
             except OSError:
-                return False
-            sock.sendall(b"PING\r\n")
-            return sock.recv(64).startswith(b"+PONG")
+                return b""
 
     def stop(self):
         if self.process is not None:
@@ -96,12 +98,7 @@ def clock():
 def store_url(request, tmp_path):
     if request.param == "redis":
         server = request.getfixturevalue("shared_redis")
-        import socket
-
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(str(server.socket))
-            sock.sendall(b"FLUSHALL\r\n")
-            assert sock.recv(64).startswith(b"+OK")
+        assert server.ask("FLUSHALL").startswith(b"+OK")
         return server.url
     return "memory:" if request.param == "memory" else f"file:{tmp_path / 'store'}"
 

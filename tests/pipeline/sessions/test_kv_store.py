@@ -1,15 +1,11 @@
 """What a store of any kind does: against a model of it, and at its limits."""
 
-import random
-from dataclasses import dataclass, field
-
 import pytest
 
 from pipeline.errors import InputError, StoreError
 from pipeline.sessions.kv_store import MissingChunk, StoreLimits, TooLarge
 from pipeline.sessions.store_url import open_store
-
-NAMES = [bytes([number]) * 32 for number in range(6)]
+from tests.pipeline.sessions.store_model import NAMES, Model, operations
 
 
 def name_at(found):
@@ -102,80 +98,21 @@ async def test_a_store_keeps_what_it_has_when_it_is_opened_again(opened, store_u
     assert (found is None) is (store_url == "memory:")
 
 
-@dataclass
-class Model:
-    """What a store ought to hold."""
-
-    limits: StoreLimits
-    used_at: dict = field(default_factory=dict)
-    chunks: dict = field(default_factory=dict)
-
-    def size(self, name):
-        return sum(len(blob) for chunk in self.chunks[name] for blob in chunk)
-
-    def forget(self, name):
-        self.used_at.pop(name, None)
-        self.chunks.pop(name, None)
-
-    def expire(self, now):
-        for name, used_at in list(self.used_at.items()):
-            if used_at < now - self.limits.ttl_seconds:
-                self.forget(name)
-
-    def write(self, name, index, chunk, now):
-        before = self.chunks.get(name, [])
-        if index > len(before):
-            return MissingChunk
-        after = [*before[:index], chunk]
-        size = sum(len(blob) for each in after for blob in each)
-        if size > self.limits.max_bytes:
-            return TooLarge
-        self.chunks[name], self.used_at[name] = after, now
-        order = sorted((used_at, each) for each, used_at in self.used_at.items() if each != name)
-        for _, each in order:
-            total = sum(map(self.size, self.chunks))
-            if total > self.limits.max_bytes or len(self.chunks) > self.limits.max_sessions:
-                self.forget(each)
-        return None
-
-    def read(self, name, index, now):
-        found = self.chunks.get(name, [])[index : index + 1]
-        if not found:
-            return None
-        self.used_at[name] = now
-        return found[0]
-
-
 async def run_at_random(store, clock, seed, num_operations):
-    random_source, model = random.Random(seed), Model(StoreLimits(100, 10_000, 4))
-    for _ in range(num_operations):
-        clock.now += random_source.choice([0.25, 1.0, 10.0, 40.0])
-        model.expire(clock.now)
-        name, kind = random_source.choice(NAMES), random_source.random()
-        if kind < 0.5:
-            index = random_source.randrange(1 + len(model.chunks.get(name, [])) + 1)
-            blobs = random_source.randrange(1, 4)
-            sizes = [random_source.choice([0, 1, 300, 3000]) for _ in range(blobs)]
-            chunk = [random_source.randbytes(size) for size in sizes]
-            error = model.write(name, index, chunk, clock.now)
-            if error is None:
-                await store.write(name, index, chunk)
-            else:
-                with pytest.raises(error):
-                    await store.write(name, index, chunk)
-        elif kind < 0.9:
-            index = random_source.randrange(4)
-            expected = model.read(name, index, clock.now)
-            found = await store.read(name, index)
-            assert (None if found is None else list(found)) == expected
-        elif kind < 0.95:
-            model.forget(name)
-            await store.forget(name)
-        else:
-            found = await store.sessions()
-            assert {each.name: each.num_bytes for each in found} == {
-                each: model.size(each) for each in model.chunks
-            }
+    model = Model(StoreLimits(100, 10_000, 4))
+    for operation in operations(seed, num_operations):
+        clock.now += operation.pause
+        expected = operation.on_model(model, clock.now)
+        try:
+            found = await operation.on_store(store)
+        except StoreError as error:
+            found = type(error)
+        assert found == expected
+        assert await state_of(store) == model.state()
+
+
+async def state_of(store):
+    return {each.name: (each.num_bytes, each.num_chunks) for each in await store.sessions()}
 
 
 async def test_random_operations_do_what_a_model_does(opened, clock):
