@@ -1,6 +1,7 @@
 """A pipeline whose only stage is behind a door: the engine's steps become requests to it."""
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,18 @@ LAST_PAUSE_SECONDS = 2.0
 # Where every answer is another worker's that has heard of nothing, or of another key, none will do.
 MAX_REBUILDS = 5
 MAX_WRONG_KEYS = 5
-# What may be over soon.
-_PASSING = frozenset({DoorFault.BUSY, DoorFault.UNAVAILABLE})
+# What asking again does not change. All else may be over soon, and so may be what keeps a door from
+# being reached.
+_FINAL = frozenset(
+    {
+        DoorFault.INVALID,
+        DoorFault.UNAUTHENTIC,
+        DoorFault.WRONG_KEY,
+        DoorFault.CONFLICT,
+        DoorFault.UNKNOWN_SESSION,
+        DoorFault.TOO_LARGE,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +66,13 @@ class _Piece:
     token_ids: tuple[int, ...]
     request: int
 
+    def behind(self, start: int) -> "_Piece | None":
+        """What of it is not before a position."""
+        skipped = max(0, start - self.position)
+        if skipped >= len(self.token_ids):
+            return None
+        return _Piece(self.position + skipped, self.token_ids[skipped:], self.request)
+
     def step(self) -> Step:
         """What sends them once more."""
         segment = Segment(0, self.position, len(self.token_ids))
@@ -73,10 +91,14 @@ class _Patience:
         self._deadline = trio.current_time() + seconds
         self._pause = FIRST_PAUSE_SECONDS
 
-    async def after(self, error: DoorError) -> None:
+    async def after(self, error: DoorError | SessionError) -> None:
         """Wait a moment. Raises SessionError for what does not pass, or has not."""
-        if error.fault not in _PASSING or trio.current_time() + self._pause > self._deadline:
+        is_final = isinstance(error, DoorError) and error.fault in _FINAL
+        if is_final or trio.current_time() + self._pause > self._deadline:
+            if isinstance(error, SessionError):
+                raise error
             raise SessionError(f"the door refuses: {error}") from error
+        logger.debug("event=door_waiting error=%s", error)
         await trio.sleep(self._pause)
         self._pause = min(2 * self._pause, LAST_PAUSE_SECONDS)
 
@@ -156,30 +178,42 @@ class DoorPipeline:
     async def _run_or_rebuild(
         self, segment: Segment, tensors: Sequence[Tensor], num_rows: int
     ) -> Floats:
-        lost_at: float | None = None
+        if self._session is None:
+            self._session = await self._open_session()
+        session, lost_at = self._session, math.inf
         for _ in range(MAX_REBUILDS + 1):
             try:
-                if self._session is None:
-                    self._session = await self._open_session()
-                elif lost_at is not None:
-                    await self._rebuild(self._session)
-                rows = await self._run(self._session, segment, tensors, num_rows)
+                if lost_at < math.inf:
+                    await self._rebuild(session, segment.position)
+                rows = await self._run(session, segment, tensors, num_rows)
             except _Forgotten:
                 logger.warning("event=door_session_lost position=%d", segment.position)
-                lost_at = trio.current_time() if lost_at is None else lost_at
+                lost_at = min(lost_at, trio.current_time())
             else:
-                if lost_at is not None:
+                if lost_at < math.inf:
                     self._recovery_seconds = trio.current_time() - lost_at
                 return rows
         raise SessionError("the door forgets the session whenever it is rebuilt")
 
-    async def _rebuild(self, session: DoorSession) -> None:
-        """Send all that is held once more, under a fresh key."""
-        session.restart()
+    async def _rebuild(self, session: DoorSession, position: int) -> None:
+        """Go on from what is stored, if that is there; send all else that is held once more."""
         self._num_rebuilds += 1
+        stored = session.num_stored
+        if 0 < stored <= position:
+            try:
+                session.restart(stored)
+                await self._send_again(session, stored)
+                return
+            except _Forgotten:
+                logger.warning("event=door_session_not_stored position=%d", stored)
+        session.restart()
+        await self._send_again(session, 0)
+
+    async def _send_again(self, session: DoorSession, start: int) -> None:
         for piece in self._held:
-            header, tensors = self._ends.begin(piece.step())
-            await self._run(session, header.segments[0], tensors, 0)
+            if (rest := piece.behind(start)) is not None:
+                header, tensors = self._ends.begin(rest.step())
+                await self._run(session, header.segments[0], tensors, 0)
 
     async def _run(
         self, session: DoorSession, segment: Segment, tensors: Sequence[Tensor], num_rows: int
@@ -206,7 +240,9 @@ class DoorPipeline:
         patience, num_wrong = _Patience(self._options.patience_seconds), 0
         while True:
             try:
-                return session.open(await self._door.infer(request))
+                answer = await self._door.infer(request)
+            except SessionError as error:
+                await patience.after(error)
             except DoorError as error:
                 if error.fault is DoorFault.UNKNOWN_SESSION:
                     raise _Forgotten from error
@@ -215,6 +251,8 @@ class DoorPipeline:
                     request = session.reseal(await self._other_key(request, error))
                 else:
                     await patience.after(error)
+            else:
+                return session.open(answer)
 
     async def _open_session(self) -> DoorSession:
         """A session with a door that has shown what it is."""
@@ -234,7 +272,7 @@ class DoorPipeline:
         while True:
             try:
                 answer = await self._door.attest(question)
-            except DoorError as error:
+            except (DoorError, SessionError) as error:
                 await patience.after(error)
             else:
                 self._num_keys += 1

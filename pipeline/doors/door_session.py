@@ -15,6 +15,7 @@ from pipeline.codecs.base import ActivationCodec
 from pipeline.doors.bodies import Bodies, Frame, Place, request_digest
 from pipeline.doors.door_evidence import TrustedKey, verify_key, wrong_key_nonce
 from pipeline.doors.grants import Grant, derive, grant_info
+from pipeline.doors.kept_state import KeptMark, parse_mark
 from pipeline.doors.messages import AttestRequest, AttestResponse, InferRequest, InferResponse
 from pipeline.dtypes import Floats
 from pipeline.errors import MessageError
@@ -73,10 +74,19 @@ class DoorSession:
         self._name, self._core_hash, self._codec = name, policy.core_hash, codec
         self._key = key
         self._due: tuple[InferRequest, Place, bytes] | None = None
+        # What the door has put into its store, as it said with its last answer.
+        self._mark: KeptMark | None = None
         self.restart()
 
-    def restart(self) -> None:
-        """Begin anew under a fresh key: the door holds nothing of what has been sent."""
+    @property
+    def num_stored(self) -> int:
+        """Positions that a door may find in its store."""
+        return 0 if self._mark is None else self._mark.mark.position
+
+    def restart(self, position: int = 0) -> None:
+        """Begin anew under a fresh key, from nothing, or from `num_stored` where that is there."""
+        if position == 0:
+            self._mark = None
         self._grant = Grant.fresh(self._name.owner)
         self._bodies = Bodies(self._grant.session_key, self._core_hash)
         self._next_step = 0
@@ -93,9 +103,10 @@ class DoorSession:
         place = Place(self._next_step, position, num_rows)
         shape = (num_tokens, self._codec.hidden_dim)
         frame = Frame(self._name.session_id, self._codec.name, shape)
-        sealed = self._bodies.seal_request(
-            frame, place, b"".join(tensor.data for tensor in tensors)
-        )
+        parts = [tensor.data for tensor in tensors]
+        if self._next_step == 0 and self._mark is not None:
+            parts.append(memoryview(self._mark.pack()))
+        sealed = self._bodies.seal_request(frame, place, b"".join(parts))
         self._next_step += 1
         request = InferRequest(
             cloaked_embedding=sealed,
@@ -142,6 +153,7 @@ class DoorSession:
         num_bytes = DType.F32.itemsize * shape[0] * shape[1]
         if len(plain) < num_bytes:
             raise MessageError(f"the door answers with {len(plain)} bytes for {shape}")
+        self._mark = parse_mark(bytes(plain[num_bytes:]))
         self._due = None
         return np.frombuffer(plain[:num_bytes], "<f4").reshape(shape)
 

@@ -15,6 +15,7 @@ from pipeline.doors.bodies import NONCE_BYTES, Bodies, Frame
 from pipeline.doors.door_evidence import show_key, wrong_key_nonce
 from pipeline.doors.door_keys import DoorKeys, WrongKey
 from pipeline.doors.grants import Grant, grant_info
+from pipeline.doors.kept_state import KeptState, parse_mark
 from pipeline.doors.messages import (
     AttestRequest,
     AttestResponse,
@@ -27,9 +28,11 @@ from pipeline.doors.request_checks import Question, RequestLimits
 from pipeline.doors.session_table import Answered, Computed, Session, SessionTable
 from pipeline.doors.step_batcher import StepBatcher, Work
 from pipeline.dtypes import Floats
-from pipeline.errors import InputError, MessageError
+from pipeline.errors import InputError, MessageError, StateRefused, StoreError
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.batch import Segment
+from pipeline.sessions.kv_store import KVStore
+from pipeline.sessions.sealing import Place
 from pipeline.stage.session_admission import MAX_STEP_TOKENS
 from pipeline.tasks import open_tasks
 from transport.attestation.interfaces import Attester
@@ -56,6 +59,8 @@ class DoorSetup:
     idle_seconds: float = IDLE_SECONDS
     # Opens what older clients seal by RSA-OAEP. None: they are refused.
     older_key: RSAPrivateKey | None = None
+    # Where sessions are kept beyond this process, sealed under their owners' keys. None: nowhere.
+    store: KVStore | None = None
     clock: Callable[[], float] = trio.current_time
 
     def __post_init__(self) -> None:
@@ -104,6 +109,16 @@ class DoorHandler:
         )
         self._cache = self._batcher.core.cache
         self._idle_seconds = setup.idle_seconds
+        self._store = setup.store
+        shard = setup.shard
+        self._place = partial(
+            Place,
+            core_hash=self._core_hash,
+            layer_start=shard.layer_start,
+            layer_end=shard.layer_end,
+            precision=shard.precision,
+            kernels=shard.kernels.name,
+        )
         self._sessions = SessionTable(
             setup.num_sessions,
             setup.idle_seconds,
@@ -121,12 +136,14 @@ class DoorHandler:
         grant = self._open_grant(request)
         session_id = question.frame.session_id
         async with self._sessions.turn(session_id):
-            session = self._session(question, grant)
+            session = await self._session(question, grant)
             if question.place.step == session.next_step:
                 await self._run(session, question)
-            answer = self._answer(session, question)
+            answer = await self._answer(session, question)
             if question.is_last:
                 self._sessions.end(session_id)
+                if session.kept is not None:
+                    await session.kept.forget()
             return answer
 
     async def serve(self) -> None:
@@ -151,7 +168,7 @@ class DoorHandler:
             detail = "encrypted_session_key is sealed to another worker's key, or an old one"
             raise DoorError(DoorFault.WRONG_KEY, detail, shown) from None
 
-    def _session(self, question: Question, grant: Grant) -> Session:
+    async def _session(self, question: Question, grant: Grant) -> Session:
         """The session that a request goes on with, or begins."""
         session_id = question.frame.session_id
         session = self._sessions.find(session_id)
@@ -166,14 +183,47 @@ class DoorHandler:
             raise DoorError(DoorFault.CONFLICT, "the session has been begun anew elsewhere")
         if not question.is_first:
             raise _unknown()
+        return await self._begin(question, grant, session)
+
+    async def _begin(self, question: Question, grant: Grant, before: Session | None) -> Session:
+        """A session from its first step on, in the slot of the one before it if there is one."""
+        session_id, position = question.frame.session_id, question.place.position
         bodies = Bodies(grant.session_key, self._core_hash)
-        _open(bodies, question)  # a body that is not its own begins nothing
-        if session is None:
-            logger.debug("event=door_session_started sessions=%d", len(self._sessions) + 1)
-            return self._sessions.begin(session_id, grant, bodies)
-        self._cache.truncate(session.slot, 0)
-        session.succeed(grant, bodies)
+        # A body that is not its own begins nothing.
+        _, mark = question.tensors(_open(bodies, question))
+        if position and (not mark or self._store is None):
+            raise _unknown()
+        if before is None:
+            session = self._sessions.begin(session_id, grant, bodies, self._new_kept(grant))
+            logger.debug("event=door_session_started sessions=%d", len(self._sessions))
+        else:
+            session = before
+            self._cache.truncate(session.slot, 0)
+            session.succeed(grant, bodies)
+        if position:
+            try:
+                await self._restore(session, position, mark)
+            except BaseException:
+                self._sessions.end(session_id)
+                raise
         return session
+
+    async def _restore(self, session: Session, position: int, mark: bytes) -> None:
+        """Have a slot hold what a store has of its session. Raises DoorError."""
+        assert session.kept is not None, "there is a store"
+        try:
+            kept = parse_mark(mark)
+            if kept is None or kept.mark.position != position:
+                raise DoorError(DoorFault.INVALID, "the mark is not of the step's position")
+            await session.kept.load(kept, partial(self._cache.restore, session.slot))
+        except MessageError as error:
+            raise DoorError(DoorFault.INVALID, str(error)) from error
+        except (StoreError, StateRefused) as error:
+            logger.warning("event=door_session_not_restored error=%s", error)
+            raise _unknown() from error
+
+    def _new_kept(self, grant: Grant) -> KeptState | None:
+        return None if self._store is None else KeptState(self._store, grant.owner, self._place)
 
     async def _run(self, session: Session, question: Question) -> None:
         tensors, _ = question.tensors(_open(session.bodies, question))
@@ -187,6 +237,8 @@ class DoorHandler:
         except MessageError as error:
             raise DoorError(DoorFault.INVALID, str(error)) from error
         self._cache.truncate(session.slot, position)
+        if session.kept is not None:
+            session.kept.cut(position)
         done = partial(_done, session, question)
         if rows is None:
             done(self._batcher.no_rows)
@@ -194,19 +246,25 @@ class DoorHandler:
             segment = Segment(session.slot, position, num_tokens)
             await self._batcher.run(Work(segment, rows, num_rows, done))
 
-    def _answer(self, session: Session, question: Question) -> InferResponse:
+    async def _answer(self, session: Session, question: Question) -> InferResponse:
         """The answer to the last step, sealed once."""
         last = session.last
         assert last is not None, "a step has been run"
-        if isinstance(last, Computed):
-            frame = Frame(question.frame.session_id, ANSWER_DTYPE, last.rows.shape)
-            sealed = session.bodies.seal_answer(
-                frame, last.digest, last.num_tokens, last.rows.tobytes()
-            )
-            nonce = sealed[:NONCE_BYTES]
-            answer = InferResponse(sealed, frame.shape, ANSWER_DTYPE, last.num_tokens, nonce=nonce)
-            session.last = last = Answered(last.digest, answer)
-        return last.answer
+        if isinstance(last, Answered):
+            return last.answer
+        mark = b""
+        if session.kept is not None and not question.is_last:
+            slot = session.slot
+            await session.kept.save(self._cache.lengths[slot], partial(self._cache.export, slot))
+            mark = session.kept.mark
+        frame = Frame(question.frame.session_id, ANSWER_DTYPE, last.rows.shape)
+        sealed = session.bodies.seal_answer(
+            frame, last.digest, last.num_tokens, last.rows.tobytes() + mark
+        )
+        nonce = sealed[:NONCE_BYTES]
+        answer = InferResponse(sealed, frame.shape, ANSWER_DTYPE, last.num_tokens, nonce=nonce)
+        session.last = Answered(last.digest, answer)
+        return answer
 
 
 def _done(session: Session, question: Question, rows: Floats) -> None:

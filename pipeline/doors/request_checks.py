@@ -33,8 +33,8 @@ class Question:
 
     @property
     def is_first(self) -> bool:
-        """Whether a session may begin with it."""
-        return self.place.step == 0 and self.place.position == 0 and self.num_tokens > 0
+        """Whether a session may begin with it, at another position than 0 from what is stored."""
+        return self.place.step == 0 and self.num_tokens > 0
 
     @property
     def is_last(self) -> bool:

@@ -10,6 +10,7 @@ import trio
 
 from pipeline.doors.bodies import Bodies
 from pipeline.doors.grants import Grant
+from pipeline.doors.kept_state import KeptState
 from pipeline.doors.messages import DoorError, DoorFault, InferResponse
 from pipeline.dtypes import Floats
 
@@ -41,6 +42,7 @@ class Session:
     grant: Grant
     bodies: Bodies
     slot: int
+    kept: KeptState | None = None
     next_step: int = 0
     last: Computed | Answered | None = None
     succeeded: deque[bytes] = field(default_factory=lambda: deque(maxlen=MAX_SUCCEEDED))
@@ -55,6 +57,8 @@ class Session:
         self.succeeded.append(self.grant.session_key)
         self.grant, self.bodies = grant, bodies
         self.next_step, self.last = 0, None
+        if self.kept is not None:
+            self.kept.cut(0)
 
 
 class SessionTable:
@@ -96,13 +100,15 @@ class SessionTable:
             session.used = self._clock()
         return session
 
-    def begin(self, session_id: str, grant: Grant, bodies: Bodies) -> Session:
+    def begin(
+        self, session_id: str, grant: Grant, bodies: Bodies, kept: KeptState | None
+    ) -> Session:
         """Give a new session a slot. Raises DoorError where none is free."""
         if not self._free:
             self.expire()
         if not self._free:
             raise DoorError(DoorFault.BUSY, f"all {len(self._sessions)} sessions are taken")
-        session = Session(grant, bodies, self._free.pop(), used=self._clock())
+        session = Session(grant, bodies, self._free.pop(), kept, used=self._clock())
         self._sessions[session_id] = session
         return session
 

@@ -107,12 +107,20 @@ class Failing(Wire):
             self._left -= 1
             if self._heard:
                 await self.door.infer(request)
-            raise DoorError(self._fault, "not now")
+            raise self._fault
         return await super().infer(request)
 
 
 @pytest.mark.parametrize("heard", [True, False], ids=["answer lost", "request lost"])
-@pytest.mark.parametrize("fault", [DoorFault.UNAVAILABLE, DoorFault.BUSY], ids=str)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        DoorError(DoorFault.UNAVAILABLE, "not now"),
+        DoorError(DoorFault.BUSY, "not now"),
+        SessionError("the door is lost"),
+    ],
+    ids=str,
+)
 async def test_a_step_is_sent_again_until_it_is_answered(model, fault, heard, autojump_clock):
     expected = await ordinary(model, SAMPLING[0])
     async with model.door() as door:
@@ -124,7 +132,9 @@ async def test_a_step_is_sent_again_until_it_is_answered(model, fault, heard, au
 @pytest.mark.parametrize("fault", set(DoorFault) - {DoorFault.WRONG_KEY}, ids=str)
 async def test_one_clear_error_where_it_does_not_pass(model, fault, autojump_clock):
     async with model.door() as door:
-        pipeline = model.pipeline(Failing(door, fault, heard=False, times=10_000))
+        pipeline = model.pipeline(
+            Failing(door, DoorError(fault, "not now"), heard=False, times=10_000)
+        )
         with pytest.raises(SessionError, match=r"the door (refuses: not now|forgets the session)"):
             await generate(pipeline)
 
