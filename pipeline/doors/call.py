@@ -1,6 +1,6 @@
 """One request to a door while it is read and answered, whatever it is encoded in."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import trio
@@ -83,7 +83,7 @@ class Call:
         self,
         status: int,
         headers: Mapping[str, str],
-        parts: list[Payload],
+        parts: Sequence[Payload],
         trailers: Mapping[str, str] | None = None,
     ) -> None:
         """Send the whole answer; one that is not taken in time is left unfinished."""
@@ -96,13 +96,8 @@ class Call:
                     "trailers": trailers is not None,
                 }
             )
-            for part in parts:
-                view = memoryview(part)
-                for at in range(0, len(view), _CHUNK_BYTES):
-                    chunk = bytes(view[at : at + _CHUNK_BYTES])
-                    await self._send(
-                        {"type": "http.response.body", "body": chunk, "more_body": True}
-                    )
+            for chunk in _chunks(parts):
+                await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
             if trailers is None:
                 await self._drain()
             await self._send({"type": "http.response.body", "body": b""})
@@ -150,6 +145,22 @@ class Call:
     def _forget(self) -> None:
         self._budget.num_left += len(self._body)
         self._body = bytearray()
+
+
+def _chunks(parts: Sequence[Payload]) -> Iterator[bytes]:
+    """All that is to be sent, small parts together, as each chunk costs the connection time."""
+    gathered = bytearray()
+    for part in parts:
+        view = memoryview(part)
+        while view:
+            size = _CHUNK_BYTES - len(gathered)
+            gathered += view[:size]
+            view = view[size:]
+            if len(gathered) == _CHUNK_BYTES:
+                yield bytes(gathered)
+                gathered.clear()
+    if gathered:
+        yield bytes(gathered)
 
 
 def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:

@@ -41,7 +41,7 @@ class GrpcDoor:
     does not keep to the protocol; whether to try again is the caller's to know.
     """
 
-    max_embedding_bytes = MAX_MESSAGE_BYTES - _SMALL_FIELDS_BYTES
+    max_body_bytes = MAX_MESSAGE_BYTES - _SMALL_FIELDS_BYTES
 
     def __init__(
         self, nursery: trio.Nursery, host: str, port: int, tls: ssl.SSLContext | None

@@ -13,6 +13,8 @@ import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.events import Response
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework
@@ -39,6 +41,7 @@ _WRITE_SECONDS = 60.0
 _MAX_RESETS = 1000
 # How long calls that run when the door is told to stop may take.
 _GRACE_SECONDS = 10.0
+_READ_BYTES = 256 << 10
 _PREFACE = b"PRI * HTTP/2"
 _NOT_HTTP2 = (
     b"HTTP/1.1 505 HTTP Version Not Supported\r\nconnection: close\r\n"
@@ -59,6 +62,7 @@ class _Http2(H2Protocol):
 
     _num_resets = 0
     _is_begun = False
+    _holds_back = False
 
     async def initiate(
         self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None
@@ -78,6 +82,19 @@ class _Http2(H2Protocol):
                 return
         await super().handle(event)
 
+    async def stream_send(self, event: StreamEvent) -> None:
+        """Send more of an answer; its head with what follows."""
+        self._holds_back = isinstance(event, Response)
+        await super().stream_send(event)
+
+    async def _flush(self) -> None:
+        if self._holds_back:
+            self._holds_back = False
+            return
+        # Whoever is about to add something does so now, and one packet has it all.
+        await trio.lowlevel.checkpoint()
+        await super()._flush()
+
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
             if isinstance(event, h2.events.StreamReset):
@@ -95,6 +112,13 @@ class _Http2(H2Protocol):
 
 class _GrpcConnection(ClientConnection):
     protocol_class = _Http2
+
+    async def _read_data(self) -> None:
+        """Read until either side closes the connection; no call keeps others from being read."""
+        with suppress(trio.ClosedResourceError, trio.BrokenResourceError):
+            while data := bytes(await self.stream.receive_some(_READ_BYTES)):
+                await self.protocol.handle(RawData(data))
+        await self.protocol.handle(Closed())
 
 
 class DoorServer:

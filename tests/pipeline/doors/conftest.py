@@ -3,12 +3,18 @@
 import contextlib
 import ssl
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 
 import pytest
 import trio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from pipeline.doors.listening import DoorServer, Listening, listen
-from pipeline.doors.messages import AttestResponse, DoorError, InferResponse
+from pipeline.doors.messages import AttestResponse, InferResponse
 
 KEY = AttestResponse(b"\x01" * 32, b"\x02" * 32, "dev", b"\x03" * 1000)
 
@@ -47,6 +53,35 @@ class EchoDoor:
         return KEY
 
 
+@pytest.fixture(scope="session")
+def shown_key():
+    """What the door attests to."""
+    return KEY
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """Paths of a certificate for 127.0.0.1, which is its own authority, and of its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "door")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), 1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    directory = tmp_path_factory.mktemp("tls")
+    (directory / "door.crt").write_bytes(made.public_bytes(Encoding.PEM))
+    (directory / "door.key").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    return directory / "door.crt", directory / "door.key"
+
+
 @dataclass
 class Served:
     door: EchoDoor
@@ -65,9 +100,7 @@ def serve_door():
                 DoorServer(door).serve, Listening(grpc, tls_grpc), Listening(http, tls_http)
             )
             try:
-                yield Served(
-                    door, grpc[0].socket.getsockname()[1], http[0].socket.getsockname()[1]
-                )
+                yield Served(door, grpc[0].socket.getsockname()[1], http[0].socket.getsockname()[1])
             finally:
                 nursery.cancel_scope.cancel()
 
