@@ -172,7 +172,7 @@ class DoorPipeline:
         if self._session is not None:
             try:
                 await self._door.infer(self._session.seal(0, (), 0))
-            except DoorError as error:
+            except (DoorError, SessionError) as error:
                 logger.debug("event=door_session_not_ended error=%s", error)
 
     async def _run_or_rebuild(
