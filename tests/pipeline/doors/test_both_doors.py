@@ -1,4 +1,4 @@
-"""Over real sockets: both transports give the same bytes, and a text is what it is in one process."""
+"""Over real sockets both transports give the same bytes, and a text is what it always is."""
 
 from contextlib import asynccontextmanager
 
