@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from pipeline.doors.grants import (
     KEY_ID_BYTES,
@@ -15,7 +18,9 @@ from pipeline.doors.grants import (
     open_older_grant,
 )
 from pipeline.doors.messages import DoorError, DoorFault, Payload
-from pipeline.errors import InputError
+from pipeline.errors import InputError, PolicyError
+from transport.errors import MisuseError
+from transport.private_files import read_private
 
 # What is recorded today opens with the key of that hour alone.
 LIFETIME_SECONDS = 3600.0
@@ -26,6 +31,21 @@ MIN_RSA_BITS = 2048
 
 class WrongKey(Exception):
     """A grant is sealed to a key that this door does not have."""
+
+
+def load_older_key(path: Path) -> RSAPrivateKey:
+    """The RSA key that older clients seal to, PEM. Raises InputError, PolicyError."""
+    try:
+        key = load_pem_private_key(read_private(path), None)
+    except MisuseError as error:
+        raise PolicyError(f"key file {error}") from error
+    except OSError as error:
+        raise InputError(f"cannot read key file {path}: {error.strerror}") from error
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise InputError(f"{path} is not an RSA key in PEM without a password") from error
+    if not isinstance(key, RSAPrivateKey) or key.key_size < MIN_RSA_BITS:
+        raise InputError(f"{path} holds no RSA key of at least {MIN_RSA_BITS} bits")
+    return key
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +70,7 @@ class DoorKeys:
     """The key of now and the one before it, by a clock that is looked at whenever one is used."""
 
     def __init__(self, clock: Callable[[], float], older_key: RSAPrivateKey | None = None) -> None:
-        """`clock`: seconds; `older_key` opens what older clients seal. Raises InputError."""
-        if older_key is not None and older_key.key_size < MIN_RSA_BITS:
-            raise InputError(
-                f"the RSA key of older clients has {older_key.key_size} bits, "
-                f"it needs {MIN_RSA_BITS}"
-            )
+        """`clock`: seconds; `older_key` opens what older clients seal."""
         self._clock = clock
         self._older_key = older_key
         self._keys = [_Key.make(clock())]

@@ -18,7 +18,7 @@ from pipeline.doors.grants import Grant, derive, grant_info
 from pipeline.doors.kept_state import KeptMark, parse_mark
 from pipeline.doors.messages import AttestRequest, AttestResponse, InferRequest, InferResponse
 from pipeline.dtypes import Floats
-from pipeline.errors import MessageError
+from pipeline.errors import MessageError, SessionError
 from transport.attestation.evidence_binding import NONCE_BYTES
 from transport.attestation.interfaces import Verifier
 from transport.tensor_frames import DType, Tensor
@@ -71,6 +71,7 @@ class DoorSession:
     def __init__(
         self, name: SessionName, policy: DoorPolicy, codec: ActivationCodec, key: TrustedKey
     ) -> None:
+        """Raises SessionError for a key that cannot be sealed to."""
         self._name, self._core_hash, self._codec = name, policy.core_hash, codec
         self._key = key
         self._due: tuple[InferRequest, Place, bytes] | None = None
@@ -120,7 +121,10 @@ class DoorSession:
         return request
 
     def reseal(self, key: TrustedKey) -> InferRequest:
-        """The step under way once more, to another worker's key. The step itself is as it was."""
+        """The step under way once more, to another worker's key. The step itself is as it was.
+
+        Raises SessionError as above.
+        """
         assert self._due is not None, "a step is under way"
         request, place, digest = self._due
         self._key = key
@@ -159,4 +163,7 @@ class DoorSession:
 
     def _seal_grant(self) -> bytes:
         info = grant_info(self._core_hash, self._name.session_id)
-        return self._grant.seal(self._key.public_key, info)
+        try:
+            return self._grant.seal(self._key.public_key, info)
+        except ValueError as error:  # 32 bytes that are no point
+            raise SessionError("the door's key is none that can be sealed to") from error

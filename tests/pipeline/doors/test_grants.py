@@ -9,9 +9,16 @@ from cryptography.hazmat.bindings._rust import openssl
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from pyhpke import AEADId, CipherSuite, KDFId, KEMId, KEMKey
 
-from pipeline.doors.door_keys import GRACE_SECONDS, LIFETIME_SECONDS, DoorKeys, WrongKey
+from pipeline.doors.door_keys import (
+    GRACE_SECONDS,
+    LIFETIME_SECONDS,
+    DoorKeys,
+    WrongKey,
+    load_older_key,
+)
 from pipeline.doors.grants import KEY_ID_BYTES, SUITE, Grant, derive, grant_info, key_id
 from pipeline.doors.messages import DoorError, DoorFault
 from pipeline.errors import InputError
@@ -144,9 +151,26 @@ def test_older_clients_seal_a_key_by_rsa_where_the_door_says_so(clock, older_key
     refused(DoorKeys(clock), older(GRANT.session_key, older_key), fault=DoorFault.INVALID)
 
 
-def test_a_weak_older_key_is_refused(clock):
-    with pytest.raises(InputError, match="1024 bits"):
-        DoorKeys(clock, rsa.generate_private_key(65537, 1024))
+def pem(key):
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def test_an_older_key_is_its_owners_alone_and_long_enough(tmp_path, older_key):
+    path = tmp_path / "older.pem"
+    with pytest.raises(InputError, match="cannot read key file"):
+        load_older_key(path)
+    for data, mode, match in (
+        (pem(older_key), 0o644, "open to other users"),
+        (b"no key", 0o600, "is not an RSA key"),
+        (pem(rsa.generate_private_key(65537, 1024)), 0o600, "at least 2048 bits"),
+        (pem(X25519PrivateKey.generate()), 0o600, "at least 2048 bits"),
+    ):
+        path.write_bytes(data)
+        path.chmod(mode)
+        with pytest.raises(InputError, match=match):
+            load_older_key(path)
+    path.write_bytes(pem(older_key))
+    assert load_older_key(path).private_numbers() == older_key.private_numbers()
 
 
 def test_secrets_are_not_shown():

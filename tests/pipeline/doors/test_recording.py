@@ -1,8 +1,11 @@
 """What passes a door tells a host sizes and places, and no key, token or activation."""
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
 
 from pipeline.doors.bodies import Frame, Place
+from pipeline.doors.grants import Grant
 from tests.pipeline.doors.rig import PROMPT, Wire, generate, model
 
 __all__ = ["model"]
@@ -39,3 +42,18 @@ async def test_a_recording_holds_no_key_token_or_activation(model):
     for secret in secrets:
         assert not any(window in seen for window in windows(secret, min(12, len(secret))))
     assert all(window in b"-" + opened[0] for window in windows(opened[0]))
+
+
+async def test_an_older_clients_session_is_sealed_to_the_key_it_was_given(model):
+    older_key = rsa.generate_private_key(65537, 2048)
+    oaep = padding.OAEP(padding.MGF1(SHA256()), SHA256(), None)
+    async with model.door(older_key=older_key) as door:
+        session = await model.session(door)
+        session._grant = Grant.parse(session._grant.session_key)
+        session._seal_grant = lambda: older_key.public_key().encrypt(
+            session._grant.session_key, oaep
+        )
+        session._sealed_grant = session._seal_grant()
+        for at in (0, 3):
+            rows = session.open(await door.infer(session.seal(at, model.rows(3), 1)))
+            assert np.isfinite(rows).all()
