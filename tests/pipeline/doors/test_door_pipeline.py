@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from pipeline.doors.messages import DoorError, DoorFault
+from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError, SessionError
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.sampling.params import SamplingParams
@@ -18,8 +19,9 @@ from tests.pipeline.doors.rig import (
     model,
     wired,
 )
+from tests.pipeline.oracles import smollm2_dir
 
-__all__ = ["model"]
+__all__ = ["model", "smollm2_dir"]
 
 SAMPLING = [SamplingParams(), SamplingParams(temperature=0.9, seed=5, repetition_penalty=1.2)]
 
@@ -161,3 +163,18 @@ async def test_smaller_wires_go_through_a_door(tiny_model, wire):
     expected = await generate(local)
     async with model.door() as door:
         assert await generate(model.pipeline(door, max_body_bytes=1000)) == expected
+
+
+@pytest.mark.slow
+async def test_smollm2_says_behind_a_door_what_it_says_in_one_process(smollm2_dir):
+    model = Model(smollm2_dir)
+    limits = Limits(1, 256, chunk_tokens=64)
+    prompt = tuple(range(1000, 1100))
+    core = StageCore(model.whole(), limits.for_session(model.codec))
+    expected = await generate(LocalPipeline([core]), prompt=prompt, num_tokens=64, limits=limits)
+    async with model.door(max_seq_len=256) as door, model.door(max_seq_len=256) as other:
+        wire = Restarting([door, other], {20})
+        pipeline = model.pipeline(wire)
+        found = await generate(pipeline, prompt=prompt, num_tokens=64, limits=limits)
+    assert found == expected
+    assert pipeline.stats.num_failovers == 1
