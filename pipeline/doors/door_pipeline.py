@@ -98,7 +98,8 @@ class _Patience:
             if isinstance(error, SessionError):
                 raise error
             raise SessionError(f"the door refuses: {error}") from error
-        logger.debug("event=door_waiting error=%s", error)
+        level = logging.INFO if self._pause == FIRST_PAUSE_SECONDS else logging.DEBUG
+        logger.log(level, "event=door_waiting error=%s", error)
         await trio.sleep(self._pause)
         self._pause = min(2 * self._pause, LAST_PAUSE_SECONDS)
 

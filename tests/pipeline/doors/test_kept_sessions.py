@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import trio
 
-from pipeline.doors.kept_state import SAVE_POSITIONS, KeptMark, parse_mark
+from pipeline.doors.kept_state import SAVE_POSITIONS, STORE_SECONDS, KeptMark, parse_mark
 from pipeline.doors.messages import DoorFault
 from pipeline.errors import MessageError, StoreError
 from pipeline.protocol.stored_state import Mark
@@ -157,6 +157,17 @@ async def test_a_store_that_fails_costs_no_step(model, store, how, autojump_cloc
 
     async with Breaking(lambda: model.door(store=store), {12, 35}) as doors:
         assert await generate(model.pipeline(doors), num_tokens=40) == await expected(model)
+
+
+async def test_a_store_that_hangs_is_waited_for_ever_less(model, store, autojump_clock):
+    store.is_slow = True
+    async with model.door(store=store) as door:
+        pipeline = model.pipeline(door)
+        await generate(pipeline, num_tokens=60)
+        assert trio.current_time() < 1 + 4 * STORE_SECONDS
+        store.is_slow = False
+        await generate(pipeline, num_tokens=60)  # which takes back all, and is soon stored again
+        assert len(store.written) >= 60 // SAVE_POSITIONS
 
 
 async def test_a_store_that_is_emptied_is_filled_again(model, store):
