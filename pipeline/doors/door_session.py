@@ -36,7 +36,7 @@ class SessionName:
     @classmethod
     def of(cls, name: str, secret: bytes) -> "SessionName":
         """Of a name and a secret of its user; who has only the one learns nothing of the other."""
-        own = derive(secret, b"session " + name.encode())
+        own = derive(secret, b"session " + os.fsencode(name))  # as it came from a command line
         return cls(derive(own, b"id")[:_ID_BYTES].hex(), derive(own, b"owner"))
 
     @classmethod

@@ -12,8 +12,7 @@ from pipeline.errors import MessageError, StoreError
 from pipeline.protocol.stored_state import Mark
 from pipeline.sessions.kv_store import StoreLimits
 from pipeline.sessions.store_url import open_store
-from tests.pipeline.doors.rig import PROMPT, Wire, generate, model
-from tests.pipeline.doors.test_handler import refused
+from tests.pipeline.doors.rig import PROMPT, Wire, generate, model, refused
 
 __all__ = ["model"]
 
