@@ -222,8 +222,8 @@ class DoorHandler:
         assert session.kept is not None, "there is a store"
         try:
             kept = parse_mark(mark)
-            if kept is None or kept.mark.position != position:
-                raise DoorError(DoorFault.INVALID, "the mark is not of the step's position")
+            if kept is None or kept.mark.position < position:
+                raise DoorError(DoorFault.INVALID, "the step is behind what its mark is of")
             await session.kept.load(kept, partial(self._cache.restore, session.slot))
         except MessageError as error:
             raise DoorError(DoorFault.INVALID, str(error)) from error

@@ -115,8 +115,19 @@ class Model:
         )
         return self.codec.encode(rows)
 
-    def pipeline(self, door, *, patience=5.0, max_body_bytes=1 << 20, name="chat", noise=None):
-        options = DoorOptions(SessionName.of(name, SECRET), self.policy, patience, max_body_bytes)
+    def pipeline(
+        self,
+        door,
+        *,
+        patience=5.0,
+        max_body_bytes=1 << 20,
+        name="chat",
+        noise=None,
+        remembered=None,
+    ):
+        options = DoorOptions(
+            SessionName.of(name, SECRET), self.policy, patience, max_body_bytes, remembered
+        )
         return DoorPipeline(door, options, ClientEnds(self.own_part, self.codec, noise), self.codec)
 
 
