@@ -14,6 +14,7 @@ from pipeline.agreement.manifest import (
 )
 from pipeline.agreement.trust_policy import create_identity
 from pipeline.cli import attest, stego
+from pipeline.cli.door import DoorFlags, door_flags
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.generate import GenerateFlags, generate
 from pipeline.cli.leakage import leakage_command
@@ -49,11 +50,12 @@ app.add_typer(stego.app, name="stego")
 
 
 @app.callback(invoke_without_command=True)
-@takes_flags(sampling=sampling_flags, shared=pipeline_flags)
+@takes_flags(sampling=sampling_flags, shared=pipeline_flags, door=door_flags)
 def generate_command(
     ctx: typer.Context,
     sampling: SamplingParams,
     shared: PipelineFlags,
+    door: DoorFlags | None,
     manifest: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Manifest all parties share (JSON).")
     ] = None,
@@ -114,6 +116,7 @@ def generate_command(
             ignore_eos=ignore_eos,
             latency_out=latency_out,
             sampling=sampling,
+            door=door,
         ),
         shared,
     )

@@ -17,6 +17,7 @@ import trio
 
 from pipeline.codecs.privacy_budget import PrivacyBudget
 from pipeline.engine.generation import Generation, TokenOutput
+from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.engine.step_runner import RunnerStats, StepRunner
@@ -53,6 +54,11 @@ class EngineStats:
     recovery_seconds: float = 0.0
     # Where the ends of the model are held here, what steps have cost here, by part, nanoseconds.
     home_times: Mapping[str, int] = field(default_factory=dict)
+    # Slots that hold what nobody owns, requests that went on from such or from another's slot, and
+    # the tokens of theirs that were so not computed.
+    num_idle_prefixes: int = 0
+    num_prefix_hits: int = 0
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +118,21 @@ class TokenStream(trio.abc.ReceiveChannel[TokenOutput]):
 class PipelineEngine:
     """Requests on one side, a pipeline on the other; they advance while `run` is running."""
 
-    def __init__(self, limits: Limits, budget: PrivacyBudget | None = None) -> None:
-        """`budget`: what may be told of all requests together, where that is bounded."""
+    def __init__(
+        self,
+        limits: Limits,
+        budget: PrivacyBudget | None = None,
+        prefixes: PrefixOptions = NO_PREFIXES,
+    ) -> None:
+        """`budget`: what may be told of all requests together, where that is bounded.
+
+        `prefixes`: what of ended requests may stay on the stages, once `allow_reuse` has been
+        called; with a budget nothing does, for noise is bound to the request that a row is of.
+        """
         self._budget = budget
         self.failure: SessionError | None = None
-        self.scheduler = Scheduler(limits, self._give_up)
+        kept = NO_PREFIXES if budget else prefixes
+        self.scheduler = Scheduler(limits, self._give_up, kept, trio.current_time)
         self._runner: StepRunner | None = None
         self._live: dict[int, _Live] = {}
         # What has come and its requests have not heard yet.
@@ -147,7 +163,14 @@ class PipelineEngine:
             num_handshakes=runner.num_handshakes,
             recovery_seconds=runner.recovery_seconds,
             home_times=dict(self._home_times),
+            num_idle_prefixes=len(self.scheduler.admission.idle),
+            num_prefix_hits=self.scheduler.admission.num_hits,
+            num_cached_tokens=self.scheduler.admission.num_cached_tokens,
         )
+
+    def allow_reuse(self, is_row_exact: bool) -> None:
+        """Let requests go on from what others have left, if the stages say that rows are exact."""
+        self.scheduler.admission.allow_reuse(is_row_exact)
 
     async def run(self, pipeline: StepRunner) -> NoReturn:
         """Serve requests on `pipeline` until it fails, or this is cancelled because it has.
@@ -158,7 +181,8 @@ class PipelineEngine:
         while True:
             await self.drain(pipeline)
             self._has_work = trio.Event()
-            await self._has_work.wait()
+            with trio.move_on_at(self.scheduler.admission.idle.next_expiry):
+                await self._has_work.wait()
 
     async def drain(self, pipeline: StepRunner) -> None:
         """Run until no request is left; else as `run`.
@@ -169,6 +193,7 @@ class PipelineEngine:
         self._runner = pipeline
         scheduler = self.scheduler
         try:
+            scheduler.admission.expire()
             while scheduler.has_work:
                 while (step := scheduler.next_step()) is not None:
                     self._last_batch = len(step.header.segments)
@@ -176,6 +201,7 @@ class PipelineEngine:
                         await pipeline.notify(notices)
                     await pipeline.send(step)
                 self._hand_out()
+                scheduler.admission.expire()
                 # A step that is promised is sent even if nobody pays for its row.
                 pipeline.prepare(None if self._budget else scheduler.follow_up())
                 self._take(await pipeline.receive())
@@ -208,6 +234,7 @@ class PipelineEngine:
             generation.eos_token_ids,
             want,
             sampler.next_draw if sampler and want.result is Result.DRAWN else None,
+            generation.salt,
         )
         self.scheduler.submit(request)
         if self._budget is not None:
@@ -264,7 +291,9 @@ class PipelineEngine:
         token_ids = [choice.token_id for choice in choices.values()]
         for event in self.scheduler.complete(result.header, token_ids):
             choice = choices[event.request_id]
-            output = TokenOutput(*choice, event.finish, result.header.timings, times)
+            output = TokenOutput(
+                *choice, event.finish, result.header.timings, times, event.num_cached
+            )
             self._outputs.append((event.request_id, output))
             if self._budget is not None and event.finish is None:
                 self._spend_token(self._budget, event.request_id)

@@ -24,7 +24,9 @@ class Generation:
 
     `processors` are anyone's own code, applied to the logits in this order on the user's side, and
     so are `masks` and what `chooser` makes for this request, in the place of `sampling`'s.
-    `request_id` is the caller's name for it in logs. `vocab_size`: token ids the model has, so that
+    `request_id` is the caller's name for it in logs. `salt`: whose text it is; it goes on from what
+    requests of the same salt have left on the stages, and leaves its own to them; None: neither.
+    `vocab_size`: token ids the model has, so that
     the last stage can be told which are allowed; 0 if that is not known. Raises InputError if what
     `sampling` wants cannot be had of so few tokens.
     """
@@ -38,6 +40,7 @@ class Generation:
     chooser: ChooserFactory | None = None
     request_id: str = ""
     vocab_size: int = 0
+    salt: bytes | None = None
 
     def __post_init__(self) -> None:
         """Check what the parameters alone cannot."""
@@ -85,6 +88,8 @@ class TokenOutput:
     timings: tuple[StageTiming, ...] = ()
     # And what it cost here, if the ends of the model are held here.
     home_times: Times | None = None
+    # Tokens of the prompt that were not computed for this request, since a slot held them.
+    num_cached: int = 0
 
 
 class Engine(Protocol):

@@ -1,6 +1,6 @@
 """A request on its way from prompt to last token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -28,9 +28,12 @@ class Request:
     # What its next token is made of, and how it is drawn where the last stage draws it.
     want: Want = Want.TOKEN
     next_draw: Callable[[], Draw] | None = None
+    # Whose text it is: what it leaves in its slot is there for requests of the same salt, and no
+    # other. None: for nobody.
+    salt: bytes | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RequestState:
     """A request that owns a KV slot; the scheduler alone changes it."""
 
@@ -42,6 +45,11 @@ class RequestState:
     token_ids: list[int] = field(default_factory=list)
     # The steps they went in.
     pieces: list[SlotPart] = field(default_factory=list)
+    # Tokens of the prompt that were in the slot before any of it was computed for this request.
+    num_cached: int = 0
+    # Whose first `num_led` tokens are to be copied once they have been sent: nothing goes before.
+    leader: "RequestState | None" = None
+    num_led: int = 0
 
     @property
     def num_known(self) -> int:
@@ -72,6 +80,20 @@ class RequestState:
         self.num_sent += piece.num_tokens
         self.pieces.append(piece)
 
+    def hold(self, pieces: Collection[SlotPart], length: int) -> None:
+        """Begin with `length` tokens, which the slot holds; these are the steps they went in."""
+        self.pieces = list(pieces)
+        truncate(self.pieces, length)
+        self.num_sent = self.num_cached = length
+
+    def unsend_since(self, step: int) -> bool:
+        """Take back all that travelled in that step or a later one; whether there is any."""
+        lost = [piece for piece in self.pieces if piece.step >= step]
+        if lost:
+            self.unsend(self.num_sent - lost[0].position)
+        self.num_cached = min(self.num_cached, self.num_sent)
+        return bool(lost)
+
     def unsend(self, num_tokens: int) -> None:
         """Take back the last so many: their step is lost, or is to be forgotten by the stages."""
         self.num_sent -= num_tokens
@@ -86,3 +108,5 @@ class TokenEvent:
     token_id: int
     step: int
     finish: FinishReason | None
+    # Of its request's prompt.
+    num_cached: int = 0

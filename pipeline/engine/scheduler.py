@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.codecs.base import ActivationCodec
+from pipeline.engine.admission import Admission
+from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.prefill_chunks import cut_prompts
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
-from pipeline.engine.slots import Slots
 from pipeline.engine.step import FollowUp, Notice, Promise, Step
 from pipeline.errors import MessageError, PromptError
 from pipeline.protocol.batch import Segment
@@ -62,10 +63,16 @@ class Scheduler:
     behind. A step that comes back smaller than its share is filled up from the others.
     """
 
-    def __init__(self, limits: Limits, on_give_up: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        on_give_up: Callable[[int], None] | None = None,
+        prefixes: PrefixOptions = NO_PREFIXES,
+        clock: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         """`on_give_up` hears of requests that broke the stages whenever they were tried.
 
-        Without it none is given up.
+        Without it none is given up. `clock`: what idle `prefixes` expire by, seconds.
         """
         self.limits = limits
         self.num_given_up = 0
@@ -75,7 +82,8 @@ class Scheduler:
         # In order of arrival; ordered, so that taking the first and leaving cost the same for all.
         self._waiting: OrderedDict[int, RequestState] = OrderedDict()
         self._running: dict[int, RequestState] = {}
-        self._slots = Slots(limits.num_slots)
+        self.admission = Admission(limits.num_slots, limits.max_seq_len, prefixes, clock)
+        self._slots = self.admission.slots
         self._in_flight: deque[Step] = deque()
         self._next_step = 0
         self._promise = Promise()
@@ -113,7 +121,7 @@ class Scheduler:
         self._waiting.pop(request_id, None)
         state = self._running.pop(request_id, None)
         if state is not None:
-            self._slots.end(state.slot)
+            self.admission.leave(state, has_more=self._promise.is_given)
             self._notices.append(Abort(request_id=request_id))
         del self._losses[request_id]  # a Counter does not mind one it has not
 
@@ -125,8 +133,9 @@ class Scheduler:
         forgotten.
         """
         state = self._running[request_id]
-        slots = {segment.slot for step in self._in_flight for segment in step.header.segments}
-        is_under_way = state.slot in slots or self._promise.is_given
+        is_under_way = self._promise.is_given or any(
+            request_id in step.requests for step in self._in_flight
+        )
         if not 0 <= length <= state.num_sent or is_under_way:
             raise ValueError(
                 f"request {request_id} cannot keep {length} of {state.num_sent} tokens now"
@@ -141,28 +150,24 @@ class Scheduler:
         Those of steps whose result has come back, that is: no other token has been sampled, so
         nothing is sampled twice. The caller clears every other slot on every stage.
         """
-        by_slot = {state.slot: state for state in self._running.values()}
-        lost = set()
-        for step in self._in_flight:
-            for segment in step.header.segments:
-                # A slot gets its next owner once it has been freed: this is its owner's.
-                if segment.slot in by_slot and segment.num_tokens:
-                    by_slot[segment.slot].unsend(segment.num_tokens)
-                    lost.add(segment.slot)
+        by_slot = self._by_slot()
+        # What came before it has come back. A slot may hold what another request has sent there.
+        first = self._in_flight[0].header.step if self._in_flight else self._next_step
+        lost = [slot for slot, state in by_slot.items() if state.unsend_since(first)]
         self._in_flight.clear()
         self._promise.void()
         for slot in lost:
             if self._is_given_up(by_slot[slot].request.request_id):
                 del by_slot[slot]
-        self._slots.rewind(by_slot)
+        self.admission.rewind(by_slot)
         slots = range(self.limits.num_slots)
         return [by_slot[slot].num_sent if slot in by_slot else 0 for slot in slots]
 
     def replay(self, until: int) -> Iterator[Step]:
         """The steps of all certain tokens once more, for stages 0 to `until`. After `rewind`."""
-        by_slot = {state.slot: state for state in self._running.values()}
+        by_slot = self._by_slot()
         pieces = {slot: tuple(state.pieces) for slot, state in by_slot.items()}
-        for header in replay_headers(pieces, until):
+        for header in replay_headers(pieces, until, self.limits.max_step_tokens):
             token_ids = tuple(
                 token_id
                 for each in header.segments
@@ -177,7 +182,10 @@ class Scheduler:
         """The next step to send, or None when all that is known is under way, or must wait."""
         if self._promise.open is not None:
             return None  # it may have been sent: nothing goes before it
-        step = self._promised_step() or self._truncate_step() or self._token_step()
+        step = self._promised_step()
+        if step is None:
+            self._admit()
+            step = self.admission.next_step(self._next_step, self._by_slot()) or self._token_step()
         if step is not None:
             self._in_flight.append(step)
             self._next_step += 1
@@ -249,17 +257,8 @@ class Scheduler:
             state.sent(SlotPart(step.header.step, 0, state.num_sent, 1))
         return step
 
-    def _truncate_step(self) -> Step | None:
-        if not self._slots.is_dirty:
-            return None
-        segments, freed = self._slots.truncate()
-        wants = (Want.NOTHING,) * len(segments)
-        header = StepHeader(StepKind.TRUNCATE, self._next_step, segments, wants)
-        return Step(header, (), (), freed=freed)
-
     def _token_step(self) -> Step | None:
         """A step of the requests that have waited longest, if a stage has nothing to do."""
-        self._admit()
         num_under_way = sum(step.header.kind is StepKind.STEP for step in self._in_flight)
         num_idle = self.limits.num_stages - num_under_way
         if num_idle <= 0:
@@ -291,11 +290,15 @@ class Scheduler:
         return Step(header, tuple(token_ids), tuple(owners), is_decoding, asked, requests=requests)
 
     def _admit(self) -> None:
-        while self._waiting and self._slots.has_free:
+        while self._waiting and self.admission.has_room:
             request_id, state = self._waiting.popitem(last=False)
-            state.slot = self._slots.take()
+            self.admission.admit(state, self._running.values())
             self._running[request_id] = state
             self._notices.append(Start(request_id=request_id, slot=state.slot))
+        self.admission.follow(self._running.values())
+
+    def _by_slot(self) -> dict[int, RequestState]:
+        return {state.slot: state for state in self._running.values()}
 
     def _next_parts(self, num_idle: int) -> list[tuple[RequestState, int]]:
         """Who takes part in the next step, with at most how many tokens."""
@@ -303,7 +306,8 @@ class Scheduler:
             if num_losses >= SUSPECT_LOSSES:
                 alone = [(self._running[request_id], self.limits.chunk_tokens)]
                 return alone if num_idle == self.limits.num_stages else []
-        left = [state for state in self._running.values() if state.num_prompt_left]
+        running = self._running.values()
+        left = [state for state in running if state.num_prompt_left and state.leader is None]
         return [*self._decoding(), *cut_prompts(left, num_idle, self.limits.chunk_tokens)]
 
     def _decoding(self) -> list[tuple[RequestState, int]]:
@@ -332,10 +336,8 @@ class Scheduler:
 
     def _clear_of_suspicion(self, step: Step) -> None:
         """The requests of a step that came back are not what breaks the stages."""
-        slots = {segment.slot for segment in step.header.segments}
-        for state in self._running.values():
-            if state.slot in slots:
-                del self._losses[state.request.request_id]
+        for request_id in step.requests:
+            del self._losses[request_id]  # a Counter does not mind one it has not
 
     def _advance(self, request_id: int, token_id: int, step: int) -> TokenEvent:
         state = self._running.pop(request_id)
@@ -351,6 +353,6 @@ class Scheduler:
         if finish is None:
             self._running[request_id] = state  # behind those that have waited longer
         else:
-            self._slots.end(state.slot)
+            self.admission.leave(state)
             self._notices.append(Done(request_id=request_id))
-        return TokenEvent(request_id, token_id, step, finish)
+        return TokenEvent(request_id, token_id, step, finish, state.num_cached)

@@ -91,6 +91,17 @@ class KVCache:
         written = self.ledger.truncate(slot, length)
         self.storage.zero(slot, length, written)
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give an empty slot the first `length` tokens of another, where they are.
+
+        Raises MessageError when the one holds fewer, or the other any.
+        """
+        self.ledger.check_range(source, range(length))
+        batch = (Segment(target, 0, length),)
+        self.ledger.reserve(batch)
+        self.storage.copy(source, target, length)
+        self.ledger.advance(batch)
+
     def clear(self, slots: Sequence[int] | None = None) -> None:
         """Forget `slots` (all by default): all that was ever written there is zeroed.
 

@@ -138,6 +138,18 @@ class KVStorage:
             put(keys, layer.keys, KEY_ORDER)
             put(values, layer.values, VALUE_ORDER)
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Put the first `length` positions of one slot at those of another, which is all zero."""
+        block = self._key_block
+        for each in (*self.keys, *self.values):
+            if block == 1:
+                each[target, :, :length] = each[source, :, :length]
+            else:
+                num_blocks = -(-length // block)
+                each[target, :num_blocks] = each[source, :num_blocks]
+        # The last block may hold more of the source.
+        self.zero(target, length, _round_up(length, block))
+
     def zero(self, slot: int, first: int, last: int) -> None:
         """Zero positions first..last of a slot; whatever shares the last block is unused."""
         block = self._key_block

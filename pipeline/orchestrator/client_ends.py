@@ -18,7 +18,7 @@ from pipeline.errors import InputError, MessageError
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.result_kinds import Result, Want
-from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.step_header import StepHeader
 from pipeline.protocol.step_limits import CLEAR_SENTINEL
 from pipeline.protocol.step_results import StepResult, step_result
 from pipeline.stage.last_stage import step_results
@@ -43,12 +43,17 @@ class ClientEnds:
         self._watch = Stopwatch()
         self._head = _TimedHead(shard, self._watch)
 
+    @property
+    def vocab_size(self) -> int:
+        """Of the model."""
+        return self._shard.config.vocab_size
+
     def begin(self, step: Step) -> tuple[StepHeader, tuple[Tensor, ...]]:
         """Embedded rows. Raises InputError for ids that the model has no row for."""
         header = _in_rows(step.header)
-        if header.kind is StepKind.TRUNCATE:
+        if not header.carries_tokens:
             return header, (CLEAR_SENTINEL,)
-        vocab_size = self._shard.config.vocab_size
+        vocab_size = self.vocab_size
         if max((*step.token_ids, *step.asked.token_ids)) >= vocab_size:
             raise InputError(
                 f"a token id is outside the vocabulary of {vocab_size}; "
@@ -80,7 +85,7 @@ class ClientEnds:
                 f"the last stage answered something else than step {step.header.step}"
             )
         asked = step.header._replace(timings=header.timings)
-        if asked.kind is StepKind.TRUNCATE:
+        if not asked.carries_tokens:
             return step_result(asked, tensors)
         self._watch.start()
         rows = step_result(header, tensors).hidden

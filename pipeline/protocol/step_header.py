@@ -11,7 +11,7 @@ from pipeline.protocol.batch import Segment
 from pipeline.protocol.result_kinds import Want, want_from_wire
 
 # Of control messages and step headers.
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_SEGMENTS = 1024
 
 
@@ -24,6 +24,9 @@ class StepKind(IntEnum):
     TRUNCATE = 2
     # A step of before, for stages that have replaced lost ones: rebuilds KV state, has no result.
     REPLAY = 3
+    # With such a tensor as well: segments in pairs. The first tokens of one slot, whose keys and
+    # values are copied, and those of another, which holds nothing yet.
+    COPY = 4
 
 
 # Tuples: they are made for every token, in a third of a frozen dataclass's time.
@@ -47,8 +50,13 @@ class StepHeader(NamedTuple):
     until: int = 0
 
     @property
+    def carries_tokens(self) -> bool:
+        """Whether rows travel with it; what only moves state has a tensor of shape [0]."""
+        return self.kind is StepKind.STEP or self.kind is StepKind.REPLAY
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens in this step: the leading dimension of its tensor."""
+        """Tokens that its segments name: of a step that carries them the rows of its tensor."""
         return sum(segment.num_tokens for segment in self.segments)
 
     def with_timing(self, timing: StageTiming) -> "StepHeader":

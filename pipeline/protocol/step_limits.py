@@ -78,6 +78,9 @@ def token_specs(num_tokens: int) -> tuple[TensorSpec, ...]:
 def check_header(header: StepHeader, limits: SessionLimits) -> None:
     """Refuse a step of slots, positions or sizes there is no room for. Raises MessageError."""
     kind, step, segments, wants, _, _ = header
+    if kind is StepKind.COPY:
+        _check_copies(header, limits)
+        return
     if not segments:
         raise MessageError(f"step {step} has no segments")
     if len({slot for slot, _, _ in segments}) != len(segments):
@@ -100,6 +103,26 @@ def check_header(header: StepHeader, limits: SessionLimits) -> None:
     has_own_wants = kind is not StepKind.STEP or wants.count(Want.TOKEN) != len(wants)
     if has_own_wants or limits.has_client_ends:  # else as most are
         _check_wants(header, limits)
+
+
+def _check_copies(header: StepHeader, limits: SessionLimits) -> None:
+    step, segments = header.step, header.segments
+    if not segments or len(segments) % 2 or any(header.wants):
+        raise MessageError(f"step {step} copies {len(segments)} segments, or wants a result")
+    targets = {target.slot for target in segments[1::2]}
+    for source, target in zip(segments[::2], segments[1::2], strict=True):
+        if max(source.slot, target.slot) >= limits.num_slots or source.slot == target.slot:
+            raise MessageError(
+                f"step {step} copies slot {source.slot} to {target.slot} of {limits.num_slots}"
+            )
+        is_same = source.num_tokens == target.num_tokens and not source.position | target.position
+        if not is_same or not 0 < source.num_tokens <= limits.max_seq_len:
+            raise MessageError(
+                f"step {step} copies {source.num_tokens} tokens at position {source.position} as "
+                f"{target.num_tokens} at {target.position}, the context is {limits.max_seq_len}"
+            )
+    if len(targets) != len(segments) // 2:
+        raise MessageError(f"step {step} copies to a slot twice")
 
 
 def _check_wants(header: StepHeader, limits: SessionLimits) -> None:
@@ -135,7 +158,7 @@ def expected_inputs(
     declared: Sequence[TensorSpec] = (),
 ) -> tuple[TensorSpec, ...]:
     """The tensors a stage takes with this header; of those `declared`, draws have many sizes."""
-    if header.kind is StepKind.TRUNCATE:
+    if not header.carries_tokens:
         return (CLEAR_SPEC,)
     num_tokens = header.num_tokens
     takes_ids = is_first and not limits.has_client_ends
@@ -154,7 +177,7 @@ def step_tensors(
     header: StepHeader, token_ids: Sequence[int], asked: Asked = NOTHING_ASKED
 ) -> tuple[Tensor, ...]:
     """What goes to the first stage with a header."""
-    if header.kind is StepKind.TRUNCATE:
+    if not header.carries_tokens:
         return (CLEAR_SENTINEL,)
     return (token_ids_to_wire(token_ids), *asked_to_wire(asked))
 

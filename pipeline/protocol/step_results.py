@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from pipeline.dtypes import Floats
 from pipeline.protocol.result_kinds import Result, Want
-from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.step_header import StepHeader
 from pipeline.protocol.step_limits import (
     CLEAR_SPEC,
     MAX_LOGPROBS,
@@ -53,9 +53,9 @@ def expected_results(
     """The tensors the last stage returns for a step, in this order, those of no size left out.
 
     Tokens are always there: U32 [tokens], F32 [rows, vocab], F32 [rows, hidden], F32
-    [log-probabilities], U32 [most likely ids]. A step that takes back returns its sentinel.
+    [log-probabilities], U32 [most likely ids]. A step without tokens returns its sentinel.
     """
-    if header.kind is StepKind.TRUNCATE:
+    if not header.carries_tokens:
         return (CLEAR_SPEC,)
     wants = header.wants
     if all(want == Want.TOKEN for want in wants):

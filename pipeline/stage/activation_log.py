@@ -52,9 +52,22 @@ class ActivationLog:
         self.clear(range(len(self._pieces)))
         self._rows = np.empty((0, 0, 0), dtype=np.float32)
 
-    def replay(self, until: int) -> Iterator[tuple[StepHeader, npt.NDArray[np.float32]]]:
-        """All that is kept, as steps for the stages behind, up to `until`: [rows, hidden] each."""
-        for header in replay_headers(dict(enumerate(self._pieces)), until):
+    def copy(self, step: int, source: int, target: int, length: int) -> None:
+        """Keep of an empty slot what is kept of the first `length` tokens of another.
+
+        It is replayed as a step of its own: whoever has it copied no longer needs the other.
+        """
+        self._rows[target, :length] = self._rows[source, :length]
+        self._pieces[target] = [SlotPart(step, target, 0, length)]
+
+    def replay(
+        self, until: int, max_tokens: int
+    ) -> Iterator[tuple[StepHeader, npt.NDArray[np.float32]]]:
+        """All that is kept, as steps for the stages behind, up to `until`: [rows, hidden] each.
+
+        A step takes `max_tokens` at most.
+        """
+        for header in replay_headers(dict(enumerate(self._pieces)), until, max_tokens):
             rows = [
                 self._rows[segment.slot, segment.position : segment.position + segment.num_tokens]
                 for segment in header.segments

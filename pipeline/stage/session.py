@@ -159,7 +159,7 @@ class StageSession:
             num_threads=setup.num_threads,
             device=setup.device,
             keeps_activations=self._core.log is not None,
-            is_row_exact=setup.shard.kernels.is_row_exact,
+            is_row_exact=setup.shard.is_row_exact,
         )
 
     async def _serve_control(self) -> None:

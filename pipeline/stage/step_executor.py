@@ -116,6 +116,9 @@ class StageCore:
             for slot, position, _ in header.segments:
                 self._truncate(slot, position)
             return (CLEAR_SENTINEL,)
+        if header.kind is StepKind.COPY:
+            self._copy(header)
+            return (CLEAR_SENTINEL,)
         tensors, behind = tensors[: self._num_row_tensors], tensors[self._num_row_tensors :]
         asked = NOTHING_ASKED
         if behind and self.shard.is_last:
@@ -149,7 +152,7 @@ class StageCore:
         if self.log is None:
             raise MessageError("this stage keeps no activations that it could replay")
         self.keep()
-        for header, hidden in self.log.replay(until):
+        for header, hidden in self.log.replay(until, self.limits.max_step_tokens):
             yield header, self._codec.encode(hidden)
 
     def release(self) -> None:
@@ -165,6 +168,12 @@ class StageCore:
         self.cache.truncate(slot, length)
         if self.log is not None:
             self.log.truncate(slot, length)
+
+    def _copy(self, header: StepHeader) -> None:
+        for source, target in zip(header.segments[::2], header.segments[1::2], strict=True):
+            self.cache.copy(source.slot, target.slot, target.num_tokens)
+            if self.log is not None:
+                self.log.copy(header.step, source.slot, target.slot, target.num_tokens)
 
     def _is_decoding(self, header: StepHeader) -> bool:
         """Whether it is a step for `decode`, which has no rows to return from before the head."""

@@ -56,6 +56,13 @@ class Stage:
     def take(self, step):
         """The tokens a last stage would return."""
         results, offset = [], 0
+        if step.header.kind is StepKind.COPY:
+            pairs = zip(step.header.segments[::2], step.header.segments[1::2], strict=True)
+            for source, target in pairs:
+                assert not self.slots.get(target.slot), "a copy goes to an empty slot"
+                assert len(self.slots[source.slot]) >= source.num_tokens, "there is so much"
+                self.slots[target.slot] = self.slots[source.slot][: source.num_tokens]
+            return results
         for segment, want in zip(step.header.segments, step.header.wants, strict=True):
             seen = self.slots.setdefault(segment.slot, [])
             if step.header.kind is StepKind.TRUNCATE:

@@ -20,7 +20,7 @@ def rows(*numbers):
 def replayed(log):
     return [
         (header.step, [tuple(vars_of(each)) for each in header.segments], hidden[:, 0].tolist())
-        for header, hidden in log.replay(2)
+        for header, hidden in log.replay(2, 64)
     ]
 
 
@@ -41,7 +41,7 @@ def test_what_was_sent_comes_back_in_the_same_steps(log):
         (6, [(0, 2, 1)], [3]),
         (8, [(0, 3, 1), (2, 1, 2)], [4, 11, 12]),
     ]
-    headers = [header for header, _ in log.replay(2)]
+    headers = [header for header, _ in log.replay(2, 64)]
     assert all(header.kind is StepKind.REPLAY and header.until == 2 for header in headers)
     assert all(not any(header.wants) for header in headers)
 

@@ -145,7 +145,7 @@ async def run_both(stages, number, *segments, tensors=None, **fields):
     assert straight.cache.lengths == ordinary.cache.lengths
     if straight.log is not None:
         replayed = [
-            [(header, np.asarray(kept).tobytes()) for header, kept in core.log.replay(2)]
+            [(header, np.asarray(kept).tobytes()) for header, kept in core.log.replay(2, 64)]
             for core in (straight, ordinary)
         ]
         assert replayed[0] == replayed[1]

@@ -80,8 +80,8 @@ def test_two_stages_that_catch_up_hold_what_the_lost_ones_held(shards, seed):
     assert last == header
     assert [bytes(t.data) for t in results] == [bytes(t.data) for t in expected]
     assert third.cache.lengths == second.cache.lengths == lost[0].cache.lengths
-    assert [h.segments for h, _ in second.log.replay(2)] == [
-        h.segments for h, _ in lost[0].log.replay(2)
+    assert [h.segments for h, _ in second.log.replay(2, 64)] == [
+        h.segments for h, _ in lost[0].log.replay(2, 64)
     ]
     if shards[0].kernels.is_row_exact:
         assert len(num_forwards) < len(steps)

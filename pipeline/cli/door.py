@@ -1,0 +1,169 @@
+"""Layers behind a door: the flags that name it, and the pipeline that they open."""
+
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import trio
+import typer
+
+from pipeline.agreement.manifest import Manifest
+from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, attested_verifier
+from pipeline.cli.pipeline_flags import ManifestSource, PipelineFlags, mode_of
+from pipeline.cli.secret_file import SECRET_BYTES, load_secret
+from pipeline.errors import InputError
+from pipeline.leakage.cards import require_card
+from pipeline.protocol.peer_connections import GOODBYE_SECONDS
+from transport.attestation.dev_authority import default_directory
+from transport.attestation.interfaces import Verifier
+from transport.handshake import Role, RoleKind
+
+if TYPE_CHECKING:  # numpy's and the kernels' time
+    from pipeline.doors.door_pipeline import DoorPipeline
+    from pipeline.doors.door_session import SessionName
+    from pipeline.orchestrator.client_ends import ClientEnds
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DoorFlags:
+    """Which door, which session, and what the door's transport asks for."""
+
+    url: str
+    session: str | None
+    secret_file: Path | None
+    ca_file: Path | None
+    key_file: Path | None
+
+
+def door_flags(
+    door: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Layers behind a door: grpcs, https or runpod://."),
+    ] = None,
+    session: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The door's session [one of its own].")
+    ] = None,
+    secret_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What makes the session yours; made if need be."),
+    ] = None,
+    door_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Who signs the door's TLS [the system's].")
+    ] = None,
+    door_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Bearer key of the door's HTTP service.")
+    ] = None,
+) -> DoorFlags | None:
+    """What the command line says; None for no door. Raises InputError."""
+    if (session is None) != (secret_file is None):
+        raise InputError("--session and --secret-file go together: a name, and what makes it yours")
+    if door is None:
+        own = {"--session": session, "--door-ca": door_ca, "--door-key-file": door_key_file}
+        for flag, value in own.items():
+            if value is not None:
+                raise InputError(f"{flag} is for layers behind a door; give --door too")
+        return None
+    return DoorFlags(door, session, secret_file, door_ca, door_key_file)
+
+
+@dataclass(frozen=True, slots=True)
+class DoorAccess:
+    """How to reach the layers of a manifest behind a door."""
+
+    manifest: Manifest
+    flags: DoorFlags
+    shared: PipelineFlags
+    verifier: Verifier
+    name: "SessionName"
+    ends: "ClientEnds"
+    bearer_key: str | None
+
+    @classmethod
+    def create(
+        cls, source: ManifestSource, flags: DoorFlags, shared: PipelineFlags
+    ) -> "DoorAccess":
+        """Check the flags and the protection the manifest gives. Raises InputError."""
+        from pipeline.cli.client_part import load_client_ends
+        from pipeline.doors.dial import load_bearer_key
+
+        manifest = source.manifest
+        require_card(mode_of(manifest))
+        _check(manifest, shared)
+        verifier = _verifier(manifest, dev=shared.is_dev)
+        name = _session_name(flags)
+        bearer_key = load_bearer_key(flags.key_file, os.environ)
+        ends = load_client_ends(manifest, shared.client_part or source.client_dir, shared.workers)
+        return cls(manifest, flags, shared, verifier, name, ends, bearer_key)
+
+    async def run(self, work: Callable[["DoorPipeline"], Awaitable[None]]) -> None:
+        """Do `work` on the layers behind the door. Raises SessionError, InputError."""
+        from pipeline.doors.dial import connect
+        from pipeline.doors.door_pipeline import DoorOptions, DoorPipeline
+        from pipeline.doors.door_session import DoorPolicy
+
+        policy = DoorPolicy(self.manifest.core_hash(), (self.verifier,))
+        async with connect(
+            self.flags.url,
+            is_dev=self.shared.is_dev,
+            ca_file=self.flags.ca_file,
+            bearer_key=self.bearer_key,
+        ) as door:
+            options = DoorOptions(
+                self.name, policy, self.shared.connect_seconds, door.max_body_bytes
+            )
+            codec = self.manifest.activation_spec.codec
+            pipeline = DoorPipeline(door, options, self.ends, codec)
+            try:
+                await work(pipeline)
+            finally:
+                if self.flags.session is None:
+                    with trio.move_on_after(GOODBYE_SECONDS, shield=True):
+                        await pipeline.end()
+
+
+def _check(manifest: Manifest, shared: PipelineFlags) -> None:
+    if not manifest.has_client_ends or len(manifest.stages) != 1:
+        raise InputError(
+            f"--door: this manifest has {len(manifest.stages)} stages and split "
+            f"{manifest.split}; a door serves what `plan --stages 1 --split client` writes"
+        )
+    given = [
+        flag
+        for flag, is_given in (
+            ("--supervise", shared.supervise),
+            ("--data-out-listen", shared.data_out_listen is not None),
+            ("--data-out-port", shared.data_out_port is not None),
+        )
+        if is_given
+    ]
+    given += shared.workers.given(has_client_ends=True)
+    if given:
+        raise InputError(f"{given[0]} is for stages of one's own, not for a --door")
+
+
+def _verifier(manifest: Manifest, *, dev: bool) -> Verifier:
+    if not dev:
+        return attested_verifier(manifest, 0)
+    logger.warning("event=development_mode %s", DEV_WARNING)
+    trust = DevTrust.create(default_directory(os.environ))
+    (verifier,) = trust.toward(Role(RoleKind.STAGE, 0), {}).verifiers
+    return verifier
+
+
+def _session_name(flags: DoorFlags) -> "SessionName":
+    from pipeline.doors.door_session import SessionName
+
+    if flags.session is None or flags.secret_file is None:
+        return SessionName.of_nobody()
+    secret = load_secret(flags.secret_file, "--secret-file", may_create=True)
+    if len(secret) < SECRET_BYTES:
+        raise InputError(
+            f"--secret-file: {flags.secret_file} has {len(secret)} bytes; "
+            f"it needs at least {SECRET_BYTES}"
+        )
+    return SessionName.of(flags.session, secret)

@@ -1,0 +1,161 @@
+"""Which slot a request gets, how much of its prompt that holds already, and what it leaves behind.
+
+A request that ends leaves its keys and values in its slot, which idles until it is needed. One that
+begins with the same tokens goes on from there: in the very slot where that is idle, in a copy
+where it is another's. The last token of a prompt is always computed, for its row's results.
+
+Reuse changes nothing but time: rows are those of a cold run, bit for bit. So it is there only where
+a row's bits depend on nothing but the text before it (`is_row_exact` of all stages). With other
+kernels rows round otherwise in steps of other sizes, and nothing is kept or copied. Nor is anything
+where rows are noisy: noise belongs to one request's rows.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+
+from pipeline.engine.idle_prefixes import IdlePrefix, IdlePrefixes, PrefixOptions, common_length
+from pipeline.engine.request import RequestState
+from pipeline.engine.slots import Slots
+from pipeline.engine.step import Step
+from pipeline.protocol.batch import Segment
+from pipeline.protocol.replay_history import SlotPart
+from pipeline.protocol.result_kinds import Want
+from pipeline.protocol.step_header import StepHeader, StepKind
+
+# To copy less takes longer than to compute it: it is a step of its own.
+MIN_COPY = 16
+
+
+class Admission:
+    """Owns the slots, and what lies idle in them."""
+
+    def __init__(
+        self, num_slots: int, max_seq_len: int, options: PrefixOptions, clock: Callable[[], float]
+    ) -> None:
+        self.slots = Slots(num_slots)
+        self.num_hits = 0
+        self.num_cached_tokens = 0
+        max_tokens = int(options.share * num_slots * max_seq_len)
+        self.idle = IdlePrefixes(max_tokens, options.ttl_seconds, clock)
+        self._is_exact = False
+        # Those whose prompt begins as one that is being read.
+        self._followers: list[RequestState] = []
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more request can be admitted."""
+        return self.slots.has_free or len(self.idle) > 0
+
+    def allow_reuse(self, is_row_exact: bool) -> None:
+        """Keep and reuse, or do not: whether rows are exact, the stages have to tell."""
+        self._is_exact = is_row_exact
+        if not is_row_exact:
+            self._end(self.idle.clear())
+
+    def expire(self) -> None:
+        """Have those prefixes cleared whose time has come."""
+        self._end(self.idle.expire())
+
+    def admit(self, state: RequestState, running: Collection[RequestState]) -> None:
+        """Give a request its slot; there has to be room. `running`: those that own one."""
+        idle, length = None, 0
+        leader, num_led = None, 0
+        salt = self._salt(state)
+        if salt is not None:
+            wanted = state.request.prompt_ids[:-1]
+            idle, length = self.idle.longest(salt, wanted)
+            for other in running:
+                common = common_length(other.request.prompt_ids, wanted)
+                if other.request.salt == salt and common > num_led:
+                    leader, num_led = other, common
+        if idle is not None and length >= num_led and self._may_go_on(idle, length):
+            self.idle.take(idle.slot)
+            if length < len(idle.token_ids):
+                self.slots.take_back(idle.slot, length)
+            state.slot = idle.slot
+            self._reuse(state, idle.pieces, length)
+        elif idle is not None and length >= max(num_led, MIN_COPY):
+            state.slot = self._empty_slot(but=idle.slot)
+            self.slots.copy(idle.slot, state.slot, length)
+        else:
+            state.slot = self._empty_slot()
+            if num_led >= MIN_COPY:
+                state.leader, state.num_led = leader, num_led
+                self._followers.append(state)
+
+    def follow(self, running: Collection[RequestState]) -> None:
+        """Have copied what has been read meanwhile for those that wait for it."""
+        for state in self._followers:
+            leader = state.leader
+            if leader is None or leader not in running:
+                state.leader = None
+            elif leader.num_sent >= state.num_led:
+                self.slots.copy(leader.slot, state.slot, state.num_led)
+                state.leader = None
+        self._followers = [state for state in self._followers if state.leader is not None]
+
+    def next_step(self, number: int, by_slot: Mapping[int, RequestState]) -> Step | None:
+        """What stages are to forget, or to copy, before more tokens go; `by_slot`: who runs."""
+        orders = self.slots.next_orders()
+        if not orders:
+            return None
+        kind, segments = StepKind.TRUNCATE, list[Segment]()
+        for index, (target, length, source, _) in enumerate(orders):
+            if source is None:
+                segments.append(Segment(target, length, 0))
+                continue
+            kind = StepKind.COPY
+            segments += (Segment(source, 0, length), Segment(target, 0, length))
+            if target in by_slot:  # else its request has left
+                self._reuse(by_slot[target], (SlotPart(number, index, 0, length),), length)
+        header = StepHeader(kind, number, tuple(segments), (Want.NOTHING,) * len(segments))
+        return Step(header, (), (), freed=tuple(each.slot for each in orders if each.frees))
+
+    def leave(self, state: RequestState, *, has_more: bool = False) -> None:
+        """A request has left its slot, which idles, or is cleared.
+
+        `has_more`: whether the slot may come to hold a token more than its request knows of.
+        """
+        state.leader = None
+        salt = self._salt(state)
+        length = min(state.num_sent, self.idle.max_tokens)
+        if salt is None or not length:
+            self.slots.end(state.slot)
+            return
+        prefix = IdlePrefix(state.slot, salt, state.known(0, length), tuple(state.pieces))
+        self._end(self.idle.keep(prefix))
+        if has_more or length < state.num_sent:
+            self.slots.take_back(state.slot, length)
+
+    def rewind(self, owned: Collection[int]) -> None:
+        """Every stage goes back to what is certain of these slots, and to nothing of all others."""
+        self.idle.clear()
+        self.slots.rewind(owned)
+
+    def _reuse(self, state: RequestState, pieces: Collection[SlotPart], length: int) -> None:
+        """A request's slot holds its first `length` tokens, which came there in these pieces."""
+        state.hold(pieces, length)
+        self.num_hits += 1
+        self.num_cached_tokens += length
+
+    def _may_go_on(self, idle: IdlePrefix, length: int) -> bool:
+        """Whether a slot may be taken back to so many tokens of those that it holds, for good.
+
+        Not where more would be lost than is used, and another slot can be had for a copy.
+        """
+        has_other = self.slots.has_free or len(self.idle) > 1
+        return 2 * length >= len(idle.token_ids) or not has_other
+
+    def _empty_slot(self, but: int | None = None) -> int:
+        if self.slots.has_free:
+            return self.slots.take()
+        slot = self.idle.evict(but)
+        self.slots.take_back(slot, 0)
+        return slot
+
+    def _salt(self, state: RequestState) -> bytes | None:
+        """Whose a request's text is; None where nothing of it is to be reused."""
+        return state.request.salt if self._is_exact and self.idle.max_tokens else None
+
+    def _end(self, slots: Collection[int]) -> None:
+        for slot in slots:
+            self.slots.end(slot)
