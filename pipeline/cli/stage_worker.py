@@ -25,7 +25,6 @@ from pipeline.cli.compute_options import (
 )
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
-from pipeline.cli.model_config import agreed_config
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.shared_options import (
     DataOutPortOption,
@@ -36,14 +35,11 @@ from pipeline.cli.shared_options import (
     to_endpoint,
 )
 from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
-from pipeline.dtypes import Precision
-from pipeline.errors import InputError, PolicyError
+from pipeline.errors import InputError
 from pipeline.kernels.runtime import set_num_threads
-from pipeline.models.registry import ModelShard, load_shard
-from pipeline.models.shard_model import NO_ENDS
-from pipeline.progress import Progress
 from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.stage.dial_policy import parse_networks
+from pipeline.stage.model_config import load_stage
 from pipeline.stage.session_admission import free_kv_bytes
 from pipeline.stage.worker import StageWorker
 from pipeline.stage.worker_setup import StageSetup
@@ -105,6 +101,7 @@ def serve(
 
     The worker loads its layers only, checks their hashes, prints `event=listening` and serves one
     orchestrator after another. Addresses: HOST:PORT, unix:/path, vsock:CID:PORT.
+    `stage-worker door --help` tells how to serve requests and answers instead.
 
     Example, the first of two stages on this machine:
 
@@ -139,7 +136,9 @@ def serve(
     set_num_threads(num_threads, pinned)
     # Several workers of one supervisor would draw over each other.
     with nullcontext() if until_stdin_ends else progress_bar("loading weights") as progress:
-        shard = _load(loaded, stage_idx, model_dir, precision, kernels or "auto", device, progress)
+        shard = load_stage(
+            loaded, stage_idx, model_dir, precision, kernels or "auto", device, progress
+        )
     setup = StageSetup(
         manifest=loaded,
         stage_idx=stage_idx,
@@ -161,35 +160,6 @@ def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
         logger.warning("event=development_mode %s", DEV_WARNING)
         return DevTrust.create(default_directory(os.environ))
     return EnclaveTrust.create(manifest, stage_idx)
-
-
-def _load(
-    manifest: Manifest,
-    stage_idx: int,
-    model_dir: Path,
-    precision: Precision,
-    kernels: str,
-    device: str,
-    progress: Progress | None,
-) -> ModelShard:
-    stage = manifest.stage(stage_idx)
-    if stage.require_weight_hashes and not stage.weight_hashes:
-        raise PolicyError(
-            f"stage {stage_idx} requires weight hashes and the manifest has none; "
-            "`pipeline-orch plan` writes them"
-        )
-    return load_shard(
-        model_dir,
-        agreed_config(manifest, model_dir),
-        stage.layer_start,
-        stage.layer_end,
-        dtype=precision,
-        kernels=kernels,
-        device=device,
-        ends=NO_ENDS if manifest.has_client_ends else None,
-        expected_hashes=stage.weight_hashes or None,
-        progress=progress,
-    )
 
 
 def _run(

@@ -48,6 +48,7 @@ class Call:
         self._max_bytes = max_bytes
         self._body = bytearray()
         self._is_whole = False
+        self._is_answered = False
         self._refusal: DoorError | None = None
         self._news = trio.Event()
 
@@ -100,8 +101,10 @@ class Call:
                 await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
             if trailers is None:
                 await self._drain()
+                self._is_answered = True
             await self._send({"type": "http.response.body", "body": b""})
             if trailers is not None:
+                self._is_answered = True
                 await self._send({"type": "http.response.trailers", "headers": _encoded(trailers)})
 
     async def _drain(self) -> None:
@@ -123,7 +126,9 @@ class Call:
             self._take(message.get("body", b""))
             self._is_whole = not message.get("more_body", False)
             self._news.set()
-        work.cancel()
+        # The connection tells of an answer's end while it still sends the last of it.
+        if not self._is_answered:
+            work.cancel()
 
     def _take(self, chunk: bytes) -> None:
         if self._refusal is not None:

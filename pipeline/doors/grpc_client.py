@@ -101,17 +101,19 @@ class GrpcDoor:
     async def _dial(self) -> Stream:
         try:
             stream = await trio.open_tcp_stream(self._host, self._port)
-            if self._tls is None:
-                return stream
-            secured = trio.SSLStream(
-                stream, self._tls, server_hostname=self._host, https_compatible=True
-            )
-            await secured.do_handshake()
+            return stream if self._tls is None else await self._secure(stream, self._tls)
         except (OSError, UnicodeError, trio.BrokenResourceError) as error:
             raise unreachable(self._name, error) from error
-        if secured.selected_alpn_protocol() != "h2":
-            await trio.aclose_forcefully(secured)
-            raise SessionError(f"{self._name} does not speak gRPC: TLS agreed on no HTTP/2")
+
+    async def _secure(self, stream: trio.SocketStream, tls: ssl.SSLContext) -> Stream:
+        secured = trio.SSLStream(stream, tls, server_hostname=self._host, https_compatible=True)
+        try:
+            await secured.do_handshake()
+            if secured.selected_alpn_protocol() != "h2":
+                raise SessionError(f"{self._name} does not speak gRPC: TLS agreed on no HTTP/2")
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
         return secured
 
     def _message(self, reply: Reply) -> memoryview:

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import trio
-
 from pipeline.doors.messages import DoorError
 from pipeline.errors import SessionError
 
@@ -22,9 +20,10 @@ def reading_answers_of(door: str) -> Iterator[None]:
 
 def unreachable(door: str, error: BaseException) -> SessionError:
     """The network's failure in words."""
-    cause: BaseException = error
-    if isinstance(error, trio.BrokenResourceError) and error.__cause__ is not None:
-        cause = error.__cause__
+    cause = error
+    # Libraries wrap what the system or TLS said, some without naming it as their cause.
+    while (inner := cause.__cause__ or cause.__context__) is not None:
+        cause = inner
     reason = getattr(cause, "verify_message", None) or getattr(cause, "strerror", None)
     return SessionError(f"cannot reach {door}: {reason or str(cause) or type(cause).__name__}")
 

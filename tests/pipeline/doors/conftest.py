@@ -90,11 +90,23 @@ class Served:
 
 
 @pytest.fixture
+def echo_door():
+    return EchoDoor()
+
+
+@pytest.fixture
 def serve_door():
     @contextlib.asynccontextmanager
-    async def serve(door=None, tls_grpc: ssl.SSLContext | None = None, tls_http=None):
+    async def serve(
+        door=None,
+        tls_grpc: ssl.SSLContext | None = None,
+        tls_http: ssl.SSLContext | None = None,
+        port_grpc=0,
+        port_http=0,
+    ):
         door = door or EchoDoor()
-        grpc, http = await listen("127.0.0.1", 0), await listen("127.0.0.1", 0)
+        grpc = await listen("127.0.0.1", port_grpc)
+        http = await listen("127.0.0.1", port_http)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(
                 DoorServer(door).serve, Listening(grpc, tls_grpc), Listening(http, tls_http)
