@@ -81,17 +81,26 @@ class DoorKeys:
 
     def open(self, sealed: Payload, info: bytes) -> Grant:
         """What is sealed in it. Raises WrongKey, or DoorError for what opens with no key."""
+        key = self._key_of(sealed)
+        if isinstance(key, RSAPrivateKey):
+            return open_older_grant(sealed, key)
+        if key is None:
+            raise WrongKey
+        return open_grant(sealed, key.private, info)
+
+    def has(self, sealed: Payload) -> bool:
+        """Whether the key of a grant still counts. Raises DoorError for what is no grant."""
+        return self._key_of(sealed) is not None
+
+    def _key_of(self, sealed: Payload) -> "_Key | RSAPrivateKey | None":
         older = self._older_key
         if older is not None and len(sealed) == older.key_size // 8:
-            return open_older_grant(sealed, older)
+            return older
         if len(sealed) not in SEALED_BYTES:
             detail = f"encrypted_session_key has {len(sealed)} bytes, expected {SEALED_BYTES[-1]}"
             raise DoorError(DoorFault.INVALID, detail)
         named = bytes(sealed[:KEY_ID_BYTES])
-        for key in self._valid():
-            if key.id == named:
-                return open_grant(sealed, key.private, info)
-        raise WrongKey
+        return next((key for key in self._valid() if key.id == named), None)
 
     def _valid(self) -> list[_Key]:
         """The key before, as long as it counts, and the one of now."""

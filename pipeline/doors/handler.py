@@ -148,7 +148,7 @@ class DoorHandler:
             if question.place.step == session.next_step:
                 await self._run(session, question)
             answer = await self._answer(session, question)
-            self._sessions.touch(session)
+            self._sessions.touch(session, bytes(request.encrypted_session_key))
             if question.is_last:
                 self._sessions.end(session_id)
                 if session.kept is not None:
@@ -168,9 +168,11 @@ class DoorHandler:
         self._batcher.core.release()
 
     def _open_grant(self, request: InferRequest) -> Grant:
+        sealed, session = request.encrypted_session_key, self._sessions.find(request.session_id)
+        if session is not None and sealed == session.sealed_grant and self._keys.has(sealed):
+            return session.grant
         try:
-            info = grant_info(self._core_hash, request.session_id)
-            return self._keys.open(request.encrypted_session_key, info)
+            return self._keys.open(sealed, grant_info(self._core_hash, request.session_id))
         except WrongKey:
             key, nonce = self._keys.public_key(), wrong_key_nonce(request)
             shown = show_key(key, self._core_hash, nonce, self._attester)

@@ -45,6 +45,8 @@ class Session:
     kept: KeptState | None = None
     next_step: int = 0
     last: Computed | Answered | None = None
+    # As it was opened last: the same bytes need not be opened for every token.
+    sealed_grant: bytes = b""
     succeeded: deque[bytes] = field(default_factory=lambda: deque(maxlen=MAX_SUCCEEDED))
     used: float = 0.0
 
@@ -97,9 +99,10 @@ class SessionTable:
         """A session that is here."""
         return self._sessions.get(session_id)
 
-    def touch(self, session: Session) -> None:
+    def touch(self, session: Session, sealed_grant: bytes) -> None:
         """It has been used: what is not authentic does not keep one from being forgotten."""
         session.used = self._clock()
+        session.sealed_grant = sealed_grant
 
     def begin(
         self, session_id: str, grant: Grant, bodies: Bodies, kept: KeptState | None
