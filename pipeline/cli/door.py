@@ -24,6 +24,7 @@ from transport.handshake import Role, RoleKind
 if TYPE_CHECKING:  # numpy's and the kernels' time
     from pipeline.doors.door_pipeline import DoorPipeline
     from pipeline.doors.door_session import SessionName
+    from pipeline.doors.home_record import HomeRecord
     from pipeline.orchestrator.client_ends import ClientEnds
 
 logger = logging.getLogger(__name__)
@@ -113,17 +114,34 @@ class DoorAccess:
             ca_file=self.flags.ca_file,
             bearer_key=self.bearer_key,
         ) as door:
+            record = self._record()
             options = DoorOptions(
-                self.name, policy, self.shared.connect_seconds, door.max_body_bytes
+                self.name,
+                policy,
+                self.shared.connect_seconds,
+                door.max_body_bytes,
+                None if record is None else record.load(),
             )
             codec = self.manifest.activation_spec.codec
             pipeline = DoorPipeline(door, options, self.ends, codec)
             try:
                 await work(pipeline)
             finally:
-                if self.flags.session is None:
+                if record is not None:
+                    record.save(pipeline.remembered)
+                else:
                     with trio.move_on_after(GOODBYE_SECONDS, shield=True):
                         await pipeline.end()
+
+    def _record(self) -> "HomeRecord | None":
+        """Where this machine remembers the session, beside its secret; None for one of a run."""
+        from pipeline.doors.home_record import HomeRecord
+
+        secret = self.flags.secret_file
+        if secret is None:
+            return None
+        path = secret.with_name(f"{secret.name}.{self.name.session_id}")
+        return HomeRecord(path, self.name, self.manifest.core_hash())
 
 
 def _check(manifest: Manifest, shared: PipelineFlags) -> None:

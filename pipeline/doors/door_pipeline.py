@@ -5,6 +5,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import trio
@@ -13,6 +14,7 @@ from pipeline.codecs.base import ActivationCodec
 from pipeline.doors.bodies import MAX_MARK_BYTES, TAG_BYTES
 from pipeline.doors.door_evidence import TrustedKey
 from pipeline.doors.door_session import DoorPolicy, DoorSession, SessionName
+from pipeline.doors.home_record import Remembered
 from pipeline.doors.messages import Door, DoorError, DoorFault, InferRequest
 from pipeline.dtypes import Floats
 from pipeline.engine.step import FollowUp, Notice, Step
@@ -56,6 +58,8 @@ class DoorOptions:
     patience_seconds: float
     # Bytes that the sealed rows of a request may have: what its transport takes.
     max_body_bytes: int
+    # Of an earlier run.
+    remembered: Remembered | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,11 @@ class _Piece:
     position: int
     token_ids: tuple[int, ...]
     request: int
+
+    @property
+    def end(self) -> int:
+        """The position behind it."""
+        return self.position + len(self.token_ids)
 
     def behind(self, start: int) -> "_Piece | None":
         """What of it is not before a position."""
@@ -120,8 +129,12 @@ class DoorPipeline:
                 f"a request of {options.max_body_bytes} bytes has no room for a token's "
                 f"{token_bytes}"
             )
+        self._no_rows = np.empty((0, codec.hidden_dim), np.float32)
         self._session: DoorSession | None = None
+        # What the door holds, or has stored.
         self._held: list[_Piece] = []
+        if options.remembered is not None:
+            self._held.append(_Piece(0, options.remembered.token_ids, 0))
         self._results: deque[StepResult] = deque()
         self._num_keys = self._num_rebuilds = 0
         self._recovery_seconds = 0.0
@@ -151,13 +164,16 @@ class DoorPipeline:
         header, tensors = self._ends.begin(step)
         (segment,), (want,) = header.segments, header.wants
         if header.kind is StepKind.TRUNCATE:
-            # The next step's position tells the door.
-            self._cut(segment.position)
+            # The next step's position tells the door, and until then it may as well hold all.
             self._results.append(self._ends.end(step, header, (CLEAR_SENTINEL,)))
             return
-        rows = await self._run_or_rebuild(segment, tensors, want.rows)
-        self._cut(segment.position)
-        self._held.append(_Piece(segment.position, step.token_ids, step.requests[0]))
+        num_known = min(self._num_known(segment, step.token_ids), segment.num_tokens - want.rows)
+        rows = self._no_rows
+        if num_known < segment.num_tokens:
+            start = segment.position + num_known
+            self._cut(start)
+            rows = await self._run_or_rebuild(segment, tensors, num_known, want.rows)
+            self._held.append(_Piece(start, step.token_ids[num_known:], step.requests[0]))
         nothing = np.empty(0, np.float32)
         results = result_to_wire(
             [],
@@ -168,6 +184,17 @@ class DoorPipeline:
         )
         self._results.append(self._ends.end(step, header, results))
 
+    @property
+    def remembered(self) -> Remembered | None:
+        """What a later run may go on from: what is stored of the tokens so far."""
+        if self._session is None:
+            return self._options.remembered
+        mark = self._session.mark
+        if mark is None:
+            return None
+        token_ids = [token_id for piece in self._held for token_id in piece.token_ids]
+        return Remembered(tuple(token_ids[: mark.mark.position]), mark)
+
     async def end(self) -> None:
         """Have the door forget the session at once: nobody will come back to it."""
         if self._session is not None:
@@ -176,17 +203,26 @@ class DoorPipeline:
             except (DoorError, SessionError) as error:
                 logger.debug("event=door_session_not_ended error=%s", error)
 
+    def _num_known(self, segment: Segment, token_ids: Sequence[int]) -> int:
+        """How many tokens of a step, from its first on, the door has at their very places."""
+        if not self._held or segment.position >= self._held[-1].end:  # as with most
+            return 0
+        held = [token_id for piece in self._held for token_id in piece.token_ids]
+        pairs = zip(held[segment.position :], token_ids, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
     async def _run_or_rebuild(
-        self, segment: Segment, tensors: Sequence[Tensor], num_rows: int
+        self, segment: Segment, tensors: Sequence[Tensor], num_known: int, num_rows: int
     ) -> Floats:
+        """A step's rows, those aside that are known, whatever the door has forgotten."""
         if self._session is None:
             self._session = await self._open_session()
         session, lost_at = self._session, math.inf
         for _ in range(MAX_REBUILDS + 1):
             try:
                 if lost_at < math.inf:
-                    await self._rebuild(session, segment.position)
-                rows = await self._run(session, segment, tensors, num_rows)
+                    await self._rebuild(session, segment.position + num_known)
+                rows = await self._run(session, segment, tensors, num_known, num_rows)
             except _Forgotten:
                 logger.warning("event=door_session_lost position=%d", segment.position)
                 lost_at = min(lost_at, trio.current_time())
@@ -197,32 +233,30 @@ class DoorPipeline:
         raise SessionError("the door forgets the session whenever it is rebuilt")
 
     async def _rebuild(self, session: DoorSession, position: int) -> None:
-        """Go on from what is stored, if that is there; send all else that is held once more."""
+        """Go on from what is stored, if anything is; send all else that is held once more."""
         self._num_rebuilds += 1
-        stored = session.num_stored
-        if 0 < stored <= position:
-            try:
-                session.restart(stored)
-                await self._send_again(session, stored)
-                return
-            except _Forgotten:
-                logger.warning("event=door_session_not_stored position=%d", stored)
-        session.restart()
-        await self._send_again(session, 0)
+        start = min(session.num_stored, position)
+        session.restart(session.mark if start else None)
+        await self._send_again(session, start)
 
     async def _send_again(self, session: DoorSession, start: int) -> None:
         for piece in self._held:
             if (rest := piece.behind(start)) is not None:
                 header, tensors = self._ends.begin(rest.step())
-                await self._run(session, header.segments[0], tensors, 0)
+                await self._run(session, header.segments[0], tensors, 0, 0)
 
     async def _run(
-        self, session: DoorSession, segment: Segment, tensors: Sequence[Tensor], num_rows: int
+        self,
+        session: DoorSession,
+        segment: Segment,
+        tensors: Sequence[Tensor],
+        num_known: int,
+        num_rows: int,
     ) -> Floats:
-        """A step's rows, in as many requests as it takes."""
-        found = []
+        """A step's rows, in as many requests as it takes; its first `num_known` are left out."""
+        found = [self._no_rows]
         num_tokens = segment.num_tokens
-        for part in self._parts(num_tokens):
+        for part in self._parts(num_known, num_tokens):
             own = [
                 Tensor(spec, _rows(tensor, num_tokens, part))
                 for spec, tensor in zip(self._codec.specs(len(part)), tensors, strict=True)
@@ -232,9 +266,9 @@ class DoorPipeline:
             found.append(await self._ask(session, request))
         return np.concatenate(found)
 
-    def _parts(self, num_tokens: int) -> Iterator[range]:
-        for start in range(0, num_tokens, self._tokens_per_body):
-            yield range(start, min(start + self._tokens_per_body, num_tokens))
+    def _parts(self, start: int, stop: int) -> Iterator[range]:
+        for at in range(start, stop, self._tokens_per_body):
+            yield range(at, min(at + self._tokens_per_body, stop))
 
     async def _ask(self, session: DoorSession, request: InferRequest) -> Floats:
         """The answer to a step, which is sent until it is answered."""
@@ -246,6 +280,7 @@ class DoorPipeline:
                 await patience.after(error)
             except DoorError as error:
                 if error.fault is DoorFault.UNKNOWN_SESSION:
+                    session.forgotten()
                     raise _Forgotten from error
                 if error.fault is DoorFault.WRONG_KEY and num_wrong < MAX_WRONG_KEYS:
                     num_wrong += 1
@@ -258,7 +293,9 @@ class DoorPipeline:
     async def _open_session(self) -> DoorSession:
         """A session with a door that has shown what it is."""
         key = await self._attested_key()
-        return DoorSession(self._options.name, self._options.policy, self._codec, key)
+        remembered = self._options.remembered
+        mark = None if remembered is None else remembered.mark
+        return DoorSession(self._options.name, self._options.policy, self._codec, key, mark)
 
     async def _other_key(self, request: InferRequest, error: DoorError) -> TrustedKey:
         """What the worker that has answered can open, if it is the right core's too."""

@@ -36,7 +36,7 @@ class SessionName:
     @classmethod
     def of(cls, name: str, secret: bytes) -> "SessionName":
         """Of a name and a secret of its user; who has only the one learns nothing of the other."""
-        own = derive(secret, b"session " + name.encode())
+        own = derive(secret, b"session " + os.fsencode(name))  # as it came from a command line
         return cls(derive(own, b"id")[:_ID_BYTES].hex(), derive(own, b"owner"))
 
     @classmethod
@@ -69,30 +69,38 @@ class DoorSession:
     """Seals steps to a key that can be trusted, and opens their answers."""
 
     def __init__(
-        self, name: SessionName, policy: DoorPolicy, codec: ActivationCodec, key: TrustedKey
+        self,
+        name: SessionName,
+        policy: DoorPolicy,
+        codec: ActivationCodec,
+        key: TrustedKey,
+        mark: KeptMark | None = None,
     ) -> None:
-        """Raises SessionError for a key that cannot be sealed to."""
+        """`mark`: of what a door has stored before. Raises SessionError for a key that is none."""
         self._name, self._core_hash, self._codec = name, policy.core_hash, codec
         self._key = key
         self._due: tuple[InferRequest, Place, bytes] | None = None
-        # What the door has put into its store, as it said with its last answer.
-        self._mark: KeptMark | None = None
-        self.restart()
+        self.restart(mark)
 
     @property
     def num_stored(self) -> int:
         """Positions that a door may find in its store."""
-        return 0 if self._mark is None else self._mark.mark.position
+        return 0 if self.mark is None else self.mark.mark.position
 
-    def restart(self, position: int = 0) -> None:
-        """Begin anew under a fresh key, from nothing, or from `num_stored` where that is there."""
-        if position == 0:
-            self._mark = None
+    def restart(self, mark: KeptMark | None = None) -> None:
+        """Begin anew under a fresh key, from nothing, or from what is stored up to a mark."""
+        # What the door has put into its store, as it said with its last answer.
+        self.mark = mark
         self._grant = Grant.fresh(self._name.owner)
         self._bodies = Bodies(self._grant.session_key, self._core_hash)
         self._next_step = 0
         self._due = None
         self._sealed_grant = self._seal_grant()
+
+    def forgotten(self) -> None:
+        """The door knows nothing of the session; nor of its mark, where it was to begin there."""
+        if self._next_step == 1:
+            self.mark = None
 
     def seal(self, position: int, tensors: Sequence[Tensor], num_rows: int) -> InferRequest:
         """The next step: rows at `position`, as the codec has encoded them.
@@ -105,8 +113,8 @@ class DoorSession:
         shape = (num_tokens, self._codec.hidden_dim)
         frame = Frame(self._name.session_id, self._codec.name, shape)
         parts = [tensor.data for tensor in tensors]
-        if self._next_step == 0 and self._mark is not None:
-            parts.append(memoryview(self._mark.pack()))
+        if self._next_step == 0 and self.mark is not None:
+            parts.append(memoryview(self.mark.pack()))
         sealed = self._bodies.seal_request(frame, place, b"".join(parts))
         self._next_step += 1
         request = InferRequest(
@@ -157,7 +165,7 @@ class DoorSession:
         num_bytes = DType.F32.itemsize * shape[0] * shape[1]
         if len(plain) < num_bytes:
             raise MessageError(f"the door answers with {len(plain)} bytes for {shape}")
-        self._mark = parse_mark(bytes(plain[num_bytes:]))
+        self.mark = parse_mark(bytes(plain[num_bytes:]))
         self._due = None
         return np.frombuffer(plain[:num_bytes], "<f4").reshape(shape)
 

@@ -84,8 +84,16 @@ class DoorSetup:
 
 @asynccontextmanager
 async def open_door(setup: DoorSetup) -> AsyncIterator["DoorHandler"]:
-    """A door that answers while the context is open; then all that sessions wrote is zeroed."""
-    handler = DoorHandler(setup)
+    """A door that answers while the context is open; then all that sessions wrote is zeroed.
+
+    Raises InputError where this machine has no memory for its sessions.
+    """
+    try:
+        handler = DoorHandler(setup)
+    except MemoryError as error:
+        raise InputError(
+            f"no memory for {setup.num_sessions} sessions of {setup.max_seq_len} positions"
+        ) from error
     try:
         async with open_tasks() as tasks:
             tasks.start_soon(handler.serve)
@@ -140,6 +148,7 @@ class DoorHandler:
             if question.place.step == session.next_step:
                 await self._run(session, question)
             answer = await self._answer(session, question)
+            self._sessions.touch(session)
             if question.is_last:
                 self._sessions.end(session_id)
                 if session.kept is not None:
@@ -213,8 +222,8 @@ class DoorHandler:
         assert session.kept is not None, "there is a store"
         try:
             kept = parse_mark(mark)
-            if kept is None or kept.mark.position != position:
-                raise DoorError(DoorFault.INVALID, "the mark is not of the step's position")
+            if kept is None or kept.mark.position < position:
+                raise DoorError(DoorFault.INVALID, "the step is behind what its mark is of")
             await session.kept.load(kept, partial(self._cache.restore, session.slot))
         except MessageError as error:
             raise DoorError(DoorFault.INVALID, str(error)) from error

@@ -29,6 +29,7 @@ MAX_DOUBLINGS = 2
 LOAD_SECONDS = 30.0
 # chunks u32 | position u32 | root
 _MARK = Struct(f">II{ROOT_BYTES}s")
+MARK_BYTES = _MARK.size
 # Chunks are told apart by their roots, which home keeps: there is no second count of writes.
 _EPOCH = 0
 
@@ -48,8 +49,8 @@ def parse_mark(data: bytes) -> KeptMark | None:
     """What a body has behind its rows, if anything. Raises MessageError for what is no mark."""
     if not data:
         return None
-    if len(data) != _MARK.size:
-        raise MessageError(f"a mark has {_MARK.size} bytes, not {len(data)}")
+    if len(data) != MARK_BYTES:
+        raise MessageError(f"a mark has {MARK_BYTES} bytes, not {len(data)}")
     num_chunks, position, root = _MARK.unpack(data)
     return KeptMark(num_chunks, Mark(position, root))
 
@@ -81,6 +82,8 @@ class KeptState:
         """Forget what lies behind so many positions: it is written over by the next save."""
         while self._marks and self._marks[-1].mark.position > length:
             self._marks.pop()
+            stored = self._marks[-1].mark.position if self._marks else 0
+            self._due = stored + SAVE_POSITIONS
         self._due = min(self._due, length + self._interval)
 
     async def save(self, held: int, export: Export) -> None:

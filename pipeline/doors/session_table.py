@@ -95,10 +95,11 @@ class SessionTable:
 
     def find(self, session_id: str) -> Session | None:
         """A session that is here."""
-        session = self._sessions.get(session_id)
-        if session is not None:
-            session.used = self._clock()
-        return session
+        return self._sessions.get(session_id)
+
+    def touch(self, session: Session) -> None:
+        """It has been used: what is not authentic does not keep one from being forgotten."""
+        session.used = self._clock()
 
     def begin(
         self, session_id: str, grant: Grant, bodies: Bodies, kept: KeptState | None

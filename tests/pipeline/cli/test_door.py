@@ -13,6 +13,8 @@ from pipeline.doors import dial
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.planning.plan import PlanOptions, plan
+from pipeline.sessions.kv_store import StoreLimits
+from pipeline.sessions.store_url import open_store
 from pipeline.stage.step_executor import StageCore
 from tests.pipeline.doors.rig import LIMITS, Wire, generate, model
 from transport.attestation.dev_authority import DevAttester, DevAuthority
@@ -31,7 +33,9 @@ def orch(model, tmp_path, monkeypatch, capfd):
 
     @asynccontextmanager
     async def connect(url, **options):
-        async with model.door(attester=DevAttester(authority, {})) as door:
+        store = open_store(f"file:{tmp_path}/store", StoreLimits())
+        attester = DevAttester(authority, {})
+        async with store as store, model.door(attester=attester, store=store) as door:
             wire = Wire(door)
             wire.max_body_bytes, wire.url, wire.options = 4096, url, options
             made.append(wire)
@@ -86,11 +90,15 @@ def test_a_named_session_is_its_owners_and_stays(orch):
     first, second = (orch(*DOOR, *own) for _ in range(2))
     assert first[0] == second[0] == 0
     assert first[1] == second[1]
+    tokens = [sum(each.shape[0] for each in wire.requests) for wire in orch.made]
+    assert tokens[1] < tokens[0] - 10  # the prompt's most part is stored
     names = {request.session_id for wire in orch.made for request in wire.requests}
     assert len(names) == 1
     assert orch.made[0].num_sessions == 1
     assert secret.stat().st_mode & 0o777 == 0o600
     assert len(secret.read_bytes()) == 32
+    (record,) = orch.directory.glob("secret.*")
+    assert record.stat().st_mode & 0o777 == 0o600
     secret.unlink()
     assert orch(*DOOR, *own)[0] == 0
     assert orch.made[-1].requests[0].session_id not in names

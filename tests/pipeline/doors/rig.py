@@ -10,6 +10,7 @@ import pytest
 from pipeline.doors.door_pipeline import DoorOptions, DoorPipeline
 from pipeline.doors.door_session import DoorPolicy, DoorSession, SessionName
 from pipeline.doors.handler import DoorSetup, open_door
+from pipeline.doors.messages import DoorError
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.scheduler import Limits
@@ -18,6 +19,7 @@ from pipeline.models.registry import load_shard
 from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.orchestrator.client_ends import ClientEnds
 from pipeline.planning.plan import PlanOptions, plan
+from pipeline.protocol.batch import Segment
 from pipeline.sampling.params import SamplingParams
 from transport.attestation.dev_authority import DevAttester, DevAuthority, dev_verifier
 
@@ -113,9 +115,20 @@ class Model:
         )
         return self.codec.encode(rows)
 
-    def pipeline(self, door, *, patience=5.0, max_body_bytes=1 << 20, name="chat"):
-        options = DoorOptions(SessionName.of(name, SECRET), self.policy, patience, max_body_bytes)
-        return DoorPipeline(door, options, ClientEnds(self.own_part, self.codec), self.codec)
+    def pipeline(
+        self,
+        door,
+        *,
+        patience=5.0,
+        max_body_bytes=1 << 20,
+        name="chat",
+        noise=None,
+        remembered=None,
+    ):
+        options = DoorOptions(
+            SessionName.of(name, SECRET), self.policy, patience, max_body_bytes, remembered
+        )
+        return DoorPipeline(door, options, ClientEnds(self.own_part, self.codec, noise), self.codec)
 
 
 @pytest.fixture(scope="session")
@@ -145,3 +158,40 @@ async def generate(pipeline, *, prompt=PROMPT, num_tokens=12, sampling=None, lim
     engine.submit(generation, lambda output: tokens.append(output.token_id))
     await engine.drain(pipeline)
     return tokens
+
+
+def reference(model, *steps):
+    """The last rows of steps (position, tensors), computed straight."""
+    cache = model.shard.new_cache(1, 128)
+    for position, tensors in steps:
+        rows = model.codec.decode(tensors)
+        cache.truncate(0, position)
+        hidden = model.shard.forward(rows, (Segment(0, position, len(rows)),), cache)
+        found = np.array(model.shard.kernels.to_host(hidden)[0])
+    return found
+
+
+@asynccontextmanager
+async def begun(model, num_tokens=5, **changes):
+    """A door, a session of so many tokens, and its first request and answer."""
+    async with model.door(**changes) as door:
+        session = await model.session(door)
+        request = session.seal(0, model.rows(num_tokens), 1)
+        answer = await door.infer(request)
+        session.open(answer)
+        yield door, session, request, answer
+
+
+async def refused(door, request, fault):
+    with pytest.raises(DoorError) as caught:
+        await door.infer(request)
+    assert caught.value.fault is fault, caught.value
+    return caught.value
+
+
+async def goes_on(model, door, session, held=5):
+    """Whether the session is as it was: its next step gives what it would have."""
+    more = model.rows(2, seed=9)
+    found = session.open(await door.infer(session.seal(held, more, 2)))
+    steps = [(0, model.rows(held)), (held, more)] if held else [(0, more)]
+    np.testing.assert_allclose(found, reference(model, *steps)[-2:], rtol=1e-4, atol=1e-5)

@@ -4,9 +4,12 @@ import itertools
 
 import pytest
 
+from pipeline.codecs.gaussian_noise import GaussianNoise
+from pipeline.doors.door_session import DoorSession
 from pipeline.doors.messages import DoorError, DoorFault
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError, SessionError
+from pipeline.orchestrator.client_ends import ClientEnds
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.step_executor import StageCore
@@ -157,12 +160,31 @@ async def test_keys_that_change_all_the_time_are_given_up(model):
 async def test_smaller_wires_go_through_a_door(tiny_model, wire):
     model = Model(tiny_model, wire)
     core = StageCore(model.shard, LIMITS.for_session(model.codec, has_client_ends=True))
-    from pipeline.orchestrator.client_ends import ClientEnds
-
     local = LocalPipeline([core], ClientEnds(model.own_part, model.codec))
     expected = await generate(local)
     async with model.door() as door:
         assert await generate(model.pipeline(door, max_body_bytes=1000)) == expected
+
+
+async def test_what_is_sent_again_has_the_noise_it_had(model, monkeypatch):
+    """Attack: rows rebuilt under fresh noise, again and again, average to the rows without any."""
+    sent = {}
+    seal = DoorSession.seal
+
+    def spying(self, position, tensors, num_rows):
+        for at, row in enumerate(model.codec.decode(tensors), position):
+            sent.setdefault(at, set()).add(row.tobytes())
+        return seal(self, position, tensors, num_rows)
+
+    monkeypatch.setattr(DoorSession, "seal", spying)
+    noise = GaussianNoise(0.1, 7.5, model.codec.hidden_dim, bytes(32))
+    async with model.door() as first, model.door() as second:
+        wire = Restarting([first, second], {3, 8})
+        pipeline = model.pipeline(wire, noise=noise)
+        await generate(pipeline)
+    assert pipeline.stats.num_failovers >= 2
+    assert len(sent) == len(PROMPT) + 11
+    assert {len(rows) for rows in sent.values()} == {1}
 
 
 @pytest.mark.slow

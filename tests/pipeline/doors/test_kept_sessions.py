@@ -12,8 +12,7 @@ from pipeline.errors import MessageError, StoreError
 from pipeline.protocol.stored_state import Mark
 from pipeline.sessions.kv_store import StoreLimits
 from pipeline.sessions.store_url import open_store
-from tests.pipeline.doors.rig import PROMPT, Wire, generate, model
-from tests.pipeline.doors.test_handler import refused
+from tests.pipeline.doors.rig import PROMPT, Wire, generate, model, refused
 
 __all__ = ["model"]
 
@@ -166,7 +165,8 @@ async def test_a_store_that_hangs_is_waited_for_ever_less(model, store, autojump
         await generate(pipeline, num_tokens=60)
         assert trio.current_time() < 1 + 4 * STORE_SECONDS
         store.is_slow = False
-        await generate(pipeline, num_tokens=60)  # which takes back all, and is soon stored again
+        other = tuple(range(200, 250))  # takes back all, and is soon stored again
+        await generate(pipeline, prompt=other, num_tokens=60)
         assert len(store.written) >= 60 // SAVE_POSITIONS
 
 
@@ -196,9 +196,8 @@ async def test_another_owner_finds_nothing_of_it(model, store):
         session = await stored(model, door)
     async with model.door(store=store) as door:
         other = await model.session(door, secret=b"x" * 32)
-        other._mark = session._mark
         other._name = replace(other._name, session_id=session._name.session_id)
-        other.restart(20)
+        other.restart(session.mark)
         await refused(door, other.seal(20, model.rows(1), 1), DoorFault.UNKNOWN_SESSION)
         assert len(door._sessions) == 0
 
@@ -216,8 +215,7 @@ async def test_another_owner_finds_nothing_of_it(model, store):
 async def test_a_mark_of_something_else_leads_nowhere(model, store, mark, fault):
     async with model.door(store=store) as door:
         session = await stored(model, door)
-        session._mark = mark
-        session.restart(20)
+        session.restart(mark)
         await refused(door, session.seal(20, model.rows(1), 1), fault)
         assert len(door._sessions) == 0
 
@@ -227,8 +225,7 @@ async def test_a_door_without_a_store_knows_no_marks(model, store):
         session = await stored(model, door)
     async with model.door() as door:
         again = await model.session(door)
-        again._mark = session._mark
-        again.restart(20)
+        again.restart(session.mark)
         await refused(door, again.seal(20, model.rows(1), 1), DoorFault.UNKNOWN_SESSION)
 
 
