@@ -3,6 +3,7 @@
 import logging
 import signal
 import ssl
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -142,13 +143,16 @@ def _run(
     tls: dict[str, ssl.SSLContext | None],
 ) -> None:
     async def main() -> None:
-        # An address that is taken is found out before the weights are loaded.
-        open_at = {
-            flag: Listening(await listen(place.host, place.port), tls[flag])
-            for flag, place in places.items()
-        }
-        setup = load_door(options)
-        async with open_served(setup, options) as door:
+        async with AsyncExitStack() as stack:
+            open_at = {}
+            # An address that is taken is found out before the weights are loaded.
+            for flag, place in places.items():
+                listeners = await listen(place.host, place.port)
+                for each in listeners:
+                    await stack.enter_async_context(each)
+                open_at[flag] = Listening(listeners, tls[flag])
+            setup = load_door(options)
+            door = await stack.enter_async_context(open_served(setup, options))
             logger.info(
                 "event=listening door=open sessions=%d kernels=%s core=%s%s",
                 setup.num_sessions,

@@ -99,8 +99,7 @@ class _Http2(H2Protocol):
         for event in events:
             if isinstance(event, h2.events.StreamReset):
                 self._num_resets += 1
-            is_data = isinstance(event, h2.events.DataReceived)
-            if is_data and event.stream_id not in self.streams:
+            if isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
                 # The call was answered before its body ended, and its client has yet to hear it.
                 with suppress(h2.exceptions.ProtocolError):
                     self.connection.reset_stream(event.stream_id)

@@ -62,9 +62,10 @@ def start_door(open_door: Callable[[], AbstractAsyncContextManager[Door]]) -> Ha
     token, door = opened.result()
 
     async def handler(job: Mapping[str, Any]) -> dict[str, Any]:
-        return await asyncio.to_thread(
-            trio.from_thread.run, answer_job, door, job, trio_token=token
-        )
+        def wait() -> dict[str, Any]:
+            return trio.from_thread.run(answer_job, door, job, trio_token=token)
+
+        return await asyncio.to_thread(wait)
 
     return handler
 
