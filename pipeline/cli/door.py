@@ -24,7 +24,7 @@ from transport.handshake import Role, RoleKind
 if TYPE_CHECKING:  # numpy's and the kernels' time
     from pipeline.doors.door_pipeline import DoorPipeline
     from pipeline.doors.door_session import SessionName
-    from pipeline.doors.home_record import HomeRecord
+    from pipeline.doors.home_record import HomeRecord, Remembered
     from pipeline.orchestrator.client_ends import ClientEnds
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class DoorAccess:
                 await work(pipeline)
             finally:
                 if record is not None:
-                    record.save(pipeline.remembered)
+                    _remember(record, pipeline.remembered)
                 else:
                     with trio.move_on_after(GOODBYE_SECONDS, shield=True):
                         await pipeline.end()
@@ -142,6 +142,14 @@ class DoorAccess:
             return None
         path = secret.with_name(f"{secret.name}.{self.name.session_id}")
         return HomeRecord(path, self.name, self.manifest.core_hash())
+
+
+def _remember(record: "HomeRecord", remembered: "Remembered | None") -> None:
+    """What cannot be remembered is sent again the next time; this run's text is there."""
+    try:
+        record.save(remembered)
+    except (InputError, OSError) as error:
+        logger.warning("event=session_not_remembered error=%s", error)
 
 
 def _check(manifest: Manifest, shared: PipelineFlags) -> None:

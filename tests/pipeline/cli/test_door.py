@@ -9,8 +9,9 @@ import trio
 
 from pipeline.agreement.manifest import dump_manifest
 from pipeline.cli import pipeline_orch
-from pipeline.doors import dial
+from pipeline.doors import dial, home_record
 from pipeline.engine.tokenizer import Tokenizer
+from pipeline.errors import InputError
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.sessions.kv_store import StoreLimits
@@ -122,6 +123,17 @@ def test_wrong_flags_are_one_line_and_exit_code_2(orch, words, message):
     assert (code, out) == (2, "")
     assert message in err[-1]
     assert not orch.made
+
+
+def test_a_record_that_cannot_be_written_costs_no_text(orch, monkeypatch, caplog):
+    def full(*_, **__):
+        raise InputError("cannot write: no space left on device")
+
+    monkeypatch.setattr(home_record, "write_atomically", full)
+    code, out, _ = orch(*DOOR, "--session", "chat", "--secret-file", orch.directory / "secret")
+    assert code == 0
+    assert out.startswith("Hello there, door")
+    assert "event=session_not_remembered" in caplog.text
 
 
 def test_a_secret_that_is_none_is_refused(orch):
