@@ -47,6 +47,14 @@ class BudgetSpent(RequestFailed):
     """All that may be told of a session's texts has been."""
 
 
+class StoreError(PipelineError):
+    """A store of sessions cannot be used now; what it holds may be whole."""
+
+
+class StateRefused(PipelineError):
+    """What a store has of a session is not what was put there: it is to be rebuilt from tokens."""
+
+
 class SessionRefused(SessionError):
     """A session as it was asked for cannot be had, however often one asks."""
 

@@ -28,8 +28,10 @@ ROOMS = {
     },
     "planning": {"agreement", "codecs", "models", "weights"},
     "sessions": {"agreement", "kernels", "protocol"},
+    # On the client's side a door takes the engine's steps, as a pipeline of stages does.
     "doors": {
-        "agreement", "codecs", "kernels", "models", "orchestrator", "protocol", "sessions", "stage",
+        "agreement", "codecs", "engine", "gateway", "kernels", "models", "orchestrator",
+        "protocol", "sessions", "stage",
     },
     "stego": {"engine", "sampling"},
     "leakage": {"codecs", "engine", "kernels", "models", "planning", "protocol", "weights"},
@@ -40,10 +42,16 @@ ROOMS = {
         "stego",
     },
 }  # fmt: skip
-# The one thing that kernels know of the protocol: which rows of a step are whose.
-ONLY = {("kernels", "protocol"): "pipeline.protocol.batch"}
+# All that kernels know of the protocol is which rows of a step are whose; all that doors know of
+# the gateway is how a client's connection is bounded.
+ONLY = {
+    ("kernels", "protocol"): "pipeline.protocol.batch",
+    ("doors", "gateway"): "pipeline.gateway.http.hypercorn_connection",
+}
 # The door of the gateway that speaks HTTP; what lies behind it serves other doors as well.
 HTTP_DOOR = "pipeline.gateway.http"
+DOORS_LISTENING = "pipeline.doors.listening"
+RUNPOD_DOOR = "pipeline.doors.runpod"
 HTTP_LIBRARIES = {"hypercorn", "starlette", "h11", "wsproto"}
 MAX_LINES = 400
 # What other people's engines call. The pipeline does not know it, and it imports no engine before
@@ -111,7 +119,7 @@ def test_only_adapters_know_how_other_engines_call():
 
 def test_only_the_http_door_speaks_http():
     for module, path in MODULES.items():
-        if module.startswith(HTTP_DOOR):
+        if module.startswith(HTTP_DOOR) or module == DOORS_LISTENING:
             continue
         found = set(imports(path))
         roots = {name.partition(".")[0] for name in found}
@@ -160,14 +168,17 @@ def test_an_init_holds_its_rooms_story_and_nothing_else():
 def test_no_runtime_module_needs_a_test_dependency():
     standard = sys.stdlib_module_names
     allowed = {
-        "cryptography", "msgpack", "numpy", "pydantic", "rich", "safetensors",
+        "coredis", "cryptography", "msgpack", "numpy", "pydantic", "rich", "safetensors",
         "tokenizers", "torch", "trio", "typer", *PACKAGES,
         # the gateway
         "hypercorn", "jinja2", "prometheus_client", "pydantic_core", "starlette",
+        # doors and their clients
+        "h2", "httpx",
         # pictures, where somebody wants one
         "matplotlib",
     }  # fmt: skip
     for module, path in MODULES.items():
         roots = {name.partition(".")[0] for name in imports(path)}
         roots -= {"modal"} if module == MODAL_APP else set()
+        roots -= {"runpod"} if module == RUNPOD_DOOR else set()
         assert roots <= allowed | standard, f"{module} imports {roots - allowed - standard}"

@@ -156,6 +156,18 @@ class UserTrust:
         return Credentials(self.static_key, KeyOnlyAttester(), (verifier,))
 
 
+def attested_verifier(
+    manifest: Manifest, stage_idx: int, root: x509.Certificate | None = None
+) -> Verifier:
+    """Believes a stage's pinned measurements under `root`, for who needs to show nothing himself.
+
+    Raises PolicyError when the manifest pins less than it must.
+    """
+    stage = manifest.stage(stage_idx)
+    _require_pins(manifest, stage)
+    return NitroVerifier(root or aws_root(), stage.measurements(), clock=_now)
+
+
 def _require_pins(manifest: Manifest, stage: StageSpec) -> None:
     """Refuse a manifest that leaves open what a stage runs. Attack: pins that pin nothing."""
     measurements = stage.measurements()

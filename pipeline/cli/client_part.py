@@ -5,7 +5,6 @@ from pathlib import Path
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.cli.compute_options import WorkerOptions, agreed_precision
-from pipeline.cli.model_config import agreed_config
 from pipeline.cli.progress import progress_bar
 from pipeline.codecs.gaussian_noise import KEY_BYTES, GaussianNoise
 from pipeline.errors import ModelError
@@ -14,6 +13,7 @@ from pipeline.models.older_client_part import client_weights
 from pipeline.models.registry import load_shard
 from pipeline.models.shard_model import BOTH_ENDS
 from pipeline.orchestrator.client_ends import ClientEnds
+from pipeline.stage.model_config import agreed_config
 
 
 def load_client_ends(manifest: Manifest, path: Path, options: WorkerOptions) -> ClientEnds:

@@ -35,14 +35,21 @@ def importing() -> Iterator[None]:
 
 
 def stage_worker() -> None:
-    """Run `stage-worker`; with `--standby` alone, as soon as stdin says with what arguments."""
+    """Run `stage-worker`; with `--standby` alone, as soon as stdin says with what arguments.
+
+    `stage-worker door` is a command of its own, since a stage needs no word before its flags.
+    """
     _leave_on_signals()
     with importing():
         if sys.argv[1:] == ["--standby"]:
             from pipeline.cli.standby import stand_by
 
             stand_by()
-        from pipeline.cli.stage_worker import main
+        if sys.argv[1:2] == ["door"]:
+            del sys.argv[1]
+            from pipeline.cli.door_server import main
+        else:
+            from pipeline.cli.stage_worker import main
 
     main()
 

@@ -1,12 +1,14 @@
 """Generating once: a prompt in, its continuation on stdout, latencies on stderr."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from time import perf_counter_ns
+from typing import Protocol
 
 import typer
 
 from pipeline.agreement.manifest import load_manifest
+from pipeline.cli.door import DoorAccess
 from pipeline.cli.generate_flags import GenerateFlags
 from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_access import (
@@ -25,13 +27,22 @@ from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.latency import LatencyLog
 from pipeline.engine.output_text import StoppedText
 from pipeline.engine.scheduler import Limits
+from pipeline.engine.step_runner import StepRunner
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable
-from pipeline.orchestrator.open_pipeline import Pipeline
 from pipeline.protocol.peer_connections import PATIENCE_MS
 
 logger = logging.getLogger(__name__)
+
+
+class Layers(StepRunner, Protocol):
+    """What a prompt runs on: stages, or a door."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the model."""
+        ...
 
 
 def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
@@ -60,23 +71,37 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
         check_writable(path)
     home = client_dir(flags.model_dir or flags.tokenizer.parent)
     source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
-    access = PipelineAccess.create(
-        source, pipeline_flags, limits, is_resumable=False, patience_ms=PATIENCE_MS
-    )
 
-    async def work(pipeline: Pipeline) -> None:
+    async def work(pipeline: Layers) -> None:
         tokenizer.check_vocabulary(pipeline.vocab_size)
         tokenizer.check_ids(prompt_ids)
         printer.start()
         await engine.drain(pipeline)
         printer.finish()
 
-    number = run_until_signalled(lambda: access.run(work, engine.scheduler))
+    number = run_until_signalled(_runner(flags, pipeline_flags, source, engine, work))
     if number is not None:
         raise typer.Exit(128 + number)
     tell("latency", log.summary())
     if path is not None:
         log.write(path)
+
+
+def _runner(
+    flags: GenerateFlags,
+    shared: PipelineFlags,
+    source: ManifestSource,
+    engine: PipelineEngine,
+    work: Callable[[Layers], Awaitable[None]],
+) -> Callable[[], Awaitable[None]]:
+    """What does the work, on stages or behind a door. Raises PipelineError."""
+    if flags.door.door is not None:
+        behind = DoorAccess.create(source, flags.door, shared)
+        return lambda: behind.run(work)
+    access = PipelineAccess.create(
+        source, shared, engine.scheduler.limits, is_resumable=False, patience_ms=PATIENCE_MS
+    )
+    return lambda: access.run(work, engine.scheduler)
 
 
 class _Printer:

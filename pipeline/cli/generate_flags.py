@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import model_validator
 
+from pipeline.cli.door import DoorFlags
 from pipeline.cli.prompt_input import with_prompt
 from pipeline.cli.sampling_flags import SamplingFlags
 from pipeline.cli.settings import Count, Flag, Settings
@@ -27,6 +28,7 @@ class GenerateFlags(Settings):
     ignore_eos: Annotated[bool, Flag(None, "Go on after the end-of-text token.")] = False
     model_dir: Annotated[Path | None, Flag("DIR", "The workers' model, with --supervise.")] = None
     sampling: SamplingFlags
+    door: DoorFlags
     verbose: VerboseFlag = False
 
     @model_validator(mode="before")

@@ -46,14 +46,15 @@ class Flag:
     is_by_hand: bool = False
 
 
-def _endpoint(text: object) -> Endpoint:
+def parse_address(text: object) -> Endpoint:
+    """An address as pydantic's validators take them. Raises ValueError."""
     try:
         return parse_endpoint(str(text))
     except EndpointError as error:
         raise ValueError(str(error)) from error
 
 
-Address = Annotated[Endpoint, PlainValidator(_endpoint)]
+Address = Annotated[Endpoint, PlainValidator(parse_address)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -30,6 +30,7 @@ DataOutPortFlag = Annotated[
 VerboseFlag = Annotated[
     bool, Flag(None, "Log every step to stderr; never any content.", ("--verbose", "-v"))
 ]
+QuietFlag = Annotated[bool, Flag(None, "Log warnings and errors only.", ("--quiet", "-q"))]
 LogFormatFlag = Annotated[LogFormat, Flag("FORMAT", "Log lines: key=value text, or json objects.")]
 MAX_CONTEXT_VARIABLE = "INFEMERAL_SERVER_MAX_CONTEXT_LENGTH"
 Context = Annotated[int, Field(ge=2)]

@@ -12,21 +12,17 @@ from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, EnclaveTrust,
 from pipeline.cli.compute_options import parse_cpus, precision_of
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.logs import configure_logging
-from pipeline.cli.model_config import agreed_config
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.service_manager import ServiceManager
 from pipeline.cli.settings import takes_flags
 from pipeline.cli.shared_options import results_address
 from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
 from pipeline.cli.worker_flags import WorkerFlags
-from pipeline.dtypes import Precision
-from pipeline.errors import InputError, PolicyError
+from pipeline.errors import InputError
 from pipeline.kernels.runtime import set_num_threads
-from pipeline.models.registry import ModelShard, load_shard
-from pipeline.models.shard_model import NO_ENDS
-from pipeline.progress import Progress
 from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.stage.dial_policy import parse_networks
+from pipeline.stage.model_config import load_stage
 from pipeline.stage.session_admission import free_kv_bytes
 from pipeline.stage.worker import StageWorker
 from pipeline.stage.worker_setup import StageSetup
@@ -48,6 +44,7 @@ def serve(flags: WorkerFlags) -> None:
 
     The worker loads its layers only, checks their hashes, prints `event=listening` and serves one
     orchestrator after another. Addresses: HOST:PORT, unix:/path, vsock:CID:PORT.
+    `stage-worker door --help` tells how to serve requests and answers instead.
 
     Example, the first of two stages on this machine:
 
@@ -77,7 +74,15 @@ def serve(flags: WorkerFlags) -> None:
     # Several workers of one supervisor would draw over each other.
     drawing = nullcontext() if flags.until_stdin_ends else progress_bar("loading weights")
     with drawing as progress:
-        shard = _load(manifest, flags, precision, progress)
+        shard = load_stage(
+            manifest,
+            stage_idx,
+            flags.model_dir,
+            precision,
+            flags.kernels or "auto",
+            flags.device or "cpu",
+            progress,
+        )
     setup = StageSetup(
         manifest=manifest,
         stage_idx=stage_idx,
@@ -101,29 +106,6 @@ def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
         logger.warning("event=development_mode %s", DEV_WARNING)
         return DevTrust.create(default_directory(os.environ))
     return EnclaveTrust.create(manifest, stage_idx)
-
-
-def _load(
-    manifest: Manifest, flags: WorkerFlags, precision: Precision, progress: Progress | None
-) -> ModelShard:
-    stage = manifest.stage(flags.stage_idx)
-    if stage.require_weight_hashes and not stage.weight_hashes:
-        raise PolicyError(
-            f"stage {flags.stage_idx} requires weight hashes and the manifest has none; "
-            "`pipeline-orch plan` writes them"
-        )
-    return load_shard(
-        flags.model_dir,
-        agreed_config(manifest, flags.model_dir),
-        stage.layer_start,
-        stage.layer_end,
-        dtype=precision,
-        kernels=flags.kernels or "auto",
-        device=flags.device or "cpu",
-        ends=NO_ENDS if manifest.has_client_ends else None,
-        expected_hashes=stage.weight_hashes or None,
-        progress=progress,
-    )
 
 
 def _run(

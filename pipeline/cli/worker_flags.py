@@ -19,10 +19,12 @@ from pipeline.cli.shared_options import (
     DevFlag,
     LogFormatFlag,
     ManifestFlag,
+    QuietFlag,
     VerboseFlag,
 )
 
-_TENSORIZED = (
+TENSORIZED_VARIABLE = "INFEMERAL_SERVER_TENSORIZED_WEIGHTS_PATH"
+TENSORIZED = (
     "files of tensorizer's are not read; with tensorizer installed, write the module that it loads "
     "with safetensors.torch.save_file to DIR/model.safetensors, lay config.json beside it, and "
     "give --model-dir DIR"
@@ -40,7 +42,7 @@ class WorkerFlags(Settings):
             "DIR",
             "config.json and *.safetensors of the model.",
             older=("INFEMERAL_SERVER_WEIGHTS_PATH",),
-            refused={"INFEMERAL_SERVER_TENSORIZED_WEIGHTS_PATH": _TENSORIZED},
+            refused={TENSORIZED_VARIABLE: TENSORIZED},
         ),
     ]
     data_out_target: Annotated[
@@ -68,7 +70,7 @@ class WorkerFlags(Settings):
         bool, Flag(None, "End when stdin does: for supervisors.", is_by_hand=True)
     ] = False
     dev: DevFlag = False
-    quiet: Annotated[bool, Flag(None, "Log warnings and errors only.", ("--quiet", "-q"))] = False
+    quiet: QuietFlag = False
     verbose: VerboseFlag = False
     log_format: LogFormatFlag = LogFormat.TEXT
 

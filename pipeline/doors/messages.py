@@ -64,6 +64,7 @@ class DoorFault(Enum):
     UNKNOWN_SESSION = "unknown_session"  # 404, NOT_FOUND: to be rebuilt from tokens
     TOO_LARGE = "too_large"  # 413, RESOURCE_EXHAUSTED
     BUSY = "busy"  # 429, RESOURCE_EXHAUSTED: no slot is free
+    TOO_SLOW = "too_slow"  # 408, DEADLINE_EXCEEDED: a body that does not arrive in time
     UNAVAILABLE = "unavailable"  # 503, UNAVAILABLE: its store is down
 
 

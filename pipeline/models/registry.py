@@ -76,6 +76,7 @@ class ModelShard(Protocol):
     is_first: bool
     is_last: bool
     kernels: Kernels
+    precision: Precision
 
     @property
     def has_decode_steps(self) -> bool:

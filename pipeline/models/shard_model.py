@@ -96,6 +96,7 @@ class Shard(ABC):
         own = Ends(layer_start == 0, layer_end == config.num_layers) if ends is None else ends
         self.is_first, self.is_last = own.embedding, own.head
         self.kernels = kernels
+        self.precision: Precision = precision
         self.heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, window or 0)
         self.parts = parts
         self._make = LayerMaker(kernels, precision, parts)

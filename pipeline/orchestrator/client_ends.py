@@ -43,12 +43,17 @@ class ClientEnds:
         self._watch = Stopwatch()
         self._head = _TimedHead(shard, self._watch)
 
+    @property
+    def vocab_size(self) -> int:
+        """Of the model."""
+        return self._shard.config.vocab_size
+
     def begin(self, step: Step) -> tuple[StepHeader, tuple[Tensor, ...]]:
         """Embedded rows. Raises InputError for ids that the model has no row for."""
         header = _in_rows(step.header)
         if not header.carries_tokens:
             return header, (CLEAR_SENTINEL,)
-        vocab_size = self._shard.config.vocab_size
+        vocab_size = self.vocab_size
         if max((*step.token_ids, *step.asked.token_ids)) >= vocab_size:
             raise InputError(
                 f"a token id is outside the vocabulary of {vocab_size}; "

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from pipeline.agreement.manifest import dump_manifest
-from pipeline.cli import pipeline_orch, stage_worker
+from pipeline.cli import door_server, pipeline_orch, stage_worker
 from pipeline.planning.plan import PlanOptions, plan
 
 BIN = Path(sys.executable).parent
@@ -301,7 +301,8 @@ def command(capfd, monkeypatch):
     """Runs a console command in this process: (exit code, stderr lines with 'error:')."""
 
     def run(module, *arguments):
-        name = "stage-worker" if module is stage_worker else "pipeline-orch"
+        names = {stage_worker: "stage-worker", door_server: "stage-worker door"}
+        name = names.get(module, "pipeline-orch")
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             module.main()

@@ -6,6 +6,7 @@ from typing import TypeAlias
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import (
     H2CProtocolRequiredError,
     H2ProtocolAssumedError,
@@ -33,10 +34,11 @@ class ClientConnection(TCPServer):
       from shutdown.
     - One that has left is noticed at once, even if it sent its next request before; hypercorn
       stops reading then, and keeps the connection if it breaks meanwhile.
-    - HTTP/2 is not spoken: one connection is one request at a time, so that a limit on connections
-      limits requests.
+    - HTTP/2 is not spoken unless a subclass names it: one connection is one request at a time, so
+      that a limit on connections limits requests.
     """
 
+    protocol_class: type[H11Protocol | H2Protocol] = H11Protocol
     stream: ClientStream  # type: ignore[assignment]  # hypercorn's annotation forgets plain TCP
 
     def __init__(
@@ -66,7 +68,7 @@ class ClientConnection(TCPServer):
             server = parse_socket_addr(socket.family, socket.getsockname())
             async with TaskGroup() as tasks:
                 self._task_group = tasks
-                self.protocol = H11Protocol(  # type: ignore[assignment]
+                self.protocol = self.protocol_class(  # type: ignore[assignment]
                     self.app,
                     self.config,
                     self.context,
@@ -77,6 +79,7 @@ class ClientConnection(TCPServer):
                     server,
                     self.protocol_send,
                 )
+                await self.protocol.initiate()
                 await self.idle_task.restart(tasks, self._idle_timeout)
                 await self._read_data()
                 self._is_over = True

@@ -10,13 +10,20 @@ from functools import partial
 import pytest
 import torch
 
-from pipeline.agreement.trust_policy import UserTrust, create_identity, load_identity
+from pipeline.agreement.trust_policy import (
+    UserTrust,
+    attested_verifier,
+    create_identity,
+    load_identity,
+)
 from pipeline.engine.scheduler import Limits
-from pipeline.errors import SessionError
+from pipeline.errors import PolicyError, SessionError
 from pipeline.orchestrator.evidence_request import fetch_evidence
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from transport.attestation.dev_authority import DevAuthority
 from transport.attestation.document_verifier import examine
+from transport.attestation.evidence_binding import Binding
+from transport.errors import AttestationError
 
 
 def windows(data, size=16):
@@ -129,3 +136,14 @@ async def test_a_running_stage_shows_a_document_bound_to_the_very_handshake(depl
     assert all(result.ok for result in judge(binding=binding))
     failed = {result.name for result in judge(binding=other) if not result.ok}
     assert failed == {"user_data", "nonce"}
+
+
+def test_who_shows_nothing_himself_believes_pinned_measurements_alone(deployment):
+    key = b"\1" * 32
+    binding = Binding(b"door", b"\2" * 32, key, b"\3" * 32)
+    verifier = attested_verifier(deployment.pinned, 0, deployment.authority.root_cert)
+    assert verifier.verify(deployment.module(0).attest(binding), binding).measurements
+    with pytest.raises(AttestationError, match="pcrs"):
+        verifier.verify(deployment.module(1).attest(binding), binding)
+    with pytest.raises(PolicyError, match="no expected_measurements"):
+        attested_verifier(deployment.planned, 0)

@@ -1,10 +1,14 @@
-"""The model that a manifest is for, as the directory has it that a command was given."""
+"""The model that a manifest is for, as the directory has it that a program was given."""
 
 from pathlib import Path
 
 from pipeline.agreement.manifest import Manifest
-from pipeline.errors import InputError
+from pipeline.dtypes import Precision
+from pipeline.errors import InputError, PolicyError
 from pipeline.models.config import ModelConfig, load_config
+from pipeline.models.registry import ModelShard, load_shard
+from pipeline.models.shard_model import NO_ENDS
+from pipeline.progress import Progress
 
 
 def agreed_config(manifest: Manifest, model_dir: Path) -> ModelConfig:
@@ -27,6 +31,36 @@ def agreed_config(manifest: Manifest, model_dir: Path) -> ModelConfig:
             f"the manifest says {expected[0]} of width {expected[1]}"
         )
     return config
+
+
+def load_stage(
+    manifest: Manifest,
+    stage_idx: int,
+    model_dir: Path,
+    precision: Precision,
+    kernels: str,
+    device: str,
+    progress: Progress | None,
+) -> ModelShard:
+    """A stage's layers, by the manifest. Raises ModelError, InputError, PolicyError."""
+    stage = manifest.stage(stage_idx)
+    if stage.require_weight_hashes and not stage.weight_hashes:
+        raise PolicyError(
+            f"stage {stage_idx} requires weight hashes and the manifest has none; "
+            "`pipeline-orch plan` writes them"
+        )
+    return load_shard(
+        model_dir,
+        agreed_config(manifest, model_dir),
+        stage.layer_start,
+        stage.layer_end,
+        dtype=precision,
+        kernels=kernels,
+        device=device,
+        ends=NO_ENDS if manifest.has_client_ends else None,
+        expected_hashes=stage.weight_hashes or None,
+        progress=progress,
+    )
 
 
 def _check_rotation(manifest: Manifest, model_dir: Path) -> None:
