@@ -38,9 +38,7 @@ class DoorFlags(Settings):
     door: Annotated[str | None, Flag("URL", "Layers behind a door: grpcs, https or runpod://.")] = (
         None
     )
-    session: Annotated[
-        str | None, Flag("NAME", "The door's session [one of its own].", is_by_hand=True)
-    ] = None
+    session: Annotated[str | None, Flag("NAME", "The door's session [one of its own].")] = None
     secret_file: Annotated[
         Path | None, Flag("FILE", "What makes the session yours; made if need be.")
     ] = None
@@ -53,8 +51,11 @@ class DoorFlags(Settings):
     def _check_together(self) -> Self:
         if self.session is not None and self.secret_file is None:
             raise InputError("--session needs --secret-file: a name, and what makes it yours")
-        if self.door is None and self.session is not None:
-            raise InputError("--session is for layers behind a door; give --door too")
+        own = {"session": self.session, "ca": self.door_ca, "key-file": self.door_key_file}
+        for name, value in own.items():
+            if self.door is None and value is not None:
+                flag = "--session" if name == "session" else f"--door-{name}"
+                raise InputError(f"{flag} is for layers behind a door; give --door too")
         return self
 
 

@@ -108,7 +108,7 @@ def test_a_named_session_is_its_owners_and_stays(orch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((*DOOR, "--session", "chat"), "--session and --secret-file go together"),
+        ((*DOOR, "--session", "chat"), "--session needs --secret-file"),
         (("--dev", "--door-ca", "ca.pem"), "--door-ca is for layers behind a door"),
         ((*DOOR, "--supervise"), "--supervise is for stages of one's own"),
         ((*DOOR, "--kv-memory", "1"), "--kv-memory is for stages of one's own"),
