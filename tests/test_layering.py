@@ -40,8 +40,8 @@ ROOMS = {
         "stego",
     },
 }  # fmt: skip
-# The one thing that kernels know of the protocol: which rows of a step are whose.
-ONLY = {("kernels", "protocol"): "pipeline.protocol.batch"}
+# What kernels know of the protocol: which rows of a step are whose, and which stay.
+ONLY = {("kernels", "protocol"): ("pipeline.protocol.batch", "pipeline.protocol.tide_window")}
 # The door of the gateway that speaks HTTP; what lies behind it serves other doors as well.
 HTTP_DOOR = "pipeline.gateway.http"
 HTTP_LIBRARIES = {"hypercorn", "starlette", "h11", "wsproto"}

@@ -14,8 +14,8 @@ from pipeline.cli.pipeline_flags import (
     ManifestSource,
     PipelineAccess,
     PipelineFlags,
-    check_context,
     end_tokens,
+    longest_text,
 )
 from pipeline.cli.privacy_bound import privacy_budget, tell_prompt
 from pipeline.cli.shard_directories import client_dir
@@ -55,11 +55,11 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     """Run one prompt to its end. Raises PipelineError, or typer.Exit after a signal."""
     manifest = load_manifest(flags.manifest)
     tokenizer = Tokenizer(flags.tokenizer)
-    check_context(flags.context, manifest)
+    longest = longest_text(flags.context, manifest, pipeline_flags.window)
     prompt_ids = tokenizer.encode(flags.text)
     # No more than it takes: a model may have room for far more than its stages' memory.
-    needed = min(len(prompt_ids) + flags.max_tokens, manifest.activation_spec.max_seq_len)
-    limits = Limits(1, flags.context or needed, num_stages=len(manifest.stages))
+    room = flags.context or min(len(prompt_ids) + flags.max_tokens, longest)
+    limits = Limits(1, room, num_stages=len(manifest.stages), window=pipeline_flags.window)
     eos = frozenset() if flags.ignore_eos else end_tokens(manifest, tokenizer)
     log = LatencyLog()
     budget = privacy_budget(manifest, pipeline_flags.dp_epsilon, pipeline_flags.dp_delta)

@@ -50,6 +50,7 @@ from pipeline.orchestrator.open_pipeline import (
 from pipeline.placement.base import Placement
 from pipeline.placement.by_hand import ByHand
 from pipeline.placement.worker_supervisor import Supervisor
+from pipeline.protocol.tide_window import DEFAULT_SINKS, MAX_TEXT, TideWindow
 from pipeline.tasks import open_tasks
 from transport.attestation.dev_authority import default_directory
 from transport.dial_and_listen import Endpoint
@@ -73,6 +74,7 @@ class PipelineFlags:
     dp_epsilon: float | None
     dp_delta: float | None
     log_format: LogFormat
+    window: TideWindow | None = None
 
     def results_at(self, manifest: Manifest) -> Endpoint | None:
         """Where to listen for results; None for the manifest's address. Raises InputError."""
@@ -130,10 +132,19 @@ def pipeline_flags(
             min=0.5, metavar="SECONDS", help="Patience with a silent stage.", callback=finite
         ),
     ] = 60.0,
+    window: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Keep the latest N tokens; texts may be longer [keep all]."),
+    ] = None,
+    sinks: Annotated[
+        int | None, typer.Option(metavar="N", help=f"And the first of all [{DEFAULT_SINKS}].")
+    ] = None,
     dev: DevOption = False,
     log_format: LogFormatOption = LogFormat.TEXT,
 ) -> PipelineFlags:
     """What the command line says. Raises InputError."""
+    if window is None and sinks is not None:
+        raise InputError("--sinks says what a window keeps of the beginning; give --window too")
     workers = WorkerOptions(dtype, kernels, threads, cpus, device, kv_memory)
     return PipelineFlags(
         identity=identity,
@@ -148,6 +159,11 @@ def pipeline_flags(
         dp_epsilon=dp_epsilon,
         dp_delta=dp_delta,
         log_format=log_format,
+        window=(
+            None
+            if window is None
+            else TideWindow(window, DEFAULT_SINKS if sinks is None else sinks)
+        ),
     )
 
 
@@ -197,11 +213,21 @@ class ManifestSource:
     client_dir: Path
 
 
-def check_context(context: int | None, manifest: Manifest) -> None:
-    """Raises InputError for a --context that the model does not have."""
+def longest_text(context: int | None, manifest: Manifest, window: TideWindow | None) -> int:
+    """The most tokens of a request: the model's, or under a window far more.
+
+    Raises InputError for a --context, or a --window, that cannot be had.
+    """
     longest = manifest.activation_spec.max_seq_len
+    if window is not None:
+        if window.size > longest:
+            raise InputError(f"--window {window.size} is more than the model's context, {longest}")
+        if context is not None and context > MAX_TEXT:
+            raise InputError(f"--context {context} is more than a window's texts have, {MAX_TEXT}")
+        return MAX_TEXT
     if context is not None and context > longest:
         raise InputError(f"--context {context} is more than the model's {longest}")
+    return longest
 
 
 def mode_of(manifest: Manifest) -> str:

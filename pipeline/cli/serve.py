@@ -15,8 +15,8 @@ from pipeline.cli.pipeline_flags import (
     ManifestSource,
     PipelineAccess,
     PipelineFlags,
-    check_context,
     end_tokens,
+    longest_text,
 )
 from pipeline.cli.privacy_bound import privacy_budget
 from pipeline.cli.shard_directories import client_dir
@@ -73,9 +73,10 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     """Serve until stopped. Raises PipelineError, or typer.Exit after a signal."""
     _allow_open_files(flags.limits.max_connections + _OTHER_FILES)
     manifest = load_manifest(flags.manifest)
-    check_context(flags.context, manifest)
-    context = flags.context or manifest.activation_spec.max_seq_len
-    limits = Limits(flags.max_batch, context, flags.chunk_tokens, len(manifest.stages))
+    window, num_stages = pipeline_flags.window, len(manifest.stages)
+    longest = longest_text(flags.context, manifest, window)
+    context = flags.context or longest
+    limits = Limits(flags.max_batch, context, flags.chunk_tokens, num_stages, window)
     home = client_dir(flags.model_dir)
     tokenizer = GatewayTokenizer(home / "tokenizer.json")
     if is_file(home / CONFIG_FILE):
@@ -92,6 +93,8 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         api_keys=load_api_keys(flags.api_key_file) if flags.api_key_file else frozenset(),
         tls=load_tls(flags.tls_cert, flags.tls_key),
         limits=flags.limits,
+        # Under a window a text need not end by itself before very long.
+        default_max_tokens=min(context, manifest.activation_spec.max_seq_len),
     )
     source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
     access = PipelineAccess.create(source, pipeline_flags, limits, is_resumable=True)
@@ -119,7 +122,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
             nonlocal standing, stego
             tokenizer.check_vocabulary(pipeline.vocab_size)
             if stego is None:
-                stego = new_service(engine, tokenizer, manifest, home, pipeline)
+                stego = new_service(engine, tokenizer, manifest, home, pipeline, window)
             desk.open(pipeline.vocab_size)
             if standing is None:
                 logger.info("event=serving url=%s model=%s", url, config.served_model_name)

@@ -17,6 +17,7 @@ from pipeline.protocol.replay_history import SlotPart, replay_headers
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits
+from pipeline.protocol.tide_window import TideWindow
 from pipeline.sampling.draw import Draw
 
 # A step of two requests takes no longer than one of either: nothing is gained by less.
@@ -40,6 +41,8 @@ class Limits:
     max_seq_len: int
     chunk_tokens: int = 512
     num_stages: int = 1
+    # What a slot keeps of a request's tokens; None: all of them.
+    window: TideWindow | None = None
 
     @property
     def max_step_tokens(self) -> int:
@@ -51,7 +54,7 @@ class Limits:
     ) -> SessionLimits:
         """What stages are asked for, their activations travelling by `codec`."""
         slots, length, rows = self.num_slots, self.max_seq_len, self.max_step_tokens
-        return SessionLimits(slots, length, rows, codec, has_client_ends)
+        return SessionLimits(slots, length, rows, codec, has_client_ends, self.window)
 
 
 class Scheduler:
@@ -69,6 +72,8 @@ class Scheduler:
         """
         self.limits = limits
         self.num_given_up = 0
+        # Whether stages may hold, since the last `rewind`, what they cannot go back behind.
+        self.must_rebuild = False
         self._on_give_up = on_give_up
         # How often in a row requests' steps have been lost.
         self._losses: Counter[int] = Counter()
@@ -120,9 +125,9 @@ class Scheduler:
     def take_back(self, request_id: int, length: int) -> None:
         """Make the stages forget all but a request's first `length` tokens, by the very next step.
 
-        What is known of them stays known, and is sent again. Raises ValueError for a request that
-        has sent fewer, or of which a step is under way, or promised: its result would be of what is
-        forgotten.
+        Of none, where a window has dropped rows of these since. What is known of them stays known,
+        and is sent again. Raises ValueError for a request that has sent fewer, or of which a step
+        is under way, or promised: its result would be of what is forgotten.
         """
         state = self._running[request_id]
         slots = {segment.slot for step in self._in_flight for segment in step.header.segments}
@@ -131,6 +136,8 @@ class Scheduler:
             raise ValueError(
                 f"request {request_id} cannot keep {length} of {state.num_sent} tokens now"
             )
+        if not self._keeps(length, state.num_sent):
+            length = 0
         if length < state.num_sent:
             state.unsend(state.num_sent - length)
             self._slots.take_back(state.slot, length)
@@ -139,9 +146,13 @@ class Scheduler:
         """Forget the steps under way; returns the tokens every stage is certain to hold, by slot.
 
         Those of steps whose result has come back, that is: no other token has been sampled, so
-        nothing is sampled twice. The caller clears every other slot on every stage.
+        nothing is sampled twice. The caller clears every other slot on every stage. Where
+        `must_rebuild`, stages cannot go back so far, and the caller clears all and replays.
         """
         by_slot = {state.slot: state for state in self._running.values()}
+        # What has been promised may have been computed as well.
+        ahead = 1 if self._promise.is_given else 0
+        most = {slot: state.num_sent + ahead for slot, state in by_slot.items()}
         lost = set()
         for step in self._in_flight:
             for segment in step.header.segments:
@@ -155,6 +166,9 @@ class Scheduler:
             if self._is_given_up(by_slot[slot].request.request_id):
                 del by_slot[slot]
         self._slots.rewind(by_slot)
+        self.must_rebuild = not all(
+            self._keeps(state.num_sent, most[slot]) for slot, state in by_slot.items()
+        )
         slots = range(self.limits.num_slots)
         return [by_slot[slot].num_sent if slot in by_slot else 0 for slot in slots]
 
@@ -318,6 +332,11 @@ class Scheduler:
         if sum(step.is_decoding for step in self._in_flight) >= -(-len(decoding) // share):
             return []
         return [(state, 1) for state in decoding if state.num_sent < state.num_known][:share]
+
+    def _keeps(self, length: int, held: int) -> bool:
+        """Whether stages that hold so many tokens of a request can go back to `length`."""
+        window = self.limits.window
+        return window is None or window.keeps(length, held)
 
     def _is_given_up(self, request_id: int) -> bool:
         """Count the loss of a request's step; forget the request if that has been too many."""
