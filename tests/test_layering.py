@@ -42,11 +42,11 @@ ROOMS = {
         "stego",
     },
 }  # fmt: skip
-# All that kernels know of the protocol is which rows of a step are whose; all that doors know of
-# the gateway is how a client's connection is bounded.
+# What kernels know of the protocol: which rows of a step are whose, and which stay. All that doors
+# know of the gateway is how a client's connection is bounded.
 ONLY = {
-    ("kernels", "protocol"): "pipeline.protocol.batch",
-    ("doors", "gateway"): "pipeline.gateway.http.hypercorn_connection",
+    ("kernels", "protocol"): ("pipeline.protocol.batch", "pipeline.protocol.tide_window"),
+    ("doors", "gateway"): ("pipeline.gateway.http.hypercorn_connection",),
 }
 # The door of the gateway that speaks HTTP; what lies behind it serves other doors as well.
 HTTP_DOOR = "pipeline.gateway.http"

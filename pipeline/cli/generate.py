@@ -14,8 +14,8 @@ from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_access import (
     ManifestSource,
     PipelineAccess,
-    check_context,
     end_tokens,
+    longest_text,
 )
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.privacy_bound import privacy_budget, tell_prompt
@@ -49,11 +49,11 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     """Run one prompt to its end. Raises PipelineError, or typer.Exit after a signal."""
     manifest = load_manifest(flags.manifest)
     tokenizer = Tokenizer(flags.tokenizer)
-    check_context(flags.context, manifest)
+    longest = longest_text(flags.context, manifest, pipeline_flags.tide_window)
     prompt_ids = tokenizer.encode(flags.text)
     # No more than it takes: a model may have room for far more than its stages' memory.
-    needed = min(len(prompt_ids) + flags.max_tokens, manifest.activation_spec.max_seq_len)
-    limits = Limits(1, flags.context or needed, num_stages=len(manifest.stages))
+    room = flags.context or min(len(prompt_ids) + flags.max_tokens, longest)
+    limits = Limits(1, room, num_stages=len(manifest.stages), window=pipeline_flags.tide_window)
     eos = frozenset() if flags.ignore_eos else end_tokens(manifest, tokenizer)
     log = LatencyLog()
     budget = privacy_budget(manifest, pipeline_flags.dp_epsilon, pipeline_flags.dp_delta)

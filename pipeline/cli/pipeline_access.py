@@ -32,6 +32,7 @@ from pipeline.orchestrator.outage import Watcher, outlast
 from pipeline.placement.base import Placement
 from pipeline.placement.by_hand import ByHand
 from pipeline.placement.worker_supervisor import Supervisor
+from pipeline.protocol.tide_window import MAX_TEXT, TideWindow
 from pipeline.tasks import open_tasks
 from transport.attestation.dev_authority import default_directory
 
@@ -53,11 +54,21 @@ class ManifestSource:
     client_dir: Path
 
 
-def check_context(context: int | None, manifest: Manifest) -> None:
-    """Raises InputError for a --context that the model does not have."""
+def longest_text(context: int | None, manifest: Manifest, window: TideWindow | None) -> int:
+    """The most tokens of a request: the model's, or under a window far more.
+
+    Raises InputError for a --context, or a --window, that cannot be had.
+    """
     longest = manifest.activation_spec.max_seq_len
+    if window is not None:
+        if window.size > longest:
+            raise InputError(f"--window {window.size} is more than the model's context, {longest}")
+        if context is not None and context > MAX_TEXT:
+            raise InputError(f"--context {context} is more than a window's texts have, {MAX_TEXT}")
+        return MAX_TEXT
     if context is not None and context > longest:
         raise InputError(f"--context {context} is more than the model's {longest}")
+    return longest
 
 
 def mode_of(manifest: Manifest) -> str:

@@ -10,6 +10,8 @@ from pipeline.cli.compute_options import WorkerOptions
 from pipeline.cli.logs import LogFormat
 from pipeline.cli.settings import Address, Finite, Flag, Settings
 from pipeline.cli.shared_options import DataOutPortFlag, DevFlag, LogFormatFlag, results_address
+from pipeline.errors import InputError
+from pipeline.protocol.tide_window import DEFAULT_SINKS, TideWindow
 from transport.dial_and_listen import Endpoint
 
 
@@ -51,8 +53,21 @@ class PipelineFlags(Settings):
     hang_timeout: Annotated[
         Finite, Field(ge=0.5), Flag("SECONDS", "Patience with a silent stage.")
     ] = 60.0
+    window: Annotated[
+        int | None, Flag("N", "Keep the latest N tokens; texts may be longer [keep all].")
+    ] = None
+    sinks: Annotated[int | None, Flag("N", f"And the first of all [{DEFAULT_SINKS}].")] = None
     dev: DevFlag = False
     log_format: LogFormatFlag = LogFormat.TEXT
+
+    @property
+    def tide_window(self) -> TideWindow | None:
+        """What a slot keeps of a longer text. Raises InputError."""
+        if self.window is None:
+            if self.sinks is not None:
+                raise InputError("--sinks says what a window keeps of the beginning; give --window")
+            return None
+        return TideWindow(self.window, DEFAULT_SINKS if self.sinks is None else self.sinks)
 
     def results_at(self, manifest: Manifest) -> Endpoint | None:
         """Where to listen for results; None for the manifest's address. Raises InputError."""

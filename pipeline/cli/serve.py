@@ -11,8 +11,8 @@ from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.cli.pipeline_access import (
     ManifestSource,
     PipelineAccess,
-    check_context,
     end_tokens,
+    longest_text,
 )
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.privacy_bound import privacy_budget
@@ -39,6 +39,7 @@ from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.models.config import CONFIG_FILE, load_config
 from pipeline.orchestrator.open_pipeline import Pipeline
+from pipeline.protocol.tide_window import TideWindow
 from pipeline.stego.service import StegoService
 from pipeline.tasks import open_tasks
 
@@ -52,7 +53,8 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     """Serve until stopped. Raises PipelineError, or typer.Exit after a signal."""
     _allow_open_files(flags.limits.max_connections + _OTHER_FILES)
     manifest = load_manifest(flags.manifest)
-    limits = _limits(flags, manifest)
+    window = pipeline_flags.tide_window
+    limits = _limits(flags, manifest, window)
     home = client_dir(flags.model_dir)
     tokenizer = GatewayTokenizer(home / "tokenizer.json")
     if is_file(home / CONFIG_FILE):
@@ -69,6 +71,8 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         api_keys=load_api_keys(flags.api_key_file) if flags.api_key_file else frozenset(),
         tls=load_tls(flags.tls_cert, flags.tls_key),
         limits=flags.limits,
+        # Under a window a text need not end by itself before very long.
+        default_max_tokens=min(limits.max_seq_len, manifest.activation_spec.max_seq_len),
     )
     source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
     access = PipelineAccess.create(source, pipeline_flags, limits, is_resumable=True)
@@ -92,7 +96,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
             nonlocal stego
             tokenizer.check_vocabulary(pipeline.vocab_size)
             if stego is None:
-                stego = new_service(engine, tokenizer, manifest, home, pipeline)
+                stego = new_service(engine, tokenizer, manifest, home, pipeline, window)
                 logger.info("event=serving url=%s model=%s", url, config.served_model_name)
             engine.allow_reuse(pipeline.is_row_exact)
             service.open(pipeline)
@@ -127,11 +131,11 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         raise typer.Exit(0)
 
 
-def _limits(flags: ServeFlags, manifest: Manifest) -> Limits:
+def _limits(flags: ServeFlags, manifest: Manifest, window: TideWindow | None) -> Limits:
     """What the stages are to have room for. Raises InputError."""
-    check_context(flags.context, manifest)
-    context = flags.context or manifest.activation_spec.max_seq_len
-    return Limits(flags.max_batch, context, flags.chunk_tokens, len(manifest.stages))
+    longest = longest_text(flags.context, manifest, window)
+    context = flags.context or longest
+    return Limits(flags.max_batch, context, flags.chunk_tokens, len(manifest.stages), window)
 
 
 def _allow_open_files(needed: int) -> None:

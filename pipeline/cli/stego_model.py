@@ -12,6 +12,7 @@ from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.models.config import load_config, read_config
 from pipeline.orchestrator.open_pipeline import Pipeline
 from pipeline.protocol.messages import Ready
+from pipeline.protocol.tide_window import TideWindow
 from pipeline.stego.fingerprint import Fingerprint
 from pipeline.stego.retokenise import CoverTokenizer
 from pipeline.stego.service import StegoService
@@ -63,12 +64,15 @@ def new_service(
     manifest: Manifest,
     model_dir: Path,
     pipeline: Pipeline,
+    window: TideWindow | None,
 ) -> StegoService:
     """A service over an engine that runs on these stages. Raises InputError."""
+    model = model_fingerprint(manifest, model_dir, pipeline.ready)
+    kept = None if window is None else f"{window.size} positions with {window.num_sinks} sinks"
     return StegoService(
         engine,
         CoverTokenizer(tokenizer),
-        model_fingerprint(manifest, model_dir, pipeline.ready),
+        model.model_copy(update={"window": kept}),
         is_row_exact=pipeline.is_row_exact,
     )
 

@@ -11,7 +11,7 @@ import typer
 
 from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.cli.logs import tell
-from pipeline.cli.pipeline_access import ManifestSource, PipelineAccess, check_context
+from pipeline.cli.pipeline_access import ManifestSource, PipelineAccess, longest_text
 from pipeline.cli.privacy_bound import privacy_budget
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.prompt_input import MAX_PROMPT_BYTES, read_bytes
@@ -135,7 +135,7 @@ class _Trip:
     def plan(cls, flags: TripFlags) -> "_Trip":
         """Read what the flags name. Raises InputError."""
         manifest = load_manifest(flags.manifest)
-        check_context(flags.context, manifest)
+        longest_text(flags.context, manifest, flags.pipeline.tide_window)
         if manifest.dp is not None:
             raise StegoError(
                 "this manifest adds noise, which is another whenever a text is computed: "
@@ -161,8 +161,9 @@ class _Trip:
         flags, manifest = self.flags, self.manifest
         # No more than it takes: a model may have room for far more than its stages' memory.
         needed = len(self.task.prompt_ids) + (flags.max_tokens or num_tokens)
-        longest = manifest.activation_spec.max_seq_len
-        limits = Limits(1, flags.context or min(needed, longest), num_stages=len(manifest.stages))
+        window = flags.pipeline.tide_window
+        room = flags.context or min(needed, longest_text(None, manifest, window))
+        limits = Limits(1, room, num_stages=len(manifest.stages), window=window)
         engine = PipelineEngine(limits)
         home = client_dir(flags.model_dir)
         source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
@@ -171,7 +172,7 @@ class _Trip:
         async def with_bar(pipeline: Pipeline) -> None:
             self.tokenizer.check_vocabulary(pipeline.vocab_size)
             self.tokenizer.check_ids(self.task.prompt_ids)
-            service = new_service(engine, self.tokenizer, manifest, home, pipeline)
+            service = new_service(engine, self.tokenizer, manifest, home, pipeline, window)
             with progress_bar(what, "bits") as bar:
 
                 def hear(progress: CoverProgress) -> None:

@@ -207,7 +207,8 @@ def _latencies(view: PipelineView) -> Text:
 
 def _stage_tables(view: PipelineView, width: int) -> list[Table]:
     """One row a stage; as many tables, one below the other, as it takes for all to fit."""
-    rows = [_stage_cells(stage, view.engine.max_seq_len) for stage in view.stages]
+    slot_tokens = view.engine.window or view.engine.max_seq_len
+    rows = [_stage_cells(stage, slot_tokens) for stage in view.stages]
     if not rows:
         return []
     first, *names = rows[0]
@@ -234,12 +235,12 @@ def _table(names: Sequence[str], rows: Sequence[Mapping[str, Text]]) -> Table:
     return table
 
 
-def _stage_cells(stage: StageView, max_seq_len: int) -> dict[str, Text]:
+def _stage_cells(stage: StageView, slot_tokens: int) -> dict[str, Text]:
     figures, rates, age = stage.figures, stage.rates, stage.handshake_age_seconds
     batch = kv_used = "-"
     if figures is not None:
         batch = str(figures.last_batch)
-        room = figures.num_slots * max_seq_len
+        room = figures.num_slots * slot_tokens
         kv_used = f"{figures.kv_tokens} tok" + (f" {figures.kv_tokens / room:.0%}" if room else "")
     return {
         "stage": Text(str(stage.stage_idx)),

@@ -20,6 +20,7 @@ from pipeline.protocol.batch import Segment
 from pipeline.protocol.replay_history import SlotPart
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.tide_window import TideWindow
 
 # To copy less takes longer than to compute it: it is a step of its own.
 MIN_COPY = 16
@@ -29,12 +30,19 @@ class Admission:
     """Owns the slots, and what lies idle in them."""
 
     def __init__(
-        self, num_slots: int, max_seq_len: int, options: PrefixOptions, clock: Callable[[], float]
+        self,
+        num_slots: int,
+        max_seq_len: int,
+        options: PrefixOptions,
+        clock: Callable[[], float],
+        window: TideWindow | None = None,
     ) -> None:
         self.slots = Slots(num_slots)
+        self._window = window
         self.num_hits = 0
         self.num_cached_tokens = 0
-        max_tokens = int(options.share * num_slots * max_seq_len)
+        room = max_seq_len if window is None else window.size
+        max_tokens = int(options.share * num_slots * room)
         self.idle = IdlePrefixes(max_tokens, options.ttl_seconds, clock)
         self._is_exact = False
         # Those whose prompt begins as one that is being read.
@@ -62,14 +70,15 @@ class Admission:
         if salt is not None:
             wanted = state.request.prompt_ids[:-1]
             idle, length = self.idle.longest(salt, wanted)
-            leader, num_led = _leader(salt, wanted, running)
+            whole = [each for each in running if self._stays_whole(each)]
+            leader, num_led = _leader(salt, wanted, whole)
         if idle is not None and length >= num_led and self._may_go_on(idle, length):
             self.idle.take(idle.slot)
             if length < len(idle.token_ids):
                 self.slots.take_back(idle.slot, length)
             state.slot = idle.slot
             self._reuse(state, idle.pieces, length)
-        elif idle is not None and length >= max(num_led, MIN_COPY):
+        elif idle is not None and length >= max(num_led, MIN_COPY) and self._is_whole(idle):
             state.slot = self._empty_slot(but=idle.slot)
             self.slots.copy(idle.slot, state.slot, length)
         else:
@@ -112,7 +121,8 @@ class Admission:
         state.leader = None
         salt = self._salt(state)
         length = min(state.num_sent, self.idle.max_tokens)
-        if salt is None or not length or not keeps:
+        held = state.num_sent + has_more
+        if salt is None or not length or not keeps or not self._goes_back(length, held):
             self.slots.end(state.slot)
             return
         prefix = IdlePrefix(state.slot, salt, state.known(0, length), tuple(state.pieces))
@@ -136,8 +146,24 @@ class Admission:
 
         Not where more would be lost than is used, and another slot can be had for a copy.
         """
+        if not self._goes_back(length, len(idle.token_ids)):
+            return False
         has_other = self.slots.has_free or len(self.idle) > 1
         return 2 * length >= len(idle.token_ids) or not has_other
+
+    def _goes_back(self, length: int, held: int) -> bool:
+        """Whether a slot that holds so many tokens can be taken back to `length` of them."""
+        return self._window is None or self._window.keeps(length, held)
+
+    def _is_whole(self, idle: IdlePrefix) -> bool:
+        """Whether a slot holds all rows of its tokens: only then it can be copied."""
+        return self._window is None or len(idle.token_ids) <= self._window.size
+
+    def _stays_whole(self, state: RequestState) -> bool:
+        """Whether the slot of a request that runs will hold all rows of its tokens to the end."""
+        request = state.request
+        most = len(request.prompt_ids) + request.max_tokens
+        return self._window is None or most <= self._window.size
 
     def _empty_slot(self, but: int | None = None) -> int:
         if self.slots.has_free:

@@ -18,6 +18,7 @@ from pipeline.protocol.replay_history import SlotPart, replay_headers
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits
+from pipeline.protocol.tide_window import TideWindow
 from pipeline.sampling.draw import Draw
 
 # A step of two requests takes no longer than one of either: nothing is gained by less.
@@ -41,6 +42,8 @@ class Limits:
     max_seq_len: int
     chunk_tokens: int = 512
     num_stages: int = 1
+    # What a slot keeps of a request's tokens; None: all of them.
+    window: TideWindow | None = None
 
     @property
     def max_step_tokens(self) -> int:
@@ -52,7 +55,7 @@ class Limits:
     ) -> SessionLimits:
         """What stages are asked for, their activations travelling by `codec`."""
         slots, length, rows = self.num_slots, self.max_seq_len, self.max_step_tokens
-        return SessionLimits(slots, length, rows, codec, has_client_ends)
+        return SessionLimits(slots, length, rows, codec, has_client_ends, self.window)
 
 
 class Scheduler:
@@ -76,13 +79,17 @@ class Scheduler:
         """
         self.limits = limits
         self.num_given_up = 0
+        # Whether stages may hold, since the last `rewind`, what they cannot go back behind.
+        self.must_rebuild = False
         self._on_give_up = on_give_up
         # How often in a row requests' steps have been lost.
         self._losses: Counter[int] = Counter()
         # In order of arrival; ordered, so that taking the first and leaving cost the same for all.
         self._waiting: OrderedDict[int, RequestState] = OrderedDict()
         self._running: dict[int, RequestState] = {}
-        self.admission = Admission(limits.num_slots, limits.max_seq_len, prefixes, clock)
+        self.admission = Admission(
+            limits.num_slots, limits.max_seq_len, prefixes, clock, limits.window
+        )
         self._slots = self.admission.slots
         self._in_flight: deque[Step] = deque()
         self._next_step = 0
@@ -131,9 +138,9 @@ class Scheduler:
     def take_back(self, request_id: int, length: int) -> None:
         """Make the stages forget all but a request's first `length` tokens, by the very next step.
 
-        What is known of them stays known, and is sent again. Raises ValueError for a request that
-        has sent fewer, or of which a step is under way, or promised: its result would be of what is
-        forgotten.
+        Of none, where a window has dropped rows of these since. What is known of them stays known,
+        and is sent again. Raises ValueError for a request that has sent fewer, or of which a step
+        is under way, or promised: its result would be of what is forgotten.
         """
         state = self._running[request_id]
         is_under_way = self._promise.is_given or any(
@@ -143,6 +150,8 @@ class Scheduler:
             raise ValueError(
                 f"request {request_id} cannot keep {length} of {state.num_sent} tokens now"
             )
+        if not self._keeps(length, state.num_sent):
+            length = 0
         if length < state.num_sent:
             state.unsend(state.num_sent - length)
             self._slots.take_back(state.slot, length)
@@ -151,9 +160,13 @@ class Scheduler:
         """Forget the steps under way; returns the tokens every stage is certain to hold, by slot.
 
         Those of steps whose result has come back, that is: no other token has been sampled, so
-        nothing is sampled twice. The caller clears every other slot on every stage.
+        nothing is sampled twice. The caller clears every other slot on every stage. Where
+        `must_rebuild`, stages cannot go back so far, and the caller clears all and replays.
         """
         by_slot = self._by_slot()
+        # What has been promised may have been computed as well.
+        ahead = 1 if self._promise.is_given else 0
+        most = {slot: state.num_sent + ahead for slot, state in by_slot.items()}
         # What came before it has come back. A slot may hold what another request has sent there.
         first = self._in_flight[0].header.step if self._in_flight else self._next_step
         lost = [slot for slot, state in by_slot.items() if state.unsend_since(first)]
@@ -163,6 +176,9 @@ class Scheduler:
             if self._is_given_up(by_slot[slot].request.request_id):
                 del by_slot[slot]
         self.admission.rewind(by_slot)
+        self.must_rebuild = not all(
+            self._keeps(state.num_sent, most[slot]) for slot, state in by_slot.items()
+        )
         slots = range(self.limits.num_slots)
         return [by_slot[slot].num_sent if slot in by_slot else 0 for slot in slots]
 
@@ -331,6 +347,11 @@ class Scheduler:
         if sum(step.is_decoding for step in self._in_flight) >= -(-len(decoding) // share):
             return []
         return [(state, 1) for state in decoding if state.num_sent < state.num_known][:share]
+
+    def _keeps(self, length: int, held: int) -> bool:
+        """Whether stages that hold so many tokens of a request can go back to `length`."""
+        window = self.limits.window
+        return window is None or window.keeps(length, held)
 
     def _is_given_up(self, request_id: int) -> bool:
         """Count the loss of a request's step; forget the request if that has been too many."""

@@ -249,7 +249,7 @@ class Desk:
         if asked is not None and asked > room:
             param = order.max_tokens_param
             raise invalid(f"{param} is {asked}; this model's context holds {room} tokens.", param)
-        return asked or room
+        return asked or self.config.default_max_tokens or room
 
     async def _encode_all(self, order: Order) -> tuple[TokenIds, ...]:
         if order.conversation is not None:

@@ -60,6 +60,8 @@ class EngineView(EngineStats):
 
     max_batch: int
     max_seq_len: int
+    # Tokens whose keys and values a stage keeps of each request; 0: all.
+    window: int = 0
 
 
 class PipelineView(_View):
@@ -93,6 +95,7 @@ class Overview(Collector):
         return EngineView(
             max_batch=self._limits.num_slots,
             max_seq_len=self._limits.max_seq_len,
+            window=0 if self._limits.window is None else self._limits.window.size,
             **asdict(self._stats()),
         )
 

@@ -13,6 +13,7 @@ class GatewayConfig:
     """Where to listen, for whom, under which model name. Raises InputError.
 
     `tls`: the server's certificate; without it, what is said travels in the clear.
+    `default_max_tokens`: of a continuation that names none; None: as many as the context holds.
     """
 
     served_model_name: str
@@ -23,6 +24,7 @@ class GatewayConfig:
     api_keys: frozenset[str] = frozenset()
     tls: SSLContext | None = None
     limits: GatewayLimits = field(default_factory=GatewayLimits)
+    default_max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Check what cannot be right."""

@@ -94,7 +94,8 @@ class Program:
         out_header: int,
         out_rows: int,
         lengths: list[int],
-        max_length: int,
+        num_rows: list[int],
+        max_rows: int,
         want: int,
         frame: memoryview,
         crypto_ns: int,
@@ -213,6 +214,26 @@ def layer_norm(
 
 def rms_norm(x: Address, weight: Address, y: Address, rows: int, size: int, eps: float, /) -> None:
     """Set y = x / sqrt(mean square + eps) * weight, [rows, size]; y may be x."""
+
+def slide(
+    keys: Address,
+    values: Address,
+    itemsize: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seq: int,
+    num_kept: int,
+    num_dropped: int,
+    held: int,
+    cosines: Address,
+    sines: Address,
+    /,
+) -> None:
+    """Of the first `held` rows of a slot drop some behind `num_kept`, and move the rest down.
+
+    keys, values: the slot's part of what `attend` takes. Keys are turned back by the angles
+    of cosines, sines: [head_dim / 2].
+    """
 
 def rope(
     x: Address,

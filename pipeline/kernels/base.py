@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.dtypes import FLOAT32, Array, ArrayDType, Floats, HostArray, Precision
 from pipeline.kernels.host_memory import available_bytes
 from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.kv_storage import Slide
 from pipeline.protocol.batch import Batch
 from pipeline.weights.tensor_sinks import CopySink, Fill, Sink, fill_array, weight_sinks
 
@@ -280,6 +281,13 @@ class Kernels(ABC):
     @abstractmethod
     def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
         """A step's attention over caches of `max_seq_len` positions."""
+
+    @abstractmethod
+    def slide(self, keys: Array, values: Array, slide: Slide, cos: Array, sin: Array) -> None:
+        """Drop rows of a slot in a layer's cache; the rest moves down, its keys are turned back.
+
+        Shapes: cos, sin [head_dim / 2], of each (j, j + head_dim/2) pair.
+        """
 
     @abstractmethod
     def copy(self, source: Array, out: Array) -> None:

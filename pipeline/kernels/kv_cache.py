@@ -6,18 +6,19 @@ kernels have recorded over that memory. Here is what has to be done to several o
 
 from collections.abc import Sequence
 
-from pipeline.dtypes import Array, ArrayDType
+from pipeline.dtypes import Array, ArrayDType, Floats
 from pipeline.errors import MessageError
-from pipeline.kernels.kv_storage import KVStorage, LayerKV, Memory
+from pipeline.kernels.kv_storage import KVStorage, LayerKV, Memory, Slide, turn_of
 from pipeline.kernels.recording_cache import Recordings
 from pipeline.kernels.slot_lengths import SlotLedger
 from pipeline.protocol.batch import Batch, Segment
+from pipeline.protocol.tide_window import TideWindow
 
 
 class KVCache:
     """One request per slot; behind the slots lie `scratch_slots` that no request can name."""
 
-    __slots__ = ("ledger", "recordings", "storage")
+    __slots__ = ("_turn", "ledger", "recordings", "storage")
 
     def __init__(
         self,
@@ -31,14 +32,21 @@ class KVCache:
         dtype: ArrayDType,
         key_block: int = 1,
         scratch_slots: int = 0,
+        window: TideWindow | None = None,
+        frequencies: Floats | None = None,
     ) -> None:
-        self.ledger = SlotLedger(num_slots, max_seq_len)
+        """`frequencies`: by how much a position turns keys, which a window has to know."""
+        self.ledger = SlotLedger(num_slots, max_seq_len, window)
+        self._turn: tuple[Array, ...] | None = None
+        if window is not None:
+            assert frequencies is not None, "a window has been refused where keys do not turn"
+            self._turn = tuple(map(memory.to_device, turn_of(window.num_dropped, frequencies)))
         self.storage = KVStorage(
             memory,
             num_layers=num_layers,
             num_slots=num_slots + scratch_slots,
             num_kv_heads=num_kv_heads,
-            max_seq_len=max_seq_len,
+            max_seq_len=self.ledger.max_rows,
             head_dim=head_dim,
             key_block=key_block,
             dtype=dtype,
@@ -66,6 +74,11 @@ class KVCache:
         return self.ledger.lengths()
 
     @property
+    def num_rows(self) -> int:
+        """Tokens whose keys and values lie in memory: under a window fewer than are held."""
+        return sum(self.ledger.rows)
+
+    @property
     def num_slots(self) -> int:
         """How many requests fit side by side."""
         return len(self.ledger.held)
@@ -79,6 +92,22 @@ class KVCache:
         """Admit a step. Raises MessageError as `SlotLedger.reserve` does."""
         self.ledger.reserve(batch)
 
+    def parts(self, batch: Batch) -> Sequence[Batch]:
+        """An admitted step cut where a window drops rows; without one, as it is."""
+        return self.ledger.parts(batch)
+
+    def place(self, part: Batch) -> Batch:
+        """Make room for a part of a step: where its rows go, which is their position as well."""
+        turn, window = self._turn, self.ledger.window
+        if turn is None or window is None:
+            return part
+        for slot, _, _ in part:
+            if self.ledger.is_full(slot):
+                slide = Slide(slot, window.num_sinks, window.num_dropped, window.size)
+                self.storage.slide(slide, *turn)
+                self.ledger.drop(slot)
+        return self.ledger.placed(part)
+
     def advance(self, batch: Batch) -> None:
         """Count a computed step's tokens as held."""
         self.ledger.advance(batch)
@@ -86,10 +115,10 @@ class KVCache:
     def truncate(self, slot: int, length: int) -> None:
         """Roll `slot` back to its first `length` tokens; what was written behind them is zeroed.
 
-        Raises MessageError when the slot does not exist or holds fewer.
+        Raises MessageError as `SlotLedger.truncate` does.
         """
-        written = self.ledger.truncate(slot, length)
-        self.storage.zero(slot, length, written)
+        kept, written = self.ledger.truncate(slot, length)
+        self.storage.zero(slot, kept, written)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give an empty slot the first `length` tokens of another, where they are.
@@ -124,7 +153,8 @@ class KVCache:
         """Keys and values at consecutive positions of a slot, of every layer, on the host.
 
         They do not depend on the kernels whose cache this is, and are the caller's own. Raises
-        MessageError when the slot does not exist or does not hold all of them.
+        MessageError when the slot does not exist, does not hold all of them, or has dropped any:
+        what a window has moved is no longer that of a position.
         """
         self.ledger.check_range(slot, positions)
         return self.storage.read(slot, positions)
@@ -134,11 +164,13 @@ class KVCache:
 
         `position` is that of the first, and has to be the one behind what the slot holds: keys
         know their positions. Raises MessageError for that, for another model's layers, shapes or
-        dtype, and for more than the context takes; then nothing has changed.
+        dtype, for more than the context takes, and under a window for more than it holds before it
+        drops any; then nothing has changed.
         """
         num_positions = self.storage.check(layers)
         if num_positions == 0:
             raise MessageError("no keys and values to restore")
+        self.ledger.check_whole(slot, position + num_positions)
         batch = (Segment(slot, position, num_positions),)
         self.ledger.reserve(batch)
         self.storage.write(slot, position, layers)

@@ -3,13 +3,24 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from pipeline.dtypes import Array, ArrayDType, HostArray
+import numpy as np
+
+from pipeline.dtypes import FLOAT32, Array, ArrayDType, Floats, HostArray
 from pipeline.errors import MessageError
 
 # From a slot's blocks to [kv_heads, blocks, block, head_dim] and back: both are their own inverse.
 Order = tuple[int, int, int, int]
 KEY_ORDER: Order = (1, 0, 3, 2)
 VALUE_ORDER: Order = (1, 0, 2, 3)
+
+
+class Slide(NamedTuple):
+    """Of the `held` rows of a slot `num_dropped` go, behind the first `num_kept`."""
+
+    slot: int
+    num_kept: int
+    num_dropped: int
+    held: int
 
 
 class Memory(Protocol):
@@ -24,12 +35,30 @@ class Memory(Protocol):
     def to_host(self, *arrays: Array) -> tuple[HostArray, ...]:
         """Arrays where the host can read them."""
 
+    def to_device(self, array: HostArray) -> Array:
+        """A host's array where these are."""
+
+    def slide(self, keys: Array, values: Array, slide: Slide, cos: Array, sin: Array) -> None:
+        """Drop rows of a slot in a layer's cache; the rest moves down, its keys are turned back.
+
+        Shapes: cos, sin [head_dim / 2], of each (j, j + head_dim/2) pair.
+        """
+
 
 class LayerKV(NamedTuple):
     """One layer's keys and values of some positions: [kv_heads, positions, head_dim] each."""
 
     keys: HostArray
     values: HostArray
+
+
+def turn_of(num_positions: int, frequencies: Floats) -> tuple[Floats, Floats]:
+    """(cos, sin) of so many positions, [head_dim / 2]; `frequencies` are radians a position.
+
+    Angles are float64's, and nothing is rounded before the end.
+    """
+    angles = num_positions * frequencies.astype(np.float64)
+    return np.cos(angles).astype(FLOAT32), np.sin(angles).astype(FLOAT32)
 
 
 def kv_bytes(
@@ -149,6 +178,11 @@ class KVStorage:
                 each[target, :num_blocks] = each[source, :num_blocks]
         # The last block may hold more of the source.
         self.zero(target, length, _round_up(length, block))
+
+    def slide(self, slide: Slide, cos: Array, sin: Array) -> None:
+        """Drop rows in every layer; the angles are those of the positions that go."""
+        for keys, values in zip(self.keys, self.values, strict=True):
+            self._memory.slide(keys, values, slide, cos, sin)
 
     def zero(self, slot: int, first: int, last: int) -> None:
         """Zero positions first..last of a slot; whatever shares the last block is unused."""

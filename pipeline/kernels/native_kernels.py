@@ -34,6 +34,7 @@ from pipeline.kernels.base import (
 )
 from pipeline.kernels.huge_pages import Arena, aligned, reserve
 from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.kv_storage import Slide
 from pipeline.kernels.native_step import NativeAttention, NativeStep, spans_of
 from pipeline.kernels.runtime import overwrite_freed_blocks, return_large_blocks
 from pipeline.protocol.batch import Batch
@@ -206,6 +207,24 @@ class NativeKernels(Kernels):
     def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
         """A step's attention."""
         return NativeAttention(spans_of(batch), shape, max_seq_len)
+
+    def slide(self, keys: Floats, values: Floats, slide: Slide, cos: Floats, sin: Floats) -> None:
+        """Drop rows of a slot; the rest moves down, its keys are turned back."""
+        slot, num_kept, num_dropped, held = slide
+        num_blocks, num_kv_heads, head_dim, block = keys.shape[1:]
+        _native.slide(
+            keys[slot],
+            values[slot],
+            keys.itemsize,
+            num_kv_heads,
+            head_dim,
+            num_blocks * block,
+            num_kept,
+            num_dropped,
+            held,
+            cos,
+            sin,
+        )
 
     def copy(self, source: Floats, out: Floats) -> None:
         """Rows into `out`."""

@@ -85,7 +85,7 @@ class NativeStep:
                 _native.widen(rows, inputs, count)
             else:
                 rows = inputs = aligned(np.empty, (count, width), FLOAT32)
-            outputs = compute(inputs, spans[:, POSITION], cache.ledger.max_seq_len, attention)
+            outputs = compute(inputs, spans[:, POSITION], cache.ledger.max_rows, attention)
             if finish is not None:
                 chosen, self.logits = finish(outputs)
                 outputs = np.empty(count, np.uint32)
@@ -102,4 +102,5 @@ class NativeStep:
         """What computes the steps of frames like `form`, and lays out those that go on in `out`."""
         want = TOKEN if self.logits is not None else ROW if all_rows else ANY
         ledger = cache.ledger
-        return partial(self._program.serve, *form, *out, ledger.held, ledger.max_seq_len, want)
+        lengths = (ledger.held, ledger.rows, ledger.max_rows)
+        return partial(self._program.serve, *form, *out, *lengths, want)

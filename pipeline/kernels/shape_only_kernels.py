@@ -37,7 +37,7 @@ class Outline(Kernels):
     name = "none"
     key_block = 1
     is_row_exact = False
-    attention = copy = lookup = rope = silu_mul = argmax = fill = _never
+    attention = slide = copy = lookup = rope = silu_mul = argmax = fill = _never
 
     def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
         """One number, seen as an array of any size."""

@@ -1,18 +1,31 @@
 """Which positions of each slot hold tokens: what a step may append to, and how far it may go."""
 
+from collections.abc import Sequence
+from itertools import zip_longest
+
 from pipeline.errors import MessageError
 from pipeline.protocol.batch import Batch, Segment
+from pipeline.protocol.tide_window import TideWindow
 
 
 class SlotLedger:
-    """Tokens held per slot, one request each, and how far memory was written behind them."""
+    """Tokens held per slot, one request each, and how far memory was written behind them.
 
-    __slots__ = ("_written", "held", "max_seq_len")
+    Whoever asks speaks of tokens. Under a window fewer rows lie in memory than were held; kernels
+    are told where these lie.
+    """
 
-    def __init__(self, num_slots: int, max_seq_len: int) -> None:
+    __slots__ = ("_written", "held", "max_rows", "max_seq_len", "rows", "window")
+
+    def __init__(self, num_slots: int, max_seq_len: int, window: TideWindow | None = None) -> None:
         self.max_seq_len = max_seq_len
-        # Tokens held per slot: to be read and not changed. Kernels keep this very list.
+        self.window = window
+        # What a slot has memory for.
+        self.max_rows = max_seq_len if window is None else window.size
+        # Tokens held per slot, and how many of them lie in memory, which without a window is the
+        # same list. To be read and not changed: kernels keep these very lists.
         self.held = [0] * num_slots
+        self.rows = self.held if window is None else [0] * num_slots
         self._written = [0] * num_slots  # beyond what is held when a step failed half-way
 
     def reserve(self, batch: Batch) -> None:
@@ -25,7 +38,7 @@ class SlotLedger:
         for segment in batch:
             self._check(segment, seen)
         for segment in batch:
-            end = segment.position + segment.num_tokens
+            end = min(segment.position + segment.num_tokens, self.max_rows)
             self._written[segment.slot] = max(self._written[segment.slot], end)
 
     def _check(self, segment: Segment, seen: set[int]) -> None:
@@ -45,23 +58,65 @@ class SlotLedger:
                 f"exceed the context of {self.max_seq_len}"
             )
 
+    def parts(self, batch: Batch) -> Sequence[Batch]:
+        """The step cut where a window drops rows, to be placed and computed one after another."""
+        if self.window is None:
+            return (batch,)
+        cut: list[list[Segment]] = []
+        for slot, start, num_tokens in batch:
+            pieces, position = [], start
+            for count in self.window.pieces(start, num_tokens):
+                pieces.append(Segment(slot, position, count))
+                position += count
+            cut.append(pieces)
+        return [tuple(filter(None, part)) for part in zip_longest(*cut)]
+
+    def is_full(self, slot: int) -> bool:
+        """Whether rows have to be dropped before a slot takes a token."""
+        return self.rows[slot] >= self.max_rows
+
+    def drop(self, slot: int) -> None:
+        """Count the rows as gone that a full slot has dropped."""
+        assert self.window is not None, "without one a full slot takes nothing more"
+        self.rows[slot] -= self.window.num_dropped
+
+    def placed(self, batch: Batch) -> Batch:
+        """Where in memory the rows of such a part go."""
+        if self.window is None:
+            return batch
+        rows = self.rows
+        return tuple(Segment(slot, rows[slot], num_tokens) for slot, _, num_tokens in batch)
+
     def advance(self, batch: Batch) -> None:
         """Count a computed step's tokens as held."""
-        for segment in batch:
-            self.held[segment.slot] += segment.num_tokens
+        for slot, _, num_tokens in batch:
+            self.held[slot] += num_tokens
+        if self.window is not None:
+            for slot, _, num_tokens in batch:
+                self.rows[slot] += num_tokens
 
-    def truncate(self, slot: int, length: int) -> int:
-        """Roll `slot` back to its first `length` tokens; up to where it was written, to be zeroed.
+    def truncate(self, slot: int, length: int) -> tuple[int, int]:
+        """Roll `slot` back to its first `length` tokens; which rows, from where to where, to zero.
 
-        Raises MessageError when the slot does not exist or holds fewer.
+        Raises MessageError when the slot does not exist or holds fewer, or when rows of these have
+        been dropped since: `TideWindow.keeps`.
         """
         self.check_slot(slot)
-        held = self.held[slot]
+        held, rows = self.held[slot], self.rows[slot]
         if not 0 <= length <= held:
             raise MessageError(f"slot {slot} holds {held} tokens, it cannot keep {length}")
+        kept = rows - (held - length) if length else 0
+        if length and self.window is not None and rows < held:
+            least = self.window.size - self.window.num_dropped
+            if kept < least:
+                raise MessageError(
+                    f"slot {slot} holds {held} tokens and cannot go back to {length}: its window "
+                    f"has dropped rows of these since; back to {held - rows + least}, or to none"
+                )
         written = self._written[slot]
-        self.held[slot] = self._written[slot] = length
-        return written
+        self.held[slot] = length
+        self.rows[slot] = self._written[slot] = kept
+        return kept, written
 
     def check_range(self, slot: int, positions: range) -> None:
         """Raises MessageError unless `slot` holds all of these consecutive positions."""
@@ -70,6 +125,20 @@ class SlotLedger:
         if positions.step != 1 or not 0 <= first <= last <= held:
             raise MessageError(
                 f"slot {slot} holds {held} tokens, not the positions {first} to {last}"
+            )
+        if self.rows[slot] < held:
+            raise MessageError(
+                f"slot {slot} has dropped rows of its {held} tokens and moved the rest, which has "
+                "other positions now: compute it from the tokens again"
+            )
+
+    def check_whole(self, slot: int, length: int) -> None:
+        """Raises MessageError unless all rows of `length` tokens lie in memory as they came."""
+        self.check_slot(slot)
+        if self.window is not None and max(length, self.held[slot]) > self.window.size:
+            raise MessageError(
+                f"slot {slot} would hold {length} tokens, more than its window of "
+                f"{self.window.size}: compute what is beyond from the tokens again"
             )
 
     def check_slot(self, slot: int) -> None:

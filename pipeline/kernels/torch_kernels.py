@@ -37,13 +37,14 @@ from pipeline.kernels.base import (
     LinearSpec,
     Norm,
 )
+from pipeline.kernels.kv_storage import Slide
 from pipeline.kernels.runtime import (
     free_mkl_buffers,
     limit_torch,
     overwrite_freed_blocks,
     pin_blas,
 )
-from pipeline.kernels.torch_attention import TorchAttention
+from pipeline.kernels.torch_attention import TorchAttention, to_cache
 from pipeline.protocol.batch import Batch
 from pipeline.weights.quantization import GROUP, dequantise
 
@@ -214,6 +215,22 @@ class TorchKernels(Kernels):
         """A step's attention."""
         del max_seq_len
         return TorchAttention(batch, shape)
+
+    def slide(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slide: Slide,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> None:
+        """Drop rows of a slot; the rest moves down, its keys are turned back."""
+        slot, num_kept, num_dropped, held = slide
+        down, left = slice(num_kept, held - num_dropped), slice(num_kept + num_dropped, held)
+        first, second = keys[slot, :, left].float().chunk(2, dim=-1)
+        turned = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+        keys[slot, :, down] = to_cache(turned, keys)
+        values[slot, :, down] = values[slot, :, left].clone()  # the two overlap
 
     def copy(self, source: torch.Tensor, out: torch.Tensor) -> None:
         """Rows into `out`."""

@@ -40,6 +40,11 @@ class LayerParts:
         del layer, batch
         return own
 
+    @property
+    def attend_in_cache(self) -> bool:
+        """Whether all that is attended to lies in the kernels' cache, as they put it there."""
+        return type(self).attention is LayerParts.attention
+
 
 OWN = LayerParts()
 

@@ -113,7 +113,8 @@ class LlamaShard(Shard):
         )
         self.layers = [LlamaLayer(config, self.heads, make) for make in self.layer_makers()]
         self.norm = kernels.rms_norm(config.hidden_dim, config.norm_eps) if self.is_last else None
-        self._table = RopeTable(rope_frequencies(config), kernels, config.max_positions)
+        self.frequencies = rope_frequencies(config)
+        self._table = RopeTable(self.frequencies, kernels, config.max_positions)
 
     @property
     def _layers(self) -> Sequence[Layer]:

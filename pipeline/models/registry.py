@@ -21,6 +21,7 @@ from pipeline.models.residual import ResidualStream
 from pipeline.models.shard_model import BOTH_ENDS, Ends, Names, Shard
 from pipeline.progress import Progress
 from pipeline.protocol.batch import Batch
+from pipeline.protocol.tide_window import TideWindow
 from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names, tensor_sizes
 from pipeline.weights.quantization import to_precision
 from pipeline.weights.tensor_sinks import Sink
@@ -96,7 +97,12 @@ class ModelShard(Protocol):
     def step_bytes(self, num_rows: int) -> int:
         """About what a step of that many rows takes beside weights and caches."""
 
-    def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
+    def check_window(self, window: TideWindow) -> None:
+        """Raises InputError saying why the model cannot be served so, if it cannot."""
+
+    def new_cache(
+        self, num_slots: int, max_seq_len: int, window: TideWindow | None = None
+    ) -> KVCache:
         """KV memory for this shard's layers."""
 
     def forward(self, inputs: HostArray, batch: Batch, cache: KVCache) -> Array:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
 
+import numpy as np
+
 from pipeline.dtypes import FLOAT32, KV_DTYPES, Array, Floats, HostArray, Precision
-from pipeline.errors import MessageError
+from pipeline.errors import InputError, MessageError
 from pipeline.kernels.base import (
     Attention,
     DecodeStep,
@@ -25,7 +27,8 @@ from pipeline.models.layer_parts import LayerMaker, LayerParts
 from pipeline.models.own_embedding import Embedding
 from pipeline.models.residual import ResidualStream
 from pipeline.models.workspace import ForwardPass, Room, round_up
-from pipeline.protocol.batch import Batch, num_tokens
+from pipeline.protocol.batch import Batch, first_rows, num_tokens
+from pipeline.protocol.tide_window import TideWindow
 from pipeline.weights.tensor_sinks import Sink
 
 LOGIT_ROWS = 64  # as many as are expected of a step
@@ -72,6 +75,9 @@ class Shard(ABC):
     NAMES: ClassVar[Names]
     # None where the stream cannot be rotated in the weights.
     STREAM: ClassVar[ResidualStream | None] = None
+    # By how many radians a position turns queries and keys of all layers, [head_dim / 2]; None
+    # where positions are told otherwise.
+    frequencies: Floats | None = None
     # Whether layers take the token ids once more: then whoever computes them has to be told these.
     layers_take_ids: ClassVar[bool] = False
 
@@ -187,7 +193,28 @@ class Shard(ABC):
         logits = LOGIT_ROWS * self.config.vocab_size if self.is_last else 0
         return self._room.num_bytes(num_rows) + logits * FLOAT32.itemsize
 
-    def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
+    def check_window(self, window: TideWindow) -> None:
+        """Raises InputError saying why this model cannot be served so, if it cannot.
+
+        A row that stays has to be told another position, and sinks have to be in sight.
+        """
+        if self.frequencies is None:
+            raise InputError(
+                f"{self.config.architecture} has no rotary positions that all layers share: the "
+                "keys that a window keeps could not be told other positions"
+            )
+        if not self.parts.attend_in_cache:
+            raise InputError("a window moves cached keys, which what attends here does not know of")
+        longest = self.heads.window or self.config.max_positions
+        if window.size > longest:
+            whose = "own window" if self.heads.window else "context"
+            raise InputError(
+                f"a window of {window.size} positions is more than the model's {whose}, {longest}"
+            )
+
+    def new_cache(
+        self, num_slots: int, max_seq_len: int, window: TideWindow | None = None
+    ) -> KVCache:
         """An empty cache for this shard's layers. Raises MemoryError."""
         return KVCache(
             self.kernels,
@@ -199,6 +226,8 @@ class Shard(ABC):
             key_block=self.kernels.key_block,
             scratch_slots=self.kernels.scratch_slots,
             dtype=self._kv_dtype,
+            window=window,
+            frequencies=self.frequencies,
         )
 
     def forward(self, inputs: HostArray, batch: Batch, cache: KVCache) -> Array:
@@ -213,11 +242,29 @@ class Shard(ABC):
         if inputs.shape[0] != rows or not batch:
             raise MessageError(f"a step of {rows} tokens came with {inputs.shape[0]} rows")
         cache.reserve(batch)
-        compute = partial(self._compute, cache.keys, cache.values, batch)
+        parts = cache.parts(batch)
+        if len(parts) == 1:
+            return self._forward(inputs, batch, cache)
+        starts = dict(zip((each.slot for each in batch), first_rows(batch), strict=True))
+        hidden = self.kernels.empty(rows, self.config.hidden_dim)
+        for part in parts:
+            places = []
+            for slot, _, count in part:
+                places.append(slice(starts[slot], starts[slot] + count))
+                starts[slot] += count
+            outputs = self._forward(np.concatenate([inputs[each] for each in places]), part, cache)
+            for place, first in zip(places, first_rows(part), strict=True):
+                hidden[place] = outputs[first : first + place.stop - place.start]
+        return hidden
+
+    def _forward(self, inputs: HostArray, part: Batch, cache: KVCache) -> Array:
+        """A step, or a part of one, for which each slot drops rows before it or not at all."""
+        placed = cache.place(part)
+        compute = partial(self._compute, cache.keys, cache.values, placed)
         hidden = self.kernels.run(
-            compute, inputs, batch, self.heads, cache, may_record=self.parts.are_recordable
+            compute, inputs, placed, self.heads, cache, may_record=self.parts.are_recordable
         )
-        cache.advance(batch)
+        cache.advance(part)
         return hidden
 
     def decode(self, rows: Rows, batch: Batch, cache: KVCache) -> tuple[bytearray, Floats | None]:
@@ -231,8 +278,9 @@ class Shard(ABC):
         if num_tokens(batch) != len(batch):
             raise MessageError(f"a decode step of {num_tokens(batch)} tokens for {len(batch)}")
         cache.reserve(batch)
-        step = cache.recordings.get(len(batch), partial(self._decode_step, batch, cache))
-        outputs = step(batch, rows)
+        placed = cache.place(batch)
+        step = cache.recordings.get(len(batch), partial(self._decode_step, placed, cache))
+        outputs = step(placed, rows)
         cache.advance(batch)
         return outputs, step.logits
 
@@ -273,8 +321,9 @@ class Shard(ABC):
         kernels = self.kernels
         hidden = kernels.empty(len(token_ids), self.config.hidden_dim)
         (self._embedding or self._tied_head()).gather(kernels.to_device(token_ids), hidden)
-        end = max(segment.position + segment.num_tokens for segment in batch)
-        self._place(hidden, kernels.to_device(batch_positions(batch)), end)
+        if self.frequencies is None:
+            end = max(segment.position + segment.num_tokens for segment in batch)
+            self._place(hidden, kernels.to_device(batch_positions(batch)), end)
         return hidden
 
     def logits(self, hidden: Array) -> Array:

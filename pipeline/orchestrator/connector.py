@@ -92,6 +92,7 @@ class Connector:
         """What opens a stage's session."""
         stages, spec = self._manifest.stages, self._manifest.activation_spec
         is_last = stage_idx == len(stages) - 1
+        window = self._limits.window
         return Init(
             epoch=epoch,
             stage_idx=stage_idx,
@@ -100,6 +101,8 @@ class Connector:
             max_seq_len=self._limits.max_seq_len,
             num_slots=self._limits.num_slots,
             max_step_tokens=self._limits.max_step_tokens,
+            window=0 if window is None else window.size,
+            num_sinks=0 if window is None else window.num_sinks,
             data_out=self.data_out(stage_idx),
             upstream_measurements=stages[stage_idx - 1].measurements() if stage_idx else {},
             downstream_measurements={} if is_last else stages[stage_idx + 1].measurements(),

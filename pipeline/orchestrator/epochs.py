@@ -34,6 +34,11 @@ class ReplaySource(Protocol):
         """Forget what is under way; the tokens that each slot is certain to hold."""
         ...
 
+    @property
+    def must_rebuild(self) -> bool:
+        """Whether stages that have done what is forgotten cannot go back to these."""
+        ...
+
     def replay(self, until: int) -> Iterator[Step]:
         """The steps of those tokens, for stages 0 to `until`."""
         ...
@@ -63,9 +68,9 @@ class Epochs:
         """A result has come through all stages, and behind all replays."""
         self._unproven = frozenset()
 
-    def plan(self, stages: Sequence[RemoteStage]) -> ReplayPlan:
-        """Who begins with nothing, and who replays for them."""
-        new = {stage.idx for stage in stages if not stage.has_begun}
+    def plan(self, stages: Sequence[RemoteStage], *, is_whole: bool = False) -> ReplayPlan:
+        """Who begins with nothing, which with `is_whole` all do, and who replays for them."""
+        new = {stage.idx for stage in stages if is_whole or not stage.has_begun}
         keepers = {stage.idx for stage in stages if stage.keeps_activations}
         plan = plan_replay(new | self._unproven, keepers)
         self._unproven = plan.rebuilt

@@ -222,8 +222,8 @@ class Pipeline:
         """Put every stage where the work is certain to be, and let it flow again."""
         await trio.lowlevel.checkpoint_if_cancelled()  # a stage lost this moment is not there
         stages = self.stages
-        plan = self._epochs.plan(stages)
         lengths = list(source.rewind()) if source else [0] * self._options.limits.num_slots
+        plan = self._epochs.plan(stages, is_whole=source is not None and source.must_rebuild)
         self._link = await self._epochs.begin(stages, lengths, plan)
         self._losses.has_stood = True
         if source is not None:

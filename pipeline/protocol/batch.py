@@ -1,6 +1,6 @@
 """Which requests' tokens travel together in one step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -18,3 +18,11 @@ Batch = Sequence[Segment]
 def num_tokens(batch: Batch) -> int:
     """Total tokens of a step: the leading dimension of every tensor it carries."""
     return sum(segment.num_tokens for segment in batch)
+
+
+def first_rows(batch: Batch) -> Iterator[int]:
+    """Where in a step's tensors each segment's rows begin."""
+    start = 0
+    for segment in batch:
+        yield start
+        start += segment.num_tokens

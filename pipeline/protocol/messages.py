@@ -44,6 +44,9 @@ class Init(_Message):
     max_seq_len: Annotated[int, Field(ge=1)]
     num_slots: Annotated[int, Field(ge=1, le=MAX_SEGMENTS)]
     max_step_tokens: Annotated[int, Field(ge=1, le=1 << 20)]
+    # Of so many tokens a slot keeps `window`, the first `num_sinks` among them; 0: all.
+    window: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    num_sinks: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     data_out: Address
     upstream_measurements: Measurements
     downstream_measurements: Measurements

@@ -18,6 +18,7 @@ from pipeline.protocol.last_stage_inputs import (
 )
 from pipeline.protocol.result_kinds import Result, Want
 from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.tide_window import TideWindow
 from transport.tensor_frames import DType, Tensor, TensorSpec
 
 TokenIds = npt.NDArray[np.uint32]
@@ -44,6 +45,13 @@ class SessionLimits:
     # Whether embedding and head are the orchestrator's: stages take rows and return rows, and are
     # told no token, neither as an id nor by what is asked of the last one.
     has_client_ends: bool = False
+    # What a slot keeps of a text of up to `max_seq_len` tokens; None: all of it.
+    window: TideWindow | None = None
+
+    @property
+    def max_rows(self) -> int:
+        """Positions that a slot has memory for."""
+        return self.max_seq_len if self.window is None else self.window.size
 
     @property
     def max_row_bytes(self) -> int:

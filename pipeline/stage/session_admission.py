@@ -1,10 +1,11 @@
 """Which sessions a stage takes, how much KV memory it gives one, and which steps it takes in it."""
 
-from pipeline.errors import MessageError, SessionRefused
+from pipeline.errors import InputError, MessageError, SessionRefused
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.messages import Init, Message
 from pipeline.protocol.step_header import PROTOCOL_VERSION, StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits, expected_inputs
+from pipeline.protocol.tide_window import MAX_TEXT, TideWindow
 from pipeline.stage.worker_setup import StageSetup
 from transport.tensor_frames import TensorSpec
 
@@ -48,20 +49,23 @@ def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits
     spec = setup.manifest.activation_spec
     expected = (setup.stage_idx, spec.dtype, spec.hidden_dim)
     found = (message.stage_idx, message.activation_dtype, message.hidden_dim)
-    if found != expected or message.max_seq_len > spec.max_seq_len:
+    window = _check_window(message, setup)
+    longest = spec.max_seq_len if window is None else MAX_TEXT
+    if found != expected or message.max_seq_len > longest:
         raise SessionRefused(
             f"init is for {found} with {message.max_seq_len} positions, this stage is "
-            f"{expected} with at most {spec.max_seq_len}"
+            f"{expected} with at most {longest}"
         )
     if message.max_step_tokens > MAX_STEP_TOKENS:
         raise SessionRefused(
             f"init wants steps of {message.max_step_tokens} tokens, the most is {MAX_STEP_TOKENS}"
         )
     setup.target(message.data_out)
-    kv_bytes = setup.shard.kv_bytes(message.num_slots, message.max_seq_len)
+    num_rows = message.max_seq_len if window is None else window.size
+    kv_bytes = setup.shard.kv_bytes(message.num_slots, num_rows)
     if kv_bytes > setup.max_kv_bytes:
         raise SessionRefused(
-            f"{message.num_slots} slots of {message.max_seq_len} positions take {kv_bytes} bytes "
+            f"{message.num_slots} slots of {num_rows} positions take {kv_bytes} bytes "
             f"of KV memory, this stage gives {setup.max_kv_bytes}; ask for less with --context or "
             "--max-batch"
         )
@@ -75,4 +79,20 @@ def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits
         max_step_tokens=message.max_step_tokens,
         codec=codec,
         has_client_ends=setup.manifest.has_client_ends,
+        window=window,
     )
+
+
+def _check_window(message: Init, setup: StageSetup) -> TideWindow | None:
+    """The window a session is asked for. Raises SessionRefused where that cannot be had."""
+    if not message.window:
+        return None
+    try:
+        window = TideWindow(message.window, message.num_sinks)
+        setup.shard.check_window(window)
+    except InputError as error:
+        raise SessionRefused(str(error)) from error
+    longest = setup.manifest.activation_spec.max_seq_len
+    if window.size > longest:
+        raise SessionRefused(f"a window of {window.size} positions, the most is {longest}")
+    return window

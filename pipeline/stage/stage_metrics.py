@@ -99,7 +99,7 @@ class StageMeter:
             uptime_ns=perf_counter_ns() - self._started_ns,
             num_slots=len(lengths),
             slots_in_use=sum(length > 0 for length in lengths),
-            kv_tokens=sum(lengths),
+            kv_tokens=0 if core is None else core.cache.num_rows,
             kv_bytes=0 if core is None else core.num_bytes,
             num_steps=self._num_steps,
             num_tokens=self._num_tokens,

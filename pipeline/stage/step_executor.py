@@ -33,7 +33,7 @@ class StageCore:
     ) -> None:
         self.shard = shard
         self.limits = limits
-        self.cache = shard.new_cache(limits.num_slots, limits.max_seq_len)
+        self.cache = shard.new_cache(limits.num_slots, limits.max_seq_len, limits.window)
         self.log = log
         # Whether results leave here, with or without a head to make them of.
         self.is_last = shard.layer_end == shard.config.num_layers

@@ -61,12 +61,16 @@ class StageSetup:
 
 
 def new_core(setup: StageSetup, limits: SessionLimits) -> StageCore:
-    """KV memory for a session, and a log of what it sends on where that fits as well."""
+    """KV memory for a session, and a log of what it sends on where that fits as well.
+
+    Not under a window: what it has dropped is computed again from the first token on, of which a
+    log without end would have to be kept.
+    """
     shard = setup.shard
     slots, length, width = limits.num_slots, limits.max_seq_len, limits.codec.hidden_dim
     num_bytes = shard.kv_bytes(slots, length) + log_bytes(slots, length, width)
     log = None
     is_last = setup.stage_idx == len(setup.manifest.stages) - 1
-    if not is_last and num_bytes <= setup.max_kv_bytes:
+    if not is_last and limits.window is None and num_bytes <= setup.max_kv_bytes:
         log = ActivationLog(slots, length, width)
     return StageCore(shard, limits, log)

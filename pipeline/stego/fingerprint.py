@@ -50,7 +50,8 @@ class Settings(BaseModel):
 class Fingerprint(Settings):
     """Settings, and of the model what is known: hashes, and how the stages compute it.
 
-    `wire`: how activations travel where that rounds them, and between which layers. `weights` are
+    `wire`: how activations travel where that rounds them, and between which layers. `window`: what
+    stages keep of a longer text. `weights` are
     not bound into messages: other weights give other texts anyway, and one model's may lie in
     other files.
     """
@@ -61,10 +62,13 @@ class Fingerprint(Settings):
     precision: _Text | None = None
     kernels: _Text | None = None
     wire: _Text | None = None
+    window: _Text | None = None
 
     def context(self, prompt_ids: Sequence[int]) -> bytes:
         """What a message after this prompt is bound to."""
         fields = self.model_dump(exclude={"weights"})
+        if self.window is None:
+            del fields["window"]  # as before there were any
         prompt = b"".join(token_id.to_bytes(4, "little") for token_id in prompt_ids)
         fields["prompt"] = hashlib.sha256(prompt).hexdigest()
         return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()

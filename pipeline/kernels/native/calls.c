@@ -215,6 +215,23 @@ static int64_t attend_work(const int64_t *a) {
 }
 const call_t call_attend = {"pnppppnnnnnnn", run_attend, attend_work};
 
+static refusal_t run_slide(const int64_t *a) {
+    int64_t max_seq = a[5], kept = a[6], dropped = a[7], held = a[8];
+    if (a[2] != sizeof(float) && a[2] != sizeof(uint16_t)) {
+        REFUSE("numbers of the cache take 4 bytes or 2", a[2]);
+    }
+    if (a[4] < BLOCK || a[4] % BLOCK || a[4] > MAX_HEAD_DIM) {
+        REFUSE("head_dim is a multiple of 16 up to 512", a[4]);
+    }
+    if (max_seq % BLOCK || held > max_seq) REFUSE("more rows than there are", held);
+    if (kept > held || dropped > held - kept) REFUSE("more rows dropped than held", dropped);
+    slide_t job = {at(a[0]), at(a[1]), a[2] == sizeof(uint16_t), (size_t)a[3], (size_t)a[4],
+                   (size_t)kept, (size_t)dropped, (size_t)held, at(a[9]), at(a[10])};
+    slide(&job);
+    return DONE;
+}
+const call_t call_slide = {"ppnnnnnnnpp", run_slide, NULL};
+
 static refusal_t run_argmax(const int64_t *a) {
     if (a[2] < 1) REFUSE("n", a[2]);
     argmax(at(a[0]), (size_t)a[1], (size_t)a[2], at(a[3]));

@@ -44,20 +44,22 @@ static int is_want(uint32_t want) {
 }
 
 /* Whether each segment is of one token that its slot has room for next, and wants what it may. The
- * ids that a want scores are counted above its slot, so that no slot is as high as both. */
+ * ids that a want scores are counted above its slot, so that no slot is as high as both. Of a slot's
+ * `lengths` tokens `num_rows` lie in memory, which without a window is the same list. */
 static int read_segments(const program_t *program, const char *at, PyObject *lengths,
-                         int64_t max_length, int64_t only_want) {
+                         PyObject *num_rows, int64_t max_rows, int64_t only_want) {
     for (int64_t i = 0; i < program->num_rows; i++, at += SEGMENT_BYTES) {
         uint32_t slot = u32_at(at), position = u32_at(at + 4), want = u32_at(at + 12);
         if (u32_at(at + 8) != 1 || slot >= PyList_GET_SIZE(lengths)) return 0;
         if (!is_want(want) || (only_want && want != only_want)) return 0;
-        if (position >= max_length) return 0;
         if (PyLong_AsLongLong(PyList_GET_ITEM(lengths, slot)) != position) return 0;
+        int64_t row = PyLong_AsLongLong(PyList_GET_ITEM(num_rows, slot));
+        if (row < 0 || row >= max_rows) return 0;
         for (int64_t j = 0; j < i; j++) {
             if (program->spans[j].slot == slot) return 0;
         }
         program->spans[i].slot = slot;
-        program->spans[i].start = position;
+        program->spans[i].start = row;
     }
     return 1;
 }
@@ -70,12 +72,13 @@ static int64_t now_ns(void) {
 
 /* Serves a frame; the nanoseconds computed, -1 for one that is not plainly such a step. */
 static int64_t serve(program_t *program, const Py_buffer *frame, const frame_t *in,
-                     const frame_t *out, PyObject *lengths, const int64_t *numbers) {
+                     const frame_t *out, PyObject *const *lists, const int64_t *numbers) {
     const char *from = frame->buf, *form = in->memory.buf;
     Py_ssize_t size = header_bytes(program, in), end = in->header + size;
     if (frame->len != in->memory.len || memcmp(from, form, in->header + FIXED_BYTES) ||
         memcmp(from + end, form + end, in->rows - end) ||
-        !read_segments(program, from + in->header + SEGMENTS_AT, lengths, numbers[0], numbers[1])) {
+        !read_segments(program, from + in->header + SEGMENTS_AT, lists[0], lists[1], numbers[0],
+                       numbers[1])) {
         return -1;
     }
     memcpy(program->inputs, from + in->rows, program->input_bytes);
@@ -94,19 +97,21 @@ PyObject *program_serve(PyObject *self, PyObject *const *args, Py_ssize_t given)
     Py_buffer frame = {0};
     frame_t in = {0}, out = {0};
     int64_t numbers[4] = {0}, spent = -1;
-    if (given != 12 || !PyList_CheckExact(args[6])) {
-        return PyErr_Format(PyExc_TypeError, "expected two forms, lengths, two numbers, a frame, two numbers");
+    if (given != 13 || !PyList_CheckExact(args[6]) || !PyList_CheckExact(args[7]) ||
+        PyList_GET_SIZE(args[6]) != PyList_GET_SIZE(args[7])) {
+        return PyErr_Format(PyExc_TypeError, "expected two forms, two lists of lengths, two numbers, "
+                                             "a frame, two numbers");
     }
     in.header = PyLong_AsSsize_t(args[1]), in.rows = PyLong_AsSsize_t(args[2]);
     out.header = PyLong_AsSsize_t(args[4]), out.rows = PyLong_AsSsize_t(args[5]);
-    for (int i = 0; i < 4; i++) numbers[i] = PyLong_AsLongLong(args[i < 2 ? 7 + i : 8 + i]);
-    if (may_run() && !PyErr_Occurred() && !PyObject_GetBuffer(args[9], &frame, PyBUF_SIMPLE) &&
+    for (int i = 0; i < 4; i++) numbers[i] = PyLong_AsLongLong(args[i < 2 ? 8 + i : 9 + i]);
+    if (may_run() && !PyErr_Occurred() && !PyObject_GetBuffer(args[10], &frame, PyBUF_SIMPLE) &&
         !PyObject_GetBuffer(args[0], &in.memory, PyBUF_SIMPLE) &&
         !PyObject_GetBuffer(args[3], &out.memory, PyBUF_WRITABLE)) {
         int fits = is_form(program, &in, program->input_bytes) &&
                    is_form(program, &out, program->output_bytes) &&
                    header_bytes(program, &out) == header_bytes(program, &in) + TIMING_BYTES;
-        if (fits) spent = serve(program, &frame, &in, &out, args[6], numbers);
+        if (fits) spent = serve(program, &frame, &in, &out, args + 6, numbers);
         else PyErr_SetString(PyExc_ValueError, "these are not the forms of this step's frames");
     }
     PyBuffer_Release(&frame);

@@ -118,6 +118,16 @@ typedef struct {
 
 void attend(const attention_t *attention);
 
+typedef struct {
+    void *keys, *values; /* of one slot, as above */
+    int is_half;
+    size_t num_kv_heads, head_dim;
+    size_t kept, dropped, held;    /* behind the first `kept` rows so many are dropped of `held` */
+    const float *cosines, *sines;  /* [head_dim / 2], by which keys are turned back */
+} slide_t;
+
+void slide(const slide_t *job); /* the rest moves down */
+
 /* pointwise.c */
 void layer_norm(const float *x, const float *weight, const float *bias, float *y, size_t rows,
                 size_t size, float eps);

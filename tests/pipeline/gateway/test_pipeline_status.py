@@ -75,7 +75,7 @@ async def test_a_stage_without_a_session_is_down_and_says_nothing(overview):
 
 async def test_the_engines_figures_are_shown_as_they_are(overview):
     view = overview.overview.engine()
-    assert asdict(view) == asdict(STATS) | {"max_batch": 8, "max_seq_len": 128}
+    assert asdict(view) == asdict(STATS) | {"max_batch": 8, "max_seq_len": 128, "window": 0}
     adapter = TypeAdapter(EngineView)
     assert adapter.validate_json(adapter.dump_json(view)) == view
     with pytest.raises(ValidationError):
