@@ -82,7 +82,7 @@ def _decode(message_type: type, body: Payload) -> dict[str, Any]:
             name, kind = fields.get(number, (None, None))
             if kind is None or name is None:
                 continue  # of a later version of the proto
-            if kind is _INT64S:
+            if kind is _INT64S and wire_type in {_BYTES, _VARINT}:
                 dims = _read_varints(value) if wire_type == _BYTES else [_signed(value)]
                 found[name] = (*found[name], *dims)
                 if len(found[name]) > _MAX_DIMS:

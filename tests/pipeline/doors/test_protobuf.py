@@ -121,6 +121,7 @@ def test_byte_fields_are_no_copies():
         b"\x2a\x01\xff",  # no UTF-8
         b"\x08\x01",  # a number where bytes belong
         b"\x22\x01\x80",
+        b"\x25\x00\x00\x00\x00",  # a dimension of another type
         b"\x22\x11" + b"\x01" * 17,  # 17 dimensions
         b"\x45\x00\x00\xc0\x7f",  # NaN
         b"\x80" * 11,
