@@ -3,7 +3,8 @@
 Real text is read by a model in three stages, once per wire format, and every position's prediction
 is compared with the float32 wire's. `I8 plain` is what int8 would be without the rotation.
 With --rotated the weights have a secret rotation in them and the ends are held outside of the
-stages, so that rows travel once more; the float32 wire of plain stages is still what counts.
+stages, so that rows travel twice more, from the embedding and to the head; the float32 wire of
+plain stages is still what counts. Predictions are compared as the leakage cards compare them.
 """
 
 import argparse
@@ -17,7 +18,6 @@ from tempfile import TemporaryDirectory
 from time import perf_counter_ns
 
 import numpy as np
-import torch
 from command_line import Parser, run_main, whole
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,8 @@ from pipeline.codecs.rotated_int8 import RotatedInt8
 from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.kernels.runtime import set_num_threads
+from pipeline.leakage.next_tokens import log_softmax
+from pipeline.leakage.utility import compare_logits
 from pipeline.models.config import load_config
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
@@ -83,19 +85,23 @@ class Model:
     ends: ModelShard | None = None
 
 
-def log_probabilities(model: Model, codec: ActivationCodec, ids: torch.Tensor):
+def logits_of(model: Model, codec: ActivationCodec, ids: Sequence[int]) -> np.ndarray:
     """[positions, vocab] of one window, activations through `codec` wherever they travel."""
-    segments, rows = (Segment(0, 0, len(ids)),), ids.numpy()
+    segments, rows = (Segment(0, 0, len(ids)),), np.array(ids)
     head = model.ends or model.stages[-1]
     to_host = head.kernels.to_host
+
+    def travel(hidden):
+        return np.array(codec.decode(codec.encode(*to_host(hidden))))
+
     if model.ends is not None:
-        rows = codec.decode(codec.encode(*to_host(model.ends.embed(rows, segments))))
+        rows = travel(model.ends.embed(rows, segments))
     for shard in model.stages:
         hidden = shard.forward(rows, segments, shard.new_cache(1, len(ids)))
-        if shard is not model.stages[-1]:
-            rows = codec.decode(codec.encode(*to_host(hidden)))
-    (logits,) = to_host(head.logits(hidden))
-    return torch.from_numpy(logits).log_softmax(dim=-1)
+        if shard is not head:
+            rows = travel(hidden)
+    (logits,) = to_host(head.logits(hidden if model.ends is None else head.kernels.to_device(rows)))
+    return logits
 
 
 def lap_us(work: Callable[[], object], repeats: int) -> float:
@@ -108,21 +114,24 @@ def lap_us(work: Callable[[], object], repeats: int) -> float:
 
 
 def measure(model: Model, codec: ActivationCodec, windows, references) -> Figures:
-    kl, same, loss, count = 0.0, 0, 0.0, 0
-    for ids, reference in zip(windows, references, strict=True):
-        found = log_probabilities(model, codec, ids)
-        kl += float((reference.exp() * (reference - found)).sum())
-        same += int((reference.argmax(dim=-1) == found.argmax(dim=-1)).sum())
-        loss -= float(found[:-1].gather(1, ids[1:, None]).sum())
-        count += len(ids)
+    losses: list[float] = []
+
+    def pairs():
+        for ids, reference in zip(windows, references, strict=True):
+            found = logits_of(model, codec, ids)
+            logs = log_softmax(found.astype(np.float64))
+            losses.extend(-logs[np.arange(len(ids) - 1), ids[1:]])
+            yield reference, found
+
+    utility = compare_logits(pairs())
     hidden_dim = model.stages[0].config.hidden_dim
     normal = np.random.default_rng(0).standard_normal
     one, many = (normal((count, hidden_dim), np.float32) for count in (1, 512))
     hop = lambda rows: codec.decode(codec.encode(rows))  # noqa: E731
     return Figures(
-        kl=kl / count,
-        agreement=same / count,
-        perplexity=float(np.exp(loss / (count - len(windows)))),
+        kl=utility.kl,
+        agreement=utility.greedy_agreement,
+        perplexity=float(np.exp(np.mean(losses))),
         bytes_per_token=sum(tensor.spec.nbytes for tensor in codec.encode(one)),
         one_row_us=lap_us(lambda: hop(one), 1000),
         per_row_us=lap_us(lambda: hop(many), 20) / 512,
@@ -165,10 +174,10 @@ def compare(args: argparse.Namespace) -> dict[str, Figures]:
     plain = load_plain(args.model_dir)
     tokenizer = Tokenizer(args.model_dir / "tokenizer.json")
     text = "\n".join(path.read_text() for path in args.text)
-    ids = torch.tensor(tokenizer.encode(text))
-    windows = list(ids[: args.windows * WINDOW].split(WINDOW))
+    ids = tokenizer.encode(text)[: args.windows * WINDOW]
+    windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
     found = codecs(plain.stages[0].config.hidden_dim)
-    references = [log_probabilities(plain, found["F32"], window) for window in windows]
+    references = [logits_of(plain, found["F32"], window) for window in windows]
     with rotated(args.model_dir) if args.rotated else nullcontext(plain) as model:
         return {name: measure(model, codec, windows, references) for name, codec in found.items()}
 

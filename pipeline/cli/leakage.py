@@ -120,8 +120,8 @@ def _show(card: "Card") -> None:
     for setting in card.settings:
         console.print(
             f"sigma {setting.sigma:g} (epsilon {setting.epsilon:.3g}): "
-            f"{setting.token_recovery:.1%} of tokens recovered at layer 0, KL {setting.kl:.3g}, "
-            f"same greedy token {setting.greedy_agreement:.1%}"
+            f"{setting.token_recovery:.1%} of tokens recovered at layer 0 by {setting.attack}, "
+            f"KL {setting.kl:.3g}, same greedy token {setting.greedy_agreement:.1%}"
         )
     utility, cost = card.utility, card.cost
     console.print(
@@ -147,20 +147,35 @@ def _draw(card: "Card", path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
 
     attacks = list(dict.fromkeys(each.attack for each in card.recoveries))
     layers = sorted({each.layer for each in card.recoveries})
-    rates = {(each.attack, each.layer): each.token_recovery for each in card.recoveries}
-    figure, axes = pyplot.subplots(figsize=(8, 4))
-    width = 0.8 / len(attacks)
+    tried = {
+        layer: [each.attack for each in card.recoveries if each.layer == layer] for layer in layers
+    }
+    width = 0.85 / max(map(len, tried.values()))
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
     for index, attack in enumerate(attacks):
-        places = [at for at, layer in enumerate(layers) if (attack, layer) in rates]
-        heights = [rates[attack, layers[at]] for at in places]
-        axes.bar([at + index * width for at in places], heights, width, label=attack)
-    axes.set_xticks([at + 0.4 - width / 2 for at in range(len(layers))], [f"{n}" for n in layers])
-    axes.set(xlabel="layer", ylabel="tokens recovered", ylim=(0, 1.05), title=card.mode)
-    axes.legend(fontsize="small")
-    figure.tight_layout()
+        own = [each for each in card.recoveries if each.attack == attack]
+        # around its layer's place, next to what else was tried there
+        places = [
+            layers.index(each.layer)
+            + width * (tried[each.layer].index(attack) - (len(tried[each.layer]) - 1) / 2)
+            for each in own
+        ]
+        bars = axes.bar(
+            places, [each.token_recovery for each in own], width, label=attack, color=f"C{index}"
+        )
+        # so that an attack that finds nothing is told from one that was not tried
+        labels = [f"{100 * each.token_recovery:.0f}" for each in own]
+        axes.bar_label(bars, labels, fontsize="x-small", padding=2)
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    name = f"{card.mode} ({card.setting})" if card.setting else card.mode
+    title = f"{name}: {card.model}, texts: {card.texts}"
+    axes.set(xlabel="layer", ylabel="tokens recovered", ylim=(0, 1.1), title=title)
+    figure.legend(loc="outside right upper", fontsize="small")
     try:
         figure.savefig(path, format="png")
     except OSError as error:

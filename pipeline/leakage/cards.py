@@ -76,6 +76,7 @@ class Setting(Part):
 
     sigma: NotNegative
     epsilon: NotNegative  # of one text, at DELTA
+    attack: str
     token_recovery: Rate
     kl: NotNegative
     greedy_agreement: Rate

@@ -103,15 +103,17 @@ class Laboratory:
         seen = observe(self.model, self.model, other, texts)
         plain = ModePipeline(self.model, PLAIN)
         utility = measure_utility(plain, ModePipeline(self.model, other), texts, None)
-        rates = [
-            recover(self.attacker, each, seen, 0, scope, None).token_recovery
+        recoveries = [
+            recover(self.attacker, each, seen, 0, scope, None)
             for each in ATTACKS
             if each.fits(other, 0)
         ]
+        best = max(recoveries, key=lambda each: each.token_recovery)
         return Setting(
             sigma=sigma,
             epsilon=other.epsilon(scope.num_tokens, DELTA) or 0.0,
-            token_recovery=max(rates),
+            attack=best.attack,
+            token_recovery=best.token_recovery,
             kl=utility.kl,
             greedy_agreement=utility.greedy_agreement,
         )

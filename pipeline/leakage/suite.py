@@ -68,7 +68,7 @@ SESSIONS = "many-sessions", f"{PUBLIC} + many sessions"
 ATTACKS = (
     NamedAttack("nearest-vocabulary", PUBLIC, nearest_vocabulary, _vocabulary_fits),
     NamedAttack("language-model-guided", PUBLIC, nearest_vocabulary, _guided_fits, is_guided=True),
-    NamedAttack("sorted-matching", PUBLIC, sorted_matching, _sorted_fits, is_brief=True),
+    NamedAttack("sorted-matching", PUBLIC, sorted_matching, _sorted_fits),
     NamedAttack("gram-matching", PUBLIC, gram_matching, _disguised_shallow, is_brief=True),
     *(
         NamedAttack(
@@ -94,7 +94,7 @@ class Scope:
     num_texts: int = 20
     num_tokens: int = 64
     num_deep_texts: int = 2
-    num_deep_tokens: int = 32
+    num_deep_tokens: int = 64
     layers: tuple[int, ...] | None = None  # None: 0, 1, the middle and the last
 
     def layers_of(self, num_layers: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """What a mode costs: in the model's predictions, and in time."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -56,19 +56,29 @@ def measure_utility(
     reference: ModePipeline, other: ModePipeline, texts: Sequence[Text], progress: Progress | None
 ) -> Utility:
     """A mode's logits beside the plain pipeline's, at every position of the texts."""
+
+    def pairs() -> Iterator[tuple[Floats, Floats]]:
+        for index, text in enumerate(texts):
+            expected, found = (
+                each.logits(text, 0, each.new_caches(len(text))) for each in (reference, other)
+            )
+            yield expected, found
+            if progress is not None:
+                progress(index + 1, len(texts))
+
+    return compare_logits(pairs())
+
+
+def compare_logits(pairs: Iterable[tuple[Floats, Floats]]) -> Utility:
+    """Expected and found logits of texts, [positions, vocab] each: every position counts alike."""
     most = kl = 0.0
     same = count = 0
-    for index, text in enumerate(texts):
-        expected, found = (
-            each.logits(text, 0, each.new_caches(len(text))) for each in (reference, other)
-        )
+    for expected, found in pairs:
         most = max(most, float(np.abs(expected - found).max()))
         logs, found_logs = (log_softmax(each.astype(np.float64)) for each in (expected, found))
         kl += float((np.exp(logs) * (logs - found_logs)).sum())
         same += int((expected.argmax(axis=-1) == found.argmax(axis=-1)).sum())
-        count += len(text)
-        if progress is not None:
-            progress(index + 1, len(texts))
+        count += len(expected)
     return Utility(
         max_logit_difference=most, kl=max(kl / count, 0.0), greedy_agreement=same / count
     )

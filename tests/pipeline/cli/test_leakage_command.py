@@ -6,6 +6,9 @@ import sys
 import pytest
 
 from pipeline.cli import pipeline_orch
+from pipeline.cli.leakage import _draw
+from pipeline.leakage.cards import load_card
+from pipeline.leakage.modes import MODES
 
 SMALL = ("--texts", "2", "--tokens", "10", "--layers", "0,3", "--threads", "1")
 
@@ -43,7 +46,10 @@ def test_json_gives_a_rate_for_each_attack_and_layer(leakage):
 def test_people_are_shown_rates_costs_and_what_is_promised(leakage):
     code, out, err = leakage("--mode", "client", "--model-dir", "MODEL", *SMALL)
     assert (code, err) == (0, "")
-    for words in ("nearest-vocabulary", "100.0%", "Δlogit", "tokens/s", "A lying server answers"):
+    for words in (
+        "nearest-vocabulary", "100.0%", "Δlogit", "KL", "same greedy token", "tokens/s", "bytes",
+        "1 round trip a token", "A lying server answers", "Found by: ",
+    ):  # fmt: skip
         assert words in out
     assert out.splitlines()[-1].startswith("client: Stages are never sent a token")
 
@@ -93,3 +99,27 @@ def test_a_picture_is_a_png(leakage, tmp_path):
     code, _, _ = leakage("--mode", "plain", "--model-dir", "MODEL", "--plot", path, *SMALL)
     assert code == 0
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("mode", ["rotate", "dp"])
+def test_a_bar_for_each_attack_stands_at_its_layer(monkeypatch, tmp_path, mode):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="an optional dependency")
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    card = load_card(mode, MODES[mode].version)
+    _draw(card, tmp_path / "x.png")
+    (figure,) = drawn
+    (axes,) = figure.axes
+    layers = sorted({each.layer for each in card.recoveries})
+    bars = {
+        (bars.get_label(), layers[round(bar.get_x() + bar.get_width() / 2)]): bar.get_height()
+        for bars in axes.containers
+        for bar in bars
+    }
+    assert bars == {(each.attack, each.layer): each.token_recovery for each in card.recoveries}
+    # even an attack that found nothing is seen, by its number
+    assert [text.get_text() for text in axes.texts].count("0") == sum(
+        each.token_recovery == 0 for each in card.recoveries
+    )
+    assert figure.legends
+    assert mode in axes.get_title()

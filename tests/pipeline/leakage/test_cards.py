@@ -1,6 +1,7 @@
 """What the package carries of each mode, and that nothing is used without it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,42 @@ def test_the_table_has_a_row_for_each_mode():
     assert len({line.count("|") for line in lines}) == 1
     for line, name in zip(lines[2:], MODES, strict=True):
         assert line.startswith(f"| {name}")
+
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def table_rows(path, first):
+    """Cells of the table rows whose first cell begins so."""
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    return [cells for cells in found if cells[0].startswith(first)]
+
+
+@pytest.mark.parametrize(
+    ("row", "modes"),
+    [
+        ("plain, client-held ends", ["plain", "client", "rotate"]),
+        ("rotated shards, int8", ["rotate-int8"]),
+        ("noise of sigma 0.03", ["dp"]),
+    ],
+)
+def test_the_readme_says_what_the_cards_say(row, modes):
+    ((_, recovered, price),) = table_rows("README.md", row)
+    for mode in modes:
+        card = load_card(mode, MODES[mode].version)
+        best = [card.at(layer) for layer in (0, 1, 15, 29)]
+        rates = ", ".join(f"{100 * each.token_recovery:.0f}" for each in best)
+        assert f"{rates} %" == recovered
+        agreement = card.utility.greedy_agreement
+        assert agreement == 1 or f"{agreement:.1%}".replace("%", " %") in price
+
+
+def test_the_table_of_noise_names_the_strongest_attack_of_the_card():
+    card = load_card("dp", MODES["dp"].version)
+    for setting in card.settings:
+        ((_, agreement, found),) = table_rows("pipeline/codecs/README.md", f"{setting.sigma:g}")
+        rate = setting.token_recovery
+        share = "all" if rate == 1 else f"{100 * rate:.0f} %"
+        assert found.startswith(f"{share}, by {setting.attack}")
+        assert agreement.startswith(f"{100 * setting.greedy_agreement:.0f} %")
