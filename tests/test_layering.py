@@ -26,7 +26,7 @@ ROOMS = {
     "orchestrator": {
         "agreement", "codecs", "engine", "models", "placement", "protocol", "stage",
     },
-    "planning": {"agreement", "codecs", "models", "weights"},
+    "planning": {"agreement", "codecs", "kernels", "models", "weights"},
     "stego": {"engine", "sampling"},
     "leakage": {"codecs", "engine", "kernels", "models", "planning", "protocol", "weights"},
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -178,7 +179,8 @@ def _load(
             f"stage {stage_idx} requires weight hashes and the manifest has none; "
             "`pipeline-orch plan` writes them"
         )
-    return load_shard(
+    started = time.perf_counter()
+    shard = load_shard(
         model_dir,
         agreed_config(manifest, model_dir),
         stage.layer_start,
@@ -190,6 +192,14 @@ def _load(
         expected_hashes=stage.weight_hashes or None,
         progress=progress,
     )
+    seconds = time.perf_counter() - started
+    logger.info(
+        "event=weights_loaded stage=%d bytes=%d seconds=%.2f",
+        stage_idx,
+        shard.num_weight_bytes,
+        seconds,
+    )
+    return shard
 
 
 def _run(

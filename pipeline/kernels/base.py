@@ -17,6 +17,7 @@ from pipeline.dtypes import FLOAT32, Array, ArrayDType, Floats, HostArray, Preci
 from pipeline.kernels.host_memory import available_bytes
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.protocol.batch import Batch
+from pipeline.weights.quantization import quantise
 from pipeline.weights.tensor_sinks import CopySink, Fill, Sink, fill_array, weight_sinks
 
 Activation = Literal["none", "gelu_tanh", "gelu", "relu"]
@@ -71,7 +72,7 @@ class KernelLinear(ABC):
 
     @abstractmethod
     def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Store outputs first.., [n, in] in this layer's precision, int8 with its scales."""
+        """Store outputs first.., [n, in] as a file holds them, int8 with its scales."""
 
     @property
     @abstractmethod
@@ -254,8 +255,15 @@ class Kernels(ABC):
         return np.zeros(shape, dtype)
 
     def fill(self, target: Array, rows: HostArray) -> None:
-        """Set all of an array, or of a view of one, to a host's of the same shape and dtype."""
+        """Set all of an array, or of rows of one, to a host's of the same shape.
+
+        Floats become such as the array has.
+        """
         fill_array(target, rows)
+
+    def quantise(self, outputs: HostArray) -> tuple[HostArray, HostArray]:
+        """Values and scales of weights [out, in], any floats: as `weights.quantization`'s."""
+        return quantise(outputs)
 
     def to_device(self, array: HostArray) -> Array:
         """A host's array where these kernels compute; it may share the memory."""

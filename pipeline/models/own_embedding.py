@@ -24,7 +24,9 @@ class Embedding:
         self._kernels.lookup(self.weight, ids, out, scales=self._scales)
 
     def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Rows first.. in this table's precision, int8 with their scales."""
+        """Rows first.. as a file holds them, int8 with their scales."""
+        if self._scales is not None and scales is None:
+            outputs, scales = self._kernels.quantise(outputs)
         last = first + len(outputs)
         self._kernels.fill(self.weight[first:last], outputs)
         if self._scales is not None and scales is not None:
