@@ -40,6 +40,7 @@ from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, PolicyError
 from pipeline.kernels.runtime import set_num_threads
+from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.models.shard_model import NO_ENDS
 from pipeline.progress import Progress
@@ -95,6 +96,10 @@ def serve(
     until_stdin_ends: Annotated[
         bool, typer.Option(UNTIL_STDIN_ENDS, help="End when stdin does: for supervisors.")
     ] = False,
+    weights_fd: Annotated[
+        int | None,
+        typer.Option(metavar="FD", hidden=True, help="Sealed memory for weights: for supervisors."),
+    ] = None,
     dev: DevOption = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Log warnings and errors only.")
@@ -140,7 +145,11 @@ def serve(
     set_num_threads(num_threads, pinned)
     # Several workers of one supervisor would draw over each other.
     with nullcontext() if until_stdin_ends else progress_bar("loading weights") as progress:
-        shard = _load(loaded, stage_idx, model_dir, precision, kernels or "auto", device, progress)
+        shard = _load(
+            loaded, stage_idx, model_dir, precision, kernels or "auto", device, progress,
+            # never in an enclave: what it holds has come through its own hands
+            SealedMemory(weights_fd) if weights_fd is not None and dev else None,
+        )  # fmt: skip
     setup = StageSetup(
         manifest=loaded,
         stage_idx=stage_idx,
@@ -172,6 +181,7 @@ def _load(
     kernels: str,
     device: str,
     progress: Progress | None,
+    memory: SealedMemory | None,
 ) -> ModelShard:
     stage = manifest.stage(stage_idx)
     if stage.require_weight_hashes and not stage.weight_hashes:
@@ -191,6 +201,7 @@ def _load(
         ends=NO_ENDS if manifest.has_client_ends else None,
         expected_hashes=stage.weight_hashes or None,
         progress=progress,
+        memory=memory,
     )
     seconds = time.perf_counter() - started
     logger.info(

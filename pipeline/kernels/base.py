@@ -59,7 +59,7 @@ class KernelLinear(ABC):
     def __init__(self, kernels: "Kernels", spec: LinearSpec) -> None:
         self.num_in, self.num_out = spec.num_in, spec.num_out
         self.precision: Precision = spec.precision
-        self.bias: Array | None = kernels.empty(spec.num_out) if spec.bias else None
+        self.bias: Array | None = kernels.weights(spec.num_out) if spec.bias else None
         self._fill: Fill = kernels.fill
 
     @abstractmethod
@@ -97,8 +97,8 @@ class Norm(ABC):
 
     def __init__(self, kernels: "Kernels", size: int, eps: float, *, bias: bool) -> None:
         self.size, self.eps = size, eps
-        self.weight: Array = kernels.empty(size)
-        self.bias: Array | None = kernels.empty(size) if bias else None
+        self.weight: Array = kernels.weights(size)
+        self.bias: Array | None = kernels.weights(size) if bias else None
         self._fill: Fill = kernels.fill
 
     @abstractmethod
@@ -249,6 +249,10 @@ class Kernels(ABC):
     def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> Array:
         """An array to be filled, where these kernels compute."""
         return np.empty(shape, dtype)
+
+    def weights(self, *shape: int, dtype: ArrayDType = FLOAT32) -> Array:
+        """An array to be filled once, with weights."""
+        return self.empty(*shape, dtype=dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> Array:
         """Zeros, on the CPU in memory that is reserved and not touched."""

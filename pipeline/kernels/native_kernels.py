@@ -4,6 +4,7 @@ Here a row's result depends on that row and its own cache alone, bit for bit: no
 come with it, nor on where a prompt is cut into steps, nor on the number of threads.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -37,6 +38,7 @@ from pipeline.kernels.huge_pages import Arena, aligned, reserve
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.native_step import NativeAttention, NativeStep, spans_of
 from pipeline.kernels.runtime import overwrite_freed_blocks, return_large_blocks
+from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.protocol.batch import Batch
 from pipeline.weights.quantization import dequantise, num_groups
 from pipeline.weights.tensor_sinks import fill_array, in_precision
@@ -134,13 +136,14 @@ class NativeLinear(KernelLinear):
             self._pack(at, to_floats(piece) if own is None else dequantise(piece, own), None)
 
     def _pack(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        sizes, values = (self.num_in, self.num_out), (outputs, *_strides(outputs))
-        where = first, len(outputs)
-        if scales is None:
-            stored = STORED[outputs.dtype]
-            _native.pack(self._kind, self._packed, *sizes, stored, *values, *where)
-        else:
-            _native.pack_int8(self._packed, *sizes, *values, scales, _strides(scales)[0], *where)
+        sizes, count, strides = (self.num_in, self.num_out), len(outputs), _strides(outputs)
+        if scales is not None:
+            _native.pack_int8(
+                self._packed, *sizes, outputs, *strides, scales, _strides(scales)[0], first, count
+            )
+            return
+        stored = STORED[outputs.dtype]
+        _native.pack(self._kind, self._packed, *sizes, stored, outputs, *strides, first, count)
 
     @property
     def num_bytes(self) -> int:
@@ -199,6 +202,15 @@ class NativeKernels(Kernels):
     def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> HostArray:
         """Zeros, in memory that is reserved and not touched."""
         return reserve(shape, dtype)
+
+    def weights(self, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
+        """An array to be filled once, beside all other weights."""
+        memory = self.arena.take(math.prod(shape) * dtype.itemsize)
+        return memory.view(dtype).reshape(shape)
+
+    def hold_weights_in(self, memory: SealedMemory) -> None:
+        """Have those of layers made from now on be there."""
+        self.arena = Arena(memory.chunk)
 
     def fill(self, target: HostArray, rows: HostArray) -> None:
         """Set all of an array, or of rows of one."""

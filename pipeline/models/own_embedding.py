@@ -14,10 +14,10 @@ class Embedding:
     ) -> None:
         self.precision: Precision = precision
         self._kernels = kernels
-        self.weight = kernels.empty(num_tokens, width, dtype=PRECISIONS[precision])
+        self.weight = kernels.weights(num_tokens, width, dtype=PRECISIONS[precision])
         self._scales: Array | None = None
         if precision == "int8":
-            self._scales = kernels.empty(num_tokens, num_groups(width), dtype=BFLOAT16)
+            self._scales = kernels.weights(num_tokens, num_groups(width), dtype=BFLOAT16)
 
     def gather(self, ids: Array, out: Array) -> None:
         """Rows of `ids` [n] into out [n, width]."""

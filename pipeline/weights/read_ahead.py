@@ -1,7 +1,7 @@
 """Work done ahead by a thread of its own: a file is read and hashed while its bytes are packed."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ class _End:
         self.error = error
 
 
-def run_ahead(items: Iterator[Item]) -> Iterator[Item]:
+def run_ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
     """The items, made by another thread while those before are in use.
 
     At most `PLACES` of them exist at a time: an item is over when the next is asked for, so they

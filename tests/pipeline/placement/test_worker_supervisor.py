@@ -38,7 +38,7 @@ async def pid_other_than(supervisor, known):
 
 async def spare_of(supervisor):
     await until(lambda: supervisor._spare is not None)
-    return supervisor._spare
+    return supervisor._spare[0]
 
 
 def branching(spare, worker):
