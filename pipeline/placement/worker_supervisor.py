@@ -66,7 +66,7 @@ class Supervisor:
         """Keep the stage's worker running from now on."""
         if stage_idx not in self._kept:
             self._kept.add(stage_idx)
-            fd = _new_memory(f"veilpipe-stage{stage_idx}", is_first=not self._weights)
+            fd = _new_memory(f"veilpipe-stage{stage_idx}", is_first=len(self._kept) == 1)
             if fd is not None:
                 self._weights[stage_idx] = fd
             self._tasks.start_soon(self._keep, stage_idx)
