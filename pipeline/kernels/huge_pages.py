@@ -28,11 +28,19 @@ NewChunk = Callable[[int], npt.NDArray[np.uint8]]
 class Arena:
     """Zeroed pieces, each aligned to 64 bytes; a chunk lives as long as any piece of it."""
 
-    __slots__ = ("_chunk", "_new_chunk", "_used", "sizes")
+    __slots__ = ("_chunk", "_new_chunk", "_prepare", "_used", "sizes")
 
-    def __init__(self, new_chunk: NewChunk | None = None) -> None:
-        """`new_chunk`: where its memory comes from, if not from this process's own."""
+    def __init__(
+        self,
+        new_chunk: NewChunk | None = None,
+        prepare: Callable[[npt.NDArray[np.uint8]], None] | None = None,
+    ) -> None:
+        """`new_chunk`: where its memory comes from, if not from this process's own.
+
+        `prepare` is told of each piece before it is handed out.
+        """
         self._new_chunk = new_chunk or (lambda size: _pages(size, is_huge=True))
+        self._prepare = prepare
         self._chunk = np.empty(0, np.uint8)
         self._used = 0
         # Of all pieces in turn: the same ones of the same memory lie at the same places.
@@ -45,7 +53,10 @@ class Arena:
         if start + num_bytes > len(self._chunk):
             self._chunk, start = self._new_chunk(max(num_bytes, CHUNK_BYTES)), 0
         self._used = start + num_bytes
-        return self._chunk[start : self._used]
+        piece = self._chunk[start : self._used]
+        if self._prepare is not None:
+            self._prepare(piece)
+        return piece
 
 
 def aligned(make: Callable[..., Any], shape: tuple[int, ...], dtype: ArrayDType) -> HostArray:

@@ -210,7 +210,7 @@ class NativeKernels(Kernels):
 
     def hold_weights_in(self, memory: SealedMemory) -> None:
         """Have those of layers made from now on be there."""
-        self.arena = Arena(memory.chunk)
+        self.arena = Arena(memory.chunk, memory.prepare)
 
     def fill(self, target: HostArray, rows: HostArray) -> None:
         """Set all of an array, or of rows of one."""

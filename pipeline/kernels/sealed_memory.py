@@ -27,7 +27,7 @@ from pipeline.errors import InputError
 _GET_SEALS, _ADD_SEALS = 1034, 1033
 _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW, _SEAL_WRITE = 1, 2, 4, 8
 _SEALED = _SEAL_SEAL | _SEAL_SHRINK | _SEAL_GROW | _SEAL_WRITE
-_MAP_FIXED, _MADV_HUGEPAGE, _MADV_COLLAPSE = 16, 14, 25
+_MAP_FIXED, _MADV_COLLAPSE = 16, 25
 _FAILED = ctypes.c_void_p(-1).value
 HUGE_PAGE = 2 << 20
 # The record's place, in front of the weights.
@@ -53,6 +53,7 @@ class SealedMemory:
             raise InputError(f"descriptor {fd} is memory of another user")
         self.is_sealed = seals & _SEALED == _SEALED
         self._end = HEADER_BYTES
+        self._prepared = 0  # address up to which the last chunk is
         self._chunks: list[tuple[int, int, int]] = []  # address, offset, bytes
         if not self.is_sealed:
             self.discard()
@@ -73,11 +74,26 @@ class SealedMemory:
         access = mmap.PROT_READ if self.is_sealed else mmap.PROT_READ | mmap.PROT_WRITE
         kind = mmap.MAP_PRIVATE if self.is_sealed else mmap.MAP_SHARED
         _map(address, size, access, kind | _MAP_FIXED, self._fd, offset)
-        _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+        self._prepared = address
         self._chunks.append((address, offset, size))
         found = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
         found.flags.writeable = not self.is_sealed
         return found
+
+    def prepare(self, piece: npt.NDArray[np.uint8]) -> None:
+        """Have what is about to be filled lie in huge pages, where the system can.
+
+        Before it is filled: that is faster than pages of the usual size, which would be copied
+        later. What of a chunk is never handed out takes no memory.
+        """
+        end = piece.ctypes.data + len(piece)
+        size = -(-(end - self._prepared) // HUGE_PAGE) * HUGE_PAGE
+        if self.is_sealed or size <= 0:
+            return
+        first, self._prepared = self._prepared, self._prepared + size
+        for page in range(first, first + size, HUGE_PAGE):  # only what is there can be put together
+            ctypes.c_uint8.from_address(page).value = 0
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_COLLAPSE)
 
     def seal(self, record: Record) -> None:
         """End the writing, and say what is here. Raises OSError, and then nothing is sealed."""
@@ -85,8 +101,6 @@ class SealedMemory:
         assert len(raw) <= MAX_RECORD_BYTES, "a record is small"
         os.pwrite(self._fd, len(raw).to_bytes(8, "little") + raw, 0)
         for address, offset, size in self._chunks:
-            # huge pages where the system gives none by itself; a refusal costs speed alone
-            _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_COLLAPSE)
             # in place: a seal against writing takes no mapping that could be written through
             _map(address, size, mmap.PROT_READ, mmap.MAP_PRIVATE | _MAP_FIXED, self._fd, offset)
         self._fcntl(self._fd, _ADD_SEALS, _SEALED)

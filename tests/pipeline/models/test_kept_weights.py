@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError, ModelError
+from pipeline.kernels.huge_pages import Arena
 from pipeline.kernels.kernel_selection import why_not_native
-from pipeline.kernels.sealed_memory import SealedMemory
+from pipeline.kernels.sealed_memory import HUGE_PAGE, SealedMemory
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.protocol.batch import Segment
@@ -147,3 +148,11 @@ def test_what_cannot_be_sealed_or_is_anothers_is_refused(tmp_path, fd, monkeypat
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(InputError, match="another user"):
         SealedMemory(fd)
+
+
+def test_only_what_is_handed_out_takes_memory(fd):
+    arena_memory = SealedMemory(fd)
+    arena = Arena(arena_memory.chunk, arena_memory.prepare)
+    for size in (5 << 20, 1000, 40 << 20, 40 << 20):  # the last has no room in the first chunk
+        arena.take(size).fill(3)
+    assert os.fstat(fd).st_blocks * 512 <= (85 << 20) + 4 * HUGE_PAGE
