@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -218,6 +219,7 @@ def main() -> None:
     parser.add_argument("--rows", type=lambda text: text.split(","))
     parser.add_argument("--dir", type=Path, help="where the models are written [a temporary one]")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is written goes then, too
     directory = Path(tempfile.mkdtemp(dir=args.dir, prefix="bench_load."))
     try:
         report(rows_of(directory, args.layers, args.rows), args.rounds, args.threads)
