@@ -34,7 +34,9 @@ def native_products(kind, layers, shapes, rows):
                 source = source.bfloat16()
             memory, x, y = arena.take(size), torch.randn(rows, num_in), torch.empty(rows, num_out)
             packed = memory.ctypes.data
-            _native.pack(kind, packed, num_in, num_out, source.data_ptr(), num_in, 1, 0, num_out)
+            stored = _native.STORED_BF16 if kind == _native.BF16 else _native.STORED_F32
+            weights = stored, source.data_ptr(), num_in, 1
+            _native.pack(kind, packed, num_in, num_out, *weights, 0, num_out)
             keep.append((memory, x, y))
             calls.append((kind, packed, 0, x.data_ptr(), y.data_ptr(), rows, num_in, num_out, 0, 0))
 

@@ -4,7 +4,8 @@
 # MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. In mode
 # client the orchestrator holds embedding and head, and computes them with as many threads; in mode
 # rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits; in dp they
-# get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA).
+# get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA). MODEL_DIR may be what
+# `pipeline-orch shard` wrote: its manifest then says the stages and their addresses, and the mode.
 # pipeline/codecs/README.md says what that protects.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -43,17 +44,26 @@ trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-base_port=$(free_base_port $((10 * stages + 2)))
-manifest=$run_dir/manifest.json
-pipeline-orch plan --model-dir "$model_dir" --stages "$stages" --base-port "$base_port" \
-  "${plan_flags[@]}" -o "$manifest" 2>"$run_dir/plan.log" || { cat "$run_dir/plan.log" >&2; exit 2; }
-
 part_dir() { echo "$model_dir"; }
-if [[ $mode == rotate* ]]; then
-  pipeline-orch shard --manifest "$manifest" --model-dir "$model_dir" --out "$run_dir/shards" \
-    --rotate-secret "$run_dir/secret" 2>"$run_dir/shard.log" || { cat "$run_dir/shard.log" >&2; exit 2; }
-  manifest=$run_dir/shards/manifest.json
-  part_dir() { echo "$run_dir/shards/$1"; }
+text_dir=$model_dir
+if [ -f "$model_dir/stage0/config.json" ]; then
+  manifest=$model_dir/manifest.json
+  stages=$(find "$model_dir" -maxdepth 1 -name 'stage[0-9]*' | wc -l)
+  part_dir() { echo "$model_dir/$1"; }
+  [ ! -d "$model_dir/client" ] || text_dir=$model_dir/client
+  [ -d "$model_dir/client" ] || [ "$mode" = plain ] || die "$model_dir has no client part for --mode $mode"
+  [ ! -d "$model_dir/client" ] || [ "$mode" != plain ] || die "$model_dir has a client part; give its --mode"
+else
+  base_port=$(free_base_port $((10 * stages + 2)))
+  manifest=$run_dir/manifest.json
+  pipeline-orch plan --model-dir "$model_dir" --stages "$stages" --base-port "$base_port" \
+    "${plan_flags[@]}" -o "$manifest" 2>"$run_dir/plan.log" || { cat "$run_dir/plan.log" >&2; exit 2; }
+  if [[ $mode == rotate* ]]; then
+    pipeline-orch shard --manifest "$manifest" --model-dir "$model_dir" --out "$run_dir/shards" \
+      --rotate-secret "$run_dir/secret" 2>"$run_dir/shard.log" || { cat "$run_dir/shard.log" >&2; exit 2; }
+    manifest=$run_dir/shards/manifest.json
+    part_dir() { echo "$run_dir/shards/$1"; }
+  fi
 fi
 [ "$mode" = plain ] || own+=(--client-part "$(part_dir client)")
 
@@ -77,7 +87,7 @@ watch_workers() {
   done
 }
 
-pipeline-orch --manifest "$manifest" --tokenizer "$model_dir/tokenizer.json" \
+pipeline-orch --manifest "$manifest" --tokenizer "$text_dir/tokenizer.json" \
   --text "$prompt" --max-tokens "$max_tokens" --dev "${own[@]}" &
 orchestrator=$!
 watch_workers "$orchestrator" &

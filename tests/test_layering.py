@@ -26,7 +26,7 @@ ROOMS = {
     "orchestrator": {
         "agreement", "codecs", "engine", "models", "placement", "protocol", "stage",
     },
-    "planning": {"agreement", "codecs", "models", "weights"},
+    "planning": {"agreement", "codecs", "kernels", "models", "weights"},
     "sessions": {"agreement", "kernels", "protocol"},
     # On the client's side a door takes the engine's steps, as a pipeline of stages does.
     "doors": {

@@ -20,6 +20,7 @@ from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
 from pipeline.cli.worker_flags import WorkerFlags
 from pipeline.errors import InputError
 from pipeline.kernels.runtime import set_num_threads
+from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.model_config import load_stage
@@ -82,6 +83,8 @@ def serve(flags: WorkerFlags) -> None:
             flags.kernels or "auto",
             flags.device or "cpu",
             progress,
+            # Never in an enclave: what it holds has come through its own hands.
+            None if flags.weights_fd is None or not flags.dev else SealedMemory(flags.weights_fd),
         )
     setup = StageSetup(
         manifest=manifest,

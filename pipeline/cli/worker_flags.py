@@ -69,6 +69,9 @@ class WorkerFlags(Settings):
     until_stdin_ends: Annotated[
         bool, Flag(None, "End when stdin does: for supervisors.", is_by_hand=True)
     ] = False
+    weights_fd: Annotated[
+        int | None, Flag("FD", "Sealed memory for weights: for supervisors.", is_by_hand=True)
+    ] = None
     dev: DevFlag = False
     quiet: QuietFlag = False
     verbose: VerboseFlag = False

@@ -29,6 +29,11 @@ F32: Final = 0
 BF16: Final = 1  # weights in bf16, sums in float32; with "bf16_dot" each row is rounded to bf16 too
 I8: Final = 2  # weights and activations in int8, a scale for each 32 inputs of an output or a row
 
+# Formats of floats in files.
+STORED_F32: Final = 0
+STORED_BF16: Final = 1
+STORED_F16: Final = 3
+
 MAX_THREADS: Final = 256
 MAX_CPUS: Final = 1024  # CPUs are numbered below that
 
@@ -118,6 +123,7 @@ def pack(
     dst: Address,
     num_in: int,
     num_out: int,
+    stored: int,
     src: Address,
     src_stride_out: int,
     src_stride_in: int,
@@ -127,8 +133,8 @@ def pack(
 ) -> None:
     """Write outputs first_out..first_out + count of a packed weight from [count, in] at `src`.
 
-    Strides in elements; elements are float32 for F32 and I8, which is quantised here, and bf16 for
-    BF16.
+    Those are floats of a format, converted to the kind's on the way: to bf16 nearest, ties to even;
+    to int8 as `quantise`. Strides in elements.
     """
 
 def pack_int8(
@@ -148,6 +154,25 @@ def pack_int8(
 
     values: int8 [count, in]; scales: bf16 [count, in / 32 rounded up]. Strides in elements.
     """
+
+def quantise(
+    stored: int,
+    src: Address,
+    src_stride_out: int,
+    src_stride_in: int,
+    num_in: int,
+    count: int,
+    values: Address,
+    scales: Address,
+    /,
+) -> None:
+    """Set int8 values [count, in] and bf16 scales [count, in / 32 rounded up] of floats at `src`.
+
+    To the bit what `pipeline.weights.quantization.quantise` finds. Strides in elements.
+    """
+
+def convert(stored: int, src: Address, kind: int, dst: Address, count: int, /) -> None:
+    """Floats of one format to F32 or BF16: nearest, ties to even; not numbers to a quiet one."""
 
 def unpack(kind: int, packed: Address, num_in: int, num_out: int, dst: Address, /) -> None:
     """The weight as [out, in] float32, whatever its kind: what `linear` multiplies by."""

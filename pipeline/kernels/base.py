@@ -18,6 +18,7 @@ from pipeline.kernels.host_memory import available_bytes
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import Slide
 from pipeline.protocol.batch import Batch
+from pipeline.weights.quantization import quantise
 from pipeline.weights.tensor_sinks import CopySink, Fill, Sink, fill_array, weight_sinks
 
 Activation = Literal["none", "gelu_tanh", "gelu", "relu"]
@@ -59,7 +60,7 @@ class KernelLinear(ABC):
     def __init__(self, kernels: "Kernels", spec: LinearSpec) -> None:
         self.num_in, self.num_out = spec.num_in, spec.num_out
         self.precision: Precision = spec.precision
-        self.bias: Array | None = kernels.empty(spec.num_out) if spec.bias else None
+        self.bias: Array | None = kernels.weights(spec.num_out) if spec.bias else None
         self._fill: Fill = kernels.fill
 
     @abstractmethod
@@ -72,7 +73,7 @@ class KernelLinear(ABC):
 
     @abstractmethod
     def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Store outputs first.., [n, in] in this layer's precision, int8 with its scales."""
+        """Store outputs first.., [n, in] as a file holds them, int8 with its scales."""
 
     @property
     @abstractmethod
@@ -97,8 +98,8 @@ class Norm(ABC):
 
     def __init__(self, kernels: "Kernels", size: int, eps: float, *, bias: bool) -> None:
         self.size, self.eps = size, eps
-        self.weight: Array = kernels.empty(size)
-        self.bias: Array | None = kernels.empty(size) if bias else None
+        self.weight: Array = kernels.weights(size)
+        self.bias: Array | None = kernels.weights(size) if bias else None
         self._fill: Fill = kernels.fill
 
     @abstractmethod
@@ -250,13 +251,24 @@ class Kernels(ABC):
         """An array to be filled, where these kernels compute."""
         return np.empty(shape, dtype)
 
+    def weights(self, *shape: int, dtype: ArrayDType = FLOAT32) -> Array:
+        """An array to be filled once, with weights."""
+        return self.empty(*shape, dtype=dtype)
+
     def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> Array:
         """Zeros, on the CPU in memory that is reserved and not touched."""
         return np.zeros(shape, dtype)
 
     def fill(self, target: Array, rows: HostArray) -> None:
-        """Set all of an array, or of a view of one, to a host's of the same shape and dtype."""
+        """Set all of an array, or of rows of one, to a host's of the same shape.
+
+        Floats become such as the array has.
+        """
         fill_array(target, rows)
+
+    def quantise(self, outputs: HostArray) -> tuple[HostArray, HostArray]:
+        """Values and scales of weights [out, in], any floats: as `weights.quantization`'s."""
+        return quantise(outputs)
 
     def to_device(self, array: HostArray) -> Array:
         """A host's array where these kernels compute; it may share the memory."""

@@ -41,6 +41,7 @@ from pipeline.kernels.torch_kernels import (
     torch_matvec,
 )
 from pipeline.protocol.batch import Batch
+from pipeline.weights.tensor_sinks import in_precision
 
 # Shorter contexts share one graph: reading them costs less than recording more.
 MIN_CONTEXT = 128
@@ -95,9 +96,10 @@ class CudaLinear(KernelLinear):
         out.copy_(self._weight.index_select(1, ids).t())
 
     def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Store outputs first.., [n, in] in this layer's precision."""
-        assert scales is None, "int8 has been refused"
-        self._weight[:, first : first + len(outputs)] = to_tensor(outputs).t()
+        """Store outputs first.., [n, in], in this layer's precision."""
+        for at, piece, own in in_precision(self.precision, first, outputs, scales):
+            assert own is None, "int8 has been refused"
+            self._weight[:, at : at + len(piece)] = to_tensor(piece).t()
 
     @property
     def num_bytes(self) -> int:

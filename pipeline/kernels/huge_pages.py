@@ -21,22 +21,42 @@ ALIGNMENT = 64
 CHUNK_BYTES = 64 << 20
 
 
+# Gives so many bytes, zeroed or as they were sealed.
+NewChunk = Callable[[int], npt.NDArray[np.uint8]]
+
+
 class Arena:
     """Zeroed pieces, each aligned to 64 bytes; a chunk lives as long as any piece of it."""
 
-    __slots__ = ("_chunk", "_used")
+    __slots__ = ("_chunk", "_new_chunk", "_prepare", "_used", "sizes")
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        new_chunk: NewChunk | None = None,
+        prepare: Callable[[npt.NDArray[np.uint8]], None] | None = None,
+    ) -> None:
+        """`new_chunk`: where its memory comes from, if not from this process's own.
+
+        `prepare` is told of each piece before it is handed out.
+        """
+        self._new_chunk = new_chunk or (lambda size: _pages(size, is_huge=True))
+        self._prepare = prepare
         self._chunk = np.empty(0, np.uint8)
         self._used = 0
+        # Of all pieces in turn: the same ones of the same memory lie at the same places.
+        self.sizes: list[int] = []
 
     def take(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """A piece that nobody else has, [num_bytes] of uint8. Raises MemoryError."""
+        self.sizes.append(num_bytes)
         start = (self._used + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
         if start + num_bytes > len(self._chunk):
-            self._chunk, start = _pages(max(num_bytes, CHUNK_BYTES), is_huge=True), 0
+            self._chunk, start = self._new_chunk(max(num_bytes, CHUNK_BYTES)), 0
         self._used = start + num_bytes
-        return self._chunk[start : self._used]
+        piece = self._chunk[start : self._used]
+        if self._prepare is not None:
+            self._prepare(piece)
+        return piece
 
 
 def aligned(make: Callable[..., Any], shape: tuple[int, ...], dtype: ArrayDType) -> HostArray:

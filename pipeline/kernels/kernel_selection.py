@@ -84,9 +84,9 @@ def why_not_native() -> str | None:
         return "they were not built with this installation"
     if not _native.features():
         return "this processor lacks the instructions they are written for (AVX-512)"
-    from pipeline.kernels.native_kernels import NativeKernels  # noqa: PLC0415
-
     try:
+        from pipeline.kernels.native_kernels import NativeKernels  # noqa: PLC0415
+
         return first_difference(NativeKernels())
     except (AttributeError, TypeError):  # a function missing, or taking other arguments
         return "they were built from other sources than these: run scripts/setup.sh"

@@ -4,12 +4,14 @@ Here a row's result depends on that row and its own cache alone, bit for bit: no
 come with it, nor on where a prompt is cut into steps, nor on the number of threads.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from pipeline.dtypes import (
     BFLOAT16,
+    FLOAT16,
     FLOAT32,
     INT8,
     ArrayDType,
@@ -37,8 +39,10 @@ from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import Slide
 from pipeline.kernels.native_step import NativeAttention, NativeStep, spans_of
 from pipeline.kernels.runtime import overwrite_freed_blocks, return_large_blocks
+from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.protocol.batch import Batch
-from pipeline.weights.quantization import dequantise
+from pipeline.weights.quantization import dequantise, num_groups
+from pipeline.weights.tensor_sinks import fill_array, in_precision
 
 # Precision -> kind of packed weight, and what the processor must have for it.
 KINDS: Mapping[Precision, tuple[int, str]] = {
@@ -47,6 +51,11 @@ KINDS: Mapping[Precision, tuple[int, str]] = {
     "int8": (_native.I8, "vnni"),
 }
 TABLES: Mapping[ArrayDType, int] = {FLOAT32: _native.F32, BFLOAT16: _native.BF16, INT8: _native.I8}
+STORED: Mapping[ArrayDType, int] = {
+    FLOAT32: _native.STORED_F32,
+    BFLOAT16: _native.STORED_BF16,
+    FLOAT16: _native.STORED_F16,
+}
 ACTIVATIONS: Mapping[Activation, int] = {"none": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 KEY_BLOCK = 16
 
@@ -55,6 +64,24 @@ def _strides(matrix: HostArray) -> tuple[int, int]:
     """In elements."""
     down, right = matrix.strides
     return down // matrix.itemsize, right // matrix.itemsize
+
+
+def fill(target: HostArray, rows: HostArray) -> None:
+    """Set all of an array of rows to another of the same shape, floats to such as it has."""
+    if rows.dtype == target.dtype:
+        fill_array(target, rows)
+    else:
+        _native.convert(STORED[rows.dtype], rows, TABLES[target.dtype], target, rows.size)
+
+
+def quantise(outputs: HostArray) -> tuple[HostArray, HostArray]:
+    """Values and scales of weights [out, in], any floats: as `weights.quantization`'s."""
+    num_out, num_in = outputs.shape
+    values = np.empty((num_out, num_in), INT8)
+    scales = np.empty((num_out, num_groups(num_in)), BFLOAT16)
+    stored, strides = STORED[outputs.dtype], _strides(outputs)
+    _native.quantise(stored, outputs, *strides, num_in, num_out, values, scales)
+    return values, scales
 
 
 def _kind(precision: Precision) -> int:
@@ -102,25 +129,22 @@ class NativeLinear(KernelLinear):
         )
 
     def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Pack outputs first.., [n, in] in this layer's precision, int8 with its scales."""
-        sizes, count = (self.num_in, self.num_out), len(outputs)
-        if self._kind == _native.I8:
-            assert scales is not None, "int8 comes with scales"
+        """Pack outputs first.., [n, in] as a file holds them, int8 with its scales."""
+        if self._kind == KINDS[self.precision][0]:
+            self._pack(first, outputs, scales)
+            return
+        for at, piece, own in in_precision(self.precision, first, outputs, scales):
+            self._pack(at, to_floats(piece) if own is None else dequantise(piece, own), None)
+
+    def _pack(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
+        sizes, count, strides = (self.num_in, self.num_out), len(outputs), _strides(outputs)
+        if scales is not None:
             _native.pack_int8(
-                self._packed,
-                *sizes,
-                outputs,
-                *_strides(outputs),
-                scales,
-                _strides(scales)[0],
-                first,
-                count,
+                self._packed, *sizes, outputs, *strides, scales, _strides(scales)[0], first, count
             )
             return
-        weights = outputs if scales is None else dequantise(outputs, scales)
-        if self._kind == _native.F32:
-            weights = to_floats(weights)
-        _native.pack(self._kind, self._packed, *sizes, weights, *_strides(weights), first, count)
+        stored = STORED[outputs.dtype]
+        _native.pack(self._kind, self._packed, *sizes, stored, outputs, *strides, first, count)
 
     @property
     def num_bytes(self) -> int:
@@ -179,6 +203,23 @@ class NativeKernels(Kernels):
     def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> HostArray:
         """Zeros, in memory that is reserved and not touched."""
         return reserve(shape, dtype)
+
+    def weights(self, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
+        """An array to be filled once, beside all other weights."""
+        memory = self.arena.take(math.prod(shape) * dtype.itemsize)
+        return memory.view(dtype).reshape(shape)
+
+    def hold_weights_in(self, memory: SealedMemory) -> None:
+        """Have those of layers made from now on be there."""
+        self.arena = Arena(memory.chunk, memory.prepare)
+
+    def fill(self, target: HostArray, rows: HostArray) -> None:
+        """Set all of an array, or of rows of one."""
+        fill(target, rows)
+
+    def quantise(self, outputs: HostArray) -> tuple[HostArray, HostArray]:
+        """Values and scales of weights [out, in]."""
+        return quantise(outputs)
 
     def linear(self, spec: LinearSpec) -> Linear:
         """An empty linear layer."""

@@ -47,6 +47,7 @@ from pipeline.kernels.runtime import (
 from pipeline.kernels.torch_attention import TorchAttention, to_cache
 from pipeline.protocol.batch import Batch
 from pipeline.weights.quantization import GROUP, dequantise
+from pipeline.weights.tensor_sinks import in_precision
 
 CPU = torch.device("cpu")
 TORCH_DTYPES: Mapping[ArrayDType, torch.dtype] = {
@@ -131,9 +132,10 @@ class TorchLinear(KernelLinear):
         out.copy_(self.weight.index_select(1, ids).t())
 
     def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Store outputs first.., [n, in] in this layer's precision, as float32."""
-        weights = to_floats(outputs) if scales is None else dequantise(outputs, scales)
-        self.weight.numpy()[:, first : first + len(outputs)] = weights.T
+        """Store outputs first.., [n, in], rounded to this layer's precision, as float32."""
+        for at, piece, own in in_precision(self.precision, first, outputs, scales):
+            weights = to_floats(piece) if own is None else dequantise(piece, own)
+            self.weight.numpy()[:, at : at + len(piece)] = weights.T
 
     @property
     def num_bytes(self) -> int:
@@ -188,7 +190,7 @@ class TorchKernels(Kernels):
         return to_tensor(super().zeros(shape, dtype))
 
     def fill(self, target: torch.Tensor, rows: HostArray) -> None:
-        """Set all of a tensor, or of a view of one."""
+        """Set all of a tensor, or of rows of one."""
         target.copy_(to_tensor(rows))
 
     def to_device(self, array: HostArray) -> torch.Tensor:

@@ -99,7 +99,7 @@ class GPT2Shard(Shard):
         )
         self.wpe: Array | None = None
         if self.is_first:
-            self.wpe = kernels.empty(config.max_positions, config.hidden_dim)
+            self.wpe = kernels.weights(config.max_positions, config.hidden_dim)
         self.h = [GPT2Layer(config, make) for make in self.layer_makers()]
         norm = kernels.layer_norm if config.rotation is None else kernels.rms_norm
         self.ln_f = norm(config.hidden_dim, config.norm_eps) if self.is_last else None

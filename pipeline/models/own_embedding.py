@@ -14,17 +14,19 @@ class Embedding:
     ) -> None:
         self.precision: Precision = precision
         self._kernels = kernels
-        self.weight = kernels.empty(num_tokens, width, dtype=PRECISIONS[precision])
+        self.weight = kernels.weights(num_tokens, width, dtype=PRECISIONS[precision])
         self._scales: Array | None = None
         if precision == "int8":
-            self._scales = kernels.empty(num_tokens, num_groups(width), dtype=BFLOAT16)
+            self._scales = kernels.weights(num_tokens, num_groups(width), dtype=BFLOAT16)
 
     def gather(self, ids: Array, out: Array) -> None:
         """Rows of `ids` [n] into out [n, width]."""
         self._kernels.lookup(self.weight, ids, out, scales=self._scales)
 
     def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Rows first.. in this table's precision, int8 with their scales."""
+        """Rows first.. as a file holds them, int8 with their scales."""
+        if self._scales is not None and scales is None:
+            outputs, scales = self._kernels.quantise(outputs)
         last = first + len(outputs)
         self._kernels.fill(self.weight[first:last], outputs)
         if self._scales is not None and scales is not None:

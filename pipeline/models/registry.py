@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -9,8 +10,10 @@ from typing import Any, Protocol, TypeVar
 from pipeline.dtypes import Array, Floats, HostArray, Precision
 from pipeline.errors import ModelError
 from pipeline.kernels.base import Kernels, Rows
+from pipeline.kernels.kept_weights import keep_weights
 from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.kernels.shape_only_kernels import Outline
 from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
 from pipeline.models.gpt2 import GPT2Shard
@@ -140,6 +143,7 @@ def load_shard(
     ends: Ends | None = None,
     expected_hashes: Sequence[str] | None,
     progress: Progress | None = None,
+    memory: SealedMemory | None = None,
 ) -> ModelShard:
     """Load layers layer_start..layer_end (exclusive), with embedding first and head last.
 
@@ -148,14 +152,32 @@ def load_shard(
     `dtype` is what the weights are held in; `kernels` the arithmetic: auto, native or torch,
     all on the CPU; `device` where to compute: cpu, cuda or cuda:N; `parts` what does the work
     of linears and attention. `expected_hashes`: SHA-256 of
-    each of `required_files`, or None to load unverified. Raises ModelError naming file, tensor,
-    expected and actual, InputError for kernels that cannot be had.
+    each of `required_files`, or None to load unverified. `memory`: where to leave verified weights
+    for others, or to find what they left, of which nothing is read then; native kernels alone use
+    it. Raises ModelError naming file, tensor, expected and actual, InputError for kernels that
+    cannot be had.
     """
     precision = to_precision(dtype)
     _check_range(config, layer_start, layer_end, ends)
     chosen = choose_kernels(kernels, config.head_dim, device)
     stored_config, config = config, _as_stored(model_dir, config)
+    kept = None
+    if memory is not None and expected_hashes is not None:
+        kept = keep_weights(
+            chosen,
+            memory,
+            {
+                "config": repr(config),
+                "layers": [layer_start, layer_end],
+                "ends": ends,
+                "hashes": [each.lower() for each in expected_hashes],
+                "precision": precision,
+            },
+        )
     shard = _allocate(config, layer_start, layer_end, chosen, precision, parts, ends)
+    if kept is not None and kept.is_found:
+        kept.check_layout()
+        return shard
     if (
         config is not stored_config
         and shard.is_last
@@ -166,14 +188,15 @@ def load_shard(
             "a head of its own in the weights, which is used",
             model_dir.name,
         )
-    memory = shard.destinations()
-    stored = _names_in_files(model_dir, config, memory)
-    load_tensors(
-        model_dir,
-        {stored[name]: tensor for name, tensor in memory.items()},
-        expected_hashes=expected_hashes,
-        progress=progress,
-    )
+    sinks = shard.destinations()
+    stored = _names_in_files(model_dir, config, sinks)
+    with nullcontext() if kept is None else kept.filling():
+        load_tensors(
+            model_dir,
+            {stored[name]: sink for name, sink in sinks.items()},
+            expected_hashes=expected_hashes,
+            progress=progress,
+        )
     return shard
 
 

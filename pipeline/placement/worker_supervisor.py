@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -32,6 +33,9 @@ COMMAND = (sys.executable, "-P", "-c", "from pipeline.cli.entry import stage_wor
 class Supervisor:
     """One worker process per stage, as children of this process and in its process group.
 
+    What a worker has loaded and verified is handed on to its successors, where this system has
+    memory that can be sealed: they map it and read nothing.
+
     And a spare one, which has imported everything and waits to be told which stage to be: a
     successor is there sooner by the seconds that starting an interpreter takes.
     """
@@ -51,14 +55,20 @@ class Supervisor:
         self._processes: dict[int, trio.Process] = {}
         # How far a stage had come when it last was silent in a handshake.
         self._silent_at: dict[int, Progress | None] = {}
-        self._spare: trio.Process | None = None
+        # Where the weights of each stage lie; a spare has those that there were when it was made.
+        self._weights: dict[int, int] = {}
+        self._spare: tuple[trio.Process, frozenset[int]] | None = None
         self._is_spare_taken = trio.Event()
         tasks.start_soon(self._keep_spare)
+        tasks.start_soon(self._hold_weights)
 
     async def start(self, stage_idx: int) -> None:
         """Keep the stage's worker running from now on."""
         if stage_idx not in self._kept:
             self._kept.add(stage_idx)
+            fd = _new_memory(f"veilpipe-stage{stage_idx}", is_first=len(self._kept) == 1)
+            if fd is not None:
+                self._weights[stage_idx] = fd
             self._tasks.start_soon(self._keep, stage_idx)
 
     def where(self, stage_idx: int) -> StageEndpoint:
@@ -115,7 +125,7 @@ class Supervisor:
             *("--stage-idx", str(stage_idx), "--quiet", "--until-stdin-ends"),
             *self._arguments(stage_idx),
         )
-        process = await self._start(arguments)
+        process = await self._start(stage_idx, arguments)
         self._processes[stage_idx] = process
         logger.info("event=worker_started stage=%d pid=%d", stage_idx, process.pid)
         try:
@@ -124,38 +134,69 @@ class Supervisor:
             del self._processes[stage_idx]
             await _end(process)
 
-    async def _start(self, arguments: Sequence[str]) -> trio.Process:
+    async def _start(self, stage_idx: int, arguments: Sequence[str]) -> trio.Process:
         spare, self._spare = self._spare, None
+        fd = self._weights.get(stage_idx)
+        if fd is not None and (spare is None or fd in spare[1]):
+            arguments = (*arguments, "--weights-fd", str(fd))
         if spare is None:
-            return await trio.lowlevel.open_process([*COMMAND, *arguments], stdin=subprocess.PIPE)
+            return await self._open(arguments)
+        process = spare[0]
         self._is_spare_taken.set()
-        assert spare.stdin is not None  # asked for
+        assert process.stdin is not None  # asked for
         try:
-            await spare.stdin.send_all(json.dumps(arguments).encode() + b"\n")
+            await process.stdin.send_all(json.dumps(arguments).encode() + b"\n")
         except trio.BrokenResourceError:
             logger.debug("event=spare_died")  # its exit code says the same to the caller
         except BaseException:
-            await _end(spare)
+            await _end(process)
             raise
-        return spare
+        return process
+
+    async def _open(self, arguments: Sequence[str], stdout: int | None = None) -> trio.Process:
+        return await trio.lowlevel.open_process(
+            [*COMMAND, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=stdout,
+            pass_fds=tuple(self._weights.values()),
+        )
 
     async def _keep_spare(self) -> None:
         while True:
             self._is_spare_taken = trio.Event()
             await trio.sleep(QUIET_SECONDS)
-            spare = await trio.lowlevel.open_process(
-                [*COMMAND, "--standby"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
+            has = frozenset(self._weights.values())
+            process = await self._open(["--standby"], subprocess.PIPE)
+            spare = process, has
             try:
-                assert spare.stdout is not None  # asked for
-                async with spare.stdout:
-                    if await spare.stdout.receive_some():
+                assert process.stdout is not None  # asked for
+                async with process.stdout:
+                    if await process.stdout.receive_some():
                         self._spare = spare
                         await self._is_spare_taken.wait()
             finally:
                 if self._spare is spare or not self._is_spare_taken.is_set():
                     self._spare = None
-                    await _end(spare)
+                    await _end(process)
+
+    async def _hold_weights(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            for fd in self._weights.values():
+                os.close(fd)
+
+
+def _new_memory(name: str, *, is_first: bool) -> int | None:
+    """A descriptor of memory that can be sealed, this user's alone; None where there is none."""
+    try:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except (AttributeError, OSError) as error:
+        if is_first:
+            logger.info("event=weights_not_kept detail=%r", str(error))
+        return None
+    os.fchmod(fd, 0o600)
+    return fd
 
 
 async def _end(process: trio.Process) -> None:

@@ -20,6 +20,7 @@ from pipeline.dtypes import (
     Precision,
 )
 from pipeline.errors import ModelError
+from pipeline.kernels.conversion import choose_conversion
 from pipeline.models.config import ModelConfig, as_rotated, read_config, rotated_json
 from pipeline.models.registry import (
     family_of,
@@ -155,7 +156,7 @@ class _Kept:
 
     def __init__(self, stored: StoredTensor, dtype: ArrayDType) -> None:
         self._name = stored.name
-        self.sink: Sink = CopySink(np.empty(stored.shape, dtype), dtype)
+        self.sink: Sink = CopySink(np.empty(stored.shape, dtype), fill=choose_conversion().fill)
 
     def tensors(self) -> Mapping[str, HostArray]:
         """What the shard stores, by name."""
@@ -175,11 +176,13 @@ class _KeptInt8:
         self._values = np.empty((num_out, num_in), INT8)
         self._scales = np.empty((num_out, num_groups(num_in)), BFLOAT16)
         self._is_in_out = is_in_out
+        self._quantise = choose_conversion().quantise
         self.sink: Sink = WeightSink(self, 0, num_out, num_in, is_in_out=is_in_out)
 
     def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Keep outputs first.. and their scales."""
-        assert scales is not None, "int8 comes with scales"
+        """Keep outputs first.., in int8."""
+        if scales is None:
+            outputs, scales = self._quantise(outputs)
         last = first + len(outputs)
         self._values[first:last], self._scales[first:last] = outputs, scales
 

@@ -62,8 +62,9 @@ def cut_model(
 ) -> Manifest:
     """Write `output`/stageI for every stage, and `output`/manifest.json that pins those shards.
 
-    Where the orchestrator holds the ends of the model, `output`/client has those: a model directory
-    with tokenizer and template, or with `in_one_file` its weights in the older layout.
+    Beside them go config.json, tokenizer and template, so that `output` stands for the model. Where
+    the orchestrator holds its ends, `output`/client has those files and the ends' weights, with
+    `in_one_file` in the older layout.
 
     A shard holds its weights as its stage will compute with them: in `precision`, which the new
     manifest then pins, or in what the manifest pins already, or unchanged. With `rotation` all of
@@ -107,6 +108,8 @@ def cut_model(
             "rotation": rotation and rotation.fingerprint,
         }
         pinned = manifest.model_copy(update=pins)
+        if client is None:
+            _write_text_files(source, directory)
         for stage in stages:
             _write_rest(pinned, stage, source, directory / f"stage{stage.stage_idx}")
         (directory / MANIFEST_FILE).write_text(dump_manifest(pinned))
@@ -176,11 +179,15 @@ def _write_client(
     digest = _write_weights(source, config, part, path, progress)
     if source.rotation is not None:  # whose secret this part gives away
         directory.chmod(0o700)
+    _write_text_files(source, directory)
+    return client.model_copy(update={"weight_hashes": (digest,)})
+
+
+def _write_text_files(source: Source, directory: Path) -> None:
     (directory / CONFIG_FILE).write_bytes(source.config_json())
     for name in TEXT_FILES:
         if is_file(source.model_dir / name):
             shutil.copyfile(source.model_dir / name, directory / name)
-    return client.model_copy(update={"weight_hashes": (digest,)})
 
 
 def _write_weights(

@@ -1,14 +1,19 @@
 """The model that a manifest is for, as the directory has it that a program was given."""
 
+import logging
 from pathlib import Path
+from time import perf_counter
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, PolicyError
+from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.models.config import ModelConfig, load_config
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.models.shard_model import NO_ENDS
 from pipeline.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 
 def agreed_config(manifest: Manifest, model_dir: Path) -> ModelConfig:
@@ -41,15 +46,20 @@ def load_stage(
     kernels: str,
     device: str,
     progress: Progress | None,
+    memory: SealedMemory | None = None,
 ) -> ModelShard:
-    """A stage's layers, by the manifest. Raises ModelError, InputError, PolicyError."""
+    """A stage's layers, by the manifest. Raises ModelError, InputError, PolicyError.
+
+    `memory`: where weights outlive this process, for another of the same stage.
+    """
     stage = manifest.stage(stage_idx)
     if stage.require_weight_hashes and not stage.weight_hashes:
         raise PolicyError(
             f"stage {stage_idx} requires weight hashes and the manifest has none; "
             "`pipeline-orch plan` writes them"
         )
-    return load_shard(
+    started = perf_counter()
+    shard = load_shard(
         model_dir,
         agreed_config(manifest, model_dir),
         stage.layer_start,
@@ -60,7 +70,15 @@ def load_stage(
         ends=NO_ENDS if manifest.has_client_ends else None,
         expected_hashes=stage.weight_hashes or None,
         progress=progress,
+        memory=memory,
     )
+    logger.info(
+        "event=weights_loaded stage=%d bytes=%d seconds=%.2f",
+        stage_idx,
+        shard.num_weight_bytes,
+        perf_counter() - started,
+    )
+    return shard
 
 
 def _check_rotation(manifest: Manifest, model_dir: Path) -> None:

@@ -9,12 +9,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,10 +24,12 @@ from pipeline.errors import ModelError
 from pipeline.files import is_file
 from pipeline.progress import Meter, Progress
 from pipeline.weights.checkpoint_index import INDEX_FILE, SINGLE_FILE, read_index
+from pipeline.weights.read_ahead import PLACES, run_ahead
 from pipeline.weights.tensor_sinks import Sink
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-BLOCK_BYTES = 4 << 20  # read at a time: large enough for the disk, small beside any shard
+BLOCK_BYTES = 2 << 20  # read at a time: large enough for the disk, small beside any shard
+ROWS_TOGETHER = 16  # blocks hold such a number of rows or a multiple, where so many fit
 MAX_RANK = 8
 
 ITEM_BYTES = {
@@ -262,58 +265,77 @@ def _is_sizes(value: object) -> bool:
     )
 
 
+class _Block(NamedTuple):
+    """Whole rows of a tensor that is wanted, from row `first`; overwritten soon after."""
+
+    stored: StoredTensor
+    first: int
+    data: memoryview
+
+
 def _load_file(
     path: Path, destinations: Mapping[str, Sink], expected_hash: str | None, meter: Meter
 ) -> set[str]:
     """Copy what `destinations` wants from `path` and return the names found."""
-    found = set()
     digest = None if expected_hash is None else hashlib.sha256()
     with _open(path) as file:
         header = read_header(file, path)
         meter.add(len(header.raw))
         if digest is not None:
             digest.update(header.raw)
-        scratch = bytearray(BLOCK_BYTES)
-        for stored in header.tensors:
-            destination = destinations.get(stored.name)
-            if destination is not None:
-                _check_fits(path, stored, destination)
-                found.add(stored.name)
-            elif digest is None:
-                file.seek(stored.end - stored.start, os.SEEK_CUR)
-                meter.add(stored.end - stored.start)
-                continue
-            else:  # only hashed: not by its own rows, which may be as large as the disk
-                stored = replace(stored, dtype="U8", shape=(stored.end - stored.start,))  # noqa: PLW2901
-            for first, block in _blocks(file, path, stored, scratch):
-                if digest is not None:
-                    digest.update(block)
-                if destination is not None:
-                    destination.write(first, _rows(stored, block))
-                meter.add(len(block))
+        found = {stored.name: stored for stored in header.tensors if stored.name in destinations}
+        for name, stored in found.items():
+            _check_fits(path, stored, destinations[name])
+        blocks = _read_blocks(file, path, header.tensors, found.keys(), digest, meter)
+        with closing(run_ahead(blocks)) as ahead:
+            for stored, first, data in ahead:
+                destinations[stored.name].write(first, _rows(stored, data))
     if digest is not None and expected_hash is not None:
         _compare_hash(path, digest.hexdigest(), expected_hash)
-    return found
+    return set(found)
 
 
-def _blocks(
-    file: FileIO, path: Path, stored: StoredTensor, scratch: bytearray
-) -> Iterator[tuple[int, memoryview]]:
-    """A tensor's bytes as (first row, whole rows); valid until the next block."""
-    num_rows = stored.shape[0] if stored.shape else 1
-    num_bytes = stored.end - stored.start
-    if not num_bytes:
-        return
-    row_bytes = num_bytes // num_rows
-    rows_per_block = max(1, len(scratch) // row_bytes)
-    if row_bytes > len(scratch):
-        scratch.extend(bytes(row_bytes - len(scratch)))
-    for first in range(0, num_rows, rows_per_block):
-        rows = min(rows_per_block, num_rows - first)
-        block = memoryview(scratch)[: rows * row_bytes]
-        _fill(file, path, block)
-        yield first, block
-        block.release()
+def _read_blocks(
+    file: FileIO,
+    path: Path,
+    tensors: Iterable[StoredTensor],
+    wanted: Collection[str],
+    digest: "hashlib._Hash | None",
+    meter: Meter,
+) -> Iterator[_Block]:
+    """All bytes in turn, hashed if there is a digest; those that are wanted as they come.
+
+    A block's memory is used again for that `PLACES` later.
+    """
+    buffers = deque(bytearray(BLOCK_BYTES) for _ in range(PLACES))
+    for stored in tensors:
+        num_bytes = stored.end - stored.start
+        is_wanted = stored.name in wanted
+        if not is_wanted and digest is None:
+            file.seek(num_bytes, os.SEEK_CUR)
+            meter.add(num_bytes)
+            continue
+        # What is only hashed is not read by its own rows, which may be as large as the disk.
+        row_bytes = num_bytes // max(1, stored.shape[0]) if is_wanted and stored.shape else 1
+        for first, size in _spans(num_bytes, max(1, row_bytes)):
+            if size > len(buffers[0]):
+                buffers[0] = bytearray(size)
+            data = memoryview(buffers[0])[:size]
+            _fill(file, path, data)
+            if digest is not None:
+                digest.update(data)
+            meter.add(size)
+            if is_wanted:
+                buffers.rotate(-1)
+                yield _Block(stored, first, data)
+
+
+def _spans(num_bytes: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """(first row, bytes) of blocks of whole rows, many at a time: kernels pack these together."""
+    rows = max(1, BLOCK_BYTES // row_bytes)
+    rows = rows // ROWS_TOGETHER * ROWS_TOGETHER or rows
+    for start in range(0, num_bytes, rows * row_bytes):
+        yield start // row_bytes, min(rows * row_bytes, num_bytes - start)
 
 
 def _rows(stored: StoredTensor, block: memoryview) -> HostArray:

@@ -45,9 +45,9 @@ def quantise(outputs: HostArray) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.u
     scales[to_floats(scales) < SMALLEST_SCALE] = 0
     steps = to_floats(scales)
     inverses = np.divide(1, steps, out=np.zeros_like(steps), where=steps > 0)
-    values = grouped * inverses[:, :, None]
-    np.clip(np.rint(values, out=values), -INT8_MAX, INT8_MAX, out=values)
     with np.errstate(invalid="ignore"):  # of weights that are not numbers nothing is left anyway
+        values = grouped * inverses[:, :, None]
+        np.clip(np.rint(values, out=values), -INT8_MAX, INT8_MAX, out=values)
         return _ungrouped(values.astype(np.int8), outputs.shape[1]), scales
 
 

@@ -4,7 +4,7 @@ A tensor arrives as blocks of rows in the file's dtype and leaves in the dtype i
 stage's peak memory is its own weights and one block.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -27,7 +27,8 @@ FLOATS = ("F32", "F16", "BF16")
 # Weights are converted in pieces whose float32 values take this much: they stay in the cache.
 PIECE_BYTES = 1 << 20
 
-# Sets all of an array, wherever it is, to a host's array of the same shape and dtype.
+# Sets all of an array, wherever it is, to a host's of the same shape: of its dtype, or floats that
+# are to become such.
 Fill = Callable[[Array, HostArray], None]
 
 
@@ -55,7 +56,7 @@ class Sink(Protocol):
 
 def fill_array(target: Array, rows: HostArray) -> None:
     """Set all of a host's array."""
-    target[...] = rows
+    target[...] = convert(rows, target.dtype)
 
 
 def convert(rows: HostArray, dtype: ArrayDType) -> HostArray:
@@ -64,12 +65,11 @@ def convert(rows: HostArray, dtype: ArrayDType) -> HostArray:
 
 
 class CopySink:
-    """Fills an array of `dtype`, or a view of one, converting to that."""
+    """Fills an array, or a view of one, converting floats to its own."""
 
     def __init__(
         self,
         target: Array,
-        dtype: ArrayDType = FLOAT32,
         dtypes: Collection[str] = FLOATS,
         *,
         fill: Fill = fill_array,
@@ -77,7 +77,6 @@ class CopySink:
     ) -> None:
         self.target = target
         self.dtypes = dtypes
-        self._dtype = dtype
         self._fill = fill
         self.is_optional = is_optional
         self.is_filled = False
@@ -89,7 +88,6 @@ class CopySink:
 
     def write(self, first: int, rows: HostArray) -> None:
         """Copy the rows to their place."""
-        rows = convert(rows, self._dtype)
         if self.shape:
             self._fill(self.target[first : first + len(rows)], rows)
         else:
@@ -107,7 +105,22 @@ class Store(Protocol):
     precision: Precision
 
     def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Outputs first.. in the store's precision: [n, in], any strides; int8 with its scales."""
+        """Outputs first.. as they are stored: [n, in] floats, any strides, or int8 with scales."""
+
+
+def in_precision(
+    precision: Precision, first: int, outputs: HostArray, scales: HostArray | None
+) -> Iterator[tuple[int, HostArray, HostArray | None]]:
+    """What a store is given, in a precision; piece by piece: the first output, values, scales."""
+    size = max(1, PIECE_BYTES // (FLOAT32.itemsize * outputs.shape[1]))
+    for at in range(0, len(outputs), size):
+        piece = outputs[at : at + size]
+        if scales is not None:
+            yield first + at, piece, scales[at : at + size]
+        elif precision == "int8":
+            yield first + at, *quantise(piece)
+        else:
+            yield first + at, convert(piece, PRECISIONS[precision]), None
 
 
 class WeightSink:
@@ -127,28 +140,23 @@ class WeightSink:
         if store.precision == "int8":
             self.dtypes = (*FLOATS, "I8")
             scales = np.empty((num_outputs, num_groups(num_in)), BFLOAT16)
-            self.scales = CopySink(scales, BFLOAT16, ("BF16",), is_optional=True)
+            self.scales = CopySink(scales, ("BF16",), is_optional=True)
         self._staged: HostArray | None = None
         self._dtype: ArrayDType | None = None
         self._came_before_scales = False
 
     def write(self, first: int, rows: HostArray) -> None:
-        """Convert and store the rows; those of an [in, out] tensor once all are there."""
+        """Store the rows; those of an [in, out] tensor once all are there."""
         self._dtype = rows.dtype
         if not self.is_in_out:
-            self._put_pieces(first, rows)
+            self._put(first, rows)
             return
         if self._staged is None:
             self._staged = np.empty(self.shape, rows.dtype)
         self._staged[first : first + len(rows)] = rows
         if first + len(rows) == self.shape[0]:
-            self._put_pieces(0, self._staged.T)
+            self._put(0, self._staged.T)
             self._staged = None
-
-    def _put_pieces(self, first: int, outputs: HostArray) -> None:
-        piece = max(1, PIECE_BYTES // (FLOAT32.itemsize * outputs.shape[1]))
-        for at in range(0, len(outputs), piece):
-            self._put(first + at, outputs[at : at + piece])
 
     def _put(self, first: int, outputs: HostArray) -> None:
         scales = None
@@ -156,10 +164,6 @@ class WeightSink:
             assert self.scales is not None, "only int8 stores take int8"
             self._came_before_scales |= not self.scales.is_filled
             scales = self.scales.target[first : first + len(outputs)]
-        elif self._store.precision == "int8":
-            outputs, scales = quantise(outputs)
-        else:
-            outputs = convert(outputs, PRECISIONS[self._store.precision])
         self._store.put(self._first + first, outputs, scales)
 
     def problem(self) -> str | None:

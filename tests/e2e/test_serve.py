@@ -212,3 +212,20 @@ def test_a_certificate_that_cannot_be_used_is_one_line(cluster):
         errors = [line for line in done.stderr.splitlines() if line.startswith("pipeline-orch: ")]
         assert len(errors) == 1
         assert "Traceback" not in done.stderr
+
+
+def test_a_server_takes_the_directory_of_shards_for_the_model(cluster):
+    cluster.plan(2)
+    whole = cluster.orch("Hello there", "--supervise", "--model-dir", cluster.model_dir)
+    assert whole.returncode == 0, whole.stderr
+    shards = cluster.directory / "shards"
+    cut = cluster.orch_command(
+        "shard", "--manifest", cluster.manifest, "--model-dir", cluster.model_dir, "--out", shards
+    )
+    assert cut.returncode == 0, cut.stderr
+    cluster.model_dir, cluster.manifest = shards, shards / "manifest.json"
+    from_shards = cluster.orch("Hello there", "--supervise", "--model-dir", shards)
+    assert from_shards.returncode == 0, from_shards.stderr
+    assert from_shards.stdout == whole.stdout
+    server = cluster.serve("--supervise", "--context", "128")
+    assert server.text("Hello there", 4)

@@ -44,23 +44,54 @@ refusal_t check_weight(int64_t kind, int64_t packed, int64_t num_in, int64_t num
 
 static int64_t always(const int64_t *a) { return (void)a, INT64_MAX; }
 
-static refusal_t run_pack(const int64_t *a) {
-    CHECK(check_weight(a[0], a[1], a[2], a[3]));
-    if (a[7] > a[3] || a[8] > a[3] - a[7]) REFUSE("outputs end beyond num_out", a[7] + a[8]);
-    pack((int)a[0], at(a[1]), (size_t)a[2], at(a[4]), (ptrdiff_t)a[5], (ptrdiff_t)a[6],
-         (size_t)a[7], (size_t)a[8]);
+static refusal_t check_outputs(int64_t first, int64_t count, int64_t num_out) {
+    if (first > num_out || count > num_out - first) {
+        REFUSE("outputs end beyond num_out", first + count);
+    }
     return DONE;
 }
-const call_t call_pack = {"npnnsnnnn", run_pack, always};
+
+static refusal_t check_floats(int64_t stored) {
+    if (stored >= NUM_STORED || stored == STORED_I8) REFUSE("no such format of floats", stored);
+    return DONE;
+}
+
+static refusal_t run_pack(const int64_t *a) {
+    CHECK(check_weight(a[0], a[1], a[2], a[3]));
+    CHECK(check_floats(a[4]));
+    CHECK(check_outputs(a[8], a[9], a[3]));
+    matrix_t matrix = {(int)a[4], at(a[5]), (ptrdiff_t)a[6], (ptrdiff_t)a[7], (size_t)a[2]};
+    pack((int)a[0], at(a[1]), &matrix, (size_t)a[8], (size_t)a[9]);
+    return DONE;
+}
+const call_t call_pack = {"npnnnsnnnn", run_pack, always};
 
 static refusal_t run_pack_int8(const int64_t *a) {
     CHECK(check_weight(KIND_I8, a[0], a[1], a[2]));
-    if (a[8] > a[2] || a[9] > a[2] - a[8]) REFUSE("outputs end beyond num_out", a[8] + a[9]);
-    pack_int8(at(a[0]), (size_t)a[1], at(a[3]), (ptrdiff_t)a[4], (ptrdiff_t)a[5], at(a[6]),
-              (ptrdiff_t)a[7], (size_t)a[8], (size_t)a[9]);
+    CHECK(check_outputs(a[8], a[9], a[2]));
+    matrix_t matrix = {STORED_I8, at(a[3]), (ptrdiff_t)a[4], (ptrdiff_t)a[5], (size_t)a[1]};
+    pack_int8(at(a[0]), &matrix, at(a[6]), (ptrdiff_t)a[7], (size_t)a[8], (size_t)a[9]);
     return DONE;
 }
 const call_t call_pack_int8 = {"pnnsnnsnnn", run_pack_int8, always};
+
+static refusal_t run_quantise(const int64_t *a) {
+    CHECK(check_floats(a[0]));
+    if (a[4] < 1 || a[4] > LARGEST) REFUSE("num_in", a[4]);
+    if (a[5] > LARGEST) REFUSE("count", a[5]);
+    matrix_t matrix = {(int)a[0], at(a[1]), (ptrdiff_t)a[2], (ptrdiff_t)a[3], (size_t)a[4]};
+    quantise(&matrix, (size_t)a[5], at(a[6]), at(a[7]));
+    return DONE;
+}
+const call_t call_quantise = {"nsnnnnpp", run_quantise, always};
+
+static refusal_t run_convert(const int64_t *a) {
+    CHECK(check_floats(a[0]));
+    if (a[2] != KIND_F32 && a[2] != KIND_BF16) REFUSE("no such format to convert to", a[2]);
+    convert((int)a[0], at(a[1]), (int)a[2], at(a[3]), (size_t)a[4]);
+    return DONE;
+}
+const call_t call_convert = {"npnpn", run_convert, always};
 
 static refusal_t run_unpack(const int64_t *a) {
     CHECK(check_weight(a[0], a[1], a[2], a[3]));

@@ -24,8 +24,8 @@ typedef struct {
 } call_t;
 
 #define CALLS(X)                                                                                  \
-    X(pack) X(pack_int8) X(unpack) X(gather) X(lookup) X(copy) X(linear) X(layer_norm) X(rms_norm) \
-    X(rope) X(silu_mul) X(attend) X(slide) X(argmax) X(widen) X(narrow)
+    X(pack) X(pack_int8) X(quantise) X(convert) X(unpack) X(gather) X(lookup) X(copy) X(linear)    \
+    X(layer_norm) X(rms_norm) X(rope) X(silu_mul) X(attend) X(slide) X(argmax) X(widen) X(narrow)
 #define DECLARE(NAME) extern const call_t call_##NAME;
 CALLS(DECLARE)
 

@@ -15,6 +15,7 @@
 
 enum kind { KIND_F32, KIND_BF16, KIND_I8, NUM_KINDS };
 enum activation { ACT_NONE, ACT_GELU_TANH, ACT_GELU_ERF, ACT_RELU, NUM_ACTIVATIONS };
+enum { VECTOR = 64 };             /* bytes */
 enum { BLOCK = 16 };              /* outputs side by side in a packed weight */
 enum { GROUP = 32, SUPER = 64 }; /* int8: inputs that share a scale; inputs padded to */
 #define SMALLEST_SCALE 1e-30f    /* int8: groups of smaller numbers are zeros, as in quantization.py */
@@ -44,13 +45,25 @@ typedef struct {
 
 size_t block_bytes(int kind, size_t num_in); /* of one block of 16 outputs */
 size_t packed_bytes(int kind, size_t num_in, size_t num_out);
-void pack(int kind, void *dst, size_t num_in, const void *src, ptrdiff_t stride_out,
-          ptrdiff_t stride_in, size_t first_out, size_t count);
-void pack_int8(void *dst, size_t num_in, const int8_t *values, ptrdiff_t stride_out,
-               ptrdiff_t stride_in, const uint16_t *scales, ptrdiff_t scale_stride,
-               size_t first_out, size_t count); /* what is quantised already */
 void unpack(const weight_t *weight, float *dst);
 void gather(const weight_t *weight, const int64_t *ids, size_t count, float *dst);
+
+/* pack_tiles.c: weights as files hold them */
+enum stored { STORED_F32, STORED_BF16, STORED_I8, STORED_F16, NUM_STORED };
+
+typedef struct {
+    int stored;
+    const void *values;
+    ptrdiff_t stride_out, stride_in; /* elements */
+    size_t num_in;
+} matrix_t;
+
+void pack(int kind, void *dst, const matrix_t *matrix, size_t first_out, size_t count);
+void pack_int8(void *dst, const matrix_t *matrix, const uint16_t *scales, ptrdiff_t scale_stride,
+               size_t first_out, size_t count); /* what is quantised already */
+/* convert.c */
+void quantise(const matrix_t *matrix, size_t count, int8_t *values, uint16_t *scales);
+void convert(int stored, const void *src, int kind, void *dst, size_t count);
 
 /* linear.c, tiles_f32.c, tiles_bf16.c, tiles_i8.c */
 typedef struct {
@@ -74,7 +87,6 @@ typedef struct {
 enum { FETCHES = 18 };
 typedef void (*tile_fn)(float *acc, size_t acc_stride, size_t acc_block, const char *x,
                         const char *w, size_t block_stride, size_t num_k, int adds, share_t next);
-enum { VECTOR = 64 }; /* bytes */
 enum { MAX_TILE_ROWS = 16 };
 
 tile_fn tile_f32(size_t rows, size_t blocks);

@@ -102,6 +102,9 @@ static int add_members(PyObject *native) {
     return PyModule_AddIntConstant(native, "F32", KIND_F32) ||
            PyModule_AddIntConstant(native, "BF16", KIND_BF16) ||
            PyModule_AddIntConstant(native, "I8", KIND_I8) ||
+           PyModule_AddIntConstant(native, "STORED_F32", STORED_F32) ||
+           PyModule_AddIntConstant(native, "STORED_BF16", STORED_BF16) ||
+           PyModule_AddIntConstant(native, "STORED_F16", STORED_F16) ||
            PyModule_AddIntConstant(native, "MAX_THREADS", MAX_THREADS) ||
            PyModule_AddIntConstant(native, "MAX_CPUS", MAX_CPUS);
 }

@@ -8,16 +8,7 @@
  */
 #include "kernels.h"
 
-#include <math.h>
 #include <string.h>
-
-typedef struct {
-    int kind;
-    char *dst;
-    const void *src;
-    size_t num_in, first_out, end_out;
-    ptrdiff_t stride_out, stride_in;
-} pack_job_t;
 
 size_t block_bytes(int kind, size_t num_in) {
     switch (kind) {
@@ -36,117 +27,6 @@ static float float_of_bf16(uint16_t bits) {
     float value;
     memcpy(&value, &wide, sizeof value);
     return value;
-}
-
-/* The least bf16 that is not below a finite x >= 0. */
-static uint16_t bf16_at_least(float x) {
-    uint32_t wide;
-    memcpy(&wide, &x, sizeof wide);
-    return (uint16_t)((wide + 0xffff) >> 16);
-}
-
-static void quantise(super_t *super, size_t group, size_t lane, const float *w, size_t count) {
-    float greatest = 0;
-    for (size_t i = 0; i < count; i++) greatest = fmaxf(greatest, fabsf(w[i]));
-    uint16_t bits = bf16_at_least(greatest / 127);
-    if (float_of_bf16(bits) < SMALLEST_SCALE) bits = 0;
-    float scale = float_of_bf16(bits), inverse = scale > 0 ? 1 / scale : 0;
-    super->scales[group][lane] = bits;
-    for (size_t i = 0; i < GROUP; i++) {
-        float level = i < count ? w[i] * inverse : 0;
-        level = fminf(fmaxf(level, -127), 127); /* of infinite weights it is not a number */
-        size_t k = group * GROUP + i;
-        super->weights[k / 4][lane][k % 4] = (uint8_t)(lrintf(level) + 128);
-    }
-}
-
-static void pack_i8(const pack_job_t *job, size_t out, const float *src) {
-    super_t *block = (super_t *)(job->dst + out / BLOCK * block_bytes(KIND_I8, job->num_in));
-    for (size_t k = 0; k < job->num_in; k += GROUP) {
-        float w[GROUP];
-        size_t count = job->num_in - k < GROUP ? job->num_in - k : GROUP;
-        for (size_t i = 0; i < count; i++) w[i] = src[(ptrdiff_t)(k + i) * job->stride_in];
-        quantise(&block[k / SUPER], k % SUPER / GROUP, out % BLOCK, w, count);
-    }
-}
-
-/* Outputs first..end of one block, copied input by input: sequential whichever stride is 1. */
-static void pack_floats(const pack_job_t *job, size_t first, size_t end) {
-    size_t block = first / BLOCK * BLOCK;
-    char *dst = job->dst + first / BLOCK * block_bytes(job->kind, job->num_in);
-    for (size_t k = 0; k < job->num_in; k++) {
-        for (size_t out = first; out < end; out++) {
-            ptrdiff_t from = (ptrdiff_t)(out - job->first_out) * job->stride_out +
-                             (ptrdiff_t)k * job->stride_in;
-            size_t lane = out - block;
-            if (job->kind == KIND_F32) {
-                ((float *)dst)[k * BLOCK + lane] = ((const float *)job->src)[from];
-            } else {
-                ((uint16_t *)dst)[(k / 2 * BLOCK + lane) * 2 + k % 2] =
-                    ((const uint16_t *)job->src)[from];
-            }
-        }
-    }
-}
-
-static void pack_chunk(void *opaque, size_t chunk) {
-    const pack_job_t *job = opaque;
-    size_t block = job->first_out / BLOCK + chunk;
-    size_t first = block * BLOCK, end = first + BLOCK;
-    first = first > job->first_out ? first : job->first_out;
-    end = end < job->end_out ? end : job->end_out;
-    if (job->kind != KIND_I8) {
-        pack_floats(job, first, end);
-        return;
-    }
-    for (size_t out = first; out < end; out++) {
-        pack_i8(job, out,
-                (const float *)job->src + (ptrdiff_t)(out - job->first_out) * job->stride_out);
-    }
-}
-
-void pack(int kind, void *dst, size_t num_in, const void *src, ptrdiff_t stride_out,
-          ptrdiff_t stride_in, size_t first_out, size_t count) {
-    if (count == 0) return;
-    pack_job_t job = {kind, dst, src, num_in, first_out, first_out + count, stride_out, stride_in};
-    pool_run(pack_chunk, &job, (job.end_out - 1) / BLOCK - first_out / BLOCK + 1);
-}
-
-typedef struct {
-    char *dst;
-    const int8_t *values;
-    const uint16_t *scales;
-    size_t num_in, first_out, end_out;
-    ptrdiff_t stride_out, stride_in, scale_stride;
-} pack_int8_job_t;
-
-static void pack_int8_chunk(void *opaque, size_t chunk) {
-    const pack_int8_job_t *job = opaque;
-    size_t block = job->first_out / BLOCK + chunk;
-    size_t first = block * BLOCK, end = first + BLOCK;
-    super_t *supers = (super_t *)(job->dst + block * block_bytes(KIND_I8, job->num_in));
-    first = first > job->first_out ? first : job->first_out;
-    end = end < job->end_out ? end : job->end_out;
-    for (size_t out = first; out < end; out++) {
-        ptrdiff_t from = (ptrdiff_t)(out - job->first_out);
-        const int8_t *values = job->values + from * job->stride_out;
-        const uint16_t *scales = job->scales + from * job->scale_stride;
-        for (size_t k = 0; k < (job->num_in + GROUP - 1) / GROUP * GROUP; k++) {
-            super_t *super = supers + k / SUPER;
-            int level = k < job->num_in ? values[(ptrdiff_t)k * job->stride_in] : 0;
-            super->weights[k % SUPER / 4][out % BLOCK][k % 4] = (uint8_t)(level + 128);
-            if (k % GROUP == 0) super->scales[k % SUPER / GROUP][out % BLOCK] = scales[k / GROUP];
-        }
-    }
-}
-
-void pack_int8(void *dst, size_t num_in, const int8_t *values, ptrdiff_t stride_out,
-               ptrdiff_t stride_in, const uint16_t *scales, ptrdiff_t scale_stride,
-               size_t first_out, size_t count) {
-    if (count == 0) return;
-    pack_int8_job_t job = {dst,        values,    scales,      num_in, first_out, first_out + count,
-                           stride_out, stride_in, scale_stride};
-    pool_run(pack_int8_chunk, &job, (job.end_out - 1) / BLOCK - first_out / BLOCK + 1);
 }
 
 /* W[out, 0..num_in] as float. */

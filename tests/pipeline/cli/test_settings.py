@@ -142,6 +142,7 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 BY_HAND = {
     "--allow-dial", "--dev", "--help", "--in", "--message", "--out", "--prompt", "--prompt-file",
     "--stats-out", "--stop", "--text", "--text-file", "--until-stdin-ends",
+    "--weights-fd",
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.
 COMMANDS_BY_HAND = {"attest verify", "attest show", "keygen", "leakage", "plan", "shard"}

@@ -1,5 +1,7 @@
 """Worker processes: which command they run does not matter here."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -38,7 +40,7 @@ async def pid_other_than(supervisor, known):
 
 async def spare_of(supervisor):
     await until(lambda: supervisor._spare is not None)
-    return supervisor._spare
+    return supervisor._spare[0]
 
 
 def branching(spare, worker):
@@ -168,3 +170,48 @@ async def test_a_worker_with_unusable_input_is_not_tried_again(monkeypatch):
     with trio.fail_after(10), pytest.RaisesGroup(InputError):
         async with trio.open_nursery() as nursery:
             await Supervisor(None, lambda stage_idx: (), nursery).start(0)
+
+
+LOOK = (
+    "import json, os; fd = int(a[a.index('--weights-fd') + 1]); s = os.fstat(fd); "
+    "open(TOLD, 'a').write(json.dumps([s.st_ino, s.st_mode & 0o777]) + '\\n'); " + WORK
+)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memory that can be sealed")
+async def test_a_successor_is_handed_the_memory_that_its_stage_had(
+    supervisor, monkeypatch, tmp_path
+):
+    told = tmp_path / "told"
+    look = LOOK.replace("TOLD", repr(str(told)))
+    spare = SPARE + f"import json; a = json.loads(a); {look}"
+    monkeypatch.setattr(
+        worker_supervisor, "COMMAND", branching(spare, f"import sys; a = sys.argv; {look}")
+    )
+    await supervisor.start(0)
+    first = await pid_other_than(supervisor, ())
+    await until(lambda: told.exists() and told.read_text())
+    await spare_of(supervisor)
+    supervisor.on_loss(StageHung(0, "it says nothing"))
+    await pid_other_than(supervisor, (first,))
+    await until(lambda: len(told.read_text().splitlines()) == 2)
+    before, after = map(json.loads, told.read_text().splitlines())
+    assert before == after
+    assert before[1] == 0o600
+
+
+async def test_without_such_memory_workers_load_for_themselves(
+    supervisor, monkeypatch, tmp_path, caplog
+):
+    def refuse(name, flags):
+        raise OSError("no such call")
+
+    told = tmp_path / "told"
+    write = f"import sys; open({str(told)!r}, 'w').write(' '.join(sys.argv)); {WORK}"
+    monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
+    monkeypatch.setattr(worker_supervisor, "COMMAND", python(write))
+    with caplog.at_level("INFO"):
+        await supervisor.start(0)
+        await until(lambda: told.exists() and "--flag-0" in told.read_text())
+    assert "--weights-fd" not in told.read_text()
+    assert caplog.text.count("event=weights_not_kept") == 1

@@ -175,3 +175,15 @@ def test_weights_of_a_kind_that_cannot_be_served_are_named(model_dir, tmp_path):
     with pytest.raises(ModelError, match=f"{name} is stored as I64"):
         cut_model(plan(odd, PlanOptions(2)), odd, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [odd]
+
+
+def test_the_directory_of_shards_stands_for_the_model(model_dir, tmp_path):
+    source = shutil.copytree(model_dir, tmp_path / "source")
+    texts = {"tokenizer.json": "{}", "chat_template.jinja": "{{ x }}"}
+    for name, text in texts.items():
+        (source / name).write_text(text)
+    out = tmp_path / "out"
+    pinned = cut_model(plan(source, PlanOptions(2)), source, out)
+    assert {name: (out / name).read_text() for name in texts} == texts
+    assert load_config(out, pinned.config_hash) == load_config(source)
+    assert not any((out / "stage0" / name).exists() for name in texts)  # is measured

@@ -5,6 +5,8 @@ import hashlib
 import json
 import shutil
 import struct
+import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from pipeline.errors import ModelError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard, required_files
 from pipeline.weights import checkpoint
+from pipeline.weights.read_ahead import PLACES
 from pipeline.weights.tensor_sinks import CopySink
 
 TENSORS = {
@@ -112,7 +115,7 @@ def test_a_tensor_nobody_wants_is_hashed_in_pieces_however_long_its_rows(tmp_pat
     tracemalloc.start()
     try:
         assert torch.equal(load_a(tmp_path, [digest]), TENSORS["a"])
-        assert tracemalloc.get_traced_memory()[1] < 2 * checkpoint.BLOCK_BYTES
+        assert tracemalloc.get_traced_memory()[1] < (PLACES + 1) * checkpoint.BLOCK_BYTES
     finally:
         tracemalloc.stop()
 
@@ -309,3 +312,38 @@ def test_gpt2_loads_with_and_without_its_prefix(make_oracle, make_pipeline, tmp_
     shard = load_shard(tmp_path, load_config(tmp_path), 0, 4, expected_hashes=None)
     expected = make_pipeline(source.split()).greedy(token_ids, 4)[1]
     assert torch.equal(make_pipeline([shard]).greedy(token_ids, 4)[1], expected)
+
+
+class SlowSink(CopySink):
+    """Lets whoever reads ahead come as far as that may."""
+
+    def write(self, first, rows):
+        time.sleep(0.002)
+        super().write(first, rows)
+
+
+def test_what_is_read_ahead_overwrites_nothing_that_is_in_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 64)
+    torch.manual_seed(0)
+    wanted = {f"{i:02}.wanted": torch.randn(8, 16) for i in range(6)}
+    others = {f"{i:02}.other": torch.randn(64, 16) for i in range(6)}
+    path = tmp_path / "model.safetensors"
+    save_file(wanted | others, path)
+    found = {name: floats(8, 16) for name in wanted}
+    sinks = {name: SlowSink(array) for name, array in found.items()}
+    hashes = checkpoint.hash_files([path])
+    checkpoint.load_tensors(tmp_path, sinks, expected_hashes=hashes)
+    for name, array in found.items():
+        assert torch.equal(torch.from_numpy(array), wanted[name])
+
+
+def test_a_sink_that_fails_ends_the_reading(tmp_path):
+    class FailingSink(CopySink):
+        def write(self, first, rows):
+            raise MemoryError
+
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    before = threading.active_count()
+    with pytest.raises(MemoryError):
+        checkpoint.load_tensors(tmp_path, {"a": FailingSink(floats(3, 4))}, expected_hashes=None)
+    assert threading.active_count() == before

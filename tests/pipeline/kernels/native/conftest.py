@@ -40,9 +40,11 @@ class Packed:
         return self.num_in, self.num_out
 
     def pack(self, weight, first_out):
-        source = weight.bfloat16() if self.kind == self.native.BF16 else weight.float()
+        is_bf16 = self.kind == self.native.BF16
+        source = weight.bfloat16() if is_bf16 else weight.float()
+        stored = self.native.STORED_BF16 if is_bf16 else self.native.STORED_F32
         self.native.pack(
-            self.kind, self.memory.data_ptr(), *self.sizes, source.data_ptr(),
+            self.kind, self.memory.data_ptr(), *self.sizes, stored, source.data_ptr(),
             *source.stride(), first_out, weight.shape[0],
         )  # fmt: skip
 

@@ -129,7 +129,7 @@ def test_activations_are_accurate_over_all_magnitudes(native, activation):
     one = torch.zeros(16, dtype=torch.float32).fill_(1)
     memory = torch.zeros(native.packed_bytes(native.F32, 1, 1) + 64, dtype=torch.uint8)
     address = memory.data_ptr() + -memory.data_ptr() % 64
-    native.pack(native.F32, address, 1, 1, one.data_ptr(), 1, 1, 0, 1)
+    native.pack(native.F32, address, 1, 1, native.STORED_F32, one.data_ptr(), 1, 1, 0, 1)
     y = torch.empty_like(x)
     native.linear(native.F32, address, 0, x.data_ptr(), y.data_ptr(), len(x), 1, 1, activation, 0)
     expected = ACTIVATIONS[activation](x.double())
@@ -179,7 +179,9 @@ def test_int8_is_as_near_as_eight_bits_with_shared_scales_get(native):
     rounded = quantised(x) @ quantised(from_weight).t()
     memory = torch.zeros(native.packed_bytes(native.I8, 768, 256) + 64, dtype=torch.uint8)
     address = memory.data_ptr() + -memory.data_ptr() % 64
-    native.pack(native.I8, address, 768, 256, from_weight.data_ptr(), 768, 1, 0, 256)
+    native.pack(
+        native.I8, address, 768, 256, native.STORED_F32, from_weight.data_ptr(), 768, 1, 0, 256
+    )
     y = torch.empty(8, 256)
     native.linear(native.I8, address, 0, x.data_ptr(), y.data_ptr(), 8, 768, 256, 0, 0)
     assert (y - exact).square().mean() <= 1.05 * (rounded - exact).square().mean()

@@ -1,0 +1,101 @@
+/* Weights in another format that stay in rows: tables, and what is written to files. */
+#include "stored_tiles.h"
+
+#if defined(VEILPIPE_X86)
+
+typedef struct {
+    matrix_t matrix;
+    size_t count;
+    int8_t *values;
+    uint16_t *scales;
+} quantise_job_t;
+
+/* As it would be packed, then in rows again. */
+INLINE void quantise_block(const int STORED, const quantise_job_t *job, size_t block) {
+    size_t num_in = job->matrix.num_in, num_groups = (num_in + GROUP - 1) / GROUP;
+    source_t source = source_of(&job->matrix, 0, job->count, block);
+    int8_t *values = job->values + block * BLOCK * num_in;
+    uint16_t *scales = job->scales + block * BLOCK * num_groups;
+    do {
+        tile_t tile;
+        quads_t quads;
+        __m512i rows[16], found[SUPER / GROUP];
+        load(STORED, &source, &tile);
+        quantise_tile(&tile, &quads, found);
+        for (size_t i = 0; i < 16; i++) rows[i] = _mm512_load_si512(quads.words[i]);
+        transpose_16(rows);
+        __mmask64 mask = inputs_of(source.num_in);
+        for (size_t out = 0; out < source.end; out++) {
+            _mm512_mask_storeu_epi8(values + out * num_in, mask, rows[out]);
+        }
+        for (size_t group = 0; group < SUPER / GROUP && group * GROUP < source.num_in; group++) {
+            uint16_t each[BLOCK];
+            _mm256_storeu_si256((__m256i *)each, _mm512_cvtepi32_epi16(found[group]));
+            for (size_t out = 0; out < source.end; out++) {
+                scales[out * num_groups + group] = each[out];
+            }
+        }
+        values += SUPER;
+        scales += SUPER / GROUP;
+    } while (advance(&source));
+}
+
+static void quantise_chunk(void *opaque, size_t block) {
+    const quantise_job_t *job = opaque;
+    switch (job->matrix.stored) {
+    case STORED_F32: quantise_block(STORED_F32, job, block); break;
+    case STORED_BF16: quantise_block(STORED_BF16, job, block); break;
+    default: quantise_block(STORED_F16, job, block);
+    }
+}
+
+void quantise(const matrix_t *matrix, size_t count, int8_t *values, uint16_t *scales) {
+    quantise_job_t job = {*matrix, count, values, scales};
+    pool_run(quantise_chunk, &job, (count + BLOCK - 1) / BLOCK);
+}
+
+enum { CONVERTED = 1 << 16 }; /* numbers of a chunk: what a core's nearer cache holds */
+
+typedef struct {
+    int stored, kind;
+    const char *src;
+    char *dst;
+    size_t count;
+} convert_job_t;
+
+INLINE void convert_run(const int STORED, const int KIND, const convert_job_t *job, size_t first,
+                        size_t end) {
+    const size_t size = STORED == STORED_F32 ? sizeof(float) : sizeof(uint16_t);
+    for (size_t i = first; i < end; i += 16) {
+        __mmask16 mask = lanes(end - i);
+        __m512 values = floats_at(STORED, job->src + i * size, mask);
+        if (KIND == KIND_F32) {
+            _mm512_mask_storeu_ps(job->dst + i * sizeof(float), mask, values);
+        } else {
+            _mm256_mask_storeu_epi16(job->dst + i * sizeof(uint16_t), mask,
+                                     _mm512_cvtepi32_epi16(rounded(STORED, values)));
+        }
+    }
+}
+
+static void convert_chunk(void *opaque, size_t chunk) {
+    const convert_job_t *job = opaque;
+    size_t first = chunk * CONVERTED, end = first + CONVERTED;
+    if (end > job->count) end = job->count;
+#define TO_BOTH(STORED)                                                                            \
+    if (job->stored == STORED) {                                                                   \
+        if (job->kind == KIND_F32) convert_run(STORED, KIND_F32, job, first, end);                 \
+        else convert_run(STORED, KIND_BF16, job, first, end);                                      \
+    }
+    TO_BOTH(STORED_F32)
+    TO_BOTH(STORED_BF16)
+    TO_BOTH(STORED_F16)
+}
+
+void convert(int stored, const void *src, int kind, void *dst, size_t count) {
+    convert_job_t job = {stored, kind, src, dst, count};
+    pool_run(convert_chunk, &job, (count + CONVERTED - 1) / CONVERTED);
+}
+
+END_SIMD
+#endif

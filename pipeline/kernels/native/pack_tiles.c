@@ -1,0 +1,144 @@
+/* From weights as files hold them to packed ones: read, converted and packed in one pass.
+ *
+ * A tile of 64 inputs of 16 outputs is loaded as floats, an input's 16 outputs side by side in one
+ * vector, and a function for each kind writes that share of a packed weight. What is int8 already
+ * goes the same way four inputs at a time, as words.
+ */
+#include "stored_tiles.h"
+
+#if defined(VEILPIPE_X86)
+
+INLINE void store_words(void *to, __mmask16 outputs, __m512i words) {
+    _mm512_mask_storeu_epi32(to, outputs, words);
+}
+
+static void store_super(super_t *super, const quads_t *quads, const __m512i *scales, size_t num_in,
+                        __mmask16 outputs) {
+    const __m512i flip = _mm512_set1_epi32((int)0x80808080); /* + 128 */
+    for (size_t group = 0; group * GROUP < num_in && group < SUPER / GROUP; group++) {
+        for (size_t quad = group * GROUP / 4; quad < (group + 1) * GROUP / 4; quad++) {
+            __m512i word = _mm512_load_si512(quads->words[quad]);
+            store_words(super->weights[quad], outputs, _mm512_xor_si512(word, flip));
+        }
+        _mm256_mask_storeu_epi16(super->scales[group], outputs,
+                                 _mm512_cvtepi32_epi16(scales[group]));
+    }
+}
+
+/* Writes 64 inputs, or the `num_in` that are left, of a block's outputs. */
+typedef void (*pack_fn)(char *to, const tile_t *tile, size_t num_in, __mmask16 outputs);
+
+static void pack_f32(char *to, const tile_t *tile, size_t num_in, __mmask16 outputs) {
+    for (size_t k = 0; k < SUPER && k < num_in; k++) {
+        store_words(to + k * VECTOR, outputs, _mm512_castps_si512(_mm512_load_ps(tile->values[k])));
+    }
+}
+
+INLINE void pack_pairs(const int STORED, char *to, const tile_t *tile, size_t num_in,
+                       __mmask16 outputs) {
+    for (size_t k = 0; k < SUPER && k < num_in; k += 2) {
+        __m512i low = rounded(STORED, _mm512_load_ps(tile->values[k]));
+        __m512i high = rounded(STORED, _mm512_load_ps(tile->values[k + 1]));
+        store_words(to + k / 2 * VECTOR, outputs,
+                    _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+
+static void pack_bf16(char *to, const tile_t *tile, size_t num_in, __mmask16 outputs) {
+    pack_pairs(STORED_F32, to, tile, num_in, outputs);
+}
+
+static void pack_exact_bf16(char *to, const tile_t *tile, size_t num_in, __mmask16 outputs) {
+    pack_pairs(STORED_BF16, to, tile, num_in, outputs);
+}
+
+static void pack_i8(char *to, const tile_t *tile, size_t num_in, __mmask16 outputs) {
+    quads_t quads;
+    __m512i scales[SUPER / GROUP];
+    quantise_tile(tile, &quads, scales);
+    store_super((super_t *)to, &quads, scales, num_in, outputs);
+}
+
+static pack_fn packer(int kind, int stored) {
+    switch (kind) {
+    case KIND_F32: return pack_f32;
+    case KIND_BF16: return stored == STORED_BF16 ? pack_exact_bf16 : pack_bf16;
+    default: return pack_i8;
+    }
+}
+
+typedef struct {
+    matrix_t matrix;
+    int kind;
+    char *dst;
+    size_t first_out, end_out;
+    const uint16_t *scales;
+    ptrdiff_t scale_stride;
+} pack_job_t;
+
+INLINE void pack_block(const int STORED, const pack_job_t *job, size_t block) {
+    pack_fn run = packer(job->kind, STORED);
+    size_t step = block_bytes(job->kind, SUPER);
+    char *to = job->dst + block * block_bytes(job->kind, job->matrix.num_in);
+    source_t source = source_of(&job->matrix, job->first_out, job->end_out, block);
+    do {
+        tile_t tile;
+        load(STORED, &source, &tile);
+        run(to, &tile, source.num_in, outputs_of(&source));
+        to += step;
+    } while (advance(&source));
+}
+
+static void pack_int8_block(const pack_job_t *job, size_t block) {
+    super_t *super = (super_t *)(job->dst + block * block_bytes(KIND_I8, job->matrix.num_in));
+    source_t source = source_of(&job->matrix, job->first_out, job->end_out, block);
+    const uint16_t *of_output = job->scales + (ptrdiff_t)(block * BLOCK) * job->scale_stride -
+                                (ptrdiff_t)job->first_out * job->scale_stride;
+    do {
+        quads_t quads;
+        __m512i scales[SUPER / GROUP] = {0};
+        load_quads(&source, &quads);
+        for (size_t group = 0; group < SUPER / GROUP && group * GROUP < source.num_in; group++) {
+            uint32_t each[BLOCK] = {0};
+            for (size_t out = source.first; out < source.end; out++) {
+                each[out] = of_output[(ptrdiff_t)out * job->scale_stride + (ptrdiff_t)group];
+            }
+            scales[group] = _mm512_loadu_si512(each);
+        }
+        store_super(super++, &quads, scales, source.num_in, outputs_of(&source));
+        of_output += SUPER / GROUP;
+    } while (advance(&source));
+}
+
+static void pack_chunk(void *opaque, size_t chunk) {
+    const pack_job_t *job = opaque;
+    size_t block = job->first_out / BLOCK + chunk;
+    switch (job->matrix.stored) {
+    case STORED_F32: pack_block(STORED_F32, job, block); break;
+    case STORED_BF16: pack_block(STORED_BF16, job, block); break;
+    case STORED_F16: pack_block(STORED_F16, job, block); break;
+    default: pack_int8_block(job, block);
+    }
+}
+
+static void run_blocks(chunk_fn run, pack_job_t *job, size_t first_out, size_t count) {
+    if (count == 0) return;
+    job->first_out = first_out;
+    job->end_out = first_out + count;
+    pool_run(run, job, (job->end_out - 1) / BLOCK - first_out / BLOCK + 1);
+}
+
+void pack(int kind, void *dst, const matrix_t *matrix, size_t first_out, size_t count) {
+    pack_job_t job = {.matrix = *matrix, .kind = kind, .dst = dst};
+    run_blocks(pack_chunk, &job, first_out, count);
+}
+
+void pack_int8(void *dst, const matrix_t *matrix, const uint16_t *scales, ptrdiff_t scale_stride,
+               size_t first_out, size_t count) {
+    pack_job_t job = {
+        .matrix = *matrix, .dst = dst, .scales = scales, .scale_stride = scale_stride};
+    run_blocks(pack_chunk, &job, first_out, count);
+}
+
+END_SIMD
+#endif

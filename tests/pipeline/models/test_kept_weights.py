@@ -1,0 +1,158 @@
+"""Verified weights in sealed memory: found by the next process, writable by nobody."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pipeline.errors import InputError, ModelError
+from pipeline.kernels.huge_pages import Arena
+from pipeline.kernels.kernel_selection import why_not_native
+from pipeline.kernels.sealed_memory import HUGE_PAGE, SealedMemory
+from pipeline.models.config import load_config
+from pipeline.models.registry import load_shard
+from pipeline.protocol.batch import Segment
+from pipeline.weights.checkpoint import hash_files, weight_files
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "memfd_create") or why_not_native() is not None,
+    reason="needs memory that can be sealed, and native kernels",
+)
+
+OPEN = """
+import os, sys
+os.setuid(65534)
+try:
+    open(sys.argv[1], "rb")
+except PermissionError:
+    print("refused")
+"""
+
+
+@pytest.fixture(params=["gpt2", "llama-untied-gqa"])
+def model(request, make_oracle, tmp_path):
+    from shutil import copytree
+
+    return copytree(make_oracle(request.param).directory, tmp_path / "model")
+
+
+@pytest.fixture
+def fd():
+    found = os.memfd_create("weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.fchmod(found, 0o600)
+    yield found
+    os.close(found)
+
+
+def load(model, fd, hashes, dtype="int8", layers=None):
+    config = load_config(model)
+    return load_shard(
+        model, config, *(layers or (0, config.num_layers)), dtype=dtype, kernels="native",
+        expected_hashes=hashes, memory=None if fd is None else SealedMemory(fd),
+    )  # fmt: skip
+
+
+def rows_of(shard):
+    ids = np.array([3, 1, 4, 1, 5])
+    batch = (Segment(slot=0, position=0, num_tokens=5),)
+    cache = shard.new_cache(1, 16)
+    return shard.logits(shard.forward(ids, batch, cache)).tobytes()
+
+
+def spoil(model):
+    path = weight_files(model)[-1]
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_successor_computes_the_same_and_reads_no_weights(model, fd, dtype):
+    hashes = hash_files(weight_files(model))
+    alone = load(model, None, hashes, dtype)
+    expected = rows_of(alone)
+    first = load(model, fd, hashes, dtype)
+    assert rows_of(first) == expected
+    spoil(model)
+    successor = load(model, fd, hashes, dtype)
+    assert rows_of(successor) == expected
+    assert rows_of(first) == expected
+    assert successor.num_weight_bytes == alone.num_weight_bytes
+    with pytest.raises(ModelError, match=r"model.*\.safetensors has SHA-256"):
+        load(model, None, hashes, dtype)  # the next that has nothing handed over
+
+
+def test_what_is_sealed_can_neither_be_written_nor_resized(model, fd):
+    load(model, fd, hash_files(weight_files(model)))
+    size = os.fstat(fd).st_size
+    for change in (
+        lambda: os.pwrite(fd, b"x", size // 2),
+        lambda: os.ftruncate(fd, 0),
+        lambda: os.ftruncate(fd, 2 * size),
+    ):
+        with pytest.raises(PermissionError):
+            change()
+
+
+def test_a_file_that_fails_leaves_no_weights_behind(model, fd):
+    hashes = hash_files(weight_files(model))
+    spoil(model)
+    with pytest.raises(ModelError, match="SHA-256"):
+        load(model, fd, hashes)
+    assert os.fstat(fd).st_size == 0
+    assert not SealedMemory(fd).is_sealed
+
+
+def test_what_was_half_filled_is_let_go_by_the_next(fd):
+    memory = SealedMemory(fd)
+    memory.chunk(100)[:] = 7
+    assert not SealedMemory(fd).chunk(100).any()
+
+
+@pytest.mark.parametrize("change", ["precision", "layers", "hashes"])
+def test_other_weights_than_those_wanted_are_left_alone(model, fd, caplog, change):
+    hashes = hash_files(weight_files(model))
+    load(model, fd, hashes)
+    dtype = "bfloat16" if change == "precision" else "int8"
+    layers = (0, 1) if change == "layers" else None
+    if change == "hashes":
+        spoil(model)
+        hashes = hash_files(weight_files(model))
+    with caplog.at_level(logging.WARNING):
+        found = load(model, fd, hashes, dtype, layers)
+    assert f"differing={change}" in caplog.text
+    if change != "layers":
+        assert rows_of(found) == rows_of(load(model, None, hashes, dtype))
+
+
+def test_unverified_weights_are_not_left_to_anybody(model, fd):
+    load(model, fd, None)
+    assert not SealedMemory(fd).is_sealed
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_another_user_gets_at_nothing(model, fd):
+    load(model, fd, hash_files(weight_files(model)))
+    assert os.fstat(fd).st_mode & 0o777 == 0o600
+    path = f"/proc/{os.getpid()}/fd/{fd}"
+    result = subprocess.run([sys.executable, "-c", OPEN, path], capture_output=True, text=True)
+    assert result.stdout == "refused\n", result.stderr
+
+
+def test_what_cannot_be_sealed_or_is_anothers_is_refused(tmp_path, fd, monkeypatch):
+    with (tmp_path / "file").open("wb") as file, pytest.raises(InputError, match="sealed"):
+        SealedMemory(file.fileno())
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(InputError, match="another user"):
+        SealedMemory(fd)
+
+
+def test_only_what_is_handed_out_takes_memory(fd):
+    arena_memory = SealedMemory(fd)
+    arena = Arena(arena_memory.chunk, arena_memory.prepare)
+    for size in (5 << 20, 1000, 40 << 20, 40 << 20):  # the last has no room in the first chunk
+        arena.take(size).fill(3)
+    assert os.fstat(fd).st_blocks * 512 <= (85 << 20) + 4 * HUGE_PAGE
