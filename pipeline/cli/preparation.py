@@ -122,7 +122,8 @@ def shard_command(
 
     Without --stage writes DIR/stageI for every stage and DIR/manifest.json, which pins the
     shards by hash, and with --dtype the precision they are stored and computed in; beside them
-    the tokenizer and what goes with it: DIR is a --model-dir for --supervise. A stage's directory is a model directory for `stage-worker` and the input of `python -m enclave build`.
+    the tokenizer and what goes with it: DIR is a --model-dir for --supervise. A stage's
+    directory is a model directory for `stage-worker` and the input of `python -m enclave build`.
     With a split of client also DIR/client, embedding, final norm and head, for --client-part.
 
     --rotate-secret writes weights that compute in a basis of their own, so that rows travel
