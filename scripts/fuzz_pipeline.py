@@ -156,7 +156,9 @@ def step_seeds() -> list[bytes]:
     back = step_header.StepHeader(
         step_header.StepKind.TRUNCATE, 1, (Segment(2, 9, 0),), (Want.NOTHING,)
     )
-    return [step_header.encode_step(each) for each in (*headers, back)]
+    pair = (Segment(2, 0, 9), Segment(1, 0, 9))
+    copy = step_header.StepHeader(step_header.StepKind.COPY, 1, pair, (Want.NOTHING,) * 2)
+    return [step_header.encode_step(each) for each in (*headers, back, copy)]
 
 
 def asked_seeds() -> list[bytes]:

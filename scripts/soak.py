@@ -298,9 +298,11 @@ async def check_end(serving: Serving, server: Server, args, settled) -> list[str
     used = [stage["figures"]["slots_in_use"] for stage in view["stages"] if stage["figures"]]
     engine = view["engine"]
     print(
-        f"at rest: running {engine['num_running']}, waiting {engine['num_waiting']}, slots {used}"
+        f"at rest: running {engine['num_running']}, waiting {engine['num_waiting']}, "
+        f"idle {engine['num_idle_prefixes']}, slots {used}"
     )
-    if engine["num_running"] or engine["num_waiting"] or any(used):
+    is_left = any(each != engine["num_idle_prefixes"] for each in used)
+    if engine["num_running"] or engine["num_waiting"] or is_left:
         problems.append("slots or requests are left")
     for name, now in serving.footprints().items():
         print(f"{name}: {settled[name]} after the first tenth, {now} at the end")

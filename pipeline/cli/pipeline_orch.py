@@ -23,6 +23,7 @@ from pipeline.cli.progress import progress_bar
 from pipeline.cli.prompt_input import read_prompt
 from pipeline.cli.sampling_flags import sampling_flags
 from pipeline.cli.shared_options import ManifestOption, VerboseOption, finite
+from pipeline.engine.idle_prefixes import PrefixOptions
 from pipeline.errors import InputError
 from pipeline.files import check_writable, write_atomically
 from pipeline.gateway.rate_limits import GatewayLimits
@@ -150,6 +151,25 @@ def serve_command(
     context: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Tokens of a request [the model's].")
     ] = None,
+    prefix_share: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="X",
+            callback=finite,
+            help="Share of KV memory that texts of ended requests may take; 0: none.",
+        ),
+    ] = 0.75,
+    prefix_ttl: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            metavar="SECONDS",
+            callback=finite,
+            help="How long they stay, for requests that go on from them.",
+        ),
+    ] = 600.0,
     requests_per_minute: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Of all clients together [no limit].")
     ] = None,
@@ -186,6 +206,7 @@ def serve_command(
             context=context,
             tls_cert=tls_cert,
             tls_key=tls_key,
+            prefixes=PrefixOptions(prefix_share, prefix_ttl),
             limits=GatewayLimits(
                 max_connections=max_connections,
                 max_body_bytes=max_body_bytes,

@@ -10,7 +10,7 @@ import trio
 import typer
 from prometheus_client import CollectorRegistry
 
-from pipeline.agreement.manifest import load_manifest
+from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.cli.pipeline_flags import (
     ManifestSource,
     PipelineAccess,
@@ -23,6 +23,7 @@ from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled
 from pipeline.cli.stego_model import new_service
 from pipeline.engine.engine import PipelineEngine
+from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.scheduler import Limits
 from pipeline.errors import InputError, PipelineError, SessionError
 from pipeline.files import is_file
@@ -67,15 +68,14 @@ class ServeFlags:
     limits: GatewayLimits
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    prefixes: PrefixOptions = NO_PREFIXES
 
 
 def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     """Serve until stopped. Raises PipelineError, or typer.Exit after a signal."""
     _allow_open_files(flags.limits.max_connections + _OTHER_FILES)
     manifest = load_manifest(flags.manifest)
-    check_context(flags.context, manifest)
-    context = flags.context or manifest.activation_spec.max_seq_len
-    limits = Limits(flags.max_batch, context, flags.chunk_tokens, len(manifest.stages))
+    limits = _limits(flags, manifest)
     home = client_dir(flags.model_dir)
     tokenizer = GatewayTokenizer(home / "tokenizer.json")
     if is_file(home / CONFIG_FILE):
@@ -98,7 +98,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     budget = privacy_budget(manifest, pipeline_flags.dp_epsilon, pipeline_flags.dp_delta)
     if budget is not None:
         logger.info("event=privacy_budget detail=%r", budget.describe(budget.max_rows))
-    engine = PipelineEngine(limits, budget)
+    engine = PipelineEngine(limits, budget, flags.prefixes)
     standing: Pipeline | None = None
     overview = Overview(
         manifest,
@@ -121,6 +121,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
             if stego is None:
                 stego = new_service(engine, tokenizer, manifest, home, pipeline)
             desk.open(pipeline.vocab_size)
+            engine.allow_reuse(pipeline.is_row_exact)
             if standing is None:
                 logger.info("event=serving url=%s model=%s", url, config.served_model_name)
             standing = pipeline
@@ -152,6 +153,13 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     number = run_until_signalled(run)
     if number is not None:
         raise typer.Exit(0)
+
+
+def _limits(flags: ServeFlags, manifest: Manifest) -> Limits:
+    """What the stages are to have room for. Raises InputError."""
+    check_context(flags.context, manifest)
+    context = flags.context or manifest.activation_spec.max_seq_len
+    return Limits(flags.max_batch, context, flags.chunk_tokens, len(manifest.stages))
 
 
 def _allow_open_files(needed: int) -> None:

@@ -185,6 +185,8 @@ def _summary(view: PipelineView) -> Text:
     text = Text.assemble((printable(view.model), "bold"), "  ", state)
     text.append(f"  running {engine.num_running}/{engine.max_batch}")
     text.append(f"  waiting {engine.num_waiting}")
+    if engine.num_idle_prefixes:
+        text.append(f"  idle prefixes {engine.num_idle_prefixes}")
     text.append(f"  {view.latency.tokens_per_second:.1f} tokens/s")
     text.append(f"  failovers {engine.num_failovers}")
     if engine.recovery_seconds:

@@ -10,7 +10,7 @@ kernels rows round otherwise in steps of other sizes, and nothing is kept or cop
 where rows are noisy: noise belongs to one request's rows.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from pipeline.engine.idle_prefixes import IdlePrefix, IdlePrefixes, PrefixOptions, common_length
 from pipeline.engine.request import RequestState
@@ -57,16 +57,12 @@ class Admission:
 
     def admit(self, state: RequestState, running: Collection[RequestState]) -> None:
         """Give a request its slot; there has to be room. `running`: those that own one."""
-        idle, length = None, 0
-        leader, num_led = None, 0
+        idle, length, leader, num_led = None, 0, None, 0
         salt = self._salt(state)
         if salt is not None:
             wanted = state.request.prompt_ids[:-1]
             idle, length = self.idle.longest(salt, wanted)
-            for other in running:
-                common = common_length(other.request.prompt_ids, wanted)
-                if other.request.salt == salt and common > num_led:
-                    leader, num_led = other, common
+            leader, num_led = _leader(salt, wanted, running)
         if idle is not None and length >= num_led and self._may_go_on(idle, length):
             self.idle.take(idle.slot)
             if length < len(idle.token_ids):
@@ -93,11 +89,9 @@ class Admission:
                 state.leader = None
         self._followers = [state for state in self._followers if state.leader is not None]
 
-    def next_step(self, number: int, by_slot: Mapping[int, RequestState]) -> Step | None:
-        """What stages are to forget, or to copy, before more tokens go; `by_slot`: who runs."""
+    def next_step(self, number: int, by_slot: Mapping[int, RequestState]) -> Step:
+        """What stages are to forget, or to copy; there is something. `by_slot`: who runs."""
         orders = self.slots.next_orders()
-        if not orders:
-            return None
         kind, segments = StepKind.TRUNCATE, list[Segment]()
         for index, (target, length, source, _) in enumerate(orders):
             if source is None:
@@ -110,15 +104,15 @@ class Admission:
         header = StepHeader(kind, number, tuple(segments), (Want.NOTHING,) * len(segments))
         return Step(header, (), (), freed=tuple(each.slot for each in orders if each.frees))
 
-    def leave(self, state: RequestState, *, has_more: bool = False) -> None:
-        """A request has left its slot, which idles, or is cleared.
+    def leave(self, state: RequestState, *, keeps: bool = True, has_more: bool = False) -> None:
+        """A request has left its slot, which idles, or is cleared: always, unless it `keeps`.
 
         `has_more`: whether the slot may come to hold a token more than its request knows of.
         """
         state.leader = None
         salt = self._salt(state)
         length = min(state.num_sent, self.idle.max_tokens)
-        if salt is None or not length:
+        if salt is None or not length or not keeps:
             self.slots.end(state.slot)
             return
         prefix = IdlePrefix(state.slot, salt, state.known(0, length), tuple(state.pieces))
@@ -159,3 +153,16 @@ class Admission:
     def _end(self, slots: Collection[int]) -> None:
         for slot in slots:
             self.slots.end(slot)
+
+
+def _leader(
+    salt: bytes, wanted: Sequence[int], running: Collection[RequestState]
+) -> tuple[RequestState | None, int]:
+    """Whose prompt begins with most of the wanted tokens, of those of this salt; with how many."""
+    found, length = None, 0
+    for state in running:
+        if state.request.salt == salt:
+            common = common_length(state.request.prompt_ids, wanted)
+            if common > length:
+                found, length = state, common
+    return found, length

@@ -170,7 +170,12 @@ class PipelineEngine:
 
     def allow_reuse(self, is_row_exact: bool) -> None:
         """Let requests go on from what others have left, if the stages say that rows are exact."""
-        self.scheduler.admission.allow_reuse(is_row_exact)
+        admission = self.scheduler.admission
+        admission.allow_reuse(is_row_exact)
+        if admission.idle.max_tokens and not is_row_exact:
+            logger.info(
+                "event=prefixes_off detail=%r", "rows of some stage's kernels are not exact"
+            )
 
     async def run(self, pipeline: StepRunner) -> NoReturn:
         """Serve requests on `pipeline` until it fails, or this is cancelled because it has.
@@ -250,24 +255,32 @@ class PipelineEngine:
         self._has_work.set()
         return request_id
 
-    def cancel(self, request_id: int) -> bool:
-        """Give a request up, which then hears of nothing more; whether it was open."""
+    def cancel(self, request_id: int, *, keeps: bool = False) -> bool:
+        """Give a request up, which then hears of nothing more; whether it was open.
+
+        `keeps`: it has what it wanted, and what it leaves on the stages may be gone on from.
+        """
         if self._live.pop(request_id, None) is None:
             return False
-        self.scheduler.cancel(request_id)
+        self.scheduler.cancel(request_id, keeps=keeps)
         self._has_work.set()
         return True
 
     @asynccontextmanager
     async def generate(self, generation: Generation) -> AsyncIterator[TokenStream]:
-        """Generate while the context is open; leaving it aborts the rest. Raises: as `submit`."""
+        """Generate while the context is open; leaving it aborts the rest. Raises: as `submit`.
+
+        Who leaves by an exception, as whoever is cancelled does, leaves nothing on the stages.
+        """
         stream = TokenStream(min(generation.max_tokens, self.max_seq_len) + 1)
         request_id = self.submit(generation, stream.hear)
         self._log("started", request_id, generation)
+        keeps = False
         try:
             yield stream
+            keeps = True
         finally:
-            was_open = self.cancel(request_id)
+            was_open = self.cancel(request_id, keeps=keeps)
             self._log("aborted" if was_open else "ended", request_id, generation)
             stream.close()
 

@@ -116,12 +116,15 @@ class Scheduler:
             )
         self._waiting[request.request_id] = RequestState(request)
 
-    def cancel(self, request_id: int) -> None:
-        """Give a request up, wherever it is; its slot is cleared by the very next step."""
+    def cancel(self, request_id: int, *, keeps: bool = False) -> None:
+        """Give a request up, wherever it is.
+
+        Its slot is cleared by the very next step, unless what it holds is worth to be kept.
+        """
         self._waiting.pop(request_id, None)
         state = self._running.pop(request_id, None)
         if state is not None:
-            self.admission.leave(state, has_more=self._promise.is_given)
+            self.admission.leave(state, keeps=keeps, has_more=self._promise.is_given)
             self._notices.append(Abort(request_id=request_id))
         del self._losses[request_id]  # a Counter does not mind one it has not
 
@@ -185,7 +188,7 @@ class Scheduler:
         step = self._promised_step()
         if step is None:
             self._admit()
-            step = self.admission.next_step(self._next_step, self._by_slot()) or self._token_step()
+            step = self._slot_step() or self._token_step()
         if step is not None:
             self._in_flight.append(step)
             self._next_step += 1
@@ -256,6 +259,12 @@ class Scheduler:
         if step is not None and (state := self._running.get(step.owners[0])) is not None:
             state.sent(SlotPart(step.header.step, 0, state.num_sent, 1))
         return step
+
+    def _slot_step(self) -> Step | None:
+        """What stages are to do to slots before any more tokens go."""
+        if not self._slots.is_dirty:
+            return None
+        return self.admission.next_step(self._next_step, self._by_slot())
 
     def _token_step(self) -> Step | None:
         """A step of the requests that have waited longest, if a stage has nothing to do."""

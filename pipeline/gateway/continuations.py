@@ -181,7 +181,7 @@ async def _follow(
             task_status.started()
             try:
                 async for output in outputs:
-                    record.add_token(choice)
+                    record.add_token(choice, output.num_cached)
                     piece = text.push(output)
                     sender.send_nowait(piece)
                     if piece.finish is not None:

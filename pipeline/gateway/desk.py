@@ -15,7 +15,7 @@ import trio
 
 from pipeline.engine.generation import Engine, Generation
 from pipeline.errors import InputError, PromptError
-from pipeline.gateway.auth import KeyRing
+from pipeline.gateway.auth import KeyRing, prefix_salt
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.continuations import PieceStream, TextOptions, open_choices
 from pipeline.gateway.errors import busy, invalid, too_long, unknown_model
@@ -45,6 +45,13 @@ class Job:
     def num_prompt(self) -> int:
         """Tokens of all prompts."""
         return sum(map(len, self.prompts))
+
+    @property
+    def num_cached(self) -> int:
+        """Those of them that no continuation of theirs had to have computed."""
+        share = len(self.generations) // len(self.prompts)
+        cached = [self.record.num_cached.get(each, 0) for each in range(len(self.generations))]
+        return sum(min(cached[i : i + share]) for i in range(0, len(cached), share))
 
 
 class Desk:
@@ -94,10 +101,11 @@ class Desk:
             self._is_idle = trio.Event()
             await self._is_idle.wait()
 
-    def admit(self, key: bytes | None) -> None:
-        """Count a request of whoever has this key. Raises ApiError if it must not or cannot be."""
-        self.keys.check(key)
+    def admit(self, key: bytes | None) -> bytes:
+        """Count a request of whoever has this key; who that is. Raises ApiError."""
+        caller = self.keys.check(key)
         self.count_request()
+        return caller
 
     def count_request(self) -> None:
         """Count a request of somebody whose key is known to be right. Raises ApiError."""
@@ -118,8 +126,14 @@ class Desk:
         if model != self.config.served_model_name:
             raise unknown_model(model)
 
-    async def prepare(self, order: Order, record: RequestRecord) -> Job:
-        """Understand an order: check it, encode its prompts. Raises ApiError."""
+    async def prepare(
+        self, order: Order, record: RequestRecord, caller: bytes | None = None
+    ) -> Job:
+        """Understand an order: check it, encode its prompts. Raises ApiError.
+
+        `caller`: who asks, as `admit` says; the texts of one may go on from each other on the
+        stages. None: from no other.
+        """
         self.check_model(order.model)
         num_choices = max(1, len(order.prompts)) * len(order.sampling)
         if num_choices > self.config.limits.max_choices:
@@ -135,7 +149,8 @@ class Desk:
             self._check_ids(sampling.allowed_token_ids or (), "allowed_token_ids")
         prompts = await self._encode_all(order)
         try:
-            generations = self._generations(order, prompts, max_tokens, record)
+            salt = None if caller is None else prefix_salt(caller, order.cache_salt)
+            generations = self._generations(order, prompts, max_tokens, record, salt)
         except InputError as error:
             raise invalid(str(error), None) from error
         options = TextOptions(order.shows_special_tokens, order.includes_stop)
@@ -144,7 +159,12 @@ class Desk:
         return job
 
     def _generations(
-        self, order: Order, prompts: Sequence[TokenIds], max_tokens: int, record: RequestRecord
+        self,
+        order: Order,
+        prompts: Sequence[TokenIds],
+        max_tokens: int,
+        record: RequestRecord,
+        salt: bytes | None,
     ) -> tuple[Generation, ...]:
         ends = frozenset() if order.ignores_eos else self.config.eos_token_ids
         return tuple(
@@ -155,6 +175,7 @@ class Desk:
                 sampling=sampling,
                 request_id=record.request_id,
                 vocab_size=self._vocab_size,
+                salt=salt,
             )
             for prompt_ids in prompts
             for sampling in order.sampling

@@ -121,6 +121,8 @@ class RequestRecord:
     num_prompt: int = 0
     num_generated: int = 0
     ttft: float | None = None
+    # Of each continuation's prompt, the tokens that did not have to be computed.
+    num_cached: dict[int, int] = field(default_factory=dict)
     _last: dict[int, float] = field(default_factory=dict)
 
     def add_prompt(self, num_tokens: int) -> None:
@@ -128,8 +130,9 @@ class RequestRecord:
         self.num_prompt += num_tokens
         self.metrics.prompt_tokens.inc(num_tokens)
 
-    def add_token(self, choice: int) -> None:
-        """The pipeline gave the next token of a continuation."""
+    def add_token(self, choice: int, num_cached: int = 0) -> None:
+        """The pipeline gave a continuation's next token, and had `num_cached` of its prompt."""
+        self.num_cached[choice] = num_cached
         now = trio.current_time()
         last = self._last.get(choice)
         is_first = self.ttft is None

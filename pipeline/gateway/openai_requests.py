@@ -64,7 +64,7 @@ class _Sampled(Schema):
 
     Beyond OpenAI's fields, as vLLM has them: top_k, min_p, repetition_penalty, ignore_eos,
     min_tokens, allowed_token_ids, stop_token_ids, include_stop_str_in_output, skip_special_tokens,
-    add_special_tokens, truncate_prompt_tokens; and our own: chooser.
+    add_special_tokens, truncate_prompt_tokens, cache_salt; and our own: chooser.
     """
 
     model: str
@@ -89,6 +89,7 @@ class _Sampled(Schema):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
     min_tokens: Annotated[int, _within("min_tokens")] | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
     allowed_token_ids: (
         Annotated[tuple[_Id, ...], Field(min_length=1, max_length=MAX_ALLOWED)] | None
     ) = None
@@ -183,6 +184,7 @@ class _Sampled(Schema):
             adds_special_tokens=self.add_special_tokens,
             shows_special_tokens=self.skip_special_tokens is False,
             includes_stop=bool(self.include_stop_str_in_output),
+            cache_salt=self.cache_salt,
             **fields,
         )
 

@@ -159,6 +159,10 @@ def _engine_metrics(view: EngineView) -> Iterator[Metric]:
         "veilpipe_running_requests": ("Requests that own a slot.", view.num_running),
         "veilpipe_waiting_requests": ("Requests that wait for a slot.", view.num_waiting),
         "veilpipe_batch_size": ("Requests in the last step.", view.last_batch),
+        "veilpipe_idle_prefixes": (
+            "Slots that hold what an ended request has left.",
+            view.num_idle_prefixes,
+        ),
         "veilpipe_max_batch_size": ("Requests there is room for in a step.", view.max_batch),
         "veilpipe_last_recovery_seconds": (
             "How long the pipeline took to stand again after its last loss of a stage.",
@@ -167,6 +171,14 @@ def _engine_metrics(view: EngineView) -> Iterator[Metric]:
     }
     counters = {
         "veilpipe_steps": ("Steps that came back from the stages.", view.num_steps),
+        "veilpipe_prefix_hits": (
+            "Requests whose prompt some slot held the beginning of.",
+            view.num_prefix_hits,
+        ),
+        "veilpipe_cached_tokens": (
+            "Tokens of prompts that were held and not computed.",
+            view.num_cached_tokens,
+        ),
         "veilpipe_failovers": ("Losses of a stage that requests survived.", view.num_failovers),
         "veilpipe_handshakes": ("Handshakes with stages.", view.num_handshakes),
     }

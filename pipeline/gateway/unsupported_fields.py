@@ -13,7 +13,7 @@ from pipeline.gateway.errors import unsupported
 # What concerns bookkeeping, caches and abuse: no answer depends on it.
 HARMLESS = frozenset(
     {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-     "cache_salt", "cache_prompt", "parallel_tool_calls"}
+     "cache_prompt", "parallel_tool_calls"}
 )  # fmt: skip
 
 _OFF = (False,)

@@ -17,16 +17,17 @@ class Access:
     def __init__(self, keys: KeyRing) -> None:
         self._keys = keys
 
-    def check(self, headers: Mapping[bytes, bytes]) -> None:
-        """Raise ApiError unless a request with these headers (lower-case names) may pass."""
+    def check(self, headers: Mapping[bytes, bytes]) -> bytes:
+        """Who sends a request with these headers (lower-case names). Raises ApiError."""
+        caller = self._keys.check(_bearer_key(headers.get(b"authorization", b"")))
         if self._keys:
-            self._keys.check(_bearer_key(headers.get(b"authorization", b"")))
-            return
+            return caller
         origin = headers.get(b"origin", b"")
         if not is_local_name(_host(headers.get(b"host", b""))):
             raise _forbidden("Without an API key, this server answers to loopback names only.")
         if origin and not is_local_name(_host(origin.partition(b"://")[2])):
             raise _forbidden("Without an API key, this server answers no other site's pages.")
+        return caller
 
 
 def _forbidden(message: str) -> ApiError:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pipeline.gateway.desk import Desk
+from pipeline.gateway.desk import Desk, Job
 from pipeline.gateway.errors import ApiError, Kind
 from pipeline.gateway.generation_order import Order
 from pipeline.gateway.http.client_exchange import SMALL_BYTES, Exchange
@@ -102,16 +102,14 @@ class Door:
     async def chat(self, request: Request) -> Answer:
         """The next message of a conversation. Raises ApiError."""
         body, order = await _read(ChatRequest, request)
-        job = await self._desk.prepare(order, request.state.exchange.record)
-        request.state.exchange.forget_body()  # what it said has become token ids
+        job = await self._prepare(order, request)
         format_ = ChatFormat(self._desk.tokenizer, body.num_logprobs is not None)
         return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
 
     async def completions(self, request: Request) -> Answer:
         """What follows a text, or each of several. Raises ApiError."""
         body, order = await _read(CompletionRequest, request)
-        job = await self._desk.prepare(order, request.state.exchange.record)
-        request.state.exchange.forget_body()  # what it said has become token ids
+        job = await self._prepare(order, request)
         echoes = [""] * len(body.prompt)
         if body.echo:
             echoes = [
@@ -124,6 +122,12 @@ class Door:
             [echo for echo in echoes for _ in order.sampling],
         )
         return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
+
+    async def _prepare(self, order: Order, request: Request) -> Job:
+        exchange: Exchange = request.state.exchange
+        job = await self._desk.prepare(order, exchange.record, exchange.caller)
+        exchange.forget_body()  # what it said has become token ids
+        return job
 
     def _model(self) -> dict[str, object]:
         return {

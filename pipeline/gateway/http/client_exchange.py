@@ -48,6 +48,8 @@ class Exchange:
         self.is_gone = False
         self.is_disconnected = False
         self.body = b""
+        # Whose key it came with, once that is known.
+        self.caller = b""
         self._num_held = 0
         self._is_finished = False
         self._is_read = False

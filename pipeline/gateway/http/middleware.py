@@ -74,7 +74,7 @@ class Edge:
     async def _serve(self, scope: Scope, exchange: Exchange) -> None:
         max_bytes = self._limits.max_body_bytes
         try:
-            self._admit(scope)
+            self._admit(scope, exchange)
             if scope["method"] == "POST" and scope["path"] in self._body_paths:
                 await self._read_body(exchange, _headers(scope))
             else:
@@ -89,10 +89,10 @@ class Edge:
             await self._answer(scope, exchange)
             nursery.cancel_scope.cancel()
 
-    def _admit(self, scope: Scope) -> None:
+    def _admit(self, scope: Scope, exchange: Exchange) -> None:
         if scope["path"] in OPEN_PATHS:
             return
-        self._access.check(_headers(scope))
+        exchange.caller = self._access.check(_headers(scope))
         if scope["path"] not in WATCH_PATHS:
             self._desk.count_request()
 

@@ -100,13 +100,14 @@ class Answer:
             "model": self._desk.config.served_model_name,
         }
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         """Tokens so far."""
         num_prompt, num_generated = self._job.num_prompt, self._job.record.num_generated
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_generated,
             "total_tokens": num_prompt + num_generated,
+            "prompt_tokens_details": {"cached_tokens": self._job.num_cached},
         }
 
 

@@ -1,5 +1,6 @@
 """`pipeline-orch top`: what it shows, and of what it cannot show the reason."""
 
+import dataclasses
 import io
 import os
 import pty
@@ -70,6 +71,12 @@ def test_a_row_tells_all_of_a_stage_and_dashes_stand_for_the_unknown():
     first = "0 0-14 float32 native ready 41% 3 512 tok 6% 51.2 kB 22.25 20.50 0.25 1.50"
     assert " ".join(lines[-2].split()) == f"{first} nitro ab12ab12ab12 67 min"
     assert " ".join(lines[-1].split()) == "1 15-29 int8 - down - - - - - - - - - -"
+
+
+def test_slots_that_idle_explain_what_kv_memory_holds_while_nobody_runs():
+    engine = dataclasses.replace(VIEW.engine, num_running=0, num_idle_prefixes=3)
+    line = shown(VIEW.model_copy(update={"engine": engine}))[0]
+    assert "running 0/8  waiting 2  idle prefixes 3" in line
 
 
 @pytest.mark.parametrize("width", [48, 60, 80, 129])

@@ -251,14 +251,15 @@ def test_a_long_text_is_not_given_up_for_a_few_tokens_of_it():
     assert driver.cached(chat(3, (), ())) == 100
 
 
-def test_a_copy_is_made_though_its_source_leaves_before_it_is_sent():
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_copy_is_made_though_its_source_leaves_before_it_is_sent(keeps):
     driver = Driver(new_scheduler(Limits(2, 200)))
     first, second = chat(1, range(50), (), 20), chat(2, range(48), (3, 3), 20)
     driver.scheduler.submit(first)
     driver.send()
     driver.scheduler.submit(second)
     driver.scheduler._admit()  # the copy is decided
-    driver.scheduler.cancel(1)
+    driver.scheduler.cancel(1, keeps=keeps)
     driver.scheduler.submit(chat(3, (8,) * 20, ()))  # it takes the slot that is left
     driver.finish()
     assert driver.tokens(second) == solo(second, checksum)
@@ -266,18 +267,27 @@ def test_a_copy_is_made_though_its_source_leaves_before_it_is_sent():
 
 
 @pytest.mark.parametrize("is_promised", [False, True])
-def test_what_is_cancelled_under_way_is_kept_as_far_as_it_was_sent(is_promised):
+def test_what_is_left_under_way_is_kept_as_far_as_it_was_sent(is_promised):
     driver = Driver(new_scheduler(Limits(1, 200)))
     driver.scheduler.submit(chat(1, range(50), (), 20))
     driver.send()
     if is_promised:
         assert driver.scheduler.follow_up() is not None
-    driver.scheduler.cancel(1)
+    driver.scheduler.cancel(1, keeps=True)
     second = chat(2, range(50), (4, 4), 5)
     driver.scheduler.submit(second)
     driver.finish()
     assert driver.tokens(second) == solo(second, checksum)
     assert driver.cached(second) == 50
+
+
+def test_what_is_cancelled_is_cleared():
+    driver = Driver(new_scheduler(Limits(1, 200)))
+    driver.scheduler.submit(chat(1, range(50), (), 20))
+    driver.send()
+    driver.scheduler.cancel(1)
+    driver.finish()
+    assert not any(driver.last.slots.values())
 
 
 def random_request(rng, index, texts):
@@ -323,7 +333,7 @@ def disturb(rng, driver, requests, clock, *, loses):
     def go():
         if requests:
             cancelled.add(request_id := rng.choice(list(requests)))
-            scheduler.cancel(request_id)
+            scheduler.cancel(request_id, keeps=rng.random() < 0.5)
 
     def send():
         if rng.random() < 0.7 or not driver.to_first + driver.to_last:

@@ -63,6 +63,8 @@ class FakeEngine:
     fail_at: int | None = None
     error: Exception | None = None
     generations: list = field(default_factory=list)
+    # Tokens of each prompt that are said to have been there, by the continuation's number.
+    cached: tuple[int, ...] = ()
     num_active: int = 0
     num_made: int = 0
     left: trio.Event = field(default_factory=trio.Event)
@@ -112,10 +114,12 @@ class FakeEngine:
 
     def _output(self, generation, token_id, finish):
         num = generation.sampling.logprobs
+        at = next(i for i, each in enumerate(self.generations) if each is generation)
+        cached = self.cached[at] if at < len(self.cached) else 0
         if num is None:
-            return TokenOutput(token_id, None, (), finish)
+            return TokenOutput(token_id, None, (), finish, num_cached=cached)
         top = tuple(((token_id + i) % 256, -0.5 - i) for i in range(num))
-        return TokenOutput(token_id, -0.5, top, finish)
+        return TokenOutput(token_id, -0.5, top, finish, num_cached=cached)
 
 
 class _Failing:

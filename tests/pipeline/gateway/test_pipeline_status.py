@@ -35,7 +35,9 @@ AFTER = BEFORE.model_copy(
         "num_handshakes": 4,
     }
 )
-STATS = EngineStats(3, 2, 40, 80, 1, 3, 9, 0.75, {"embed": SECOND, "head": 5 * SECOND // 2})
+STATS = EngineStats(
+    3, 2, 40, 80, 1, 3, 9, 0.75, {"embed": SECOND, "head": 5 * SECOND // 2}, 2, 5, 99
+)
 GET = b"GET %s HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer sk-test-0123456789\r\n\r\n"
 
 
@@ -117,6 +119,9 @@ async def test_prometheus_gets_the_same_figures(overview):
     assert value("veilpipe_waiting_requests") == 2
     assert value("veilpipe_failovers_total") == 1
     assert value("veilpipe_last_recovery_seconds") == 0.75
+    assert value("veilpipe_idle_prefixes") == 2
+    assert value("veilpipe_prefix_hits_total") == 5
+    assert value("veilpipe_cached_tokens_total") == 99
     overview.stages.pop()
     assert value("veilpipe_stage_up", {"stage": "0"}) == 1
     assert value("veilpipe_stage_up", {"stage": "1"}) == 0

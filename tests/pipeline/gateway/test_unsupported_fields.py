@@ -107,7 +107,7 @@ def test_null_is_as_if_not_given(schema, base, field):
     ("field", "value"),
     [
         ("user", "u"), ("metadata", {"a": "b"}), ("safety_identifier", "x"),
-        ("prompt_cache_key", "k"), ("cache_salt", "s"), ("cache_prompt", True),
+        ("prompt_cache_key", "k"), ("cache_prompt", True),
         ("parallel_tool_calls", False), ("store", False), ("service_tier", "auto"),
         ("service_tier", "default"), ("tools", []), ("functions", []), ("tool_choice", "none"),
         ("tool_choice", "auto"), ("response_format", {"type": "text"}), ("modalities", ["text"]),

@@ -106,6 +106,53 @@ def test_in_blocks_a_truncated_slot_keeps_its_beginning_alone_too(make_cache, le
         assert (by_position[1, :, :9] == 7.0).all()
 
 
+@pytest.mark.parametrize("key_block", [1, 4])
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9])
+def test_a_copy_is_the_beginning_of_its_source_and_nothing_behind_it(
+    make_cache, length, dtype, key_block
+):
+    cache = make_cache(
+        num_layers=2, num_slots=3, num_kv_heads=3, max_seq_len=14, head_dim=2,
+        dtype=dtype, key_block=key_block,
+    )  # fmt: skip
+    rng = np.random.default_rng(1)
+    cache.reserve([Segment(2, 0, 9)])
+    for memory in (*cache.keys, *cache.values):
+        # Of the last block also what is unused; nothing is 0.
+        memory[2] = 1 + rng.random(memory.shape[1:])
+    cache.advance([Segment(2, 0, 9)])
+    cache.copy(2, 0, length)
+    assert cache.lengths == (length, 0, 9)
+    for found, expected in zip(
+        cache.export(0, range(length)), cache.export(2, range(length)), strict=True
+    ):
+        assert (found.keys == expected.keys).all()
+        assert (found.values == expected.values).all()
+    for memory in (*cache.keys, *cache.values):
+        assert np.count_nonzero(memory[0]) == 3 * length * 2
+        assert not memory[1].any()
+    cache.truncate(0, 0)
+    for memory in (*cache.keys, *cache.values):
+        assert not memory[:2].any()
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "length", "told"),
+    [
+        (0, 1, 6, "slot 0 holds 5 tokens, not the positions 0 to 6"),
+        (0, 2, 3, "slot 2 holds 2 tokens, but the step is at 0"),
+        (0, 0, 3, "slot 0 holds 5 tokens, but the step is at 0"),
+        (3, 1, 1, "slot 3 does not exist"),
+        (0, 3, 1, "slot 3 does not exist"),
+    ],
+)
+def test_a_copy_that_cannot_be_is_refused_and_changes_nothing(cache, source, target, length, told):
+    fill(cache, Segment(0, 0, 5), Segment(2, 0, 2))
+    with pytest.raises(MessageError, match=told):
+        cache.copy(source, target, length)
+    assert cache.lengths == (5, 0, 2)
+
+
 @pytest.mark.parametrize(("slot", "length"), [(0, 6), (0, -1), (1, 1), (3, 0), (-1, 0)])
 def test_a_slot_cannot_be_cut_to_what_it_does_not_hold(cache, slot, length):
     fill(cache, Segment(0, 0, 5))

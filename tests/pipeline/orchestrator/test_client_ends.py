@@ -9,6 +9,7 @@ import pytest
 from pipeline.codecs.registry import make_codec
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
+from pipeline.engine.idle_prefixes import PrefixOptions
 from pipeline.engine.scheduler import Limits
 from pipeline.engine.step import Step
 from pipeline.errors import InputError, MessageError, RequestFailed
@@ -72,6 +73,36 @@ async def test_a_batch_says_what_it_says_where_stages_hold_the_ends(
     expected = await texts(new_pipeline(oracle, bounds, is_client=False))
     assert await texts(new_pipeline(oracle, bounds, is_client=True)) == expected
     assert len({token for token, _, _ in itertools.chain(*expected)}) > 10
+
+
+@pytest.mark.parametrize("is_client", [True, False])
+@pytest.mark.parametrize(
+    ("wire", "dtype"), [("F32", "float32"), ("I8", "bfloat16"), ("BF16", "int8")], ids=str
+)
+async def test_texts_go_on_from_each_other_and_are_those_of_cold_stages(
+    make_oracle, native, wire, dtype, is_client
+):
+    """In turn in their slots, side by side from copies; on every wire, wherever ends are held."""
+    oracle = make_oracle("llama-untied-gqa").computing_with(native)
+    text = tuple(range(3, 43))
+    prompts = [text, (*text, 5, 6), (*text[:30], 9), (*text[:33], 9, 9)]
+
+    async def ask(engine, pipeline, salt):
+        heard = []
+        for prompt_ids in prompts:
+            heard.append([])
+            request = Generation(prompt_ids, 9, frozenset(), SAMPLING[1], salt=salt)
+            engine.submit(request, heard[-1].append)
+        await engine.drain(pipeline)
+        return [[(each.token_id, each.logprob, each.top) for each in one] for one in heard]
+
+    pipeline = new_pipeline(oracle, (2,), is_client=is_client, wire=wire, dtype=dtype)
+    expected = await ask(PipelineEngine(LIMITS), pipeline, None)
+    engine = PipelineEngine(LIMITS, None, PrefixOptions(1.0))
+    engine.allow_reuse(is_row_exact=True)
+    for num_hits in (3, 7):
+        assert await ask(engine, pipeline, b"mine") == expected
+        assert engine.stats.num_prefix_hits == num_hits
 
 
 @pytest.mark.parametrize(

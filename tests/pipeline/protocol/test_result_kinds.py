@@ -18,6 +18,7 @@ from pipeline.protocol.step_limits import (
     expected_inputs,
     token_specs,
 )
+from pipeline.protocol.step_results import expected_results
 from transport.tensor_frames import DType, TensorSpec
 
 LIMITS = SessionLimits(2, 4096, 2048, make_codec("F32", 8))
@@ -102,6 +103,46 @@ def test_a_step_that_takes_back_names_how_much_is_kept():
     assert expected_inputs(back, LIMITS, is_first=False) == (CLEAR_SPEC,)
     with pytest.raises(MessageError, match="4 tokens"):
         check_header(step(Want.NOTHING, 4, kind=StepKind.TRUNCATE), LIMITS)
+
+
+def copying(*pairs, want=Want.NOTHING):
+    segments = tuple(segment for pair in pairs for segment in pair)
+    return StepHeader(StepKind.COPY, 0, segments, (want,) * len(segments))
+
+
+def test_a_step_that_copies_names_slots_in_pairs_and_brings_no_rows():
+    whole = LIMITS.max_seq_len
+    header = copying((Segment(0, 0, whole), Segment(1, 0, whole)))
+    check_header(header, LIMITS)
+    assert expected_inputs(header, LIMITS, is_first=True) == (CLEAR_SPEC,)
+    assert expected_results(header, 1000, 64) == (CLEAR_SPEC,)
+
+
+@pytest.mark.parametrize(
+    ("header", "word"),
+    [
+        (copying(), "copies 0 segments"),
+        (copying((Segment(0, 0, 5),)), "copies 1 segments"),
+        (copying((Segment(0, 0, 5), Segment(1, 0, 5)), want=Want.TOKEN), "wants a result"),
+        (copying((Segment(0, 0, 5), Segment(0, 0, 5))), "slot 0 to 0"),
+        (copying((Segment(0, 0, 5), Segment(2, 0, 5))), "slot 0 to 2 of 2"),
+        (copying((Segment(2, 0, 5), Segment(0, 0, 5))), "slot 2 to 0 of 2"),
+        (copying((Segment(0, 0, 5), Segment(1, 0, 4))), "5 tokens at position 0 as 4 at 0"),
+        (copying((Segment(0, 1, 5), Segment(1, 1, 5))), "position 1"),
+        (copying((Segment(0, 0, 5), Segment(1, 3, 5))), "as 5 at 3"),
+        (copying((Segment(0, 0, 0), Segment(1, 0, 0))), "copies 0 tokens"),
+        (
+            copying(
+                *[(Segment(0, 0, LIMITS.max_seq_len + 1), Segment(1, 0, LIMITS.max_seq_len + 1))]
+            ),
+            "the context is",
+        ),
+        (copying(*[(Segment(0, 0, 5), Segment(1, 0, 5))] * 2), "to a slot twice"),
+    ],
+)
+def test_a_copy_that_cannot_be_is_refused(header, word):
+    with pytest.raises(MessageError, match=word):
+        check_header(header, LIMITS)
 
 
 @pytest.mark.parametrize("is_first", [True, False])

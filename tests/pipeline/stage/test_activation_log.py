@@ -68,3 +68,13 @@ def test_released_memory_is_zeroed_and_given_back(log):
     assert not held[0, :4].any()
     assert not held[2, :3].any()
     assert log.num_bytes == 0
+
+
+def test_a_copy_is_replayed_though_its_source_is_gone(log):
+    filled(log).copy(9, 0, 1, 3)
+    log.clear([0, 2])
+    assert replayed(log) == [(9, [(1, 0, 3)], [1, 2, 3])]
+    log.append(10, (Segment(1, 3, 1),), rows(5))
+    assert [hidden[:, 0].tolist() for _, hidden in log.replay(2, 2)] == [[1, 2], [3], [5]]
+    log.clear([1])
+    assert not log._rows.any()

@@ -187,3 +187,45 @@ async def test_a_replay_that_does_not_continue_the_slot_is_refused(joined, heade
     await send_step(joined.upstream, header, (rows(0, header.num_tokens),))
     message = await failure_of(joined.control)
     assert word in message.detail
+
+
+def copy(source, target, count):
+    pair = (Segment(source, 0, count), Segment(target, 0, count))
+    return StepHeader(StepKind.COPY, 99, pair, (Want.NOTHING,) * 2)
+
+
+EMPTY = Tensor(TensorSpec(DType.U32, (0,)), memoryview(b""))
+
+
+async def test_a_copied_slot_goes_on_as_its_source_would_and_outlives_it(joined):
+    await joined.run(logits(0, 0, 5), rows(0, 5))
+    assert await joined.run(copy(0, 1, 4), EMPTY) == b""
+    expected = await joined.run(logits(0, 5, 1), rows(5, 1))
+    again = await joined.run(logits(1, 4, 2), rows(4, 2))
+    assert again[-len(expected) :] == expected
+    await joined.rewind([0, 5])
+    await joined.join()
+    assert (await figures_of(joined.control)).kv_tokens == 5
+    assert await joined.run(logits(1, 5, 1), rows(5, 1)) == expected
+
+
+@pytest.mark.parametrize(
+    ("header", "word"),
+    [
+        (copy(0, 1, 6), "slot 0 holds 5 tokens"),
+        (copy(1, 0, 1), "slot 1 holds 0 tokens"),
+        (copy(0, 2, 5), "copies slot 0 to 2 of 2"),
+        (copy(0, 1, 65), "the context is 64"),
+    ],
+)
+async def test_a_copy_that_cannot_be_is_refused(joined, header, word):
+    await joined.run(logits(0, 0, 5), rows(0, 5))
+    await send_step(joined.upstream, header, (EMPTY,))
+    assert word in (await failure_of(joined.control)).detail
+
+
+async def test_nothing_is_copied_to_a_slot_that_holds_something(joined):
+    await joined.run(logits(0, 0, 5), rows(0, 5))
+    await joined.run(logits(1, 0, 1), rows(0, 1))
+    await send_step(joined.upstream, copy(0, 1, 5), (EMPTY,))
+    assert "slot 1 holds 1 tokens" in (await failure_of(joined.control)).detail

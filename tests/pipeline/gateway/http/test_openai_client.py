@@ -48,6 +48,56 @@ async def test_a_chat_streams_token_by_token_and_ends_with_its_usage(start_gatew
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_usage_says_what_of_the_prompts_was_computed_for_none_of_their_continuations(
+    start_gateway, make_engine, is_streamed
+):
+    """Whole or streamed; what one continuation has from another is not counted."""
+    more = {"stream": True, "stream_options": {"include_usage": True}} if is_streamed else {}
+
+    def use(client):
+        answer = client.completions.create(model=MODEL, prompt=["abcd", "efgh"], n=2, **more)
+        return list(answer)[-1].usage if is_streamed else answer.usage
+
+    async with start_gateway(make_engine(cached=(2, 3, 0, 3))) as gateway:
+        usage = await with_client(gateway, use)
+    assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens) == (8, 2)
+
+
+async def test_only_texts_of_one_key_and_one_salt_go_on_from_each_other(start_gateway, make_engine):
+    engine, keys = make_engine(), ("sk-one", "sk-two")
+
+    def ask(key, **body):
+        def use(client):
+            client.completions.create(model=MODEL, prompt="Hi", **body)
+            client.chat.completions.create(model=MODEL, messages=USER, **body)
+
+        return lambda gateway: with_client(gateway, use, key)
+
+    salted = {"extra_body": {"cache_salt": "s"}}
+    async with start_gateway(engine, keys=keys) as gateway:
+        for key in keys:
+            for body in ({}, salted, salted | {"extra_body": {"cache_salt": "t"}}):
+                await ask(key, **body)(gateway)
+                await ask(key, **body)(gateway)
+    salts = [each.salt for each in engine.generations]
+    groups = [salts[i : i + 4] for i in range(0, len(salts), 4)]
+    assert all(len(set(group)) == 1 for group in groups)
+    assert len({group[0] for group in groups}) == len(groups) == 6
+    assert None not in salts
+
+
+async def test_an_empty_salt_is_refused(start_gateway):
+    async with start_gateway() as gateway:
+        error = await fails(
+            gateway, openai.BadRequestError,
+            lambda c: c.completions.create(
+                model=MODEL, prompt="Hi", extra_body={"cache_salt": ""}
+            ),
+        )  # fmt: skip
+    assert error.param == "cache_salt"
+
+
 async def test_tokens_arrive_while_later_ones_are_still_to_come(start_gateway, make_engine):
     release = trio.Event()
     engine = make_engine(text="abcdef")
