@@ -7,7 +7,7 @@ sampler chooses its token, and whoever asked hears of it.
 import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from time import perf_counter_ns
@@ -16,22 +16,28 @@ from typing import NoReturn
 import trio
 
 from pipeline.codecs.privacy_budget import PrivacyBudget
+from pipeline.engine.admission import Transfer
 from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.engine.step_runner import RunnerStats, StepRunner
+from pipeline.engine.stored_text import SlotStages
+from pipeline.engine.token_stream import TokenStream
 from pipeline.errors import (
     InputError,
     PipelineError,
     PromptError,
     RequestFailed,
     SessionError,
+    StateRefused,
+    StoreError,
 )
 from pipeline.protocol.result_kinds import NO_TOKEN, Result
 from pipeline.protocol.step_results import SegmentResult, StepResult
 from pipeline.sampling.draw import NO_NUMBERS
 from pipeline.sampling.sampler import Choice, Sampler
+from pipeline.tasks import open_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -67,52 +73,6 @@ class _Live:
 
     sampler: Sampler | None
     listener: Listener
-
-
-class TokenStream(trio.abc.ReceiveChannel[TokenOutput]):
-    """A request's tokens as they come.
-
-    It has room for every token the request can have, so a client that reads slowly never holds up
-    the others.
-    """
-
-    def __init__(self, room: int) -> None:
-        # Why it ended without a last token.
-        self.failure: PipelineError | None = None
-        self._sender, self._outputs = trio.open_memory_channel[TokenOutput](room)
-
-    def hear(self, event: TokenOutput | PipelineError) -> None:
-        """Take a token, or the reason why none comes any more."""
-        if isinstance(event, PipelineError):
-            self.failure = event
-            self._sender.close()
-            return
-        with suppress(trio.BrokenResourceError):  # nobody listens any more, and is about to leave
-            self._sender.send_nowait(event)
-        if event.finish is not None:
-            self._sender.close()
-
-    async def receive(self) -> TokenOutput:
-        """The next token.
-
-        Raises trio.EndOfChannel after the last, SessionError when the pipeline has failed,
-        RequestFailed when only this request has.
-        """
-        try:
-            return await self._outputs.receive()
-        except trio.EndOfChannel:
-            if self.failure is None:
-                raise
-            raise self.failure from None
-
-    async def aclose(self) -> None:
-        """Stop listening."""
-        await self._outputs.aclose()
-
-    def close(self) -> None:
-        """Be done with it, on both sides."""
-        self._sender.close()
-        self._outputs.close()
 
 
 class PipelineEngine:
@@ -185,6 +145,8 @@ class PipelineEngine:
         """
         while True:
             await self.drain(pipeline)
+            if self.scheduler.has_work:
+                continue  # it came while the last of that was ending
             self._has_work = trio.Event()
             with trio.move_on_at(self.scheduler.admission.idle.next_expiry):
                 await self._has_work.wait()
@@ -196,22 +158,53 @@ class PipelineEngine:
         takes its time, and the stages need not wait for it.
         """
         self._runner = pipeline
+        async with open_tasks() as tasks:
+            await self._drain(pipeline, tasks)
+
+    async def _drain(self, pipeline: StepRunner, tasks: trio.Nursery) -> None:
         scheduler = self.scheduler
         try:
             scheduler.admission.expire()
             while scheduler.has_work:
+                self._has_work = trio.Event()
                 while (step := scheduler.next_step()) is not None:
                     self._last_batch = len(step.header.segments)
                     if notices := scheduler.take_notices():
                         await pipeline.notify(notices)
                     await pipeline.send(step)
                 self._hand_out()
+                for transfer in scheduler.admission.take_transfers():
+                    tasks.start_soon(self._transfer, transfer, pipeline)
+                if not scheduler.has_steps:
+                    await self._has_work.wait()
+                    continue
                 scheduler.admission.expire()
                 # A step that is promised is sent even if nobody pays for its row.
                 pipeline.prepare(None if self._budget else scheduler.follow_up())
                 self._take(await pipeline.receive())
         finally:
             self._hand_out()  # the pipeline may fail with a step's tokens in hand: they count
+
+    async def _transfer(self, transfer: Transfer, stages: SlotStages) -> None:
+        """Load or save what a session has stored; without it a text takes longer, and no more."""
+        state, is_done = transfer.state, True
+        stored = state.request.stored
+        assert stored is not None  # else nothing would be transferred
+        try:
+            if transfer.is_load:
+                await stored.load(stages, state.slot, transfer.length)
+            else:
+                token_ids = state.known(0, state.num_known)
+                await stored.save(stages, state.slot, token_ids, transfer.length)
+        except (StateRefused, StoreError) as error:
+            is_done = False
+            kind = "load" if transfer.is_load else "save"
+            logger.warning("event=session_%s_failed detail=%r", kind, str(error))
+        if transfer.is_load:
+            self.scheduler.loaded(transfer, is_done=is_done)
+        else:
+            self.scheduler.admission.saved(transfer)
+        self._has_work.set()
 
     def fail(self, error: SessionError) -> None:
         """Give up: every open request hears of it, and so does whoever comes later."""
@@ -240,6 +233,7 @@ class PipelineEngine:
             want,
             sampler.next_draw if sampler and want.result is Result.DRAWN else None,
             generation.salt,
+            generation.stored,
         )
         self.scheduler.submit(request)
         if self._budget is not None:

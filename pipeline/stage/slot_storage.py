@@ -92,8 +92,8 @@ class SlotStorage:
 
     async def _load(self, order: Load) -> None:
         store, cache = self._stored(), self._core.cache
-        if cache.lengths[order.slot]:
-            raise StoreError(f"slot {order.slot} is not empty")
+        while cache.lengths[order.slot]:  # noqa: ASYNC110  (a step that clears it is on its way)
+            await trio.sleep(SETTLE_SECONDS)
 
         def restore(position: int, layers: Sequence[LayerKV]) -> None:
             try:
@@ -105,7 +105,7 @@ class SlotStorage:
 
     async def _save(self, order: Save) -> Sequence[Mark]:
         store, cache = self._stored(), self._core.cache
-        while cache.lengths[order.slot] < order.end:  # noqa: ASYNC110  (a ledger tells nobody)
+        while cache.lengths[order.slot] < order.end:  # noqa: ASYNC110  (its last step is)
             await trio.sleep(SETTLE_SECONDS)
         return await store.save(order, lambda positions: cache.export(order.slot, positions))
 
