@@ -27,7 +27,7 @@ ROOMS = {
         "agreement", "codecs", "engine", "models", "placement", "protocol", "stage",
     },
     "planning": {"agreement", "codecs", "models", "weights"},
-    "sessions": {"agreement", "kernels", "protocol"},
+    "sessions": {"agreement", "engine", "kernels", "protocol"},
     "doors": {
         "agreement", "codecs", "kernels", "models", "orchestrator", "protocol", "sessions", "stage",
     },

@@ -52,6 +52,9 @@ class WorkerOptions:
     cpus: str | None = None
     device: str | None = None
     kv_memory: float | None = None
+    kv_store: str | None = None
+    kv_ttl: str | None = None
+    kv_max_bytes: str | None = None
 
     def given(self, *, has_client_ends: bool = False) -> list[str]:
         """The flags that were set and are for workers alone; some say how ends are computed too."""
@@ -99,6 +102,9 @@ class WorkerOptions:
             ("--cpus", cpus),
             ("--device", self.device),
             ("--kv-memory", self.kv_memory),
+            ("--kv-store", self.kv_store),
+            ("--kv-ttl", self.kv_ttl),
+            ("--kv-max-bytes", self.kv_max_bytes),
         )
 
 

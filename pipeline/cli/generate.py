@@ -9,6 +9,7 @@ from time import perf_counter_ns
 import typer
 
 from pipeline.agreement.manifest import load_manifest
+from pipeline.cli.kv_store_flags import open_session
 from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import (
     ManifestSource,
@@ -49,6 +50,9 @@ class GenerateFlags:
     ignore_eos: bool
     latency_out: Path | None
     sampling: SamplingParams
+    # The session that the text goes on from, and becomes.
+    session: str | None = None
+    secret_file: Path | None = None
 
 
 def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
@@ -56,7 +60,9 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     manifest = load_manifest(flags.manifest)
     tokenizer = Tokenizer(flags.tokenizer)
     check_context(flags.context, manifest)
-    prompt_ids = tokenizer.encode(flags.text)
+    stored = open_session(flags.session, flags.secret_file, manifest)
+    past_ids = () if stored is None else stored.record.token_ids
+    prompt_ids = (*past_ids, *tokenizer.encode(flags.text, add_special_tokens=not past_ids))
     # No more than it takes: a model may have room for far more than its stages' memory.
     needed = min(len(prompt_ids) + flags.max_tokens, manifest.activation_spec.max_seq_len)
     limits = Limits(1, flags.context or needed, num_stages=len(manifest.stages))
@@ -66,9 +72,9 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     engine = PipelineEngine(limits, budget)
     text = StoppedText(tokenizer, prompt_ids, flags.sampling.stop)
     printer = _Printer(flags.text, text, log)
-    generation = Generation(prompt_ids, flags.max_tokens, eos, flags.sampling)
+    generation = Generation(prompt_ids, flags.max_tokens, eos, flags.sampling, stored=stored)
     request_id = engine.submit(generation, printer.hear)
-    printer.on_stop = lambda: engine.cancel(request_id)
+    printer.on_stop = lambda: engine.cancel(request_id, keeps=True)
     if budget is not None:
         tell_prompt(budget, len(prompt_ids), flags.max_tokens)
     path = flags.latency_out
@@ -83,6 +89,7 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     async def work(pipeline: Pipeline) -> None:
         tokenizer.check_vocabulary(pipeline.vocab_size)
         tokenizer.check_ids(prompt_ids)
+        engine.allow_reuse(pipeline.is_row_exact)
         printer.start()
         await engine.drain(pipeline)
         printer.finish()

@@ -24,6 +24,7 @@ from pipeline.cli.compute_options import (
     ThreadsOption,
     WorkerOptions,
 )
+from pipeline.cli.kv_store_flags import KvMaxBytesOption, KvStoreOption, KvTtlOption
 from pipeline.cli.logs import LogFormat, LogFormatOption, tell
 from pipeline.cli.shard_directories import stage_dir
 from pipeline.cli.shared_options import (
@@ -110,6 +111,9 @@ def pipeline_flags(
     ] = None,
     device: DeviceOption = None,
     kv_memory: KvMemoryOption = None,
+    kv_store: KvStoreOption = None,
+    kv_ttl: KvTtlOption = None,
+    kv_max_bytes: KvMaxBytesOption = None,
     client_part: Annotated[
         Path | None,
         typer.Option(
@@ -134,7 +138,8 @@ def pipeline_flags(
     log_format: LogFormatOption = LogFormat.TEXT,
 ) -> PipelineFlags:
     """What the command line says. Raises InputError."""
-    workers = WorkerOptions(dtype, kernels, threads, cpus, device, kv_memory)
+    kept = kv_store, kv_ttl, kv_max_bytes
+    workers = WorkerOptions(dtype, kernels, threads, cpus, device, kv_memory, *kept)
     return PipelineFlags(
         identity=identity,
         is_dev=dev,

@@ -13,9 +13,10 @@ from pipeline.agreement.manifest import (
     load_manifest,
 )
 from pipeline.agreement.trust_policy import create_identity
-from pipeline.cli import attest, stego
+from pipeline.cli import attest, session_command, stego
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.generate import GenerateFlags, generate
+from pipeline.cli.kv_store_flags import SecretOption
 from pipeline.cli.leakage import leakage_command
 from pipeline.cli.logs import configure_logging, tell
 from pipeline.cli.pipeline_flags import PipelineFlags, pipeline_flags, takes_flags
@@ -46,6 +47,7 @@ OLDER_VARIABLES = {
 app = new_app()
 app.add_typer(attest.app, name="attest")
 app.command("leakage")(leakage_command)
+app.add_typer(session_command.app, name="session")
 app.add_typer(stego.app, name="stego")
 
 
@@ -81,6 +83,10 @@ def generate_command(
     model_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The workers' model, with --supervise.")
     ] = None,
+    session: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Go on where this session ended.")
+    ] = None,
+    secret_file: SecretOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Generate text over the stages of a manifest, from the user's machine.
@@ -115,6 +121,8 @@ def generate_command(
             ignore_eos=ignore_eos,
             latency_out=latency_out,
             sampling=sampling,
+            session=session,
+            secret_file=secret_file,
         ),
         shared,
     )
@@ -170,6 +178,7 @@ def serve_command(
             help="How long they stay, for requests that go on from them.",
         ),
     ] = 600.0,
+    secret_file: SecretOption = None,
     requests_per_minute: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Of all clients together [no limit].")
     ] = None,
@@ -207,6 +216,7 @@ def serve_command(
             tls_cert=tls_cert,
             tls_key=tls_key,
             prefixes=PrefixOptions(prefix_share, prefix_ttl),
+            secret_file=secret_file,
             limits=GatewayLimits(
                 max_connections=max_connections,
                 max_body_bytes=max_body_bytes,

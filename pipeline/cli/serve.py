@@ -11,6 +11,7 @@ import typer
 from prometheus_client import CollectorRegistry
 
 from pipeline.agreement.manifest import Manifest, load_manifest
+from pipeline.cli.kv_store_flags import session_book
 from pipeline.cli.pipeline_flags import (
     ManifestSource,
     PipelineAccess,
@@ -69,6 +70,7 @@ class ServeFlags:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     prefixes: PrefixOptions = NO_PREFIXES
+    secret_file: Path | None = None
 
 
 def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
@@ -108,7 +110,9 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     )
     stego: StegoService | None = None
     registry = CollectorRegistry()
-    desk = Desk(config, engine, tokenizer, GatewayMetrics(registry))
+    book = None if flags.secret_file is None else session_book(flags.secret_file, manifest)
+    sessions = None if book is None else book.open
+    desk = Desk(config, engine, tokenizer, GatewayMetrics(registry), sessions)
 
     async def run() -> None:
         # First of all: loading takes its time, and an address that cannot be had is known at once.

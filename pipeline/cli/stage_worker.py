@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,14 @@ from pipeline.cli.compute_options import (
     precision_of,
 )
 from pipeline.cli.error_reporting import new_app, run_app
+from pipeline.cli.kv_store_flags import (
+    KvMaxBytesOption,
+    KvStoreOption,
+    KvTtlOption,
+    StoreFlags,
+    opened_store,
+    store_limits,
+)
 from pipeline.cli.logs import LogFormat, LogFormatOption, configure_logging
 from pipeline.cli.model_config import agreed_config
 from pipeline.cli.progress import progress_bar
@@ -90,6 +99,9 @@ def serve(
     cpus: Annotated[str | None, typer.Option(metavar="LIST", help=f"{CPUS_HELP} [none].")] = None,
     device: DeviceOption = None,
     kv_memory: KvMemoryOption = None,
+    kv_store: KvStoreOption = None,
+    kv_ttl: KvTtlOption = None,
+    kv_max_bytes: KvMaxBytesOption = None,
     once: Annotated[bool, typer.Option("--once", help="Exit after the first session.")] = False,
     until_stdin_ends: Annotated[
         bool, typer.Option(UNTIL_STDIN_ENDS, help="End when stdin does: for supervisors.")
@@ -153,7 +165,9 @@ def serve(
         patience_ms=PATIENCE_MS,
         allow_dial=networks,
     )
-    _run(setup, control, data_in, once=once, until_stdin_ends=until_stdin_ends)
+    limits = store_limits(kv_ttl, kv_max_bytes)
+    store = None if kv_store is None else StoreFlags(kv_store, limits)
+    _run(setup, control, data_in, store, once=once, until_stdin_ends=until_stdin_ends)
 
 
 def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
@@ -196,6 +210,7 @@ def _run(
     setup: StageSetup,
     control: Endpoint,
     data_in: Endpoint,
+    store: StoreFlags | None,
     *,
     once: bool,
     until_stdin_ends: bool,
@@ -217,7 +232,9 @@ def _run(
             async with open_tasks() as tasks:
                 if until_stdin_ends:
                     tasks.start_soon(_cancel_at_end_of_stdin, tasks.cancel_scope)
-                await StageWorker(setup).serve(control_listener, data_listener, once=once)
+                async with opened_store(store, setup) as kept:
+                    worker = StageWorker(replace(setup, store=kept))
+                    await worker.serve(control_listener, data_listener, once=once)
                 tasks.cancel_scope.cancel()
 
     number = run_until_signalled(main)
