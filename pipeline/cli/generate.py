@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
@@ -94,7 +95,8 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
         await engine.drain(pipeline)
         printer.finish()
 
-    number = run_until_signalled(lambda: access.run(work, engine.scheduler))
+    with nullcontext() if stored is None else stored.held():
+        number = run_until_signalled(lambda: access.run(work, engine.scheduler))
     if number is not None:
         raise typer.Exit(128 + number)
     tell("latency", log.summary())

@@ -179,6 +179,7 @@ class _StoreOrder(_Message):
     The key is of this session and this stage alone, and the stage forgets it with the order.
     """
 
+    type: Literal["save", "load"]
     # Chosen by the orchestrator: the answer names it.
     operation: Count
     slot: Annotated[int, Field(ge=0, lt=MAX_SEGMENTS)]

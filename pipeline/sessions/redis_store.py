@@ -136,7 +136,7 @@ class RedisStore:
         self._sessions_script = client.register_script(_SESSIONS)
 
     async def write(self, name: bytes, index: int, chunk: Chunk) -> None:
-        """See `KVStore.write`."""
+        """Write a chunk. Raises StoreError, as `KVStore.write` does."""
         limits = self._limits
         bounds = limits.max_bytes, limits.max_sessions
         code, num_bytes = await self._run(

@@ -6,9 +6,10 @@ session is to remove its file.
 """
 
 import base64
+import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -141,6 +142,23 @@ class SessionBook:
             parts.append(StoredPart(key, count, marks[count - 1] if count else Mark(0, b"")))
         return StoredSlot(session_id, record.epoch, parts)
 
+    @contextmanager
+    def locked(self, session_id: bytes, name: str) -> Iterator[None]:
+        """One process alone has a session meanwhile. Raises InputError."""
+        path = self._path(session_id).with_suffix(".lock")
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise InputError(f"session {name!r} is in use by another client") from error
+        finally:
+            os.close(descriptor)
+
     def _path(self, session_id: bytes) -> Path:
         return self._directory / (session_id.hex() + _SUFFIX)
 
@@ -206,6 +224,12 @@ class HomeSession:
         self.session_id = session_id
         self.record = record
         self._book = book
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else holds it meanwhile. Raises InputError where somebody does."""
+        with self._book.locked(self.session_id, self.record.name):
+            yield
 
     @property
     def stored_ids(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from pipeline.agreement.trust_policy import UserTrust
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.scheduler import Limits
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StoreError
 from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.sampling.params import SamplingParams
@@ -135,6 +135,50 @@ async def test_a_state_rolled_back_in_a_stages_store_is_not_used(home, tmp_path)
     assert found == (await home.turn(third))[0]
 
 
+async def test_a_store_that_fails_or_is_slow_costs_time_and_no_more(home, monkeypatch):
+    async def fail(*_):
+        raise StoreError("down")
+
+    monkeypatch.setattr(StageStore, "save", fail)
+    tokens, _ = await home.turn(FIRST, home.book().open("", "chat"))
+    assert home.book().open("", "chat").record.token_ids == (*FIRST, *tokens)
+    monkeypatch.undo()
+    second = (*FIRST, *tokens, 7)
+    found, num_loaded = await home.turn(second, home.book().open("", "chat"))
+    assert num_loaded == 0
+
+    async def hang(*_):
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(StageStore, "load", hang)
+    monkeypatch.setattr("pipeline.stage.slot_storage.STORE_SECONDS", 0.2)
+    third = (*second, *found, 5)
+    again, num_loaded = await home.turn(third, home.book().open("", "chat"))
+    assert num_loaded == 0
+    assert again == (await home.turn(third))[0]
+
+
+async def test_two_requests_of_one_session_at_once_are_answered_and_the_last_is_kept(home):
+    sampling = SamplingParams()
+    others = (FIRST, (*FIRST[:30], 9, 9))
+    async with home.engine() as (engine, pipeline):
+        heard = [[], []]
+        for prompt_ids, each in zip(others, heard, strict=True):
+            stored = home.book().open("", "chat")
+            generation = Generation(prompt_ids, 8, frozenset(), sampling, stored=stored)
+            engine.submit(generation, each.append)
+        await engine.drain(pipeline)
+    texts = [
+        (*one, *(each.token_id for each in two)) for one, two in zip(others, heard, strict=True)
+    ]
+    for prompt_ids, text in zip(others, texts, strict=True):
+        assert text == (*prompt_ids, *(await home.turn(prompt_ids))[0])
+    kept = home.book().open("", "chat").record.token_ids
+    assert kept in texts
+    found, _ = await home.turn((*kept, 3), home.book().open("", "chat"))
+    assert found == (await home.turn((*kept, 3)))[0]
+
+
 async def test_what_home_and_stages_keep_holds_no_name_and_no_token(home, tmp_path):
     await home.turn(FIRST, home.book().open("", "../../a name"))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -145,11 +189,22 @@ async def test_what_home_and_stages_keep_holds_no_name_and_no_token(home, tmp_pa
     assert record.token_ids[: len(FIRST)] == FIRST
 
 
+def test_a_session_that_another_client_has_is_refused_until_it_is_done(home):
+    one, other = (home.book().open("", "chat") for _ in range(2))
+    with one.held():
+        with pytest.raises(InputError, match="session 'chat' is in use"), other.held():
+            pass
+        with home.book().open("", "other").held():
+            pass
+    with other.held():
+        pass
+
+
 def test_a_record_of_another_secret_or_damaged_is_one_clear_error(home, tmp_path):
     book = home.book()
     session = book.open("", "chat")
     book.write(session.session_id, session.record)
-    (path,) = (tmp_path / "home").iterdir()
+    (path,) = (tmp_path / "home").glob("*.session")
     assert path.stat().st_mode & 0o777 == 0o600
     assert home.book(SECRET[::-1]).open("", "chat").stored_ids == ()
     path.write_text(path.read_text()[:-8])
