@@ -27,7 +27,7 @@ ROOMS = {
         "agreement", "codecs", "engine", "models", "placement", "protocol", "stage",
     },
     "planning": {"agreement", "codecs", "kernels", "models", "weights"},
-    "sessions": {"agreement", "kernels", "protocol"},
+    "sessions": {"agreement", "engine", "kernels", "protocol"},
     # On the client's side a door takes the engine's steps, as a pipeline of stages does.
     "doors": {
         "agreement", "codecs", "engine", "gateway", "kernels", "models", "orchestrator",

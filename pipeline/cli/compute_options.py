@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.agreement.manifest import Manifest, StageSpec, check_precision
+from pipeline.cli.kv_store_flags import KvStoreFlags
 from pipeline.cli.settings import Finite, Flag, Settings
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError
@@ -41,6 +42,7 @@ class WorkerOptions(Settings):
     cpus: Annotated[str | None, Flag("LIST", f"{CPUS_HELP}; a / between stages [none].")] = None
     device: DeviceFlag = None
     kv_memory: KvMemoryFlag = None
+    store: KvStoreFlags
 
     def given(self, *, has_client_ends: bool = False) -> list[str]:
         """The flags that were set and are for workers alone; some say how ends are computed too."""
@@ -88,6 +90,7 @@ class WorkerOptions(Settings):
             ("--cpus", cpus),
             ("--device", self.device),
             ("--kv-memory", self.kv_memory),
+            *self.store.words(),
         )
 
 

@@ -12,6 +12,7 @@ from pydantic import model_validator
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, attested_verifier
+from pipeline.cli.kept_sessions import SessionFlags
 from pipeline.cli.pipeline_access import ManifestSource, mode_of
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.secret_file import SECRET_BYTES, load_secret
@@ -33,15 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 class DoorFlags(Settings):
-    """Which door, which session, and what the door's transport asks for."""
+    """Which door, and what its transport asks for."""
 
     door: Annotated[str | None, Flag("URL", "Layers behind a door: grpcs, https or runpod://.")] = (
         None
     )
-    session: Annotated[str | None, Flag("NAME", "The door's session [one of its own].")] = None
-    secret_file: Annotated[
-        Path | None, Flag("FILE", "What makes the session yours; made if need be.")
-    ] = None
     door_ca: Annotated[Path | None, Flag("FILE", "Who signs the door's TLS [the system's].")] = None
     door_key_file: Annotated[
         Path | None, Flag("FILE", "Bearer key of the door's HTTP service.")
@@ -49,13 +46,10 @@ class DoorFlags(Settings):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.session is not None and self.secret_file is None:
-            raise InputError("--session needs --secret-file: a name, and what makes it yours")
-        own = {"session": self.session, "ca": self.door_ca, "key-file": self.door_key_file}
+        own = {"--door-ca": self.door_ca, "--door-key-file": self.door_key_file}
         for name, value in own.items():
             if self.door is None and value is not None:
-                flag = "--session" if name == "session" else f"--door-{name}"
-                raise InputError(f"{flag} is for layers behind a door; give --door too")
+                raise InputError(f"{name} is for layers behind a door; give --door too")
         return self
 
 
@@ -65,6 +59,7 @@ class DoorAccess:
 
     manifest: Manifest
     flags: DoorFlags
+    kept: SessionFlags
     shared: PipelineFlags
     verifier: Verifier
     name: "SessionName"
@@ -73,7 +68,7 @@ class DoorAccess:
 
     @classmethod
     def create(
-        cls, source: ManifestSource, flags: DoorFlags, shared: PipelineFlags
+        cls, source: ManifestSource, flags: DoorFlags, kept: SessionFlags, shared: PipelineFlags
     ) -> "DoorAccess":
         """Check the flags and the protection the manifest gives. Raises InputError."""
         from pipeline.cli.client_part import load_client_ends
@@ -83,10 +78,10 @@ class DoorAccess:
         require_card(mode_of(manifest))
         _check(manifest, shared)
         verifier = _verifier(manifest, dev=shared.dev)
-        name = _session_name(flags)
+        name = _session_name(kept)
         bearer_key = load_bearer_key(flags.door_key_file, os.environ)
         ends = load_client_ends(manifest, shared.client_part or source.client_dir, shared.workers)
-        return cls(manifest, flags, shared, verifier, name, ends, bearer_key)
+        return cls(manifest, flags, kept, shared, verifier, name, ends, bearer_key)
 
     async def run(self, work: Callable[["DoorPipeline"], Awaitable[None]]) -> None:
         """Do `work` on the layers behind the door. Raises SessionError, InputError."""
@@ -124,7 +119,7 @@ class DoorAccess:
         """Where this machine remembers the session, beside its secret; None for one of a run."""
         from pipeline.doors.home_record import HomeRecord
 
-        secret = self.flags.secret_file
+        secret = self.kept.secret_file if self.kept.session else None
         if secret is None:
             return None
         path = secret.with_name(f"{secret.name}.{self.name.session_id}")
@@ -168,7 +163,7 @@ def _verifier(manifest: Manifest, *, dev: bool) -> Verifier:
     return verifier
 
 
-def _session_name(flags: DoorFlags) -> "SessionName":
+def _session_name(flags: SessionFlags) -> "SessionName":
     from pipeline.doors.door_session import SessionName
 
     if flags.session is None or flags.secret_file is None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from time import perf_counter_ns
 from typing import Protocol
 
@@ -44,13 +45,21 @@ class Layers(StepRunner, Protocol):
         """Of the model."""
         ...
 
+    @property
+    def is_row_exact(self) -> bool:
+        """Whether rows are the same, bit for bit, in steps of any size."""
+        ...
+
 
 def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     """Run one prompt to its end. Raises PipelineError, or typer.Exit after a signal."""
     manifest = load_manifest(flags.manifest)
     tokenizer = Tokenizer(flags.tokenizer)
     longest = longest_text(flags.context, manifest, pipeline_flags.tide_window)
-    prompt_ids = tokenizer.encode(flags.text)
+    is_behind_door = flags.door.door is not None
+    stored = None if is_behind_door else flags.kept.open(manifest, pipeline_flags.tide_window)
+    past_ids = () if stored is None else stored.record.token_ids
+    prompt_ids = (*past_ids, *tokenizer.encode(flags.text, add_special_tokens=not past_ids))
     # No more than it takes: a model may have room for far more than its stages' memory.
     room = flags.context or min(len(prompt_ids) + flags.max_tokens, longest)
     limits = Limits(1, room, num_stages=len(manifest.stages), window=pipeline_flags.tide_window)
@@ -61,9 +70,9 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     sampling = flags.sampling.params()
     text = StoppedText(tokenizer, prompt_ids, sampling.stop)
     printer = _Printer(flags.text, text, log)
-    generation = Generation(prompt_ids, flags.max_tokens, eos, sampling)
+    generation = Generation(prompt_ids, flags.max_tokens, eos, sampling, stored=stored)
     request_id = engine.submit(generation, printer.hear)
-    printer.on_stop = lambda: engine.cancel(request_id)
+    printer.on_stop = lambda: engine.cancel(request_id, keeps=True)
     if budget is not None:
         tell_prompt(budget, len(prompt_ids), flags.max_tokens)
     path = flags.latency_out
@@ -75,11 +84,13 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     async def work(pipeline: Layers) -> None:
         tokenizer.check_vocabulary(pipeline.vocab_size)
         tokenizer.check_ids(prompt_ids)
+        engine.allow_reuse(pipeline.is_row_exact)
         printer.start()
         await engine.drain(pipeline)
         printer.finish()
 
-    number = run_until_signalled(_runner(flags, pipeline_flags, source, engine, work))
+    with nullcontext() if stored is None else stored.held():
+        number = run_until_signalled(_runner(flags, pipeline_flags, source, engine, work))
     if number is not None:
         raise typer.Exit(128 + number)
     tell("latency", log.summary())
@@ -96,7 +107,7 @@ def _runner(
 ) -> Callable[[], Awaitable[None]]:
     """What does the work, on stages or behind a door. Raises PipelineError."""
     if flags.door.door is not None:
-        behind = DoorAccess.create(source, flags.door, shared)
+        behind = DoorAccess.create(source, flags.door, flags.kept, shared)
         return lambda: behind.run(work)
     access = PipelineAccess.create(
         source, shared, engine.scheduler.limits, is_resumable=False, patience_ms=PATIENCE_MS

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import model_validator
 
 from pipeline.cli.door import DoorFlags
+from pipeline.cli.kept_sessions import SessionFlags
 from pipeline.cli.prompt_input import with_prompt
 from pipeline.cli.sampling_flags import SamplingFlags
 from pipeline.cli.settings import Count, Flag, Settings
@@ -28,6 +29,7 @@ class GenerateFlags(Settings):
     ignore_eos: Annotated[bool, Flag(None, "Go on after the end-of-text token.")] = False
     model_dir: Annotated[Path | None, Flag("DIR", "The workers' model, with --supervise.")] = None
     sampling: SamplingFlags
+    kept: SessionFlags
     door: DoorFlags
     verbose: VerboseFlag = False
 

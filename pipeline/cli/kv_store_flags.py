@@ -1,5 +1,6 @@
 """Where stages and doors keep sessions, and how much of them."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pipeline.cli.quantities import Bytes, Seconds
@@ -32,6 +33,14 @@ class KvStoreFlags(Settings):
         if self.kv_store is not None and self.kv_store.startswith("/"):
             return f"file:{self.kv_store}"
         return self.kv_store
+
+    def words(self) -> Sequence[tuple[str, object]]:
+        """The flags as a worker's command line has them. Raises InputError."""
+        return (
+            ("--kv-store", self.url),
+            ("--kv-ttl", None if self.kv_ttl is None else f"{self.kv_ttl:.0f}s"),
+            ("--kv-max-bytes", self.kv_max_bytes),
+        )
 
     @property
     def limits(self) -> StoreLimits:

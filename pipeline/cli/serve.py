@@ -2,12 +2,14 @@
 
 import logging
 import resource
+from collections.abc import Callable
 from functools import partial
 
 import typer
 from prometheus_client import CollectorRegistry
 
 from pipeline.agreement.manifest import Manifest, load_manifest
+from pipeline.cli.kept_sessions import session_book
 from pipeline.cli.pipeline_access import (
     ManifestSource,
     PipelineAccess,
@@ -40,6 +42,7 @@ from pipeline.gateway.templates import ChatTemplate
 from pipeline.models.config import CONFIG_FILE, load_config
 from pipeline.orchestrator.open_pipeline import Pipeline
 from pipeline.protocol.tide_window import TideWindow
+from pipeline.sessions.session_book import HomeSession
 from pipeline.stego.service import StegoService
 from pipeline.tasks import open_tasks
 
@@ -81,7 +84,8 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         logger.info("event=privacy_budget detail=%r", budget.describe(budget.max_rows))
     engine = PipelineEngine(limits, budget, flags.prefixes)
     registry = CollectorRegistry()
-    desk = Desk(config, engine, tokenizer, GatewayMetrics(registry))
+    sessions = _sessions(flags, manifest, window)
+    desk = Desk(config, engine, tokenizer, GatewayMetrics(registry), sessions)
     service = Service(desk, engine)
     overview = Overview(manifest, limits, lambda: engine.stats, service.stages)
     stego: StegoService | None = None
@@ -129,6 +133,15 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     number = run_until_signalled(run, leave)
     if number is not None:
         raise typer.Exit(0)
+
+
+def _sessions(
+    flags: ServeFlags, manifest: Manifest, window: TideWindow | None
+) -> Callable[[str, str], HomeSession] | None:
+    """What opens sessions that outlive their requests. Raises InputError."""
+    if flags.secret_file is None:
+        return None
+    return session_book(flags.secret_file, manifest, window).open
 
 
 def _limits(flags: ServeFlags, manifest: Manifest, window: TideWindow | None) -> Limits:

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 
 import trio
 
@@ -11,6 +12,7 @@ from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, EnclaveTrust, Trust
 from pipeline.cli.compute_options import parse_cpus, precision_of
 from pipeline.cli.error_reporting import new_app, run_app
+from pipeline.cli.kept_sessions import opened_store
 from pipeline.cli.logs import configure_logging
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.service_manager import ServiceManager
@@ -101,7 +103,7 @@ def serve(flags: WorkerFlags) -> None:
         patience_ms=PATIENCE_MS,
         allow_dial=networks,
     )
-    _run(setup, control, data_in, once=flags.once, until_stdin_ends=flags.until_stdin_ends)
+    _run(setup, control, data_in, flags)
 
 
 def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
@@ -111,21 +113,23 @@ def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
     return EnclaveTrust.create(manifest, stage_idx)
 
 
-def _run(
-    setup: StageSetup,
-    control: Endpoint,
-    data_in: Endpoint,
-    *,
-    once: bool,
-    until_stdin_ends: bool,
-) -> None:
-    worker, manager = StageWorker(setup), ServiceManager({} if until_stdin_ends else os.environ)
+def _run(setup: StageSetup, control: Endpoint, data_in: Endpoint, flags: WorkerFlags) -> None:
+    is_supervised = flags.until_stdin_ends
+    manager = ServiceManager({} if is_supervised else os.environ)
+    worker: StageWorker | None = None
 
     async def leave() -> None:
         manager.stopping()
-        await worker.leave()
+        if worker is not None:
+            await worker.leave()
 
     async def main() -> None:
+        nonlocal worker
+        async with opened_store(flags.store, setup) as store:
+            worker = StageWorker(replace(setup, store=store))
+            await serve_on(worker)
+
+    async def serve_on(worker: StageWorker) -> None:
         with listen(control) as control_listener, listen(data_in) as data_listener:
             logger.info(
                 "event=listening stage=%d layers=%d-%d dtype=%s kernels=%s control=%s data_in=%s "
@@ -141,13 +145,13 @@ def _run(
             )
             async with open_tasks() as tasks:
                 tasks.start_soon(manager.keep_informed, lambda: True)
-                if until_stdin_ends:
+                if is_supervised:
                     tasks.start_soon(_cancel_at_end_of_stdin, tasks.cancel_scope)
-                await worker.serve(control_listener, data_listener, once=once)
+                await worker.serve(control_listener, data_listener, once=flags.once)
                 tasks.cancel_scope.cancel()
 
     signals = [signal.SIGTERM]
-    if until_stdin_ends:
+    if is_supervised:
         # Ctrl-C reaches every process of a terminal; the supervisor says when its workers leave.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     else:

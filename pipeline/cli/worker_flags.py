@@ -12,6 +12,7 @@ from pipeline.cli.compute_options import (
     KvMemoryFlag,
     ThreadsFlag,
 )
+from pipeline.cli.kv_store_flags import KvStoreFlags
 from pipeline.cli.logs import LogFormat
 from pipeline.cli.settings import Address, Flag, Settings
 from pipeline.cli.shared_options import (
@@ -65,6 +66,7 @@ class WorkerFlags(Settings):
     cpus: Annotated[str | None, Flag("LIST", f"{CPUS_HELP} [none].")] = None
     device: DeviceFlag = None
     kv_memory: KvMemoryFlag = None
+    store: KvStoreFlags
     once: Annotated[bool, Flag(None, "Exit after the first session.")] = False
     until_stdin_ends: Annotated[
         bool, Flag(None, "End when stdin does: for supervisors.", is_by_hand=True)

@@ -19,13 +19,14 @@ from pipeline.doors.messages import Door, DoorError, DoorFault, InferRequest
 from pipeline.dtypes import Floats
 from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.engine.step_runner import RunnerStats
-from pipeline.errors import InputError, SessionError
+from pipeline.errors import InputError, SessionError, StoreError
 from pipeline.orchestrator.client_ends import ClientEnds
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import CLEAR_SENTINEL
 from pipeline.protocol.step_results import StepResult, result_to_wire
+from pipeline.protocol.stored_state import Mark
 from transport.tensor_frames import Tensor
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ LAST_PAUSE_SECONDS = 2.0
 # Where every answer is another worker's that has heard of nothing, or of another key, none will do.
 MAX_REBUILDS = 5
 MAX_WRONG_KEYS = 5
+OWN_STORE = "a door keeps its sessions by itself"
 # What asking again does not change. All else may be over soon, and so may be what keeps a door from
 # being reached.
 _FINAL = frozenset(
@@ -148,6 +150,19 @@ class DoorPipeline:
     def vocab_size(self) -> int:
         """Of the model."""
         return self._ends.vocab_size
+
+    @property
+    def is_row_exact(self) -> bool:
+        """Unknown of what is behind a door."""
+        return False
+
+    async def save(self, *_: object) -> Sequence[Sequence[Mark]]:
+        """A door keeps sessions by itself. Raises StoreError."""
+        raise StoreError(OWN_STORE)
+
+    async def load(self, *_: object) -> None:
+        """A door keeps sessions by itself. Raises StoreError."""
+        raise StoreError(OWN_STORE)
 
     async def notify(self, notices: Sequence[Notice]) -> None:
         """A door hears of nothing but steps."""

@@ -11,9 +11,10 @@ where rows are noisy: noise belongs to one request's rows.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from pipeline.engine.idle_prefixes import IdlePrefix, IdlePrefixes, PrefixOptions, common_length
-from pipeline.engine.request import RequestState
+from pipeline.engine.request import RequestState, has_all_steps
 from pipeline.engine.slots import Slots
 from pipeline.engine.step import Step
 from pipeline.protocol.batch import Segment
@@ -24,6 +25,17 @@ from pipeline.protocol.tide_window import TideWindow
 
 # To copy less takes longer than to compute it: it is a step of its own.
 MIN_COPY = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Transfer:
+    """A slot's first `length` tokens on their way from a session's store, or to it."""
+
+    state: RequestState
+    length: int
+    is_load: bool = False
+    # Of a request that has left: whether the slot may come to hold a token more.
+    has_more: bool = False
 
 
 class Admission:
@@ -47,6 +59,14 @@ class Admission:
         self._is_exact = False
         # Those whose prompt begins as one that is being read.
         self._followers: list[RequestState] = []
+        # What is to be loaded from sessions and saved to them, and which of it is under way.
+        self._due: list[Transfer] = []
+        self._under_way: list[Transfer] = []
+
+    @property
+    def has_transfers(self) -> bool:
+        """Whether anything is being loaded or saved, or is to be."""
+        return bool(self._due or self._under_way)
 
     @property
     def has_room(self) -> bool:
@@ -66,13 +86,17 @@ class Admission:
     def admit(self, state: RequestState, running: Collection[RequestState]) -> None:
         """Give a request its slot; there has to be room. `running`: those that own one."""
         idle, length, leader, num_led = None, 0, None, 0
-        salt = self._salt(state)
+        salt, wanted = self._salt(state), state.request.prompt_ids[:-1]
         if salt is not None:
-            wanted = state.request.prompt_ids[:-1]
             idle, length = self.idle.longest(salt, wanted)
-            whole = [each for each in running if self._stays_whole(each)]
-            leader, num_led = _leader(salt, wanted, whole)
-        if idle is not None and length >= num_led and self._may_go_on(idle, length):
+            leaders = [each for each in running if self._stays_whole(each)]
+            leader, num_led = _leader(salt, wanted, leaders)
+        num_stored = self._num_stored(state, wanted)
+        if num_stored >= max(length, num_led) + MIN_COPY:
+            state.slot = self._empty_slot()
+            state.num_loading = num_stored
+            self._due.append(Transfer(state, num_stored, is_load=True))
+        elif idle is not None and length >= num_led and self._may_go_on(idle, length):
             self.idle.take(idle.slot)
             if length < len(idle.token_ids):
                 self.slots.take_back(idle.slot, length)
@@ -80,7 +104,8 @@ class Admission:
             self._reuse(state, idle.pieces, length)
         elif idle is not None and length >= max(num_led, MIN_COPY) and self._is_whole(idle):
             state.slot = self._empty_slot(but=idle.slot)
-            self.slots.copy(idle.slot, state.slot, length)
+            whole = has_all_steps(idle.pieces)
+            self.slots.copy(idle.slot, state.slot, length, is_replayable=whole)
         else:
             state.slot = self._empty_slot()
             if num_led >= MIN_COPY:
@@ -94,7 +119,8 @@ class Admission:
             if leader is None or leader not in running:
                 state.leader = None
             elif leader.num_sent >= state.num_led:
-                self.slots.copy(leader.slot, state.slot, state.num_led)
+                whole = leader.is_replayable
+                self.slots.copy(leader.slot, state.slot, state.num_led, is_replayable=whole)
                 state.leader = None
         self._followers = [state for state in self._followers if state.leader is not None]
 
@@ -102,14 +128,15 @@ class Admission:
         """What stages are to forget, or to copy; there is something. `by_slot`: who runs."""
         orders = self.slots.next_orders()
         kind, segments = StepKind.TRUNCATE, list[Segment]()
-        for index, (target, length, source, _) in enumerate(orders):
+        for index, (target, length, source, _, is_replayable) in enumerate(orders):
             if source is None:
                 segments.append(Segment(target, length, 0))
                 continue
             kind = StepKind.COPY
             segments += (Segment(source, 0, length), Segment(target, 0, length))
             if target in by_slot:  # else its request has left
-                self._reuse(by_slot[target], (SlotPart(number, index, 0, length),), length)
+                part = SlotPart(number, index, 0, length)
+                self._reuse(by_slot[target], (part,) if is_replayable else (), length)
         header = StepHeader(kind, number, tuple(segments), (Want.NOTHING,) * len(segments))
         return Step(header, (), (), freed=tuple(each.slot for each in orders if each.frees))
 
@@ -119,6 +146,37 @@ class Admission:
         `has_more`: whether the slot may come to hold a token more than its request knows of.
         """
         state.leader = None
+        if state.num_loading:  # its slot is not let go of before stages have done with it
+            return
+        if keeps and state.request.stored is not None and self._is_exact and state.num_sent:
+            self._due.append(Transfer(state, state.num_sent, has_more=has_more))
+            return
+        self._give_back(state, keeps=keeps, has_more=has_more)
+
+    def take_transfers(self) -> list[Transfer]:
+        """What is to be loaded and saved from now on; each ends with `loaded` or `saved`."""
+        due, self._due = self._due, []
+        self._under_way += due
+        return due
+
+    def loaded(self, transfer: Transfer, *, is_done: bool, has_left: bool) -> None:
+        """Stages hold what was to be loaded, or, unless it `is_done`, some of it perhaps."""
+        self._under_way.remove(transfer)
+        state = transfer.state
+        state.num_loading = 0
+        if has_left:
+            self.slots.end(state.slot)
+        elif is_done:
+            self._reuse(state, (), transfer.length)
+        else:
+            self.slots.take_back(state.slot, 0)
+
+    def saved(self, transfer: Transfer) -> None:
+        """Stages have saved a slot, or cannot: it is let go of."""
+        self._under_way.remove(transfer)
+        self._give_back(transfer.state, keeps=True, has_more=transfer.has_more)
+
+    def _give_back(self, state: RequestState, *, keeps: bool, has_more: bool) -> None:
         salt = self._salt(state)
         length = min(state.num_sent, self.idle.max_tokens)
         held = state.num_sent + has_more
@@ -133,6 +191,8 @@ class Admission:
     def rewind(self, owned: Collection[int]) -> None:
         """Every stage goes back to what is certain of these slots, and to nothing of all others."""
         self.idle.clear()
+        self._due.clear()
+        self._under_way.clear()
         self.slots.rewind(owned)
 
     def _reuse(self, state: RequestState, pieces: Collection[SlotPart], length: int) -> None:
@@ -140,6 +200,10 @@ class Admission:
         state.hold(pieces, length)
         self.num_hits += 1
         self.num_cached_tokens += length
+
+    def _num_stored(self, state: RequestState, wanted: Sequence[int]) -> int:
+        stored = state.request.stored
+        return common_length(stored.stored_ids, wanted) if stored and self._is_exact else 0
 
     def _may_go_on(self, idle: IdlePrefix, length: int) -> bool:
         """Whether a slot may be taken back to so many tokens of those that it holds, for good.

@@ -16,6 +16,7 @@ from typing import NoReturn
 import trio
 
 from pipeline.codecs.privacy_budget import PrivacyBudget
+from pipeline.engine.admission import Transfer
 from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.request import Request
@@ -23,17 +24,21 @@ from pipeline.engine.scheduler import Limits, Scheduler
 from pipeline.engine.step import Step
 from pipeline.engine.step_choice import choice_of
 from pipeline.engine.step_runner import RunnerStats, StepRunner
+from pipeline.engine.stored_text import SlotStages
 from pipeline.engine.token_stream import Listener, TokenStream
 from pipeline.errors import (
     InputError,
     PromptError,
     RequestFailed,
     SessionError,
+    StateRefused,
+    StoreError,
 )
 from pipeline.protocol.result_kinds import NO_TOKEN, Result
 from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.step_results import StepResult
 from pipeline.sampling.sampler import Choice, Sampler
+from pipeline.tasks import open_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +143,8 @@ class PipelineEngine:
         """
         while True:
             await self.drain(pipeline)
+            if self.scheduler.has_work:
+                continue  # it came while the last of that was ending
             self._has_work = trio.Event()
             with trio.move_on_at(self.scheduler.admission.idle.next_expiry):
                 await self._has_work.wait()
@@ -149,10 +156,15 @@ class PipelineEngine:
         takes its time, and the stages need not wait for it.
         """
         self._runner = pipeline
+        async with open_tasks() as tasks:
+            await self._drain(pipeline, tasks)
+
+    async def _drain(self, pipeline: StepRunner, tasks: trio.Nursery) -> None:
         scheduler = self.scheduler
         try:
             scheduler.admission.expire()
             while scheduler.has_work:
+                self._has_work = trio.Event()
                 while (step := scheduler.next_step()) is not None:
                     self._last_batch = len(step.header.segments)
                     self._note_rows(step)
@@ -160,12 +172,38 @@ class PipelineEngine:
                         await pipeline.notify(notices)
                     await pipeline.send(step)
                 self._hand_out()
+                for transfer in scheduler.admission.take_transfers():
+                    tasks.start_soon(self._transfer, transfer, pipeline)
+                if not scheduler.has_steps:
+                    await self._has_work.wait()
+                    continue
                 scheduler.admission.expire()
                 # A step that is promised is sent even if nobody pays for its row.
                 pipeline.prepare(None if self._budget else scheduler.follow_up())
                 self._take(await pipeline.receive())
         finally:
             self._hand_out()  # the pipeline may fail with a step's tokens in hand: they count
+
+    async def _transfer(self, transfer: Transfer, stages: SlotStages) -> None:
+        """Load or save what a session has stored; without it a text takes longer, and no more."""
+        state, is_done = transfer.state, True
+        stored = state.request.stored
+        assert stored is not None  # else nothing would be transferred
+        try:
+            if transfer.is_load:
+                await stored.load(stages, state.slot, transfer.length)
+            else:
+                token_ids = state.known(0, state.num_known)
+                await stored.save(stages, state.slot, token_ids, transfer.length)
+        except (StateRefused, StoreError) as error:
+            is_done = False
+            kind = "load" if transfer.is_load else "save"
+            logger.warning("event=session_%s_failed detail=%r", kind, str(error))
+        if transfer.is_load:
+            self.scheduler.loaded(transfer, is_done=is_done)
+        else:
+            self.scheduler.admission.saved(transfer)
+        self._has_work.set()
 
     def fail(self, error: SessionError) -> None:
         """Give up: every open request hears of it, and so does whoever comes later."""
@@ -199,6 +237,7 @@ class PipelineEngine:
             want,
             sampler.next_draw if sampler and want.result is Result.DRAWN else None,
             generation.salt,
+            generation.stored,
         )
         self.scheduler.submit(request)
         if self._budget is not None:

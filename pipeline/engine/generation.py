@@ -8,6 +8,7 @@ import trio
 
 from pipeline.engine.home_times import Times
 from pipeline.engine.request import FinishReason
+from pipeline.engine.stored_text import StoredText
 from pipeline.errors import InputError
 from pipeline.protocol.result_kinds import MAX_TOP, Result, Want
 from pipeline.protocol.step_header import StageTiming
@@ -26,6 +27,7 @@ class Generation:
     so are `masks` and what `chooser` makes for this request, in the place of `sampling`'s.
     `request_id` is the caller's name for it in logs. `salt`: whose text it is; it goes on from what
     requests of the same salt have left on the stages, and leaves its own to them; None: neither.
+    `stored`: the session that its text goes on from, and becomes.
     `vocab_size`: token ids the model has, so that
     the last stage can be told which are allowed; 0 if that is not known. Raises InputError if what
     `sampling` wants cannot be had of so few tokens.
@@ -41,6 +43,7 @@ class Generation:
     request_id: str = ""
     vocab_size: int = 0
     salt: bytes | None = None
+    stored: StoredText | None = None
 
     def __post_init__(self) -> None:
         """Check what the parameters alone cannot."""

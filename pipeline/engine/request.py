@@ -1,9 +1,10 @@
 """A request on its way from prompt to last token."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from pipeline.engine.stored_text import StoredText
 from pipeline.protocol.replay_history import SlotPart, truncate
 from pipeline.protocol.result_kinds import Want
 from pipeline.sampling.draw import Draw
@@ -31,6 +32,8 @@ class Request:
     # Whose text it is: what it leaves in its slot is there for requests of the same salt, and no
     # other. None: for nobody.
     salt: bytes | None = None
+    # The session that its text goes on from, and becomes.
+    stored: StoredText | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +53,18 @@ class RequestState:
     # Whose first `num_led` tokens are to be copied once they have been sent: nothing goes before.
     leader: "RequestState | None" = None
     num_led: int = 0
+    # Stored tokens that are being loaded into its slot: nothing goes before.
+    num_loading: int = 0
+
+    @property
+    def may_send(self) -> bool:
+        """Whether its slot holds all that it is to be given."""
+        return self.leader is None and not self.num_loading
+
+    @property
+    def is_replayable(self) -> bool:
+        """Whether all that its slot holds came there in steps: what was loaded did not."""
+        return has_all_steps(self.pieces)
 
     @property
     def num_known(self) -> int:
@@ -98,6 +113,11 @@ class RequestState:
         """Take back the last so many: their step is lost, or is to be forgotten by the stages."""
         self.num_sent -= num_tokens
         truncate(self.pieces, self.num_sent)
+
+
+def has_all_steps(pieces: Sequence[SlotPart]) -> bool:
+    """Whether these are all steps of what a slot holds, from its first token on."""
+    return bool(pieces) and pieces[0].position == 0
 
 
 @dataclass(frozen=True, slots=True)

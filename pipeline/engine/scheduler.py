@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.codecs.base import ActivationCodec
-from pipeline.engine.admission import Admission
+from pipeline.engine.admission import Admission, Transfer
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.prefill_chunks import cut_prompts
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
@@ -99,7 +99,13 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any request, or any step under way, is left."""
-        return bool(self._waiting or self._running or self._in_flight or self._slots.is_dirty)
+        waits = self._waiting or self._running or self.admission.has_transfers
+        return bool(waits or self._in_flight or self._slots.is_dirty)
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether a step is under way, and so a result to come."""
+        return bool(self._in_flight)
 
     @property
     def num_running(self) -> int:
@@ -134,6 +140,11 @@ class Scheduler:
             self.admission.leave(state, keeps=keeps, has_more=self._promise.is_given)
             self._notices.append(Abort(request_id=request_id))
         del self._losses[request_id]  # a Counter does not mind one it has not
+
+    def loaded(self, transfer: Transfer, *, is_done: bool) -> None:
+        """A load has come to its end: the slot holds the tokens, or none."""
+        has_left = transfer.state.request.request_id not in self._running
+        self.admission.loaded(transfer, is_done=is_done, has_left=has_left)
 
     def take_back(self, request_id: int, length: int) -> None:
         """Make the stages forget all but a request's first `length` tokens, by the very next step.
@@ -170,6 +181,10 @@ class Scheduler:
         # What came before it has come back. A slot may hold what another request has sent there.
         first = self._in_flight[0].header.step if self._in_flight else self._next_step
         lost = [slot for slot, state in by_slot.items() if state.unsend_since(first)]
+        for state in by_slot.values():
+            state.num_loading = 0
+            if not state.is_replayable:  # no stage could be given again what was loaded
+                state.unsend(state.num_sent)
         self._in_flight.clear()
         self._promise.void()
         for slot in lost:
@@ -332,7 +347,7 @@ class Scheduler:
                 alone = [(self._running[request_id], self.limits.chunk_tokens)]
                 return alone if num_idle == self.limits.num_stages else []
         running = self._running.values()
-        left = [state for state in running if state.num_prompt_left and state.leader is None]
+        left = [state for state in running if state.num_prompt_left and state.may_send]
         return [*self._decoding(), *cut_prompts(left, num_idle, self.limits.chunk_tokens)]
 
     def _decoding(self) -> list[tuple[RequestState, int]]:

@@ -14,6 +14,8 @@ class Order(NamedTuple):
     source: int | None = None
     # Whether nobody owns the slot any more once this is done.
     frees: bool = False
+    # Whether what is copied came there in steps, all of it.
+    is_replayable: bool = True
 
 
 class Slots:
@@ -50,9 +52,9 @@ class Slots:
         """Only its first `length` tokens are to stay."""
         self._forget(Order(slot, length))
 
-    def copy(self, source: int, target: int, length: int) -> None:
+    def copy(self, source: int, target: int, length: int, *, is_replayable: bool = True) -> None:
         """The first `length` tokens of one slot are to be in another as well, which has none."""
-        self._orders.append(Order(target, length, source))
+        self._orders.append(Order(target, length, source, is_replayable=is_replayable))
 
     def next_orders(self) -> tuple[Order, ...]:
         """What comes next, said once: all to be forgotten, or all to be copied, each slot once."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.engine.step import FollowUp, Notice, Step
+from pipeline.engine.stored_text import SlotStages
 from pipeline.protocol.step_results import StepResult
 
 
@@ -18,7 +19,7 @@ class RunnerStats:
     recovery_seconds: float = 0.0
 
 
-class StepRunner(Protocol):
+class StepRunner(SlotStages, Protocol):
     """What runs steps: the connected `Pipeline`, or a `LocalPipeline`."""
 
     @property

@@ -14,6 +14,7 @@ from typing import TypeVar
 import trio
 
 from pipeline.engine.generation import Engine, Generation
+from pipeline.engine.stored_text import StoredText
 from pipeline.errors import InputError, PromptError
 from pipeline.gateway.auth import KeyRing, prefix_salt
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
@@ -63,7 +64,10 @@ class Desk:
         engine: Engine,
         tokenizer: GatewayTokenizer,
         metrics: GatewayMetrics,
+        sessions: Callable[[str, str], StoredText] | None = None,
     ) -> None:
+        """`sessions`: the one that somebody calls by a name, where any are kept."""
+        self._sessions = sessions
         self.config = config
         self.tokenizer = tokenizer
         self.metrics = metrics
@@ -162,8 +166,9 @@ class Desk:
             self._check_ids(sampling.allowed_token_ids or (), "allowed_token_ids")
         prompts = await self._encode_all(order)
         try:
+            stored = self._stored(order, num_choices, caller)
             salt = None if caller is None else prefix_salt(caller, order.cache_salt)
-            generations = self._generations(order, prompts, max_tokens, record, salt)
+            generations = self._generations(order, prompts, max_tokens, record, salt, stored)
         except InputError as error:
             raise invalid(str(error), None) from error
         options = TextOptions(order.shows_special_tokens, order.includes_stop)
@@ -178,6 +183,7 @@ class Desk:
         max_tokens: int,
         record: RequestRecord,
         salt: bytes | None,
+        stored: StoredText | None,
     ) -> tuple[Generation, ...]:
         ends = frozenset() if order.ignores_eos else self.config.eos_token_ids
         return tuple(
@@ -189,10 +195,21 @@ class Desk:
                 request_id=record.request_id,
                 vocab_size=self._vocab_size,
                 salt=salt,
+                stored=stored,
             )
             for prompt_ids in prompts
             for sampling in order.sampling
         )
+
+    def _stored(self, order: Order, num_choices: int, caller: bytes | None) -> StoredText | None:
+        """The caller's session that an order names. Raises ApiError, or InputError."""
+        if order.session is None:
+            return None
+        if self._sessions is None:
+            raise invalid("This server keeps no sessions (--secret-file).", "session")
+        if num_choices != 1:
+            raise invalid("A session goes on in one way: ask for one continuation.", "session")
+        return self._sessions((caller or b"").hex(), order.session)
 
     @asynccontextmanager
     async def generate(self, job: Job) -> AsyncIterator[PieceStream]:

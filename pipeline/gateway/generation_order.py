@@ -31,7 +31,8 @@ class Order:
     `sampling` says for each continuation of a prompt how its tokens are chosen, and so how many
     there are. `max_tokens` None: as many as the context holds. `truncates_to`: of a longer prompt,
     its last so many tokens; -1 for as many as fit. `adds_special_tokens` None: as is usual.
-    `cache_salt`: prompts go on from those of its caller's that had the same.
+    `cache_salt`: prompts go on from those of its caller's that had the same. `session`: its
+    caller's name for what is kept of the text, for a prompt that begins with it.
     """
 
     model: str
@@ -47,3 +48,4 @@ class Order:
     shows_special_tokens: bool = False
     includes_stop: bool = False
     cache_salt: str | None = None
+    session: str | None = None

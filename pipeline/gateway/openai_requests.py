@@ -41,6 +41,8 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 _INT64 = 1 << 63
 _Count = Annotated[int, Field(ge=1)]
+# Of a session's name.
+MAX_SESSION_CHARS = 256
 _Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
@@ -64,7 +66,8 @@ class _Sampled(Schema):
 
     Beyond OpenAI's fields, as vLLM has them: top_k, min_p, repetition_penalty, ignore_eos,
     min_tokens, allowed_token_ids, stop_token_ids, include_stop_str_in_output, skip_special_tokens,
-    add_special_tokens, truncate_prompt_tokens, cache_salt; and our own: chooser.
+    add_special_tokens, truncate_prompt_tokens, cache_salt; and our own: chooser,
+    session.
     """
 
     model: str
@@ -90,6 +93,7 @@ class _Sampled(Schema):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
     min_tokens: Annotated[int, _within("min_tokens")] | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
+    session: Annotated[str, Field(min_length=1, max_length=MAX_SESSION_CHARS)] | None = None
     allowed_token_ids: (
         Annotated[tuple[_Id, ...], Field(min_length=1, max_length=MAX_ALLOWED)] | None
     ) = None
@@ -185,6 +189,7 @@ class _Sampled(Schema):
             shows_special_tokens=self.skip_special_tokens is False,
             includes_stop=bool(self.include_stop_str_in_output),
             cache_salt=self.cache_salt,
+            session=self.session,
             **fields,
         )
 

@@ -5,9 +5,13 @@ from collections.abc import Sequence
 
 from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.engine.step_runner import RunnerStats
+from pipeline.errors import StoreError
 from pipeline.orchestrator.model_ends import REMOTE_ENDS, ModelEnds
 from pipeline.protocol.step_results import StepResult
+from pipeline.protocol.stored_state import Mark
 from pipeline.stage.step_executor import StageCore
+
+NO_STORE = "stages in this process have no store of sessions"
 
 
 class LocalPipeline:
@@ -36,6 +40,14 @@ class LocalPipeline:
     async def receive(self) -> StepResult:
         """The oldest result."""
         return self._results.popleft()
+
+    async def save(self, *_: object) -> Sequence[Sequence[Mark]]:
+        """Nothing outlives this process. Raises StoreError."""
+        raise StoreError(NO_STORE)
+
+    async def load(self, *_: object) -> None:
+        """Nothing has outlived it. Raises StoreError."""
+        raise StoreError(NO_STORE)
 
     def run(self, step: Step) -> StepResult:
         """Run one step through every stage."""

@@ -16,12 +16,14 @@ from pipeline.orchestrator.connector import Connector
 from pipeline.orchestrator.epochs import Epochs, ReplaySource
 from pipeline.orchestrator.loss_record import Losses
 from pipeline.orchestrator.model_ends import REMOTE_ENDS, ModelEnds
+from pipeline.orchestrator.slot_orders import SlotOrders
 from pipeline.orchestrator.stage_watch import HEALTH_SECONDS, Expectation, RemoteStage
 from pipeline.orchestrator.step_link import StepLink
 from pipeline.placement.base import Placement, Progress
 from pipeline.protocol.messages import Ready, Shutdown, Start
 from pipeline.protocol.peer_connections import GOODBYE_SECONDS
 from pipeline.protocol.step_results import StepResult
+from pipeline.protocol.stored_state import Mark, StoredSlot
 from pipeline.tasks import open_tasks
 from transport.dial_and_listen import Endpoint, Listener
 
@@ -78,6 +80,7 @@ class Pipeline:
         self._losses = Losses()
         self._epochs = Epochs(connector, listener, options.patience_ms, options.ends)
         self._link: StepLink | None = None
+        self._orders = SlotOrders()
         tasks.start_soon(self._watch_progress)
 
     @property
@@ -169,6 +172,14 @@ class Pipeline:
             stage.note(notices)
         for stage in stages:
             await stage.tell()
+
+    async def save(self, slot: int, end: int, stored: StoredSlot) -> Sequence[Sequence[Mark]]:
+        """See `SlotStages.save`."""
+        return await self._orders.save(self.stages, slot, end, stored)
+
+    async def load(self, slot: int, length: int, stored: StoredSlot) -> None:
+        """See `SlotStages.load`."""
+        await self._orders.load(self.stages, slot, length, stored)
 
     def unbroken(self) -> AbstractAsyncContextManager[None]:
         """The body is cancelled by the loss of a stage or link, which is raised in its place."""

@@ -24,9 +24,14 @@ from pipeline.protocol.messages import (
     Health,
     Healthy,
     Init,
+    Load,
+    Loaded,
     Message,
+    NotStored,
     Ready,
     Rewind,
+    Save,
+    Saved,
     StageFigures,
     Waiting,
 )
@@ -72,6 +77,9 @@ class RemoteStage:
         self._num_unanswered = 0
         # Of requests' lives, what it has not been told yet.
         self._untold: deque[Notice] = deque()
+        # Orders to save and load that are under way, and what they were answered.
+        self._ordered: dict[int, trio.Event] = {}
+        self._answers: dict[int, Saved | Loaded | NotStored] = {}
         self.connected_at = trio.current_time()
         # What it last told of itself, and what before that: together they give rates.
         self.figures: StageFigures | None = None
@@ -130,6 +138,21 @@ class RemoteStage:
             await self.send(self._untold[0])
             self._untold.popleft()
 
+    async def order(self, order: Save | Load) -> Saved | Loaded | NotStored:
+        """Have the stage save or load; what it answers. Raises StageLost if it cannot be told.
+
+        One that is lost meanwhile answers never: whoever waits is cancelled then.
+        """
+        number = order.operation
+        self._ordered[number] = is_answered = trio.Event()
+        try:
+            await self.send(order)
+            await is_answered.wait()
+            return self._answers[number]
+        finally:
+            del self._ordered[number]
+            self._answers.pop(number, None)
+
     async def ready(self) -> Ready:
         """What the stage told of itself once both its data channels of this epoch stood."""
         await self._is_ready.wait()
@@ -177,16 +200,25 @@ class RemoteStage:
                 self._ready = message
                 self.keeps_activations = message.keeps_activations
                 self._is_ready.set()
+            case Saved() | Loaded() | NotStored():
+                # Else it is of an order that has been given up, as all are by a loss.
+                if message.operation in self._ordered:
+                    self._answers[message.operation] = message
+                    self._ordered[message.operation].set()
             case Broken():
                 self._on_broken(self._link_lost(message))
-            case Failure(code="refused", detail=detail):
-                raise SessionRefused(f"stage {self.idx} refused the session: {detail}")
-            case Failure(code="leaving", detail=detail):
-                raise StageLost(self.idx, detail)
-            case Failure(detail=detail):
-                raise SessionError(f"stage {self.idx} ended the session: {detail}")
+            case Failure():
+                raise self._ended(message)
             case _:
                 raise MessageError(f"stage {self.idx} sent {message.type!r} out of turn")
+
+    def _ended(self, failure: Failure) -> SessionError:
+        match failure.code:
+            case "refused":
+                return SessionRefused(f"stage {self.idx} refused the session: {failure.detail}")
+            case "leaving":
+                return StageLost(self.idx, failure.detail)
+        return SessionError(f"stage {self.idx} ended the session: {failure.detail}")
 
     def _check_ready(self, ready: Ready) -> None:
         """The stage is attested; this catches a worker started with other flags than planned."""

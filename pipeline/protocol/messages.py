@@ -11,6 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pipeline.agreement.manifest import MAX_STAGES
 from pipeline.errors import MessageError
 from pipeline.protocol.step_header import MAX_SEGMENTS, PROTOCOL_VERSION
+from pipeline.protocol.stored_state import (
+    KEY_BYTES,
+    MAX_SAVED_CHUNKS,
+    ROOT_BYTES,
+    SESSION_BYTES,
+)
 
 # Control messages are a few hundred bytes; an init with 32 measurements of two neighbours is 4 KB.
 MAX_CONTROL_BYTES = 64 << 10
@@ -170,6 +176,70 @@ class Rewind(_Message):
     replay_until: Annotated[int, Field(ge=1, lt=MAX_STAGES)] | None = None
 
 
+class _StoreOrder(_Message):
+    """Which stored session an order is about, and where what is stored of it ends.
+
+    The key is of this session and this stage alone, and the stage forgets it with the order.
+    """
+
+    type: Literal["save", "load"]
+    # Chosen by the orchestrator: the answer names it.
+    operation: Count
+    slot: Annotated[int, Field(ge=0, lt=MAX_SEGMENTS)]
+    session: Annotated[bytes, Field(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
+    key: Annotated[bytes, Field(min_length=KEY_BYTES, max_length=KEY_BYTES, repr=False)]
+    epoch: Count
+    # Chunks that are stored, and the end of the last; without one at 0, of no root.
+    num_chunks: Count
+    position: Count
+    root: Annotated[bytes, Field(max_length=ROOT_BYTES)]
+
+
+class Save(_StoreOrder):
+    """Orchestrator → stage: store a slot's positions from where what is stored ends, to `end`."""
+
+    type: Literal["save"] = "save"
+    end: Annotated[int, Field(ge=1)]
+
+
+class Load(_StoreOrder):
+    """Orchestrator → stage: put the first `length` stored positions into an empty slot."""
+
+    type: Literal["load"] = "load"
+    length: Annotated[int, Field(ge=1)]
+
+
+class Saved(_Message):
+    """Stage → orchestrator: done; where each new chunk ends, and its root."""
+
+    type: Literal["saved"] = "saved"
+    operation: Count
+    positions: Annotated[list[Count], Field(max_length=MAX_SAVED_CHUNKS)]
+    roots: Annotated[
+        list[Annotated[bytes, Field(min_length=ROOT_BYTES, max_length=ROOT_BYTES)]],
+        Field(max_length=MAX_SAVED_CHUNKS),
+    ]
+
+
+class Loaded(_Message):
+    """Stage → orchestrator: the slot holds them."""
+
+    type: Literal["loaded"] = "loaded"
+    operation: Count
+
+
+class NotStored(_Message):
+    """Stage → orchestrator: an order to save or load failed; a slot to be loaded is empty.
+
+    With `is_void` what is stored cannot be used by anybody again; otherwise the store fails.
+    """
+
+    type: Literal["not_stored"] = "not_stored"
+    operation: Count
+    is_void: bool
+    detail: Annotated[str, Field(max_length=1024)]
+
+
 class Failure(_Message):
     """Stage → orchestrator: the session is over. `detail` never holds prompt or activation.
 
@@ -199,6 +269,11 @@ Message = (
     | Abort
     | Broken
     | Rewind
+    | Save
+    | Load
+    | Saved
+    | Loaded
+    | NotStored
     | Failure
     | Shutdown
 )

@@ -1,9 +1,14 @@
 """What home knows of a session's stored keys and values, and tells the stages that stored them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 KEY_BYTES = 32
 ROOT_BYTES = 32
+SESSION_BYTES = 32
+# Most chunks that one order has stored: their roots come back in one message.
+MAX_SAVED_CHUNKS = 1024
 
 
 class Mark(NamedTuple):
@@ -11,3 +16,22 @@ class Mark(NamedTuple):
 
     position: int
     root: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """One stage's part of a session: its key, and the last of so many chunks."""
+
+    key: bytes = field(repr=False)
+    num_chunks: int
+    # Of no root where there is no chunk.
+    last: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSlot:
+    """A session as stages store it, each a part; `epoch` grows by one with every save."""
+
+    session: bytes
+    epoch: int
+    parts: Sequence[StoredPart]

@@ -21,7 +21,8 @@ from pipeline.sessions.sealing import Chunk
 from pipeline.tasks import open_tasks
 
 # Of each key. A session is a hash: `bytes`, `chunks`, for each chunk i `i:layers`, and `i:0`, `i:1`
-# ... its blobs. When each was last used is a sorted set.
+# ... its blobs. When each was last used is a sorted set, and who is not in there does not exist: a
+# Redis that died in the midst of writing its file may have run half a script once it is back.
 PREFIX = b"veilpipe:kv:"
 # Redis runs a script as a whole or not at all, and nothing else meanwhile.
 _COMMON = """
@@ -36,8 +37,8 @@ local function number(name, field)
   return tonumber(redis.call('HGET', prefix .. name, field) or 0)
 end
 local function touch(name, now, ttl)
-  redis.call('ZADD', used, now, name)
   redis.call('PEXPIRE', prefix .. name, ttl)
+  redis.call('ZADD', used, now, name)
 end
 """
 _WRITE = (
@@ -47,6 +48,9 @@ local now, ttl, name, index, max_bytes, max_sessions =
   ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 local first = 9
 local key = prefix .. name
+if not redis.call('ZSCORE', used, name) and redis.call('EXISTS', key) == 1 then
+  redis.call('DEL', key)
+end
 local chunks, bytes, behind = number(name, 'chunks'), number(name, 'bytes'), {}
 if index > chunks then return {-1, 0} end
 for chunk = index, chunks - 1 do
@@ -59,6 +63,7 @@ for chunk = index, chunks - 1 do
 end
 for at = first, #ARGV do bytes = bytes + #ARGV[at] end
 if bytes > max_bytes then return {-2, bytes} end
+redis.call('HSET', key, 'bytes', bytes)  -- refused if memory is full, while nothing is changed
 local others, total = {}, bytes
 for _, other in ipairs(redis.call('ZRANGE', used, 0, -1)) do
   if other ~= name then
@@ -75,8 +80,9 @@ for at, other in ipairs(others) do
   total = total - number(other, 'bytes')
   drop(other)
 end
+redis.call('ZREM', used, name)
 for _, field in ipairs(behind) do redis.call('HDEL', key, field) end
-redis.call('HSET', key, 'bytes', bytes, 'chunks', index + 1, index .. ':layers', #ARGV - first + 1)
+redis.call('HSET', key, 'chunks', index + 1, index .. ':layers', #ARGV - first + 1)
 for at = first, #ARGV do redis.call('HSET', key, index .. ':' .. (at - first), ARGV[at]) end
 touch(name, now, ttl)
 return {0, bytes}
@@ -87,8 +93,11 @@ _READ = (
     + """
 local now, ttl, name, index = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local blobs = {}
+if not redis.call('ZSCORE', used, name) then return blobs end
 for layer = 0, number(name, index .. ':layers') - 1 do
-  blobs[layer + 1] = redis.call('HGET', prefix .. name, index .. ':' .. layer) or ''
+  local blob = redis.call('HGET', prefix .. name, index .. ':' .. layer)
+  if not blob then return {} end
+  blobs[layer + 1] = blob
 end
 if #blobs > 0 then touch(name, now, ttl) end
 return blobs
@@ -127,7 +136,7 @@ class RedisStore:
         self._sessions_script = client.register_script(_SESSIONS)
 
     async def write(self, name: bytes, index: int, chunk: Chunk) -> None:
-        """See `KVStore.write`."""
+        """Write a chunk. Raises StoreError, as `KVStore.write` does."""
         limits = self._limits
         bounds = limits.max_bytes, limits.max_sessions
         code, num_bytes = await self._run(

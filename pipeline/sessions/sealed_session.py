@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+import trio
+
 from pipeline.errors import StateRefused
 from pipeline.kernels.kv_storage import LayerKV
 from pipeline.protocol.stored_state import Mark
@@ -58,6 +60,8 @@ class SealedSession:
         mark = self._seal.start
         for index in range(num_chunks):
             chunk = await self._store.read(self._name, index)
+            # A read in a thread ends in spite of a cancellation; the slot may be another's then.
+            await trio.lowlevel.checkpoint_if_cancelled()
             if chunk is None:
                 raise StateRefused(f"what was stored from position {mark.position} on is gone")
             start = mark.position

@@ -90,7 +90,7 @@ class Seal:
     """Seals and opens the chunks of one place under its session's key."""
 
     def __init__(self, key: bytes, place: Place, cipher: Cipher = Cipher.AES_256_GCM) -> None:
-        """`key` has 32 bytes, of this session and this stage alone."""
+        """`key`: of this session and stage alone. Raises ValueError unless it has 32 bytes."""
         if len(key) != KEY_BYTES:
             raise ValueError(f"a session's key has {KEY_BYTES} bytes, not {len(key)}")
         self._key = key

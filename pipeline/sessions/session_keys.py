@@ -1,5 +1,6 @@
 """From a client's secret to what names and seals its sessions."""
 
+import secrets
 from collections.abc import Sequence
 
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -21,6 +22,11 @@ class SessionKeys:
                 f"the secret has {len(secret)} bytes; it needs at least {MIN_SECRET_BYTES}"
             )
         self._secret = secret
+
+    @staticmethod
+    def new_secret() -> bytes:
+        """A secret that nobody has."""
+        return secrets.token_bytes(MIN_SECRET_BYTES)
 
     def session_id(self, owner: str, name: str) -> bytes:
         """32 bytes for the session that an owner, as an API key, calls by a name.

@@ -16,9 +16,11 @@ from pipeline.protocol.messages import (
     Failure,
     Health,
     Init,
+    Load,
     Message,
     Ready,
     Rewind,
+    Save,
     Shutdown,
     Start,
 )
@@ -29,6 +31,7 @@ from pipeline.stage.data_channels import DOWNSTREAM, UPSTREAM, LinkBroken, Neigh
 from pipeline.stage.decode_lane import Lane
 from pipeline.stage.dial_policy import Target
 from pipeline.stage.session_admission import expect_step
+from pipeline.stage.slot_storage import SlotStorage
 from pipeline.stage.stage_metrics import StageMeter
 from pipeline.stage.worker_setup import StageSetup, new_core
 from pipeline.tasks import open_tasks
@@ -97,6 +100,7 @@ class StageSession:
         self._neighbours = Neighbours(
             setup, init, control, meter, self._gate.frame_limits(limits.max_tensor_bytes)
         )
+        self._storage = SlotStorage(self._core, setup.store, control)
         self._requests: set[int] = set()
         self._rewind: Rewind | None = None
         self._is_rewound = trio.Event()
@@ -122,7 +126,7 @@ class StageSession:
         """Serve steps, whatever happens to data channels. Ends by raising the reason of the end."""
         try:
             async with open_tasks() as tasks:
-                tasks.start_soon(self._serve_control)
+                tasks.start_soon(self._serve_control, tasks)
                 epoch = _Epoch(self._init.epoch, self._setup.target(self._init.data_out))
                 while True:
                     with self._scope:
@@ -186,12 +190,12 @@ class StageSession:
             is_row_exact=setup.shard.is_row_exact,
         )
 
-    async def _serve_control(self) -> None:
+    async def _serve_control(self, tasks: trio.Nursery) -> None:
         while True:
             try:
                 # The answer is inside: a peer that asks and never reads is silent as well.
                 with trio.fail_after(SILENCE_SECONDS):
-                    self._take(message := await self._control.receive())
+                    self._take(message := await self._control.receive(), tasks)
                     if isinstance(message, Health):
                         await self._control.send(self._meter.answer(message, self._core))
             except trio.TooSlowError:
@@ -199,7 +203,7 @@ class StageSession:
             except (trio.EndOfChannel, trio.ClosedResourceError, TransportError) as error:
                 raise SessionEnded(f"orchestrator is gone ({describe(error)})") from error
 
-    def _take(self, message: Message) -> None:
+    def _take(self, message: Message, tasks: trio.Nursery) -> None:
         match message:
             case Health():
                 pass  # answered by the caller
@@ -212,9 +216,12 @@ class StageSession:
                 self._requests.discard(request_id)
             case Rewind():
                 self._check_rewind(message)
+                self._storage.cancel()
                 self._rewind = message
                 self._is_rewound.set()
                 self._scope.cancel()
+            case Save() | Load():
+                self._storage.take(message, tasks)
             case Shutdown():
                 self._is_over = True
                 raise SessionEnded("shutdown")

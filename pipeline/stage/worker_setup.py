@@ -12,6 +12,7 @@ from pipeline.models.registry import ModelShard
 from pipeline.protocol.step_limits import SessionLimits
 from pipeline.stage.activation_log import ActivationLog, log_bytes
 from pipeline.stage.dial_policy import DialPolicy, Network, Target
+from pipeline.stage.slot_storage import SlotStore
 from pipeline.stage.step_executor import StageCore
 from transport.dial_and_listen import Endpoint
 from transport.handshake import Role, RoleKind
@@ -42,6 +43,8 @@ class StageSetup:
     make_codec: Callable[[str, int], ActivationCodec] = make_codec
     # What may be dialed beside what the manifest names.
     allow_dial: tuple[Network, ...] = ()
+    # Where sessions that outlive a request are kept, if anywhere.
+    store: SlotStore | None = None
 
     @property
     def role(self) -> Role:

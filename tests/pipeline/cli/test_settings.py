@@ -145,7 +145,10 @@ BY_HAND = {
     "--weights-fd",
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.
-COMMANDS_BY_HAND = {"attest verify", "attest show", "keygen", "leakage", "plan", "shard"}
+COMMANDS_BY_HAND = {
+    "attest verify", "attest show", "keygen", "leakage", "plan", "session forget", "session list",
+    "shard",
+}  # fmt: skip
 
 
 def commands(command, name=""):

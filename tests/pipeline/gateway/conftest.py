@@ -171,7 +171,7 @@ def template():
 def make_desk(tokenizer, template):
     """A desk that knows its model, before `engine`; its metrics are in `registry`."""
 
-    def make(engine=None, *, keys=(KEY,), registry=None, tls=None, **limits):
+    def make(engine=None, *, keys=(KEY,), registry=None, tls=None, sessions=None, **limits):
         config = GatewayConfig(
             served_model_name=MODEL,
             chat_template=template,
@@ -182,7 +182,7 @@ def make_desk(tokenizer, template):
             limits=GatewayLimits(**limits),
         )
         metrics = GatewayMetrics(registry or CollectorRegistry())
-        desk = Desk(config, engine or FakeEngine(tokenizer), tokenizer, metrics)
+        desk = Desk(config, engine or FakeEngine(tokenizer), tokenizer, metrics, sessions)
         desk.open(tokenizer.vocab_size)
         return desk
 

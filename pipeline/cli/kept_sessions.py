@@ -1,0 +1,87 @@
+"""Sessions that outlive a command: which one, where stages keep theirs, and home its own part."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import model_validator
+
+from pipeline.agreement.manifest import Manifest
+from pipeline.cli.kv_store_flags import KvStoreFlags
+from pipeline.cli.settings import Flag, Settings
+from pipeline.errors import InputError, PolicyError
+from pipeline.protocol.tide_window import TideWindow
+from pipeline.sessions.sealing import Place
+from pipeline.sessions.session_book import HomeSession, SessionBook
+from pipeline.sessions.session_keys import SessionKeys
+from pipeline.sessions.stage_store import StageStore
+from pipeline.sessions.store_url import open_store
+from pipeline.stage.slot_storage import SlotStore
+from pipeline.stage.worker_setup import StageSetup
+from transport.errors import MisuseError
+from transport.private_files import create_private, read_private
+
+SecretFlag = Annotated[
+    Path | None, Flag("FILE", "Secret that sessions are sealed under; made if need be.")
+]
+
+
+class SessionFlags(Settings):
+    """Which session a text goes on from, and becomes."""
+
+    session: Annotated[str | None, Flag("NAME", "Go on where this session ended.")] = None
+    secret_file: SecretFlag = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.session is not None and self.secret_file is None:
+            raise InputError("--session needs --secret-file: a name, and what makes it yours")
+        return self
+
+    def open(self, manifest: Manifest, window: TideWindow | None) -> HomeSession | None:
+        """The session, if one is named. Raises InputError."""
+        if self.session is None or self.secret_file is None:
+            return None
+        return session_book(self.secret_file, manifest, window).open("", self.session)
+
+
+@asynccontextmanager
+async def opened_store(flags: KvStoreFlags, setup: StageSetup) -> AsyncIterator[SlotStore | None]:
+    """A stage's store, while the context is open. Raises InputError."""
+    url = flags.url
+    if url is None:
+        yield None
+        return
+    shard = setup.shard
+    place = Place(
+        session=b"",
+        core_hash=setup.manifest.core_hash(),
+        layer_start=shard.layer_start,
+        layer_end=shard.layer_end,
+        precision=setup.precision,
+        kernels=shard.kernels.name,
+    )
+    async with open_store(url, flags.limits) as store:
+        yield StageStore(store, place)
+
+
+def session_book(path: Path, manifest: Manifest, window: TideWindow | None = None) -> SessionBook:
+    """The sessions of a secret, which is made if there is none. Raises InputError."""
+    if manifest.dp is not None:
+        raise InputError("--secret-file: rows are noisy, and what noise was in is not kept")
+    if window is not None:
+        raise InputError("--secret-file: under a --window rows go that a session would need")
+    try:
+        if not path.exists():
+            create_private(path, SessionKeys.new_secret())
+        keys = SessionKeys(read_private(path))
+    except MisuseError as error:
+        raise PolicyError(f"--secret-file: {error}") from error
+    except OSError as error:
+        raise InputError(f"--secret-file: cannot use {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"--secret-file {path}: {error}") from error
+    directory = path.with_name(path.name + ".sessions")
+    core, num_stages = manifest.core_hash(), len(manifest.stages)
+    return SessionBook(directory, keys, manifest.model_name, core, num_stages)

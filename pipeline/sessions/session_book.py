@@ -1,0 +1,253 @@
+"""What home keeps of its sessions: the text, and which stored keys and values are of it.
+
+A file for each, sealed under the client's secret, since it holds the user's text. Without it
+nothing that stages have stored can be opened, or told from what was stored earlier: to forget a
+session is to remove its file.
+"""
+
+import base64
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgpack
+import trio
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from pipeline.engine.stored_text import SlotStages
+from pipeline.errors import InputError, StateRefused, StoreError
+from pipeline.files import is_file, write_atomically
+from pipeline.protocol.stored_state import MAX_SAVED_CHUNKS, Mark, StoredPart, StoredSlot
+from pipeline.sessions.sealing import CHUNK_POSITIONS
+from pipeline.sessions.session_keys import SessionKeys
+
+_NONCE_BYTES = 12
+_SALT_BYTES = 32
+_SUFFIX = ".session"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A session as home knows it. `marks`: of each stage, the ends of its stored chunks."""
+
+    owner: str
+    name: str
+    model: str
+    core_hash: bytes
+    salt: bytes
+    epoch: int = 0
+    token_ids: tuple[int, ...] = ()
+    marks: tuple[tuple[Mark, ...], ...] = ()
+
+    @property
+    def num_stored(self) -> int:
+        """Tokens of the text whose keys and values every stage has stored."""
+        ends = {marks[-1].position if marks else 0 for marks in self.marks}
+        return ends.pop() if len(ends) == 1 else 0
+
+
+class SessionBook:
+    """All sessions of one secret that run on one manifest's stages."""
+
+    def __init__(
+        self, directory: Path, keys: SessionKeys, model: str, core_hash: bytes, num_stages: int
+    ) -> None:
+        self._directory = directory
+        self._keys = keys
+        self._model = model
+        self._core_hash = core_hash
+        self._num_stages = num_stages
+        self._saving = trio.Lock()
+
+    def open(self, owner: str, name: str) -> "HomeSession":
+        """The session that an owner calls by a name, new if there is none. Raises InputError."""
+        if not name:
+            raise InputError("the name of a session is empty")
+        session_id = self._keys.session_id(owner, name)
+        record = self.read(session_id)
+        if record is None or record.model != self._model:
+            salt = os.urandom(_SALT_BYTES)
+            record = Record(owner, name, self._model, self._core_hash, salt)
+        if record.core_hash != self._core_hash or len(record.marks) != self._num_stages:
+            # Cut otherwise than it was: its text is computed anew.
+            none: tuple[tuple[Mark, ...], ...] = ((),) * self._num_stages
+            record = replace(record, core_hash=self._core_hash, marks=none)
+        return HomeSession(self, session_id, record)
+
+    def forget(self, owner: str, name: str) -> bool:
+        """Remove a session's record; whether there was one. Raises InputError."""
+        path = self._path(self._keys.session_id(owner, name))
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise InputError(f"cannot remove {path}: {error.strerror}") from error
+        return True
+
+    def records(self) -> Iterator[Record]:
+        """All sessions of this secret. Raises InputError."""
+        with suppress(FileNotFoundError):
+            for path in sorted(self._directory.glob("*" + _SUFFIX)):
+                with suppress(ValueError):
+                    record = self.read(bytes.fromhex(path.stem))
+                    if record is not None:
+                        yield record
+
+    def read(self, session_id: bytes) -> Record | None:
+        """A session's record, if there is one. Raises InputError where it is of another secret."""
+        path = self._path(session_id)
+        if not is_file(path):
+            return None
+        try:
+            sealed = base64.b64decode(path.read_bytes())
+            cipher = AESGCM(self._keys.record_key(session_id))
+            plain = cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], session_id)
+            found = msgpack.unpackb(plain, use_list=False)
+            marks = tuple(tuple(Mark(*mark) for mark in each) for each in found.pop("marks"))
+            return Record(**found, marks=marks)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        except (InvalidTag, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} is damaged, or of another secret; forget it") from error
+
+    def write(self, session_id: bytes, record: Record) -> None:
+        """Keep a session's record for good. Raises StoreError."""
+        fields = {name: getattr(record, name) for name in Record.__slots__}
+        plain: bytes = msgpack.packb(fields)
+        nonce = os.urandom(_NONCE_BYTES)
+        cipher = AESGCM(self._keys.record_key(session_id))
+        sealed = nonce + cipher.encrypt(nonce, plain, session_id)
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            text = base64.b64encode(sealed).decode()
+            write_atomically(self._path(session_id), text, is_private=True)
+            descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except (OSError, InputError) as error:
+            raise StoreError(f"cannot keep the session: {error}") from error
+
+    def stored(self, session_id: bytes, record: Record, counts: Sequence[int]) -> StoredSlot:
+        """What stages are told of so many first chunks each."""
+        parts = []
+        for idx, (marks, count) in enumerate(zip(record.marks, counts, strict=True)):
+            key = self._keys.stage_key(session_id, record.salt, self._core_hash, idx)
+            parts.append(StoredPart(key, count, marks[count - 1] if count else Mark(0, b"")))
+        return StoredSlot(session_id, record.epoch, parts)
+
+    @contextmanager
+    def locked(self, session_id: bytes, name: str) -> Iterator[None]:
+        """One process alone has a session meanwhile. Raises InputError."""
+        path = self._path(session_id).with_suffix(".lock")
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise InputError(f"session {name!r} is in use by another client") from error
+        finally:
+            os.close(descriptor)
+
+    def _path(self, session_id: bytes) -> Path:
+        return self._directory / (session_id.hex() + _SUFFIX)
+
+    async def save(
+        self,
+        session: "HomeSession",
+        stages: SlotStages,
+        slot: int,
+        token_ids: tuple[int, ...],
+        num_held: int,
+    ) -> None:
+        """See `HomeSession.save`; one after another, each going on from the one before."""
+        async with self._saving:
+            found = self.open(session.record.owner, session.record.name).record
+            record = replace(found, epoch=found.epoch + 1)
+            try:
+                marks = await self._store(
+                    session.session_id, record, stages, slot, token_ids, num_held
+                )
+            except StoreError:
+                none: tuple[tuple[Mark, ...], ...] = ((),) * self._num_stages
+                self.write(session.session_id, replace(record, token_ids=token_ids, marks=none))
+                raise
+            self.write(session.session_id, replace(record, token_ids=token_ids, marks=marks))
+
+    async def _store(
+        self,
+        session_id: bytes,
+        record: Record,
+        stages: SlotStages,
+        slot: int,
+        token_ids: tuple[int, ...],
+        num_held: int,
+    ) -> tuple[tuple[Mark, ...], ...]:
+        """Write what is new; all of it where what it would go on from is gone."""
+        common = 0
+        for one, other in zip(record.token_ids, token_ids[:num_held], strict=False):
+            if one != other:
+                break
+            common += 1
+        kept = [sum(mark.position <= common for mark in marks) for marks in record.marks]
+        for counts in (kept, [0] * len(kept)):
+            stored = self.stored(session_id, record, counts)
+            first = stored.parts[0].last.position
+            end = min(num_held, first + MAX_SAVED_CHUNKS * CHUNK_POSITIONS)
+            before = [each[:count] for each, count in zip(record.marks, counts, strict=True)]
+            if first == end:
+                return tuple(before)
+            try:
+                new = await stages.save(slot, end, stored)
+            except StoreError:
+                if not any(counts):
+                    raise
+                continue
+            return tuple((*old, *marks) for old, marks in zip(before, new, strict=True))
+        raise StoreError("stages have stored nothing")
+
+
+class HomeSession:
+    """One session, as the engine has it loaded and saved."""
+
+    def __init__(self, book: SessionBook, session_id: bytes, record: Record) -> None:
+        self.session_id = session_id
+        self.record = record
+        self._book = book
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else holds it meanwhile. Raises InputError where somebody does."""
+        with self._book.locked(self.session_id, self.record.name):
+            yield
+
+    @property
+    def stored_ids(self) -> tuple[int, ...]:
+        """The tokens whose keys and values stages have stored."""
+        return self.record.token_ids[: self.record.num_stored]
+
+    async def load(self, stages: SlotStages, slot: int, length: int) -> None:
+        """Put the first of them into a slot. Raises StateRefused, StoreError or StageLost."""
+        counts = []
+        for marks in self.record.marks:
+            before = sum(mark.position < length for mark in marks)
+            if before == len(marks):
+                raise StateRefused(f"{length} tokens are not stored")
+            counts.append(before + 1)
+        await stages.load(slot, length, self._book.stored(self.session_id, self.record, counts))
+
+    async def save(
+        self, stages: SlotStages, slot: int, token_ids: tuple[int, ...], num_held: int
+    ) -> None:
+        """Keep a text, and the keys and values of what the slot holds. Raises StoreError."""
+        await self._book.save(self, stages, slot, token_ids, num_held)
