@@ -1,24 +1,16 @@
-"""Sessions that outlive a command: which one, where stages keep theirs, and home its own part."""
+"""Sessions that outlive a command: which one, and what home keeps of it."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import model_validator
 
 from pipeline.agreement.manifest import Manifest
-from pipeline.cli.kv_store_flags import KvStoreFlags
 from pipeline.cli.settings import Flag, Settings
 from pipeline.errors import InputError, PolicyError
 from pipeline.protocol.tide_window import TideWindow
-from pipeline.sessions.sealing import Place
 from pipeline.sessions.session_book import HomeSession, SessionBook
 from pipeline.sessions.session_keys import SessionKeys
-from pipeline.sessions.stage_store import StageStore
-from pipeline.sessions.store_url import open_store
-from pipeline.stage.slot_storage import SlotStore
-from pipeline.stage.worker_setup import StageSetup
 from transport.errors import MisuseError
 from transport.private_files import create_private, read_private
 
@@ -44,26 +36,6 @@ class SessionFlags(Settings):
         if self.session is None or self.secret_file is None:
             return None
         return session_book(self.secret_file, manifest, window).open("", self.session)
-
-
-@asynccontextmanager
-async def opened_store(flags: KvStoreFlags, setup: StageSetup) -> AsyncIterator[SlotStore | None]:
-    """A stage's store, while the context is open. Raises InputError."""
-    url = flags.url
-    if url is None:
-        yield None
-        return
-    shard = setup.shard
-    place = Place(
-        session=b"",
-        core_hash=setup.manifest.core_hash(),
-        layer_start=shard.layer_start,
-        layer_end=shard.layer_end,
-        precision=setup.precision,
-        kernels=shard.kernels.name,
-    )
-    async with open_store(url, flags.limits) as store:
-        yield StageStore(store, place)
 
 
 def session_book(path: Path, manifest: Manifest, window: TideWindow | None = None) -> SessionBook:

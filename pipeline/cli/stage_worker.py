@@ -12,13 +12,13 @@ from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, EnclaveTrust, Trust
 from pipeline.cli.compute_options import parse_cpus, precision_of
 from pipeline.cli.error_reporting import new_app, run_app
-from pipeline.cli.kept_sessions import opened_store
 from pipeline.cli.logs import configure_logging
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.service_manager import ServiceManager
 from pipeline.cli.settings import takes_flags
 from pipeline.cli.shared_options import results_address
 from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
+from pipeline.cli.slot_store import opened_store
 from pipeline.cli.worker_flags import WorkerFlags
 from pipeline.errors import InputError
 from pipeline.kernels.runtime import set_num_threads
