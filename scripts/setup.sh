@@ -52,6 +52,14 @@ want_compiler() {
     "(Debian: apt-get install gcc python3-dev, then remove $venv/.veilpipe-base)" >&2
 }
 
+# Tests of stores start a Redis of their own; without one they are skipped.
+want_redis() {
+  command -v redis-server >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null && return
+  echo "setup: installing redis-server for the tests of stores" >&2
+  # Unpacked only: Debian would start one, which nobody here asked for.
+  { apt-get update && RUNLEVEL=1 apt-get install -y --no-install-recommends redis-server; } >/dev/null 2>&1 || true
+}
+
 mkdir -p "$(dirname "$venv")"
 exec 9>"$venv.lock"
 flock 9    # two scripts started together must not install over each other
@@ -92,6 +100,7 @@ for extra in base "$@"; do
   stamp="$venv/.veilpipe-$extra"
   [ "$(cat "$stamp" 2>/dev/null || true)" = "$want" ] && continue
   echo "setup: installing veilpipe${extra:+ ($extra)}, a minute the first time" >&2
+  [ "$extra" != test ] || want_redis
   if [ "$extra" = base ]; then install_base; else install_locked "$extra" || pip_failed; fi
   echo "$want" > "$stamp"
 done
