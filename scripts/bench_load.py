@@ -1,13 +1,15 @@
 """Seconds until a stage's weights are there, beside hashing the same bytes, interleaved.
 
 Usage: bench_load.py [--layers N] [--rounds N] [--threads 1,2] [--rows NAME,...] [--dir DIR]
+                     [--tokenizer FILE]
 
 A Llama shape of random weights (22 layers: 1.17 G parameters) is written once, 4.7 GB in float32,
 and removed at the end. A row of the table is a file in one precision, kept in another by a stage
 that holds the whole model; its last are those of the commands that prepare a shard. Each round
 hashes the file with hashlib, starts the stage and waits until it listens; `load` is what the stage
-says its weights took, `ready` the whole time since its start. Medians of the rounds, page cache
-warm.
+says its weights took, `ready` the whole time since its start. Row cold-start is of GPT-2's 124 M
+shape in float32: from starting two stages and an orchestrator until the second token. Medians of
+the rounds, page cache warm.
 """
 
 import hashlib
@@ -45,9 +47,21 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+GPT2_SHAPE = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
+}
 KEPT = {"F32": ("float32",), "BF16": ("bfloat16", "float32", "int8")}
 BIN = Path(sys.executable).parent
 PORT = 23650
+ROOT = Path(__file__).parents[1]
 LOADED = re.compile(r"event=weights_loaded .*seconds=([0-9.]+)")
 
 
@@ -89,6 +103,35 @@ def write_model(directory: Path, num_layers: int, stored: str) -> None:
     save_tensors(tensors, directory / "model.safetensors")
     config = {**SHAPE, "num_hidden_layers": num_layers}
     (directory / "config.json").write_text(json.dumps(config))
+
+
+def write_gpt2(directory: Path) -> None:
+    """A model of GPT-2's smallest shape, of random numbers."""
+    random = np.random.Generator(np.random.Philox(20240))
+    hidden, vocab = GPT2_SHAPE["n_embd"], GPT2_SHAPE["vocab_size"]
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+
+    tensors = {"wte": normal(vocab, hidden), "wpe": normal(GPT2_SHAPE["n_positions"], hidden)}
+    tensors = {f"{name}.weight": value for name, value in tensors.items()}
+    norms = ["ln_f"]
+    for layer in (f"h.{i}" for i in range(GPT2_SHAPE["n_layer"])):
+        norms += [f"{layer}.ln_1", f"{layer}.ln_2"]
+        for name, num_in, num_out in (
+            ("attn.c_attn", hidden, 3 * hidden),
+            ("attn.c_proj", hidden, hidden),
+            ("mlp.c_fc", hidden, 4 * hidden),
+            ("mlp.c_proj", 4 * hidden, hidden),
+        ):
+            tensors[f"{layer}.{name}.weight"] = normal(num_in, num_out)
+            tensors[f"{layer}.{name}.bias"] = normal(num_out)
+    for name in norms:
+        tensors[f"{name}.weight"] = np.ones(hidden, np.float32)
+        tensors[f"{name}.bias"] = np.zeros(hidden, np.float32)
+    directory.mkdir()
+    save_tensors(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(GPT2_SHAPE))
 
 
 def run(*command: object) -> None:
@@ -150,6 +193,46 @@ def shard(directory: Path, out: Path, dtype: str) -> tuple[float, float]:
     return seconds, seconds
 
 
+def cold_start(directory: Path, tokenizer: Path, threads: int) -> tuple[float, float]:
+    """Seconds from starting two stages and an orchestrator to the second token, twice."""
+    shared = ["--manifest", directory / "plan.json", "--dev"]
+    commands = [
+        [
+            BIN / "stage-worker", *shared, "--stage-idx", idx, "--model-dir", directory,
+            "--dtype", "float32", "--threads", threads, "--once", "--quiet",
+        ]
+        for idx in range(2)
+    ]  # fmt: skip
+    commands.append(
+        [
+            BIN / "pipeline-orch", *shared, "--tokenizer", tokenizer, "--text", "One and two",
+            "--max-tokens", 2, "--ignore-eos", "--verbose",
+        ]
+    )  # fmt: skip
+    started = time.perf_counter()
+    processes = [
+        subprocess.Popen(
+            list(map(str, command)),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE if command is commands[-1] else subprocess.DEVNULL,
+            text=True,
+        )
+        for command in commands
+    ]
+    lines = []
+    try:
+        for line in processes[-1].stderr:
+            lines.append(line)
+            if "event=token n=2" in line:
+                seconds = time.perf_counter() - started
+                return seconds, seconds
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    raise InputError(f"there was no second token: {''.join(lines)[-300:]}")
+
+
 @dataclass
 class Row:
     name: str
@@ -157,7 +240,14 @@ class Row:
     measure: Callable[[int], tuple[float, float]]
 
 
-def rows_of(directory: Path, layers: int, wanted: list[str] | None) -> list[Row]:
+def plan(model: Path, stages: int) -> None:
+    run(
+        BIN / "pipeline-orch", "plan", "--model-dir", model, "--stages", stages, "--base-port",
+        PORT, "-o", model / "plan.json",
+    )  # fmt: skip
+
+
+def rows_of(directory: Path, layers: int, wanted: list[str] | None, tokenizer: Path) -> list[Row]:
     """What there is to measure; writes the models."""
     rows = []
 
@@ -172,10 +262,7 @@ def rows_of(directory: Path, layers: int, wanted: list[str] | None) -> list[Row]
             continue
         model = directory / stored
         write_model(model, layers, stored)
-        run(
-            BIN / "pipeline-orch", "plan", "--model-dir", model, "--stages", 1, "--base-port",
-            PORT, "-o", model / "plan.json",
-        )  # fmt: skip
+        plan(model, 1)
         file = model / "model.safetensors"
         for name, precision in zip(names, kept, strict=True):
             add(name, file, lambda n, model=model, kept=precision: load(model, kept, n))
@@ -188,6 +275,11 @@ def rows_of(directory: Path, layers: int, wanted: list[str] | None) -> list[Row]
                 lambda n, at=prepared: load(at, "int8", n),
             )
             add("shard", file, lambda _, model=model: shard(model, directory / "out", "int8"))
+    if wanted is None or "cold-start" in wanted:
+        gpt2 = directory / "gpt2"
+        write_gpt2(gpt2)
+        plan(gpt2, 2)
+        add("cold-start", gpt2 / "model.safetensors", lambda n: cold_start(gpt2, tokenizer, n))
     return rows
 
 
@@ -218,11 +310,16 @@ def main() -> None:
     parser.add_argument("--threads", type=wholes(1), default="1,2")
     parser.add_argument("--rows", type=lambda text: text.split(","))
     parser.add_argument("--dir", type=Path, help="where the models are written [a temporary one]")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=ROOT / "models" / "smollm2" / "tokenizer.json"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is written goes then, too
     directory = Path(tempfile.mkdtemp(dir=args.dir, prefix="bench_load."))
     try:
-        report(rows_of(directory, args.layers, args.rows), args.rounds, args.threads)
+        report(
+            rows_of(directory, args.layers, args.rows, args.tokenizer), args.rounds, args.threads
+        )
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -42,9 +42,11 @@ with atheris.instrument_imports(
         step_results,
     )
     from pipeline.protocol.result_kinds import Result, Want
-with atheris.instrument_imports(include=["pipeline.weights.checkpoint", "pipeline.models.config"]):
+with atheris.instrument_imports(
+    include=["pipeline.weights.checkpoint_header", "pipeline.models.config"]
+):
     from pipeline.models import config
-    from pipeline.weights import checkpoint
+    from pipeline.weights import checkpoint_header
 
 from command_line import Parser, whole
 
@@ -114,7 +116,7 @@ def decode_manifest(data: bytes) -> None:
 
 def decode_header(data: bytes) -> None:
     position = 0
-    for tensor in checkpoint.parse_header_untrusted(data):
+    for tensor in checkpoint_header.parse_header_untrusted(data):
         assert tensor.start == position
         position = tensor.end
 
@@ -247,7 +249,9 @@ def make_decoder(name: str) -> Decoder:
             return Decoder(decode_manifest, (ManifestError,), seeds, names_in(seeds))
         case "header":
             seeds = header_seeds()
-            return Decoder(decode_header, (checkpoint.CorruptHeader,), seeds, names_in(seeds))
+            return Decoder(
+                decode_header, (checkpoint_header.CorruptHeader,), seeds, names_in(seeds)
+            )
         case _:
             seeds = config_seeds()
             return Decoder(decode_config, (ModelError,), seeds, names_in(seeds))

@@ -74,6 +74,11 @@ def serve(flags: WorkerFlags) -> None:
     pinned = () if flags.cpus is None else parse_cpus(flags.cpus, flags.threads)
     num_threads = len(pinned) or flags.threads or 1
     set_num_threads(num_threads, pinned)
+    # Never in an enclave: what it holds has come through its own hands.
+    memory = None if flags.weights_fd is None or not flags.dev else SealedMemory(flags.weights_fd)
+    if flags.until_stdin_ends and (memory is None or not memory.is_sealed):
+        # However quiet a supervisor's workers are: what reads gigabytes is told once.
+        logging.getLogger(load_stage.__module__).setLevel(logging.INFO)
     # Several workers of one supervisor would draw over each other.
     drawing = nullcontext() if flags.until_stdin_ends else progress_bar("loading weights")
     with drawing as progress:
@@ -85,8 +90,7 @@ def serve(flags: WorkerFlags) -> None:
             flags.kernels or "auto",
             flags.device or "cpu",
             progress,
-            # Never in an enclave: what it holds has come through its own hands.
-            None if flags.weights_fd is None or not flags.dev else SealedMemory(flags.weights_fd),
+            memory,
         )
     setup = StageSetup(
         manifest=manifest,

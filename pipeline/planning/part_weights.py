@@ -1,7 +1,9 @@
 """The tensors of a part of a model as its file holds them: in a precision, plain or rotated."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,11 +33,14 @@ from pipeline.models.registry import (
 from pipeline.models.shard_model import Ends
 from pipeline.planning.rotated_weights import RotatedWeights
 from pipeline.progress import Progress
-from pipeline.weights.checkpoint import StoredTensor, load_tensors, stored_tensors
+from pipeline.weights.checkpoint import load_tensors, stored_tensors
+from pipeline.weights.checkpoint_header import StoredTensor
 from pipeline.weights.quantization import SCALE_SUFFIX, num_groups
+from pipeline.weights.read_ahead import run_ahead
 from pipeline.weights.tensor_sinks import FLOATS, CopySink, Sink, WeightSink
 
 HEADER_ALIGNMENT = 8  # of a safetensors file, so that its tensors are aligned
+BLOCK_BYTES = 2 << 20  # hashed at a time, while those before are written
 
 
 class Part(NamedTuple):
@@ -128,8 +133,11 @@ def _rotate(
         yield from weights.ends(read)
 
 
-def save_tensors(tensors: Mapping[str, HostArray], path: Path) -> None:
-    """Write a safetensors file, as the library of that name does: wide formats first, by name."""
+def save_tensors(tensors: Mapping[str, HostArray], path: Path) -> str:
+    """Write a safetensors file, as the library of that name does: wide formats first, by name.
+
+    Returns its SHA-256 in hex: of what was meant to be written, so a disk that errs is found out.
+    """
     names = {dtype: name for name, dtype in STORED_DTYPES.items()}
     order = (FLOAT32, BFLOAT16, FLOAT16, INT8)
     sorted_tensors = sorted(tensors.items(), key=lambda each: (order.index(each[1].dtype), each[0]))
@@ -145,10 +153,20 @@ def save_tensors(tensors: Mapping[str, HostArray], path: Path) -> None:
         }
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % HEADER_ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for _, tensor in sorted_tensors:
-            file.write(tensor.data)
+    begin = np.frombuffer(len(raw).to_bytes(8, "little") + raw, np.uint8)
+    contents = (begin, *(tensor.reshape(-1).view(np.uint8) for _, tensor in sorted_tensors))
+    digest = hashlib.sha256()
+
+    def hashed() -> Iterator[memoryview]:
+        for each in contents:
+            for first in range(0, len(each), BLOCK_BYTES):
+                block = each[first : first + BLOCK_BYTES].data
+                digest.update(block)
+                yield block
+
+    with path.open("wb") as file, closing(run_ahead(hashed())) as blocks:
+        file.writelines(blocks)
+    return digest.hexdigest()
 
 
 class _Kept:

@@ -26,7 +26,6 @@ from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.planning.part_weights import Part, Source, part_tensors, save_tensors
 from pipeline.planning.plan import CONTROL_PORT, DATA_PORT
 from pipeline.progress import Progress, part_of
-from pipeline.weights.checkpoint import hash_files
 from pipeline.weights.checkpoint_index import SINGLE_FILE
 
 MANIFEST_FILE = "manifest.json"
@@ -197,8 +196,7 @@ def _write_weights(
     tensors = part_tensors(source, config, part, progress)
     if path.name == CLIENT_FILE:
         tensors = in_older_layout(config, tensors)
-    save_tensors(tensors, path)
-    return hash_files([path])[0]
+    return save_tensors(tensors, path)
 
 
 def _source_config(manifest: Manifest, source: Source) -> ModelConfig:

@@ -6,16 +6,13 @@ https://github.com/huggingface/safetensors#format
 """
 
 import hashlib
-import json
-import math
 import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,42 +20,19 @@ from pipeline.dtypes import STORED_DTYPES, HostArray
 from pipeline.errors import ModelError
 from pipeline.files import is_file
 from pipeline.progress import Meter, Progress
+from pipeline.weights.checkpoint_header import (
+    StoredTensor,
+    fill,
+    open_file,
+    read_header,
+    read_into,
+)
 from pipeline.weights.checkpoint_index import INDEX_FILE, SINGLE_FILE, read_index
 from pipeline.weights.read_ahead import PLACES, run_ahead
 from pipeline.weights.tensor_sinks import Sink
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 BLOCK_BYTES = 2 << 20  # read at a time: large enough for the disk, small beside any shard
 ROWS_TOGETHER = 16  # blocks hold such a number of rows or a multiple, where so many fit
-MAX_RANK = 8
-
-ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
-}
-# Sizes and offsets beyond any file; without a bound their product could take for ever.
-MAX_SIZE = 1 << 63
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One entry of a file's header; `start` and `end` count from the end of the header."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """A file's tensors in the order of their bytes; `raw` is the length field and the JSON."""
-
-    raw: bytes
-    tensors: tuple[StoredTensor, ...]
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -83,7 +57,7 @@ def _index(model: Path) -> dict[str, Path]:
 def _names_of(path: Path) -> list[str]:
     if not is_file(path):
         return []
-    with _open(path) as file:
+    with open_file(path) as file:
         return [tensor.name for tensor in read_header(file, path).tensors]
 
 
@@ -94,8 +68,8 @@ def hash_files(paths: Sequence[Path], progress: Progress | None = None) -> list[
     digests = []
     for path in paths:
         digest = hashlib.sha256()
-        with _open(path) as file:
-            while count := _read_into(file, path, block):
+        with open_file(path) as file:
+            while count := read_into(file, path, block):
                 digest.update(block[:count])
                 meter.add(count)
         digests.append(digest.hexdigest())
@@ -112,7 +86,7 @@ def stored_tensors(model_dir: Path) -> Mapping[str, StoredTensor]:
     found = {}
     files = _index(model_dir) if is_file(model_dir) else {}
     for path in weight_files(model_dir):
-        with _open(path) as file:
+        with open_file(path) as file:
             tensors = read_header(file, path).tensors
         found.update({each.name: each for each in tensors if files.get(each.name, path) == path})
     return found
@@ -175,96 +149,6 @@ def load_tensors(
             raise ModelError(f"{model_dir}: tensor {name} {problem}")
 
 
-def read_header(file: FileIO, path: Path) -> Header:
-    """Parse and check the header of the safetensors `file`, which stands at its start.
-
-    Raises ModelError unless the tensors fill the file exactly, without gap or overlap.
-    """
-    file_bytes = os.fstat(file.fileno()).st_size
-    prefix = _read_exactly(file, min(8, file_bytes))
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8:
-        raise ModelError(f"{path} is truncated: {file_bytes} bytes: fetch it again")
-    if length > MAX_HEADER_BYTES:
-        raise ModelError(f"{path} is corrupt: a header of {length} bytes: fetch it again")
-    if length > file_bytes - 8:
-        raise ModelError(
-            f"{path} is truncated or corrupt: a header of {length} bytes in a file of "
-            f"{file_bytes}: fetch it again"
-        )
-    raw = _read_exactly(file, length)
-    try:
-        tensors = parse_header_untrusted(raw)
-    except CorruptHeader as error:
-        raise ModelError(f"{path} is corrupt: {error}: fetch it again") from error
-    promised = 8 + length + (tensors[-1].end if tensors else 0)
-    if file_bytes != promised:
-        what = "truncated" if file_bytes < promised else "too long"
-        raise ModelError(
-            f"{path} is {what}: {file_bytes} bytes, its header promises {promised}: fetch it again"
-        )
-    return Header(prefix + raw, tensors)
-
-
-class CorruptHeader(Exception):
-    """Why a header cannot be trusted; always translated to ModelError with the file's name."""
-
-
-def parse_header_untrusted(raw: bytes) -> tuple[StoredTensor, ...]:
-    """The tensors a header's JSON describes, in the order of their bytes. Raises CorruptHeader."""
-    try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CorruptHeader(f"its header is not valid JSON ({error})") from error
-    if not isinstance(entries, dict):
-        raise CorruptHeader("its header is not an object")
-    entries.pop("__metadata__", None)
-    tensors = sorted(
-        (_stored_tensor(name, entry) for name, entry in entries.items()),
-        key=lambda tensor: (tensor.start, tensor.end),
-    )
-    position = 0
-    for tensor in tensors:
-        if tensor.start != position:
-            raise CorruptHeader(
-                f"tensor {tensor.name} starts at {tensor.start}, the one before ends at {position}"
-            )
-        position = tensor.end
-    return tuple(tensors)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name appears twice")
-    return found
-
-
-def _stored_tensor(name: str, entry: object) -> StoredTensor:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CorruptHeader(f"tensor {name} is described by {str(entry)[:80]}")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CorruptHeader(f"tensor {name} has the unknown dtype {str(dtype)[:20]!r}")
-    if not _is_sizes(shape) or len(shape) > MAX_RANK:
-        raise CorruptHeader(f"tensor {name} has the shape {str(shape)[:80]}")
-    if not _is_sizes(offsets) or len(offsets) != 2:
-        raise CorruptHeader(f"tensor {name} has the offsets {str(offsets)[:80]}")
-    start, end = offsets
-    num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-    if end - start != num_bytes:
-        raise CorruptHeader(
-            f"tensor {name} is {dtype} {shape}, {num_bytes} bytes, but spans {end - start}"
-        )
-    return StoredTensor(name, dtype, tuple(shape), start, end)
-
-
-def _is_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(
-        type(each) is int and 0 <= each < MAX_SIZE for each in value
-    )
-
-
 class _Block(NamedTuple):
     """Whole rows of a tensor that is wanted, from row `first`; overwritten soon after."""
 
@@ -278,7 +162,7 @@ def _load_file(
 ) -> set[str]:
     """Copy what `destinations` wants from `path` and return the names found."""
     digest = None if expected_hash is None else hashlib.sha256()
-    with _open(path) as file:
+    with open_file(path) as file:
         header = read_header(file, path)
         meter.add(len(header.raw))
         if digest is not None:
@@ -321,7 +205,7 @@ def _read_blocks(
             if size > len(buffers[0]):
                 buffers[0] = bytearray(size)
             data = memoryview(buffers[0])[:size]
-            _fill(file, path, data)
+            fill(file, path, data)
             if digest is not None:
                 digest.update(data)
             meter.add(size)
@@ -361,35 +245,6 @@ def _compare_hash(path: Path, actual: str, expected: str) -> None:
             f"{path} has SHA-256 {actual}, expected {expected}: these are not the weights the "
             "manifest was written for: fetch them again, or write the manifest for this model"
         )
-
-
-def _open(path: Path) -> FileIO:
-    try:
-        return FileIO(path, "r")
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _read_exactly(file: FileIO, num_bytes: int) -> bytes:
-    buffer = bytearray(num_bytes)
-    _fill(file, Path(str(file.name)), memoryview(buffer))
-    return bytes(buffer)
-
-
-def _fill(file: FileIO, path: Path, block: memoryview) -> None:
-    position = 0
-    while position < len(block):
-        count = _read_into(file, path, block[position:])
-        if not count:
-            raise ModelError(f"{path} was truncated while it was read: fetch it again")
-        position += count
-
-
-def _read_into(file: FileIO, path: Path, block: memoryview) -> int:
-    try:
-        return file.readinto(block)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _meter(paths: Sequence[Path], progress: Progress | None) -> Meter:

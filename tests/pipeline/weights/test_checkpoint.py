@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.errors import ModelError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard, required_files
-from pipeline.weights import checkpoint
+from pipeline.weights import checkpoint, checkpoint_header
 from pipeline.weights.read_ahead import PLACES
 from pipeline.weights.tensor_sinks import CopySink
 
@@ -66,7 +66,7 @@ def floats(*shape: int) -> np.ndarray:
 def test_the_header_reads_as_the_safetensors_library_reads_it(stored):
     path = stored / "model.safetensors"
     with path.open("rb", buffering=0) as file:
-        ours = {tensor.name: tensor for tensor in checkpoint.read_header(file, path).tensors}
+        ours = {tensor.name: tensor for tensor in checkpoint_header.read_header(file, path).tensors}
     with safe_open(path, "pt") as theirs:
         assert set(ours) == set(theirs.keys())
         for name, tensor in ours.items():
@@ -187,8 +187,8 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path):
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
 def test_any_header_bytes_give_tensors_or_the_one_error(raw):
-    with contextlib.suppress(checkpoint.CorruptHeader):
-        checkpoint.parse_header_untrusted(raw)
+    with contextlib.suppress(checkpoint_header.CorruptHeader):
+        checkpoint_header.parse_header_untrusted(raw)
 
 
 def test_missing_tensor_wrong_shape_and_integer_weights_are_named(stored):

@@ -1,0 +1,32 @@
+"""Files of weights as they are written."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from pipeline.planning import part_weights
+from pipeline.planning.part_weights import save_tensors
+
+
+def test_the_hash_is_that_of_the_written_file_whatever_its_tensors_lengths(tmp_path, monkeypatch):
+    monkeypatch.setattr(part_weights, "BLOCK_BYTES", 64)
+    tensors = {
+        "matrix": np.arange(7 * 33, dtype=np.float32).reshape(7, 33),
+        "across": np.arange(12, dtype=np.float32).reshape(3, 4).T,
+        "number": np.array(5, np.int8),
+        "none": np.empty((0, 4), np.float32),
+    }
+    path = tmp_path / "model.safetensors"
+    digest = save_tensors(tensors, path)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(read[name], tensor)
+
+
+def test_a_disk_that_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(OSError, match="Is a directory"):
+        save_tensors({"a": np.zeros(3, np.float32)}, tmp_path)
