@@ -32,6 +32,7 @@ ROOMS = {
         "agreement", "codecs", "kernels", "models", "orchestrator", "protocol", "sessions", "stage",
     },
     "stego": {"engine", "sampling"},
+    "scx": set(),
     "leakage": {"codecs", "engine", "kernels", "models", "planning", "protocol", "weights"},
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
     "cli": {
