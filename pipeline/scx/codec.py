@@ -340,6 +340,12 @@ def _encode_head(
         else:
             np.take(rows, order, 0, encoded, "clip")  # "raise" would go through a copy
         return
-    for start in range(0, len(encoded), _CHUNK_ROWS):
+    taken = np.empty((min(_CHUNK_ROWS, len(rows)), rows.shape[1]), rows.dtype)
+    for start in range(0, len(rows), _CHUNK_ROWS):
         chunk = slice(start, start + _CHUNK_ROWS)
-        np.matmul(rows[chunk] if order is None else rows[order[chunk]], matrix, out=encoded[chunk])
+        if order is None:
+            source = rows[chunk]
+        else:
+            source = taken[: len(order[chunk])]
+            np.take(rows, order[chunk], 0, source, "clip")
+        np.matmul(source, matrix, out=encoded[chunk])

@@ -134,7 +134,7 @@ class KeyGenerator:
     def permutation(self, num_rows: int, *indices: int) -> Order:
         """One of all orders of so many rows."""
         words = np.frombuffer(self.stream(b"rows", 8 * num_rows, num_rows, *indices), "<u8")
-        return np.argsort(words, kind="stable")
+        return np.argsort(words)  # no two of 64 bits are alike
 
     def laplace(self, purpose: bytes, shape: tuple[int, ...], *indices: int) -> Doubles:
         """Noise of scale `alp`."""
@@ -182,7 +182,7 @@ class KeyGenerator:
     def _uniform(self, purpose: bytes, count: int, *indices: int) -> Doubles:
         """Strictly between 0 and 1."""
         words = np.frombuffer(self.stream(purpose, 8 * count, *indices), "<u8") >> np.uint64(12)
-        uniform: Doubles = (words + 0.5) * 2.0**-52
+        uniform: Doubles = ((words + 0.5) * 2.0**-52).astype(np.float64)
         return uniform
 
 

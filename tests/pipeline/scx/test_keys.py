@@ -39,7 +39,6 @@ def test_another_process_derives_the_same_keys():
         {"session": b"a"},
         {"epoch": 1},
         {"redundant_num": 1},
-        {"alp": 0.5},
         {"permute": False},
     ],
     ids=str,
