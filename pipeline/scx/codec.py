@@ -13,6 +13,7 @@ sum of exponentials and b that of the decoys, o = (o_all - e^(b-a) o_decoys) / (
 
 import hashlib
 import hmac
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -35,7 +36,7 @@ from pipeline.scx.rows import Answer, EncodedRows, Receipt, attend
 _CHUNK_ROWS = 512
 _DIGEST_BYTES = 32
 # What decoys leave of the sum of exponentials, at least: below, rounding is all that is left.
-_LEAST_SHARE = 1e-4
+_LEAST_SHARE = 1e-9
 _FLOAT64: ArrayDType = np.dtype(np.float64)
 _DTYPES = (FLOAT32, _FLOAT64, FLOAT16, BFLOAT16)
 
@@ -88,13 +89,16 @@ class LayerCodec:
         Raises ScxError for other shapes, and where there is no row.
         """
         self._check_shapes(keys, values)
-        num_rows = self._num_decoys + keys.shape[1]
-        if self._num_decoys:
-            keys, values = (
-                np.concatenate((decoys.astype(rows.dtype), rows), 1)
-                for rows, decoys in zip((keys, values), self._decoys, strict=True)
-            )
-        return self._mixed(keys, values, 0, 0, self._orders(num_rows))
+        orders = self._orders(self._num_decoys + keys.shape[1])
+        if not self._num_decoys:
+            return self._mixed(keys, values, 0, 0, orders)
+        both = self._held_decoys.followed_by(self._mixed(keys, values, self._num_decoys, 0))
+        if orders is None:
+            return both
+        order = np.stack(orders)[:, :, None]
+        return EncodedRows(
+            np.take_along_axis(both.keys, order, 1), np.take_along_axis(both.values, order, 1)
+        )
 
     def append(self, keys: HostArray, values: HostArray, receipt: Receipt) -> EncodedRows:
         """[KV heads, rows, head_dim], after RoPE -> rows to hold after those of the receipt.
@@ -141,10 +145,12 @@ class LayerCodec:
 
     # What home keeps
 
-    def seal(self, rows: EncodedRows) -> Receipt:
-        """The receipt of what `encode` returned."""
+    def seal(self, rows: EncodedRows, num_padding: int = 0) -> Receipt:
+        """The receipt of what `encode` returned, of so many more tokens that were masked."""
         num_first = rows.num_rows - self._num_decoys
-        return Receipt(num_first, num_first, self._link(b"first", rows))
+        return Receipt(
+            num_first, num_first, self._link(b"first %d" % num_padding, rows), num_padding
+        )
 
     def extend(self, receipt: Receipt, more: EncodedRows) -> Receipt:
         """The receipt of a cache that has been followed by what `append` returned.
@@ -155,7 +161,7 @@ class LayerCodec:
         for at in range(more.num_rows):
             one = EncodedRows(more.keys[:, at : at + 1], more.values[:, at : at + 1])
             digest = self._link(digest, one)
-        return Receipt(receipt.num_first, receipt.num_rows + more.num_rows, digest)
+        return replace(receipt, num_rows=receipt.num_rows + more.num_rows, digest=digest)
 
     def check(self, rows: EncodedRows, receipt: Receipt) -> None:
         """Raise CacheRefused unless these are the rows that the receipt is of."""
@@ -169,7 +175,7 @@ class LayerCodec:
         split = receipt.num_first + self._num_decoys
         first = EncodedRows(rows.keys[:, :split], rows.values[:, :split])
         later = EncodedRows(rows.keys[:, split:], rows.values[:, split:])
-        found = self.extend(self.seal(first), later)
+        found = self.extend(self.seal(first, receipt.num_padding), later)
         if not hmac.compare_digest(found.digest, receipt.digest):
             raise CacheRefused(self._layer)
 
@@ -182,11 +188,13 @@ class LayerCodec:
     def ask(self, queries: HostArray, receipt: Receipt) -> HostArray:
         """Queries [KV heads, queries, head_dim], after RoPE and scaled -> one for each segment.
 
-        Shape: [KV heads, queries, segments, width].
+        Shape: [KV heads, queries, segments, width]. With decoys they are of float64, so that the
+        holder's sums are: what decoys put into them is then taken out without a trace.
         """
         segments = self._segments(receipt)
+        real = _FLOAT64 if self._num_decoys else self._real
         shape = (*queries.shape[:2], len(segments), self._keys.width)
-        asked = np.zeros(shape, self._real)
+        asked = np.zeros(shape, real)
         asked[..., : self._keys.head_dim] = queries[:, :, None]
         if noise_dim := self._keys.noise_dim:
             where = (self._layer, self._sequence, receipt.num_rows)
@@ -219,7 +227,9 @@ class LayerCodec:
 
     def _remove_decoys(self, outputs: HostArray, log_sums: HostArray, asked: HostArray) -> None:
         """In place: the answer that a cache without decoys would have given."""
-        theirs = attend(asked, self._held_decoys, [(0, self._num_decoys)])
+        held = self._held_decoys
+        decoys = EncodedRows(self._numbers(held.keys), self._numbers(held.values))
+        theirs = attend(asked, decoys, [(0, self._num_decoys)])
         share = np.exp(theirs.log_sums[:, :, 0] - log_sums)
         if (share > 1 + _LEAST_SHARE).any():
             raise AnswerRefused("an answer about an encoded cache leaves out some of its rows")
@@ -232,9 +242,8 @@ class LayerCodec:
 
     @cached_property
     def _held_decoys(self) -> EncodedRows:
-        """As the holder has them: with their noise, and rounded."""
-        held = self._mixed(*self._decoys, 0, 0)
-        return EncodedRows(self._numbers(held.keys), self._numbers(held.values))
+        """As the holder has them, bit for bit: with their noise, and rounded."""
+        return self._mixed(*self._decoys, 0, 0)
 
     # Keys, and products with them
 
@@ -282,7 +291,6 @@ class LayerCodec:
     ) -> EncodedRows:
         """Encoded rows, of which the first is row `first_row` of the cache, decoys counted."""
         if noise_dim := self._keys.noise_dim:
-            # By rows, so that decoys, which come first, have theirs whatever follows.
             shape = (keys.shape[1], self._heads, 3 * noise_dim)
             where = (self._layer, self._sequence, first_row)
             noise = self._keys.laplace(b"n", shape, *where).astype(self._real).transpose(1, 0, 2)
@@ -312,9 +320,12 @@ class LayerCodec:
     def _numbers(self, rows: HostArray) -> HostArray:
         return rows if self._dtype == self._real else to_floats(rows)
 
+    @cached_property
+    def _digest_key(self) -> bytes:
+        return self._keys.stream(b"digest", _DIGEST_BYTES, self._layer, self._sequence)
+
     def _link(self, before: bytes, rows: EncodedRows) -> bytes:
-        key = self._keys.stream(b"digest", _DIGEST_BYTES, self._layer, self._sequence)
-        digest = hashlib.blake2b(before, key=key, digest_size=_DIGEST_BYTES)
+        digest = hashlib.blake2b(before, key=self._digest_key, digest_size=_DIGEST_BYTES)
         shape = (*rows.keys.shape, self._num_decoys)
         digest.update(b"%d %d %d %d " % shape + self._dtype.str.encode() + self._model_digest)
         for array in (rows.keys, rows.values):

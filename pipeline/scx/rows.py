@@ -36,6 +36,8 @@ class EncodedRows:
 class Receipt:
     """What home keeps of a cache: how many rows it encoded at first and in all, and their digest.
 
+    num_padding: tokens of the sequence that were masked and have no rows.
+
     Attack: whoever holds the cache cannot make one, but can hand back an older cache with its
     receipt. So home keeps its own, or at least the number of rows.
     """
@@ -43,6 +45,7 @@ class Receipt:
     num_first: int
     num_rows: int
     digest: bytes
+    num_padding: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,8 @@ class Answer:
 def attend(asked: HostArray, rows: EncodedRows, segments: Sequence[tuple[int, int]]) -> Answer:
     """What the holder computes: attention of each segment's queries over its rows, without a key.
 
-    Shapes: asked [KV heads, queries, segments, width]; rows of float32 or float64.
+    Shapes: asked [KV heads, queries, segments, width]; rows of float32 or float64. What is
+    computed has the queries' precision.
     """
     outputs = np.empty_like(asked)
     log_sums = np.empty(asked.shape[:3])
