@@ -129,14 +129,14 @@ def test_the_quick_start_runs():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("num_kv_heads", [4, 2, 1], ids=["each its own", "shared", "one"])
+@pytest.mark.parametrize("num_kv_heads", [4, 2], ids=["each its own", "shared"])
 def test_decoding_over_encoded_rows_gives_the_plain_logits(mode, num_kv_heads):
     model = llama(num_kv_heads)
     prompt = prompt_of()
-    expected, tokens = plain_logits(model, prompt, 8)
+    expected, tokens = plain_logits(model, prompt, 5)
     encode_llama(model, keys_of(**MODES[mode]))
     found = encoded_logits(model, prompt, tokens)
-    assert (found - expected).abs().max() < 4.5e-5 * max(1, expected.abs().max().item() / 20)
+    assert (found - expected).abs().max() < 4.5e-5
     assert (found.argmax(-1) == expected.argmax(-1)).all()
     held = model(prompt, mode="prefill").past_key_values.layers[1].keys
     plain = model(prompt, use_cache=True).past_key_values.layers[1].keys
