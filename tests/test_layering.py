@@ -34,6 +34,7 @@ ROOMS = {
         "protocol", "sessions", "stage",
     },
     "stego": {"engine", "sampling"},
+    "scx": set(),
     "leakage": {"codecs", "engine", "kernels", "models", "planning", "protocol", "weights"},
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
     "cli": {
@@ -58,6 +59,10 @@ MAX_LINES = 400
 # it is used; only a Modal app cannot even be defined without Modal.
 ADAPTERS = "pipeline.stego.adapters"
 MODAL_APP = f"{ADAPTERS}.modal_app"
+# What other people call from their own programs: its room's names are in one place, and the one
+# module that alters their model imports what they have installed when it is called.
+LIBRARY = "pipeline.scx"
+ALTERS_MODELS = f"{LIBRARY}.llama"
 FORBIDDEN = {
     "transport": {"torch", "numpy", "pipeline", "enclave", "transformers"},
     "enclave": {"torch", "numpy", "pipeline", "transport", "transformers"},
@@ -95,7 +100,15 @@ def imports(path):
 def test_a_package_imports_no_other_that_is_forbidden_to_it(module):
     package = module.partition(".")[0]
     found = {name.partition(".")[0] for name in imports(MODULES[module])}
+    found -= {"transformers"} if module == ALTERS_MODELS else set()
     assert not found & FORBIDDEN[package]
+
+
+def test_what_is_altered_is_imported_when_it_is():
+    at_once = ast.parse(MODULES[ALTERS_MODELS].read_text()).body
+    found = [ast.unparse(node) for node in at_once if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert found
+    assert not [line for line in found if "transformers" in line]
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if room_of(module)])
@@ -159,10 +172,20 @@ def test_no_import_goes_round_in_a_circle():
 
 def test_an_init_holds_its_rooms_story_and_nothing_else():
     for module, path in MODULES.items():
-        if path.name == "__init__.py":
+        if path.name == "__init__.py" and module != LIBRARY:
             body = ast.parse(path.read_text()).body
             assert len(body) == 1, f"{module} runs code"
             assert isinstance(body[0], ast.Expr), f"{module} runs code"
+
+
+def test_a_librarys_init_names_what_is_public_and_does_nothing_else():
+    story, *body = ast.parse(MODULES[LIBRARY].read_text()).body
+    assert isinstance(story, ast.Expr)
+    *found, names = body
+    assert all(isinstance(node, ast.ImportFrom) for node in found)
+    assert [each.id for each in names.targets] == ["__all__"]
+    imported = {alias.name for node in found for alias in node.names}
+    assert {each.value for each in names.value.elts} == imported
 
 
 def test_no_runtime_module_needs_a_test_dependency():
@@ -181,4 +204,5 @@ def test_no_runtime_module_needs_a_test_dependency():
         roots = {name.partition(".")[0] for name in imports(path)}
         roots -= {"modal"} if module == MODAL_APP else set()
         roots -= {"runpod"} if module == RUNPOD_DOOR else set()
+        roots -= {"transformers"} if module == ALTERS_MODELS else set()
         assert roots <= allowed | standard, f"{module} imports {roots - allowed - standard}"

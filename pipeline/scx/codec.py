@@ -1,0 +1,362 @@
+"""Keys and values as a stranger may hold them, and attention over them.
+
+Home encodes, K' = P([K, n, 0] R) and V' = P([V, m] S), asks with q' = [q, 0, u] R^-T, and reads
+the first columns of (o' S^-1). The holder computes ordinary attention and has no key. Noise n, m
+and u is fresh for each row and query. Products never see it: u meets the zeros, and n those of the
+query; R spreads both over every column of what is held and asked. So it is removed exactly, and by
+nobody in particular.
+
+Decoys are real rows of other text among the first ones. The holder's softmax is over them too;
+home knows them, computes their own share of the sum, and takes it out: with a the log of the whole
+sum of exponentials and b that of the decoys, o = (o_all - e^(b-a) o_decoys) / (1 - e^(b-a)).
+"""
+
+import hashlib
+import hmac
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.dtypes import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    ArrayDType,
+    HostArray,
+    from_floats,
+    to_floats,
+)
+from pipeline.scx.errors import AnswerRefused, CacheRefused, ScxError
+from pipeline.scx.keys import KeyGenerator, Order
+from pipeline.scx.rows import Answer, EncodedRows, Receipt, attend
+
+# Rows of a head that are permuted and multiplied at a time: they stay in the processor's cache.
+_CHUNK_ROWS = 512
+_DIGEST_BYTES = 32
+# What decoys leave of the sum of exponentials, at least: below, rounding is all that is left.
+_LEAST_SHARE = 1e-9
+_FLOAT64: ArrayDType = np.dtype(np.float64)
+_DTYPES = (FLOAT32, _FLOAT64, FLOAT16, BFLOAT16)
+
+
+class LayerCodec:
+    """Encodes, and reads, one layer of one sequence. It keeps nothing but what it was made with.
+
+    decoys: keys and values [KV heads, `keys.redundant_num`, head_dim] of rows of other text, as the
+    model computes them. dtype: that of the cache, of float64, float32, float16 and bfloat16 (as
+    bits, see pipeline.dtypes). model: what tells this model from others. Raises ScxError.
+    """
+
+    def __init__(
+        self,
+        keys: KeyGenerator,
+        layer: int,
+        num_kv_heads: int,
+        sequence: int = 0,
+        *,
+        decoys: tuple[HostArray, HostArray] | None = None,
+        dtype: npt.DTypeLike = FLOAT32,
+        model: bytes = b"",
+    ) -> None:
+        self._keys = keys
+        self._layer = layer
+        self._heads = num_kv_heads
+        self._sequence = sequence
+        self._dtype = np.dtype(dtype)
+        if self._dtype not in _DTYPES:
+            raise ScxError(f"a cache has no numbers of type {self._dtype}")
+        # What is computed with; halves are only stored.
+        self._real = _FLOAT64 if self._dtype == _FLOAT64 else FLOAT32
+        self._num_decoys = keys.redundant_num
+        self._model_digest = hashlib.blake2b(model, digest_size=_DIGEST_BYTES).digest()
+        keys.segment(layer, num_kv_heads, sequence)
+        shape = (num_kv_heads, keys.redundant_num, keys.head_dim)
+        if keys.redundant_num and decoys is None:
+            raise ScxError(f"there are no rows of other text for redundant_num={shape[1]}")
+        none = np.zeros(shape, self._real)
+        given = decoys or (none, none)
+        if any(rows.shape != shape for rows in given):
+            raise ScxError(f"decoys are keys and values of shape {shape}")
+        self._decoys = given
+
+    # Encoding
+
+    def encode(self, keys: HostArray, values: HostArray) -> EncodedRows:
+        """[KV heads, rows, head_dim], after RoPE -> the rows and the decoys in an order of P.
+
+        Raises ScxError for other shapes, and where there is no row.
+        """
+        self._check_shapes(keys, values)
+        orders = self._orders(self._num_decoys + keys.shape[1])
+        if not self._num_decoys:
+            return self._mixed(keys, values, 0, 0, orders)
+        both = self._held_decoys.followed_by(self._mixed(keys, values, self._num_decoys, 0))
+        if orders is None:
+            return both
+        order = np.stack(orders)[:, :, None]
+        return EncodedRows(
+            np.take_along_axis(both.keys, order, 1), np.take_along_axis(both.values, order, 1)
+        )
+
+    def append(self, keys: HostArray, values: HostArray, receipt: Receipt) -> EncodedRows:
+        """[KV heads, rows, head_dim], after RoPE -> rows to hold after those of the receipt.
+
+        Raises ScxError for other shapes, and where there is no row.
+        """
+        self._check_shapes(keys, values)
+        before = receipt.num_rows
+        if not self._keys.one_time:
+            return self._mixed(keys, values, self._num_decoys + before, 0)
+        ones = [
+            self._mixed(
+                keys[:, at : at + 1], values[:, at : at + 1],
+                self._num_decoys + before + at, before + at,
+            )
+            for at in range(keys.shape[1])
+        ]  # fmt: skip
+        return EncodedRows(
+            np.concatenate([one.keys for one in ones], 1),
+            np.concatenate([one.values for one in ones], 1),
+        )
+
+    def decode(self, rows: EncodedRows, receipt: Receipt) -> tuple[HostArray, HostArray]:
+        """Keys and values [KV heads, rows, head_dim] in their own order, without decoys.
+
+        Raises CacheRefused for anything but what these keys encoded.
+        """
+        self.check(rows, receipt)
+        keys, values = (
+            np.concatenate([
+                self._numbers(encoded[:, start:stop]) @ self._matrix(kind, segment).mT
+                for segment, start, stop in self._segments(receipt)
+            ], 1)
+            for kind, encoded in (("keys", rows.keys), ("values", rows.values))
+        )  # fmt: skip
+        num_first = self._num_decoys + receipt.num_first
+        orders = self._orders(num_first)
+        if orders is not None:
+            for head, order in enumerate(orders):
+                keys[head, order] = keys[head, :num_first].copy()
+                values[head, order] = values[head, :num_first].copy()
+        real = np.s_[:, self._num_decoys :, : self._keys.head_dim]
+        return keys[real], values[real]
+
+    # What home keeps
+
+    def seal(self, rows: EncodedRows, num_padding: int = 0) -> Receipt:
+        """The receipt of what `encode` returned, of so many more tokens that were masked."""
+        num_first = rows.num_rows - self._num_decoys
+        return Receipt(
+            num_first, num_first, self._link(b"first %d" % num_padding, rows), num_padding
+        )
+
+    def extend(self, receipt: Receipt, more: EncodedRows) -> Receipt:
+        """The receipt of a cache that has been followed by what `append` returned.
+
+        Rows are linked one by one, however many came at a time.
+        """
+        digest = receipt.digest
+        for at in range(more.num_rows):
+            one = EncodedRows(more.keys[:, at : at + 1], more.values[:, at : at + 1])
+            digest = self._link(digest, one)
+        return replace(receipt, num_rows=receipt.num_rows + more.num_rows, digest=digest)
+
+    def check(self, rows: EncodedRows, receipt: Receipt) -> None:
+        """Raise CacheRefused unless these are the rows that the receipt is of."""
+        num_rows = receipt.num_rows + self._num_decoys
+        if not 0 <= receipt.num_first <= receipt.num_rows or rows.num_rows != num_rows:
+            said = f"{rows.num_rows} rows, not {num_rows}"
+            raise CacheRefused(self._layer, said)
+        shape = (self._heads, num_rows, self._keys.width)
+        if rows.keys.shape != shape or {rows.keys.dtype, rows.values.dtype} != {self._dtype}:
+            raise CacheRefused(self._layer, "another shape or type of number")
+        split = receipt.num_first + self._num_decoys
+        first = EncodedRows(rows.keys[:, :split], rows.values[:, :split])
+        later = EncodedRows(rows.keys[:, split:], rows.values[:, split:])
+        found = self.extend(self.seal(first, receipt.num_padding), later)
+        if not hmac.compare_digest(found.digest, receipt.digest):
+            raise CacheRefused(self._layer)
+
+    # Decoding
+
+    def segments(self, receipt: Receipt) -> list[tuple[int, int]]:
+        """Where each segment of the cache starts and ends: what its holder has to know of it."""
+        return [(start, stop) for _, start, stop in self._segments(receipt)]
+
+    def ask(self, queries: HostArray, receipt: Receipt) -> HostArray:
+        """Queries [KV heads, queries, head_dim], after RoPE and scaled -> one for each segment.
+
+        Shape: [KV heads, queries, segments, width]. With decoys they are of float64, so that the
+        holder's sums are: what decoys put into them is then taken out without a trace.
+        """
+        segments = self._segments(receipt)
+        real = _FLOAT64 if self._num_decoys else self._real
+        shape = (*queries.shape[:2], len(segments), self._keys.width)
+        asked = np.zeros(shape, real)
+        asked[..., : self._keys.head_dim] = queries[:, :, None]
+        if noise_dim := self._keys.noise_dim:
+            where = (self._layer, self._sequence, receipt.num_rows)
+            noise = self._keys.laplace(b"u", (*shape[:3], noise_dim), *where)
+            asked[..., -noise_dim:] = noise
+        for at, (segment, _, _) in enumerate(segments):
+            asked[:, :, at] = asked[:, :, at] @ self._matrix("keys", segment)
+        return asked
+
+    def read(self, answer: Answer, asked: HostArray, receipt: Receipt) -> HostArray:
+        """The attention's output [KV heads, queries, head_dim], in float64.
+
+        Raises AnswerRefused for what no honest holder of the cache answers, and ScxError where the
+        decoys leave nothing of it.
+        """
+        if answer.outputs.shape != asked.shape or answer.log_sums.shape != asked.shape[:3]:
+            raise AnswerRefused("an answer about an encoded cache has another shape")
+        if not (np.isfinite(answer.outputs).all() and np.isfinite(answer.log_sums).all()):
+            raise AnswerRefused("an answer about an encoded cache is not finite")
+        outputs, log_sums = answer.outputs.astype(_FLOAT64), answer.log_sums.astype(_FLOAT64)
+        if self._num_decoys:
+            self._remove_decoys(outputs[:, :, 0], log_sums[:, :, 0], asked[:, :, :1])
+        shares = np.exp(log_sums - log_sums.max(2, keepdims=True))
+        shares /= shares.sum(2, keepdims=True)
+        outputs *= shares[..., None]
+        decoded: HostArray = np.zeros((*asked.shape[:2], self._keys.width))
+        for at, (segment, _, _) in enumerate(self._segments(receipt)):
+            decoded += outputs[:, :, at] @ self._matrix("values", segment).mT
+        return decoded[..., : self._keys.head_dim]
+
+    def _remove_decoys(self, outputs: HostArray, log_sums: HostArray, asked: HostArray) -> None:
+        """In place: the answer that a cache without decoys would have given."""
+        held = self._held_decoys
+        decoys = EncodedRows(self._numbers(held.keys), self._numbers(held.values))
+        theirs = attend(asked, decoys, [(0, self._num_decoys)])
+        share = np.exp(theirs.log_sums[:, :, 0] - log_sums)
+        if (share > 1 + _LEAST_SHARE).any():
+            raise AnswerRefused("an answer about an encoded cache leaves out some of its rows")
+        left = 1 - share
+        if (left < _LEAST_SHARE).any():
+            raise ScxError("decoy rows take all of the attention; take rows of other text")
+        outputs -= share[..., None] * theirs.outputs[:, :, 0]
+        outputs /= left[..., None]
+        log_sums += np.log(left)
+
+    @cached_property
+    def _held_decoys(self) -> EncodedRows:
+        """As the holder has them, bit for bit: with their noise, and rounded."""
+        return self._mixed(*self._decoys, 0, 0)
+
+    # Keys, and products with them
+
+    def _segments(self, receipt: Receipt) -> list[tuple[int, int, int]]:
+        """Each segment's number in its keys, its first row and the one after its last."""
+        if not self._keys.one_time:
+            return [(0, 0, self._num_decoys + receipt.num_rows)]
+        first = self._num_decoys + receipt.num_first
+        later = range(receipt.num_first, receipt.num_rows)
+        return [(0, 0, first)] + [
+            (row, self._num_decoys + row, self._num_decoys + row + 1) for row in later
+        ]
+
+    def _matrix(self, kind: str, segment: int) -> HostArray:
+        if segment == 0:
+            return self._first_matrices[kind]
+        derived = self._keys.segment(self._layer, self._heads, self._sequence, segment)
+        matrix: HostArray = getattr(derived, kind).astype(self._real)
+        return matrix
+
+    @cached_property
+    def _first_matrices(self) -> dict[str, HostArray]:
+        first = self._keys.segment(self._layer, self._heads, self._sequence)
+        return {
+            "keys": first.keys.astype(self._real),
+            "values": first.values.astype(self._real),
+        }
+
+    def _orders(self, num_rows: int) -> list[Order] | None:
+        """For each head, which row comes at each place; none where rows stay in order."""
+        if not self._keys.permute:
+            return None
+        return [
+            self._keys.permutation(num_rows, self._layer, head, self._sequence)
+            for head in range(self._heads)
+        ]
+
+    def _mixed(
+        self,
+        keys: HostArray,
+        values: HostArray,
+        first_row: int,
+        segment: int,
+        orders: list[Order] | None = None,
+    ) -> EncodedRows:
+        """Encoded rows, of which the first is row `first_row` of the cache, decoys counted."""
+        if noise_dim := self._keys.noise_dim:
+            shape = (keys.shape[1], self._heads, 3 * noise_dim)
+            where = (self._layer, self._sequence, first_row)
+            noise = self._keys.laplace(b"n", shape, *where).astype(self._real).transpose(1, 0, 2)
+            nothing = np.zeros_like(noise[..., :noise_dim])
+            keys = np.concatenate((keys, noise[..., :noise_dim], nothing), 2)
+            values = np.concatenate((values, noise[..., noise_dim:]), 2)
+        return EncodedRows(
+            self._products("keys", keys, segment, orders),
+            self._products("values", values, segment, orders),
+        )
+
+    def _products(
+        self, kind: str, rows: HostArray, segment: int, orders: list[Order] | None
+    ) -> HostArray:
+        rows = rows.astype(self._real, copy=False)
+        matrices = self._matrix(kind, segment) if self._keys.dense else None
+        encoded = np.empty(rows.shape, self._real)
+        for head in range(self._heads):
+            _encode_head(
+                rows[head],
+                None if matrices is None else matrices[head],
+                None if orders is None else orders[head],
+                encoded[head],
+            )
+        return encoded if self._dtype == self._real else from_floats(encoded, self._dtype)
+
+    def _numbers(self, rows: HostArray) -> HostArray:
+        return rows if self._dtype == self._real else to_floats(rows)
+
+    @cached_property
+    def _digest_key(self) -> bytes:
+        return self._keys.stream(b"digest", _DIGEST_BYTES, self._layer, self._sequence)
+
+    def _link(self, before: bytes, rows: EncodedRows) -> bytes:
+        digest = hashlib.blake2b(before, key=self._digest_key, digest_size=_DIGEST_BYTES)
+        shape = (*rows.keys.shape, self._num_decoys)
+        digest.update(b"%d %d %d %d " % shape + self._dtype.str.encode() + self._model_digest)
+        for array in (rows.keys, rows.values):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.digest()
+
+    def _check_shapes(self, keys: HostArray, values: HostArray) -> None:
+        shape = (self._heads, keys.shape[1] if keys.ndim == 3 else 0, self._keys.head_dim)
+        if keys.shape != shape or values.shape != shape or not shape[1]:
+            raise ScxError(
+                f"keys and values are [{shape[0]} KV heads, rows, {shape[2]}], at least one row, "
+                f"not {list(keys.shape)} and {list(values.shape)}"
+            )
+
+
+def _encode_head(
+    rows: HostArray, matrix: HostArray | None, order: Order | None, encoded: HostArray
+) -> None:
+    """P(rows R) of one head into `encoded`, all [rows, width]."""
+    if matrix is None:
+        if order is None:
+            encoded[:] = rows
+        else:
+            np.take(rows, order, 0, encoded, "clip")  # "raise" would go through a copy
+        return
+    taken = np.empty((min(_CHUNK_ROWS, len(rows)), rows.shape[1]), rows.dtype)
+    for start in range(0, len(rows), _CHUNK_ROWS):
+        chunk = slice(start, start + _CHUNK_ROWS)
+        if order is None:
+            source = rows[chunk]
+        else:
+            source = taken[: len(order[chunk])]
+            np.take(rows, order[chunk], 0, source, "clip")
+        np.matmul(source, matrix, out=encoded[chunk])
