@@ -1,7 +1,7 @@
 """Sessions that outlive a command: which one, where stages keep theirs, and home its own part."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -39,11 +39,15 @@ class SessionFlags(Settings):
             raise InputError("--session needs --secret-file: a name, and what makes it yours")
         return self
 
-    def open(self, manifest: Manifest, window: TideWindow | None) -> HomeSession | None:
-        """The session, if one is named. Raises InputError."""
+    @contextmanager
+    def opened(self, manifest: Manifest, window: TideWindow | None) -> Iterator[HomeSession | None]:
+        """The session, if one is named; nobody else has it meanwhile. Raises InputError."""
         if self.session is None or self.secret_file is None:
-            return None
-        return session_book(self.secret_file, manifest, window).open("", self.session)
+            yield None
+            return
+        session = session_book(self.secret_file, manifest, window).open("", self.session)
+        with session.locked():
+            yield session
 
 
 @asynccontextmanager
@@ -66,14 +70,16 @@ async def opened_store(flags: KvStoreFlags, setup: StageSetup) -> AsyncIterator[
         yield StageStore(store, place)
 
 
-def session_book(path: Path, manifest: Manifest, window: TideWindow | None = None) -> SessionBook:
-    """The sessions of a secret, which is made if there is none. Raises InputError."""
+def session_book(
+    path: Path, manifest: Manifest, window: TideWindow | None = None, *, is_made: bool = True
+) -> SessionBook:
+    """The sessions of a secret, which is made if there is none, or not. Raises InputError."""
     if manifest.dp is not None:
         raise InputError("--secret-file: rows are noisy, and what noise was in is not kept")
     if window is not None:
         raise InputError("--secret-file: under a --window rows go that a session would need")
     try:
-        if not path.exists():
+        if is_made and not path.exists():
             create_private(path, SessionKeys.new_secret())
         keys = SessionKeys(read_private(path))
     except MisuseError as error:
