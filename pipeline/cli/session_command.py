@@ -26,7 +26,7 @@ def list_command(manifest: ManifestOption, secret_file: SecretFile) -> None:
     is_whole = True
     for record in _book(secret_file, manifest).records():
         if isinstance(record, InputError):
-            tell_error("pipeline-orch session list", str(record), EXIT_FAILURE)
+            tell_error("pipeline-orch", str(record), EXIT_FAILURE)
             is_whole = False
             continue
         write_text(f"{record.name}\t{len(record.token_ids)}\t{record.num_stored}\n")
