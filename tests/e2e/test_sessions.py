@@ -35,7 +35,6 @@ class Turns:
 
     def serve(self):
         self.server = self.cluster.serve(*self._flags)
-        self.server.begin()
 
     def restart(self):
         self.server.stop()
