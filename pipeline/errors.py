@@ -35,6 +35,10 @@ class PolicyError(InputError):
     """A protection the current mode demands is missing, so nothing is started."""
 
 
+class SessionInUse(InputError):
+    """Somebody else has the kept session that is asked for, until they are done with it."""
+
+
 class SessionError(PipelineError):
     """A peer or the network failed while the pipeline was running."""
 

@@ -2,13 +2,12 @@
 
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
 from time import perf_counter_ns
 from typing import Protocol
 
 import typer
 
-from pipeline.agreement.manifest import load_manifest
+from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.cli.door import DoorAccess
 from pipeline.cli.generate_flags import GenerateFlags
 from pipeline.cli.logs import tell
@@ -33,6 +32,7 @@ from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable
 from pipeline.protocol.peer_connections import PATIENCE_MS
+from pipeline.sessions.session_book import HomeSession
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,21 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     """Run one prompt to its end. Raises PipelineError, or typer.Exit after a signal."""
     manifest = load_manifest(flags.manifest)
     tokenizer = Tokenizer(flags.tokenizer)
+    if flags.door.door is not None:
+        _generate(flags, pipeline_flags, manifest, tokenizer, None)
+        return
+    with flags.kept.opened(manifest, pipeline_flags.tide_window) as stored:
+        _generate(flags, pipeline_flags, manifest, tokenizer, stored)
+
+
+def _generate(
+    flags: GenerateFlags,
+    pipeline_flags: PipelineFlags,
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    stored: HomeSession | None,
+) -> None:
     longest = longest_text(flags.context, manifest, pipeline_flags.tide_window)
-    is_behind_door = flags.door.door is not None
-    stored = None if is_behind_door else flags.kept.open(manifest, pipeline_flags.tide_window)
     past_ids = () if stored is None else stored.record.token_ids
     prompt_ids = (*past_ids, *tokenizer.encode(flags.text, add_special_tokens=not past_ids))
     # No more than it takes: a model may have room for far more than its stages' memory.
@@ -89,8 +101,7 @@ def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
         await engine.drain(pipeline)
         printer.finish()
 
-    with nullcontext() if stored is None else stored.held():
-        number = run_until_signalled(_runner(flags, pipeline_flags, source, engine, work))
+    number = run_until_signalled(_runner(flags, pipeline_flags, source, engine, work))
     if number is not None:
         raise typer.Exit(128 + number)
     tell("latency", log.summary())

@@ -1,5 +1,7 @@
 """Sessions that outlive a command: which one, and what home keeps of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -31,21 +33,27 @@ class SessionFlags(Settings):
             raise InputError("--session needs --secret-file: a name, and what makes it yours")
         return self
 
-    def open(self, manifest: Manifest, window: TideWindow | None) -> HomeSession | None:
-        """The session, if one is named. Raises InputError."""
+    @contextmanager
+    def opened(self, manifest: Manifest, window: TideWindow | None) -> Iterator[HomeSession | None]:
+        """The session, if one is named; nobody else has it meanwhile. Raises InputError."""
         if self.session is None or self.secret_file is None:
-            return None
-        return session_book(self.secret_file, manifest, window).open("", self.session)
+            yield None
+            return
+        session = session_book(self.secret_file, manifest, window).open("", self.session)
+        with session.locked():
+            yield session
 
 
-def session_book(path: Path, manifest: Manifest, window: TideWindow | None = None) -> SessionBook:
-    """The sessions of a secret, which is made if there is none. Raises InputError."""
+def session_book(
+    path: Path, manifest: Manifest, window: TideWindow | None = None, *, is_made: bool = True
+) -> SessionBook:
+    """The sessions of a secret, which is made if there is none, or not. Raises InputError."""
     if manifest.dp is not None:
         raise InputError("--secret-file: rows are noisy, and what noise was in is not kept")
     if window is not None:
         raise InputError("--secret-file: under a --window rows go that a session would need")
     try:
-        if not path.exists():
+        if is_made and not path.exists():
             create_private(path, SessionKeys.new_secret())
         keys = SessionKeys(read_private(path))
     except MisuseError as error:

@@ -56,6 +56,7 @@ class Service:
         self._desk.close(leaving)
         with trio.move_on_after(grace_seconds):
             await self._desk.wait_idle()
+            await self._engine.wait_saved()
         self._engine.fail(ServerLeaving("the server is stopping"))
         await self._wait_for_last_answers()
 

@@ -148,8 +148,10 @@ class Admission:
         state.leader = None
         if state.num_loading:  # its slot is not let go of before stages have done with it
             return
-        if keeps and state.request.stored is not None and self._is_exact and state.num_sent:
-            self._due.append(Transfer(state, state.num_sent, has_more=has_more))
+        if keeps and state.request.stored is not None and state.num_sent:
+            # The text is kept with any kernels, keys and values where a row's bits are its own.
+            length = state.num_sent if self._is_exact else 0
+            self._due.append(Transfer(state, length, has_more=has_more))
             return
         self._give_back(state, keeps=keeps, has_more=has_more)
 

@@ -97,6 +97,7 @@ class PipelineEngine:
         self._outputs: deque[tuple[int, TokenOutput | RequestFailed]] = deque()
         self._request_ids: Iterator[int] = count()
         self._has_work = trio.Event()
+        self._has_saved = trio.Event()
         self._num_steps = 0
         self._home_times: Counter[str] = Counter()
         self._num_tokens = 0
@@ -203,7 +204,14 @@ class PipelineEngine:
             self.scheduler.loaded(transfer, is_done=is_done)
         else:
             self.scheduler.admission.saved(transfer)
+        self._has_saved.set()
         self._has_work.set()
+
+    async def wait_saved(self) -> None:
+        """Return when what ended requests leave of their sessions is stored, or cannot be."""
+        while self.scheduler.admission.has_transfers:
+            self._has_saved = trio.Event()
+            await self._has_saved.wait()
 
     def fail(self, error: SessionError) -> None:
         """Give up: every open request hears of it, and so does whoever comes later."""

@@ -1,6 +1,7 @@
 """A text whose keys and values outlive its request: what home keeps of it, and where stages do."""
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from pipeline.protocol.stored_state import Mark, StoredSlot
@@ -26,6 +27,10 @@ class SlotStages(Protocol):
 
 class StoredText(Protocol):
     """One session, in use by one request."""
+
+    def held(self) -> AbstractAsyncContextManager[None]:
+        """No other request has it meanwhile, of any process. Raises SessionInUse."""
+        ...
 
     @property
     def stored_ids(self) -> tuple[int, ...]:

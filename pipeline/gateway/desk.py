@@ -6,7 +6,7 @@ No door's protocol is known here: whoever stands before it calls `admit`, opens 
 
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -217,15 +217,17 @@ class Desk:
 
         Raises ApiError if it cannot be begun, PipelineError as the engine does.
         """
+        stored = job.generations[0].stored
+        held = nullcontext() if stored is None else stored.held()
         with self.room(len(job.generations)):
-            async with open_choices(
+            async with held, open_choices(
                 self._engine,
                 self.tokenizer,
                 job.generations,
                 job.options,
                 job.record,
                 self._leaving,
-            ) as pieces:
+            ) as pieces:  # fmt: skip
                 yield pieces
 
     @contextmanager

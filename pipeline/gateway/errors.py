@@ -9,6 +9,7 @@ from pipeline.errors import (
     PipelineError,
     RequestFailed,
     ServerLeaving,
+    SessionInUse,
 )
 
 INVALID_REQUEST = "invalid_request_error"
@@ -23,6 +24,7 @@ class Kind(Enum):
     FORBIDDEN = auto()
     NOT_FOUND = auto()
     NOT_ALLOWED = auto()  # there, but not to be used so
+    IN_USE = auto()  # by another request: later
     TOO_SLOW = auto()
     TOO_LARGE = auto()
     TOO_MANY = auto()  # of this client: later
@@ -99,6 +101,8 @@ def busy(message: str) -> ApiError:
 
 def from_pipeline(error: PipelineError) -> ApiError:
     """What a client may know of a failure behind the gateway: its own mistakes, no more."""
+    if isinstance(error, SessionInUse):
+        return ApiError(Kind.IN_USE, str(error), code="session_in_use", param="session")
     if isinstance(error, InputError):
         return invalid(str(error), None)
     if isinstance(error, BudgetSpent):

@@ -8,10 +8,11 @@ session is to remove its file.
 import base64
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import msgpack
 import trio
@@ -19,7 +20,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from pipeline.engine.stored_text import SlotStages
-from pipeline.errors import InputError, StateRefused, StoreError
+from pipeline.errors import InputError, SessionInUse, StateRefused, StoreError
 from pipeline.files import is_file, write_atomically
 from pipeline.protocol.stored_state import MAX_SAVED_CHUNKS, Mark, StoredPart, StoredSlot
 from pipeline.sessions.sealing import CHUNK_POSITIONS
@@ -61,7 +62,12 @@ class SessionBook:
         self._model = model
         self._core_hash = core_hash
         self._num_stages = num_stages
-        self._saving = trio.Lock()
+        # Saves of one session go one after another.
+        self._saving = WeakValueDictionary[bytes, trio.Lock]()
+        # Sessions that this process has: by which descriptor, and for how many; and those of them
+        # that a request has, of which there is one.
+        self._claims: dict[bytes, tuple[int, int]] = {}
+        self._in_use = set[bytes]()
 
     def open(self, owner: str, name: str) -> "HomeSession":
         """The session that an owner calls by a name, new if there is none. Raises InputError."""
@@ -69,7 +75,12 @@ class SessionBook:
             raise InputError("the name of a session is empty")
         session_id = self._keys.session_id(owner, name)
         record = self.read(session_id)
-        if record is None or record.model != self._model:
+        if record is not None and record.model != self._model:
+            raise InputError(
+                f"session {name!r} is of another model, {record.model}; "
+                "take another name, or forget it"
+            )
+        if record is None:
             salt = os.urandom(_SALT_BYTES)
             record = Record(owner, name, self._model, self._core_hash, salt)
         if record.core_hash != self._core_hash or len(record.marks) != self._num_stages:
@@ -79,24 +90,32 @@ class SessionBook:
         return HomeSession(self, session_id, record)
 
     def forget(self, owner: str, name: str) -> bool:
-        """Remove a session's record; whether there was one. Raises InputError."""
-        path = self._path(self._keys.session_id(owner, name))
+        """Remove a session's record; whether there was one. Raises InputError, SessionInUse."""
+        session_id = self._keys.session_id(owner, name)
+        path = self._path(session_id)
+        if not is_file(path):
+            return False
         try:
-            path.unlink()
+            with self.locked(session_id, name):  # else who has it would write it again
+                path.unlink()
         except FileNotFoundError:
             return False
         except OSError as error:
             raise InputError(f"cannot remove {path}: {error.strerror}") from error
         return True
 
-    def records(self) -> Iterator[Record]:
-        """All sessions of this secret. Raises InputError."""
-        with suppress(FileNotFoundError):
-            for path in sorted(self._directory.glob("*" + _SUFFIX)):
-                with suppress(ValueError):
-                    record = self.read(bytes.fromhex(path.stem))
-                    if record is not None:
-                        yield record
+    def records(self) -> Iterator[Record | InputError]:
+        """All sessions beside this secret; of one that cannot be read, why."""
+        for path in sorted(self._directory.glob("*" + _SUFFIX)):
+            try:
+                record = self.read(bytes.fromhex(path.stem))
+            except ValueError:
+                continue  # its name is none that a session is kept under
+            except InputError as error:
+                yield error
+            else:
+                if record is not None:
+                    yield record
 
     def read(self, session_id: bytes) -> Record | None:
         """A session's record, if there is one. Raises InputError where it is of another secret."""
@@ -144,7 +163,31 @@ class SessionBook:
 
     @contextmanager
     def locked(self, session_id: bytes, name: str) -> Iterator[None]:
-        """One process alone has a session meanwhile. Raises InputError."""
+        """One request alone has a session meanwhile. Raises InputError, SessionInUse."""
+        if session_id in self._in_use:
+            raise _in_use(name)
+        with self._claimed(session_id, name):
+            self._in_use.add(session_id)
+            try:
+                yield
+            finally:
+                self._in_use.remove(session_id)
+
+    @contextmanager
+    def _claimed(self, session_id: bytes, name: str) -> Iterator[None]:
+        """This process alone has a session meanwhile. Raises InputError, SessionInUse."""
+        descriptor, count = self._claims.get(session_id) or (self._claim(session_id, name), 0)
+        self._claims[session_id] = descriptor, count + 1
+        try:
+            yield
+        finally:
+            _, count = self._claims.pop(session_id)
+            if count > 1:
+                self._claims[session_id] = descriptor, count - 1
+            else:
+                os.close(descriptor)
+
+    def _claim(self, session_id: bytes, name: str) -> int:
         path = self._path(session_id).with_suffix(".lock")
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -153,11 +196,14 @@ class SessionBook:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
         except BlockingIOError as error:
-            raise InputError(f"session {name!r} is in use by another client") from error
-        finally:
             os.close(descriptor)
+            raise _in_use(name) from error
+        return descriptor
+
+    def saving(self, session_id: bytes) -> trio.Lock:
+        """Whoever has this saves the session meanwhile."""
+        return self._saving.setdefault(session_id, trio.Lock())
 
     def _path(self, session_id: bytes) -> Path:
         return self._directory / (session_id.hex() + _SUFFIX)
@@ -171,18 +217,16 @@ class SessionBook:
         num_held: int,
     ) -> None:
         """See `HomeSession.save`; one after another, each going on from the one before."""
-        async with self._saving:
-            found = self.open(session.record.owner, session.record.name).record
-            record = replace(found, epoch=found.epoch + 1)
-            try:
-                marks = await self._store(
-                    session.session_id, record, stages, slot, token_ids, num_held
-                )
-            except StoreError:
-                none: tuple[tuple[Mark, ...], ...] = ((),) * self._num_stages
-                self.write(session.session_id, replace(record, token_ids=token_ids, marks=none))
-                raise
-            self.write(session.session_id, replace(record, token_ids=token_ids, marks=marks))
+        session_id, owner, name = session.session_id, session.record.owner, session.record.name
+        with self._claimed(session_id, name):
+            async with self.saving(session_id):
+                found = self.open(owner, name).record
+                record = replace(found, epoch=found.epoch + 1)
+                marks: tuple[tuple[Mark, ...], ...] = ((),) * self._num_stages
+                try:
+                    marks = await self._store(session_id, record, stages, slot, token_ids, num_held)
+                finally:  # the text is kept whatever becomes of its keys and values
+                    self.write(session_id, replace(record, token_ids=token_ids, marks=marks))
 
     async def _store(
         self,
@@ -226,10 +270,22 @@ class HomeSession:
         self._book = book
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Nobody else holds it meanwhile. Raises InputError where somebody does."""
+    def locked(self) -> Iterator[None]:
+        """No other request has it meanwhile. Raises InputError, SessionInUse."""
         with self._book.locked(self.session_id, self.record.name):
+            self._read_again()
             yield
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """As `locked`, once what the request before it has left is saved."""
+        with self._book.locked(self.session_id, self.record.name):
+            async with self._book.saving(self.session_id):
+                self._read_again()
+            yield
+
+    def _read_again(self) -> None:
+        self.record = self._book.open(self.record.owner, self.record.name).record
 
     @property
     def stored_ids(self) -> tuple[int, ...]:
@@ -250,4 +306,11 @@ class HomeSession:
         self, stages: SlotStages, slot: int, token_ids: tuple[int, ...], num_held: int
     ) -> None:
         """Keep a text, and the keys and values of what the slot holds. Raises StoreError."""
-        await self._book.save(self, stages, slot, token_ids, num_held)
+        try:
+            await self._book.save(self, stages, slot, token_ids, num_held)
+        except InputError as error:
+            raise StoreError(f"cannot keep the session: {error}") from error
+
+
+def _in_use(name: str) -> SessionInUse:
+    return SessionInUse(f"session {name!r} is in use by another client; try again when it is done")

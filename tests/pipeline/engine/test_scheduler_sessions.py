@@ -99,6 +99,17 @@ def test_what_is_copied_from_a_loaded_slot_is_computed_anew_too(scheduler):
     assert not list(scheduler.replay(1))
 
 
+def test_with_kernels_that_are_not_exact_the_text_alone_is_kept(scheduler):
+    scheduler.admission.allow_reuse(False)
+    scheduler.submit(Request(0, PROMPT, 1, stored=SimpleNamespace(stored_ids=PROMPT[:30])))
+    step = scheduler.next_step()
+    assert step.token_ids == PROMPT
+    scheduler.complete(step.header, [7])
+    (transfer,) = scheduler.admission.take_transfers()
+    assert (transfer.is_load, transfer.length) == (False, 0)
+    assert transfer.state.known(0, 99) == (*PROMPT, 7)
+
+
 def test_a_slot_is_not_let_go_of_before_it_is_saved(scheduler):
     scheduler.submit(Request(0, PROMPT, 1, stored=SimpleNamespace(stored_ids=())))
     step = scheduler.next_step()
