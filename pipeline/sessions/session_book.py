@@ -78,9 +78,33 @@ class SessionBook:
             record = replace(record, core_hash=self._core_hash, marks=none)
         return HomeSession(self, session_id, record)
 
-    def forget(self, owner: str, name: str) -> bool:
-        """Remove a session's record; whether there was one. Raises InputError."""
-        path = self._path(self._keys.session_id(owner, name))
+    def forget(self, name: str) -> bool:
+        """Remove the records of a name, of all its owners; whether there was one.
+
+        Raises InputError.
+        """
+        found = {self._keys.session_id("", name)}  # one's own even where it cannot be read
+        for session_id in self._session_ids():
+            with suppress(InputError):
+                record = self.read(session_id)
+                if record is not None and record.name == name:
+                    found.add(session_id)
+        return sum(self._remove(session_id) for session_id in found) > 0
+
+    def records(self) -> Iterator[Record]:
+        """All sessions of this secret. Raises InputError."""
+        for session_id in self._session_ids():
+            record = self.read(session_id)
+            if record is not None:
+                yield record
+
+    def _session_ids(self) -> Iterator[bytes]:
+        for path in sorted(self._directory.glob("*" + _SUFFIX)):
+            with suppress(ValueError):
+                yield bytes.fromhex(path.stem)
+
+    def _remove(self, session_id: bytes) -> bool:
+        path = self._path(session_id)
         try:
             path.unlink()
         except FileNotFoundError:
@@ -88,15 +112,6 @@ class SessionBook:
         except OSError as error:
             raise InputError(f"cannot remove {path}: {error.strerror}") from error
         return True
-
-    def records(self) -> Iterator[Record]:
-        """All sessions of this secret. Raises InputError."""
-        with suppress(FileNotFoundError):
-            for path in sorted(self._directory.glob("*" + _SUFFIX)):
-                with suppress(ValueError):
-                    record = self.read(bytes.fromhex(path.stem))
-                    if record is not None:
-                        yield record
 
     def read(self, session_id: bytes) -> Record | None:
         """A session's record, if there is one. Raises InputError where it is of another secret."""
