@@ -17,7 +17,6 @@ app = new_app()
 app.add_typer(attest.app, name="attest")
 app.command("leakage")(leakage_command)
 app.add_typer(session_command.app, name="session")
-app.add_typer(session_command.app, name="session")
 app.add_typer(stego.app, name="stego")
 for name, command in preparation.COMMANDS.items():
     app.command(name)(command)

@@ -20,11 +20,6 @@ from pipeline.cli.shared_options import ManifestOption
 from pipeline.errors import InputError
 from pipeline.files import check_writable, write_atomically
 
-DTypeOption = Annotated[
-    str | None,
-    typer.Option(help="Weights of every stage: float32, bfloat16, int8 [manifest's]."),
-]
-
 
 def plan_command(
     model_dir: Annotated[Path, typer.Option(metavar="DIR", help="config.json and weights.")],
@@ -58,7 +53,10 @@ def plan_command(
     wire_dtype: Annotated[
         str, typer.Option(help="Activations between stages: F32, F16, BF16, I8, I5 (rotated).")
     ] = "F32",
-    dtype: DTypeOption = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Weights of every stage: float32, bfloat16, int8 [as its worker says]."),
+    ] = None,
     split: Annotated[
         str, typer.Option(help="Embedding and head: stages (first, last) or client (here).")
     ] = "stages",
@@ -109,7 +107,10 @@ def shard_command(
     stage: Annotated[
         int | None, typer.Option(metavar="I", help="One stage only, of a manifest of shards.")
     ] = None,
-    dtype: DTypeOption = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Weights of every stage: float32, bfloat16, int8 [manifest's]."),
+    ] = None,
     client_file: Annotated[
         bool, typer.Option("--client-file", help="Client's part as one client_weights.safetensors.")
     ] = False,

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 
@@ -62,7 +63,9 @@ class ServiceManager:
 
 def _watchdog_seconds(environment: Mapping[str, str]) -> float:
     """How often it wants to hear of this process; infinity where it does not."""
-    microseconds, pid = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID", "")
-    if not microseconds.isdigit() or (pid and pid != str(os.getpid())):
+    text, pid = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID", "")
+    # None, as systemd has it: 0, what is no number, and beyond 64 bits.
+    microseconds = int(text) if re.fullmatch("[0-9]{1,20}", text) else 0
+    if not 0 < microseconds < 1 << 64 or (pid and pid != str(os.getpid())):
         return math.inf
-    return max(int(microseconds), 1) / 1e6
+    return microseconds / 1e6

@@ -40,8 +40,8 @@ def forget_command(
     manifest: ManifestOption,
     secret_file: SecretFile,
 ) -> None:
-    """Forget a session: what stages have stored of it can then be opened by nobody."""
-    if not _book(secret_file, manifest).forget("", name):
+    """Forget the sessions of a name, also a server's: nobody can open what stages have stored."""
+    if not _book(secret_file, manifest).forget(name):
         raise InputError(f"there is no session {name!r} of this secret")
 
 

@@ -24,20 +24,25 @@ Work = Callable[[Pipeline], Awaitable[None]]
 
 
 async def run_with_failover(
-    pipeline: Pipeline, work: Work, source: ReplaySource, patience_seconds: float
+    pipeline: Pipeline,
+    work: Work,
+    source: ReplaySource,
+    patience_seconds: float,
+    told: set[str] | None = None,
 ) -> None:
     """Connect `pipeline` and do `work` on it; whatever is lost, mend it and call `work` again.
 
     Raises SessionRefused when a stage will not take part as it is asked to, SessionError when the
     pipeline does not stand again and nothing moves for `patience_seconds` (StageMismatch where a
     stage was there and not the one of the manifest), or when it breaks again and again without a
-    single result.
+    single result. `told`: what has been logged of this loss already, and need not be again.
     """
     num_fruitless = 0
     pauses = _pauses()
     while True:
         before = pipeline.num_results, source.num_given_up
-        await _mend(pipeline, source, patience_seconds)
+        await _mend(pipeline, source, patience_seconds, told)
+        told = None
         stood_at = trio.current_time()
         try:
             async with pipeline.unbroken():
@@ -56,9 +61,11 @@ async def run_with_failover(
             pauses = _pauses()
 
 
-async def _mend(pipeline: Pipeline, source: ReplaySource, patience_seconds: float) -> None:
+async def _mend(
+    pipeline: Pipeline, source: ReplaySource, patience_seconds: float, told: set[str] | None
+) -> None:
     failure: SessionError | None = None
-    told: set[str] = set()
+    told = set() if told is None else told
 
     async def connect() -> None:
         nonlocal failure

@@ -57,7 +57,9 @@ async def outlast(
 
     while True:
         try:
-            return await run_with_failover(pipeline, note_and_work, source, patience_seconds)
+            return await run_with_failover(
+                pipeline, note_and_work, source, patience_seconds, outage.told
+            )
         except SessionError as error:
             if isinstance(error, SessionRefused | StageMismatch) and not has_stood:
                 raise
@@ -70,15 +72,19 @@ class _Outage:
     """What is said of a pipeline that is away, and how soon it is tried again."""
 
     def __init__(self) -> None:
+        # Why it cannot be connected: each reason is said once, however often it is found.
+        self.told: set[str] = set()
         self._since: float | None = None
         self._pause_seconds = FIRST_PAUSE_SECONDS
         self._quiet_until = -math.inf
 
     def note(self, error: SessionError) -> None:
-        """It is away, or still is: a line at first, and then one a minute."""
+        """It is away, or still is: a line at first, one a minute, and one for each new refusal."""
         now = trio.current_time()
         self._since = now if self._since is None else self._since
-        if now >= self._quiet_until:
+        is_news = isinstance(error, SessionRefused) and str(error) not in self.told
+        self.told.add(str(error))
+        if now >= self._quiet_until or is_news:
             self._quiet_until = now + REMINDER_SECONDS
             away_seconds = now - self._since
             logger.error("event=pipeline_away for_seconds=%.0f error=%s", away_seconds, error)

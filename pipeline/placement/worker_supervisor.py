@@ -46,7 +46,7 @@ class Supervisor:
         """`arguments` of a stage follow `stage-worker --stage-idx I`.
 
         `tasks` keep the processes running; cancelled, they end them. They raise InputError when a
-        worker finds its input unusable: it has said why on stderr.
+        stage's first worker finds its input unusable: it has said why on stderr.
         """
         self._manifest = manifest
         self._arguments = arguments
@@ -107,14 +107,17 @@ class Supervisor:
         return None if process is None else process.pid
 
     async def _keep(self, stage_idx: int) -> None:
-        backoff = FIRST_BACKOFF_SECONDS
+        backoff, has_run = FIRST_BACKOFF_SECONDS, False
         while True:
             started = trio.current_time()
             code = await self._run_worker(stage_idx)
-            if code == EXIT_BAD_INPUT:
+            is_input_bad = code == EXIT_BAD_INPUT
+            if is_input_bad and not has_run:
                 raise InputError(f"the worker of stage {stage_idx} cannot start; it says why above")
+            # What served it before is perhaps just being replaced by somebody.
+            has_run = True
             logger.warning("event=worker_died stage=%d code=%d", stage_idx, code)
-            if trio.current_time() - started > PROBATION_SECONDS:
+            if trio.current_time() - started > PROBATION_SECONDS and not is_input_bad:
                 backoff = FIRST_BACKOFF_SECONDS
             else:
                 await trio.sleep(backoff)

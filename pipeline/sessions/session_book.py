@@ -9,7 +9,7 @@ import base64
 import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -89,9 +89,36 @@ class SessionBook:
             record = replace(record, core_hash=self._core_hash, marks=none)
         return HomeSession(self, session_id, record)
 
-    def forget(self, owner: str, name: str) -> bool:
-        """Remove a session's record; whether there was one. Raises InputError, SessionInUse."""
-        session_id = self._keys.session_id(owner, name)
+    def forget(self, name: str) -> bool:
+        """Remove the records of a name, of all its owners; whether there was one.
+
+        Raises InputError, SessionInUse.
+        """
+        found = {self._keys.session_id("", name)}  # one's own even where it cannot be read
+        for session_id in self._session_ids():
+            with suppress(InputError):
+                record = self.read(session_id)
+                if record is not None and record.name == name:
+                    found.add(session_id)
+        return sum(self._remove(session_id, name) for session_id in sorted(found)) > 0
+
+    def records(self) -> Iterator[Record | InputError]:
+        """All sessions beside this secret; of one that cannot be read, why."""
+        for session_id in self._session_ids():
+            try:
+                record = self.read(session_id)
+            except InputError as error:
+                yield error
+            else:
+                if record is not None:
+                    yield record
+
+    def _session_ids(self) -> Iterator[bytes]:
+        for path in sorted(self._directory.glob("*" + _SUFFIX)):
+            with suppress(ValueError):  # its name is none that a session is kept under
+                yield bytes.fromhex(path.stem)
+
+    def _remove(self, session_id: bytes, name: str) -> bool:
         path = self._path(session_id)
         if not is_file(path):
             return False
@@ -103,19 +130,6 @@ class SessionBook:
         except OSError as error:
             raise InputError(f"cannot remove {path}: {error.strerror}") from error
         return True
-
-    def records(self) -> Iterator[Record | InputError]:
-        """All sessions beside this secret; of one that cannot be read, why."""
-        for path in sorted(self._directory.glob("*" + _SUFFIX)):
-            try:
-                record = self.read(bytes.fromhex(path.stem))
-            except ValueError:
-                continue  # its name is none that a session is kept under
-            except InputError as error:
-                yield error
-            else:
-                if record is not None:
-                    yield record
 
     def read(self, session_id: bytes) -> Record | None:
         """A session's record, if there is one. Raises InputError where it is of another secret."""

@@ -75,3 +75,12 @@ async def test_a_manager_that_is_gone_or_takes_nothing_keeps_nobody_waiting(
     assert scope.cancelled_caught
     sock.close()
     service.stopping()
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "²", "9" * 5000, str(1 << 64)])
+async def test_a_watchdog_that_asks_for_no_time_is_none(manager, autojump_clock, text):
+    sock, environment = manager
+    service = ServiceManager(environment | {"WATCHDOG_USEC": text})
+    with trio.fail_after(5):
+        await service.keep_informed(lambda: True)
+    assert heard(sock) == ["READY=1"]

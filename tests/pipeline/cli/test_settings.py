@@ -314,3 +314,16 @@ def test_an_error_names_no_variable_that_it_does_not_speak_of(run):
     code, line = run(pipeline_orch, *arguments, VEILPIPE_THREADS="2", VEILPIPE_LOG_FORMAT="json")
     assert code == 2
     assert "VEILPIPE" not in line
+
+
+def groups(command):
+    """A command's and those below it, where they have others below them."""
+    for name, each in getattr(command, "commands", {}).items():
+        yield name, each
+        yield from groups(each)
+
+
+def test_every_command_says_what_it_does():
+    for module in (pipeline_orch, stage_worker):
+        for name, each in groups(typer.main.get_command(module.app)):
+            assert each.help, name

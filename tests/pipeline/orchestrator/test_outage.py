@@ -107,3 +107,22 @@ async def test_a_stage_away_is_said_once_a_minute_and_that_it_is_back_once(autoj
     assert what == "event=pipeline_back after_seconds"
     assert len(told) == pytest.approx(float(seconds) / 60, abs=1)
     assert len(told) > 2
+
+
+async def test_why_a_stage_cannot_take_part_is_said_once_of_an_outage(autojump_clock, caplog):
+    wrong = [StageMismatch("stage 1 has another manifest")] * 200
+    with caplog.at_level(logging.WARNING, "pipeline.orchestrator.failover"):
+        await run(Machines(None, *wrong, None))
+    lines = [each.getMessage() for each in caplog.records]
+    # Once while it is mended at once, and once for all of the outage after that.
+    assert sum(line.startswith("event=connecting_failed") for line in lines) == 2
+
+
+async def test_a_refusal_is_said_at_once_and_not_again_before_the_next_minute(
+    autojump_clock, caplog
+):
+    refused = [SessionRefused("stage 1 has no room")] * 3
+    with caplog.at_level(logging.WARNING, "pipeline.orchestrator.outage"):
+        await run(Machines(None, *[SessionError("stage 1 is down")] * 10, *refused, None))
+    lines = [each.getMessage() for each in caplog.records]
+    assert sum("no room" in line for line in lines) == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -176,6 +177,24 @@ LOOK = (
     "import json, os; fd = int(a[a.index('--weights-fd') + 1]); s = os.fstat(fd); "
     "open(TOLD, 'a').write(json.dumps([s.st_ino, s.st_mode & 0o777]) + '\\n'); " + WORK
 )
+
+
+async def test_a_successor_with_unusable_input_is_tried_until_that_is_mended(
+    supervisor, monkeypatch, tmp_path
+):
+    runs = tmp_path / "runs"
+    code = (
+        f"import pathlib; p = pathlib.Path({str(runs)!r}); n = len(p.read_text()) if p.exists() "
+        f"else 0; p.write_text('x' * (n + 1)); n in (1, 2) and exit(2); {WORK}"
+    )
+    monkeypatch.setattr(worker_supervisor, "COMMAND", branching(WORK, code))
+    monkeypatch.setattr(worker_supervisor, "PROBATION_SECONDS", 0.0)  # loading takes its time
+    await supervisor.start(0)
+    await until(lambda: runs.exists() and len(runs.read_text()) == 1)
+    began = trio.current_time()
+    os.kill(supervisor.pid(0), signal.SIGKILL)
+    await until(lambda: len(runs.read_text()) == 4 and supervisor.pid(0) is not None)
+    assert trio.current_time() - began >= 3 * worker_supervisor.FIRST_BACKOFF_SECONDS
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memory that can be sealed")
