@@ -1,12 +1,11 @@
 """Activations in 5 bits an element, rotated first: for links so thin that bytes are the time."""
 
-from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.codecs.rotated_int8 import RotatedInt8
+from pipeline.codecs.rotated_int8 import RotatedInt8, quantised_specs
 from pipeline.dtypes import Floats, HostArray
 from pipeline.errors import MessageError
 from transport.tensor_frames import DType, TensorSpec
@@ -15,7 +14,7 @@ BITS = 5
 
 
 class RotatedInt5(RotatedInt8):
-    """Each row rotated, then quantised symmetrically: U8 [tokens, bytes], F32 scales [tokens].
+    """As RotatedInt8, but U8 [tokens, bytes] for the whole numbers.
 
     A row's elements, -15 to 15 and stored with 15 added, follow each other in 5 bits each, lowest
     bit first, as do the bits of each byte; what the last byte has left is zero.
@@ -25,8 +24,9 @@ class RotatedInt5(RotatedInt8):
     MOST: ClassVar[int] = 15
 
     def specs(self, num_tokens: int) -> tuple[TensorSpec, ...]:
-        """U8 [tokens, ceil(5 hidden / 8)], F32 [tokens]."""
-        return _specs(num_tokens, self.hidden_dim)
+        """U8 [tokens, ceil(5 hidden / 8)], U8 [tokens, bytes], F32 [tokens]."""
+        row_bytes = -(-BITS * self.hidden_dim // 8)
+        return quantised_specs(DType.U8, num_tokens, self.hidden_dim, row_bytes)
 
     def _pack(self, quantised: Floats) -> HostArray:
         shifted = (quantised + self.MOST).astype(np.uint8)[:, :, None]
@@ -41,12 +41,3 @@ class RotatedInt5(RotatedInt8):
         if bits[:, num_bits:].any() or np.maximum.reduce(shifted, axis=None) > 2 * self.MOST:
             raise MessageError("a row of activations in 5 bits is not one that is written so")
         return shifted.astype(np.float32) - np.float32(self.MOST)
-
-
-@lru_cache(maxsize=256)
-def _specs(num_tokens: int, hidden_dim: int) -> tuple[TensorSpec, ...]:
-    row_bytes = -(-BITS * hidden_dim // 8)
-    return (
-        TensorSpec(DType.U8, (num_tokens, row_bytes)),
-        TensorSpec(DType.F32, (num_tokens,)),
-    )

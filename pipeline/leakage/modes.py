@@ -131,10 +131,10 @@ _ALL = (
     ),
     Mode(
         "rotate-int8",
-        1,
+        2,
         views.plain,
-        "Makes the wire a quarter as wide at hardly any loss; no confidentiality against someone "
-        "who has the public weights.",
+        "Makes the wire 28 % as wide at hardly any loss; no confidentiality against someone who "
+        "has the public weights.",
         disguise="rotation",
         wire="I8",
     ),

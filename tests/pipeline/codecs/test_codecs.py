@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pipeline.agreement.manifest import ActivationSpec
 from pipeline.codecs.registry import CODECS, make_codec
 from pipeline.codecs.rotated_int5 import RotatedInt5
-from pipeline.codecs.rotated_int8 import INT8_MAX, MAX_SCALE, RotatedInt8
+from pipeline.codecs.rotated_int8 import GROUP, INT8_MAX, MAX_SCALE, WHOLE, RotatedInt8
 from pipeline.codecs.rotation import SIGNS_DOMAIN, Rotation, cosines, hadamard, signs
 from pipeline.errors import MessageError
 from pipeline.models.config import load_config
@@ -103,11 +103,44 @@ def test_a_rotated_row_is_off_by_at_most_half_a_step_per_rotated_element(make):
     hidden = rows(9, 768)
     codec = make(768)
     tensors = codec.encode(hidden)
-    scales = np.frombuffer(tensors[1].data, "<f4")
+    scales = np.frombuffer(tensors[2].data, "<f4")
     rotation = Rotation(768)
     error = codec.decode(tensors) - hidden
     # A small allowance for float32 on rows with elements of several hundred.
     assert (abs(rotation.apply(error)) <= scales[:, None] * 0.51 + 1e-3).all()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_groups_of_small_elements_have_steps_of_their_own(width):
+    rotated = np.full((1, width), 1e-2, np.float32)
+    rotated[0, 0] = 1.0
+    hidden = Rotation(width).undo(rotated)
+    codec = RotatedInt8(width)
+    error = Rotation(width).apply(codec.decode(codec.encode(hidden)) - hidden)
+    others = np.arange(width) % (2 * -(-width // (2 * GROUP))) > 0
+    # a sixteenth of half the row's step, but where the greatest element is
+    assert abs(error[0, others]).max(initial=0) <= 0.51 / WHOLE / INT8_MAX
+    assert abs(error).max() <= 0.51 / INT8_MAX
+
+
+def test_two_groups_share_a_byte_and_their_elements_take_turns():
+    tensors = (
+        Tensor(TensorSpec(DType.I8, (1, 9)), memoryview(bytes([16] * 9))),
+        Tensor(TensorSpec(DType.U8, (1, 2)), memoryview(bytes([0x10, 0x32]))),
+        Tensor(TensorSpec(DType.F32, (1,)), memoryview(np.array([8], "<f4").tobytes())),
+    )
+    expected = Rotation(9).undo(np.array([[8, 16, 24, 32, 8, 16, 24, 32, 8]], np.float32))
+    np.testing.assert_array_equal(RotatedInt8(9).decode(tensors), expected)
+
+
+def test_fractions_of_a_step_make_normal_rows_nearly_twice_as_close():
+    hidden = np.random.default_rng(0).standard_normal((64, 576)).astype(np.float32)
+    codec = RotatedInt8(576)
+    rotated = Rotation(576).apply(hidden)
+    steps = abs(rotated).max(axis=1, keepdims=True) / INT8_MAX
+    alone = np.rint(rotated / steps) * steps - rotated
+    error = codec.decode(codec.encode(hidden)) - hidden
+    assert np.linalg.norm(error) < 0.6 * np.linalg.norm(alone)
 
 
 def test_the_rotation_makes_int8_several_times_closer_where_there_are_outliers():
@@ -132,7 +165,13 @@ def test_rows_that_are_not_finite_are_not_sent(value):
         RotatedInt8(24).encode(hidden)
 
 
-def int5_row(elements: list[int], behind: int = 0) -> tuple[Tensor, Tensor]:
+def fractions(num_rows: int, width: int) -> Tensor:
+    """Every group's is one."""
+    row = b"\xff" * -(-width // (2 * GROUP))
+    return Tensor(TensorSpec(DType.U8, (num_rows, len(row))), memoryview(row * num_rows))
+
+
+def int5_row(elements: list[int], behind: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """A row of numbers 0 to 31 as RotatedInt5 lays it out, with a scale of one."""
     whole = sum(value << 5 * index for index, value in enumerate([*elements, behind]))
     num_bytes = -(-5 * len(elements) // 8)
@@ -140,6 +179,7 @@ def int5_row(elements: list[int], behind: int = 0) -> tuple[Tensor, Tensor]:
         Tensor(
             TensorSpec(DType.U8, (1, num_bytes)), memoryview(whole.to_bytes(num_bytes, "little"))
         ),
+        fractions(1, len(elements)),
         Tensor(TensorSpec(DType.F32, (1,)), memoryview(np.ones(1, "<f4").tobytes())),
     )
 
@@ -148,10 +188,10 @@ def test_five_bits_an_element_follow_each_other_lowest_first():
     elements = [index % 31 for index in range(9)]
     expected = Rotation(9).undo(np.array([elements], np.float32) - 15)
     np.testing.assert_array_equal(RotatedInt5(9).decode(int5_row(elements)), expected)
-    # the same row's scale comes out as one only where an element has the greatest magnitude
-    row = Rotation(9).undo(np.array([[15, -15, 3, 0, 1, -7, 2, 9, -1]], np.float32))
+    # the same row's scale comes out as one only where every group has the greatest magnitude
+    row = Rotation(9).undo(np.array([[3, -15, 15, 0, 1, 7, 2, -15, 15]], np.float32))
     packed = RotatedInt5(9).encode(row)
-    assert bytes(packed[0].data) == bytes(int5_row([30, 0, 18, 15, 16, 8, 17, 24, 14])[0].data)
+    assert bytes(packed[0].data) == bytes(int5_row([18, 0, 30, 15, 16, 22, 17, 0, 30])[0].data)
 
 
 def test_five_bits_that_no_encoder_writes_are_refused():
@@ -168,6 +208,7 @@ def test_a_scale_that_no_encoder_writes_is_refused(scale):
     scales = np.array([1.0, scale], "<f4")
     tensors = (
         Tensor(TensorSpec(DType.I8, (2, 24)), memoryview(bytes(48))),
+        fractions(2, 24),
         Tensor(TensorSpec(DType.F32, (2,)), memoryview(scales.tobytes())),
     )
     with pytest.raises(MessageError, match="finite"):
@@ -178,6 +219,7 @@ def test_the_largest_scale_decodes_to_finite_numbers():
     scales = np.array([MAX_SCALE], "<f4")
     tensors = (
         Tensor(TensorSpec(DType.I8, (1, 768)), memoryview(b"\x80" * 768)),
+        fractions(1, 768),
         Tensor(TensorSpec(DType.F32, (1,)), memoryview(scales.tobytes())),
     )
     assert np.isfinite(RotatedInt8(768).decode(tensors)).all()
@@ -230,17 +272,22 @@ def test_a_batch_mate_changes_no_logit_whatever_the_wire(shards, codec):
         np.testing.assert_array_equal(logits_of(shards, codec, other)[1], together[index])
 
 
+INT8, FRACTIONS = TensorSpec(DType.I8, (3, 64)), TensorSpec(DType.U8, (3, 8))
+
+
 @pytest.mark.parametrize(
     "specs",
     [
-        (TensorSpec(DType.I8, (3, 64)),),
-        (TensorSpec(DType.I8, (3, 64)), TensorSpec(DType.F32, (2,))),
-        (TensorSpec(DType.I8, (3, 64)), TensorSpec(DType.F32, (3, 1))),
-        (TensorSpec(DType.I8, (3, 64)), TensorSpec(DType.F16, (3,))),
-        (TensorSpec(DType.I8, (4, 64)), TensorSpec(DType.F32, (4,))),
-        (TensorSpec(DType.I8, (3, 65)), TensorSpec(DType.F32, (3,))),
+        (INT8, FRACTIONS),
+        (INT8, TensorSpec(DType.F32, (3,))),
+        (INT8, FRACTIONS, TensorSpec(DType.F32, (2,))),
+        (INT8, FRACTIONS, TensorSpec(DType.F32, (3, 1))),
+        (INT8, FRACTIONS, TensorSpec(DType.F16, (3,))),
+        (INT8, TensorSpec(DType.U8, (3, 7)), TensorSpec(DType.F32, (3,))),
+        (TensorSpec(DType.I8, (4, 64)), TensorSpec(DType.U8, (4, 8)), TensorSpec(DType.F32, (4,))),
+        (TensorSpec(DType.I8, (3, 65)), FRACTIONS, TensorSpec(DType.F32, (3,))),
         (TensorSpec(DType.F32, (3, 64)),),
-        (TensorSpec(DType.F32, (3,)), TensorSpec(DType.I8, (3, 64))),
+        (TensorSpec(DType.F32, (3,)), FRACTIONS, INT8),
     ],
     ids=str,
 )

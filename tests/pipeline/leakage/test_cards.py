@@ -10,6 +10,9 @@ from pipeline.leakage import cards
 from pipeline.leakage.cards import load_card, markdown_table, parse_card, require_card
 from pipeline.leakage.modes import MODES
 
+# Of the present version of a mode; the README says so too.
+NOT_MEASURED = {"rotate-int8": {1, 15, 29}}
+
 
 @pytest.mark.parametrize("name", MODES)
 def test_every_mode_has_the_card_of_its_version(name):
@@ -20,7 +23,8 @@ def test_every_mode_has_the_card_of_its_version(name):
     assert card.setting == mode.setting
     assert [each.sigma for each in card.settings] == list(mode.sigmas)
     layers = {each.layer for each in card.recoveries}
-    assert layers == {0, 1, 15, 29} if mode.is_offered else 0 in layers
+    expected = {0, 1, 15, 29} - NOT_MEASURED.get(mode.name, set())
+    assert layers == expected if mode.is_offered else 0 in layers
 
 
 @pytest.mark.parametrize("name", [name for name in MODES if name != "dp"])
@@ -98,9 +102,10 @@ def test_the_readme_says_what_the_cards_say(row, modes):
     ((_, recovered, price),) = table_rows("README.md", row)
     for mode in modes:
         card = load_card(mode, MODES[mode].version)
-        best = [card.at(layer) for layer in (0, 1, 15, 29)]
+        best = [each for layer in (0, 1, 15, 29) if (each := card.at(layer))]
         rates = ", ".join(f"{100 * each.token_recovery:.0f}" for each in best)
-        assert f"{rates} %" == recovered
+        rest = "" if len(best) == 4 else " at layer 0; deeper ones not measured"
+        assert f"{rates} %{rest}" == recovered
         agreement = card.utility.greedy_agreement
         assert agreement == 1 or f"{agreement:.1%}".replace("%", " %") in price
 

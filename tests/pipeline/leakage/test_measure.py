@@ -74,7 +74,7 @@ def test_a_narrow_wire_moves_fewer_bytes(card):
     hidden = 64
     assert card("plain").cost.bytes_per_token == 4 * hidden + 8
     assert card("client").cost.bytes_per_token == 3 * 4 * hidden
-    assert card("rotate-int8").cost.bytes_per_token == 3 * (hidden + 4)
+    assert card("rotate-int8").cost.bytes_per_token == 3 * (hidden + hidden // 8 + 4)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pipeline.protocol.links import (
     send_step,
 )
 from pipeline.protocol.messages import Done, Healthy, StageFigures, Start
-from pipeline.protocol.step_header import StepKind
+from pipeline.protocol.step_header import PROTOCOL_VERSION, StepKind
 from pipeline.protocol.step_limits import CLEAR_SENTINEL
 from tests.pipeline.stage.rig import failure_of, figures_of, hidden, settled, step
 
@@ -54,6 +54,7 @@ async def test_a_step_that_does_not_fit_ends_the_session_and_not_the_worker(
         ({"stage_idx": 0}, "init is for"),
         ({"hidden_dim": 32}, "init is for"),
         ({"version": 1}, "version 1"),
+        ({"version": PROTOCOL_VERSION - 1}, f"not {PROTOCOL_VERSION}"),
         ({"data_out": "10.0.0.5:80"}, "may not dial tcp:10.0.0.5:80; allow it with --allow-dial"),
         ({"data_out": "unix:/run/docker.sock"}, "may not dial unix:/run/docker.sock; name it"),
         ({"data_out": "vsock:3:80"}, "may not dial vsock:3:80; name it"),
