@@ -212,7 +212,8 @@ class Admission:
 
         Not where more would be lost than is used, and another slot can be had for a copy.
         """
-        if not self._goes_back(length, len(idle.token_ids)):
+        # Taken back from one token more, it may have dropped already what that one has no room for.
+        if not self._goes_back(length, len(idle.token_ids) + 1):
             return False
         has_other = self.slots.has_free or len(self.idle) > 1
         return 2 * length >= len(idle.token_ids) or not has_other
@@ -223,7 +224,7 @@ class Admission:
 
     def _is_whole(self, idle: IdlePrefix) -> bool:
         """Whether a slot holds all rows of its tokens: only then it can be copied."""
-        return self._window is None or len(idle.token_ids) <= self._window.size
+        return self._window is None or len(idle.token_ids) < self._window.size
 
     def _stays_whole(self, state: RequestState) -> bool:
         """Whether the slot of a request that runs will hold all rows of its tokens to the end."""
