@@ -237,6 +237,8 @@ class SessionBook:
                 found = self.open(owner, name).record
                 record = replace(found, epoch=found.epoch + 1)
                 marks: tuple[tuple[Mark, ...], ...] = ((),) * self._num_stages
+                if session.is_void:
+                    record = replace(record, marks=marks)
                 try:
                     marks = await self._store(session_id, record, stages, slot, token_ids, num_held)
                 finally:  # the text is kept whatever becomes of its keys and values
@@ -281,6 +283,8 @@ class HomeSession:
     def __init__(self, book: SessionBook, session_id: bytes, record: Record) -> None:
         self.session_id = session_id
         self.record = record
+        # What is stored has turned out not to be what was: nothing goes on from it.
+        self.is_void = False
         self._book = book
 
     @contextmanager
@@ -314,7 +318,11 @@ class HomeSession:
             if before == len(marks):
                 raise StateRefused(f"{length} tokens are not stored")
             counts.append(before + 1)
-        await stages.load(slot, length, self._book.stored(self.session_id, self.record, counts))
+        try:
+            await stages.load(slot, length, self._book.stored(self.session_id, self.record, counts))
+        except StateRefused:
+            self.is_void = True
+            raise
 
     async def save(
         self, stages: SlotStages, slot: int, token_ids: tuple[int, ...], num_held: int

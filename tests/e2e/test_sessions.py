@@ -246,7 +246,7 @@ def test_a_redis_behind_a_relay_that_hangs_dies_or_is_flushed_costs_time_and_no_
         redis.stop()
         thread.join(60)
         assert found[0][0] == turns.turn(FURTHER, None, max_tokens=300)[0]
-        assert "session_save_failed" in turns.server.log()
+        turns.server.wait_for_log("session_save_failed", 1)
         redis.start()
         assert redis.ask("FLUSHALL").startswith(b"+OK")
         assert turns.goes_on() == 0
