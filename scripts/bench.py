@@ -24,7 +24,7 @@ from pipeline.agreement.trust_policy import DevTrust
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.latency import LatencyLog, percentile
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import SessionError
 from pipeline.kernels.runtime import set_num_threads

@@ -22,7 +22,7 @@ import trio
 
 from pipeline.codecs.registry import make_codec
 from pipeline.engine.engine import PipelineEngine
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import PipelineError
 from pipeline.kernels.runtime import set_num_threads

@@ -25,8 +25,8 @@ from pipeline.cli.terminal import write_text
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.latency import LatencyLog
+from pipeline.engine.limits import Limits
 from pipeline.engine.output_text import StoppedText
-from pipeline.engine.scheduler import Limits
 from pipeline.engine.step_runner import StepRunner
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import PipelineError

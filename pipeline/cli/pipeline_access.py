@@ -15,7 +15,7 @@ from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.shard_directories import stage_dir
 from pipeline.codecs.rotated_int8 import RotatedInt8
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.leakage.cards import require_card

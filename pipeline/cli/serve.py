@@ -25,7 +25,7 @@ from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled
 from pipeline.cli.stego_model import new_service
 from pipeline.engine.engine import PipelineEngine
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.errors import InputError, PipelineError, SessionError
 from pipeline.files import is_file
 from pipeline.gateway.auth import load_api_keys

@@ -15,6 +15,13 @@ from pipeline.errors import InputError
 from pipeline.sessions.session_book import SessionBook
 
 app = new_app()
+
+
+@app.callback()
+def sessions() -> None:
+    """List and forget sessions that this machine keeps."""
+
+
 SecretFile = Annotated[
     Path, typer.Option("--secret-file", metavar="FILE", help="What they are sealed under.")
 ]

@@ -21,7 +21,7 @@ from pipeline.cli.stego_flags import CarrierFlags, TripFlags
 from pipeline.cli.stego_model import local_fingerprint, new_service
 from pipeline.cli.terminal import write_text
 from pipeline.engine.engine import PipelineEngine
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.files import check_writable, write_atomically

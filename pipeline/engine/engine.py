@@ -19,8 +19,9 @@ from pipeline.codecs.privacy_budget import PrivacyBudget
 from pipeline.engine.admission import Transfer
 from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
+from pipeline.engine.limits import Limits
 from pipeline.engine.request import Request
-from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.step import Step
 from pipeline.engine.step_choice import choice_of
 from pipeline.engine.step_runner import RunnerStats, StepRunner

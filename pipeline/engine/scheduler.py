@@ -2,11 +2,10 @@
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
-from pipeline.codecs.base import ActivationCodec
 from pipeline.engine.admission import Admission, Transfer
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
+from pipeline.engine.limits import Limits
 from pipeline.engine.prefill_chunks import cut_prompts
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
 from pipeline.engine.step import FollowUp, Notice, Promise, Step
@@ -17,8 +16,6 @@ from pipeline.protocol.messages import Abort, Done, Start
 from pipeline.protocol.replay_history import SlotPart, replay_headers
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
-from pipeline.protocol.step_limits import SessionLimits
-from pipeline.protocol.tide_window import TideWindow
 from pipeline.sampling.draw import Draw
 
 # A step of two requests takes no longer than one of either: nothing is gained by less.
@@ -27,35 +24,6 @@ MIN_SHARE = 2
 # alone from then on. One that is lost so even then is given up, or nobody would ever go on.
 SUSPECT_LOSSES = 2
 MAX_LOSSES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the stages have room for.
-
-    `chunk_tokens` bounds a step's prompt tokens, so that a long prompt neither stalls its
-    batch-mates nor needs activations of its whole length at once. As many steps are under way as
-    there are stages, so that each has one to work on.
-    """
-
-    num_slots: int
-    max_seq_len: int
-    chunk_tokens: int = 512
-    num_stages: int = 1
-    # What a slot keeps of a request's tokens; None: all of them.
-    window: TideWindow | None = None
-
-    @property
-    def max_step_tokens(self) -> int:
-        """Most tokens a step can hold: a chunk, and one token of every other request."""
-        return self.chunk_tokens + self.num_slots
-
-    def for_session(
-        self, codec: ActivationCodec, *, has_client_ends: bool = False
-    ) -> SessionLimits:
-        """What stages are asked for, their activations travelling by `codec`."""
-        slots, length, rows = self.num_slots, self.max_seq_len, self.max_step_tokens
-        return SessionLimits(slots, length, rows, codec, has_client_ends, self.window)
 
 
 class Scheduler:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.agreement.manifest import Manifest, StageSpec
 from pipeline.engine.engine import EngineStats
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.gateway.metrics import LatencyView
 from pipeline.orchestrator.stage_watch import RemoteStage
 from pipeline.protocol.messages import StageFigures

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import trio
 
 from pipeline.agreement.manifest import Manifest
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.engine.step_runner import RunnerStats
 from pipeline.errors import LinkLost, SessionError, StageLost, StageSilent

@@ -20,7 +20,7 @@ from pipeline.agreement.manifest import Manifest, dump_manifest, parse_manifest
 from pipeline.agreement.trust_policy import DevTrust
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.engine.step_runner import RunnerStats, StepRunner
 from pipeline.kernels.runtime import set_num_threads

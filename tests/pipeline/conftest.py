@@ -14,7 +14,7 @@ from pipeline.agreement.manifest import StageEndpoint, TcpAddress
 from pipeline.agreement.trust_policy import EnclaveTrust, UserTrust, create_identity
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard

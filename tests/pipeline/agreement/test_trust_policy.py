@@ -16,7 +16,7 @@ from pipeline.agreement.trust_policy import (
     create_identity,
     load_identity,
 )
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.errors import PolicyError, SessionError
 from pipeline.orchestrator.evidence_request import fetch_evidence
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline

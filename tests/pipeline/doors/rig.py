@@ -13,7 +13,7 @@ from pipeline.doors.handler import DoorSetup, open_door
 from pipeline.doors.messages import DoorError
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS

@@ -7,7 +7,7 @@ import pytest
 from pipeline.codecs.gaussian_noise import GaussianNoise
 from pipeline.doors.door_session import DoorSession
 from pipeline.doors.messages import DoorError, DoorFault
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.errors import InputError, SessionError
 from pipeline.orchestrator.client_ends import ClientEnds
 from pipeline.orchestrator.local_pipeline import LocalPipeline

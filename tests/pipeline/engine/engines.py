@@ -4,7 +4,7 @@ import trio
 
 from pipeline.codecs.registry import make_codec
 from pipeline.engine.generation import Generation
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.step_executor import StageCore

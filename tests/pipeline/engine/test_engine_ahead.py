@@ -8,7 +8,7 @@ import trio
 
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.engine.step_runner import RunnerStats
 from pipeline.errors import LinkLost, RequestFailed, SessionError
 from pipeline.protocol.result_kinds import NO_TOKEN

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from pipeline.engine.limits import Limits
 from pipeline.engine.prefill_chunks import MIN_CHUNK_TOKENS
 from pipeline.engine.request import Request
-from pipeline.engine.scheduler import MIN_SHARE, Limits, Scheduler
+from pipeline.engine.scheduler import MIN_SHARE, Scheduler
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepKind
 

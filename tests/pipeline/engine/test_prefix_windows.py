@@ -10,7 +10,7 @@ from pipeline.codecs.registry import make_codec
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard

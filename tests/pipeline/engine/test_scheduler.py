@@ -3,8 +3,9 @@ import time
 
 import pytest
 
+from pipeline.engine.limits import Limits
 from pipeline.engine.request import FinishReason, Request
-from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.scheduler import Scheduler
 from pipeline.errors import MessageError, PromptError
 from pipeline.protocol.last_stage_inputs import NOTHING_ASKED
 from pipeline.protocol.messages import Abort, Done, Start

@@ -2,8 +2,9 @@
 
 import pytest
 
+from pipeline.engine.limits import Limits
 from pipeline.engine.request import Request
-from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.scheduler import Scheduler
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepKind
 

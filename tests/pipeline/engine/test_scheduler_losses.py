@@ -4,8 +4,9 @@ import random
 
 import pytest
 
+from pipeline.engine.limits import Limits
 from pipeline.engine.request import Request
-from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.scheduler import Scheduler
 from pipeline.protocol.step_header import StepKind
 from tests.pipeline.engine.toy_stages import Stage, checksum, solo
 

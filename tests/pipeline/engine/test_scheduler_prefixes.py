@@ -3,7 +3,8 @@
 import pytest
 
 from pipeline.engine.idle_prefixes import PrefixOptions
-from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.limits import Limits
+from pipeline.engine.scheduler import Scheduler
 from pipeline.protocol.step_header import StepKind
 from tests.pipeline.engine.prefix_rig import KEEPS, A, B, Clock, Driver, chat, new_scheduler
 from tests.pipeline.engine.toy_stages import checksum, solo

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from pipeline.engine.idle_prefixes import PrefixOptions, common_length
+from pipeline.engine.limits import Limits
 from pipeline.engine.request import Request
-from pipeline.engine.scheduler import Limits
 from pipeline.protocol.step_header import StepKind
 from tests.pipeline.engine.prefix_rig import A, B, Clock, Driver, new_scheduler
 from tests.pipeline.engine.toy_stages import checksum, solo

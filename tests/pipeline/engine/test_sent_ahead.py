@@ -9,8 +9,8 @@ import trio
 from pipeline.codecs.registry import make_codec
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
+from pipeline.engine.limits import Limits
 from pipeline.engine.request import FinishReason
-from pipeline.engine.scheduler import Limits
 from pipeline.engine.step import Step
 from pipeline.engine.step_runner import RunnerStats
 from pipeline.errors import PipelineError, SessionError

@@ -1,6 +1,7 @@
 """Stages whose next token is a checksum of what a slot has seen."""
 
-from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.limits import Limits
+from pipeline.engine.scheduler import Scheduler
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepKind
 

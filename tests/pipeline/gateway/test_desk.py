@@ -12,7 +12,7 @@ import trio.testing
 from prometheus_client import CollectorRegistry
 
 from pipeline.engine.engine import PipelineEngine
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.gateway.errors import ApiError, Kind, leaving
 from pipeline.gateway.generation_order import Conversation, Order
 from pipeline.sampling.params import SamplingParams

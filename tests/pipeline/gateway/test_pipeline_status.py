@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.engine.engine import EngineStats
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.gateway.metrics import RecentTokens
 from pipeline.gateway.pipeline_status import EngineView, Overview, PipelineView
 from pipeline.protocol.messages import StageFigures

@@ -10,7 +10,7 @@ from pipeline.codecs.registry import make_codec
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.idle_prefixes import PrefixOptions
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.engine.step import Step
 from pipeline.errors import InputError, MessageError, RequestFailed
 from pipeline.models.registry import load_shard

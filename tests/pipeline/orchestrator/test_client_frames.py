@@ -19,7 +19,7 @@ from pipeline.codecs.registry import make_codec
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.home_times import PARTS
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.errors import InputError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard

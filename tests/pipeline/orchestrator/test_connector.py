@@ -6,7 +6,7 @@ import trio
 import pipeline.protocol.peer_connections
 from pipeline.agreement.manifest import StageEndpoint, TcpAddress
 from pipeline.agreement.trust_policy import DevTrust
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.errors import StageHung, StageSilent
 from pipeline.orchestrator.connector import Connector
 from pipeline.planning.plan import PlanOptions, plan

@@ -7,7 +7,7 @@ import pytest
 from pipeline.agreement.trust_policy import UserTrust
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.sampling.params import SamplingParams
 

@@ -9,7 +9,7 @@ from pipeline.agreement.manifest import StageEndpoint, TcpAddress
 from pipeline.agreement.trust_policy import DevTrust
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.failover import run_with_failover

@@ -7,7 +7,7 @@ import pytest
 import trio
 
 import pipeline.orchestrator.step_link
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.engine.step import Step
 from pipeline.errors import MessageError, StageLost
 from pipeline.orchestrator.remote_pipeline import Pipeline, PipelineOptions

@@ -9,7 +9,7 @@ from pipeline.codecs.registry import make_codec
 from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import RequestFailed
 from pipeline.models.config import load_config

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from pipeline.codecs.registry import make_codec
+from pipeline.engine.limits import Limits
 from pipeline.engine.request import Request
-from pipeline.engine.scheduler import Limits, Scheduler
+from pipeline.engine.scheduler import Scheduler
 from pipeline.orchestrator.replay_plan import ORCHESTRATOR_IDX, plan_replay
 from pipeline.protocol.step_limits import step_tensors
 from pipeline.protocol.step_results import step_result

@@ -9,7 +9,7 @@ import trio
 from pipeline.agreement.trust_policy import UserTrust
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.errors import InputError, SessionInUse, StageLost, StoreError
 from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline

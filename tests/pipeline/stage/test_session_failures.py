@@ -12,7 +12,7 @@ import pipeline.stage.session
 import pipeline.stage.worker
 from pipeline.agreement.manifest import StageEndpoint, TcpAddress
 from pipeline.agreement.trust_policy import DevTrust
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.errors import SessionError
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.protocol.batch import Segment

@@ -8,7 +8,7 @@ import trio
 
 from pipeline.codecs.registry import make_codec
 from pipeline.engine.engine import PipelineEngine
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.models.config import load_config

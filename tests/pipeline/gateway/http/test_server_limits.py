@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from pipeline.engine.engine import PipelineEngine
-from pipeline.engine.scheduler import Limits
+from pipeline.engine.limits import Limits
 from pipeline.gateway.http import client_exchange
 from pipeline.gateway.http.client_exchange import SMALL_BYTES, BodyBudget
 from tests.pipeline.gateway.http.raw_requests import (

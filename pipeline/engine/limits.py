@@ -1,0 +1,36 @@
+"""What a session's stages have room for."""
+
+from dataclasses import dataclass
+
+from pipeline.codecs.base import ActivationCodec
+from pipeline.protocol.step_limits import SessionLimits
+from pipeline.protocol.tide_window import TideWindow
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the stages have room for.
+
+    `chunk_tokens` bounds a step's prompt tokens, so that a long prompt neither stalls its
+    batch-mates nor needs activations of its whole length at once. As many steps are under way as
+    there are stages, so that each has one to work on.
+    """
+
+    num_slots: int
+    max_seq_len: int
+    chunk_tokens: int = 512
+    num_stages: int = 1
+    # What a slot keeps of a request's tokens; None: all of them.
+    window: TideWindow | None = None
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most tokens a step can hold: a chunk, and one token of every other request."""
+        return self.chunk_tokens + self.num_slots
+
+    def for_session(
+        self, codec: ActivationCodec, *, has_client_ends: bool = False
+    ) -> SessionLimits:
+        """What stages are asked for, their activations travelling by `codec`."""
+        slots, length, rows = self.num_slots, self.max_seq_len, self.max_step_tokens
+        return SessionLimits(slots, length, rows, codec, has_client_ends, self.window)
