@@ -71,6 +71,7 @@ def fill(target: HostArray, rows: HostArray) -> None:
     if rows.dtype == target.dtype:
         fill_array(target, rows)
     else:
+        rows = np.ascontiguousarray(rows)
         _native.convert(STORED[rows.dtype], rows, TABLES[target.dtype], target, rows.size)
 
 

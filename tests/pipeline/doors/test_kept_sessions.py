@@ -23,21 +23,32 @@ class Doors(Wire):
     def __init__(self, new_door, after):
         super().__init__(None)
         self._new_door, self._after = new_door, set(after)
-        self._context = None
+        self._manager = trio.open_nursery()
 
     async def __aenter__(self):
-        self._context = self._new_door()
-        self.door = await self._context.__aenter__()
+        self._tasks = await self._manager.__aenter__()
+        self.door = await self._tasks.start(self._run)
         return self
 
     async def __aexit__(self, *error):
-        await self._context.__aexit__(*error)
+        self._is_over.set()
+        await self._manager.__aexit__(*error)
+
+    async def _run(self, task_status):
+        """One door, from its start to its stop, in a task of its own."""
+        self._is_over, self._is_gone = trio.Event(), trio.Event()
+        is_gone = self._is_gone
+        async with self._new_door() as door:
+            task_status.started(door)
+            await self._is_over.wait()
+        is_gone.set()
 
     async def infer(self, request):
         if len(self.requests) in self._after:
             self._after.discard(len(self.requests))
-            await self._context.__aexit__(None, None, None)
-            await self.__aenter__()
+            self._is_over.set()
+            await self._is_gone.wait()
+            self.door = await self._tasks.start(self._run)
         return await super().infer(request)
 
     def num_tokens(self):
