@@ -266,8 +266,8 @@ async def test_a_session_that_is_in_use_is_not_forgotten(home):
     session = book.open("", "chat")
     book.write(session.session_id, session.record)
     with session.locked(), pytest.raises(SessionInUse):
-        home.book().forget("", "chat")
-    assert home.book().forget("", "chat")
+        home.book().forget("chat")
+    assert home.book().forget("chat")
 
 
 async def test_with_rows_that_are_not_exact_the_text_is_kept_and_computed_anew(home):
@@ -287,7 +287,7 @@ def test_a_session_of_another_model_is_not_replaced(home):
     book.write(session.session_id, replace(session.record, model="other"))
     with pytest.raises(InputError, match="'chat' is of another model, other"):
         book.open("", "chat")
-    assert book.forget("", "chat")
+    assert book.forget("chat")
 
 
 def test_records_are_listed_past_one_that_cannot_be_read(home, tmp_path):
@@ -312,6 +312,6 @@ def test_a_record_of_another_secret_or_damaged_is_one_clear_error(home, tmp_path
     path.write_text(path.read_text()[:-8])
     with pytest.raises(InputError, match="is damaged, or of another secret"):
         book.open("", "chat")
-    assert book.forget("", "chat")
-    assert not book.forget("", "chat")
+    assert book.forget("chat")
+    assert not book.forget("chat")
     assert book.open("", "chat").stored_ids == ()

@@ -40,8 +40,9 @@ def test_what_only_a_client_of_a_server_calls_so_is_forgotten(book):
 def test_a_damaged_record_is_forgotten_and_keeps_no_other(book, tmp_path):
     damaged, _ = write(book, OWN, "damaged"), write(book, CLIENT, "whole")
     (tmp_path / "sessions" / f"{damaged.hex()}.session").write_text("AAAA")
-    with pytest.raises(InputError, match="damaged"):
-        list(book.records())
+    told = [each for each in book.records() if isinstance(each, InputError)]
+    assert len(told) == 1
+    assert "damaged" in str(told[0])
     assert book.forget("whole")
     assert book.forget("damaged")
     assert list(book.records()) == []
