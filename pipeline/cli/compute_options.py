@@ -42,7 +42,7 @@ class WorkerOptions(Settings):
     cpus: Annotated[str | None, Flag("LIST", f"{CPUS_HELP}; a / between stages [none].")] = None
     device: DeviceFlag = None
     kv_memory: KvMemoryFlag = None
-    store: KvStoreFlags
+    store: KvStoreFlags = KvStoreFlags()
 
     def given(self, *, has_client_ends: bool = False) -> list[str]:
         """The flags that were set and are for workers alone; some say how ends are computed too."""

@@ -107,7 +107,7 @@ def test_a_text_is_the_ordinary_pipelines_through_either_door(shared_cluster, sh
         (["--http", "127.0.0.1:0", "--kv-ttl", "1h"], "give --kv-store"),
         (
             ["--http", "127.0.0.1:0", "--kv-store", "memory:", "--kv-max-bytes", "2Q"],
-            "expected a size",
+            "give a size",
         ),
         (["--http", "127.0.0.1:0", "--dev", "--context", "99999999"], "positions"),
     ],

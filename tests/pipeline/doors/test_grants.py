@@ -174,5 +174,6 @@ def test_an_older_key_is_its_owners_alone_and_long_enough(tmp_path, older_key):
 
 
 def test_secrets_are_not_shown():
-    assert "00" not in repr(GRANT)
+    assert "\\x01" not in repr(GRANT)
+    assert "0102" not in repr(GRANT)
     assert "session_key" not in repr(GRANT)
