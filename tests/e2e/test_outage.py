@@ -68,7 +68,9 @@ class Clients:
             self.num_texts += 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_stages_updated_one_after_another_cost_no_request_its_text(serve, cluster, number):
     """As the manual says: stop one, start it, wait for /readyz."""
     server = serve()
@@ -83,6 +85,7 @@ def test_stages_updated_one_after_another_cost_no_request_its_text(serve, cluste
     assert clients.num_refused == 0
 
 
+@pytest.mark.slow
 def test_supervised_workers_told_to_stop_are_replaced_and_texts_go_on(cluster):
     cluster.plan(2)
     server = cluster.serve("--context", "512", "--supervise")

@@ -101,6 +101,7 @@ def test_after_a_restart_a_chat_goes_on_from_what_was_stored_for_one_client_at_a
     assert names.stdout.startswith("chat\t")
 
 
+@pytest.mark.slow
 def test_a_session_in_use_or_unknown_is_one_clear_error(cluster, command, tmp_path):
     cluster.plan(2)
     secret = tmp_path / "secret"
