@@ -142,6 +142,9 @@ def test_a_shard_that_is_interrupted_leaves_nothing_behind(cluster):
     while True:
         with config.open("wb") as file:  # which waits until it is read
             if has_begun():
+                # A signal that comes between opening and reading would be noticed after the read.
+                while not is_asleep(process):
+                    time.sleep(0.001)
                 process.terminate()
                 assert process.wait(20) == 128 + signal.SIGTERM
                 break
@@ -149,6 +152,10 @@ def test_a_shard_that_is_interrupted_leaves_nothing_behind(cluster):
         while config in opened_by(process) and not has_begun():
             time.sleep(0.01)
     assert not has_begun()
+
+
+def is_asleep(process):
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0] == "S"
 
 
 def opened_by(process):
