@@ -69,6 +69,9 @@ class TensorSpec:
     dtype: DType
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.dtype.name}[{', '.join(map(str, self.shape))}]"
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor's elements."""

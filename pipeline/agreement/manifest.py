@@ -147,6 +147,15 @@ class StageSpec(_Strict):
     expected_measurements: dict[PcrIndex, PcrHex] = Field(default_factory=dict)
     endpoint: StageEndpoint | None = None
 
+    @model_validator(mode="after")
+    def _has_the_hashes_it_requires(self) -> Self:
+        if self.require_weight_hashes and not self.weight_hashes:
+            raise ValueError(
+                "require_weight_hashes is true and there are no weight_hashes; "
+                "`pipeline-orch plan` writes them"
+            )
+        return self
+
     def measurements(self) -> dict[int, bytes]:
         """PCR index to the 48 bytes this stage must show."""
         return {index: bytes.fromhex(value) for index, value in self.expected_measurements.items()}

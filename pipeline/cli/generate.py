@@ -27,6 +27,7 @@ from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.latency import LatencyLog
 from pipeline.engine.limits import Limits
 from pipeline.engine.output_text import StoppedText
+from pipeline.engine.request import FinishReason
 from pipeline.engine.step_runner import StepRunner
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import PipelineError
@@ -104,6 +105,8 @@ def _generate(
     number = run_until_signalled(_runner(flags, pipeline_flags, source, engine, work))
     if number is not None:
         raise typer.Exit(128 + number)
+    if printer.is_cut:
+        tell("pipeline-orch", f"the text ends where the context of {room} tokens is full")
     tell("latency", log.summary())
     if path is not None:
         log.write(path)
@@ -126,11 +129,20 @@ def _runner(
     return lambda: access.run(work, engine.scheduler)
 
 
+# As OpenAI names them; a request that was cancelled has none.
+_REASONS = {
+    FinishReason.EOS: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CONTEXT: "length",
+}
+
+
 class _Printer:
     """Streams text to stdout, up to a stop string, and latencies to the log."""
 
     def __init__(self, prompt: str, text: StoppedText, log: LatencyLog) -> None:
         self.on_stop: Callable[[], object] = lambda: None
+        self.is_cut = False  # the context had no room for more
         self._prompt = prompt
         self._text = text
         self._log = log
@@ -151,10 +163,13 @@ class _Printer:
         now = perf_counter_ns()
         elapsed_ns, self._last_ns = now - self._last_ns, now
         self._log.add(event.token_id, elapsed_ns, event.timings, event.home_times)
+        self._log.finish_reason = None if event.finish is None else _REASONS[event.finish]
+        self.is_cut |= event.finish is FinishReason.CONTEXT
         logger.debug("event=token n=%d ms=%.2f", len(self._log.token_ids), elapsed_ns / 1e6)
         text, is_stopped = self._text.push(event.token_id)
         write_text(text)
         if is_stopped:
+            self._log.finish_reason = "stop"
             self.on_stop()
 
     def finish(self) -> None:

@@ -25,9 +25,13 @@ def percentile(values: Sequence[float], fraction: float) -> float:
 
 @dataclass(slots=True)
 class LatencyLog:
-    """One request's record. `prompt_ms` is the time to the first token."""
+    """One request's record. `prompt_ms` is the time to the first token, `latencies_ms` the rest's.
+
+    `finish_reason` is OpenAI's.
+    """
 
     prompt_ms: float = 0.0
+    finish_reason: str | None = None
     latencies_ms: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     timings: list[tuple[StageTiming, ...]] = field(default_factory=list)
@@ -62,13 +66,18 @@ class LatencyLog:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON; times in milliseconds."""
+        """The record as JSON; times in milliseconds.
+
+        `latencies_ms` has one for each token, the first one's from the start.
+        """
         home = [
             {f"{part}_ms": times.get(part, 0) / 1e6 for part in PARTS} for times in self.home_times
         ]
         return {
             "prompt_ms": self.prompt_ms,
-            "latencies_ms": self.latencies_ms,
+            "latencies_ms": [self.prompt_ms, *self.latencies_ms] if self.token_ids else [],
+            "generation_tokens": len(self.token_ids),
+            "finish_reason": self.finish_reason,
             "token_ids": self.token_ids,
             "stages": [
                 [

@@ -19,7 +19,7 @@ from pipeline.protocol.peer_connections import (
     describe,
 )
 from pipeline.protocol.step_header import StepHeader
-from pipeline.protocol.step_limits import SessionLimits
+from pipeline.protocol.step_limits import SessionLimits, told
 from pipeline.protocol.step_results import expected_results, max_result_bytes
 from transport.channel import SecureChannel
 from transport.dial_and_listen import Endpoint, Listener
@@ -161,7 +161,10 @@ class Connector:
         """What the last stage may return for a step; how many tokens, the scheduler checks."""
         expected = expected_results(header, self.vocab_size, self._limits.codec.hidden_dim)
         if specs != expected or len(header.timings) != len(self._manifest.stages):
-            raise MessageError(f"step {header.step} returned {specs}, expected {expected}")
+            raise MessageError(
+                f"step {header.step} returned {told(specs)} of {len(header.timings)} stages, "
+                f"expected {told(expected)} of {len(self._manifest.stages)}"
+            )
 
 
 def _stage_role(stage_idx: int) -> Role:

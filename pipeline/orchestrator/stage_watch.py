@@ -172,6 +172,8 @@ class RemoteStage:
                 except (TransportError, trio.EndOfChannel, trio.ClosedResourceError) as error:
                     # Closed by whoever failed to send: it may notice first that the stage is gone.
                     raise StageLost(self.idx, describe(error)) from error
+                except MessageError as error:
+                    raise MessageError(f"stage {self.idx}: {error}") from error
                 self._num_unanswered = 0
                 self._take(message)
 

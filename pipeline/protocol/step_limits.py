@@ -77,6 +77,11 @@ class SessionLimits:
         return self.num_slots * WHOLE_ROWS
 
 
+def told(specs: tuple[TensorSpec, ...]) -> str:
+    """What a step carries, as refusals name it."""
+    return " and ".join(map(str, specs)) or "nothing"
+
+
 @lru_cache(maxsize=256)
 def token_specs(num_tokens: int) -> tuple[TensorSpec, ...]:
     """The tensor that as many token ids travel in."""

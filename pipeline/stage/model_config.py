@@ -6,7 +6,7 @@ from time import perf_counter
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.dtypes import Precision
-from pipeline.errors import InputError, PolicyError
+from pipeline.errors import InputError
 from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.models.config import ModelConfig, load_config
 from pipeline.models.registry import ModelShard, load_shard
@@ -48,16 +48,11 @@ def load_stage(
     progress: Progress | None,
     memory: SealedMemory | None = None,
 ) -> ModelShard:
-    """A stage's layers, by the manifest. Raises ModelError, InputError, PolicyError.
+    """A stage's layers, by the manifest. Raises ModelError, InputError.
 
     `memory`: where weights outlive this process, for another of the same stage.
     """
     stage = manifest.stage(stage_idx)
-    if stage.require_weight_hashes and not stage.weight_hashes:
-        raise PolicyError(
-            f"stage {stage_idx} requires weight hashes and the manifest has none; "
-            "`pipeline-orch plan` writes them"
-        )
     started = perf_counter()
     shard = load_shard(
         model_dir,

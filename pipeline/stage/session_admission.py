@@ -4,7 +4,7 @@ from pipeline.errors import InputError, MessageError, SessionRefused
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.messages import Init, Message
 from pipeline.protocol.step_header import PROTOCOL_VERSION, StepHeader, StepKind
-from pipeline.protocol.step_limits import SessionLimits, expected_inputs
+from pipeline.protocol.step_limits import SessionLimits, expected_inputs, told
 from pipeline.protocol.tide_window import MAX_TEXT, TideWindow
 from pipeline.stage.worker_setup import StageSetup
 from transport.tensor_frames import TensorSpec
@@ -29,7 +29,7 @@ def expect_step(
     """Hold a step's declared tensors against those this stage takes. Raises MessageError."""
     expected = expected_inputs(header, limits, is_first=stage_idx == 0, declared=specs)
     if specs != expected:
-        raise MessageError(f"step {header.step} carries {specs}, expected {expected}")
+        raise MessageError(f"step {header.step} carries {told(specs)}, expected {told(expected)}")
     if header.kind is StepKind.REPLAY and not stage_idx <= header.until < num_stages:
         raise MessageError(
             f"step {header.step} is replayed until stage {header.until}, this is {stage_idx} "
@@ -47,14 +47,14 @@ def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits
     if message.version != PROTOCOL_VERSION:
         raise SessionRefused(f"control protocol version {message.version}, not {PROTOCOL_VERSION}")
     spec = setup.manifest.activation_spec
-    expected = (setup.stage_idx, spec.dtype, spec.hidden_dim)
-    found = (message.stage_idx, message.activation_dtype, message.hidden_dim)
+    expected = _shape(setup.stage_idx, spec.dtype, spec.hidden_dim)
+    found = _shape(message.stage_idx, message.activation_dtype, message.hidden_dim)
     window = _check_window(message, setup)
     longest = spec.max_seq_len if window is None else MAX_TEXT
     if found != expected or message.max_seq_len > longest:
         raise SessionRefused(
-            f"init is for {found} with {message.max_seq_len} positions, this stage is "
-            f"{expected} with at most {longest}"
+            f"init is for {found} and {message.max_seq_len} positions, this is {expected} "
+            f"and at most {longest} positions"
         )
     if message.max_step_tokens > MAX_STEP_TOKENS:
         raise SessionRefused(
@@ -81,6 +81,10 @@ def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits
         has_client_ends=setup.manifest.has_client_ends,
         window=window,
     )
+
+
+def _shape(stage_idx: int, dtype: str, hidden_dim: int) -> str:
+    return f"stage {stage_idx} with rows of {hidden_dim} in {dtype}"
 
 
 def _check_window(message: Init, setup: StageSetup) -> TideWindow | None:

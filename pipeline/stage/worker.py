@@ -1,6 +1,7 @@
 """The stage worker: a trio shell that serves one orchestrator after another."""
 
 import logging
+import math
 from typing import Literal
 
 import trio
@@ -45,6 +46,7 @@ class StageWorker:
         self._current: StageSession | None = None
         # Whose turn it is.
         self._holder: ControlLink | None = None
+        self._held_since = -math.inf
         self._turn = trio.CancelScope()
 
     async def serve(self, control: Listener, data_in: Listener, *, once: bool = False) -> None:
@@ -82,7 +84,7 @@ class StageWorker:
             has_begun = False
             try:
                 with trio.CancelScope() as self._turn:
-                    self._holder = control
+                    self._holder, self._held_since = control, trio.current_time()
                     has_begun = await self._run_session(control, data_in)
             finally:
                 self._current = self._holder = None  # they would keep the session's memory
@@ -93,15 +95,17 @@ class StageWorker:
             await close_quietly(control.channel)
 
     def _make_way_for(self, newcomer: ControlLink) -> bool:
-        """End the turn of the same orchestrator, if nothing has come from it for a while.
+        """End the turn of one that has asked for nothing for long, or of the same one, gone silent.
 
-        A network that lost its goodbye would keep it out for as long as silence is borne. Another
-        one has to wait, and so has anybody for one that still speaks.
+        A network that lost its goodbye would keep the same orchestrator out for as long as silence
+        is borne. Attack: one that only ever asks how the stage is would keep all others out.
         """
-        holder = self._holder
-        if holder is None or holder.channel.peer.static_key != newcomer.channel.peer.static_key:
+        holder, now = self._holder, trio.current_time()
+        if holder is None:
             return False
-        if trio.current_time() - holder.heard_at < STALE_SECONDS:
+        is_idle = self._current is None and now - self._held_since >= SILENCE_SECONDS
+        is_same = holder.channel.peer.static_key == newcomer.channel.peer.static_key
+        if not is_idle and not (is_same and now - holder.heard_at >= STALE_SECONDS):
             return False
         logger.info("event=session_superseded stage=%d", self._setup.stage_idx)
         self._turn.cancel()
@@ -110,11 +114,14 @@ class StageWorker:
     async def _first_message(self, control: ControlLink) -> Message:
         """What comes after the questions of an orchestrator that still waits for other stages."""
         while True:
-            with trio.fail_after(SILENCE_SECONDS):
-                message = await control.receive()
-                if not isinstance(message, Health):
-                    return message
-                await control.send(self._meter.answer(message, core=None))
+            try:
+                with trio.fail_after(SILENCE_SECONDS):
+                    message = await control.receive()
+                    if not isinstance(message, Health):
+                        return message
+                    await control.send(self._meter.answer(message, core=None))
+            except trio.TooSlowError:
+                raise SessionEnded(f"orchestrator silent for {SILENCE_SECONDS:.0f} s") from None
 
     async def _run_session(self, control: ControlLink, data_in: Listener) -> bool:
         """Serve until the session ends; whether it got past `init`."""
@@ -131,7 +138,7 @@ class StageWorker:
         except SessionRefused as error:
             logger.warning("event=session_refused stage=%d error=%s", stage_idx, error)
             await say(control, Failure(code="refused", detail=describe(error)))
-        except (MessageError, TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
+        except (MessageError, TransportError, trio.EndOfChannel) as error:
             logger.warning("event=session_failed stage=%d error=%s", stage_idx, describe(error))
             # One that begins with a message unknown here is of another version, today and later.
             is_refused = isinstance(error, MessageError) and not has_begun

@@ -82,7 +82,7 @@ def test_usage_errors(command, worker, orch):
         (lambda m: m.update(total_layers=9), ["expected 9 layers"]),
         (lambda m: m["stages"][0]["endpoint"]["control"].update(addr="x"), ["'x'"]),
         (lambda m: m["stages"][0].update(weight_hashes=["0" * 64]), ["sha", "0" * 64]),
-        (lambda m: m["stages"][0].update(weight_hashes=[]), ["requires weight hashes"]),
+        (lambda m: m["stages"][0].update(weight_hashes=[]), ["require_weight_hashes", "plan"]),
         (lambda m: m["stages"][0].update(weight_hashes=["0" * 64] * 2), ["2", "1"]),
         (lambda m: m.update(config_hash="0" * 64), ["config.json", "0" * 64]),
         (lambda m: m["activation_spec"].update(hidden_dim=99), ["99", "64"]),

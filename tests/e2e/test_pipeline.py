@@ -45,8 +45,9 @@ def test_a_pipeline_generates_what_one_reference_process_does(cluster, stages):
     record = json.loads(out.read_text())
     assert record["token_ids"] == expected_text(cluster.model_dir, "Hello there", 30)
     assert result.stdout.startswith("Hello there")
-    assert len(record["latencies_ms"]) == 29
-    assert record["prompt_ms"] > 0
+    assert len(record["latencies_ms"]) == record["generation_tokens"] == 30
+    assert record["latencies_ms"][0] == record["prompt_ms"] > 0
+    assert record["finish_reason"] == "length"
     assert [len(token) for token in record["stages"]] == [stages] * 30
     for token in record["stages"]:
         assert all(timing["compute_ms"] > 0 and timing["wire_ms"] > 0 for timing in token)

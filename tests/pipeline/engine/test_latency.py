@@ -35,6 +35,8 @@ def test_the_record_names_each_stages_parts(log, tmp_path):
     log.write(path)
     record = json.loads(path.read_text())
     assert record["token_ids"] == [0, 1, 2, 3]
+    assert record["generation_tokens"] == len(record["latencies_ms"]) == 4
+    assert record["latencies_ms"] == [record["prompt_ms"], 10, 20, 30]
     assert record["stages"][1] == [{"compute_ms": 5.0, "crypto_ms": 0.001, "wire_ms": 0.002}]
     assert "orchestrator" not in record
     assert [file.name for file in tmp_path.iterdir()] == ["latency.json"]

@@ -3,6 +3,8 @@
 import gc
 import socket
 import weakref
+from contextlib import suppress
+from itertools import count
 
 import pytest
 import trio
@@ -23,6 +25,7 @@ from pipeline.protocol.links import (
 from pipeline.protocol.messages import Failure, Health, Healthy, Shutdown, Waiting
 from pipeline.protocol.peer_connections import ORCHESTRATOR
 from tests.pipeline.stage.rig import LOOPBACK, failure_of, hidden, settled, step
+from transport.errors import TransportError
 
 
 async def test_a_defect_costs_the_session_and_not_the_worker(rig, monkeypatch):
@@ -48,6 +51,37 @@ async def test_an_orchestrator_may_take_its_time_before_init(rig, monkeypatch):
         await control.aclose()
         async with rig.session():
             pass
+
+
+async def test_one_that_only_asks_how_the_stage_is_keeps_nobody_out_for_long(rig, monkeypatch):
+    monkeypatch.setattr(pipeline.stage.worker, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(pipeline.stage.worker, "BUSY_SECONDS", 0.1)
+
+    async def ask_for_ever(control):
+        with suppress(TransportError):
+            for sequence in count():
+                await control.send(Health(sequence=sequence))
+                await trio.sleep(0.05)
+
+    async with rig.worker():
+        first = await rig.control()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask_for_ever, first)  # until the stage has hung up on it
+            rig.trust = DevTrust.create(rig.directory / "dev")  # another orchestrator's key
+            second = await rig.control()
+            assert (await failure_of(second)).code == "busy"
+            await trio.sleep(0.5)
+            async with rig.session():
+                pass
+        for control in (first, second):
+            await control.aclose()
+
+
+async def test_a_stage_names_what_a_step_carries_in_words(rig):
+    async with rig.worker(), rig.session() as (control, upstream):
+        await send_step(upstream, step(Segment(0, 0, 2)), (hidden(3),))
+        detail = (await failure_of(control)).detail
+    assert "carries F32[3, 64], expected F32[2, 64]" in detail
 
 
 async def test_a_refusal_reaches_an_orchestrator_that_is_still_talking(rig, monkeypatch):
