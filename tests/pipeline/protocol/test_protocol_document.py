@@ -7,10 +7,13 @@ from typing import get_args
 import pytest
 
 import pipeline.protocol
+from pipeline.cli.pipeline_flags import PipelineFlags
+from pipeline.orchestrator import remote_pipeline, stage_watch
 from pipeline.protocol import (
     last_stage_inputs,
     links,
     messages,
+    peer_connections,
     result_kinds,
     step_header,
     step_limits,
@@ -22,6 +25,7 @@ from pipeline.protocol.result_kinds import NO_TOKEN, Result, Want
 from pipeline.protocol.step_header import StepHeader, StepKind, encode_step
 from pipeline.sampling.draw import Draw
 from pipeline.sampling.params import SamplingParams
+from pipeline.stage import data_channels, session, slot_storage, worker
 from pipeline.stage.session_admission import MAX_STEP_TOKENS
 
 TEXT = (Path(pipeline.protocol.__file__).parents[1] / "PROTOCOL.md").read_text()
@@ -100,6 +104,29 @@ def test_every_number_has_its_name(members):
 )
 def test_every_limit_is_the_codes(before, number, after):
     assert f"{before}{number:,}{after}" in TEXT
+
+
+@pytest.mark.parametrize(
+    ("seconds", "what"),
+    [
+        (peer_connections.HANDSHAKE_SECONDS, "a peer whose turn it is"),
+        (peer_connections.NO_ANSWER_SECONDS, "between tries"),
+        (PipelineFlags.model_fields["connect_timeout"].default, "nobody comes nearer"),
+        (stage_watch.HEALTH_SECONDS, "between two `health`"),
+        (PipelineFlags.model_fields["hang_timeout"].default, "a stage answers none"),
+        (remote_pipeline.HANG_SECONDS, "a stage answers none"),
+        (session.SILENCE_SECONDS, "an orchestrator says nothing"),
+        (worker.SILENCE_SECONDS, "one that has not sent `init`"),
+        (worker.STALE_SECONDS, "one that says nothing makes way"),
+        (worker.BUSY_SECONDS, "another orchestrator waits"),
+        (data_channels.WAITING_SECONDS, "between two `waiting`"),
+        (slot_storage.STORE_SECONDS, "a store that does not answer"),
+        (session.LEAVE_SECONDS, "told to stop"),
+        (peer_connections.GOODBYE_SECONDS, "for a last message"),
+    ],
+)
+def test_every_time_limit_is_the_codes(seconds, what):
+    assert re.search(rf"^\| {seconds:g} \| [a-z ]+ \| {re.escape(what)}", TEXT, re.MULTILINE)
 
 
 def test_the_layouts_have_the_bytes_that_are_told():
