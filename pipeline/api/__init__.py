@@ -1,0 +1,45 @@
+"""A pipeline driven by a program of one's own.
+
+    from pathlib import Path
+
+    import trio
+
+    from pipeline.api import DevTrust, SamplingParams, Tokenizer, connect, load_manifest
+
+    async def main():
+        manifest = load_manifest(Path("manifests/smollm2_2stage.json"))
+        tokenizer = Tokenizer(Path("models/smollm2/tokenizer.json"))
+        trust = DevTrust.create(Path.home() / ".local/state/veilpipe/dev")
+        async with connect(manifest, trust) as pipeline:
+            prompt_ids = tokenizer.encode("The capital of France is")
+            async for token in pipeline.generate(prompt_ids, max_tokens=20):
+                print(tokenizer.decode([token.token_id]), end="", flush=True)
+
+    trio.run(main)
+
+In the place of `DevTrust`, `UserTrust.create(manifest, Path("identity.pem"))` demands of every
+stage what the manifest says. Errors are of `pipeline.errors`: InputError for what cannot be asked
+for, SessionError for stages that are missing, refused or lost.
+"""
+
+from pipeline.agreement.manifest import Manifest, load_manifest
+from pipeline.agreement.trust_policy import DevTrust, Trust, UserTrust
+from pipeline.api.connection import Connection, connect
+from pipeline.engine.generation import TokenOutput
+from pipeline.engine.request import FinishReason
+from pipeline.engine.tokenizer import Tokenizer
+from pipeline.sampling.params import SamplingParams
+
+__all__ = [
+    "Connection",
+    "DevTrust",
+    "FinishReason",
+    "Manifest",
+    "SamplingParams",
+    "TokenOutput",
+    "Tokenizer",
+    "Trust",
+    "UserTrust",
+    "connect",
+    "load_manifest",
+]
