@@ -35,7 +35,9 @@ class Attempts:
         """Another process has been started."""
         self._pid = pid
         self._listening_since = None
-        level = logging.INFO if self._num_failed <= 1 else logging.DEBUG
+        # Workers that start may be killed in a row by somebody; those that cannot do not matter.
+        num_told = 1 if self.problem else 3
+        level = logging.INFO if self._num_failed <= num_told else logging.DEBUG
         logger.log(level, "event=worker_started stage=%d pid=%d", self._stage_idx, pid)
 
     def listening(self) -> None:
