@@ -68,7 +68,7 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
     manifest, stage_idx = load_manifest(flags.manifest), flags.stage_idx
     networks = parse_networks(flags.allow_dial)
     stage = manifest.stage(stage_idx)
-    trust = _trust(manifest, stage_idx, dev=flags.dev)
+    trust = _trust(manifest, stage_idx, flags)
     control, data_in = flags.control_listen, flags.data_in_listen
     if stage.endpoint is not None:
         control = control or stage.endpoint.control.to_endpoint()
@@ -119,9 +119,10 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
     return setup, control, data_in
 
 
-def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
-    if dev:
-        logger.warning("event=development_mode %s", DEV_WARNING)
+def _trust(manifest: Manifest, stage_idx: int, flags: WorkerFlags) -> Trust:
+    if flags.dev:
+        if not flags.supervised:  # whoever starts it has said so
+            logger.warning("event=development_mode %s", DEV_WARNING)
         return DevTrust.create(default_directory(os.environ))
     return EnclaveTrust.create(manifest, stage_idx)
 
