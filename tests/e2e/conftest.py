@@ -14,6 +14,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from subprocess import PIPE
 
 import httpx
 import pytest
@@ -21,8 +22,11 @@ import pytest
 from pipeline.agreement.manifest import dump_manifest
 from pipeline.cli import door_server, pipeline_orch, stage_worker
 from pipeline.planning.plan import PlanOptions, plan
+from tests.e2e import forked
 
 BIN = Path(sys.executable).parent
+# What a fork can be told of its start.
+FORKABLE = {"stdin", "stdout", "stderr", "env", "text"}
 
 
 def expect(result, code, *words):
@@ -78,7 +82,7 @@ class Server:
         path = cluster.directory / "serve.log"
         self._log = Log(path)
         with path.open("ab") as file:
-            self.process = subprocess.Popen(
+            self.process = cluster.popen(
                 [BIN / "pipeline-orch", "serve", "--manifest", cluster.manifest,
                  "--model-dir", cluster.model_dir, "--port", "0", "--dev", "--max-batch", "8",
                  *extra],
@@ -167,7 +171,8 @@ def end(process):
 class Cluster:
     """Workers, orchestrators and servers of one manifest, as real processes."""
 
-    def __init__(self, directory, model_dir, environment):
+    def __init__(self, directory, model_dir, environment, nursery):
+        self._nursery = nursery
         self.directory = directory
         self.model_dir = model_dir
         self.environment = environment
@@ -196,7 +201,7 @@ class Cluster:
             self.workers[idx].wait(30)
         log = self.directory / f"stage{idx}.log"
         with log.open("ab") as file:
-            process = subprocess.Popen(
+            process = self.popen(
                 [*within, BIN / "stage-worker", "--manifest", manifest or self.manifest,
                  "--stage-idx", str(idx), "--model-dir", self.model_dir, "--dev", *extra],
                 stdout=file, stderr=file, env=self.environment,
@@ -230,7 +235,7 @@ class Cluster:
         return self.orch_command(*self.arguments(text, *extra))
 
     def start_orch(self, text="Hello there", *extra):
-        process = subprocess.Popen(
+        process = self.popen(
             [BIN / "pipeline-orch", *self.arguments(text, *extra)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment,
         )  # fmt: skip
@@ -250,9 +255,21 @@ class Cluster:
         return server
 
     def _run(self, *command):
-        return subprocess.run(
-            command, capture_output=True, text=True, env=self.environment, timeout=90
-        )
+        with self.popen(
+            command, stdout=PIPE, stderr=PIPE, text=True, env=self.environment
+        ) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=90)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+    def popen(self, command, **options):
+        """Start a console command, or any other."""
+        if Path(command[0]).parent != BIN or options.keys() - FORKABLE:
+            return subprocess.Popen(command, **options)
+        return forked.Popen(self._nursery, command, **options)
 
     def stop(self):
         try:
@@ -274,25 +291,32 @@ class Cluster:
 
 
 @contextmanager
-def new_cluster(directory, tiny_model):
+def new_cluster(directory, tiny_model, nursery):
     model_dir = directory / "model"
     shutil.copytree(tiny_model, model_dir)
     environment = {**os.environ, "VEILPIPE_DEV_DIR": str(directory / "dev")}
-    cluster = Cluster(directory, model_dir, environment)
+    cluster = Cluster(directory, model_dir, environment, nursery)
     yield cluster
     cluster.stop()
 
 
+@pytest.fixture(scope="session")
+def nursery_process():
+    nursery = forked.Nursery()
+    yield nursery
+    nursery.close()
+
+
 @pytest.fixture
-def cluster(tmp_path, tiny_model):
-    with new_cluster(tmp_path, tiny_model) as cluster:
+def cluster(tmp_path, tiny_model, nursery_process):
+    with new_cluster(tmp_path, tiny_model, nursery_process) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
-def shared_cluster(tmp_path_factory, tiny_model):
+def shared_cluster(tmp_path_factory, tiny_model, nursery_process):
     """For tests that leave its processes as they found them."""
-    with new_cluster(tmp_path_factory.mktemp("shared"), tiny_model) as cluster:
+    with new_cluster(tmp_path_factory.mktemp("shared"), tiny_model, nursery_process) as cluster:
         yield cluster
 
 
