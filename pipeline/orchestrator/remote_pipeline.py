@@ -11,7 +11,7 @@ from pipeline.agreement.manifest import Manifest
 from pipeline.engine.limits import Limits
 from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.engine.step_runner import RunnerStats
-from pipeline.errors import LinkLost, SessionError, StageLost, StageSilent
+from pipeline.errors import LinkLost, SessionError, StageLost, StageMismatch, StageSilent
 from pipeline.orchestrator.connector import Connector
 from pipeline.orchestrator.epochs import Epochs, ReplaySource
 from pipeline.orchestrator.loss_record import Losses
@@ -255,7 +255,7 @@ class Pipeline:
         await self._placement.start(stage_idx)
         try:
             control = await self._connector.control(stage_idx)
-        except StageSilent as error:
+        except (StageSilent, StageMismatch) as error:
             self._placement.on_loss(error)
             raise
 

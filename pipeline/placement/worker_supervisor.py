@@ -11,7 +11,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import trio
 
 from pipeline.agreement.manifest import Manifest, StageEndpoint
-from pipeline.errors import InputError, SessionError, StageHung, StageLost, StageSilent
+from pipeline.errors import (
+    InputError,
+    SessionError,
+    StageHung,
+    StageLost,
+    StageMismatch,
+    StageSilent,
+)
 from pipeline.placement.attempts import Attempts
 from pipeline.placement.base import Progress
 from pipeline.tasks import open_tasks
@@ -83,19 +90,21 @@ class Supervisor:
         return self._manifest.endpoint(stage_idx)
 
     def on_loss(self, error: SessionError) -> None:
-        """Make way for a successor of a stage that hangs: it will not end by itself.
+        """Make way for a successor of a stage that hangs, or has read another manifest.
+
+        Neither ends by itself, and a successor reads the files as they are then.
 
         Attack: strangers who hold all its places for handshakes make a healthy worker as silent as
         one that hangs, and would have it killed again and again. But it runs meanwhile.
         """
-        if not isinstance(error, StageLost) or error.stage_idx not in self._processes:
+        if not isinstance(error, StageLost | StageMismatch) or error.stage_idx is None:
             return
-        stage_idx, is_hung = error.stage_idx, isinstance(error, StageHung)
+        stage_idx, makes_way = error.stage_idx, isinstance(error, StageHung | StageMismatch)
         if isinstance(error, StageSilent):
             now = self.progress(stage_idx)
-            is_hung = now is not None and self._silent_at.get(stage_idx) == now
+            makes_way = now is not None and self._silent_at.get(stage_idx) == now
             self._silent_at[stage_idx] = now
-        if is_hung:
+        if makes_way and stage_idx in self._processes:
             self._processes[stage_idx].kill()
 
     def progress(self, stage_idx: int) -> Progress | None:

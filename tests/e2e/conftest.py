@@ -62,15 +62,22 @@ class Log:
     def __init__(self, path):
         self._path = path
         path.touch()
-        self._begin = path.stat().st_size
+        self._start = self._begin = path.stat().st_size
 
     def begin(self):
         """Forget what has been written."""
         self._begin += len(self.text().encode())
 
     def text(self):
-        """Whole lines only: what is being written can be seen half done."""
-        written = self._path.read_bytes()[self._begin :]
+        return self._lines(self._begin)
+
+    def whole(self):
+        """With what has been forgotten."""
+        return self._lines(self._start)
+
+    def _lines(self, begin):
+        """Whole ones only: what is being written can be seen half done."""
+        written = self._path.read_bytes()[begin:]
         return written[: written.rfind(b"\n") + 1].decode()
 
 
@@ -107,7 +114,9 @@ class Server:
 
     def workers(self):
         """Process ids of supervised workers by stage, the latest of each."""
-        started = re.findall(r'worker_started\W.*?stage"?\W+(\d+).*?pid"?\W+(\d+)', self.log())
+        started = re.findall(
+            r'worker_started\W.*?stage"?\W+(\d+).*?pid"?\W+(\d+)', self._log.whole()
+        )
         return {int(idx): int(pid) for idx, pid in started}
 
     def is_ready(self):
@@ -171,7 +180,7 @@ def end(process):
 class Cluster:
     """Workers, orchestrators and servers of one manifest, as real processes."""
 
-    def __init__(self, directory, model_dir, environment, nursery):
+    def __init__(self, directory, model_dir, environment, nursery=None):
         self._nursery = nursery
         self.directory = directory
         self.model_dir = model_dir
@@ -234,6 +243,12 @@ class Cluster:
     def orch(self, text="Hello there", *extra):
         return self.orch_command(*self.arguments(text, *extra))
 
+    def orch_over(self, stages, *extra, text="Hello there", flags=()):
+        """`orch` over workers that are started for it alone, with these flags."""
+        for idx in range(stages):
+            self.start_worker(idx, "--once", *flags)
+        return self.orch(text, *extra)
+
     def start_orch(self, text="Hello there", *extra):
         process = self.popen(
             [BIN / "pipeline-orch", *self.arguments(text, *extra)],
@@ -267,7 +282,8 @@ class Cluster:
 
     def popen(self, command, **options):
         """Start a console command, or any other."""
-        if Path(command[0]).parent != BIN or options.keys() - FORKABLE:
+        is_ours = Path(command[0]).parent == BIN and Path(command[0]).name in forked.COMMANDS
+        if self._nursery is None or not is_ours or options.keys() - FORKABLE:
             return subprocess.Popen(command, **options)
         return forked.Popen(self._nursery, command, **options)
 
@@ -291,7 +307,7 @@ class Cluster:
 
 
 @contextmanager
-def new_cluster(directory, tiny_model, nursery):
+def new_cluster(directory, tiny_model, nursery=None):
     model_dir = directory / "model"
     shutil.copytree(tiny_model, model_dir)
     environment = {**os.environ, "VEILPIPE_DEV_DIR": str(directory / "dev")}

@@ -9,7 +9,7 @@ import sys
 import pytest
 import trio
 
-from pipeline.errors import InputError, StageHung, StageSilent
+from pipeline.errors import InputError, StageHung, StageMismatch, StageSilent
 from pipeline.placement import worker_supervisor
 from pipeline.placement.worker_supervisor import Supervisor
 
@@ -65,6 +65,19 @@ async def test_the_spare_becomes_the_successor_and_another_takes_its_place(
     await until(lambda: told.exists() and told.read_text())
     assert '"--stage-idx", "0"' in told.read_text()
     assert "--flag-0" in told.read_text()
+
+
+async def test_a_worker_of_another_manifest_makes_way_for_one_that_reads_it_anew(
+    nursery, monkeypatch
+):
+    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 60.0)
+    monkeypatch.setattr(worker_supervisor, "COMMAND", python(WORK))
+    supervisor = Supervisor(None, lambda stage_idx: (), nursery)
+    await supervisor.start(0)
+    first = await pid_other_than(supervisor, ())
+    supervisor.on_loss(StageMismatch("another core", 0))
+    await pid_other_than(supervisor, (first,))
+    nursery.cancel_scope.cancel()
 
 
 async def test_a_spare_that_has_died_costs_one_more_try(supervisor, monkeypatch):
