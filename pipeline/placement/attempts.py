@@ -70,7 +70,9 @@ class Attempts:
         if self.problem is None or (reason is not None and not self._is_explained):
             self._tell(code, reason)
         self._is_explained |= reason is not None
-        self.problem = reason or f"it ended with status {code}"
+        # One that was killed while it loaded says nothing of the next.
+        is_chronic = self._num_failed > 1
+        self.problem = reason or (f"it ended with status {code}" if is_chronic else None)
 
     def _tell(self, code: int, reason: str | None) -> None:
         logger.warning("event=worker_died stage=%d code=%d error=%s", self._stage_idx, code, reason)

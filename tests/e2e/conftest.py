@@ -180,8 +180,8 @@ def end(process):
 class Cluster:
     """Workers, orchestrators and servers of one manifest, as real processes."""
 
-    def __init__(self, directory, model_dir, environment, nursery=None):
-        self._nursery = nursery
+    def __init__(self, directory, model_dir, environment, parent=None):
+        self._parent = parent
         self.directory = directory
         self.model_dir = model_dir
         self.environment = environment
@@ -283,9 +283,9 @@ class Cluster:
     def popen(self, command, **options):
         """Start a console command, or any other."""
         is_ours = Path(command[0]).parent == BIN and Path(command[0]).name in forked.COMMANDS
-        if self._nursery is None or not is_ours or options.keys() - FORKABLE:
+        if self._parent is None or not is_ours or options.keys() - FORKABLE:
             return subprocess.Popen(command, **options)
-        return forked.Popen(self._nursery, command, **options)
+        return forked.Popen(self._parent, command, **options)
 
     def stop(self):
         try:
@@ -307,32 +307,32 @@ class Cluster:
 
 
 @contextmanager
-def new_cluster(directory, tiny_model, nursery=None):
+def new_cluster(directory, tiny_model, parent=None):
     model_dir = directory / "model"
     shutil.copytree(tiny_model, model_dir)
     environment = {**os.environ, "VEILPIPE_DEV_DIR": str(directory / "dev")}
-    cluster = Cluster(directory, model_dir, environment, nursery)
+    cluster = Cluster(directory, model_dir, environment, parent)
     yield cluster
     cluster.stop()
 
 
 @pytest.fixture(scope="session")
-def nursery_process():
-    nursery = forked.Nursery()
-    yield nursery
-    nursery.close()
+def command_parent():
+    parent = forked.Parent()
+    yield parent
+    parent.close()
 
 
 @pytest.fixture
-def cluster(tmp_path, tiny_model, nursery_process):
-    with new_cluster(tmp_path, tiny_model, nursery_process) as cluster:
+def cluster(tmp_path, tiny_model, command_parent):
+    with new_cluster(tmp_path, tiny_model, command_parent) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
-def shared_cluster(tmp_path_factory, tiny_model, nursery_process):
+def shared_cluster(tmp_path_factory, tiny_model, command_parent):
     """For tests that leave its processes as they found them."""
-    with new_cluster(tmp_path_factory.mktemp("shared"), tiny_model, nursery_process) as cluster:
+    with new_cluster(tmp_path_factory.mktemp("shared"), tiny_model, command_parent) as cluster:
         yield cluster
 
 

@@ -23,7 +23,7 @@ MAX_REQUEST_BYTES = 1 << 20
 _SIGNATURE = inspect.signature(subprocess.Popen._execute_child)
 
 
-class Nursery:
+class Parent:
     """The process that the commands are forks of: theirs to wait for as well."""
 
     def __init__(self):
@@ -55,15 +55,15 @@ class Nursery:
         with self._lock:
             socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
             answer = self._socket.recv(MAX_REQUEST_BYTES)
-        assert answer, "the nursery has died"
+        assert answer, "the parent of commands has died"
         return json.loads(answer)
 
 
 class Popen(subprocess.Popen):
-    """As its base, for the console commands, which are forks of a nursery's process."""
+    """As its base, for the console commands, which are forks of a parent that has imported them."""
 
-    def __init__(self, nursery, command, **options):
-        self._nursery = nursery
+    def __init__(self, parent, command, **options):
+        self._parent = parent
         super().__init__(command, **options)
 
     def _execute_child(self, *arguments):
@@ -73,13 +73,13 @@ class Popen(subprocess.Popen):
             for number, name in enumerate(("p2cread", "c2pwrite", "errwrite"))
         ]
         command = [Path(given["args"][0]).name, *map(str, given["args"][1:])]
-        self.pid = self._nursery.start(command, dict(given["env"] or os.environ), streams)
+        self.pid = self._parent.start(command, dict(given["env"] or os.environ), streams)
         self._child_created = True
         names = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(given[name] for name in names))
 
     def _try_wait(self, wait_flags):
-        while (status := self._nursery.poll(self.pid)) is None:
+        while (status := self._parent.poll(self.pid)) is None:
             if wait_flags & os.WNOHANG:
                 return 0, 0
             time.sleep(0.005)

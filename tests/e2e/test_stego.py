@@ -14,9 +14,9 @@ MESSAGE = b"\xffmeet\0at nine\n"
 
 
 @pytest.fixture(scope="module")
-def stego(text_model, tmp_path_factory, nursery_process):
+def stego(text_model, tmp_path_factory, command_parent):
     directory = tmp_path_factory.mktemp("stego")
-    with new_cluster(directory, text_model, nursery_process) as cluster:
+    with new_cluster(directory, text_model, command_parent) as cluster:
         cluster.plan(2)
         yield cluster
 
