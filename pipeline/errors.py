@@ -72,6 +72,10 @@ class ServerLeaving(SessionError):
 class StageMismatch(SessionError):
     """What answers at a stage's address is not what the manifest says."""
 
+    def __init__(self, message: str, stage_idx: int | None = None) -> None:
+        super().__init__(message)
+        self.stage_idx = stage_idx
+
 
 class MessageError(SessionError):
     """An authentic peer sent a control message or step this side cannot accept."""

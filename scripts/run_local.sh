@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Generate text with stage workers and an orchestrator as separate processes on this machine.
-# Usage: run_local.sh [--mode plain|client|rotate|rotate-int8|dp] "PROMPT" [MAX_TOKENS]
+# Generate text with stage workers and an orchestrator as separate processes on this machine. A worker
+# that dies is replaced and the text goes on; with --exit-on-loss that ends it.
+# Usage: run_local.sh [--exit-on-loss] [--mode plain|client|rotate|rotate-int8|dp] "PROMPT" [MAX_TOKENS]
 # MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. In mode
 # client the orchestrator holds embedding and head, and computes them with as many threads; in mode
 # rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits; in dp they
@@ -10,16 +11,23 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-usage='usage: run_local.sh [--mode plain|client|rotate|rotate-int8|dp] "PROMPT" [MAX_TOKENS]'
+usage='usage: run_local.sh [--exit-on-loss] [--mode plain|client|rotate|rotate-int8|dp] "PROMPT" [MAX_TOKENS]'
 mode=plain
-if [ "${1-}" = --mode ]; then
-  mode=${2-}
-  shift $(($# < 2 ? $# : 2))
-fi
-plan_flags=(--split client)
 own=(--threads "${THREADS:-1}")
+while [[ ${1-} == --* ]]; do
+  case $1 in
+    --exit-on-loss) own+=(--exit-on-loss) ;;
+    --mode)
+      mode=${2-}
+      shift $(($# < 2 ? 0 : 1))
+      ;;
+    *) break ;; # a prompt may begin like that
+  esac
+  shift
+done
+plan_flags=(--split client)
 case $mode in
-  plain) plan_flags=() own=() ;;
+  plain) plan_flags=() ;;
   client | rotate) ;;
   rotate-int8) plan_flags+=(--wire-dtype I8) ;;
   dp)
@@ -44,12 +52,9 @@ trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-part_dir() { echo "$model_dir"; }
 text_dir=$model_dir
 if [ -f "$model_dir/stage0/config.json" ]; then
   manifest=$model_dir/manifest.json
-  stages=$(find "$model_dir" -maxdepth 1 -name 'stage[0-9]*' | wc -l)
-  part_dir() { echo "$model_dir/$1"; }
   [ ! -d "$model_dir/client" ] || text_dir=$model_dir/client
   [ -d "$model_dir/client" ] || [ "$mode" = plain ] || die "$model_dir has no client part for --mode $mode"
   [ ! -d "$model_dir/client" ] || [ "$mode" != plain ] || die "$model_dir has a client part; give its --mode"
@@ -62,35 +67,13 @@ else
     pipeline-orch shard --manifest "$manifest" --model-dir "$model_dir" --out "$run_dir/shards" \
       --rotate-secret "$run_dir/secret" 2>"$run_dir/shard.log" || { cat "$run_dir/shard.log" >&2; exit 2; }
     manifest=$run_dir/shards/manifest.json
-    part_dir() { echo "$run_dir/shards/$1"; }
+    model_dir=$run_dir/shards
   fi
 fi
-[ "$mode" = plain ] || own+=(--client-part "$(part_dir client)")
 
-for ((i = 0; i < stages; i++)); do
-  stage-worker --manifest "$manifest" --stage-idx "$i" --model-dir "$(part_dir "stage$i")" \
-    --threads "${THREADS:-1}" --once --dev >"$run_dir/stage$i.log" 2>&1 &
-  pids[i]=$!
-done
-
-# A worker that cannot start says why at once; do not let the orchestrator wait for it.
-watch_workers() {
-  local i
-  while sleep 0.2; do
-    for i in "${!pids[@]}"; do
-      if ! kill -0 "${pids[i]}" 2>/dev/null && grep -q 'error:' "$run_dir/stage$i.log"; then
-        grep 'error:' "$run_dir/stage$i.log" >&2
-        kill -TERM "$1" 2>/dev/null || true
-        return
-      fi
-    done
-  done
-}
-
-pipeline-orch --manifest "$manifest" --tokenizer "$text_dir/tokenizer.json" \
-  --text "$prompt" --max-tokens "$max_tokens" --dev "${own[@]}" &
+pipeline-orch --manifest "$manifest" --model-dir "$model_dir" --tokenizer "$text_dir/tokenizer.json" \
+  --supervise --text "$prompt" --max-tokens "$max_tokens" --dev "${own[@]}" &
 orchestrator=$!
-watch_workers "$orchestrator" &
 status=0
 wait "$orchestrator" || status=$?
 exit "$status"

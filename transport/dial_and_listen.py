@@ -57,6 +57,16 @@ LAST_RETRY_S: Final = 2.0
 RETRY_SHARE: Final = 0.05  # of the time a peer has been away: it is found at once when it is back
 NO_DESCRIPTORS_PAUSE_S: Final = 0.1  # accept fails at once while descriptors are out: do not spin
 
+# What `accept` tells of the connection, not of the listener: the peer left before it was accepted,
+# or the network that it came by did (accept(2)).
+_OF_THE_PEER: Final = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("ECONNABORTED", "ENETDOWN", "EPROTO", "ENOPROTOOPT", "EHOSTDOWN", "ENONET"),
+        *("EHOSTUNREACH", "ENETUNREACH", "ETIMEDOUT"),
+    )
+    if hasattr(errno, name)  # not everywhere
+)
 _NO_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 _Address = tuple[Any, ...] | str  # as the socket module takes it for the family
@@ -108,8 +118,12 @@ async def dial_retrying(
             raise
         except EndpointError as error:
             on_wait(error)
-        away_s = trio.current_time() - began
-        await trio.sleep(min(max(FIRST_RETRY_S, RETRY_SHARE * away_s), LAST_RETRY_S))
+        await trio.sleep(retry_pause_s(FIRST_RETRY_S, trio.current_time() - began))
+
+
+def retry_pause_s(first_s: float, away_s: float) -> float:
+    """Until the next attempt to reach a peer that has been away for so long."""
+    return min(max(first_s, RETRY_SHARE * away_s), LAST_RETRY_S)
 
 
 def _require_dialable(endpoint: Endpoint) -> None:
@@ -247,9 +261,10 @@ class Listener:
                 sock, _ = self._sock.accept()
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self._sock)
-            except ConnectionAbortedError:
-                continue  # the peer left before it was accepted
             except OSError as error:
+                if error.errno in _OF_THE_PEER:
+                    await trio.lowlevel.checkpoint()
+                    continue
                 if error.errno not in _NO_DESCRIPTORS:
                     raise failed("accept on", self.endpoint, error) from error
                 _log.warning("accept waits endpoint=%s cause=%s", self.endpoint, error.strerror)

@@ -27,6 +27,7 @@ SILENT_DEADLINE_S: Final = 10.0  # until one end says something: whoever dials h
 # A target that has ended its stream has nothing more to say, and mostly nobody who listens: what
 # the caller still sends may follow, but a caller who only stays is cut off.
 ORPHANED_DEADLINE_S: Final = 10.0
+AWAY_REMINDER_S: Final = 60.0
 DEFAULT_MAX_CONNECTIONS: Final = 64  # 32 MiB of buffers; a stage needs three
 # A peer that vanished without a word is noticed after two minutes, not the kernel's two hours.
 _KEEP_ALIVE: Final = (
@@ -104,6 +105,25 @@ class _Connection:
         )
 
 
+class _Outage:
+    """How much is said of a map's target that is away, and whose callers come again and again."""
+
+    def __init__(self) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """It is there: the next time that it is not will be news."""
+        self._quiet_until = -math.inf
+
+    def is_reminder_due(self) -> bool:
+        """At first and once a minute."""
+        now = trio.current_time()
+        is_due = now >= self._quiet_until
+        if is_due:
+            self._quiet_until = now + AWAY_REMINDER_S
+        return is_due
+
+
 def parse_map(text: str, max_connections: int = DEFAULT_MAX_CONNECTIONS) -> RelayMap:
     """The map that `LISTEN=TARGET` names. Raises: EndpointError."""
     listen_text, equals, target_text = text.partition("=")
@@ -151,6 +171,7 @@ class Relay:
 
     async def _serve(self, mapping: RelayMap, listener: Listener, nursery: trio.Nursery) -> None:
         stats, lobby = self.stats[mapping], Lobby(mapping.max_connections)
+        outage = _Outage()
         while True:
             try:
                 incoming = await listener.accept()
@@ -164,11 +185,15 @@ class Relay:
                 continue
             stats.accepted += 1
             stats.active += 1
-            nursery.start_soon(_carry, mapping, _Connection(stats, guest), lobby, incoming)
+            nursery.start_soon(_carry, mapping, _Connection(stats, guest), lobby, incoming, outage)
 
 
 async def _carry(
-    mapping: RelayMap, connection: _Connection, lobby: Lobby, incoming: socket.socket
+    mapping: RelayMap,
+    connection: _Connection,
+    lobby: Lobby,
+    incoming: socket.socket,
+    outage: _Outage,
 ) -> None:
     """One connection from accept to its log line; nothing that happens to it leaves this task."""
     started = trio.current_time()
@@ -180,6 +205,7 @@ async def _carry(
                 _keep_alive(mapping.listen, incoming)
                 _keep_alive(mapping.target, outgoing)
                 scope.deadline = trio.current_time() + SILENT_DEADLINE_S
+                outage.end()
                 await _pump_both(incoming, outgoing, connection)
         if scope.cancelled_caught:
             if trio.current_time() < scope.deadline:
@@ -190,7 +216,8 @@ async def _carry(
     except EndpointError as error:
         stats.failed_dials += 1
         connection.reason = "dial-failed"
-        _log.warning("dial failed map=%s error=%s", mapping, error)
+        level = logging.WARNING if outage.is_reminder_due() else logging.DEBUG
+        _log.log(level, "dial failed map=%s error=%s", mapping, error)
     finally:
         lobby.leave(connection.guest)
         stats.active -= 1

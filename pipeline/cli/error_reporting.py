@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
@@ -21,6 +22,8 @@ ClickException: type[Exception] = next(
 )
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
+# Says why a command exits: its name, a message and the code.
+Tell = Callable[[str, str, int], None]
 READER_GONE = 128 + signal.SIGPIPE  # of stdout, as with `| head`
 # What writing to stdout fails with; every other file is written under a handler that names it.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
@@ -36,11 +39,11 @@ def new_app() -> typer.Typer:
     )
 
 
-def run_app(app: typer.Typer, name: str) -> None:
-    """Run a command line to its exit code; every error becomes one line on stderr."""
+def run_app(app: typer.Typer, name: str, tell: Tell = tell_error) -> None:
+    """Run a command line to its exit code; every error becomes one line, mostly on stderr."""
     _open_closed_streams()
     with termination_unwinds():
-        code = _run(app, name)
+        code = _run(app, name, tell)
     if not _can_flush() or code == READER_GONE:
         # It has been reported; keep the interpreter from complaining about it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,23 +58,25 @@ def _can_flush() -> bool:
     return True
 
 
-def _run(app: typer.Typer, name: str) -> int:
+def _run(app: typer.Typer, name: str, tell: Tell) -> int:
     try:
         result = app(standalone_mode=False, prog_name=name)
         sys.stdout.flush()
         code = result if isinstance(result, int) else 0
     except ClickException as error:
         message = getattr(error, "format_message", error.__str__)().rstrip(".")
-        code = _fail(name, f"{message}; see {name} --help", EXIT_USAGE)
+        code = _fail(tell, name, f"{message}; see {name} --help", EXIT_USAGE)
     except (typer.Abort, KeyboardInterrupt):
         code = 128 + signal.SIGINT
     except PipelineError as error:
         is_usage = error.exit_code == EXIT_USAGE
-        code = _fail(name, _with_variables(error) if is_usage else str(error), error.exit_code)
+        code = _fail(
+            tell, name, _with_variables(error) if is_usage else str(error), error.exit_code
+        )
     except (DeviceError, EndpointError, MisuseError) as error:
-        code = _fail(name, _with_variables(error), EXIT_USAGE)
+        code = _fail(tell, name, _with_variables(error), EXIT_USAGE)
     except TransportError as error:
-        code = _fail(name, str(error), EXIT_FAILURE)
+        code = _fail(tell, name, str(error), EXIT_FAILURE)
     except BrokenPipeError:
         code = READER_GONE
     except SystemExit as error:
@@ -80,7 +85,7 @@ def _run(app: typer.Typer, name: str) -> int:
             raise
         code = READER_GONE
     except Exception as error:
-        code = _fail_unexpectedly(name, error)
+        code = _fail_unexpectedly(tell, name, error)
     return code
 
 
@@ -90,19 +95,21 @@ def _with_variables(error: Exception) -> str:
     return f"{error} (from the environment: {variables})" if variables else str(error)
 
 
-def _fail_unexpectedly(name: str, error: Exception) -> int:
+def _fail_unexpectedly(tell: Tell, name: str, error: Exception) -> int:
     if isinstance(error, OSError) and error.filename is None and error.errno in UNWRITABLE:
-        return _fail(name, f"cannot write to stdout: {error.strerror}", EXIT_FAILURE)
+        return _fail(tell, name, f"cannot write to stdout: {error.strerror}", EXIT_FAILURE)
     if {"--verbose", "-v"} & set(sys.argv[1:]):
         print(harmless("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     # Where it happened, not the exception's own text: that may quote what must not reach a log.
     place = traceback.extract_tb(error.__traceback__)[-1]
     what = f"{type(error).__name__}: in {Path(place.filename).name} line {place.lineno}"
-    return _fail(name, f"internal error: {what}; run with --verbose for details", EXIT_FAILURE)
+    return _fail(
+        tell, name, f"internal error: {what}; run with --verbose for details", EXIT_FAILURE
+    )
 
 
-def _fail(name: str, message: str, code: int) -> int:
-    tell_error(name, message, code)
+def _fail(tell: Tell, name: str, message: str, code: int) -> int:
+    tell(name, message, code)
     return code
 
 

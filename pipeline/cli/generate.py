@@ -124,7 +124,11 @@ def _runner(
         behind = DoorAccess.create(source, flags.door, flags.kept, shared)
         return lambda: behind.run(work)
     access = PipelineAccess.create(
-        source, shared, engine.scheduler.limits, is_resumable=False, patience_ms=PATIENCE_MS
+        source,
+        shared,
+        engine.scheduler.limits,
+        is_resumable=shared.supervise and not flags.exit_on_loss,
+        patience_ms=PATIENCE_MS,
     )
     return lambda: access.run(work, engine.scheduler)
 

@@ -28,6 +28,7 @@ class GenerateFlags(Settings):
     latency_out: Annotated[Path | None, Flag("FILE", "Write per-token latencies as JSON.")] = None
     ignore_eos: Annotated[bool, Flag(None, "Go on after the end-of-text token.")] = False
     model_dir: Annotated[Path | None, Flag("DIR", "The workers' model, with --supervise.")] = None
+    exit_on_loss: Annotated[bool, Flag(None, "End on a loss, with --supervise too.")] = False
     sampling: SamplingFlags
     kept: SessionFlags
     door: DoorFlags

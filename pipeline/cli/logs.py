@@ -8,13 +8,17 @@ import logging
 import math
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
+from logging.handlers import MemoryHandler
 from types import TracebackType
 
 from pipeline.cli.terminal import harmless
 
 MAX_SHOWN = 2000
+MAX_HELD = 1000
 # A conversion of a format string, and a word of a message.
 _SPEC = re.compile(r"%[-#0 +]*\d*(?:\.\d+)?[a-zA-Z]")
 _WORD = re.compile(r"(?:([a-z_]+)=)?(\S+)")
@@ -123,6 +127,24 @@ def configure_logging(
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """What is logged in the body is written when it ends well, and lost when it does not.
+
+    For whoever fails again and again in the same way, and says why by other means.
+    """
+    root = logging.getLogger()
+    before = root.handlers
+    held = [MemoryHandler(MAX_HELD, logging.CRITICAL + 1, handler) for handler in before]
+    root.handlers = [*held]
+    try:
+        yield
+        for handler in held:
+            handler.flush()
+    finally:
+        root.handlers = before
 
 
 def tell(command: str, text: str) -> None:

@@ -126,7 +126,7 @@ class PipelineAccess:
             trust=trust,
             options=options,
             place=_placement(source, flags),
-            is_resumable=is_resumable or flags.supervise,
+            is_resumable=is_resumable,
         )
 
     async def run(

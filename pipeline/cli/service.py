@@ -1,6 +1,6 @@
 """A server's life before a pipeline that comes and goes: what clients and probes hear meanwhile."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import trio
 
@@ -14,6 +14,8 @@ from pipeline.orchestrator.stage_watch import RemoteStage
 
 # When clients that were refused for want of a stage may ask again.
 RETRY_SECONDS = 10
+# What workers say of it names files: that is for the log alone.
+CANNOT_START = "its worker cannot start; the server's log says why"
 # For the answers of those who wait when the pipeline has failed for good, or time is up.
 LAST_ANSWER_SECONDS = 5.0
 
@@ -71,14 +73,24 @@ class Service:
             return Readiness(phase)
         if phase is Phase.READY and not pipeline.is_joined:
             phase = Phase.RECOVERING
-        now = trio.current_time()
-        away = sorted(pipeline.away.items())
-        return Readiness(phase, tuple(Awaited(idx, round(now - since, 1)) for idx, since in away))
+        return Readiness(phase, tuple(_awaited(pipeline)))
 
     def _refusal(self) -> ApiError:
-        awaited = ", ".join(f"stage {each.stage}" for each in self.readiness().awaited)
+        awaited = ", ".join(
+            f"stage {each.stage}" + (f" ({each.problem})" if each.problem else "")
+            for each in self.readiness().awaited
+        )
         return unavailable(f"The pipeline waits for {awaited or 'its stages'}.", RETRY_SECONDS)
 
     async def _wait_for_last_answers(self) -> None:
         with trio.move_on_after(LAST_ANSWER_SECONDS):
             await self._desk.wait_idle()
+
+
+def _awaited(pipeline: Pipeline) -> Iterator[Awaited]:
+    now, progress, problems = trio.current_time(), pipeline.progress, pipeline.problems
+    for idx, since in sorted(pipeline.away.items()):
+        loaded = progress[idx].loaded if idx in progress else None
+        done, total = loaded or (None, None)
+        problem = CANNOT_START if idx in problems else None
+        yield Awaited(idx, round(now - since, 1), done, total, problem)

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, EnclaveTrust, Trust
 from pipeline.cli.compute_options import parse_cpus, precision_of
 from pipeline.cli.error_reporting import new_app, run_app
-from pipeline.cli.logs import configure_logging
+from pipeline.cli.logs import configure_logging, held_back, tell_error
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.service_manager import ServiceManager
 from pipeline.cli.settings import takes_flags
@@ -30,6 +31,7 @@ from pipeline.stage.session_admission import free_kv_bytes
 from pipeline.stage.worker import StageWorker
 from pipeline.stage.worker_setup import StageSetup
 from pipeline.tasks import open_tasks
+from pipeline.worker_report import Reporter, report_failure
 from transport.attestation.dev_authority import default_directory
 from transport.dial_and_listen import Endpoint, listen
 
@@ -56,10 +58,17 @@ def serve(flags: WorkerFlags) -> None:
                      --model-dir models/smollm2 --dev
     """
     configure_logging(verbose=flags.verbose, quiet=flags.quiet, log_format=flags.log_format)
+    with held_back() if flags.supervised else nullcontext():
+        prepared = _prepare(flags)
+    _run(*prepared, flags)
+
+
+def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
+    """The stage, loaded, and where it listens for control and data. Raises PipelineError."""
     manifest, stage_idx = load_manifest(flags.manifest), flags.stage_idx
     networks = parse_networks(flags.allow_dial)
     stage = manifest.stage(stage_idx)
-    trust = _trust(manifest, stage_idx, dev=flags.dev)
+    trust = _trust(manifest, stage_idx, flags)
     control, data_in = flags.control_listen, flags.data_in_listen
     if stage.endpoint is not None:
         control = control or stage.endpoint.control.to_endpoint()
@@ -76,12 +85,12 @@ def serve(flags: WorkerFlags) -> None:
     set_num_threads(num_threads, pinned)
     # Never in an enclave: what it holds has come through its own hands.
     memory = None if flags.weights_fd is None or not flags.dev else SealedMemory(flags.weights_fd)
-    if flags.until_stdin_ends and (memory is None or not memory.is_sealed):
+    if flags.supervised and (memory is None or not memory.is_sealed):
         # However quiet a supervisor's workers are: what reads gigabytes is told once.
         logging.getLogger(load_stage.__module__).setLevel(logging.INFO)
     # Several workers of one supervisor would draw over each other.
-    drawing = nullcontext() if flags.until_stdin_ends else progress_bar("loading weights")
-    with drawing as progress:
+    told = nullcontext(Reporter().loaded) if flags.supervised else progress_bar("loading weights")
+    with told as progress:
         shard = load_stage(
             manifest,
             stage_idx,
@@ -107,18 +116,19 @@ def serve(flags: WorkerFlags) -> None:
         patience_ms=PATIENCE_MS,
         allow_dial=networks,
     )
-    _run(setup, control, data_in, flags)
+    return setup, control, data_in
 
 
-def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
-    if dev:
-        logger.warning("event=development_mode %s", DEV_WARNING)
+def _trust(manifest: Manifest, stage_idx: int, flags: WorkerFlags) -> Trust:
+    if flags.dev:
+        if not flags.supervised:  # whoever starts it has said so
+            logger.warning("event=development_mode %s", DEV_WARNING)
         return DevTrust.create(default_directory(os.environ))
     return EnclaveTrust.create(manifest, stage_idx)
 
 
 def _run(setup: StageSetup, control: Endpoint, data_in: Endpoint, flags: WorkerFlags) -> None:
-    is_supervised = flags.until_stdin_ends
+    is_supervised = flags.supervised
     manager = ServiceManager({} if is_supervised else os.environ)
     worker: StageWorker | None = None
 
@@ -150,6 +160,7 @@ def _run(setup: StageSetup, control: Endpoint, data_in: Endpoint, flags: WorkerF
             async with open_tasks() as tasks:
                 tasks.start_soon(manager.keep_informed, lambda: True)
                 if is_supervised:
+                    Reporter().listening()
                     tasks.start_soon(_cancel_at_end_of_stdin, tasks.cancel_scope)
                 await worker.serve(control_listener, data_listener, once=flags.once)
                 tasks.cancel_scope.cancel()
@@ -173,7 +184,8 @@ async def _cancel_at_end_of_stdin(scope: trio.CancelScope) -> None:
 
 def main() -> None:
     """Console entry point."""
-    run_app(app, "stage-worker")
+    is_supervised = "--supervised" in sys.argv[1:]
+    run_app(app, "stage-worker", report_failure if is_supervised else tell_error)
 
 
 if __name__ == "__main__":

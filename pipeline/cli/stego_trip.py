@@ -167,7 +167,9 @@ class _Trip:
         engine = PipelineEngine(limits)
         home = client_dir(flags.model_dir)
         source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
-        access = PipelineAccess.create(source, flags.pipeline, limits, is_resumable=False)
+        access = PipelineAccess.create(
+            source, flags.pipeline, limits, is_resumable=flags.pipeline.supervise
+        )
 
         async def with_bar(pipeline: Pipeline) -> None:
             self.tokenizer.check_vocabulary(pipeline.vocab_size)

@@ -68,8 +68,8 @@ class WorkerFlags(Settings):
     kv_memory: KvMemoryFlag = None
     store: KvStoreFlags
     once: Annotated[bool, Flag(None, "Exit after the first session.")] = False
-    until_stdin_ends: Annotated[
-        bool, Flag(None, "End when stdin does: for supervisors.", is_by_hand=True)
+    supervised: Annotated[
+        bool, Flag(None, "End with stdin, report on stdout: for supervisors.", is_by_hand=True)
     ] = False
     weights_fd: Annotated[
         int | None, Flag("FD", "Sealed memory for weights: for supervisors.", is_by_hand=True)
@@ -82,4 +82,4 @@ class WorkerFlags(Settings):
     @classmethod
     def environment(cls, given: Mapping[str, object]) -> Mapping[str, str]:
         """None beside a supervisor, which has said everything: its variables are for itself."""
-        return {} if given.get("until_stdin_ends") else super().environment(given)
+        return {} if given.get("supervised") else super().environment(given)

@@ -16,10 +16,14 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """A stage that is not there, and for how long. Never its address: anybody may ask."""
+    """A stage that is not there, and for how long. Never an address or a path: anybody may ask."""
 
     stage: int
     seconds: float
+    # How much of its weights has been read, of how much; None where nobody can tell.
+    loaded_bytes: int | None = None
+    total_bytes: int | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,7 @@ class Connector:
         except trio.TooSlowError as error:
             raise StageSilent(stage_idx, f"{what}: {describe(error)}") from error
         except (AttestationError, HandshakeError) as error:
-            raise StageMismatch(f"{what}: {describe(error)}") from error
+            raise StageMismatch(f"{what}: {describe(error)}", stage_idx) from error
         except (TransportError, trio.EndOfChannel) as error:
             raise SessionError(f"{what}: {describe(error)}") from error
         finally:

@@ -11,7 +11,7 @@ from pipeline.agreement.manifest import Manifest
 from pipeline.engine.limits import Limits
 from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.engine.step_runner import RunnerStats
-from pipeline.errors import LinkLost, SessionError, StageLost, StageSilent
+from pipeline.errors import LinkLost, SessionError, StageLost, StageMismatch, StageSilent
 from pipeline.orchestrator.connector import Connector
 from pipeline.orchestrator.epochs import Epochs, ReplaySource
 from pipeline.orchestrator.loss_record import Losses
@@ -127,7 +127,9 @@ class Pipeline:
     @property
     def waiting_for(self) -> str:
         """What the connection still lacks, for the user."""
-        return "; ".join(self._connector.pending.values()) or "the stages did not become ready"
+        problems = [f"stage {idx} cannot start: {said}" for idx, said in self.problems.items()]
+        lacking = [*problems, *self._connector.pending.values()]
+        return "; ".join(lacking) or "the stages did not become ready"
 
     @property
     def away(self) -> Mapping[int, float]:
@@ -139,6 +141,12 @@ class Pipeline:
         """How far the stages have come that are not up, where that can be told."""
         told = {idx: self._placement.progress(idx) for idx in self._connector.absent}
         return {idx: progress for idx, progress in told.items() if progress is not None}
+
+    @property
+    def problems(self) -> Mapping[int, str]:
+        """Why stages that are not there cannot be started, where that is known."""
+        told = {idx: self._placement.problem(idx) for idx in self._away}
+        return {idx: problem for idx, problem in told.items() if problem is not None}
 
     async def send(self, step: Step) -> None:
         """Send a step to the first stage. Raises LinkLost."""
@@ -247,7 +255,7 @@ class Pipeline:
         await self._placement.start(stage_idx)
         try:
             control = await self._connector.control(stage_idx)
-        except StageSilent as error:
+        except (StageSilent, StageMismatch) as error:
             self._placement.on_loss(error)
             raise
 

@@ -4,6 +4,7 @@ from typing import NamedTuple, Protocol
 
 from pipeline.agreement.manifest import StageEndpoint
 from pipeline.errors import SessionError
+from pipeline.worker_report import Loaded
 
 
 class Progress(NamedTuple):
@@ -13,6 +14,8 @@ class Progress(NamedTuple):
     life: int
     # Time that it has computed in this one.
     seconds: float
+    # What it has read of its weights; None where it has not said.
+    loaded: Loaded | None = None
 
 
 class Placement(Protocol):
@@ -39,4 +42,8 @@ class Placement(Protocol):
 
     def progress(self, stage_idx: int) -> Progress | None:
         """How far a stage that is awaited has come; None where nobody can tell."""
+        ...
+
+    def problem(self, stage_idx: int) -> str | None:
+        """Why a stage that is awaited cannot be started, if that is known."""
         ...

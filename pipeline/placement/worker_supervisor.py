@@ -6,23 +6,31 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import trio
 
 from pipeline.agreement.manifest import Manifest, StageEndpoint
-from pipeline.errors import InputError, SessionError, StageHung, StageLost, StageSilent
+from pipeline.errors import (
+    InputError,
+    SessionError,
+    StageHung,
+    StageLost,
+    StageMismatch,
+    StageSilent,
+)
+from pipeline.placement.attempts import Attempts
 from pipeline.placement.base import Progress
+from pipeline.tasks import open_tasks
+from pipeline.worker_report import MAX_LINE_BYTES, Failed, Listening, Loaded, Report, parse_report
 
 logger = logging.getLogger(__name__)
 
-# A worker that dies soon is tried again at growing intervals; one that has lived, at once.
-FIRST_BACKOFF_SECONDS = 0.1
-MAX_BACKOFF_SECONDS = 5.0
-PROBATION_SECONDS = 5.0
 # What a worker exits with when its input is unusable: trying again would not help.
 EXIT_BAD_INPUT = 2
 STOP_SECONDS = 5.0
+# For the last lines of a worker that has ended; what it started may hold its stdout open.
+LAST_WORDS_SECONDS = 1.0
 # Until the next spare is started: whoever has just been replaced has work to catch up with.
 QUIET_SECONDS = 1.0
 
@@ -38,6 +46,8 @@ class Supervisor:
 
     And a spare one, which has imported everything and waits to be told which stage to be: a
     successor is there sooner by the seconds that starting an interpreter takes.
+
+    Workers say on stdout how far they are, and why they end (`pipeline.worker_report`).
     """
 
     def __init__(
@@ -46,13 +56,16 @@ class Supervisor:
         """`arguments` of a stage follow `stage-worker --stage-idx I`.
 
         `tasks` keep the processes running; cancelled, they end them. They raise InputError when a
-        stage's first worker finds its input unusable: it has said why on stderr.
+        stage's first worker finds its input unusable.
         """
         self._manifest = manifest
         self._arguments = arguments
         self._tasks = tasks
         self._kept: set[int] = set()
         self._processes: dict[int, trio.Process] = {}
+        self._attempts: dict[int, Attempts] = {}
+        # How much of its weights each that loads has read.
+        self._loaded: dict[int, Loaded] = {}
         # How far a stage had come when it last was silent in a handshake.
         self._silent_at: dict[int, Progress | None] = {}
         # Where the weights of each stage lie; a spare has those that there were when it was made.
@@ -66,6 +79,7 @@ class Supervisor:
         """Keep the stage's worker running from now on."""
         if stage_idx not in self._kept:
             self._kept.add(stage_idx)
+            self._attempts[stage_idx] = Attempts(stage_idx)
             fd = _new_memory(f"veilpipe-stage{stage_idx}", is_first=len(self._kept) == 1)
             if fd is not None:
                 self._weights[stage_idx] = fd
@@ -76,30 +90,38 @@ class Supervisor:
         return self._manifest.endpoint(stage_idx)
 
     def on_loss(self, error: SessionError) -> None:
-        """Make way for a successor of a stage that hangs: it will not end by itself.
+        """Make way for a successor of a stage that hangs, or has read another manifest.
+
+        Neither ends by itself, and a successor reads the files as they are then.
 
         Attack: strangers who hold all its places for handshakes make a healthy worker as silent as
         one that hangs, and would have it killed again and again. But it runs meanwhile.
         """
-        if not isinstance(error, StageLost) or error.stage_idx not in self._processes:
+        if not isinstance(error, StageLost | StageMismatch) or error.stage_idx is None:
             return
-        stage_idx, is_hung = error.stage_idx, isinstance(error, StageHung)
+        stage_idx, makes_way = error.stage_idx, isinstance(error, StageHung | StageMismatch)
         if isinstance(error, StageSilent):
             now = self.progress(stage_idx)
-            is_hung = now is not None and self._silent_at.get(stage_idx) == now
+            makes_way = now is not None and self._silent_at.get(stage_idx) == now
             self._silent_at[stage_idx] = now
-        if is_hung:
+        if makes_way and stage_idx in self._processes:
             self._processes[stage_idx].kill()
 
     def progress(self, stage_idx: int) -> Progress | None:
-        """The time that the worker has computed; None where this system does not tell."""
+        """What the worker has computed and read; None where this system does not tell."""
         process = self._processes.get(stage_idx)
         if process is None:
             return None
         try:
-            return Progress(process.pid, time.clock_gettime(_cpu_clock(process.pid)))
+            seconds = time.clock_gettime(_cpu_clock(process.pid))
         except OSError:
             return None
+        return Progress(process.pid, seconds, self._loaded.get(stage_idx))
+
+    def problem(self, stage_idx: int) -> str | None:
+        """What the workers that could not be started said of it, until one listens."""
+        attempts = self._attempts.get(stage_idx)
+        return None if attempts is None else attempts.problem
 
     def pid(self, stage_idx: int) -> int | None:
         """The worker's process id, if it is running."""
@@ -107,35 +129,47 @@ class Supervisor:
         return None if process is None else process.pid
 
     async def _keep(self, stage_idx: int) -> None:
-        backoff, has_run = FIRST_BACKOFF_SECONDS, False
+        attempts, has_run = self._attempts[stage_idx], False
         while True:
-            started = trio.current_time()
-            code = await self._run_worker(stage_idx)
-            is_input_bad = code == EXIT_BAD_INPUT
-            if is_input_bad and not has_run:
-                raise InputError(f"the worker of stage {stage_idx} cannot start; it says why above")
+            code, reason = await self._run_worker(stage_idx, attempts)
+            if code == EXIT_BAD_INPUT and not has_run:
+                raise InputError(f"the worker of stage {stage_idx} cannot start: {reason}")
             # What served it before is perhaps just being replaced by somebody.
             has_run = True
-            logger.warning("event=worker_died stage=%d code=%d", stage_idx, code)
-            if trio.current_time() - started > PROBATION_SECONDS and not is_input_bad:
-                backoff = FIRST_BACKOFF_SECONDS
-            else:
-                await trio.sleep(backoff)
-                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+            await trio.sleep(attempts.died(code, reason))
 
-    async def _run_worker(self, stage_idx: int) -> int:
+    async def _run_worker(self, stage_idx: int, attempts: Attempts) -> tuple[int, str | None]:
+        """Its exit status, and what it said of that."""
         arguments = (
-            *("--stage-idx", str(stage_idx), "--quiet", "--until-stdin-ends"),
+            *("--stage-idx", str(stage_idx), "--quiet", "--supervised"),
             *self._arguments(stage_idx),
         )
         process = await self._start(stage_idx, arguments)
         self._processes[stage_idx] = process
-        logger.info("event=worker_started stage=%d pid=%d", stage_idx, process.pid)
+        attempts.started(process.pid)
+        reason: str | None = None
+
+        async def listen() -> None:
+            nonlocal reason
+            async for report in _reports(process):
+                match report:
+                    case Loaded():
+                        self._loaded[stage_idx] = report
+                    case Listening():
+                        attempts.listening()
+                    case Failed(said):
+                        reason = said
+
         try:
-            return await process.wait()
+            async with open_tasks() as tasks:
+                tasks.start_soon(listen)
+                code = await process.wait()
+                tasks.cancel_scope.deadline = trio.current_time() + LAST_WORDS_SECONDS
         finally:
             del self._processes[stage_idx]
+            self._loaded.pop(stage_idx, None)
             await _end(process)
+        return code, reason
 
     async def _start(self, stage_idx: int, arguments: Sequence[str]) -> trio.Process:
         spare, self._spare = self._spare, None
@@ -156,11 +190,11 @@ class Supervisor:
             raise
         return process
 
-    async def _open(self, arguments: Sequence[str], stdout: int | None = None) -> trio.Process:
+    async def _open(self, arguments: Sequence[str]) -> trio.Process:
         return await trio.lowlevel.open_process(
             [*COMMAND, *arguments],
             stdin=subprocess.PIPE,
-            stdout=stdout,
+            stdout=subprocess.PIPE,
             pass_fds=tuple(self._weights.values()),
         )
 
@@ -169,14 +203,13 @@ class Supervisor:
             self._is_spare_taken = trio.Event()
             await trio.sleep(QUIET_SECONDS)
             has = frozenset(self._weights.values())
-            process = await self._open(["--standby"], subprocess.PIPE)
+            process = await self._open(["--standby"])
             spare = process, has
             try:
                 assert process.stdout is not None  # asked for
-                async with process.stdout:
-                    if await process.stdout.receive_some():
-                        self._spare = spare
-                        await self._is_spare_taken.wait()
+                if await process.stdout.receive_some():
+                    self._spare = spare
+                    await self._is_spare_taken.wait()
             finally:
                 if self._spare is spare or not self._is_spare_taken.is_set():
                     self._spare = None
@@ -211,8 +244,20 @@ async def _end(process: trio.Process) -> None:
         if process.returncode is None:
             process.kill()
             await process.wait()
-        if process.stdin is not None:
-            await process.stdin.aclose()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                await stream.aclose()
+
+
+async def _reports(process: trio.Process) -> AsyncIterator[Report]:
+    assert process.stdout is not None  # asked for
+    unread = b""
+    async for data in process.stdout:
+        *lines, unread = (unread + data).split(b"\n")
+        unread = unread[:MAX_LINE_BYTES]
+        for line in lines:
+            if (report := parse_report(line)) is not None:
+                yield report
 
 
 def _cpu_clock(pid: int) -> int:

@@ -12,7 +12,7 @@ from pipeline.protocol.links import ControlLink
 from pipeline.protocol.messages import Message
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel, accept_channel, connect_channel
-from transport.dial_and_listen import Endpoint, Listener, Permit, dial_retrying
+from transport.dial_and_listen import Endpoint, Listener, Permit, dial_retrying, retry_pause_s
 from transport.errors import NoAnswer, TransportError
 from transport.handshake import Credentials, Link, Role, RoleKind
 from transport.pending_connections import Guest, HelloMemory, Lobby, Standing, source_of
@@ -27,7 +27,7 @@ HANDSHAKE_SECONDS = 10.0
 MAX_PENDING_HANDSHAKES = 64
 # Between two lines about handshakes that failed.
 REFUSAL_SECONDS = 1.0
-# Between tries of a peer whose relay answers for it, before it is up.
+# Between the first tries of a peer whose relay answers for it, before it is up.
 NO_ANSWER_SECONDS = 0.25
 # Time for a last message to a peer that may not be reading.
 GOODBYE_SECONDS = 1.0
@@ -152,6 +152,7 @@ async def connect_retrying(
     not up either. Every other failure of the handshake is final: a TransportError,
     trio.EndOfChannel, or trio.TooSlowError for a peer that says nothing.
     """
+    began = trio.current_time()
     while True:
         sock = await dial_retrying(where, on_wait, permit)
         try:
@@ -159,7 +160,7 @@ async def connect_retrying(
                 return await connect_channel(sock, link, credentials, limits)
         except NoAnswer as error:
             on_wait(error)
-        await trio.sleep(NO_ANSWER_SECONDS)
+        await trio.sleep(retry_pause_s(NO_ANSWER_SECONDS, trio.current_time() - began))
 
 
 async def say(control: ControlLink, message: Message) -> None:

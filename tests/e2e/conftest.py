@@ -14,6 +14,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from subprocess import PIPE
 
 import httpx
 import pytest
@@ -21,8 +22,11 @@ import pytest
 from pipeline.agreement.manifest import dump_manifest
 from pipeline.cli import door_server, pipeline_orch, stage_worker
 from pipeline.planning.plan import PlanOptions, plan
+from tests.e2e import forked
 
 BIN = Path(sys.executable).parent
+# What a fork can be told of its start.
+FORKABLE = {"stdin", "stdout", "stderr", "env", "text"}
 
 
 def expect(result, code, *words):
@@ -58,15 +62,22 @@ class Log:
     def __init__(self, path):
         self._path = path
         path.touch()
-        self._begin = path.stat().st_size
+        self._start = self._begin = path.stat().st_size
 
     def begin(self):
         """Forget what has been written."""
         self._begin += len(self.text().encode())
 
     def text(self):
-        """Whole lines only: what is being written can be seen half done."""
-        written = self._path.read_bytes()[self._begin :]
+        return self._lines(self._begin)
+
+    def whole(self):
+        """With what has been forgotten."""
+        return self._lines(self._start)
+
+    def _lines(self, begin):
+        """Whole ones only: what is being written can be seen half done."""
+        written = self._path.read_bytes()[begin:]
         return written[: written.rfind(b"\n") + 1].decode()
 
 
@@ -78,7 +89,7 @@ class Server:
         path = cluster.directory / "serve.log"
         self._log = Log(path)
         with path.open("ab") as file:
-            self.process = subprocess.Popen(
+            self.process = cluster.popen(
                 [BIN / "pipeline-orch", "serve", "--manifest", cluster.manifest,
                  "--model-dir", cluster.model_dir, "--port", "0", "--dev", "--max-batch", "8",
                  *extra],
@@ -103,7 +114,9 @@ class Server:
 
     def workers(self):
         """Process ids of supervised workers by stage, the latest of each."""
-        started = re.findall(r'worker_started\W.*?stage"?\W+(\d+).*?pid"?\W+(\d+)', self.log())
+        started = re.findall(
+            r'worker_started\W.*?stage"?\W+(\d+).*?pid"?\W+(\d+)', self._log.whole()
+        )
         return {int(idx): int(pid) for idx, pid in started}
 
     def is_ready(self):
@@ -167,7 +180,8 @@ def end(process):
 class Cluster:
     """Workers, orchestrators and servers of one manifest, as real processes."""
 
-    def __init__(self, directory, model_dir, environment):
+    def __init__(self, directory, model_dir, environment, parent=None):
+        self._parent = parent
         self.directory = directory
         self.model_dir = model_dir
         self.environment = environment
@@ -196,7 +210,7 @@ class Cluster:
             self.workers[idx].wait(30)
         log = self.directory / f"stage{idx}.log"
         with log.open("ab") as file:
-            process = subprocess.Popen(
+            process = self.popen(
                 [*within, BIN / "stage-worker", "--manifest", manifest or self.manifest,
                  "--stage-idx", str(idx), "--model-dir", self.model_dir, "--dev", *extra],
                 stdout=file, stderr=file, env=self.environment,
@@ -229,8 +243,14 @@ class Cluster:
     def orch(self, text="Hello there", *extra):
         return self.orch_command(*self.arguments(text, *extra))
 
+    def orch_over(self, stages, *extra, text="Hello there", flags=()):
+        """`orch` over workers that are started for it alone, with these flags."""
+        for idx in range(stages):
+            self.start_worker(idx, "--once", *flags)
+        return self.orch(text, *extra)
+
     def start_orch(self, text="Hello there", *extra):
-        process = subprocess.Popen(
+        process = self.popen(
             [BIN / "pipeline-orch", *self.arguments(text, *extra)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment,
         )  # fmt: skip
@@ -250,9 +270,22 @@ class Cluster:
         return server
 
     def _run(self, *command):
-        return subprocess.run(
-            command, capture_output=True, text=True, env=self.environment, timeout=90
-        )
+        with self.popen(
+            command, stdout=PIPE, stderr=PIPE, text=True, env=self.environment
+        ) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=90)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+    def popen(self, command, **options):
+        """Start a console command, or any other."""
+        is_ours = Path(command[0]).parent == BIN and Path(command[0]).name in forked.COMMANDS
+        if self._parent is None or not is_ours or options.keys() - FORKABLE:
+            return subprocess.Popen(command, **options)
+        return forked.Popen(self._parent, command, **options)
 
     def stop(self):
         try:
@@ -274,25 +307,32 @@ class Cluster:
 
 
 @contextmanager
-def new_cluster(directory, tiny_model):
+def new_cluster(directory, tiny_model, parent=None):
     model_dir = directory / "model"
     shutil.copytree(tiny_model, model_dir)
     environment = {**os.environ, "VEILPIPE_DEV_DIR": str(directory / "dev")}
-    cluster = Cluster(directory, model_dir, environment)
+    cluster = Cluster(directory, model_dir, environment, parent)
     yield cluster
     cluster.stop()
 
 
+@pytest.fixture(scope="session")
+def command_parent():
+    parent = forked.Parent()
+    yield parent
+    parent.close()
+
+
 @pytest.fixture
-def cluster(tmp_path, tiny_model):
-    with new_cluster(tmp_path, tiny_model) as cluster:
+def cluster(tmp_path, tiny_model, command_parent):
+    with new_cluster(tmp_path, tiny_model, command_parent) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
-def shared_cluster(tmp_path_factory, tiny_model):
+def shared_cluster(tmp_path_factory, tiny_model, command_parent):
     """For tests that leave its processes as they found them."""
-    with new_cluster(tmp_path_factory.mktemp("shared"), tiny_model) as cluster:
+    with new_cluster(tmp_path_factory.mktemp("shared"), tiny_model, command_parent) as cluster:
         yield cluster
 
 

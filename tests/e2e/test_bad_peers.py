@@ -74,7 +74,7 @@ def impostor(port, behave):
 def test_a_peer_that_is_not_veilpipe(orch, cluster, monkeypatch, behave, word):
     monkeypatch.setattr("pipeline.protocol.peer_connections.HANDSHAKE_SECONDS", 1.0)
     with impostor(cluster.base_port, behave):
-        code, line = orch("Hi", "--connect-timeout", "5")
+        code, line = orch("Hi", "--connect-timeout", "2")
     assert code == 1
     assert "stage 0" in line
 

@@ -15,17 +15,17 @@ def expected(shared_cluster):
     """What two ordinary stages say to a prompt, greedily and drawn."""
     cluster = shared_cluster
     cluster.plan(2)
-    return [answer(cluster, *flags) for flags in FLAGS]
+    return [answer(cluster, 2, *flags) for flags in FLAGS]
 
 
 FLAGS = [(), ("--temperature", "0.9", "--seed", "5", "--repetition-penalty", "1.2")]
 
 
-def answer(cluster, *flags):
+def answer(cluster, stages, *flags, worker_flags=()):
     out = cluster.directory / "latency.json"
-    result = cluster.orch(
-        "Hello there", "--max-tokens", "40", "--ignore-eos", "--latency-out", out, "--supervise",
-        "--model-dir", cluster.model_dir, *flags,
+    result = cluster.orch_over(
+        stages, "--max-tokens", "40", "--ignore-eos", "--latency-out", out, *flags,
+        flags=worker_flags,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads(out.read_text())["token_ids"], result.stdout
@@ -34,7 +34,8 @@ def answer(cluster, *flags):
 @pytest.mark.parametrize("stages", [1, 3])  # two are those with shards of their own
 def test_texts_are_those_of_ordinary_stages(cluster, expected, stages):
     cluster.plan(stages, split="client")
-    found = [answer(cluster, *flags, "--threads", "2") for flags in FLAGS]
+    two = ("--threads", "2")
+    found = [answer(cluster, stages, *flags, *two, worker_flags=two) for flags in FLAGS]
     assert found == expected
 
 

@@ -77,10 +77,7 @@ def test_a_text_is_the_ordinary_pipelines_through_either_door(shared_cluster, sh
     cluster = shared_cluster
     cluster.plan(1)
     out = cluster.directory / "latency.json"
-    ordinary = cluster.orch(
-        "Hello there", "--max-tokens", "40", "--ignore-eos", "--latency-out", out, "--supervise",
-        "--model-dir", cluster.model_dir,
-    )  # fmt: skip
+    ordinary = cluster.orch_over(1, "--max-tokens", "40", "--ignore-eos", "--latency-out", out)
     assert ordinary.returncode == 0, ordinary.stderr
     expected = json.loads(out.read_text())["token_ids"]
     door = start_door(

@@ -61,7 +61,9 @@ def imported(process):
     return ended(process)[0]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow), "int8"]
+)
 def test_a_worker_on_native_kernels_imports_little_and_stays_small(cluster, start, dtype):
     if why := why_not_native():
         pytest.skip(f"no native kernels: {why}")

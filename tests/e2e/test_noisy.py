@@ -48,13 +48,11 @@ def test_a_bound_without_noise_is_refused(orch, cluster):
 
 def test_a_text_is_told_what_it_amounts_to_and_ends_where_the_bound_does(cluster):
     cluster.plan(2, split="client")
-    expected = cluster.orch(
-        "Hello", "--max-tokens", "30", "--ignore-eos", "--supervise", "--model-dir",
-        cluster.model_dir,
-    )  # fmt: skip
+    flags = ("--max-tokens", "30", "--ignore-eos")
+    expected = cluster.orch_over(2, *flags, text="Hello")
+    assert expected.returncode == 0, expected.stderr
     cluster.plan(2, **QUIET)
-    flags = ["--max-tokens", "30", "--ignore-eos", "--supervise", "--model-dir", cluster.model_dir]
-    whole = cluster.orch("Hello", *flags, "--dp-epsilon", "1e30")
+    whole = cluster.orch_over(2, *flags, "--dp-epsilon", "1e30", text="Hello")
     assert whole.returncode == 0, whole.stderr
     assert whole.stdout == expected.stdout
     told = next(line for line in whole.stderr.splitlines() if "rows compose to epsilon" in line)
@@ -64,7 +62,7 @@ def test_a_text_is_told_what_it_amounts_to_and_ends_where_the_bound_does(cluster
         float(words[words.index("epsilon") + 1]),
     )
     bound = f"{epsilon * (num_prompt + 9) / num_prompt:.9g}"
-    part = cluster.orch("Hello", *flags, "--dp-epsilon", bound)
+    part = cluster.orch_over(2, *flags, "--dp-epsilon", bound, text="Hello")
     assert part.returncode == 1
     errors = [line for line in part.stderr.splitlines() if "error:" in line]
     assert len(errors) == 1

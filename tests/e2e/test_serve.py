@@ -23,8 +23,17 @@ def serve(cluster):
     )
 
 
-def test_concurrent_requests_get_what_each_gets_alone(serve):
-    server = serve()
+@pytest.fixture
+def serve_by_hand(cluster):
+    """Starts a server in front of two workers, for what has nothing to do with who starts them."""
+    cluster.plan(2)
+    for idx in range(2):
+        cluster.start_worker(idx)
+    return lambda *extra, **options: cluster.serve("--context", "512", *extra, **options)
+
+
+def test_concurrent_requests_get_what_each_gets_alone(serve_by_hand):
+    server = serve_by_hand()
     alone = [server.text(prompt, 40) for prompt in PROMPTS]
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         together = list(pool.map(lambda prompt: server.text(prompt, 40), PROMPTS))
@@ -43,10 +52,10 @@ def test_workers_run_nothing_that_lies_where_the_server_was_started(serve, tmp_p
     assert not (tmp_path / "mark").exists()
 
 
-def test_top_shows_every_stage_and_says_what_is_wrong(serve, cluster):
+def test_top_shows_every_stage_and_says_what_is_wrong(serve_by_hand, cluster):
     key = cluster.directory / "key"
     key.write_text("sk-right\n")
-    server = serve("--api-key-file", key, headers={"authorization": "Bearer sk-right"})
+    server = serve_by_hand("--api-key-file", key, headers={"authorization": "Bearer sk-right"})
     server.text("Hi", 50)
     top = ("top", "--url", server.url)
     shown = cluster.orch_command(*top, "--api-key-file", key, "--once")
@@ -81,7 +90,7 @@ def test_json_logs_follow_a_request_by_its_id_and_never_quote_it(serve):
         line["event"] for line in lines if line.get("request_id") == answer.headers["x-request-id"]
     ]
     assert events == ["generation_started", "generation_ended", "request"]
-    assert "pipeline.cli.stage_worker" in {line["logger"] for line in lines}
+    assert "pipeline.stage.model_config" in {line["logger"] for line in lines}
     assert "xyzzy" not in log
     assert answer.json()["choices"][0]["text"] not in log
 
@@ -173,8 +182,8 @@ def test_a_server_told_to_stop_finishes_what_runs_and_takes_no_more(serve):
     assert server.process.wait(20) == 0
 
 
-def test_a_server_out_of_grace_ends_its_streams_with_an_error_and_done(serve):
-    server = serve("--grace", "0.2")
+def test_a_server_out_of_grace_ends_its_streams_with_an_error_and_done(serve_by_hand):
+    server = serve_by_hand("--grace", "0.2")
     body = server.wish("x", 100_000 // 250, stream=True)
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
         lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
@@ -216,7 +225,7 @@ def test_a_certificate_that_cannot_be_used_is_one_line(cluster):
 
 def test_a_server_takes_the_directory_of_shards_for_the_model(cluster):
     cluster.plan(2)
-    whole = cluster.orch("Hello there", "--supervise", "--model-dir", cluster.model_dir)
+    whole = cluster.orch_over(2)
     assert whole.returncode == 0, whole.stderr
     shards = cluster.directory / "shards"
     cut = cluster.orch_command(

@@ -11,19 +11,20 @@ from tests.e2e.conftest import BIN, new_cluster
 
 PROMPT = "In the beginning"
 MESSAGE = b"\xffmeet\0at nine\n"
-PIPELINE_FLAGS = ("--supervise", "--dev", "--prompt", PROMPT)
 
 
 @pytest.fixture(scope="module")
-def stego(text_model, tmp_path_factory):
-    with new_cluster(tmp_path_factory.mktemp("stego"), text_model) as cluster:
+def stego(text_model, tmp_path_factory, command_parent):
+    directory = tmp_path_factory.mktemp("stego")
+    with new_cluster(directory, text_model, command_parent) as cluster:
         cluster.plan(2)
         yield cluster
 
 
 def run(cluster, what, *arguments, stdin=b""):
     """A command that drives a pipeline: its exit code, stdout and stderr, as bytes."""
-    common = ("--manifest", cluster.manifest, "--model-dir", cluster.model_dir, *PIPELINE_FLAGS)
+    common = ("--manifest", cluster.manifest, "--model-dir", cluster.model_dir, "--dev")
+    common += ("--prompt", PROMPT)
     return subprocess.run(
         [BIN / "pipeline-orch", "stego", what, *common, *arguments],
         input=stdin, capture_output=True, env=cluster.environment, timeout=120,
@@ -37,15 +38,19 @@ def test_a_message_comes_back_by_the_commands_over_other_stages(stego):
         "--model-dir", stego.model_dir, "--temperature", "0.9",
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
-    written = run(stego, "encode", "--secret-file", secret, "--out", text, stdin=MESSAGE)
+    written = run(
+        stego, "encode", "--supervise", "--secret-file", secret, "--out", text, stdin=MESSAGE
+    )
     assert written.returncode == 0, written.stderr
     assert written.stdout == b""
     assert b"bits a token" in written.stderr
     assert b"not as the secret's fingerprint" not in written.stderr
     assert "float32" in (stego.directory / "secret.fingerprint.json").read_text()
     stego.plan(3)
+    for idx in range(3):
+        stego.start_worker(idx, "--threads", "2")
     read = run(
-        stego, "decode", "--secret-file", secret, "--threads", "2",
+        stego, "decode", "--secret-file", secret,
         stdin=text.read_bytes().rstrip() + b"\n\n",
     )  # fmt: skip
     assert (read.returncode, read.stdout) == (0, MESSAGE), read.stderr

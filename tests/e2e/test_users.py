@@ -52,11 +52,6 @@ def server(shared_server):
     return shared_server
 
 
-@pytest.fixture
-def own_server(cluster):
-    return start_server(cluster)
-
-
 def figures(server):
     """What every stage last told; it is asked every second."""
 
@@ -263,8 +258,7 @@ def test_a_thousand_connections_and_slow_headers_keep_nobody_out(server):
     assert server.text("Through the crowd", 100) == expected
 
 
-def test_a_lost_stage_is_seen_to_go_and_to_be_replaced(own_server):
-    server = own_server
+def test_a_lost_stage_is_seen_to_go_and_to_be_replaced(server):
     time.sleep(1.5)  # so that ages differ
     before = server.pipeline()
     assert [stage["state"] for stage in before["stages"]] == ["ready", "ready"]

@@ -257,11 +257,17 @@ async def test_closing_ends_a_pending_accept():
         await listener.accept()
 
 
-async def test_accept_outlives_a_shortage_of_descriptors(monkeypatch, autojump_clock):
+@pytest.mark.parametrize(
+    "codes",
+    [(errno.EMFILE, errno.ECONNABORTED, errno.ENFILE),
+     (errno.ENETDOWN, errno.EHOSTUNREACH, errno.EPROTO)],
+    ids=["no descriptors", "no network"],
+)  # fmt: skip
+async def test_accept_outlives_what_passes(monkeypatch, autojump_clock, codes):
     class Short:
         def __init__(self, sock):
             self._sock = sock
-            self.failures = [errno.EMFILE, errno.ECONNABORTED, errno.ENFILE]
+            self.failures = list(codes)
 
         def accept(self):
             if self.failures:

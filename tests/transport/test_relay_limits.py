@@ -8,7 +8,7 @@ import trio
 
 from tests.transport.relayed import LOOPBACK, converse, receive, until
 from transport import relay as relay_module
-from transport.dial_and_listen import dial
+from transport.dial_and_listen import dial, listen
 
 
 async def test_connection_over_the_limit_is_closed_and_a_freed_place_taken(running, caplog):
@@ -175,6 +175,31 @@ async def test_unreachable_target_closes_the_caller_with_one_line(running, caplo
     assert relayed.stats.active == 0
     assert caplog.text.count("\n") == 1
     assert "start the listener first" in caplog.text
+
+
+async def test_a_target_that_is_away_for_long_is_said_once_a_minute_and_is_met_when_back(
+    running, monkeypatch, caplog
+):
+    monkeypatch.setattr(relay_module, "AWAY_REMINDER_S", 0.5)
+    relayed = running()
+    target = relayed.target.endpoint
+    relayed.target.close()
+    began = trio.current_time()
+    while trio.current_time() < began + 1.2:
+        with await dial(relayed.endpoint) as near:
+            assert await receive(near) == b""
+    assert relayed.stats.failed_dials > 10
+    assert caplog.text.count("dial failed") == 3
+    for count in (4, 5):  # whatever was said before
+        with (
+            listen(target) as back,
+            await dial(relayed.endpoint) as near,
+            await back.accept() as far,
+        ):
+            await converse(near, far)
+        with await dial(relayed.endpoint) as near:
+            assert await receive(near) == b""
+        assert caplog.text.count("dial failed") == count
 
 
 async def test_target_that_never_answers_is_given_up(running, monkeypatch, caplog):

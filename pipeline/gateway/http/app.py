@@ -1,6 +1,6 @@
 """The endpoints."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import TypeVar
@@ -85,7 +85,7 @@ class Door:
     async def health(self, _: Request) -> Response:
         """Whether a token could be computed now, and what is awaited for that."""
         found = self._readiness()
-        awaited = [asdict(each) for each in found.awaited]
+        awaited = [_known(asdict(each)) for each in found.awaited]
         status = HTTPStatus.OK if found.is_ready else HTTPStatus.SERVICE_UNAVAILABLE
         return JSONResponse({"status": found.phase, "awaited": awaited}, status)
 
@@ -140,6 +140,10 @@ class Door:
             "created": self._desk.created,
             "owned_by": "veilpipe",
         }
+
+
+def _known(fields: Mapping[str, object]) -> Mapping[str, object]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 async def _read(schema: type[_Body], request: Request) -> tuple[_Body, Order]:

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from pipeline.cli.logs import MAX_SHOWN, JsonFormatter, TextFormatter, printable
+from pipeline.cli.logs import MAX_SHOWN, JsonFormatter, TextFormatter, held_back, printable
 
 
 def record(message, *args, level=logging.INFO, **changes):
@@ -94,3 +94,25 @@ def test_text_from_elsewhere_cannot_drive_the_terminal():
     assert shown == r"peer said\x1b]0;owned\x07 pipeline-orch: error: \u202e\udcff\x9b"
     assert shown.isprintable()
     assert len(printable("x\x1b" * 10**6)) <= MAX_SHOWN + 1
+
+
+def fail_while_held_back(root):
+    with held_back():
+        root.error("four")
+        raise ValueError("x")
+
+
+def test_what_is_held_back_comes_in_order_at_a_good_end_and_never_at_a_bad_one(monkeypatch, capfd):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler()])
+    monkeypatch.setattr(root, "level", logging.INFO)
+    with held_back():
+        root.info("one")
+        root.error("two")
+        assert capfd.readouterr().err == ""
+    root.info("three")
+    assert capfd.readouterr().err == "one\ntwo\nthree\n"
+    with pytest.raises(ValueError, match="x"):
+        fail_while_held_back(root)
+    root.info("five")
+    assert capfd.readouterr().err == "five\n"

@@ -58,7 +58,7 @@ def test_a_worker_shows_how_far_loading_is_unless_it_is_one_of_several(tiny_mode
         "--control-listen", "0.0.0.1:1", "--dev",  # where nobody can listen, so that it ends
     ]  # fmt: skip
     assert "loading weights" in on_a_terminal(*worker)[0]
-    assert "loading weights" not in on_a_terminal(*worker, "--until-stdin-ends")[0]
+    assert "loading weights" not in on_a_terminal(*worker, "--supervised")[0]
     assert "loading weights" not in on_a_terminal(*worker, "--log-format", "json")[0]
 
 

@@ -118,7 +118,7 @@ def test_giving_up_attestation_is_said_by_hand(run, tiny_model, tmp_path):
 
 
 def test_a_worker_that_is_supervised_is_told_everything_and_reads_no_variable(run):
-    arguments = ("--until-stdin-ends", "--stage-idx", 0, "--model-dir", "m")
+    arguments = ("--supervised", "--stage-idx", 0, "--model-dir", "m")
     code, line = run(stage_worker, *arguments, VEILPIPE_MANIFEST="nowhere.json")
     assert code == 2
     assert "missing --manifest" in line
@@ -141,7 +141,7 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 # What is said where it is done: what gives up a protection, and what is of one run alone.
 BY_HAND = {
     "--allow-dial", "--dev", "--help", "--in", "--message", "--out", "--prompt", "--prompt-file",
-    "--stats-out", "--stop", "--text", "--text-file", "--until-stdin-ends",
+    "--stats-out", "--stop", "--text", "--text-file", "--supervised",
     "--weights-fd",
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.

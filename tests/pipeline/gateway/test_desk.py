@@ -169,7 +169,7 @@ async def test_continuations_are_counted_not_requests(make_door, make_engine):
     assert await door.ask(prompts=("a",), sampling=(GREEDY,) * 8) == ["Hello, wörld!"] * 8
 
 
-@pytest.mark.parametrize("num_each", [20, 100])
+@pytest.mark.parametrize("num_each", [20, pytest.param(100, marks=pytest.mark.slow)])
 async def test_five_thousand_that_hang_up_at_once_hold_nobody_up(make_desk, heartbeat, num_each):
     engine = PipelineEngine(Limits(16, 64))
     door = PlainDoor(make_desk(engine, max_open_choices=5000))

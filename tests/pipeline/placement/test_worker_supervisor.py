@@ -9,7 +9,7 @@ import sys
 import pytest
 import trio
 
-from pipeline.errors import InputError, StageHung, StageSilent
+from pipeline.errors import InputError, StageHung, StageMismatch, StageSilent
 from pipeline.placement import worker_supervisor
 from pipeline.placement.worker_supervisor import Supervisor
 
@@ -65,6 +65,19 @@ async def test_the_spare_becomes_the_successor_and_another_takes_its_place(
     await until(lambda: told.exists() and told.read_text())
     assert '"--stage-idx", "0"' in told.read_text()
     assert "--flag-0" in told.read_text()
+
+
+async def test_a_worker_of_another_manifest_makes_way_for_one_that_reads_it_anew(
+    nursery, monkeypatch
+):
+    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 60.0)
+    monkeypatch.setattr(worker_supervisor, "COMMAND", python(WORK))
+    supervisor = Supervisor(None, lambda stage_idx: (), nursery)
+    await supervisor.start(0)
+    first = await pid_other_than(supervisor, ())
+    supervisor.on_loss(StageMismatch("another core", 0))
+    await pid_other_than(supervisor, (first,))
+    nursery.cancel_scope.cancel()
 
 
 async def test_a_spare_that_has_died_costs_one_more_try(supervisor, monkeypatch):
@@ -139,38 +152,42 @@ async def test_how_far_a_worker_has_come_is_what_it_has_computed(supervisor, mon
     await pid_other_than(supervisor, ())
     await until(lambda: supervisor.progress(0).seconds > 0.3)
     await idle(supervisor)
-    life, seconds = supervisor.progress(0)
+    life, seconds, _ = supervisor.progress(0)
     assert life == supervisor.pid(0)
     assert seconds < 5
 
 
-async def no_spare(supervisor):
-    await trio.sleep_forever()
+def says(*reports, code):
+    """A worker that says so and ends, or stays where `code` is None."""
+    lines = [f"print({report!r}, flush=True)" for report in reports]
+    return python("\n".join([*lines, WORK if code is None else f"raise SystemExit({code})"]))
 
 
-async def test_a_worker_that_keeps_dying_is_tried_ever_more_seldom(monkeypatch):
-    waits = []
-
-    async def sleep(seconds):
-        waits.append(seconds)
-        await trio.lowlevel.checkpoint()
-        if len(waits) == 8:
-            nursery.cancel_scope.cancel()
-
-    monkeypatch.setattr(worker_supervisor, "COMMAND", python("raise SystemExit(1)"))
-    monkeypatch.setattr(Supervisor, "_keep_spare", no_spare)
-    monkeypatch.setattr(worker_supervisor.trio, "sleep", sleep)
-    with trio.move_on_after(20):
+async def test_a_first_worker_with_unusable_input_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr(worker_supervisor, "COMMAND", says("failed m.json: no such file", code=2))
+    with (
+        trio.fail_after(10),
+        pytest.RaisesGroup(
+            pytest.RaisesExc(InputError, match="stage 0 cannot start: m.json: no such file")
+        ),
+    ):
         async with trio.open_nursery() as nursery:
             await Supervisor(None, lambda stage_idx: (), nursery).start(0)
-    assert waits[:7] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0]
 
 
-async def test_a_worker_with_unusable_input_is_not_tried_again(monkeypatch):
-    monkeypatch.setattr(worker_supervisor, "COMMAND", python("raise SystemExit(2)"))
-    with trio.fail_after(10), pytest.RaisesGroup(InputError):
-        async with trio.open_nursery() as nursery:
-            await Supervisor(None, lambda stage_idx: (), nursery).start(0)
+async def test_how_much_a_worker_has_read_is_known_while_it_reads(nursery, monkeypatch):
+    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 60.0)
+    supervisor = Supervisor(None, lambda stage_idx: (), nursery)
+    reads = says("a library's line", "loaded 10 40", "loaded 30 40", code=None)
+    monkeypatch.setattr(worker_supervisor, "COMMAND", reads)
+    await supervisor.start(0)
+    await until(lambda: supervisor.progress(0) and supervisor.progress(0).loaded == (30, 40))
+    first = supervisor.pid(0)
+    monkeypatch.setattr(worker_supervisor, "COMMAND", says(code=None))
+    os.kill(first, signal.SIGKILL)
+    await pid_other_than(supervisor, (first,))
+    assert supervisor.progress(0).loaded is None
+    nursery.cancel_scope.cancel()
 
 
 LOOK = (
@@ -180,21 +197,23 @@ LOOK = (
 
 
 async def test_a_successor_with_unusable_input_is_tried_until_that_is_mended(
-    supervisor, monkeypatch, tmp_path
+    nursery, monkeypatch, caplog
 ):
-    runs = tmp_path / "runs"
-    code = (
-        f"import pathlib; p = pathlib.Path({str(runs)!r}); n = len(p.read_text()) if p.exists() "
-        f"else 0; p.write_text('x' * (n + 1)); n in (1, 2) and exit(2); {WORK}"
-    )
-    monkeypatch.setattr(worker_supervisor, "COMMAND", branching(WORK, code))
-    monkeypatch.setattr(worker_supervisor, "PROBATION_SECONDS", 0.0)  # loading takes its time
+    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 60.0)
+    monkeypatch.setattr(worker_supervisor, "COMMAND", says("listening", code=None))
+    supervisor = Supervisor(None, lambda stage_idx: (), nursery)
     await supervisor.start(0)
-    await until(lambda: runs.exists() and len(runs.read_text()) == 1)
-    began = trio.current_time()
-    os.kill(supervisor.pid(0), signal.SIGKILL)
-    await until(lambda: len(runs.read_text()) == 4 and supervisor.pid(0) is not None)
-    assert trio.current_time() - began >= 3 * worker_supervisor.FIRST_BACKOFF_SECONDS
+    first = await pid_other_than(supervisor, ())
+    assert supervisor.problem(0) is None
+    monkeypatch.setattr(worker_supervisor, "COMMAND", says("failed other weights", code=2))
+    with caplog.at_level("INFO"):
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: supervisor.problem(0) == "other weights")
+        monkeypatch.setattr(worker_supervisor, "COMMAND", says("listening", code=None))
+        await until(lambda: supervisor.problem(0) is None)
+    assert "event=worker_back" in caplog.text
+    assert "error=other weights" in caplog.text
+    nursery.cancel_scope.cancel()
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memory that can be sealed")

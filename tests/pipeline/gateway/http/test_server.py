@@ -57,6 +57,18 @@ async def test_probes_are_answered_as_the_manual_says(start_gateway, connect, ph
     assert json.loads(body) == {"status": phase, "awaited": [{"stage": 1, "seconds": 2.5}]}
 
 
+async def test_what_is_known_of_a_stage_that_is_awaited_is_told(start_gateway, connect):
+    awaited = (Awaited(0, 1.5, 10, 40), Awaited(1, 2.5, problem="its worker cannot start"))
+    readiness = Readiness(Phase.STARTING, awaited)
+    async with start_gateway(readiness=lambda: readiness) as gateway, connect(gateway) as client:
+        await client.stream.send_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        _, _, body = await client.read_response()
+    assert json.loads(body)["awaited"] == [
+        {"stage": 0, "seconds": 1.5, "loaded_bytes": 10, "total_bytes": 40},
+        {"stage": 1, "seconds": 2.5, "problem": "its worker cannot start"},
+    ]
+
+
 def test_the_manual_has_a_row_for_every_phase():
     assert documented_probes().keys() == set(Phase)
 
