@@ -8,8 +8,16 @@ from dataclasses import replace
 
 import trio
 
+from pipeline.agreement.identity import MACHINE_KEY, own_identity, state_directory
 from pipeline.agreement.manifest import Manifest, load_manifest
-from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, EnclaveTrust, Trust
+from pipeline.agreement.trust_policy import (
+    DEV_WARNING,
+    DevTrust,
+    EnclaveTrust,
+    KeyedTrust,
+    Trust,
+    refuse_dev_where_keyed,
+)
 from pipeline.cli.compute_options import parse_cpus, precision_of
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.logs import configure_logging
@@ -112,8 +120,12 @@ def serve(flags: WorkerFlags) -> None:
 
 def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
     if dev:
+        refuse_dev_where_keyed(manifest)
         logger.warning("event=development_mode %s", DEV_WARNING)
         return DevTrust.create(default_directory(os.environ))
+    if manifest.stage(stage_idx).machine_keys:
+        key = own_identity(state_directory(os.environ), MACHINE_KEY)
+        return KeyedTrust.create(manifest, stage_idx, key)
     return EnclaveTrust.create(manifest, stage_idx)
 
 
