@@ -55,7 +55,8 @@ def serve(flags: WorkerFlags) -> None:
 
     The worker loads its layers only, checks their hashes, prints `event=listening` and serves one
     orchestrator after another. Addresses: HOST:PORT, unix:/path, vsock:CID:PORT.
-    `stage-worker door --help` tells how to serve requests and answers instead.
+    `stage-worker door --help` tells how to serve requests and answers instead, `stage-worker offer
+    --help` and `serve --help` how to have a home of yours say what is served.
 
     Example, the first of two stages on this machine:
 

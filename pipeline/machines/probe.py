@@ -60,7 +60,7 @@ async def probe(
     try:
         with trio.fail_after(PROBE_SECONDS):
             return await _probe(own, endpoint, key, data_port)
-    except (TransportError, trio.EndOfChannel, trio.TooSlowError) as error:
+    except (TransportError, MessageError, trio.EndOfChannel, trio.TooSlowError) as error:
         raise SessionError(describe(error)) from error
 
 

@@ -50,10 +50,20 @@ async def serve_visit(machine: Machine, channel: SecureChannel) -> None:
             message = await link.hear()
             try:
                 await _answer(machine, link, message)
+            except (MessageError, trio.EndOfChannel, trio.ClosedResourceError):
+                raise
             except (PipelineError, TransportError) as error:
                 # A link that has failed fails again here, and ends the visit.
                 logger.info("event=refused order=%s error=%s", message.type, describe(error))
                 await link.refuse(describe(error))
+            except Exception as error:
+                # A defect, or a disk that errs, must not cost the stage that is served.
+                name = type(error).__name__
+                is_verbose = logger.isEnabledFor(logging.DEBUG)
+                logger.error(
+                    "event=failed order=%s type=%s", message.type, name, exc_info=is_verbose
+                )
+                await link.refuse(f"internal error ({name}); its log may say more")
     except (TransportError, MessageError, trio.EndOfChannel, trio.ClosedResourceError) as error:
         logger.debug("event=visit_over error=%s", describe(error))
     finally:
