@@ -1,7 +1,7 @@
 """The trio shell: a SecureChannel of frames over a connected socket, and how to make one."""
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -290,10 +290,24 @@ async def accept_channel(
     before any more is done for it; it may raise HandshakeError.
     Raises: HandshakeError, AttestationError, ConnectionLost; the socket is closed by then.
     """
+    entrances = [(link, credentials, limits)]
+    _, channel = await accept_one_of(sock, entrances, rekey=rekey, on_hello=on_hello)
+    return channel
+
+
+async def accept_one_of(
+    sock: socket.socket,
+    entrances: Sequence[tuple[Link, Credentials, FrameLimits]],
+    *,
+    rekey: RekeyPolicy | None = None,
+    on_hello: Callable[[bytes], None] = lambda _: None,
+) -> tuple[int, SecureChannel]:
+    """As `accept_channel`, on whichever of these links the initiator asks for; and which it was."""
     wire = Wire(sock)
     try:
-        session = await run_responder(wire, link, credentials, rekey, on_hello)
-        return SecureChannel(wire, session, limits)
+        links = [(link, credentials) for link, credentials, _ in entrances]
+        index, session = await run_responder(wire, links, rekey, on_hello)
+        return index, SecureChannel(wire, session, entrances[index][2])
     except BaseException:
         wire.close()
         raise

@@ -64,7 +64,10 @@ _OTHER_LINK = "the peer holds another manifest, is another stage or role, or is 
 _OTHER_PROTOCOL = f"the peer does not speak {VERSION.decode()}"
 
 Sizes = tuple[int, int]
-HELLO_SIZES: Sizes = (DH_BYTES + MARK_BYTES, DH_BYTES + MARK_BYTES)
+# Under a pre-shared key the mark is encrypted: whoever lacks the key has nothing to say.
+_PSK_PATTERN = XX.with_psk(0)
+_PSK_PROTOCOL_NAME = PROTOCOL_NAME.replace("_XX_", "_XXpsk0_")
+HELLO_SIZES: Sizes = (DH_BYTES + MARK_BYTES, DH_BYTES + MARK_BYTES + TAG_BYTES)
 _PROOF_MIN = DH_BYTES + TAG_BYTES + 1 + TAG_BYTES  # encrypted s, evidence kind, tags
 PROOF_SIZES: Sizes = (_PROOF_MIN, _PROOF_MIN + MAX_EVIDENCE_BYTES)
 REPLY_SIZES: Sizes = (DH_BYTES + _PROOF_MIN, DH_BYTES + _PROOF_MIN + MAX_EVIDENCE_BYTES)
@@ -78,6 +81,7 @@ class Credentials:
     static_key: X25519PrivateKey
     attester: Attester
     verifiers: tuple[Verifier, ...]  # one for each kind of evidence accepted from the peer
+    psk: bytes | None = None  # 32 bytes that only the two ends have, mixed in before all else
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +138,14 @@ class _Side:
     def __init__(
         self, link: Link, credentials: Credentials, rekey: RekeyPolicy, *, is_initiator: bool
     ) -> None:
+        psk = credentials.psk
         self.noise = HandshakeState(
-            PROTOCOL_NAME,
-            XX,
+            PROTOCOL_NAME if psk is None else _PSK_PROTOCOL_NAME,
+            XX if psk is None else _PSK_PATTERN,
             is_initiator=is_initiator,
             prologue=link.prologue(),
             static=credentials.static_key,
+            psks=() if psk is None else (psk,),
         )
         self._credentials = credentials
         self._rekey = rekey
@@ -158,7 +164,11 @@ class _Side:
         """Take message 1: three hashes, no other work for a stranger. Raises: HandshakeError."""
         payload = self.noise.read_tokens(message)
         expected = self._mark()
-        if not is_same(self.noise.read_payload(payload), expected):
+        try:
+            mark = self.noise.read_payload(payload)
+        except HandshakeError as error:  # under another pre-shared key
+            raise HandshakeError(self._refusal) from error
+        if not is_same(mark, expected):
             raise HandshakeError(self._refusal)
 
     def _mark(self) -> bytes:

@@ -1,6 +1,6 @@
 """The handshake's messages over a wire, from either end; the bytes are in WIRE.md."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from transport.errors import ConnectionLost, HandshakeError, NoAnswer
@@ -12,7 +12,6 @@ from transport.handshake import (
     REFUSAL,
     REPLY_SIZES,
     VERSION,
-    AwaitingHello,
     Credentials,
     HelloHeard,
     Link,
@@ -25,6 +24,9 @@ from transport.handshake import (
 )
 from transport.nonblocking_socket import Wire
 from transport.rekey_policy import RekeyPolicy
+
+# A link that may be asked for, and what we show and demand on it.
+Entrance = tuple[Link, Credentials]
 
 
 async def run_initiator(
@@ -40,34 +42,52 @@ async def run_initiator(
 
 async def run_responder(
     wire: Wire,
-    link: Link,
-    credentials: Credentials,
+    entrances: Sequence[Entrance],
     rekey: RekeyPolicy | None,
     on_hello: Callable[[bytes], None],
-) -> Session:
-    """Answer one who speaks first. Raises: as `run_initiator`."""
-    heard = await _hear_hello(wire, link, respond(link, credentials, rekey), on_hello)
+) -> tuple[int, Session]:
+    """Answer one who speaks first, on the first of the links that its hello is for; which one.
+
+    Raises: as `run_initiator`.
+    """
+    index, heard = await _hear_hello(wire, entrances, rekey, on_hello)
+    link, _ = entrances[index]
     awaiting_proof, reply = heard.answer()
     await _send_message(wire, reply)
     session, accept = awaiting_proof.receive(await _receive_message(wire, PROOF_SIZES, link))
     await wire.send_all(memoryview(accept))
-    return session
+    return index, session
 
 
 async def _hear_hello(
     wire: Wire,
-    link: Link,
-    awaiting_hello: AwaitingHello,
+    entrances: Sequence[Entrance],
+    rekey: RekeyPolicy | None,
     on_hello: Callable[[bytes], None],
-) -> HelloHeard:
+) -> tuple[int, HelloHeard]:
     try:
-        heard = awaiting_hello.receive(await _receive_message(wire, HELLO_SIZES, link))
+        hello = await _receive_message(wire, HELLO_SIZES, entrances[0][0])
+        index, heard = _find_entrance(hello, entrances, rekey)
         on_hello(heard.ephemeral_key)
     except HandshakeError:
         with suppress(ConnectionLost):
             wire.try_send(memoryview(REFUSAL))
         raise
-    return heard
+    return index, heard
+
+
+def _find_entrance(
+    hello: bytes, entrances: Sequence[Entrance], rekey: RekeyPolicy | None
+) -> tuple[int, HelloHeard]:
+    """Try a hello on each link: a few hashes for every one. Raises: the last one's HandshakeError.
+
+    No two entrances take the same hello, since it carries the mark of one prologue.
+    """
+    *before, last = [respond(link, credentials, rekey) for link, credentials in entrances]
+    for index, awaiting in enumerate(before):
+        with suppress(HandshakeError):
+            return index, awaiting.receive(hello)
+    return len(before), last.receive(hello)
 
 
 async def _exchange_hello(wire: Wire, hello: bytes, link: Link) -> bytes:

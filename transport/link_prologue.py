@@ -20,6 +20,7 @@ class RoleKind(IntEnum):
 
     ORCHESTRATOR = 1
     STAGE = 2
+    MACHINE = 3  # whatever it runs; 0 is the one that is dialed, 1 another that dials it
 
 
 class LinkKind(IntEnum):
@@ -27,6 +28,9 @@ class LinkKind(IntEnum):
 
     CONTROL = 1
     DATA = 2
+    PAIRING = 3  # bound to the machine's key, opened by a one-time secret
+    PROVISION = 4  # bound to both ends' keys and to no manifest
+    PROBE = 5  # between two machines, to see how far apart they are; bound to both keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +41,15 @@ class Role:
     stage_idx: int = 0  # 0 for the orchestrator
 
     def __post_init__(self) -> None:
-        most = MAX_STAGE_IDX if self.kind is RoleKind.STAGE else 0
+        most = {RoleKind.STAGE: MAX_STAGE_IDX, RoleKind.MACHINE: 1}.get(self.kind, 0)
         if not 0 <= self.stage_idx <= most:
             raise MisuseError(f"stage index {self.stage_idx} is outside 0 to {most}")
 
     def canonical(self) -> bytes:
-        """Return the name evidence is bound to: `orchestrator` or `stage/<index>`."""
+        """Return the name evidence is bound to: `orchestrator`, `stage/<index>`, `machine/0`."""
         if self.kind is RoleKind.ORCHESTRATOR:
             return b"orchestrator"
-        return b"stage/%d" % self.stage_idx
+        return b"%s/%d" % (self.kind.name.lower().encode(), self.stage_idx)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ class Link:
     kind: LinkKind
     initiator: Role
     responder: Role
-    manifest_hash: bytes  # SHA-256 of the manifest's core
+    manifest_hash: bytes  # SHA-256 of the manifest's core; without one, of what else is agreed on
     epoch: bytes = bytes(EPOCH_BYTES)  # separates pipeline sessions; zeros on control links
 
     def __post_init__(self) -> None:

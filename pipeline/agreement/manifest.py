@@ -144,6 +144,10 @@ class StageSpec(_Strict):
     weight_hashes: tuple[Sha256Hex, ...] = ()
     require_weight_hashes: bool = False
     precision: Precision | None = None  # of the weights in memory; None: the stage decides
+    # What it computes with: another level rounds differently. None: the stage decides.
+    kernels: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    # Machines that may run it, known by these keys and attested by nobody.
+    machine_keys: tuple[KeyHex, ...] = ()
     expected_measurements: dict[PcrIndex, PcrHex] = Field(default_factory=dict)
     endpoint: StageEndpoint | None = None
 
@@ -153,6 +157,15 @@ class StageSpec(_Strict):
             raise ValueError(
                 "require_weight_hashes is true and there are no weight_hashes; "
                 "`pipeline-orch plan` writes them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _is_known_by_one_thing(self) -> Self:
+        # Attack: measurements that are not looked at, since a key would do as well.
+        if self.machine_keys and self.expected_measurements:
+            raise ValueError(
+                "a stage is known by machine_keys or by expected_measurements, not by both"
             )
         return self
 
@@ -197,6 +210,11 @@ class Manifest(_Strict):
     def has_client_ends(self) -> bool:
         """Whether the orchestrator holds embedding and head, so that stages hold layers only."""
         return self.split == "client"
+
+    @property
+    def is_keyed(self) -> bool:
+        """Whether any stage is known by the key of its machine, and attested by nobody."""
+        return any(stage.machine_keys for stage in self.stages)
 
     @model_validator(mode="after")
     def _a_client_has_its_part(self) -> Self:
@@ -333,6 +351,10 @@ def _without_new_defaults(whole: dict[str, Any]) -> dict[str, Any]:
     for name in ("rotation", "dp"):
         if whole.get(name) is None:
             whole.pop(name, None)
+    for stage in whole["stages"]:
+        for name in ("kernels", "machine_keys"):
+            if not stage.get(name):
+                stage.pop(name, None)
     return whole
 
 

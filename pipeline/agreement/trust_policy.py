@@ -1,27 +1,26 @@
 """What this process shows its peers and demands of them: local policy, never negotiated."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from pipeline.agreement.identity import fingerprint, load_identity
 from pipeline.agreement.manifest import Manifest, StageSpec
-from pipeline.errors import InputError, PolicyError
+from pipeline.errors import PolicyError
 from transport.attestation.dev_authority import DevAttester, DevAuthority, dev_verifier
 from transport.attestation.document_verifier import NitroVerifier, aws_root
+from transport.attestation.evidence_binding import Attested, Binding
 from transport.attestation.interfaces import Attester, Verifier
 from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
 from transport.attestation.nsm import NsmAttester
-from transport.errors import MisuseError
+from transport.errors import AttestationError
 from transport.handshake import Credentials, Role, RoleKind
-from transport.private_files import create_private, read_private
 
 DEV_WARNING = (
     "DEVELOPMENT MODE: evidence comes from a local development CA, nothing is attested. "
@@ -35,6 +34,12 @@ class Trust(Protocol):
     def toward(self, peer: Role, measurements: Mapping[int, bytes]) -> Credentials:
         """Credentials for one link."""
         ...
+
+
+def refuse_dev_where_keyed(manifest: Manifest) -> None:
+    """Raises PolicyError: development evidence would go past the keys that a manifest demands."""
+    if manifest.is_keyed:
+        raise PolicyError("the manifest names its machines' keys, which --dev would not look at")
 
 
 def software_measurement() -> Mapping[int, bytes]:
@@ -81,7 +86,7 @@ class EnclaveTrust:
 
     static_key: X25519PrivateKey
     attester: Attester
-    orchestrator_keys: frozenset[bytes]
+    manifest: Manifest
     root: x509.Certificate
 
     @classmethod
@@ -92,44 +97,52 @@ class EnclaveTrust:
 
         Raises PolicyError unless the manifest pins weights and names its orchestrators.
         """
-        stage = manifest.stage(stage_idx)
-        if not stage.weight_hashes:
-            raise PolicyError(
-                f"stage {stage_idx} has no weight_hashes in the manifest; "
-                "`pipeline-orch plan` writes them, --dev does without"
-            )
-        if manifest.config_hash is None:
-            raise PolicyError(
-                "the manifest has no config_hash; `pipeline-orch plan` writes it, "
-                "--dev does without"
-            )
-        if not manifest.orchestrator_keys:
-            raise PolicyError(
-                "the manifest lists no orchestrator_keys, so nobody could connect; "
-                "`pipeline-orch keygen` makes one, --dev does without"
-            )
+        _require_what_a_stage_needs(manifest, stage_idx)
         return cls(
             static_key=X25519PrivateKey.generate(),
             attester=NsmAttester(),
-            orchestrator_keys=_listed_keys(manifest),
+            manifest=manifest,
             root=root or aws_root(),
         )
 
     def toward(self, peer: Role, measurements: Mapping[int, bytes]) -> Credentials:
-        """Key-only evidence from an orchestrator, a Nitro document from a neighbour."""
-        verifier: Verifier
-        if peer.kind is RoleKind.ORCHESTRATOR:
-            verifier = KeyOnlyVerifier(self.orchestrator_keys)
-        else:
-            verifier = NitroVerifier(self.root, measurements, clock=_now)
+        """What the manifest says of that peer: a listed key, or a document of its measurements."""
+        verifier = _verifier(self.manifest, peer, measurements, self.root)
         return Credentials(self.static_key, self.attester, (verifier,))
 
 
 @dataclass(frozen=True, slots=True)
-class UserTrust:
-    """The user's orchestrator: shows its key; believes pinned measurements under AWS's root."""
+class KeyedTrust:
+    """A stage on a machine that the manifest names by its key: nothing is attested there."""
 
     static_key: X25519PrivateKey
+    manifest: Manifest
+    root: x509.Certificate
+
+    @classmethod
+    def create(cls, manifest: Manifest, stage_idx: int, key: X25519PrivateKey) -> "KeyedTrust":
+        """Raises PolicyError unless the manifest has this key run the stage, and pins the rest."""
+        _require_what_a_stage_needs(manifest, stage_idx)
+        own = key.public_key().public_bytes_raw()
+        if own not in _bytes_of(manifest.stage(stage_idx).machine_keys):
+            raise PolicyError(
+                f"the manifest has stage {stage_idx} run by other machines than this one, whose "
+                f"key is {own.hex()}, {fingerprint(own)}"
+            )
+        return cls(key, manifest, aws_root())
+
+    def toward(self, peer: Role, measurements: Mapping[int, bytes]) -> Credentials:
+        """What the manifest says of that peer; our own key is all that we show."""
+        verifier = _verifier(self.manifest, peer, measurements, self.root)
+        return Credentials(self.static_key, KeyOnlyAttester(), (verifier,))
+
+
+@dataclass(frozen=True, slots=True)
+class UserTrust:
+    """The user's orchestrator: shows its key; believes listed machines, and pinned measurements."""
+
+    static_key: X25519PrivateKey
+    manifest: Manifest
     root: x509.Certificate
 
     @classmethod
@@ -147,12 +160,18 @@ class UserTrust:
                 "attested stages know this orchestrator by its key; give --identity FILE "
                 "(`pipeline-orch keygen FILE` makes one), or use --dev on your own machine"
             )
-        return cls(load_identity(identity), root or aws_root())
+        key = load_identity(identity)
+        own = key.public_key().public_bytes_raw()
+        if manifest.is_keyed and own not in _bytes_of(manifest.orchestrator_keys):
+            raise PolicyError(
+                f"the manifest lists other orchestrators than this one, whose key is {own.hex()}; "
+                "use it where it was made, or --identity FILE with one of the keys it lists"
+            )
+        return cls(key, manifest, root or aws_root())
 
     def toward(self, peer: Role, measurements: Mapping[int, bytes]) -> Credentials:
-        """A Nitro document with these measurements, whoever the peer is."""
-        del peer
-        verifier = NitroVerifier(self.root, measurements, clock=_now)
+        """What the manifest says of that stage: a listed key, or a document of measurements."""
+        verifier = _verifier(self.manifest, peer, measurements, self.root)
         return Credentials(self.static_key, KeyOnlyAttester(), (verifier,))
 
 
@@ -164,6 +183,8 @@ def attested_verifier(
     Raises PolicyError when the manifest pins less than it must.
     """
     stage = manifest.stage(stage_idx)
+    if stage.machine_keys:
+        raise PolicyError(f"stage {stage_idx} is known by its machine's key and attests nothing")
     _require_pins(manifest, stage)
     return NitroVerifier(root or aws_root(), stage.measurements(), clock=_now)
 
@@ -176,7 +197,10 @@ def _require_pins(manifest: Manifest, stage: StageSpec) -> None:
     missing = [
         name
         for name, is_there in (
-            ("expected_measurements with a PCR 0 that is not zero", is_pinned),
+            (
+                "expected_measurements with a PCR 0 that is not zero",
+                is_pinned or bool(stage.machine_keys),
+            ),
             ("weight_hashes", bool(stage.weight_hashes)),
             ("config_hash", manifest.config_hash is not None),
         )
@@ -189,43 +213,62 @@ def _require_pins(manifest: Manifest, stage: StageSpec) -> None:
         )
 
 
-def create_identity(path: Path) -> str:
-    """Write a new X25519 key, readable by its owner alone; returns the public key as hex.
-
-    Raises InputError.
-    """
-    key = X25519PrivateKey.generate()
-    pem = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    try:
-        create_private(path, pem)
-    except MisuseError as error:
-        raise PolicyError(f"cannot create key file {path}: {error}") from error
-    except OSError as error:
-        raise InputError(f"cannot create key file {path}: {error.strerror}") from error
-    return key.public_key().public_bytes_raw().hex()
+def _require_what_a_stage_needs(manifest: Manifest, stage_idx: int) -> None:
+    """Refuse a manifest by which a stage would compute on anything, or for nobody."""
+    if not manifest.stage(stage_idx).weight_hashes:
+        raise PolicyError(
+            f"stage {stage_idx} has no weight_hashes in the manifest; "
+            "`pipeline-orch plan` writes them, --dev does without"
+        )
+    if manifest.config_hash is None:
+        raise PolicyError(
+            "the manifest has no config_hash; `pipeline-orch plan` writes it, --dev does without"
+        )
+    if not manifest.orchestrator_keys:
+        raise PolicyError(
+            "the manifest lists no orchestrator_keys, so nobody could connect; "
+            "`pipeline-orch keygen` makes one, --dev does without"
+        )
 
 
-def load_identity(path: Path) -> X25519PrivateKey:
-    """Read a key written by `create_identity`. Raises InputError."""
-    try:
-        key = serialization.load_pem_private_key(read_private(path), None)
-    except MisuseError as error:
-        raise PolicyError(f"key file {error}") from error
-    except OSError as error:
-        raise InputError(f"cannot read key file {path}: {error.strerror}") from error
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise InputError(f"{path} is not a key file; `pipeline-orch keygen` makes one") from error
-    if not isinstance(key, X25519PrivateKey):
-        raise InputError(f"{path} holds another kind of key; `pipeline-orch keygen` makes X25519")
-    return key
+@dataclass(frozen=True, slots=True)
+class _MachineVerifier:
+    """Believes the machines that the manifest lists for a stage, and says so as SSH would."""
+
+    listed: KeyOnlyVerifier
+    stage_idx: int
+    kind = KeyOnlyVerifier.kind
+
+    def verify(self, evidence: bytes, binding: Binding) -> Attested:
+        """Raises AttestationError for the key of any other machine."""
+        try:
+            return self.listed.verify(evidence, binding)
+        except AttestationError as error:
+            if error.check != "key":
+                raise
+            raise AttestationError(
+                "key",
+                f"THE KEY OF STAGE {self.stage_idx}'S MACHINE HAS CHANGED: what answers shows "
+                f"{fingerprint(binding.static_key)}, which the manifest does not list. Somebody "
+                "may be in between; if the machine was set up anew, pair it again with "
+                "`stage-worker offer` and `pipeline-orch join`",
+            ) from error
 
 
-def _listed_keys(manifest: Manifest) -> frozenset[bytes]:
-    return frozenset(bytes.fromhex(key) for key in manifest.orchestrator_keys)
+def _verifier(
+    manifest: Manifest, peer: Role, measurements: Mapping[int, bytes], root: x509.Certificate
+) -> Verifier:
+    """Judges a peer by what the manifest says that it is known by. The core names it, not init."""
+    if peer.kind is RoleKind.ORCHESTRATOR:
+        return KeyOnlyVerifier(_bytes_of(manifest.orchestrator_keys))
+    keys = manifest.stage(peer.stage_idx).machine_keys
+    if keys:
+        return _MachineVerifier(KeyOnlyVerifier(_bytes_of(keys)), peer.stage_idx)
+    return NitroVerifier(root, measurements, clock=_now)
+
+
+def _bytes_of(keys: Iterable[str]) -> frozenset[bytes]:
+    return frozenset(map(bytes.fromhex, keys))
 
 
 def _now() -> datetime:

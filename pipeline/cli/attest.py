@@ -10,8 +10,8 @@ import trio
 import typer
 from cryptography import x509
 
+from pipeline.agreement.identity import load_identity
 from pipeline.agreement.manifest import load_manifest
-from pipeline.agreement.trust_policy import load_identity
 from pipeline.cli.error_reporting import new_app
 from pipeline.cli.logs import printable
 from pipeline.cli.shared_options import finite

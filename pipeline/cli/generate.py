@@ -55,7 +55,7 @@ class Layers(StepRunner, Protocol):
 def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     """Run one prompt to its end. Raises PipelineError, or typer.Exit after a signal."""
     manifest = load_manifest(flags.manifest)
-    tokenizer = Tokenizer(flags.tokenizer)
+    tokenizer = Tokenizer(flags.tokenizer_path)
     if flags.door.door is not None:
         _generate(flags, pipeline_flags, manifest, tokenizer, None)
         return
@@ -91,7 +91,7 @@ def _generate(
     path = flags.latency_out
     if path is not None:
         check_writable(path)
-    home = client_dir(flags.model_dir or flags.tokenizer.parent)
+    home = client_dir(flags.model_dir or flags.tokenizer_path.parent)
     source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
 
     async def work(pipeline: Layers) -> None:

@@ -10,6 +10,7 @@ from pipeline.cli.kept_sessions import SessionFlags
 from pipeline.cli.prompt_input import with_prompt
 from pipeline.cli.sampling_flags import SamplingFlags
 from pipeline.cli.settings import Count, Flag, Settings
+from pipeline.cli.shard_directories import model_or_parts
 from pipeline.cli.shared_options import ContextFlag, ManifestFlag, VerboseFlag
 
 
@@ -17,11 +18,13 @@ class GenerateFlags(Settings):
     """What to generate, with what, and what to write beside it."""
 
     manifest: ManifestFlag
-    tokenizer: Annotated[Path, Flag("FILE", "The model's tokenizer.json.")]
     text: Annotated[str, Flag("TEXT", "The prompt.", is_by_hand=True)]
     text_file: Annotated[
         Path | None,
         Flag("FILE", "The prompt's file, - for stdin: unseen by `ps`.", is_by_hand=True),
+    ] = None
+    tokenizer: Annotated[
+        Path | None, Flag("FILE", "The model's tokenizer.json [what `join` has laid out].")
     ] = None
     max_tokens: Annotated[Count, Flag("N", "Tokens to generate at most.")] = 20
     context: ContextFlag = None
@@ -33,6 +36,13 @@ class GenerateFlags(Settings):
     kept: SessionFlags
     door: DoorFlags
     verbose: VerboseFlag = False
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer that is given, or what `join` has laid out. Raises InputError."""
+        if self.tokenizer is not None:
+            return self.tokenizer
+        return model_or_parts(None, self.manifest, "--tokenizer") / "tokenizer.json"
 
     @model_validator(mode="before")
     @classmethod

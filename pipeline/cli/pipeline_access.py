@@ -8,8 +8,15 @@ from pathlib import Path
 
 import trio
 
+from pipeline.agreement.identity import ORCHESTRATOR_KEY, state_directory
 from pipeline.agreement.manifest import Manifest
-from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, Trust, UserTrust
+from pipeline.agreement.trust_policy import (
+    DEV_WARNING,
+    DevTrust,
+    Trust,
+    UserTrust,
+    refuse_dev_where_keyed,
+)
 from pipeline.cli.compute_options import SLOW_KERNELS
 from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import PipelineFlags
@@ -233,8 +240,11 @@ def _ends(source: ManifestSource, flags: PipelineFlags) -> ModelEnds:
 
 def _trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:
     if dev:
+        refuse_dev_where_keyed(manifest)
         logger.warning("event=development_mode %s", DEV_WARNING)
         return DevTrust.create(default_directory(os.environ))
+    if identity is None and manifest.is_keyed:
+        identity = state_directory(os.environ) / ORCHESTRATOR_KEY
     return UserTrust.create(manifest, identity)
 
 

@@ -1,8 +1,11 @@
 """The `pipeline-orch` command: the user's side of a pipeline."""
 
+from typing import Annotated
+
 import typer
 
 from pipeline.cli import attest, preparation, session_command, stego
+from pipeline.cli.cluster_flags import JoinFlags, PartsFlags, PushFlags
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.generate import generate
 from pipeline.cli.generate_flags import GenerateFlags
@@ -59,6 +62,52 @@ def serve_command(flags: ServeFlags, shared: PipelineFlags) -> None:
 
     configure_logging(verbose=flags.verbose, log_format=shared.log_format)
     serve(flags, shared)
+
+
+@app.command("join")
+@takes_flags(flags=JoinFlags)
+def join_command(
+    lines: Annotated[
+        list[str] | None, typer.Argument(metavar="[LINE]...", help="Lines of `stage-worker offer`.")
+    ] = None,
+    *,
+    flags: JoinFlags,
+) -> None:
+    """Join machines of your own, split a model over them by what they measure, write a manifest.
+
+    What the manifest at --output names already stays, unless it is --remove'd: a second join adds
+    a machine, or takes one out, and plans anew. The parts are cut beside it; --push sends them.
+
+    \b
+        pipeline-orch join VP1-… VP1-… --model-dir models/smollm2 --push
+    """
+    from pipeline.cli.join import join
+
+    configure_logging(verbose=flags.verbose)
+    join(lines or [], flags)
+
+
+@app.command("push")
+@takes_flags(flags=PushFlags)
+def push_command(flags: PushFlags) -> None:
+    """Send each machine of a joined manifest its own stage's part, and have it serve that.
+
+    What lies there already is not sent again, and what was cut off goes on where it was.
+    """
+    from pipeline.cli.push import push_parts
+
+    configure_logging(verbose=flags.verbose)
+    push_parts(flags.manifest, flags.model_dir)
+
+
+@app.command("parts")
+@takes_flags(flags=PartsFlags)
+def parts_command(flags: PartsFlags) -> None:
+    """List the parts that lie on the machines of a joined manifest, and remove old ones."""
+    from pipeline.cli.push import list_parts
+
+    configure_logging(verbose=flags.verbose)
+    list_parts(flags)
 
 
 @app.command("top")

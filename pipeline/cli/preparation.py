@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
+from pipeline.agreement.identity import create_identity
 from pipeline.agreement.manifest import (
     check_precision,
     check_split,
     dump_manifest,
     load_manifest,
 )
-from pipeline.agreement.trust_policy import create_identity
 from pipeline.cli.logs import tell
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.shared_options import ManifestOption

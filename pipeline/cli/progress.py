@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from pipeline.cli.logs import logs_json
@@ -29,6 +29,29 @@ def progress_bar(what: str, unit: str = "bytes") -> Iterator[Progress | None]:
     ) as bars:
         task = bars.add_task(what, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
+def progress_rows(names: Sequence[str]) -> Iterator[Callable[[int], Progress | None]]:
+    """A bar for each of several things that go on at once, by index."""
+    if logs_json() or not _is_watched():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks = [bars.add_task(name, total=None) for name in names]
+        yield (
+            lambda index: lambda done, total: bars.update(tasks[index], completed=done, total=total)
+        )
 
 
 @contextmanager

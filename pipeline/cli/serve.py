@@ -21,7 +21,7 @@ from pipeline.cli.privacy_bound import privacy_budget
 from pipeline.cli.serve_flags import ServeFlags
 from pipeline.cli.service import Service
 from pipeline.cli.service_manager import ServiceManager
-from pipeline.cli.shard_directories import client_dir
+from pipeline.cli.shard_directories import client_dir, model_or_parts
 from pipeline.cli.signals import run_until_signalled
 from pipeline.cli.stego_model import new_service
 from pipeline.engine.engine import PipelineEngine
@@ -58,7 +58,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     manifest = load_manifest(flags.manifest)
     window = pipeline_flags.tide_window
     limits = _limits(flags, manifest, window)
-    home = client_dir(flags.model_dir)
+    home = client_dir(model_or_parts(flags.model_dir, flags.manifest, "--model-dir"))
     tokenizer = GatewayTokenizer(home / "tokenizer.json")
     if is_file(home / CONFIG_FILE):
         # Before the stages say it: requests may come first, and one with a token that the model

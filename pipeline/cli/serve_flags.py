@@ -18,7 +18,13 @@ class ServeFlags(Settings):
     """What to serve where, and how many requests at once."""
 
     manifest: ManifestFlag
-    model_dir: Annotated[Path, Flag("DIR", "Tokenizer and chat template; weights: --supervise.")]
+    model_dir: Annotated[
+        Path | None,
+        Flag(
+            "DIR",
+            "Tokenizer and chat template; weights: --supervise [what `join` has laid out].",
+        ),
+    ] = None
     host: Annotated[str, Flag("HOST", "Where to listen; beyond loopback needs a key.")] = (
         "127.0.0.1"
     )

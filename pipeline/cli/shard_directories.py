@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pipeline.errors import InputError
 from pipeline.files import is_file
 from pipeline.models.config import CONFIG_FILE
 
@@ -14,6 +15,20 @@ def stage_dir(model_dir: Path, stage_idx: int) -> Path:
 def client_dir(model_dir: Path) -> Path:
     """The user's part there: tokenizer, template, embedding and head."""
     return _part(model_dir, "client")
+
+
+def parts_dir(manifest: Path) -> Path:
+    """Where `pipeline-orch join` keeps what it has cut for the manifest at that path."""
+    return manifest.with_suffix(".parts")
+
+
+def model_or_parts(given: Path | None, manifest: Path, flag: str) -> Path:
+    """The model directory that is given, or what `join` keeps of one. Raises InputError."""
+    if given is not None:
+        return given
+    if not is_file(parts_dir(manifest) / CONFIG_FILE):
+        raise InputError(f"missing {flag}; see --help")
+    return parts_dir(manifest)
 
 
 def _part(model_dir: Path, name: str) -> Path:

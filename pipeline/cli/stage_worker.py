@@ -9,8 +9,16 @@ from dataclasses import replace
 
 import trio
 
+from pipeline.agreement.identity import MACHINE_KEY, own_identity, state_directory
 from pipeline.agreement.manifest import Manifest, load_manifest
-from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, EnclaveTrust, Trust
+from pipeline.agreement.trust_policy import (
+    DEV_WARNING,
+    DevTrust,
+    EnclaveTrust,
+    KeyedTrust,
+    Trust,
+    refuse_dev_where_keyed,
+)
 from pipeline.cli.compute_options import parse_cpus, precision_of
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.logs import configure_logging, held_back, tell_error
@@ -49,7 +57,8 @@ def serve(flags: WorkerFlags) -> None:
 
     The worker loads its layers only, checks their hashes, prints `event=listening` and serves one
     orchestrator after another. Addresses: HOST:PORT, unix:/path, vsock:CID:PORT.
-    `stage-worker door --help` tells how to serve requests and answers instead.
+    `stage-worker door --help` tells how to serve requests and answers instead, `stage-worker offer
+    --help` and `serve --help` how to have a home of yours say what is served.
 
     Example, the first of two stages on this machine:
 
@@ -121,9 +130,13 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
 
 def _trust(manifest: Manifest, stage_idx: int, flags: WorkerFlags) -> Trust:
     if flags.dev:
+        refuse_dev_where_keyed(manifest)
         if not flags.supervised:  # whoever starts it has said so
             logger.warning("event=development_mode %s", DEV_WARNING)
         return DevTrust.create(default_directory(os.environ))
+    if manifest.stage(stage_idx).machine_keys:
+        key = own_identity(state_directory(os.environ), MACHINE_KEY)
+        return KeyedTrust.create(manifest, stage_idx, key)
     return EnclaveTrust.create(manifest, stage_idx)
 
 

@@ -225,13 +225,17 @@ class RemoteStage:
     def _check_ready(self, ready: Ready) -> None:
         """The stage is attested; this catches a worker started with other flags than planned."""
         spec = self._expected.spec
-        # A manifest that pins no precision leaves it to the stage.
-        expected = (spec.stage_idx, spec.precision or ready.precision)
-        found = (ready.stage_idx, ready.precision)
+        # A manifest that pins no precision, or no kernels, leaves them to the stage.
+        expected = (
+            spec.stage_idx,
+            spec.precision or ready.precision,
+            spec.kernels or ready.kernels,
+        )
+        found = (ready.stage_idx, ready.precision, ready.kernels)
         if found != expected:
             raise MessageError(
-                f"stage {self.idx} says it is stage {found[0]} in {found[1]}, "
-                f"the manifest says stage {expected[0]} in {expected[1]}"
+                f"stage {self.idx} says it is stage {found[0]} in {found[1]} on {found[2]}, "
+                f"the manifest says stage {expected[0]} in {expected[1]} on {expected[2]}"
             )
 
     def _link_lost(self, broken: Broken) -> LinkLost:

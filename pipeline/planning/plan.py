@@ -45,6 +45,8 @@ class PlanOptions:
     split: Split = "stages"
     # Noise of `sigma` on rows clipped to `clip`, where the ends are the orchestrator's.
     noise: tuple[float, float] | None = None
+    # The end layer of each stage, where something better than bytes says so.
+    ends: tuple[int, ...] | None = None
 
 
 def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) -> list[int]:
@@ -92,7 +94,7 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
     is_client = options.split == "client"
     if is_client:
         first = last = 0
-    ends = split_layers(first, layers, last, options.num_stages)
+    ends = list(options.ends or split_layers(first, layers, last, options.num_stages))
     starts = [0, *ends[:-1]]
     held = NO_ENDS if is_client else None
     files = [

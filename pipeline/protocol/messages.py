@@ -3,7 +3,7 @@
 Msgpack maps, each checked against its type.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -29,11 +29,16 @@ Measurements = dict[
 ]
 
 
-class _Message(BaseModel):
+AnyMessage = TypeVar("AnyMessage")
+
+
+class StrictMessage(BaseModel):
+    """A message of exactly its fields, each of exactly its type."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Init(_Message):
+class Init(StrictMessage):
     """Orchestrator → stage, first on a control channel: what this session is, and its neighbours.
 
     The epoch is random, and said nowhere else: a data channel that binds it has at its other end
@@ -58,7 +63,7 @@ class Init(_Message):
     downstream_measurements: Measurements
 
 
-class Ready(_Message):
+class Ready(StrictMessage):
     """Stage → orchestrator: both data channels stand, steps may flow."""
 
     type: Literal["ready"] = "ready"
@@ -77,14 +82,14 @@ class Ready(_Message):
     is_row_exact: bool
 
 
-class Waiting(_Message):
+class Waiting(StrictMessage):
     """Stage → orchestrator: not ready yet, and why, for the user to see."""
 
     type: Literal["waiting"] = "waiting"
     detail: Annotated[str, Field(max_length=1024)]
 
 
-class Health(_Message):
+class Health(StrictMessage):
     """Orchestrator → stage: are you there?"""
 
     type: Literal["health"] = "health"
@@ -94,7 +99,7 @@ class Health(_Message):
 Count = Annotated[int, Field(ge=0, lt=1 << 64)]
 
 
-class StageFigures(_Message):
+class StageFigures(StrictMessage):
     """What a stage does now, and has done since its worker started; sizes and times, no content.
 
     Slots and KV are the session's; time and bytes are those of the data channels.
@@ -120,7 +125,7 @@ class StageFigures(_Message):
     num_rekeys: Count
 
 
-class Healthy(_Message):
+class Healthy(StrictMessage):
     """Stage → orchestrator: the answer to `health`."""
 
     type: Literal["healthy"] = "healthy"
@@ -128,7 +133,7 @@ class Healthy(_Message):
     figures: StageFigures
 
 
-class Start(_Message):
+class Start(StrictMessage):
     """Orchestrator → stage: a request now owns a slot. Its KV state follows the data channel."""
 
     type: Literal["start"] = "start"
@@ -136,21 +141,21 @@ class Start(_Message):
     slot: int
 
 
-class Done(_Message):
+class Done(StrictMessage):
     """Orchestrator → stage: a request ended as it should."""
 
     type: Literal["done"] = "done"
     request_id: int
 
 
-class Abort(_Message):
+class Abort(StrictMessage):
     """Orchestrator → stage: a request was given up."""
 
     type: Literal["abort"] = "abort"
     request_id: int
 
 
-class Broken(_Message):
+class Broken(StrictMessage):
     """Stage → orchestrator: a data channel of this epoch broke; all KV state waits for `rewind`."""
 
     type: Literal["broken"] = "broken"
@@ -159,7 +164,7 @@ class Broken(_Message):
     detail: Annotated[str, Field(max_length=1024)]
 
 
-class Rewind(_Message):
+class Rewind(StrictMessage):
     """Orchestrator → stage: go back to what is certain, and connect both neighbours afresh.
 
     `lengths` is what each slot keeps, in tokens. With `replay_until` the stages behind this one, up
@@ -176,7 +181,7 @@ class Rewind(_Message):
     replay_until: Annotated[int, Field(ge=1, lt=MAX_STAGES)] | None = None
 
 
-class _StoreOrder(_Message):
+class _StoreOrder(StrictMessage):
     """Which stored session an order is about, and where what is stored of it ends.
 
     The key is of this session and this stage alone, and the stage forgets it with the order.
@@ -209,7 +214,7 @@ class Load(_StoreOrder):
     length: Annotated[int, Field(ge=1)]
 
 
-class Saved(_Message):
+class Saved(StrictMessage):
     """Stage → orchestrator: done; where each new chunk ends, and its root."""
 
     type: Literal["saved"] = "saved"
@@ -221,14 +226,14 @@ class Saved(_Message):
     ]
 
 
-class Loaded(_Message):
+class Loaded(StrictMessage):
     """Stage → orchestrator: the slot holds them."""
 
     type: Literal["loaded"] = "loaded"
     operation: Count
 
 
-class NotStored(_Message):
+class NotStored(StrictMessage):
     """Stage → orchestrator: an order to save or load failed; a slot to be loaded is empty.
 
     With `is_void` what is stored cannot be used by anybody again; otherwise the store fails.
@@ -240,7 +245,7 @@ class NotStored(_Message):
     detail: Annotated[str, Field(max_length=1024)]
 
 
-class Failure(_Message):
+class Failure(StrictMessage):
     """Stage → orchestrator: the session is over. `detail` never holds prompt or activation.
 
     "refused": it would be over again, however often it is asked for. "failed": something went
@@ -252,7 +257,7 @@ class Failure(_Message):
     detail: Annotated[str, Field(max_length=1024)]
 
 
-class Shutdown(_Message):
+class Shutdown(StrictMessage):
     """Orchestrator → stage: the session is over."""
 
     type: Literal["shutdown"] = "shutdown"
@@ -280,7 +285,7 @@ Message = (
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 
-def encode_message(message: Message) -> bytes:
+def encode_message(message: StrictMessage) -> bytes:
     """Msgpack of a control message."""
     packed: bytes = msgpack.packb(message.model_dump())
     return packed
@@ -288,6 +293,11 @@ def encode_message(message: Message) -> bytes:
 
 def decode_message(data: bytes) -> Message:
     """Decode a control message. Raises MessageError for anything a peer could send instead."""
+    return decode_as(_ADAPTER, data)
+
+
+def decode_as(adapter: TypeAdapter[AnyMessage], data: bytes) -> AnyMessage:
+    """Decode one of a union of messages. Raises: as `decode_message`."""
     if len(data) > MAX_CONTROL_BYTES:
         raise MessageError(
             f"control message of {len(data)} bytes, the limit is {MAX_CONTROL_BYTES}"
@@ -297,6 +307,6 @@ def decode_message(data: bytes) -> Message:
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise MessageError("control message is not msgpack") from error
     try:
-        return _ADAPTER.validate_python(raw)
+        return adapter.validate_python(raw)
     except (ValidationError, RecursionError) as error:
         raise MessageError("control message does not fit any known type") from error

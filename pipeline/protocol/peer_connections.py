@@ -3,7 +3,8 @@
 import logging
 import math
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import trio
 
@@ -11,7 +12,7 @@ from pipeline.agreement.trust_policy import Trust
 from pipeline.protocol.links import ControlLink
 from pipeline.protocol.messages import Message
 from pipeline.tasks import open_tasks
-from transport.channel import SecureChannel, accept_channel, connect_channel
+from transport.channel import SecureChannel, accept_one_of, connect_channel
 from transport.dial_and_listen import Endpoint, Listener, Permit, dial_retrying, retry_pause_s
 from transport.errors import NoAnswer, TransportError
 from transport.handshake import Credentials, Link, Role, RoleKind
@@ -82,53 +83,79 @@ async def accept_all(
     Handshakes run side by side, and when there are too many, the silent make room for others: so
     no number of strangers can keep the right peer out by saying nothing.
     """
-    lobby, hellos, refusals = Lobby(MAX_PENDING_HANDSHAKES), HelloMemory(), Refusals(link)
+    entrance = Entrance(link, credentials, limits, welcome)
+    await accept_each(listener, lambda: (entrance,))
 
-    async def greet(sock: socket.socket, guest: Guest) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """A link that is answered, on what terms, and who welcomes whoever comes by it."""
+
+    link: Link
+    credentials: Credentials
+    limits: FrameLimits
+    welcome: Callable[[SecureChannel], Awaitable[None]]
+
+
+async def accept_each(
+    listener: Listener,
+    entrances: Callable[[], Sequence[Entrance]],
+    on_refused: Callable[[TransportError], None] = lambda _: None,
+) -> None:
+    """As `accept_all`, by whichever of several links somebody comes.
+
+    `entrances` is asked for every connection; `on_refused` hears of handshakes that failed.
+    """
+    lobby, hellos, refusals = Lobby(MAX_PENDING_HANDSHAKES), HelloMemory(), Refusals()
+
+    async def greet(sock: socket.socket, guest: Guest, found: Sequence[Entrance]) -> None:
         def on_hello(ephemeral_key: bytes) -> None:
             hellos.add(ephemeral_key)
             guest.standing = Standing.HEARD
 
-        channel = None
+        arrived = None
         try:
             with guest.scope:
                 with trio.fail_after(HANDSHAKE_SECONDS):
-                    channel = await accept_channel(
-                        sock, link, credentials, limits, on_hello=on_hello
-                    )
+                    terms = [(each.link, each.credentials, each.limits) for each in found]
+                    arrived = await accept_one_of(sock, terms, on_hello=on_hello)
         except (TransportError, trio.TooSlowError) as error:
-            refusals.report(describe(error))
+            if isinstance(error, TransportError):
+                on_refused(error)
+            refusals.report(found[0].link, describe(error))
         finally:
             lobby.leave(guest)
         if guest.scope.cancelled_caught:
-            refusals.report("too many connect and do not authenticate; this one had to make room")
-        if channel is not None:
-            await welcome(channel)
+            refusals.report(
+                found[0].link, "too many connect and do not authenticate; this one had to make room"
+            )
+        if arrived is not None:
+            index, channel = arrived
+            await found[index].welcome(channel)
 
     async with open_tasks() as tasks:
         while True:
             sock = await listener.accept()
             guest = lobby.enter(source_of(sock))
             assert guest is not None  # nobody in this lobby counts as answered: they have left it
-            tasks.start_soon(greet, sock, guest)
+            tasks.start_soon(greet, sock, guest, entrances())
 
 
 class Refusals:
     """Logs handshakes that failed, a line a second at most: a flood must not fill the disk too."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self) -> None:
         self._num_unsaid = 0
         self._quiet_until = -math.inf
 
-    def report(self, reason: str) -> None:
+    def report(self, link: Link, reason: str) -> None:
         """Log one, and how many there were since the last line."""
         if trio.current_time() < self._quiet_until:
             self._num_unsaid += 1
             return
         logger.warning(
             "event=handshake_refused link=%s unsaid=%d error=%s",
-            self._link.kind.name,
+            link.kind.name,
             self._num_unsaid,
             reason,
         )

@@ -67,6 +67,11 @@ def load_stage(
         progress=progress,
         memory=memory,
     )
+    if stage.kernels not in {None, shard.kernels.name}:
+        raise InputError(
+            f"stage {stage_idx} computes with {shard.kernels.name} kernels here, the manifest says "
+            f"{stage.kernels}, which round differently; plan anew, or see `--kernels`"
+        )
     logger.info(
         "event=weights_loaded stage=%d bytes=%d seconds=%.2f",
         stage_idx,

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import trio
@@ -12,7 +13,8 @@ from pipeline.protocol.messages import Failure, Health, Message
 from pipeline.protocol.peer_connections import (
     CONTROL_EPOCH,
     ORCHESTRATOR,
-    accept_all,
+    Entrance,
+    accept_each,
     close_quietly,
     describe,
     hear_out,
@@ -51,18 +53,42 @@ class StageWorker:
 
     async def serve(self, control: Listener, data_in: Listener, *, once: bool = False) -> None:
         """Serve sessions until cancelled, or with `once` until the first one has ended."""
+        async with open_tasks() as tasks:
+
+            def on_session_over() -> None:
+                if once:
+                    tasks.cancel_scope.cancel()
+
+            entrance = self.entrance(data_in, on_session_over)
+            await accept_each(control, lambda: (entrance,))
+
+    def entrance(
+        self, data_in: Listener, on_session_over: Callable[[], None] = lambda: None
+    ) -> Entrance:
+        """What answers this stage's orchestrators on a control listener."""
         setup = self._setup
         core_hash = setup.manifest.core_hash()
         link = Link(LinkKind.CONTROL, ORCHESTRATOR, setup.role, core_hash, CONTROL_EPOCH)
         credentials = setup.trust.toward(ORCHESTRATOR, {})
-        async with open_tasks() as tasks:
 
-            async def welcome(channel: SecureChannel) -> None:
-                self._meter.count_handshake()
-                if await self._serve_link(ControlLink(channel), data_in) and once:
-                    tasks.cancel_scope.cancel()
+        async def welcome(channel: SecureChannel) -> None:
+            self._meter.count_handshake()
+            if await self._serve_link(ControlLink(channel), data_in):
+                on_session_over()
 
-            await accept_all(control, link, credentials, CONTROL_LIMITS, welcome)
+        return Entrance(link, credentials, CONTROL_LIMITS, welcome)
+
+    @property
+    def holder_key(self) -> bytes | None:
+        """The key of the orchestrator whose session is under way, if one is."""
+        return None if self._holder is None else self._holder.channel.peer.static_key
+
+    async def end(self) -> None:
+        """End what is under way; whoever holds this worker can then let go of it."""
+        await self.leave()
+        self._turn.cancel()
+        async with self._session:
+            pass
 
     async def leave(self) -> None:
         """Let the step under way go on, and say that this stage leaves: then it can be ended."""

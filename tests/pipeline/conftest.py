@@ -10,8 +10,9 @@ import torch
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from pipeline.agreement.identity import create_identity
 from pipeline.agreement.manifest import StageEndpoint, TcpAddress
-from pipeline.agreement.trust_policy import EnclaveTrust, UserTrust, create_identity
+from pipeline.agreement.trust_policy import EnclaveTrust, KeyedTrust, UserTrust
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.limits import Limits
@@ -102,6 +103,15 @@ class Deployment:
         ]
         return self.planned.model_copy(update={"stages": tuple(stages)})
 
+    def know_by_key(self, *keyed):
+        """Have the manifest know these stages by their machines' keys."""
+        stages = list(self.planned.stages)
+        for idx in keyed:
+            listed = {"machine_keys": (self.keys[idx].public_key().public_bytes_raw().hex(),)}
+            stages[idx] = stages[idx].model_copy(update=listed)
+        self.planned = self.planned.model_copy(update={"stages": tuple(stages)})
+        self.pinned = self._pin([{} if idx in keyed else pcrs for idx, pcrs in enumerate(PCRS)])
+
     def module(self, idx):
         """The security module of a stage's enclave."""
         return Nsm(self.authority, self.pcrs[idx])
@@ -113,12 +123,12 @@ class Deployment:
             self.model_dir, config, stage.layer_start, stage.layer_end,
             expected_hashes=stage.weight_hashes,
         )  # fmt: skip
-        trust = EnclaveTrust(
-            static_key=self.keys[idx],
-            attester=self.attesters.get(idx) or self.module(idx),
-            orchestrator_keys=frozenset(map(bytes.fromhex, self.planned.orchestrator_keys)),
-            root=self.authority.root_cert,
-        )
+        root = self.authority.root_cert
+        if stage.machine_keys and idx not in self.attesters:
+            trust = KeyedTrust(self.keys[idx], self.planned, root)
+        else:
+            attester = self.attesters.get(idx) or self.module(idx)
+            trust = EnclaveTrust(self.keys[idx], attester, self.planned, root)
         return StageSetup(
             self.planned, idx, shard, trust, "float32", 1, "cpu", 1 << 30,
             allow_dial=parse_networks(["127.0.0.0/8"]),

@@ -20,6 +20,17 @@ class KeyOnlyAttester:
         return b""
 
 
+class AnyKeyVerifier:
+    """Accepts any static key: for links on which a pre-shared secret is the proof."""
+
+    kind = EvidenceKind.KEY_ONLY
+
+    def verify(self, evidence: bytes, binding: Binding) -> Attested:  # noqa: ARG002  (as above)
+        """Vouches for nothing but the key itself. Raises: AttestationError."""
+        _require_empty(evidence)
+        return Attested(kind=self.kind, measurements={})
+
+
 class KeyOnlyVerifier:
     """Accepts exactly the static public keys it was given.
 
@@ -38,10 +49,7 @@ class KeyOnlyVerifier:
 
     def verify(self, evidence: bytes, binding: Binding) -> Attested:
         """Vouches for a listed key, without measurements. Raises: AttestationError."""
-        if evidence:
-            raise AttestationError(
-                "evidence", f"key-only evidence must be empty, got {len(evidence)} bytes"
-            )
+        _require_empty(evidence)
         # Every key is compared: stopping at the first match would time its place in the list.
         matches = [is_same(key, binding.static_key) for key in self._allowed_keys]
         if not any(matches):
@@ -49,3 +57,10 @@ class KeyOnlyVerifier:
                 "key", f"static key {binding.static_key.hex()} is not among the allowed keys"
             )
         return Attested(kind=self.kind, measurements={})
+
+
+def _require_empty(evidence: bytes) -> None:
+    if evidence:
+        raise AttestationError(
+            "evidence", f"key-only evidence must be empty, got {len(evidence)} bytes"
+        )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.agreement.trust_policy import create_identity, load_identity
+from pipeline.agreement.identity import create_identity, load_identity
 from pipeline.errors import InputError, PolicyError
 
 

@@ -10,11 +10,10 @@ from functools import partial
 import pytest
 import torch
 
+from pipeline.agreement.identity import create_identity, load_identity
 from pipeline.agreement.trust_policy import (
     UserTrust,
     attested_verifier,
-    create_identity,
-    load_identity,
 )
 from pipeline.engine.limits import Limits
 from pipeline.errors import PolicyError, SessionError

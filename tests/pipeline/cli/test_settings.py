@@ -8,8 +8,10 @@ import pydantic
 import pytest
 import typer
 
-from pipeline.cli import pipeline_orch, stage_worker
+from pipeline.cli import machine, pipeline_orch, stage_worker
+from pipeline.cli.cluster_flags import JoinFlags, PartsFlags, PushFlags
 from pipeline.cli.generate_flags import GenerateFlags
+from pipeline.cli.machine_flags import MachineFlags, OfferFlags
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.serve_flags import ServeFlags
 from pipeline.cli.settings import takes_flags
@@ -141,8 +143,8 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 # What is said where it is done: what gives up a protection, and what is of one run alone.
 BY_HAND = {
     "--allow-dial", "--dev", "--help", "--in", "--message", "--out", "--prompt", "--prompt-file",
-    "--stats-out", "--stop", "--text", "--text-file", "--supervised",
-    "--weights-fd",
+    "--remove", "--remove-unused", "--stats-out", "--stop", "--text", "--text-file",
+    "--supervised", "--weights-fd", "--yes",
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.
 COMMANDS_BY_HAND = {
@@ -162,7 +164,7 @@ def commands(command, name=""):
 
 def test_every_option_of_every_command_has_its_variable_or_is_said_by_hand():
     names = set()
-    for module in (pipeline_orch, stage_worker):
+    for module in (pipeline_orch, stage_worker, machine):
         for name, command in commands(typer.main.get_command(module.app)):
             names.add(name)
             for option in command.params:
@@ -178,7 +180,7 @@ def test_every_option_of_every_command_has_its_variable_or_is_said_by_hand():
 
 ROLES = [
     GenerateFlags, PipelineFlags, ServeFlags, TopFlags, WorkerFlags, EncodeFlags, DecodeFlags,
-    KeygenFlags,
+    KeygenFlags, MachineFlags, OfferFlags, JoinFlags, PushFlags, PartsFlags,
 ]  # fmt: skip
 NEEDED = {"manifest": "m", "model_dir": "d", "tokenizer": "t", "text": "x", "prompt": "x",
           "out": "o", "stage_idx": "0"}  # fmt: skip

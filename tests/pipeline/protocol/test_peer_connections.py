@@ -228,11 +228,11 @@ async def test_a_flood_of_refusals_does_not_flood_the_log(trust, theirs, caplog)
 
 def test_refusals_left_out_are_counted_in_the_next_line(caplog, autojump_clock):
     async def refuse():
-        refusals = peer_connections.Refusals(LINK)
+        refusals = peer_connections.Refusals()
         for _ in range(10):
-            refusals.report("no")
+            refusals.report(LINK, "no")
         await trio.sleep(peer_connections.REFUSAL_SECONDS)
-        refusals.report("no more")
+        refusals.report(LINK, "no more")
 
     trio.run(refuse, clock=autojump_clock)
     assert [record.args[1] for record in caplog.records] == [0, 9]

@@ -5,7 +5,8 @@ import socket
 import pytest
 import trio
 
-from pipeline.agreement.trust_policy import UserTrust, create_identity
+from pipeline.agreement.identity import create_identity
+from pipeline.agreement.trust_policy import UserTrust
 from pipeline.errors import PolicyError
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.links import (

@@ -1,0 +1,138 @@
+"""What home finds out of its machines before it splits a model: what they have, how far apart."""
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from pipeline.errors import InputError
+from pipeline.machines.messages import Description, Measured, Probed
+from pipeline.machines.probe import probe_entrance
+from pipeline.machines.visitor import Address, MachineRefuses, Visit, visiting
+from pipeline.protocol.peer_connections import accept_each
+from pipeline.tasks import open_tasks
+from transport.dial_and_listen import Listener, TcpEndpoint, listen
+from transport.errors import EndpointError
+
+# Home's place among the machines, where ways lead to.
+HOME = -1
+RESULTS_PORT = 9009
+_ANY = "0.0.0.0"  # noqa: S104 (while ways are measured, to whoever has a listed key)
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """A machine, and what it has said of itself."""
+
+    address: Address
+    description: Description
+    measured: Measured
+    # Where it would send results.
+    home: TcpEndpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """All machines, and the ways between them and home that there are, by index."""
+
+    machines: tuple[Surveyed, ...]
+    ways: Mapping[tuple[int, int], Probed]
+    # Why there is no way where there is none.
+    problems: Mapping[tuple[int, int], str]
+
+
+async def survey(
+    addresses: Sequence[Address],
+    own: X25519PrivateKey,
+    head_dim: int,
+    software: str,
+    home: TcpEndpoint | None,
+    tell: Callable[[str], None],
+) -> Survey:
+    """Visit all machines at once. No `home`: the address here by which each is reached.
+
+    Raises SessionError, and InputError for a machine of another version.
+    """
+    async with _visits(addresses, own) as visits:
+        tell(f"asking and measuring {len(visits)} machines")
+        machines: list[Surveyed | None] = [None] * len(visits)
+
+        async def ask(index: int, visit: Visit) -> None:
+            description = await visit.describe(head_dim)
+            if description.software != software:
+                raise InputError(
+                    f"{visit.address} runs veilpipe {description.software}, this one {software}; "
+                    "install the same version on both"
+                )
+            where = home or TcpEndpoint(visit.own_host, RESULTS_PORT)
+            measured = await visit.measure()
+            machines[index] = Surveyed(visit.address, description, measured, where)
+
+        async with open_tasks() as tasks:
+            for index, visit in enumerate(visits):
+                tasks.start_soon(ask, index, visit)
+        found = tuple(each for each in machines if each is not None)
+        tell("measuring the ways between them")
+        ways, problems = await _ways(visits, found, own)
+    return Survey(found, ways, problems)
+
+
+async def _ways(
+    visits: Sequence[Visit], machines: Sequence[Surveyed], own: X25519PrivateKey
+) -> tuple[dict[tuple[int, int], Probed], dict[tuple[int, int], str]]:
+    """One after the other: two at once would share what is measured."""
+    ways: dict[tuple[int, int], Probed] = {}
+    problems: dict[tuple[int, int], str] = {}
+    public = own.public_key().public_bytes_raw()
+    async with _at_home(machines, own):
+        for here, visit in enumerate(visits):
+            for there, machine in [*enumerate(machines), (HOME, machines[here])]:
+                if there == here:
+                    continue
+                target, data_port = Address(machine.home, public), None
+                if there != HOME:
+                    await visits[there].admit(visit.address.key)
+                    target, data_port = machine.address, machine.description.data_port
+                try:
+                    ways[here, there] = await visit.probe(target, data_port)
+                except MachineRefuses as error:
+                    problems[here, there] = str(error)
+    return ways, problems
+
+
+@asynccontextmanager
+async def _visits(
+    addresses: Sequence[Address], own: X25519PrivateKey
+) -> AsyncIterator[list[Visit]]:
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(visiting(each, own)) for each in addresses]
+
+
+@asynccontextmanager
+async def _at_home(machines: Sequence[Surveyed], own: X25519PrivateKey) -> AsyncIterator[None]:
+    """Answer where results will be awaited, so that machines can see how far that is."""
+    entrances = [probe_entrance(own, machine.address.key) for machine in machines]
+    with ExitStack() as stack:
+        listeners = [
+            stack.enter_context(_listen_at(where))
+            for where in {machine.home: None for machine in machines}
+        ]
+        async with open_tasks() as tasks:
+            for listener in listeners:
+                tasks.start_soon(accept_each, listener, lambda: entrances)
+            yield
+            tasks.cancel_scope.cancel()
+
+
+def _listen_at(where: TcpEndpoint) -> Listener:
+    try:
+        # Where another machine passes on to this one, its address is not for binding.
+        with suppress(EndpointError):
+            return listen(where)
+        return listen(TcpEndpoint(_ANY, where.port))
+    except EndpointError as error:
+        raise InputError(
+            f"results would come in at {where}, and that cannot be had here: {error}; "
+            "give another with --home"
+        ) from error

@@ -1,0 +1,238 @@
+"""Machines apart: network namespaces with a wire between, homes and users of their own.
+
+They share no file but the program. Everything that passes between them is kept, and searched.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+
+from tests.e2e.conftest import BIN, end
+
+PROMPT = "Hello there, whoever is listening on this wire"
+WORDS = ("--text", PROMPT, "--max-tokens", "16", "--ignore-eos")
+NETWORK = "10.213.8"
+NEEDLE_BYTES = 16
+ETH_P_ALL = 3
+
+pytestmark = pytest.mark.slow
+
+
+class Capture:
+    """All frames on some interfaces, from now on."""
+
+    def __init__(self, interfaces):
+        self.seen = bytearray()
+        self._interfaces = interfaces
+        self._is_over = False
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 20)
+        self._socket.settimeout(0.2)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        while not self._is_over:
+            with suppress(TimeoutError):
+                data, (interface, *_) = self._socket.recvfrom(1 << 17)
+                if interface in self._interfaces:
+                    self.seen += data
+
+    def stop(self):
+        self._is_over = True
+        self._thread.join()
+        self._socket.close()
+        return bytes(self.seen)
+
+
+class Network:
+    """A bridge, and namespaces on it."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.mark = f"vp{os.getpid() % 100000}"
+        self.bridge = f"{self.mark}b"
+        self.places = {}
+        self.processes = []
+
+    def ip(self, *words):
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    def open(self):
+        self.ip("link", "add", self.bridge, "type", "bridge")
+        self.ip("addr", "add", f"{NETWORK}.254/24", "dev", self.bridge)
+        self.ip("link", "set", self.bridge, "up")
+
+    def place(self, name):
+        """A machine of its own: a namespace, an address, a user, a home."""
+        number = len(self.places) + 1
+        namespace, wire = f"{self.mark}{name}", f"{self.mark}{number}"
+        self.ip("netns", "add", namespace)
+        self.places[name] = place = SimpleNamespace(
+            namespace=namespace, wire=wire, host=f"{NETWORK}.{number}", uid=20000 + number,
+            home=self.directory / name,
+        )  # fmt: skip
+        self.ip("link", "add", wire, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+        self.ip("link", "set", wire, "master", self.bridge, "up")
+        self.ip("-n", namespace, "addr", "add", f"{place.host}/24", "dev", "eth0")
+        for device in ("eth0", "lo"):
+            self.ip("-n", namespace, "link", "set", device, "up")
+        place.home.mkdir(mode=0o700)
+        os.chown(place.home, place.uid, place.uid)
+        return place
+
+    def command(self, place, program, *words):
+        """As that place's user, who may read the program wherever it is, and own nothing else."""
+        right = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+        user = ("--reuid", str(place.uid), "--regid", str(place.uid), "--clear-groups", *right)
+        return [
+            "ip", "netns", "exec", place.namespace, "setpriv", *user, BIN / program,
+            *map(str, words),
+        ]  # fmt: skip
+
+    def environment(self, place):
+        kept = {key: value for key, value in os.environ.items() if "VEILPIPE" not in key}
+        return kept | {"HOME": str(place.home), "XDG_STATE_HOME": ""}
+
+    def run(self, place, *words, timeout=180):
+        return subprocess.run(
+            self.command(place, "pipeline-orch", *words), capture_output=True, text=True,
+            env=self.environment(place), cwd=place.home, timeout=timeout, check=False,
+        )  # fmt: skip
+
+    def offer(self, place):
+        """A machine that offers itself, and its line."""
+        log = self.directory / f"{place.namespace}.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                self.command(place, "stage-worker", "offer", "--yes", "--threads", "1"),
+                stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+                env=self.environment(place), cwd=place.home,
+            )  # fmt: skip
+        self.processes.append(process)
+        until = time.monotonic() + 60
+        while not (found := re.search(r"^VP1-\w+$", log.read_text(), re.MULTILINE)):
+            assert time.monotonic() < until, log.read_text()
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        return found[0]
+
+    def interfaces(self):
+        return {place.wire for place in self.places.values()}
+
+    def close(self):
+        for process in self.processes:
+            if process.poll() is None:
+                end(process)
+        for place in self.places.values():
+            with suppress(subprocess.CalledProcessError):
+                self.ip("netns", "del", place.namespace)
+        with suppress(subprocess.CalledProcessError):
+            self.ip("link", "del", self.bridge)
+
+
+@pytest.fixture
+def network(tmp_path):
+    if os.geteuid() or not shutil.which("ip") or not shutil.which("setpriv"):
+        pytest.skip("network namespaces and users need root, iproute2 and util-linux")
+    network = Network(tmp_path)
+    # Others' homes lie below this one, and are theirs alone.
+    for parent in (tmp_path, *tmp_path.parents):
+        with suppress(PermissionError):
+            parent.chmod(parent.stat().st_mode | 0o011)
+        if parent.parent.name in {"tmp", ""}:
+            break
+    try:
+        network.open()
+        network.place("home")
+    except subprocess.CalledProcessError:
+        network.close()
+        pytest.skip("this system makes no network namespaces")
+    yield network
+    network.close()
+
+
+def needles(data):
+    step = max(1, len(data) // 200)
+    return [data[i : i + NEEDLE_BYTES] for i in range(0, len(data) - NEEDLE_BYTES, step)]
+
+
+def secrets_of(model_dir, lines, text):
+    """What must not be seen, by name: weights, prompt and text, as bytes and as token ids."""
+    import base64
+
+    from safetensors.numpy import load_file
+
+    from pipeline.engine.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(model_dir / "tokenizer.json")
+    for name, tensor in load_file(model_dir / "model.safetensors").items():
+        yield name, needles(tensor.tobytes())
+    for name, said in (("prompt", PROMPT), ("text", text)):
+        yield name, needles(said.encode())
+        ids = tokenizer.encode(said)
+        yield f"{name}'s ids", needles(b"".join(each.to_bytes(4, "little") for each in ids))
+    for line in lines:
+        body = line.removeprefix("VP1-")
+        payload = base64.b32decode(body + "=" * (-len(body) % 8))
+        yield "line", [payload[32:48], line.encode()[-60:]]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_machines_apart_compute_what_one_does_and_tell_the_wire_nothing(network, tiny_model, count):
+    home = network.places["home"]
+    model_dir = home.home / "model"
+    shutil.copytree(tiny_model, model_dir)
+    for path in (model_dir, *model_dir.iterdir()):
+        os.chown(path, home.uid, home.uid)
+    machines = [network.place(f"m{index}") for index in range(count)]
+    thief = network.place("thief")
+    capture = Capture(network.interfaces())
+    try:
+        # The search finds what does travel in the clear.
+        said = b"what anybody on this wire can read"
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.sendto(said, (home.host, 9))
+        lines = [network.offer(machine) for machine in machines]
+        joined = network.run(
+            home, "join", *lines, "--model-dir", model_dir, "-o", "cluster.json", "--push"
+        )
+        assert joined.returncode == 0, joined.stderr
+        assert len(joined.stdout.splitlines()) == count + 1
+        found = network.run(home, "--manifest", "cluster.json", *WORDS)
+        assert found.returncode == 0, found.stderr
+        copied = network.run(thief, "join", lines[0], "--model-dir", tiny_model, "-o", "c.json")
+        assert copied.returncode == 1
+        assert "has been used already, by SHA256:" in copied.stderr
+    finally:
+        seen = capture.stop()
+    assert said in seen
+    assert found.stdout == alone(network, home)
+    assert len(seen) > 1_000_000
+    for name, parts in secrets_of(model_dir, lines, found.stdout):
+        assert parts
+        assert not [part for part in parts if part in seen], name
+    for machine in machines:
+        state = machine.home / ".local" / "state" / "veilpipe"
+        assert {path.stat().st_uid for path in state.iterdir()} == {machine.uid}
+        assert len(list((state / "parts").iterdir())) == 3
+
+
+def alone(network, home):
+    """What the whole model says in one process."""
+    words = ("--model-dir", "model", "--stages", 1, "-o", "alone.json")
+    assert network.run(home, "plan", *words).returncode == 0
+    found = network.run(
+        home, "--manifest", "alone.json", "--tokenizer", "model/tokenizer.json", *WORDS,
+        "--supervise", "--model-dir", "model", "--dev",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    return found.stdout

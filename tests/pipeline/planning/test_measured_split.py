@@ -1,0 +1,100 @@
+"""The split follows what was measured: speed, memory and the ways between."""
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.planning.measured_split import (
+    HOME,
+    MachineSpeed,
+    ModelLoad,
+    Way,
+    load_of,
+    split_by_speed,
+)
+
+MIB = 1 << 20
+NEAR, FAR = Way(1e-4, 1e9), Way(0.05, 1e7)
+
+
+def machine(speed, memory=1 << 34, name="m"):
+    return MachineSpeed(name, memory, speed * 1e9, speed * 1e10)
+
+
+def load(num_layers, layer=MIB, first=0, last=0):
+    return ModelLoad(first, (layer,) * num_layers, last, 4.0, 4096)
+
+
+def all_ways(count, way=NEAR):
+    stops = range(HOME, count)
+    return {(a, b): way for a in range(count) for b in stops if a != b}
+
+
+def shares(split):
+    starts = (0, *split.ends[:-1])
+    return {m: e - s for m, s, e in zip(split.order, starts, split.ends, strict=True)}
+
+
+def test_equal_machines_get_equal_shares():
+    found = split_by_speed(load(12), [machine(10)] * 3, all_ways(3))
+    assert shares(found) == {0: 4, 1: 4, 2: 4}
+
+
+def test_a_machine_three_times_as_fast_gets_three_times_as_much():
+    found = split_by_speed(load(12), [machine(10), machine(30)], all_ways(2))
+    assert shares(found) == {0: 3, 1: 9}
+    assert max(found.stage_seconds) == pytest.approx(min(found.stage_seconds))
+
+
+def test_what_does_not_fit_a_fast_machine_goes_to_a_slow_one():
+    small = machine(100, memory=4 * MIB)
+    assert shares(split_by_speed(load(12), [machine(1), small], all_ways(2))) == {0: 9, 1: 3}
+
+
+def test_the_head_counts_and_the_embedding_takes_memory_alone():
+    heavy = load(8, last=4 * MIB)
+    found = split_by_speed(heavy, [machine(10), machine(10)], all_ways(2))
+    assert found.ends == (6, 8)
+    assert split_by_speed(load(8, first=100 * MIB), [machine(10)] * 2, all_ways(2)).ends == (4, 8)
+
+
+def test_the_order_is_that_of_the_shortest_way():
+    ways = all_ways(3, FAR) | {(2, 0): NEAR, (0, 1): NEAR, (1, HOME): NEAR}
+    found = split_by_speed(load(9), [machine(10)] * 3, ways)
+    assert found.order == (2, 0, 1)
+    ways = all_ways(8, FAR) | {(i, i + 1): NEAR for i in range(7)}
+    assert split_by_speed(load(8), [machine(10)] * 8, ways).order == tuple(range(8))
+
+
+def test_ways_that_there_are_not_are_not_taken():
+    ways = all_ways(2)
+    del ways[0, 1]
+    assert split_by_speed(load(4), [machine(10)] * 2, ways).order == (1, 0)
+
+
+def test_what_cannot_be_is_said_in_a_line():
+    pair = [machine(1, name="alpha"), machine(1, name="beta")]
+    with pytest.raises(InputError, match=r"takes 0\.00 GiB .* choose a smaller --dtype"):
+        split_by_speed(load(4), [machine(1, memory=MIB)] * 2, all_ways(2))
+    with pytest.raises(InputError, match="more than the model's 1 layers"):
+        split_by_speed(load(1), pair, all_ways(2))
+    with pytest.raises(InputError, match="fit no split"):
+        split_by_speed(
+            load(2, layer=10 * MIB), [machine(1, memory=11 * MIB), machine(1)], all_ways(2)
+        )
+    homeless = {hop: way for hop, way in all_ways(2).items() if hop[1] != HOME}
+    with pytest.raises(InputError, match="no machine reaches home"):
+        split_by_speed(load(4), pair, homeless)
+    alone = {hop: way for hop, way in all_ways(2).items() if hop[0] != 0}
+    with pytest.raises(InputError, match="alpha reaches none"):
+        split_by_speed(load(4), pair, alone)
+    apart = {(0, HOME): NEAR, (1, HOME): NEAR}
+    with pytest.raises(InputError, match="no way leads through all"):
+        split_by_speed(load(4), pair, apart)
+
+
+def test_the_load_is_that_of_the_plans_precision(tiny_model):
+    whole, half, quarter = (load_of(tiny_model, p) for p in ("float32", "bfloat16", "int8"))
+    assert len(whole.layer_bytes) == 4
+    assert half.layer_bytes[0] == pytest.approx(whole.layer_bytes[0] / 2)
+    assert quarter.layer_bytes[0] < half.layer_bytes[0]
+    assert whole.row_bytes == 4 * 64
