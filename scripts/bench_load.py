@@ -7,9 +7,10 @@ A Llama shape of random weights (22 layers: 1.17 G parameters) is written once, 
 and removed at the end. A row of the table is a file in one precision, kept in another by a stage
 that holds the whole model; its last are those of the commands that prepare a shard. Each round
 hashes the file with hashlib, starts the stage and waits until it listens; `load` is what the stage
-says its weights took, `ready` the whole time since its start. Row cold-start is of GPT-2's 124 M
-shape in float32: from starting two stages and an orchestrator until the second token. Medians of
-the rounds, page cache warm.
+says its weights took, `ready` the whole time since its start. Rows cold-start and cold-shards are
+of GPT-2's 124 M shape in float32: from starting two stages and an orchestrator until the second
+token, where each stage reads the whole file, and where it reads its own shard. Medians of the
+rounds, page cache warm.
 """
 
 import hashlib
@@ -155,15 +156,24 @@ def hash_seconds(path: Path) -> float:
     return seconds
 
 
+def manifest_of(directory: Path) -> Path:
+    """As `shard` wrote it there, or `plan`."""
+    manifest = directory / "manifest.json"
+    return manifest if manifest.exists() else directory / "plan.json"
+
+
+def worker(directory: Path, stage_idx: int, kept: str, threads: int) -> list[object]:
+    prepared = directory / f"stage{stage_idx}"
+    return [
+        BIN / "stage-worker", "--manifest", manifest_of(directory), "--stage-idx", stage_idx,
+        "--model-dir", prepared if prepared.is_dir() else directory, "--dtype", kept,
+        "--threads", threads, "--dev",
+    ]  # fmt: skip
+
+
 def load(directory: Path, kept: str, threads: int) -> tuple[float, float]:
     """Seconds of a stage's weights, and until it listens."""
-    manifest = directory / "manifest.json"
-    manifest = manifest if manifest.exists() else directory / "plan.json"
-    model = directory / "stage0" if (directory / "stage0").is_dir() else directory
-    command = [
-        BIN / "stage-worker", "--manifest", manifest, "--stage-idx", 0, "--model-dir", model,
-        "--dtype", kept, "--threads", threads, "--dev", "--kv-memory", 0.1,
-    ]  # fmt: skip
+    command = [*worker(directory, 0, kept, threads), "--kv-memory", 0.1]
     started = time.perf_counter()
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -181,13 +191,13 @@ def load(directory: Path, kept: str, threads: int) -> tuple[float, float]:
     raise InputError(f"the stage did not come up: {''.join(lines)[-300:]}")
 
 
-def shard(directory: Path, out: Path, dtype: str) -> tuple[float, float]:
+def shard(directory: Path, out: Path, *flags: object) -> tuple[float, float]:
     """Seconds of `pipeline-orch shard`, twice."""
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
     run(
         BIN / "pipeline-orch", "shard", "--manifest", directory / "plan.json",
-        "--model-dir", directory, "--out", out, "--dtype", dtype,
+        "--model-dir", directory, "--out", out, *flags,
     )  # fmt: skip
     seconds = time.perf_counter() - started
     return seconds, seconds
@@ -195,18 +205,13 @@ def shard(directory: Path, out: Path, dtype: str) -> tuple[float, float]:
 
 def cold_start(directory: Path, tokenizer: Path, threads: int) -> tuple[float, float]:
     """Seconds from starting two stages and an orchestrator to the second token, twice."""
-    shared = ["--manifest", directory / "plan.json", "--dev"]
     commands = [
-        [
-            BIN / "stage-worker", *shared, "--stage-idx", idx, "--model-dir", directory,
-            "--dtype", "float32", "--threads", threads, "--once", "--quiet",
-        ]
-        for idx in range(2)
-    ]  # fmt: skip
+        [*worker(directory, idx, "float32", threads), "--once", "--quiet"] for idx in (0, 1)
+    ]
     commands.append(
         [
-            BIN / "pipeline-orch", *shared, "--tokenizer", tokenizer, "--text", "One and two",
-            "--max-tokens", 2, "--ignore-eos", "--verbose",
+            BIN / "pipeline-orch", "--manifest", manifest_of(directory), "--dev", "--tokenizer",
+            tokenizer, "--text", "One and two", "--max-tokens", 2, "--ignore-eos", "--verbose",
         ]
     )  # fmt: skip
     started = time.perf_counter()
@@ -268,18 +273,26 @@ def rows_of(directory: Path, layers: int, wanted: list[str] | None, tokenizer: P
             add(name, file, lambda n, model=model, kept=precision: load(model, kept, n))
         if prepares:
             prepared = directory / "I8"
-            shard(model, prepared, "int8")
+            shard(model, prepared, "--dtype", "int8")
             add(
                 "i8-int8",
                 prepared / "stage0" / file.name,
                 lambda n, at=prepared: load(at, "int8", n),
             )
-            add("shard", file, lambda _, model=model: shard(model, directory / "out", "int8"))
-    if wanted is None or "cold-start" in wanted:
-        gpt2 = directory / "gpt2"
+            add(
+                "shard",
+                file,
+                lambda _, model=model: shard(model, directory / "out", "--dtype", "int8"),
+            )
+    if wanted is None or {"cold-start", "cold-shards"} & {*wanted}:
+        gpt2, shards = directory / "gpt2", directory / "gpt2-shards"
         write_gpt2(gpt2)
         plan(gpt2, 2)
-        add("cold-start", gpt2 / "model.safetensors", lambda n: cold_start(gpt2, tokenizer, n))
+        shard(gpt2, shards)
+        file = gpt2 / "model.safetensors"
+        add("cold-start", file, lambda n: cold_start(gpt2, tokenizer, n))
+        file = shards / "stage0" / file.name
+        add("cold-shards", file, lambda n: cold_start(shards, tokenizer, n))
     return rows
 
 

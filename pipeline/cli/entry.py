@@ -20,6 +20,14 @@ def _leave_on_signals() -> None:
     signal.signal(signal.SIGTERM, _leave)
 
 
+def _settle_libraries() -> None:
+    """Say what is wanted of libraries that read the environment while they are imported."""
+    # numpy's BLAS would start a thread for each CPU, which spins until `kernels.runtime` stops it.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # pydantic would search every distribution that is installed for code to run at each validation.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
+
 @contextmanager
 def importing() -> Iterator[None]:
     """Import without collecting garbage: there is none, and looking for it takes a seventh longer.
@@ -41,6 +49,7 @@ def stage_worker() -> None:
     needs no word before its flags.
     """
     _leave_on_signals()
+    _settle_libraries()
     with importing():
         if sys.argv[1:] == ["--standby"]:
             from pipeline.cli.standby import stand_by
@@ -60,6 +69,8 @@ def stage_worker() -> None:
 def pipeline_orch() -> None:
     """Run `pipeline-orch`."""
     _leave_on_signals()
+    if sys.argv[1:2] != ["shard"]:  # which multiplies whole matrices, and may use all CPUs for it
+        _settle_libraries()
     with importing():
         from pipeline.cli.pipeline_orch import main
 

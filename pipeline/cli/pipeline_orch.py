@@ -1,28 +1,23 @@
 """The `pipeline-orch` command: the user's side of a pipeline."""
 
-from typing import Annotated
+import sys
+from collections.abc import Sequence
 
 import typer
 
-from pipeline.cli import attest, preparation, session_command, stego
-from pipeline.cli.cluster_flags import JoinFlags, PartsFlags, PushFlags
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.generate import generate
 from pipeline.cli.generate_flags import GenerateFlags
-from pipeline.cli.leakage import leakage_command
 from pipeline.cli.logs import configure_logging
 from pipeline.cli.pipeline_flags import PipelineFlags
-from pipeline.cli.serve_flags import ServeFlags
 from pipeline.cli.settings import takes_flags
-from pipeline.cli.top_flags import TopFlags
 
 app = new_app()
-app.add_typer(attest.app, name="attest")
-app.command("leakage")(leakage_command)
-app.add_typer(session_command.app, name="session")
-app.add_typer(stego.app, name="stego")
-for name, command in preparation.COMMANDS.items():
-    app.command(name)(command)
+# What `other_commands` adds. They are imported where one is named, or all are to be listed.
+OTHERS = (
+    "attest", "leakage", "session", "stego", "plan", "shard", "keygen", "serve", "join", "push",
+    "parts", "top",
+)  # fmt: skip
 
 
 @app.callback(invoke_without_command=True)
@@ -46,84 +41,16 @@ def generate_command(ctx: typer.Context, flags: GenerateFlags, shared: PipelineF
     generate(flags, shared)
 
 
-@app.command("serve")
-@takes_flags(flags=ServeFlags, shared=PipelineFlags)
-def serve_command(flags: ServeFlags, shared: PipelineFlags) -> None:
-    """Serve an OpenAI-compatible API. It runs on the user's side: prompts are in the clear here.
-
-    Many requests share the pipeline, joining and leaving at every step. When a stage dies
-    only that one is replaced, and every request goes on where it was.
-
-    \b
-        pipeline-orch serve --manifest manifests/smollm2_2stage.json \\
-                            --model-dir models/smollm2 --supervise --dev
-    """
-    from pipeline.cli.serve import serve
-
-    configure_logging(verbose=flags.verbose, log_format=shared.log_format)
-    serve(flags, shared)
-
-
-@app.command("join")
-@takes_flags(flags=JoinFlags)
-def join_command(
-    lines: Annotated[
-        list[str] | None, typer.Argument(metavar="[LINE]...", help="Lines of `stage-worker offer`.")
-    ] = None,
-    *,
-    flags: JoinFlags,
-) -> None:
-    """Join machines of your own, split a model over them by what they measure, write a manifest.
-
-    What the manifest at --output names already stays, unless it is --remove'd: a second join adds
-    a machine, or takes one out, and plans anew. The parts are cut beside it; --push sends them.
-
-    \b
-        pipeline-orch join VP1-… VP1-… --model-dir models/smollm2 --push
-    """
-    from pipeline.cli.join import join
-
-    configure_logging(verbose=flags.verbose)
-    join(lines or [], flags)
-
-
-@app.command("push")
-@takes_flags(flags=PushFlags)
-def push_command(flags: PushFlags) -> None:
-    """Send each machine of a joined manifest its own stage's part, and have it serve that.
-
-    What lies there already is not sent again, and what was cut off goes on where it was.
-    """
-    from pipeline.cli.push import push_parts
-
-    configure_logging(verbose=flags.verbose)
-    push_parts(flags.manifest, flags.model_dir)
-
-
-@app.command("parts")
-@takes_flags(flags=PartsFlags)
-def parts_command(flags: PartsFlags) -> None:
-    """List the parts that lie on the machines of a joined manifest, and remove old ones."""
-    from pipeline.cli.push import list_parts
-
-    configure_logging(verbose=flags.verbose)
-    list_parts(flags)
-
-
-@app.command("top")
-@takes_flags(flags=TopFlags)
-def top_command(flags: TopFlags) -> None:
-    """Watch a running server: every stage's load, batch, KV, time per step, attestation.
-
-    load is the share of time spent computing; ms/step the mean of what one step takes, by part:
-    computing, cryptography, socket calls. `q` or Ctrl-C ends it.
-    """
-    from pipeline.cli.top import ServerAddress, top
-
-    address = ServerAddress.parse(flags.url, flags.api_key_file)
-    top(address, flags.interval, once=flags.once)
+def may_name_another(arguments: Sequence[str]) -> bool:
+    """Whether these may be more than the flags of generating."""
+    begins_with_flag = bool(arguments) and arguments[0].startswith("--")
+    return not begins_with_flag or not {"--help", "-h", *OTHERS}.isdisjoint(arguments)
 
 
 def main() -> None:
     """Console entry point."""
+    if may_name_another(sys.argv[1:]):
+        from pipeline.cli.other_commands import add_commands
+
+        add_commands(app)
     run_app(app, "pipeline-orch")

@@ -30,7 +30,7 @@ from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
 from pipeline.cli.slot_store import opened_store
 from pipeline.cli.worker_flags import WorkerFlags
 from pipeline.errors import InputError
-from pipeline.kernels.runtime import set_num_threads
+from pipeline.kernels.runtime import on_all_cpus, set_num_threads
 from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.stage.dial_policy import parse_networks
@@ -99,7 +99,7 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
         logging.getLogger(load_stage.__module__).setLevel(logging.INFO)
     # Several workers of one supervisor would draw over each other.
     told = nullcontext(Reporter().loaded) if flags.supervised else progress_bar("loading weights")
-    with told as progress:
+    with told as progress, on_all_cpus():
         shard = load_stage(
             manifest,
             stage_idx,

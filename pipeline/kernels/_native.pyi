@@ -129,12 +129,15 @@ def pack(
     src_stride_in: int,
     first_out: int,
     count: int,
+    first_in: int,
+    count_in: int,
     /,
 ) -> None:
-    """Write outputs first_out..first_out + count of a packed weight from [count, in] at `src`.
+    """Write outputs first_out.. and inputs first_in.. of a packed weight.
 
-    Those are floats of a format, converted to the kind's on the way: to bf16 nearest, ties to even;
-    to int8 as `quantise`. Strides in elements.
+    src: [count, count_in] floats of a format, converted to the kind's on the way: to bf16 nearest,
+    ties to even; to int8 as `quantise`. Strides in elements. Inputs begin at a multiple of 64, and
+    end at one or are the last.
     """
 
 def pack_int8(
@@ -148,11 +151,14 @@ def pack_int8(
     scale_stride_out: int,
     first_out: int,
     count: int,
+    first_in: int,
+    count_in: int,
     /,
 ) -> None:
     """Write outputs of a packed I8 weight that are quantised already, as `pack` would.
 
-    values: int8 [count, in]; scales: bf16 [count, in / 32 rounded up]. Strides in elements.
+    values: int8 [count, count_in]; scales: bf16 [count, count_in / 32 rounded up]. Strides in
+    elements.
     """
 
 def quantise(

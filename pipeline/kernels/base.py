@@ -72,8 +72,13 @@ class KernelLinear(ABC):
         """Weights of the outputs `ids`, [n, in]: the embedding a head is tied to."""
 
     @abstractmethod
-    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Store outputs first.., [n, in] as a file holds them, int8 with its scales."""
+    def put(
+        self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
+    ) -> None:
+        """Store outputs first.., [n, in] as a file holds them, int8 with its scales.
+
+        Or of their inputs those from `first_in` on that are there.
+        """
 
     @property
     @abstractmethod

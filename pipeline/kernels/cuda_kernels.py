@@ -95,11 +95,14 @@ class CudaLinear(KernelLinear):
         """Weights of the outputs `ids`, [n, in]."""
         out.copy_(self._weight.index_select(1, ids).t())
 
-    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
+    def put(
+        self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
+    ) -> None:
         """Store outputs first.., [n, in], in this layer's precision."""
+        held = self._weight[first_in : first_in + outputs.shape[1]]
         for at, piece, own in in_precision(self.precision, first, outputs, scales):
             assert own is None, "int8 has been refused"
-            self._weight[:, at : at + len(piece)] = to_tensor(piece).t()
+            held[:, at : at + len(piece)] = to_tensor(piece).t()
 
     @property
     def num_bytes(self) -> int:

@@ -129,23 +129,26 @@ class NativeLinear(KernelLinear):
             out,
         )
 
-    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
+    def put(
+        self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
+    ) -> None:
         """Pack outputs first.., [n, in] as a file holds them, int8 with its scales."""
         if self._kind == KINDS[self.precision][0]:
-            self._pack(first, outputs, scales)
+            self._pack(first, first_in, outputs, scales)
             return
         for at, piece, own in in_precision(self.precision, first, outputs, scales):
-            self._pack(at, to_floats(piece) if own is None else dequantise(piece, own), None)
+            weights = to_floats(piece) if own is None else dequantise(piece, own)
+            self._pack(at, first_in, weights, None)
 
-    def _pack(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        sizes, count, strides = (self.num_in, self.num_out), len(outputs), _strides(outputs)
+    def _pack(
+        self, first: int, first_in: int, outputs: HostArray, scales: HostArray | None
+    ) -> None:
+        packed, strides = (self._packed, self.num_in, self.num_out), _strides(outputs)
+        where = (first, len(outputs), first_in, outputs.shape[1])
         if scales is not None:
-            _native.pack_int8(
-                self._packed, *sizes, outputs, *strides, scales, _strides(scales)[0], first, count
-            )
+            _native.pack_int8(*packed, outputs, *strides, scales, _strides(scales)[0], *where)
             return
-        stored = STORED[outputs.dtype]
-        _native.pack(self._kind, self._packed, *sizes, stored, outputs, *strides, first, count)
+        _native.pack(self._kind, *packed, STORED[outputs.dtype], outputs, *strides, *where)
 
     @property
     def num_bytes(self) -> int:

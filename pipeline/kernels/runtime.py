@@ -10,7 +10,8 @@ anyway. It also makes a single row's product the same for any count.
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -91,6 +92,22 @@ def limit_torch() -> None:
         sys.modules["torch"].set_num_threads(num_threads)
         if cpus:  # before it makes its threads, which inherit that
             os.sched_setaffinity(0, cpus)
+
+
+@contextmanager
+def on_all_cpus() -> Iterator[None]:
+    """Let this thread, and those that it makes, run on each CPU that was asked for meanwhile.
+
+    For work beside what native kernels compute: on the first CPU alone it would take turns with it.
+    """
+    cpus = () if _asked is None else _asked[1]
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        if cpus and "torch" not in sys.modules:  # whose threads are yet to inherit this one's
+            os.sched_setaffinity(0, cpus[:1])
 
 
 def return_large_blocks() -> None:

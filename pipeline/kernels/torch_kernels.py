@@ -131,11 +131,14 @@ class TorchLinear(KernelLinear):
         """Weights of the outputs `ids`, [n, in]."""
         out.copy_(self.weight.index_select(1, ids).t())
 
-    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
+    def put(
+        self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
+    ) -> None:
         """Store outputs first.., [n, in], rounded to this layer's precision, as float32."""
+        held = self.weight.numpy()[first_in : first_in + outputs.shape[1]]
         for at, piece, own in in_precision(self.precision, first, outputs, scales):
             weights = to_floats(piece) if own is None else dequantise(piece, own)
-            self.weight.numpy()[:, at : at + len(piece)] = weights.T
+            held[:, at : at + len(piece)] = weights.T
 
     @property
     def num_bytes(self) -> int:

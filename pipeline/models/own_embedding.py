@@ -23,8 +23,11 @@ class Embedding:
         """Rows of `ids` [n] into out [n, width]."""
         self._kernels.lookup(self.weight, ids, out, scales=self._scales)
 
-    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
+    def put(
+        self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
+    ) -> None:
         """Rows first.. as a file holds them, int8 with their scales."""
+        assert first_in == 0, "rows of an embedding come whole"
         if self._scales is not None and scales is None:
             outputs, scales = self._kernels.quantise(outputs)
         last = first + len(outputs)

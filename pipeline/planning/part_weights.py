@@ -35,7 +35,7 @@ from pipeline.planning.rotated_weights import RotatedWeights
 from pipeline.progress import Progress
 from pipeline.weights.checkpoint import load_tensors, stored_tensors
 from pipeline.weights.checkpoint_header import StoredTensor
-from pipeline.weights.quantization import SCALE_SUFFIX, num_groups
+from pipeline.weights.quantization import GROUP, SCALE_SUFFIX, num_groups
 from pipeline.weights.read_ahead import run_ahead
 from pipeline.weights.tensor_sinks import FLOATS, CopySink, Sink, WeightSink
 
@@ -197,12 +197,15 @@ class _KeptInt8:
         self._quantise = choose_conversion().quantise
         self.sink: Sink = WeightSink(self, 0, num_out, num_in, is_in_out=is_in_out)
 
-    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Keep outputs first.., in int8."""
+    def put(
+        self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
+    ) -> None:
+        """Keep outputs first.., of inputs first_in.., in int8."""
         if scales is None:
             outputs, scales = self._quantise(outputs)
-        last = first + len(outputs)
-        self._values[first:last], self._scales[first:last] = outputs, scales
+        rows, group = slice(first, first + len(outputs)), first_in // GROUP
+        self._values[rows, first_in : first_in + outputs.shape[1]] = outputs
+        self._scales[rows, group : group + scales.shape[1]] = scales
 
     def tensors(self) -> Mapping[str, HostArray]:
         """What the shard stores, by name."""

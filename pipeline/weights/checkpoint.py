@@ -29,10 +29,9 @@ from pipeline.weights.checkpoint_header import (
 )
 from pipeline.weights.checkpoint_index import INDEX_FILE, SINGLE_FILE, read_index
 from pipeline.weights.read_ahead import PLACES, run_ahead
-from pipeline.weights.tensor_sinks import Sink
+from pipeline.weights.tensor_sinks import ROWS_TOGETHER, Sink
 
 BLOCK_BYTES = 2 << 20  # read at a time: large enough for the disk, small beside any shard
-ROWS_TOGETHER = 16  # blocks hold such a number of rows or a multiple, where so many fit
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -216,8 +215,7 @@ def _read_blocks(
 
 def _spans(num_bytes: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     """(first row, bytes) of blocks of whole rows, many at a time: kernels pack these together."""
-    rows = max(1, BLOCK_BYTES // row_bytes)
-    rows = rows // ROWS_TOGETHER * ROWS_TOGETHER or rows
+    rows = max(1, BLOCK_BYTES // row_bytes // ROWS_TOGETHER) * ROWS_TOGETHER
     for start in range(0, num_bytes, rows * row_bytes):
         yield start // row_bytes, min(rows * row_bytes, num_bytes - start)
 

@@ -21,9 +21,11 @@ from pipeline.dtypes import (
     from_floats,
     to_floats,
 )
-from pipeline.weights.quantization import SCALE_SUFFIX, num_groups, quantise
+from pipeline.weights.quantization import GROUP, SCALE_SUFFIX, num_groups, quantise
 
 FLOATS = ("F32", "F16", "BF16")
+# Rows come in multiples of so many, but for the last: kernels pack as many inputs together.
+ROWS_TOGETHER = 64
 # Weights are converted in pieces whose float32 values take this much: they stay in the cache.
 PIECE_BYTES = 1 << 20
 
@@ -48,7 +50,10 @@ class Sink(Protocol):
         """Whether the file may lack it."""
 
     def write(self, first: int, rows: HostArray) -> None:
-        """Take rows first..first+len(rows), [n, *shape[1:]]; `rows` is reused afterwards."""
+        """Take rows first..first+len(rows), [n, *shape[1:]]; `rows` is reused afterwards.
+
+        `first` is a multiple of `ROWS_TOGETHER`.
+        """
 
     def problem(self) -> str | None:
         """After the last row of everything: what is wrong with what came, if anything is."""
@@ -104,8 +109,14 @@ class Store(Protocol):
 
     precision: Precision
 
-    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Outputs first.. as they are stored: [n, in] floats, any strides, or int8 with scales."""
+    def put(
+        self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
+    ) -> None:
+        """Outputs first.. as they are stored: [n, in] floats, any strides, or int8 with scales.
+
+        Of an [in, out] tensor they have some of their inputs at a time: all from `first_in` on,
+        which is a multiple of `ROWS_TOGETHER`, or so many of them.
+        """
 
 
 def in_precision(
@@ -141,30 +152,23 @@ class WeightSink:
             self.dtypes = (*FLOATS, "I8")
             scales = np.empty((num_outputs, num_groups(num_in)), BFLOAT16)
             self.scales = CopySink(scales, ("BF16",), is_optional=True)
-        self._staged: HostArray | None = None
         self._dtype: ArrayDType | None = None
         self._came_before_scales = False
 
     def write(self, first: int, rows: HostArray) -> None:
-        """Store the rows; those of an [in, out] tensor once all are there."""
+        """Store the rows: outputs, or inputs of all of them."""
         self._dtype = rows.dtype
-        if not self.is_in_out:
-            self._put(first, rows)
-            return
-        if self._staged is None:
-            self._staged = np.empty(self.shape, rows.dtype)
-        self._staged[first : first + len(rows)] = rows
-        if first + len(rows) == self.shape[0]:
-            self._put(0, self._staged.T)
-            self._staged = None
-
-    def _put(self, first: int, outputs: HostArray) -> None:
-        scales = None
-        if outputs.dtype == INT8:
+        last, scales = first + len(rows), None
+        if rows.dtype == INT8:
             assert self.scales is not None, "only int8 stores take int8"
             self._came_before_scales |= not self.scales.is_filled
-            scales = self.scales.target[first : first + len(outputs)]
-        self._store.put(self._first + first, outputs, scales)
+            scales = self.scales.target
+        if not self.is_in_out:
+            own = None if scales is None else scales[first:last]
+            self._store.put(self._first + first, rows, own)
+        else:
+            own = None if scales is None else scales[:, first // GROUP : num_groups(last)]
+            self._store.put(self._first, rows.T, own, first_in=first)
 
     def problem(self) -> str | None:
         """An int8 tensor without its scales, or scales without one."""

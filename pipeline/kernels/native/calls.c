@@ -44,11 +44,19 @@ refusal_t check_weight(int64_t kind, int64_t packed, int64_t num_in, int64_t num
 
 static int64_t always(const int64_t *a) { return (void)a, INT64_MAX; }
 
-static refusal_t check_outputs(int64_t first, int64_t count, int64_t num_out) {
-    if (first > num_out || count > num_out - first) {
-        REFUSE("outputs end beyond num_out", first + count);
+/* first_out, count, first_in and count_in of a weight of these sizes. */
+static refusal_t check_place(const int64_t *a, int64_t num_in, int64_t num_out) {
+    if (a[0] > num_out || a[1] > num_out - a[0]) {
+        REFUSE("outputs end beyond num_out", a[0] + a[1]);
     }
+    if (a[2] % SUPER) REFUSE("inputs have to begin at a multiple of 64", a[2]);
+    if (a[2] >= num_in || a[3] < 1 || a[3] > num_in - a[2]) REFUSE("inputs", a[2] + a[3]);
+    if (a[3] % SUPER && a[3] != num_in - a[2]) REFUSE("inputs end amid 64", a[2] + a[3]);
     return DONE;
+}
+
+static place_t place_of(const int64_t *a, int64_t num_in) {
+    return (place_t){(size_t)a[0], (size_t)a[1], (size_t)a[2], (size_t)num_in};
 }
 
 static refusal_t check_floats(int64_t stored) {
@@ -59,21 +67,21 @@ static refusal_t check_floats(int64_t stored) {
 static refusal_t run_pack(const int64_t *a) {
     CHECK(check_weight(a[0], a[1], a[2], a[3]));
     CHECK(check_floats(a[4]));
-    CHECK(check_outputs(a[8], a[9], a[3]));
-    matrix_t matrix = {(int)a[4], at(a[5]), (ptrdiff_t)a[6], (ptrdiff_t)a[7], (size_t)a[2]};
-    pack((int)a[0], at(a[1]), &matrix, (size_t)a[8], (size_t)a[9]);
+    CHECK(check_place(a + 8, a[2], a[3]));
+    matrix_t matrix = {(int)a[4], at(a[5]), (ptrdiff_t)a[6], (ptrdiff_t)a[7], (size_t)a[11]};
+    pack((int)a[0], at(a[1]), &matrix, place_of(a + 8, a[2]));
     return DONE;
 }
-const call_t call_pack = {"npnnnsnnnn", run_pack, always};
+const call_t call_pack = {"npnnnsnnnnnn", run_pack, always};
 
 static refusal_t run_pack_int8(const int64_t *a) {
     CHECK(check_weight(KIND_I8, a[0], a[1], a[2]));
-    CHECK(check_outputs(a[8], a[9], a[2]));
-    matrix_t matrix = {STORED_I8, at(a[3]), (ptrdiff_t)a[4], (ptrdiff_t)a[5], (size_t)a[1]};
-    pack_int8(at(a[0]), &matrix, at(a[6]), (ptrdiff_t)a[7], (size_t)a[8], (size_t)a[9]);
+    CHECK(check_place(a + 8, a[1], a[2]));
+    matrix_t matrix = {STORED_I8, at(a[3]), (ptrdiff_t)a[4], (ptrdiff_t)a[5], (size_t)a[11]};
+    pack_int8(at(a[0]), &matrix, at(a[6]), (ptrdiff_t)a[7], place_of(a + 8, a[1]));
     return DONE;
 }
-const call_t call_pack_int8 = {"pnnsnnsnnn", run_pack_int8, always};
+const call_t call_pack_int8 = {"pnnsnnsnnnnn", run_pack_int8, always};
 
 static refusal_t run_quantise(const int64_t *a) {
     CHECK(check_floats(a[0]));

@@ -58,9 +58,14 @@ typedef struct {
     size_t num_in;
 } matrix_t;
 
-void pack(int kind, void *dst, const matrix_t *matrix, size_t first_out, size_t count);
+/* Which outputs and inputs of a packed weight a matrix is. */
+typedef struct {
+    size_t first_out, num_out, first_in, whole_num_in;
+} place_t;
+
+void pack(int kind, void *dst, const matrix_t *matrix, place_t place);
 void pack_int8(void *dst, const matrix_t *matrix, const uint16_t *scales, ptrdiff_t scale_stride,
-               size_t first_out, size_t count); /* what is quantised already */
+               place_t place); /* what is quantised already */
 /* convert.c */
 void quantise(const matrix_t *matrix, size_t count, int8_t *values, uint16_t *scales);
 void convert(int stored, const void *src, int kind, void *dst, size_t count);

@@ -70,8 +70,8 @@ static pack_fn packer(int kind, int stored) {
 typedef struct {
     matrix_t matrix;
     int kind;
-    char *dst;
-    size_t first_out, end_out;
+    char *dst; /* the first input's share of the first block */
+    size_t first_out, end_out, bytes; /* of a block */
     const uint16_t *scales;
     ptrdiff_t scale_stride;
 } pack_job_t;
@@ -79,7 +79,7 @@ typedef struct {
 INLINE void pack_block(const int STORED, const pack_job_t *job, size_t block) {
     pack_fn run = packer(job->kind, STORED);
     size_t step = block_bytes(job->kind, SUPER);
-    char *to = job->dst + block * block_bytes(job->kind, job->matrix.num_in);
+    char *to = job->dst + block * job->bytes;
     source_t source = source_of(&job->matrix, job->first_out, job->end_out, block);
     do {
         tile_t tile;
@@ -90,7 +90,7 @@ INLINE void pack_block(const int STORED, const pack_job_t *job, size_t block) {
 }
 
 static void pack_int8_block(const pack_job_t *job, size_t block) {
-    super_t *super = (super_t *)(job->dst + block * block_bytes(KIND_I8, job->matrix.num_in));
+    super_t *super = (super_t *)(job->dst + block * job->bytes);
     source_t source = source_of(&job->matrix, job->first_out, job->end_out, block);
     const uint16_t *of_output = job->scales + (ptrdiff_t)(block * BLOCK) * job->scale_stride -
                                 (ptrdiff_t)job->first_out * job->scale_stride;
@@ -121,23 +121,28 @@ static void pack_chunk(void *opaque, size_t chunk) {
     }
 }
 
-static void run_blocks(chunk_fn run, pack_job_t *job, size_t first_out, size_t count) {
-    if (count == 0) return;
-    job->first_out = first_out;
-    job->end_out = first_out + count;
-    pool_run(run, job, (job->end_out - 1) / BLOCK - first_out / BLOCK + 1);
+static void run_blocks(pack_job_t *job, place_t place) {
+    if (place.num_out == 0) return;
+    job->first_out = place.first_out;
+    job->end_out = place.first_out + place.num_out;
+    job->bytes = block_bytes(job->kind, place.whole_num_in);
+    job->dst += block_bytes(job->kind, place.first_in);
+    pool_run(pack_chunk, job, (job->end_out - 1) / BLOCK - job->first_out / BLOCK + 1);
 }
 
-void pack(int kind, void *dst, const matrix_t *matrix, size_t first_out, size_t count) {
+void pack(int kind, void *dst, const matrix_t *matrix, place_t place) {
     pack_job_t job = {.matrix = *matrix, .kind = kind, .dst = dst};
-    run_blocks(pack_chunk, &job, first_out, count);
+    run_blocks(&job, place);
 }
 
 void pack_int8(void *dst, const matrix_t *matrix, const uint16_t *scales, ptrdiff_t scale_stride,
-               size_t first_out, size_t count) {
-    pack_job_t job = {
-        .matrix = *matrix, .dst = dst, .scales = scales, .scale_stride = scale_stride};
-    run_blocks(pack_chunk, &job, first_out, count);
+               place_t place) {
+    pack_job_t job = {.matrix = *matrix,
+                      .kind = KIND_I8,
+                      .dst = dst,
+                      .scales = scales,
+                      .scale_stride = scale_stride};
+    run_blocks(&job, place);
 }
 
 END_SIMD

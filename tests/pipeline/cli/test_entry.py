@@ -1,4 +1,7 @@
 import gc
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -16,3 +19,20 @@ def test_garbage_is_collected_again_once_everything_is_imported():
         assert gc.isenabled()
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.parametrize("command", ["stage_worker", "pipeline_orch"])
+def test_no_library_starts_threads_or_runs_plugins_because_it_is_imported(command):
+    program = (
+        f"import sys, threading; from pipeline.cli.entry import {command} as command\n"
+        "try: command()\n"
+        "except SystemExit: pass\n"
+        "from pydantic.plugin import _loader\n"
+        "print(len(list(_loader.get_plugins())), len(__import__('os').listdir('/proc/self/task')))"
+    )
+    environment = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name}
+    found = subprocess.run(
+        [sys.executable, "-c", program, "--manifest", "none"],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    assert found.stdout.split() == ["0", "1"]

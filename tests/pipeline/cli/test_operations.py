@@ -9,7 +9,9 @@ import pytest
 from typer.main import get_command
 
 import pipeline.cli
-from pipeline.cli import pipeline_orch, stage_worker
+from pipeline.cli import stage_worker
+from pipeline.cli.error_reporting import new_app
+from pipeline.cli.other_commands import add_commands
 from pipeline.gateway.http.middleware import OPEN_PATHS
 
 MANUAL = (Path(pipeline.cli.__file__).parent / "OPERATIONS.md").read_text()
@@ -28,7 +30,9 @@ def test_units_give_commands_flags_that_they_have(unit):
     program, given = options(unit)
     command = get_command(stage_worker.app)
     if program == "pipeline-orch":
-        command = get_command(pipeline_orch.app).commands["serve"]
+        app = new_app()
+        add_commands(app)
+        command = get_command(app).commands["serve"]
     known = {name for parameter in command.params for name in parameter.opts}
     assert given
     assert given <= known

@@ -80,6 +80,29 @@ def test_a_layer_equals_torch_with_the_precisions_weights(
     assert (on_host(chosen, found) - expected).abs().max() <= tolerance
 
 
+@pytest.mark.parametrize("stored", ["floats", "int8"])
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_weights_stored_by_input_come_in_pieces_of_them(kernels, config, precision, stored):
+    if stored == "int8" and precision != "int8":
+        pytest.skip("only int8 layers take int8")
+    chosen = choose_kernels(kernels, config.head_dim)
+    values = np.random.default_rng(0).standard_normal((48, 200), np.float32)
+    spec = LinearSpec(200, 48, False, precision)
+    whole, pieces = chosen.linear(spec), chosen.linear(spec)
+    by_output, by_input = whole.sinks("x"), pieces.sinks("x", is_in_out=True)
+    if stored == "int8":
+        values, scales = quantise(values)
+        by_output["x.weight_scale"].write(0, scales)
+        by_input["x.weight_scale"].write(0, scales)
+    by_output["x.weight"].write(0, values)
+    for first in range(0, 200, 64):
+        by_input["x.weight"].write(first, np.ascontiguousarray(values.T)[first : first + 64])
+    x = chosen.to_device(np.eye(200, dtype=np.float32))
+    expected, found = (each(x, chosen.empty(200, 48)) for each in (whole, pieces))
+    assert torch.equal(on_host(chosen, found), on_host(chosen, expected))
+    assert on_host(chosen, found).any()
+
+
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_a_head_gives_back_its_rows_as_an_embedding(make_linear, precision):
     chosen, layer, weight, _ = make_linear(48, 80, precision, bias=False)

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,3 +157,40 @@ def test_only_what_is_handed_out_takes_memory(fd):
     for size in (5 << 20, 1000, 40 << 20, 40 << 20):  # the last has no room in the first chunk
         arena.take(size).fill(3)
     assert os.fstat(fd).st_blocks * 512 <= (85 << 20) + 4 * HUGE_PAGE
+
+
+MAPPED = """
+import sys
+from pipeline.kernels.sealed_memory import SealedMemory
+whole = SealedMemory(int(sys.argv[1])).chunk(int(sys.argv[2]))
+assert whole.min() == whole.max() == 3
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+
+
+def resident_kib(kind):
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
+
+
+def test_what_several_map_is_counted_once(fd):
+    size = 64 << 20
+    before = resident_kib("Pss")
+    memory = SealedMemory(fd)
+    whole = memory.chunk(size)
+    memory.prepare(whole)
+    whole.fill(3)
+    memory.seal({})
+    assert whole.max() == 3  # in this process's pages again, mapped anew
+    alone = resident_kib("Pss") - before
+    assert abs(alone - (size >> 10)) < (8 << 10)
+    with subprocess.Popen(
+        [sys.executable, "-c", MAPPED, str(fd), str(size)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(fd,),
+    ) as other:  # fmt: skip
+        assert other.stdout.readline() == b"mapped\n"
+        shared = resident_kib("Pss") - before
+        other.stdin.close()
+    assert os.fstat(fd).st_blocks * 512 <= size + 2 * HUGE_PAGE
+    assert abs(2 * shared - alone) < (16 << 10)

@@ -8,6 +8,8 @@ from safetensors.numpy import load_file
 
 from pipeline.planning import part_weights
 from pipeline.planning.part_weights import save_tensors
+from pipeline.weights.checkpoint_header import StoredTensor
+from pipeline.weights.quantization import quantise
 
 
 def test_the_hash_is_that_of_the_written_file_whatever_its_tensors_lengths(tmp_path, monkeypatch):
@@ -30,3 +32,15 @@ def test_the_hash_is_that_of_the_written_file_whatever_its_tensors_lengths(tmp_p
 def test_a_disk_that_cannot_be_written_is_told(tmp_path):
     with pytest.raises(OSError, match="Is a directory"):
         save_tensors({"a": np.zeros(3, np.float32)}, tmp_path)
+
+
+def test_int8_of_a_matrix_stored_by_input_is_that_of_its_outputs():
+    weight = np.random.default_rng(0).standard_normal((200, 40), np.float32)  # [in, out]
+    stored = StoredTensor("w", "F32", weight.shape, 0, weight.nbytes)
+    kept = part_weights._KeptInt8(stored, is_in_out=True)
+    for first in range(0, 200, 64):
+        kept.sink.write(first, weight[first : first + 64])
+    values, scales = quantise(weight.T)
+    found = kept.tensors()
+    np.testing.assert_array_equal(found["w"], values.T)
+    np.testing.assert_array_equal(found["w_scale"], scales)

@@ -83,15 +83,20 @@ class Place:
         return self._memory[: self.size].tobytes()
 
 
-def pack(native, kind, outputs, cuts=()):
+def between(cuts, end):
+    return zip((0, *cuts), (*cuts, end), strict=True)
+
+
+def pack(native, kind, outputs, cuts=(), cuts_in=()):
     num_out, num_in = outputs.shape
     place = Place(native, kind, num_in, num_out)
-    for first, last in zip((0, *cuts), (*cuts, num_out), strict=True):
-        part = outputs[first:last]
-        native.pack(
-            kind, place.address, num_in, num_out, stored_format(native, part.dtype), part,
-            *strides(part), first, len(part),
-        )  # fmt: skip
+    for first, last in between(cuts, num_out):
+        for first_in, last_in in between(cuts_in, num_in):
+            part = outputs[first:last, first_in:last_in]
+            native.pack(
+                kind, place.address, num_in, num_out, stored_format(native, part.dtype), part,
+                *strides(part), first, len(part), first_in, part.shape[1],
+            )  # fmt: skip
     return place.bytes()
 
 
@@ -117,6 +122,15 @@ def test_pieces_of_any_height_leave_the_outputs_beside_them_alone(native, kind, 
     assert pack(native, kind, outputs, cuts) == reference(native, kind, outputs)
 
 
+@pytest.mark.parametrize("num_in", [128, 129, 191, 200])
+@pytest.mark.parametrize("is_in_out", [False, True], ids=["out-in", "in-out"])
+def test_inputs_may_come_in_pieces(native, kind, dtype, num_in, is_in_out):
+    outputs = stored_weights(dtype, 40, num_in)
+    expected = reference(native, kind, outputs)
+    laid_out = np.asfortranarray(outputs) if is_in_out else outputs
+    assert pack(native, kind, laid_out, (7, 8), range(SUPER, num_in, SUPER)) == expected
+
+
 def test_rows_need_neither_be_adjacent_nor_run_either_way(native, kind, dtype):
     every_third = np.ascontiguousarray(stored_weights(dtype, 66, 210))[::2, ::3]
     assert pack(native, kind, every_third) == reference(native, kind, every_third.copy())
@@ -140,12 +154,14 @@ def test_int8_of_a_file_packs_as_it_is(native, shape, is_in_out):
     values, scales = quantise(stored_weights(FLOAT32, *shape))
     place = Place(native, native.I8, shape[1], shape[0])
     laid_out = np.asfortranarray(values) if is_in_out else values
-    for first, last in ((0, shape[0] // 3), (shape[0] // 3, shape[0])):
-        part, own = laid_out[first:last], scales[first:last]
-        native.pack_int8(
-            place.address, shape[1], shape[0], part, *strides(part), own, scales.shape[1],
-            first, last - first,
-        )  # fmt: skip
+    for first, last in between([shape[0] // 3], shape[0]):
+        for first_in, last_in in between(range(SUPER, shape[1], SUPER), shape[1]):
+            part = laid_out[first:last, first_in:last_in]
+            own = scales[first:last, first_in // GROUP :]
+            native.pack_int8(
+                place.address, shape[1], shape[0], part, *strides(part), own, scales.shape[1],
+                first, last - first, first_in, last_in - first_in,
+            )  # fmt: skip
     assert place.bytes() == reference_int8(values, scales)
 
 
@@ -179,6 +195,19 @@ def test_formats_that_cannot_be_are_refused(native):
     weights = np.zeros((4, 4), np.float32)
     for stored in (2, 4):
         with pytest.raises(ValueError, match="no such format"):
-            native.pack(native.F32, place.address, 4, 4, stored, weights, 4, 1, 0, 4)
+            native.pack(native.F32, place.address, 4, 4, stored, weights, 4, 1, 0, 4, 0, 4)
     with pytest.raises(ValueError, match="to convert to"):
         native.convert(native.STORED_F32, weights, native.I8, weights, 16)
+
+
+@pytest.mark.parametrize(
+    "place", [(0, 5, 0, 100), (3, 2, 0, 100), (0, 4, 32, 68), (0, 4, 64, 37), (0, 4, 0, 80),
+              (0, 4, 0, 0), (0, 4, 128, 1)],
+)  # fmt: skip
+def test_places_beyond_a_weight_or_amid_a_tile_are_refused(native, place):
+    packed = Place(native, native.F32, 100, 4)
+    weights = np.zeros((4, 100), np.float32)
+    arguments = (packed.address, 100, 4, native.STORED_F32, weights, 100, 1, *place)
+    with pytest.raises(ValueError, match="puts"):
+        native.pack(native.F32, *arguments)
+    assert not any(packed.bytes())

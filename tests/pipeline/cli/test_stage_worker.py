@@ -1,0 +1,77 @@
+"""A worker between its command line and its first connection."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.agreement.manifest import dump_manifest
+from pipeline.kernels.kernel_selection import why_not_native
+from pipeline.planning.plan import PlanOptions, plan
+
+# Runs the command with what it calls told of on stdout.
+TOLD = """
+import os
+import pipeline.cli.stage_worker as command
+from pipeline.weights.read_ahead import run_ahead
+
+def listen(endpoint):
+    print("listening", sorted(os.sched_getaffinity(0)))
+
+def load_stage(*arguments):
+    print(sorted(os.sched_getaffinity(0)))
+    print(*run_ahead(sorted(os.sched_getaffinity(0)) for _ in range(1)))
+    shard = load(*arguments)
+    print("loaded")
+    return shard
+
+load, command.load_stage, command.listen = command.load_stage, load_stage, listen
+command.main()
+"""
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path):
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+@pytest.fixture
+def worker(model, tmp_path):
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(dump_manifest(plan(model, PlanOptions(num_stages=2))))
+
+    def run(*flags):
+        arguments = ["--manifest", manifest, "--stage-idx", 0, "--model-dir", model, "--dev"]
+        return subprocess.run(
+            [sys.executable, "-c", TOLD, *map(str, arguments), *flags],
+            capture_output=True, text=True, timeout=90,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("supervised", [(), ("--until-stdin-ends",)], ids=["alone", "supervised"])
+def test_weights_whose_last_byte_is_another_are_named_and_nothing_listens(
+    worker, model, supervised
+):
+    (path,) = model.glob("*.safetensors")
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    result = worker("--quiet", *supervised)
+    assert result.returncode == 2
+    assert f"{path} has SHA-256" in result.stderr.splitlines()[-1]
+    assert "loaded" not in result.stdout
+    assert "listening" not in result.stdout
+
+
+@pytest.mark.skipif(why_not_native() is not None, reason="torch's threads share all CPUs")
+def test_weights_are_read_on_all_cpus_that_the_worker_is_given(worker):
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    result = worker("--cpus", ",".join(map(str, cpus)))
+    own, reading, loaded, listening, *_ = result.stdout.splitlines()
+    assert own == reading == str(cpus)
+    assert loaded == "loaded"
+    assert listening == f"listening {cpus[:1]}"
