@@ -8,7 +8,7 @@ from pydantic import model_validator
 from pipeline.cli.door import DoorFlags
 from pipeline.cli.kept_sessions import SessionFlags
 from pipeline.cli.prompt_input import with_prompt
-from pipeline.cli.sampling_flags import SamplingFlags
+from pipeline.cli.sampling_flags import SampleAtFlag, SamplingFlags
 from pipeline.cli.settings import Count, Flag, Settings
 from pipeline.cli.shared_options import ContextFlag, ManifestFlag, VerboseFlag
 
@@ -29,6 +29,7 @@ class GenerateFlags(Settings):
     ignore_eos: Annotated[bool, Flag(None, "Go on after the end-of-text token.")] = False
     model_dir: Annotated[Path | None, Flag("DIR", "The workers' model, with --supervise.")] = None
     sampling: SamplingFlags
+    sample_at: SampleAtFlag = "stage"
     kept: SessionFlags
     door: DoorFlags
     verbose: VerboseFlag = False

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.cli.kept_sessions import SecretFlag
+from pipeline.cli.sampling_flags import SampleAtFlag
 from pipeline.cli.settings import Count, Finite, Flag, Settings
 from pipeline.cli.shared_options import MAX_CONTEXT_VARIABLE, Context, ManifestFlag, VerboseFlag
 from pipeline.engine.idle_prefixes import PrefixOptions
@@ -50,6 +51,7 @@ class ServeFlags(Settings):
         Field(ge=0.1),
         Flag("SECONDS", "How long they stay, for requests that go on from them."),
     ] = 600.0
+    sample_at: SampleAtFlag = "stage"
     secret_file: SecretFlag = None
     requests_per_minute: Annotated[
         Count | None, Flag("N", "Of all clients together [no limit].")
