@@ -7,6 +7,7 @@ from pydantic import model_validator
 
 from pipeline.cli.door import DoorFlags
 from pipeline.cli.kept_sessions import SessionFlags
+from pipeline.cli.model_directory import ModelDir, TokenizerFile
 from pipeline.cli.prompt_input import with_prompt
 from pipeline.cli.sampling_flags import SampleAtFlag, SamplingFlags
 from pipeline.cli.settings import Count, Flag, Settings
@@ -17,7 +18,9 @@ class GenerateFlags(Settings):
     """What to generate, with what, and what to write beside it."""
 
     manifest: ManifestFlag
-    tokenizer: Annotated[Path, Flag("FILE", "The model's tokenizer.json.")]
+    tokenizer: Annotated[
+        TokenizerFile, Flag("FILE|NAME", "The model's tokenizer.json, or a pulled model.")
+    ]
     text: Annotated[str, Flag("TEXT", "The prompt.", is_by_hand=True)]
     text_file: Annotated[
         Path | None,
@@ -27,7 +30,9 @@ class GenerateFlags(Settings):
     context: ContextFlag = None
     latency_out: Annotated[Path | None, Flag("FILE", "Write per-token latencies as JSON.")] = None
     ignore_eos: Annotated[bool, Flag(None, "Go on after the end-of-text token.")] = False
-    model_dir: Annotated[Path | None, Flag("DIR", "The workers' model, with --supervise.")] = None
+    model_dir: Annotated[
+        ModelDir | None, Flag("DIR|NAME", "The workers' model, with --supervise.")
+    ] = None
     sampling: SamplingFlags
     sample_at: SampleAtFlag = "stage"
     kept: SessionFlags

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.cli.kept_sessions import SecretFlag
+from pipeline.cli.model_directory import ModelDir
 from pipeline.cli.sampling_flags import SampleAtFlag
 from pipeline.cli.settings import Count, Finite, Flag, Settings
 from pipeline.cli.shared_options import MAX_CONTEXT_VARIABLE, Context, ManifestFlag, VerboseFlag
@@ -19,7 +20,9 @@ class ServeFlags(Settings):
     """What to serve where, and how many requests at once."""
 
     manifest: ManifestFlag
-    model_dir: Annotated[Path, Flag("DIR", "Tokenizer and chat template; weights: --supervise.")]
+    model_dir: Annotated[
+        ModelDir, Flag("DIR|NAME", "Tokenizer and chat template; weights: --supervise.")
+    ]
     host: Annotated[str, Flag("HOST", "Where to listen; beyond loopback needs a key.")] = (
         "127.0.0.1"
     )
