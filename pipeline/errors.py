@@ -39,6 +39,10 @@ class SessionInUse(InputError):
     """Somebody else has the kept session that is asked for, until they are done with it."""
 
 
+class FetchError(PipelineError):
+    """A model cannot be fetched: its hub or the network failed."""
+
+
 class SessionError(PipelineError):
     """A peer or the network failed while the pipeline was running."""
 

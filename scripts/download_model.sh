@@ -34,7 +34,7 @@ fetch_smollm2() {
 
 fetch_gpt2() {
   say "fetching openai-community/gpt2 (550 MB) from ${HF_ENDPOINT:-https://huggingface.co}"
-  "$python" "$root/scripts/fetch_hub.py" openai-community/gpt2 "$work/model" || exit $?
+  "$venv/bin/pipeline-orch" pull openai-community/gpt2 --out "$work/model" >/dev/null || exit $?
 }
 
 check_sha256() {

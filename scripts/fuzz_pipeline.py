@@ -166,7 +166,7 @@ def step_seeds() -> list[bytes]:
 def asked_seeds() -> list[bytes]:
     params = SamplingParams(temperature=0.7, top_k=3, top_p=0.9, logit_bias={3: 1.5})
     ids = np.array([3, 4], np.uint32)
-    draws = (Draw(params, (0.25, 0.5), ids, ids, (7,), bytes(2 * 5)), Draw(params, (0.125,)))
+    draws = (Draw(params, (0.25, 0.5), ids, 1, (7,), bytes(2 * 5)), Draw(params, (0.125,)))
     tensors = last_stage_inputs.asked_to_wire(last_stage_inputs.Asked((1, 2, 3), draws))
     return [b"".join(tensor.data for tensor in tensors)]
 

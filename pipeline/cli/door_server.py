@@ -15,6 +15,7 @@ from pipeline.cli.compute_options import DeviceFlag, DTypeFlag, KernelsFlag, Thr
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.kv_store_flags import KvStoreFlags
 from pipeline.cli.logs import LogFormat, configure_logging
+from pipeline.cli.model_directory import ModelDir
 from pipeline.cli.settings import Address, Count, Flag, Settings, parse_address, takes_flags
 from pipeline.cli.shared_options import (
     MAX_CONTEXT_VARIABLE,
@@ -49,9 +50,9 @@ class DoorServerFlags(Settings):
     """Which shard to serve where, for how many, and where their sessions are kept."""
 
     model_dir: Annotated[
-        Path,
+        ModelDir,
         Flag(
-            "DIR",
+            "DIR|NAME",
             "The server's shard, of all layers.",
             older=("INFEMERAL_SERVER_WEIGHTS_PATH",),
             refused={TENSORIZED_VARIABLE: TENSORIZED},

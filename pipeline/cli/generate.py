@@ -83,7 +83,10 @@ def _generate(
     sampling = flags.sampling.params()
     text = StoppedText(tokenizer, prompt_ids, sampling.stop)
     printer = _Printer(flags.text, text, log)
-    generation = Generation(prompt_ids, flags.max_tokens, eos, sampling, stored=stored)
+    at_home = flags.sample_at == "home"
+    generation = Generation(
+        prompt_ids, flags.max_tokens, eos, sampling, stored=stored, samples_at_home=at_home
+    )
     request_id = engine.submit(generation, printer.hear)
     printer.on_stop = lambda: engine.cancel(request_id, keeps=True)
     if budget is not None:

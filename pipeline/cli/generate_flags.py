@@ -7,8 +7,9 @@ from pydantic import model_validator
 
 from pipeline.cli.door import DoorFlags
 from pipeline.cli.kept_sessions import SessionFlags
+from pipeline.cli.model_directory import ModelDir, TokenizerFile
 from pipeline.cli.prompt_input import with_prompt
-from pipeline.cli.sampling_flags import SamplingFlags
+from pipeline.cli.sampling_flags import SampleAtFlag, SamplingFlags
 from pipeline.cli.settings import Count, Flag, Settings
 from pipeline.cli.shard_directories import model_or_parts
 from pipeline.cli.shared_options import ContextFlag, ManifestFlag, VerboseFlag
@@ -24,15 +25,19 @@ class GenerateFlags(Settings):
         Flag("FILE", "The prompt's file, - for stdin: unseen by `ps`.", is_by_hand=True),
     ] = None
     tokenizer: Annotated[
-        Path | None, Flag("FILE", "The model's tokenizer.json [what `join` has laid out].")
+        TokenizerFile | None,
+        Flag("FILE|NAME", "The model's tokenizer.json, or a pulled model [what `join` laid out]."),
     ] = None
     max_tokens: Annotated[Count, Flag("N", "Tokens to generate at most.")] = 20
     context: ContextFlag = None
     latency_out: Annotated[Path | None, Flag("FILE", "Write per-token latencies as JSON.")] = None
     ignore_eos: Annotated[bool, Flag(None, "Go on after the end-of-text token.")] = False
-    model_dir: Annotated[Path | None, Flag("DIR", "The workers' model, with --supervise.")] = None
+    model_dir: Annotated[
+        ModelDir | None, Flag("DIR|NAME", "The workers' model, with --supervise.")
+    ] = None
     exit_on_loss: Annotated[bool, Flag(None, "End on a loss, with --supervise too.")] = False
     sampling: SamplingFlags
+    sample_at: SampleAtFlag = "stage"
     kept: SessionFlags
     door: DoorFlags
     verbose: VerboseFlag = False

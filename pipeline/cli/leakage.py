@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli.model_directory import model_option
 from pipeline.cli.progress import progress_bars
 from pipeline.errors import InputError
 from pipeline.files import check_writable
@@ -22,7 +23,10 @@ def leakage_command(
         typer.Option(metavar="MODE", help="plain, client, permute, rotate, rotate-int8 or dp."),
     ] = None,
     model_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The model everybody has, and its tokenizer.")
+        Path | None,
+        typer.Option(
+            metavar="DIR|NAME", callback=model_option, help="The model and tokenizer everybody has."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
     plot: Annotated[

@@ -15,7 +15,7 @@ from pipeline.cli.settings import takes_flags
 app = new_app()
 # What `other_commands` adds. They are imported where one is named, or all are to be listed.
 OTHERS = (
-    "attest", "leakage", "session", "stego", "plan", "shard", "keygen", "serve", "join", "push",
+    "attest", "leakage", "models", "pull", "session", "stego", "plan", "shard", "keygen", "serve", "join", "push",
     "parts", "top",
 )  # fmt: skip
 

@@ -15,6 +15,7 @@ from pipeline.agreement.manifest import (
     load_manifest,
 )
 from pipeline.cli.logs import tell
+from pipeline.cli.model_directory import model_option
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.shared_options import ManifestOption
 from pipeline.errors import InputError
@@ -22,7 +23,10 @@ from pipeline.files import check_writable, write_atomically
 
 
 def plan_command(
-    model_dir: Annotated[Path, typer.Option(metavar="DIR", help="config.json and weights.")],
+    model_dir: Annotated[
+        Path,
+        typer.Option(metavar="DIR|NAME", callback=model_option, help="config.json and weights."),
+    ],
     stages: Annotated[int, typer.Option(min=1, max=256, metavar="N", help="How many stages.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write [stdout].")
@@ -100,7 +104,9 @@ def plan_command(
 
 def shard_command(
     manifest: ManifestOption,
-    model_dir: Annotated[Path, typer.Option(metavar="DIR", help="The whole model.")],
+    model_dir: Annotated[
+        Path, typer.Option(metavar="DIR|NAME", callback=model_option, help="The whole model.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "--out", "-o", metavar="DIR", help="A new directory.")
     ],

@@ -1,12 +1,17 @@
 """The flags that say how tokens are chosen. What they may be is for `SamplingParams` to say."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import model_validator
 
 from pipeline.cli.settings import Flag, Settings
 from pipeline.sampling.choosers import parse_chooser
 from pipeline.sampling.params import SamplingParams
+
+SampleAtFlag = Annotated[
+    Literal["stage", "home"],
+    Flag("WHERE", "Who draws tokens: the last stage, or home, which has all logits sent."),
+]
 
 
 class SamplingFlags(Settings):

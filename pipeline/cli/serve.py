@@ -76,6 +76,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         limits=flags.limits,
         # Under a window a text need not end by itself before very long.
         default_max_tokens=min(limits.max_seq_len, manifest.activation_spec.max_seq_len),
+        samples_at_home=flags.sample_at == "home",
     )
     source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
     access = PipelineAccess.create(source, pipeline_flags, limits, is_resumable=True)

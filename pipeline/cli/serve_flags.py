@@ -6,6 +6,8 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.cli.kept_sessions import SecretFlag
+from pipeline.cli.model_directory import ModelDir
+from pipeline.cli.sampling_flags import SampleAtFlag
 from pipeline.cli.settings import Count, Finite, Flag, Settings
 from pipeline.cli.shared_options import MAX_CONTEXT_VARIABLE, Context, ManifestFlag, VerboseFlag
 from pipeline.engine.idle_prefixes import PrefixOptions
@@ -19,9 +21,9 @@ class ServeFlags(Settings):
 
     manifest: ManifestFlag
     model_dir: Annotated[
-        Path | None,
+        ModelDir | None,
         Flag(
-            "DIR",
+            "DIR|NAME",
             "Tokenizer and chat template; weights: --supervise [what `join` has laid out].",
         ),
     ] = None
@@ -56,6 +58,7 @@ class ServeFlags(Settings):
         Field(ge=0.1),
         Flag("SECONDS", "How long they stay, for requests that go on from them."),
     ] = 600.0
+    sample_at: SampleAtFlag = "stage"
     secret_file: SecretFlag = None
     requests_per_minute: Annotated[
         Count | None, Flag("N", "Of all clients together [no limit].")

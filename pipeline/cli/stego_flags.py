@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import model_validator
 
+from pipeline.cli.model_directory import ModelDir
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.prompt_input import with_prompt
 from pipeline.cli.settings import Count, Finite, Flag, Settings
@@ -27,7 +28,7 @@ class TripFlags(Settings):
 
     carrier: CarrierFlags
     manifest: ManifestFlag
-    model_dir: Annotated[Path, Flag("DIR", "Tokenizer; weights: --supervise.")]
+    model_dir: Annotated[ModelDir, Flag("DIR|NAME", "Tokenizer; weights: --supervise.")]
     prompt: Annotated[str, Flag("TEXT", "What the text follows; no part of it.", is_by_hand=True)]
     prompt_file: Annotated[
         Path | None, Flag("FILE", "The prompt's file: unseen by `ps`.", is_by_hand=True)
@@ -56,7 +57,7 @@ class KeygenFlags(Settings):
     carrier: CarrierFlags
     out: Annotated[Path, Flag("FILE", "A new secret's file.", ("--out", "-o"), is_by_hand=True)]
     manifest: Annotated[Path | None, Flag("FILE", "The manifest that will be used.")] = None
-    model_dir: Annotated[Path | None, Flag("DIR", "The model that will be used.")] = None
+    model_dir: Annotated[ModelDir | None, Flag("DIR|NAME", "The model that will be used.")] = None
 
 
 class EncodeFlags(Settings):

@@ -1,7 +1,6 @@
 """The flags of serving one stage."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated
 
 from pipeline.cli.compute_options import (
@@ -14,6 +13,7 @@ from pipeline.cli.compute_options import (
 )
 from pipeline.cli.kv_store_flags import KvStoreFlags
 from pipeline.cli.logs import LogFormat
+from pipeline.cli.model_directory import ModelDir
 from pipeline.cli.settings import Address, Flag, Settings
 from pipeline.cli.shared_options import (
     DataOutPortFlag,
@@ -38,9 +38,9 @@ class WorkerFlags(Settings):
     manifest: ManifestFlag
     stage_idx: Annotated[int, Flag("I", "Which stage of the manifest.")]
     model_dir: Annotated[
-        Path,
+        ModelDir,
         Flag(
-            "DIR",
+            "DIR|NAME",
             "config.json and *.safetensors of the model.",
             older=("INFEMERAL_SERVER_WEIGHTS_PATH",),
             refused={TENSORIZED_VARIABLE: TENSORIZED},

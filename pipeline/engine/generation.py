@@ -12,7 +12,7 @@ from pipeline.engine.stored_text import StoredText
 from pipeline.errors import InputError
 from pipeline.protocol.result_kinds import MAX_TOP, Result, Want
 from pipeline.protocol.step_header import StageTiming
-from pipeline.sampling.choosers import ChooserFactory
+from pipeline.sampling.choosers import ChooserFactory, in_parameters
 from pipeline.sampling.filters import LogitsProcessor
 from pipeline.sampling.masks import Mask, masks_of
 from pipeline.sampling.params import SamplingParams
@@ -27,10 +27,10 @@ class Generation:
     so are `masks` and what `chooser` makes for this request, in the place of `sampling`'s.
     `request_id` is the caller's name for it in logs. `salt`: whose text it is; it goes on from what
     requests of the same salt have left on the stages, and leaves its own to them; None: neither.
-    `stored`: the session that its text goes on from, and becomes.
-    `vocab_size`: token ids the model has, so that
-    the last stage can be told which are allowed; 0 if that is not known. Raises InputError if what
-    `sampling` wants cannot be had of so few tokens.
+    `stored`: the session that its text goes on from, and becomes. `vocab_size`: token ids the model
+    has, so that the last stage can be told which are allowed; 0 if that is not known.
+    `samples_at_home`: all logits come back for every token, and no stage chooses. Raises InputError
+    if what `sampling` wants cannot be had of so few tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -44,6 +44,7 @@ class Generation:
     vocab_size: int = 0
     salt: bytes | None = None
     stored: StoredText | None = None
+    samples_at_home: bool = False
 
     def __post_init__(self) -> None:
         """Check what the parameters alone cannot."""
@@ -55,11 +56,11 @@ class Generation:
     @property
     def want(self) -> Want:
         """What the last stage has to return for a token: logits only where nothing less will do."""
-        sampling = self.sampling
+        sampling = in_parameters(self.sampling)
         num_top = sampling.logprobs or 0
         has_own = self.processors or self.masks or self.chooser or sampling.chooser
         is_unknown = sampling.has_mask and not self.vocab_size
-        if has_own or is_unknown or num_top > MAX_TOP:
+        if self.samples_at_home or has_own or is_unknown or num_top > MAX_TOP:
             return Want.LOGITS
         if not sampling.needs_logits:
             return Want.TOKEN
@@ -71,9 +72,8 @@ class Generation:
             return None
         masks = (*masks_of(self.sampling, self.eos_token_ids), *self.masks)
         chooser = None if self.chooser is None else self.chooser()
-        return Sampler(
-            self.sampling, self.prompt_ids, self.processors, masks, chooser, self.vocab_size
-        )
+        sampling = in_parameters(self.sampling)
+        return Sampler(sampling, self.prompt_ids, self.processors, masks, chooser, self.vocab_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,10 @@ class Request:
     prompt_ids: tuple[int, ...]
     max_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
-    # What its next token is made of, and how it is drawn where the last stage draws it.
+    # What its next token is made of, and how it, or one so many behind it, is drawn where the last
+    # stage draws it.
     want: Want = Want.TOKEN
-    next_draw: Callable[[], Draw] | None = None
+    next_draw: Callable[[int], Draw] | None = None
     # Whose text it is: what it leaves in its slot is there for requests of the same salt, and no
     # other. None: for nobody.
     salt: bytes | None = None

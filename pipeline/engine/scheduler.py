@@ -210,11 +210,12 @@ class Scheduler:
         num_left = min(
             request.max_tokens - len(state.token_ids), self.limits.max_seq_len + 1 - state.num_known
         )
-        if not is_due or request.want != Want.TOKEN or num_left < 2:
+        if not is_due or not request.want.num_tokens or num_left < 2:
             return None
         segments = (Segment(state.slot, state.num_sent, 1),)
-        header = StepHeader(StepKind.STEP, self._next_step, segments, (Want.TOKEN,))
-        return self._promise.give(FollowUp(due.header, header, request.eos_token_ids))
+        header = StepHeader(StepKind.STEP, self._next_step, segments, (request.want,))
+        how = None if request.next_draw is None else request.next_draw(1)
+        return self._promise.give(FollowUp(due.header, header, request.eos_token_ids, how))
 
     def take_notices(self) -> list[Notice]:
         """What stages are to hear of requests' lives before the next step, in this order."""
@@ -289,7 +290,7 @@ class Scheduler:
             if is_last_known:
                 owners.append(request.request_id)
                 if request.next_draw is not None:
-                    draws.append(request.next_draw())
+                    draws.append(request.next_draw(0))
         if not segments:
             return None
         header = StepHeader(StepKind.STEP, self._next_step, tuple(segments), tuple(wants))

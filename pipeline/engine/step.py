@@ -1,11 +1,14 @@
 """A step to send, and the one after it where that is certain but for its token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from pipeline.protocol.last_stage_inputs import NOTHING_ASKED, Asked
 from pipeline.protocol.messages import Abort, Done, Start
 from pipeline.protocol.step_header import StepHeader
+from pipeline.sampling.draw import Draw
 
 # What stages hear of a request's life, on their control channels.
 Notice = Start | Done | Abort
@@ -37,6 +40,19 @@ class FollowUp:
     header: StepHeader
     # Tokens after which there is no such step.
     ends: frozenset[int]
+    # How the last stage is to draw the token after that one, if it draws; what stands for that one
+    # at the end of its text is not it.
+    how: Draw | None = None
+
+    def asked(self, token_id: int) -> Asked:
+        """What the last stage is told once its one token is known."""
+        how = self.how
+        if how is None:
+            return NOTHING_ASKED
+        if not how.text.size:
+            return Asked(draws=(how,))
+        text = np.append(how.text[:-1], np.uint32(token_id))
+        return Asked(draws=(replace(how, text=text),))
 
 
 class Promise:
@@ -63,7 +79,9 @@ class Promise:
         """Take the result of the step under way."""
         follow_up, self.open = self.open, None
         if follow_up is not None and token_ids[0] not in follow_up.ends:
-            self._due = Step(follow_up.header, tuple(token_ids), owners, True, requests=owners)
+            asked = follow_up.asked(token_ids[0])
+            header = follow_up.header
+            self._due = Step(header, tuple(token_ids), owners, True, asked, requests=owners)
 
     def take(self) -> Step | None:
         """The step that is due, which it is once."""

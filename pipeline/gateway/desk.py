@@ -196,6 +196,7 @@ class Desk:
                 vocab_size=self._vocab_size,
                 salt=salt,
                 stored=stored,
+                samples_at_home=self.config.samples_at_home,
             )
             for prompt_ids in prompts
             for sampling in order.sampling

@@ -14,6 +14,7 @@ class GatewayConfig:
 
     `tls`: the server's certificate; without it, what is said travels in the clear.
     `default_max_tokens`: of a continuation that names none; None: as many as the context holds.
+    `samples_at_home`: no stage chooses a token.
     """
 
     served_model_name: str
@@ -25,6 +26,7 @@ class GatewayConfig:
     tls: SSLContext | None = None
     limits: GatewayLimits = field(default_factory=GatewayLimits)
     default_max_tokens: int | None = None
+    samples_at_home: bool = False
 
     def __post_init__(self) -> None:
         """Check what cannot be right."""

@@ -5,9 +5,12 @@ orchestrator need only copy that from one frame to the other, and the stages com
 makes sure of the result as it would of any, and turns it into text.
 """
 
+from functools import lru_cache
+
 from pipeline.engine.step import FollowUp
 from pipeline.errors import LinkLost
 from pipeline.protocol.batch import Segment
+from pipeline.protocol.last_stage_inputs import end_of_text
 from pipeline.protocol.links import step_form
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import (
@@ -17,8 +20,10 @@ from pipeline.protocol.step_header import (
     StepKind,
     encode_step,
 )
-from pipeline.protocol.step_limits import token_specs
-from transport.tensor_frames import FrameForm
+from pipeline.protocol.step_limits import step_tensors
+from pipeline.protocol.step_results import expected_results
+from transport.errors import MisuseError
+from transport.tensor_frames import Frame, FrameForm, FrameKind
 
 TOKEN_BYTES = 4
 
@@ -27,11 +32,13 @@ class Ahead:
     """What may be sent ahead on one pair of data channels, and what has been."""
 
     def __init__(self, num_stages: int) -> None:
-        self._results = _form((StageTiming(0, 0, 0),) * num_stages)
-        self._step = _form(())
         self._timings = (StageTiming(0, 0, 0),) * num_stages
         # How a result begins that answers what is due: all but its timings and its token.
         self._due = b""
+        self._results: FrameForm | None = None
+        # The step, and where its token has to be.
+        self._step: FrameForm | None = None
+        self._places: list[int] = []
         self._prepared: FollowUp | None = None
         self._sent: StepHeader | None = None
 
@@ -42,15 +49,25 @@ class Ahead:
 
     def prepare(self, follow_up: FollowUp | None) -> None:
         """Lay a step out; None: there is none."""
-        if self._sent is not None:
-            follow_up = None  # it has left, and its own result is not due yet
+        self._prepared = None
+        if follow_up is None or self._sent is not None:
+            return  # one has left, and its own result is not due yet
+        how, asked = follow_up.how, follow_up.asked(0)
+        tensors = step_tensors(follow_up.header, (0,), asked)
+        try:
+            step = FrameForm(Frame(FrameKind.DATA, encode_step(follow_up.header), tensors))
+        except MisuseError:
+            return  # it takes more than one record
+        places = [start for start, _ in step.places]
+        if how is not None:
+            places[1:] = [places[1] + end_of_text(how)] if how.text.size else []
+        self._step, self._places = step, places
+        (want,) = follow_up.header.wants
+        self._results = results = _results(want, len(self._timings))
+        due = follow_up.due._replace(timings=self._timings)
+        header = encode_step(due)[: -len(self._timings) * TIMING_BYTES]
+        self._due = bytes(results.plain[: results.header_start]) + header
         self._prepared = follow_up
-        if follow_up is not None:
-            step = self._step
-            step.plain[step.header_start : step.header_stop] = encode_step(follow_up.header)
-            results, due = self._results, follow_up.due._replace(timings=self._timings)
-            header = encode_step(due)[: -len(self._timings) * TIMING_BYTES]
-            self._due = bytes(results.plain[: results.header_start]) + header
 
     def follow(self, plain: memoryview, vocab_size: int) -> FrameForm | None:
         """The frame to send ahead now that `plain` has come; None if that is not what was due.
@@ -60,16 +77,17 @@ class Ahead:
         """
         follow_up, self._prepared = self._prepared, None
         results, step = self._results, self._step
-        due = self._due
-        if follow_up is None or len(plain) != len(results.plain) or plain[: len(due)] != due:
+        if follow_up is None or results is None or step is None:
+            return None
+        if len(plain) != len(results.plain) or plain[: len(self._due)] != self._due:
             return None
         start = results.places[0][0]
         token = plain[start : start + TOKEN_BYTES]
         token_id = int.from_bytes(token, "little")
         if token_id >= vocab_size or token_id in follow_up.ends:
             return None
-        start = step.places[0][0]
-        step.plain[start : start + TOKEN_BYTES] = token
+        for place in self._places:
+            step.plain[place : place + TOKEN_BYTES] = token
         self._sent = follow_up.header
         return step
 
@@ -84,6 +102,9 @@ class Ahead:
         return sent is not None
 
 
-def _form(timings: tuple[StageTiming, ...]) -> FrameForm:
-    header = StepHeader(StepKind.STEP, 0, (Segment(0, 0, 1),), (Want.TOKEN,), timings)
-    return step_form(header, token_specs(1))
+@lru_cache(maxsize=16)
+def _results(want: Want, num_stages: int) -> FrameForm:
+    """What a result of one segment looks like."""
+    timings = (StageTiming(0, 0, 0),) * num_stages
+    header = StepHeader(StepKind.STEP, 0, (Segment(0, 0, 1),), (want,), timings)
+    return step_form(header, expected_results(header, 0, 0))

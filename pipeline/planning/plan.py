@@ -137,8 +137,11 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
 
 
 def _label(model_dir: Path) -> str:
-    """The directory's name as text; a file system's names need not be any."""
-    return model_dir.resolve().name.encode("utf-8", "replace").decode()
+    """The directory's name, or the repository's in a hub's cache; file names need not be text."""
+    directory = model_dir.resolve()
+    if directory.parent.name == "snapshots":
+        return directory.parent.parent.name.rpartition("--")[2]
+    return directory.name.encode("utf-8", "replace").decode()
 
 
 def _hash_once(files: Sequence[Sequence[Path]], progress: Progress | None) -> dict[Path, str]:

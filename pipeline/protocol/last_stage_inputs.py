@@ -21,12 +21,12 @@ from transport.tensor_frames import DType, Tensor, TensorSpec
 MAX_VOCAB = 1 << 20
 
 # temperature f64 | top-p f64 | min-p f64 | repetition, presence, frequency penalty f64
-# | top-k u32 | seen tokens u32 | biased tokens u32 | mask bytes u32
-_DRAW = Struct("<6d4I")
+# | top-k u32 | tokens of the text u32, of its prompt u32 | biased tokens u32 | mask bytes u32
+_DRAW = Struct("<6d5I")
 # a uniform number f64 and all of a mask for each row, a drafted token u32 for all but one
 _ROW_BYTES = 8 + 4 + MAX_VOCAB // 8
-# id u32 and count u32 of a seen token, id u32 and bias f64 of another
-_SEEN_BYTES, _BIAS_BYTES = 8, 12
+# id u32 of a token of the text, id u32 and bias f64 of another
+_ID_BYTES, _BIAS_BYTES = 4, 12
 
 
 class Asked(NamedTuple):
@@ -63,7 +63,7 @@ def asked_specs(
 
 def max_draw_bytes(num_slots: int, num_rows: int, max_seq_len: int) -> int:
     """Most bytes of draws of so many slots and rows in one step."""
-    per_slot = _DRAW.size + _SEEN_BYTES * max_seq_len + _BIAS_BYTES * MAX_BIASES
+    per_slot = _DRAW.size + _ID_BYTES * max_seq_len + _BIAS_BYTES * MAX_BIASES
     return num_slots * per_slot + num_rows * _ROW_BYTES
 
 
@@ -79,6 +79,12 @@ def asked_to_wire(asked: Asked) -> tuple[Tensor, ...]:
     return tuple(tensors)
 
 
+def end_of_text(how: Draw) -> int:
+    """Where, in the bytes of a draw, the last token of its text is."""
+    num_rows = len(how.uniforms)
+    return _DRAW.size + 8 * num_rows + 4 * (num_rows - 1) + _ID_BYTES * (how.text.size - 1)
+
+
 def _draw_parts(how: Draw) -> Iterator[bytes]:
     params = how.params
     # On a token that no model has, a bias has no effect.
@@ -91,14 +97,14 @@ def _draw_parts(how: Draw) -> Iterator[bytes]:
         params.presence_penalty,
         params.frequency_penalty,
         max(params.top_k, 0),  # -1 is 0 in other words
-        how.seen.size,
+        how.text.size,
+        how.num_prompt,
         len(bias),
         len(how.allowed),
     )
     yield np.array(how.uniforms, "<f8").tobytes()
     yield np.array(how.drafted, "<u4").tobytes()
-    yield how.seen.astype("<u4").tobytes()
-    yield how.counts.astype("<u4").tobytes()
+    yield how.text.astype("<u4").tobytes()
     yield np.array(list(bias), "<u4").tobytes()
     yield np.array(list(bias.values()), "<f8").tobytes()
     yield how.allowed
@@ -151,17 +157,18 @@ class _Reader:
 def _read_draw(reader: _Reader, num_rows: int, vocab_size: int) -> Draw:
     (
         temperature, top_p, min_p, repetition, presence, frequency,
-        top_k, num_seen, num_biases, mask_bytes,
+        top_k, num_text, num_prompt, num_biases, mask_bytes,
     ) = _DRAW.unpack(reader.take(_DRAW.size))  # fmt: skip
     if num_biases > MAX_BIASES or mask_bytes not in {0, num_rows * (-(-vocab_size // 8))}:
         raise MessageError(
             f"a draw has {num_biases} biases and a mask of {mask_bytes} bytes for "
             f"{num_rows} rows and a vocabulary of {vocab_size}"
         )
+    if num_prompt > num_text:
+        raise MessageError(f"a draw has a text of {num_text} tokens, {num_prompt} of a prompt")
     uniforms = tuple(np.frombuffer(reader.take(8 * num_rows), "<f8").tolist())
     drafted = tuple(reader.ids(num_rows - 1, vocab_size).tolist())
-    seen = reader.ids(num_seen, vocab_size)
-    counts = np.frombuffer(reader.take(4 * num_seen), "<u4")
+    text = reader.ids(num_text, vocab_size)
     biased = reader.ids(num_biases, MAX_VOCAB).tolist()
     biases = np.frombuffer(reader.take(8 * num_biases), "<f8").tolist()
     if not all(0 <= uniform < 1 for uniform in uniforms):
@@ -179,4 +186,5 @@ def _read_draw(reader: _Reader, num_rows: int, vocab_size: int) -> Draw:
         )
     except InputError as error:
         raise MessageError(f"a draw is not valid: {error}") from error
-    return Draw(params, uniforms, seen, counts, drafted, bytes(reader.take(mask_bytes)))
+    allowed = bytes(reader.take(mask_bytes))
+    return Draw(params, uniforms, text, num_prompt, drafted, allowed)

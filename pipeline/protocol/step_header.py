@@ -11,7 +11,7 @@ from pipeline.protocol.batch import Segment
 from pipeline.protocol.result_kinds import Want, want_from_wire
 
 # Of control messages and step headers.
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_SEGMENTS = 1024
 
 

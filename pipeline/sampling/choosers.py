@@ -5,8 +5,9 @@ token. Others than these plug in as `Generation.chooser`, or here by a name.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -77,9 +78,12 @@ class Chooser(Protocol):
         """The next token, one of `final.ids`."""
         ...
 
-    @property
-    def uniform(self) -> float:
-        """The number by which the last stage is to draw the next token: the same until spent."""
+    def uniform(self, ahead: int = 0) -> float:
+        """The number by which the last stage is to draw the next token: the same until spent.
+
+        Or one of those behind it, `ahead` of them further.
+        """
+        del ahead
         return 0.0
 
     def spend(self) -> None:
@@ -95,22 +99,22 @@ class InverseCdf(Chooser):
 
     def __init__(self, random: np.random.Generator) -> None:
         self._random = random
-        self._uniform: float | None = None
+        # Those that have been told and not been spent, the next first.
+        self._uniforms: deque[float] = deque()
 
-    @property
-    def uniform(self) -> float:
+    def uniform(self, ahead: int = 0) -> float:
         """As `Chooser.uniform`."""
-        if self._uniform is None:
-            self._uniform = self._random.random()
-        return self._uniform
+        while len(self._uniforms) <= ahead:
+            self._uniforms.append(self._random.random())
+        return self._uniforms[ahead]
 
     def spend(self) -> None:
         """As `Chooser.spend`."""
-        self._uniform = None
+        self._uniforms.popleft()
 
     def choose(self, final: Distribution) -> int:
         """As `Chooser.choose`."""
-        token_id = token_at(final.logits, self.uniform)
+        token_id = token_at(final.logits, self.uniform())
         self.spend()
         return token_id
 
@@ -196,6 +200,16 @@ def chooser_of(fields: Mapping[str, Any]) -> ChooserSpec:
     spec = ChooserSpec(str(options.pop("name", "")), options)
     _read_options(spec)
     return spec
+
+
+def in_parameters(params: SamplingParams) -> SamplingParams:
+    """The same without a chooser's name, where the other parameters say all that it does."""
+    match params.chooser:
+        case ChooserSpec("draw"):
+            return replace(params, chooser=None)
+        case ChooserSpec("greedy"):
+            return replace(params, chooser=None, temperature=0.0)
+    return params
 
 
 def new_chooser(params: SamplingParams) -> Chooser:

@@ -26,7 +26,8 @@ from pipeline.sampling.filters import (
 )
 from pipeline.sampling.params import SamplingParams
 
-Counts = npt.NDArray[np.uint32]
+TokenIds = npt.NDArray[np.uint32]
+Counts = npt.NDArray[np.intp]
 Weights = npt.NDArray[np.float64]
 
 _BLOCK = 256
@@ -37,7 +38,7 @@ NO_NUMBERS = (
 NONE_LEFT = "no token can be chosen: bias and mask leave none"
 
 
-def _none() -> Counts:
+def _none() -> TokenIds:
     return np.empty(0, np.uint32)
 
 
@@ -45,16 +46,17 @@ def _none() -> Counts:
 class Draw:
     """All that decides the tokens of some rows in turn, beside their logits.
 
-    Shapes: uniforms [rows], each in [0, 1); seen, counts [n]: each token of the text once, and how
-    often it was generated, 0 for one of the prompt alone; drafted [rows - 1]: the tokens that the
-    rows behind the first have read since; allowed: a bit for each token and row, lowest first,
-    each row's in bytes of its own, or none where all are allowed.
+    Shapes: uniforms [rows], each in [0, 1); text [n]: where there are penalties all tokens so far,
+    the first num_prompt of them the prompt's; drafted [rows - 1]: the tokens that the rows behind
+    the first have read since; allowed: a bit for each token and row, lowest first, each row's in
+    bytes of its own, or none where all are allowed.
     """
 
     params: SamplingParams
     uniforms: tuple[float, ...] = (0.0,)
-    seen: Counts = field(default_factory=_none)
-    counts: Counts = field(default_factory=_none)
+    # Not each token once: how much travels would then say when one comes again.
+    text: TokenIds = field(default_factory=_none)
+    num_prompt: int = 0
     drafted: tuple[int, ...] = ()
     allowed: bytes = b""
 
@@ -81,7 +83,7 @@ def adjust(logits: Logits, how: Draw, row: int = 0) -> Logits:
     """Logits with penalties, bias and mask applied; those that came in are left alone."""
     params = how.params
     if params.has_penalties:
-        seen, counts = _history(how, row)
+        seen, counts = _history(how, row, logits.size)
         values = logits[seen]
         if params.repetition_penalty != 1.0:
             values = repetition_penalty(values, np.ones(1, np.bool_), params.repetition_penalty)
@@ -160,40 +162,32 @@ def _first_above(cumulative: Weights, target: float, weights: Weights) -> int:
     return index if index < cumulative.size else int(np.flatnonzero(weights)[-1])
 
 
-class History:
-    """Each token of a text once, in order of appearance, and how often it was generated."""
+class Text:
+    """The tokens of a prompt and of what follows it, in an array with room for more."""
 
     def __init__(self, prompt_ids: Sequence[int]) -> None:
-        self._places = {token_id: at for at, token_id in enumerate(dict.fromkeys(prompt_ids))}
-        self._seen = np.array(list(self._places), np.uint32)
-        self._counts = np.zeros(len(self._places), np.uint32)
+        self._ids = np.array(prompt_ids, np.uint32)
+        self._length = self._ids.size
 
     @property
-    def seen(self) -> Counts:
-        """The tokens' ids, [n], until the next is added."""
-        return self._seen[: len(self._places)]
-
-    @property
-    def counts(self) -> Counts:
-        """How often each was generated, [n], until the next is added."""
-        return self._counts[: len(self._places)]
+    def ids(self) -> TokenIds:
+        """All tokens, [n], until the next is added."""
+        return self._ids[: self._length]
 
     def add(self, token_id: int) -> None:
-        """Count a generated token."""
-        place = self._places.setdefault(token_id, len(self._places))
-        if place == self._seen.size:
-            room = np.zeros(max(place, 64), np.uint32)
-            self._seen = np.concatenate([self._seen, room])
-            self._counts = np.concatenate([self._counts, room])
-        self._seen[place] = token_id
-        self._counts[place] += 1
+        """Take a generated token."""
+        if self._length == self._ids.size:
+            self._ids = np.concatenate([self._ids, np.zeros(max(self._length, 64), np.uint32)])
+        self._ids[self._length] = token_id
+        self._length += 1
 
 
-def _history(how: Draw, row: int) -> tuple[Counts, Counts]:
-    if not row:
-        return how.seen, how.counts
-    history = History(how.seen.tolist())
-    history.counts[:] = how.counts
-    for token_id in how.drafted[:row]:
-        history.add(token_id)
-    return history.seen, history.counts
+def _history(how: Draw, row: int, vocab_size: int) -> tuple[npt.NDArray[np.intp], Counts]:
+    """Each token of the text once, and how often it was generated: 0 for one of the prompt's."""
+    prompt = how.text[: how.num_prompt]
+    generated = np.concatenate([how.text[how.num_prompt :], how.drafted[:row]]).astype(np.intp)
+    counts = np.bincount(generated, minlength=vocab_size)
+    is_seen = counts > 0
+    is_seen[prompt] = True
+    seen = np.flatnonzero(is_seen)
+    return seen, counts[seen]

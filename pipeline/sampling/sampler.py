@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from pipeline.errors import InputError, PipelineError, RequestFailed
 from pipeline.sampling.choosers import Chooser, Distribution, new_chooser
-from pipeline.sampling.draw import NO_NUMBERS, Draw, History, adjust, is_sound
+from pipeline.sampling.draw import NO_NUMBERS, Draw, Text, adjust, is_sound
 from pipeline.sampling.filters import Logits, LogitsProcessor, log_softmax, most_likely
 from pipeline.sampling.masks import Allowed, Mask
 from pipeline.sampling.params import SamplingParams
@@ -49,13 +49,17 @@ class Sampler:
         self._token_ids = list(prompt_ids)
         self._num_prompt = len(prompt_ids)
         self._vocab_size = vocab_size
-        self._history = History(prompt_ids) if params.has_penalties else None
+        self._text = Text(prompt_ids)
         self._chooser = chooser or new_chooser(params)
 
-    def next_draw(self) -> Draw:
-        """How the last stage has to draw the next token: the same until one has been `took`."""
-        how = self._how((self._chooser.uniform,))
-        allowed = self._allowed(self._vocab_size)
+    def next_draw(self, ahead: int = 0) -> Draw:
+        """How the last stage has to draw the next token: the same until one has been `took`.
+
+        Or how one behind it, `ahead` of them further, for requests whose masks are functions of
+        how many tokens there are. What stands for those between in its text is not theirs.
+        """
+        how = self._how((self._chooser.uniform(ahead),), ahead)
+        allowed = self._allowed(self._vocab_size, ahead)
         if allowed is None:
             return how
         return replace(how, allowed=np.packbits(allowed, bitorder="little").tobytes())
@@ -95,16 +99,16 @@ class Sampler:
             tuple((int(i), float(logprobs[i])) for i in top),
         )
 
-    def _how(self, uniforms: tuple[float, ...]) -> Draw:
-        history = self._history
-        if history is None:
+    def _how(self, uniforms: tuple[float, ...], ahead: int = 0) -> Draw:
+        if not self._params.has_penalties:
             return Draw(self._params, uniforms)
-        return Draw(self._params, uniforms, history.seen, history.counts)
+        ids = self._text.ids
+        text = np.concatenate([ids, np.zeros(ahead, ids.dtype)]) if ahead else ids
+        return Draw(self._params, uniforms, text, self._num_prompt)
 
     def _add(self, token_id: int) -> None:
         self._token_ids.append(token_id)
-        if self._history is not None:
-            self._history.add(token_id)
+        self._text.add(token_id)
 
     def _change(self, logits: Logits) -> Logits:
         logits = adjust(logits, self._how((0.0,)))
@@ -113,11 +117,12 @@ class Sampler:
         allowed = self._allowed(logits.size)
         return logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
 
-    def _allowed(self, vocab_size: int) -> Allowed | None:
+    def _allowed(self, vocab_size: int, ahead: int = 0) -> Allowed | None:
         """What all masks allow to come next, [vocab]; None: anything."""
         allowed: Allowed | None = None
+        generated = [*self._token_ids[self._num_prompt :], *[0] * ahead] if self._masks else []
         for mask in self._masks:
-            more = mask.allowed(self._token_ids[self._num_prompt :], vocab_size)
+            more = mask.allowed(generated, vocab_size)
             if more is not None:
                 allowed = more if allowed is None else allowed & more
         return allowed

@@ -71,10 +71,15 @@ async def test_a_token_drawn_by_the_last_stage_is_the_one_drawn_here(engine, sam
         (SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIASES), 1.0)), Want.DRAWN),
         (SamplingParams(allowed_token_ids=(1, 2)), Want.LOGITS),
         (SamplingParams(temperature=0.5, chooser=ChooserSpec("mirostat")), Want.LOGITS),
+        (SamplingParams(temperature=0.5, chooser=ChooserSpec("draw")), Want.DRAWN),
+        (SamplingParams(temperature=0.5, chooser=ChooserSpec("greedy")), Want.TOKEN),
+        (SamplingParams(chooser=ChooserSpec("greedy"), presence_penalty=1.0), Want.DRAWN),
     ],
 )
 def test_logits_travel_only_where_nothing_less_will_do(request_, want):
-    assert Generation((1,), 1, frozenset(), request_).want == want
+    request = Generation((1,), 1, frozenset(), request_)
+    assert request.want == want
+    assert replace(request, samples_at_home=True).want == Want.LOGITS
 
 
 def test_a_mask_travels_where_the_vocabulary_is_known():

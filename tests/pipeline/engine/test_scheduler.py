@@ -144,20 +144,19 @@ def test_leaving_and_being_served_cost_the_same_however_many_wait():
 def test_a_request_says_what_its_tokens_take_and_how_they_are_drawn():
     numbers = iter([0.25, 0.5])
     drawn = Request(
-        3, (1, 2), 9, want=Want.DRAWN, next_draw=lambda: Draw(SamplingParams(), (next(numbers),))
+        3, (1, 2), 9, want=Want.DRAWN, next_draw=lambda _: Draw(SamplingParams(), (next(numbers),))
     )
     scheduler = Scheduler(Limits(3, 100, chunk_tokens=2))
     scheduler.submit(drawn)
     step = scheduler.next_step()  # with all of its prompt: a token comes of this one
     assert step.header.wants == (Want.DRAWN,)
     assert [how.uniforms for how in step.asked.draws] == [(0.25,)]
-    assert scheduler.follow_up() is None  # of what is drawn, more has to be said
     scheduler.complete(step.header, [5])
     assert [how.uniforms for how in scheduler.next_step().asked.draws] == [(0.5,)]
 
 
 def test_a_chunk_that_ends_inside_a_prompt_draws_nothing():
-    request = Request(1, (1, 2, 3), 9, want=Want.DRAWN, next_draw=lambda: Draw(SamplingParams()))
+    request = Request(1, (1, 2, 3), 9, want=Want.DRAWN, next_draw=lambda _: Draw(SamplingParams()))
     scheduler = Scheduler(Limits(1, 100, chunk_tokens=2, num_stages=2))
     scheduler.submit(request)
     step = scheduler.next_step()

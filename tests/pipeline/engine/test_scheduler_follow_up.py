@@ -7,6 +7,8 @@ from pipeline.engine.request import Request
 from pipeline.engine.scheduler import Scheduler
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepKind
+from pipeline.sampling.params import SamplingParams
+from pipeline.sampling.sampler import Sampler
 
 
 def test_a_lone_requests_next_step_is_certain_but_for_its_token():
@@ -23,6 +25,23 @@ def test_a_lone_requests_next_step_is_certain_but_for_its_token():
         step = scheduler.next_step()
         assert (step.header, step.token_ids) == (follow_up.header, (token_id,))
     assert scheduler.follow_up() is None  # the next token is the last
+
+
+def test_how_the_next_token_is_drawn_is_certain_but_for_the_one_before_it():
+    params = SamplingParams(temperature=1.0, seed=1, presence_penalty=1.0)
+    sampler = Sampler(params, (1, 2))
+    scheduler = Scheduler(Limits(2, 100))
+    scheduler.submit(Request(1, (1, 2), 4, want=Want.DRAWN, next_draw=sampler.next_draw))
+    step = scheduler.next_step()
+    for token_id in (5, 6):
+        follow_up = scheduler.follow_up()
+        sampler.took(token_id)
+        scheduler.complete(step.header, [token_id])
+        step = scheduler.next_step()
+        (how,), (told,) = step.asked.draws, follow_up.asked(token_id).draws
+        assert step.header == follow_up.header
+        assert how.uniforms == told.uniforms == sampler.next_draw().uniforms
+        assert how.text.tolist() == told.text.tolist() == sampler.next_draw().text.tolist()
 
 
 @pytest.mark.parametrize("other", ["waits", "runs", "cancelled", "samples"])

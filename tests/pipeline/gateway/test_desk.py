@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from dataclasses import replace
 from subprocess import run
 
 import pytest
@@ -15,6 +16,7 @@ from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.limits import Limits
 from pipeline.gateway.errors import ApiError, Kind, leaving
 from pipeline.gateway.generation_order import Conversation, Order
+from pipeline.protocol.result_kinds import Want
 from pipeline.sampling.params import SamplingParams
 
 KEY = b"sk-test-0123456789"
@@ -291,3 +293,14 @@ async def test_what_sampling_cannot_have_is_refused(make_door, make_engine, samp
     error = await make_door(engine).refusal(prompts=("a",), max_tokens=3, sampling=(sampling,))
     assert (error.kind, error.param) == (Kind.INVALID, param)
     assert not engine.generations
+
+
+@pytest.mark.parametrize("at_home", [False, True])
+async def test_who_draws_is_for_whoever_starts_it_to_say(make_door, make_engine, at_home):
+    engine = make_engine()
+    door = make_door(engine)
+    door.desk.config = replace(door.desk.config, samples_at_home=at_home)
+    drawn = SamplingParams(temperature=1.0)
+    await door.ask(prompts=("a",), sampling=(GREEDY, drawn))
+    wants = {generation.want for generation in engine.generations}
+    assert wants == ({Want.LOGITS} if at_home else {Want.TOKEN, Want.DRAWN})

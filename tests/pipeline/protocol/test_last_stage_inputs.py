@@ -16,8 +16,9 @@ from pipeline.protocol.last_stage_inputs import (
     max_draw_bytes,
 )
 from pipeline.protocol.result_kinds import Result, Want
-from pipeline.sampling.draw import Draw
+from pipeline.sampling.draw import Draw, Text, adjust, draw, final
 from pipeline.sampling.params import SamplingParams
+from pipeline.sampling.sampler import Sampler
 from transport.tensor_frames import DType, Tensor, TensorSpec
 
 VOCAB = 50
@@ -29,8 +30,8 @@ PARAMS = SamplingParams(
 FULL = Draw(
     PARAMS,
     (0.25, 0.5),
-    np.array([3, 49, 0], np.uint32),
-    np.array([0, 2, 1], np.uint32),
+    np.array([3, 49, 0, 49], np.uint32),
+    1,
     (7,),
     bytes(range(14)),
 )
@@ -57,13 +58,13 @@ def test_what_is_asked_survives_the_wire():
     full, plain = found.draws
     assert full.params == PARAMS
     assert full.uniforms == FULL.uniforms
-    assert full.seen.tolist() == FULL.seen.tolist()
-    assert full.counts.tolist() == FULL.counts.tolist()
+    assert full.text.tolist() == FULL.text.tolist()
+    assert full.num_prompt == FULL.num_prompt
     assert full.drafted == FULL.drafted
     assert full.allowed == FULL.allowed
     assert plain.params == PLAIN.params
     assert plain.uniforms == PLAIN.uniforms
-    assert (plain.seen.size, plain.drafted, plain.allowed) == (0, (), b"")
+    assert (plain.text.size, plain.drafted, plain.allowed) == (0, (), b"")
 
 
 def test_where_nothing_is_asked_nothing_travels():
@@ -76,8 +77,8 @@ def test_where_nothing_is_asked_nothing_travels():
 
 def test_the_largest_draw_fits_the_limit_exactly():
     params = SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIASES), 1.0))
-    seen = np.arange(64, dtype=np.uint32)
-    how = Draw(params, (0.5, 0.5), seen, seen, (1,), bytes(2 * MAX_VOCAB // 8))
+    text = np.arange(64, dtype=np.uint32)
+    how = Draw(params, (0.5, 0.5), text, 64, (1,), bytes(2 * MAX_VOCAB // 8))
     most = max_draw_bytes(1, 2, 64) - 4  # the first row has no token drafted before it
     data = wire(how)
     assert len(data) == most
@@ -104,12 +105,13 @@ def test_every_truncated_or_padded_draw_is_refused():
         (32, np.float64("inf"), "presence_penalty"),
         (40, np.float64("-inf"), "frequency_penalty"),
         (52, np.uint32((1 << 32) - 1), "too early"),
-        (56, np.uint32(MAX_BIASES + 1), "biases"),
-        (60, np.uint32(13), "mask"),
-        (64, np.float64(1), "0, 1"),
-        (64, np.float64("nan"), "0, 1"),
-        (80, np.uint32(VOCAB), "outside the vocabulary"),  # drafted
-        (84, np.uint32(VOCAB), "outside the vocabulary"),  # seen
+        (56, np.uint32(5), "4 tokens, 5 of a prompt"),
+        (60, np.uint32(MAX_BIASES + 1), "biases"),
+        (64, np.uint32(13), "mask"),
+        (68, np.float64(1), "0, 1"),
+        (68, np.float64("nan"), "0, 1"),
+        (84, np.uint32(VOCAB), "outside the vocabulary"),  # drafted
+        (88, np.uint32(VOCAB), "outside the vocabulary"),  # of the text
     ],
 )
 def test_a_draw_that_makes_no_sense_is_refused(offset, value, word):
@@ -144,4 +146,44 @@ def test_any_change_of_a_genuine_draw_is_a_draw_or_a_message_error(data):
         (how,) = asked_from_wire((DRAWN_TWICE,), (draws_of(bytes(changed)),), VOCAB).draws
     except MessageError:
         return
-    assert max([*how.seen.tolist(), *how.drafted]) < VOCAB
+    assert max([*how.text.tolist(), *how.drafted]) < VOCAB
+
+
+def test_how_much_is_told_does_not_say_which_tokens_came():
+    params = SamplingParams(temperature=1.0, repetition_penalty=1.1, frequency_penalty=0.1)
+    again, other = (Sampler(params, (1, 2)) for _ in range(2))
+    for token_id in range(3, 40):
+        assert len(wire(again.next_draw())) == len(wire(other.next_draw()))
+        again.took(7)
+        other.took(token_id)
+
+
+@pytest.mark.parametrize(
+    ("params", "seed"),
+    [
+        (SamplingParams(temperature=1.0), 1),
+        (SamplingParams(temperature=1.3, top_p=0.9, min_p=0.01), 2),
+        (SamplingParams(temperature=0.8, top_k=20, repetition_penalty=1.3), 3),
+    ],
+)
+def test_tokens_drawn_elsewhere_are_as_frequent_as_the_full_rows_distribution(params, seed):
+    """Pearson's chi-square, of what crosses the wire both ways against softmax of the row."""
+    logits, text = np.random.default_rng(seed).normal(0, 3, 64).astype(np.float32), Text([1, 2, 3])
+    num_drawn, counts = 5_000, np.zeros(64)
+    for uniform in np.random.default_rng(seed).random(num_drawn):
+        sent = asked_to_wire(Asked(draws=(Draw(params, (uniform,), text.ids, 3),)))
+        (how,) = asked_from_wire((Want.DRAWN,), sent, 64).draws
+        counts[draw(logits, how)] += 1
+    row = final(adjust(logits, Draw(params, text=text.ids, num_prompt=3)), params)
+    chances = np.exp(row.astype(np.float64) - row.max())
+    chances /= chances.sum()
+    assert not counts[chances == 0].any()
+    # Of what is rare, all together.
+    is_rare = chances * num_drawn < 5
+    expected = np.append(chances[~is_rare], chances[is_rare].sum()) * num_drawn
+    found = np.append(counts[~is_rare], counts[is_rare].sum())
+    is_any = expected > 0
+    statistic = ((found - expected)[is_any] ** 2 / expected[is_any]).sum()
+    degrees = is_any.sum() - 1
+    # Five standard deviations above its mean.
+    assert statistic < degrees + 5 * np.sqrt(2 * degrees)

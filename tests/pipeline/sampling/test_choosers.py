@@ -60,15 +60,14 @@ def test_one_that_draws_by_a_number_of_its_own_is_drawn_alike_by_the_last_stage(
         def __init__(self):
             self.numbers = [0.9, 0.5, 0.1]
 
-        @property
-        def uniform(self):
-            return self.numbers[-1]
+        def uniform(self, ahead=0):
+            return self.numbers[-1 - ahead]
 
         def spend(self):
             self.numbers.pop()
 
         def choose(self, final):
-            token_id = token_at(final.logits, self.uniform)
+            token_id = token_at(final.logits, self.uniform())
             self.spend()
             return token_id
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import RequestFailed
-from pipeline.sampling.draw import Draw, History, adjust, draw, final, token_at
+from pipeline.sampling.draw import Draw, Text, adjust, draw, final, token_at
+from pipeline.sampling.masks import masks_of
 from pipeline.sampling.params import SamplingParams
 from pipeline.sampling.sampler import Sampler
 
@@ -73,12 +74,9 @@ def test_penalties_and_bias_come_before_the_mask_and_that_before_the_filters():
 def test_a_later_row_counts_what_was_drafted_before_it():
     logits = np.array([4.0, 3.9, 3.8, 0.0], np.float32)
     params = SamplingParams(frequency_penalty=0.15)
-    how = Draw(
-        params, (0.0,) * 3, np.array([3], np.uint32), np.array([1], np.uint32), drafted=(0, 1)
-    )
+    how = Draw(params, (0.0,) * 3, np.array([3], np.uint32), drafted=(0, 1))
     assert [draw(logits, how, row) for row in range(3)] == [0, 1, 0]
-    assert how.seen.tolist() == [3]
-    assert how.counts.tolist() == [1]
+    assert how.text.tolist() == [3]
 
 
 def test_every_row_has_a_mask_of_its_own():
@@ -103,6 +101,33 @@ def test_nothing_allowed_gives_no_token():
         draw(random_logits(0), Draw(SamplingParams(temperature=1.0), allowed=mask()))
 
 
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (
+            SamplingParams(temperature=1.0, seed=7),
+            [219, 273, 232, 9, 123, 220, 1, 234, 192, 63, 167, 112, 126, 156, 123, 167],
+        ),
+        (
+            SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.3, seed=8),
+            [219, 273, 231, 9, 292, 185, 170, 103, 57, 63, 180, 117, 126, 131, 201, 167],
+        ),
+        (
+            SamplingParams(
+                temperature=1.5, top_k=40, frequency_penalty=0.7, presence_penalty=-0.3, seed=-9
+            ),
+            [91, 124, 136, 9, 15, 220, 210, 199, 284, 261, 120, 136, 275, 122, 275, 90],
+        ),
+    ],
+)
+def test_a_seed_gives_the_tokens_that_it_has_always_given(params, expected):
+    sampler, told = Sampler(params, (1, 2, 3, 2)), Sampler(params, (1, 2, 3, 2))
+    assert [sampler.choose(random_logits(seed)).token_id for seed in range(16)] == expected
+    for seed, token_id in enumerate(expected):
+        assert draw(random_logits(seed), told.next_draw()) == token_id
+        told.took(token_id)
+
+
 def test_no_logit_that_came_in_is_changed():
     logits = random_logits(0)
     kept = logits.copy()
@@ -111,7 +136,7 @@ def test_no_logit_that_came_in_is_changed():
         presence_penalty=0.1, frequency_penalty=0.1, logit_bias={1: 1.0},
     )  # fmt: skip
     ids = np.arange(50, dtype=np.uint32)
-    draw(logits, Draw(params, (0.3,), ids, ids, allowed=mask(*range(100))))
+    draw(logits, Draw(params, (0.3,), ids, 25, allowed=mask(*range(100))))
     np.testing.assert_array_equal(logits, kept)
 
 
@@ -129,9 +154,32 @@ def test_a_choice_is_penalties_then_filters_then_the_number():
     assert draw(logits, how) == token_at(final(adjust(logits, how), params), how.uniforms[0])
 
 
-def test_a_history_counts_the_generated_and_only_knows_the_prompt():
-    history = History([5, 6, 5])
-    for token_id in [6, 9, *range(100, 300), 9]:
-        history.add(token_id)
-    counts = dict(zip(history.seen.tolist(), history.counts.tolist(), strict=True))
-    assert counts == {5: 0, 6: 1, 9: 2} | dict.fromkeys(range(100, 300), 1)
+def test_a_text_counts_the_generated_and_only_knows_the_prompt():
+    text = Text([5, 6, 5])
+    generated = [6, 9, *range(100, 280), 9]
+    for token_id in generated:
+        text.add(token_id)
+    assert text.ids.tolist() == [5, 6, 5, *generated]
+    logits = np.zeros(VOCAB, np.float32)
+    params = SamplingParams(repetition_penalty=2.0, presence_penalty=1.0, frequency_penalty=0.5)
+    changed = adjust(logits + 8, Draw(params, text=text.ids, num_prompt=3))
+    expected = {5: 4.0, 6: 2.5, 9: 2.0} | dict.fromkeys(range(100, 280), 2.5)
+    assert changed.tolist() == [expected.get(token_id, 8.0) for token_id in range(VOCAB)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_told_ahead_is_told_again_once_the_token_before_it_is_known(seed):
+    """All but that token, which is the last of its text."""
+    rng = random.Random(seed)
+    params = replace(random_params(rng), min_tokens=5)
+    sampler = Sampler(params, (1, 2), masks=masks_of(params, {3}), vocab_size=VOCAB)
+    for _ in range(9):
+        sampler.next_draw()
+        ahead = sampler.next_draw(1)
+        token_id = rng.randrange(VOCAB)
+        sampler.took(token_id)
+        then = sampler.next_draw()
+        text = [*ahead.text[:-1].tolist(), token_id] if params.has_penalties else []
+        assert then.text.tolist() == text
+        for field in ("params", "uniforms", "num_prompt", "drafted", "allowed"):
+            assert getattr(then, field) == getattr(ahead, field)

@@ -63,14 +63,13 @@ def random_draw(rng, num_rows, vocab_size):
         frequency_penalty=rng.choice([0.0, 0.5]),
         logit_bias={} if rng.random() < 0.5 else {rng.randrange(vocab_size): 3.0},
     )
-    seen = np.array(rng.sample(range(vocab_size), 5), np.uint32)
-    counts = np.array([rng.randrange(3) for _ in range(5)], np.uint32)
+    text = np.array(rng.choices(range(vocab_size), k=7), np.uint32)
     allowed = b""
     if rng.random() < 0.5:
         allowed = rng.randbytes(num_rows * -(-vocab_size // 8))
     uniforms = tuple(rng.random() for _ in range(num_rows))
     drafted = tuple(rng.randrange(vocab_size) for _ in range(num_rows - 1))
-    return Draw(params, uniforms, seen, counts, drafted, allowed)
+    return Draw(params, uniforms, text, rng.randrange(8), drafted, allowed)
 
 
 def random_want(rng, num_tokens):
