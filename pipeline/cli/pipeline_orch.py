@@ -3,6 +3,7 @@
 import typer
 
 from pipeline.cli import attest, preparation, session_command, stego
+from pipeline.cli.chat_flags import ChatFlags
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.generate import generate
 from pipeline.cli.generate_flags import GenerateFlags
@@ -59,6 +60,24 @@ def serve_command(flags: ServeFlags, shared: PipelineFlags) -> None:
 
     configure_logging(verbose=flags.verbose, log_format=shared.log_format)
     serve(flags, shared)
+
+
+@app.command("chat")
+@takes_flags(flags=ChatFlags, shared=PipelineFlags)
+def chat_command(flags: ChatFlags, shared: PipelineFlags) -> None:
+    """Talk with the model of a manifest in the terminal.
+
+    Answers stream; Ctrl-C stops the one that comes, Ctrl-D ends the conversation, arrows bring
+    earlier lines back. What is said is kept in memory alone. Lines may come from a pipe, too.
+
+    \b
+        pipeline-orch chat --manifest manifests/smollm2_2stage.json \\
+                           --model-dir models/smollm2 --supervise --dev
+    """
+    from pipeline.cli.chat import chat
+
+    configure_logging(verbose=flags.verbose, quiet=True, log_format=shared.log_format)
+    chat(flags, shared)
 
 
 @app.command("top")
