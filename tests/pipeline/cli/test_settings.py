@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from pipeline.cli import pipeline_orch, stage_worker
+from pipeline.cli.chat_flags import ChatFlags
 from pipeline.cli.generate_flags import GenerateFlags
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.serve_flags import ServeFlags
@@ -141,7 +142,7 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 # What is said where it is done: what gives up a protection, and what is of one run alone.
 BY_HAND = {
     "--allow-dial", "--dev", "--help", "--in", "--message", "--out", "--prompt", "--prompt-file",
-    "--stats-out", "--stop", "--text", "--text-file", "--until-stdin-ends",
+    "--stats-out", "--stop", "--system", "--text", "--text-file", "--until-stdin-ends",
     "--weights-fd",
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.
@@ -177,8 +178,8 @@ def test_every_option_of_every_command_has_its_variable_or_is_said_by_hand():
 
 
 ROLES = [
-    GenerateFlags, PipelineFlags, ServeFlags, TopFlags, WorkerFlags, EncodeFlags, DecodeFlags,
-    KeygenFlags,
+    ChatFlags, GenerateFlags, PipelineFlags, ServeFlags, TopFlags, WorkerFlags, EncodeFlags,
+    DecodeFlags, KeygenFlags,
 ]  # fmt: skip
 NEEDED = {"manifest": "m", "model_dir": "d", "tokenizer": "t", "text": "x", "prompt": "x",
           "out": "o", "stage_idx": "0"}  # fmt: skip
