@@ -16,7 +16,7 @@ export const mode = () => fields.mode.value;
 export function wish(model, messages, text) {
   const body = { model, stream: true, stream_options: { include_usage: true } };
   for (const name of NUMBERS) if (fields[name].value !== "") body[name] = Number(fields[name].value);
-  const stop = fields.stop.value.split("\n").filter(Boolean);
+  const stop = fields.stop_strings.value.split("\n").filter(Boolean);
   if (stop.length) body.stop = stop;
   if (text !== null) {
     // The API's own default is sixteen tokens.

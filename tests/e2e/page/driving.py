@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,9 +22,22 @@ STORY = "Tell me a story about a lighthouse keeper and her dog."
 ANSWER = "article[data-role=assistant]:last-of-type"
 
 
+def until(page, expression, seconds=60):
+    """As Playwright's wait_for_function, whose way of asking the page's policy forbids."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, expression
+        page.wait_for_timeout(50)
+
+
+def said(page, num_chars):
+    """Wait until so much of the answer is there."""
+    until(page, f"document.querySelector('{ANSWER} .said')?.textContent.length > {num_chars}")
+
+
 def ready(page):
     page.wait_for_selector("#state[data-state=ready]")
-    page.wait_for_selector("#flow .card[data-stage]")
+    page.wait_for_selector("#flow .card[data-stage]", state="attached")
     return page
 
 

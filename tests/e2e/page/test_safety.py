@@ -3,7 +3,7 @@
 import pytest
 
 from tests.e2e.conftest import new_cluster
-from tests.e2e.page.driving import ANSWER, IN_BROWSER, answered, ready, say, shoot
+from tests.e2e.page.driving import ANSWER, IN_BROWSER, answered, ready, say, shoot, until
 
 pytestmark = IN_BROWSER
 
@@ -91,9 +91,7 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(visit, guarded):
     shoot(page, "key")
     page.keyboard.type("sk-wrong")
     page.keyboard.press("Enter")
-    page.wait_for_function(
-        "document.getElementById('key-problem').textContent.includes('Incorrect API key')"
-    )
+    until(page, "document.getElementById('key-problem').textContent.includes('Incorrect API key')")
     page.fill("#key", "sk-right")
     page.keyboard.press("Enter")
     ready(page)

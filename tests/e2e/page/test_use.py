@@ -7,7 +7,17 @@ import time
 
 import pytest
 
-from tests.e2e.page.driving import ANSWER, IN_BROWSER, STORY, answered, ready, say, shoot
+from tests.e2e.page.driving import (
+    ANSWER,
+    IN_BROWSER,
+    STORY,
+    answered,
+    ready,
+    said,
+    say,
+    shoot,
+    until,
+)
 
 pytestmark = IN_BROWSER
 PHONE = {"width": 390, "height": 844}
@@ -48,7 +58,7 @@ WORST_CONTRAST = """() => {
 def test_a_chat_streams_and_goes_on_from_what_was_said(visit, server):
     page = ready(visit(server))
     say(page, STORY, max_tokens=60, temperature=0)
-    page.wait_for_function(f"document.querySelector('{ANSWER} .said').textContent.length > 20")
+    said(page, 20)
     early = page.inner_text(f"{ANSWER} .said")
     text = answered(page)
     assert len(text) > len(early)
@@ -70,7 +80,7 @@ def test_options_are_sent_as_they_are_set(visit, server):
     asked = []
     page.on("request", lambda request: asked.append((request.url, request.post_data_json)))
     fields = {"system": "Be brief.", "top_p": 0.9, "top_k": 40, "seed": 7, "max_tokens": 4}
-    say(page, "Hi", **fields, stop="END\nSTOP")
+    say(page, "Hi", **fields, stop_strings="END\nSTOP")
     answered(page)
     ((url, body),) = [each for each in asked if each[1]]
     assert url.endswith("/v1/chat/completions")
@@ -96,7 +106,7 @@ def test_options_are_sent_as_they_are_set(visit, server):
 def test_a_stopped_answer_stops_in_the_stages_too(visit, server):
     page = ready(visit(server))
     say(page, STORY, temperature=0)
-    page.wait_for_function(f"document.querySelector('{ANSWER} .said').textContent.length > 40")
+    said(page, 40)
     assert server.num_running() == 1
     page.click("#stop")
     text = answered(page)
@@ -112,7 +122,7 @@ def test_an_answer_goes_on_when_a_stage_is_killed_in_mid_sentence(visit, server)
     undisturbed = answered(page)
     page.click("#new-chat")
     say(page, STORY)
-    page.wait_for_function(f"document.querySelector('{ANSWER} .said').textContent.length > 200")
+    said(page, 200)
     os.kill(server.workers()[1], signal.SIGKILL)
     page.wait_for_selector("#events [data-kind=failover]")
     event = page.inner_text("#events [data-kind=failover]")
@@ -126,8 +136,8 @@ def test_an_answer_goes_on_when_a_stage_is_killed_in_mid_sentence(visit, server)
 def test_the_picture_shows_what_the_server_tells(visit, server):
     page = ready(visit(server))
     say(page, STORY, max_tokens=100)
-    page.wait_for_function("Number(document.getElementById('rate').textContent) > 0")
-    page.wait_for_function("/[\\d.]+ ms/.test(document.querySelector('.split .value').textContent)")
+    until(page, "Number(document.getElementById('rate').textContent) > 0")
+    until(page, "/[\\d.]+ ms/.test(document.querySelector('.split .value').textContent)")
     shoot(page, "desktop")
     told = server.pipeline()
     for stage in told["stages"]:
@@ -153,7 +163,7 @@ def test_a_phone_shows_one_thing_at_a_time_and_nothing_is_cut_off(visit, server)
     page = ready(visit(server, viewport=PHONE, has_touch=True, color_scheme="dark"))
     page.fill("#prompt", STORY)
     page.tap("#send")
-    page.wait_for_function(f"document.querySelector('{ANSWER} .said').textContent.length > 100")
+    said(page, 100)
     shoot(page, "phone-chat")
     page.tap("#stop")
     assert not page.is_visible("#pipeline")
@@ -161,10 +171,10 @@ def test_a_phone_shows_one_thing_at_a_time_and_nothing_is_cut_off(visit, server)
     assert page.is_visible("#pipeline")
     assert not page.is_visible("#chat")
     shoot(page, "phone-pipeline")
-    for width in (320, 390, 800):
+    for width in (320, 390, 1000):
         page.set_viewport_size({"width": width, "height": 700})
         for view in ("chat", "pipeline"):
-            if width < 800:
+            if width < 1000:
                 page.tap(f"button.tab[data-view={view}]")
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate("document.documentElement.scrollHeight") <= 700
@@ -201,7 +211,7 @@ def test_a_keyboard_is_enough(visit, server):
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("to a hundred.")
     page.keyboard.press("Enter")
-    page.wait_for_function(f"document.querySelector('{ANSWER} .said').textContent.length > 20")
+    said(page, 20)
     assert page.inner_text("article[data-role=user] .said") == "Count\nto a hundred."
     page.keyboard.press("Escape")
     answered(page)
