@@ -4,6 +4,7 @@
 // which logs and histories keep, nor in localStorage or a cookie, which outlive the tab.
 
 const KEY = "veilpipe-key";
+const CUT = "The connection ended before the answer did.";
 
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? "",
@@ -38,12 +39,14 @@ export async function ask(path, { body, signal } = {}) {
       redirect: "error", // whoever it leads to would get the key
     });
   } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ServerError(0, "The server cannot be reached.");
+    throw lost(error, "The server cannot be reached.");
   }
   if (response.ok) return response;
   throw new ServerError(response.status, await reason(response));
 }
+
+// What fetch fails with: our own wish to stop, or else the network.
+const lost = (error, message) => (error.name === "AbortError" ? error : new ServerError(0, message));
 
 async function reason(response) {
   try {
@@ -58,8 +61,8 @@ export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new ServerError(0, "The connection ended before the answer did.");
+    const { value, done } = await reader.read().catch((error) => Promise.reject(lost(error, CUT)));
+    if (done) throw new ServerError(0, CUT);
     held += value;
     const whole = held.split("\n\n");
     held = whole.pop();

@@ -62,7 +62,9 @@ export class Chat {
     find("welcome").hidden = true;
     const isText = mode() === "text";
     if (isText) this._messages = []; // what follows a text is no conversation
+    if (this._messages.at(-1)?.role === "user") this._messages.pop(); // nothing came of it
     this._messages.push({ role: "user", content: text });
+    for (const each of log.querySelectorAll(".again")) each.remove(); // only the last can be had anew
     log.append(bubble("user", isText ? "Text" : "You", element("div", { className: "said" }, text)));
     await this._answer(isText ? text : null);
   }
@@ -218,7 +220,7 @@ class Turn {
   }
 
   _tools() {
-    const again = element("button", { type: "button" }, "Try again");
+    const again = element("button", { type: "button", className: "again" }, "Try again");
     again.addEventListener("click", () => this._onAgain(this));
     const copy = element("button", { type: "button" }, "Copy");
     copy.addEventListener("click", async () => {

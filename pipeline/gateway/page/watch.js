@@ -28,17 +28,17 @@ export class Watch {
     clearTimeout(this._timer);
     if (document.hidden) return;
     const round = (this._round = {});
+    let view = null;
+    let problem = null;
     try {
-      const view = await (await ask("pipeline")).json();
-      if (round !== this._round) return;
-      this._show(view, performance.now() / 1000);
+      view = await (await ask("pipeline")).json();
     } catch (error) {
-      if (round !== this._round) return;
-      this._miss(error);
-      if (error.wantsKey) return; // it looks again once there is one
+      problem = error;
     }
-    clearTimeout(this._timer);
-    this._timer = setTimeout(() => this.look(), PERIOD);
+    if (round !== this._round) return; // somebody has looked since
+    if (!problem?.wantsKey) this._timer = setTimeout(() => this.look(), PERIOD); // else once there is one
+    if (view) this._show(view, performance.now() / 1000);
+    else this._miss(problem);
   }
 
   _show(view, now) {
