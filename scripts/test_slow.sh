@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The suites that take minutes: full parity with transformers, a million-input fuzz of every decoder,
-# enclave images under QEMU. Usage: test_slow.sh [parity] [fuzz] [enclave]   (default: all)
+# enclave images under QEMU, the page in a browser. Usage: test_slow.sh [parity] [fuzz] [enclave] [page]
+# (default: all)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
-[ $# -gt 0 ] || set -- parity fuzz enclave
+[ $# -gt 0 ] || set -- parity fuzz enclave page
 for suite in "$@"; do
   echo "test_slow: $suite" >&2
   case $suite in
@@ -16,6 +17,7 @@ for suite in "$@"; do
       "$python" scripts/fuzz_attestation.py --runs "${FUZZ_RUNS:-1000000}"
       "$python" scripts/fuzz_pipeline.py --runs "${FUZZ_RUNS:-1000000}" ;;
     enclave) bash scripts/test_enclave.sh ;;
-    *) echo "test_slow: error: no suite '$suite'; choose parity, fuzz, enclave" >&2; exit 2 ;;
+    page) bash scripts/test_page.sh ;;
+    *) echo "test_slow: error: no suite '$suite'; choose parity, fuzz, enclave, page" >&2; exit 2 ;;
   esac
 done

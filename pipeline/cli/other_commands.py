@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import attest, models, preparation, session_command, stego
+from pipeline.cli.chat_flags import ChatFlags
 from pipeline.cli.cluster_flags import JoinFlags, PartsFlags, PushFlags
 from pipeline.cli.leakage import leakage_command
 from pipeline.cli.logs import configure_logging
@@ -25,6 +26,7 @@ def add_commands(app: typer.Typer) -> None:
     for name, command in preparation.COMMANDS.items():
         app.command(name)(command)
     app.command("serve")(serve_command)
+    app.command("chat")(chat_command)
     app.command("join")(join_command)
     app.command("push")(push_command)
     app.command("parts")(parts_command)
@@ -89,6 +91,23 @@ def parts_command(flags: PartsFlags) -> None:
 
     configure_logging(verbose=flags.verbose)
     list_parts(flags)
+
+
+@takes_flags(flags=ChatFlags, shared=PipelineFlags)
+def chat_command(flags: ChatFlags, shared: PipelineFlags) -> None:
+    """Talk with the model of a manifest in the terminal.
+
+    Answers stream; Ctrl-C stops the one that comes, Ctrl-D ends the conversation, arrows bring
+    earlier lines back. What is said is kept in memory alone. Lines may come from a pipe, too.
+
+    \b
+        pipeline-orch chat --manifest manifests/smollm2_2stage.json \\
+                           --model-dir models/smollm2 --supervise --dev
+    """
+    from pipeline.cli.chat import chat
+
+    configure_logging(verbose=flags.verbose, quiet=True, log_format=shared.log_format)
+    chat(flags, shared)
 
 
 @takes_flags(flags=TopFlags)

@@ -15,8 +15,8 @@ from pipeline.cli.settings import takes_flags
 app = new_app()
 # What `other_commands` adds. They are imported where one is named, or all are to be listed.
 OTHERS = (
-    "attest", "leakage", "models", "pull", "session", "stego", "plan", "shard", "keygen", "serve", "join", "push",
-    "parts", "top",
+    "attest", "chat", "join", "keygen", "leakage", "models", "parts", "plan", "pull", "push",
+    "serve", "session", "shard", "stego", "top",
 )  # fmt: skip
 
 

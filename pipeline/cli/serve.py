@@ -31,6 +31,7 @@ from pipeline.files import is_file
 from pipeline.gateway.auth import load_api_keys
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.desk import Desk
+from pipeline.gateway.http.page import page_routes
 from pipeline.gateway.http.server import listen
 from pipeline.gateway.http.server import serve as serve_http
 from pipeline.gateway.http.stego import stego_routes
@@ -119,6 +120,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
                     readiness=service.readiness,
                     # Noise is another whenever a text is computed: nothing could be read from one.
                     more=stego_routes(desk, lambda: stego) if manifest.dp is None else (),
+                    page=() if flags.no_page else page_routes(),
                 )
             )
             try:

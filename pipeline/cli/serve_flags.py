@@ -72,6 +72,7 @@ class ServeFlags(Settings):
     grace: Annotated[
         Finite, Field(ge=0), Flag("SECONDS", "For running requests after SIGTERM.")
     ] = 30.0
+    no_page: Annotated[bool, Flag(None, "Show browsers no page at /.")] = False
     exit_on_loss: Annotated[bool, Flag(None, "End when a stage stays away.")] = False
     verbose: VerboseFlag = False
 

@@ -38,12 +38,13 @@ def build_app(
     overview: Overview | None = None,
     readiness: Callable[[], Readiness] = lambda: READY,
     more: Sequence[Route] = (),
+    page: Sequence[Route] = (),
 ) -> Starlette:
     """The ASGI application; must run under trio, behind a server that drops idle connections.
 
     `registry` is what /metrics shows; the door's own `metrics` are added to it, unless given.
     /pipeline shows `overview`, if there is one. `more`: endpoints of others, each of which finds
-    the body in its request's exchange.
+    the body in its request's exchange. `page`: what anybody may read.
     """
     metrics = metrics or HttpMetrics(registry)
     door = Door(desk, registry, readiness)
@@ -60,9 +61,16 @@ def build_app(
             Route("/v1/chat/completions", door.chat, methods=["POST"]),
             Route("/v1/completions", door.completions, methods=["POST"]),
             *more,
+            *page,
         ],
         middleware=[
-            Middleware(Edge, desk=desk, metrics=metrics, more=frozenset(r.path for r in more))
+            Middleware(
+                Edge,
+                desk=desk,
+                metrics=metrics,
+                more=frozenset(route.path for route in more),
+                page=frozenset(route.path for route in page),
+            )
         ],
         exception_handlers={HTTPException: _refuse_route},
     )

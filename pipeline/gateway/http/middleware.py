@@ -34,10 +34,12 @@ class Edge:
         desk: Desk,
         metrics: HttpMetrics,
         more: frozenset[str] = frozenset(),
+        page: frozenset[str] = frozenset(),
     ) -> None:
-        """`more`: further paths that read what is sent to them."""
+        """`more`: further paths that read what is sent to them; `page`: what anybody may read."""
         self._app = app
         self._body_paths = _BODY_PATHS | more
+        self._page_paths = page
         self._desk = desk
         self._limits = desk.config.limits
         self._access = Access(desk.keys)
@@ -69,6 +71,8 @@ class Edge:
         """A label from a small set: clients choose paths, and metrics keep every label for ever."""
         if path.startswith("/v1/models/"):
             return "/v1/models/{id}"
+        if path in self._page_paths:
+            return "/"
         return path if path in _ROUTES | self._body_paths else "other"
 
     async def _serve(self, scope: Scope, exchange: Exchange) -> None:
@@ -90,7 +94,7 @@ class Edge:
             nursery.cancel_scope.cancel()
 
     def _admit(self, scope: Scope, exchange: Exchange) -> None:
-        if scope["path"] in OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS | self._page_paths:
             return
         exchange.caller = self._access.check(_headers(scope))
         if scope["path"] not in WATCH_PATHS:

@@ -47,12 +47,14 @@ async def serve(
     overview: Overview | None = None,
     readiness: Callable[[], Readiness] = lambda: READY,
     more: Sequence[Route] = (),
+    page: Sequence[Route] = (),
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled; reports the base URL once it listens.
 
     `registry` and `overview` are shown by /metrics, the latter by /pipeline as well; `listeners`
-    are those of `listen`, if that has been done; `more` are endpoints as `build_app` takes them.
+    are those of `listen`, if that has been done; `more` and `page` are endpoints as `build_app`
+    takes them.
 
     Raises InputError if the address cannot be had, or is open to others and no key is set.
     """
@@ -70,7 +72,13 @@ async def serve(
     if overview is not None:
         registry.register(overview)
     app = build_app(
-        desk, registry, metrics=metrics, overview=overview, readiness=readiness, more=more
+        desk,
+        registry,
+        metrics=metrics,
+        overview=overview,
+        readiness=readiness,
+        more=more,
+        page=page,
     )
     server = _Server(ASGIWrapper(cast(ASGIFramework, app)), config, metrics)
     logger.info("event=gateway_started url=%s keys=%d", url, len(config.api_keys))

@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from pipeline.cli import machine, pipeline_orch, stage_worker
+from pipeline.cli.chat_flags import ChatFlags
 from pipeline.cli.cluster_flags import JoinFlags, PartsFlags, PushFlags
 from pipeline.cli.generate_flags import GenerateFlags
 from pipeline.cli.machine_flags import MachineFlags, OfferFlags
@@ -143,7 +144,7 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 # What is said where it is done: what gives up a protection, and what is of one run alone.
 BY_HAND = {
     "--allow-dial", "--dev", "--help", "--in", "--message", "--out", "--prompt", "--prompt-file",
-    "--remove", "--remove-unused", "--stats-out", "--stop", "--text", "--text-file",
+    "--remove", "--remove-unused", "--stats-out", "--stop", "--system", "--text", "--text-file",
     "--supervised", "--weights-fd", "--yes",
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.
@@ -179,8 +180,8 @@ def test_every_option_of_every_command_has_its_variable_or_is_said_by_hand():
 
 
 ROLES = [
-    GenerateFlags, PipelineFlags, ServeFlags, TopFlags, WorkerFlags, EncodeFlags, DecodeFlags,
-    KeygenFlags, MachineFlags, OfferFlags, JoinFlags, PushFlags, PartsFlags,
+    ChatFlags, GenerateFlags, PipelineFlags, ServeFlags, TopFlags, WorkerFlags, EncodeFlags,
+    DecodeFlags, KeygenFlags, MachineFlags, OfferFlags, JoinFlags, PushFlags, PartsFlags,
 ]  # fmt: skip
 NEEDED = {"manifest": "m", "model_dir": "d", "tokenizer": "t", "text": "x", "prompt": "x",
           "out": "o", "stage_idx": "0"}  # fmt: skip

@@ -194,7 +194,9 @@ def start_gateway(make_desk, tokenizer):
     """A context manager: a gateway with these limits and keys before `engine`."""
 
     @asynccontextmanager
-    async def start(engine=None, *, readiness=lambda: READY, overview=None, stego=None, **options):
+    async def start(
+        engine=None, *, readiness=lambda: READY, overview=None, stego=None, page=(), **options
+    ):
         logging.getLogger("pipeline.gateway").setLevel(logging.INFO)
         engine = engine or FakeEngine(tokenizer)
         registry = CollectorRegistry()
@@ -205,7 +207,7 @@ def start_gateway(make_desk, tokenizer):
         async def run(task_status):
             await serve(
                 desk, registry, readiness=readiness, overview=overview, more=more,
-                task_status=task_status,
+                page=page, task_status=task_status,
             )  # fmt: skip
 
         async with trio.open_nursery() as nursery:
