@@ -26,9 +26,7 @@ def test_stages_that_load_and_those_that_cannot_are_told_of_and_served_once_they
     weights = cluster.model_dir / WEIGHTS
     widen(weights, 64 << 20)
     cluster.plan(2)
-    server = cluster.begin_to_serve(
-        "--supervise", "--kernels", "torch", "--connect-timeout", "2", "--log-format", "json"
-    )
+    server = cluster.begin_to_serve("--supervise", "--connect-timeout", "2", "--log-format", "json")
     expect_progress(server, weights.stat().st_size)
     expected = server.text("Hello", 8)
     kept = shutil.copy(cluster.manifest, cluster.directory / "kept")
@@ -39,7 +37,7 @@ def test_stages_that_load_and_those_that_cannot_are_told_of_and_served_once_they
     server.wait_for(lambda: server.get("/health").json()["status"] == "away")
     expect_problem(server)
     shutil.copy(kept, cluster.manifest)
-    server.wait_for(server.is_ready, 30)
+    server.wait_for(server.is_ready)
     assert server.text("Hello", 8) == expected
 
 
