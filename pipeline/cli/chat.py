@@ -28,7 +28,7 @@ from pipeline.cli.pipeline_access import (
 )
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.privacy_bound import privacy_budget, tell_prompt
-from pipeline.cli.shard_directories import client_dir
+from pipeline.cli.shard_directories import client_dir, model_or_parts
 from pipeline.cli.terminal import write_text
 from pipeline.codecs.privacy_budget import PrivacyBudget
 from pipeline.engine.engine import PipelineEngine
@@ -216,7 +216,7 @@ def chat(flags: ChatFlags, shared: PipelineFlags) -> None:
     if sys.stdin is None:
         raise InputError("stdin is closed, so there is nobody to talk to")
     manifest = load_manifest(flags.manifest)
-    home = client_dir(flags.model_dir)
+    home = client_dir(model_or_parts(flags.model_dir, flags.manifest, "--model-dir"))
     tokenizer = GatewayTokenizer(home / "tokenizer.json")
     longest = longest_text(flags.context, manifest, shared.tide_window)
     room = flags.context or longest
