@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pipeline.cli.compute_options import DTypeFlag
+from pipeline.cli.model_directory import ModelDir
 from pipeline.cli.settings import Address, Flag, Settings
 from pipeline.cli.shared_options import ManifestFlag, VerboseFlag
 from pipeline.errors import InputError
@@ -15,7 +16,9 @@ DEFAULT_OUTPUT = Path("cluster.json")
 class JoinFlags(Settings):
     """What is split over which machines, and where that is written."""
 
-    model_dir: Annotated[Path, Flag("DIR", "config.json, weights and tokenizer of the model.")]
+    model_dir: Annotated[
+        ModelDir, Flag("DIR|NAME", "config.json, weights and tokenizer of the model.")
+    ]
     output: Annotated[
         Path, Flag("FILE", "The manifest; one that is there is added to.", ("--output", "-o"))
     ] = DEFAULT_OUTPUT
@@ -40,7 +43,8 @@ class PushFlags(Settings):
 
     manifest: ManifestFlag = DEFAULT_OUTPUT
     model_dir: Annotated[
-        Path | None, Flag("DIR", "To cut from what is no longer there [beside the manifest].")
+        ModelDir | None,
+        Flag("DIR|NAME", "To cut from what is no longer there [beside the manifest]."),
     ] = None
     verbose: VerboseFlag = False
 
