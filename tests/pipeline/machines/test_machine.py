@@ -265,6 +265,42 @@ async def test_two_homes_take_turns(rig, tiny_model):
         assert machine.served is None
 
 
+async def test_the_home_of_a_session_may_end_it(rig, tiny_model):
+    async with machines(rig, "a") as (machine,):
+        cluster = written(rig, tiny_model, [machine])
+        await deliver(rig.home, cluster.deliveries, quietly, quietly)
+        trust = UserTrust.create(cluster.manifest, rig.directory / "home" / ORCHESTRATOR_KEY)
+        options = PipelineOptions(
+            Limits(1, 64), connect_seconds=10, data_out_listen=cluster.results
+        )
+
+        async def retire_while_it_runs():
+            async with open_pipeline(cluster.manifest, trust, options, quietly):
+                assert machine.is_busy()
+                async with visiting(machine.address, rig.home) as visit:
+                    await visit.retire()
+                assert machine.served is None
+                await trio.sleep_forever()
+
+        with pytest.raises(SessionError, match="stage 0"), trio.fail_after(20):
+            await retire_while_it_runs()
+        await deliver(rig.home, cluster.deliveries, quietly, quietly)
+        assert await generate(rig, cluster) == reference(tiny_model)
+
+
+async def test_a_defect_in_a_visit_costs_no_machine(rig, monkeypatch):
+    def fail(_):
+        raise RuntimeError("secret detail")
+
+    async with rig.machine("a") as machine:
+        monkeypatch.setattr(machine.store, "parts", lambda: fail(0))
+        async with visiting(machine.address, rig.home) as visit:
+            with pytest.raises(SessionError, match=r"internal error \(RuntimeError\)") as caught:
+                await visit.parts()
+            assert "secret" not in str(caught.value)
+            assert (await visit.describe(16)).cores == 1
+
+
 async def test_a_survey_tells_what_machines_have_and_how_far_they_are(rig, monkeypatch):
     monkeypatch.setattr("pipeline.machines.visits.measure", partial(measure, seconds=0.05))
     async with machines(rig, "a", "b") as both:
