@@ -12,7 +12,7 @@ from transport.errors import MisuseError
 from transport.private_files import read_private
 
 FILE = "homes"
-_HEADER = "# Orchestrators that this machine obeys, a key a line; remove a line to forget one.\n"
+_HEADER = "# Orchestrators that this machine obeys, a key a line; to forget one, remove its line and\n# start `stage-worker` again.\n"
 
 
 class KnownHomes:

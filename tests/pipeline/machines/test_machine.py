@@ -82,16 +82,16 @@ async def generate(rig, cluster, own=None):
     return tokens
 
 
-def reference(tiny_model):
+def reference(tiny_model, prompt=PROMPT):
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     output = model.generate(
-        torch.tensor([PROMPT]), attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long),
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0,
     )  # fmt: skip
-    return output[0, len(PROMPT) :].tolist()
+    return output[0, len(prompt) :].tolist()
 
 
 @asynccontextmanager
