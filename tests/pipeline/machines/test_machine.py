@@ -25,6 +25,7 @@ from pipeline.engine.limits import Limits
 from pipeline.errors import InputError, SessionError
 from pipeline.machines import visitor
 from pipeline.machines.delivery import deliver, deliveries, machines_of
+from pipeline.machines.machine import Machine
 from pipeline.machines.measure import measure
 from pipeline.machines.survey import HOME, survey
 from pipeline.machines.visitor import visiting
@@ -263,6 +264,40 @@ async def test_two_homes_take_turns(rig, tiny_model):
         async with visiting(machine.address, other) as visit:
             await visit.retire()
         assert machine.served is None
+
+
+async def test_an_orchestrator_waits_for_a_machine_that_is_loading(rig, tiny_model, monkeypatch):
+    async with machines(rig, "a") as (machine,):
+        cluster = written(rig, tiny_model, [machine])
+        await deliver(rig.home, cluster.deliveries, quietly, quietly)
+        expected = await generate(rig, cluster)
+    genuine, is_let = Machine.resume, trio.Event()
+
+    async def resume(machine):
+        await is_let.wait()
+        await genuine(machine)
+
+    monkeypatch.setattr(Machine, "resume", resume)
+    async with machines(rig, "a") as (again,), trio.open_nursery() as nursery:
+        raw = json.loads(cluster.path.read_text())
+        raw["stages"][0]["endpoint"] |= {
+            "control": tcp(again.address.endpoint), "data_in": tcp(again.data_in.endpoint),
+        }  # fmt: skip
+        cluster.manifest = parse_manifest(json.dumps(raw))
+        found = []
+
+        async def ask():
+            found.append(await generate(rig, cluster))
+
+        nursery.start_soon(ask)
+        await trio.sleep(0.5)
+        with pytest.raises(SessionError, match="may be loading"):
+            async with visiting(again.address, rig.home):
+                pass
+        is_let.set()
+        with trio.fail_after(20):
+            await until(lambda: found)
+    assert found == [expected]
 
 
 async def test_the_home_of_a_session_may_end_it(rig, tiny_model):
