@@ -381,3 +381,14 @@ async def test_a_machine_that_knows_nobody_answers_nobody(rig):
         with pytest.raises(SessionError, match="SOMEBODY ELSE MAY BE ANSWERING"):
             async with visiting(machine.address, rig.home):
                 pass
+
+
+async def test_a_list_of_more_parts_than_a_message_holds_shows_some(rig):
+    async with rig.machine("a") as machine:
+        for number in range(500):
+            machine.store.path(f"{number:064x}").write_bytes(b"x")
+        async with visiting(machine.address, rig.home) as visit:
+            parts = await visit.parts()
+            assert len(parts) == 400
+            await visit.remove([part.digest for part in parts])
+            assert len(await visit.parts()) == 100
