@@ -140,8 +140,8 @@ def _open_offer(machine: Machine, flags: OfferFlags, address: TcpEndpoint) -> Of
         return answer.strip().lower() in YES
 
     offer = Offer(machine.own, line, machine.software, ask, machine.let_in)
-    tell("stage-worker", f"within ten minutes, at home: pipeline-orch join {line} --model-dir DIR")
-    print(line, flush=True)
+    tell("stage-worker", "within ten minutes, at home: pipeline-orch join LINE --model-dir DIR")
+    print(line, flush=True)  # and nowhere else: what goes to stderr may be kept in a log
     if flags.qr:
         _show_qr(str(line))
     return offer

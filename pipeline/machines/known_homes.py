@@ -12,7 +12,10 @@ from transport.errors import MisuseError
 from transport.private_files import read_private
 
 FILE = "homes"
-_HEADER = "# Orchestrators that this machine obeys, a key a line; remove a line to forget one.\n"
+_HEADER = (
+    "# Orchestrators that this machine obeys, a key a line.\n"
+    "# To forget one, remove its line and start `stage-worker serve` again.\n"
+)
 
 
 class KnownHomes:

@@ -7,7 +7,8 @@ from pydantic import Field, TypeAdapter
 from pipeline.agreement.manifest import MAX_STAGES
 from pipeline.protocol.messages import Address, Count, StrictMessage, decode_as
 
-MAX_PARTS = 4096
+# A list of so many fits a control message; of more, the rest is seen when some are removed.
+MAX_PARTS = 400
 # A part's bytes travel in pieces of this size.
 PIECE_BYTES = 1 << 20
 # So much is sent before the machine is heard again: a refusal is heard that soon.

@@ -38,5 +38,16 @@ async def receive_all(machine: Machine, listener: Listener, offer: Offer | None)
             offer.note_refusal(error)
 
     async with open_tasks() as tasks:
-        tasks.start_soon(accept_each, listener, entrances, note)
+        tasks.start_soon(_turn_away, listener)
         await machine.resume()
+        tasks.cancel_scope.cancel()
+    await accept_each(listener, entrances, note)
+
+
+async def _turn_away(listener: Listener) -> None:
+    """Hang up without a word while the stage is loaded.
+
+    To whoever dials that is a peer not up yet, for which it waits. A refusal would be for good.
+    """
+    while True:
+        (await listener.accept()).close()

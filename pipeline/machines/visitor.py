@@ -42,7 +42,7 @@ from pipeline.protocol.messages import StrictMessage
 from pipeline.protocol.peer_connections import HANDSHAKE_SECONDS, close_quietly, describe
 from transport.channel import connect_channel
 from transport.dial_and_listen import TcpEndpoint, dial
-from transport.errors import EndpointError, HandshakeError, TransportError
+from transport.errors import EndpointError, HandshakeError, NoAnswer, TransportError
 from transport.handshake import Credentials, Link
 
 Answer = TypeVar("Answer", bound=StrictMessage)
@@ -214,6 +214,10 @@ async def _connected(
         ) from error
     except HandshakeError as error:
         raise SessionError(refusal) from error
+    except NoAnswer as error:
+        raise SessionError(
+            f"{address} hangs up without a word: it may be loading its stage; try again in a while"
+        ) from error
     except (TransportError, trio.TooSlowError) as error:
         raise SessionError(f"{address}: {describe(error)}") from error
     try:

@@ -11,6 +11,8 @@ import pytest
 
 from tests.e2e.conftest import BIN, Ports, end
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "Hello there"
 WORDS = ("--text", PROMPT, "--max-tokens", "12", "--ignore-eos")
 
@@ -127,7 +129,6 @@ def test_two_machines_are_joined_sent_their_parts_and_compute_what_one_does(own)
     refused(copied, "cannot read key file", code=2)
 
 
-@pytest.mark.slow
 def test_machines_come_back_are_added_and_left_out_and_parts_are_kept_in_order(own):
     lines = [own.start(f"machine{idx}", "offer", "--yes").line for idx in range(2)]
     assert own.join(*lines, "--push").returncode == 0
@@ -158,7 +159,6 @@ def test_machines_come_back_are_added_and_left_out_and_parts_are_kept_in_order(o
     assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.slow
 def test_a_machine_that_was_set_up_anew_is_somebody_else_until_it_is_joined_again(own):
     line = own.start("machine0", "offer", "--yes").line
     assert own.join(line, "--push").returncode == 0
@@ -170,17 +170,3 @@ def test_a_machine_that_was_set_up_anew_is_somebody_else_until_it_is_joined_agai
     refused(push, "its key is not SHA256:", "SOMEBODY ELSE MAY BE ANSWERING")
     assert own.join(again.line, "--push").returncode == 0
     assert own.text().stdout == expected
-
-
-def test_bad_input_is_one_line(own):
-    """What can be wrong before anything is met."""
-    refused(own.join("VP1-ABC"), "mistyped or not whole", code=2)
-    refused(own.join(), "give a line", code=2)
-    for command in ("serve", "offer"):
-        words = [BIN / "stage-worker", command]
-        found = subprocess.run(
-            words, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
-            env=own.environment("machine9"), timeout=60,
-        )  # fmt: skip
-        reason = "no home has joined" if command == "serve" else "give --yes"
-        refused(found, reason, code=2)

@@ -25,6 +25,7 @@ from pipeline.engine.limits import Limits
 from pipeline.errors import InputError, SessionError
 from pipeline.machines import visitor
 from pipeline.machines.delivery import deliver, deliveries, machines_of
+from pipeline.machines.machine import Machine
 from pipeline.machines.measure import measure
 from pipeline.machines.survey import HOME, survey
 from pipeline.machines.visitor import visiting
@@ -82,16 +83,16 @@ async def generate(rig, cluster, own=None):
     return tokens
 
 
-def reference(tiny_model):
+def reference(tiny_model, prompt=PROMPT):
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     output = model.generate(
-        torch.tensor([PROMPT]), attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long),
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0,
     )  # fmt: skip
-    return output[0, len(PROMPT) :].tolist()
+    return output[0, len(prompt) :].tolist()
 
 
 @asynccontextmanager
@@ -265,6 +266,76 @@ async def test_two_homes_take_turns(rig, tiny_model):
         assert machine.served is None
 
 
+async def test_an_orchestrator_waits_for_a_machine_that_is_loading(rig, tiny_model, monkeypatch):
+    async with machines(rig, "a") as (machine,):
+        cluster = written(rig, tiny_model, [machine])
+        await deliver(rig.home, cluster.deliveries, quietly, quietly)
+        expected = await generate(rig, cluster)
+    genuine, is_let = Machine.resume, trio.Event()
+
+    async def resume(machine):
+        await is_let.wait()
+        await genuine(machine)
+
+    monkeypatch.setattr(Machine, "resume", resume)
+    async with machines(rig, "a") as (again,), trio.open_nursery() as nursery:
+        raw = json.loads(cluster.path.read_text())
+        raw["stages"][0]["endpoint"] |= {
+            "control": tcp(again.address.endpoint), "data_in": tcp(again.data_in.endpoint),
+        }  # fmt: skip
+        cluster.manifest = parse_manifest(json.dumps(raw))
+        found = []
+
+        async def ask():
+            found.append(await generate(rig, cluster))
+
+        nursery.start_soon(ask)
+        await trio.sleep(0.5)
+        with pytest.raises(SessionError, match="may be loading"):
+            async with visiting(again.address, rig.home):
+                pass
+        is_let.set()
+        with trio.fail_after(20):
+            await until(lambda: found)
+    assert found == [expected]
+
+
+async def test_the_home_of_a_session_may_end_it(rig, tiny_model):
+    async with machines(rig, "a") as (machine,):
+        cluster = written(rig, tiny_model, [machine])
+        await deliver(rig.home, cluster.deliveries, quietly, quietly)
+        trust = UserTrust.create(cluster.manifest, rig.directory / "home" / ORCHESTRATOR_KEY)
+        options = PipelineOptions(
+            Limits(1, 64), connect_seconds=10, data_out_listen=cluster.results
+        )
+
+        async def retire_while_it_runs():
+            async with open_pipeline(cluster.manifest, trust, options, quietly):
+                assert machine.is_busy()
+                async with visiting(machine.address, rig.home) as visit:
+                    await visit.retire()
+                assert machine.served is None
+                await trio.sleep_forever()
+
+        with pytest.raises(SessionError, match="stage 0"), trio.fail_after(20):
+            await retire_while_it_runs()
+        await deliver(rig.home, cluster.deliveries, quietly, quietly)
+        assert await generate(rig, cluster) == reference(tiny_model)
+
+
+async def test_a_defect_in_a_visit_costs_no_machine(rig, monkeypatch):
+    def fail(_):
+        raise RuntimeError("secret detail")
+
+    async with rig.machine("a") as machine:
+        monkeypatch.setattr(machine.store, "parts", lambda: fail(0))
+        async with visiting(machine.address, rig.home) as visit:
+            with pytest.raises(SessionError, match=r"internal error \(RuntimeError\)") as caught:
+                await visit.parts()
+            assert "secret" not in str(caught.value)
+            assert (await visit.describe(16)).cores == 1
+
+
 async def test_a_survey_tells_what_machines_have_and_how_far_they_are(rig, monkeypatch):
     monkeypatch.setattr("pipeline.machines.visits.measure", partial(measure, seconds=0.05))
     async with machines(rig, "a", "b") as both:
@@ -310,3 +381,14 @@ async def test_a_machine_that_knows_nobody_answers_nobody(rig):
         with pytest.raises(SessionError, match="SOMEBODY ELSE MAY BE ANSWERING"):
             async with visiting(machine.address, rig.home):
                 pass
+
+
+async def test_a_list_of_more_parts_than_a_message_holds_shows_some(rig):
+    async with rig.machine("a") as machine:
+        for number in range(500):
+            machine.store.path(f"{number:064x}").write_bytes(b"x")
+        async with visiting(machine.address, rig.home) as visit:
+            parts = await visit.parts()
+            assert len(parts) == 400
+            await visit.remove([part.digest for part in parts])
+            assert len(await visit.parts()) == 100

@@ -1,0 +1,133 @@
+"""Joining, pushing and generating by commands, with machines in a thread of this process."""
+
+import sys
+import threading
+from contextlib import AsyncExitStack
+from functools import partial
+
+import pytest
+import trio
+
+from pipeline.agreement.manifest import load_manifest
+from pipeline.cli import join, pipeline_orch
+from pipeline.engine.tokenizer import Tokenizer
+from pipeline.machines import visits
+from pipeline.machines.measure import measure
+from tests.pipeline.conftest import reserve
+from tests.pipeline.machines.conftest import SOFTWARE, Rig
+from tests.pipeline.machines.test_machine import reference
+
+PROMPT = "Hello there"
+
+
+class Machines:
+    """Machines that run in a thread until this is closed."""
+
+    def __init__(self, directory, names):
+        self.rig = Rig(directory)
+        self.found = {}
+        self._names = names
+        self._is_up = threading.Event()
+        self._thread = threading.Thread(target=trio.run, args=(self._run,))
+
+    async def _run(self):
+        async def yes(_):
+            return True
+
+        self._over = trio.Event()
+        self._token = trio.lowlevel.current_trio_token()
+        async with AsyncExitStack() as stack:
+            for name in self._names:
+                machine = self.rig.machine(name, offers=yes, knows_home=False)
+                self.found[name] = await stack.enter_async_context(machine)
+            self._is_up.set()
+            await self._over.wait()
+
+    def __enter__(self):
+        self._thread.start()
+        assert self._is_up.wait(60)
+        return self
+
+    def __exit__(self, *_):
+        self._token.run_sync_soon(self._over.set)
+        self._thread.join()
+
+    def line(self, name):
+        return str(self.found[name].line)
+
+    def at(self, name):
+        return self.found[name].address.host_port
+
+
+@pytest.fixture
+def home(monkeypatch, capfd, tmp_path, tiny_model):
+    """Runs commands at home: exit code, stdout, stderr's lines."""
+    monkeypatch.setenv("VEILPIPE_STATE_DIR", str(tmp_path / "home"))
+    monkeypatch.setattr(join, "software_version", lambda: SOFTWARE)
+    monkeypatch.setattr(visits, "measure", partial(measure, seconds=0.05))
+    results = str(reserve()).removeprefix("tcp:")
+    manifest = tmp_path / "cluster.json"
+
+    def run(*words):
+        if words[0] == "join":
+            words = (*words, "--model-dir", tiny_model, "-o", manifest, "--home", results)
+        else:
+            words = (*words, "--manifest", manifest)
+        monkeypatch.setattr(sys, "argv", ["pipeline-orch", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            pipeline_orch.main()
+        out, err = capfd.readouterr()
+        return caught.value.code, out, err.splitlines()
+
+    run.manifest = manifest
+    return run
+
+
+def errors(lines):
+    return [line for line in lines if "error:" in line]
+
+
+def test_from_lines_to_text_and_to_another_split(home, tmp_path, tiny_model):
+    tokenizer = Tokenizer(tiny_model / "tokenizer.json")
+    prompt_ids = tokenizer.encode(PROMPT)
+    expected = tokenizer.decode([*prompt_ids, *reference(tiny_model, prompt_ids)]) + "\n"
+    text = ("--text", PROMPT, "--max-tokens", 12, "--ignore-eos")
+    with Machines(tmp_path, ("a", "b", "c")) as machines:
+        code, out, err = home("join", machines.line("a"), machines.line("b"), "--push")
+        assert code == 0, err
+        heads, *rows = out.splitlines()
+        assert heads.split()[:3] == ["stage", "machine", "layers"]
+        assert {row.split()[1] for row in rows} == {machines.at("a"), machines.at("b")}
+        assert home(*text)[:2] == (0, expected)
+        before = load_manifest(home.manifest)
+        assert all(stage.kernels and stage.precision == "float32" for stage in before.stages)
+
+        # Used lines are refused, and change nothing.
+        code, _, err = home("join", machines.line("a"))
+        assert code == 1
+        (error,) = errors(err)
+        assert "has been used already, by SHA256:" in error
+        assert load_manifest(home.manifest) == before
+
+        code, out, err = home("join", machines.line("c"), "--remove", machines.at("a"), "--push")
+        assert code == 0, err
+        assert {row.split()[1] for row in out.splitlines()[1:]} == {
+            machines.at("b"), machines.at("c"),
+        }  # fmt: skip
+        assert machines.found["a"].served is None
+        assert home(*text)[:2] == (0, expected)
+
+        code, out, _ = home("parts")
+        assert code == 0
+        assert out.count(" used") == 6
+        code, out, _ = home("parts", "--remove-unused")
+        assert " unused" not in out
+        code, _, err = home("parts", "--remove", "f" * 64)
+        assert code == 2
+        assert "no part's hash begins with that" in err[-1]
+
+    code, _, err = home("push")
+    assert code == 1
+    (error,) = errors(err)
+    assert "cannot dial" in error
+    assert "NAT" in error
