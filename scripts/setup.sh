@@ -104,3 +104,12 @@ for extra in base "$@"; do
   if [ "$extra" = base ]; then install_base; else install_locked "$extra" || pip_failed; fi
   echo "$want" > "$stamp"
 done
+
+# Where Python may leave no bytecode behind (PYTHONDONTWRITEBYTECODE, another user's checkout), each start of
+# each process would compile all of this again: a fifth of what it takes until a worker loads weights.
+stamp="$venv/.veilpipe-bytecode"
+if [ ! -f "$stamp" ] ||
+   [ -n "$(find "$root/pipeline" "$root/transport" -name '*.py' -newer "$stamp" -print -quit)" ]; then
+  "$venv/bin/python" -I -m compileall -qq "$root/pipeline" "$root/transport" || true
+  touch "$stamp"
+fi

@@ -12,7 +12,6 @@ from pipeline.cli.logs import configure_logging
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.settings import takes_flags
 
-app = new_app()
 # What `other_commands` adds. They are imported where one is named, or all are to be listed.
 OTHERS = (
     "attest", "chat", "join", "keygen", "leakage", "models", "parts", "plan", "pull", "push",
@@ -20,7 +19,6 @@ OTHERS = (
 )  # fmt: skip
 
 
-@app.callback(invoke_without_command=True)
 @takes_flags(flags=GenerateFlags, shared=PipelineFlags)
 def generate_command(ctx: typer.Context, flags: GenerateFlags, shared: PipelineFlags) -> None:
     """Generate text over the stages of a manifest, from the user's machine.
@@ -47,10 +45,17 @@ def may_name_another(arguments: Sequence[str]) -> bool:
     return not begins_with_flag or not {"--help", "-h", *OTHERS}.isdisjoint(arguments)
 
 
-def main() -> None:
-    """Console entry point."""
-    if may_name_another(sys.argv[1:]):
+def command_line(arguments: Sequence[str]) -> typer.Typer:
+    """All commands that these may name."""
+    app = new_app()
+    app.callback(invoke_without_command=True)(generate_command)
+    if may_name_another(arguments):
         from pipeline.cli.other_commands import add_commands
 
         add_commands(app)
-    run_app(app, "pipeline-orch")
+    return app
+
+
+def main() -> None:
+    """Console entry point."""
+    run_app(command_line(sys.argv[1:]), "pipeline-orch")

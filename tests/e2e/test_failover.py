@@ -215,6 +215,24 @@ def test_a_supervised_stage_is_replaced_and_no_other(cluster, serve, number):
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_verified_weights_outlive_a_worker_and_the_file_they_came_from(cluster, serve, precision):
+    cluster.plan(3)
+    server = cluster.serve("--context", "512", "--supervise", "--dtype", precision)
+    expected = [complete(server, index) for index in range(len(REQUESTS))]
+    (path,) = cluster.model_dir.glob("*.safetensors")
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    if why_not_native() is None and hasattr(os, "memfd_create"):
+        expect_the_same_whoever_dies(server, expected)
+    server.stop()
+    server = cluster.begin_to_serve("--supervise", "--dtype", precision)
+    assert server.process.wait(60) != 0
+    assert f"{path.name} has SHA-256" in server.log()
+
+
 def silent_crowd(cluster, number):
     """So many connections to every port of every stage, which say nothing and stay."""
     stages = json.loads(cluster.manifest.read_text())["stages"]

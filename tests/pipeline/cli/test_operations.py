@@ -10,8 +10,7 @@ from typer.main import get_command
 
 import pipeline.cli
 from pipeline.cli import stage_worker
-from pipeline.cli.error_reporting import new_app
-from pipeline.cli.other_commands import add_commands
+from pipeline.cli.pipeline_orch import command_line
 from pipeline.gateway.http.middleware import OPEN_PATHS
 
 MANUAL = (Path(pipeline.cli.__file__).parent / "OPERATIONS.md").read_text()
@@ -30,9 +29,7 @@ def test_units_give_commands_flags_that_they_have(unit):
     program, given = options(unit)
     command = get_command(stage_worker.app)
     if program == "pipeline-orch":
-        app = new_app()
-        add_commands(app)
-        command = get_command(app).commands["serve"]
+        command = get_command(command_line(["serve"])).commands["serve"]
     known = {name for parameter in command.params for name in parameter.opts}
     assert given
     assert given <= known
