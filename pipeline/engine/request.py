@@ -29,6 +29,8 @@ class Request:
     # What its next token is made of, and how it is drawn where the last stage draws it.
     want: Want = Want.TOKEN
     next_draw: Callable[[], Draw] | None = None
+    # Whether how its tokens are drawn is known before they are: a mask may depend on the text.
+    is_foreseeable: bool = True
     # Whose text it is: what it leaves in its slot is there for requests of the same salt, and no
     # other. None: for nobody.
     salt: bytes | None = None

@@ -15,6 +15,15 @@ class GatewayTokenizer(Tokenizer):
         """
         return self.encode(text, add_special_tokens=False)
 
+    @property
+    def num_ids(self) -> int:
+        """One more than the largest token id it has, whatever the model has."""
+        return self._num_ids
+
+    def spelled(self) -> str:
+        """All of it, as `tokenizer.json` has it."""
+        return self._tokenizer.to_str()
+
     @cached_property
     def max_token_chars(self) -> int:
         """No token stands for more characters of a text than this."""

@@ -21,6 +21,7 @@ from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.continuations import PieceStream, TextOptions, open_choices
 from pipeline.gateway.errors import ApiError, busy, invalid, too_long, unknown_model
 from pipeline.gateway.generation_order import Conversation, Order, TokenIds
+from pipeline.gateway.grammars import CompiledGrammar, GrammarCompiler
 from pipeline.gateway.metrics import GatewayMetrics, RequestRecord
 from pipeline.gateway.rate_limits import RateLimiter
 from pipeline.gateway.settings import GatewayConfig
@@ -75,6 +76,7 @@ class Desk:
         self.created = int(time.time())
         self._engine = engine
         self._rate = RateLimiter(config.limits.requests_per_minute, trio.current_time)
+        self._grammars = GrammarCompiler(tokenizer, config.eos_token_ids)
         self._encoding = trio.CapacityLimiter(_MAX_ENCODING)
         self._rendering = trio.CapacityLimiter(1)
         self._leaving = trio.Lock()
@@ -164,11 +166,14 @@ class Desk:
         for sampling in order.sampling:
             self._check_ids(sampling.logit_bias, "logit_bias")
             self._check_ids(sampling.allowed_token_ids or (), "allowed_token_ids")
+        grammar = await self._compiled(order)
         prompts = await self._encode_all(order)
         try:
             stored = self._stored(order, num_choices, caller)
             salt = None if caller is None else prefix_salt(caller, order.cache_salt)
-            generations = self._generations(order, prompts, max_tokens, record, salt, stored)
+            generations = self._generations(
+                order, prompts, max_tokens, record, salt, stored, grammar
+            )
         except InputError as error:
             raise invalid(str(error), None) from error
         options = TextOptions(order.shows_special_tokens, order.includes_stop)
@@ -184,6 +189,7 @@ class Desk:
         record: RequestRecord,
         salt: bytes | None,
         stored: StoredText | None,
+        grammar: CompiledGrammar | None,
     ) -> tuple[Generation, ...]:
         ends = frozenset() if order.ignores_eos else self.config.eos_token_ids
         return tuple(
@@ -192,6 +198,7 @@ class Desk:
                 max_tokens=max_tokens,
                 eos_token_ids=ends | order.stop_token_ids,
                 sampling=sampling,
+                masks=() if grammar is None else (grammar.new_mask(),),
                 request_id=record.request_id,
                 vocab_size=self._vocab_size,
                 salt=salt,
@@ -200,6 +207,14 @@ class Desk:
             for prompt_ids in prompts
             for sampling in order.sampling
         )
+
+    async def _compiled(self, order: Order) -> CompiledGrammar | None:
+        """What an order's texts have to keep to. Raises ApiError."""
+        if order.grammar is None:
+            return None
+        if order.ignores_eos:
+            raise invalid("Such a text ends where it is whole.", "ignore_eos")
+        return await self._grammars.compile(order.grammar, self._vocab_size)
 
     def _stored(self, order: Order, num_choices: int, caller: bytes | None) -> StoredText | None:
         """The caller's session that an order names. Raises ApiError, or InputError."""

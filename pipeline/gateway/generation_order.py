@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.gateway.grammars import Grammar
 from pipeline.sampling.params import SamplingParams
 
 TokenIds = tuple[int, ...]
@@ -32,7 +33,8 @@ class Order:
     there are. `max_tokens` None: as many as the context holds. `truncates_to`: of a longer prompt,
     its last so many tokens; -1 for as many as fit. `adds_special_tokens` None: as is usual.
     `cache_salt`: prompts go on from those of its caller's that had the same. `session`: its
-    caller's name for what is kept of the text, for a prompt that begins with it.
+    caller's name for what is kept of the text, for a prompt that begins with it. `grammar`: what
+    each continuation keeps to.
     """
 
     model: str
@@ -49,3 +51,4 @@ class Order:
     includes_stop: bool = False
     cache_salt: str | None = None
     session: str | None = None
+    grammar: Grammar | None = None

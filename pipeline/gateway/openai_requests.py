@@ -12,6 +12,8 @@ from pipeline.errors import InputError
 from pipeline.gateway.chat_messages import Message, Schema
 from pipeline.gateway.errors import ApiError, invalid, unsupported
 from pipeline.gateway.generation_order import Conversation, Order
+from pipeline.gateway.grammars import Grammar
+from pipeline.gateway.structured_output import STRUCTURED, asked_grammar
 from pipeline.gateway.unsupported_fields import (
     HARMLESS,
     STREAM_WITHOUT_EFFECT,
@@ -66,8 +68,8 @@ class _Sampled(Schema):
 
     Beyond OpenAI's fields, as vLLM has them: top_k, min_p, repetition_penalty, ignore_eos,
     min_tokens, allowed_token_ids, stop_token_ids, include_stop_str_in_output, skip_special_tokens,
-    add_special_tokens, truncate_prompt_tokens, cache_salt; and our own: chooser,
-    session.
+    add_special_tokens, truncate_prompt_tokens, cache_salt, structured_outputs, its older names
+    guided_*; as llama.cpp has them: grammar, json_schema; and our own: chooser, session.
     """
 
     model: str
@@ -98,6 +100,14 @@ class _Sampled(Schema):
         Annotated[tuple[_Id, ...], Field(min_length=1, max_length=MAX_ALLOWED)] | None
     ) = None
     chooser: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -155,6 +165,12 @@ class _Sampled(Schema):
         return self
 
     @property
+    def _grammar(self) -> Grammar | None:
+        return asked_grammar(
+            {name: value for name in STRUCTURED if (value := getattr(self, name)) is not None}
+        )
+
+    @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
@@ -190,6 +206,7 @@ class _Sampled(Schema):
             includes_stop=bool(self.include_stop_str_in_output),
             cache_salt=self.cache_salt,
             session=self.session,
+            grammar=self._grammar,
             **fields,
         )
 

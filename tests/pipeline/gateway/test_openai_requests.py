@@ -152,7 +152,6 @@ def test_a_wrong_value_is_refused_by_name(schema, base, field, value):
         ("top_logprobs", 3, "top_logprobs"),
         ("tools", [{"type": "function"}], "tools"),
         ("functions", [{"name": "f"}], "functions"),
-        ("response_format", {"type": "json_object"}, "response_format"),
         ("modalities", ["audio"], "modalities"),
     ],
     ids=lambda value: str(value)[:30],
