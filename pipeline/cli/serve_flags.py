@@ -34,6 +34,10 @@ class ServeFlags(Settings):
             older=("INFEMERAL_CLIENT_MODEL_ID", "INFEMERAL_SERVER_MODEL_ID"),
         ),
     ] = None
+    tool_parser: Annotated[
+        str | None,
+        Flag("NAME", "How the model writes calls of tools [its template's]."),
+    ] = None
     max_batch: Annotated[int, Field(ge=1, le=1024), Flag("N", "Requests served at once.")] = 16
     chunk_tokens: Annotated[Count, Flag("N", "Prompt tokens in one step at most.")] = 128
     context: Annotated[

@@ -20,6 +20,11 @@ class GatewayTokenizer(Tokenizer):
         """One more than the largest token id it has, whatever the model has."""
         return self._num_ids
 
+    def added_token(self, text: str) -> int | None:
+        """The id of the token that was added to mark something, if this is one."""
+        token_id = self._tokenizer.token_to_id(text)
+        return token_id if token_id in self._added else None
+
     def spelled(self) -> str:
         """All of it, as `tokenizer.json` has it."""
         return self._tokenizer.to_str()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.gateway.grammars import Grammar
+from pipeline.gateway.tool_use import ToolUse
 from pipeline.sampling.params import SamplingParams
 
 TokenIds = tuple[int, ...]
@@ -22,6 +23,9 @@ class Conversation:
     adds_turn: bool = True
     continues_last: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: ToolUse | None = None
+    # Whether what the model thinks aloud is told apart from what it says.
+    splits_thoughts: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

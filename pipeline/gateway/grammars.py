@@ -167,24 +167,31 @@ class CompiledGrammar:
         self._matcher = matcher
         self._forget = forget
 
-    def new_mask(self) -> "GrammarMask":
-        """For one text."""
-        return GrammarMask(self._matcher.deep_copy(), self._forget)
+    def new_mask(self, after: int | None = None) -> "GrammarMask":
+        """For one text, or for what follows its first token of this id."""
+        return GrammarMask(self._matcher.deep_copy(), self._forget, after)
 
 
 class GrammarMask(Mask):
     """Which tokens one text may go on with."""
 
-    def __init__(self, matcher: "LLMatcher", forget: Callable[[], object]) -> None:
+    def __init__(
+        self, matcher: "LLMatcher", forget: Callable[[], object], after: int | None = None
+    ) -> None:
         """`forget` is called when the grammar has turned out to take too much."""
         self._matcher = matcher
         self._forget = forget
+        self._after = after
         self._num_taken = 0
         self._bits: bytes | None = None
         self._spent_ns = 0
 
     def allowed(self, generated: Sequence[int], vocab_size: int, /) -> Allowed | None:
         """As `Mask.allowed`. Raises InputError where that takes too much."""
+        if self._after is not None:
+            if self._after not in generated:
+                return None
+            generated = generated[generated.index(self._after) + 1 :]
         if self._bits is None or len(generated) != self._num_taken:
             start_ns = time.thread_time_ns()
             self._advance(generated)

@@ -3,7 +3,7 @@
 Fields that change no answer are accepted; those whose effect would be missed are refused by name.
 """
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import FailFast, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -14,6 +14,7 @@ from pipeline.gateway.errors import ApiError, invalid, unsupported
 from pipeline.gateway.generation_order import Conversation, Order
 from pipeline.gateway.grammars import Grammar
 from pipeline.gateway.structured_output import STRUCTURED, asked_grammar
+from pipeline.gateway.tool_use import tool_use
 from pipeline.gateway.unsupported_fields import (
     HARMLESS,
     STREAM_WITHOUT_EFFECT,
@@ -221,6 +222,11 @@ class ChatRequest(_Sampled):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_VARIABLES)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_format: Literal["none", "auto", "deepseek"] | None = None
+    include_reasoning: bool | None = None
     echo: bool | None = None
 
     @model_validator(mode="after")
@@ -251,6 +257,8 @@ class ChatRequest(_Sampled):
             adds_turn=self.add_generation_prompt is not False,
             continues_last=bool(self.continue_final_message),
             variables=self.chat_template_kwargs or {},
+            tools=tool_use(self.tools, self.tool_choice, self.parallel_tool_calls),
+            splits_thoughts=self.reasoning_format != "none",
         )
         return self._order(
             self.num_logprobs,

@@ -6,6 +6,7 @@ from ssl import SSLContext
 from pipeline.errors import InputError
 from pipeline.gateway.rate_limits import GatewayLimits
 from pipeline.gateway.templates import ChatTemplate
+from pipeline.gateway.tool_families import PLAIN, ToolFamily
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,7 @@ class GatewayConfig:
 
     `tls`: the server's certificate; without it, what is said travels in the clear.
     `default_max_tokens`: of a continuation that names none; None: as many as the context holds.
+    `tool_family`: how the model writes calls of tools.
     """
 
     served_model_name: str
@@ -25,6 +27,7 @@ class GatewayConfig:
     tls: SSLContext | None = None
     limits: GatewayLimits = field(default_factory=GatewayLimits)
     default_max_tokens: int | None = None
+    tool_family: ToolFamily = PLAIN
 
     def __post_init__(self) -> None:
         """Check what cannot be right."""

@@ -44,8 +44,15 @@ class ChatTemplate:
         if answer.mark != template_renderer.TEXT:
             self.close()
             raise TokenizerError(f"the model's chat template does not compile: {answer.text}")
+        self.source = source
+        self._reads = frozenset(json.loads(answer.text))
         # What a client may set: whatever else the template reads.
-        self.variables = frozenset(json.loads(answer.text)) - _RESERVED - special_tokens.keys()
+        self.variables = self._reads - _RESERVED - special_tokens.keys()
+
+    @property
+    def reads_tools(self) -> bool:
+        """Whether it shows tools, and so calls of them, as the model has learned them."""
+        return "tools" in self._reads
 
     @classmethod
     def load(cls, model_dir: Path) -> "ChatTemplate":
@@ -88,12 +95,13 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt that asks for the next message. Raises PromptError; blocks for a moment."""
         values = {
             **(variables or {}),
             "messages": list(messages),
-            "tools": None,
+            "tools": None if tools is None else list(tools),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -104,13 +112,16 @@ class ChatTemplate:
         return answer.text
 
     def render_open(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt that goes on with the last message. Raises PromptError; blocks for a moment.
 
         As transformers has it: the conversation is cut where that message's text ends.
         """
-        text = self.render(messages, add_generation_prompt=False, variables=variables)
+        text = self.render(messages, add_generation_prompt=False, variables=variables, tools=tools)
         last = messages[-1].get("content") or ""
         start = text.rfind(last.strip())
         if start < 0 or not last.strip():

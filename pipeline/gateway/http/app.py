@@ -107,7 +107,11 @@ class Door:
         """The next message of a conversation. Raises ApiError."""
         body, order = await _read(ChatRequest, request)
         job = await self._prepare(order, request)
-        format_ = ChatFormat(self._desk.tokenizer, body.num_logprobs is not None)
+        format_ = ChatFormat(
+            self._desk.tokenizer,
+            body.num_logprobs is not None,
+            shows_reasoning=body.include_reasoning is not False,
+        )
         return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
 
     async def completions(self, request: Request) -> Answer:

@@ -150,7 +150,6 @@ def test_a_wrong_value_is_refused_by_name(schema, base, field, value):
         ("max_completion_tokens", 0, "max_completion_tokens"),
         ("logprobs", 3, "logprobs"),
         ("top_logprobs", 3, "top_logprobs"),
-        ("tools", [{"type": "function"}], "tools"),
         ("functions", [{"name": "f"}], "functions"),
         ("modalities", ["audio"], "modalities"),
     ],

@@ -27,9 +27,7 @@ def refused(schema, body):
 
 WITH_EFFECT = {
     # OpenAI
-    "tools": [{"type": "function"}],
     "functions": [{"name": "f"}],
-    "tool_choice": "required",
     "function_call": {"name": "f"},
     "modalities": ["text", "audio"],
     "audio": {"voice": "alloy"},
@@ -57,7 +55,6 @@ WITH_EFFECT = {
     "return_token_ids": True,
     "request_id": "x",
     "kv_transfer_params": {"a": 1},
-    "include_reasoning": False,
     # llama.cpp's server and its relatives
     "n_predict": 10,
     "n_keep": 5,
@@ -80,6 +77,14 @@ WITH_EFFECT = {
     "__class__": "x",
     "model_config": {},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tools", [{"type": "function"}]), ("tool_choice", "required"), ("include_reasoning", False)],
+)
+def test_a_text_has_no_tools_and_no_thoughts(field, value):
+    assert refused(CompletionRequest, COMPLETION | {field: value}).param == field
 
 
 @pytest.mark.parametrize("field", WITH_EFFECT)
