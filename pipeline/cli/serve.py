@@ -38,6 +38,7 @@ from pipeline.gateway.http.stego import stego_routes
 from pipeline.gateway.http.tls import load_tls
 from pipeline.gateway.metrics import GatewayMetrics
 from pipeline.gateway.pipeline_status import Overview
+from pipeline.gateway.sampling_defaults import OPENAI, load_sampling_defaults
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.gateway.tool_families import family_of
@@ -135,6 +136,10 @@ def _config(
         served_model_name=flags.served_model_name or manifest.model_name,
         chat_template=template,
         tool_family=family_of(template.source, flags.tool_parser),
+        sampling_defaults=(
+            load_sampling_defaults(home) if flags.sampling_defaults == "model" else OPENAI
+        ),
+        cors_origins=flags.cors_origin,
         eos_token_ids=end_tokens(manifest, tokenizer),
         host=flags.host,
         port=flags.port,

@@ -29,6 +29,18 @@ class GatewayTokenizer(Tokenizer):
         """All of it, as `tokenizer.json` has it."""
         return self._tokenizer.to_str()
 
+    def spellings(self, word: str) -> tuple[tuple[int, ...], ...]:
+        """The tokens of a word inside a text: as it begins one, and behind a blank.
+
+        As vLLM has it: the second only where the blank is part of its first token. Raises
+        PromptError.
+        """
+        plain = self.encode(word, add_special_tokens=False)
+        behind = self.encode(" " + word.lstrip(), add_special_tokens=False)
+        if behind[:1] == plain[:1] or len(behind) != len(plain):
+            return (plain,)
+        return plain, behind
+
     @cached_property
     def max_token_chars(self) -> int:
         """No token stands for more characters of a text than this."""

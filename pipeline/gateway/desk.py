@@ -27,6 +27,7 @@ from pipeline.gateway.grammars import GrammarCompiler
 from pipeline.gateway.metrics import GatewayMetrics, RequestRecord
 from pipeline.gateway.rate_limits import RateLimiter
 from pipeline.gateway.settings import GatewayConfig
+from pipeline.sampling.masks import NotThese
 
 # Texts encoded at once. Conversations are rendered one after another, by one process.
 _MAX_ENCODING = 4
@@ -155,7 +156,8 @@ class Desk:
         `caller`: who asks, as `admit` says; the texts of one may go on from each other on the
         stages. None: from no other.
         """
-        self.check_model(order.model)
+        if order.model is not None:
+            self.check_model(order.model)
         num_choices = max(1, len(order.prompts)) * len(order.sampling)
         if num_choices > self.config.limits.max_choices:
             limit = self.config.limits.max_choices
@@ -181,7 +183,8 @@ class Desk:
             generations = self._generations(order, prompts, max_tokens, record, salt, stored)
             if grammar is not None:
                 generations = tuple(
-                    replace(each, masks=(grammar.new_mask(thought_end),)) for each in generations
+                    replace(each, masks=(*each.masks, grammar.new_mask(thought_end)))
+                    for each in generations
                 )
         except InputError as error:
             raise invalid(str(error), None) from error
@@ -199,6 +202,8 @@ class Desk:
         salt: bytes | None,
         stored: StoredText | None,
     ) -> tuple[Generation, ...]:
+        sequences = [ids for word in order.bad_words for ids in self.tokenizer.spellings(word)]
+        masks = (NotThese(sequences),) if sequences else ()
         ends = frozenset() if order.ignores_eos else self.config.eos_token_ids
         return tuple(
             Generation(
@@ -210,6 +215,7 @@ class Desk:
                 vocab_size=self._vocab_size,
                 salt=salt,
                 stored=stored,
+                masks=masks,
             )
             for prompt_ids in prompts
             for sampling in order.sampling

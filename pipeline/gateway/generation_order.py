@@ -33,15 +33,15 @@ class Order:
     """One request.
 
     What is to be continued is a conversation, or each of several prompts (text or token ids).
-    `sampling` says for each continuation of a prompt how its tokens are chosen, and so how many
-    there are. `max_tokens` None: as many as the context holds. `truncates_to`: of a longer prompt,
-    its last so many tokens; -1 for as many as fit. `adds_special_tokens` None: as is usual.
-    `cache_salt`: prompts go on from those of its caller's that had the same. `session`: its
-    caller's name for what is kept of the text, for a prompt that begins with it. `grammar`: what
-    each continuation keeps to.
+    `model` None: the one there is. `sampling` says for each continuation of a prompt how its tokens
+    are chosen, and so how many there are. `max_tokens` None: as many as the context holds.
+    `truncates_to`: of a longer prompt, its last so many tokens; -1 for as many as fit.
+    `adds_special_tokens` None: as is usual. `cache_salt`: prompts go on from those of its caller's
+    that had the same. `session`: its caller's name for what is kept of the text, for a prompt that
+    begins with it. `grammar`: what each continuation keeps to, and `bad_words` what none has.
     """
 
-    model: str
+    model: str | None
     sampling: tuple[SamplingParams, ...]
     conversation: Conversation | None = None
     prompts: tuple[str | TokenIds, ...] = ()
@@ -56,3 +56,4 @@ class Order:
     cache_salt: str | None = None
     session: str | None = None
     grammar: Grammar | None = None
+    bad_words: tuple[str, ...] = ()

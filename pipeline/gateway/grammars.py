@@ -189,8 +189,8 @@ class GrammarMask(Mask):
     def allowed(self, generated: Sequence[int], vocab_size: int, /) -> Allowed | None:
         """As `Mask.allowed`. Raises InputError where that takes too much."""
         if self._after is not None:
-            if self._after not in generated:
-                return None
+            if self._after not in generated:  # a mask all the same: no size tells when it comes
+                return np.ones(vocab_size, np.bool_)
             generated = generated[generated.index(self._after) + 1 :]
         if self._bits is None or len(generated) != self._num_taken:
             start_ns = time.thread_time_ns()

@@ -38,7 +38,6 @@ WITHOUT_EFFECT: Mapping[str, tuple[object, ...]] = {
     "use_beam_search": _OFF,
     "length_penalty": _ONE,
     "early_stopping": _OFF,
-    "bad_words": _NONE_LEFT,
     "logits_processors": _NONE_LEFT,
     "documents": _NONE_LEFT,
     "priority": _ZERO,

@@ -73,10 +73,9 @@ def test_json_that_is_no_object_is_refused(raw):
     assert refusal(ChatRequest, raw).code == "invalid_type"
 
 
-@pytest.mark.parametrize("missing", ["model", "messages"])
-def test_a_missing_field_is_named(missing):
-    error = refusal(ChatRequest, {key: value for key, value in CHAT.items() if key != missing})
-    assert (error.code, error.param) == ("missing_required_parameter", missing)
+def test_a_missing_field_is_named():
+    error = refusal(ChatRequest, {"model": "m"})
+    assert (error.code, error.param) == ("missing_required_parameter", "messages")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,6 @@ WITH_EFFECT = {
     "web_search_options": {},
     "moderation": {"model": "x"},
     # vLLM
-    "bad_words": ["x"],
     "guided_decoding_backend": "outlines",
     "prompt_logprobs": 0,
     "use_beam_search": True,
