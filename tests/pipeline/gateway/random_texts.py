@@ -13,8 +13,8 @@ def new_compiler(tokenizer):
     return GrammarCompiler(tokenizer, frozenset({END}))
 
 
-async def compiled(tokenizer, kind, text):
-    compiler = new_compiler(tokenizer)
+async def compiled(tokenizer, kind, text, compiler=None):
+    compiler = compiler or new_compiler(tokenizer)
     return await compiler.compile(Grammar(GrammarKind(kind), text, "field"), tokenizer.vocab_size)
 
 

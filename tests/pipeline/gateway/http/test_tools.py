@@ -211,3 +211,14 @@ async def test_what_cannot_be_had_is_refused_by_name(start_gateway, make_engine,
         error = await fails(gateway, openai.BadRequestError, ask)
     assert error.param == param
     assert engine.generations == []
+
+
+@pytest.mark.slow
+async def test_a_hundred_calls_parse_in_every_family(start_gateway, tokenizer, chat):
+    asked = {"messages": USER, "tools": TOOLS, "tool_choice": "required", "n": 25}
+    calls = []
+    async with start_gateway(RandomEngine(tokenizer, LIKELY), chat=chat) as gateway:
+        while len(calls) < 100:
+            answer = await with_client(gateway, create(**asked))
+            calls += [call for choice in answer.choices for call in choice.message.tool_calls]
+    assert all(is_valid(call) for call in calls)
