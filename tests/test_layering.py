@@ -144,6 +144,16 @@ def test_only_the_http_door_speaks_http():
             assert not doors, f"{module} imports {doors}: the desk must not know its doors"
 
 
+def test_grammars_are_compiled_by_who_serves_them_and_loaded_when_they_are_asked_for():
+    for module, path in MODULES.items():
+        at_once = ast.parse(path.read_text()).body
+        found = [ast.unparse(n) for n in at_once if isinstance(n, ast.Import | ast.ImportFrom)]
+        if any("llguidance" in line for line in found):
+            assert module == "pipeline.gateway.grammar_checker"  # a script
+        if "llguidance" in {name.partition(".")[0] for name in imports(path)}:
+            assert room_of(module) == "gateway"
+
+
 def test_what_lies_before_all_rooms_imports_none():
     for module, path in MODULES.items():
         if module.startswith("pipeline") and room_of(module) is None:
@@ -197,7 +207,7 @@ def test_no_runtime_module_needs_a_test_dependency():
         "coredis", "cryptography", "msgpack", "numpy", "pydantic", "rich", "safetensors",
         "tokenizers", "torch", "trio", "typer", *PACKAGES,
         # the gateway
-        "hypercorn", "jinja2", "prometheus_client", "pydantic_core", "starlette",
+        "hypercorn", "jinja2", "llguidance", "prometheus_client", "pydantic_core", "starlette",
         # doors and their clients
         "h2", "httpx",
         # pictures, where somebody wants one

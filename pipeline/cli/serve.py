@@ -4,6 +4,7 @@ import logging
 import resource
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import typer
 from prometheus_client import CollectorRegistry
@@ -38,8 +39,10 @@ from pipeline.gateway.http.stego import stego_routes
 from pipeline.gateway.http.tls import load_tls
 from pipeline.gateway.metrics import GatewayMetrics
 from pipeline.gateway.pipeline_status import Overview
+from pipeline.gateway.sampling_defaults import OPENAI, load_sampling_defaults
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
+from pipeline.gateway.tool_families import family_of
 from pipeline.models.config import CONFIG_FILE, load_config
 from pipeline.orchestrator.open_pipeline import Pipeline
 from pipeline.protocol.tide_window import TideWindow
@@ -66,19 +69,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         # does not have would cost a stage.
         model = load_config(home, manifest.config_hash)
         tokenizer.check_vocabulary(model.vocab_size)
-    config = GatewayConfig(
-        served_model_name=flags.served_model_name or manifest.model_name,
-        chat_template=ChatTemplate.load(home),
-        eos_token_ids=end_tokens(manifest, tokenizer),
-        host=flags.host,
-        port=flags.port,
-        api_keys=load_api_keys(flags.api_key_file) if flags.api_key_file else frozenset(),
-        tls=load_tls(flags.tls_cert, flags.tls_key),
-        limits=flags.limits,
-        # Under a window a text need not end by itself before very long.
-        default_max_tokens=min(limits.max_seq_len, manifest.activation_spec.max_seq_len),
-        samples_at_home=flags.sample_at == "home",
-    )
+    config = _config(flags, manifest, home, tokenizer, limits)
     source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
     access = PipelineAccess.create(source, pipeline_flags, limits, is_resumable=True)
     budget = privacy_budget(manifest, pipeline_flags.dp_epsilon, pipeline_flags.dp_delta)
@@ -136,6 +127,31 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     number = run_until_signalled(run, leave)
     if number is not None:
         raise typer.Exit(0)
+
+
+def _config(
+    flags: ServeFlags, manifest: Manifest, home: Path, tokenizer: GatewayTokenizer, limits: Limits
+) -> GatewayConfig:
+    """What clients meet. Raises InputError."""
+    template = ChatTemplate.load(home)
+    return GatewayConfig(
+        served_model_name=flags.served_model_name or manifest.model_name,
+        chat_template=template,
+        tool_family=family_of(template.source, flags.tool_parser),
+        sampling_defaults=(
+            load_sampling_defaults(home) if flags.sampling_defaults == "model" else OPENAI
+        ),
+        cors_origins=flags.cors_origin,
+        eos_token_ids=end_tokens(manifest, tokenizer),
+        host=flags.host,
+        port=flags.port,
+        api_keys=load_api_keys(flags.api_key_file) if flags.api_key_file else frozenset(),
+        tls=load_tls(flags.tls_cert, flags.tls_key),
+        limits=flags.limits,
+        # Under a window a text need not end by itself before very long.
+        default_max_tokens=min(limits.max_seq_len, manifest.activation_spec.max_seq_len),
+        samples_at_home=flags.sample_at == "home",
+    )
 
 
 def _sessions(

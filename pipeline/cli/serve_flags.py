@@ -1,7 +1,7 @@
 """The flags of serving."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -42,6 +42,18 @@ class ServeFlags(Settings):
             older=("INFEMERAL_CLIENT_MODEL_ID", "INFEMERAL_SERVER_MODEL_ID"),
         ),
     ] = None
+    tool_parser: Annotated[
+        str | None,
+        Flag("NAME", "How the model writes calls of tools [its template's]."),
+    ] = None
+    sampling_defaults: Annotated[
+        Literal["openai", "model"],
+        Flag("WHOSE", "Of what clients do not say: OpenAI's, or generation_config.json's."),
+    ] = "model"
+    cors_origin: Annotated[
+        tuple[str, ...],
+        Flag("ORIGIN", "Pages of it may use this API; may be repeated.", is_by_hand=True),
+    ] = ()
     max_batch: Annotated[int, Field(ge=1, le=1024), Flag("N", "Requests served at once.")] = 16
     chunk_tokens: Annotated[Count, Flag("N", "Prompt tokens in one step at most.")] = 128
     context: Annotated[

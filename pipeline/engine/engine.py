@@ -245,8 +245,9 @@ class PipelineEngine:
             generation.eos_token_ids,
             want,
             sampler.next_draw if sampler and want.result is Result.DRAWN else None,
-            generation.salt,
-            generation.stored,
+            is_foreseeable=not generation.masks,
+            salt=generation.salt,
+            stored=generation.stored,
         )
         self.scheduler.submit(request)
         if self._budget is not None:

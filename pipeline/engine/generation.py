@@ -58,11 +58,12 @@ class Generation:
         """What the last stage has to return for a token: logits only where nothing less will do."""
         sampling = in_parameters(self.sampling)
         num_top = sampling.logprobs or 0
-        has_own = self.processors or self.masks or self.chooser or sampling.chooser
-        is_unknown = sampling.has_mask and not self.vocab_size
+        has_own = self.processors or self.chooser or sampling.chooser
+        has_mask = bool(self.masks) or sampling.has_mask
+        is_unknown = has_mask and not self.vocab_size
         if self.samples_at_home or has_own or is_unknown or num_top > MAX_TOP:
             return Want.LOGITS
-        if not sampling.needs_logits:
+        if not (sampling.needs_logits or has_mask):
             return Want.TOKEN
         return Want.DRAWN if sampling.logprobs is None else Want(Result.DRAWN, 1, num_top, 1)
 

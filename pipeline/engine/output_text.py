@@ -1,6 +1,6 @@
 """A continuation's text, from its tokens to where a stop string ends it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pipeline.engine.text_stream import TextStream
 from pipeline.engine.tokenizer import Tokenizer
@@ -21,11 +21,14 @@ class StoppedText:
         stops: Sequence[str],
         *,
         shows_special_tokens: bool = False,
+        shown: Collection[str] = (),
     ) -> None:
+        """`shown`: special tokens that are part of the text all the same."""
         self._tokenizer = tokenizer
         self._stream = TextStream(tokenizer, prompt_ids)
         self._stop = StopChecker(stops, tokenizer.special_tokens)
         self._shows_special_tokens = shows_special_tokens
+        self._shown = frozenset(shown)
         # Characters of the text that the tokens so far stand for, certain or not.
         self.num_decoded = 0
 
@@ -38,7 +41,8 @@ class StoppedText:
         """What the next token makes certain, and whether the text has ended before it."""
         special = self._tokenizer.special_text(token_id)
         if special:
-            return self._check(special, is_shown=self._shows_special_tokens)
+            is_shown = self._shows_special_tokens or special in self._shown
+            return self._check(special, is_shown=is_shown)
         return self._check(self._stream.push(token_id))
 
     def finish(self) -> tuple[str, bool]:

@@ -206,6 +206,8 @@ class Scheduler:
         due = self._in_flight[0]
         ((request_id, state),) = self._running.items()
         request = state.request
+        if not request.is_foreseeable:
+            return None
         is_due = due.owners == (request_id,) and not self._slots.is_dirty
         num_left = min(
             request.max_tokens - len(state.token_ids), self.limits.max_seq_len + 1 - state.num_known

@@ -1,9 +1,9 @@
 """Continuations on their way from the engine's tokens to pieces of text."""
 
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -11,8 +11,10 @@ from pipeline.engine.generation import Engine, Generation, TokenOutput
 from pipeline.engine.output_text import StoppedText
 from pipeline.engine.request import FinishReason
 from pipeline.errors import PipelineError, SessionError
+from pipeline.gateway.answer_parts import AnswerReader
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.metrics import RequestRecord
+from pipeline.gateway.tool_parser import CallDelta
 from pipeline.tasks import open_tasks
 
 # Ending so many continuations takes a millisecond.
@@ -29,20 +31,38 @@ class PlacedToken:
 
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """What one more token made certain of a continuation; `finish` ("stop", "length") ends it."""
+    """What one more token made certain of a continuation.
+
+    `finish` ("stop", "length", "tool_calls") ends it.
+    """
 
     choice: int
     text: str
     tokens: tuple[PlacedToken, ...]
     finish: str | None
+    reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
+
+    @property
+    def says_something(self) -> bool:
+        """Whether a stream has to tell of it."""
+        has_logprobs = any(placed.output.logprob is not None for placed in self.tokens)
+        return bool(self.text or self.reasoning or self.calls or self.finish or has_logprobs)
 
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """What of a continuation is shown beside its text: special tokens, what ended it."""
+    """What of a continuation is shown beside its text: special tokens, what ended it.
+
+    `new_reader`: what takes its text apart. `shown`: special tokens that are shown in any case.
+    `ends_with_call`: it ends with its first call of a tool.
+    """
 
     shows_special_tokens: bool = False
     includes_stop: bool = False
+    new_reader: Callable[[], AnswerReader] | None = None
+    shown: frozenset[str] = frozenset()
+    ends_with_call: bool = False
 
 
 _AS_USUAL = TextOptions()
@@ -61,8 +81,14 @@ class ChoiceText:
     ) -> None:
         self._choice = choice
         self._includes_stop = options.includes_stop
+        self._ends_with_call = options.ends_with_call
+        self._reader = None if options.new_reader is None else options.new_reader()
         self._text = StoppedText(
-            tokenizer, prompt_ids, stops, shows_special_tokens=options.shows_special_tokens
+            tokenizer,
+            prompt_ids,
+            stops,
+            shows_special_tokens=options.shows_special_tokens,
+            shown=options.shown,
         )
         self._held: list[PlacedToken] = []
         self._num_emitted = 0
@@ -85,7 +111,21 @@ class ChoiceText:
         else:
             finish = None if output.finish is None else "length"
         is_whole = finish is not None and not is_stopped
-        return TextPiece(self._choice, certain, self._release(is_whole), finish)
+        piece = TextPiece(self._choice, certain, self._release(is_whole), finish)
+        return piece if self._reader is None else self._taken_apart(piece, self._reader)
+
+    def _taken_apart(self, piece: TextPiece, reader: AnswerReader) -> TextPiece:
+        parts = reader.push(piece.text, is_last=piece.finish is not None)
+        finish = piece.finish
+        is_done = self._ends_with_call and reader.num_ended > 0
+        if reader.num_calls and (is_done or finish == "stop"):
+            finish = "tool_calls"
+        calls = parts.calls
+        if self._ends_with_call:
+            calls = tuple(call for call in calls if call.index == 0)
+        return replace(
+            piece, text=parts.text, reasoning=parts.reasoning, calls=calls, finish=finish
+        )
 
     def _release(self, is_whole: bool) -> tuple[PlacedToken, ...]:
         """Tokens whose text has begun to be emitted; at an end without stop string, the rest."""

@@ -7,7 +7,7 @@ No door's protocol is known here: whoever stands before it calls `admit`, opens 
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -16,14 +16,18 @@ import trio
 from pipeline.engine.generation import Engine, Generation
 from pipeline.engine.stored_text import StoredText
 from pipeline.errors import InputError, PromptError
+from pipeline.gateway.answer_parts import THINK_END
 from pipeline.gateway.auth import KeyRing, prefix_salt
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.continuations import PieceStream, TextOptions, open_choices
+from pipeline.gateway.conversations import kept_to, rendered, text_options
 from pipeline.gateway.errors import ApiError, busy, invalid, too_long, unknown_model
 from pipeline.gateway.generation_order import Conversation, Order, TokenIds
+from pipeline.gateway.grammars import GrammarCompiler
 from pipeline.gateway.metrics import GatewayMetrics, RequestRecord
 from pipeline.gateway.rate_limits import RateLimiter
 from pipeline.gateway.settings import GatewayConfig
+from pipeline.sampling.masks import NotThese
 
 # Texts encoded at once. Conversations are rendered one after another, by one process.
 _MAX_ENCODING = 4
@@ -75,6 +79,7 @@ class Desk:
         self.created = int(time.time())
         self._engine = engine
         self._rate = RateLimiter(config.limits.requests_per_minute, trio.current_time)
+        self._grammars = GrammarCompiler(tokenizer, config.eos_token_ids)
         self._encoding = trio.CapacityLimiter(_MAX_ENCODING)
         self._rendering = trio.CapacityLimiter(1)
         self._leaving = trio.Lock()
@@ -151,7 +156,8 @@ class Desk:
         `caller`: who asks, as `admit` says; the texts of one may go on from each other on the
         stages. None: from no other.
         """
-        self.check_model(order.model)
+        if order.model is not None:
+            self.check_model(order.model)
         num_choices = max(1, len(order.prompts)) * len(order.sampling)
         if num_choices > self.config.limits.max_choices:
             limit = self.config.limits.max_choices
@@ -164,14 +170,25 @@ class Desk:
         for sampling in order.sampling:
             self._check_ids(sampling.logit_bias, "logit_bias")
             self._check_ids(sampling.allowed_token_ids or (), "allowed_token_ids")
-        prompts = await self._encode_all(order)
+        wanted = kept_to(self.config, self.tokenizer, order)
+        grammar = None
+        if wanted is not None:
+            grammar = await self._grammars.compile(wanted, self._vocab_size)
+        prompts, is_thinking = await self._encode_all(order)
+        thought_end = self.tokenizer.added_token(THINK_END) if is_thinking else None
+        is_thinking = is_thinking and (grammar is None or thought_end is not None)
         try:
             stored = self._stored(order, num_choices, caller)
             salt = None if caller is None else prefix_salt(caller, order.cache_salt)
             generations = self._generations(order, prompts, max_tokens, record, salt, stored)
+            if grammar is not None:
+                generations = tuple(
+                    replace(each, masks=(*each.masks, grammar.new_mask(thought_end)))
+                    for each in generations
+                )
         except InputError as error:
             raise invalid(str(error), None) from error
-        options = TextOptions(order.shows_special_tokens, order.includes_stop)
+        options = text_options(self.config, order, is_thinking=is_thinking)
         job = Job(prompts, generations, options, record)
         record.add_prompt(job.num_prompt)
         return job
@@ -185,6 +202,8 @@ class Desk:
         salt: bytes | None,
         stored: StoredText | None,
     ) -> tuple[Generation, ...]:
+        sequences = [ids for word in order.bad_words for ids in self.tokenizer.spellings(word)]
+        masks = (NotThese(sequences),) if sequences else ()
         ends = frozenset() if order.ignores_eos else self.config.eos_token_ids
         return tuple(
             Generation(
@@ -197,6 +216,7 @@ class Desk:
                 salt=salt,
                 stored=stored,
                 samples_at_home=self.config.samples_at_home,
+                masks=masks,
             )
             for prompt_ids in prompts
             for sampling in order.sampling
@@ -255,7 +275,7 @@ class Desk:
             conversation=Conversation(messages) if is_message else None,
             prompts=() if is_message else (text,),
         )
-        (prompt_ids,) = await self._encode_all(order)
+        ((prompt_ids,), _) = await self._encode_all(order)
         return prompt_ids
 
     def _check_room(self, num_choices: int) -> None:
@@ -271,14 +291,15 @@ class Desk:
             raise invalid(f"{param} is {asked}; this model's context holds {room} tokens.", param)
         return asked or self.config.default_max_tokens or room
 
-    async def _encode_all(self, order: Order) -> tuple[TokenIds, ...]:
+    async def _encode_all(self, order: Order) -> tuple[tuple[TokenIds, ...], bool]:
+        """The prompts, and whether the model has begun to think at their end. Raises ApiError."""
         if order.conversation is not None:
             adds = bool(order.adds_special_tokens)
-            render = partial(self._render, order.conversation)
-            text = await self._in_thread(render, self._rendering, "messages")
-            return (await self._encode(text, adds, order, "messages"),)
+            render = partial(rendered, self.config, order.conversation)
+            text, is_thinking = await self._in_thread(render, self._rendering, "messages")
+            return (await self._encode(text, adds, order, "messages"),), is_thinking
         adds = order.adds_special_tokens is not False
-        return tuple(
+        prompts = tuple(
             [
                 await self._encode(prompt, adds, order, "prompt")
                 if isinstance(prompt, str)
@@ -286,17 +307,7 @@ class Desk:
                 for prompt in order.prompts
             ]
         )
-
-    def _render(self, conversation: Conversation) -> str:
-        template, variables = self.config.chat_template, conversation.variables
-        template.check_variables(tuple(variables), "chat_template_kwargs")
-        if conversation.continues_last:
-            return template.render_open(conversation.messages, variables)
-        return template.render(
-            conversation.messages,
-            add_generation_prompt=conversation.adds_turn,
-            variables=variables,
-        )
+        return prompts, False
 
     async def _encode(self, text: str, adds_special: bool, order: Order, param: str) -> TokenIds:
         self._check_length(text, order, param)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.gateway.grammars import Grammar
+from pipeline.gateway.tool_use import ToolUse
 from pipeline.sampling.params import SamplingParams
 
 TokenIds = tuple[int, ...]
@@ -21,6 +23,9 @@ class Conversation:
     adds_turn: bool = True
     continues_last: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: ToolUse | None = None
+    # Whether what the model thinks aloud is told apart from what it says.
+    splits_thoughts: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +33,15 @@ class Order:
     """One request.
 
     What is to be continued is a conversation, or each of several prompts (text or token ids).
-    `sampling` says for each continuation of a prompt how its tokens are chosen, and so how many
-    there are. `max_tokens` None: as many as the context holds. `truncates_to`: of a longer prompt,
-    its last so many tokens; -1 for as many as fit. `adds_special_tokens` None: as is usual.
-    `cache_salt`: prompts go on from those of its caller's that had the same. `session`: its
-    caller's name for what is kept of the text, for a prompt that begins with it.
+    `model` None: the one there is. `sampling` says for each continuation of a prompt how its tokens
+    are chosen, and so how many there are. `max_tokens` None: as many as the context holds.
+    `truncates_to`: of a longer prompt, its last so many tokens; -1 for as many as fit.
+    `adds_special_tokens` None: as is usual. `cache_salt`: prompts go on from those of its caller's
+    that had the same. `session`: its caller's name for what is kept of the text, for a prompt that
+    begins with it. `grammar`: what each continuation keeps to, and `bad_words` what none has.
     """
 
-    model: str
+    model: str | None
     sampling: tuple[SamplingParams, ...]
     conversation: Conversation | None = None
     prompts: tuple[str | TokenIds, ...] = ()
@@ -49,3 +55,5 @@ class Order:
     includes_stop: bool = False
     cache_salt: str | None = None
     session: str | None = None
+    grammar: Grammar | None = None
+    bad_words: tuple[str, ...] = ()

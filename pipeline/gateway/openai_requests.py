@@ -3,7 +3,8 @@
 Fields that change no answer are accepted; those whose effect would be missed are refused by name.
 """
 
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import FailFast, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -12,6 +13,10 @@ from pipeline.errors import InputError
 from pipeline.gateway.chat_messages import Message, Schema
 from pipeline.gateway.errors import ApiError, invalid, unsupported
 from pipeline.gateway.generation_order import Conversation, Order
+from pipeline.gateway.grammars import Grammar
+from pipeline.gateway.sampling_defaults import OPENAI
+from pipeline.gateway.structured_output import STRUCTURED, asked_grammar
+from pipeline.gateway.tool_use import tool_use
 from pipeline.gateway.unsupported_fields import (
     HARMLESS,
     STREAM_WITHOUT_EFFECT,
@@ -32,6 +37,7 @@ from pipeline.sampling.params import (
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 1024
+MAX_BAD_WORDS = 256
 MAX_PROMPTS = 128
 MAX_VARIABLES = 64
 # Of a body, about: so many numbers are no prompt any more, but hold the interpreter for long.
@@ -65,12 +71,13 @@ class _Sampled(Schema):
     """What both endpoints share.
 
     Beyond OpenAI's fields, as vLLM has them: top_k, min_p, repetition_penalty, ignore_eos,
-    min_tokens, allowed_token_ids, stop_token_ids, include_stop_str_in_output, skip_special_tokens,
-    add_special_tokens, truncate_prompt_tokens, cache_salt; and our own: chooser,
-    session.
+    min_tokens, allowed_token_ids, bad_words, stop_token_ids, include_stop_str_in_output,
+    skip_special_tokens, add_special_tokens, truncate_prompt_tokens, cache_salt,
+    structured_outputs, its older names guided_*; as llama.cpp has them: grammar, json_schema; and
+    our own: chooser, session.
     """
 
-    model: str
+    model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -97,7 +104,22 @@ class _Sampled(Schema):
     allowed_token_ids: (
         Annotated[tuple[_Id, ...], Field(min_length=1, max_length=MAX_ALLOWED)] | None
     ) = None
+    bad_words: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+            Field(max_length=MAX_BAD_WORDS),
+        ]
+        | None
+    ) = None
     chooser: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -155,18 +177,34 @@ class _Sampled(Schema):
         return self
 
     @property
+    def _grammar(self) -> Grammar | None:
+        return asked_grammar(
+            {name: value for name in STRUCTURED if (value := getattr(self, name)) is not None}
+        )
+
+    @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def sampling(self, choice: int, logprobs: int | None) -> SamplingParams:
-        """How to sample the `choice`-th continuation: a seed gives each its own numbers."""
+    def sampling(
+        self, choice: int, logprobs: int | None, defaults: Mapping[str, float]
+    ) -> SamplingParams:
+        """How to sample the `choice`-th continuation: a seed gives each its own numbers.
+
+        `defaults`: of what the request does not say.
+        """
+
+        def wanted(name: str, neutral: float) -> Any:  # noqa: ANN401  (a float or an int)
+            given = getattr(self, name)
+            return defaults.get(name, neutral) if given is None else given
+
         return SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=self.repetition_penalty or 1.0,
+            temperature=wanted("temperature", 1.0),
+            top_k=int(wanted("top_k", 0)),
+            top_p=wanted("top_p", 1.0),
+            min_p=wanted("min_p", 0.0),
+            repetition_penalty=wanted("repetition_penalty", 1.0),
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             seed=None if self.seed is None else self.seed + choice,
@@ -178,10 +216,17 @@ class _Sampled(Schema):
             chooser=None if self.chooser is None else chooser_of(self.chooser),
         )
 
-    def _order(self, logprobs: int | None, **fields: Any) -> Order:  # noqa: ANN401  (Order's own)
+    def _order(
+        self,
+        logprobs: int | None,
+        defaults: Mapping[str, float],
+        **fields: Any,  # noqa: ANN401  (Order's own)
+    ) -> Order:
         return Order(
             model=self.model,
-            sampling=tuple(self.sampling(choice, logprobs) for choice in range(self.n or 1)),
+            sampling=tuple(
+                self.sampling(choice, logprobs, defaults) for choice in range(self.n or 1)
+            ),
             stop_token_ids=frozenset(self.stop_token_ids or ()),
             ignores_eos=bool(self.ignore_eos),
             truncates_to=self.truncate_prompt_tokens,
@@ -190,6 +235,8 @@ class _Sampled(Schema):
             includes_stop=bool(self.include_stop_str_in_output),
             cache_salt=self.cache_salt,
             session=self.session,
+            grammar=self._grammar,
+            bad_words=tuple(self.bad_words or ()),
             **fields,
         )
 
@@ -204,6 +251,11 @@ class ChatRequest(_Sampled):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_VARIABLES)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_format: Literal["none", "auto", "deepseek"] | None = None
+    include_reasoning: bool | None = None
     echo: bool | None = None
 
     @model_validator(mode="after")
@@ -226,17 +278,20 @@ class ChatRequest(_Sampled):
         """As SamplingParams wants it."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def order(self) -> Order:
-        """What this asks the desk for."""
+    def order(self, defaults: Mapping[str, float] = OPENAI) -> Order:
+        """What this asks the desk for; `defaults`: of how tokens are chosen."""
         is_newer = self.max_completion_tokens is not None
         conversation = Conversation(
             [message.for_template() for message in self.messages],
             adds_turn=self.add_generation_prompt is not False,
             continues_last=bool(self.continue_final_message),
             variables=self.chat_template_kwargs or {},
+            tools=tool_use(self.tools, self.tool_choice, self.parallel_tool_calls),
+            splits_thoughts=self.reasoning_format != "none",
         )
         return self._order(
             self.num_logprobs,
+            defaults,
             conversation=conversation,
             max_tokens=self.max_completion_tokens if is_newer else self.max_tokens,
             max_tokens_param="max_completion_tokens" if is_newer else "max_tokens",
@@ -273,10 +328,11 @@ class CompletionRequest(_Sampled):
             raise unsupported("echo", "together with logprobs is not supported by this server")
         return self
 
-    def order(self) -> Order:
-        """What this asks the desk for."""
+    def order(self, defaults: Mapping[str, float] = OPENAI) -> Order:
+        """What this asks the desk for; `defaults`: of how tokens are chosen."""
         return self._order(
             self.logprobs,
+            defaults,
             prompts=self.prompt,
             max_tokens=self.max_tokens or DEFAULT_COMPLETION_TOKENS,
         )

@@ -1,11 +1,14 @@
 """What whoever starts the gateway decides."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ssl import SSLContext
 
 from pipeline.errors import InputError
 from pipeline.gateway.rate_limits import GatewayLimits
+from pipeline.gateway.sampling_defaults import OPENAI
 from pipeline.gateway.templates import ChatTemplate
+from pipeline.gateway.tool_families import PLAIN, ToolFamily
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,8 @@ class GatewayConfig:
     `tls`: the server's certificate; without it, what is said travels in the clear.
     `default_max_tokens`: of a continuation that names none; None: as many as the context holds.
     `samples_at_home`: no stage chooses a token.
+    `tool_family`: how the model writes calls of tools. `sampling_defaults`: of what a client does
+    not say. `cors_origins`: pages of these may read answers, in browsers; "*" for all.
     """
 
     served_model_name: str
@@ -27,6 +32,9 @@ class GatewayConfig:
     limits: GatewayLimits = field(default_factory=GatewayLimits)
     default_max_tokens: int | None = None
     samples_at_home: bool = False
+    tool_family: ToolFamily = PLAIN
+    sampling_defaults: Mapping[str, float] = field(default_factory=lambda: OPENAI)
+    cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check what cannot be right."""

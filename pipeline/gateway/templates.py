@@ -2,27 +2,23 @@
 
 import json
 import logging
-import subprocess
-import sys
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from pipeline.errors import PromptError, TokenizerError
 from pipeline.files import is_file
 from pipeline.gateway import template_renderer
 from pipeline.gateway.errors import unsupported
+from pipeline.gateway.kept_process import KeptProcess
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_CONFIG_BYTES = 16 << 20  # those listing a large vocabulary's added tokens are a few MiB
-# Much longer than the process may compute; for one that does not even do that.
-_WALL_SECONDS = 20.0
 # What every rendering sets itself.
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
@@ -48,8 +44,15 @@ class ChatTemplate:
         if answer.mark != template_renderer.TEXT:
             self.close()
             raise TokenizerError(f"the model's chat template does not compile: {answer.text}")
+        self.source = source
+        self._reads = frozenset(json.loads(answer.text))
         # What a client may set: whatever else the template reads.
-        self.variables = frozenset(json.loads(answer.text)) - _RESERVED - special_tokens.keys()
+        self.variables = self._reads - _RESERVED - special_tokens.keys()
+
+    @property
+    def reads_tools(self) -> bool:
+        """Whether it shows tools, and so calls of them, as the model has learned them."""
+        return "tools" in self._reads
 
     @classmethod
     def load(cls, model_dir: Path) -> "ChatTemplate":
@@ -92,12 +95,13 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt that asks for the next message. Raises PromptError; blocks for a moment."""
         values = {
             **(variables or {}),
             "messages": list(messages),
-            "tools": None,
+            "tools": None if tools is None else list(tools),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -108,13 +112,16 @@ class ChatTemplate:
         return answer.text
 
     def render_open(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt that goes on with the last message. Raises PromptError; blocks for a moment.
 
         As transformers has it: the conversation is cut where that message's text ends.
         """
-        text = self.render(messages, add_generation_prompt=False, variables=variables)
+        text = self.render(messages, add_generation_prompt=False, variables=variables, tools=tools)
         last = messages[-1].get("content") or ""
         start = text.rfind(last.strip())
         if start < 0 or not last.strip():
@@ -156,27 +163,16 @@ class _Answer(NamedTuple):
     text: str
 
 
-class _RenderProcess:
+class _RenderProcess(KeptProcess):
     """`template_renderer.py`, running."""
 
     def __init__(self) -> None:
-        # -I: neither the directory we are in nor the environment decide what is imported.
-        self._process = subprocess.Popen(  # noqa: S603  (ourselves)
-            [sys.executable, "-I", str(Path(template_renderer.__file__))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        self.end = weakref.finalize(self, _end, self._process)
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it can be asked."""
-        return self._process.poll() is None
+        super().__init__(Path(template_renderer.__file__))
 
     def send(self, value: object) -> None:
         """Give it something to do."""
         with suppress(OSError):  # it has ended; so does its answer
-            template_renderer.write_value(cast(BinaryIO, self._process.stdin), value)
+            template_renderer.write_value(self.requests, value)
 
     def ask(self, value: object) -> _Answer:
         """Have something rendered."""
@@ -185,17 +181,14 @@ class _RenderProcess:
 
     def answer(self) -> _Answer:
         """Wait for what it says; for what it has ended without, too."""
-        watch = threading.Timer(_WALL_SECONDS, self._process.kill)
-        watch.start()
         try:
-            return self._read(cast(BinaryIO, self._process.stdout))
+            with self.watched():
+                return self._read()
         except EOFError:
             return _Answer(b"", "it takes too long, or too much memory")
-        finally:
-            watch.cancel()
 
-    @staticmethod
-    def _read(stream: BinaryIO) -> _Answer:
+    def _read(self) -> _Answer:
+        stream = self.answers
         size, mark = template_renderer.ANSWER.unpack(
             template_renderer.read_exactly(stream, template_renderer.ANSWER.size)
         )
@@ -203,15 +196,6 @@ class _RenderProcess:
             raise EOFError
         text = template_renderer.read_exactly(stream, size)
         return _Answer(mark, text.decode("utf-8", "replace"))
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with suppress(BrokenPipeError):  # what it never read
-                stream.close()
-    process.wait()
 
 
 def _read(path: Path) -> str:

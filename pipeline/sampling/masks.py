@@ -47,6 +47,20 @@ class NoEndBefore:
         return ~_marked(self._end_ids, vocab_size)
 
 
+class NotThese:
+    """None of these sequences of tokens: of each the last is not allowed behind the others."""
+
+    def __init__(self, sequences: Collection[Sequence[int]]) -> None:
+        self._sequences = [tuple(each) for each in sequences if each]
+
+    def allowed(self, generated: Sequence[int], vocab_size: int, /) -> Allowed | None:
+        """As `Mask.allowed`."""
+        most = max((len(each) for each in self._sequences), default=1) - 1
+        end = tuple(generated[len(generated) - most :] if most else ())
+        ended = [e[-1] for e in self._sequences if e[:-1] == end[len(end) - len(e) + 1 :]]
+        return ~_marked(ended, vocab_size)
+
+
 def masks_of(params: SamplingParams, end_ids: Collection[int]) -> tuple[Mask, ...]:
     """The masks that a request's parameters stand for; `end_ids` are the tokens that end it."""
     masks: list[Mask] = []
@@ -59,6 +73,6 @@ def masks_of(params: SamplingParams, end_ids: Collection[int]) -> tuple[Mask, ..
 
 def _marked(token_ids: Sequence[int], vocab_size: int) -> Allowed:
     marked = np.zeros(vocab_size, np.bool_)
-    ids = np.array(token_ids)
+    ids = np.array(token_ids, np.intp)
     marked[ids[ids < vocab_size]] = True
     return marked

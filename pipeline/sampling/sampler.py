@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import InputError, PipelineError, RequestFailed
+from pipeline.errors import InputError, RequestFailed
 from pipeline.sampling.choosers import Chooser, Distribution, new_chooser
 from pipeline.sampling.draw import NO_NUMBERS, Draw, Text, adjust, is_sound
 from pipeline.sampling.filters import Logits, LogitsProcessor, log_softmax, most_likely
@@ -51,6 +51,8 @@ class Sampler:
         self._vocab_size = vocab_size
         self._text = Text(prompt_ids)
         self._chooser = chooser or new_chooser(params)
+        # What a mask has raised, instead of saying what the next token may be.
+        self._failure: Exception | None = None
 
     def next_draw(self, ahead: int = 0) -> Draw:
         """How the last stage has to draw the next token: the same until one has been `took`.
@@ -59,13 +61,19 @@ class Sampler:
         how many tokens there are. What stands for those between in its text is not theirs.
         """
         how = self._how((self._chooser.uniform(ahead),), ahead)
-        allowed = self._allowed(self._vocab_size, ahead)
+        try:
+            allowed = self._allowed(self._vocab_size, ahead)
+        except Exception as error:  # a mask may be anyone's code; others' tokens are in this step
+            self._failure = error
+            allowed = np.zeros(self._vocab_size, np.bool_)  # so this request gets none
         if allowed is None:
             return how
         return replace(how, allowed=np.packbits(allowed, bitorder="little").tobytes())
 
-    def no_choice(self) -> PipelineError:
-        """Why the last stage has drawn no token."""
+    def no_choice(self) -> Exception:
+        """Why the last stage has drawn no token: what a mask has raised, if one has."""
+        if self._failure is not None:
+            return self._failure
         allowed = self._allowed(self._vocab_size)
         if allowed is None or allowed.any():
             return RequestFailed(f"{NO_NUMBERS}, or bias and mask leave none")
@@ -124,6 +132,8 @@ class Sampler:
         for mask in self._masks:
             more = mask.allowed(generated, vocab_size)
             if more is not None:
+                if more.shape != (vocab_size,):
+                    raise ValueError("a mask is not of the vocabulary's size")
                 allowed = more if allowed is None else allowed & more
         return allowed
 

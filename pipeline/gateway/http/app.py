@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from http import HTTPStatus
+from importlib.metadata import version
 from typing import TypeVar
 
 import trio
@@ -10,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -56,6 +58,7 @@ def build_app(
             Route("/readyz", door.health),
             Route("/metrics", door.metrics),
             *watched,
+            Route("/version", door.version),
             Route("/v1/models", door.models),
             Route("/v1/models/{model:path}", door.model),
             Route("/v1/chat/completions", door.chat, methods=["POST"]),
@@ -64,13 +67,14 @@ def build_app(
             *page,
         ],
         middleware=[
+            *_cors(desk.config.cors_origins),
             Middleware(
                 Edge,
                 desk=desk,
                 metrics=metrics,
                 more=frozenset(route.path for route in more),
                 page=frozenset(route.path for route in page),
-            )
+            ),
         ],
         exception_handlers={HTTPException: _refuse_route},
     )
@@ -102,6 +106,10 @@ class Door:
         content = generate_latest(self._registry)
         return Response(content, headers={"content-type": CONTENT_TYPE_LATEST})
 
+    async def version(self, _: Request) -> Response:
+        """Of this software."""
+        return JSONResponse({"version": version("veilpipe")})
+
     async def models(self, _: Request) -> Response:
         """The one model there is, as a list."""
         return JSONResponse({"object": "list", "data": [self._model()]})
@@ -113,14 +121,18 @@ class Door:
 
     async def chat(self, request: Request) -> Answer:
         """The next message of a conversation. Raises ApiError."""
-        body, order = await _read(ChatRequest, request)
+        body, order = await self._read(ChatRequest, request)
         job = await self._prepare(order, request)
-        format_ = ChatFormat(self._desk.tokenizer, body.num_logprobs is not None)
+        format_ = ChatFormat(
+            self._desk.tokenizer,
+            body.num_logprobs is not None,
+            shows_reasoning=body.include_reasoning is not False,
+        )
         return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
 
     async def completions(self, request: Request) -> Answer:
         """What follows a text, or each of several. Raises ApiError."""
-        body, order = await _read(CompletionRequest, request)
+        body, order = await self._read(CompletionRequest, request)
         job = await self._prepare(order, request)
         echoes = [""] * len(body.prompt)
         if body.echo:
@@ -134,6 +146,18 @@ class Door:
             [echo for echo in echoes for _ in order.sampling],
         )
         return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
+
+    async def _read(self, schema: type[_Body], request: Request) -> tuple[_Body, Order]:
+        """The body, and what it asks for. Raises ApiError."""
+        exchange: Exchange = request.state.exchange
+
+        def parse() -> tuple[_Body, Order]:
+            body = parse_untrusted(schema, exchange.body)
+            return body, body.order(self._desk.config.sampling_defaults)
+
+        if len(exchange.body) <= SMALL_BYTES:
+            return parse()
+        return await trio.to_thread.run_sync(parse)
 
     async def _prepare(self, order: Order, request: Request) -> Job:
         exchange: Exchange = request.state.exchange
@@ -154,17 +178,19 @@ def _known(fields: Mapping[str, object]) -> Mapping[str, object]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-async def _read(schema: type[_Body], request: Request) -> tuple[_Body, Order]:
-    """The body, and what it asks for. Raises ApiError."""
-    exchange: Exchange = request.state.exchange
-
-    def parse() -> tuple[_Body, Order]:
-        body = parse_untrusted(schema, exchange.body)
-        return body, body.order()
-
-    if len(exchange.body) <= SMALL_BYTES:
-        return parse()
-    return await trio.to_thread.run_sync(parse)
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Lets pages of these origins ask: browsers ask first whether they may, and without a key."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    ]
 
 
 def _pipeline_route(desk: Desk, overview: Overview, readiness: Callable[[], Readiness]) -> Route:

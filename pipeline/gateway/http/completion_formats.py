@@ -7,10 +7,12 @@ up everybody else's tokens.
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.continuations import PlacedToken, TextPiece
+from pipeline.gateway.tool_parser import CallDelta
 
 # JSON has no infinities; OpenAI writes an impossible token's logprob so.
 _IMPOSSIBLE = -9999.0
@@ -61,9 +63,12 @@ class ChatFormat:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: GatewayTokenizer, has_logprobs: bool) -> None:
+    def __init__(
+        self, tokenizer: GatewayTokenizer, has_logprobs: bool, shows_reasoning: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
         self._has_logprobs = has_logprobs
+        self._shows_reasoning = shows_reasoning
 
     def opening(self, choice: int) -> dict[str, Any] | None:
         """The role of who speaks."""
@@ -71,20 +76,27 @@ class ChatFormat:
         return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def delta(self, piece: TextPiece) -> dict[str, Any]:
-        """The piece's text; nothing more when there is none."""
+        """The piece's text, thoughts and calls; nothing more when there is none."""
         logprobs = None
         if self._has_logprobs and piece.tokens:
             logprobs = {"content": [self.logprob(each) for each in piece.tokens], "refusal": None}
+        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        if piece.reasoning and self._shows_reasoning:
+            delta["reasoning_content"] = piece.reasoning
+        if piece.calls:
+            delta["tool_calls"] = [_call(each) for each in piece.calls]
         return {
             "index": piece.choice,
-            "delta": {"content": piece.text} if piece.text else {},
+            "delta": delta,
             "logprobs": logprobs,
             "finish_reason": piece.finish,
         }
 
     def whole(self, choice: int) -> WholeChoice:
         """The message."""
-        return _WholeMessage(choice, self if self._has_logprobs else None)
+        return _WholeMessage(
+            choice, self if self._has_logprobs else None, shows_reasoning=self._shows_reasoning
+        )
 
     def logprob(self, placed: PlacedToken) -> dict[str, Any]:
         """What is said of one token."""
@@ -101,22 +113,46 @@ class ChatFormat:
         }
 
 
+def _call(part: CallDelta) -> dict[str, Any]:
+    function = {"arguments": part.arguments}
+    if part.id is None:
+        return {"index": part.index, "function": function}
+    named = {"name": part.name, **function}
+    return {"index": part.index, "id": part.id, "type": "function", "function": named}
+
+
 class _WholeMessage:
-    def __init__(self, choice: int, format_: ChatFormat | None) -> None:
+    def __init__(self, choice: int, format_: ChatFormat | None, *, shows_reasoning: bool) -> None:
         self._choice = choice
         self._format = format_  # if there are logprobs
+        self._shows_reasoning = shows_reasoning
         self._texts: list[str] = []
+        self._thoughts: list[str] = []
+        # Of each call its first part, and its arguments.
+        self._calls: list[tuple[CallDelta, list[str]]] = []
         self._logprobs: list[bytes] = []
         self._finish: str | None = None
 
     def add(self, piece: TextPiece) -> None:
         self._texts.append(piece.text)
+        self._thoughts.append(piece.reasoning)
+        for part in piece.calls:
+            if part.id is not None:
+                self._calls.append((part, []))
+            self._calls[-1][1].append(part.arguments)
         if self._format is not None:
             self._logprobs += [dump(self._format.logprob(placed)) for placed in piece.tokens]
         self._finish = piece.finish
 
     def to_json(self) -> Iterator[bytes]:
-        message = {"role": "assistant", "content": "".join(self._texts), "refusal": None}
+        text, thoughts = "".join(self._texts), "".join(self._thoughts)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if thoughts and self._shows_reasoning:
+            message["reasoning_content"] = thoughts
+        if self._calls:
+            message["content"] = text or None
+            calls = [_call(replace(part, arguments="".join(a))) for part, a in self._calls]
+            message["tool_calls"] = [{k: c[k] for k in c if k != "index"} for c in calls]
         yield b'{"index":%d,"message":%b,"logprobs":' % (self._choice, dump(message))
         if self._format is None:
             yield b"null"

@@ -21,7 +21,7 @@ OPEN_PATHS = frozenset({"/livez", "/health", "/readyz"})
 WATCH_PATHS = frozenset({"/metrics", "/pipeline"})
 # The ones that read what is sent to them, beside those that `Edge` is told of.
 _BODY_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
-_ROUTES = OPEN_PATHS | WATCH_PATHS | {"/v1/models"}
+_ROUTES = OPEN_PATHS | WATCH_PATHS | {"/version", "/v1/models"}
 
 
 class Edge:

@@ -80,7 +80,7 @@ class Answer:
                     if opening is not None:
                         await events.write(header | {"choices": [opening]} | no_usage)
                 async for piece in pieces:
-                    if piece.text or piece.tokens or piece.finish:
+                    if piece.says_something:
                         delta = wanted.format.delta(piece)
                         await events.write(header | {"choices": [delta]} | no_usage)
             except PipelineError as error:

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.engine.generation import Generation
 from pipeline.protocol.result_kinds import Result, Want
+from pipeline.sampling.masks import AllowedTokens
 from pipeline.sampling.params import MAX_BIASES, ChooserSpec, SamplingParams
 from tests.pipeline.engine.engines import generation, tokens_of
 
@@ -88,6 +89,10 @@ def test_a_mask_travels_where_the_vocabulary_is_known():
     assert known.want == Want.DRAWN
     assert known.new_sampler().next_draw().allowed == bytes([0b110, 0])
     assert replace(known, chooser=lambda: None).want == Want.LOGITS
+    own = replace(known, sampling=SamplingParams(), masks=(AllowedTokens({1, 2}),))
+    assert own.want == Want.DRAWN
+    assert own.new_sampler().next_draw().allowed == bytes([0b110, 0])
+    assert replace(own, vocab_size=0).want == Want.LOGITS
 
 
 async def test_processors_of_the_callers_own_decide_what_may_be_chosen(engine):

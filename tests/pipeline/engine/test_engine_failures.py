@@ -10,6 +10,7 @@ import trio
 from pipeline.engine.engine import PipelineEngine
 from pipeline.errors import InputError, RequestFailed, SessionError
 from pipeline.orchestrator.local_pipeline import LocalPipeline
+from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_limits import token_ids_to_wire
 from pipeline.sampling.params import SamplingParams
 from tests.pipeline.engine.engines import LIMITS, Yielding, generation, new_cores, tokens_of
@@ -185,6 +186,7 @@ class AllowsThree:
     "own",
     [
         {"masks": (AllowsThree(),)},
+        {"masks": (AllowsThree(),), "vocab_size": 256},
         {"processors": (forbids_all_after_three,)},
         {"masks": (AllowsThree(),), "sampling": SamplingParams(temperature=1.0, logprobs=2)},
         {"eos_token_ids": frozenset({7}),
@@ -192,7 +194,7 @@ class AllowsThree:
         {"eos_token_ids": frozenset({7}), "vocab_size": 256,
          "sampling": SamplingParams(allowed_token_ids=(7,), min_tokens=1)},
     ],
-    ids=["mask", "processor", "drawn", "fields", "remote"],
+    ids=["mask", "remote mask", "processor", "drawn", "fields", "remote"],
 )  # fmt: skip
 async def test_masks_of_its_own_that_leave_nothing_are_a_requests_mistake_and_nobody_elses(
     engine, own
@@ -217,6 +219,34 @@ async def test_masks_of_its_own_that_leave_nothing_are_a_requests_mistake_and_no
     assert len(heard) == (0 if "eos_token_ids" in own else 3)
     assert engine.failure is None
     assert engine.stats.num_tokens == 60 + len(heard)
+
+
+class FailsAfterThree:
+    def __init__(self, is_large):
+        self._is_large = is_large
+
+    def allowed(self, generated, vocab_size):
+        if len(generated) < 3:
+            return None
+        return np.ones(vocab_size + 8, np.bool_) if self._is_large else {}["no such state"]
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+async def test_a_mask_that_fails_while_a_step_is_made_up_fails_its_request_alone(engine, is_large):
+    rng = random.Random(23)
+    steady = generation(rng, 30)
+    doomed = replace(generation(rng, 30), masks=(FailsAfterThree(is_large),), vocab_size=256)
+    assert doomed.want == Want.DRAWN
+    expected = await tokens_of(engine, steady)
+
+    async def fail():
+        with pytest.raises(RequestFailed, match="ValueError" if is_large else "KeyError"):
+            await tokens_of(engine, doomed)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fail)
+        assert await tokens_of(engine, steady) == expected
+    assert engine.failure is None
 
 
 async def test_tokens_that_nobody_hears_of_are_not_counted(cores):

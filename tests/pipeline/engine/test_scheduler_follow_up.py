@@ -44,10 +44,11 @@ def test_how_the_next_token_is_drawn_is_certain_but_for_the_one_before_it():
         assert how.text.tolist() == told.text.tolist() == sampler.next_draw().text.tolist()
 
 
-@pytest.mark.parametrize("other", ["waits", "runs", "cancelled", "samples"])
+@pytest.mark.parametrize("other", ["waits", "runs", "cancelled", "samples", "masked"])
 def test_nothing_is_certain_of_a_request_that_is_not_alone(other):
     scheduler = Scheduler(Limits(1 if other == "waits" else 2, 100))
-    scheduler.submit(Request(1, (1, 2), 9, want=Want.LOGITS if other == "samples" else Want.TOKEN))
+    want = Want.LOGITS if other == "samples" else Want.TOKEN
+    scheduler.submit(Request(1, (1, 2), 9, want=want, is_foreseeable=other != "masked"))
     if other in {"runs", "waits"}:
         scheduler.submit(Request(2, (1, 2), 9))
     assert scheduler.next_step() is not None

@@ -22,8 +22,10 @@ from pipeline.gateway.http.stego import stego_routes
 from pipeline.gateway.metrics import GatewayMetrics
 from pipeline.gateway.rate_limits import GatewayLimits
 from pipeline.gateway.readiness import READY
+from pipeline.gateway.sampling_defaults import OPENAI
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
+from pipeline.gateway.tool_families import family_of
 from pipeline.sampling.sampler import Sampler
 
 KEY = "sk-test-0123456789"
@@ -171,10 +173,24 @@ def template():
 def make_desk(tokenizer, template):
     """A desk that knows its model, before `engine`; its metrics are in `registry`."""
 
-    def make(engine=None, *, keys=(KEY,), registry=None, tls=None, sessions=None, **limits):
+    def make(
+        engine=None,
+        *,
+        keys=(KEY,),
+        registry=None,
+        tls=None,
+        sessions=None,
+        chat=template,
+        cors=(),
+        defaults=OPENAI,
+        **limits,
+    ):
         config = GatewayConfig(
             served_model_name=MODEL,
-            chat_template=template,
+            chat_template=chat,
+            tool_family=family_of(chat.source),
+            cors_origins=cors,
+            sampling_defaults=defaults,
             eos_token_ids=frozenset({256}),
             port=0,
             api_keys=frozenset(keys),

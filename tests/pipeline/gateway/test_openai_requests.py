@@ -73,10 +73,9 @@ def test_json_that_is_no_object_is_refused(raw):
     assert refusal(ChatRequest, raw).code == "invalid_type"
 
 
-@pytest.mark.parametrize("missing", ["model", "messages"])
-def test_a_missing_field_is_named(missing):
-    error = refusal(ChatRequest, {key: value for key, value in CHAT.items() if key != missing})
-    assert (error.code, error.param) == ("missing_required_parameter", missing)
+def test_a_missing_field_is_named():
+    error = refusal(ChatRequest, {"model": "m"})
+    assert (error.code, error.param) == ("missing_required_parameter", "messages")
 
 
 @pytest.mark.parametrize(
@@ -150,9 +149,7 @@ def test_a_wrong_value_is_refused_by_name(schema, base, field, value):
         ("max_completion_tokens", 0, "max_completion_tokens"),
         ("logprobs", 3, "logprobs"),
         ("top_logprobs", 3, "top_logprobs"),
-        ("tools", [{"type": "function"}], "tools"),
         ("functions", [{"name": "f"}], "functions"),
-        ("response_format", {"type": "json_object"}, "response_format"),
         ("modalities", ["audio"], "modalities"),
     ],
     ids=lambda value: str(value)[:30],

@@ -27,11 +27,8 @@ def refused(schema, body):
 
 WITH_EFFECT = {
     # OpenAI
-    "tools": [{"type": "function"}],
     "functions": [{"name": "f"}],
-    "tool_choice": "required",
     "function_call": {"name": "f"},
-    "response_format": {"type": "json_object"},
     "modalities": ["text", "audio"],
     "audio": {"voice": "alloy"},
     "prediction": {"type": "content", "content": "x"},
@@ -42,13 +39,7 @@ WITH_EFFECT = {
     "web_search_options": {},
     "moderation": {"model": "x"},
     # vLLM
-    "bad_words": ["x"],
-    "guided_json": {"type": "object"},
-    "guided_regex": "a+",
-    "guided_choice": ["a"],
-    "guided_grammar": "root ::= a",
     "guided_decoding_backend": "outlines",
-    "structured_outputs": {"json": {}},
     "prompt_logprobs": 0,
     "use_beam_search": True,
     "length_penalty": 0.5,
@@ -63,10 +54,7 @@ WITH_EFFECT = {
     "return_token_ids": True,
     "request_id": "x",
     "kv_transfer_params": {"a": 1},
-    "include_reasoning": False,
     # llama.cpp's server and its relatives
-    "grammar": "root ::= a",
-    "json_schema": {},
     "n_predict": 10,
     "n_keep": 5,
     "n_probs": 3,
@@ -88,6 +76,14 @@ WITH_EFFECT = {
     "__class__": "x",
     "model_config": {},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tools", [{"type": "function"}]), ("tool_choice", "required"), ("include_reasoning", False)],
+)
+def test_a_text_has_no_tools_and_no_thoughts(field, value):
+    assert refused(CompletionRequest, COMPLETION | {field: value}).param == field
 
 
 @pytest.mark.parametrize("field", WITH_EFFECT)

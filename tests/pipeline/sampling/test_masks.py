@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.sampling.masks import masks_of
+from pipeline.sampling.masks import NotThese, masks_of
 from pipeline.sampling.params import SamplingParams
 from pipeline.sampling.sampler import Sampler
 
@@ -70,3 +70,17 @@ def test_logprobs_are_the_models_own_whatever_is_masked():
     assert choice.token_id == 4
     assert choice.top[0][0] == 0
     assert choice.logprob < choice.top[0][1]
+
+
+def test_of_a_forbidden_sequence_the_last_token_is_not_allowed_behind_the_others():
+    mask = NotThese([(0,), (1, 2), (1, 1, 3), ()])
+
+    def forbidden(*generated):
+        return set(np.flatnonzero(~mask.allowed(generated, 5)).tolist())
+
+    assert forbidden() == {0}
+    assert forbidden(1) == {0, 2}
+    assert forbidden(4, 1, 1) == {0, 2, 3}
+    assert forbidden(1, 4) == {0}
+    assert forbidden(1, 1, 4) == {0}
+    assert chosen(SamplingParams(), 3, masks=(mask,)) == [1, 1, 1]

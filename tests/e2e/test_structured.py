@@ -1,0 +1,89 @@
+"""Answers of a given form over real stages: at once, together with others, and through losses."""
+
+import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import jsonschema
+import openai
+import pydantic
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCHEMA = {
+    "type": "array",
+    "minItems": 5,
+    "maxItems": 5,
+    "items": {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "ok": {"type": "boolean"}},
+        "required": ["name", "ok"],
+        "additionalProperties": False,
+    },
+}
+FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "maxLength": 10}},
+            "required": ["word"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+class Answer(pydantic.BaseModel):
+    word: str = pydantic.Field(max_length=10)
+    score: int = pydantic.Field(ge=0, le=9)
+
+
+@pytest.fixture
+def server(cluster):
+    cluster.plan(2)
+    return cluster.serve("--supervise", "--context", "1024", "--hang-timeout", "3")
+
+
+def ask(server, **fields):
+    body = {"prompt": "A list:", "max_tokens": 700, "response_format": FORM, **fields}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_texts_of_a_form_are_the_same_alone_together_and_through_a_loss(server, temperature):
+    wanted = [{"seed": seed, "temperature": temperature} for seed in range(6)]
+    free = server.text("Hi", 60)
+    alone = [ask(server, **each)[0]["text"] for each in wanted]
+    for text in alone:
+        jsonschema.validate(json.loads(text), SCHEMA)
+    with ThreadPoolExecutor(7) as pool:
+        together = pool.map(lambda each: ask(server, **each)[0]["text"], wanted)
+        other = pool.submit(server.text, "Hi", 60)
+        assert list(together) == alone
+        assert other.result() == free
+        lost = pool.map(lambda each: ask(server, **each)[0]["text"], wanted)
+        time.sleep(0.5)
+        os.kill(server.workers()[1], signal.SIGKILL)
+        assert list(lost) == alone
+
+
+def test_the_openai_client_parses_calls_and_streams(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
+        chat = {"model": "model", "messages": [{"role": "user", "content": "Hi"}]}
+        parsed = client.chat.completions.parse(**chat, response_format=Answer, n=3)
+        assert all(isinstance(choice.message.parsed, Answer) for choice in parsed.choices)
+        tools = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+        with client.chat.completions.stream(**chat, **tools, max_tokens=300) as stream:
+            final = [*stream] and stream.get_final_completion().choices[0]
+        (call,) = final.message.tool_calls
+        jsonschema.validate(json.loads(call.function.arguments), TOOL["function"]["parameters"])
+        assert final.finish_reason == "tool_calls"
