@@ -21,6 +21,7 @@ ROOMS = {
     "kernels": {"protocol", "weights"},
     "models": {"kernels", "protocol", "weights"},
     "stage": {"agreement", "codecs", "kernels", "models", "protocol", "sampling"},
+    "remote_parts": {"agreement", "kernels", "models", "protocol"},
     "engine": {"codecs", "protocol", "sampling"},
     "placement": {"agreement"},
     "orchestrator": {
@@ -34,13 +35,13 @@ ROOMS = {
         "protocol", "sessions", "stage",
     },
     "stego": {"engine", "sampling"},
-    "scx": set(),
+    "scx": {"kernels", "models", "protocol", "remote_parts"},
     "leakage": {"codecs", "engine", "kernels", "models", "planning", "protocol", "weights"},
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
     "cli": {
         "agreement", "codecs", "doors", "engine", "gateway", "kernels", "leakage", "models",
-        "orchestrator", "placement", "planning", "protocol", "sampling", "sessions", "stage",
-        "stego",
+        "orchestrator", "placement", "planning", "protocol", "remote_parts", "sampling", "scx",
+        "sessions", "stage", "stego",
     },
 }  # fmt: skip
 # What kernels know of the protocol: which rows of a step are whose, and which stay. All that doors

@@ -20,6 +20,7 @@ class RoleKind(IntEnum):
 
     ORCHESTRATOR = 1
     STAGE = 2
+    PART = 3  # a worker that a stage asks for a part of its layers' work
 
 
 class LinkKind(IntEnum):
@@ -34,7 +35,7 @@ class Role:
     """A party's place in the pipeline. Raises: MisuseError."""
 
     kind: RoleKind
-    stage_idx: int = 0  # 0 for the orchestrator
+    stage_idx: int = 0  # 0 for the orchestrator, and for a part
 
     def __post_init__(self) -> None:
         most = MAX_STAGE_IDX if self.kind is RoleKind.STAGE else 0
@@ -42,9 +43,9 @@ class Role:
             raise MisuseError(f"stage index {self.stage_idx} is outside 0 to {most}")
 
     def canonical(self) -> bytes:
-        """Return the name evidence is bound to: `orchestrator` or `stage/<index>`."""
-        if self.kind is RoleKind.ORCHESTRATOR:
-            return b"orchestrator"
+        """Return the name evidence is bound to: `orchestrator`, `part` or `stage/<index>`."""
+        if self.kind is not RoleKind.STAGE:
+            return self.kind.name.lower().encode()
         return b"stage/%d" % self.stage_idx
 
 

@@ -145,6 +145,8 @@ class StageSpec(_Strict):
     require_weight_hashes: bool = False
     precision: Precision | None = None  # of the weights in memory; None: the stage decides
     expected_measurements: dict[PcrIndex, PcrHex] = Field(default_factory=dict)
+    # Of a stage on a machine that is known by its key and attests nothing.
+    public_key: KeyHex | None = None
     endpoint: StageEndpoint | None = None
 
     def measurements(self) -> dict[int, bytes]:
@@ -157,6 +159,14 @@ class ClientSpec(_Strict):
 
     weight_hashes: Annotated[tuple[Sha256Hex, ...], Field(min_length=1)]
     precision: Precision | None = None  # of the weights in memory; None: the orchestrator decides
+
+
+class PartSpec(_Strict):
+    """A worker that nobody trusts, which the one stage asks for part of all layers' work."""
+
+    kind: Literal["attention", "linear"]
+    public_key: KeyHex | None = None  # None: in development only
+    address: Address | None = None
 
 
 class DpSpec(_Strict):
@@ -183,6 +193,7 @@ class Manifest(_Strict):
     # Fingerprint of the secret rotation that all weights have in them; None: they are plain.
     rotation: Sha256Hex | None = None
     dp: DpSpec | None = None
+    part: PartSpec | None = None
 
     @property
     def has_client_ends(self) -> bool:
@@ -202,6 +213,16 @@ class Manifest(_Strict):
             raise ValueError("rotation is for manifests whose split is client")
         if self.dp is not None and not self.has_client_ends:
             raise ValueError("dp is for manifests whose split is client")
+        return self
+
+    @model_validator(mode="after")
+    def _one_stage_asks_for_a_part(self) -> Self:
+        if self.part is not None and (len(self.stages) != 1 or self.has_client_ends):
+            raise ValueError("part is for manifests of one stage with embedding and head")
+        # Attack: a key says whose machine it is, not what runs there. Where stages see what a user
+        # says, that is not enough for any machine but his own.
+        if self.part is None and any(stage.public_key for stage in self.stages):
+            raise ValueError("public_key is for stages of one's own, in manifests with a part")
         return self
 
     @model_validator(mode="after")
@@ -235,6 +256,8 @@ class Manifest(_Strict):
         whole = _without_new_defaults(self.model_dump(mode="json"))
         for stage in whole["stages"]:
             del stage["endpoint"], stage["expected_measurements"]
+        if whole.get("part") is not None:
+            del whole["part"]["address"]
         return whole
 
     def core_hash(self) -> bytes:
@@ -321,9 +344,12 @@ def _without_new_defaults(whole: dict[str, Any]) -> dict[str, Any]:
     if whole["split"] == "stages":
         del whole["split"]
         whole.pop("client", None)
-    for name in ("rotation", "dp"):
+    for name in ("rotation", "dp", "part"):
         if whole.get(name) is None:
             whole.pop(name, None)
+    for stage in whole["stages"]:
+        if stage.get("public_key") is None:
+            stage.pop("public_key", None)
     return whole
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
@@ -126,11 +126,52 @@ class EnclaveTrust:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyedTrust:
+    """A process without a security module, among others that the manifest names by their keys."""
+
+    static_key: X25519PrivateKey
+    manifest: Manifest
+
+    @classmethod
+    def create(cls, manifest: Manifest, identity: Path | None) -> "KeyedTrust":
+        """Raises PolicyError where the manifest leaves open who is who."""
+        part = manifest.part
+        named = [stage.public_key for stage in manifest.stages]
+        named += [] if part is None else [part.public_key]
+        if not manifest.orchestrator_keys or None in named or identity is None:
+            raise PolicyError(
+                "orchestrator, stages and part know each other by their keys: the manifest has to "
+                "name them all (`pipeline-orch plan --orchestrator-key, --stage-key, --part-key`), "
+                "and --identity FILE gives this one's (`pipeline-orch keygen FILE` makes one); "
+                "--dev does without"
+            )
+        return cls(load_identity(identity), manifest)
+
+    def toward(self, peer: Role, measurements: Mapping[int, bytes]) -> Credentials:
+        """Key-only evidence on both sides."""
+        del measurements
+        verifier = KeyOnlyVerifier(self._keys_of(peer))
+        return Credentials(self.static_key, KeyOnlyAttester(), (verifier,))
+
+    def _keys_of(self, peer: Role) -> frozenset[bytes]:
+        if peer.kind is RoleKind.ORCHESTRATOR:
+            return _listed_keys(self.manifest)
+        spec = self.manifest.part
+        named = spec if peer.kind is RoleKind.PART else self.manifest.stage(peer.stage_idx)
+        key = None if named is None else named.public_key
+        return frozenset() if key is None else frozenset({bytes.fromhex(key)})
+
+
+@dataclass(frozen=True, slots=True)
 class UserTrust:
-    """The user's orchestrator: shows its key; believes pinned measurements under AWS's root."""
+    """The user's orchestrator: shows its key; believes pinned measurements under AWS's root.
+
+    Of stages on machines of the user's own it believes the key that the manifest names.
+    """
 
     static_key: X25519PrivateKey
     root: x509.Certificate
+    stage_keys: Mapping[int, bytes] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -147,12 +188,18 @@ class UserTrust:
                 "attested stages know this orchestrator by its key; give --identity FILE "
                 "(`pipeline-orch keygen FILE` makes one), or use --dev on your own machine"
             )
-        return cls(load_identity(identity), root or aws_root())
+        keys = {
+            stage.stage_idx: bytes.fromhex(stage.public_key)
+            for stage in manifest.stages
+            if stage.public_key is not None
+        }
+        return cls(load_identity(identity), root or aws_root(), keys)
 
     def toward(self, peer: Role, measurements: Mapping[int, bytes]) -> Credentials:
-        """A Nitro document with these measurements, whoever the peer is."""
-        del peer
-        verifier = NitroVerifier(self.root, measurements, clock=_now)
+        """A Nitro document with these measurements, or of a machine of one's own its key."""
+        verifier: Verifier = NitroVerifier(self.root, measurements, clock=_now)
+        if peer.stage_idx in self.stage_keys:
+            verifier = KeyOnlyVerifier(frozenset({self.stage_keys[peer.stage_idx]}))
         return Credentials(self.static_key, KeyOnlyAttester(), (verifier,))
 
 
@@ -173,6 +220,8 @@ def _require_pins(manifest: Manifest, stage: StageSpec) -> None:
     measurements = stage.measurements()
     # PCR 0 covers the whole image; other registers alone let any code pass.
     is_pinned = any(measurements.get(0, b"")) and all(any(pcr) for pcr in measurements.values())
+    # Known by its key it is a machine of the user's own, who knows what he runs there.
+    is_pinned = is_pinned or stage.public_key is not None
     missing = [
         name
         for name, is_there in (

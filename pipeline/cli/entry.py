@@ -37,7 +37,8 @@ def importing() -> Iterator[None]:
 def stage_worker() -> None:
     """Run `stage-worker`; with `--standby` alone, as soon as stdin says with what arguments.
 
-    `stage-worker door` is a command of its own, since a stage needs no word before its flags.
+    `stage-worker door` and the like are commands of their own, since a stage needs no word before
+    its flags.
     """
     _leave_on_signals()
     with importing():
@@ -48,6 +49,9 @@ def stage_worker() -> None:
         if sys.argv[1:2] == ["door"]:
             del sys.argv[1]
             from pipeline.cli.door_server import main
+        elif sys.argv[1:2] == ["attention"]:
+            del sys.argv[1]
+            from pipeline.cli.part_worker import main
         else:
             from pipeline.cli.stage_worker import main
 

@@ -39,6 +39,7 @@ from transport.attestation.dev_authority import default_directory
 logger = logging.getLogger(__name__)
 
 PLAIN = "plain"
+MODES_OF_PARTS = {"attention": "scx", "linear": "offload"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ def longest_text(context: int | None, manifest: Manifest, window: TideWindow | N
 
 def mode_of(manifest: Manifest) -> str:
     """What the leakage cards call the way in which a manifest uses its stages."""
+    if manifest.part is not None:
+        return MODES_OF_PARTS[manifest.part.kind]
     if manifest.dp is not None:
         return "dp"
     if manifest.rotation is not None:
@@ -126,7 +129,8 @@ class PipelineAccess:
             trust=trust,
             options=options,
             place=_placement(source, flags),
-            is_resumable=is_resumable or flags.supervise,
+            # Of a worker that nobody trusts nobody expects that it stays.
+            is_resumable=is_resumable or flags.supervise or manifest.part is not None,
         )
 
     async def run(

@@ -13,6 +13,8 @@ from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, EnclaveTrust,
 from pipeline.cli.compute_options import parse_cpus, precision_of
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.logs import configure_logging
+from pipeline.cli.home_parts import home_parts
+from pipeline.cli.part_worker import keyed_trust
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.service_manager import ServiceManager
 from pipeline.cli.settings import takes_flags
@@ -23,7 +25,9 @@ from pipeline.cli.worker_flags import WorkerFlags
 from pipeline.errors import InputError
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.kernels.sealed_memory import SealedMemory
+from pipeline.models.layer_parts import OWN
 from pipeline.protocol.peer_connections import PATIENCE_MS
+from pipeline.remote_parts.parts import PartAccess
 from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.model_config import load_stage
 from pipeline.stage.session_admission import free_kv_bytes
@@ -59,7 +63,8 @@ def serve(flags: WorkerFlags) -> None:
     manifest, stage_idx = load_manifest(flags.manifest), flags.stage_idx
     networks = parse_networks(flags.allow_dial)
     stage = manifest.stage(stage_idx)
-    trust = _trust(manifest, stage_idx, dev=flags.dev)
+    trust = _trust(manifest, stage_idx, flags)
+    parts = home_parts(manifest)
     control, data_in = flags.control_listen, flags.data_in_listen
     if stage.endpoint is not None:
         control = control or stage.endpoint.control.to_endpoint()
@@ -91,6 +96,7 @@ def serve(flags: WorkerFlags) -> None:
             flags.device or "cpu",
             progress,
             memory,
+            parts or OWN,
         )
     setup = StageSetup(
         manifest=manifest,
@@ -106,12 +112,15 @@ def serve(flags: WorkerFlags) -> None:
         data_out=data_out,
         patience_ms=PATIENCE_MS,
         allow_dial=networks,
+        parts_session=None if parts is None else PartAccess(manifest, trust, parts).session,
     )
     _run(setup, control, data_in, flags)
 
 
-def _trust(manifest: Manifest, stage_idx: int, *, dev: bool) -> Trust:
-    if dev:
+def _trust(manifest: Manifest, stage_idx: int, flags: WorkerFlags) -> Trust:
+    if manifest.stage(stage_idx).public_key is not None or flags.identity is not None:
+        return keyed_trust(manifest, flags.identity, dev=flags.dev)
+    if flags.dev:
         logger.warning("event=development_mode %s", DEV_WARNING)
         return DevTrust.create(default_directory(os.environ))
     return EnclaveTrust.create(manifest, stage_idx)

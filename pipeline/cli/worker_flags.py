@@ -60,6 +60,9 @@ class WorkerFlags(Settings):
         tuple[str, ...],
         Flag("CIDR", "Also dial there [only what the manifest names].", is_by_hand=True),
     ] = ()
+    identity: Annotated[
+        Path | None, Flag("FILE", "This stage's key, where the manifest names it (see keygen).")
+    ] = None
     dtype: DTypeFlag = None
     kernels: KernelsFlag = None
     threads: ThreadsFlag = None

@@ -14,6 +14,7 @@ from pipeline.models.registry import layer_bytes, required_files
 from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.progress import Progress
 from pipeline.weights.checkpoint import hash_files
+from transport.dial_and_listen import Endpoint, TcpEndpoint, UnixEndpoint, VsockEndpoint
 
 # Stage i's enclave has CID 16 + i (0 to 15 are free for others), and reaches its parent as CID 3.
 FIRST_CID = 16
@@ -45,6 +46,10 @@ class PlanOptions:
     split: Split = "stages"
     # Noise of `sigma` on rows clipped to `clip`, where the ends are the orchestrator's.
     noise: tuple[float, float] | None = None
+    # What one untrusted worker is asked for, where it is and its key, if that is known.
+    part: tuple[str, Endpoint, str | None] | None = None
+    # Keys of stages on machines of one's own, in their order.
+    stage_keys: tuple[str, ...] = ()
 
 
 def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) -> list[int]:
@@ -101,6 +106,8 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
     ]
     own = required_files(model_dir, config, range(0), BOTH_ENDS) if is_client else []
     hashes = _hash_once([*files, own], progress)
+    if options.stage_keys and len(options.stage_keys) != options.num_stages:
+        raise InputError(f"{len(options.stage_keys)} keys for {options.num_stages} stages")
     stages = [
         {
             "stage_idx": idx,
@@ -109,6 +116,7 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
             "weight_hashes": [hashes[path] for path in files[idx]],
             "require_weight_hashes": True,
             "precision": options.precision,
+            "public_key": options.stage_keys[idx] if options.stage_keys else None,
             "endpoint": _endpoint(options, hosts, idx),
         }
         for idx, (start, end) in enumerate(zip(starts, ends, strict=True))
@@ -130,8 +138,20 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
         "split": options.split,
         "client": client if is_client else None,
         "dp": options.noise and dict(zip(("sigma", "clip"), options.noise, strict=True)),
+        "part": options.part and _part(*options.part),
     }
     return build_manifest(fields, "cannot plan this")
+
+
+def _part(kind: str, where: Endpoint, public_key: str | None) -> dict[str, Any]:
+    match where:
+        case TcpEndpoint():
+            address = {"type": "tcp", "addr": str(where)}
+        case VsockEndpoint(cid, port):
+            address = {"type": "vsock", "cid": cid, "port": port}
+        case UnixEndpoint(path, port):
+            address = {"type": "unix", "path": str(path), "port": port}
+    return {"kind": kind, "address": address, "public_key": public_key}
 
 
 def _label(model_dir: Path) -> str:

@@ -1,9 +1,11 @@
 """One orchestrator's session on a stage: its data channels, its KV state, its requests."""
 
 import logging
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter_ns
+from typing import NoReturn
 
 import trio
 
@@ -23,6 +25,7 @@ from pipeline.protocol.messages import (
     Save,
     Shutdown,
     Start,
+    Waiting,
 )
 from pipeline.protocol.peer_connections import close_quietly, describe, hang_up, say
 from pipeline.protocol.step_header import StepKind
@@ -127,14 +130,33 @@ class StageSession:
         try:
             async with open_tasks() as tasks:
                 tasks.start_soon(self._serve_control, tasks)
-                epoch = _Epoch(self._init.epoch, self._setup.target(self._init.data_out))
-                while True:
-                    with self._scope:
-                        await self._serve_epoch(epoch, data_in)
-                    epoch = await self._next_epoch()
+                async with self._parts(tasks):
+                    await self._serve_epochs(data_in)
         finally:
             # Whoever holds this memory next must not find the last user's keys and values.
             self._core.release()
+
+    def _parts(self, tasks: trio.Nursery) -> AbstractAsyncContextManager[None]:
+        """What the shard's layers need; the orchestrator hears what that waits for."""
+        session = self._setup.parts_session
+        if session is None:
+            return nullcontext()
+        told = ""
+
+        def on_waiting(text: str) -> None:
+            nonlocal told
+            if text != told:
+                told = text
+                tasks.start_soon(say, self._control, Waiting(detail=text[:1024]))
+
+        return session(self._limits, on_waiting)
+
+    async def _serve_epochs(self, data_in: Listener) -> NoReturn:
+        epoch = _Epoch(self._init.epoch, self._setup.target(self._init.data_out))
+        while True:
+            with self._scope:
+                await self._serve_epoch(epoch, data_in)
+            epoch = await self._next_epoch()
 
     async def _next_epoch(self) -> _Epoch:
         """Wait for the orchestrator's `rewind`, the latest if there are several, and obey it."""
