@@ -70,11 +70,12 @@ def attention(flags: AttentionFlags) -> None:
         stage-worker attention --manifest manifest.json --dev
     """
     from pipeline.kernels.host_memory import available_bytes
-    from pipeline.scx.attention_worker import LIMITS, AttentionMemory, AttentionWorker
+    from pipeline.scx.attention_wire import QUESTION_LIMITS
+    from pipeline.scx.attention_worker import AttentionMemory, AttentionWorker
 
     free = GIB * flags.kv_memory if flags.kv_memory is not None else available_bytes()
     memory = AttentionMemory(None if free is None else int(free))
-    serve_part(flags, "attention", LIMITS, lambda: AttentionWorker(memory))
+    serve_part(flags, "attention", QUESTION_LIMITS, lambda: AttentionWorker(memory))
 
 
 def serve_part(

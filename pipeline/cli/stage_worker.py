@@ -64,7 +64,7 @@ def serve(flags: WorkerFlags) -> None:
     networks = parse_networks(flags.allow_dial)
     stage = manifest.stage(stage_idx)
     trust = _trust(manifest, stage_idx, flags)
-    parts = home_parts(manifest)
+    parts = home_parts(manifest, flags.model_dir)
     control, data_in = flags.control_listen, flags.data_in_listen
     if stage.endpoint is not None:
         control = control or stage.endpoint.control.to_endpoint()

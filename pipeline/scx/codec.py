@@ -205,10 +205,17 @@ class LayerCodec:
         return asked
 
     def read(self, answer: Answer, asked: HostArray, receipt: Receipt) -> HostArray:
-        """The attention's output [KV heads, queries, head_dim], in float64.
+        """The attention's output [KV heads, queries, head_dim], in float64. Raises as `share`."""
+        return self.share(answer, asked, receipt)[0]
 
-        Raises AnswerRefused for what no honest holder of the cache answers, and ScxError where the
-        decoys leave nothing of it.
+    def share(
+        self, answer: Answer, asked: HostArray, receipt: Receipt
+    ) -> tuple[HostArray, HostArray]:
+        """The output over these rows alone, and the log of their sum of exponentials.
+
+        Float64 [KV heads, queries, head_dim] and [KV heads, queries], to be joined with what other
+        rows give. Raises AnswerRefused for what no honest holder of the cache answers, and ScxError
+        where the decoys leave nothing of it.
         """
         if answer.outputs.shape != asked.shape or answer.log_sums.shape != asked.shape[:3]:
             raise AnswerRefused("an answer about an encoded cache has another shape")
@@ -217,13 +224,14 @@ class LayerCodec:
         outputs, log_sums = answer.outputs.astype(_FLOAT64), answer.log_sums.astype(_FLOAT64)
         if self._num_decoys:
             self._remove_decoys(outputs[:, :, 0], log_sums[:, :, 0], asked[:, :, :1])
-        shares = np.exp(log_sums - log_sums.max(2, keepdims=True))
-        shares /= shares.sum(2, keepdims=True)
-        outputs *= shares[..., None]
+        top = log_sums.max(2, keepdims=True)
+        shares = np.exp(log_sums - top)
+        sums = shares.sum(2, keepdims=True)
+        outputs *= (shares / sums)[..., None]
         decoded: HostArray = np.zeros((*asked.shape[:2], self._keys.width))
         for at, (segment, _, _) in enumerate(self._segments(receipt)):
             decoded += outputs[:, :, at] @ self._matrix("values", segment).mT
-        return decoded[..., : self._keys.head_dim]
+        return decoded[..., : self._keys.head_dim], (top + np.log(sums))[..., 0]
 
     def _remove_decoys(self, outputs: HostArray, log_sums: HostArray, asked: HostArray) -> None:
         """In place: the answer that a cache without decoys would have given."""

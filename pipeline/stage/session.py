@@ -1,7 +1,6 @@
 """One orchestrator's session on a stage: its data channels, its KV state, its requests."""
 
 import logging
-from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter_ns
@@ -104,6 +103,8 @@ class StageSession:
             setup, init, control, meter, self._gate.frame_limits(limits.max_tensor_bytes)
         )
         self._storage = SlotStorage(self._core, setup.store, control)
+        # What its layers need beside it, if anything, is there.
+        self._has_parts = trio.Event()
         self._requests: set[int] = set()
         self._rewind: Rewind | None = None
         self._is_rewound = trio.Event()
@@ -130,17 +131,18 @@ class StageSession:
         try:
             async with open_tasks() as tasks:
                 tasks.start_soon(self._serve_control, tasks)
-                async with self._parts(tasks):
-                    await self._serve_epochs(data_in)
+                tasks.start_soon(self._hold_parts, tasks)
+                await self._serve_epochs(data_in)
         finally:
             # Whoever holds this memory next must not find the last user's keys and values.
             self._core.release()
 
-    def _parts(self, tasks: trio.Nursery) -> AbstractAsyncContextManager[None]:
-        """What the shard's layers need; the orchestrator hears what that waits for."""
+    async def _hold_parts(self, tasks: trio.Nursery) -> None:
+        """Have what the shard's layers need; the orchestrator hears what that waits for."""
         session = self._setup.parts_session
         if session is None:
-            return nullcontext()
+            self._has_parts.set()
+            return
         told = ""
 
         def on_waiting(text: str) -> None:
@@ -149,7 +151,9 @@ class StageSession:
                 told = text
                 tasks.start_soon(say, self._control, Waiting(detail=text[:1024]))
 
-        return session(self._limits, on_waiting)
+        async with session(self._limits, on_waiting):
+            self._has_parts.set()
+            await trio.sleep_forever()
 
     async def _serve_epochs(self, data_in: Listener) -> NoReturn:
         epoch = _Epoch(self._init.epoch, self._setup.target(self._init.data_out))
@@ -177,6 +181,7 @@ class StageSession:
             upstream, downstream = await self._neighbours.meet(
                 epoch.epoch, data_in, epoch.target, channels
             )
+            await self._has_parts.wait()
             await self._control.send(self._ready(epoch.epoch))
             logger.info("event=ready stage=%d", self._setup.stage_idx)
             if epoch.replay_until is not None:
