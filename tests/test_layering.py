@@ -36,7 +36,10 @@ ROOMS = {
     },
     "stego": {"engine", "sampling"},
     "scx": {"kernels", "models", "protocol", "remote_parts"},
-    "leakage": {"codecs", "engine", "kernels", "models", "planning", "protocol", "weights"},
+    "leakage": {
+        "codecs", "engine", "kernels", "models", "planning", "protocol", "remote_parts", "scx",
+        "weights",
+    },
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
     "cli": {
         "agreement", "codecs", "doors", "engine", "gateway", "kernels", "leakage", "models",

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 import trio
 
@@ -13,11 +14,12 @@ from pipeline.protocol.peer_connections import CONTROL_EPOCH, connect_retrying, 
 from pipeline.protocol.step_limits import SessionLimits
 from pipeline.remote_parts.lanes import Lanes
 from pipeline.remote_parts.link import PartLink
+from pipeline.remote_parts.wire import Message
 from transport.channel import SecureChannel
 from transport.dial_and_listen import Endpoint
 from transport.errors import AttestationError, HandshakeError, TransportError
 from transport.handshake import Link, LinkKind, Role, RoleKind
-from transport.tensor_frames import FrameLimits
+from transport.tensor_frames import FrameLimits, Tensor
 
 PART = Role(RoleKind.PART)
 # An honest worker answers in milliseconds, and a chunk of a long text in a second or so.
@@ -28,6 +30,28 @@ def part_link(manifest: Manifest) -> Link:
     """The link that both ends must agree on."""
     stage = Role(RoleKind.STAGE, 0)
     return Link(LinkKind.DATA, stage, PART, manifest.core_hash(), CONTROL_EPOCH)
+
+
+class Asked(Protocol):
+    """Whoever answers: a `PartLink`, or a worker in this process."""
+
+    def ask(self, header: bytes, tensors: tuple[Tensor, ...] = ()) -> Message:
+        """See `PartLink.ask`."""
+        ...
+
+
+class SessionSize(Protocol):
+    """Of `SessionLimits` what a worker has to know."""
+
+    @property
+    def num_slots(self) -> int:
+        """Requests side by side."""
+        ...
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of each."""
+        ...
 
 
 class RemoteParts(LayerParts):
@@ -43,15 +67,15 @@ class RemoteParts(LayerParts):
         self.limits = limits
         self.lanes = Lanes()
         self.overlap = self.lanes
-        self._link: PartLink | None = None
+        self._link: Asked | None = None
 
     @property
-    def link(self) -> PartLink:
+    def link(self) -> Asked:
         """To the session's worker."""
         assert self._link is not None, "steps come in sessions"
         return self._link
 
-    def begin(self, limits: SessionLimits) -> None:
+    def begin(self, limits: SessionSize) -> None:
         """A session begins, with a worker that knows nothing yet. Raises PartLost, PartRefused."""
 
     def end(self) -> None:
@@ -62,14 +86,18 @@ class RemoteParts(LayerParts):
         self, link: PartLink, limits: SessionLimits
     ) -> AsyncIterator[None]:
         """Work with this link's worker."""
-        self._link = link
         try:
-            self.begin(limits)
+            self.attach(link, limits)
             yield
         finally:
             self.end()
             self._link = None
             link.close()
+
+    def attach(self, link: Asked, limits: SessionSize) -> None:
+        """Begin a session with whoever is asked. Raises PartLost, PartRefused."""
+        self._link = link
+        self.begin(limits)
 
 
 class PartAccess:

@@ -21,8 +21,7 @@ from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV
 from pipeline.models.config import LlamaConfig, ModelConfig
 from pipeline.protocol.batch import Batch, Segment, first_rows
-from pipeline.protocol.step_limits import SessionLimits
-from pipeline.remote_parts.parts import RemoteParts
+from pipeline.remote_parts.parts import RemoteParts, SessionSize
 from pipeline.remote_parts.wire import PartRefusal, to_array, to_tensor
 from pipeline.scx.attention_wire import (
     ANSWER_LIMITS,
@@ -125,7 +124,7 @@ class AttentionParts(RemoteParts):
         del own
         return HeldElsewhere(self, self._num_layers, num_slots, max_seq_len)
 
-    def begin(self, limits: SessionLimits) -> None:
+    def begin(self, limits: SessionSize) -> None:
         """Another session, and so other keys. Raises PartRefused where it would not fit."""
         self._epoch += 1
         width = self._new_keys().width

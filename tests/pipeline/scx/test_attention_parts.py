@@ -9,7 +9,6 @@ import torch
 from pipeline.errors import InputError, MessageError
 from pipeline.models.registry import load_shard
 from pipeline.protocol.batch import Segment
-from pipeline.protocol.step_limits import SessionLimits
 from pipeline.remote_parts.wire import PartRefusal, to_array, to_tensor
 from pipeline.scx.attention_parts import AttentionParts
 from pipeline.scx.attention_wire import (
@@ -44,9 +43,9 @@ class Near:
 
 def opened(parts, num_slots=1, max_rows=128, memory=None):
     """The parts in a session with a worker."""
-    parts._link = Near(AttentionWorker(AttentionMemory(memory)))
-    parts.begin(SimpleNamespace(num_slots=num_slots, max_seq_len=max_rows))
-    return parts._link
+    link = Near(AttentionWorker(AttentionMemory(memory)))
+    parts.attach(link, SimpleNamespace(num_slots=num_slots, max_seq_len=max_rows))
+    return link
 
 
 @pytest.fixture
@@ -290,7 +289,3 @@ def test_sessions_together_take_no_more_than_is_given():
 def test_a_session_that_would_not_fit_is_refused(make_oracle):
     with pytest.raises(PartRefusal, match="are left of its memory"):
         opened(AttentionParts(make_oracle(FAMILY).config), memory=1000)
-
-
-def test_limits_are_those_of_a_session():
-    assert {"num_slots", "max_seq_len"} <= set(SessionLimits.__annotations__)
