@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Generate text with stage workers and an orchestrator as separate processes on this machine.
-# Usage: run_local.sh [--mode plain|client|rotate|rotate-int8|dp] "PROMPT" [MAX_TOKENS]
+# Usage: run_local.sh [--mode plain|client|rotate|rotate-int8|dp|scx] "PROMPT" [MAX_TOKENS]
 # MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. In mode
 # client the orchestrator holds embedding and head, and computes them with as many threads; in mode
 # rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits; in dp they
-# get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA). MODEL_DIR may be what
+# get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA); in scx one stage, at home,
+# asks a worker that holds its keys and values encoded, and is started anew if it dies. MODEL_DIR may be what
 # `pipeline-orch shard` wrote: its manifest then says the stages and their addresses, and the mode.
-# pipeline/codecs/README.md says what that protects.
+# pipeline/codecs/README.md says what that protects, and pipeline/scx/README.md for scx.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-usage='usage: run_local.sh [--mode plain|client|rotate|rotate-int8|dp] "PROMPT" [MAX_TOKENS]'
+usage='usage: run_local.sh [--mode plain|client|rotate|rotate-int8|dp|scx] "PROMPT" [MAX_TOKENS]'
 mode=plain
 if [ "${1-}" = --mode ]; then
   mode=${2-}
@@ -27,8 +28,12 @@ case $mode in
     # Noise that leaves a text readable hides nothing; what it adds up to is printed.
     own+=(--dp-epsilon "${DP_EPSILON:-1e9}" --dp-delta "${DP_DELTA:-1e-5}")
     ;;
-  *) die "the mode is '$mode', expected plain, client, rotate, rotate-int8 or dp; $usage" ;;
+  scx) plan_flags=() own=() ;;
+  *) die "the mode is '$mode', expected plain, client, rotate, rotate-int8, dp or scx; $usage" ;;
 esac
+once=(--once)
+# A home outlives its workers' sessions, and so do these.
+[ "$mode" != scx ] || { STAGES=1; once=(); }
 prompt=${1-}
 max_tokens=${2-50}
 stages=${STAGES:-2}
@@ -47,6 +52,7 @@ trap 'exit 143' TERM
 part_dir() { echo "$model_dir"; }
 text_dir=$model_dir
 if [ -f "$model_dir/stage0/config.json" ]; then
+  [ "$mode" != scx ] || die "$model_dir holds shards; --mode scx takes a whole model"
   manifest=$model_dir/manifest.json
   stages=$(find "$model_dir" -maxdepth 1 -name 'stage[0-9]*' | wc -l)
   part_dir() { echo "$model_dir/$1"; }
@@ -54,7 +60,8 @@ if [ -f "$model_dir/stage0/config.json" ]; then
   [ -d "$model_dir/client" ] || [ "$mode" = plain ] || die "$model_dir has no client part for --mode $mode"
   [ ! -d "$model_dir/client" ] || [ "$mode" != plain ] || die "$model_dir has a client part; give its --mode"
 else
-  base_port=$(free_base_port $((10 * stages + 2)))
+  base_port=$(free_base_port $((10 * stages + 3)))
+  [ "$mode" != scx ] || plan_flags=(--attention "127.0.0.1:$((base_port + 10 * stages + 2))")
   manifest=$run_dir/manifest.json
   pipeline-orch plan --model-dir "$model_dir" --stages "$stages" --base-port "$base_port" \
     "${plan_flags[@]}" -o "$manifest" 2>"$run_dir/plan.log" || { cat "$run_dir/plan.log" >&2; exit 2; }
@@ -65,13 +72,28 @@ else
     part_dir() { echo "$run_dir/shards/$1"; }
   fi
 fi
-[ "$mode" = plain ] || own+=(--client-part "$(part_dir client)")
+[ "$mode" = plain ] || [ "$mode" = scx ] || own+=(--client-part "$(part_dir client)")
 
 for ((i = 0; i < stages; i++)); do
   stage-worker --manifest "$manifest" --stage-idx "$i" --model-dir "$(part_dir "stage$i")" \
-    --threads "${THREADS:-1}" --once --dev >"$run_dir/stage$i.log" 2>&1 &
+    --threads "${THREADS:-1}" "${once[@]}" --dev >"$run_dir/stage$i.log" 2>&1 &
   pids[i]=$!
 done
+
+# Whoever holds encoded keys and values may go at any time: another begins with nothing.
+keep_attention_worker() {
+  local child
+  trap 'kill -TERM "$child" 2>/dev/null; exit 0' TERM
+  while :; do
+    stage-worker attention --manifest "$manifest" --dev >>"$run_dir/attention.log" 2>&1 &
+    child=$!
+    wait "$child" || true
+    sleep 0.2
+  done
+}
+if [ "$mode" = scx ]; then
+  keep_attention_worker &
+fi
 
 # A worker that cannot start says why at once; do not let the orchestrator wait for it.
 watch_workers() {

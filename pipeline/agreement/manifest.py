@@ -169,6 +169,13 @@ class PartSpec(_Strict):
     address: Address | None = None
 
 
+class HomeStages(_Strict):
+    """Stages on machines of the user's own, before and behind those that are not."""
+
+    first: Annotated[int, Field(ge=1)]
+    last: Annotated[int, Field(ge=1)]
+
+
 class DpSpec(_Strict):
     """Noise on every row that leaves an orchestrator that holds the ends."""
 
@@ -194,6 +201,14 @@ class Manifest(_Strict):
     rotation: Sha256Hex | None = None
     dp: DpSpec | None = None
     part: PartSpec | None = None
+    # How many stages at both ends are at home; those between keep keys and values encoded.
+    home_stages: HomeStages | None = None
+
+    @property
+    def encoded_stages(self) -> range:
+        """The stages that keep keys and values encoded, with keys that they are handed."""
+        home = self.home_stages
+        return range(home.first, len(self.stages) - home.last) if home is not None else range(0)
 
     @property
     def has_client_ends(self) -> bool:
@@ -219,10 +234,18 @@ class Manifest(_Strict):
     def _one_stage_asks_for_a_part(self) -> Self:
         if self.part is not None and (len(self.stages) != 1 or self.has_client_ends):
             raise ValueError("part is for manifests of one stage with embedding and head")
+        if self.home_stages is not None and (not self.encoded_stages or self.has_client_ends):
+            raise ValueError(
+                "home_stages leave at least one stage between them, and are for manifests whose "
+                "stages hold embedding and head"
+            )
         # Attack: a key says whose machine it is, not what runs there. Where stages see what a user
         # says, that is not enough for any machine but his own.
-        if self.part is None and any(stage.public_key for stage in self.stages):
-            raise ValueError("public_key is for stages of one's own, in manifests with a part")
+        is_keyed = self.part is not None or self.home_stages is not None
+        if not is_keyed and any(stage.public_key for stage in self.stages):
+            raise ValueError(
+                "public_key is for stages of one's own, in manifests with a part or home_stages"
+            )
         return self
 
     @model_validator(mode="after")
@@ -344,7 +367,7 @@ def _without_new_defaults(whole: dict[str, Any]) -> dict[str, Any]:
     if whole["split"] == "stages":
         del whole["split"]
         whole.pop("client", None)
-    for name in ("rotation", "dp", "part"):
+    for name in ("rotation", "dp", "part", "home_stages"):
         if whole.get(name) is None:
             whole.pop(name, None)
     for stage in whole["stages"]:

@@ -76,6 +76,8 @@ def mode_of(manifest: Manifest) -> str:
     """What the leakage cards call the way in which a manifest uses its stages."""
     if manifest.part is not None:
         return MODES_OF_PARTS[manifest.part.kind]
+    if manifest.home_stages is not None:
+        return "scx-paper"
     if manifest.dp is not None:
         return "dp"
     if manifest.rotation is not None:

@@ -1,5 +1,6 @@
 """The commands that write what a pipeline is made from: manifest, shards, keys."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -73,6 +74,13 @@ def plan_command(
         str | None,
         typer.Option(metavar="ADDR", help="Untrusted worker that holds encoded keys and values."),
     ] = None,
+    home_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST,LAST",
+            help="Layers of a stage at each end that is at home; others keep rows encoded.",
+        ),
+    ] = None,
     part_key: Annotated[
         str | None, typer.Option(metavar="HEX", help="That worker's public key.")
     ] = None,
@@ -101,6 +109,7 @@ def plan_command(
         noise=None if dp_sigma is None or dp_clip is None else (dp_sigma, dp_clip),
         part=_part({"attention": attention}, part_key),
         stage_keys=tuple(stage_key or ()),
+        home_layers=None if home_layers is None else _home_layers(home_layers),
     )
     if output is not None:
         check_writable(output)  # before minutes of hashing
@@ -111,6 +120,13 @@ def plan_command(
         return
     write_atomically(output, text)
     tell("pipeline-orch", f"wrote {output}")
+
+
+def _home_layers(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,4}),(\d{1,4})", text)
+    if match is None:
+        raise InputError(f"--home-layers {text[:80]!r}: give two numbers, as in 1,1")
+    return int(match[1]), int(match[2])
 
 
 def _part(

@@ -12,8 +12,8 @@ from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, EnclaveTrust, Trust
 from pipeline.cli.compute_options import parse_cpus, precision_of
 from pipeline.cli.error_reporting import new_app, run_app
+from pipeline.cli.home_parts import stage_parts
 from pipeline.cli.logs import configure_logging
-from pipeline.cli.home_parts import home_parts
 from pipeline.cli.part_worker import keyed_trust
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.service_manager import ServiceManager
@@ -25,9 +25,7 @@ from pipeline.cli.worker_flags import WorkerFlags
 from pipeline.errors import InputError
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.kernels.sealed_memory import SealedMemory
-from pipeline.models.layer_parts import OWN
 from pipeline.protocol.peer_connections import PATIENCE_MS
-from pipeline.remote_parts.parts import PartAccess
 from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.model_config import load_stage
 from pipeline.stage.session_admission import free_kv_bytes
@@ -64,7 +62,9 @@ def serve(flags: WorkerFlags) -> None:
     networks = parse_networks(flags.allow_dial)
     stage = manifest.stage(stage_idx)
     trust = _trust(manifest, stage_idx, flags)
-    parts = home_parts(manifest, flags.model_dir)
+    parts = stage_parts(
+        manifest, stage_idx, flags.model_dir, trust, has_store=flags.store.url is not None
+    )
     control, data_in = flags.control_listen, flags.data_in_listen
     if stage.endpoint is not None:
         control = control or stage.endpoint.control.to_endpoint()
@@ -96,7 +96,7 @@ def serve(flags: WorkerFlags) -> None:
             flags.device or "cpu",
             progress,
             memory,
-            parts or OWN,
+            parts.parts,
         )
     setup = StageSetup(
         manifest=manifest,
@@ -112,7 +112,7 @@ def serve(flags: WorkerFlags) -> None:
         data_out=data_out,
         patience_ms=PATIENCE_MS,
         allow_dial=networks,
-        parts_session=None if parts is None else PartAccess(manifest, trust, parts).session,
+        parts_session=parts.session,
     )
     _run(setup, control, data_in, flags)
 

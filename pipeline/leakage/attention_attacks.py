@@ -124,9 +124,7 @@ def in_order_by_phase(vocabulary: Vocabulary, held: HeldText) -> Ids:
     return ordered
 
 
-def _assigned(
-    miss: Floats, offsets: Ids, start: int, anchor: int, count: int
-) -> tuple[float, Ids]:
+def _assigned(miss: Floats, offsets: Ids, start: int, anchor: int, count: int) -> tuple[float, Ids]:
     """Each row's place if the anchor's is `start`, taken by those that fit best first."""
     inside = miss[:, (offsets >= -start) & (offsets < count - start)].copy()
     inside[anchor] = np.inf
@@ -142,9 +140,7 @@ def _assigned(
     return total, places
 
 
-def solved(
-    readers: LayerReaders, held: HeldText, known: Floats
-) -> tuple[Floats, Features]:
+def solved(readers: LayerReaders, held: HeldText, known: Floats) -> tuple[Floats, Features]:
     """Values by a known beginning: its rows give each head's S, or as much of it as they span.
 
     known: [tokens, hidden]. What is compared of the text, [tokens, numbers], and of candidates.

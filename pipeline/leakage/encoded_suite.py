@@ -84,9 +84,10 @@ def _at_first(
         "value-norms": one_by_one(attacks.by_value_lengths),
         "order-by-rope-phase": one_by_one(attacks.in_order_by_phase),
     }
+    found = {name: _pairs(given, run()) for name, run in tried.items()}
     return [
-        _recovery(name, 0, "all", [attacks.share(mine, text) for mine, text in _pairs(given, run())])
-        for name, run in tried.items()
+        _recovery(name, 0, "all", [attacks.share(mine, text) for mine, text in pairs])
+        for name, pairs in found.items()
     ]
 
 

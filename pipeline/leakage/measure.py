@@ -10,6 +10,7 @@ from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.leakage.attacker import Attacker
 from pipeline.leakage.cards import DELTA, Card, Cost, Integrity, Setting
+from pipeline.leakage.encoded_cost import measure_encoded
 from pipeline.leakage.encoded_suite import EncodedTexts, recover_encoded
 from pipeline.leakage.modes import MODES, Mode
 from pipeline.leakage.observations import SEED, Text, observe, read_texts
@@ -93,8 +94,6 @@ class Laboratory:
         )
 
     def _card_of_encoded_rows(self, mode: Mode, watch: Watch) -> Card:
-        from pipeline.leakage.encoded_cost import measure_encoded  # torch's time
-
         recoveries = recover_encoded(
             EncodedTexts(self.model_dir, self.model, self.attacker, self.texts, self.scope),
             mode,

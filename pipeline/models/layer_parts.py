@@ -14,7 +14,6 @@ from pipeline.kernels.base import Activation, Attention, Kernels, Linear, Linear
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.protocol.batch import Batch
 
-
 # Does works side by side; what they return, in order.
 Overlap = Callable[[Sequence[Callable[[], Any]]], list[Any]]
 

@@ -274,12 +274,12 @@ class Shard(ABC):
         """Two halves of a step, each with room of its own."""
         if not self._others:
             self._others.append(copy.copy(self))
-            self._others[0]._room = self._new_room()  # noqa: SLF001 - of the same class
+            self._others[0]._room = self._new_room()
         middle = len(batch) // 2
         row = num_tokens(batch[:middle])
         works = [
             partial(self._forward, inputs[:row], batch[:middle], cache),
-            partial(self._others[0]._forward, inputs[row:], batch[middle:], cache),  # noqa: SLF001
+            partial(self._others[0]._forward, inputs[row:], batch[middle:], cache),
         ]
         out[:row], out[row:] = overlap(works)
 
@@ -367,7 +367,7 @@ class Shard(ABC):
     def wipe(self) -> None:
         """Zero what steps have left in memory that outlives their session."""
         for shard in (self, *self._others):
-            shard._room.wipe()  # noqa: SLF001 - of the same class
+            shard._room.wipe()
         self._logits[...] = 0
         self.kernels.wipe()
 

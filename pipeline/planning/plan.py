@@ -50,6 +50,8 @@ class PlanOptions:
     part: tuple[str, Endpoint, str | None] | None = None
     # Keys of stages on machines of one's own, in their order.
     stage_keys: tuple[str, ...] = ()
+    # Layers of one stage at each end that stays at home; all stages between keep rows encoded.
+    home_layers: tuple[int, int] | None = None
 
 
 def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) -> list[int]:
@@ -97,7 +99,7 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
     is_client = options.split == "client"
     if is_client:
         first = last = 0
-    ends = split_layers(first, layers, last, options.num_stages)
+    ends = _split(first, layers, last, options)
     starts = [0, *ends[:-1]]
     held = NO_ENDS if is_client else None
     files = [
@@ -138,9 +140,25 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
         "split": options.split,
         "client": client if is_client else None,
         "dp": options.noise and dict(zip(("sigma", "clip"), options.noise, strict=True)),
+        "home_stages": None if options.home_layers is None else {"first": 1, "last": 1},
         "part": options.part and _part(*options.part),
     }
     return build_manifest(fields, "cannot plan this")
+
+
+def _split(first: int, layers: Sequence[int], last: int, options: PlanOptions) -> list[int]:
+    """End layer of each stage. Raises InputError."""
+    if options.home_layers is None:
+        return split_layers(first, layers, last, options.num_stages)
+    before, behind = options.home_layers
+    stop = len(layers) - behind
+    if min(before, behind) < 1 or options.num_stages < 3 or before >= stop:
+        raise InputError(
+            "at least a layer stays at home at each end, in a stage of its own, and at least one "
+            f"is between them: give 3 stages or more, and fewer layers than {len(layers)}"
+        )
+    between = split_layers(0, layers[before:stop], 0, options.num_stages - 2)
+    return [before, *(before + end for end in between), len(layers)]
 
 
 def _part(kind: str, where: Endpoint, public_key: str | None) -> dict[str, Any]:

@@ -82,9 +82,7 @@ class RemoteParts(LayerParts):
         """The session is over: whatever was kept of it is to be forgotten."""
 
     @asynccontextmanager
-    async def session(
-        self, link: PartLink, limits: SessionLimits
-    ) -> AsyncIterator[None]:
+    async def session(self, link: PartLink, limits: SessionLimits) -> AsyncIterator[None]:
         """Work with this link's worker."""
         try:
             self.attach(link, limits)
@@ -123,12 +121,13 @@ class PartAccess:
 
     @asynccontextmanager
     async def session(
-        self, limits: SessionLimits, on_waiting: Callable[[str], None]
+        self, limits: SessionLimits, on_waiting: Callable[[str], None], seed: bytes | None = None
     ) -> AsyncIterator[None]:
         """The parts may ask while this is open; `on_waiting` hears that the worker is not up.
 
         Raises PartLost, and PartRefused where it is not the manifest's or refuses the session.
         """
+        del seed  # keys stay where they are made
         channel = await self._dial(on_waiting)
         link = PartLink(channel.taken_over(self._silence_seconds), self._name, self._parts.lanes)
         async with self._parts.session(link, limits):

@@ -257,9 +257,7 @@ class _Asking:
 class _Text:
     """One segment of a step in a layer: what is asked of it, and what comes of that."""
 
-    def __init__(
-        self, parts: AttentionParts, layer: int, segment: Segment, qkv: HostArray
-    ) -> None:
+    def __init__(self, parts: AttentionParts, layer: int, segment: Segment, qkv: HostArray) -> None:
         """qkv: [heads + 2 KV heads, rows, head_dim], after RoPE."""
         slot, position, num_tokens = segment
         heads = parts.heads

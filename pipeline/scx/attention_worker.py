@@ -125,7 +125,8 @@ class AttentionWorker:
         num_new = sum(span.num_new for span in spans)
         num_queries = sum(span.num_queries for span in spans)
         shapes = [
-            (opening.num_kv_heads, count, opening.width) for count in (num_new, num_new, num_queries)
+            (opening.num_kv_heads, count, opening.width)
+            for count in (num_new, num_new, num_queries)
         ]
         if [array.shape for array in arrays] != shapes:
             raise ValueError("its rows are of other shapes")

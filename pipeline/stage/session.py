@@ -151,7 +151,7 @@ class StageSession:
                 told = text
                 tasks.start_soon(say, self._control, Waiting(detail=text[:1024]))
 
-        async with session(self._limits, on_waiting):
+        async with session(self._limits, on_waiting, self._init.seed):
             self._has_parts.set()
             await trio.sleep_forever()
 

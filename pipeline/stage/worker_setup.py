@@ -24,9 +24,12 @@ class PartsSession(Protocol):
     """What parts of layers need beside the stage, for as long as a session lasts."""
 
     def __call__(
-        self, limits: SessionLimits, on_waiting: Callable[[str], None]
+        self, limits: SessionLimits, on_waiting: Callable[[str], None], seed: bytes | None
     ) -> AbstractAsyncContextManager[None]:
-        """While it is open steps may come; `on_waiting` hears what it waits for. Raises SessionError."""
+        """While it is open steps may come; `on_waiting` hears what it waits for.
+
+        seed: of keys that the orchestrator hands over, if it does. Raises SessionError.
+        """
         ...
 
 

@@ -88,7 +88,10 @@ def test_a_worker_lost_in_the_middle_costs_no_text(cluster, attention):
 
 def test_a_worker_without_room_says_so_once(cluster, attention):
     attention.start("--kv-memory", "0.001")
-    result, _ = answer(cluster, "--context", "1024")
+    result = cluster.orch_command(
+        "serve", "--manifest", cluster.manifest, "--model-dir", cluster.model_dir, "--port", "0",
+        "--dev", "--max-batch", "8", "--context", "1024", "--supervise",
+    )  # fmt: skip
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if "error:" in line]
     assert len(errors) == 1
@@ -99,7 +102,7 @@ def test_a_worker_without_room_says_so_once(cluster, attention):
 def test_a_worker_that_is_not_up_is_named(cluster, attention):
     result, _ = answer(cluster, "--connect-timeout", "4")
     assert result.returncode == 1
-    assert f"the attention worker at {attention.address} is not up" in result.stderr
+    assert f"the attention worker at tcp:{attention.address} is not up" in result.stderr
 
 
 def test_a_manifest_without_a_part_has_no_worker(cluster, attention):
