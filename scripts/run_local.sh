@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # Generate text with stage workers and an orchestrator as separate processes on this machine.
-# Usage: run_local.sh [--mode plain|client|rotate|rotate-int8|dp|scx] "PROMPT" [MAX_TOKENS]
+# Usage: run_local.sh [--mode MODE] "PROMPT" [MAX_TOKENS]
+# MODE is plain, client, rotate, rotate-int8, dp, scx or scx-paper.
 # MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. In mode
 # client the orchestrator holds embedding and head, and computes them with as many threads; in mode
 # rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits; in dp they
 # get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA); in scx one stage, at home,
-# asks a worker that holds its keys and values encoded, and is started anew if it dies. MODEL_DIR may be what
+# asks a worker that holds its keys and values encoded, and is started anew if it dies; in scx-paper
+# stages between two at home (HOME_LAYERS of each, 1,1) keep theirs encoded. MODEL_DIR may be what
 # `pipeline-orch shard` wrote: its manifest then says the stages and their addresses, and the mode.
-# pipeline/codecs/README.md says what that protects, and pipeline/scx/README.md for scx.
+# pipeline/codecs/README.md says what that protects, pipeline/scx/README.md what scx does.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-usage='usage: run_local.sh [--mode plain|client|rotate|rotate-int8|dp|scx] "PROMPT" [MAX_TOKENS]'
+usage='usage: run_local.sh [--mode MODE] "PROMPT" [MAX_TOKENS]'
+modes='plain, client, rotate, rotate-int8, dp, scx or scx-paper'
 mode=plain
 if [ "${1-}" = --mode ]; then
   mode=${2-}
@@ -29,7 +32,11 @@ case $mode in
     own+=(--dp-epsilon "${DP_EPSILON:-1e9}" --dp-delta "${DP_DELTA:-1e-5}")
     ;;
   scx) plan_flags=() own=() ;;
-  *) die "the mode is '$mode', expected plain, client, rotate, rotate-int8, dp or scx; $usage" ;;
+  scx-paper)
+    plan_flags=(--home-layers "${HOME_LAYERS:-1,1}") own=()
+    STAGES=${STAGES:-3}
+    ;;
+  *) die "the mode is '$mode', expected $modes; $usage" ;;
 esac
 once=(--once)
 # A home outlives its workers' sessions, and so do these.
@@ -52,7 +59,7 @@ trap 'exit 143' TERM
 part_dir() { echo "$model_dir"; }
 text_dir=$model_dir
 if [ -f "$model_dir/stage0/config.json" ]; then
-  [ "$mode" != scx ] || die "$model_dir holds shards; --mode scx takes a whole model"
+  [[ $mode != scx* ]] || die "$model_dir holds shards; --mode $mode takes a whole model"
   manifest=$model_dir/manifest.json
   stages=$(find "$model_dir" -maxdepth 1 -name 'stage[0-9]*' | wc -l)
   part_dir() { echo "$model_dir/$1"; }
@@ -72,7 +79,7 @@ else
     part_dir() { echo "$run_dir/shards/$1"; }
   fi
 fi
-[ "$mode" = plain ] || [ "$mode" = scx ] || own+=(--client-part "$(part_dir client)")
+[[ $mode == plain || $mode == scx* ]] || own+=(--client-part "$(part_dir client)")
 
 for ((i = 0; i < stages; i++)); do
   stage-worker --manifest "$manifest" --stage-idx "$i" --model-dir "$(part_dir "stage$i")" \

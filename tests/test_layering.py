@@ -1,6 +1,8 @@
 """The architecture: what each room may import, and that no import goes round in a circle."""
 
 import ast
+import importlib
+import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -182,14 +184,23 @@ def test_an_init_holds_its_rooms_story_and_nothing_else():
             assert isinstance(body[0], ast.Expr), f"{module} runs code"
 
 
-def test_a_librarys_init_names_what_is_public_and_does_nothing_else():
+def test_a_librarys_init_names_what_is_public_and_imports_torch_when_it_is_needed():
     story, *body = ast.parse(MODULES[LIBRARY].read_text()).body
     assert isinstance(story, ast.Expr)
-    *found, names = body
-    assert all(isinstance(node, ast.ImportFrom) for node in found)
-    assert [each.id for each in names.targets] == ["__all__"]
-    imported = {alias.name for node in found for alias in node.names}
-    assert {each.value for each in names.value.elts} == imported
+    (names,) = (
+        node
+        for node in body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    at_once = {alias.name for node in body if isinstance(node, ast.ImportFrom)
+               and node.module.startswith(LIBRARY) for alias in node.names}  # fmt: skip
+    later = importlib.import_module(LIBRARY)._WITH_TORCH
+    assert set(ast.literal_eval(names.value)) == at_once | later.keys()
+    assert all(hasattr(importlib.import_module(LIBRARY), name) for name in later)
+    modules = f"{LIBRARY}.attention_worker, {LIBRARY}.attention_parts"
+    script = f"import sys, {modules}; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.stdout == "False\n", found.stderr
 
 
 def test_no_runtime_module_needs_a_test_dependency():

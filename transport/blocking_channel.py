@@ -6,6 +6,7 @@ while another receives.
 """
 
 import socket
+from contextlib import suppress
 
 from transport.errors import ConnectionLost, TransportError
 from transport.frame_stream import FrameReceiver, FrameSender
@@ -73,10 +74,8 @@ class BlockingChannel:
 
     def interrupt(self) -> None:
         """End it for both sides; whoever waits in another thread is told at once."""
-        try:
+        with suppress(OSError):  # it has ended already
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it has ended already
 
     def close(self) -> None:
         """Tell the peer that nothing follows, if it still reads, and close the socket."""

@@ -21,7 +21,10 @@ from pipeline.protocol.batch import Segment
 from pipeline.remote_parts.wire import Message
 from pipeline.scx.attention_parts import AttentionParts
 from pipeline.scx.attention_worker import AttentionMemory, AttentionWorker
+from pipeline.scx.encoded_memory import SEED_BYTES, EncodedMemory
 from transport.tensor_frames import Tensor
+
+NUM_HOME_STAGES = 2
 
 
 class Near:
@@ -43,10 +46,15 @@ class Near:
 class EncodedModel:
     """All layers here, their keys and values encoded."""
 
-    def __init__(self, model_dir: Path, model: PublicModel, max_seq_len: int) -> None:
-        parts = AttentionParts(model.config)
+    def __init__(self, model_dir: Path, model: PublicModel, mode: Mode, max_seq_len: int) -> None:
         self.link = Near()
-        parts.attach(self.link, SimpleNamespace(num_slots=1, max_seq_len=max_seq_len))
+        parts: AttentionParts | EncodedMemory
+        if mode.holds == "encoded rows":
+            parts = AttentionParts(model.config)
+            parts.attach(self.link, SimpleNamespace(num_slots=1, max_seq_len=max_seq_len))
+        else:
+            parts = EncodedMemory(model.config)
+            parts.use(bytes(SEED_BYTES))
         self._shard: ModelShard = load_shard(
             model_dir, model.config, 0, model.config.num_layers, parts=parts, expected_hashes=None
         )
@@ -73,8 +81,7 @@ def measure_encoded(
     progress: Progress | None,
 ) -> tuple[Utility, Cost]:
     """Every text's second half decoded token by token, beside the plain model; and how fast."""
-    del mode
-    encoded = EncodedModel(model_dir, model, len(texts[0]) + TIMED_TOKENS)
+    encoded = EncodedModel(model_dir, model, mode, len(texts[0]) + TIMED_TOKENS)
     plain = ModePipeline(model, MODES["plain"])
 
     def pairs() -> Iterator[tuple[Floats, Floats]]:
@@ -92,10 +99,12 @@ def measure_encoded(
                 progress(index + 1, len(texts))
 
     utility = compare_logits(pairs())
-    return utility, _cost(encoded, plain, texts[0])
+    # Stages that keep rows themselves, and one at home at each end of them.
+    num_bytes = mode.bytes_per_token(model.config.hidden_dim, NUM_HOME_STAGES + 1)
+    return utility, _cost(encoded, plain, texts[0], num_bytes)
 
 
-def _cost(encoded: EncodedModel, plain: ModePipeline, text: Text) -> Cost:
+def _cost(encoded: EncodedModel, plain: ModePipeline, text: Text, own_bytes: int) -> Cost:
     caches = plain.new_caches(len(text) + TIMED_TOKENS)
     steps = (encoded.logits, lambda ids, at: plain.logits(ids, at, caches))
     last = [int(step(text, 0)[-1].argmax()) for step in steps]
@@ -110,6 +119,6 @@ def _cost(encoded: EncodedModel, plain: ModePipeline, text: Text) -> Cost:
     return Cost(
         tokens_per_second=speed,
         plain_tokens_per_second=plain_speed,
-        bytes_per_token=(encoded.link.num_bytes - num_bytes) // TIMED_TOKENS,
-        round_trips_per_token=(encoded.link.num_asked - asked) // TIMED_TOKENS,
+        bytes_per_token=(encoded.link.num_bytes - num_bytes) // TIMED_TOKENS or own_bytes,
+        round_trips_per_token=(encoded.link.num_asked - asked) // TIMED_TOKENS or 1,
     )

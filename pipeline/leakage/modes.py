@@ -165,6 +165,16 @@ _ALL = (
         is_client_split=False,
         holds="encoded rows",
     ),
+    Mode(
+        "scx-paper",
+        1,
+        views.plain,
+        "Outer layers stay at home, but stages between get rows and the keys that theirs are "
+        "encoded by: whoever runs them reads the text with the public weights.",
+        setting="one layer at home at each end",
+        is_client_split=False,
+        holds="encoded rows and their keys",
+    ),
 )
 MODES: Mapping[str, Mode] = MappingProxyType({mode.name: mode for mode in _ALL})
 

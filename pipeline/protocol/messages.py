@@ -284,7 +284,7 @@ _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discrimina
 
 def encode_message(message: Message) -> bytes:
     """Msgpack of a control message."""
-    packed: bytes = msgpack.packb(message.model_dump())
+    packed: bytes = msgpack.packb(message.model_dump(exclude_none=True))
     return packed
 
 

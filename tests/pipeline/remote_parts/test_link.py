@@ -145,7 +145,7 @@ async def test_a_worker_that_goes_is_lost(tmp_path):
 
 
 async def test_a_silent_worker_is_lost(tmp_path):
-    async with linked(tmp_path, patience=0.1) as (link, _, handlers):
+    async with linked(tmp_path, patience=0.1) as (link, _, _handlers):
         await in_thread(link.ask, b"0")
         with pytest.raises(PartLost, match=r"silent for 0\.1 s"):
             await in_thread(link.ask, b"400")

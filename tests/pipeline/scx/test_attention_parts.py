@@ -241,6 +241,9 @@ def rows_of(count, num_heads=2, width=16, dtype=np.float32):
     return to_tensor(np.ones((num_heads, count, width), dtype))
 
 
+DOUBLES = rows_of(1, dtype=np.float64)
+
+
 @pytest.mark.parametrize(
     ("header", "tensors"),
     [
@@ -258,7 +261,7 @@ def rows_of(count, num_heads=2, width=16, dtype=np.float32):
         (attend_bytes(0, [Span(0, 0, 9, 9, 1)]), (rows_of(9), rows_of(9), rows_of(1))),
         (attend_bytes(0, [Span(2, 0, 1, 1, 1)]), (rows_of(1), rows_of(1), rows_of(1))),
         (attend_bytes(2, [Span(0, 0, 1, 1, 1)]), (rows_of(1), rows_of(1), rows_of(1))),
-        (attend_bytes(0, [Span(0, 0, 1, 1, 0)]), (rows_of(1, dtype=np.float64),) * 2 + (rows_of(0),)),
+        (attend_bytes(0, [Span(0, 0, 1, 1, 0)]), (DOUBLES, DOUBLES, rows_of(0))),
         (pair_bytes(Op.TRUNCATE, 0, 1), ()),
         (pair_bytes(Op.FETCH, 2, 0), ()),
     ],
