@@ -26,7 +26,9 @@ def stage_parts(
     """Of a manifest's stage. Raises InputError."""
     is_encoded = stage_idx in manifest.encoded_stages
     if has_store and (is_encoded or manifest.part is not None):
-        raise InputError("--store: keys and values that are encoded for one session are not kept")
+        raise InputError(
+            "--kv-store: keys and values that are encoded for one session are not kept"
+        )
     if is_encoded:
         from pipeline.scx.encoded_memory import EncodedMemory
 

@@ -62,6 +62,7 @@ def answer(cluster, *extra):
     return result, json.loads(out.read_text())["token_ids"] if result.returncode == 0 else None
 
 
+@pytest.mark.slow
 def test_the_text_is_that_of_an_ordinary_stage(cluster, attention):
     attention.start()
     result, found = answer(cluster)
@@ -86,6 +87,7 @@ def test_a_worker_lost_in_the_middle_costs_no_text(cluster, attention):
     assert re.search(r"the attention worker at \S+ is lost", server.log())
 
 
+@pytest.mark.slow
 def test_a_worker_without_room_says_so_once(cluster, attention):
     attention.start("--kv-memory", "0.001")
     result = cluster.orch_command(
@@ -99,12 +101,14 @@ def test_a_worker_without_room_says_so_once(cluster, attention):
     assert "are left of its memory; ask for less with --context or --max-batch" in errors[0]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_not_up_is_named(cluster, attention):
     result, _ = answer(cluster, "--connect-timeout", "4")
     assert result.returncode == 1
     assert f"the attention worker at tcp:{attention.address} is not up" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_manifest_without_a_part_has_no_worker(cluster, attention):
     cluster.plan(1)
     result = cluster.worker("attention", "--manifest", cluster.manifest, "--dev")
@@ -112,6 +116,7 @@ def test_a_manifest_without_a_part_has_no_worker(cluster, attention):
     assert "has no part of kind attention; plan it with --attention" in result.stderr
 
 
+@pytest.mark.slow
 def test_without_dev_everybody_is_known_by_his_key(cluster, attention):
     result = cluster.worker("attention", "--manifest", cluster.manifest)
     assert result.returncode == 2
