@@ -70,9 +70,11 @@ def attention(flags: AttentionFlags) -> None:
         stage-worker attention --manifest manifest.json --dev
     """
     from pipeline.kernels.host_memory import available_bytes
+    from pipeline.kernels.runtime import pin_blas
     from pipeline.scx.attention_wire import QUESTION_LIMITS
     from pipeline.scx.attention_worker import AttentionMemory, AttentionWorker
 
+    pin_blas()  # its threads would spin between questions
     free = GIB * flags.kv_memory if flags.kv_memory is not None else available_bytes()
     memory = AttentionMemory(None if free is None else int(free))
     serve_part(flags, "attention", QUESTION_LIMITS, lambda: AttentionWorker(memory))

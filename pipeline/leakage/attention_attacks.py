@@ -43,6 +43,10 @@ def nearest_rows(observed: Floats | Doubles, table: Floats | Doubles) -> Ids:
 _FEW = 16
 
 
+# Each takes seconds, since every token's keys are others there.
+_MOST_PLACES = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """Every token's keys and values in layer 0, before RoPE."""
@@ -70,12 +74,12 @@ def by_sorted_rows(vocabulary: Vocabulary, texts: Sequence[HeldText]) -> list[Id
 def _place_by_place(
     texts: Sequence[HeldText], vocabulary: Vocabulary, change: Callable[[Floats], Floats]
 ) -> list[Ids]:
-    """Of every text, the token nearest at each position; all texts are as long."""
+    """Of every text, the token nearest at each of its first positions; all texts are as long."""
     rows = np.stack([flat(change(held.keys), change(held.values)) for held in texts])
-    found = []
-    for position in range(rows.shape[1]):
+    found, values = [], change(vocabulary.values)
+    for position in range(min(rows.shape[1], _MOST_PLACES)):
         turned = vocabulary.readers.turned(vocabulary.keys, [position])
-        table = flat(change(turned), change(vocabulary.values))
+        table = flat(change(turned), values)
         found.append(nearest_rows(rows[:, position], table))
     return list(np.stack(found, 1))
 

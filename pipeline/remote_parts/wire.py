@@ -52,8 +52,7 @@ def to_tensor(array: HostArray) -> Tensor:
     dtype = array.dtype.newbyteorder("<")
     plain = np.ascontiguousarray(array, dtype)
     spec = TensorSpec(_WIRE_DTYPES[dtype], plain.shape)
-    data = memoryview(plain.reshape(-1)).cast("B") if plain.size else memoryview(b"")
-    return Tensor(spec, data)
+    return Tensor(spec, memoryview(plain.reshape(-1).view(np.uint8).data))
 
 
 def to_array(tensor: Tensor) -> HostArray:

@@ -11,10 +11,12 @@ from pipeline.scx.rows import Answer, EncodedRows, Receipt, attend
 if TYPE_CHECKING:
     from pipeline.scx.kvcache import EncodedKVCache, split_kvcache_dynamic
     from pipeline.scx.llama import encode_llama
+    from pipeline.scx.tiers import AttentionTier
 
 __all__ = [
     "Answer",
     "AnswerRefused",
+    "AttentionTier",
     "CacheRefused",
     "EncodedKVCache",
     "EncodedRows",
@@ -33,6 +35,7 @@ _WITH_TORCH = {
     "EncodedKVCache": "pipeline.scx.kvcache",
     "split_kvcache_dynamic": "pipeline.scx.kvcache",
     "encode_llama": "pipeline.scx.llama",
+    "AttentionTier": "pipeline.scx.tiers",
 }
 
 

@@ -182,7 +182,10 @@ class AttentionParts(RemoteParts):
     ) -> Answer:
         """One question of a layer: [KV heads, all queries, 1, width], and their log-sums."""
         nothing = np.empty((self.heads.num_kv_heads, 0, rows[0].keys.shape[2]), FLOAT32)
-        asked = np.concatenate(queries, 1)[:, :, 0] if queries else nothing
+        if len(queries) > 1:
+            asked = np.concatenate(queries, 1)[:, :, 0]
+        else:
+            asked = queries[0][:, :, 0] if queries else nothing
         keys, values = (
             np.concatenate(each, 1) if len(each) > 1 else each[0]
             for each in ([part.keys for part in rows], [part.values for part in rows])
@@ -248,7 +251,8 @@ class _Asking:
             outputs.append(text.read(Answer(answer.outputs[part], answer.log_sums[part])))
         # [KV heads, rows * groups, head_dim] each -> [rows, heads * head_dim]
         shape = (heads.num_kv_heads, -1, num_groups, width)
-        mixed = np.concatenate([each.reshape(shape) for each in outputs], 1)
+        parted = [each.reshape(shape) for each in outputs]
+        mixed = parted[0] if len(parted) == 1 else np.concatenate(parted, 1)
         mixed = mixed.transpose(1, 0, 2, 3).reshape(len(rows), -1)
         out[...] = parts.to_device(np.ascontiguousarray(mixed, FLOAT32))
         return out
@@ -263,7 +267,8 @@ class _Text:
         heads = parts.heads
         self._num_tokens = num_tokens
         self._held = parts.held(slot, layer, is_new=position == 0)
-        q, k, v = np.split(qkv, (heads.num_heads, heads.num_heads + heads.num_kv_heads))
+        values_from = heads.num_heads + heads.num_kv_heads
+        q, k, v = qkv[: heads.num_heads], qkv[heads.num_heads : values_from], qkv[values_from:]
         shape = (heads.num_kv_heads, -1, num_tokens, heads.head_dim)
         # [KV heads, rows * groups, head_dim]
         queries = q.reshape(shape).swapaxes(1, 2).reshape(heads.num_kv_heads, -1, heads.head_dim)
