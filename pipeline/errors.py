@@ -69,6 +69,14 @@ class SessionRefused(SessionError):
     exit_code: ClassVar[int] = 2
 
 
+class PartLost(SessionError):
+    """A worker that a stage asks for part of its layers' work does not answer any more."""
+
+
+class PartRefused(SessionRefused):
+    """Such a worker will not do what it is asked, however often one asks."""
+
+
 class ServerLeaving(SessionError):
     """Whoever runs the pipeline has been told to stop, and had no more time."""
 

@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # Generate text with stage workers and an orchestrator as separate processes on this machine. A worker
 # that dies is replaced and the text goes on; with --exit-on-loss that ends it.
-# Usage: run_local.sh [--exit-on-loss] [--mode plain|client|rotate|rotate-int8|dp] "PROMPT" [MAX_TOKENS]
+# Usage: run_local.sh [--exit-on-loss] [--mode MODE] "PROMPT" [MAX_TOKENS]
+# MODE is plain, client, rotate, rotate-int8, dp, scx or scx-paper.
 # MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. In mode
 # client the orchestrator holds embedding and head, and computes them with as many threads; in mode
 # rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits; in dp they
-# get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA). MODEL_DIR may be what
+# get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA); in scx one stage, at home,
+# asks a worker that holds its keys and values encoded, and is started anew if it dies; in scx-paper
+# stages between two at home (HOME_LAYERS of each, 1,1) keep theirs encoded. MODEL_DIR may be what
 # `pipeline-orch shard` wrote: its manifest then says the stages and their addresses, and the mode.
-# pipeline/codecs/README.md says what that protects.
+# pipeline/codecs/README.md says what that protects, pipeline/scx/README.md what scx does.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-usage='usage: run_local.sh [--exit-on-loss] [--mode plain|client|rotate|rotate-int8|dp] "PROMPT" [MAX_TOKENS]'
+usage='usage: run_local.sh [--exit-on-loss] [--mode MODE] "PROMPT" [MAX_TOKENS]'
+modes='plain, client, rotate, rotate-int8, dp, scx or scx-paper'
 mode=plain
 own=(--threads "${THREADS:-1}")
 while [[ ${1-} == --* ]]; do
@@ -35,7 +39,12 @@ case $mode in
     # Noise that leaves a text readable hides nothing; what it adds up to is printed.
     own+=(--dp-epsilon "${DP_EPSILON:-1e9}" --dp-delta "${DP_DELTA:-1e-5}")
     ;;
-  *) die "the mode is '$mode', expected plain, client, rotate, rotate-int8 or dp; $usage" ;;
+  scx) plan_flags=() STAGES=1 ;;
+  scx-paper)
+    plan_flags=(--home-layers "${HOME_LAYERS:-1,1}")
+    STAGES=${STAGES:-3}
+    ;;
+  *) die "the mode is '$mode', expected $modes; $usage" ;;
 esac
 prompt=${1-}
 max_tokens=${2-50}
@@ -54,12 +63,14 @@ trap 'exit 143' TERM
 
 text_dir=$model_dir
 if [ -f "$model_dir/stage0/config.json" ]; then
+  [[ $mode != scx* ]] || die "$model_dir holds shards; --mode $mode takes a whole model"
   manifest=$model_dir/manifest.json
   [ ! -d "$model_dir/client" ] || text_dir=$model_dir/client
   [ -d "$model_dir/client" ] || [ "$mode" = plain ] || die "$model_dir has no client part for --mode $mode"
   [ ! -d "$model_dir/client" ] || [ "$mode" != plain ] || die "$model_dir has a client part; give its --mode"
 else
-  base_port=$(free_base_port $((10 * stages + 2)))
+  base_port=$(free_base_port $((10 * stages + 3)))
+  [ "$mode" != scx ] || plan_flags=(--attention "127.0.0.1:$((base_port + 10 * stages + 2))")
   manifest=$run_dir/manifest.json
   pipeline-orch plan --model-dir "$model_dir" --stages "$stages" --base-port "$base_port" \
     "${plan_flags[@]}" -o "$manifest" 2>"$run_dir/plan.log" || { cat "$run_dir/plan.log" >&2; exit 2; }
@@ -69,6 +80,21 @@ else
     manifest=$run_dir/shards/manifest.json
     model_dir=$run_dir/shards
   fi
+fi
+
+# Whoever is asked for a part of the layers' work may go at any time: another begins with nothing.
+keep_part_worker() {
+  local child
+  trap 'kill -TERM "$child" 2>/dev/null; exit 0' TERM
+  while :; do
+    stage-worker attention --manifest "$manifest" --dev >>"$run_dir/part.log" 2>&1 &
+    child=$!
+    wait "$child" || true
+    sleep 0.2
+  done
+}
+if [ "$mode" = scx ]; then
+  keep_part_worker &
 fi
 
 pipeline-orch --manifest "$manifest" --model-dir "$model_dir" --tokenizer "$text_dir/tokenizer.json" \

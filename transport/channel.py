@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import trio
 
+from transport.blocking_channel import BlockingChannel
 from transport.compiled_records import Inlet, Outlet
 from transport.errors import ConnectionLost
 from transport.frame_stream import FrameReceiver, FrameSender
@@ -223,6 +224,16 @@ class SecureChannel(trio.abc.Channel[Frame]):
         finally:
             self._is_sending = False
         self._frames_sent += 1
+
+    def taken_over(self, patience_seconds: float) -> BlockingChannel:
+        """The rest of this channel, for threads that wait themselves; this object is closed.
+
+        Nothing may be under way in it. Raises: trio.ClosedResourceError, trio.BusyResourceError.
+        """
+        if self._wire.is_closed or self._is_sending or self._is_receiving:
+            raise self._unusable()
+        sock = self._wire.give_up()
+        return BlockingChannel(sock, self._sender, self._receiver, self.peer, patience_seconds)
 
     async def aclose(self) -> None:
         """Tell the peer that nothing follows, then close the socket.

@@ -21,6 +21,7 @@ class RoleKind(IntEnum):
     ORCHESTRATOR = 1
     STAGE = 2
     MACHINE = 3  # whatever it runs; 0 is the one that is dialed, 1 another that dials it
+    PART = 4  # a worker that a stage asks for a part of its layers' work
 
 
 class LinkKind(IntEnum):
@@ -38,7 +39,7 @@ class Role:
     """A party's place in the pipeline. Raises: MisuseError."""
 
     kind: RoleKind
-    stage_idx: int = 0  # 0 for the orchestrator
+    stage_idx: int = 0  # 0 for the orchestrator, and for a part
 
     def __post_init__(self) -> None:
         most = {RoleKind.STAGE: MAX_STAGE_IDX, RoleKind.MACHINE: 1}.get(self.kind, 0)
@@ -46,10 +47,11 @@ class Role:
             raise MisuseError(f"stage index {self.stage_idx} is outside 0 to {most}")
 
     def canonical(self) -> bytes:
-        """Return the name evidence is bound to: `orchestrator`, `stage/<index>`, `machine/0`."""
-        if self.kind is RoleKind.ORCHESTRATOR:
-            return b"orchestrator"
-        return b"%s/%d" % (self.kind.name.lower().encode(), self.stage_idx)
+        """The name evidence is bound to: `orchestrator`, `part`, `stage/<index>`, `machine/0`."""
+        name = self.kind.name.lower().encode()
+        if self.kind in {RoleKind.ORCHESTRATOR, RoleKind.PART}:
+            return name
+        return b"%s/%d" % (name, self.stage_idx)
 
 
 @dataclass(frozen=True, slots=True)

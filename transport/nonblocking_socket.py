@@ -58,6 +58,12 @@ class Wire(WireTally):
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
 
+    def give_up(self) -> socket.socket:
+        """The socket, for another owner; this is closed, and it is not."""
+        self.is_closed = True
+        self.fd = -1
+        return self._sock
+
     async def turn(self) -> None:
         """Be cancellable, and now and then let other tasks run."""
         self._unwaited += 1

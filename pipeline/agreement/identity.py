@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -84,6 +85,13 @@ def own_identity(directory: Path, name: str) -> X25519PrivateKey:
             if not isinstance(error.__cause__, FileExistsError):
                 raise
     return load_identity(path)
+
+
+def machine_key(given: Path | None) -> X25519PrivateKey:
+    """The key in that file, or this user's machine's, made on first use. Raises InputError."""
+    if given is not None:
+        return load_identity(given)
+    return own_identity(state_directory(os.environ), MACHINE_KEY)
 
 
 def public_hex(key: X25519PrivateKey) -> str:

@@ -181,6 +181,21 @@ class ClientSpec(_Strict):
     precision: Precision | None = None  # of the weights in memory; None: the orchestrator decides
 
 
+class PartSpec(_Strict):
+    """A worker that nobody trusts, which the one stage asks for part of all layers' work."""
+
+    kind: Literal["attention", "linear"]
+    public_key: KeyHex | None = None  # None: in development only
+    address: Address | None = None
+
+
+class HomeStages(_Strict):
+    """Stages on machines of the user's own, before and behind those that are not."""
+
+    first: Annotated[int, Field(ge=1)]
+    last: Annotated[int, Field(ge=1)]
+
+
 class DpSpec(_Strict):
     """Noise on every row that leaves an orchestrator that holds the ends."""
 
@@ -205,6 +220,15 @@ class Manifest(_Strict):
     # Fingerprint of the secret rotation that all weights have in them; None: they are plain.
     rotation: Sha256Hex | None = None
     dp: DpSpec | None = None
+    part: PartSpec | None = None
+    # How many stages at both ends are at home; those between keep keys and values encoded.
+    home_stages: HomeStages | None = None
+
+    @property
+    def encoded_stages(self) -> range:
+        """The stages that keep keys and values encoded, with keys that they are handed."""
+        home = self.home_stages
+        return range(home.first, len(self.stages) - home.last) if home is not None else range(0)
 
     @property
     def has_client_ends(self) -> bool:
@@ -213,8 +237,9 @@ class Manifest(_Strict):
 
     @property
     def is_keyed(self) -> bool:
-        """Whether any stage is known by the key of its machine, and attested by nobody."""
-        return any(stage.machine_keys for stage in self.stages)
+        """Whether any stage, or a part, is known by its machine's key and attested by nobody."""
+        is_part_keyed = self.part is not None and self.part.public_key is not None
+        return is_part_keyed or any(stage.machine_keys for stage in self.stages)
 
     @model_validator(mode="after")
     def _a_client_has_its_part(self) -> Self:
@@ -229,6 +254,17 @@ class Manifest(_Strict):
             raise ValueError("rotation is for manifests whose split is client")
         if self.dp is not None and not self.has_client_ends:
             raise ValueError("dp is for manifests whose split is client")
+        return self
+
+    @model_validator(mode="after")
+    def _one_stage_asks_for_a_part(self) -> Self:
+        if self.part is not None and (len(self.stages) != 1 or self.has_client_ends):
+            raise ValueError("part is for manifests of one stage with embedding and head")
+        if self.home_stages is not None and (not self.encoded_stages or self.has_client_ends):
+            raise ValueError(
+                "home_stages leave at least one stage between them, and are for manifests whose "
+                "stages hold embedding and head"
+            )
         return self
 
     @model_validator(mode="after")
@@ -262,6 +298,8 @@ class Manifest(_Strict):
         whole = _without_new_defaults(self.model_dump(mode="json"))
         for stage in whole["stages"]:
             del stage["endpoint"], stage["expected_measurements"]
+        if whole.get("part") is not None:
+            del whole["part"]["address"]
         return whole
 
     def core_hash(self) -> bytes:
@@ -348,7 +386,7 @@ def _without_new_defaults(whole: dict[str, Any]) -> dict[str, Any]:
     if whole["split"] == "stages":
         del whole["split"]
         whole.pop("client", None)
-    for name in ("rotation", "dp"):
+    for name in ("rotation", "dp", "part", "home_stages"):
         if whole.get(name) is None:
             whole.pop(name, None)
     for stage in whole["stages"]:

@@ -113,7 +113,7 @@ class EnclaveTrust:
 
 @dataclass(frozen=True, slots=True)
 class KeyedTrust:
-    """A stage on a machine that the manifest names by its key: nothing is attested there."""
+    """A machine that the manifest names by its key, for a stage or a part: nothing is attested."""
 
     static_key: X25519PrivateKey
     manifest: Manifest
@@ -128,6 +128,22 @@ class KeyedTrust:
             raise PolicyError(
                 f"the manifest has stage {stage_idx} run by other machines than this one, whose "
                 f"key is {own.hex()}, {fingerprint(own)}"
+            )
+        return cls(key, manifest, aws_root())
+
+    @classmethod
+    def for_part(cls, manifest: Manifest, key: X25519PrivateKey) -> "KeyedTrust":
+        """Raises PolicyError unless the manifest names this key as its part's, and its stage's."""
+        part, own = manifest.part, key.public_key().public_bytes_raw()
+        if part is None or part.public_key is None or bytes.fromhex(part.public_key) != own:
+            raise PolicyError(
+                f"the manifest names another part than this machine, whose key is {own.hex()}, "
+                f"{fingerprint(own)}; `pipeline-orch plan --part-key` names it, --dev does without"
+            )
+        if not manifest.stage(0).machine_keys:
+            raise PolicyError(
+                "the manifest does not name the machine of the stage that asks; "
+                "`pipeline-orch plan --stage-key` does, --dev does without"
             )
         return cls(key, manifest, aws_root())
 
@@ -261,6 +277,9 @@ def _verifier(
     """Judges a peer by what the manifest says that it is known by. The core names it, not init."""
     if peer.kind is RoleKind.ORCHESTRATOR:
         return KeyOnlyVerifier(_bytes_of(manifest.orchestrator_keys))
+    if peer.kind is RoleKind.PART:
+        named = None if manifest.part is None else manifest.part.public_key
+        return KeyOnlyVerifier(_bytes_of([] if named is None else [named]))
     keys = manifest.stage(peer.stage_idx).machine_keys
     if keys:
         return _MachineVerifier(KeyOnlyVerifier(_bytes_of(keys)), peer.stage_idx)

@@ -60,6 +60,9 @@ def stage_worker() -> None:
             from pipeline.cli.door_server import main
         elif sys.argv[1:2] in (["offer"], ["serve"], ["service"]):
             from pipeline.cli.machine import main
+        elif sys.argv[1:2] == ["attention"]:
+            del sys.argv[1]
+            from pipeline.cli.part_worker import main
         else:
             from pipeline.cli.stage_worker import main
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def leakage_command(
     mode: Annotated[
         str | None,
-        typer.Option(metavar="MODE", help="plain, client, permute, rotate, rotate-int8 or dp."),
+        typer.Option(metavar="MODE", help="A mode, such as client, rotate, dp or scx."),
     ] = None,
     model_dir: Annotated[
         Path | None,

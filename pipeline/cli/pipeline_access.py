@@ -46,6 +46,7 @@ from transport.attestation.dev_authority import default_directory
 logger = logging.getLogger(__name__)
 
 PLAIN = "plain"
+MODES_OF_PARTS = {"attention": "scx", "linear": "offload"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,10 @@ def longest_text(context: int | None, manifest: Manifest, window: TideWindow | N
 
 def mode_of(manifest: Manifest) -> str:
     """What the leakage cards call the way in which a manifest uses its stages."""
+    if manifest.part is not None:
+        return MODES_OF_PARTS[manifest.part.kind]
+    if manifest.home_stages is not None:
+        return "scx-paper"
     if manifest.dp is not None:
         return "dp"
     if manifest.rotation is not None:
@@ -133,7 +138,8 @@ class PipelineAccess:
             trust=trust,
             options=options,
             place=_placement(source, flags),
-            is_resumable=is_resumable,
+            # Of a worker that nobody trusts nobody expects that it stays.
+            is_resumable=is_resumable or manifest.part is not None,
         )
 
     async def run(

@@ -1,7 +1,8 @@
 """The commands that write what a pipeline is made from: manifest, shards, keys."""
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,8 @@ from pipeline.cli.progress import progress_bar
 from pipeline.cli.shared_options import ManifestOption
 from pipeline.errors import InputError
 from pipeline.files import check_writable, write_atomically
+from transport.dial_and_listen import Endpoint, parse_endpoint
+from transport.errors import EndpointError
 
 
 def plan_command(
@@ -71,6 +74,24 @@ def plan_command(
     dp_clip: Annotated[
         float | None, typer.Option(metavar="C", help="L2 norm they are clipped to before.")
     ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR", help="Untrusted worker that holds encoded keys and values."),
+    ] = None,
+    home_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST,LAST",
+            help="Layers of a stage at each end that is at home; others keep rows encoded.",
+        ),
+    ] = None,
+    part_key: Annotated[
+        str | None, typer.Option(metavar="HEX", help="That worker's public key.")
+    ] = None,
+    stage_key: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HEX", help="Public key of a stage on a machine of one's own."),
+    ] = None,
 ) -> None:
     """Write a manifest: layers split by measured bytes, weights and config pinned by hash."""
     from pipeline.planning.plan import PlanOptions, plan
@@ -90,6 +111,9 @@ def plan_command(
         precision=None if dtype is None else check_precision(dtype),
         split=check_split(split),
         noise=None if dp_sigma is None or dp_clip is None else (dp_sigma, dp_clip),
+        part=_part({"attention": attention}, part_key),
+        stage_keys=tuple(stage_key or ()),
+        home_layers=None if home_layers is None else _home_layers(home_layers),
     )
     if output is not None:
         check_writable(output)  # before minutes of hashing
@@ -100,6 +124,30 @@ def plan_command(
         return
     write_atomically(output, text)
     tell("pipeline-orch", f"wrote {output}")
+
+
+def _home_layers(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,4}),(\d{1,4})", text)
+    if match is None:
+        raise InputError(f"--home-layers {text[:80]!r}: give two numbers, as in 1,1")
+    return int(match[1]), int(match[2])
+
+
+def _part(
+    workers: Mapping[str, str | None], public_key: str | None
+) -> tuple[str, Endpoint, str | None] | None:
+    """What is asked for, of whom. Raises InputError."""
+    given = [(kind, address) for kind, address in workers.items() if address is not None]
+    if len(given) > 1:
+        raise InputError(f"--{given[0][0]} and --{given[1][0]} are two modes; give one")
+    for kind, address in given:
+        try:
+            return kind, parse_endpoint(address), public_key
+        except EndpointError as error:
+            raise InputError(f"--{kind}: {error}") from error
+    if public_key is not None:
+        raise InputError("--part-key is the key of a worker; say which, and where it is")
+    return None
 
 
 def shard_command(

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import trio
 
-from pipeline.agreement.identity import MACHINE_KEY, own_identity, state_directory
+from pipeline.agreement.identity import machine_key
 from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.agreement.trust_policy import (
     DEV_WARNING,
@@ -21,6 +21,7 @@ from pipeline.agreement.trust_policy import (
 )
 from pipeline.cli.compute_options import parse_cpus, precision_of
 from pipeline.cli.error_reporting import new_app, run_app
+from pipeline.cli.home_parts import stage_parts
 from pipeline.cli.logs import configure_logging, held_back, tell_error
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.service_manager import ServiceManager
@@ -78,6 +79,9 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
     networks = parse_networks(flags.allow_dial)
     stage = manifest.stage(stage_idx)
     trust = _trust(manifest, stage_idx, flags)
+    parts = stage_parts(
+        manifest, stage_idx, flags.model_dir, trust, has_store=flags.store.url is not None
+    )
     control, data_in = flags.control_listen, flags.data_in_listen
     if stage.endpoint is not None:
         control = control or stage.endpoint.control.to_endpoint()
@@ -109,6 +113,7 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
             flags.device or "cpu",
             progress,
             memory,
+            parts.parts,
         )
     setup = StageSetup(
         manifest=manifest,
@@ -124,6 +129,7 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
         data_out=data_out,
         patience_ms=PATIENCE_MS,
         allow_dial=networks,
+        parts_session=parts.session,
     )
     return setup, control, data_in
 
@@ -135,8 +141,7 @@ def _trust(manifest: Manifest, stage_idx: int, flags: WorkerFlags) -> Trust:
             logger.warning("event=development_mode %s", DEV_WARNING)
         return DevTrust.create(default_directory(os.environ))
     if manifest.stage(stage_idx).machine_keys:
-        key = own_identity(state_directory(os.environ), MACHINE_KEY)
-        return KeyedTrust.create(manifest, stage_idx, key)
+        return KeyedTrust.create(manifest, stage_idx, machine_key(flags.identity))
     return EnclaveTrust.create(manifest, stage_idx)
 
 

@@ -1,6 +1,7 @@
 """The flags of serving one stage."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 from pipeline.cli.compute_options import (
@@ -60,6 +61,9 @@ class WorkerFlags(Settings):
         tuple[str, ...],
         Flag("CIDR", "Also dial there [only what the manifest names].", is_by_hand=True),
     ] = ()
+    identity: Annotated[
+        Path | None, Flag("FILE", "This stage's key, where the manifest names it [the machine's].")
+    ] = None
     dtype: DTypeFlag = None
     kernels: KernelsFlag = None
     threads: ThreadsFlag = None

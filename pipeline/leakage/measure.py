@@ -10,6 +10,8 @@ from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.leakage.attacker import Attacker
 from pipeline.leakage.cards import DELTA, Card, Cost, Integrity, Setting
+from pipeline.leakage.encoded_cost import measure_encoded
+from pipeline.leakage.encoded_suite import EncodedTexts, recover_encoded
 from pipeline.leakage.modes import MODES, Mode
 from pipeline.leakage.observations import SEED, Text, observe, read_texts
 from pipeline.leakage.public_model import PublicModel
@@ -56,6 +58,8 @@ class Laboratory:
 
     def card(self, mode: Mode, watch: Watch) -> Card:
         """Attack a mode, and measure what it costs. Raises InputError."""
+        if mode.holds != "rows":
+            return self._card_of_encoded_rows(mode, watch)
         model, texts, scope = self.model, self.texts, self.scope
         num_bytes = mode.bytes_per_token(model.config.hidden_dim, NUM_STAGES)
         server = self._server(mode)
@@ -86,6 +90,32 @@ class Laboratory:
             integrity=Integrity(lying_server=mode.lying_server, found_by=mode.found_by),
             epsilon=mode.epsilon(scope.num_tokens, DELTA),
             settings=[self._setting(mode, sigma) for sigma in mode.sigmas],
+            protects=mode.protects,
+        )
+
+    def _card_of_encoded_rows(self, mode: Mode, watch: Watch) -> Card:
+        recoveries = recover_encoded(
+            EncodedTexts(self.model_dir, self.model, self.attacker, self.texts, self.scope),
+            mode,
+            self.layers,
+            watch(f"attacking {mode.name}", "attacks"),
+        )
+        utility, cost = measure_encoded(
+            self.model_dir, self.model, mode, self.texts, watch("comparing predictions", "texts")
+        )
+        return Card(
+            mode=mode.name,
+            version=mode.version,
+            setting=mode.setting,
+            model=self.model_dir.resolve().name,
+            num_layers=self.model.config.num_layers,
+            texts=self.scope.num_texts,
+            recoveries=recoveries,
+            utility=utility,
+            cost=cost,
+            integrity=Integrity(lying_server=mode.lying_server, found_by=mode.found_by),
+            epsilon=None,
+            settings=[],
             protects=mode.protects,
         )
 

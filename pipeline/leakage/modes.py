@@ -24,6 +24,8 @@ USABLE_SIGMA, LONGEST_EMBEDDING = 0.03, 7.5
 TOKEN_BYTES = 4  # an id on its way in, and one on its way out
 
 Disguise = Literal["permutation", "rotation"] | None
+# What a server has: rows between layers, or keys and values under keys, which it may have as well.
+Holds = Literal["rows", "encoded rows", "encoded rows and their keys"]
 MakeView = Callable[[int, np.random.Generator], View]  # of a hidden size, with its randomness
 
 SILENT = (
@@ -52,6 +54,7 @@ class Mode:
     sigmas: tuple[float, ...] = ()  # strengths of the noise that are measured beside
     wire: str = "F32"  # the codec that rows travel by
     round_trips_per_token: int = 1
+    holds: Holds = "rows"
     is_offered: bool = True  # otherwise an attack's target and nothing to run
 
     @property
@@ -147,6 +150,30 @@ _ALL = (
         setting=f"sigma {USABLE_SIGMA}, clipped to {LONGEST_EMBEDDING}",
         sigma=USABLE_SIGMA,
         sigmas=(0.1, 0.5, 2.42),
+    ),
+    Mode(
+        "scx",
+        1,
+        views.plain,
+        "Keys and values lie encoded with a worker that has no key: lengths and products of rows "
+        "stay, so whoever has the public weights reads the text from them.",
+        lying_server="answers with something else than attention, or with an old answer: the text "
+        "is another, and nothing in it shows that",
+        found_by="answers that no attention gives (longer than every row, no numbers) and rows "
+        "that come back altered; else only computing samples of the rows again",
+        setting="permutation and dense keys",
+        is_client_split=False,
+        holds="encoded rows",
+    ),
+    Mode(
+        "scx-paper",
+        1,
+        views.plain,
+        "Outer layers stay at home, but stages between get rows and the keys that theirs are "
+        "encoded by: whoever runs them reads the text with the public weights.",
+        setting="one layer at home at each end",
+        is_client_split=False,
+        holds="encoded rows and their keys",
     ),
 )
 MODES: Mapping[str, Mode] = MappingProxyType({mode.name: mode for mode in _ALL})

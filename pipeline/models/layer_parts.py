@@ -5,12 +5,17 @@ each step for what attends in a layer. So a protected product or an attention co
 a value handed to the shard, and no architecture knows of it.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pipeline.dtypes import Precision
 from pipeline.kernels.base import Activation, Attention, Kernels, Linear, LinearSpec, Norm
+from pipeline.kernels.kv_cache import KVCache
 from pipeline.protocol.batch import Batch
+
+# Does works side by side; what they return, in order.
+Overlap = Callable[[Sequence[Callable[[], Any]]], list[Any]]
 
 
 class LayerParts:
@@ -21,6 +26,10 @@ class LayerParts:
     # Whether a row depends on itself and its own cache alone, bit for bit, where it does for the
     # kernels' own.
     are_row_exact: ClassVar[bool] = True
+    # Whether keys and values lie in the kernels' memory: without, a session reserves none.
+    are_cached_here: ClassVar[bool] = True
+    # What runs the halves of a step side by side, where that gains anything: where layers wait.
+    overlap: Overlap | None = None
 
     def linear(self, name: str, spec: LinearSpec, kernels: Kernels) -> Linear:
         """What computes the linear `name`, such as model.layers.3.self_attn.o_proj or lm_head.
@@ -39,6 +48,11 @@ class LayerParts:
         """
         del layer, batch
         return own
+
+    def cache(self, own: Callable[[], KVCache], num_slots: int, max_seq_len: int) -> KVCache:
+        """What a session's slots hold; `own` makes the kernels'."""
+        del num_slots, max_seq_len
+        return own()
 
     @property
     def attend_in_cache(self) -> bool:

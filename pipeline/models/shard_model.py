@@ -1,10 +1,11 @@
 """The part of a shard that no architecture changes: its range, its names, its cache, its step."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from pipeline.kernels.base import (
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import kv_bytes
 from pipeline.models.config import ModelConfig
-from pipeline.models.layer_parts import LayerMaker, LayerParts
+from pipeline.models.layer_parts import LayerMaker, LayerParts, Overlap
 from pipeline.models.own_embedding import Embedding
 from pipeline.models.residual import ResidualStream
 from pipeline.models.workspace import ForwardPass, Room, round_up
@@ -120,7 +121,12 @@ class Shard(ABC):
             if self.is_first and not is_shared
             else None
         )
-        self._room = Room(kernels, self.heads, hidden, inner, 2 * inner if is_gated else 0)
+        self._new_room = partial(
+            Room, kernels, self.heads, hidden, inner, 2 * inner if is_gated else 0
+        )
+        self._room = self._new_room()
+        # The same layers with room of their own, for halves of a step side by side.
+        self._others: list[Self] = []
         self._logits: Array = kernels.empty(0, size)
 
     @property
@@ -181,7 +187,7 @@ class Shard(ABC):
 
     def kv_bytes(self, num_slots: int, max_seq_len: int) -> int:
         """What a cache of that size would reserve."""
-        num_layers = self.layer_end - self.layer_start
+        num_layers = self.layer_end - self.layer_start if self.parts.are_cached_here else 0
         slots, block = num_slots + self.kernels.scratch_slots, self.kernels.key_block
         config = self.config
         return num_layers * kv_bytes(
@@ -216,7 +222,8 @@ class Shard(ABC):
         self, num_slots: int, max_seq_len: int, window: TideWindow | None = None
     ) -> KVCache:
         """An empty cache for this shard's layers. Raises MemoryError."""
-        return KVCache(
+        own = partial(
+            KVCache,
             self.kernels,
             num_layers=self.layer_end - self.layer_start,
             num_slots=num_slots,
@@ -229,6 +236,7 @@ class Shard(ABC):
             window=window,
             frequencies=self.frequencies,
         )
+        return self.parts.cache(own, num_slots, max_seq_len)
 
     def forward(self, inputs: HostArray, batch: Batch, cache: KVCache) -> Array:
         """Run a step's rows through the shard's layers and append them to the cache.
@@ -242,11 +250,14 @@ class Shard(ABC):
         if inputs.shape[0] != rows or not batch:
             raise MessageError(f"a step of {rows} tokens came with {inputs.shape[0]} rows")
         cache.reserve(batch)
-        parts = cache.parts(batch)
-        if len(parts) == 1:
+        parts, overlap = cache.parts(batch), self.parts.overlap
+        if len(parts) == 1 and (overlap is None or len(batch) == 1):
             return self._forward(inputs, batch, cache)
         starts = dict(zip((each.slot for each in batch), first_rows(batch), strict=True))
         hidden = self.kernels.empty(rows, self.config.hidden_dim)
+        if len(parts) == 1 and overlap is not None:
+            self._forward_side_by_side(inputs, batch, cache, hidden, overlap)
+            return hidden
         for part in parts:
             places = []
             for slot, _, count in part:
@@ -256,6 +267,21 @@ class Shard(ABC):
             for place, first in zip(places, first_rows(part), strict=True):
                 hidden[place] = outputs[first : first + place.stop - place.start]
         return hidden
+
+    def _forward_side_by_side(
+        self, inputs: HostArray, batch: Batch, cache: KVCache, out: Array, overlap: Overlap
+    ) -> None:
+        """Two halves of a step, each with room of its own."""
+        if not self._others:
+            self._others.append(copy.copy(self))
+            self._others[0]._room = self._new_room()
+        middle = len(batch) // 2
+        row = num_tokens(batch[:middle])
+        works = [
+            partial(self._forward, inputs[:row], batch[:middle], cache),
+            partial(self._others[0]._forward, inputs[row:], batch[middle:], cache),
+        ]
+        out[:row], out[row:] = overlap(works)
 
     def _forward(self, inputs: HostArray, part: Batch, cache: KVCache) -> Array:
         """A step, or a part of one, for which each slot drops rows before it or not at all."""
@@ -340,7 +366,8 @@ class Shard(ABC):
 
     def wipe(self) -> None:
         """Zero what steps have left in memory that outlives their session."""
-        self._room.wipe()
+        for shard in (self, *self._others):
+            shard._room.wipe()
         self._logits[...] = 0
         self.kernels.wipe()
 

@@ -1,5 +1,6 @@
 """The orchestrator's channels to the stages of a manifest: how each is opened, and where."""
 
+import os
 from collections.abc import Callable
 
 import trio
@@ -103,6 +104,7 @@ class Connector:
             max_step_tokens=self._limits.max_step_tokens,
             window=0 if window is None else window.size,
             num_sinks=0 if window is None else window.num_sinks,
+            seed=os.urandom(32) if stage_idx in self._manifest.encoded_stages else None,
             data_out=self.data_out(stage_idx),
             upstream_measurements=stages[stage_idx - 1].measurements() if stage_idx else {},
             downstream_measurements={} if is_last else stages[stage_idx + 1].measurements(),

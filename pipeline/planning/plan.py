@@ -14,6 +14,7 @@ from pipeline.models.registry import layer_bytes, required_files
 from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.progress import Progress
 from pipeline.weights.checkpoint import hash_files
+from transport.dial_and_listen import Endpoint, TcpEndpoint, UnixEndpoint, VsockEndpoint
 
 # Stage i's enclave has CID 16 + i (0 to 15 are free for others), and reaches its parent as CID 3.
 FIRST_CID = 16
@@ -47,6 +48,12 @@ class PlanOptions:
     noise: tuple[float, float] | None = None
     # The end layer of each stage, where something better than bytes says so.
     ends: tuple[int, ...] | None = None
+    # What one untrusted worker is asked for, where it is and its key, if that is known.
+    part: tuple[str, Endpoint, str | None] | None = None
+    # Keys of stages on machines of one's own, in their order.
+    stage_keys: tuple[str, ...] = ()
+    # Layers of one stage at each end that stays at home; all stages between keep rows encoded.
+    home_layers: tuple[int, int] | None = None
 
 
 def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) -> list[int]:
@@ -94,7 +101,7 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
     is_client = options.split == "client"
     if is_client:
         first = last = 0
-    ends = list(options.ends or split_layers(first, layers, last, options.num_stages))
+    ends = list(options.ends or _split(first, layers, last, options))
     starts = [0, *ends[:-1]]
     held = NO_ENDS if is_client else None
     files = [
@@ -103,6 +110,8 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
     ]
     own = required_files(model_dir, config, range(0), BOTH_ENDS) if is_client else []
     hashes = _hash_once([*files, own], progress)
+    if options.stage_keys and len(options.stage_keys) != options.num_stages:
+        raise InputError(f"{len(options.stage_keys)} keys for {options.num_stages} stages")
     stages = [
         {
             "stage_idx": idx,
@@ -111,6 +120,7 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
             "weight_hashes": [hashes[path] for path in files[idx]],
             "require_weight_hashes": True,
             "precision": options.precision,
+            "machine_keys": options.stage_keys[idx : idx + 1],
             "endpoint": _endpoint(options, hosts, idx),
         }
         for idx, (start, end) in enumerate(zip(starts, ends, strict=True))
@@ -132,8 +142,36 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
         "split": options.split,
         "client": client if is_client else None,
         "dp": options.noise and dict(zip(("sigma", "clip"), options.noise, strict=True)),
+        "home_stages": None if options.home_layers is None else {"first": 1, "last": 1},
+        "part": options.part and _part(*options.part),
     }
     return build_manifest(fields, "cannot plan this")
+
+
+def _split(first: int, layers: Sequence[int], last: int, options: PlanOptions) -> list[int]:
+    """End layer of each stage. Raises InputError."""
+    if options.home_layers is None:
+        return split_layers(first, layers, last, options.num_stages)
+    before, behind = options.home_layers
+    stop = len(layers) - behind
+    if min(before, behind) < 1 or options.num_stages < 3 or before >= stop:
+        raise InputError(
+            "at least a layer stays at home at each end, in a stage of its own, and at least one "
+            f"is between them: give 3 stages or more, and fewer layers than {len(layers)}"
+        )
+    between = split_layers(0, layers[before:stop], 0, options.num_stages - 2)
+    return [before, *(before + end for end in between), len(layers)]
+
+
+def _part(kind: str, where: Endpoint, public_key: str | None) -> dict[str, Any]:
+    match where:
+        case TcpEndpoint():
+            address = {"type": "tcp", "addr": str(where)}
+        case VsockEndpoint(cid, port):
+            address = {"type": "vsock", "cid": cid, "port": port}
+        case UnixEndpoint(path, port):
+            address = {"type": "unix", "path": str(path), "port": port}
+    return {"kind": kind, "address": address, "public_key": public_key}
 
 
 def _label(model_dir: Path) -> str:

@@ -58,6 +58,8 @@ class Init(StrictMessage):
     # Of so many tokens a slot keeps `window`, the first `num_sinks` among them; 0: all.
     window: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     num_sinks: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    # Of the keys by which a stage is to encode what it keeps; None: it is to keep it as it is.
+    seed: Annotated[bytes, Field(min_length=32, max_length=32)] | None = None
     data_out: Address
     upstream_measurements: Measurements
     downstream_measurements: Measurements
@@ -287,7 +289,7 @@ _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discrimina
 
 def encode_message(message: StrictMessage) -> bytes:
     """Msgpack of a control message."""
-    packed: bytes = msgpack.packb(message.model_dump())
+    packed: bytes = msgpack.packb(message.model_dump(exclude_none=True))
     return packed
 
 

@@ -193,6 +193,9 @@ class LayerCodec:
         """
         segments = self._segments(receipt)
         real = _FLOAT64 if self._num_decoys else self._real
+        if len(segments) == 1 and not self._keys.noise_dim:
+            asked = queries.astype(real, copy=False) @ self._matrix("keys", segments[0][0])
+            return asked[:, :, None]
         shape = (*queries.shape[:2], len(segments), self._keys.width)
         asked = np.zeros(shape, real)
         asked[..., : self._keys.head_dim] = queries[:, :, None]
@@ -205,25 +208,36 @@ class LayerCodec:
         return asked
 
     def read(self, answer: Answer, asked: HostArray, receipt: Receipt) -> HostArray:
-        """The attention's output [KV heads, queries, head_dim], in float64.
+        """The attention's output [KV heads, queries, head_dim]. Raises as `share`."""
+        return self.share(answer, asked, receipt)[0]
 
-        Raises AnswerRefused for what no honest holder of the cache answers, and ScxError where the
-        decoys leave nothing of it.
+    def share(
+        self, answer: Answer, asked: HostArray, receipt: Receipt
+    ) -> tuple[HostArray, HostArray]:
+        """The output over these rows alone, and the log of their sum of exponentials.
+
+        [KV heads, queries, head_dim] and [KV heads, queries], to be joined with what other rows
+        give; in float64 where anything is taken out of it. Raises AnswerRefused for what no honest
+        holder of the cache answers, and ScxError where the decoys leave nothing of it.
         """
         if answer.outputs.shape != asked.shape or answer.log_sums.shape != asked.shape[:3]:
             raise AnswerRefused("an answer about an encoded cache has another shape")
         if not (np.isfinite(answer.outputs).all() and np.isfinite(answer.log_sums).all()):
             raise AnswerRefused("an answer about an encoded cache is not finite")
+        if asked.shape[2] == 1 and not self._num_decoys:
+            decoded: HostArray = answer.outputs[:, :, 0] @ self._matrix("values", 0).mT
+            return decoded[..., : self._keys.head_dim], answer.log_sums[:, :, 0]
         outputs, log_sums = answer.outputs.astype(_FLOAT64), answer.log_sums.astype(_FLOAT64)
         if self._num_decoys:
             self._remove_decoys(outputs[:, :, 0], log_sums[:, :, 0], asked[:, :, :1])
-        shares = np.exp(log_sums - log_sums.max(2, keepdims=True))
-        shares /= shares.sum(2, keepdims=True)
-        outputs *= shares[..., None]
-        decoded: HostArray = np.zeros((*asked.shape[:2], self._keys.width))
+        top = log_sums.max(2, keepdims=True)
+        shares = np.exp(log_sums - top)
+        sums = shares.sum(2, keepdims=True)
+        outputs *= (shares / sums)[..., None]
+        decoded = np.zeros((*asked.shape[:2], self._keys.width))
         for at, (segment, _, _) in enumerate(self._segments(receipt)):
             decoded += outputs[:, :, at] @ self._matrix("values", segment).mT
-        return decoded[..., : self._keys.head_dim]
+        return decoded[..., : self._keys.head_dim], (top + np.log(sums))[..., 0]
 
     def _remove_decoys(self, outputs: HostArray, log_sums: HostArray, asked: HostArray) -> None:
         """In place: the answer that a cache without decoys would have given."""
@@ -307,14 +321,18 @@ class LayerCodec:
     ) -> HostArray:
         rows = rows.astype(self._real, copy=False)
         matrices = self._matrix(kind, segment) if self._keys.dense else None
-        encoded = np.empty(rows.shape, self._real)
-        for head in range(self._heads):
-            _encode_head(
-                rows[head],
-                None if matrices is None else matrices[head],
-                None if orders is None else orders[head],
-                encoded[head],
-            )
+        encoded: HostArray
+        if matrices is not None and orders is None:
+            encoded = rows @ matrices
+        else:
+            encoded = np.empty(rows.shape, self._real)
+            for head in range(self._heads):
+                _encode_head(
+                    rows[head],
+                    None if matrices is None else matrices[head],
+                    None if orders is None else orders[head],
+                    encoded[head],
+                )
         return encoded if self._dtype == self._real else from_floats(encoded, self._dtype)
 
     def _numbers(self, rows: HostArray) -> HostArray:

@@ -1,7 +1,7 @@
 """Home's side of decoding over tensors, and the holder's beside it.
 
-Whatever needs a key is in `Home`; what a stranger would compute, `_held_attention`, is given
-tensors that he may have.
+Whatever needs a key is in `Home`; what a stranger would compute, a layer's `attend`, is given what
+he may have.
 """
 
 from collections.abc import MutableMapping
@@ -13,10 +13,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.dtypes import ArrayDType, HostArray
 from pipeline.scx.codec import LayerCodec
+from pipeline.scx.encoded_layer import EncodedLayer
 from pipeline.scx.errors import CacheRefused
 from pipeline.scx.keys import KeyGenerator
-from pipeline.scx.kvcache import EncodedLayer
-from pipeline.scx.rows import Answer, EncodedRows, Receipt
+from pipeline.scx.rows import EncodedRows, Receipt
 from pipeline.scx.tensors import DTYPES, array_dtype, bits, numbers, stacked
 
 
@@ -73,9 +73,12 @@ class Home:
                 self._known[tensor] = (_version(tensor), held.receipts)
 
     def check(self, layers: dict[int, EncodedLayer]) -> None:
-        """Raise CacheRefused for a layer that these keys did not encode."""
+        """Raise CacheRefused for a layer that these keys did not encode.
+
+        Of one that lies elsewhere nothing is here that could be looked at.
+        """
         for layer, held in layers.items():
-            if all(
+            if held.keys.is_meta or all(
                 self._known.get(tensor) == (_version(tensor) or object(), held.receipts)
                 for tensor in (held.keys, held.values)
             ):
@@ -122,11 +125,7 @@ class Step:
             codec.extend(receipt, rows)
             for codec, receipt, rows in zip(codecs, held.receipts, more, strict=True)
         )
-        held = EncodedLayer(
-            torch.cat((held.keys, stacked([rows.keys for rows in more], held.keys)), 2),
-            torch.cat((held.values, stacked([rows.values for rows in more], held.keys)), 2),
-            receipts,
-        )
+        held = held.followed_by(more, receipts)
         self.done[layer] = held
         groups = query.shape[1] // key.shape[1]
         outputs = []
@@ -134,28 +133,9 @@ class Step:
             grouped = numbers(query[at]).reshape(key.shape[1], groups, -1)
             asked = codec.ask(grouped, receipt)
             first = self.home.num_padding(held, receipt)
-            answer = _held_attention(
-                asked, held.keys[at, :, first:], held.values[at, :, first:], codec.segments(receipt)
-            )
+            answer = held.attend(at, first, asked, codec.segments(receipt))
             outputs.append(codec.read(answer, asked, receipt).reshape(1, -1, grouped.shape[-1]))
         return torch.as_tensor(np.stack(outputs)).to(query)
-
-
-def _held_attention(
-    asked: HostArray, keys: torch.Tensor, values: torch.Tensor, segments: list[tuple[int, int]]
-) -> Answer:
-    """`rows.attend` where the rows are: on any device, and in any type of number."""
-    queries = torch.as_tensor(asked, device=keys.device)
-    outputs = torch.empty_like(queries)
-    log_sums = torch.empty(asked.shape[:3], dtype=torch.float64, device=keys.device)
-    for at, (start, stop) in enumerate(segments):
-        scores = queries[:, :, at] @ keys[:, start:stop].to(queries.dtype).mT
-        top = scores.amax(-1, keepdim=True)
-        weights = (scores - top).exp()
-        sums = weights.sum(-1, keepdim=True)
-        outputs[:, :, at] = weights @ values[:, start:stop].to(queries.dtype) / sums
-        log_sums[:, :, at] = (top.double() + sums.double().log())[..., 0]
-    return Answer(outputs.cpu().numpy(), log_sums.cpu().numpy())
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -6,35 +6,21 @@ with rows of zeros, which are not its own and nobody looks at.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pipeline.scx.encoded_layer import EncodedLayer
 from pipeline.scx.errors import ScxError
 from pipeline.scx.rows import Receipt
+from pipeline.scx.tiers import DISK, AttentionTier, LayerOnDisk
 
 _FORMAT = "veilpipe scx/1"
 # A tier by another name than that of a device of torch.
 _MEMORY = "memory"
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedLayer:
-    """One layer of all sequences, and home's receipt of each sequence's.
-
-    Shapes: keys and values [sequences, KV heads, rows, width].
-    """
-
-    keys: torch.Tensor = field(repr=False)
-    values: torch.Tensor = field(repr=False)
-    receipts: tuple[Receipt, ...]
-
-    def to(self, device: torch.device) -> "EncodedLayer":
-        """The same on a device."""
-        return replace(self, keys=self.keys.to(device), values=self.values.to(device))
+Tier = str | AttentionTier
 
 
 class EncodedKVCache:
@@ -68,6 +54,8 @@ class EncodedKVCache:
         """
         tensors, receipts = {}, {}
         for layer, held in self.layers.items():
+            if held.keys.is_meta:
+                raise ScxError(f"layer {layer} lies elsewhere, and cannot be written from here")
             tensors[f"{layer}.keys"] = held.keys.contiguous()
             tensors[f"{layer}.values"] = held.values.contiguous()
             receipts[layer] = [
@@ -103,15 +91,16 @@ class EncodedKVCache:
 
 def split_kvcache_dynamic(
     kvcache: EncodedKVCache,
-    gpu_layers: Iterable[int] | Mapping[int, str] | None = None,
+    gpu_layers: Iterable[int] | Mapping[int, Tier] | None = None,
     device_gpu: str | None = None,
     device_cpu: str = "cpu",
 ) -> tuple[EncodedKVCache, EncodedKVCache]:
     """(the layers placed elsewhere, all others): two caches to decode with.
 
-    gpu_layers: their numbers, or which tier each lies on: "memory", or a device of torch; without
-    it every layer that is not its owner's. device_gpu: the tier of layers without one, CUDA's
-    device where there is one. Raises ScxError for layers and tiers that there are not.
+    gpu_layers: their numbers, or which tier each lies on: "memory", a device of torch, "disk" or
+    "disk:DIRECTORY", or an `AttentionTier`; without it every layer that is not its owner's.
+    device_gpu: the tier of layers without one, CUDA's device where there is one. Raises ScxError
+    for layers and tiers that there are not.
     """
     if gpu_layers is None:
         gpu_layers = kvcache.layers.keys() - kvcache.home_layers
@@ -120,15 +109,23 @@ def split_kvcache_dynamic(
     if missing := tiers.keys() - kvcache.layers.keys():
         raise ScxError(f"the cache has no layers {sorted(missing)}")
     rest = dict.fromkeys(kvcache.layers.keys() - tiers.keys(), device_cpu)
-    placed = (
-        {layer: _moved(kvcache.layers[layer], tier) for layer, tier in sorted(part.items())}
-        for part in (tiers, rest)
+    first, second = (
+        EncodedKVCache(_placed(kvcache.layers, part), kvcache.home_layers) for part in (tiers, rest)
     )
-    first, second = (EncodedKVCache(part, kvcache.home_layers) for part in placed)
     return first, second
 
 
-def _tiers(gpu_layers: Iterable[int] | Mapping[int, str], tier: str) -> dict[int, str]:
+def _placed(
+    layers: Mapping[int, EncodedLayer], tiers: Mapping[int, Tier]
+) -> dict[int, EncodedLayer]:
+    """Each layer on its tier."""
+    here = {at: _moved(layers[at], tier) for at, tier in tiers.items() if isinstance(tier, str)}
+    for each in {tier for tier in tiers.values() if isinstance(tier, AttentionTier)}:
+        here |= each.place({at: layers[at] for at, tier in tiers.items() if tier is each})
+    return dict(sorted(here.items()))
+
+
+def _tiers(gpu_layers: Iterable[int] | Mapping[int, Tier], tier: str) -> dict[int, Tier]:
     if isinstance(gpu_layers, Mapping):
         return dict(gpu_layers)
     try:
@@ -138,6 +135,9 @@ def _tiers(gpu_layers: Iterable[int] | Mapping[int, str], tier: str) -> dict[int
 
 
 def _moved(layer: EncodedLayer, tier: str) -> EncodedLayer:
+    name, _, directory = tier.partition(":")
+    if name == DISK:
+        return LayerOnDisk.of(layer, directory or None)
     try:
         return layer.to(torch.device("cpu" if tier == _MEMORY else tier))
     except (RuntimeError, AssertionError, TypeError) as error:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from pipeline.dtypes import HostArray
+from pipeline.scx.encoded_layer import EncodedLayer
 from pipeline.scx.errors import CacheRefused, ScxError
 from pipeline.scx.home import Home, Step
 from pipeline.scx.keys import KeyGenerator
-from pipeline.scx.kvcache import EncodedKVCache, EncodedLayer
+from pipeline.scx.kvcache import EncodedKVCache
 from pipeline.scx.rows import Receipt
 from pipeline.scx.tensors import numbers
 

@@ -9,6 +9,7 @@ from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.models.config import ModelConfig, load_config
+from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.models.registry import ModelShard, load_shard
 from pipeline.models.shard_model import NO_ENDS
 from pipeline.progress import Progress
@@ -47,10 +48,12 @@ def load_stage(
     device: str,
     progress: Progress | None,
     memory: SealedMemory | None = None,
+    parts: LayerParts = OWN,
 ) -> ModelShard:
     """A stage's layers, by the manifest. Raises ModelError, InputError.
 
-    `memory`: where weights outlive this process, for another of the same stage.
+    `memory`: where weights outlive this process, for another of the same stage. `parts`: what does
+    the work of its layers.
     """
     stage = manifest.stage(stage_idx)
     started = perf_counter()
@@ -64,6 +67,7 @@ def load_stage(
         device=device,
         ends=NO_ENDS if manifest.has_client_ends else None,
         expected_hashes=stage.weight_hashes or None,
+        parts=parts,
         progress=progress,
         memory=memory,
     )

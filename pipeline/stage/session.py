@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter_ns
+from typing import NoReturn
 
 import trio
 
@@ -23,6 +24,7 @@ from pipeline.protocol.messages import (
     Save,
     Shutdown,
     Start,
+    Waiting,
 )
 from pipeline.protocol.peer_connections import close_quietly, describe, hang_up, say
 from pipeline.protocol.step_header import StepKind
@@ -101,6 +103,8 @@ class StageSession:
             setup, init, control, meter, self._gate.frame_limits(limits.max_tensor_bytes)
         )
         self._storage = SlotStorage(self._core, setup.store, control)
+        # What its layers need beside it, if anything, is there.
+        self._has_parts = trio.Event()
         self._requests: set[int] = set()
         self._rewind: Rewind | None = None
         self._is_rewound = trio.Event()
@@ -127,14 +131,36 @@ class StageSession:
         try:
             async with open_tasks() as tasks:
                 tasks.start_soon(self._serve_control, tasks)
-                epoch = _Epoch(self._init.epoch, self._setup.target(self._init.data_out))
-                while True:
-                    with self._scope:
-                        await self._serve_epoch(epoch, data_in)
-                    epoch = await self._next_epoch()
+                tasks.start_soon(self._hold_parts, tasks)
+                await self._serve_epochs(data_in)
         finally:
             # Whoever holds this memory next must not find the last user's keys and values.
             self._core.release()
+
+    async def _hold_parts(self, tasks: trio.Nursery) -> None:
+        """Have what the shard's layers need; the orchestrator hears what that waits for."""
+        session = self._setup.parts_session
+        if session is None:
+            self._has_parts.set()
+            return
+        told = ""
+
+        def on_waiting(text: str) -> None:
+            nonlocal told
+            if text != told:
+                told = text
+                tasks.start_soon(say, self._control, Waiting(detail=text[:1024]))
+
+        async with session(self._limits, on_waiting, self._init.seed):
+            self._has_parts.set()
+            await trio.sleep_forever()
+
+    async def _serve_epochs(self, data_in: Listener) -> NoReturn:
+        epoch = _Epoch(self._init.epoch, self._setup.target(self._init.data_out))
+        while True:
+            with self._scope:
+                await self._serve_epoch(epoch, data_in)
+            epoch = await self._next_epoch()
 
     async def _next_epoch(self) -> _Epoch:
         """Wait for the orchestrator's `rewind`, the latest if there are several, and obey it."""
@@ -155,6 +181,7 @@ class StageSession:
             upstream, downstream = await self._neighbours.meet(
                 epoch.epoch, data_in, epoch.target, channels
             )
+            await self._has_parts.wait()
             await self._control.send(self._ready(epoch.epoch))
             logger.info("event=ready stage=%d", self._setup.stage_idx)
             if epoch.replay_until is not None:

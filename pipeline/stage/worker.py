@@ -7,7 +7,7 @@ from typing import Literal
 
 import trio
 
-from pipeline.errors import MessageError, SessionRefused
+from pipeline.errors import MessageError, SessionError, SessionRefused
 from pipeline.protocol.links import CONTROL_LIMITS, ControlLink
 from pipeline.protocol.messages import Failure, Health, Message
 from pipeline.protocol.peer_connections import (
@@ -164,7 +164,7 @@ class StageWorker:
         except SessionRefused as error:
             logger.warning("event=session_refused stage=%d error=%s", stage_idx, error)
             await say(control, Failure(code="refused", detail=describe(error)))
-        except (MessageError, TransportError, trio.EndOfChannel) as error:
+        except (SessionError, TransportError, trio.EndOfChannel) as error:
             logger.warning("event=session_failed stage=%d error=%s", stage_idx, describe(error))
             # One that begins with a message unknown here is of another version, today and later.
             is_refused = isinstance(error, MessageError) and not has_begun

@@ -1,7 +1,9 @@
 """What a stage worker is, and which sessions and steps it therefore takes."""
 
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust_policy import Trust
@@ -16,6 +18,19 @@ from pipeline.stage.slot_storage import SlotStore
 from pipeline.stage.step_executor import StageCore
 from transport.dial_and_listen import Endpoint
 from transport.handshake import Role, RoleKind
+
+
+class PartsSession(Protocol):
+    """What parts of layers need beside the stage, for as long as a session lasts."""
+
+    def __call__(
+        self, limits: SessionLimits, on_waiting: Callable[[str], None], seed: bytes | None
+    ) -> AbstractAsyncContextManager[None]:
+        """While it is open steps may come; `on_waiting` hears what it waits for.
+
+        seed: of keys that the orchestrator hands over, if it does. Raises SessionError.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +60,8 @@ class StageSetup:
     allow_dial: tuple[Network, ...] = ()
     # Where sessions that outlive a request are kept, if anywhere.
     store: SlotStore | None = None
+    # What the parts of its layers need in a session, if anything.
+    parts_session: PartsSession | None = None
 
     @property
     def role(self) -> Role:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.pipeline.oracles import *  # noqa: F403 - fixtures
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():

@@ -1,0 +1,364 @@
+"""Home: all of a model but the keys and values of earlier tokens, which a stranger holds encoded.
+
+A step's new rows are encoded and sent, together with encoded queries over what the stranger then
+holds: one question and one answer a layer, for all requests of the step. Rows of one text that come
+together attend to each other here, and what the stranger says of earlier rows is joined with that.
+Nothing of it is kept: a worker that is lost takes no key with it, and the texts are encoded anew,
+with other keys, from their tokens.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.dtypes import FLOAT32, Array, ArrayDType, HostArray
+from pipeline.errors import InputError, MessageError
+from pipeline.kernels.base import Attention, HeadShape, Kernels, Linear, LinearSpec
+from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.kv_storage import LayerKV
+from pipeline.models.config import LlamaConfig, ModelConfig
+from pipeline.protocol.batch import Batch, Segment, first_rows
+from pipeline.remote_parts.parts import RemoteParts, SessionSize
+from pipeline.remote_parts.wire import PartRefusal, to_array, to_tensor
+from pipeline.scx.attention_wire import (
+    ANSWER_LIMITS,
+    Op,
+    Opening,
+    Span,
+    attend_bytes,
+    opening_bytes,
+    pair_bytes,
+)
+from pipeline.scx.codec import LayerCodec
+from pipeline.scx.errors import AnswerRefused
+from pipeline.scx.keys import KeyGenerator
+from pipeline.scx.rows import Answer, EncodedRows, Receipt
+
+# Of a slot's last steps home could still take back so many; beyond, its text is encoded anew.
+_TAKEN_BACK = 8
+# Rounding may lengthen a sum of rows by that much.
+_SLACK = 1e-3
+
+
+@dataclass(slots=True)
+class HeldRows:
+    """What home knows of one layer of one text that somebody else holds."""
+
+    codec: LayerCodec = field(repr=False)
+    # After each of the last steps; the last one is of what is held now.
+    receipts: list[Receipt] = field(default_factory=list)
+    # The longest of all rows: no sum of shares of rows is longer than all of them.
+    longest: float = 0.0
+
+    @property
+    def receipt(self) -> Receipt:
+        """Of what is held now."""
+        return self.receipts[-1]
+
+    def append(self, keys: HostArray, values: HostArray) -> EncodedRows:
+        """Rows [KV heads, rows, head_dim] as they are to be held behind those that are."""
+        if not self.receipts:
+            rows = self.codec.encode(keys, values)
+            self.receipts.append(self.codec.seal(rows))
+        else:
+            rows = self.codec.append(keys, values, self.receipt)
+            self.receipts.append(self.codec.extend(self.receipt, rows))
+            del self.receipts[:-_TAKEN_BACK]
+        norms = np.einsum("hrw,hrw->hr", rows.values, rows.values)
+        self.longest = max(self.longest, math.sqrt(float(norms.max())))
+        return rows
+
+    def check(self, answer: Answer) -> None:
+        """Raise AnswerRefused for what no shares of the rows can add up to."""
+        norms = np.einsum("hqsw,hqsw->hqs", answer.outputs, answer.outputs)
+        # not `>`: there may be something that is no number
+        if not float(norms.max()) <= ((1 + _SLACK) * self.longest) ** 2:
+            raise AnswerRefused(
+                "an answer about encoded rows is longer than any of them: "
+                "the attention worker does not compute attention"
+            )
+
+
+class AttentionParts(RemoteParts):
+    """Attention over rows that a worker holds, for a shard of all layers.
+
+    noise: the scale of noise in columns of its own. Raises InputError for a model whose layers do
+    not look back to the start.
+    """
+
+    are_row_exact = False
+    are_cached_here = False
+
+    def __init__(self, config: ModelConfig, noise: float = 0.0) -> None:
+        super().__init__(ANSWER_LIMITS)
+        window = config.sliding_window if isinstance(config, LlamaConfig) else None
+        if window is not None and window < config.max_positions:
+            raise InputError(
+                f"layers of this model look back {window} tokens only, which whoever holds encoded "
+                "rows does not know of"
+            )
+        self.heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, 0)
+        self._num_layers = config.num_layers
+        self._hidden_dim = config.hidden_dim
+        self._noise = noise
+        self._seed = os.urandom(32)
+        self._epoch = 0
+        self._held: dict[int, list[HeldRows]] = {}
+        self._kernels: Kernels | None = None
+
+    def linear(self, name: str, spec: LinearSpec, kernels: Kernels) -> Linear:
+        """The kernels' own: all products are computed here."""
+        self._kernels = kernels
+        return super().linear(name, spec, kernels)
+
+    def attention(self, layer: int, batch: Batch, own: Attention) -> Attention:
+        """What asks for one step's attention in a layer."""
+        del own
+        return _Asking(self, layer, batch)
+
+    def cache(self, own: Callable[[], KVCache], num_slots: int, max_seq_len: int) -> KVCache:
+        """A ledger of what is held elsewhere."""
+        del own
+        return HeldElsewhere(self, self._num_layers, num_slots, max_seq_len)
+
+    def begin(self, limits: SessionSize) -> None:
+        """Another session, and so other keys. Raises PartRefused where it would not fit."""
+        self._epoch += 1
+        width = self._new_keys().width
+        rows = limits.max_seq_len
+        opening = Opening(self._num_layers, self.heads.num_kv_heads, width, limits.num_slots, rows)
+        self.link.ask(opening_bytes(opening))
+
+    def end(self) -> None:
+        """What the worker holds is of no use any more."""
+        self._held.clear()
+
+    def held(self, slot: int, layer: int, *, is_new: bool) -> HeldRows:
+        """What is known of a slot's rows; a new text gets keys of its own."""
+        if is_new and layer == 0:
+            keys = self._new_keys()
+            self._held[slot] = [
+                HeldRows(LayerCodec(keys, index, self.heads.num_kv_heads))
+                for index in range(self._num_layers)
+            ]
+        return self._held[slot][layer]
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Have the worker forget all but a slot's first rows.
+
+        Raises MessageError where those have come in one step with others: they are not in order.
+        """
+        layers = self._held.get(slot)
+        if layers is None:
+            return
+        if length == 0:
+            del self._held[slot]
+        else:
+            for held in layers:
+                while held.receipts and held.receipt.num_rows > length:
+                    held.receipts.pop()
+                if not held.receipts or held.receipt.num_rows != length:
+                    raise MessageError(f"slot {slot} cannot go back to {length} encoded rows")
+        self.link.ask(pair_bytes(Op.TRUNCATE, slot, length))
+
+    def fetch(self, slot: int) -> list[LayerKV]:
+        """A slot's rows as they come back, checked and decoded. Raises CacheRefused."""
+        return [self._fetched(slot, layer, held) for layer, held in enumerate(self._held[slot])]
+
+    def _fetched(self, slot: int, layer: int, held: HeldRows) -> LayerKV:
+        _, tensors = self.link.ask(pair_bytes(Op.FETCH, slot, layer))
+        if len(tensors) != 2:
+            raise AnswerRefused("encoded rows came back without keys or values")
+        rows = EncodedRows(*_arrays(tensors))
+        return LayerKV(*(
+            each.astype(FLOAT32) for each in held.codec.decode(rows, held.receipt)
+        ))  # fmt: skip
+
+    def ask(
+        self, layer: int, spans: list[Span], rows: list[EncodedRows], queries: list[HostArray]
+    ) -> Answer:
+        """One question of a layer: [KV heads, all queries, 1, width], and their log-sums."""
+        nothing = np.empty((self.heads.num_kv_heads, 0, rows[0].keys.shape[2]), FLOAT32)
+        if len(queries) > 1:
+            asked = np.concatenate(queries, 1)[:, :, 0]
+        else:
+            asked = queries[0][:, :, 0] if queries else nothing
+        keys, values = (
+            np.concatenate(each, 1) if len(each) > 1 else each[0]
+            for each in ([part.keys for part in rows], [part.values for part in rows])
+        )
+        tensors = tuple(to_tensor(each) for each in (keys, values, asked))
+        _, answered = self.link.ask(attend_bytes(layer, spans), tensors)
+        shapes = (asked.shape, asked.shape[:2])
+        arrays = _arrays(answered)
+        if tuple(each.shape for each in arrays) != shapes:
+            raise AnswerRefused("an answer about encoded rows has another shape")
+        return Answer(arrays[0][:, :, None], arrays[1][:, :, None])
+
+    def to_host(self, array: Array) -> HostArray:
+        """Rows where they can be encoded."""
+        assert self._kernels is not None, "layers are made before they compute"
+        (rows,) = self._kernels.to_host(array)
+        return rows
+
+    def to_device(self, array: HostArray) -> Array:
+        """Rows where the next layer computes."""
+        assert self._kernels is not None, "layers are made before they compute"
+        return self._kernels.to_device(array)
+
+    def _new_keys(self) -> KeyGenerator:
+        return KeyGenerator(
+            0,
+            self._hidden_dim,
+            self.heads.head_dim,
+            alp=self._noise,
+            seed=self._seed,
+            session=os.urandom(16),
+            epoch=self._epoch,
+        )
+
+
+class _Asking:
+    """One step's attention in one layer."""
+
+    def __init__(self, parts: AttentionParts, layer: int, batch: Batch) -> None:
+        self._parts = parts
+        self._layer = layer
+        self._batch = batch
+
+    def __call__(self, qkv: Array, keys: Array, values: Array, out: Array) -> Array:
+        """Send what is new, and attend to that and to what was held before."""
+        del keys, values
+        parts, heads = self._parts, self._parts.heads
+        rows = parts.to_host(qkv)
+        width, num_groups = heads.head_dim, heads.num_heads // heads.num_kv_heads
+        split = rows.reshape(len(rows), -1, width).transpose(1, 0, 2)  # [heads, rows, head_dim]
+        texts = [
+            _Text(parts, self._layer, segment, split[:, first : first + segment.num_tokens])
+            for segment, first in zip(self._batch, first_rows(self._batch), strict=True)
+        ]
+        asking = [text.asked for text in texts if text.asked is not None]
+        answer = parts.ask(
+            self._layer, [text.span for text in texts], [text.rows for text in texts], asking
+        )
+        at, outputs = 0, []
+        for text in texts:
+            part = np.s_[:, at : at + text.span.num_queries]
+            at += text.span.num_queries
+            outputs.append(text.read(Answer(answer.outputs[part], answer.log_sums[part])))
+        # [KV heads, rows * groups, head_dim] each -> [rows, heads * head_dim]
+        shape = (heads.num_kv_heads, -1, num_groups, width)
+        parted = [each.reshape(shape) for each in outputs]
+        mixed = parted[0] if len(parted) == 1 else np.concatenate(parted, 1)
+        mixed = mixed.transpose(1, 0, 2, 3).reshape(len(rows), -1)
+        out[...] = parts.to_device(np.ascontiguousarray(mixed, FLOAT32))
+        return out
+
+
+class _Text:
+    """One segment of a step in a layer: what is asked of it, and what comes of that."""
+
+    def __init__(self, parts: AttentionParts, layer: int, segment: Segment, qkv: HostArray) -> None:
+        """qkv: [heads + 2 KV heads, rows, head_dim], after RoPE."""
+        slot, position, num_tokens = segment
+        heads = parts.heads
+        self._num_tokens = num_tokens
+        self._held = parts.held(slot, layer, is_new=position == 0)
+        values_from = heads.num_heads + heads.num_kv_heads
+        q, k, v = qkv[: heads.num_heads], qkv[heads.num_heads : values_from], qkv[values_from:]
+        shape = (heads.num_kv_heads, -1, num_tokens, heads.head_dim)
+        # [KV heads, rows * groups, head_dim]
+        queries = q.reshape(shape).swapaxes(1, 2).reshape(heads.num_kv_heads, -1, heads.head_dim)
+        self._queries = queries * np.float32(heads.head_dim**-0.5)
+        self._new = k, v
+        # A lone row behind others is attended to where these are. Rows that come together see each
+        # other here: whoever holds them does not know their order.
+        self._is_joined = num_tokens > 1 or position == 0
+        before = None if position == 0 else self._held.receipt
+        self.rows = self._held.append(k, v)
+        self._receipt = before if self._is_joined else self._held.receipt
+        num_queries = self._queries.shape[1] if position else 0
+        num_seen = position + (0 if self._is_joined else 1)
+        self.span = Span(slot, position, num_tokens, num_seen, num_queries)
+        self.asked = None
+        if position:
+            assert self._receipt is not None, "there are rows before"
+            self.asked = self._held.codec.ask(self._queries, self._receipt)
+
+    def read(self, answer: Answer) -> HostArray:
+        """[KV heads, rows * groups, head_dim]. Raises AnswerRefused."""
+        if self.asked is None:
+            return self._own()[0]
+        assert self._receipt is not None, "there are rows before"
+        self._held.check(answer)
+        outputs, log_sums = self._held.codec.share(answer, self.asked, self._receipt)
+        if not self._is_joined:
+            return outputs
+        own, own_sums = self._own()
+        share = 1 / (1 + np.exp(own_sums - log_sums))[..., None]
+        return share * outputs + (1 - share) * own
+
+    def _own(self) -> tuple[HostArray, HostArray]:
+        """What the new rows give each other, and the log of their sums: each sees those before."""
+        keys, values = self._new
+        num_groups = self._queries.shape[1] // self._num_tokens
+        scores = self._queries @ keys.mT  # [KV heads, rows * groups, rows]
+        later = np.triu(np.ones((self._num_tokens, self._num_tokens), bool), 1)
+        scores[:, np.repeat(later, num_groups, 0)] = -np.inf
+        top = scores.max(-1, keepdims=True)
+        weights = np.exp(scores - top)
+        sums = weights.sum(-1, keepdims=True)
+        return weights @ values / sums, (top + np.log(sums))[..., 0].astype(np.float64)
+
+
+class HeldElsewhere(KVCache):
+    """A ledger of rows that a worker holds: there are none here."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(
+        self, parts: AttentionParts, num_layers: int, num_slots: int, max_seq_len: int
+    ) -> None:
+        super().__init__(
+            _NoMemory(),
+            num_layers=num_layers,
+            num_slots=num_slots,
+            num_kv_heads=0,
+            max_seq_len=max_seq_len,
+            head_dim=0,
+            dtype=FLOAT32,
+        )
+        self._parts = parts
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Roll `slot` back to its first `length` tokens, here and there."""
+        super().truncate(slot, length)
+        self._parts.truncate(slot, length)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Rows are encoded for one text. Raises MessageError."""
+        raise MessageError(f"slot {source}'s first {length} rows are not {target}'s: it has no key")
+
+    def export(self, slot: int, positions: range) -> list[LayerKV]:
+        """Rows as they come back, checked and decoded. Raises CacheRefused, MessageError."""
+        self.ledger.check_range(slot, positions)
+        inside = np.s_[:, positions.start : positions.stop]
+        return [LayerKV(*(each[inside] for each in layer)) for layer in self._parts.fetch(slot)]
+
+
+class _NoMemory:
+    """Of no bytes."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> Array:
+        """As many rows as one likes, of no width."""
+        return np.zeros(shape, dtype)
+
+
+def _arrays(tensors: tuple[object, ...]) -> tuple[HostArray, ...]:
+    try:
+        return tuple(to_array(each) for each in tensors)  # type: ignore[arg-type]
+    except PartRefusal as error:
+        raise AnswerRefused(f"an answer about encoded rows: {error}") from error

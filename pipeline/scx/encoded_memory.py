@@ -1,0 +1,119 @@
+"""A stage whose keys and values lie encoded in its own memory, with keys that it has been handed.
+
+That is where the design's paper puts the middle layers: whoever runs such a stage has the keys, and
+the rows that come in. What lies in its memory is encoded; what that stage can know is not.
+"""
+
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import numpy as np
+
+from pipeline.dtypes import FLOAT32, Array, HostArray
+from pipeline.errors import SessionRefused
+from pipeline.kernels.base import Attention, Kernels, Linear, LinearSpec
+from pipeline.models.config import ModelConfig
+from pipeline.models.layer_parts import LayerParts
+from pipeline.protocol.batch import Batch
+from pipeline.protocol.step_limits import SessionLimits
+from pipeline.scx.keys import KeyGenerator
+
+SEED_BYTES = 32
+
+
+class EncodedMemory(LayerParts):
+    """The kernels' own attention, over rows that are encoded before they are cached."""
+
+    are_recordable = False
+    are_row_exact = False
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._kernels: Kernels | None = None
+        self._keys: KeyGenerator | None = None
+        self._matrices: dict[int, tuple[Array, Array, Array]] = {}
+
+    @asynccontextmanager
+    async def session(
+        self, limits: SessionLimits, on_waiting: Callable[[str], None], seed: bytes | None
+    ) -> AsyncIterator[None]:
+        """Encode by keys of a seed that the orchestrator hands over. Raises SessionRefused."""
+        del limits, on_waiting
+        if seed is None:
+            raise SessionRefused("the orchestrator hands over no keys to encode with")
+        self.use(seed)
+        try:
+            yield
+        finally:
+            self._keys = None
+            self._matrices.clear()
+
+    def use(self, seed: bytes) -> None:
+        """Encode by these keys, and others for each session that they are handed over for."""
+        config = self._config
+        self._matrices.clear()
+        self._keys = KeyGenerator(
+            0, config.hidden_dim, config.head_dim, seed=seed, session=os.urandom(16)
+        )
+
+    def linear(self, name: str, spec: LinearSpec, kernels: Kernels) -> Linear:
+        """The kernels' own."""
+        self._kernels = kernels
+        return super().linear(name, spec, kernels)
+
+    def attention(self, layer: int, batch: Batch, own: Attention) -> Attention:
+        """Encode, have the kernels attend, decode."""
+        del batch
+        return _Encoded(self, layer, own)
+
+    def matrices(self, layer: int) -> tuple[Array, Array, Array]:
+        """R, S and its transpose of each KV head, where the kernels compute."""
+        found = self._matrices.get(layer)
+        if found is None:
+            assert self._keys is not None, "steps come in sessions"
+            derived = self._keys.segment(layer, self._config.num_kv_heads, 0)
+            found = self._matrices[layer] = (
+                self._to_device(derived.keys),
+                self._to_device(derived.values),
+                self._to_device(derived.values.mT),
+            )
+        return found
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """KV heads, heads that share one, width of each."""
+        config = self._config
+        return config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim
+
+    def _to_device(self, matrices: HostArray) -> Array:
+        assert self._kernels is not None, "layers are made before they compute"
+        return self._kernels.to_device(np.ascontiguousarray(matrices, FLOAT32))
+
+
+class _Encoded:
+    """One step's attention in one layer."""
+
+    def __init__(self, parts: EncodedMemory, layer: int, own: Attention) -> None:
+        self._parts = parts
+        self._layer = layer
+        self._own = own
+
+    def __call__(self, qkv: Array, keys: Array, values: Array, out: Array) -> Array:
+        """As the kernels', with K' = K R, q' = q R and V' = V S: out = (out' of these) S^-1."""
+        by_keys, by_values, back = self._parts.matrices(self._layer)
+        heads, groups, width = self._parts.shape
+        split = heads * groups * width, (heads * groups + heads) * width
+        _turn(qkv[:, : split[0]], by_keys, groups)
+        _turn(qkv[:, split[0] : split[1]], by_keys, 1)
+        _turn(qkv[:, split[1] :], by_values, 1)
+        found = self._own(qkv, keys, values, out)
+        _turn(found, back, groups)
+        return found
+
+
+def _turn(rows: Array, matrices: Array, groups: int) -> None:
+    """Each head's part of [rows, heads * groups * width] by that head's matrix, in place."""
+    heads, width, _ = matrices.shape
+    parted = rows.reshape(len(rows), heads, groups, width)
+    rows[...] = (parted @ matrices).reshape(rows.shape)

@@ -1,0 +1,123 @@
+"""Real processes: a home stage, and a worker that holds its keys and values encoded."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.e2e.conftest import BIN, Ports, end
+from tests.e2e.texts_under_way import completing, undisturbed
+
+
+class AttentionWorker:
+    """`stage-worker attention` of a cluster's manifest, started anew whenever it is wanted."""
+
+    def __init__(self, cluster):
+        self._ports = Ports(1)
+        self.address = f"127.0.0.1:{self._ports.base}"
+        self._cluster = cluster
+        self.log = cluster.directory / "attention.log"
+        self.process = None
+        part = {"type": "tcp", "addr": self.address}
+        cluster.plan(1)
+        cluster.edit(lambda raw: raw.update(part={"kind": "attention", "address": part}))
+
+    def start(self, *extra):
+        with self.log.open("ab") as file:
+            self.process = subprocess.Popen(
+                [BIN / "stage-worker", "attention", "--manifest", self._cluster.manifest,
+                 "--dev", *extra],
+                stdout=file, stderr=file, env=self._cluster.environment,
+            )  # fmt: skip
+
+    def wait_for_log(self, text, count=1):
+        for _ in range(600):
+            if self.log.read_text().count(text) >= count:
+                return
+            time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
+
+    def stop(self):
+        if self.process is not None and self.process.poll() is None:
+            end(self.process)
+        self._ports.release()
+
+
+@pytest.fixture
+def attention(cluster):
+    worker = AttentionWorker(cluster)
+    yield worker
+    worker.stop()
+
+
+def answer(cluster, *extra):
+    out = cluster.directory / "latency.json"
+    result = cluster.orch(
+        "Hello there", "--max-tokens", "40", "--ignore-eos", "--latency-out", out, "--supervise",
+        "--model-dir", cluster.model_dir, *extra,
+    )  # fmt: skip
+    return result, json.loads(out.read_text())["token_ids"] if result.returncode == 0 else None
+
+
+@pytest.mark.slow
+def test_the_text_is_that_of_an_ordinary_stage(cluster, attention):
+    attention.start()
+    result, found = answer(cluster)
+    assert result.returncode == 0, result.stderr
+    assert "mode scx: Keys and values lie encoded" in result.stderr
+    assert "event=session_ended reason=closed" in attention.log.read_text()
+    cluster.plan(1)
+    assert answer(cluster)[1] == found
+
+
+def test_a_worker_lost_in_the_middle_costs_no_text(cluster, attention):
+    """Its rows are encoded anew from the tokens, with other keys."""
+    attention.start()
+    server = cluster.serve("--context", "512", "--supervise")
+    expected = undisturbed(server)
+    with completing(server) as texts:
+        attention.process.send_signal(signal.SIGKILL)
+        attention.process.wait()
+        attention.start()
+    assert texts == expected
+    assert server.pipeline()["engine"]["num_failovers"] >= 1
+    assert re.search(r"the attention worker at \S+ is lost", server.log())
+
+
+@pytest.mark.slow
+def test_a_worker_without_room_says_so_once(cluster, attention):
+    attention.start("--kv-memory", "0.001")
+    result = cluster.orch_command(
+        "serve", "--manifest", cluster.manifest, "--model-dir", cluster.model_dir, "--port", "0",
+        "--dev", "--max-batch", "8", "--context", "1024", "--supervise",
+    )  # fmt: skip
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert "the attention worker at" in errors[0]
+    assert "are left of its memory; ask for less with --context or --max-batch" in errors[0]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_not_up_is_named(cluster, attention):
+    result, _ = answer(cluster, "--connect-timeout", "4")
+    assert result.returncode == 1
+    assert f"the attention worker at tcp:{attention.address} is not up" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_manifest_without_a_part_has_no_worker(cluster, attention):
+    cluster.plan(1)
+    result = cluster.worker("attention", "--manifest", cluster.manifest, "--dev")
+    assert result.returncode == 2
+    assert "has no part of kind attention; plan it with --attention" in result.stderr
+
+
+@pytest.mark.slow
+def test_without_dev_everybody_is_known_by_his_key(cluster, attention):
+    result = cluster.worker("attention", "--manifest", cluster.manifest)
+    assert result.returncode == 2
+    assert "orchestrator, stages and part know each other by their keys" in result.stderr

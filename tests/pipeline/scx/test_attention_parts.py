@@ -1,0 +1,294 @@
+"""A model whose keys and values a stranger holds encoded says what it said, and notices lies."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import InputError, MessageError
+from pipeline.models.registry import load_shard
+from pipeline.protocol.batch import Segment
+from pipeline.remote_parts.wire import PartRefusal, to_array, to_tensor
+from pipeline.scx.attention_parts import AttentionParts
+from pipeline.scx.attention_wire import (
+    Op,
+    Opening,
+    Span,
+    attend_bytes,
+    op_untrusted,
+    opening_bytes,
+    pair_bytes,
+)
+from pipeline.scx.attention_worker import AttentionMemory, AttentionWorker
+from pipeline.scx.errors import AnswerRefused, CacheRefused
+
+FAMILY = "llama-untied-gqa"
+
+
+class Near:
+    """A link to a worker in this process, which hears and says all that goes over it."""
+
+    def __init__(self, worker):
+        self.worker = worker
+        self.heard = []
+        self.lie = lambda op, arrays: arrays
+
+    def ask(self, header, tensors=()):
+        self.heard += [np.array(to_array(each)) for each in tensors]
+        header_back, answered = self.worker.answer(header, tensors)
+        arrays = self.lie(op_untrusted(header), [np.array(to_array(each)) for each in answered])
+        return header_back, tuple(map(to_tensor, arrays))
+
+
+def opened(parts, num_slots=1, max_rows=128, memory=None):
+    """The parts in a session with a worker."""
+    link = Near(AttentionWorker(AttentionMemory(memory)))
+    parts.attach(link, SimpleNamespace(num_slots=num_slots, max_seq_len=max_rows))
+    return link
+
+
+@pytest.fixture
+def home(make_oracle, kernels, make_pipeline):
+    """A pipeline whose attention is elsewhere, beside that which it is like."""
+
+    def make(family=FAMILY, noise=0.0, num_slots=1):
+        oracle = make_oracle(family).computing_with(kernels)
+        parts = AttentionParts(oracle.config, noise)
+        shard = load_shard(
+            oracle.directory, oracle.config, 0, oracle.config.num_layers,
+            kernels=kernels, parts=parts, expected_hashes=None,
+        )  # fmt: skip
+        link = opened(parts, num_slots)
+        plain = make_pipeline(oracle.split(), num_slots)
+        return SimpleNamespace(
+            pipeline=make_pipeline([shard], num_slots), plain=plain, link=link, parts=parts
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize("family", ["gpt2", FAMILY, "qwen2-qkv-bias"])
+def test_the_text_is_the_same(home, family, noise, token_ids):
+    at = home(family, noise)
+    tokens, logits = at.pipeline.greedy(token_ids, 12)
+    expected, expected_logits = at.plain.greedy(token_ids, 12)
+    assert tokens == expected
+    assert (logits - expected_logits).abs().max() < 1e-4
+
+
+def test_a_prompt_in_chunks_says_the_same(home, token_ids):
+    at = home()
+    whole = at.plain.logits(token_ids, [Segment(0, 0, 23)])
+    found, first = [], 0
+    for count in (9, 1, 12, 1):
+        rows = token_ids[first : first + count]
+        found.append(at.pipeline.logits(rows, [Segment(0, first, count)]))
+        first += count
+    assert (torch.cat(found) - whole).abs().max() < 1e-4
+
+
+def test_batch_mates_of_unequal_lengths_do_not_meet(home, token_ids):
+    at = home(num_slots=3)
+    firsts = [Segment(0, 0, 9), Segment(1, 0, 2), Segment(2, 0, 5)]
+    nexts = [Segment(2, 5, 1), Segment(0, 9, 4), Segment(1, 2, 1)]
+    for batch in (firsts, nexts):
+        rows = token_ids[: sum(each.num_tokens for each in batch)]
+        expected = at.plain.logits(rows, batch)
+        assert (at.pipeline.logits(rows, batch) - expected).abs().max() < 1e-4
+
+
+def test_neither_keys_nor_values_nor_queries_are_seen_as_they_are(home, token_ids):
+    at = home()
+    at.plain.hidden(token_ids, [Segment(0, 0, 23)])
+    layers = at.plain.caches[0].export(0, range(23))
+    at.pipeline.hidden(token_ids, [Segment(0, 0, 23)])
+    plain = {row.tobytes() for layer in layers for each in layer for head in each for row in head}
+    heard = [row for array in at.link.heard for head in array for row in head]
+    assert len(heard) >= 2 * 4 * 2 * 23
+    assert not [row for row in heard if row.tobytes() in plain]
+    # A rotation hides no length, and is no more than this claims to be.
+    assert not np.allclose(at.link.heard[0][0, 0], layers[0].keys[0, 0], atol=1e-3)
+
+
+def test_no_two_texts_have_a_key_in_common(home, token_ids):
+    at = home(num_slots=2)
+    heard = []
+    for slot in (0, 1):
+        at.link.heard.clear()
+        at.pipeline.hidden(token_ids[:4], [Segment(slot, 0, 4)])
+        heard.append(np.concatenate([each.reshape(-1) for each in at.link.heard]))
+    assert heard[0].shape == heard[1].shape
+    assert not np.allclose(heard[0], heard[1], atol=1e-2)
+
+
+def test_the_last_step_can_be_taken_back(home, token_ids):
+    at = home()
+    cache = at.pipeline.caches[0]
+    for batch, rows in (([Segment(0, 0, 8)], token_ids[:8]), ([Segment(0, 8, 1)], token_ids[9:10])):
+        at.pipeline.hidden(rows, batch)
+    cache.truncate(0, 8)
+    at.plain.hidden(token_ids[:8], [Segment(0, 0, 8)])
+    expected = at.plain.logits(token_ids[8:9], [Segment(0, 8, 1)])
+    assert (at.pipeline.logits(token_ids[8:9], [Segment(0, 8, 1)]) - expected).abs().max() < 1e-4
+    cache.truncate(0, 0)
+    assert not at.link.worker._rows
+
+
+def test_rows_in_another_order_cannot_be_taken_back(home, token_ids):
+    at = home()
+    at.pipeline.hidden(token_ids[:8], [Segment(0, 0, 8)])
+    with pytest.raises(MessageError, match="cannot go back to 4"):
+        at.pipeline.caches[0].truncate(0, 4)
+
+
+def test_rows_come_back_as_they_were(home, token_ids):
+    at = home(noise=1.0)
+    for pipeline in (at.pipeline, at.plain):
+        pipeline.hidden(token_ids[:8], [Segment(0, 0, 8)])
+        pipeline.hidden(token_ids[8:9], [Segment(0, 8, 1)])
+    found = at.pipeline.caches[0].export(0, range(2, 9))
+    for mine, theirs in zip(found, at.plain.caches[0].export(0, range(2, 9)), strict=True):
+        assert np.allclose(mine.keys, theirs.keys, atol=1e-4)
+        assert np.allclose(mine.values, theirs.values, atol=1e-4)
+
+
+def swapped(rows):
+    rows[:, [0, 1]] = rows[:, [1, 0]]
+    return rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda keys, values: (keys[:, :-1], values[:, :-1]),
+        lambda keys, values: (swapped(keys), swapped(values)),
+        lambda keys, values: (values, keys),
+        lambda keys, values: (np.nextafter(keys, np.float32(np.inf)), values),
+        lambda keys, values: (keys.astype(np.float64), values.astype(np.float64)),
+    ],
+    ids=["truncated", "swapped", "keys for values", "altered", "another type"],
+)
+def test_rows_that_come_back_otherwise_are_refused(home, token_ids, change):
+    at = home()
+    at.pipeline.hidden(token_ids[:8], [Segment(0, 0, 8)])
+    at.link.lie = lambda op, arrays: change(*arrays) if op is Op.FETCH else arrays
+    with pytest.raises(CacheRefused):
+        at.pipeline.caches[0].export(0, range(8))
+
+
+def test_older_rows_are_refused(home, token_ids):
+    at = home()
+    at.pipeline.hidden(token_ids[:8], [Segment(0, 0, 8)])
+    place = at.link.worker._rows[0, 0]
+    before = place[:, :, 7].copy()
+    at.pipeline.hidden(token_ids[8:9], [Segment(0, 8, 1)])
+    place[:, :, 8] = before
+    with pytest.raises(CacheRefused):
+        at.pipeline.caches[0].export(0, range(8))
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda outputs, sums: [outputs * np.float32(np.nan), sums],
+        lambda outputs, sums: [outputs * 1e6, sums],
+        lambda outputs, sums: [outputs[:, :-1], sums[:, :-1]],
+        lambda outputs, sums: [outputs, np.full_like(sums, np.inf)],
+        lambda outputs, sums: [outputs],
+        lambda outputs, sums: [outputs.view(np.uint32), sums],
+    ],
+    ids=["no numbers", "too long", "too few", "infinite sums", "no sums", "integers"],
+)
+def test_an_answer_that_no_attention_gives_is_refused(home, token_ids, lie):
+    at = home()
+    at.pipeline.hidden(token_ids[:8], [Segment(0, 0, 8)])
+    at.link.lie = lambda op, arrays: lie(*arrays)
+    with pytest.raises(AnswerRefused):
+        at.pipeline.hidden(token_ids[8:9], [Segment(0, 8, 1)])
+
+
+def test_a_model_that_looks_back_less_far_is_refused(make_oracle):
+    with pytest.raises(InputError, match="look back 11 tokens"):
+        AttentionParts(make_oracle("mistral-sliding-window").config)
+
+
+def test_a_home_reserves_no_memory_for_what_is_held_elsewhere(home, token_ids):
+    at = home()
+    (shard,) = at.pipeline.shards
+    assert shard.kv_bytes(64, 1 << 20) == 0
+    at.pipeline.hidden(token_ids, [Segment(0, 0, 23)])
+    assert at.pipeline.caches[0].num_bytes == 0
+    with pytest.raises(MessageError, match="no key"):
+        at.pipeline.caches[0].copy(0, 0, 4)
+
+
+# The worker, whatever it is asked
+
+
+OPENING = Opening(2, 2, 16, 2, 8)
+
+
+@pytest.fixture
+def worker():
+    found = AttentionWorker(AttentionMemory(None))
+    found.answer(opening_bytes(OPENING), ())
+    return found
+
+
+def rows_of(count, num_heads=2, width=16, dtype=np.float32):
+    return to_tensor(np.ones((num_heads, count, width), dtype))
+
+
+DOUBLES = rows_of(1, dtype=np.float64)
+
+
+@pytest.mark.parametrize(
+    ("header", "tensors"),
+    [
+        (b"", ()),
+        (b"\x09", ()),
+        (opening_bytes(OPENING), ()),
+        (opening_bytes(OPENING)[:-1], ()),
+        (attend_bytes(0, [Span(0, 0, 2, 2, 1)])[:-1], (rows_of(2), rows_of(2), rows_of(1))),
+        (attend_bytes(0, [Span(0, 0, 2, 2, 1)]), (rows_of(2), rows_of(2))),
+        (attend_bytes(0, [Span(0, 0, 2, 2, 1)]), (rows_of(2), rows_of(3), rows_of(1))),
+        (attend_bytes(0, [Span(0, 0, 2, 2, 1)]), (rows_of(2, 3), rows_of(2, 3), rows_of(1, 3))),
+        (attend_bytes(0, [Span(0, 0, 2, 3, 1)]), (rows_of(2), rows_of(2), rows_of(1))),
+        (attend_bytes(0, [Span(0, 0, 0, 0, 1)]), (rows_of(0), rows_of(0), rows_of(1))),
+        (attend_bytes(0, [Span(0, 1, 1, 1, 1)]), (rows_of(1), rows_of(1), rows_of(1))),
+        (attend_bytes(0, [Span(0, 0, 9, 9, 1)]), (rows_of(9), rows_of(9), rows_of(1))),
+        (attend_bytes(0, [Span(2, 0, 1, 1, 1)]), (rows_of(1), rows_of(1), rows_of(1))),
+        (attend_bytes(2, [Span(0, 0, 1, 1, 1)]), (rows_of(1), rows_of(1), rows_of(1))),
+        (attend_bytes(0, [Span(0, 0, 1, 1, 0)]), (DOUBLES, DOUBLES, rows_of(0))),
+        (pair_bytes(Op.TRUNCATE, 0, 1), ()),
+        (pair_bytes(Op.FETCH, 2, 0), ()),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(worker, header, tensors):
+    with pytest.raises(PartRefusal, match="makes no sense"):
+        worker.answer(header, tensors)
+
+
+def test_nothing_is_held_before_a_session_is_opened():
+    asked = attend_bytes(0, [Span(0, 0, 1, 1, 0)])
+    with pytest.raises(PartRefusal, match="not been opened"):
+        AttentionWorker(AttentionMemory(None)).answer(asked, (rows_of(1), rows_of(1), rows_of(0)))
+
+
+def test_sessions_together_take_no_more_than_is_given():
+    memory = AttentionMemory(OPENING.num_bytes)
+    first, second = AttentionWorker(memory), AttentionWorker(memory)
+    first.answer(opening_bytes(OPENING), ())
+    with pytest.raises(PartRefusal, match="--context or --max-batch"):
+        second.answer(opening_bytes(OPENING), ())
+    first.close()
+    second.answer(opening_bytes(OPENING), ())
+    second.close()
+    second.close()
+
+
+def test_a_session_that_would_not_fit_is_refused(make_oracle):
+    with pytest.raises(PartRefusal, match="are left of its memory"):
+        opened(AttentionParts(make_oracle(FAMILY).config), memory=1000)
