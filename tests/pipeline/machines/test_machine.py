@@ -203,6 +203,8 @@ async def test_what_serves_is_not_removed_and_what_is_missing_does_not_serve(rig
             await visit.retire()
             await visit.remove([cluster.manifest.config_hash])
             assert machine.served is None
+        with pytest.raises(SessionError, match="`pipeline-orch push` has it serve"):
+            await generate(rig, cluster)
 
 
 async def test_nobody_is_let_in_by_a_manifest(rig, tiny_model):
