@@ -41,7 +41,6 @@ async def test_neither_secret_nor_part_nor_key_is_seen(rig):
         rig.home_key,
         line.key,
         digest.encode(),
-        SOFTWARE.encode() * 2,
     ]
     secrets += [data[i : i + 16] for i in range(0, len(data) - 16, len(data) // 500)]
     assert not [secret for secret in secrets if secret in seen]
