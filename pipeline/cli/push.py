@@ -56,8 +56,7 @@ async def _parts(
     for address in addresses:
         async with visiting(address, own) as visit:
             parts = await visit.parts()
-            unwanted = [part.digest for part in parts if _is_unwanted(part, flags)]
-            if unwanted:
+            while unwanted := [part.digest for part in parts if _is_unwanted(part, flags)]:
                 await visit.remove(unwanted)
                 num_removed += len(unwanted)
                 parts = await visit.parts()

@@ -145,8 +145,12 @@ class Connector:
             channel = await connect_retrying(where, link, credentials, limits, on_wait)
         except trio.TooSlowError as error:
             raise StageSilent(stage_idx, f"{what}: {describe(error)}") from error
-        except (AttestationError, HandshakeError) as error:
+        except AttestationError as error:
             raise StageMismatch(f"{what}: {describe(error)}", stage_idx) from error
+        except HandshakeError as error:
+            is_own = bool(self._manifest.stage(stage_idx).machine_keys)
+            remedy = "; `pipeline-orch push` has it serve this manifest" if is_own else ""
+            raise StageMismatch(f"{what}: {describe(error)}{remedy}", stage_idx) from error
         except (TransportError, trio.EndOfChannel) as error:
             raise SessionError(f"{what}: {describe(error)}") from error
         finally:

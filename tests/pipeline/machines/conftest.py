@@ -20,15 +20,15 @@ from transport.errors import EndpointError
 SOFTWARE = "1.2.3"
 
 
-def two_ports(stack):
+def two_ports(stack, host):
     """Listeners on a port and the next one."""
     for port in random.sample(range(10000, 20000, 2), 100):
         try:
-            first = listen(TcpEndpoint("127.0.0.1", port))
+            first = listen(TcpEndpoint(host, port))
         except EndpointError:
             continue
         try:
-            second = listen(TcpEndpoint("127.0.0.1", port + 1))
+            second = listen(TcpEndpoint(host, port + 1))
         except EndpointError:
             first.close()
             continue
@@ -46,12 +46,12 @@ class Rig:
         return self.home.public_key().public_bytes_raw()
 
     @asynccontextmanager
-    async def machine(self, name, *, offers=None, knows_home=True, quota=1 << 30):
+    async def machine(self, name, *, offers=None, knows_home=True, quota=1 << 30, host="127.0.0.1"):
         """A machine; `offers`: what is asked when a home comes with its line."""
         directory = self.directory / name
         own = own_identity(directory, MACHINE_KEY)
         with ExitStack() as stack:
-            control, data_in = two_ports(stack)
+            control, data_in = two_ports(stack, host)
             store = PartStore(directory / "parts", quota)
             compute = Compute("auto", "cpu", 1, 64 << 20)
             machine = Machine(own, directory, store, compute, SOFTWARE, data_in)

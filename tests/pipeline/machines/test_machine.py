@@ -4,6 +4,7 @@ import hashlib
 import json
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -203,6 +204,8 @@ async def test_what_serves_is_not_removed_and_what_is_missing_does_not_serve(rig
             await visit.retire()
             await visit.remove([cluster.manifest.config_hash])
             assert machine.served is None
+        with pytest.raises(SessionError, match="`pipeline-orch push` has it serve"):
+            await generate(rig, cluster)
 
 
 async def test_nobody_is_let_in_by_a_manifest(rig, tiny_model):
@@ -357,6 +360,20 @@ async def test_a_survey_tells_what_machines_have_and_how_far_they_are(rig, monke
         assert machine.measured.flops > 1e8
         assert machine.description.memory_bytes > 1 << 20
         assert machine.home == home
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
+async def test_machines_at_ipv6_addresses_are_joined_like_others(rig, tiny_model, monkeypatch):
+    monkeypatch.setattr("pipeline.machines.visits.measure", partial(measure, seconds=0.05))
+    async with machines(rig, "a", "b", host="::1") as both:
+        addresses = [machine.address for machine in both]
+        found = await survey(addresses, rig.home, 16, SOFTWARE, None, quietly)
+        assert len(found.ways) == 4
+        assert {str(machine.home) for machine in found.machines} == {"tcp:[::1]:9009"}
+        cluster = written(rig, tiny_model, both)
+        assert "[::1]:" in cluster.path.read_text()
+        await deliver(rig.home, cluster.deliveries, quietly, quietly)
+        assert await generate(rig, cluster) == reference(tiny_model)
 
 
 async def test_machines_that_do_not_reach_each_other_are_found_out(rig, monkeypatch):
