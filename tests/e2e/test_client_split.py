@@ -22,20 +22,24 @@ FLAGS = [(), ("--temperature", "0.9", "--seed", "5", "--repetition-penalty", "1.
 
 
 def answer(cluster, stages, *flags, worker_flags=()):
+    """Over so many workers by hand, or where no number is given over supervised ones."""
     out = cluster.directory / "latency.json"
-    result = cluster.orch_over(
-        stages, "--max-tokens", "40", "--ignore-eos", "--latency-out", out, *flags,
-        flags=worker_flags,
-    )  # fmt: skip
+    flags = ("--max-tokens", "40", "--ignore-eos", "--latency-out", out, *flags, *worker_flags)
+    if stages is None:
+        supervise = ("--supervise", "--model-dir", cluster.model_dir)
+        result = cluster.orch("Hello there", *flags, *supervise)
+    else:
+        result = cluster.orch_over(stages, *flags, flags=worker_flags)
     assert result.returncode == 0, result.stderr
     return json.loads(out.read_text())["token_ids"], result.stdout
 
 
-@pytest.mark.parametrize("stages", [1, 3])  # two are those with shards of their own
-def test_texts_are_those_of_ordinary_stages(cluster, expected, stages):
+# Two stages are those with shards of their own.
+@pytest.mark.parametrize(("stages", "by_hand"), [(1, False), (3, True)])
+def test_texts_are_those_of_ordinary_stages(cluster, expected, stages, by_hand):
     cluster.plan(stages, split="client")
-    two = ("--threads", "2")
-    found = [answer(cluster, stages, *flags, *two, worker_flags=two) for flags in FLAGS]
+    num = stages if by_hand else None
+    found = [answer(cluster, num, *flags, worker_flags=("--threads", "2")) for flags in FLAGS]
     assert found == expected
 
 
@@ -70,8 +74,10 @@ def test_shards_and_a_clients_part_are_all_that_each_side_needs(cluster, expecte
 def test_a_stage_killed_in_the_middle_costs_no_text(cluster):
     """As with ordinary stages, whose texts are the same."""
     cluster.plan(3, split="client")
-    server = cluster.serve("--context", "512", "--supervise")
-    expect_the_same_whoever_dies(server, undisturbed(server))
+    for idx in range(3):
+        cluster.start_worker(idx)
+    server = cluster.serve("--context", "512")
+    expect_the_same_whoever_dies(server, undisturbed(server), by_hand=cluster)
 
 
 @pytest.fixture

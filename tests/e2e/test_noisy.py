@@ -73,8 +73,10 @@ def test_a_text_is_told_what_it_amounts_to_and_ends_where_the_bound_does(cluster
 
 def test_a_stage_killed_in_the_middle_costs_neither_text_nor_budget(cluster):
     cluster.plan(3, **QUIET)
-    server = cluster.serve("--context", "512", "--supervise", "--dp-epsilon", "1e30")
-    expect_the_same_whoever_dies(server, undisturbed(server))
+    for idx in range(3):
+        cluster.start_worker(idx)
+    server = cluster.serve("--context", "512", "--dp-epsilon", "1e30")
+    expect_the_same_whoever_dies(server, undisturbed(server), by_hand=cluster)
 
 
 def test_texts_with_noise_carry_no_message(cluster, command, tmp_path):

@@ -34,11 +34,18 @@ def completing(server):
         thread.join(120)
 
 
-def expect_the_same_whoever_dies(server, expected, number=signal.SIGKILL):
-    """Each of three supervised stages in turn, in the middle of texts that are `expected`."""
+def expect_the_same_whoever_dies(server, expected, number=signal.SIGKILL, by_hand=None):
+    """Each of three stages in turn, in the middle of texts that are `expected`.
+
+    They are supervised, or of the cluster `by_hand`, where each is started again here.
+    """
     for count, victim in enumerate(range(3), start=1):
         with completing(server) as texts:
-            os.kill(server.workers()[victim], number)
+            if by_hand is None:
+                os.kill(server.workers()[victim], number)
+            else:
+                by_hand.workers[victim].send_signal(number)
+                by_hand.start_worker(victim)
             server.wait_for_log("event=failover_complete", count)
         assert texts == expected
 
