@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from transport.installed_version import tell_version
+
 
 def _leave(number: int, frame: FrameType | None) -> None:
     del frame
@@ -40,6 +42,7 @@ def stage_worker() -> None:
     `stage-worker door` is a command of its own, since a stage needs no word before its flags.
     """
     _leave_on_signals()
+    tell_version("stage-worker")
     with importing():
         if sys.argv[1:] == ["--standby"]:
             from pipeline.cli.standby import stand_by
@@ -57,6 +60,7 @@ def stage_worker() -> None:
 def pipeline_orch() -> None:
     """Run `pipeline-orch`."""
     _leave_on_signals()
+    tell_version("pipeline-orch")
     with importing():
         from pipeline.cli.pipeline_orch import main
 
