@@ -34,10 +34,11 @@ def _exists(path: Path) -> bool:
         return True
 
 
-ModelDir = Annotated[Path, AfterValidator(model_directory)]
-TokenizerFile = Annotated[Path, AfterValidator(tokenizer_file)]
-
-
 def model_option(given: Path | None) -> Path | None:
-    """Callback of a `--model-dir` of commands that are not told by settings."""
+    """Where a model is, if one is given; also as a typer callback."""
     return None if given is None else model_directory(given)
+
+
+ModelDir = Annotated[Path, AfterValidator(model_directory)]
+OptionalModelDir = Annotated[Path | None, AfterValidator(model_option)]
+TokenizerFile = Annotated[Path, AfterValidator(tokenizer_file)]

@@ -46,7 +46,7 @@ def pull_command(
         if name is None:
             raise InputError(f"{model}: no directory, and no name as OWNER/MODEL[@REVISION]")
         if not sys.stderr.isatty():
-            from huggingface_hub.utils import disable_progress_bars
+            from huggingface_hub.utils.tqdm import disable_progress_bars
 
             disable_progress_bars()  # the hub's own, which would fill a log
         with progress_bar("checking weights") as progress:
