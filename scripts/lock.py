@@ -1,6 +1,6 @@
 """Write scripts/locks: every package that scripts/setup.sh installs, by version and SHA-256.
 
-`base` is what the project needs but for torch, `torch-cpu` torch where an index of the machine has
+`base` is what the project needs, `torch-cpu` torch where an index of the machine has
 its build without CUDA, else `torch` and `cuda`; each extra of pyproject.toml has what it needs
 besides. Run scripts/lock.sh.
 """
@@ -69,9 +69,9 @@ def write(name, entries):
 
 def main():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    base = resolved(project)
-    extras = project["project"]["optional-dependencies"]
-    by_extra = {extra: resolved(project, extra) for extra in extras}
+    base = resolved(project, "torch")  # which scripts/setup.sh always installs
+    extras = project["project"]["optional-dependencies"].keys() - {"torch", "cuda"}
+    by_extra = {extra: resolved(project, extra) for extra in sorted(extras)}
     cuda = [name for name in base if CUDA.match(name)]
     write("torch", [base["torch"][0]])
     write("torch-cpu", [cpu_build_of_torch()])

@@ -16,6 +16,7 @@ import typer
 
 from transport.dial_and_listen import parse_endpoint
 from transport.errors import EndpointError
+from transport.installed_version import tell_version
 from transport.relay import DEFAULT_MAX_CONNECTIONS, Relay, RelayMap, parse_map
 from transport.relay_manifest import manifest_maps
 
@@ -186,6 +187,7 @@ def _failure(problem: object, code: int) -> typer.Exit:
 
 def main() -> None:
     """Entry point of the command."""
+    tell_version("pipeline-relay")
     try:
         app()
     except SystemExit as error:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from transport.installed_version import tell_version
+
 
 def _leave(number: int, frame: FrameType | None) -> None:
     del frame
@@ -49,6 +51,7 @@ def stage_worker() -> None:
     needs no word before its flags.
     """
     _leave_on_signals()
+    tell_version("stage-worker")
     _settle_libraries()
     with importing():
         if sys.argv[1:] == ["--standby"]:
@@ -72,6 +75,7 @@ def stage_worker() -> None:
 def pipeline_orch() -> None:
     """Run `pipeline-orch`."""
     _leave_on_signals()
+    tell_version("pipeline-orch")
     if sys.argv[1:2] != ["shard"]:  # which multiplies whole matrices, and may use all CPUs for it
         _settle_libraries()
     with importing():

@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from pipeline.cli.door import DoorFlags
 from pipeline.cli.kept_sessions import SessionFlags
-from pipeline.cli.model_directory import ModelDir, TokenizerFile
+from pipeline.cli.model_directory import OptionalModelDir, TokenizerFile
 from pipeline.cli.prompt_input import with_prompt
 from pipeline.cli.sampling_flags import SampleAtFlag, SamplingFlags
 from pipeline.cli.settings import Count, Flag, Settings
@@ -33,7 +33,7 @@ class GenerateFlags(Settings):
     latency_out: Annotated[Path | None, Flag("FILE", "Write per-token latencies as JSON.")] = None
     ignore_eos: Annotated[bool, Flag(None, "Go on after the end-of-text token.")] = False
     model_dir: Annotated[
-        ModelDir | None, Flag("DIR|NAME", "The workers' model, with --supervise.")
+        OptionalModelDir, Flag("DIR|NAME", "The workers' model, with --supervise.")
     ] = None
     exit_on_loss: Annotated[bool, Flag(None, "End on a loss, with --supervise too.")] = False
     sampling: SamplingFlags

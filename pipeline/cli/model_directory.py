@@ -5,29 +5,22 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from pipeline.errors import InputError
-
 
 def model_directory(given: Path) -> Path:
-    """Where a model is. Raises InputError for what is neither a path that exists nor a model."""
+    """Where a model is; the path itself where that is no pulled model's name.
+
+    Raises InputError for one that has not been fetched whole.
+    """
     if _exists(given):
         return given  # whether it holds a model, whoever reads it will say
     from pipeline.planning.pulled_models import find_model, parse_name
 
     name = parse_name(str(given))
-    if name is None:
-        return given
-    found = find_model(name)
-    if found is None:
-        raise InputError(
-            f"--model-dir {given}: no such directory here, and no model of that name has been "
-            f"fetched; pipeline-orch pull {given}"
-        )
-    return found
+    return (name and find_model(name)) or given
 
 
 def tokenizer_file(given: Path) -> Path:
-    """The tokenizer's file: itself, or that of a model. Raises InputError as for one."""
+    """The tokenizer's file: itself, or that of a model. Raises InputError as there."""
     if given.suffix == ".json":
         return given
     directory = model_directory(given)
@@ -41,10 +34,11 @@ def _exists(path: Path) -> bool:
         return True
 
 
-ModelDir = Annotated[Path, AfterValidator(model_directory)]
-TokenizerFile = Annotated[Path, AfterValidator(tokenizer_file)]
-
-
 def model_option(given: Path | None) -> Path | None:
-    """Callback of a `--model-dir` of commands that are not told by settings."""
+    """Where a model is, if one is given; also as a typer callback."""
     return None if given is None else model_directory(given)
+
+
+ModelDir = Annotated[Path, AfterValidator(model_directory)]
+OptionalModelDir = Annotated[Path | None, AfterValidator(model_option)]
+TokenizerFile = Annotated[Path, AfterValidator(tokenizer_file)]

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import model_validator
 
-from pipeline.cli.model_directory import ModelDir
+from pipeline.cli.model_directory import ModelDir, OptionalModelDir
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.prompt_input import with_prompt
 from pipeline.cli.settings import Count, Finite, Flag, Settings
@@ -57,7 +57,7 @@ class KeygenFlags(Settings):
     carrier: CarrierFlags
     out: Annotated[Path, Flag("FILE", "A new secret's file.", ("--out", "-o"), is_by_hand=True)]
     manifest: Annotated[Path | None, Flag("FILE", "The manifest that will be used.")] = None
-    model_dir: Annotated[ModelDir | None, Flag("DIR|NAME", "The model that will be used.")] = None
+    model_dir: Annotated[OptionalModelDir, Flag("DIR|NAME", "The model that will be used.")] = None
 
 
 class EncodeFlags(Settings):

@@ -4,12 +4,14 @@ Never by a stopwatch: two workers on two equal machines must not differ in round
 """
 
 from functools import cache
+from importlib.util import find_spec
 
 from pipeline.errors import InputError
 from pipeline.kernels.base import Kernels
 from pipeline.kernels.self_test import first_difference
 
 CHOICES = ("auto", "native", "torch")
+NOT_BUILT = "the native kernels were not built with this installation"
 HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 512  # what the native attention takes
 
 
@@ -17,13 +19,13 @@ def choose_kernels(choice: str, head_dim: int, device: str = "cpu") -> Kernels:
     """The kernels for a model with such heads; `auto`: native where they work, else torch.
 
     Another device than the CPU has its own. Raises InputError when native kernels or a device are
-    demanded and cannot be had.
+    demanded and cannot be had, or when what computes instead is not installed.
     """
     check_choice(choice)
     if device != "cpu":
         return _gpu(choice, device)
     if choice == "torch":
-        return _torch()
+        return _torch("--kernels torch")
     problem = why_not_native() or _why_not_heads(head_dim)
     if problem is None:
         from pipeline.kernels.native_kernels import NativeKernels  # noqa: PLC0415 (may be absent)
@@ -31,7 +33,7 @@ def choose_kernels(choice: str, head_dim: int, device: str = "cpu") -> Kernels:
         return NativeKernels()
     if choice == "native":
         raise InputError(f"--kernels native: {problem}; leave the flag out to compute with torch")
-    return _torch()
+    return _torch(problem)
 
 
 def check_choice(choice: str) -> None:
@@ -41,13 +43,24 @@ def check_choice(choice: str) -> None:
 
 
 # Only what computes is imported: torch takes as long as all else together, and a worker's memory.
-def _torch() -> Kernels:
+def _torch(reason: str) -> Kernels:
+    _check_torch(reason, "torch")
     from pipeline.kernels.torch_kernels import TorchKernels  # noqa: PLC0415
 
     return TorchKernels()
 
 
+def _check_torch(reason: str, extra: str) -> None:
+    """Raises InputError, which says what to install, where there is no torch."""
+    if find_spec("torch") is None:
+        install = f"pip install 'veilpipe[{extra}]'"
+        if reason == NOT_BUILT:
+            install += ", or a C compiler and Python's headers, then veilpipe once more"
+        raise InputError(f"nothing here can compute this ({reason}): {install}")
+
+
 def _gpu(choice: str, device: str) -> Kernels:
+    _check_torch(f"--device {device}", "cuda")
     from pipeline.kernels.cuda_kernels import CudaKernels, find_gpu  # noqa: PLC0415
 
     found = find_gpu(device)
@@ -62,7 +75,7 @@ def _gpu(choice: str, device: str) -> Kernels:
 
 def import_kernels() -> None:
     """Import and test what `auto` computes most models with here, ahead of the first."""
-    if why_not_native() is not None:
+    if why_not_native() is not None and find_spec("torch") is not None:
         import pipeline.kernels.torch_kernels  # noqa: F401, PLC0415
 
 
@@ -81,7 +94,7 @@ def why_not_native() -> str | None:
     try:
         from pipeline.kernels import _native  # noqa: PLC0415
     except ImportError:
-        return "they were not built with this installation"
+        return NOT_BUILT
     if not _native.features():
         return "this processor lacks the instructions they are written for (AVX-512)"
     try:

@@ -184,7 +184,10 @@ def hash_config(model_dir: Path) -> str:
 
 def read_config(model_dir: Path) -> bytes:
     """The bytes of config.json. Raises ModelError."""
-    missing = f"no {CONFIG_FILE} in {model_dir}: is it a model directory?"
+    missing = (
+        f"no {CONFIG_FILE} in {model_dir}: is it a model directory? "
+        "By name a model is found once it has been fetched: pipeline-orch pull"
+    )
     return _read_bytes(model_dir / CONFIG_FILE, missing)
 
 

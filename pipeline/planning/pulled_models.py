@@ -16,7 +16,7 @@ from pipeline.models.config import CONFIG_FILE
 from pipeline.weights.checkpoint import weight_files
 
 if TYPE_CHECKING:
-    from huggingface_hub import CachedRepoInfo
+    from huggingface_hub import HFCacheInfo
 
 # A word, or an owner's and one, as no absolute path is; behind @ a branch, a tag or a commit.
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
@@ -94,7 +94,8 @@ def pulled_models() -> Iterator[PulledModel]:
         if parse_name(path.name) is not None and is_file(path / CONFIG_FILE):
             num_bytes = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
             yield PulledModel(ModelName(path.name), path, num_bytes)
-    for repo in sorted(_cached_repos(), key=lambda repo: str(repo.repo_id)):
+    cached = [repo for repo in _cache().repos if repo.repo_type == "model"]
+    for repo in sorted(cached, key=lambda repo: str(repo.repo_id)):
         for revision in sorted(repo.revisions, key=lambda each: str(each.commit_hash)):
             if is_file(revision.snapshot_path / CONFIG_FILE):
                 refs = sorted(revision.refs) or [revision.commit_hash]
@@ -116,23 +117,18 @@ def remove_model(name: ModelName) -> None:
         return
     commits = [
         revision.commit_hash
-        for repo in _cached_repos()
-        if repo.repo_id == name.repo
+        for repo in _cache().repos
+        if (repo.repo_type, repo.repo_id) == ("model", name.repo)
         for revision in repo.revisions
         if name.revision in {None, revision.commit_hash, *revision.refs}
     ]
     if not commits:
         raise InputError(f"no model {name} has been pulled; pipeline-orch models lists them")
-    from huggingface_hub import scan_cache_dir  # noqa: PLC0415
-
-    scan_cache_dir().delete_revisions(*commits).execute()
+    _cache().delete_revisions(*commits).execute()
 
 
-def _cached_repos() -> "list[CachedRepoInfo]":
-    from huggingface_hub import scan_cache_dir  # noqa: PLC0415
-    from huggingface_hub.errors import CacheNotFound  # noqa: PLC0415
+def _cache() -> "HFCacheInfo":
+    from huggingface_hub import constants, scan_cache_dir  # noqa: PLC0415
 
-    try:
-        return [repo for repo in scan_cache_dir().repos if repo.repo_type == "model"]
-    except CacheNotFound:  # nothing has ever been fetched
-        return []
+    Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
+    return scan_cache_dir(constants.HF_HUB_CACHE)

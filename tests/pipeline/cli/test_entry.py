@@ -2,6 +2,8 @@ import gc
 import os
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +38,10 @@ def test_no_library_starts_threads_or_runs_plugins_because_it_is_imported(comman
         capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
     assert found.stdout.split() == ["0", "1"]
+
+
+@pytest.mark.parametrize("command", ["stage-worker", "pipeline-orch", "pipeline-relay"])
+def test_every_command_says_which_version_it_is(command):
+    path = Path(sys.executable).with_name(command)
+    told = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    assert told == f"{command} {version('veilpipe')}\n"

@@ -194,6 +194,24 @@ def test_native_kernels_that_are_absent_are_refused_only_when_demanded(monkeypat
         choose_kernels("native", config.head_dim)
 
 
+@pytest.mark.parametrize(
+    ("choice", "device", "problem", "words"),
+    [
+        ("auto", "cpu", kernel_selection.NOT_BUILT, ["not built", "veilpipe[torch]", "C compiler"]),
+        ("auto", "cpu", "this processor lacks them", ["processor", "veilpipe[torch]"]),
+        ("torch", "cpu", None, ["--kernels torch", "veilpipe[torch]"]),
+        ("auto", "cuda", None, ["--device cuda", "veilpipe[cuda]"]),
+    ],
+)
+def test_without_torch_what_to_install_is_said(monkeypatch, config, choice, device, problem, words):
+    monkeypatch.setattr(kernel_selection, "why_not_native", lambda: problem)
+    monkeypatch.setattr(kernel_selection, "find_spec", lambda name: None)
+    with pytest.raises(InputError) as caught:
+        choose_kernels(choice, config.head_dim, device)
+    assert all(word in str(caught.value) for word in words)
+    kernel_selection.import_kernels()  # ahead of knowing what for: no fault of anybody's
+
+
 def test_an_installation_without_the_module_is_told_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "pipeline.kernels._native", None)
     monkeypatch.delattr("pipeline.kernels._native", raising=False)
