@@ -1,6 +1,6 @@
 // What the server tells of its stages (`/pipeline`), in words and as what has changed since.
 
-export const SETTLED = 3; // seconds: a handshake younger than a look and this is new
+const SLACK = 0.5; // seconds, of clocks and rounding
 
 export function proof(stage) {
   switch (stage.evidence) {
@@ -35,26 +35,39 @@ export function proof(stage) {
 export function changes(before, now, seconds) {
   if (!before) return now.is_ready ? [{ kind: "good", text: "All stages are there." }] : [];
   const told = [];
-  const names = (stages) => stages.map((stage) => stage.stage_idx).join(", ");
-  const was = new Map(before.stages.map((stage) => [stage.stage_idx, stage]));
-  const gone = now.stages.filter((stage) => stage.state !== "ready" && was.get(stage.stage_idx)?.state === "ready");
-  if (gone.length) told.push({ kind: "poor", text: `Stage ${names(gone)} is away; answers wait.` });
-  const failovers = now.engine.num_failovers - before.engine.num_failovers;
-  if (failovers > 0) {
-    const fresh = now.stages.filter((stage) => stage.handshake_age_seconds !== null && stage.handshake_age_seconds < seconds + SETTLED);
-    const who = fresh.length ? `Stage ${names(fresh)} was lost and is back` : "A connection was lost and is back";
-    const kept = now.engine.num_running ? `; ${count(now.engine.num_running, "answer")} went on` : "";
-    told.push({ kind: "failover", text: `${who}: ${now.engine.recovery_seconds.toFixed(2)} s${kept}.` });
+  if (before.is_ready && !now.is_ready) told.push({ kind: "poor", text: `${gone(before, now)}; answers wait.` });
+  const { num_failovers, num_running, recovery_seconds } = now.engine;
+  if (num_failovers > before.engine.num_failovers) {
+    // Whoever is new has shaken hands since the loss; the others kept their connections.
+    const since = recovery_seconds + seconds + SLACK;
+    const fresh = now.stages.filter((stage) => stage.handshake_age_seconds !== null && stage.handshake_age_seconds < since);
+    const who = fresh.length ? named(fresh, "was", "were") : "A connection was";
+    const is = fresh.length > 1 ? "are" : "is";
+    const kept = num_running ? `; ${count(num_running, "answer")} went on` : "";
+    told.push({ kind: "failover", text: `${who} lost and ${is} back: ${recovery_seconds.toFixed(2)} s${kept}.` });
   } else if (now.is_ready && !before.is_ready) {
     told.push({ kind: "good", text: "All stages are there." });
   }
   return told;
 }
 
+// Those that have left. Stages that are still there go back a few tokens, and are not ready either.
+function gone(before, now) {
+  const ages = new Map(before.stages.map((stage) => [stage.stage_idx, stage.handshake_age_seconds]));
+  const isNew = (stage) => stage.state === "down" || stage.handshake_age_seconds < ages.get(stage.stage_idx);
+  const found = now.stages.filter(isNew);
+  return found.length ? `${named(found, "is", "are")} away` : "A connection is lost";
+}
+
+function named(stages, one, several) {
+  const numbers = stages.map((stage) => stage.stage_idx).join(", ");
+  return stages.length === 1 ? `Stage ${numbers} ${one}` : `Stages ${numbers} ${several}`;
+}
+
 export function trouble(view) {
   if (view.is_ready) return "";
-  const away = view.stages.filter((stage) => stage.state !== "ready").map((stage) => stage.stage_idx);
-  return away.length ? `stage ${away.join(", ")} is away` : "the pipeline is being mended";
+  const away = view.stages.filter((stage) => stage.state === "down");
+  return away.length ? `${named(away, "is", "are")} away` : "The pipeline is being mended";
 }
 
 export const count = (number, what) => `${number} ${what}${Number(number) === 1 ? "" : "s"}`;

@@ -53,7 +53,8 @@ export class Watch {
     const told = changes(before, view, seconds);
     for (const { kind, text } of told) this._tell(kind, text);
     const made = before ? view.engine.num_tokens - before.engine.num_tokens : -1;
-    const isLoss = told.some(({ kind }) => kind === "failover" || kind === "poor");
+    // Marked once: when it is seen, or when it is over if that was between two looks.
+    const isLoss = Boolean(before?.is_ready) && told.some(({ kind }) => kind !== "good");
     // A counter that goes back is another server's.
     this._plot.add(now, made < 0 ? null : made / seconds, isLoss);
     latencies(view.latency);
@@ -70,7 +71,7 @@ export class Watch {
     this._isReached = false;
     this._before = null;
     this._plot.add(performance.now() / 1000, null, false);
-    this._onTrouble("the server is out of reach");
+    this._onTrouble("The server is out of reach");
   }
 
   _tell(kind, text) {

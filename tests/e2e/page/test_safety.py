@@ -111,7 +111,7 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(visit, guarded):
 
 
 def test_a_server_that_leaves_is_told_of(visit, guarded):
-    page = visit(guarded, expects="")
+    page = visit(guarded, expects="Failed to load resource")
     page.wait_for_selector("#key-dialog[open]")
     page.fill("#key", "sk-right")
     page.keyboard.press("Enter")

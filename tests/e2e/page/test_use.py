@@ -133,6 +133,61 @@ def test_an_answer_goes_on_when_a_stage_is_killed_in_mid_sentence(visit, server)
     assert answered(page) == undisturbed
 
 
+VIEW = (
+    "{is_ready: %s, engine: {num_failovers: %d, num_running: %d, recovery_seconds: 6}, stages: %s}"
+)
+
+
+def stages(*each):
+    parts = [
+        f"{{stage_idx: {i}, state: '{state}', handshake_age_seconds: {age}}}"
+        for i, (state, age) in enumerate(each)
+    ]
+    return f"[{', '.join(parts)}]"
+
+
+WHOLE = VIEW % ("true", 0, 2, stages(("ready", 90), ("ready", 90), ("ready", 90)))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ("null", WHOLE, ["All stages are there."]),
+        (WHOLE, WHOLE, []),
+        (
+            WHOLE,  # one is gone, and the others go back to where it was
+            VIEW
+            % ("false", 0, 2, stages(("connecting", 91), ("down", "null"), ("connecting", 91))),
+            ["Stage 1 is away; answers wait."],
+        ),
+        (
+            WHOLE,
+            VIEW
+            % ("false", 0, 2, stages(("connecting", 91), ("connecting", 0.2), ("down", "null"))),
+            ["Stages 1, 2 are away; answers wait."],
+        ),
+        (
+            WHOLE,
+            VIEW % ("true", 1, 2, stages(("ready", 91), ("ready", 5), ("ready", 91))),
+            ["Stage 1 was lost and is back: 6.00 s; 2 answers went on."],
+        ),
+        (
+            WHOLE,
+            VIEW % ("true", 1, 0, stages(("ready", 91), ("ready", 91), ("ready", 91))),
+            ["A connection was lost and is back: 6.00 s."],
+        ),
+    ],
+)
+def test_what_happened_is_told_of_those_it_happened_to(visit, server, before, now, told):
+    found = visit(server).evaluate(
+        f"""async () => {{
+          const {{ changes }} = await import("/page/figures.js");
+          return changes({before}, {now}, 1).map(({{ text }}) => text);
+        }}"""
+    )
+    assert found == told
+
+
 def test_the_picture_shows_what_the_server_tells(visit, server):
     page = ready(visit(server))
     say(page, STORY, max_tokens=100)
