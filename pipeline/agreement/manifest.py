@@ -235,17 +235,11 @@ class Manifest(_Strict):
         if self.part is not None and (len(self.stages) != 1 or self.has_client_ends):
             raise ValueError("part is for manifests of one stage with embedding and head")
         if self.home_stages is not None and (not self.encoded_stages or self.has_client_ends):
-            raise ValueError(
-                "home_stages leave at least one stage between them, and are for manifests whose "
-                "stages hold embedding and head"
-            )
-        # Attack: a key says whose machine it is, not what runs there. Where stages see what a user
-        # says, that is not enough for any machine but his own.
+            raise ValueError("home_stages are stages with embedding and head, and leave others")
+        # Attack: a key says whose machine it is, not what runs there: enough for one's own alone.
         is_keyed = self.part is not None or self.home_stages is not None
         if not is_keyed and any(stage.public_key for stage in self.stages):
-            raise ValueError(
-                "public_key is for stages of one's own, in manifests with a part or home_stages"
-            )
+            raise ValueError("public_key is for stages of one's own, with a part or home_stages")
         return self
 
     @model_validator(mode="after")
