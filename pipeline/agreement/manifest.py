@@ -261,10 +261,7 @@ class Manifest(_Strict):
         if self.part is not None and (len(self.stages) != 1 or self.has_client_ends):
             raise ValueError("part is for manifests of one stage with embedding and head")
         if self.home_stages is not None and (not self.encoded_stages or self.has_client_ends):
-            raise ValueError(
-                "home_stages leave at least one stage between them, and are for manifests whose "
-                "stages hold embedding and head"
-            )
+            raise ValueError("home_stages are stages with embedding and head, and leave others")
         return self
 
     @model_validator(mode="after")

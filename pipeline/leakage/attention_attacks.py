@@ -115,7 +115,7 @@ def in_order_by_phase(vocabulary: Vocabulary, held: HeldText) -> Ids:
     anchor = int(np.argmax(np.einsum("ij,ij->i", plain, plain)))
     offsets = np.arange(1 - count, count)
     expected = np.stack(
-        [readers.turned(plain[None], [offset])[0] @ plain[anchor] for offset in offsets]
+        [readers.turned(plain[None], [int(offset)])[0] @ plain[anchor] for offset in offsets]
     )
     # A text starts at 0: of the shifts that leave all in place, the best is that of the text.
     miss = np.square(expected - products[anchor]).T  # [rows, offsets]

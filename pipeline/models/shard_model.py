@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -126,7 +126,7 @@ class Shard(ABC):
         )
         self._room = self._new_room()
         # The same layers with room of their own, for halves of a step side by side.
-        self._others: list[Self] = []
+        self._others: list[Shard] = []
         self._logits: Array = kernels.empty(0, size)
 
     @property

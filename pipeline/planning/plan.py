@@ -164,6 +164,7 @@ def _split(first: int, layers: Sequence[int], last: int, options: PlanOptions) -
 
 
 def _part(kind: str, where: Endpoint, public_key: str | None) -> dict[str, Any]:
+    address: dict[str, Any]
     match where:
         case TcpEndpoint():
             address = {"type": "tcp", "addr": str(where)}

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.dtypes import FLOAT32, Array, ArrayDType, HostArray
+from pipeline.dtypes import FLOAT32, Array, HostArray
 from pipeline.errors import InputError, MessageError
 from pipeline.kernels.base import Attention, HeadShape, Kernels, Linear, LinearSpec
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV
+from pipeline.kernels.shape_only_kernels import Outline
 from pipeline.models.config import LlamaConfig, ModelConfig
 from pipeline.protocol.batch import Batch, Segment, first_rows
 from pipeline.remote_parts.parts import RemoteParts, SessionSize
@@ -36,6 +37,7 @@ from pipeline.scx.codec import LayerCodec
 from pipeline.scx.errors import AnswerRefused
 from pipeline.scx.keys import KeyGenerator
 from pipeline.scx.rows import Answer, EncodedRows, Receipt
+from transport.tensor_frames import Tensor
 
 # Of a slot's last steps home could still take back so many; beyond, its text is encoded anew.
 _TAKEN_BACK = 8
@@ -180,7 +182,10 @@ class AttentionParts(RemoteParts):
     def ask(
         self, layer: int, spans: list[Span], rows: list[EncodedRows], queries: list[HostArray]
     ) -> Answer:
-        """One question of a layer: [KV heads, all queries, 1, width], and their log-sums."""
+        """One question of a layer: [KV heads, all queries, 1, width], and their log-sums.
+
+        Raises AnswerRefused for an answer to something else, PartLost, PartRefused.
+        """
         nothing = np.empty((self.heads.num_kv_heads, 0, rows[0].keys.shape[2]), FLOAT32)
         if len(queries) > 1:
             asked = np.concatenate(queries, 1)[:, :, 0]
@@ -299,7 +304,8 @@ class _Text:
             return outputs
         own, own_sums = self._own()
         share = 1 / (1 + np.exp(own_sums - log_sums))[..., None]
-        return share * outputs + (1 - share) * own
+        joined: HostArray = share * outputs + (1 - share) * own
+        return joined
 
     def _own(self) -> tuple[HostArray, HostArray]:
         """What the new rows give each other, and the log of their sums: each sees those before."""
@@ -311,7 +317,8 @@ class _Text:
         top = scores.max(-1, keepdims=True)
         weights = np.exp(scores - top)
         sums = weights.sum(-1, keepdims=True)
-        return weights @ values / sums, (top + np.log(sums))[..., 0].astype(np.float64)
+        mixed: HostArray = weights @ values / sums
+        return mixed, (top + np.log(sums))[..., 0].astype(np.float64)
 
 
 class HeldElsewhere(KVCache):
@@ -323,7 +330,7 @@ class HeldElsewhere(KVCache):
         self, parts: AttentionParts, num_layers: int, num_slots: int, max_seq_len: int
     ) -> None:
         super().__init__(
-            _NoMemory(),
+            Outline(),  # of no bytes
             num_layers=num_layers,
             num_slots=num_slots,
             num_kv_heads=0,
@@ -349,16 +356,8 @@ class HeldElsewhere(KVCache):
         return [LayerKV(*(each[inside] for each in layer)) for layer in self._parts.fetch(slot)]
 
 
-class _NoMemory:
-    """Of no bytes."""
-
-    def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> Array:
-        """As many rows as one likes, of no width."""
-        return np.zeros(shape, dtype)
-
-
-def _arrays(tensors: tuple[object, ...]) -> tuple[HostArray, ...]:
+def _arrays(tensors: tuple[Tensor, ...]) -> tuple[HostArray, ...]:
     try:
-        return tuple(to_array(each) for each in tensors)  # type: ignore[arg-type]
+        return tuple(to_array(each) for each in tensors)
     except PartRefusal as error:
         raise AnswerRefused(f"an answer about encoded rows: {error}") from error
