@@ -142,23 +142,25 @@ async def test_a_hostile_schema_is_refused_or_ends_within_its_budget(tokenizer, 
     assert time.process_time() - start < 5
 
 
-async def test_a_text_whose_masks_take_too_long_fails_alone_and_its_grammar_is_forgotten(
-    tokenizer, monkeypatch
+async def test_a_text_whose_masks_take_too_long_fails_alone_and_new_grammars_wait_for_it(
+    tokenizer, monkeypatch, autojump_clock
 ):
     monkeypatch.setattr(grammars, "_FIRST_NS", 0)
     monkeypatch.setattr(grammars, "_TOKEN_NS", 0)
+    monkeypatch.setattr(grammars, "_REST_FACTOR", 10**6)
     compiler = new_compiler(tokenizer)
     wanted = Grammar(GrammarKind.REGEX, "a+", "field")
     mask = (await compiler.compile(wanted, tokenizer.vocab_size)).new_mask()
-    sampler = Sampler(
-        SamplingParams(), (1,), masks=(mask,), vocab_size=tokenizer.vocab_size
-    )  # fmt: skip
+    sampler = Sampler(SamplingParams(), (1,), masks=(mask,), vocab_size=tokenizer.vocab_size)
     how = sampler.next_draw()
     assert not any(how.allowed)
     error = sampler.no_choice()
     assert isinstance(error, InputError)
     assert "too long" in str(error)
     assert compiler.num_kept == 0
+    before = trio.current_time()
+    await compiler.compile(wanted, tokenizer.vocab_size)
+    assert trio.current_time() - before > 1
 
 
 async def test_a_grammar_is_compiled_once_and_the_oldest_forgotten(tokenizer, monkeypatch):
