@@ -195,3 +195,18 @@ async def test_masks_of_one_grammar_do_not_know_of_each_other(tokenizer):
     assert allowed(two, "c") == {"d"}
     assert allowed(one, "a") == {"b"}  # as when its step is lost, and sent again
     assert allowed(one, "") == {"a", "c"}
+
+
+async def test_what_a_text_keeps_to_may_begin_behind_a_token(tokenizer):
+    grammar = await compiled(tokenizer, "regex", "ab")
+    a, b, mark = tokenizer.encode("ab|")
+    mask = grammar.new_mask(after=mark)
+
+    def allowed(*token_ids):
+        return np.flatnonzero(mask.allowed(token_ids, tokenizer.vocab_size)).tolist()
+
+    anything = list(range(tokenizer.vocab_size))
+    assert allowed() == allowed(b, b) == anything
+    assert allowed(b, b, mark) == [a]
+    assert allowed(b, b, mark, a) == [b]
+    assert allowed(b, b, mark, a, b) == [END]
