@@ -12,6 +12,7 @@ bounded by fuel; a keyword that it cannot honour is an error with a name; and it
 """
 
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -39,9 +40,16 @@ MAX_GRAMMAR_CHARS = 1 << 18
 # Compiled ones that are kept, and the states of each, of up to 2 kB.
 MAX_KEPT = 32
 _MAX_LEXER_STATES = 1 << 14
-# What one request's masks may take: at first, and for each token. Ordinary ones take a twentieth.
-_FIRST_NS = 250_000_000
-_TOKEN_NS = 1_000_000
+# What one mask may take, in llguidance's measure: some milliseconds. Ordinary ones take a tenth.
+_MASK_FUEL = 50_000
+# What the masks of a grammar's texts may take: at first, and for each token. Ordinary ones take a
+# twentieth of a millisecond.
+_FIRST_NS = 100_000_000
+_TOKEN_NS = 500_000
+# For so many times what those took that took too much, no grammar is compiled, but for a minute at
+# most: so whoever sends one after another costs others a twentieth of their tokens.
+_REST_FACTOR = 19
+_MAX_REST_SECONDS = 60.0
 _MAX_REASON_CHARS = 400
 _CHECKER = Path(__file__).with_name("grammar_checker.py")
 
@@ -76,6 +84,9 @@ class Grammar:
     param: str
 
 
+_Key = tuple[GrammarKind, str]
+
+
 class GrammarCompiler:
     """Compiles grammars for one model's tokenizer, and keeps what it has compiled."""
 
@@ -86,7 +97,8 @@ class GrammarCompiler:
         self._turn = trio.CapacityLimiter(1)
         self._tokenizer: LLTokenizer | None = None
         self._checker: KeptProcess | None = None
-        self._kept: OrderedDict[tuple[GrammarKind, str], LLMatcher] = OrderedDict()
+        self._kept: OrderedDict[_Key, CompiledGrammar] = OrderedDict()
+        self._rest_until = -math.inf
 
     @property
     def num_kept(self) -> int:
@@ -99,16 +111,20 @@ class GrammarCompiler:
         if key not in self._kept:
             if len(grammar.text) > MAX_GRAMMAR_CHARS:
                 raise _refused(grammar, f"it has more than {MAX_GRAMMAR_CHARS} characters")
-            self._keep(key, await trio.to_thread.run_sync(
+            await trio.sleep_until(self._rest_until)
+            matcher = await trio.to_thread.run_sync(
                 self._compile, grammar, vocab_size, limiter=self._turn
-            ))  # fmt: skip
+            )
+            self._kept[key] = CompiledGrammar(matcher, partial(self._give_up, key))
+            while len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return CompiledGrammar(self._kept[key], partial(self._kept.pop, key, None))
+        return self._kept[key]
 
-    def _keep(self, key: tuple[GrammarKind, str], matcher: "LLMatcher") -> None:
-        self._kept[key] = matcher
-        while len(self._kept) > MAX_KEPT:
-            self._kept.popitem(last=False)
+    def _give_up(self, key: _Key, seconds: float) -> None:
+        self._kept.pop(key, None)
+        rest = min(_REST_FACTOR * seconds, _MAX_REST_SECONDS)
+        self._rest_until = max(self._rest_until, trio.current_time() + rest)
 
     def _compile(self, grammar: Grammar, vocab_size: int) -> "LLMatcher":
         from llguidance import LLMatcher  # noqa: PLC0415
@@ -161,30 +177,44 @@ class GrammarCompiler:
 
 
 class CompiledGrammar:
-    """One that texts can be held to."""
+    """One that texts can be held to, and what that has taken."""
 
-    def __init__(self, matcher: "LLMatcher", forget: Callable[[], object]) -> None:
+    def __init__(self, matcher: "LLMatcher", give_up: Callable[[float], None]) -> None:
+        """`give_up` hears of so many seconds, once they have been too many."""
         self._matcher = matcher
-        self._forget = forget
+        self._give_up = give_up
+        self._num_masks = 0
+        self._spent_ns = 0
 
     def new_mask(self, after: int | None = None) -> "GrammarMask":
         """For one text, or for what follows its first token of this id."""
-        return GrammarMask(self._matcher.deep_copy(), self._forget, after)
+        return GrammarMask(self._matcher.deep_copy(), self, after)
+
+    def spend(self, time_ns: int, failure: str) -> None:
+        """Account for one more mask, and for how it has failed. Raises InputError for too much.
+
+        Attack: a pattern whose every mask takes milliseconds, which all others wait for.
+        """
+        self._num_masks += 1
+        self._spent_ns += time_ns
+        if not failure and self._spent_ns > _FIRST_NS + _TOKEN_NS * self._num_masks:
+            failure = "it takes too long to hold a text to it"
+        if failure:
+            self._give_up(self._spent_ns / 1e9)
+            raise InputError(f"the text cannot go on as asked for: {_line(failure)}")
 
 
 class GrammarMask(Mask):
     """Which tokens one text may go on with."""
 
     def __init__(
-        self, matcher: "LLMatcher", forget: Callable[[], object], after: int | None = None
+        self, matcher: "LLMatcher", grammar: CompiledGrammar, after: int | None = None
     ) -> None:
-        """`forget` is called when the grammar has turned out to take too much."""
         self._matcher = matcher
-        self._forget = forget
+        self._grammar = grammar
         self._after = after
         self._num_taken = 0
         self._bits: bytes | None = None
-        self._spent_ns = 0
 
     def allowed(self, generated: Sequence[int], vocab_size: int, /) -> Allowed | None:
         """As `Mask.allowed`. Raises InputError where that takes too much."""
@@ -193,15 +223,13 @@ class GrammarMask(Mask):
                 return np.ones(vocab_size, np.bool_)
             generated = generated[generated.index(self._after) + 1 :]
         if self._bits is None or len(generated) != self._num_taken:
-            start_ns = time.thread_time_ns()
             self._advance(generated)
-            self._spent_ns += time.thread_time_ns() - start_ns
-            self._check_cost()
         bits = np.frombuffer(self._bits or b"", np.uint8)
         return np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_)
 
     def _advance(self, generated: Sequence[int]) -> None:
         matcher = self._matcher
+        start_ns = time.thread_time_ns()
         if len(generated) < self._num_taken:  # a text that goes on otherwise
             matcher.reset()
             self._num_taken = 0
@@ -209,21 +237,15 @@ class GrammarMask(Mask):
         self._num_taken = len(generated)
         if not matcher.is_error():
             self._bits = matcher.compute_bitmask()
-        if matcher.is_error():
-            self._forget()
-            raise InputError(f"the text cannot go on as asked for: {_line(matcher.get_error())}")
-
-    def _check_cost(self) -> None:
-        """Attack: a pattern whose every mask takes milliseconds, which all others wait for."""
-        if self._spent_ns > _FIRST_NS + _TOKEN_NS * self._num_taken:
-            self._forget()
-            raise InputError("what the text has to keep to takes too long to hold it to")
+        self._grammar.spend(time.thread_time_ns() - start_ns, matcher.get_error())
 
 
 def _limits() -> "LLParserLimits":
     from llguidance import LLParserLimits  # noqa: PLC0415
 
-    return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+    return LLParserLimits(
+        step_lexer_fuel=_MASK_FUEL, max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False
+    )
 
 
 def _refused(grammar: Grammar, reason: str) -> ApiError:

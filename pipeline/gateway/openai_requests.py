@@ -188,7 +188,7 @@ class _Sampled(Schema):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling(
-        self, choice: int, logprobs: int | None, defaults: Mapping[str, float]
+        self, choice: int, logprobs: int | None, defaults: Mapping[str, float] = OPENAI
     ) -> SamplingParams:
         """How to sample the `choice`-th continuation: a seed gives each its own numbers.
 

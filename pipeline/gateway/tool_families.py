@@ -29,6 +29,9 @@ class ToolFamily:
     is_list: bool = False
     # What models write between calls that have neither.
     between: str = "\n"
+    # Of a call's id: templates may take no other when it comes back.
+    id_prefix: str = "call_"
+    id_chars: int = 24
     # What may stand around and between calls, and means nothing beside them.
     marks: tuple[str, ...] = ()
 
@@ -40,7 +43,14 @@ HERMES = ToolFamily(
     marks=("<tool_call>", "</tool_call>"),
 )
 LLAMA3 = ToolFamily("llama3_json", key="parameters", between="; ", marks=("<|python_tag|>",))
-MISTRAL = ToolFamily("mistral", opening="[TOOL_CALLS]", is_list=True, marks=("[TOOL_CALLS]",))
+MISTRAL = ToolFamily(
+    "mistral",
+    opening="[TOOL_CALLS]",
+    is_list=True,
+    marks=("[TOOL_CALLS]",),
+    id_prefix="",
+    id_chars=9,
+)
 PLAIN = ToolFamily("json")
 
 FAMILIES: Mapping[str, ToolFamily] = {

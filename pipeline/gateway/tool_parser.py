@@ -135,7 +135,8 @@ class ToolParser:
 
     def _begin(self, name: str) -> CallDelta:
         self.num_calls += 1
-        return CallDelta(self.num_calls - 1, "", f"call_{uuid.uuid4().hex[:24]}", name)
+        call_id = self._family.id_prefix + uuid.uuid4().hex[: self._family.id_chars]
+        return CallDelta(self.num_calls - 1, "", call_id, name)
 
 
 class _Call:

@@ -143,8 +143,8 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 
 # What is said where it is done: what gives up a protection, and what is of one run alone.
 BY_HAND = {
-    "--allow-dial", "--dev", "--help", "--in", "--message", "--out", "--prompt", "--prompt-file",
-    "--remove", "--remove-unused", "--stats-out", "--stop", "--system", "--text", "--text-file",
+    "--allow-dial", "--cors-origin", "--dev", "--help", "--in", "--message", "--out", "--prompt",
+    "--prompt-file", "--remove", "--remove-unused", "--stats-out", "--stop", "--system", "--text", "--text-file",
     "--supervised", "--weights-fd", "--yes",
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.

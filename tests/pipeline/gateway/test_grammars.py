@@ -142,23 +142,25 @@ async def test_a_hostile_schema_is_refused_or_ends_within_its_budget(tokenizer, 
     assert time.process_time() - start < 5
 
 
-async def test_a_text_whose_masks_take_too_long_fails_alone_and_its_grammar_is_forgotten(
-    tokenizer, monkeypatch
+async def test_a_text_whose_masks_take_too_long_fails_alone_and_new_grammars_wait_for_it(
+    tokenizer, monkeypatch, autojump_clock
 ):
     monkeypatch.setattr(grammars, "_FIRST_NS", 0)
     monkeypatch.setattr(grammars, "_TOKEN_NS", 0)
+    monkeypatch.setattr(grammars, "_REST_FACTOR", 10**6)
     compiler = new_compiler(tokenizer)
     wanted = Grammar(GrammarKind.REGEX, "a+", "field")
     mask = (await compiler.compile(wanted, tokenizer.vocab_size)).new_mask()
-    sampler = Sampler(
-        SamplingParams(), (1,), masks=(mask,), vocab_size=tokenizer.vocab_size
-    )  # fmt: skip
+    sampler = Sampler(SamplingParams(), (1,), masks=(mask,), vocab_size=tokenizer.vocab_size)
     how = sampler.next_draw()
     assert not any(how.allowed)
     error = sampler.no_choice()
     assert isinstance(error, InputError)
     assert "too long" in str(error)
     assert compiler.num_kept == 0
+    before = trio.current_time()
+    await compiler.compile(wanted, tokenizer.vocab_size)
+    assert trio.current_time() - before > 1
 
 
 async def test_a_grammar_is_compiled_once_and_the_oldest_forgotten(tokenizer, monkeypatch):
@@ -193,3 +195,18 @@ async def test_masks_of_one_grammar_do_not_know_of_each_other(tokenizer):
     assert allowed(two, "c") == {"d"}
     assert allowed(one, "a") == {"b"}  # as when its step is lost, and sent again
     assert allowed(one, "") == {"a", "c"}
+
+
+async def test_what_a_text_keeps_to_may_begin_behind_a_token(tokenizer):
+    grammar = await compiled(tokenizer, "regex", "ab")
+    a, b, mark = tokenizer.encode("ab|")
+    mask = grammar.new_mask(after=mark)
+
+    def allowed(*token_ids):
+        return np.flatnonzero(mask.allowed(token_ids, tokenizer.vocab_size)).tolist()
+
+    anything = list(range(tokenizer.vocab_size))
+    assert allowed() == allowed(b, b) == anything
+    assert allowed(b, b, mark) == [a]
+    assert allowed(b, b, mark, a) == [b]
+    assert allowed(b, b, mark, a, b) == [END]

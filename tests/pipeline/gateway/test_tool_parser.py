@@ -99,6 +99,13 @@ def test_what_is_no_call_is_text_as_it_was(family, text, seed):
     assert parsed(family, pieces_of(text, seed)) == (text, [], 0)
 
 
+def test_an_id_is_one_that_the_familys_templates_take_back():
+    call = f"[TOOL_CALLS][{TIME}]"
+    first, *_ = ToolParser(MISTRAL, ["time"]).push(call)
+    assert len(first.id) == 9
+    assert first.id.isalnum()
+
+
 def test_arguments_are_passed_on_while_they_come():
     parser = ToolParser(HERMES, ["weather"])
     head = [*parser.push('<tool_call>{"name": "weather", "arguments": {"ci')]
