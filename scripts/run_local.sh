@@ -2,20 +2,23 @@
 # Generate text with stage workers and an orchestrator as separate processes on this machine. A worker
 # that dies is replaced and the text goes on; with --exit-on-loss that ends it.
 # Usage: run_local.sh [--exit-on-loss] [--mode MODE] "PROMPT" [MAX_TOKENS]
-# MODE is plain, client, rotate, rotate-int8, dp, scx or scx-paper.
+# MODE is plain, client, rotate, rotate-int8, dp, scx, scx-paper, offload or mix.
 # MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. In mode
 # client the orchestrator holds embedding and head, and computes them with as many threads; in mode
 # rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits; in dp they
 # get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA); in scx one stage, at home,
 # asks a worker that holds its keys and values encoded, and is started anew if it dies; in scx-paper
-# stages between two at home (HOME_LAYERS of each, 1,1) keep theirs encoded. MODEL_DIR may be what
+# stages between two at home (HOME_LAYERS of each, 1,1) keep theirs encoded; in offload and mix one
+# at home has another worker compute its linears, which sees rows under one-time masks (MASKS of
+# them, made first), or a prompt's rows mixed with each other. MODEL_DIR may be what
 # `pipeline-orch shard` wrote: its manifest then says the stages and their addresses, and the mode.
-# pipeline/codecs/README.md says what that protects, pipeline/scx/README.md what scx does.
+# pipeline/codecs/README.md says what that protects, pipeline/scx/README.md what scx
+# does, pipeline/offload/README.md what offload and mix do.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage='usage: run_local.sh [--exit-on-loss] [--mode MODE] "PROMPT" [MAX_TOKENS]'
-modes='plain, client, rotate, rotate-int8, dp, scx or scx-paper'
+modes='plain, client, rotate, rotate-int8, dp, scx, scx-paper, offload or mix'
 mode=plain
 own=(--threads "${THREADS:-1}")
 while [[ ${1-} == --* ]]; do
@@ -39,7 +42,7 @@ case $mode in
     # Noise that leaves a text readable hides nothing; what it adds up to is printed.
     own+=(--dp-epsilon "${DP_EPSILON:-1e9}" --dp-delta "${DP_DELTA:-1e-5}")
     ;;
-  scx) plan_flags=() STAGES=1 ;;
+  scx | offload | mix) plan_flags=() STAGES=1 ;;
   scx-paper)
     plan_flags=(--home-layers "${HOME_LAYERS:-1,1}")
     STAGES=${STAGES:-3}
@@ -70,7 +73,12 @@ if [ -f "$model_dir/stage0/config.json" ]; then
   [ ! -d "$model_dir/client" ] || [ "$mode" != plain ] || die "$model_dir has a client part; give its --mode"
 else
   base_port=$(free_base_port $((10 * stages + 3)))
-  [ "$mode" != scx ] || plan_flags=(--attention "127.0.0.1:$((base_port + 10 * stages + 2))")
+  part=127.0.0.1:$((base_port + 10 * stages + 2))
+  case $mode in
+    scx) plan_flags=(--attention "$part") ;;
+    offload) plan_flags=(--linear "$part") ;;
+    mix) plan_flags=(--mixed-linear "$part") ;;
+  esac
   manifest=$run_dir/manifest.json
   pipeline-orch plan --model-dir "$model_dir" --stages "$stages" --base-port "$base_port" \
     "${plan_flags[@]}" -o "$manifest" 2>"$run_dir/plan.log" || { cat "$run_dir/plan.log" >&2; exit 2; }
@@ -81,21 +89,29 @@ else
     model_dir=$run_dir/shards
   fi
 fi
+if [ "$mode" = offload ]; then
+  own+=(--masks "$run_dir/masks")
+  # A token of a prompt is a byte at least.
+  num_masks=${MASKS:-$(($(printf %s "$prompt" | wc -c) + max_tokens + 1))}
+  pipeline-orch masks make --manifest "$manifest" --model-dir "$model_dir" --tokens "$num_masks" \
+    -o "$run_dir/masks" 2>"$run_dir/masks.log" || { cat "$run_dir/masks.log" >&2; exit 2; }
+fi
 
 # Whoever is asked for a part of the layers' work may go at any time: another begins with nothing.
 keep_part_worker() {
   local child
   trap 'kill -TERM "$child" 2>/dev/null; exit 0' TERM
   while :; do
-    stage-worker attention --manifest "$manifest" --dev >>"$run_dir/part.log" 2>&1 &
+    stage-worker "$@" --manifest "$manifest" --dev >>"$run_dir/part.log" 2>&1 &
     child=$!
     wait "$child" || true
     sleep 0.2
   done
 }
-if [ "$mode" = scx ]; then
-  keep_part_worker &
-fi
+case $mode in
+  scx) keep_part_worker attention & ;;
+  offload | mix) keep_part_worker linear --model-dir "$model_dir" --threads "${THREADS:-1}" & ;;
+esac
 
 pipeline-orch --manifest "$manifest" --model-dir "$model_dir" --tokenizer "$text_dir/tokenizer.json" \
   --supervise --text "$prompt" --max-tokens "$max_tokens" --dev "${own[@]}" &

@@ -39,15 +39,17 @@ ROOMS = {
     },
     "stego": {"engine", "sampling"},
     "scx": {"kernels", "models", "protocol", "remote_parts"},
+    "offload": {"agreement", "kernels", "models", "protocol", "remote_parts", "weights"},
     "leakage": {
-        "codecs", "engine", "kernels", "models", "planning", "protocol", "remote_parts", "scx",
-        "weights",
+        "codecs", "engine", "kernels", "models", "offload", "planning", "protocol", "remote_parts",
+        "scx", "weights",
     },
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
     "api": {"agreement", "engine", "orchestrator", "sampling"},
     "cli": {
         "agreement", "codecs", "doors", "engine", "gateway", "kernels", "leakage", "machines",
-        "models", "orchestrator", "placement", "planning", "protocol", "remote_parts", "sampling",
+        "models", "offload", "orchestrator", "placement", "planning", "protocol", "remote_parts",
+        "sampling",
         "scx", "sessions", "stage", "stego",
     },
 }  # fmt: skip

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import attest, models, preparation, session_command, stego
+from pipeline.cli import attest, masks_command, models, preparation, session_command, stego
 from pipeline.cli.chat_flags import ChatFlags
 from pipeline.cli.cluster_flags import JoinFlags, PartsFlags, PushFlags
 from pipeline.cli.leakage import leakage_command
@@ -19,6 +19,7 @@ def add_commands(app: typer.Typer) -> None:
     """Give the application all of them."""
     app.add_typer(attest.app, name="attest")
     app.command("leakage")(leakage_command)
+    app.add_typer(masks_command.app, name="masks")
     app.add_typer(models.app, name="models")
     app.command("pull")(models.pull_command)
     app.add_typer(session_command.app, name="session")

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pipeline.agreement.identity import machine_key
 from pipeline.agreement.manifest import Manifest, load_manifest
@@ -89,7 +89,7 @@ def attention(flags: AttentionFlags) -> None:
 
 def serve_part(
     flags: PartFlags,
-    kind: Literal["attention", "linear"],
+    kind: str,
     limits: FrameLimits,
     new_handler: Callable[[], PartHandler],
 ) -> None:

@@ -80,7 +80,12 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
     stage = manifest.stage(stage_idx)
     trust = _trust(manifest, stage_idx, flags)
     parts = stage_parts(
-        manifest, stage_idx, flags.model_dir, trust, has_store=flags.store.url is not None
+        manifest,
+        stage_idx,
+        flags.model_dir,
+        trust,
+        has_store=flags.store.url is not None,
+        masks=flags.masks,
     )
     control, data_in = flags.control_listen, flags.data_in_listen
     if stage.endpoint is not None:

@@ -10,6 +10,7 @@ from pipeline.cli.compute_options import (
     DTypeFlag,
     KernelsFlag,
     KvMemoryFlag,
+    MasksFlag,
     ThreadsFlag,
 )
 from pipeline.cli.kv_store_flags import KvStoreFlags
@@ -64,6 +65,7 @@ class WorkerFlags(Settings):
     identity: Annotated[
         Path | None, Flag("FILE", "This stage's key, where the manifest names it [the machine's].")
     ] = None
+    masks: MasksFlag = None
     dtype: DTypeFlag = None
     kernels: KernelsFlag = None
     threads: ThreadsFlag = None

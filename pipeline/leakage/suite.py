@@ -9,6 +9,7 @@ from pipeline.leakage.attacks.known_prefix import known_prefix
 from pipeline.leakage.attacks.known_weights import known_weights
 from pipeline.leakage.attacks.many_sessions import averaged_noise, shared_secret
 from pipeline.leakage.attacks.nearest_vocabulary import nearest_vocabulary
+from pipeline.leakage.attacks.row_space import row_space
 from pipeline.leakage.attacks.sorted_matching import sorted_matching
 from pipeline.leakage.cards import Recovery
 from pipeline.leakage.evidence import Attack
@@ -35,6 +36,7 @@ class NamedAttack:
     fits: Fits
     num_known: int = 0
     is_guided: bool = False  # candidates by a language model even where all could be tried
+    is_unordered: bool = False  # which tokens there are counts, wherever they stand
     is_brief: bool = False  # behind layer 0 on few texts, since another is both stronger and faster
 
 
@@ -50,17 +52,33 @@ def _sorted_fits(mode: Mode, layer: int) -> bool:
     return mode.disguise == "permutation" or (mode.disguise is not None and layer == 0)
 
 
+def _in_another_basis(mode: Mode) -> bool:
+    """Whether a matrix in the weights hides rows, one for all layers and sessions."""
+    return mode.disguise in {"permutation", "rotation"}
+
+
 def _disguised(mode: Mode, layer: int) -> bool:
-    del layer
-    return mode.disguise is not None
+    return _in_another_basis(mode) or (mode.disguise is not None and layer == 0)
 
 
 def _disguised_shallow(mode: Mode, layer: int) -> bool:
-    return mode.disguise is not None and layer <= 1
+    return _disguised(mode, layer) and layer <= 1
 
 
 def _sent_noise(mode: Mode, layer: int) -> bool:
     return mode.has_noise and layer == 0
+
+
+def _mixed(mode: Mode, layer: int) -> bool:
+    return mode.disguise == "mixing" and layer == 1
+
+
+def _mixed_guided(mode: Mode, layer: int) -> bool:
+    return mode.disguise == "mixing" and layer != 1
+
+
+def _mixed_at_first(mode: Mode, layer: int) -> bool:
+    return mode.disguise == "mixing" and layer == 0
 
 
 PUBLIC = "public W"
@@ -81,6 +99,9 @@ ATTACKS = (
         )
         for count in (8, 32)
     ),
+    NamedAttack("row-space", PUBLIC, row_space, _mixed),
+    NamedAttack("row-space", PUBLIC, row_space, _mixed_guided, is_guided=True),
+    NamedAttack("row-space-unordered", PUBLIC, row_space, _mixed_at_first, is_unordered=True),
     NamedAttack("known-weights", f"{PUBLIC} + W'", known_weights, _disguised),
     NamedAttack(*SESSIONS, shared_secret, _disguised, is_brief=True),
     NamedAttack(*SESSIONS, averaged_noise, _sent_noise),
@@ -149,6 +170,11 @@ def recover(
     for done, index in enumerate(texts, 1):
         text = seen.texts[index][: scope.tokens_at(layer)]
         comparison = each.attack(seen.evidence(index, layer, known))
+        if each.is_unordered:
+            present = attacker.present(comparison, len(text))
+            right += sum(token in present for token in text)
+            count += len(text)
+            continue
         tokens = attacker.recover(
             comparison, layer, len(text), text[:known], is_guided=each.is_guided
         )

@@ -8,10 +8,11 @@ import pydantic
 import pytest
 import typer
 
-from pipeline.cli import machine, pipeline_orch, stage_worker
+from pipeline.cli import linear_worker, machine, pipeline_orch, stage_worker
 from pipeline.cli.chat_flags import ChatFlags
 from pipeline.cli.cluster_flags import JoinFlags, PartsFlags, PushFlags
 from pipeline.cli.generate_flags import GenerateFlags
+from pipeline.cli.linear_worker import LinearFlags
 from pipeline.cli.machine_flags import MachineFlags, OfferFlags
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.serve_flags import ServeFlags
@@ -144,13 +145,13 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 # What is said where it is done: what gives up a protection, and what is of one run alone.
 BY_HAND = {
     "--allow-dial", "--cors-origin", "--dev", "--help", "--in", "--message", "--out", "--prompt",
-    "--prompt-file", "--remove", "--remove-unused", "--stats-out", "--stop", "--system", "--text", "--text-file",
-    "--supervised", "--weights-fd", "--yes",
+    "--prompt-file", "--remove", "--remove-unused", "--stats-out", "--stop",
+    "--supervised", "--system", "--text", "--text-file", "--weights-fd", "--yes",
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.
 COMMANDS_BY_HAND = {
-    "attest verify", "attest show", "keygen", "leakage", "plan", "session forget", "session list",
-    "shard",
+    "attest verify", "attest show", "keygen", "leakage", "masks make", "plan", "session forget",
+    "session list", "shard",
 }  # fmt: skip
 
 
@@ -165,7 +166,7 @@ def commands(command, name=""):
 
 def test_every_option_of_every_command_has_its_variable_or_is_said_by_hand():
     names = set()
-    for module in (pipeline_orch, stage_worker, machine):
+    for module in (pipeline_orch, stage_worker, machine, linear_worker):
         for name, command in commands(typer.main.get_command(module.app)):
             names.add(name)
             for option in command.params:
@@ -182,6 +183,7 @@ def test_every_option_of_every_command_has_its_variable_or_is_said_by_hand():
 ROLES = [
     ChatFlags, GenerateFlags, PipelineFlags, ServeFlags, TopFlags, WorkerFlags, EncodeFlags,
     DecodeFlags, KeygenFlags, MachineFlags, OfferFlags, JoinFlags, PushFlags, PartsFlags,
+    LinearFlags,
 ]  # fmt: skip
 NEEDED = {"manifest": "m", "model_dir": "d", "tokenizer": "t", "text": "x", "prompt": "x",
           "out": "o", "stage_idx": "0"}  # fmt: skip

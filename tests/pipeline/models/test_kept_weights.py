@@ -14,6 +14,7 @@ from pipeline.kernels.huge_pages import Arena
 from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.kernels.sealed_memory import HUGE_PAGE, SealedMemory
 from pipeline.models.config import load_config
+from pipeline.models.layer_parts import LayerParts
 from pipeline.models.registry import load_shard
 from pipeline.protocol.batch import Segment
 from pipeline.weights.checkpoint import hash_files, weight_files
@@ -194,3 +195,20 @@ def test_what_several_map_is_counted_once(fd):
         other.stdin.close()
     assert os.fstat(fd).st_blocks * 512 <= size + 2 * HUGE_PAGE
     assert abs(2 * shared - alone) < (16 << 10)
+
+
+def test_parts_with_weights_of_their_own_get_them_each_time(model, fd):
+    class OwnParts(LayerParts):
+        def linear(self, name, spec, kernels):
+            return kernels.linear(spec)
+
+    config = load_config(model)
+    hashes = hash_files(weight_files(model))
+    expected = rows_of(load(model, None, hashes, "float32"))
+    for _ in range(2):
+        shard = load_shard(
+            model, config, 0, config.num_layers, kernels="native", parts=OwnParts(),
+            expected_hashes=hashes, memory=SealedMemory(fd),
+        )  # fmt: skip
+        assert not SealedMemory(fd).is_sealed
+        assert rows_of(shard) == expected
