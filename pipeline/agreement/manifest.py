@@ -7,27 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
     model_validator,
 )
 
+from pipeline.agreement.addresses import Address, StageEndpoint, Strict
 from pipeline.codecs.base import ActivationCodec
 from pipeline.codecs.registry import make_codec
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, ManifestError
-from transport.dial_and_listen import (
-    Endpoint,
-    TcpEndpoint,
-    UnixEndpoint,
-    VsockEndpoint,
-    parse_endpoint,
-)
-from transport.errors import EndpointError
 
 CORE_DOMAIN = b"veilpipe-manifest-core/1\n"
 # A manifest of 256 stages is about 256 KiB, weights in many files a few times that.
@@ -54,70 +45,7 @@ PcrIndex = Annotated[int, Field(ge=0, le=31), BeforeValidator(_pcr_index)]
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-class _Strict(BaseModel):
-    # Strict: "30", 30.0 and true are no integers, so two readers cannot disagree about them.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-
-class TcpAddress(_Strict):
-    """A TCP address, HOST:PORT."""
-
-    type: Literal["tcp"]
-    addr: str
-
-    def to_endpoint(self) -> Endpoint:
-        """The address as the transport takes it. Raises EndpointError."""
-        endpoint = parse_endpoint(self.addr)
-        if not isinstance(endpoint, TcpEndpoint):
-            raise EndpointError(f"{self.addr!r} is not a TCP address; write HOST:PORT")
-        return endpoint
-
-
-class VsockAddress(_Strict):
-    """A vsock address: an enclave's CID and a port."""
-
-    type: Literal["vsock"]
-    cid: Annotated[int, Field(ge=0, lt=2**32)]
-    port: Annotated[int, Field(ge=0, lt=2**32)]
-
-    def to_endpoint(self) -> Endpoint:
-        """The address as the transport takes it."""
-        return VsockEndpoint(self.cid, self.port)
-
-
-class UnixAddress(_Strict):
-    """A UNIX socket; with `port`, the hybrid vsock that hypervisors offer on the host's side."""
-
-    type: Literal["unix"]
-    path: str
-    port: Annotated[int, Field(ge=0, lt=2**32)] | None = None
-
-    def to_endpoint(self) -> Endpoint:
-        """The address as the transport takes it."""
-        return UnixEndpoint(Path(self.path), self.port)
-
-
-Address = Annotated[TcpAddress | VsockAddress | UnixAddress, Field(discriminator="type")]
-
-
-class StageEndpoint(_Strict):
-    """Addresses of a stage, each named from the side of whoever dials it."""
-
-    control: Address
-    data_in: Address
-    data_out: Address
-
-    @model_validator(mode="after")
-    def _addresses_parse(self) -> Self:
-        for name in ("control", "data_in", "data_out"):
-            try:
-                getattr(self, name).to_endpoint()
-            except EndpointError as error:
-                raise ValueError(f"{name}: {error}") from error
-        return self
-
-
-class ActivationSpec(_Strict):
+class ActivationSpec(Strict):
     """What travels between stages: [tokens, hidden_dim] in the wire format of the codec `dtype`."""
 
     dtype: str
@@ -135,7 +63,7 @@ class ActivationSpec(_Strict):
         return make_codec(self.dtype, self.hidden_dim)
 
 
-class StageSpec(_Strict):
+class StageSpec(Strict):
     """One stage: layers `layer_start` (inclusive) to `layer_end` (exclusive)."""
 
     stage_idx: int
@@ -174,14 +102,14 @@ class StageSpec(_Strict):
         return {index: bytes.fromhex(value) for index, value in self.expected_measurements.items()}
 
 
-class ClientSpec(_Strict):
+class ClientSpec(Strict):
     """The orchestrator's own part where `split` is client: embedding, final norm and head."""
 
     weight_hashes: Annotated[tuple[Sha256Hex, ...], Field(min_length=1)]
     precision: Precision | None = None  # of the weights in memory; None: the orchestrator decides
 
 
-class PartSpec(_Strict):
+class PartSpec(Strict):
     """A worker that nobody trusts, which the one stage asks for part of all layers' work."""
 
     kind: Literal["attention", "linear", "mixed-linear"]
@@ -189,14 +117,14 @@ class PartSpec(_Strict):
     address: Address | None = None
 
 
-class HomeStages(_Strict):
+class HomeStages(Strict):
     """Stages on machines of the user's own, before and behind those that are not."""
 
     first: Annotated[int, Field(ge=1)]
     last: Annotated[int, Field(ge=1)]
 
 
-class DpSpec(_Strict):
+class DpSpec(Strict):
     """Noise on every row that leaves an orchestrator that holds the ends."""
 
     sigma: Annotated[float, Field(ge=1e-9, le=1e9)]
@@ -204,7 +132,7 @@ class DpSpec(_Strict):
     clip: Annotated[float, Field(ge=1e-9, le=1e9)]
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """What every party loads; `core_hash` is what they must have in common to talk at all."""
 
     model_name: str

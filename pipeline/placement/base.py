@@ -2,7 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
-from pipeline.agreement.manifest import StageEndpoint
+from pipeline.agreement.addresses import StageEndpoint
 from pipeline.errors import SessionError
 from pipeline.worker_report import Loaded
 

@@ -3,7 +3,8 @@
 import logging
 from pathlib import Path
 
-from pipeline.agreement.manifest import Manifest, StageEndpoint, load_manifest
+from pipeline.agreement.addresses import StageEndpoint
+from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.errors import ManifestError, SessionError
 from pipeline.placement.base import Progress
 

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import trio
 
-from pipeline.agreement.manifest import Manifest, StageEndpoint
+from pipeline.agreement.addresses import StageEndpoint
+from pipeline.agreement.manifest import Manifest
 from pipeline.errors import (
     InputError,
     SessionError,

@@ -16,8 +16,9 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from enclave import eif
+from pipeline.agreement.addresses import StageEndpoint, TcpAddress
 from pipeline.agreement.identity import create_identity
-from pipeline.agreement.manifest import Manifest, StageEndpoint, TcpAddress
+from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust_policy import UserTrust
 from pipeline.engine.limits import Limits
 from pipeline.errors import SessionError

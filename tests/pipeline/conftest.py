@@ -10,8 +10,8 @@ import torch
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from pipeline.agreement.addresses import StageEndpoint, TcpAddress
 from pipeline.agreement.identity import create_identity
-from pipeline.agreement.manifest import StageEndpoint, TcpAddress
 from pipeline.agreement.trust_policy import EnclaveTrust, KeyedTrust, UserTrust
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation

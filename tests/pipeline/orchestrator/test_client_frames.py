@@ -13,7 +13,7 @@ import pytest
 import trio
 from safetensors.numpy import save_file
 
-from pipeline.agreement.manifest import StageEndpoint
+from pipeline.agreement.addresses import StageEndpoint
 from pipeline.agreement.trust_policy import DevTrust
 from pipeline.codecs.registry import make_codec
 from pipeline.engine.engine import PipelineEngine

@@ -4,7 +4,7 @@ import pytest
 import trio
 
 import pipeline.protocol.peer_connections
-from pipeline.agreement.manifest import StageEndpoint, TcpAddress
+from pipeline.agreement.addresses import StageEndpoint, TcpAddress
 from pipeline.agreement.trust_policy import DevTrust
 from pipeline.engine.limits import Limits
 from pipeline.errors import StageHung, StageSilent

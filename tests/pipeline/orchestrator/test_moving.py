@@ -5,7 +5,7 @@ from contextlib import ExitStack, asynccontextmanager
 import pytest
 import trio
 
-from pipeline.agreement.manifest import StageEndpoint, TcpAddress
+from pipeline.agreement.addresses import StageEndpoint, TcpAddress
 from pipeline.agreement.trust_policy import DevTrust
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation

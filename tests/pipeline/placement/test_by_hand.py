@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.agreement.manifest import TcpAddress, dump_manifest
+from pipeline.agreement.addresses import TcpAddress
+from pipeline.agreement.manifest import dump_manifest
 from pipeline.errors import ManifestError
 from pipeline.placement.by_hand import ByHand
 from pipeline.planning.plan import PlanOptions, plan

@@ -4,7 +4,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from pipeline.agreement.manifest import StageEndpoint, StageSpec, TcpAddress, UnixAddress
+from pipeline.agreement.addresses import StageEndpoint, TcpAddress, UnixAddress
+from pipeline.agreement.manifest import StageSpec
 from pipeline.errors import InputError, SessionRefused
 from pipeline.stage.dial_policy import DialPolicy, parse_networks
 from transport.dial_and_listen import TcpEndpoint, UnixEndpoint, VsockEndpoint

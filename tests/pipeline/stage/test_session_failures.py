@@ -12,7 +12,7 @@ import trio
 import pipeline.stage.data_channels
 import pipeline.stage.session
 import pipeline.stage.worker
-from pipeline.agreement.manifest import StageEndpoint, TcpAddress
+from pipeline.agreement.addresses import StageEndpoint, TcpAddress
 from pipeline.agreement.trust_policy import DevTrust
 from pipeline.engine.limits import Limits
 from pipeline.errors import SessionError

@@ -1,0 +1,80 @@
+"""Where stages are: addresses as a manifest writes them."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from transport.dial_and_listen import (
+    Endpoint,
+    TcpEndpoint,
+    UnixEndpoint,
+    VsockEndpoint,
+    parse_endpoint,
+)
+from transport.errors import EndpointError
+
+
+class Strict(BaseModel):
+    """Frozen, and taken from JSON as it stands."""
+
+    # Strict: "30", 30.0 and true are no integers, so two readers cannot disagree about them.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class TcpAddress(Strict):
+    """A TCP address, HOST:PORT."""
+
+    type: Literal["tcp"]
+    addr: str
+
+    def to_endpoint(self) -> Endpoint:
+        """The address as the transport takes it. Raises EndpointError."""
+        endpoint = parse_endpoint(self.addr)
+        if not isinstance(endpoint, TcpEndpoint):
+            raise EndpointError(f"{self.addr!r} is not a TCP address; write HOST:PORT")
+        return endpoint
+
+
+class VsockAddress(Strict):
+    """A vsock address: an enclave's CID and a port."""
+
+    type: Literal["vsock"]
+    cid: Annotated[int, Field(ge=0, lt=2**32)]
+    port: Annotated[int, Field(ge=0, lt=2**32)]
+
+    def to_endpoint(self) -> Endpoint:
+        """The address as the transport takes it."""
+        return VsockEndpoint(self.cid, self.port)
+
+
+class UnixAddress(Strict):
+    """A UNIX socket; with `port`, the hybrid vsock that hypervisors offer on the host's side."""
+
+    type: Literal["unix"]
+    path: str
+    port: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+
+    def to_endpoint(self) -> Endpoint:
+        """The address as the transport takes it."""
+        return UnixEndpoint(Path(self.path), self.port)
+
+
+Address = Annotated[TcpAddress | VsockAddress | UnixAddress, Field(discriminator="type")]
+
+
+class StageEndpoint(Strict):
+    """Addresses of a stage, each named from the side of whoever dials it."""
+
+    control: Address
+    data_in: Address
+    data_out: Address
+
+    @model_validator(mode="after")
+    def _addresses_parse(self) -> Self:
+        for name in ("control", "data_in", "data_out"):
+            try:
+                getattr(self, name).to_endpoint()
+            except EndpointError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return self
