@@ -98,6 +98,7 @@ if [ "$mode" = offload ]; then
 fi
 
 # Whoever is asked for a part of the layers' work may go at any time: another begins with nothing.
+: >"$run_dir/part.log"
 keep_part_worker() {
   local child
   trap 'kill -TERM "$child" 2>/dev/null; exit 0' TERM
@@ -112,6 +113,12 @@ case $mode in
   scx) keep_part_worker attention & ;;
   offload | mix) keep_part_worker linear --model-dir "$model_dir" --threads "${THREADS:-1}" & ;;
 esac
+
+# Its weights may take longer to load than a stage waits for it.
+while [[ $mode == offload || $mode == mix ]] && ! grep -q event=listening "$run_dir/part.log"; do
+  ! grep 'error:' "$run_dir/part.log" >&2 || exit 2
+  sleep 0.2
+done
 
 pipeline-orch --manifest "$manifest" --model-dir "$model_dir" --tokenizer "$text_dir/tokenizer.json" \
   --supervise --text "$prompt" --max-tokens "$max_tokens" --dev "${own[@]}" &
