@@ -3,6 +3,7 @@
 import { find, say } from "./elements.js";
 
 const SECONDS = 120;
+const SAME_LOSS = 5; // seconds
 const WIDTH = 600;
 const HEIGHT = 150;
 const NAMESPACE = "http://www.w3.org/2000/svg";
@@ -26,7 +27,8 @@ export class Plot {
 
   add(at, rate, isLoss) {
     this._points.push({ at, rate });
-    if (isLoss) this._marks.push(at);
+    // Its end may be seen apart from its beginning, and is the same loss.
+    if (isLoss && !(at - this._marks.at(-1) < SAME_LOSS)) this._marks.push(at);
     while (this._points[0].at < at - SECONDS) this._points.shift();
     while (this._marks.length && this._marks[0] < at - SECONDS) this._marks.shift();
     this._draw(at);
