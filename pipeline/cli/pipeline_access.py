@@ -24,7 +24,8 @@ from pipeline.cli.shard_directories import stage_dir
 from pipeline.codecs.rotated_int8 import RotatedInt8
 from pipeline.engine.limits import Limits
 from pipeline.engine.tokenizer import Tokenizer
-from pipeline.errors import InputError
+from pipeline.errors import InputError, PolicyError
+from pipeline.files import is_file
 from pipeline.leakage.cards import require_card
 from pipeline.orchestrator.epochs import ReplaySource
 from pipeline.orchestrator.failover import Work, run_with_failover
@@ -251,6 +252,11 @@ def _trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:
         return DevTrust.create(default_directory(os.environ))
     if identity is None and manifest.is_keyed:
         identity = state_directory(os.environ) / ORCHESTRATOR_KEY
+        if not is_file(identity):
+            raise PolicyError(
+                f"this home has joined no machines, for it has no key {identity}; use the manifest "
+                "where it was made, join them from here, or give --identity"
+            )
     return UserTrust.create(manifest, identity)
 
 

@@ -18,8 +18,8 @@ from transport.errors import TransportError
 
 _NUM_PINGS = 10
 # Pieces are doubled until they take this long, so that a slow link is not flooded for minutes.
-_FLOOD_SECONDS = 0.2
-_MOST_PIECES = 256
+_FLOOD_SECONDS = 0.1
+_MOST_PIECES = 128
 PROBE_SECONDS = 30.0
 _PIECE = bytes(PIECE_BYTES)
 

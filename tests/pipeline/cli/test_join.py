@@ -87,7 +87,7 @@ def errors(lines):
     return [line for line in lines if "error:" in line]
 
 
-def test_from_lines_to_text_and_to_another_split(home, tmp_path, tiny_model):
+def test_from_lines_to_text_and_to_another_split(home, tmp_path, tiny_model, monkeypatch):
     tokenizer = Tokenizer(tiny_model / "tokenizer.json")
     prompt_ids = tokenizer.encode(PROMPT)
     expected = tokenizer.decode([*prompt_ids, *reference(tiny_model, prompt_ids)]) + "\n"
@@ -99,6 +99,11 @@ def test_from_lines_to_text_and_to_another_split(home, tmp_path, tiny_model):
         assert heads.split()[:3] == ["stage", "machine", "layers"]
         assert {row.split()[1] for row in rows} == {machines.at("a"), machines.at("b")}
         assert home(*text)[:2] == (0, expected)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("VEILPIPE_STATE_DIR", str(tmp_path / "elsewhere"))
+            code, _, err = home(*text)
+            assert code == 2
+            assert "this home has joined no machines" in err[-1]
         before = load_manifest(home.manifest)
         assert all(stage.kernels and stage.precision == "float32" for stage in before.stages)
 
