@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 
 SCHEMA = {
     "type": "array",
-    "minItems": 5,
-    "maxItems": 5,
+    "minItems": 2,
+    "maxItems": 2,
     "items": {
         "type": "object",
         "properties": {"name": {"type": "string", "maxLength": 12}, "ok": {"type": "boolean"}},
@@ -55,22 +55,24 @@ def ask(server, **fields):
     body = {"prompt": "A list:", "max_tokens": 700, "response_format": FORM, **fields}
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
     assert answer.status_code == 200, answer.text
-    return answer.json()["choices"]
+    (choice,) = answer.json()["choices"]
+    if choice["finish_reason"] == "stop":  # noise may take all tokens for one string
+        jsonschema.validate(json.loads(choice["text"]), SCHEMA)
+    return choice
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_texts_of_a_form_are_the_same_alone_together_and_through_a_loss(server, temperature):
     wanted = [{"seed": seed, "temperature": temperature} for seed in range(6)]
     free = server.text("Hi", 60)
-    alone = [ask(server, **each)[0]["text"] for each in wanted]
-    for text in alone:
-        jsonschema.validate(json.loads(text), SCHEMA)
+    alone = [ask(server, **each) for each in wanted]
+    assert any(choice["finish_reason"] == "stop" for choice in alone)
     with ThreadPoolExecutor(7) as pool:
-        together = pool.map(lambda each: ask(server, **each)[0]["text"], wanted)
+        together = pool.map(lambda each: ask(server, **each), wanted)
         other = pool.submit(server.text, "Hi", 60)
         assert list(together) == alone
         assert other.result() == free
-        lost = pool.map(lambda each: ask(server, **each)[0]["text"], wanted)
+        lost = pool.map(lambda each: ask(server, **each), wanted)
         time.sleep(0.5)
         os.kill(server.workers()[1], signal.SIGKILL)
         assert list(lost) == alone

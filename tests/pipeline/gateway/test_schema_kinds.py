@@ -5,7 +5,6 @@ import json
 import re
 
 import jsonschema
-import pytest
 
 from tests.pipeline.gateway.random_texts import compiled, new_compiler, random_text
 
@@ -92,7 +91,7 @@ def checker():
     return found
 
 
-async def check(tokenizer, schema, num_seeds, compiler=None):
+async def check(tokenizer, schema, num_seeds, compiler):
     grammar = await compiled(tokenizer, "json_schema", json.dumps(schema), compiler)
     texts = [random_text(grammar, tokenizer, seed, most=600) for seed in range(num_seeds)]
     whole = [text for text in texts if text is not None]
@@ -103,14 +102,8 @@ async def check(tokenizer, schema, num_seeds, compiler=None):
     return len(whole)
 
 
-@pytest.mark.parametrize("kind", ["recursive, enum", "tagged, pattern", "optional, time"])
-async def test_some_kinds_validate(tokenizer, kind):
-    await check(tokenizer, KINDS[kind], 4)
-
-
-@pytest.mark.slow
 async def test_two_hundred_kinds_validate(tokenizer):
     assert len(KINDS) >= 200
     compiler = new_compiler(tokenizer)
-    num_whole = [await check(tokenizer, schema, 3, compiler) for schema in KINDS.values()]
-    assert sum(num_whole) > 2 * len(KINDS)
+    num_whole = [await check(tokenizer, schema, 2, compiler) for schema in KINDS.values()]
+    assert sum(num_whole) > 1.5 * len(KINDS)
