@@ -230,6 +230,8 @@ def test_no_runtime_module_needs_a_test_dependency():
         "hypercorn", "jinja2", "llguidance", "prometheus_client", "pydantic_core", "starlette",
         # doors and their clients
         "h2", "httpx",
+        # fetching models
+        "huggingface_hub",
         # pictures, where somebody wants one
         "matplotlib", "segno",
     }  # fmt: skip
