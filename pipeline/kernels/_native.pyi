@@ -311,3 +311,18 @@ def argmax(x: Address, rows: int, n: int, out: Address, /) -> None:
 
     -1 for a row that has a NaN, or whose greatest is infinite.
     """
+
+def ring_product(
+    itemsize: int,
+    packed: Address,
+    x: Address,
+    y: Address,
+    rows: int,
+    num_in: int,
+    num_out: int,
+    /,
+) -> None:
+    """Set y [rows, out] = x [rows, in] B in Z_2^64, all in 64 bits but for B.
+
+    packed: B as [out / 8 rounded up, in, 8], itemsize 8, or 4 with a sign. `x` may not overlap `y`.
+    """

@@ -160,10 +160,12 @@ static refusal_t run_linear(const int64_t *a) {
     return DONE;
 }
 
-static int64_t linear_work(const int64_t *a) {
-    int64_t size = a[6] < LARGEST && a[7] < LARGEST ? a[6] * a[7] : INT64_MAX;
-    return a[5] > 0 && size > INT64_MAX / a[5] ? INT64_MAX : size * a[5];
+static int64_t product_work(int64_t rows, int64_t num_in, int64_t num_out) {
+    int64_t size = num_in < LARGEST && num_out < LARGEST ? num_in * num_out : INT64_MAX;
+    return rows > 0 && size > INT64_MAX / rows ? INT64_MAX : size * rows;
 }
+
+static int64_t linear_work(const int64_t *a) { return product_work(a[5], a[6], a[7]); }
 const call_t call_linear = {"nppppnnnnp", run_linear, linear_work};
 
 static refusal_t run_layer_norm(const int64_t *a) {
@@ -269,5 +271,20 @@ static refusal_t run_argmax(const int64_t *a) {
     return DONE;
 }
 const call_t call_argmax = {"pnnp", run_argmax, NULL};
+
+static refusal_t run_ring_product(const int64_t *a) {
+    if (a[0] != sizeof(uint32_t) && a[0] != sizeof(uint64_t)) {
+        REFUSE("numbers of a matrix take 4 bytes or 8", a[0]);
+    }
+    if (a[5] < 1 || a[5] > LARGEST) REFUSE("num_in", a[5]);
+    if (a[6] < 1 || a[6] > LARGEST) REFUSE("num_out", a[6]);
+    ring_t ring = {a[0] == sizeof(uint64_t), at(a[1]), at(a[2]), at(a[3]),
+                   (size_t)a[4], (size_t)a[5], (size_t)a[6]};
+    ring_product(&ring);
+    return DONE;
+}
+
+static int64_t ring_product_work(const int64_t *a) { return product_work(a[4], a[5], a[6]); }
+const call_t call_ring_product = {"npppnnn", run_ring_product, ring_product_work};
 
 #endif

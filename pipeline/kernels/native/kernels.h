@@ -149,6 +149,19 @@ void rope(float *x, size_t row_stride, size_t rows, size_t num_heads, size_t hea
 void silu_mul(const float *gate_up, float *y, size_t rows, size_t inner);
 void argmax(const float *x, size_t rows, size_t n, int64_t *out);
 
+/* ring.c: y[rows, num_out] = x[rows, num_in] B, in Z_2^64 */
+enum { RING_LANES = 8 };
+
+typedef struct {
+    int is_wide;        /* whether B is in 64 bits; else in 32, with a sign */
+    const void *packed; /* B: [num_out / RING_LANES rounded up][num_in][RING_LANES] */
+    const uint64_t *x;
+    uint64_t *y;
+    size_t rows, num_in, num_out;
+} ring_t;
+
+void ring_product(const ring_t *ring);
+
 /* lookup.c */
 typedef struct {
     int kind;
