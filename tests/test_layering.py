@@ -38,7 +38,7 @@ ROOMS = {
     },
     "stego": {"engine", "sampling"},
     "scx": {"kernels", "models", "protocol", "remote_parts"},
-    "offload": {"kernels"},
+    "offload": {"kernels", "models", "weights"},
     "leakage": {
         "codecs", "engine", "kernels", "models", "planning", "protocol", "remote_parts", "scx",
         "weights",

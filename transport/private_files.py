@@ -9,9 +9,9 @@ import os
 import shlex
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from transport.errors import MisuseError
 
@@ -22,15 +22,24 @@ _WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 def read_private(path: Path) -> bytes:
     """What a file of this user's holds. Raises: OSError; MisuseError where others may touch it."""
+    with open_private(path) as file:
+        return file.read(MAX_PRIVATE_BYTES)
+
+
+def open_private(path: Path, *, writes: bool = False) -> BinaryIO:
+    """A file of this user's, to be read, or to be changed in place. Raises as `read_private`."""
     try:
-        with _own_directory(path) as opener, open(path.name, "rb", opener=opener) as file:
+        with _own_directory(path) as opener, ExitStack() as on_failure:
+            file = open(path.name, "r+b" if writes else "rb", opener=opener)  # noqa: SIM115
+            on_failure.enter_context(file)
             info = os.fstat(file.fileno())
             if not stat.S_ISREG(info.st_mode):
                 raise MisuseError(f"{path} is not a regular file")
             _require_own(path, info)
             if info.st_mode & _ALL:
                 raise MisuseError(f"{path} is open to other users; run: chmod 600 {_quoted(path)}")
-            return file.read(MAX_PRIVATE_BYTES)
+            on_failure.pop_all()
+            return file
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise

@@ -14,15 +14,14 @@ from pipeline.offload.ring import Words
 
 WEIGHT_BITS = 24
 GREATEST_WEIGHT = 1 << (31 - WEIGHT_BITS)  # weights are held in 32 bits
-_SIGN_BIT = 63
+_LARGEST_BIT = 62
 
-Exponents = npt.NDArray[np.int32]
+Doubles = npt.NDArray[np.float64]
 
 
 def weights_to_ring(outputs: Floats) -> npt.NDArray[np.int32]:
     """Weights in fixed point, of the same shape. Raises ModelError for those that do not fit."""
-    with np.errstate(invalid="ignore", over="ignore"):  # what that concerns is refused
-        scaled = np.rint(np.ldexp(outputs.astype(np.float64), WEIGHT_BITS))
+    scaled = np.rint(np.ldexp(outputs.astype(np.float64), WEIGHT_BITS))
     limit = GREATEST_WEIGHT << WEIGHT_BITS
     if not (np.abs(scaled) < limit).all():
         raise ModelError(
@@ -31,25 +30,24 @@ def weights_to_ring(outputs: Floats) -> npt.NDArray[np.int32]:
     return scaled.astype(np.int32)
 
 
-def to_ring(rows: npt.NDArray[np.floating], reach: int) -> tuple[Words, Exponents]:
-    """Rows in fixed point, and the bits of fraction that each of them has got.
+def to_ring(rows: npt.NDArray[np.floating], reach: int) -> tuple[Words, Doubles]:
+    """Rows in fixed point, and what a product of each is to be multiplied by to be one of floats.
 
     `reach`: the greatest sum of the magnitudes of one output's weights, in fixed point. Shapes:
-    [rows, in], [rows]. A row with what is no number becomes zeros.
+    [rows, in], [rows]. A row with what is no number becomes zeros, and its product no numbers.
     """
     greatest = np.abs(rows).max(axis=1, initial=0)
     is_sound = np.isfinite(greatest)
     _, magnitudes = np.frexp(np.where(is_sound, greatest, 0))
     # |x| < 2^magnitude and reach < 2^bit_length, so every sum stays below 2^62, and rounding
     # adds no more than reach / 2
-    bits = (_SIGN_BIT - 1 - reach.bit_length() - magnitudes).astype(np.int32)
+    bits = _LARGEST_BIT - reach.bit_length() - magnitudes
     sound = np.where(is_sound[:, None], rows, 0).astype(np.float64)
-    return np.rint(np.ldexp(sound, bits[:, None])).astype(np.int64).view(np.uint64), bits
+    words = np.rint(np.ldexp(sound, bits[:, None])).astype(np.int64).view(np.uint64)
+    return words, np.where(is_sound, np.ldexp(1.0, -(bits + WEIGHT_BITS)), np.nan)
 
 
-def from_ring(products: Words, bits: Exponents) -> npt.NDArray[np.float64]:
-    """What rows with so many bits of fraction times weights are: [rows, out], [rows]."""
-    found: npt.NDArray[np.float64] = np.ldexp(
-        products.view(np.int64).astype(np.float64), -(bits[:, None] + WEIGHT_BITS)
-    )
+def from_ring(products: Words, scales: Doubles) -> Doubles:
+    """Products of rows as floats: [rows, out], [rows]."""
+    found: Doubles = products.view(np.int64) * scales[:, None]
     return found

@@ -38,6 +38,11 @@ class RingMatrix:
         places = np.arange(first, first + len(outputs))
         self._packed[places // LANES, :, places % LANES] = outputs
 
+    def transposed(self) -> npt.NDArray[Any]:
+        """All of it as [in, out]."""
+        wide = self._packed.transpose(1, 0, 2).reshape(self.num_in, -1)
+        return wide[:, : self.num_out]
+
     def __call__(self, x: Words) -> Words:
         """[rows, in] -> [rows, out]."""
         assert x.dtype == np.uint64, "numbers of the ring"

@@ -9,10 +9,10 @@ def product(rows, weight):
     """Rows times weights [out, in] by way of the ring, with Python's integers."""
     fixed = weights_to_ring(weight).astype(object)
     reach = max(int(abs(fixed).sum(axis=1).max()), 1)
-    words, bits = to_ring(rows, reach)
+    words, scales = to_ring(rows, reach)
     exact = words.view(np.int64).astype(object) @ fixed.T
     assert abs(exact).max() < 2**63
-    return from_ring((exact % 2**64).astype(np.uint64), bits)
+    return from_ring((exact % 2**64).astype(np.uint64), scales)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 300.0, 1e30])
@@ -40,11 +40,12 @@ def test_the_worst_row_there_is_does_not_wrap():
 def test_a_row_that_holds_no_number_says_nothing_and_leaves_the_others_alone():
     rows = np.ones((4, 3), np.float32)
     rows[1, 2], rows[2, 0], rows[3, 1] = np.nan, np.inf, -np.inf
-    words, bits = to_ring(rows, 1 << 24)
-    alone, alone_bits = to_ring(rows[:1], 1 << 24)
+    words, scales = to_ring(rows, 1 << 24)
+    alone, alone_scales = to_ring(rows[:1], 1 << 24)
     assert (words[1:] == 0).all()
     assert (words[0] == alone[0]).all()
-    assert bits[0] == alone_bits[0]
+    assert scales[0] == alone_scales[0]
+    assert np.isnan(from_ring(words, scales)[1:]).all()
 
 
 @pytest.mark.parametrize("weight", [128.0, -128.0, 1e30, np.nan, np.inf])

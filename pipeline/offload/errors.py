@@ -1,0 +1,15 @@
+"""What can go wrong with products that others compute."""
+
+from pipeline.errors import InputError, SessionError
+
+
+class WrongProduct(SessionError):
+    """An assistant answered something else than the product it was asked for."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the linear worker's answer for {name} is wrong, and was not used")
+        self.name = name
+
+
+class OtherMasks(InputError):
+    """A file of masks was made for another model than the one to be hidden."""
