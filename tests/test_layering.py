@@ -38,7 +38,7 @@ ROOMS = {
     },
     "stego": {"engine", "sampling"},
     "scx": {"kernels", "models", "protocol", "remote_parts"},
-    "offload": {"kernels", "models", "weights"},
+    "offload": {"agreement", "kernels", "models", "protocol", "remote_parts", "weights"},
     "leakage": {
         "codecs", "engine", "kernels", "models", "planning", "protocol", "remote_parts", "scx",
         "weights",
@@ -46,7 +46,7 @@ ROOMS = {
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
     "cli": {
         "agreement", "codecs", "doors", "engine", "gateway", "kernels", "leakage", "models",
-        "orchestrator", "placement", "planning", "protocol", "remote_parts", "sampling", "scx",
+        "offload", "orchestrator", "placement", "planning", "protocol", "remote_parts", "sampling", "scx",
         "sessions", "stage", "stego",
     },
 }  # fmt: skip

@@ -164,7 +164,7 @@ class ClientSpec(_Strict):
 class PartSpec(_Strict):
     """A worker that nobody trusts, which the one stage asks for part of all layers' work."""
 
-    kind: Literal["attention", "linear"]
+    kind: Literal["attention", "linear", "mixed-linear"]
     public_key: KeyHex | None = None  # None: in development only
     address: Address | None = None
 

@@ -52,6 +52,9 @@ def stage_worker() -> None:
         elif sys.argv[1:2] == ["attention"]:
             del sys.argv[1]
             from pipeline.cli.part_worker import main
+        elif sys.argv[1:2] == ["linear"]:
+            del sys.argv[1]
+            from pipeline.cli.linear_worker import main
         else:
             from pipeline.cli.stage_worker import main
 

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, KeyedTrust, Trust
@@ -82,7 +82,7 @@ def attention(flags: AttentionFlags) -> None:
 
 def serve_part(
     flags: PartFlags,
-    kind: Literal["attention", "linear"],
+    kind: str,
     limits: FrameLimits,
     new_handler: Callable[[], PartHandler],
 ) -> None:

@@ -39,7 +39,7 @@ from transport.attestation.dev_authority import default_directory
 logger = logging.getLogger(__name__)
 
 PLAIN = "plain"
-MODES_OF_PARTS = {"attention": "scx", "linear": "offload"}
+MODES_OF_PARTS = {"attention": "scx", "linear": "offload", "mixed-linear": "mix"}
 
 
 @dataclass(frozen=True, slots=True)

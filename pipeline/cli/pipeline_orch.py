@@ -2,7 +2,7 @@
 
 import typer
 
-from pipeline.cli import attest, preparation, session_command, stego
+from pipeline.cli import attest, masks_command, preparation, session_command, stego
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.generate import generate
 from pipeline.cli.generate_flags import GenerateFlags
@@ -16,6 +16,7 @@ from pipeline.cli.top_flags import TopFlags
 app = new_app()
 app.add_typer(attest.app, name="attest")
 app.command("leakage")(leakage_command)
+app.add_typer(masks_command.app, name="masks")
 app.add_typer(session_command.app, name="session")
 app.add_typer(stego.app, name="stego")
 for name, command in preparation.COMMANDS.items():

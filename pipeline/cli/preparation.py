@@ -81,6 +81,14 @@ def plan_command(
             help="Layers of a stage at each end that is at home; others keep rows encoded.",
         ),
     ] = None,
+    linear: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR", help="Untrusted worker that multiplies rows under masks."),
+    ] = None,
+    mixed_linear: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR", help="Untrusted worker that multiplies prompts' mixed rows."),
+    ] = None,
     part_key: Annotated[
         str | None, typer.Option(metavar="HEX", help="That worker's public key.")
     ] = None,
@@ -107,7 +115,9 @@ def plan_command(
         precision=None if dtype is None else check_precision(dtype),
         split=check_split(split),
         noise=None if dp_sigma is None or dp_clip is None else (dp_sigma, dp_clip),
-        part=_part({"attention": attention}, part_key),
+        part=_part(
+            {"attention": attention, "linear": linear, "mixed-linear": mixed_linear}, part_key
+        ),
         stage_keys=tuple(stage_key or ()),
         home_layers=None if home_layers is None else _home_layers(home_layers),
     )

@@ -63,7 +63,12 @@ def serve(flags: WorkerFlags) -> None:
     stage = manifest.stage(stage_idx)
     trust = _trust(manifest, stage_idx, flags)
     parts = stage_parts(
-        manifest, stage_idx, flags.model_dir, trust, has_store=flags.store.url is not None
+        manifest,
+        stage_idx,
+        flags.model_dir,
+        trust,
+        has_store=flags.store.url is not None,
+        masks=flags.masks,
     )
     control, data_in = flags.control_listen, flags.data_in_listen
     if stage.endpoint is not None:

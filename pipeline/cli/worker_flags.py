@@ -63,6 +63,9 @@ class WorkerFlags(Settings):
     identity: Annotated[
         Path | None, Flag("FILE", "This stage's key, where the manifest names it (see keygen).")
     ] = None
+    masks: Annotated[
+        Path | None, Flag("FILE", "Masks for what a linear worker is sent (see masks make).")
+    ] = None
     dtype: DTypeFlag = None
     kernels: KernelsFlag = None
     threads: ThreadsFlag = None

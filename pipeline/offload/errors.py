@@ -1,14 +1,22 @@
 """What can go wrong with products that others compute."""
 
-from pipeline.errors import InputError, SessionError
+from pipeline.errors import InputError, SessionError, SessionRefused
 
 
 class WrongProduct(SessionError):
-    """An assistant answered something else than the product it was asked for."""
+    """A linear worker answered something else than the product it was asked for."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"the linear worker's answer for {name} is wrong, and was not used")
         self.name = name
+
+
+class MasksSpent(SessionRefused):
+    """There are no masks left for what is to be hidden."""
+
+
+class MasksUnusable(SessionRefused):
+    """Which masks are used cannot be noted."""
 
 
 class OtherMasks(InputError):

@@ -107,7 +107,7 @@ def read_header(file: BinaryIO, path: Path) -> tuple[MaskHeader, int]:
 
 
 def masks_of(key: bytes, tokens: Sequence[int], index: int, num_in: int) -> Words:
-    """r of masks `tokens` for a linear, by its index: [tokens, in]."""
+    """Words r of masks `tokens` for a linear, by its index: [tokens, in]."""
     rows = [random_words(key, num_in, token, index) for token in tokens]
     return np.stack(rows) if rows else np.empty((0, num_in), np.uint64)
 
@@ -156,8 +156,8 @@ def _write(
     file.write(text)
     file.seek(projections)
     vectors = header.vectors()
-    for each in linears:
-        file.write(project_weight(vectors, each.matrix.transposed()).astype("<u8").tobytes())
+    projected = (project_weight(vectors, each.matrix.transposed()) for each in linears)
+    file.writelines(each.astype("<u8", copy=False).tobytes() for each in projected)
     file.seek(masks)
     meter = Meter(end - masks, progress)
     for rows in _made(header, linears):
@@ -166,7 +166,7 @@ def _write(
 
 
 def _made(header: MaskHeader, linears: Sequence[HeldLinear]) -> Iterator[Words]:
-    """r W of all masks, some at a time: [tokens, mask_words]."""
+    """Words r W of all masks, some at a time: [tokens, mask_words]."""
     key = header.mask_key()
     for first in range(0, header.num_masks, MASKS_TOGETHER):
         tokens = range(first, min(first + MASKS_TOGETHER, header.num_masks))

@@ -9,13 +9,9 @@ import fcntl
 import os
 import struct
 
-from pipeline.errors import InputError
+from pipeline.offload.errors import MasksSpent, MasksUnusable
 
 _COUNT = struct.Struct("<Q")
-
-
-class MasksSpent(InputError):
-    """There are no masks left for what is to be hidden."""
 
 
 class MaskLedger:
@@ -31,20 +27,28 @@ class MaskLedger:
         return self._num_masks - self._used()
 
     def reserve(self, count: int) -> range:
-        """The next masks, which are nobody else's any more. Raises MasksSpent, OSError."""
-        # Whoever else has opened the file waits; the lock is this process's to lose, also by dying.
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        """The next masks, which are nobody else's any more. Raises MasksSpent, MasksUnusable."""
         try:
-            first = self._used()
-            if count > self._num_masks - first:
-                raise MasksSpent(
-                    f"{max(self._num_masks - first, 0)} of {self._num_masks} masks are left and "
-                    f"{count} are needed: make a new file of them with `pipeline-orch masks make`"
-                )
-            os.pwrite(self._descriptor, _COUNT.pack(first + count), self._place)
-            os.fdatasync(self._descriptor)
-        finally:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            # Others who have opened the file wait; who dies lets go.
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            try:
+                return self._reserve(count)
+            finally:
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        except OSError as error:
+            raise MasksUnusable(
+                f"cannot note which masks are used, so none is: {error.strerror}"
+            ) from error
+
+    def _reserve(self, count: int) -> range:
+        first = self._used()
+        if count > self._num_masks - first:
+            raise MasksSpent(
+                f"{max(self._num_masks - first, 0)} of {self._num_masks} masks are left and "
+                f"{count} are needed: make a new file of them with `pipeline-orch masks make`"
+            )
+        os.pwrite(self._descriptor, _COUNT.pack(first + count), self._place)
+        os.fdatasync(self._descriptor)
         return range(first, first + count)
 
     def _used(self) -> int:

@@ -15,8 +15,8 @@ from pipeline.offload.masks import Masks
 from pipeline.offload.ring import Words
 from pipeline.offload.ring_linear import RingLinear
 
-# Asks for rows times the weights of the linear with that index: [rows, in] -> [rows, out].
-Multiply = Callable[[int, Words], Words]
+# Asks for rows times the weights of the linear with that index: [rows, in], out -> [rows, out].
+Multiply = Callable[[int, Words, int], Words]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Assistance:
 
     def product(self, x: Words, num_out: int) -> Words:
         """Rows as they are sent times weights: [rows, in] -> [rows, out]. Raises WrongProduct."""
-        y = self.multiply(self.index, x)
+        y = self.multiply(self.index, x, num_out)
         # Attack: an answer off by what nobody would notice, made up, or given before.
         if y.shape != (len(x), num_out) or not self.check.is_product(x, y):
             raise WrongProduct(self.name)
@@ -82,11 +82,3 @@ class MaskedLinears:
         self._num_made += 1
         assistance = Assistance(self._multiply, self._checks[index], index, name)
         return MaskedLinear(spec, kernels, self._masks, assistance)
-
-    def check_complete(self) -> None:
-        """Whether the model has as many linears as the masks. Raises OtherMasks."""
-        if self._num_made != len(self._masks.header.linears):
-            raise OtherMasks(
-                f"these masks were made for another model, of {len(self._masks.header.linears)} "
-                f"linears, this one has {self._num_made}; make masks for this one"
-            )

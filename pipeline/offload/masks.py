@@ -1,16 +1,15 @@
 """Masks as they are used up: each hides one row of each linear, once."""
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from pipeline.errors import InputError, PolicyError
 from pipeline.offload.freivalds import NUM_VECTORS, ProductCheck
-from pipeline.offload.mask_file import USED_AT, MaskHeader, masks_of, read_header
+from pipeline.offload.mask_file import USED_AT, WORD, masks_of, read_header
 from pipeline.offload.mask_ledger import MaskLedger
 from pipeline.offload.ring import Words
 from transport.errors import MisuseError
@@ -25,7 +24,7 @@ class Hidden(NamedTuple):
 
 
 class Masks:
-    """The masks of an open file. Several threads may draw at once, and several processes."""
+    """The masks of a file. Several threads may draw at once, and several processes."""
 
     def __init__(
         self, header: MaskHeader, ledger: MaskLedger, stored: Words, checks: Words
@@ -49,7 +48,7 @@ class Masks:
         return self._ledger.num_left
 
     def draw(self, index: int, count: int) -> Hidden:
-        """Masks for the next rows of a linear, by its index. Raises MasksSpent, OSError."""
+        """Masks for the next rows of a linear, by its index. Raises MasksSpent, MasksUnusable."""
         with self._lock:
             start, end = self._used[index], self._used[index] + count
             if end > len(self._tokens):
@@ -58,7 +57,7 @@ class Masks:
             tokens = self._tokens[start:end]
         own = slice(self._starts[index], self._starts[index + 1])
         masks = masks_of(self._key, tokens, index, self.header.linears[index].num_in)
-        return Hidden(masks, self._stored[tokens, own])
+        return Hidden(masks, np.asarray(self._stored[tokens, own]))
 
     def checks(self) -> Sequence[ProductCheck]:
         """What tells right answers from wrong ones, for each linear."""
@@ -67,8 +66,12 @@ class Masks:
         return [ProductCheck(self._vectors, each) for each in parts]
 
 
-@contextmanager
-def opened_masks(path: Path) -> Iterator[Masks]:
+    def close(self) -> None:
+        """Nothing is drawn any more."""
+        self._file.close()
+
+
+def open_masks(path: Path) -> Masks:
     """The masks in a file that nobody else may read. Raises InputError, PolicyError."""
     try:
         file = open_private(path, writes=True)
@@ -76,12 +79,8 @@ def opened_masks(path: Path) -> Iterator[Masks]:
         raise PolicyError(f"--masks: {error}") from error
     except OSError as error:
         raise InputError(f"--masks: cannot use {path}: {error.strerror}") from error
-    with file:
-        header, length = read_header(file, path)
-        projections, masks, end = header.places(length)
-        file.seek(projections)
-        num_words = sum(each.num_in for each in header.linears) * NUM_VECTORS
-        checks = np.frombuffer(file.read(8 * num_words), "<u8").astype(np.uint64, copy=False)
-        shape = (header.num_masks, header.mask_words)
-        stored = np.memmap(file, "<u8", "r", masks, shape)
-        yield Masks(header, MaskLedger(file.fileno(), USED_AT, header.num_masks), stored, checks)
+    try:
+        return Masks(file, path)
+    except BaseException:
+        file.close()
+        raise
