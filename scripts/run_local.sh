@@ -1,20 +1,23 @@
 #!/usr/bin/env bash
 # Generate text with stage workers and an orchestrator as separate processes on this machine.
 # Usage: run_local.sh [--mode MODE] "PROMPT" [MAX_TOKENS]
-# MODE is plain, client, rotate, rotate-int8, dp, scx or scx-paper.
+# MODE is plain, client, rotate, rotate-int8, dp, scx, scx-paper, offload or mix.
 # MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. In mode
 # client the orchestrator holds embedding and head, and computes them with as many threads; in mode
 # rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits; in dp they
 # get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA); in scx one stage, at home,
 # asks a worker that holds its keys and values encoded, and is started anew if it dies; in scx-paper
-# stages between two at home (HOME_LAYERS of each, 1,1) keep theirs encoded. MODEL_DIR may be what
+# stages between two at home (HOME_LAYERS of each, 1,1) keep theirs encoded; in offload and mix one
+# at home has another worker compute its linears, which sees rows under one-time masks (MASKS of
+# them, made first), or a prompt's rows mixed with each other. MODEL_DIR may be what
 # `pipeline-orch shard` wrote: its manifest then says the stages and their addresses, and the mode.
-# pipeline/codecs/README.md says what that protects, pipeline/scx/README.md what scx does.
+# pipeline/codecs/README.md says what that protects, pipeline/scx/README.md what scx
+# does, pipeline/offload/README.md what offload and mix do.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage='usage: run_local.sh [--mode MODE] "PROMPT" [MAX_TOKENS]'
-modes='plain, client, rotate, rotate-int8, dp, scx or scx-paper'
+modes='plain, client, rotate, rotate-int8, dp, scx, scx-paper, offload or mix'
 mode=plain
 if [ "${1-}" = --mode ]; then
   mode=${2-}
@@ -24,6 +27,7 @@ plan_flags=(--split client)
 own=(--threads "${THREADS:-1}")
 case $mode in
   plain) plan_flags=() own=() ;;
+  offload | mix) plan_flags=() own=() STAGES=1 ;;
   client | rotate) ;;
   rotate-int8) plan_flags+=(--wire-dtype I8) ;;
   dp)
@@ -31,7 +35,7 @@ case $mode in
     # Noise that leaves a text readable hides nothing; what it adds up to is printed.
     own+=(--dp-epsilon "${DP_EPSILON:-1e9}" --dp-delta "${DP_DELTA:-1e-5}")
     ;;
-  scx) plan_flags=() own=() ;;
+  scx | offload | mix) plan_flags=() own=() ;;
   scx-paper)
     plan_flags=(--home-layers "${HOME_LAYERS:-1,1}") own=()
     STAGES=${STAGES:-3}
@@ -40,7 +44,7 @@ case $mode in
 esac
 once=(--once)
 # A home outlives its workers' sessions, and so do these.
-[ "$mode" != scx ] || { STAGES=1; once=(); }
+case $mode in scx | offload | mix) STAGES=1 once=() ;; esac
 prompt=${1-}
 max_tokens=${2-50}
 stages=${STAGES:-2}
@@ -56,6 +60,7 @@ trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+stage_flags=()
 part_dir() { echo "$model_dir"; }
 text_dir=$model_dir
 if [ -f "$model_dir/stage0/config.json" ]; then
@@ -68,7 +73,12 @@ if [ -f "$model_dir/stage0/config.json" ]; then
   [ ! -d "$model_dir/client" ] || [ "$mode" != plain ] || die "$model_dir has a client part; give its --mode"
 else
   base_port=$(free_base_port $((10 * stages + 3)))
-  [ "$mode" != scx ] || plan_flags=(--attention "127.0.0.1:$((base_port + 10 * stages + 2))")
+  part=127.0.0.1:$((base_port + 10 * stages + 2))
+  case $mode in
+    scx) plan_flags=(--attention "$part") ;;
+    offload) plan_flags=(--linear "$part") ;;
+    mix) plan_flags=(--mixed-linear "$part") ;;
+  esac
   manifest=$run_dir/manifest.json
   pipeline-orch plan --model-dir "$model_dir" --stages "$stages" --base-port "$base_port" \
     "${plan_flags[@]}" -o "$manifest" 2>"$run_dir/plan.log" || { cat "$run_dir/plan.log" >&2; exit 2; }
@@ -79,28 +89,40 @@ else
     part_dir() { echo "$run_dir/shards/$1"; }
   fi
 fi
-[[ $mode == plain || $mode == scx* ]] || own+=(--client-part "$(part_dir client)")
+stage_flags=()
+case $mode in
+  plain | scx* | mix) ;;
+  offload)
+    stage_flags=(--masks "$run_dir/masks")
+    # A token of a prompt is a byte at least.
+    num_masks=${MASKS:-$(($(printf %s "$prompt" | wc -c) + max_tokens + 1))}
+    pipeline-orch masks make --manifest "$manifest" --model-dir "$model_dir" --tokens "$num_masks" \
+      -o "$run_dir/masks" 2>"$run_dir/masks.log" || { cat "$run_dir/masks.log" >&2; exit 2; }
+    ;;
+  *) own+=(--client-part "$(part_dir client)") ;;
+esac
 
 for ((i = 0; i < stages; i++)); do
   stage-worker --manifest "$manifest" --stage-idx "$i" --model-dir "$(part_dir "stage$i")" \
-    --threads "${THREADS:-1}" "${once[@]}" --dev >"$run_dir/stage$i.log" 2>&1 &
+    --threads "${THREADS:-1}" "${stage_flags[@]}" "${once[@]}" --dev >"$run_dir/stage$i.log" 2>&1 &
   pids[i]=$!
 done
 
-# Whoever holds encoded keys and values may go at any time: another begins with nothing.
-keep_attention_worker() {
+# Whoever is asked for a part of the work may go at any time: another begins with nothing.
+keep_part_worker() {
   local child
   trap 'kill -TERM "$child" 2>/dev/null; exit 0' TERM
   while :; do
-    stage-worker attention --manifest "$manifest" --dev >>"$run_dir/attention.log" 2>&1 &
+    stage-worker "$@" --manifest "$manifest" --dev >>"$run_dir/part.log" 2>&1 &
     child=$!
     wait "$child" || true
     sleep 0.2
   done
 }
-if [ "$mode" = scx ]; then
-  keep_attention_worker &
-fi
+case $mode in
+  scx) keep_part_worker attention & ;;
+  offload | mix) keep_part_worker linear --model-dir "$model_dir" --threads "${THREADS:-1}" & ;;
+esac
 
 # A worker that cannot start says why at once; do not let the orchestrator wait for it.
 watch_workers() {

@@ -40,14 +40,14 @@ ROOMS = {
     "scx": {"kernels", "models", "protocol", "remote_parts"},
     "offload": {"agreement", "kernels", "models", "protocol", "remote_parts", "weights"},
     "leakage": {
-        "codecs", "engine", "kernels", "models", "planning", "protocol", "remote_parts", "scx",
-        "weights",
+        "codecs", "engine", "kernels", "models", "offload", "planning", "protocol", "remote_parts",
+        "scx", "weights",
     },
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
     "cli": {
         "agreement", "codecs", "doors", "engine", "gateway", "kernels", "leakage", "models",
-        "offload", "orchestrator", "placement", "planning", "protocol", "remote_parts", "sampling", "scx",
-        "sessions", "stage", "stego",
+        "offload", "orchestrator", "placement", "planning", "protocol", "remote_parts", "sampling",
+        "scx", "sessions", "stage", "stego",
     },
 }  # fmt: skip
 # What kernels know of the protocol: which rows of a step are whose, and which stay. All that doors

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def leakage_command(
     mode: Annotated[
         str | None,
-        typer.Option(metavar="MODE", help="A mode, such as client, rotate, dp or scx."),
+        typer.Option(metavar="MODE", help="A mode, such as client, rotate, scx or offload."),
     ] = None,
     model_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The model everybody has, and its tokenizer.")
@@ -128,8 +128,14 @@ def _show(card: "Card") -> None:
         f"max |Δlogit| {utility.max_logit_difference:.3g}, KL {utility.kl:.3g}, same greedy token "
         f"{utility.greedy_agreement:.1%}; {cost.tokens_per_second:.1f} tokens/s in one process "
         f"(plain {cost.plain_tokens_per_second:.1f}), {cost.bytes_per_token} bytes and "
-        f"{cost.round_trips_per_token} round trip a token over two stages"
+        f"{cost.round_trips_per_token} round trip{'' if cost.round_trips_per_token == 1 else 's'} "
+        "a token"
     )
+    if (view := card.uniformity) is not None:
+        console.print(
+            f"what is sent, beside uniform bytes: chi-square {view.chi_square:.0f} with "
+            f"{view.degrees} degrees of freedom over {view.words} words, p {view.p_value:.2f}"
+        )
     console.print(f"A lying server {card.integrity.lying_server}.")
     console.print(f"Found by: {card.integrity.found_by}.")
     console.print(f"{card.mode}{f' ({card.setting})' if card.setting else ''}: {card.protects}")

@@ -60,8 +60,8 @@ class Cost(Part):
 
     tokens_per_second: NotNegative
     plain_tokens_per_second: NotNegative
-    bytes_per_token: Count
-    round_trips_per_token: Count
+    bytes_per_token: Annotated[int, Field(ge=0)]
+    round_trips_per_token: Annotated[int, Field(ge=0)]
 
 
 class Integrity(Part):
@@ -69,6 +69,15 @@ class Integrity(Part):
 
     lying_server: str
     found_by: str
+
+
+class Uniformity(Part):
+    """What a server is sent, held against words of which each is as likely: a chi-square test."""
+
+    words: Count
+    chi_square: NotNegative
+    degrees: Count
+    p_value: Rate
 
 
 class Setting(Part):
@@ -97,6 +106,7 @@ class Card(Part):
     integrity: Integrity
     epsilon: NotNegative | None  # of one text, at DELTA; of modes without noise there is none
     settings: list[Setting]
+    uniformity: Uniformity | None = None  # of modes that send nothing but words under masks
     protects: str
 
     def at(self, layer: int) -> Recovery | None:

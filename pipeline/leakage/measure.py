@@ -12,12 +12,20 @@ from pipeline.leakage.attacker import Attacker
 from pipeline.leakage.cards import DELTA, Card, Cost, Integrity, Setting
 from pipeline.leakage.encoded_cost import measure_encoded
 from pipeline.leakage.encoded_suite import EncodedTexts, recover_encoded
+from pipeline.leakage.linear_models import LinearHost, opened_linear_model
 from pipeline.leakage.modes import MODES, Mode
 from pipeline.leakage.observations import SEED, Text, observe, read_texts
 from pipeline.leakage.public_model import PublicModel
 from pipeline.leakage.rotated_model import load_rotated
 from pipeline.leakage.suite import ATTACKS, Scope, recover, recover_all
-from pipeline.leakage.utility import NUM_STAGES, ModePipeline, measure_utility, tokens_per_second
+from pipeline.leakage.uniformity import held_against_uniform
+from pipeline.leakage.utility import (
+    NUM_STAGES,
+    TIMED_TOKENS,
+    ModePipeline,
+    measure_utility,
+    tokens_per_second,
+)
 from pipeline.models.config import load_config
 from pipeline.progress import Watch
 
@@ -58,14 +66,37 @@ class Laboratory:
 
     def card(self, mode: Mode, watch: Watch) -> Card:
         """Attack a mode, and measure what it costs. Raises InputError."""
-        if mode.holds != "rows":
-            return self._card_of_encoded_rows(mode, watch)
+        match mode.holds:
+            case "rows":
+                num_bytes = mode.bytes_per_token(self.model.config.hidden_dim, NUM_STAGES)
+                return self._card(mode, self._server(mode), num_bytes, watch)
+            case "masked words" | "mixed rows":
+                return self._card_of_linears(mode, watch)
+            case _:
+                return self._card_of_encoded_rows(mode, watch)
+
+    def _card_of_linears(self, mode: Mode, watch: Watch) -> Card:
+        host = LinearHost.load(self.model_dir)
+        # All texts once; one of them for time, with tokens behind it, and one for its words.
+        num_rows = (self.scope.num_texts + 2) * self.scope.num_tokens + TIMED_TOKENS
+        with opened_linear_model(
+            mode, self.model_dir, self.model.cuts[1:-1], host, num_rows
+        ) as server:
+            if mode.holds == "mixed rows":  # tokens behind a prompt come alone, and stay
+                return self._card(mode, server, 0, watch)
+            host.seen = []
+            server.rows_at_cuts(server.embed(self.texts[0]))
+            sent = np.concatenate([each.reshape(-1) for each in host.seen])
+            host.seen = None
+            mode = replace(mode, round_trips_per_token=len(host.linears))
+            card = self._card(mode, server, host.bytes_a_row, watch)
+            return card.model_copy(update={"uniformity": held_against_uniform(sent)})
+
+    def _card(self, mode: Mode, server: PublicModel, num_bytes: int, watch: Watch) -> Card:
         model, texts, scope = self.model, self.texts, self.scope
-        num_bytes = mode.bytes_per_token(model.config.hidden_dim, NUM_STAGES)
-        server = self._server(mode)
         pipelines = ModePipeline(server, mode), ModePipeline(model, PLAIN)
         speed, plain_speed = tokens_per_second(pipelines, texts[0])
-        seen = observe(model, server, mode, texts)
+        seen = observe(model, server if mode.holds == "rows" else model, mode, texts)
         recoveries = recover_all(
             self.attacker, mode, seen, self.layers, scope, watch(f"attacking {mode.name}", "texts")
         )

@@ -23,9 +23,12 @@ from pipeline.leakage.views import View
 USABLE_SIGMA, LONGEST_EMBEDDING = 0.03, 7.5
 TOKEN_BYTES = 4  # an id on its way in, and one on its way out
 
-Disguise = Literal["permutation", "rotation"] | None
-# What a server has: rows between layers, or keys and values under keys, which it may have as well.
-Holds = Literal["rows", "encoded rows", "encoded rows and their keys"]
+Disguise = Literal["permutation", "rotation", "masks", "mixing"] | None
+# What a server has: rows between layers; keys and values under keys, which it may have as well; or
+# what linears take, as they are asked for.
+Holds = Literal[
+    "rows", "encoded rows", "encoded rows and their keys", "masked words", "mixed rows"
+]
 MakeView = Callable[[int, np.random.Generator], View]  # of a hidden size, with its randomness
 
 SILENT = (
@@ -174,6 +177,31 @@ _ALL = (
         setting="one layer at home at each end",
         is_client_split=False,
         holds="encoded rows and their keys",
+    ),
+    Mode(
+        "offload",
+        1,
+        views.masked,
+        "The worker that computes the linears sees random words, and learns how many tokens come "
+        "when: nothing of a text.",
+        lying_server="is found out before anything that it made up is used",
+        found_by="40 secret vectors (Freivalds): one wrong answer in 2^40 passes",
+        is_client_split=False,
+        disguise="masks",
+        holds="masked words",
+    ),
+    Mode(
+        "mix",
+        1,
+        views.mixed,
+        "Mixing a prompt's rows hides their order and nothing of what they are: whoever has the "
+        "public weights reads prompts shorter than the model is wide.",
+        lying_server="is found out before anything that it made up is used",
+        found_by="40 secret vectors (Freivalds): one wrong answer in 2^40 passes",
+        is_client_split=False,
+        disguise="mixing",
+        round_trips_per_token=0,
+        holds="mixed rows",
     ),
 )
 MODES: Mapping[str, Mode] = MappingProxyType({mode.name: mode for mode in _ALL})

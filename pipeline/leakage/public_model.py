@@ -15,6 +15,7 @@ from pipeline.dtypes import Floats
 from pipeline.errors import ModelError
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.models.config import ModelConfig, load_config
+from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.models.registry import (
     ModelShard,
     family_of,
@@ -43,9 +44,13 @@ class PublicModel:
 
     @classmethod
     def load(
-        cls, model_dir: Path, layers: Sequence[int], progress: Progress | None = None
+        cls,
+        model_dir: Path,
+        layers: Sequence[int],
+        progress: Progress | None = None,
+        parts: LayerParts = OWN,
     ) -> "PublicModel":
-        """Raises ModelError."""
+        """`parts`: what does the work of its layers. Raises ModelError."""
         config = load_config(model_dir)
         cuts = tuple(sorted({0, *layers, config.num_layers}))
         shards = tuple(
@@ -55,6 +60,7 @@ class PublicModel:
                 start,
                 end,
                 ends=Ends(embedding=False, head=end == config.num_layers),
+                parts=parts,
                 expected_hashes=None,
                 progress=part_of(progress, index, len(cuts) - 1),
             )

@@ -9,6 +9,7 @@ from pipeline.leakage.attacks.known_prefix import known_prefix
 from pipeline.leakage.attacks.known_weights import known_weights
 from pipeline.leakage.attacks.many_sessions import averaged_noise, shared_secret
 from pipeline.leakage.attacks.nearest_vocabulary import nearest_vocabulary
+from pipeline.leakage.attacks.row_space import row_space
 from pipeline.leakage.attacks.sorted_matching import sorted_matching
 from pipeline.leakage.cards import Recovery
 from pipeline.leakage.evidence import Attack
@@ -51,8 +52,8 @@ def _sorted_fits(mode: Mode, layer: int) -> bool:
 
 
 def _disguised(mode: Mode, layer: int) -> bool:
-    del layer
-    return mode.disguise is not None
+    is_matrix = mode.disguise in {"permutation", "rotation"}
+    return is_matrix or (mode.disguise is not None and layer <= 1)
 
 
 def _disguised_shallow(mode: Mode, layer: int) -> bool:
@@ -61,6 +62,14 @@ def _disguised_shallow(mode: Mode, layer: int) -> bool:
 
 def _sent_noise(mode: Mode, layer: int) -> bool:
     return mode.has_noise and layer == 0
+
+
+def _mixed(mode: Mode, layer: int) -> bool:
+    return mode.disguise == "mixing" and layer == 1
+
+
+def _mixed_guided(mode: Mode, layer: int) -> bool:
+    return mode.disguise == "mixing" and layer != 1
 
 
 PUBLIC = "public W"
@@ -81,6 +90,8 @@ ATTACKS = (
         )
         for count in (8, 32)
     ),
+    NamedAttack("row-space", PUBLIC, row_space, _mixed),
+    NamedAttack("row-space", PUBLIC, row_space, _mixed_guided, is_guided=True),
     NamedAttack("known-weights", f"{PUBLIC} + W'", known_weights, _disguised),
     NamedAttack(*SESSIONS, shared_secret, _disguised, is_brief=True),
     NamedAttack(*SESSIONS, averaged_noise, _sent_noise),

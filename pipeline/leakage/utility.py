@@ -30,6 +30,8 @@ class ModePipeline:
         num_layers = model.config.num_layers
         middle = min(model.cuts[1:], key=lambda cut: abs(cut - num_layers / NUM_STAGES))
         self._links = {0, middle, num_layers} if mode.is_client_split else {middle}
+        if mode.holds != "rows":  # whoever asks for products keeps the rows
+            self._links = set()
 
     def new_caches(self, num_positions: int) -> list[KVCache]:
         """For one text."""

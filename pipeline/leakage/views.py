@@ -11,7 +11,10 @@ import numpy as np
 
 from pipeline.codecs.gaussian_noise import KEY_BYTES, GaussianNoise
 from pipeline.dtypes import Floats
+from pipeline.offload.fixed_point import to_ring
+from pipeline.offload.mixing import Mixture
 
+REACH = 1 << 30  # of weights in fixed point, about: it decides how many bits of a row are sent
 Change = Callable[[Floats], Floats]
 
 
@@ -61,3 +64,26 @@ def noisy(sigma: float, clip: float) -> Callable[[int, np.random.Generator], Vie
         return View(_same, _same, _same, disturb)
 
     return make
+
+
+def masked(hidden_dim: int, rng: np.random.Generator) -> View:
+    """Rows in fixed point under masks of their own, as numbers from -1 to 1: what is sent."""
+    del hidden_dim
+
+    def mask(rows: Floats) -> Floats:
+        words, _ = to_ring(rows.reshape(-1, rows.shape[-1]), REACH)
+        words = words + rng.integers(0, 1 << 64, words.shape, np.uint64)
+        return (words.view(np.int64) * 2.0**-63).astype(np.float32).reshape(rows.shape)
+
+    return View(mask, _same, _same, _same)
+
+
+def mixed(hidden_dim: int, rng: np.random.Generator) -> View:
+    """The rows of one text mixed with each other, anew at every layer."""
+    del hidden_dim
+
+    def mix(rows: Floats) -> Floats:
+        mixture = Mixture(len(rows), rng.bytes(KEY_BYTES))
+        return mixture.mix(rows.astype(np.float64)).astype(np.float32)
+
+    return View(mix, _same, _same, _same)

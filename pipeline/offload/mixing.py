@@ -22,13 +22,15 @@ CONDITION = 4.0
 class Mixture:
     """One A, for so many rows."""
 
-    def __init__(self, num_rows: int) -> None:
-        """Raises InputError for too few rows."""
+    def __init__(self, num_rows: int, key: bytes | None = None) -> None:
+        """`key`: what A is drawn from, random if not given. Raises InputError for too few rows."""
         if num_rows < MIN_ROWS:
             raise InputError(
                 f"{num_rows} rows cannot be mixed, which takes {MIN_ROWS}: they would be told apart"
             )
-        uniform = _uniform(secrets.token_bytes(KEY_BYTES), 2 * num_rows * num_rows + num_rows)
+        uniform = _uniform(
+            key or secrets.token_bytes(KEY_BYTES), 2 * num_rows * num_rows + num_rows
+        )
         size = num_rows * num_rows
         radius = np.sqrt(-2 * np.log(uniform[:size]))
         normal = radius * np.cos(2 * math.pi * uniform[size : 2 * size])
