@@ -28,9 +28,9 @@ class LinearFlags(PartFlags):
 def linear(flags: LinearFlags) -> None:
     """Multiply rows that a manifest's stage sends by the weights of its linears.
 
-    The worker holds public weights, and whatever it is sent is hidden from it under masks, or mixed.
-    It checks the weights' hashes, prints `event=listening` and serves one session after another,
-    or several side by side, until stopped.
+    The worker holds public weights; whatever it is sent is hidden under masks, or mixed. It checks
+    the weights' hashes, prints `event=listening` and serves one session after another, or several
+    side by side, until stopped.
 
     \b
         stage-worker linear --manifest manifest.json --model-dir models/smollm2 --dev

@@ -51,13 +51,17 @@ def _sorted_fits(mode: Mode, layer: int) -> bool:
     return mode.disguise == "permutation" or (mode.disguise is not None and layer == 0)
 
 
+def _in_another_basis(mode: Mode) -> bool:
+    """Whether a matrix in the weights hides rows, one for all layers and sessions."""
+    return mode.disguise in {"permutation", "rotation"}
+
+
 def _disguised(mode: Mode, layer: int) -> bool:
-    is_matrix = mode.disguise in {"permutation", "rotation"}
-    return is_matrix or (mode.disguise is not None and layer <= 1)
+    return _in_another_basis(mode) or (mode.disguise is not None and layer == 0)
 
 
 def _disguised_shallow(mode: Mode, layer: int) -> bool:
-    return mode.disguise is not None and layer <= 1
+    return _disguised(mode, layer) and layer <= 1
 
 
 def _sent_noise(mode: Mode, layer: int) -> bool:
