@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -26,6 +27,9 @@ KvMemoryFlag = Annotated[
     Annotated[Finite, Field(ge=0.001, le=1 << 20)] | None,
     Flag("GIB", "KV memory of a session [what is free]."),
 ]
+MasksFlag = Annotated[
+    Path | None, Flag("FILE", "Masks for what a linear worker is sent (see masks make).")
+]
 # What computes where nothing faster can: several times slower than native kernels.
 SLOW_KERNELS = "torch"
 # What says how the orchestrator computes as well, where it holds the ends of the model.
@@ -42,6 +46,7 @@ class WorkerOptions(Settings):
     cpus: Annotated[str | None, Flag("LIST", f"{CPUS_HELP}; a / between stages [none].")] = None
     device: DeviceFlag = None
     kv_memory: KvMemoryFlag = None
+    masks: MasksFlag = None
     store: KvStoreFlags = KvStoreFlags()
 
     def given(self, *, has_client_ends: bool = False) -> list[str]:
@@ -90,6 +95,7 @@ class WorkerOptions(Settings):
             ("--cpus", cpus),
             ("--device", self.device),
             ("--kv-memory", self.kv_memory),
+            ("--masks", self.masks),
             *self.store.words(),
         )
 

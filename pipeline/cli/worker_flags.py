@@ -10,6 +10,7 @@ from pipeline.cli.compute_options import (
     DTypeFlag,
     KernelsFlag,
     KvMemoryFlag,
+    MasksFlag,
     ThreadsFlag,
 )
 from pipeline.cli.kv_store_flags import KvStoreFlags
@@ -63,9 +64,7 @@ class WorkerFlags(Settings):
     identity: Annotated[
         Path | None, Flag("FILE", "This stage's key, where the manifest names it (see keygen).")
     ] = None
-    masks: Annotated[
-        Path | None, Flag("FILE", "Masks for what a linear worker is sent (see masks make).")
-    ] = None
+    masks: MasksFlag = None
     dtype: DTypeFlag = None
     kernels: KernelsFlag = None
     threads: ThreadsFlag = None

@@ -55,6 +55,11 @@ class LayerParts:
         return own()
 
     @property
+    def hold_weights_in_kernels(self) -> bool:
+        """Whether all weights lie in the kernels' memory, as they put them there."""
+        return type(self).linear is LayerParts.linear
+
+    @property
     def attend_in_cache(self) -> bool:
         """Whether all that is attended to lies in the kernels' cache, as they put it there."""
         return type(self).attention is LayerParts.attention

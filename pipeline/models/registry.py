@@ -154,7 +154,7 @@ def load_shard(
     of linears and attention. `expected_hashes`: SHA-256 of
     each of `required_files`, or None to load unverified. `memory`: where to leave verified weights
     for others, or to find what they left, of which nothing is read then; native kernels alone use
-    it. Raises ModelError naming file, tensor, expected and actual, InputError for kernels that
+    it, where no part has weights of its own. Raises ModelError naming file, tensor, expected and actual, InputError for kernels that
     cannot be had.
     """
     precision = to_precision(dtype)
@@ -162,7 +162,8 @@ def load_shard(
     chosen = choose_kernels(kernels, config.head_dim, device)
     stored_config, config = config, _as_stored(model_dir, config)
     kept = None
-    if memory is not None and expected_hashes is not None:
+    is_kept = memory is not None and parts.hold_weights_in_kernels
+    if is_kept and expected_hashes is not None:
         kept = keep_weights(
             chosen,
             memory,

@@ -1,10 +1,13 @@
 """What can go wrong with products that others compute."""
 
-from pipeline.errors import InputError, SessionError, SessionRefused
+from pipeline.errors import InputError, SessionRefused
 
 
-class WrongProduct(SessionError):
-    """A linear worker answered something else than the product it was asked for."""
+class WrongProduct(SessionRefused):
+    """A linear worker answered something else than the product it was asked for.
+
+    Whoever lies is not asked again and again, until a lie passes.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(f"the linear worker's answer for {name} is wrong, and was not used")

@@ -4,7 +4,6 @@ import re
 import stat
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -94,7 +93,10 @@ class Home:
         return result.stdout
 
     def text_while_dying(self):
-        """What comes out where the linear worker is killed, and replaced, once a text has begun."""
+        """What comes out where the linear worker is killed, and replaced, once a text has begun.
+
+        And what was said of it.
+        """
         process = self.cluster.start_orch(PROMPT, "--max-tokens", str(NUM_TOKENS), "--ignore-eos")
         read = b""
         while len(read) < len(PROMPT) + 5:
@@ -104,8 +106,11 @@ class Home:
         self.start_linear()
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
-        assert b"failover" in err
-        return (read + out).decode()
+        return (read + out).decode(), err.decode()
+
+
+# Real processes, each of which takes seconds to start; what they do is tested beside the source.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -127,26 +132,27 @@ def test_under_masks_the_text_is_the_plain_one_also_when_the_worker_dies(home, p
     home.plan("linear", 300)
     home.start()
     assert home.text() == plain_text
-    assert home.text_while_dying() == plain_text
+    text, said = home.text_while_dying()
+    assert text == plain_text
+    assert "event=failover_started" in said
+    assert "linear worker" in said
 
 
-def test_mixed_prompts_give_the_plain_text_also_when_the_worker_dies(home, plain_text):
+def test_mixed_prompts_give_the_plain_text_and_what_follows_needs_no_worker(home, plain_text):
     home.plan("mixed-linear")
     home.start(is_masked=False)
+    text, said = home.text_while_dying()
+    assert text == plain_text
+    assert "failover" not in said
     assert home.text() == plain_text
-    assert home.text_while_dying() == plain_text
 
 
 @pytest.mark.parametrize("lies", ["off", "replayed", "short", "floats"])
 def test_a_lie_is_one_error_and_the_text_goes_on_with_an_honest_worker(home, lies):
     home.plan("linear", 300)
     home.start(lies=lies)
-    began = time.monotonic()
-    result = home.cluster.orch(
-        PROMPT, "--max-tokens", str(NUM_TOKENS), "--ignore-eos", "--connect-timeout", "3"
-    )
-    assert time.monotonic() - began < 60
-    assert result.returncode in {1, 2}
+    result = home.cluster.orch(PROMPT, "--max-tokens", str(NUM_TOKENS), "--ignore-eos")
+    assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if "error: " in line]
     assert len(errors) == 1
     assert "linear worker" in errors[0]

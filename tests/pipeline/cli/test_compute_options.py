@@ -13,10 +13,12 @@ def manifest(tiny_model):
 
 
 def test_workers_get_what_was_given_and_nothing_else(manifest):
-    options = WorkerOptions(dtype="int8", kernels="torch", threads=2, kv_memory=0.5, device="cpu")
+    options = WorkerOptions(
+        dtype="int8", kernels="torch", threads=2, kv_memory=0.5, device="cpu", masks="m"
+    )
     expected = [
         *("--dtype", "int8", "--kernels", "torch", "--threads", "2"),
-        *("--device", "cpu", "--kv-memory", "0.5"),
+        *("--device", "cpu", "--kv-memory", "0.5", "--masks", "m"),
     ]
     assert options.arguments(manifest) == [expected, expected]
     assert WorkerOptions().arguments(manifest) == [[], []]

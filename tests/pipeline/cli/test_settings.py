@@ -8,8 +8,9 @@ import pydantic
 import pytest
 import typer
 
-from pipeline.cli import pipeline_orch, stage_worker
+from pipeline.cli import linear_worker, pipeline_orch, stage_worker
 from pipeline.cli.generate_flags import GenerateFlags
+from pipeline.cli.linear_worker import LinearFlags
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.serve_flags import ServeFlags
 from pipeline.cli.settings import takes_flags
@@ -146,8 +147,8 @@ BY_HAND = {
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.
 COMMANDS_BY_HAND = {
-    "attest verify", "attest show", "keygen", "leakage", "plan", "session forget", "session list",
-    "shard",
+    "attest verify", "attest show", "keygen", "leakage", "masks make", "plan", "session forget",
+    "session list", "shard",
 }  # fmt: skip
 
 
@@ -162,7 +163,7 @@ def commands(command, name=""):
 
 def test_every_option_of_every_command_has_its_variable_or_is_said_by_hand():
     names = set()
-    for module in (pipeline_orch, stage_worker):
+    for module in (pipeline_orch, stage_worker, linear_worker):
         for name, command in commands(typer.main.get_command(module.app)):
             names.add(name)
             for option in command.params:
@@ -178,7 +179,7 @@ def test_every_option_of_every_command_has_its_variable_or_is_said_by_hand():
 
 ROLES = [
     GenerateFlags, PipelineFlags, ServeFlags, TopFlags, WorkerFlags, EncodeFlags, DecodeFlags,
-    KeygenFlags,
+    KeygenFlags, LinearFlags,
 ]  # fmt: skip
 NEEDED = {"manifest": "m", "model_dir": "d", "tokenizer": "t", "text": "x", "prompt": "x",
           "out": "o", "stage_idx": "0"}  # fmt: skip

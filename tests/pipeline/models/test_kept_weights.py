@@ -13,6 +13,7 @@ from pipeline.kernels.huge_pages import Arena
 from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.kernels.sealed_memory import HUGE_PAGE, SealedMemory
 from pipeline.models.config import load_config
+from pipeline.models.layer_parts import LayerParts
 from pipeline.models.registry import load_shard
 from pipeline.protocol.batch import Segment
 from pipeline.weights.checkpoint import hash_files, weight_files
@@ -156,3 +157,20 @@ def test_only_what_is_handed_out_takes_memory(fd):
     for size in (5 << 20, 1000, 40 << 20, 40 << 20):  # the last has no room in the first chunk
         arena.take(size).fill(3)
     assert os.fstat(fd).st_blocks * 512 <= (85 << 20) + 4 * HUGE_PAGE
+
+
+def test_parts_with_weights_of_their_own_get_them_each_time(model, fd):
+    class OwnParts(LayerParts):
+        def linear(self, name, spec, kernels):
+            return kernels.linear(spec)
+
+    config = load_config(model)
+    hashes = hash_files(weight_files(model))
+    expected = rows_of(load(model, None, hashes, "float32"))
+    for _ in range(2):
+        shard = load_shard(
+            model, config, 0, config.num_layers, kernels="native", parts=OwnParts(),
+            expected_hashes=hashes, memory=SealedMemory(fd),
+        )  # fmt: skip
+        assert not SealedMemory(fd).is_sealed
+        assert rows_of(shard) == expected
