@@ -11,7 +11,7 @@ from transport.tensor_frames import FrameLimits, Tensor
 _INDEX = struct.Struct("<I")
 # Of rows one way: more of them are asked for piece by piece, so that neither side holds much.
 MAX_BYTES = 16 << 20
-# Room for one row of the widest linear there may be, and for a refusal.
+# A header that says no more than an index, or why a question is refused.
 LIMITS = FrameLimits(max_header_bytes=2048, max_tensors=1, max_tensor_bytes=MAX_BYTES)
 
 

@@ -8,6 +8,7 @@ from pipeline.cli import pipeline_orch
 from pipeline.cli.pipeline_access import mode_of
 from pipeline.leakage import cards
 from pipeline.planning.plan import PlanOptions, plan
+from transport.dial_and_listen import TcpEndpoint
 
 FINGERPRINT = "ab" * 32
 
@@ -26,6 +27,14 @@ FINGERPRINT = "ab" * 32
 def test_a_manifest_says_which_mode_it_is(tiny_model, split, wire, rotation, name):
     manifest = plan(tiny_model, PlanOptions(2, split=split, wire_dtype=wire))
     assert mode_of(manifest.model_copy(update={"rotation": rotation})) == name
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("attention", "scx"), ("linear", "offload"), ("mixed-linear", "mix")]
+)
+def test_what_another_worker_is_asked_for_is_a_mode(tiny_model, kind, name):
+    part = (kind, TcpEndpoint("127.0.0.1", 9), None)
+    assert mode_of(plan(tiny_model, PlanOptions(1, part=part))) == name
 
 
 def test_noise_is_a_mode_whatever_else_is_done(tiny_model):

@@ -11,7 +11,13 @@ from pipeline.leakage.cards import load_card, markdown_table, parse_card, requir
 from pipeline.leakage.modes import MODES
 
 # Of the present version of a mode; the README says so too.
-NOT_MEASURED = {"rotate-int8": {29}, "scx": {1, 15, 29}, "scx-paper": {1, 15, 29}}
+NOT_MEASURED = {
+    "rotate-int8": {29},
+    "scx": {1, 15, 29},
+    "scx-paper": {1, 15, 29},
+    "offload": {1, 15, 29},
+    "mix": {29},
+}
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -27,7 +33,17 @@ def test_every_mode_has_the_card_of_its_version(name):
     assert layers == expected if mode.is_offered else 0 in layers
 
 
-@pytest.mark.parametrize("name", [name for name in MODES if name != "dp"])
+def test_masks_leave_a_server_at_chance_level_and_words_as_random_as_any():
+    card = load_card("offload", MODES["offload"].version)
+    for each in card.recoveries:
+        assert each.token_recovery <= 2 / each.tokens, each.attack  # of 49,152 there are
+    assert card.uniformity is not None
+    assert 1e-6 < card.uniformity.p_value < 1 - 1e-6
+    assert card.utility.max_logit_difference <= 0.05
+    assert card.utility.greedy_agreement >= 0.99
+
+
+@pytest.mark.parametrize("name", [name for name in MODES if name not in {"dp", "offload"}])
 def test_layer_0_tells_nearly_every_token(name):
     best = load_card(name, MODES[name].version).at(0)
     assert best is not None
