@@ -12,7 +12,6 @@ from pipeline.remote_parts.parts import PartAccess, RemoteParts
 from pipeline.stage.model_config import agreed_config
 from pipeline.stage.worker_setup import PartsSession
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -37,7 +37,7 @@ def make_command(
         int | None, typer.Option(min=1, metavar="N", help="Threads to compute with [all CPUs].")
     ] = None,
 ) -> None:
-    """Make masks for N tokens, of prompts and texts together: `stage-worker --masks FILE` uses them.
+    """Make masks for N tokens, of prompts and texts: `stage-worker --masks FILE` uses them.
 
     Each hides one token from the linear worker of a manifest, once. The file is as secret as the
     texts: keep it on the stage's machine, use no copy of it, and delete it when it is used up.

@@ -65,6 +65,12 @@ class Attacker:
             lambda prefix, ids: rows_of(tuple(prefix), tuple(ids)),
         )
 
+    def present(self, comparison: Comparison, count: int) -> frozenset[int]:
+        """So many tokens of which the rows at layer 0 fit best, wherever they stand."""
+        target, features = comparison.at(0, {})
+        off = np.square(features(self._vocabulary(0)) - target).sum(axis=1)
+        return frozenset(np.argsort(off, kind="stable")[:count].tolist())
+
     def considered(self, layer: int) -> str:
         """Which tokens are tried at a layer, in words."""
         return "all" if layer <= 1 else f"{min(MAX_CANDIDATES, self._size)} likeliest"

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from pipeline.leakage.modes import Mode
@@ -12,7 +12,7 @@ from pipeline.models.registry import load_shard
 from pipeline.models.shard_model import NO_ENDS
 from pipeline.offload.linear_parts import MaskedParts, MixedParts
 from pipeline.offload.mask_file import write_masks
-from pipeline.offload.masks import Masks, opened_masks
+from pipeline.offload.masks import Masks, open_masks
 from pipeline.offload.ring import Words
 from pipeline.offload.ring_linear import HeldLinear, HeldParts
 
@@ -75,5 +75,5 @@ def opened_linear_model(
     with tempfile.TemporaryDirectory(prefix="veilpipe.") as name:
         path = Path(name, "masks")
         write_masks(path, host.linears, (), num_masks)
-        with opened_masks(path) as masks:
+        with closing(open_masks(path)) as masks:
             yield PublicModel.load(model_dir, layers, parts=_Masked(masks, host))

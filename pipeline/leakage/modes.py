@@ -26,9 +26,7 @@ TOKEN_BYTES = 4  # an id on its way in, and one on its way out
 Disguise = Literal["permutation", "rotation", "masks", "mixing"] | None
 # What a server has: rows between layers; keys and values under keys, which it may have as well; or
 # what linears take, as they are asked for.
-Holds = Literal[
-    "rows", "encoded rows", "encoded rows and their keys", "masked words", "mixed rows"
-]
+Holds = Literal["rows", "encoded rows", "encoded rows and their keys", "masked words", "mixed rows"]
 MakeView = Callable[[int, np.random.Generator], View]  # of a hidden size, with its randomness
 
 SILENT = (

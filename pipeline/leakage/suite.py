@@ -36,6 +36,7 @@ class NamedAttack:
     fits: Fits
     num_known: int = 0
     is_guided: bool = False  # candidates by a language model even where all could be tried
+    is_unordered: bool = False  # which tokens there are counts, wherever they stand
     is_brief: bool = False  # behind layer 0 on few texts, since another is both stronger and faster
 
 
@@ -76,6 +77,10 @@ def _mixed_guided(mode: Mode, layer: int) -> bool:
     return mode.disguise == "mixing" and layer != 1
 
 
+def _mixed_at_first(mode: Mode, layer: int) -> bool:
+    return mode.disguise == "mixing" and layer == 0
+
+
 PUBLIC = "public W"
 SESSIONS = "many-sessions", f"{PUBLIC} + many sessions"
 ATTACKS = (
@@ -96,6 +101,7 @@ ATTACKS = (
     ),
     NamedAttack("row-space", PUBLIC, row_space, _mixed),
     NamedAttack("row-space", PUBLIC, row_space, _mixed_guided, is_guided=True),
+    NamedAttack("row-space-unordered", PUBLIC, row_space, _mixed_at_first, is_unordered=True),
     NamedAttack("known-weights", f"{PUBLIC} + W'", known_weights, _disguised),
     NamedAttack(*SESSIONS, shared_secret, _disguised, is_brief=True),
     NamedAttack(*SESSIONS, averaged_noise, _sent_noise),
@@ -164,6 +170,11 @@ def recover(
     for done, index in enumerate(texts, 1):
         text = seen.texts[index][: scope.tokens_at(layer)]
         comparison = each.attack(seen.evidence(index, layer, known))
+        if each.is_unordered:
+            present = attacker.present(comparison, len(text))
+            right += sum(token in present for token in text)
+            count += len(text)
+            continue
         tokens = attacker.recover(
             comparison, layer, len(text), text[:known], is_guided=each.is_guided
         )

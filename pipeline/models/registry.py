@@ -154,8 +154,8 @@ def load_shard(
     of linears and attention. `expected_hashes`: SHA-256 of
     each of `required_files`, or None to load unverified. `memory`: where to leave verified weights
     for others, or to find what they left, of which nothing is read then; native kernels alone use
-    it, where no part has weights of its own. Raises ModelError naming file, tensor, expected and actual, InputError for kernels that
-    cannot be had.
+    it, where no part has weights of its own. Raises ModelError naming file, tensor, expected and
+    actual, InputError for kernels that cannot be had.
     """
     precision = to_precision(dtype)
     _check_range(config, layer_start, layer_end, ends)

@@ -26,13 +26,20 @@ class Hidden(NamedTuple):
 class Masks:
     """The masks of a file. Several threads may draw at once, and several processes."""
 
-    def __init__(
-        self, header: MaskHeader, ledger: MaskLedger, stored: Words, checks: Words
-    ) -> None:
-        """`stored`: r W of every mask, [masks, mask_words]; `checks`: W^T s one after another."""
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        """Use `open_masks`."""
+        header, length = read_header(file, path)
+        projections, masks, _ = header.places(length)
+        file.seek(projections)
+        num_words = sum(each.num_in for each in header.linears) * NUM_VECTORS
+        words = np.frombuffer(file.read(WORD * num_words), "<u8").astype(np.uint64, copy=False)
         self.header = header
-        self._ledger = ledger
-        self._stored, self._checks = stored, checks
+        self._file = file
+        self._ledger = MaskLedger(file.fileno(), USED_AT, header.num_masks)
+        # W^T s of one linear after another, and r W of every mask
+        self._checks = words.reshape(-1, NUM_VECTORS)
+        shape = (header.num_masks, header.mask_words)
+        self._stored = np.memmap(file, "<u8", "r", masks, shape)
         self._key = header.mask_key()
         self._vectors = header.vectors()
         outs = [each.num_out for each in header.linears]
@@ -62,9 +69,8 @@ class Masks:
     def checks(self) -> Sequence[ProductCheck]:
         """What tells right answers from wrong ones, for each linear."""
         ends = np.cumsum([each.num_in for each in self.header.linears])[:-1]
-        parts = np.split(self._checks.reshape(-1, NUM_VECTORS), ends)
+        parts = np.split(self._checks, ends)
         return [ProductCheck(self._vectors, each) for each in parts]
-
 
     def close(self) -> None:
         """Nothing is drawn any more."""
