@@ -89,26 +89,8 @@ else
     part_dir() { echo "$run_dir/shards/$1"; }
   fi
 fi
-stage_flags=()
-case $mode in
-  plain | scx* | mix) ;;
-  offload)
-    stage_flags=(--masks "$run_dir/masks")
-    # A token of a prompt is a byte at least.
-    num_masks=${MASKS:-$(($(printf %s "$prompt" | wc -c) + max_tokens + 1))}
-    pipeline-orch masks make --manifest "$manifest" --model-dir "$model_dir" --tokens "$num_masks" \
-      -o "$run_dir/masks" 2>"$run_dir/masks.log" || { cat "$run_dir/masks.log" >&2; exit 2; }
-    ;;
-  *) own+=(--client-part "$(part_dir client)") ;;
-esac
-
-for ((i = 0; i < stages; i++)); do
-  stage-worker --manifest "$manifest" --stage-idx "$i" --model-dir "$(part_dir "stage$i")" \
-    --threads "${THREADS:-1}" "${stage_flags[@]}" "${once[@]}" --dev >"$run_dir/stage$i.log" 2>&1 &
-  pids[i]=$!
-done
-
 # Whoever is asked for a part of the work may go at any time: another begins with nothing.
+: >"$run_dir/part.log"
 keep_part_worker() {
   local child
   trap 'kill -TERM "$child" 2>/dev/null; exit 0' TERM
@@ -123,6 +105,30 @@ case $mode in
   scx) keep_part_worker attention & ;;
   offload | mix) keep_part_worker linear --model-dir "$model_dir" --threads "${THREADS:-1}" & ;;
 esac
+
+stage_flags=()
+case $mode in
+  plain | scx* | mix) ;;
+  offload)
+    stage_flags=(--masks "$run_dir/masks")
+    # A token of a prompt is a byte at least.
+    num_masks=${MASKS:-$(($(printf %s "$prompt" | wc -c) + max_tokens + 1))}
+    pipeline-orch masks make --manifest "$manifest" --model-dir "$model_dir" --tokens "$num_masks" \
+      -o "$run_dir/masks" 2>"$run_dir/masks.log" || { cat "$run_dir/masks.log" >&2; exit 2; }
+    ;;
+  *) own+=(--client-part "$(part_dir client)") ;;
+esac
+# Its weights may take longer to load than a stage waits for it.
+while [[ $mode == offload || $mode == mix ]] && ! grep -q event=listening "$run_dir/part.log"; do
+  ! grep 'error:' "$run_dir/part.log" >&2 || exit 2
+  sleep 0.2
+done
+
+for ((i = 0; i < stages; i++)); do
+  stage-worker --manifest "$manifest" --stage-idx "$i" --model-dir "$(part_dir "stage$i")" \
+    --threads "${THREADS:-1}" "${stage_flags[@]}" "${once[@]}" --dev >"$run_dir/stage$i.log" 2>&1 &
+  pids[i]=$!
+done
 
 # A worker that cannot start says why at once; do not let the orchestrator wait for it.
 watch_workers() {

@@ -73,7 +73,8 @@ def masked(hidden_dim: int, rng: np.random.Generator) -> View:
     def mask(rows: Floats) -> Floats:
         words, _ = to_ring(rows.reshape(-1, rows.shape[-1]), REACH)
         words = words + rng.integers(0, 1 << 64, words.shape, np.uint64)
-        return (words.view(np.int64) * 2.0**-63).astype(np.float32).reshape(rows.shape)
+        sent: Floats = (words.view(np.int64) * 2.0**-63).astype(np.float32).reshape(rows.shape)
+        return sent
 
     return View(mask, _same, _same, _same)
 
@@ -84,6 +85,7 @@ def mixed(hidden_dim: int, rng: np.random.Generator) -> View:
 
     def mix(rows: Floats) -> Floats:
         mixture = Mixture(len(rows), rng.bytes(KEY_BYTES))
-        return mixture.mix(rows.astype(np.float64)).astype(np.float32)
+        sent: Floats = mixture.mix(rows.astype(np.float64)).astype(np.float32)
+        return sent
 
     return View(mix, _same, _same, _same)

@@ -21,13 +21,19 @@ Doubles = npt.NDArray[np.float64]
 
 def weights_to_ring(outputs: Floats) -> npt.NDArray[np.int32]:
     """Weights in fixed point, of the same shape. Raises ModelError for those that do not fit."""
-    scaled = np.rint(np.ldexp(outputs.astype(np.float64), WEIGHT_BITS))
-    limit = GREATEST_WEIGHT << WEIGHT_BITS
-    if not (np.abs(scaled) < limit).all():
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        scaled = outputs * np.float32(1 << WEIGHT_BITS)  # exactly
+    np.rint(scaled, out=scaled)
+    if not (np.abs(scaled) < GREATEST_WEIGHT << WEIGHT_BITS).all():
         raise ModelError(
             f"a weight is {GREATEST_WEIGHT} or more, or no number: fixed point has no room for it"
         )
     return scaled.astype(np.int32)
+
+
+def reach_of(fixed: npt.NDArray[np.int32]) -> int:
+    """The greatest sum of the magnitudes of one output's weights, at least 1."""
+    return int(np.abs(fixed).sum(axis=1, dtype=np.int64).max(initial=1))
 
 
 def to_ring(rows: npt.NDArray[np.floating], reach: int) -> tuple[Words, Doubles]:

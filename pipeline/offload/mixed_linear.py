@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline.dtypes import Array, HostArray
 from pipeline.kernels.base import KernelLinear, Kernels, LinearSpec
-from pipeline.offload.fixed_point import from_ring, to_ring, weights_to_ring
+from pipeline.offload.fixed_point import from_ring, reach_of, to_ring, weights_to_ring
 from pipeline.offload.freivalds import ProductCheck, SecretVectors, project_weight
 from pipeline.offload.masked_linear import Assistance, Multiply
 from pipeline.offload.mixing import MIN_ROWS, Mixture
@@ -52,8 +52,7 @@ class MixedLinear(RingLinear):
         assert self._gathered is not None, "each output comes once"
         fixed = weights_to_ring(outputs)
         self._gathered.put(first, fixed)
-        sums = np.abs(fixed.astype(np.int64)).sum(axis=1)
-        self._reach = max(self._reach, int(sums.max(initial=1)))
+        self._reach = max(self._reach, reach_of(fixed))
         self._num_gathered += len(outputs)
         if self._num_gathered == self.num_out:
             projected = project_weight(self._vectors, self._gathered.transposed())

@@ -54,5 +54,5 @@ class Mixture:
 def _uniform(key: bytes, count: int) -> Doubles:
     """Strictly between 0 and 1."""
     words = random_words(key, count, 0) >> np.uint64(12)
-    uniform: Doubles = (words + 0.5) * 2.0**-52
+    uniform: Doubles = ((words + 0.5) * 2.0**-52).astype(np.float64)
     return uniform

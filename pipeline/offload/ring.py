@@ -35,8 +35,13 @@ class RingMatrix:
 
     def put(self, first: int, outputs: npt.NDArray[Any]) -> None:
         """Set outputs first.., [n, in]: integers that fit."""
-        places = np.arange(first, first + len(outputs))
-        self._packed[places // LANES, :, places % LANES] = outputs
+        begin = min(-first % LANES, len(outputs))
+        end = begin + (len(outputs) - begin) // LANES * LANES
+        whole = outputs[begin:end].reshape(-1, LANES, self.num_in)
+        block = (first + begin) // LANES
+        self._packed[block : block + len(whole)] = whole.transpose(0, 2, 1)
+        for at in (*range(begin), *range(end, len(outputs))):
+            self._packed[(first + at) // LANES, :, (first + at) % LANES] = outputs[at]
 
     def transposed(self) -> npt.NDArray[Any]:
         """All of it as [in, out]."""

@@ -9,7 +9,7 @@ from pipeline.dtypes import Array, HostArray, Precision
 from pipeline.kernels.base import Kernels, Linear, LinearSpec
 from pipeline.kernels.huge_pages import Arena
 from pipeline.models.layer_parts import LayerParts
-from pipeline.offload.fixed_point import from_ring, to_ring, weights_to_ring
+from pipeline.offload.fixed_point import from_ring, reach_of, to_ring, weights_to_ring
 from pipeline.offload.ring import RingMatrix, Words
 from pipeline.weights.tensor_sinks import CopySink, Sink, weight_sinks
 
@@ -102,8 +102,7 @@ class HeldLinear(RingLinear):
         del scales
         fixed = weights_to_ring(outputs)
         self.matrix.put(first, fixed)
-        sums = np.abs(fixed.astype(np.int64)).sum(axis=1)
-        self._reach = max(self._reach, int(sums.max(initial=1)))
+        self._reach = max(self._reach, reach_of(fixed))
 
     def product(self, x: Words) -> Words:
         """[rows, in] -> [rows, out]."""
