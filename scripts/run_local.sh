@@ -35,7 +35,9 @@ case $mode in
     # Noise that leaves a text readable hides nothing; what it adds up to is printed.
     own+=(--dp-epsilon "${DP_EPSILON:-1e9}" --dp-delta "${DP_DELTA:-1e-5}")
     ;;
-  scx | offload | mix) plan_flags=() own=() ;;
+  scx) plan_flags=() own=() ;;
+  # A worker that is started anew loads all weights.
+  offload | mix) plan_flags=() own=(--connect-timeout 120) ;;
   scx-paper)
     plan_flags=(--home-layers "${HOME_LAYERS:-1,1}") own=()
     STAGES=${STAGES:-3}

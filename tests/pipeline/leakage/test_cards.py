@@ -126,6 +126,16 @@ def test_the_readme_says_what_the_cards_say(row, modes):
         assert agreement == 1 or f"{agreement:.1%}".replace("%", " %") in price
 
 
+def test_the_readme_says_what_masks_leave_and_cost():
+    ((_, recovered, price),) = table_rows("README.md", "linears under one-time masks")
+    card = load_card("offload", MODES["offload"].version)
+    best = card.at(0)
+    assert best is not None
+    assert recovered.startswith(f"{100 * best.token_recovery:.0f} %")
+    assert f"{card.cost.bytes_per_token / 1e6:.0f} MB" in price
+    assert f"{card.cost.round_trips_per_token} round trips" in price
+
+
 def test_the_table_of_noise_names_the_strongest_attack_of_the_card():
     card = load_card("dp", MODES["dp"].version)
     for setting in card.settings:
