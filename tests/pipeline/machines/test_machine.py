@@ -4,7 +4,6 @@ import hashlib
 import json
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,15 +26,12 @@ from pipeline.errors import InputError, SessionError
 from pipeline.machines import visitor
 from pipeline.machines.delivery import deliver, deliveries, machines_of
 from pipeline.machines.machine import Machine
-from pipeline.machines.measure import measure
-from pipeline.machines.survey import HOME, survey
 from pipeline.machines.visitor import visiting
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model
 from pipeline.sampling.params import SamplingParams
 from tests.pipeline.conftest import reserve
-from tests.pipeline.machines.conftest import SOFTWARE
 
 PROMPT = tuple(range(100, 132))
 
@@ -337,55 +333,6 @@ async def test_a_defect_in_a_visit_costs_no_machine(rig, monkeypatch):
                 await visit.parts()
             assert "secret" not in str(caught.value)
             assert (await visit.describe(16)).cores == 1
-
-
-async def test_a_survey_tells_what_machines_have_and_how_far_they_are(rig, monkeypatch):
-    monkeypatch.setattr("pipeline.machines.visits.measure", partial(measure, seconds=0.05))
-    async with machines(rig, "a", "b") as both:
-        addresses = [machine.address for machine in both]
-        home = reserve()
-        found = await survey(addresses, rig.home, 16, SOFTWARE, home, quietly)
-        with pytest.raises(InputError, match=r"runs veilpipe 1\.2\.3, this one 2\.0"):
-            await survey(addresses, rig.home, 16, "2.0", home, quietly)
-        await survey(addresses, rig.home, 16, SOFTWARE, None, quietly)
-        stranger = own_identity(rig.directory / "stranger", ORCHESTRATOR_KEY)
-        with pytest.raises(SessionError, match="does not know this home"):
-            await survey(addresses, stranger, 16, SOFTWARE, home, quietly)
-    assert set(found.ways) == {(0, 1), (1, 0), (0, HOME), (1, HOME)}
-    for way in found.ways.values():
-        assert 0 < way.round_trip_seconds < 1
-        assert way.bytes_per_second > 1e6
-    for machine in found.machines:
-        assert machine.measured.bytes_per_second > 1e8
-        assert machine.measured.flops > 1e8
-        assert machine.description.memory_bytes > 1 << 20
-        assert machine.home == home
-
-
-@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
-async def test_machines_at_ipv6_addresses_are_joined_like_others(rig, tiny_model, monkeypatch):
-    monkeypatch.setattr("pipeline.machines.visits.measure", partial(measure, seconds=0.05))
-    async with machines(rig, "a", "b", host="::1") as both:
-        addresses = [machine.address for machine in both]
-        found = await survey(addresses, rig.home, 16, SOFTWARE, None, quietly)
-        assert len(found.ways) == 4
-        assert {str(machine.home) for machine in found.machines} == {"tcp:[::1]:9009"}
-        cluster = written(rig, tiny_model, both)
-        assert "[::1]:" in cluster.path.read_text()
-        await deliver(rig.home, cluster.deliveries, quietly, quietly)
-        assert await generate(rig, cluster) == reference(tiny_model)
-
-
-async def test_machines_that_do_not_reach_each_other_are_found_out(rig, monkeypatch):
-    monkeypatch.setattr("pipeline.machines.visits.measure", partial(measure, seconds=0.05))
-    async with machines(rig, "a", "b") as (first, second):
-        first.data_in.close()
-        found = await survey(
-            [first.address, second.address], rig.home, 16, SOFTWARE, reserve(), quietly
-        )
-    assert (1, 0) not in found.ways
-    assert (0, 1) in found.ways
-    assert "cannot dial" in found.problems[1, 0]
 
 
 def test_manifests_that_name_no_machines_are_refused(tiny_model):
