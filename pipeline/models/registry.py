@@ -162,8 +162,9 @@ def load_shard(
     chosen = choose_kernels(kernels, config.head_dim, device)
     stored_config, config = config, _as_stored(model_dir, config)
     kept = None
-    is_kept = memory is not None and parts.hold_weights_in_kernels
-    if is_kept and expected_hashes is not None:
+    if not parts.hold_weights_in_kernels:
+        memory = None
+    if memory is not None and expected_hashes is not None:
         kept = keep_weights(
             chosen,
             memory,

@@ -31,9 +31,18 @@ def weights_to_ring(outputs: Floats) -> npt.NDArray[np.int32]:
     return scaled.astype(np.int32)
 
 
-def reach_of(fixed: npt.NDArray[np.int32]) -> int:
-    """The greatest sum of the magnitudes of one output's weights, at least 1."""
-    return int(np.abs(fixed).sum(axis=1, dtype=np.int64).max(initial=1))
+class Reach:
+    """The greatest sum of the magnitudes of one output's weights, of those that have come."""
+
+    def __init__(self, num_out: int) -> None:
+        self._sums = np.zeros(num_out, np.int64)
+        self.value = 1
+
+    def add(self, first: int, fixed: npt.NDArray[np.int32]) -> None:
+        """Count weights of outputs first.., [n, some of their inputs]."""
+        sums = self._sums[first : first + len(fixed)]
+        sums += np.abs(fixed).sum(axis=1, dtype=np.int64)
+        self.value = max(self.value, int(sums.max(initial=1)))
 
 
 def to_ring(rows: npt.NDArray[np.floating], reach: int) -> tuple[Words, Doubles]:

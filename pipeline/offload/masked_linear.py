@@ -52,7 +52,9 @@ class MaskedLinear(RingLinear):
         """As the masks' maker found it."""
         return self._shape.reach
 
-    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
+    def put(
+        self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
+    ) -> None:
         """The weights are somebody else's to hold."""
 
     def product(self, x: Words) -> Words:

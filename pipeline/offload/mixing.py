@@ -38,7 +38,7 @@ class Mixture:
         # since a rotation alone would leave what rows are to each other.
         q, r = np.linalg.qr(normal.reshape(num_rows, num_rows))
         self._rotation: Doubles = q * np.where(np.diagonal(r) < 0, -1.0, 1.0)
-        self._weights = CONDITION ** (uniform[2 * size :, None] - 0.5)
+        self._weights: Doubles = CONDITION ** (uniform[2 * size :, None] - 0.5)
 
     def mix(self, rows: Doubles) -> Doubles:
         """A H: [rows, in]."""

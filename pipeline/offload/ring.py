@@ -33,15 +33,17 @@ class RingMatrix:
         """Bytes held."""
         return self._packed.nbytes
 
-    def put(self, first: int, outputs: npt.NDArray[Any]) -> None:
-        """Set outputs first.., [n, in]: integers that fit."""
+    def put(self, first: int, outputs: npt.NDArray[Any], *, first_in: int = 0) -> None:
+        """Set outputs first.., of their inputs those from `first_in` on: integers that fit."""
+        width = outputs.shape[1]
+        packed = self._packed[:, first_in : first_in + width]
         begin = min(-first % LANES, len(outputs))
         end = begin + (len(outputs) - begin) // LANES * LANES
-        whole = outputs[begin:end].reshape(-1, LANES, self.num_in)
+        whole = outputs[begin:end].reshape(-1, LANES, width)
         block = (first + begin) // LANES
-        self._packed[block : block + len(whole)] = whole.transpose(0, 2, 1)
+        packed[block : block + len(whole)] = whole.transpose(0, 2, 1)
         for at in (*range(begin), *range(end, len(outputs))):
-            self._packed[(first + at) // LANES, :, (first + at) % LANES] = outputs[at]
+            packed[(first + at) // LANES, :, (first + at) % LANES] = outputs[at]
 
     def transposed(self) -> npt.NDArray[Any]:
         """All of it as [in, out]."""

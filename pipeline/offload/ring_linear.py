@@ -9,7 +9,7 @@ from pipeline.dtypes import Array, HostArray, Precision
 from pipeline.kernels.base import Kernels, Linear, LinearSpec
 from pipeline.kernels.huge_pages import Arena
 from pipeline.models.layer_parts import LayerParts
-from pipeline.offload.fixed_point import from_ring, reach_of, to_ring, weights_to_ring
+from pipeline.offload.fixed_point import Reach, from_ring, to_ring, weights_to_ring
 from pipeline.offload.ring import RingMatrix, Words
 from pipeline.weights.tensor_sinks import CopySink, Sink, weight_sinks
 
@@ -38,8 +38,10 @@ class RingLinear(ABC):
         """[rows, in] -> [rows, out], exactly."""
 
     @abstractmethod
-    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
-        """Take weights of outputs first.., [n, in]."""
+    def put(
+        self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
+    ) -> None:
+        """Take weights of outputs first.., of their inputs those from `first_in` on."""
 
     def __call__(self, x: Array, out: Array, residual: Array | None = None) -> Array:
         """[rows, in] -> out [rows, out]."""
@@ -90,19 +92,21 @@ class HeldLinear(RingLinear):
     def __init__(self, name: str, spec: LinearSpec, kernels: Kernels, arena: Arena) -> None:
         super().__init__(name, spec, kernels)
         self.matrix = RingMatrix(spec.num_in, spec.num_out, arena=arena)
-        self._reach = 1
+        self._reach = Reach(spec.num_out)
 
     @property
     def reach(self) -> int:
         """Of the weights that have come."""
-        return self._reach
+        return self._reach.value
 
-    def put(self, first: int, outputs: HostArray, scales: HostArray | None) -> None:
+    def put(
+        self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
+    ) -> None:
         """Hold them in fixed point. Raises ModelError for those that do not fit."""
         del scales
         fixed = weights_to_ring(outputs)
-        self.matrix.put(first, fixed)
-        self._reach = max(self._reach, reach_of(fixed))
+        self.matrix.put(first, fixed, first_in=first_in)
+        self._reach.add(first, fixed)
 
     def product(self, x: Words) -> Words:
         """[rows, in] -> [rows, out]."""

@@ -34,7 +34,7 @@ def test_generating_imports_no_other_command(tmp_path):
         "try: command.main()\n"
         "finally: print(json.dumps(list(sys.modules)))"
     )
-    arguments = ["--manifest", str(tmp_path / "none"), "--text", "", "--tokenizer", "none"]
+    arguments = ["--manifest", str(tmp_path / "none"), "--text", "", "--tokenizer", "none.json"]
     found = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
     )
