@@ -14,7 +14,7 @@ from pipeline.leakage.modes import MODES
 NOT_MEASURED = {
     "rotate-int8": {29},
     "scx": {1, 15, 29},
-    "scx-paper": {1, 15, 29},
+    "scx-paper": {15, 29},
     "offload": {1, 15, 29},
     "mix": {29},
 }

@@ -26,7 +26,7 @@ def host():
 
 @pytest.fixture(scope="module")
 def expected():
-    (text,) = read_texts(Tokenizer(MODEL / "tokenizer.json"), 1, 100)
+    (text,) = read_texts(Tokenizer(MODEL / "tokenizer.json"), 1, 80)
     model = PublicModel.load(MODEL, ())
     return text, model.logits(model.rows_at_cuts(model.embed(text))[30])
 
