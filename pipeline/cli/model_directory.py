@@ -1,5 +1,6 @@
 """Model directories as commands are told of them: by path, or by the name of a pulled model."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +14,13 @@ def model_directory(given: Path) -> Path:
     """
     if _exists(given):
         return given  # whether it holds a model, whoever reads it will say
-    from pipeline.planning.pulled_models import find_model, parse_name
-
-    name = parse_name(str(given))
-    return (name and find_model(name)) or given
+    try:
+        # Not by a statement: an image carries what a stage's statements import, and needs no hub.
+        pulled = import_module("pipeline.planning.pulled_models")
+    except ModuleNotFoundError:  # in an image
+        return given
+    name = pulled.parse_name(str(given))
+    return (name and pulled.find_model(name)) or given
 
 
 def tokenizer_file(given: Path) -> Path:
