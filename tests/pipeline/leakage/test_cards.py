@@ -12,7 +12,6 @@ from pipeline.leakage.modes import MODES
 
 # Of the present version of a mode; the README says so too.
 NOT_MEASURED = {
-    "rotate-int8": {29},
     "scx": {1, 15, 29},
     "scx-paper": {15, 29},
     "offload": {1, 15, 29},
