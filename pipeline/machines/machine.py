@@ -23,6 +23,7 @@ from pipeline.machines.served_stage import (
     remember,
     remembered,
 )
+from pipeline.protocol.peer_connections import Entrance
 from transport.dial_and_listen import Listener, TcpEndpoint
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class Machine:
         self._homes = dict.fromkeys(self._known.keys())
         self._guests: dict[bytes, None] = {}
         self._served: ServedStage | None = None
+        # Where its sessions come in; made once, since that hashes the manifest.
+        self.sessions: Entrance | None = None
         self._changing = trio.Lock()
 
     @property
@@ -113,6 +116,7 @@ class Machine:
             served = await trio.to_thread.run_sync(load)
             remember(self._directory, order)
             self._served = served
+            self.sessions = served.worker.entrance(self.data_in)
         stage = manifest.stage(order.stage_idx)
         logger.info(
             "event=serving stage=%d layers=%d-%d model=%s home=%s",
@@ -138,7 +142,7 @@ class Machine:
     async def _let_go(self) -> None:
         """End the stage that is served, and its memory: two may not fit."""
         if self._served is not None:
-            served, self._served = self._served, None
+            served, self._served, self.sessions = self._served, None, None
             await served.worker.end()
             del served
             gc.collect()

@@ -26,8 +26,8 @@ async def receive_all(machine: Machine, listener: Listener, offer: Offer | None)
             for home in machine.homes
         ]
         found += [probe_entrance(own, guest) for guest in machine.guests]
-        if machine.served is not None:
-            found.append(machine.served.worker.entrance(machine.data_in))
+        if machine.sessions is not None:
+            found.append(machine.sessions)
         if offer is not None:
             found.append(offer.entrance)
         assert found, "`stage-worker serve` refuses to start where nobody could come in"

@@ -131,7 +131,9 @@ async def accept_each(
             )
         if arrived is not None:
             index, channel = arrived
-            await found[index].welcome(channel)
+            welcome = found[index].welcome
+            del found  # however long this visit is, it keeps alive nothing of the other links
+            await welcome(channel)
 
     async with open_tasks() as tasks:
         while True:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import weakref
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from pipeline.errors import InputError, SessionError
 from pipeline.machines import visitor
 from pipeline.machines.delivery import deliver, deliveries, machines_of
 from pipeline.machines.machine import Machine
+from pipeline.machines.served_stage import load_served
 from pipeline.machines.visitor import visiting
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
@@ -320,6 +322,22 @@ async def test_the_home_of_a_session_may_end_it(rig, tiny_model):
             await retire_while_it_runs()
         await deliver(rig.home, cluster.deliveries, quietly, quietly)
         assert await generate(rig, cluster) == reference(tiny_model)
+
+
+async def test_a_stage_is_gone_from_memory_before_the_next_is_loaded(rig, tiny_model, monkeypatch):
+    async with machines(rig, "a") as (machine,):
+        cluster = written(rig, tiny_model, [machine])
+        await deliver(rig.home, cluster.deliveries, quietly, quietly)
+        assert await generate(rig, cluster)
+        before, seen = weakref.ref(machine.served.worker._setup.shard), []
+
+        def load(*args):
+            seen.append(before())
+            return load_served(*args)
+
+        monkeypatch.setattr("pipeline.machines.machine.load_served", load)
+        await deliver(rig.home, cluster.deliveries, quietly, quietly)
+        assert seen == [None]
 
 
 async def test_a_defect_in_a_visit_costs_no_machine(rig, monkeypatch):
