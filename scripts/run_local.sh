@@ -27,7 +27,6 @@ plan_flags=(--split client)
 own=(--threads "${THREADS:-1}")
 case $mode in
   plain) plan_flags=() own=() ;;
-  offload | mix) plan_flags=() own=() STAGES=1 ;;
   client | rotate) ;;
   rotate-int8) plan_flags+=(--wire-dtype I8) ;;
   dp)
