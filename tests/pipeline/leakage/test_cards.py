@@ -16,7 +16,7 @@ NOT_MEASURED = {
     "scx": {1, 15, 29},
     "scx-paper": {1, 15, 29},
     "offload": {1, 15, 29},
-    "mix": {29},
+    "mix": {15, 29},
 }
 
 
