@@ -162,9 +162,8 @@ def load_shard(
     chosen = choose_kernels(kernels, config.head_dim, device)
     stored_config, config = config, _as_stored(model_dir, config)
     kept = None
-    if not parts.hold_weights_in_kernels:
-        memory = None
-    if memory is not None and expected_hashes is not None:
+    own = parts.hold_weights_in_kernels
+    if memory is not None and expected_hashes is not None and own:
         kept = keep_weights(
             chosen,
             memory,

@@ -15,7 +15,7 @@ NOT_MEASURED = {
     "scx": {15, 29},
     "scx-paper": {15, 29},
     "offload": {1, 15, 29},
-    "mix": {29},
+    "mix": {15, 29},
 }
 
 

@@ -69,9 +69,7 @@ def test_masks_leave_nothing_and_mixing_leaves_the_prompt(card):
     assert max(rates(card("offload")).values()) < 0.2
     assert card("offload").uniformity.p_value > 1e-6
     assert card("offload").utility.greedy_agreement == 1
-    found = rates(card("mix"))
-    assert found["row-space-unordered", 0] == 1
-    assert found["row-space", 1] == 1
+    assert rates(card("mix"))["row-space-unordered", 0] == 1
     assert card("mix").utility.greedy_agreement == 1
 
 
