@@ -197,9 +197,11 @@ class UserTrust:
 
     def toward(self, peer: Role, measurements: Mapping[int, bytes]) -> Credentials:
         """A Nitro document with these measurements, or of a machine of one's own its key."""
-        verifier: Verifier = NitroVerifier(self.root, measurements, clock=_now)
-        if peer.stage_idx in self.stage_keys:
-            verifier = KeyOnlyVerifier(frozenset({self.stage_keys[peer.stage_idx]}))
+        verifier: Verifier
+        if (key := self.stage_keys.get(peer.stage_idx)) is not None:
+            verifier = KeyOnlyVerifier(frozenset({key}))
+        else:
+            verifier = NitroVerifier(self.root, measurements, clock=_now)
         return Credentials(self.static_key, KeyOnlyAttester(), (verifier,))
 
 

@@ -53,6 +53,8 @@ class PartServer:
         self._credentials = credentials
         self._limits = limits
         self._new_handler = new_handler
+        # By the key of whoever asks, and when its handler has been closed.
+        self._sessions: dict[bytes, tuple[trio.CancelScope, trio.Event]] = {}
 
     async def serve(self, listener: Listener, *, once: bool = False) -> None:
         """Serve until cancelled, or with `once` until the first session has ended."""
@@ -66,6 +68,21 @@ class PartServer:
             await accept_all(listener, self._link, self._credentials, self._limits, welcome)
 
     async def _serve_session(self, channel: SecureChannel) -> None:
+        """One session; one before of the same peer, whose end a network has lost, ends here."""
+        key = channel.peer.static_key
+        if key in self._sessions:
+            before, is_closed = self._sessions[key]
+            before.cancel()
+            await is_closed.wait()
+        own = self._sessions[key] = trio.CancelScope(), trio.Event()
+        try:
+            with own[0]:
+                await self._answer_all(channel, own[1])
+        finally:
+            if self._sessions.get(key) is own:
+                del self._sessions[key]
+
+    async def _answer_all(self, channel: SecureChannel, is_closed: trio.Event) -> None:
         logger.info("event=session_started")
         handler = self._new_handler()
         reason = "closed"
@@ -87,6 +104,7 @@ class PartServer:
             await self._refuse(channel, reason)
         finally:
             handler.close()
+            is_closed.set()
             await close_quietly(channel)
         logger.info("event=session_ended reason=%s", reason)
 

@@ -32,7 +32,7 @@ def keyed(tiny_model, tmp_path):
 def believes(trust, peer, key):
     """Whether a link's credentials take a peer's key."""
     (verifier,) = trust.toward(peer, {}).verifiers
-    binding = Binding(peer.canonical(), bytes(48), key.public_key().public_bytes_raw(), bytes(32))
+    binding = Binding(peer.canonical(), bytes(32), key.public_key().public_bytes_raw(), bytes(32))
     try:
         verifier.verify(b"", binding)
     except AttestationError:

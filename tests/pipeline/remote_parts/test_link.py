@@ -43,10 +43,14 @@ class Doubling:
         self.is_closed = True
 
 
+class Handlers(list):
+    """Of each session; and what the same peer begins another by."""
+
+
 @asynccontextmanager
 async def linked(directory, patience=5.0):
     """A link to a worker in this process, and its handlers."""
-    handlers, lanes = [], Lanes()
+    handlers, lanes = Handlers(), Lanes()
 
     def new_handler():
         handlers.append(Doubling())
@@ -57,13 +61,17 @@ async def linked(directory, patience=5.0):
     with listen(TcpEndpoint("127.0.0.1", 0)) as listener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.serve, listener)
-            sock = await dial(listener.endpoint)
-            channel = await connect_channel(sock, LINK, trusts[1].toward(PART, {}), LIMITS)
+
+            async def connect():
+                sock = await dial(listener.endpoint)
+                return await connect_channel(sock, LINK, trusts[1].toward(PART, {}), LIMITS)
+
+            handlers.dial_again = connect
+            channel = await connect()
             link = PartLink(channel.taken_over(patience), "the worker", lanes)
             yield link, lanes, handlers
             await trio.to_thread.run_sync(link.close)
             nursery.cancel_scope.cancel()
-            handlers.append(nursery)
 
 
 def in_thread(work, *args):
@@ -142,6 +150,19 @@ async def test_a_worker_that_goes_is_lost(tmp_path):
             await in_thread(link.ask, b"0")
         with pytest.raises(PartLost, match="the worker is lost"):
             await in_thread(link.ask, b"0")
+
+
+async def test_who_comes_again_has_lost_the_session_before(tmp_path):
+    """What that had is free at once, though nobody has said that it is over."""
+    async with linked(tmp_path) as (link, _, handlers):
+        await in_thread(link.ask, b"0")
+        channel = await handlers.dial_again()
+        again = PartLink(channel.taken_over(5), "the worker", Lanes())
+        await in_thread(again.ask, b"0")
+        assert [each.is_closed for each in handlers] == [True, False]
+        with pytest.raises(PartLost):
+            await in_thread(link.ask, b"0")
+        await in_thread(again.close)
 
 
 async def test_a_silent_worker_is_lost(tmp_path):

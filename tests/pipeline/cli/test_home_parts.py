@@ -1,0 +1,71 @@
+"""What a stage's layers need by its manifest, and the flags of `plan` that write that."""
+
+import pytest
+
+from pipeline.agreement.trust_policy import DevTrust
+from pipeline.cli.home_parts import stage_parts
+from pipeline.cli.pipeline_access import mode_of
+from pipeline.cli.preparation import _home_layers, _part
+from pipeline.errors import InputError
+from pipeline.models.layer_parts import OWN
+from pipeline.planning.plan import PlanOptions, plan
+from pipeline.scx.attention_parts import AttentionParts
+from pipeline.scx.encoded_memory import EncodedMemory
+from transport.dial_and_listen import TcpEndpoint
+
+WHERE = TcpEndpoint("127.0.0.1", 9500)
+
+
+@pytest.fixture
+def parts_of(tiny_model, tmp_path):
+    trust = DevTrust.create(tmp_path)
+
+    def make(stage_idx, *, has_store=False, **options):
+        manifest = plan(tiny_model, PlanOptions(**options))
+        found = stage_parts(manifest, stage_idx, tiny_model, trust, has_store=has_store)
+        return mode_of(manifest), found
+
+    return make
+
+
+def test_each_stage_gets_what_its_manifest_says(parts_of):
+    mode, found = parts_of(0, num_stages=1, part=("attention", WHERE, None))
+    assert mode == "scx"
+    assert isinstance(found.parts, AttentionParts)
+    assert found.session is not None
+    for idx, expected in enumerate((False, True, False)):
+        mode, found = parts_of(idx, num_stages=3, home_layers=(1, 1))
+        assert mode == "scx-paper"
+        assert isinstance(found.parts, EncodedMemory) == expected
+        assert (found.session is not None) == expected
+    mode, found = parts_of(0, num_stages=2)
+    assert (mode, found.parts, found.session) == ("plain", OWN, None)
+
+
+def test_what_is_encoded_for_a_session_is_not_stored(parts_of):
+    with pytest.raises(InputError, match="--kv-store: keys and values that are encoded"):
+        parts_of(0, num_stages=1, part=("attention", WHERE, None), has_store=True)
+    with pytest.raises(InputError, match="--kv-store"):
+        parts_of(1, num_stages=3, home_layers=(1, 1), has_store=True)
+    parts_of(0, num_stages=3, home_layers=(1, 1), has_store=True)
+
+
+@pytest.mark.parametrize("text", ["1", "1,", "a,b", "1,2,3", "-1,1", "12345,1"])
+def test_home_layers_are_two_numbers(text):
+    with pytest.raises(InputError, match="give two numbers, as in 1,1"):
+        _home_layers(text)
+
+
+@pytest.mark.parametrize("layers", [(0, 1), (1, 0), (2, 2), (4, 4)])
+def test_something_has_to_be_left_between_home_layers(tiny_model, layers):
+    with pytest.raises(InputError, match="at least one is between them"):
+        plan(tiny_model, PlanOptions(3, home_layers=layers))
+
+
+def test_a_worker_has_an_address_and_a_key_has_a_worker():
+    assert _part({"attention": "127.0.0.1:9500"}, None) == ("attention", WHERE, None)
+    assert _part({"attention": None}, None) is None
+    with pytest.raises(InputError, match="--attention: "):
+        _part({"attention": "nowhere at all"}, None)
+    with pytest.raises(InputError, match="--part-key is the key of a worker"):
+        _part({"attention": None}, "00" * 32)
