@@ -28,7 +28,10 @@ def tokenizer_file(given: Path) -> Path:
     if given.suffix == ".json":
         return given
     directory = model_directory(given)
-    return directory / "tokenizer.json" if directory.is_dir() else given
+    try:
+        return directory / "tokenizer.json" if directory.is_dir() else given
+    except OSError:  # no name for a file: whoever opens it will say
+        return given
 
 
 def _exists(path: Path) -> bool:

@@ -64,7 +64,7 @@ class RingLinear(ABC):
         return out
 
     def gather(self, ids: Array, out: Array) -> None:
-        """Only an embedding is asked for its rows, and that is never one of these."""
+        """Only an embedding is asked for its rows. Raises AssertionError."""
         del ids, out
         raise AssertionError("the head stays with the embedding")
 

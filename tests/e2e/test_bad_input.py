@@ -51,7 +51,7 @@ def test_sampling_that_makes_no_sense(orch):
 
 def test_usage_errors(command, worker, orch):
     expect(command(stage_worker), 2, "--manifest")
-    expect(command(pipeline_orch), 2, "--manifest, --tokenizer, --text")
+    expect(command(pipeline_orch), 2, "--manifest, --text")
     expect(worker("--threads", "0"), 2, "--threads", "1")
     for cpus in ("one", "", "0-", "3-1", "0,3-1", "0,0", "0-1,1"):
         expect(worker("--cpus", cpus), 2, f"--cpus {cpus}")

@@ -8,7 +8,7 @@ import pydantic
 import pytest
 import typer
 
-from pipeline.cli import linear_worker, machine, pipeline_orch, stage_worker
+from pipeline.cli import linear_worker, machine, part_worker, pipeline_orch, stage_worker
 from pipeline.cli.chat_flags import ChatFlags
 from pipeline.cli.cluster_flags import JoinFlags, PartsFlags, PushFlags
 from pipeline.cli.generate_flags import GenerateFlags
@@ -166,8 +166,9 @@ def commands(command, name=""):
 
 def test_every_option_of_every_command_has_its_variable_or_is_said_by_hand():
     names = set()
-    for module in (pipeline_orch, stage_worker, machine, linear_worker):
-        for name, command in commands(typer.main.get_command(module.app)):
+    apps = [each.app for each in (stage_worker, machine, part_worker, linear_worker)]
+    for app in (pipeline_orch.command_line([]), *apps):
+        for name, command in commands(typer.main.get_command(app)):
             names.add(name)
             for option in command.params:
                 if option.param_type_name != "option":
@@ -200,6 +201,7 @@ def read(role, **given):
 def is_text(annotation):
     """Whether anything will do that can be written."""
     kinds = get_args(annotation) or (annotation,)
+    kinds = [getattr(kind, "__origin__", kind) for kind in kinds]  # without what checks it
     return any(getattr(kind, "__name__", "") in {"str", "Path"} for kind in kinds)
 
 

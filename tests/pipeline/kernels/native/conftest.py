@@ -45,7 +45,7 @@ class Packed:
         stored = self.native.STORED_BF16 if is_bf16 else self.native.STORED_F32
         self.native.pack(
             self.kind, self.memory.data_ptr(), *self.sizes, stored, source.data_ptr(),
-            *source.stride(), first_out, weight.shape[0],
+            *source.stride(), first_out, weight.shape[0], 0, self.num_in,
         )  # fmt: skip
 
     def unpack(self):

@@ -83,7 +83,7 @@ def test_what_is_quantised_already_packs_to_the_same_bytes(native, kind, packed)
         turned = values[first:last].t().contiguous().t()
         native.pack_int8(
             pieces.memory.data_ptr(), 130, 75, turned.data_ptr(), *turned.stride(),
-            scales[first:].data_ptr(), scales.stride(0), first, last - first,
+            scales[first:].data_ptr(), scales.stride(0), first, last - first, 0, 130,
         )  # fmt: skip
     assert pieces.memory.equal(whole.memory)
 
@@ -129,7 +129,7 @@ def test_activations_are_accurate_over_all_magnitudes(native, activation):
     one = torch.zeros(16, dtype=torch.float32).fill_(1)
     memory = torch.zeros(native.packed_bytes(native.F32, 1, 1) + 64, dtype=torch.uint8)
     address = memory.data_ptr() + -memory.data_ptr() % 64
-    native.pack(native.F32, address, 1, 1, native.STORED_F32, one.data_ptr(), 1, 1, 0, 1)
+    native.pack(native.F32, address, 1, 1, native.STORED_F32, one.data_ptr(), 1, 1, 0, 1, 0, 1)
     y = torch.empty_like(x)
     native.linear(native.F32, address, 0, x.data_ptr(), y.data_ptr(), len(x), 1, 1, activation, 0)
     expected = ACTIVATIONS[activation](x.double())
@@ -180,7 +180,8 @@ def test_int8_is_as_near_as_eight_bits_with_shared_scales_get(native):
     memory = torch.zeros(native.packed_bytes(native.I8, 768, 256) + 64, dtype=torch.uint8)
     address = memory.data_ptr() + -memory.data_ptr() % 64
     native.pack(
-        native.I8, address, 768, 256, native.STORED_F32, from_weight.data_ptr(), 768, 1, 0, 256
+        native.I8, address, 768, 256, native.STORED_F32, from_weight.data_ptr(), 768, 1, 0, 256,
+        0, 768,
     )
     y = torch.empty(8, 256)
     native.linear(native.I8, address, 0, x.data_ptr(), y.data_ptr(), 8, 768, 256, 0, 0)

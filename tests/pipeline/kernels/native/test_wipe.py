@@ -22,7 +22,7 @@ x, y, weights = np.zeros((rows, size), "f4"), np.zeros((rows, size), "f4"), np.e
 if kind == _native.BF16:
     weights = (weights.view("u4") >> 16).astype("u2")
 stored = _native.STORED_BF16 if kind == _native.BF16 else _native.STORED_F32
-_native.pack(kind, packed, size, size, stored, weights, size, 1, 0, size)
+_native.pack(kind, packed, size, size, stored, weights, size, 1, 0, size, 0, size)
 qkv, mixed = np.zeros((rows, 3 * size), "f4"), np.zeros((rows, size), "f4")
 spans = np.array([[0, 0, rows, 0]])
 keys, values = (aligned(np.zeros, (rows * size,), np.dtype("f4")) for _ in range(2))
