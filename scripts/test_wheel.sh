@@ -29,11 +29,11 @@ pip install --constraint "$root/constraints.txt" "$wheel"
 size=$((($(size_kb) - empty) / 1000))
 say "the wheel has $(du -k "$wheel" | cut -f1) kB, installed with all it needs $size MB"
 [ "$size" -le "$limit_mb" ] || die "$size MB are more than $limit_mb"
-! python -c 'import torch' 2>/dev/null || die "torch came along"
-python -c 'import pipeline, sys; sys.exit(not pipeline.__file__.startswith(sys.argv[1]))' "$work/env" ||
+! python -I -c 'import torch' 2>/dev/null || die "torch came along"
+python -I -c 'import pipeline, sys; sys.exit(not pipeline.__file__.startswith(sys.argv[1]))' "$work/env" ||
   die "the checkout was used, not what is installed"
 
-version=$(python -c 'from importlib.metadata import version; print(version("veilpipe"))')
+version=$(python -I -c 'from importlib.metadata import version; print(version("veilpipe"))')
 for command in stage-worker pipeline-orch pipeline-relay; do
   [ "$("$command" --version)" = "$command $version" ] || die "$command --version"
   "$command" --help >/dev/null || die "$command --help"
@@ -58,7 +58,7 @@ run() {
   stop_children
 }
 expected="$text Paris."
-if ! python -c 'from pipeline.kernels.kernel_selection import why_not_native as why; import sys; sys.exit(bool(why()))'; then
+if ! python -I -c 'from pipeline.kernels.kernel_selection import why_not_native as why; import sys; sys.exit(bool(why()))'; then
   # No compiler, or another processor: then it has to say what to install.
   stage-worker --manifest plan.json --stage-idx 0 --model-dir "$name" --once --dev 2>stage0.log && die "computed by nothing"
   grep -q "pip install 'veilpipe\[torch\]'" stage0.log || { cat stage0.log >&2; die "no word of what to install"; }
@@ -74,7 +74,7 @@ done
 
 served=$(free_base_port 1)
 pipeline-orch serve --manifest shards/manifest.json --model-dir shards --supervise --dev --port "$served" 2>serve.log &
-python - "$served" "$text" <<'PY' || { cat serve.log >&2; die "no answer was served"; }
+python -I - "$served" "$text" <<'PY' || { cat serve.log >&2; die "no answer was served"; }
 import sys, time
 import httpx
 

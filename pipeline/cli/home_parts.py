@@ -30,7 +30,7 @@ def stage_parts(
     trust: Trust,
     *,
     has_store: bool,
-    masks: Path | None,
+    masks: Path | None = None,
 ) -> StageParts:
     """Of a manifest's stage; `masks` is their file. Raises InputError."""
     kind = None if manifest.part is None else manifest.part.kind

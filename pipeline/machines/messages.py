@@ -87,7 +87,7 @@ class Probe(StrictMessage):
     type: Literal["probe"] = "probe"
     address: Address
     key: Key
-    data_port: Annotated[int, Field(ge=1, le=65535)] | None
+    data_port: Annotated[int, Field(ge=1, le=65535)] | None = None
 
 
 class Probed(StrictMessage):

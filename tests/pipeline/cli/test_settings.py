@@ -331,6 +331,6 @@ def groups(command):
 
 
 def test_every_command_says_what_it_does():
-    for module in (pipeline_orch, stage_worker):
-        for name, each in groups(typer.main.get_command(module.app)):
+    for app in (pipeline_orch.command_line([]), stage_worker.app):
+        for name, each in groups(typer.main.get_command(app)):
             assert each.help, name

@@ -180,8 +180,18 @@ def test_int8_is_as_near_as_eight_bits_with_shared_scales_get(native):
     memory = torch.zeros(native.packed_bytes(native.I8, 768, 256) + 64, dtype=torch.uint8)
     address = memory.data_ptr() + -memory.data_ptr() % 64
     native.pack(
-        native.I8, address, 768, 256, native.STORED_F32, from_weight.data_ptr(), 768, 1, 0, 256,
-        0, 768,
+        native.I8,
+        address,
+        768,
+        256,
+        native.STORED_F32,
+        from_weight.data_ptr(),
+        768,
+        1,
+        0,
+        256,
+        0,
+        768,
     )
     y = torch.empty(8, 256)
     native.linear(native.I8, address, 0, x.data_ptr(), y.data_ptr(), 8, 768, 256, 0, 0)
