@@ -3,17 +3,14 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust_policy import Trust
 from pipeline.errors import InputError
 from pipeline.models.layer_parts import OWN, LayerParts
+from pipeline.remote_parts.parts import PartAccess, RemoteParts
 from pipeline.stage.model_config import agreed_config
 from pipeline.stage.worker_setup import PartsSession
-
-if TYPE_CHECKING:  # an ordinary stage's start is no time for what only these need
-    from pipeline.remote_parts.parts import RemoteParts
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +50,13 @@ def stage_parts(
         return StageParts(memory, memory.session)
     if kind is None:
         return StageParts()
-    from pipeline.remote_parts.parts import PartAccess
-
     parts = _remote_parts(manifest, kind, model_dir, masks)
     return StageParts(parts, PartAccess(manifest, trust, parts).session)
 
 
 def _remote_parts(
     manifest: Manifest, kind: str, model_dir: Path, masks: Path | None
-) -> "RemoteParts":
+) -> RemoteParts:
     if kind == "linear":
         return _masked_parts(manifest, masks)
     if kind == "mixed-linear":
@@ -73,7 +68,7 @@ def _remote_parts(
     return AttentionParts(agreed_config(manifest, model_dir))
 
 
-def _masked_parts(manifest: Manifest, path: Path | None) -> "RemoteParts":
+def _masked_parts(manifest: Manifest, path: Path | None) -> RemoteParts:
     from pipeline.offload.linear_parts import MaskedParts
     from pipeline.offload.masks import open_masks
 

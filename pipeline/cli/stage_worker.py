@@ -6,6 +6,7 @@ import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
 
 import trio
 
@@ -21,7 +22,6 @@ from pipeline.agreement.trust_policy import (
 )
 from pipeline.cli.compute_options import parse_cpus, precision_of
 from pipeline.cli.error_reporting import new_app, run_app
-from pipeline.cli.home_parts import stage_parts
 from pipeline.cli.logs import configure_logging, held_back, tell_error
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.service_manager import ServiceManager
@@ -33,12 +33,13 @@ from pipeline.cli.worker_flags import WorkerFlags
 from pipeline.errors import InputError
 from pipeline.kernels.runtime import on_all_cpus, set_num_threads
 from pipeline.kernels.sealed_memory import SealedMemory
+from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.model_config import load_stage
 from pipeline.stage.session_admission import free_kv_bytes
 from pipeline.stage.worker import StageWorker
-from pipeline.stage.worker_setup import StageSetup
+from pipeline.stage.worker_setup import PartsSession, StageSetup
 from pipeline.tasks import open_tasks
 from pipeline.worker_report import Reporter, report_failure
 from transport.attestation.dev_authority import default_directory
@@ -79,14 +80,7 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
     networks = parse_networks(flags.allow_dial)
     stage = manifest.stage(stage_idx)
     trust = _trust(manifest, stage_idx, flags)
-    parts = stage_parts(
-        manifest,
-        stage_idx,
-        flags.model_dir,
-        trust,
-        has_store=flags.store.url is not None,
-        masks=flags.masks,
-    )
+    parts, parts_session = _parts(manifest, stage_idx, flags, trust)
     control, data_in = flags.control_listen, flags.data_in_listen
     if stage.endpoint is not None:
         control = control or stage.endpoint.control.to_endpoint()
@@ -118,7 +112,7 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
             flags.device or "cpu",
             progress,
             memory,
-            parts.parts,
+            parts,
         )
     setup = StageSetup(
         manifest=manifest,
@@ -134,9 +128,32 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
         data_out=data_out,
         patience_ms=PATIENCE_MS,
         allow_dial=networks,
-        parts_session=parts.session,
+        parts_session=parts_session,
     )
     return setup, control, data_in
+
+
+def _parts(
+    manifest: Manifest, stage_idx: int, flags: WorkerFlags, trust: Trust
+) -> tuple[LayerParts, PartsSession | None]:
+    """What does the work of the stage's layers. Raises InputError."""
+    is_own = manifest.part is None and stage_idx not in manifest.encoded_stages
+    if is_own and flags.masks is None:
+        return OWN, None
+    try:
+        # Not by a statement: an image carries what a stage's statements import, and asks nobody.
+        home_parts = import_module("pipeline.cli.home_parts")
+    except ModuleNotFoundError as error:
+        raise InputError("a stage in an image asks no other worker, and encodes nothing") from error
+    found = home_parts.stage_parts(
+        manifest,
+        stage_idx,
+        flags.model_dir,
+        trust,
+        has_store=flags.store.url is not None,
+        masks=flags.masks,
+    )
+    return found.parts, found.session
 
 
 def _trust(manifest: Manifest, stage_idx: int, flags: WorkerFlags) -> Trust:
