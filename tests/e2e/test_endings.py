@@ -117,6 +117,9 @@ def test_a_signal_while_a_worker_loads_ends_it_quietly(cluster, number):
     os.mkfifo(config)  # opening it for writing waits until the worker reads
     worker = cluster.start_worker(0)
     with config.open("wb"):
+        # A signal that comes between opening and reading would be noticed after the read.
+        while not is_asleep(worker):
+            time.sleep(0.001)
         worker.send_signal(number)
         assert worker.wait(20) == 128 + number
     assert "Traceback" not in cluster.log(0)

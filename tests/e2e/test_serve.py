@@ -183,7 +183,7 @@ def test_a_server_told_to_stop_finishes_what_runs_and_takes_no_more(serve):
 
 
 def test_a_server_out_of_grace_ends_its_streams_with_an_error_and_done(serve_by_hand):
-    server = serve_by_hand("--grace", "0.2")
+    server = serve_by_hand("--grace", "0.01")
     body = server.wish("x", 100_000 // 250, stream=True)
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
         lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 
 import trio
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipeline.errors import PipelineError
@@ -20,6 +21,7 @@ OPEN_PATHS = frozenset({"/livez", "/health", "/readyz"})
 # For whoever watches: as often as they like, so that watching costs no user a request.
 WATCH_PATHS = frozenset({"/metrics", "/pipeline"})
 # The ones that read what is sent to them, beside those that `Edge` is told of.
+_VERSIONS = frozenset({"1.0", "1.1", "2", "3"})
 _BODY_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 _ROUTES = OPEN_PATHS | WATCH_PATHS | {"/version", "/v1/models"}
 
@@ -51,6 +53,9 @@ class Edge:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})
         if scope["type"] != "http":
+            return
+        if scope.get("http_version", "1.1") not in _VERSIONS:
+            await Response(status_code=505)(scope, receive, send)
             return
         route = self._route(scope["path"])
         # Probes come every few seconds and say nothing new.

@@ -245,9 +245,9 @@ async def test_without_such_memory_workers_load_for_themselves(
         raise OSError("no such call")
 
     told = tmp_path / "told"
-    write = f"import sys; open({str(told)!r}, 'w').write(' '.join(sys.argv)); {WORK}"
+    write = f"open({str(told)!r}, 'w').write(' '.join(sys.argv)); {WORK}"
     monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
-    monkeypatch.setattr(worker_supervisor, "COMMAND", python(write))
+    monkeypatch.setattr(worker_supervisor, "COMMAND", branching(f"{SPARE}{WORK}", write))
     with caplog.at_level("INFO"):
         await supervisor.start(0)
         await until(lambda: told.exists() and "--flag-0" in told.read_text())
