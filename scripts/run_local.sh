@@ -3,8 +3,8 @@
 # that dies is replaced and the text goes on; with --exit-on-loss that ends it.
 # Usage: run_local.sh [--exit-on-loss] [--mode MODE] "PROMPT" [MAX_TOKENS]
 # MODE is plain, client, rotate, rotate-int8, dp, scx, scx-paper, offload or mix.
-# MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage. In mode
-# client the orchestrator holds embedding and head, and computes them with as many threads; in mode
+# MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage,
+# BASE_PORT=9000 the first of their ports. In mode client the orchestrator holds embedding and head, and computes them with as many threads; in mode
 # rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits; in dp they
 # get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA); in scx one stage, at home,
 # asks a worker that holds its keys and values encoded, and is started anew if it dies; in scx-paper
@@ -74,7 +74,7 @@ if [ -f "$model_dir/stage0/config.json" ]; then
   [ -d "$model_dir/client" ] || [ "$mode" = plain ] || die "$model_dir has no client part for --mode $mode"
   [ ! -d "$model_dir/client" ] || [ "$mode" != plain ] || die "$model_dir has a client part; give its --mode"
 else
-  base_port=$(free_base_port $((10 * stages + 3)))
+  base_port=${BASE_PORT:-$(free_base_port $((10 * stages + 3)))}
   part=127.0.0.1:$((base_port + 10 * stages + 2))
   case $mode in
     scx) plan_flags=(--attention "$part") ;;

@@ -55,7 +55,7 @@ class Edge:
         if scope["type"] != "http":
             return
         if scope.get("http_version", "1.1") not in _VERSIONS:
-            await Response(status_code=505)(scope, receive, send)
+            await Response(status_code=400)(scope, receive, send)
             return
         route = self._route(scope["path"])
         # Probes come every few seconds and say nothing new.
