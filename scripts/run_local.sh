@@ -4,7 +4,8 @@
 # Usage: run_local.sh [--exit-on-loss] [--mode MODE] "PROMPT" [MAX_TOKENS]
 # MODE is plain, client, rotate, rotate-int8, dp, scx, scx-paper, offload or mix.
 # MODEL=gpt2 chooses the model, STAGES=3 the stages, THREADS=2 the threads of each stage,
-# BASE_PORT=9000 the first of their ports. In mode client the orchestrator holds embedding and head, and computes them with as many threads; in mode
+# BASE_PORT=9000 the first of their ports. In mode client the orchestrator holds embedding and head,
+# and computes them with as many threads; in mode
 # rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits; in dp they
 # get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA); in scx one stage, at home,
 # asks a worker that holds its keys and values encoded, and is started anew if it dies; in scx-paper
