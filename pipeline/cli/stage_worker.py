@@ -31,7 +31,7 @@ from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
 from pipeline.cli.slot_store import opened_store
 from pipeline.cli.worker_flags import WorkerFlags
 from pipeline.errors import InputError
-from pipeline.kernels.runtime import on_all_cpus, set_num_threads
+from pipeline.kernels.runtime import beside_a_reader, set_num_threads
 from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.protocol.peer_connections import PATIENCE_MS
@@ -102,7 +102,7 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
         logging.getLogger(load_stage.__module__).setLevel(logging.INFO)
     # Several workers of one supervisor would draw over each other.
     told = nullcontext(Reporter().loaded) if flags.supervised else progress_bar("loading weights")
-    with told as progress, on_all_cpus():
+    with told as progress, beside_a_reader():
         shard = load_stage(
             manifest,
             stage_idx,

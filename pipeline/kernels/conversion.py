@@ -14,14 +14,18 @@ class Conversion(NamedTuple):
 
     # Sets an array to rows of its shape, of floats that are to become such as it has.
     fill: Fill
-    # Values and scales of weights [out, in].
-    quantise: Callable[[HostArray], tuple[HostArray, HostArray]]
+    # Sets values [out, in] and scales to those of weights [out, in].
+    quantise: Callable[[HostArray, HostArray, HostArray], None]
 
 
 def choose_conversion() -> Conversion:
     """The fastest there is here."""
     if why_not_native() is not None:
-        return Conversion(fill_array, quantise)
+        return Conversion(fill_array, _quantise)
     from pipeline.kernels import native_kernels  # noqa: PLC0415 (may be absent)
 
-    return Conversion(native_kernels.fill, native_kernels.quantise)
+    return Conversion(native_kernels.fill, native_kernels.quantise_into)
+
+
+def _quantise(outputs: HostArray, values: HostArray, scales: HostArray) -> None:
+    values[...], scales[...] = quantise(outputs)

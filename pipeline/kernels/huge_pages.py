@@ -58,6 +58,11 @@ class Arena:
             self._prepare(piece)
         return piece
 
+    def array(self, shape: tuple[int, ...], dtype: ArrayDType) -> HostArray:
+        """Zeros that nobody else has. Raises MemoryError."""
+        array: HostArray = self.take(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+        return array
+
 
 def aligned(make: Callable[..., Any], shape: tuple[int, ...], dtype: ArrayDType) -> HostArray:
     """An array as `np.empty` or `np.zeros` makes it, from an address that 64 divides.

@@ -4,7 +4,6 @@ Here a row's result depends on that row and its own cache alone, bit for bit: no
 come with it, nor on where a prompt is cut into steps, nor on the number of threads.
 """
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -80,9 +79,18 @@ def quantise(outputs: HostArray) -> tuple[HostArray, HostArray]:
     num_out, num_in = outputs.shape
     values = np.empty((num_out, num_in), INT8)
     scales = np.empty((num_out, num_groups(num_in)), BFLOAT16)
+    quantise_into(outputs, values, scales)
+    return values, scales
+
+
+def quantise_into(outputs: HostArray, values: HostArray, scales: HostArray) -> None:
+    """Set values [out, in] and scales to those of weights [out, in]."""
+    if not (values.flags.c_contiguous and scales.flags.c_contiguous):
+        values[...], scales[...] = quantise(outputs)
+        return
+    num_out, num_in = outputs.shape
     stored, strides = STORED[outputs.dtype], _strides(outputs)
     _native.quantise(stored, outputs, *strides, num_in, num_out, values, scales)
-    return values, scales
 
 
 def _kind(precision: Precision) -> int:
@@ -210,8 +218,7 @@ class NativeKernels(Kernels):
 
     def weights(self, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
         """An array to be filled once, beside all other weights."""
-        memory = self.arena.take(math.prod(shape) * dtype.itemsize)
-        return memory.view(dtype).reshape(shape)
+        return self.arena.array(shape, dtype)
 
     def hold_weights_in(self, memory: SealedMemory) -> None:
         """Have those of layers made from now on be there."""

@@ -95,17 +95,23 @@ def limit_torch() -> None:
 
 
 @contextmanager
-def on_all_cpus() -> Iterator[None]:
-    """Let this thread, and those that it makes, run on each CPU that was asked for meanwhile.
+def beside_a_reader() -> Iterator[None]:
+    """Leave one of several threads meanwhile to whoever reads and hashes what is packed.
 
-    For work beside what native kernels compute: on the first CPU alone it would take turns with it.
+    Else one that packs would wait for another, whose core the reader has. And let this thread, and
+    those that it makes, run on each CPU that was asked for: on the first alone they take turns.
     """
-    cpus = () if _asked is None else _asked[1]
+    native = _native_threads()
+    num_threads, cpus = (1, ()) if _asked is None else _asked
+    if native is not None and num_threads > 1:
+        native.set_num_threads(num_threads - 1, *cpus[:-1])
     if cpus:
         os.sched_setaffinity(0, cpus)
     try:
         yield
     finally:
+        if native is not None and num_threads > 1:
+            native.set_num_threads(num_threads, *cpus)
         if cpus and "torch" not in sys.modules:  # whose threads are yet to inherit this one's
             os.sched_setaffinity(0, cpus[:1])
 

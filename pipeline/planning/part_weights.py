@@ -23,6 +23,7 @@ from pipeline.dtypes import (
 )
 from pipeline.errors import ModelError
 from pipeline.kernels.conversion import choose_conversion
+from pipeline.kernels.huge_pages import Arena
 from pipeline.models.config import ModelConfig, as_rotated, read_config, rotated_json
 from pipeline.models.registry import (
     family_of,
@@ -81,11 +82,11 @@ def part_tensors(
 def _as_stored(
     source: Source, config: ModelConfig, part: Part, progress: Progress | None
 ) -> "list[_Kept | _KeptInt8]":
-    model_dir = source.model_dir
+    model_dir, arena = source.model_dir, Arena()
     stored = stored_tensors(model_dir)
     planned = required_tensors(model_dir, config, part.layers, part.ends)
     kept = {
-        name: _keep(stored[name], sink, part.precision, model_dir)
+        name: _keep(stored[name], sink, part.precision, model_dir, arena)
         for name, sink in planned.items()
         if name in stored  # load_tensors names what is missing
     }
@@ -99,10 +100,10 @@ def _rotated(
 ) -> "list[_Kept | _KeptInt8]":
     assert source.rotation is not None
     planned = plan_tensors(as_rotated(config, source.rotation.fingerprint), part.layers, part.ends)
-    kept = []
+    kept, arena = [], Arena()
     for name, tensor in _rotate(source, source.rotation, config, part, progress):
         stored = StoredTensor(name, "F32", tensor.shape, 0, tensor.nbytes)
-        kept.append(_keep(stored, planned[name], part.precision, source.model_dir))
+        kept.append(_keep(stored, planned[name], part.precision, source.model_dir, arena))
         kept[-1].sink.write(0, tensor)
     return kept
 
@@ -172,9 +173,10 @@ def save_tensors(tensors: Mapping[str, HostArray], path: Path) -> str:
 class _Kept:
     """A tensor on its way into a shard: as stored, or rounded to another float."""
 
-    def __init__(self, stored: StoredTensor, dtype: ArrayDType) -> None:
+    def __init__(self, stored: StoredTensor, dtype: ArrayDType, arena: Arena) -> None:
         self._name = stored.name
-        self.sink: Sink = CopySink(np.empty(stored.shape, dtype), fill=choose_conversion().fill)
+        target = arena.array(stored.shape, dtype)
+        self.sink: Sink = CopySink(target, fill=choose_conversion().fill)
 
     def tensors(self) -> Mapping[str, HostArray]:
         """What the shard stores, by name."""
@@ -187,12 +189,12 @@ class _KeptInt8:
 
     precision: Precision = "int8"
 
-    def __init__(self, stored: StoredTensor, *, is_in_out: bool) -> None:
+    def __init__(self, stored: StoredTensor, arena: Arena, *, is_in_out: bool) -> None:
         rows, columns = stored.shape
         num_out, num_in = (columns, rows) if is_in_out else (rows, columns)
         self._name = stored.name
-        self._values = np.empty((num_out, num_in), INT8)
-        self._scales = np.empty((num_out, num_groups(num_in)), BFLOAT16)
+        self._values = arena.array((num_out, num_in), INT8)
+        self._scales = arena.array((num_out, num_groups(num_in)), BFLOAT16)
         self._is_in_out = is_in_out
         self._quantise = choose_conversion().quantise
         self.sink: Sink = WeightSink(self, 0, num_out, num_in, is_in_out=is_in_out)
@@ -201,11 +203,13 @@ class _KeptInt8:
         self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
     ) -> None:
         """Keep outputs first.., of inputs first_in.., in int8."""
+        rows, last_in = slice(first, first + len(outputs)), first_in + outputs.shape[1]
+        own = self._values[rows, first_in:last_in]
+        own_scales = self._scales[rows, first_in // GROUP : num_groups(last_in)]
         if scales is None:
-            outputs, scales = self._quantise(outputs)
-        rows, group = slice(first, first + len(outputs)), first_in // GROUP
-        self._values[rows, first_in : first_in + outputs.shape[1]] = outputs
-        self._scales[rows, group : group + scales.shape[1]] = scales
+            self._quantise(outputs, own, own_scales)
+        else:
+            own[...], own_scales[...] = outputs, scales
 
     def tensors(self) -> Mapping[str, HostArray]:
         """What the shard stores, by name."""
@@ -214,7 +218,11 @@ class _KeptInt8:
 
 
 def _keep(
-    stored: StoredTensor, planned: Sink, precision: Precision | None, model_dir: Path
+    stored: StoredTensor,
+    planned: Sink,
+    precision: Precision | None,
+    model_dir: Path,
+    arena: Arena,
 ) -> _Kept | _KeptInt8:
     """Where a tensor of the source goes; float32 is kept as stored, being no less exact so."""
     if stored.dtype not in FLOATS:
@@ -226,10 +234,10 @@ def _keep(
     try:
         if isinstance(planned, WeightSink) and len(stored.shape) == 2:
             if precision == "int8":
-                return _KeptInt8(stored, is_in_out=planned.is_in_out)
+                return _KeptInt8(stored, arena, is_in_out=planned.is_in_out)
             if precision == "bfloat16":
                 dtype = BFLOAT16
-        return _Kept(stored, dtype)
+        return _Kept(stored, dtype, arena)
     except (ValueError, MemoryError) as error:
         raise ModelError(
             f"{model_dir}: tensor {stored.name} needs {stored.end - stored.start} bytes of memory, "

@@ -276,6 +276,23 @@ def test_a_cpu_that_no_thread_can_be_pinned_to_is_refused(native, monkeypatch):
         set_num_threads(2, (3, 1024))
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_one_of_several_threads_is_left_to_whoever_reads(native, monkeypatch, num_threads):
+    cpus, told, allowed = tuple(range(4, 4 + num_threads)), [], []
+    module = sys.modules["pipeline.kernels._native"]
+    monkeypatch.setattr(module, "set_num_threads", lambda *given: told.append(given))
+    monkeypatch.setattr("os.sched_setaffinity", lambda _, given: allowed.append(given))
+    monkeypatch.setattr(runtime, "_asked", (num_threads, cpus))
+    with runtime.beside_a_reader():
+        during = list(told)
+    if num_threads == 1:
+        assert told == []
+    else:
+        assert during == [(num_threads - 1, *cpus[:-1])]
+        assert told == [*during, (num_threads, *cpus)]
+    assert allowed[0] == cpus
+
+
 def test_at_least_one_thread_computes():
     with pytest.raises(ValueError, match="num_threads=0"):
         set_num_threads(0)

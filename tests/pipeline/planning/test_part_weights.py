@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from pipeline.kernels.huge_pages import Arena
 from pipeline.planning import part_weights
 from pipeline.planning.part_weights import save_tensors
 from pipeline.weights.checkpoint_header import StoredTensor
@@ -34,13 +35,14 @@ def test_a_disk_that_cannot_be_written_is_told(tmp_path):
         save_tensors({"a": np.zeros(3, np.float32)}, tmp_path)
 
 
-def test_int8_of_a_matrix_stored_by_input_is_that_of_its_outputs():
-    weight = np.random.default_rng(0).standard_normal((200, 40), np.float32)  # [in, out]
+@pytest.mark.parametrize("is_in_out", [False, True])
+def test_int8_of_a_matrix_is_that_of_its_outputs_however_it_is_stored(is_in_out):
+    weight = np.random.default_rng(0).standard_normal((200, 40), np.float32)
     stored = StoredTensor("w", "F32", weight.shape, 0, weight.nbytes)
-    kept = part_weights._KeptInt8(stored, is_in_out=True)
+    kept = part_weights._KeptInt8(stored, Arena(), is_in_out=is_in_out)
     for first in range(0, 200, 64):
         kept.sink.write(first, weight[first : first + 64])
-    values, scales = quantise(weight.T)
+    values, scales = quantise(weight.T if is_in_out else weight)
     found = kept.tensors()
-    np.testing.assert_array_equal(found["w"], values.T)
+    np.testing.assert_array_equal(found["w"], values.T if is_in_out else values)
     np.testing.assert_array_equal(found["w_scale"], scales)
