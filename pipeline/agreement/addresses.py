@@ -19,7 +19,10 @@ class Strict(BaseModel):
     """Frozen, and taken from JSON as it stands."""
 
     # Strict: "30", 30.0 and true are no integers, so two readers cannot disagree about them.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    # Built when first used: a command reads few of its kinds.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, protected_namespaces=(), defer_build=True
+    )
 
 
 class TcpAddress(Strict):

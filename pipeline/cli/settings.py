@@ -63,7 +63,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 class Settings(BaseModel):
     """Base of every group of settings; a field may be a group of its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     @classmethod
     def environment(cls, given: Mapping[str, object]) -> Mapping[str, str]:

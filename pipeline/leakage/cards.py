@@ -33,7 +33,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 class Part(BaseModel):
     """A part of a card."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 class Recovery(Part):

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from pipeline.agreement.manifest import MAX_STAGES
-from pipeline.protocol.messages import Address, Count, StrictMessage, decode_as
+from pipeline.protocol.messages import Address, Count, StrictMessage, decode_as, kinds_of
 
 # A list of so many fits a control message; of more, the rest is seen when some are removed.
 MAX_PARTS = 400
@@ -197,11 +197,9 @@ MachineMessage = (
     | Ping
     | Flood
 )
-_ADAPTER: TypeAdapter[MachineMessage] = TypeAdapter(
-    Annotated[MachineMessage, Field(discriminator="type")]
-)
+_KINDS = kinds_of(MachineMessage)
 
 
 def decode_machine_message(data: bytes) -> MachineMessage:
     """Raises MessageError for anything a peer could send instead."""
-    return decode_as(_ADAPTER, data)
+    return decode_as(_KINDS, data)

@@ -42,7 +42,7 @@ class Rope:
 
 
 class _Rope(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
 
     rope_type: Literal["default", "dynamic", "linear", "llama3"] = "default"
     rope_theta: Scale | None = None

@@ -3,10 +3,11 @@
 Msgpack maps, each checked against its type.
 """
 
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.agreement.manifest import MAX_STAGES
 from pipeline.errors import MessageError
@@ -29,13 +30,19 @@ Measurements = dict[
 ]
 
 
-AnyMessage = TypeVar("AnyMessage")
-
-
 class StrictMessage(BaseModel):
     """A message of exactly its fields, each of exactly its type."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # Checks are built for those kinds that are said: a session says few of them.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
+
+
+AnyMessage = TypeVar("AnyMessage", bound=StrictMessage)
+
+
+def kinds_of(union: object) -> Mapping[str, type[Any]]:
+    """A union of messages, each by its type's name."""
+    return {each.model_fields["type"].default: each for each in get_args(union)}
 
 
 class Init(StrictMessage):
@@ -284,7 +291,7 @@ Message = (
     | Failure
     | Shutdown
 )
-_ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
+_KINDS = kinds_of(Message)
 
 
 def encode_message(message: StrictMessage) -> bytes:
@@ -295,10 +302,10 @@ def encode_message(message: StrictMessage) -> bytes:
 
 def decode_message(data: bytes) -> Message:
     """Decode a control message. Raises MessageError for anything a peer could send instead."""
-    return decode_as(_ADAPTER, data)
+    return decode_as(_KINDS, data)
 
 
-def decode_as(adapter: TypeAdapter[AnyMessage], data: bytes) -> AnyMessage:
+def decode_as(kinds: Mapping[str, type[AnyMessage]], data: bytes) -> AnyMessage:
     """Decode one of a union of messages. Raises: as `decode_message`."""
     if len(data) > MAX_CONTROL_BYTES:
         raise MessageError(
@@ -308,7 +315,11 @@ def decode_as(adapter: TypeAdapter[AnyMessage], data: bytes) -> AnyMessage:
         raw = msgpack.unpackb(data, strict_map_key=False, max_ext_len=0)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise MessageError("control message is not msgpack") from error
+    name = raw.get("type") if isinstance(raw, dict) else None
+    kind = kinds.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise MessageError("control message does not fit any known type")
     try:
-        return adapter.validate_python(raw)
+        return kind.model_validate(raw)
     except (ValidationError, RecursionError) as error:
-        raise MessageError("control message does not fit any known type") from error
+        raise MessageError("control message does not fit its type") from error
