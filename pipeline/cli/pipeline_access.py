@@ -18,6 +18,7 @@ from pipeline.agreement.trust_policy import (
     refuse_dev_where_keyed,
 )
 from pipeline.cli.compute_options import SLOW_KERNELS
+from pipeline.cli.loading_bars import LoadingBars
 from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.shard_directories import stage_dir
@@ -162,6 +163,7 @@ class PipelineAccess:
 
         async def tell_and_work(pipeline: Pipeline) -> None:
             nonlocal has_told
+            bars.end()
             if not has_told:
                 _tell_kernels(pipeline)
             has_told = True
@@ -170,6 +172,8 @@ class PipelineAccess:
         new = new_pipeline if self.is_resumable else open_pipeline
         async with open_tasks() as tasks:
             placement = self.place(tasks)
+            bars = LoadingBars(placement, len(self.manifest.stages))
+            tasks.start_soon(bars.follow)
             async with new(
                 self.manifest, self.trust, self.options, _progress, placement
             ) as pipeline:

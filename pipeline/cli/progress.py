@@ -47,7 +47,10 @@ def progress_rows(names: Sequence[str]) -> Iterator[Callable[[int], Progress | N
         DownloadColumn(),
         TransferSpeedColumn(),
     )
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Bars(
+        *columns, console=console, transient=True, disable=not console.is_interactive
+    ) as bars:
         tasks = [bars.add_task(name, total=None) for name in names]
         yield (
             lambda index: lambda done, total: bars.update(tasks[index], completed=done, total=total)

@@ -37,16 +37,15 @@ class Tokenizer:
         self._is_byte_level = b'"ByteLevel"' in spelled
         self._has_byte_tokens = b'"ByteFallback"' in spelled
         self._directory = path.parent
+        # Now, while stages load, and not once they are there.
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self._num_ids = max(ids, default=-1) + 1
         self._num_rows: int | None = None
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id a prompt may hold, added tokens included."""
         return self._num_ids if self._num_rows is None else min(self._num_ids, self._num_rows)
-
-    @cached_property
-    def _num_ids(self) -> int:
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
     def end_token_ids(self) -> frozenset[int]:

@@ -1,5 +1,6 @@
 """What home and its machines say to each other: strict msgpack maps, as control messages are."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -197,7 +198,7 @@ MachineMessage = (
     | Ping
     | Flood
 )
-_KINDS = kinds_of(MachineMessage)
+_KINDS: Mapping[str, type[MachineMessage]] = kinds_of(MachineMessage)
 
 
 def decode_machine_message(data: bytes) -> MachineMessage:

@@ -74,7 +74,9 @@ class LlamaConfig(ModelConfig):
 class JsonFields(BaseModel):
     """What is read of every config.json, and refused."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=(), defer_build=True)
+    model_config = ConfigDict(
+        extra="ignore", frozen=True, protected_namespaces=(), defer_build=True
+    )
 
     vocab_size: Vocabulary
     eos_token_id: int | list[int] | None = None

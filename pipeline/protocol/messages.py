@@ -291,7 +291,7 @@ Message = (
     | Failure
     | Shutdown
 )
-_KINDS = kinds_of(Message)
+_KINDS: Mapping[str, type[Message]] = kinds_of(Message)
 
 
 def encode_message(message: StrictMessage) -> bytes:
