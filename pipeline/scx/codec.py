@@ -30,10 +30,9 @@ from pipeline.dtypes import (
 )
 from pipeline.scx.errors import AnswerRefused, CacheRefused, ScxError
 from pipeline.scx.keys import KeyGenerator, Order
+from pipeline.scx.products import encode_head
 from pipeline.scx.rows import Answer, EncodedRows, Receipt, attend
 
-# Rows of a head that are permuted and multiplied at a time: they stay in the processor's cache.
-_CHUNK_ROWS = 512
 _DIGEST_BYTES = 32
 # What decoys leave of the sum of exponentials, at least: below, rounding is all that is left.
 _LEAST_SHARE = 1e-9
@@ -330,7 +329,7 @@ class LayerCodec:
         else:
             encoded = np.empty(rows.shape, self._real)
             for head in range(self._heads):
-                _encode_head(
+                encode_head(
                     rows[head],
                     None if matrices is None else matrices[head],
                     None if orders is None else orders[head],
@@ -360,24 +359,3 @@ class LayerCodec:
                 f"keys and values are [{shape[0]} KV heads, rows, {shape[2]}], at least one row, "
                 f"not {list(keys.shape)} and {list(values.shape)}"
             )
-
-
-def _encode_head(
-    rows: HostArray, matrix: HostArray | None, order: Order | None, encoded: HostArray
-) -> None:
-    """P(rows R) of one head into `encoded`, all [rows, width]."""
-    if matrix is None:
-        if order is None:
-            encoded[:] = rows
-        else:
-            np.take(rows, order, 0, encoded, "clip")  # "raise" would go through a copy
-        return
-    taken = np.empty((min(_CHUNK_ROWS, len(rows)), rows.shape[1]), rows.dtype)
-    for start in range(0, len(rows), _CHUNK_ROWS):
-        chunk = slice(start, start + _CHUNK_ROWS)
-        if order is None:
-            source = rows[chunk]
-        else:
-            source = taken[: len(order[chunk])]
-            np.take(rows, order[chunk], 0, source, "clip")
-        np.matmul(source, matrix, out=encoded[chunk])
