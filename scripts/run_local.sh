@@ -8,7 +8,9 @@
 # and computes them with as many threads; in mode
 # rotate rows are rotated by a secret as well, in rotate-int8 they also travel in 8 bits; in dp they
 # get noise (DP_SIGMA, DP_CLIP), up to a bound (DP_EPSILON, DP_DELTA); in scx one stage, at home,
-# asks a worker that holds its keys and values encoded, and is started anew if it dies; in scx-paper
+# asks a worker that holds its keys and values encoded, and is started anew if it dies, with noise of
+# a scale (KV_NOISE), decoys (KV_DECOYS of them) and other keys at each step (ONE_TIME_KEYS=1) where
+# that is asked for; in scx-paper
 # stages between two at home (HOME_LAYERS of each, 1,1) keep theirs encoded; in offload and mix one
 # at home has another worker compute its linears, which sees rows under one-time masks (MASKS of
 # them, made first), or a prompt's rows mixed with each other. MODEL_DIR may be what
@@ -34,6 +36,7 @@ while [[ ${1-} == --* ]]; do
   shift
 done
 plan_flags=(--split client)
+encoding=()
 case $mode in
   plain) plan_flags=() ;;
   client | rotate) ;;
@@ -43,7 +46,12 @@ case $mode in
     # Noise that leaves a text readable hides nothing; what it adds up to is printed.
     own+=(--dp-epsilon "${DP_EPSILON:-1e9}" --dp-delta "${DP_DELTA:-1e-5}")
     ;;
-  scx) plan_flags=() STAGES=1 ;;
+  scx)
+    plan_flags=() STAGES=1
+    [ -z "${KV_NOISE-}" ] || encoding+=(--kv-noise "$KV_NOISE")
+    [ -z "${KV_DECOYS-}" ] || encoding+=(--kv-decoys "$KV_DECOYS")
+    [ -z "${ONE_TIME_KEYS-}" ] || encoding+=(--one-time-keys)
+    ;;
   # A worker that is started anew loads all weights.
   offload | mix) plan_flags=() own+=(--connect-timeout 120) STAGES=1 ;;
   scx-paper)
@@ -78,7 +86,7 @@ else
   base_port=${BASE_PORT:-$(free_base_port $((10 * stages + 3)))}
   part=127.0.0.1:$((base_port + 10 * stages + 2))
   case $mode in
-    scx) plan_flags=(--attention "$part") ;;
+    scx) plan_flags=(--attention "$part" "${encoding[@]}") ;;
     offload) plan_flags=(--linear "$part") ;;
     mix) plan_flags=(--mixed-linear "$part") ;;
   esac

@@ -117,6 +117,17 @@ class PartSpec(Strict):
     address: Address | None = None
 
 
+class EncodingSpec(Strict):
+    """What keys and values that lie encoded get beside secret keys and orders."""
+
+    # The scale of noise in columns of its own.
+    noise: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    # Rows of other text in each layer of each text.
+    num_decoys: Annotated[int, Field(ge=0, le=4096)] = 0
+    # Whether each step's rows get keys of their own.
+    is_one_time: bool = False
+
+
 class HomeStages(Strict):
     """Stages on machines of the user's own, before and behind those that are not."""
 
@@ -151,6 +162,8 @@ class Manifest(Strict):
     part: PartSpec | None = None
     # How many stages at both ends are at home; those between keep keys and values encoded.
     home_stages: HomeStages | None = None
+    # How keys and values lie encoded; None: by one secret for each text.
+    encoding: EncodingSpec | None = None
 
     @property
     def encoded_stages(self) -> range:
@@ -190,6 +203,14 @@ class Manifest(Strict):
             raise ValueError("part is for manifests of one stage with embedding and head")
         if self.home_stages is not None and (not self.encoded_stages or self.has_client_ends):
             raise ValueError("home_stages are stages with embedding and head, and leave others")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_encoded(self) -> Self:
+        if self.encoding is not None and (self.part is None or self.part.kind != "attention"):
+            raise ValueError(
+                "encoding is for manifests whose keys and values an attention worker holds"
+            )
         return self
 
     @model_validator(mode="after")
@@ -311,7 +332,7 @@ def _without_new_defaults(whole: dict[str, Any]) -> dict[str, Any]:
     if whole["split"] == "stages":
         del whole["split"]
         whole.pop("client", None)
-    for name in ("rotation", "dp", "part", "home_stages"):
+    for name in ("rotation", "dp", "part", "home_stages", "encoding"):
         if whole.get(name) is None:
             whole.pop(name, None)
     for stage in whole["stages"]:

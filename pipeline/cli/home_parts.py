@@ -63,9 +63,10 @@ def _remote_parts(
         from pipeline.offload.linear_parts import MixedParts
 
         return MixedParts()
-    from pipeline.scx.attention_parts import AttentionParts
+    from pipeline.scx.attention_parts import AttentionParts, Encoding
 
-    return AttentionParts(agreed_config(manifest, model_dir))
+    given = {} if manifest.encoding is None else manifest.encoding.model_dump()
+    return AttentionParts(agreed_config(manifest, model_dir), Encoding(**given))
 
 
 def _masked_parts(manifest: Manifest, path: Path | None) -> RemoteParts:

@@ -78,6 +78,17 @@ def plan_command(
         str | None,
         typer.Option(metavar="ADDR", help="Untrusted worker that holds encoded keys and values."),
     ] = None,
+    kv_noise: Annotated[
+        float | None,
+        typer.Option(metavar="SCALE", help="Noise on rows that worker holds [none]."),
+    ] = None,
+    kv_decoys: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Rows of other text among them, a layer and text [0]."),
+    ] = None,
+    one_time_keys: Annotated[
+        bool, typer.Option("--one-time-keys", help="Other keys for each step's rows.")
+    ] = False,
     home_layers: Annotated[
         str | None,
         typer.Option(
@@ -124,6 +135,7 @@ def plan_command(
         ),
         stage_keys=tuple(stage_key or ()),
         home_layers=None if home_layers is None else _home_layers(home_layers),
+        encoding=_encoding(kv_noise, kv_decoys, is_one_time=one_time_keys, is_held=attention),
     )
     if output is not None:
         check_writable(output)  # before minutes of hashing
@@ -141,6 +153,22 @@ def _home_layers(text: str) -> tuple[int, int]:
     if match is None:
         raise InputError(f"--home-layers {text[:80]!r}: give two numbers, as in 1,1")
     return int(match[1]), int(match[2])
+
+
+def _encoding(
+    noise: float | None, num_decoys: int | None, *, is_one_time: bool, is_held: str | None
+) -> dict[str, float]:
+    """What is given of how rows are encoded. Raises InputError where none are."""
+    given: dict[str, float | None] = {
+        "noise": noise, "num_decoys": num_decoys, "is_one_time": is_one_time or None
+    }  # fmt: skip
+    found = {name: value for name, value in given.items() if value is not None}
+    if found and is_held is None:
+        raise InputError(
+            "--kv-noise, --kv-decoys and --one-time-keys are for keys and values that a worker "
+            "holds encoded; say which by --attention"
+        )
+    return found
 
 
 def _part(

@@ -7,15 +7,24 @@ a value handed to the shard, and no architecture knows of it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-from pipeline.dtypes import Precision
+from pipeline.dtypes import HostArray, Precision
 from pipeline.kernels.base import Activation, Attention, Kernels, Linear, LinearSpec, Norm
 from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.kv_storage import LayerKV
 from pipeline.protocol.batch import Batch
 
 # Does works side by side; what they return, in order.
 Overlap = Callable[[Sequence[Callable[[], Any]]], list[Any]]
+
+
+class Reader(Protocol):
+    """A shard from the first layer on, as parts see it that need to have something read."""
+
+    def keys_and_values(self, token_ids: HostArray) -> list[LayerKV]:
+        """Of a text, in each layer, as the kernels' own attention has them."""
+        ...
 
 
 class LayerParts:
@@ -48,6 +57,9 @@ class LayerParts:
         """
         del layer, batch
         return own
+
+    def prepare(self, reader: Reader) -> None:
+        """A session is about to begin, with the weights that `reader` has."""
 
     def cache(self, own: Callable[[], KVCache], num_slots: int, max_seq_len: int) -> KVCache:
         """What a session's slots hold; `own` makes the kernels'."""

@@ -22,13 +22,13 @@ from pipeline.kernels.base import (
     batch_positions,
 )
 from pipeline.kernels.kv_cache import KVCache
-from pipeline.kernels.kv_storage import kv_bytes
+from pipeline.kernels.kv_storage import LayerKV, kv_bytes
 from pipeline.models.config import ModelConfig
-from pipeline.models.layer_parts import LayerMaker, LayerParts, Overlap
+from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts, Overlap
 from pipeline.models.own_embedding import Embedding
 from pipeline.models.residual import ResidualStream
 from pipeline.models.workspace import ForwardPass, Room, round_up
-from pipeline.protocol.batch import Batch, first_rows, num_tokens
+from pipeline.protocol.batch import Batch, Segment, first_rows, num_tokens
 from pipeline.protocol.tide_window import TideWindow
 from pipeline.weights.tensor_sinks import Sink
 
@@ -236,7 +236,16 @@ class Shard(ABC):
             window=window,
             frequencies=self.frequencies,
         )
+        self.parts.prepare(self)
         return self.parts.cache(own, num_slots, max_seq_len)
+
+    def keys_and_values(self, token_ids: HostArray) -> list[LayerKV]:
+        """Of a text, in each layer of a first stage, as the kernels' own attention has them."""
+        plain = copy.copy(self)
+        plain.parts, plain._room = OWN, self._new_room()
+        cache = plain.new_cache(1, len(token_ids))
+        plain.forward(token_ids, (Segment(0, 0, len(token_ids)),), cache)
+        return cache.export(0, range(len(token_ids)))
 
     def forward(self, inputs: HostArray, batch: Batch, cache: KVCache) -> Array:
         """Run a step's rows through the shard's layers and append them to the cache.

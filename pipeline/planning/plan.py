@@ -1,7 +1,7 @@
 """Writing a manifest: a split balanced by measured bytes, and the hashes that pin it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class PlanOptions:
     stage_keys: tuple[str, ...] = ()
     # Layers of one stage at each end that stays at home; all stages between keep rows encoded.
     home_layers: tuple[int, int] | None = None
+    # What encoded rows get beside secret keys, by the manifest's names; empty: nothing.
+    encoding: Mapping[str, float] = field(default_factory=dict)
 
 
 def split_layers(first: int, layers: Sequence[int], last: int, num_stages: int) -> list[int]:
@@ -144,6 +146,7 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
         "dp": options.noise and dict(zip(("sigma", "clip"), options.noise, strict=True)),
         "home_stages": None if options.home_layers is None else {"first": 1, "last": 1},
         "part": options.part and _part(*options.part),
+        "encoding": dict(options.encoding) or None,
     }
     return build_manifest(fields, "cannot plan this")
 

@@ -7,20 +7,20 @@ Nothing of it is kept: a worker that is lost takes no key with it, and the texts
 with other keys, from their tokens.
 """
 
-import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import default_rng
 
 from pipeline.dtypes import FLOAT32, Array, HostArray
 from pipeline.errors import InputError, MessageError
 from pipeline.kernels.base import Attention, HeadShape, Kernels, Linear, LinearSpec
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV
-from pipeline.kernels.shape_only_kernels import Outline
 from pipeline.models.config import LlamaConfig, ModelConfig
+from pipeline.models.layer_parts import Reader
 from pipeline.protocol.batch import Batch, Segment, first_rows
 from pipeline.remote_parts.parts import RemoteParts, SessionSize
 from pipeline.remote_parts.wire import PartRefusal, to_array, to_tensor
@@ -35,66 +35,35 @@ from pipeline.scx.attention_wire import (
 )
 from pipeline.scx.codec import LayerCodec
 from pipeline.scx.errors import AnswerRefused
+from pipeline.scx.held_rows import HeldElsewhere, HeldRows
 from pipeline.scx.keys import KeyGenerator
-from pipeline.scx.rows import Answer, EncodedRows, Receipt
+from pipeline.scx.rows import Answer, EncodedRows
 from transport.tensor_frames import Tensor
 
-# Of a slot's last steps home could still take back so many; beyond, its text is encoded anew.
-_TAKEN_BACK = 8
-# Rounding may lengthen a sum of rows by that much.
-_SLACK = 1e-3
+# A query comes once for each segment of rows, and keys of each lie in memory; with more of them all
+# rows of a layer are taken back and encoded anew.
+_MAX_SEGMENTS = 16
 
 
-@dataclass(slots=True)
-class HeldRows:
-    """What home knows of one layer of one text that somebody else holds."""
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """What rows get beside secret keys and orders: see `KeyGenerator`."""
 
-    codec: LayerCodec = field(repr=False)
-    # After each of the last steps; the last one is of what is held now.
-    receipts: list[Receipt] = field(default_factory=list)
-    # The longest of all rows: no sum of shares of rows is longer than all of them.
-    longest: float = 0.0
-
-    @property
-    def receipt(self) -> Receipt:
-        """Of what is held now."""
-        return self.receipts[-1]
-
-    def append(self, keys: HostArray, values: HostArray) -> EncodedRows:
-        """Rows [KV heads, rows, head_dim] as they are to be held behind those that are."""
-        if not self.receipts:
-            rows = self.codec.encode(keys, values)
-            self.receipts.append(self.codec.seal(rows))
-        else:
-            rows = self.codec.append(keys, values, self.receipt)
-            self.receipts.append(self.codec.extend(self.receipt, rows))
-            del self.receipts[:-_TAKEN_BACK]
-        norms = np.einsum("hrw,hrw->hr", rows.values, rows.values)
-        self.longest = max(self.longest, math.sqrt(float(norms.max())))
-        return rows
-
-    def check(self, answer: Answer) -> None:
-        """Raise AnswerRefused for what no shares of the rows can add up to."""
-        norms = np.einsum("hqsw,hqsw->hqs", answer.outputs, answer.outputs)
-        # not `>`: there may be something that is no number
-        if not float(norms.max()) <= ((1 + _SLACK) * self.longest) ** 2:
-            raise AnswerRefused(
-                "an answer about encoded rows is longer than any of them: "
-                "the attention worker does not compute attention"
-            )
+    noise: float = 0.0
+    num_decoys: int = 0
+    is_one_time: bool = False
 
 
 class AttentionParts(RemoteParts):
     """Attention over rows that a worker holds, for a shard of all layers.
 
-    noise: the scale of noise in columns of its own. Raises InputError for a model whose layers do
-    not look back to the start.
+    Raises InputError for a model whose layers do not look back to the start.
     """
 
     are_row_exact = False
     are_cached_here = False
 
-    def __init__(self, config: ModelConfig, noise: float = 0.0) -> None:
+    def __init__(self, config: ModelConfig, encoding: Encoding = Encoding()) -> None:
         super().__init__(ANSWER_LIMITS)
         window = config.sliding_window if isinstance(config, LlamaConfig) else None
         if window is not None and window < config.max_positions:
@@ -104,8 +73,10 @@ class AttentionParts(RemoteParts):
             )
         self.heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, 0)
         self._num_layers = config.num_layers
-        self._hidden_dim = config.hidden_dim
-        self._noise = noise
+        self._config = config
+        self._encoding = encoding
+        # Keys and values of other text, of each layer: drawn anew for each session.
+        self._decoys: list[tuple[HostArray, HostArray]] | None = None
         self._seed = os.urandom(32)
         self._epoch = 0
         self._held: dict[int, list[HeldRows]] = {}
@@ -121,16 +92,28 @@ class AttentionParts(RemoteParts):
         del own
         return _Asking(self, layer, batch)
 
+    def prepare(self, reader: Reader) -> None:
+        """Have decoys read: tokens that nobody else knows, but for the first.
+
+        Every later query attends to a text's first row, so as a decoy it would hide all others.
+        """
+        if count := self._encoding.num_decoys:
+            tokens = default_rng().integers(0, self._config.vocab_size, count + 1)
+            layers = reader.keys_and_values(tokens)
+            self._decoys = [(each.keys[:, 1:], each.values[:, 1:]) for each in layers]
+
     def cache(self, own: Callable[[], KVCache], num_slots: int, max_seq_len: int) -> KVCache:
         """A ledger of what is held elsewhere."""
         del own
-        return HeldElsewhere(self, self._num_layers, num_slots, max_seq_len)
+        return HeldElsewhere(
+            self._num_layers, num_slots, max_seq_len, truncate=self.truncate, fetch=self.fetch
+        )
 
     def begin(self, limits: SessionSize) -> None:
         """Another session, and so other keys. Raises PartRefused where it would not fit."""
         self._epoch += 1
         width = self._new_keys().width
-        rows = limits.max_seq_len
+        rows = limits.max_seq_len + self._encoding.num_decoys
         opening = Opening(self._num_layers, self.heads.num_kv_heads, width, limits.num_slots, rows)
         self.link.ask(opening_bytes(opening))
 
@@ -139,14 +122,21 @@ class AttentionParts(RemoteParts):
         self._held.clear()
 
     def held(self, slot: int, layer: int, *, is_new: bool) -> HeldRows:
-        """What is known of a slot's rows; a new text gets keys of its own."""
+        """What is known of a slot's rows; a new text gets keys of its own. Raises CacheRefused."""
         if is_new and layer == 0:
             keys = self._new_keys()
             self._held[slot] = [
-                HeldRows(LayerCodec(keys, index, self.heads.num_kv_heads))
-                for index in range(self._num_layers)
+                HeldRows(self._codec(keys, index)) for index in range(self._num_layers)
             ]
-        return self._held[slot][layer]
+        held = self._held[slot][layer]
+        if not is_new and held.num_segments > _MAX_SEGMENTS:
+            codec = self._codec(self._new_keys(), layer)
+            held = self._held[slot][layer] = held.renew(codec, self._fetched(slot, layer))
+        return held
+
+    def _codec(self, keys: KeyGenerator, layer: int) -> LayerCodec:
+        decoys = None if self._decoys is None else self._decoys[layer]
+        return LayerCodec(keys, layer, self.heads.num_kv_heads, decoys=decoys)
 
     def truncate(self, slot: int, length: int) -> None:
         """Have the worker forget all but a slot's first rows.
@@ -160,48 +150,45 @@ class AttentionParts(RemoteParts):
             del self._held[slot]
         else:
             for held in layers:
-                while held.receipts and held.receipt.num_rows > length:
-                    held.receipts.pop()
-                if not held.receipts or held.receipt.num_rows != length:
+                if not held.take_back(length):
                     raise MessageError(f"slot {slot} cannot go back to {length} encoded rows")
+            length += self._encoding.num_decoys
         self.link.ask(pair_bytes(Op.TRUNCATE, slot, length))
 
     def fetch(self, slot: int) -> list[LayerKV]:
         """A slot's rows as they come back, checked and decoded. Raises CacheRefused."""
-        return [self._fetched(slot, layer, held) for layer, held in enumerate(self._held[slot])]
+        return [
+            LayerKV(*held.codec.decode(self._fetched(slot, layer), held.receipt))
+            for layer, held in enumerate(self._held[slot])
+        ]
 
-    def _fetched(self, slot: int, layer: int, held: HeldRows) -> LayerKV:
+    def _fetched(self, slot: int, layer: int) -> EncodedRows:
         _, tensors = self.link.ask(pair_bytes(Op.FETCH, slot, layer))
         if len(tensors) != 2:
             raise AnswerRefused("encoded rows came back without keys or values")
-        rows = EncodedRows(*_arrays(tensors))
-        return LayerKV(*(
-            each.astype(FLOAT32) for each in held.codec.decode(rows, held.receipt)
-        ))  # fmt: skip
+        return EncodedRows(*_arrays(tensors))
 
     def ask(
         self, layer: int, spans: list[Span], rows: list[EncodedRows], queries: list[HostArray]
-    ) -> Answer:
-        """One question of a layer: [KV heads, all queries, 1, width], and their log-sums.
+    ) -> tuple[HostArray, HostArray]:
+        """One question of a layer: [KV heads, all queries, width], and their log-sums.
 
         Raises AnswerRefused for an answer to something else, PartLost, PartRefused.
         """
         nothing = np.empty((self.heads.num_kv_heads, 0, rows[0].keys.shape[2]), FLOAT32)
-        if len(queries) > 1:
-            asked = np.concatenate(queries, 1)[:, :, 0]
-        else:
-            asked = queries[0][:, :, 0] if queries else nothing
+        # [KV heads, queries, segments, width] each
+        flat = [each.reshape(len(each), -1, each.shape[-1]) for each in queries]
+        asked = np.concatenate(flat, 1) if len(flat) > 1 else flat[0] if flat else nothing
         keys, values = (
             np.concatenate(each, 1) if len(each) > 1 else each[0]
             for each in ([part.keys for part in rows], [part.values for part in rows])
         )
         tensors = tuple(to_tensor(each) for each in (keys, values, asked))
         _, answered = self.link.ask(attend_bytes(layer, spans), tensors)
-        shapes = (asked.shape, asked.shape[:2])
         arrays = _arrays(answered)
-        if tuple(each.shape for each in arrays) != shapes:
+        if [each.shape for each in arrays] != [asked.shape, asked.shape[:2]]:
             raise AnswerRefused("an answer about encoded rows has another shape")
-        return Answer(arrays[0][:, :, None], arrays[1][:, :, None])
+        return arrays[0], arrays[1]
 
     def to_host(self, array: Array) -> HostArray:
         """Rows where they can be encoded."""
@@ -217,12 +204,14 @@ class AttentionParts(RemoteParts):
     def _new_keys(self) -> KeyGenerator:
         return KeyGenerator(
             0,
-            self._hidden_dim,
+            self._config.hidden_dim,
             self.heads.head_dim,
-            alp=self._noise,
+            self._encoding.num_decoys,
+            self._encoding.noise,
             seed=self._seed,
             session=os.urandom(16),
             epoch=self._epoch,
+            one_time=self._encoding.is_one_time,
         )
 
 
@@ -246,14 +235,14 @@ class _Asking:
             for segment, first in zip(self._batch, first_rows(self._batch), strict=True)
         ]
         asking = [text.asked for text in texts if text.asked is not None]
-        answer = parts.ask(
+        answered = parts.ask(
             self._layer, [text.span for text in texts], [text.rows for text in texts], asking
         )
         at, outputs = 0, []
         for text in texts:
-            part = np.s_[:, at : at + text.span.num_queries]
-            at += text.span.num_queries
-            outputs.append(text.read(Answer(answer.outputs[part], answer.log_sums[part])))
+            part = np.s_[:, at : at + text.span.num_asked]
+            at += text.span.num_asked
+            outputs.append(text.read(*(each[part] for each in answered)))
         # [KV heads, rows * groups, head_dim] each -> [rows, heads * head_dim]
         shape = (heads.num_kv_heads, -1, num_groups, width)
         parted = [each.reshape(shape) for each in outputs]
@@ -283,21 +272,27 @@ class _Text:
         # other here: whoever holds them does not know their order.
         self._is_joined = num_tokens > 1 or position == 0
         before = None if position == 0 else self._held.receipt
-        self.rows = self._held.append(k, v)
+        num_held, self.rows = self._held.append(k, v)
         self._receipt = before if self._is_joined else self._held.receipt
-        num_queries = self._queries.shape[1] if position else 0
-        num_seen = position + (0 if self._is_joined else 1)
-        self.span = Span(slot, position, num_tokens, num_seen, num_queries)
+        num_new = self.rows.num_rows
         self.asked = None
-        if position:
-            assert self._receipt is not None, "there are rows before"
-            self.asked = self._held.codec.ask(self._queries, self._receipt)
+        self.span = Span(slot, num_held, num_new, 0)
+        if self._receipt is not None:
+            codec = self._held.codec
+            self.asked = codec.ask(self._queries, self._receipt)
+            stops = tuple(stop for _, stop in codec.segments(self._receipt))
+            self.span = Span(slot, num_held, num_new, self._queries.shape[1], stops)
 
-    def read(self, answer: Answer) -> HostArray:
-        """[KV heads, rows * groups, head_dim]. Raises AnswerRefused."""
+    def read(self, outputs: HostArray, log_sums: HostArray) -> HostArray:
+        """Answers for each query and segment -> [KV heads, rows * groups, head_dim].
+
+        Raises AnswerRefused.
+        """
         if self.asked is None:
             return self._own()[0]
         assert self._receipt is not None, "there are rows before"
+        shape = self.asked.shape
+        answer = Answer(outputs.reshape(shape), log_sums.reshape(shape[:3]))
         self._held.check(answer)
         outputs, log_sums = self._held.codec.share(answer, self.asked, self._receipt)
         if not self._is_joined:
@@ -319,41 +314,6 @@ class _Text:
         sums = weights.sum(-1, keepdims=True)
         mixed: HostArray = weights @ values / sums
         return mixed, (top + np.log(sums))[..., 0].astype(np.float64)
-
-
-class HeldElsewhere(KVCache):
-    """A ledger of rows that a worker holds: there are none here."""
-
-    __slots__ = ("_parts",)
-
-    def __init__(
-        self, parts: AttentionParts, num_layers: int, num_slots: int, max_seq_len: int
-    ) -> None:
-        super().__init__(
-            Outline(),  # of no bytes
-            num_layers=num_layers,
-            num_slots=num_slots,
-            num_kv_heads=0,
-            max_seq_len=max_seq_len,
-            head_dim=0,
-            dtype=FLOAT32,
-        )
-        self._parts = parts
-
-    def truncate(self, slot: int, length: int) -> None:
-        """Roll `slot` back to its first `length` tokens, here and there."""
-        super().truncate(slot, length)
-        self._parts.truncate(slot, length)
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Rows are encoded for one text. Raises MessageError."""
-        raise MessageError(f"slot {source}'s first {length} rows are not {target}'s: it has no key")
-
-    def export(self, slot: int, positions: range) -> list[LayerKV]:
-        """Rows as they come back, checked and decoded. Raises CacheRefused, MessageError."""
-        self.ledger.check_range(slot, positions)
-        inside = np.s_[:, positions.start : positions.stop]
-        return [LayerKV(*(each[inside] for each in layer)) for layer in self._parts.fetch(slot)]
 
 
 def _arrays(tensors: tuple[Tensor, ...]) -> tuple[HostArray, ...]:

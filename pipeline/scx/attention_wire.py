@@ -3,9 +3,10 @@
 A question starts with what it is:
 
     OPEN      layers, KV heads, width, slots, rows of a slot: what the session may come to hold
-    ATTEND    layer, number of segments, and of each: slot, rows it holds, new rows, rows that its
-              queries see, queries. Tensors: new keys, new values, queries, F32 [KV heads, rows of
-              all segments, width] each, queries perhaps F64. Answered with outputs of the queries'
+    ATTEND    layer, number of slots, and of each: slot, rows it holds (0 starts it anew), new rows,
+              queries, number of segments of the rows that these see, and where each ends: a query
+              comes once for each. Tensors: new keys, new values, queries, F32 [KV heads, rows of
+              all slots, width] each, queries perhaps F64. Answered with outputs of the queries'
               shape and F64 log-sums [KV heads, queries].
     TRUNCATE  slot, rows: what it keeps, in every layer
     FETCH     slot, layer. Answered with keys and values, F32 [KV heads, rows, width].
@@ -13,19 +14,23 @@ A question starts with what it is:
 
 from collections.abc import Sequence
 from enum import IntEnum
+from itertools import pairwise
 from struct import Struct
 from typing import NamedTuple
 
 from transport.tensor_frames import FrameLimits
 
-# Of one step at most: rows of 4,096 tokens of the widest models there are, of one layer.
+# Of one step at most: a few hundred slots with as many segments as `attention_parts` lets them get.
+MAX_HEADER_BYTES = 64 << 10
+# And rows of 4,096 tokens of the widest models there are, of one layer.
 MAX_BYTES = 1 << 30
 _OP = Struct(">B")
 _OPEN = Struct(">BIIIII")
 _ATTEND = Struct(">BII")
-_SEGMENT = Struct(">IIIII")
+_SPAN = Struct(">IIIII")
+_STOP = Struct(">I")
 _PAIR = Struct(">BII")
-QUESTION_LIMITS = FrameLimits(64 << 10, 3, MAX_BYTES)
+QUESTION_LIMITS = FrameLimits(MAX_HEADER_BYTES, 3, MAX_BYTES)
 ANSWER_LIMITS = FrameLimits(2048, 2, MAX_BYTES)
 
 
@@ -55,13 +60,26 @@ class Opening(NamedTuple):
 
 
 class Span(NamedTuple):
-    """One slot's part of a question; `num_held` rows are there before the new ones."""
+    """One slot's part of a question; `num_held` rows are there before the new ones.
+
+    stops: where each segment ends of the rows that its queries see, the first of which starts at 0.
+    """
 
     slot: int
     num_held: int
     num_new: int
-    num_seen: int
     num_queries: int
+    stops: tuple[int, ...] = ()
+
+    @property
+    def num_asked(self) -> int:
+        """Rows of queries: one for each query and segment."""
+        return self.num_queries * len(self.stops)
+
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """Start and end of each."""
+        return list(pairwise((0, *self.stops)))
 
 
 def opening_bytes(opening: Opening) -> bytes:
@@ -72,7 +90,10 @@ def opening_bytes(opening: Opening) -> bytes:
 def attend_bytes(layer: int, spans: Sequence[Span]) -> bytes:
     """The header of ATTEND."""
     head = _ATTEND.pack(Op.ATTEND, layer, len(spans))
-    return head + b"".join(_SEGMENT.pack(*span) for span in spans)
+    return head + b"".join(
+        _SPAN.pack(*span[:-1], len(span.stops)) + b"".join(map(_STOP.pack, span.stops))
+        for span in spans
+    )
 
 
 def pair_bytes(op: Op, first: int, second: int) -> bytes:
@@ -99,10 +120,21 @@ def attend_untrusted(header: bytes) -> tuple[int, list[Span]]:
     if len(header) < _ATTEND.size:
         raise ValueError("a question that is too short")
     _, layer, count = _ATTEND.unpack_from(header)
-    rest = memoryview(header)[_ATTEND.size :]
-    if len(rest) != count * _SEGMENT.size:
-        raise ValueError("a question with other segments than it says")
-    return layer, [Span(*fields) for fields in _SEGMENT.iter_unpack(rest)]
+    at, spans = _ATTEND.size, []
+    for _ in range(count):
+        if len(header) < at + _SPAN.size:
+            raise ValueError("a question with fewer slots than it says")
+        slot, num_held, num_new, num_queries, num_stops = _SPAN.unpack_from(header, at)
+        at += _SPAN.size
+        stops = header[at : at + num_stops * _STOP.size]
+        if len(stops) != num_stops * _STOP.size:
+            raise ValueError("a question with fewer segments than it says")
+        at += len(stops)
+        ends = tuple(stop for (stop,) in _STOP.iter_unpack(stops))
+        spans.append(Span(slot, num_held, num_new, num_queries, ends))
+    if at != len(header):
+        raise ValueError("a question with more than it says")
+    return layer, spans
 
 
 def pair_untrusted(header: bytes) -> tuple[int, int]:

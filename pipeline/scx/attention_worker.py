@@ -101,29 +101,30 @@ class AttentionWorker:
         outputs = np.empty_like(queries)
         log_sums = np.empty(queries.shape[:2])
         row = query = 0
-        for slot, num_held, num_new, num_seen, num_queries in spans:
+        for span in spans:
+            slot, num_held, num_new, num_queries, stops = span
             place = self._place(layer, slot)
             held, stop = self._held.get((layer, slot), 0), num_held + num_new
-            if held != num_held or stop > place.shape[2] or num_seen > stop:
+            if num_held not in (0, held) or stop > place.shape[2] or max(stops, default=0) > stop:
                 raise ValueError(f"slot {slot} holds {held} rows in layer {layer}, not {num_held}")
             place[0, :, num_held:stop] = keys[:, row : row + num_new]
             place[1, :, num_held:stop] = values[:, row : row + num_new]
             self._held[layer, slot] = stop
             row += num_new
             if num_queries:
-                asked = np.s_[:, query : query + num_queries]
-                seen = EncodedRows(*place[:, :, :num_seen])
-                answer = attend(queries[asked][:, :, None], seen, [(0, num_seen)])
-                outputs[asked] = answer.outputs[:, :, 0]
-                log_sums[asked] = answer.log_sums[:, :, 0]
-                query += num_queries
+                asked = np.s_[:, query : query + span.num_asked]
+                shape = (len(queries), num_queries, len(stops), -1)
+                answer = attend(queries[asked].reshape(shape), EncodedRows(*place), span.segments)
+                outputs[asked] = answer.outputs.reshape(len(queries), span.num_asked, -1)
+                log_sums[asked] = answer.log_sums.reshape(len(queries), -1)
+                query += span.num_asked
         return outputs, log_sums
 
     def _checked(self, spans: list[Span], arrays: list[HostArray]) -> list[HostArray]:
         """New keys, new values and queries. Raises ValueError for others than the spans say."""
         opening = self._opened()
         num_new = sum(span.num_new for span in spans)
-        num_queries = sum(span.num_queries for span in spans)
+        num_queries = sum(span.num_asked for span in spans)
         shapes = [
             (opening.num_kv_heads, count, opening.width)
             for count in (num_new, num_new, num_queries)
@@ -133,8 +134,10 @@ class AttentionWorker:
         keys, values, queries = arrays
         if {keys.dtype, values.dtype} != {FLOAT32} or queries.dtype not in {FLOAT32, _FLOAT64}:
             raise ValueError("its rows are of other kinds of numbers")
-        if any(span.num_queries and not span.num_seen for span in spans):
+        if any(span.num_queries and not span.stops for span in spans):
             raise ValueError("queries that see no row")
+        if any(start >= stop for span in spans for start, stop in span.segments):
+            raise ValueError("a segment without rows")
         return arrays
 
     def _truncate(self, slot: int, num_rows: int) -> tuple[()]:

@@ -30,10 +30,9 @@ from pipeline.dtypes import (
 )
 from pipeline.scx.errors import AnswerRefused, CacheRefused, ScxError
 from pipeline.scx.keys import KeyGenerator, Order
+from pipeline.scx.products import encode_head
 from pipeline.scx.rows import Answer, EncodedRows, Receipt, attend
 
-# Rows of a head that are permuted and multiplied at a time: they stay in the processor's cache.
-_CHUNK_ROWS = 512
 _DIGEST_BYTES = 32
 # What decoys leave of the sum of exponentials, at least: below, rounding is all that is left.
 _LEAST_SHARE = 1e-9
@@ -69,7 +68,7 @@ class LayerCodec:
             raise ScxError(f"a cache has no numbers of type {self._dtype}")
         # What is computed with; halves are only stored.
         self._real = _FLOAT64 if self._dtype == _FLOAT64 else FLOAT32
-        self._num_decoys = keys.redundant_num
+        self.num_decoys = keys.redundant_num
         self._model_digest = hashlib.blake2b(model, digest_size=_DIGEST_BYTES).digest()
         keys.segment(layer, num_kv_heads, sequence)
         shape = (num_kv_heads, keys.redundant_num, keys.head_dim)
@@ -89,10 +88,10 @@ class LayerCodec:
         Raises ScxError for other shapes, and where there is no row.
         """
         self._check_shapes(keys, values)
-        orders = self._orders(self._num_decoys + keys.shape[1])
-        if not self._num_decoys:
+        orders = self._orders(self.num_decoys + keys.shape[1])
+        if not self.num_decoys:
             return self._mixed(keys, values, 0, 0, orders)
-        both = self._held_decoys.followed_by(self._mixed(keys, values, self._num_decoys, 0))
+        both = self._held_decoys.followed_by(self._mixed(keys, values, self.num_decoys, 0))
         if orders is None:
             return both
         order = np.stack(orders)[:, :, None]
@@ -103,23 +102,13 @@ class LayerCodec:
     def append(self, keys: HostArray, values: HostArray, receipt: Receipt) -> EncodedRows:
         """[KV heads, rows, head_dim], after RoPE -> rows to hold after those of the receipt.
 
-        Raises ScxError for other shapes, and where there is no row.
+        Several are in an order of P, and have one key. Raises ScxError for other shapes, and where
+        there is no row.
         """
         self._check_shapes(keys, values)
-        before = receipt.num_rows
-        if not self._keys.one_time:
-            return self._mixed(keys, values, self._num_decoys + before, 0)
-        ones = [
-            self._mixed(
-                keys[:, at : at + 1], values[:, at : at + 1],
-                self._num_decoys + before + at, before + at,
-            )
-            for at in range(keys.shape[1])
-        ]  # fmt: skip
-        return EncodedRows(
-            np.concatenate([one.keys for one in ones], 1),
-            np.concatenate([one.values for one in ones], 1),
-        )
+        before, count = receipt.num_rows, keys.shape[1]
+        orders = self._orders(count, before) if count > 1 else None
+        return self._mixed(keys, values, self.num_decoys + before, before, orders)
 
     def decode(self, rows: EncodedRows, receipt: Receipt) -> tuple[HostArray, HostArray]:
         """Keys and values [KV heads, rows, head_dim] in their own order, without decoys.
@@ -134,48 +123,50 @@ class LayerCodec:
             ], 1)
             for kind, encoded in (("keys", rows.keys), ("values", rows.values))
         )  # fmt: skip
-        num_first = self._num_decoys + receipt.num_first
-        orders = self._orders(num_first)
-        if orders is not None:
-            for head, order in enumerate(orders):
-                keys[head, order] = keys[head, :num_first].copy()
-                values[head, order] = values[head, :num_first].copy()
-        real = np.s_[:, self._num_decoys :, : self._keys.head_dim]
+        num_first = self.num_decoys + receipt.num_first
+        self._put_in_order(keys, values, 0, self._orders(num_first))
+        for start, count in receipt.chunks:
+            orders = self._orders(count, start)
+            self._put_in_order(keys, values, self.num_decoys + start, orders)
+        real = np.s_[:, self.num_decoys :, : self._keys.head_dim]
         return keys[real], values[real]
 
     # What home keeps
 
     def seal(self, rows: EncodedRows, num_padding: int = 0) -> Receipt:
         """The receipt of what `encode` returned, of so many more tokens that were masked."""
-        num_first = rows.num_rows - self._num_decoys
+        num_first = rows.num_rows - self.num_decoys
         return Receipt(
             num_first, num_first, self._link(b"first %d" % num_padding, rows), num_padding
         )
 
     def extend(self, receipt: Receipt, more: EncodedRows) -> Receipt:
-        """The receipt of a cache that has been followed by what `append` returned.
-
-        Rows are linked one by one, however many came at a time.
-        """
-        digest = receipt.digest
-        for at in range(more.num_rows):
-            one = EncodedRows(more.keys[:, at : at + 1], more.values[:, at : at + 1])
-            digest = self._link(digest, one)
-        return replace(receipt, num_rows=receipt.num_rows + more.num_rows, digest=digest)
+        """The receipt of a cache that has been followed by what `append` returned."""
+        before, count = receipt.num_rows, more.num_rows
+        return replace(
+            receipt,
+            num_rows=before + count,
+            digest=self._link(receipt.digest, more),
+            chunks=(*receipt.chunks, (before, count)) if count > 1 else receipt.chunks,
+        )
 
     def check(self, rows: EncodedRows, receipt: Receipt) -> None:
         """Raise CacheRefused unless these are the rows that the receipt is of."""
-        num_rows = receipt.num_rows + self._num_decoys
-        if not 0 <= receipt.num_first <= receipt.num_rows or rows.num_rows != num_rows:
+        num_rows = receipt.num_rows + self.num_decoys
+        try:
+            steps = receipt.steps
+        except ValueError as error:
+            raise CacheRefused(self._layer, str(error)) from error
+        if rows.num_rows != num_rows:
             said = f"{rows.num_rows} rows, not {num_rows}"
             raise CacheRefused(self._layer, said)
         shape = (self._heads, num_rows, self._keys.width)
         if rows.keys.shape != shape or {rows.keys.dtype, rows.values.dtype} != {self._dtype}:
             raise CacheRefused(self._layer, "another shape or type of number")
-        split = receipt.num_first + self._num_decoys
-        first = EncodedRows(rows.keys[:, :split], rows.values[:, :split])
-        later = EncodedRows(rows.keys[:, split:], rows.values[:, split:])
-        found = self.extend(self.seal(first, receipt.num_padding), later)
+        split = receipt.num_first + self.num_decoys
+        found = self.seal(rows.part(0, split), receipt.num_padding)
+        for start, count in steps:
+            found = self.extend(found, rows.part(self.num_decoys + start, count))
         if not hmac.compare_digest(found.digest, receipt.digest):
             raise CacheRefused(self._layer)
 
@@ -192,7 +183,7 @@ class LayerCodec:
         holder's sums are: what decoys put into them is then taken out without a trace.
         """
         segments = self._segments(receipt)
-        real = _FLOAT64 if self._num_decoys else self._real
+        real = _FLOAT64 if self.num_decoys else self._real
         if len(segments) == 1 and not self._keys.noise_dim:
             asked = queries.astype(real, copy=False) @ self._matrix("keys", segments[0][0])
             return asked[:, :, None]
@@ -224,11 +215,11 @@ class LayerCodec:
             raise AnswerRefused("an answer about an encoded cache has another shape")
         if not (np.isfinite(answer.outputs).all() and np.isfinite(answer.log_sums).all()):
             raise AnswerRefused("an answer about an encoded cache is not finite")
-        if asked.shape[2] == 1 and not self._num_decoys:
+        if asked.shape[2] == 1 and not self.num_decoys:
             decoded: HostArray = answer.outputs[:, :, 0] @ self._matrix("values", 0).mT
             return decoded[..., : self._keys.head_dim], answer.log_sums[:, :, 0]
         outputs, log_sums = answer.outputs.astype(_FLOAT64), answer.log_sums.astype(_FLOAT64)
-        if self._num_decoys:
+        if self.num_decoys:
             self._remove_decoys(outputs[:, :, 0], log_sums[:, :, 0], asked[:, :, :1])
         top = log_sums.max(2, keepdims=True)
         shares = np.exp(log_sums - top)
@@ -243,7 +234,7 @@ class LayerCodec:
         """In place: the answer that a cache without decoys would have given."""
         held = self._held_decoys
         decoys = EncodedRows(self._numbers(held.keys), self._numbers(held.values))
-        theirs = attend(asked, decoys, [(0, self._num_decoys)])
+        theirs = attend(asked, decoys, [(0, self.num_decoys)])
         share = np.exp(theirs.log_sums[:, :, 0] - log_sums)
         if (share > 1 + _LEAST_SHARE).any():
             raise AnswerRefused("an answer about an encoded cache leaves out some of its rows")
@@ -264,15 +255,14 @@ class LayerCodec:
     def _segments(self, receipt: Receipt) -> list[tuple[int, int, int]]:
         """Each segment's number in its keys, its first row and the one after its last."""
         if not self._keys.one_time:
-            return [(0, 0, self._num_decoys + receipt.num_rows)]
-        first = self._num_decoys + receipt.num_first
-        later = range(receipt.num_first, receipt.num_rows)
-        return [(0, 0, first)] + [
-            (row, self._num_decoys + row, self._num_decoys + row + 1) for row in later
+            return [(0, 0, self.num_decoys + receipt.num_rows)]
+        num_decoys = self.num_decoys
+        return [(0, 0, num_decoys + receipt.num_first)] + [
+            (row, num_decoys + row, num_decoys + row + count) for row, count in receipt.steps
         ]
 
     def _matrix(self, kind: str, segment: int) -> HostArray:
-        if segment == 0:
+        if segment == 0 or not self._keys.one_time:
             return self._first_matrices[kind]
         derived = self._keys.segment(self._layer, self._heads, self._sequence, segment)
         matrix: HostArray = getattr(derived, kind).astype(self._real)
@@ -286,14 +276,26 @@ class LayerCodec:
             "values": first.values.astype(self._real),
         }
 
-    def _orders(self, num_rows: int) -> list[Order] | None:
-        """For each head, which row comes at each place; none where rows stay in order."""
+    def _orders(self, num_rows: int, *first_row: int) -> list[Order] | None:
+        """For each head, which row comes at each place; none where rows stay in order.
+
+        first_row: of rows that come later.
+        """
         if not self._keys.permute:
             return None
         return [
-            self._keys.permutation(num_rows, self._layer, head, self._sequence)
+            self._keys.permutation(num_rows, self._layer, head, self._sequence, *first_row)
             for head in range(self._heads)
         ]
+
+    @staticmethod
+    def _put_in_order(
+        keys: HostArray, values: HostArray, start: int, orders: list[Order] | None
+    ) -> None:
+        """Undo orders of rows from `start` on, in place."""
+        for head, order in enumerate(orders or ()):
+            for rows in (keys[head, start:], values[head, start:]):
+                rows[order] = rows[: len(order)].copy()
 
     def _mixed(
         self,
@@ -327,7 +329,7 @@ class LayerCodec:
         else:
             encoded = np.empty(rows.shape, self._real)
             for head in range(self._heads):
-                _encode_head(
+                encode_head(
                     rows[head],
                     None if matrices is None else matrices[head],
                     None if orders is None else orders[head],
@@ -344,7 +346,7 @@ class LayerCodec:
 
     def _link(self, before: bytes, rows: EncodedRows) -> bytes:
         digest = hashlib.blake2b(before, key=self._digest_key, digest_size=_DIGEST_BYTES)
-        shape = (*rows.keys.shape, self._num_decoys)
+        shape = (*rows.keys.shape, self.num_decoys)
         digest.update(b"%d %d %d %d " % shape + self._dtype.str.encode() + self._model_digest)
         for array in (rows.keys, rows.values):
             digest.update(np.ascontiguousarray(array).data)
@@ -357,24 +359,3 @@ class LayerCodec:
                 f"keys and values are [{shape[0]} KV heads, rows, {shape[2]}], at least one row, "
                 f"not {list(keys.shape)} and {list(values.shape)}"
             )
-
-
-def _encode_head(
-    rows: HostArray, matrix: HostArray | None, order: Order | None, encoded: HostArray
-) -> None:
-    """P(rows R) of one head into `encoded`, all [rows, width]."""
-    if matrix is None:
-        if order is None:
-            encoded[:] = rows
-        else:
-            np.take(rows, order, 0, encoded, "clip")  # "raise" would go through a copy
-        return
-    taken = np.empty((min(_CHUNK_ROWS, len(rows)), rows.shape[1]), rows.dtype)
-    for start in range(0, len(rows), _CHUNK_ROWS):
-        chunk = slice(start, start + _CHUNK_ROWS)
-        if order is None:
-            source = rows[chunk]
-        else:
-            source = taken[: len(order[chunk])]
-            np.take(rows, order[chunk], 0, source, "clip")
-        np.matmul(source, matrix, out=encoded[chunk])

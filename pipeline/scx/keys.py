@@ -134,7 +134,13 @@ class KeyGenerator:
     def permutation(self, num_rows: int, *indices: int) -> Order:
         """One of all orders of so many rows."""
         words = np.frombuffer(self.stream(b"rows", 8 * num_rows, num_rows, *indices), "<u8")
-        return np.argsort(words)  # no two of 64 bits are alike
+        # Each with its number in the last bits: that sorts in half of an `argsort`'s time.
+        last = np.uint64((1 << num_rows.bit_length()) - 1)
+        numbered = words & ~last
+        numbered |= np.arange(num_rows, dtype=np.uint64)
+        numbered.sort()
+        numbered &= last
+        return numbered.view(np.int64)
 
     def laplace(self, purpose: bytes, shape: tuple[int, ...], *indices: int) -> Doubles:
         """Noise of scale `alp`."""

@@ -7,6 +7,7 @@ with rows of zeros, which are not its own and nobody looks at.
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,7 +60,8 @@ class EncodedKVCache:
             tensors[f"{layer}.keys"] = held.keys.contiguous()
             tensors[f"{layer}.values"] = held.values.contiguous()
             receipts[layer] = [
-                (r.num_first, r.num_rows, r.digest.hex(), r.num_padding) for r in held.receipts
+                (r.num_first, r.num_rows, r.digest.hex(), r.num_padding, *r.chunks)
+                for r in held.receipts
             ]
         said = {"receipts": receipts, "home_layers": sorted(self.home_layers)}
         try:
@@ -77,16 +79,20 @@ class EncodedKVCache:
                     int(layer): EncodedLayer(
                         file.get_tensor(f"{layer}.keys"),
                         file.get_tensor(f"{layer}.values"),
-                        tuple(
-                            Receipt(int(a), int(b), bytes.fromhex(c), int(d))
-                            for a, b, c, d in receipts
-                        ),
+                        tuple(map(_receipt_untrusted, receipts)),
                     )
                     for layer, receipts in said["receipts"].items()
                 }
                 return cls(layers, frozenset(map(int, said["home_layers"])))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ScxError(f"{path} is no encoded cache") from error
+
+
+def _receipt_untrusted(fields: list[Any]) -> Receipt:
+    """Raises TypeError, ValueError."""
+    first, rows, digest, padding, *chunks = fields
+    pairs = tuple((int(start), int(count)) for start, count in chunks)
+    return Receipt(int(first), int(rows), bytes.fromhex(digest), int(padding), pairs)
 
 
 def split_kvcache_dynamic(

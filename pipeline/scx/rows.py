@@ -26,6 +26,11 @@ class EncodedRows:
         """Decoys are among them."""
         return int(self.keys.shape[1])
 
+    def part(self, start: int, count: int) -> "EncodedRows":
+        """A view of some of them."""
+        chosen = np.s_[:, start : start + count]
+        return EncodedRows(self.keys[chosen], self.values[chosen])
+
     def followed_by(self, more: "EncodedRows") -> "EncodedRows":
         """These rows and then those, as the holder keeps them."""
         keys, values = ((self.keys, more.keys), (self.values, more.values))
@@ -36,7 +41,8 @@ class EncodedRows:
 class Receipt:
     """What home keeps of a cache: how many rows it encoded at first and in all, and their digest.
 
-    num_padding: tokens of the sequence that were masked and have no rows.
+    num_padding: tokens of the sequence that were masked and have no rows. chunks: first row and
+    number of those that came later, but together.
 
     Attack: whoever holds the cache cannot make one, but can hand back an older cache with its
     receipt. So home keeps its own, or at least the number of rows.
@@ -46,6 +52,24 @@ class Receipt:
     num_rows: int
     digest: bytes
     num_padding: int = 0
+    chunks: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        """First row and number of rows of all that came after the first ones.
+
+        Raises ValueError for numbers that contradict each other: a receipt may come from a file.
+        """
+        steps, at = [], self.num_first
+        for start, count in (*self.chunks, (self.num_rows, 0)):
+            if at < 0 or start < at or count < 0:
+                raise ValueError("rows are counted twice, or are less than none")
+            steps += [(row, 1) for row in range(at, start)]
+            steps += [(start, count)] if count else []
+            at = start + count
+        if at != self.num_rows:
+            raise ValueError("more rows came together than there are")
+        return steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,14 +106,12 @@ class LayerElsewhere(EncodedLayer):
     def attend(
         self, at: int, first: int, asked: HostArray, segments: Sequence[tuple[int, int]]
     ) -> Answer:
-        """Ask. Raises ScxError for keys that change from row to row, AnswerRefused, PartLost."""
-        if len(segments) != 1:
-            raise ScxError("one-time keys are not for layers elsewhere: a query is asked once")
+        """Ask. Raises AnswerRefused, PartLost."""
+        del first  # what is masked is not sent
         heads, queries, _, width = asked.shape
-        rows = self.pending[at]
-        num_seen = self.keys.shape[2] - first
-        span = Span(at, num_seen - rows.num_rows, rows.num_rows, num_seen, queries)
-        sent = (rows.keys, rows.values, asked.reshape(heads, queries, width))
+        rows, stops = self.pending[at], tuple(stop for _, stop in segments)
+        span = Span(at, stops[-1] - rows.num_rows, rows.num_rows, queries, stops)
+        sent = (rows.keys, rows.values, asked.reshape(heads, -1, width))
         tensors = tuple(to_tensor(each) for each in sent)
         try:
             _, answered = self.link.ask(attend_bytes(self.index, [span]), tensors)
@@ -122,7 +120,7 @@ class LayerElsewhere(EncodedLayer):
             raise AnswerRefused("an answer about an encoded cache is none") from error
         if outputs.shape != sent[2].shape or sums.shape != outputs.shape[:2]:
             raise AnswerRefused("an answer about an encoded cache has another shape")
-        return Answer(outputs[:, :, None], sums[:, :, None])
+        return Answer(outputs.reshape(asked.shape), sums.reshape(asked.shape[:3]))
 
 
 class AttentionTier:
@@ -157,7 +155,7 @@ class AttentionTier:
         for at, receipt in enumerate(layer.receipts):
             first = layer.first_row(receipt)
             own = [bits(each[at, :, first:]) for each in (layer.keys, layer.values)]
-            span = Span(at, 0, own[0].shape[1], 0, 0)
+            span = Span(at, 0, own[0].shape[1], 0)
             tensors = (*map(to_tensor, own), nothing)
             self._link.ask(attend_bytes(index, [span]), tensors)
         seen = torch.empty(layer.keys.shape, dtype=layer.keys.dtype, device="meta")

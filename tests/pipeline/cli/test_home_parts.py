@@ -2,10 +2,11 @@
 
 import pytest
 
+from pipeline.agreement.manifest import dump_manifest, parse_manifest
 from pipeline.agreement.trust_policy import DevTrust
 from pipeline.cli.home_parts import stage_parts
 from pipeline.cli.pipeline_access import mode_of
-from pipeline.cli.preparation import _home_layers, _part
+from pipeline.cli.preparation import _encoding, _home_layers, _part
 from pipeline.errors import InputError
 from pipeline.models.layer_parts import OWN
 from pipeline.planning.plan import PlanOptions, plan
@@ -48,6 +49,39 @@ def test_what_is_encoded_for_a_session_is_not_stored(parts_of):
     with pytest.raises(InputError, match="--kv-store"):
         parts_of(1, num_stages=3, home_layers=(1, 1), has_store=True)
     parts_of(0, num_stages=3, home_layers=(1, 1), has_store=True)
+
+
+def test_what_rows_get_beside_keys_is_the_manifests_word(parts_of, tiny_model):
+    given = _encoding(0.5, 3, is_one_time=True, is_held="127.0.0.1:9500")
+    attention = {"num_stages": 1, "part": ("attention", WHERE, None)}
+    _, found = parts_of(0, **attention, encoding=given)
+    keys = found.parts._new_keys()
+    assert (keys.alp, keys.redundant_num, keys.one_time) == (0.5, 3, True)
+    plain, encoded = (
+        plan(tiny_model, PlanOptions(**attention, encoding=each)) for each in ({}, given)
+    )
+    assert plain.encoding is None
+    assert "encoding" not in plain.core()
+    assert plain.core_hash() != encoded.core_hash()
+    assert parse_manifest(dump_manifest(encoded)) == encoded
+
+
+def test_encoding_is_for_rows_that_a_worker_holds(tiny_model):
+    assert _encoding(None, None, is_one_time=False, is_held=None) == {}
+    for given in ((0.5, None, False), (None, 3, False), (None, None, True)):
+        with pytest.raises(InputError, match="say which by --attention"):
+            _encoding(*given[:2], is_one_time=given[2], is_held=None)
+    with pytest.raises(InputError, match="encoding is for manifests whose keys and values"):
+        plan(tiny_model, PlanOptions(3, home_layers=(1, 1), encoding={"noise": 1.0}))
+
+
+@pytest.mark.parametrize(
+    "given", [{"noise": -1.0}, {"noise": 1e9}, {"num_decoys": -1}, {"num_decoys": 5000}], ids=str
+)
+def test_encoding_that_cannot_be_is_one_clear_error(tiny_model, given):
+    (name,) = given
+    with pytest.raises(InputError, match=f"encoding.{name}"):
+        plan(tiny_model, PlanOptions(1, part=("attention", WHERE, None), encoding=given))
 
 
 @pytest.mark.parametrize("text", ["1", "1,", "a,b", "1,2,3", "-1,1", "12345,1"])

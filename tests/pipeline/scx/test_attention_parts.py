@@ -10,7 +10,7 @@ from pipeline.errors import InputError, MessageError
 from pipeline.models.registry import load_shard
 from pipeline.protocol.batch import Segment
 from pipeline.remote_parts.wire import PartRefusal, to_array, to_tensor
-from pipeline.scx.attention_parts import AttentionParts
+from pipeline.scx.attention_parts import AttentionParts, Encoding
 from pipeline.scx.attention_wire import (
     Op,
     Opening,
@@ -24,6 +24,13 @@ from pipeline.scx.attention_worker import AttentionMemory, AttentionWorker
 from pipeline.scx.errors import AnswerRefused, CacheRefused
 
 FAMILY = "llama-untied-gqa"
+ENCODINGS = [
+    {},
+    {"noise": 1.0},
+    {"num_decoys": 5},
+    {"is_one_time": True},
+    {"noise": 1.0, "num_decoys": 5, "is_one_time": True},
+]
 
 
 class Near:
@@ -52,34 +59,37 @@ def opened(parts, num_slots=1, max_rows=128, memory=None):
 def home(make_oracle, kernels, make_pipeline):
     """A pipeline whose attention is elsewhere, beside that which it is like."""
 
-    def make(family=FAMILY, noise=0.0, num_slots=1):
+    def make(family=FAMILY, num_slots=1, **encoding):
         oracle = make_oracle(family).computing_with(kernels)
-        parts = AttentionParts(oracle.config, noise)
+        parts = AttentionParts(oracle.config, Encoding(**encoding))
         shard = load_shard(
             oracle.directory, oracle.config, 0, oracle.config.num_layers,
             kernels=kernels, parts=parts, expected_hashes=None,
         )  # fmt: skip
-        link = opened(parts, num_slots)
         plain = make_pipeline(oracle.split(), num_slots)
-        return SimpleNamespace(
-            pipeline=make_pipeline([shard], num_slots), plain=plain, link=link, parts=parts
-        )
+        pipeline = make_pipeline([shard], num_slots)
+        link = opened(parts, num_slots)
+        return SimpleNamespace(pipeline=pipeline, plain=plain, link=link, parts=parts)
 
     return make
 
 
-@pytest.mark.parametrize("noise", [0.0, 1.0])
-@pytest.mark.parametrize("family", ["gpt2", FAMILY, "qwen2-qkv-bias"])
-def test_the_text_is_the_same(home, family, noise, token_ids):
-    at = home(family, noise)
+@pytest.mark.parametrize(
+    ("family", "encoding"),
+    [("gpt2", {}), ("qwen2-qkv-bias", {}), *((FAMILY, encoding) for encoding in ENCODINGS)],
+    ids=str,
+)
+def test_the_text_is_the_same(home, family, encoding, token_ids):
+    at = home(family, **encoding)
     tokens, logits = at.pipeline.greedy(token_ids, 12)
     expected, expected_logits = at.plain.greedy(token_ids, 12)
     assert tokens == expected
     assert (logits - expected_logits).abs().max() < 1e-4
 
 
-def test_a_prompt_in_chunks_says_the_same(home, token_ids):
-    at = home()
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
+def test_a_prompt_in_chunks_says_the_same(home, token_ids, encoding):
+    at = home(**encoding)
     whole = at.plain.logits(token_ids, [Segment(0, 0, 23)])
     found, first = [], 0
     for count in (9, 1, 12, 1):
@@ -89,8 +99,9 @@ def test_a_prompt_in_chunks_says_the_same(home, token_ids):
     assert (torch.cat(found) - whole).abs().max() < 1e-4
 
 
-def test_batch_mates_of_unequal_lengths_do_not_meet(home, token_ids):
-    at = home(num_slots=3)
+@pytest.mark.parametrize("encoding", ENCODINGS[-1:], ids=str)
+def test_batch_mates_of_unequal_lengths_do_not_meet(home, token_ids, encoding):
+    at = home(num_slots=3, **encoding)
     firsts = [Segment(0, 0, 9), Segment(1, 0, 2), Segment(2, 0, 5)]
     nexts = [Segment(2, 5, 1), Segment(0, 9, 4), Segment(1, 2, 1)]
     for batch in (firsts, nexts):
@@ -110,6 +121,51 @@ def test_neither_keys_nor_values_nor_queries_are_seen_as_they_are(home, token_id
     assert not [row for row in heard if row.tobytes() in plain]
     # A rotation hides no length, and is no more than this claims to be.
     assert not np.allclose(at.link.heard[0][0, 0], layers[0].keys[0, 0], atol=1e-3)
+
+
+def test_rows_that_come_together_are_not_sent_in_their_order(home, token_ids):
+    at = home()
+    pipeline = at.pipeline
+    pipeline.hidden(token_ids[:8], [Segment(0, 0, 8)])
+    at.link.heard.clear()
+    pipeline.hidden(token_ids[8:23], [Segment(0, 8, 15)])
+    at.plain.hidden(token_ids, [Segment(0, 0, 23)])
+    (layer, *_) = at.plain.caches[0].export(0, range(8, 23))
+    sent, plain = (np.linalg.norm(each[0], axis=1) for each in (at.link.heard[0], layer.keys))
+    assert np.allclose(np.sort(sent), np.sort(plain), rtol=1e-4)
+    assert not np.allclose(sent, plain, rtol=1e-2)
+
+
+def test_decoys_are_held_with_the_rows_and_are_others_in_each_session(home, token_ids):
+    heard = []
+    for _ in range(2):
+        at = home(num_decoys=5)
+        at.pipeline.hidden(token_ids[:8], [Segment(0, 0, 8)])
+        heard.append(np.linalg.norm(at.link.heard[0][0], axis=1))
+        at.pipeline.hidden(token_ids[8:9], [Segment(0, 8, 1)])
+        assert at.link.worker._held[0, 0] == 8 + 5 + 1
+        at.pipeline.caches[0].truncate(0, 8)
+        assert at.link.worker._held[0, 0] == 8 + 5
+    assert len(heard[0]) == len(heard[1]) == 8 + 5
+    apart = abs(heard[0][:, None] - heard[1]).min(1)
+    assert (apart < 1e-4 * heard[0]).sum() < 13  # the text's alone
+
+
+def test_one_time_keys_are_renewed_before_there_are_many(home, token_ids):
+    at = home(is_one_time=True)
+    expected, expected_logits = at.plain.greedy(token_ids[:4], 40)
+    sizes, ask = [], at.link.ask
+
+    def counting(header, tensors=()):
+        sizes.append(len(header))
+        return ask(header, tensors)
+
+    at.link.ask = counting
+    tokens, logits = at.pipeline.greedy(token_ids[:4], 40)
+    assert tokens == expected
+    assert (logits - expected_logits).abs().max() < 1e-4
+    assert max(sizes) < 128
+    assert at.link.worker._held[0, 0] == 4 + 39
 
 
 def test_no_two_texts_have_a_key_in_common(home, token_ids):
@@ -143,13 +199,15 @@ def test_rows_in_another_order_cannot_be_taken_back(home, token_ids):
         at.pipeline.caches[0].truncate(0, 4)
 
 
-def test_rows_come_back_as_they_were(home, token_ids):
-    at = home(noise=1.0)
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
+def test_rows_come_back_as_they_were(home, token_ids, encoding):
+    at = home(**encoding)
     for pipeline in (at.pipeline, at.plain):
-        pipeline.hidden(token_ids[:8], [Segment(0, 0, 8)])
-        pipeline.hidden(token_ids[8:9], [Segment(0, 8, 1)])
-    found = at.pipeline.caches[0].export(0, range(2, 9))
-    for mine, theirs in zip(found, at.plain.caches[0].export(0, range(2, 9)), strict=True):
+        for first, count in ((0, 8), (8, 1), (9, 5), (14, 1)):
+            rows = token_ids[first : first + count]
+            pipeline.hidden(rows, [Segment(0, first, count)])
+    found = at.pipeline.caches[0].export(0, range(2, 15))
+    for mine, theirs in zip(found, at.plain.caches[0].export(0, range(2, 15)), strict=True):
         assert np.allclose(mine.keys, theirs.keys, atol=1e-4)
         assert np.allclose(mine.values, theirs.values, atol=1e-4)
 
@@ -251,17 +309,23 @@ DOUBLES = rows_of(1, dtype=np.float64)
         (b"\x09", ()),
         (opening_bytes(OPENING), ()),
         (opening_bytes(OPENING)[:-1], ()),
-        (attend_bytes(0, [Span(0, 0, 2, 2, 1)])[:-1], (rows_of(2), rows_of(2), rows_of(1))),
-        (attend_bytes(0, [Span(0, 0, 2, 2, 1)]), (rows_of(2), rows_of(2))),
-        (attend_bytes(0, [Span(0, 0, 2, 2, 1)]), (rows_of(2), rows_of(3), rows_of(1))),
-        (attend_bytes(0, [Span(0, 0, 2, 2, 1)]), (rows_of(2, 3), rows_of(2, 3), rows_of(1, 3))),
-        (attend_bytes(0, [Span(0, 0, 2, 3, 1)]), (rows_of(2), rows_of(2), rows_of(1))),
-        (attend_bytes(0, [Span(0, 0, 0, 0, 1)]), (rows_of(0), rows_of(0), rows_of(1))),
-        (attend_bytes(0, [Span(0, 1, 1, 1, 1)]), (rows_of(1), rows_of(1), rows_of(1))),
-        (attend_bytes(0, [Span(0, 0, 9, 9, 1)]), (rows_of(9), rows_of(9), rows_of(1))),
-        (attend_bytes(0, [Span(2, 0, 1, 1, 1)]), (rows_of(1), rows_of(1), rows_of(1))),
-        (attend_bytes(2, [Span(0, 0, 1, 1, 1)]), (rows_of(1), rows_of(1), rows_of(1))),
-        (attend_bytes(0, [Span(0, 0, 1, 1, 0)]), (DOUBLES, DOUBLES, rows_of(0))),
+        (attend_bytes(0, [Span(0, 0, 2, 1, (2,))])[:-1], (rows_of(2), rows_of(2), rows_of(1))),
+        (attend_bytes(0, [Span(0, 0, 2, 1, (2,))])[:-5], (rows_of(2), rows_of(2), rows_of(1))),
+        (attend_bytes(0, [Span(0, 0, 2, 1, (2,))]) + b"0", (rows_of(2), rows_of(2), rows_of(1))),
+        (attend_bytes(0, [Span(0, 0, 2, 1, (2,))]), (rows_of(2), rows_of(2))),
+        (attend_bytes(0, [Span(0, 0, 2, 1, (2,))]), (rows_of(2), rows_of(3), rows_of(1))),
+        (attend_bytes(0, [Span(0, 0, 2, 1, (2,))]), (rows_of(2, 3), rows_of(2, 3), rows_of(1, 3))),
+        (attend_bytes(0, [Span(0, 0, 2, 1, (3,))]), (rows_of(2), rows_of(2), rows_of(1))),
+        (attend_bytes(0, [Span(0, 0, 2, 1, (2, 1))]), (rows_of(2), rows_of(2), rows_of(2))),
+        (attend_bytes(0, [Span(0, 0, 2, 1, (1, 1))]), (rows_of(2), rows_of(2), rows_of(2))),
+        (attend_bytes(0, [Span(0, 0, 2, 1, (0, 2))]), (rows_of(2), rows_of(2), rows_of(2))),
+        (attend_bytes(0, [Span(0, 0, 2, 1, (1, 2))]), (rows_of(2), rows_of(2), rows_of(1))),
+        (attend_bytes(0, [Span(0, 0, 0, 1, ())]), (rows_of(0), rows_of(0), rows_of(0))),
+        (attend_bytes(0, [Span(0, 1, 1, 1, (1,))]), (rows_of(1), rows_of(1), rows_of(1))),
+        (attend_bytes(0, [Span(0, 0, 9, 1, (9,))]), (rows_of(9), rows_of(9), rows_of(1))),
+        (attend_bytes(0, [Span(2, 0, 1, 1, (1,))]), (rows_of(1), rows_of(1), rows_of(1))),
+        (attend_bytes(2, [Span(0, 0, 1, 1, (1,))]), (rows_of(1), rows_of(1), rows_of(1))),
+        (attend_bytes(0, [Span(0, 0, 1, 0)]), (DOUBLES, DOUBLES, rows_of(0))),
         (pair_bytes(Op.TRUNCATE, 0, 1), ()),
         (pair_bytes(Op.FETCH, 2, 0), ()),
     ],
@@ -272,7 +336,7 @@ def test_what_makes_no_sense_is_refused(worker, header, tensors):
 
 
 def test_nothing_is_held_before_a_session_is_opened():
-    asked = attend_bytes(0, [Span(0, 0, 1, 1, 0)])
+    asked = attend_bytes(0, [Span(0, 0, 1, 0)])
     with pytest.raises(PartRefusal, match="not been opened"):
         AttentionWorker(AttentionMemory(None)).answer(asked, (rows_of(1), rows_of(1), rows_of(0)))
 

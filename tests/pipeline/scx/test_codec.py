@@ -159,8 +159,38 @@ def test_with_one_time_keys_no_two_steps_share_a_key():
     codec = codec_of("one-time keys")
     keys, values = (np.repeat(rows[:, :1], 8, 1) for rows in rows_of(1))
     receipt = codec.seal(codec.encode(keys[:, :1], values[:, :1]))
-    more = codec.append(keys, values, receipt)
-    assert len({row.tobytes() for row in more.keys[0]}) == 8
+    seen = set()
+    for at in range(8):
+        more = codec.append(keys[:, at : at + 1], values[:, at : at + 1], receipt)
+        receipt = codec.extend(receipt, more)
+        seen.add(more.keys[0].tobytes())
+    assert len(seen) == 8
+
+
+def test_rows_that_come_later_but_together_are_permuted_too():
+    codec = codec_of("permutation")
+    keys, values = rows_of(64)
+    receipt = codec.seal(codec.encode(keys[:, :8], values[:, :8]))
+    more = codec.append(keys[:, 8:], values[:, 8:], receipt)
+    for head in range(HEADS):
+        assert (more.keys[head] != keys[head, 8:]).any(1).sum() > 45
+        order = np.lexsort(more.keys[head].T), np.lexsort(keys[head, 8:].T)
+        assert (more.keys[head][order[0]] == keys[head, 8:][order[1]]).all()
+        assert (more.values[head][order[0]] == values[head, 8:][order[1]]).all()
+    assert (more.keys[0] != more.keys[1]).any()
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [(), ((40, 7),), ((41, 2), (43, 5)), ((43, 4), (41, 2)), ((41, -2), (43, 4)), ((41, 2),)],
+    ids=str,
+)
+def test_a_receipt_that_says_other_chunks_is_refused(chunks):
+    codec = codec_of()
+    held, receipt, _, _ = filled(codec)
+    assert receipt.chunks == ((41, 2), (43, 4))
+    with pytest.raises(CacheRefused):
+        codec.check(held, replace(receipt, chunks=chunks))
 
 
 def turned(rows, change):

@@ -24,13 +24,13 @@ def tier(max_rows=64, memory=None):
     return AttentionTier(Near(AttentionWorker(AttentionMemory(memory))), max_rows)
 
 
-@pytest.mark.parametrize("decoys", [0, 5])
+@pytest.mark.parametrize("settings", [{}, {"redundant_num": 5}, {"one_time": True}], ids=str)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["one text", "unequal lengths"])
 @pytest.mark.parametrize("where", ["disk", "elsewhere", "all"])
-def test_logits_are_those_of_a_plain_cache(tmp_path, where, mask, decoys):
+def test_logits_are_those_of_a_plain_cache(tmp_path, where, mask, settings):
     prompt = prompt_of(1 if mask is None else len(mask))
     expected, tokens = plain_logits(llama(), prompt, STEPS, mask)
-    model = encode_llama(llama(), keys_of(redundant_num=decoys, batch_size=2))
+    model = encode_llama(llama(), keys_of(**settings, batch_size=2))
     disk = f"disk:{tmp_path}"
     placement = {
         "disk": {0: "disk", 1: disk}, "elsewhere": dict.fromkeys((0, 2), tier()),
@@ -73,14 +73,6 @@ def test_what_lies_elsewhere_cannot_be_written_from_here(tmp_path):
     with pytest.raises(ScxError, match="layer 1 lies elsewhere"):
         elsewhere.save(tmp_path / "cache")
     assert isinstance(elsewhere, EncodedKVCache)
-
-
-def test_keys_that_change_from_row_to_row_are_refused():
-    model = encode_llama(llama(), keys_of(one_time=True))
-    prompt = prompt_of()
-    gpu, cpu = split_kvcache_dynamic(model(prompt, mode="prefill").past_key_values, {1: tier()})
-    with pytest.raises(ScxError, match="one-time keys"):
-        model(input_ids=prompt[:, :1], mode="decode", gpu_kvcache=gpu, cpu_kvcache=cpu)
 
 
 def test_a_worker_that_refuses_in_the_midst_ends_the_step():
