@@ -79,13 +79,15 @@ class PromptScores:
         self._logprobs[position:end] = part.logprobs
         self._top_ids[position:end] = part.top_ids
 
-    def at(self, index: int) -> TokenScore:
-        """Of the prompt's token of this index, from 1 on, once all have come."""
+    def at(self, index: int, num_top: int | None = None) -> TokenScore:
+        """Of the prompt's token of this index, from 1 on, once all have come.
+
+        `num_top`: so many of the likeliest, rather than all that were asked for.
+        """
         logprob, *rest = self._logprobs[index - 1].tolist()
         top = zip(self._top_ids[index - 1].tolist(), rest, strict=True)
-        return TokenScore(
-            self._prompt_ids[index], logprob, tuple(each for each in top if each[0] != NO_TOKEN)
-        )
+        likeliest = tuple(each for each in top if each[0] != NO_TOKEN)
+        return TokenScore(self._prompt_ids[index], logprob, likeliest[:num_top])
 
 
 class PromptMeaning:
@@ -100,6 +102,11 @@ class PromptMeaning:
         self._is_mean = is_mean
         self._num_taken = 0
         self._sum: npt.NDArray[np.float64] | None = None
+
+    @classmethod
+    def of(cls, prompt_ids: Sequence[int], *, is_mean: bool) -> "PromptMeaning":
+        """Of this prompt."""
+        return cls(len(prompt_ids), is_mean=is_mean)
 
     @property
     def num_rows(self) -> int:

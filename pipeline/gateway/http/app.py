@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
 from typing import TypeVar
@@ -19,11 +20,17 @@ from starlette.routing import Route
 from pipeline.gateway.desk import Desk, Job
 from pipeline.gateway.errors import ApiError, Kind
 from pipeline.gateway.generation_order import Order
-from pipeline.gateway.http.client_exchange import SMALL_BYTES, Exchange
-from pipeline.gateway.http.completion_formats import ChatFormat, CompletionFormat
+from pipeline.gateway.http.client_exchange import Exchange
+from pipeline.gateway.http.completion_formats import (
+    ChatFormat,
+    CompletionFormat,
+    told_prompt,
+)
 from pipeline.gateway.http.counters import HttpMetrics
 from pipeline.gateway.http.errors import to_response
+from pipeline.gateway.http.evaluation import evaluation_routes
 from pipeline.gateway.http.middleware import Edge
+from pipeline.gateway.http.prompt_formats import Echo, PromptLogprobs
 from pipeline.gateway.http.responses import Answer, Wanted
 from pipeline.gateway.openai_requests import ChatRequest, CompletionRequest, parse_untrusted
 from pipeline.gateway.pipeline_status import Overview, PipelineView
@@ -49,6 +56,7 @@ def build_app(
     the body in its request's exchange. `page`: what anybody may read.
     """
     metrics = metrics or HttpMetrics(registry)
+    more = (*more, *evaluation_routes(desk))
     door = Door(desk, registry, readiness)
     watched = [] if overview is None else [_pipeline_route(desk, overview, readiness)]
     return Starlette(
@@ -123,41 +131,47 @@ class Door:
         """The next message of a conversation. Raises ApiError."""
         body, order = await self._read(ChatRequest, request)
         job = await self._prepare(order, request)
+        tokenizer = self._desk.tokenizer
         format_ = ChatFormat(
-            self._desk.tokenizer,
+            tokenizer,
             body.num_logprobs is not None,
             shows_reasoning=body.include_reasoning is not False,
         )
-        return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
+        more = None
+        if body.prompt_logprobs is not None:
+            told = PromptLogprobs.of(job.generations[0], body.prompt_logprobs)
+            more = partial(told_prompt, told, tokenizer)
+        wanted = Wanted(format_, bool(body.stream), body.includes_usage, more=more)
+        return Answer(self._desk, job, wanted)
 
     async def completions(self, request: Request) -> Answer:
         """What follows a text, or each of several. Raises ApiError."""
         body, order = await self._read(CompletionRequest, request)
         job = await self._prepare(order, request)
-        echoes = [""] * len(body.prompt)
-        if body.echo:
-            echoes = [
-                prompt if isinstance(prompt, str) else self._desk.tokenizer.decode(prompt)
-                for prompt in body.prompt
-            ]
-        format_ = CompletionFormat(
-            self._desk.tokenizer,
-            body.logprobs is not None,
-            [echo for echo in echoes for _ in order.sampling],
-        )
-        return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
+        tokenizer, num_top = self._desk.tokenizer, body.prompt_logprobs
+        texts = [
+            prompt if isinstance(prompt, str) and not order.truncates_to else tokenizer.decode(ids)
+            for prompt, ids in zip(body.prompt, job.prompts, strict=True)
+            for _ in order.sampling
+        ]
+        echoes = [
+            Echo.of(each, text, has_logprobs=body.logprobs is not None) if body.echo else Echo()
+            for each, text in zip(job.generations, texts, strict=True)
+        ]
+        told = [] if num_top is None else [PromptLogprobs.of(g, num_top) for g in job.generations]
+        format_ = CompletionFormat(tokenizer, body.logprobs, echoes, told)
+        wanted = Wanted(format_, bool(body.stream), body.includes_usage, format_.echoed)
+        return Answer(self._desk, job, wanted)
 
     async def _read(self, schema: type[_Body], request: Request) -> tuple[_Body, Order]:
         """The body, and what it asks for. Raises ApiError."""
         exchange: Exchange = request.state.exchange
 
-        def parse() -> tuple[_Body, Order]:
-            body = parse_untrusted(schema, exchange.body)
+        def parse(raw: bytes) -> tuple[_Body, Order]:
+            body = parse_untrusted(schema, raw)
             return body, body.order(self._desk.config.sampling_defaults)
 
-        if len(exchange.body) <= SMALL_BYTES:
-            return parse()
-        return await trio.to_thread.run_sync(parse)
+        return await exchange.understand(parse)
 
     async def _prepare(self, order: Order, request: Request) -> Job:
         exchange: Exchange = request.state.exchange
