@@ -6,14 +6,14 @@ As vLLM has tokenize and detokenize, and OpenAI embeddings.
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.engine.prompt_reader import PromptMeaning
 from pipeline.gateway.chat_messages import Message, Schema
 from pipeline.gateway.errors import invalid
+from pipeline.gateway.field_types import Prompts
 from pipeline.gateway.generation_order import Conversation, Order
 from pipeline.gateway.openai_requests import MAX_VARIABLES
-from pipeline.gateway.prompts import Prompts, list_prompts
 from pipeline.gateway.tool_use import tool_use
 from pipeline.gateway.unsupported_fields import HARMLESS, WITHOUT_EFFECT, check_fields
 from pipeline.sampling.params import SamplingParams
@@ -91,8 +91,6 @@ class EmbeddingRequest(_Asked):
     pooling: Literal["mean", "last"] | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
-
-    _list = field_validator("input", mode="before")(list_prompts)
 
     @model_validator(mode="after")
     def _leave_something(self) -> "EmbeddingRequest":

@@ -7,16 +7,22 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import FailFast, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    FailFast,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pipeline.engine.prompt_reader import PromptScores
 from pipeline.errors import InputError
 from pipeline.gateway.chat_messages import Message, Schema
 from pipeline.gateway.errors import ApiError, invalid, unsupported
+from pipeline.gateway.field_types import Biases, Prompts, Stops
 from pipeline.gateway.generation_order import Conversation, Order
 from pipeline.gateway.grammars import Grammar
-from pipeline.gateway.prompts import Prompts, list_prompts
 from pipeline.gateway.sampling_defaults import OPENAI
 from pipeline.gateway.structured_output import STRUCTURED, asked_grammar
 from pipeline.gateway.tool_use import tool_use
@@ -28,11 +34,8 @@ from pipeline.gateway.unsupported_fields import (
 )
 from pipeline.sampling.choosers import chooser_of
 from pipeline.sampling.params import (
-    BIAS,
     MAX_ALLOWED,
-    MAX_BIASES,
     MAX_STOP_CHARS,
-    MAX_STOPS,
     RANGES,
     SamplingParams,
 )
@@ -94,8 +97,8 @@ class _Sampled(Schema):
     presence_penalty: Annotated[float, _within("presence_penalty")] | None = None
     frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
-    stop: tuple[str, ...] = ()
-    logit_bias: dict[int, float] = Field(default_factory=dict)
+    stop: Stops = ()
+    logit_bias: Biases = Field(default_factory=dict)
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[_Id], Field(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
@@ -124,42 +127,6 @@ class _Sampled(Schema):
     guided_grammar: str | None = None
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _list_stops(cls, value: object) -> object:
-        stops = [] if value is None else [value] if isinstance(value, str) else value
-        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-            raise PydanticCustomError("stop_type", "Input should be a string or a list of strings")
-        if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
-            raise PydanticCustomError(
-                "stop_value",
-                "Input should hold at most {num} strings of 1 to {chars} characters",
-                {"num": MAX_STOPS, "chars": MAX_STOP_CHARS},
-            )
-        return tuple(stops)
-
-    @field_validator("logit_bias", mode="before")
-    @classmethod
-    def _number_tokens(cls, value: object) -> object:
-        if value is None:
-            return {}
-        if not isinstance(value, dict) or len(value) > MAX_BIASES:
-            raise PydanticCustomError(
-                "bias_type",
-                "Input should be an object of at most {num} fields",
-                {"num": MAX_BIASES},
-            )
-        biases: dict[int, float] = {}
-        for token, bias in value.items():
-            is_id = token.isascii() and token.isdecimal() and len(token) < 10
-            is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
-            if not (is_id and is_number and BIAS.low <= bias <= BIAS.high):
-                raise PydanticCustomError(
-                    "bias_value", "Input should map token ids to numbers from -100 to 100"
-                )
-            biases[int(token)] = float(bias)
-        return biases
 
     @field_validator("chooser")
     @classmethod
@@ -322,8 +289,6 @@ class CompletionRequest(_Sampled):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-
-    _list = field_validator("prompt", mode="before")(list_prompts)
 
     @model_validator(mode="after")
     def _refuse_what_is_missing(self) -> "CompletionRequest":

@@ -20,6 +20,16 @@ from starlette.routing import Route
 from pipeline.gateway.desk import Desk, Job
 from pipeline.gateway.errors import ApiError, Kind
 from pipeline.gateway.generation_order import Order
+from pipeline.gateway.http.answer_schemas import (
+    Alive,
+    ChatCompletion,
+    Completion,
+    Health,
+    Model,
+    Models,
+    Version,
+)
+from pipeline.gateway.http.api_route import ApiRoute
 from pipeline.gateway.http.client_exchange import Exchange
 from pipeline.gateway.http.completion_formats import (
     ChatFormat,
@@ -30,6 +40,7 @@ from pipeline.gateway.http.counters import HttpMetrics
 from pipeline.gateway.http.errors import to_response
 from pipeline.gateway.http.evaluation import evaluation_routes
 from pipeline.gateway.http.middleware import Edge
+from pipeline.gateway.http.openapi import docs_routes
 from pipeline.gateway.http.prompt_formats import Echo, PromptLogprobs
 from pipeline.gateway.http.responses import Answer, Wanted
 from pipeline.gateway.openai_requests import ChatRequest, CompletionRequest, parse_untrusted
@@ -59,21 +70,10 @@ def build_app(
     more = (*more, *evaluation_routes(desk))
     door = Door(desk, registry, readiness)
     watched = [] if overview is None else [_pipeline_route(desk, overview, readiness)]
+    routes = [*door.routes(), *watched, *more]
+    page = (*page, *docs_routes(routes))
     return Starlette(
-        routes=[
-            Route("/livez", door.livez),
-            Route("/health", door.health),
-            Route("/readyz", door.health),
-            Route("/metrics", door.metrics),
-            *watched,
-            Route("/version", door.version),
-            Route("/v1/models", door.models),
-            Route("/v1/models/{model:path}", door.model),
-            Route("/v1/chat/completions", door.chat, methods=["POST"]),
-            Route("/v1/completions", door.completions, methods=["POST"]),
-            *more,
-            *page,
-        ],
+        routes=[*routes, *page],
         middleware=[
             *_cors(desk.config.cors_origins),
             Middleware(
@@ -97,6 +97,27 @@ class Door:
         self._desk = desk
         self._registry = registry
         self._readiness = readiness
+
+    def routes(self) -> Sequence[Route]:
+        """All of them."""
+        post = ["POST"]
+        return (
+            ApiRoute("/livez", self.livez, answer=Alive, is_open=True),
+            ApiRoute("/health", self.health, answer=Health, is_open=True),
+            ApiRoute("/readyz", self.health, answer=Health, is_open=True),
+            ApiRoute("/metrics", self.metrics),
+            ApiRoute("/version", self.version, answer=Version),
+            ApiRoute("/v1/models", self.models, answer=Models),
+            ApiRoute("/v1/models/{model:path}", self.model, answer=Model),
+            ApiRoute(
+                "/v1/chat/completions", self.chat, methods=post, body=ChatRequest,
+                answer=ChatCompletion, is_streamed=True,
+            ),
+            ApiRoute(
+                "/v1/completions", self.completions, methods=post, body=CompletionRequest,
+                answer=Completion, is_streamed=True,
+            ),
+        )  # fmt: skip
 
     async def livez(self, _: Request) -> Response:
         """Whether the server runs: starting it again would help with nothing else."""
@@ -149,15 +170,18 @@ class Door:
         body, order = await self._read(CompletionRequest, request)
         job = await self._prepare(order, request)
         tokenizer, num_top = self._desk.tokenizer, body.prompt_logprobs
-        texts = [
-            prompt if isinstance(prompt, str) and not order.truncates_to else tokenizer.decode(ids)
-            for prompt, ids in zip(body.prompt, job.prompts, strict=True)
-            for _ in order.sampling
-        ]
-        echoes = [
-            Echo.of(each, text, has_logprobs=body.logprobs is not None) if body.echo else Echo()
-            for each, text in zip(job.generations, texts, strict=True)
-        ]
+        echoes = [Echo()] * len(job.generations)
+        if body.echo:
+            is_whole = order.truncates_to is None
+            texts = [
+                prompt if isinstance(prompt, str) and is_whole else tokenizer.decode(ids)
+                for prompt, ids in zip(body.prompt, job.prompts, strict=True)
+                for _ in order.sampling
+            ]
+            echoes = [
+                Echo.of(each, text, has_logprobs=body.logprobs is not None)
+                for each, text in zip(job.generations, texts, strict=True)
+            ]
         told = [] if num_top is None else [PromptLogprobs.of(g, num_top) for g in job.generations]
         format_ = CompletionFormat(tokenizer, body.logprobs, echoes, told)
         wanted = Wanted(format_, bool(body.stream), body.includes_usage, format_.echoed)
@@ -209,6 +233,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
 
 def _pipeline_route(desk: Desk, overview: Overview, readiness: Callable[[], Readiness]) -> Route:
     async def show(_: Request) -> Response:
+        """How the pipeline stands: its engine, latencies, and stages."""
         view = PipelineView(
             model=desk.config.served_model_name,
             is_ready=readiness().is_ready,
@@ -218,7 +243,7 @@ def _pipeline_route(desk: Desk, overview: Overview, readiness: Callable[[], Read
         )
         return JSONResponse(view.model_dump())
 
-    return Route("/pipeline", show)
+    return ApiRoute("/pipeline", show, answer=PipelineView)
 
 
 async def _refuse_route(_: Request, error: Exception) -> Response:

@@ -17,19 +17,26 @@ from pipeline.gateway.evaluation_requests import (
     EmbeddingRequest,
     TokenizeRequest,
 )
+from pipeline.gateway.http.answer_schemas import Embeddings, Text, TokenizerInfo, Tokens
+from pipeline.gateway.http.api_route import ApiRoute
 from pipeline.gateway.http.client_exchange import Exchange
 from pipeline.gateway.openai_requests import parse_untrusted
 
 
 def evaluation_routes(desk: Desk) -> Sequence[Route]:
     """All of them."""
-    door = EvaluationDoor(desk)
+    door, post = EvaluationDoor(desk), ["POST"]
     return (
-        Route("/tokenize", door.tokenize, methods=["POST"]),
-        Route("/detokenize", door.detokenize, methods=["POST"]),
-        Route("/tokenizer_info", door.tokenizer_info),
-        Route("/v1/embeddings", door.embeddings, methods=["POST"]),
-    )
+        ApiRoute(
+            "/tokenize", door.tokenize, methods=post, body=TokenizeRequest, answer=Tokens
+        ),
+        ApiRoute("/detokenize", door.detokenize, methods=post, body=DetokenizeRequest, answer=Text),
+        ApiRoute("/tokenizer_info", door.tokenizer_info, answer=TokenizerInfo),
+        ApiRoute(
+            "/v1/embeddings", door.embeddings, methods=post, body=EmbeddingRequest,
+            answer=Embeddings,
+        ),
+    )  # fmt: skip
 
 
 class EvaluationDoor:

@@ -5,6 +5,7 @@ import json
 from contextlib import asynccontextmanager
 
 import httpx
+import jsonschema
 import numpy as np
 import openai
 import pytest
@@ -254,3 +255,23 @@ async def test_prompts_that_cannot_be_read_are_refused(start_reading):
             ),
         )  # fmt: skip
     assert "min_tokens" in error.message
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 1}),
+        ("/v1/completions", {"prompt": PROMPT, "max_tokens": 1, "prompt_logprobs": 2}),
+        ("/v1/chat/completions", {"messages": USER, "max_tokens": 1, "prompt_logprobs": 2}),
+        ("/v1/embeddings", {"input": PROMPT}),
+        ("/v1/embeddings", {"input": PROMPT, "encoding_format": "base64"}),
+    ],
+    ids=str,
+)
+async def test_answers_are_what_the_document_says(start_reading, path, body):
+    async with start_reading() as gateway, httpx.AsyncClient(headers=AUTH) as client:
+        document = (await client.get(f"{gateway.url}/openapi.json")).json()
+        answer = await client.post(f"{gateway.url}{path}", json=body)
+    told = document["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]
+    schema = {**told["schema"], "components": document["components"]}
+    jsonschema.validate(answer.json(), schema)
