@@ -86,7 +86,9 @@ class Admission:
     def admit(self, state: RequestState, running: Collection[RequestState]) -> None:
         """Give a request its slot; there has to be room. `running`: those that own one."""
         idle, length, leader, num_led = None, 0, None, 0
-        salt, wanted = self._salt(state), state.request.prompt_ids[:-1]
+        # Of what is read nothing can be had but by computing it.
+        wanted = () if state.request.num_read else state.request.prompt_ids[:-1]
+        salt = self._salt(state)
         if salt is not None:
             idle, length = self.idle.longest(salt, wanted)
             leaders = [each for each in running if self._stays_whole(each)]

@@ -6,9 +6,9 @@ sampler chooses its token, and whoever asked hears of it.
 
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from time import perf_counter_ns
 from typing import NoReturn
@@ -17,10 +17,12 @@ import trio
 
 from pipeline.codecs.privacy_budget import PrivacyBudget
 from pipeline.engine.admission import Transfer
+from pipeline.engine.engine_stats import EngineStats
 from pipeline.engine.generation import Generation, TokenOutput
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.limits import Limits
-from pipeline.engine.request import Request
+from pipeline.engine.prompt_reader import PromptReader
+from pipeline.engine.request import FinishReason, Request
 from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.step import Step
 from pipeline.engine.step_choice import choice_of
@@ -45,33 +47,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class EngineStats:
-    """What the engine is doing now, and has done; tokens are those its requests have heard of."""
-
-    num_running: int
-    num_waiting: int
-    num_steps: int
-    num_tokens: int
-    num_failovers: int
-    last_batch: int
-    # Handshakes with stages so far, and how long the last recovery took; 0 before the first.
-    num_handshakes: int = 0
-    recovery_seconds: float = 0.0
-    # Where the ends of the model are held here, what steps have cost here, by part, nanoseconds.
-    home_times: Mapping[str, int] = field(default_factory=dict)
-    # Slots that hold what nobody owns, requests that went on from such or from another's slot, and
-    # the tokens of theirs that were so not computed.
-    num_idle_prefixes: int = 0
-    num_prefix_hits: int = 0
-    num_cached_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class _Live:
     """A request under way: who chooses its tokens if not the last stage, and who hears of them."""
 
     sampler: Sampler | None
     listener: Listener
+    reader: PromptReader | None = None
 
 
 class PipelineEngine:
@@ -248,7 +229,11 @@ class PipelineEngine:
             is_foreseeable=not generation.masks,
             salt=generation.salt,
             stored=generation.stored,
+            reader=generation.reader,
         )
+        if not request.num_prompt:  # of a single token, which nothing stands before
+            listener(_NO_TOKEN)
+            return request_id
         self.scheduler.submit(request)
         if self._budget is not None:
             try:
@@ -257,7 +242,7 @@ class PipelineEngine:
                 self.scheduler.cancel(request_id)
                 raise
             _log_spent(self._budget)
-        self._live[request_id] = _Live(sampler, listener)
+        self._live[request_id] = _Live(sampler, listener, generation.reader)
         self._has_work.set()
         return request_id
 
@@ -310,10 +295,12 @@ class PipelineEngine:
             self._home_times.update(times)
         token_ids = [choice.token_id for choice in choices.values()]
         for event in self.scheduler.complete(result.header, token_ids):
-            choice = choices[event.request_id]
-            output = TokenOutput(
-                *choice, event.finish, result.header.timings, times, event.num_cached
-            )
+            output = _NO_TOKEN
+            if event.token_id != NO_TOKEN:
+                choice = choices[event.request_id]
+                output = TokenOutput(
+                    *choice, event.finish, result.header.timings, times, event.num_cached
+                )
             self._outputs.append((event.request_id, output))
             if self._budget is not None and event.finish is None:
                 self._spend_token(self._budget, event.request_id)
@@ -351,18 +338,23 @@ class PipelineEngine:
             _log_spent(self._budget)
 
     def _choose(self, result: StepResult) -> dict[int, Choice]:
-        """A token for each of the step's owners; who gets none ends here."""
-        owners = self.scheduler.owners(result.header)
+        """A token for each of the step's owners; who gets none ends here. The rest is read."""
+        step = self.scheduler.due(result.header)
         choices = {}
-        for owner, part in zip(owners, result.segments(), strict=True):
-            choices[owner] = _NO_CHOICE
+        for (owner, position), part in zip(step.answered(), result.segments(), strict=True):
             live = self._live.get(owner)
+            has_token = bool(part.token_ids) or part.logits is not None
+            if has_token:
+                choices[owner] = _NO_CHOICE
             if live is None:  # it has left; a step with this very token may have been sent ahead
                 if part.token_ids and part.token_ids[0] != NO_TOKEN:
                     choices[owner] = Choice(part.token_ids[0], None, ())
                 continue
             try:
-                choices[owner] = choice_of(part, live.sampler)
+                if has_token:
+                    choices[owner] = choice_of(part, live.sampler)
+                elif live.reader is not None:
+                    live.reader.take(position, part)
             except Exception as error:  # a processor may be anyone's code
                 name = type(error).__name__
                 logger.warning("event=sampling_failed request=%d type=%s", owner, name)
@@ -389,3 +381,4 @@ def _log_spent(budget: PrivacyBudget) -> None:
 
 
 _NO_CHOICE = Choice(0, None, ())
+_NO_TOKEN = TokenOutput(NO_TOKEN, None, (), FinishReason.LENGTH)

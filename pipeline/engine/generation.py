@@ -7,6 +7,7 @@ from typing import Protocol
 import trio
 
 from pipeline.engine.home_times import Times
+from pipeline.engine.prompt_reader import PromptReader
 from pipeline.engine.request import FinishReason
 from pipeline.engine.stored_text import StoredText
 from pipeline.errors import InputError
@@ -29,8 +30,9 @@ class Generation:
     requests of the same salt have left on the stages, and leaves its own to them; None: neither.
     `stored`: the session that its text goes on from, and becomes. `vocab_size`: token ids the model
     has, so that the last stage can be told which are allowed; 0 if that is not known.
-    `samples_at_home`: all logits come back for every token, and no stage chooses. Raises InputError
-    if what `sampling` wants cannot be had of so few tokens.
+    `samples_at_home`: all logits come back for every token, and no stage chooses. `reader` takes in
+    what the prompt's own rows tell, before the first token comes; with one `max_tokens` may be 0.
+    Raises InputError if what `sampling` wants cannot be had of so few tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -45,9 +47,12 @@ class Generation:
     salt: bytes | None = None
     stored: StoredText | None = None
     samples_at_home: bool = False
+    reader: PromptReader | None = None
 
     def __post_init__(self) -> None:
         """Check what the parameters alone cannot."""
+        if not (self.max_tokens or self.reader):
+            raise InputError("max_tokens is 0, and nothing is asked of the prompt")
         if self.sampling.min_tokens > self.max_tokens:
             raise InputError(
                 f"min_tokens is {self.sampling.min_tokens}, more than max_tokens, {self.max_tokens}"
@@ -79,7 +84,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """One generated token; `finish` is set on the last.
+    """One generated token; `finish` is set on the last, which is NO_TOKEN where none was wanted.
 
     `logprob` and `top` (token id, logprob; most likely first) are filled in if the sampling asked.
     """

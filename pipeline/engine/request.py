@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from pipeline.engine.prompt_reader import PromptReader
 from pipeline.engine.stored_text import StoredText
 from pipeline.protocol.replay_history import SlotPart, truncate
 from pipeline.protocol.result_kinds import Want
@@ -37,6 +38,18 @@ class Request:
     salt: bytes | None = None
     # The session that its text goes on from, and becomes.
     stored: StoredText | None = None
+    # Who wants to know of the prompt's own rows.
+    reader: PromptReader | None = None
+
+    @property
+    def num_read(self) -> int:
+        """Tokens of the prompt that somebody wants to know of: they are computed in any case."""
+        return 0 if self.reader is None else self.reader.num_rows
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt that are computed: where none follows it, those that are read."""
+        return len(self.prompt_ids) if self.max_tokens else self.num_read
 
 
 @dataclass(slots=True, eq=False)
@@ -72,18 +85,30 @@ class RequestState:
     @property
     def num_known(self) -> int:
         """Tokens that may be sent: the prompt, and each token that has come back."""
-        return len(self.request.prompt_ids) + len(self.token_ids)
+        return self.request.num_prompt + len(self.token_ids)
 
     @property
     def num_prompt_left(self) -> int:
         """Tokens of the prompt that have not been sent."""
-        return max(0, len(self.request.prompt_ids) - self.num_sent)
+        return max(0, self.request.num_prompt - self.num_sent)
 
     def pending(self, limit: int) -> tuple[int, ...]:
-        """The next at most `limit` token ids to send, prompt and generated ones never mixed."""
+        """The next at most `limit` token ids to send.
+
+        Those of the prompt that are read, those that are not, and generated ones are never mixed.
+        """
         start, end = self.num_sent, self.num_sent + limit
-        num_prompt = len(self.request.prompt_ids)
-        return self.known(start, min(end, num_prompt) if start < num_prompt else end)
+        for bound in (self.request.num_read, self.request.num_prompt):
+            if start < bound:
+                end = min(end, bound)
+        return self.known(start, end)
+
+    def want(self, num_tokens: int) -> Want:
+        """What the last stage is to return for so many next ones."""
+        request, end = self.request, self.num_sent + num_tokens
+        if request.reader is not None and self.num_sent < request.num_read:
+            return request.reader.want(self.num_sent, end)
+        return request.want if end == self.num_known else Want.NOTHING
 
     def known(self, start: int, end: int) -> tuple[int, ...]:
         """The token ids at positions `start` to `end`, as far as they are known."""
@@ -92,6 +117,15 @@ class RequestState:
             return prompt[start:end]
         generated = self.token_ids[max(0, start - len(prompt)) : end - len(prompt)]
         return (*prompt[start:], *generated)
+
+    def add(self, token_id: int, max_seq_len: int) -> FinishReason | None:
+        """Take a generated token; why the request ends with it, if it does."""
+        self.token_ids.append(token_id)
+        if token_id in self.request.eos_token_ids:
+            return FinishReason.EOS
+        if len(self.token_ids) >= self.request.max_tokens:
+            return FinishReason.LENGTH
+        return FinishReason.CONTEXT if self.num_known > max_seq_len else None
 
     def sent(self, piece: SlotPart) -> None:
         """Count a step's part as handed to the pipeline."""
@@ -125,7 +159,10 @@ def has_all_steps(pieces: Sequence[SlotPart]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One generated token; `finish` is set on a request's last."""
+    """One generated token; `finish` is set on a request's last.
+
+    NO_TOKEN where a request ends that wanted no more than to read its prompt.
+    """
 
     request_id: int
     token_id: int

@@ -7,6 +7,7 @@ from pipeline.engine.admission import Admission, Transfer
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.limits import Limits
 from pipeline.engine.prefill_chunks import cut_prompts
+from pipeline.engine.prompt_reader import MAX_READ_TOKENS
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
 from pipeline.engine.step import FollowUp, Notice, Promise, Step
 from pipeline.errors import MessageError, PromptError
@@ -14,7 +15,7 @@ from pipeline.protocol.batch import Segment
 from pipeline.protocol.last_stage_inputs import NOTHING_ASKED, Asked
 from pipeline.protocol.messages import Abort, Done, Start
 from pipeline.protocol.replay_history import SlotPart, replay_headers
-from pipeline.protocol.result_kinds import Want
+from pipeline.protocol.result_kinds import NO_TOKEN, Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.sampling.draw import Draw
 
@@ -224,22 +225,22 @@ class Scheduler:
         notices, self._notices = self._notices, []
         return notices
 
-    def owners(self, header: StepHeader) -> tuple[int, ...]:
-        """Whose tokens a step's result holds, in order. Raises MessageError if it is not due."""
+    def due(self, header: StepHeader) -> Step:
+        """The step that a result answers. Raises MessageError if it is not due."""
         if not self._in_flight or self._in_flight[0].header.step != header.step:
             raise MessageError(f"the last stage answered step {header.step}, which is not due")
         due = self._in_flight[0]
         asked = (due.header.kind, due.header.segments, due.header.wants)
         if (header.kind, header.segments, header.wants) != asked:
             raise MessageError(f"the last stage answered something else than step {header.step}")
-        return due.owners
+        return due
 
     def complete(self, header: StepHeader, token_ids: Sequence[int]) -> list[TokenEvent]:
         """Take a step's result, a token for each owner; those cancelled meanwhile are dropped.
 
         Raises MessageError unless it answers the oldest step.
         """
-        owners = self.owners(header)
+        owners = self.due(header).owners
         if len(token_ids) != len(owners):
             raise MessageError(
                 f"step {header.step} returned {len(token_ids)} tokens, expected {len(owners)}"
@@ -249,9 +250,10 @@ class Scheduler:
         if self._losses:
             self._clear_of_suspicion(step)
         self._slots.free(step.freed)
+        ended = [(request_id, NO_TOKEN) for request_id in step.ended]
         return [
             self._advance(request_id, token_id, header.step)
-            for request_id, token_id in zip(owners, token_ids, strict=True)
+            for request_id, token_id in (*zip(owners, token_ids, strict=True), *ended)
             if request_id in self._running
         ]
 
@@ -278,27 +280,35 @@ class Scheduler:
         wants: list[Want] = []
         token_ids: list[int] = []
         owners: list[int] = []
+        ended: list[int] = []
+        given: list[int] = []
         draws: list[Draw] = []
         parts = self._next_parts(num_idle)
         is_decoding = any(not state.num_prompt_left for state, _ in parts)
         for state, num_tokens in parts:
             pending = state.pending(num_tokens)
-            segments.append(Segment(state.slot, state.num_sent, len(pending)))
+            start, end = state.num_sent, state.num_sent + len(pending)
+            segments.append(Segment(state.slot, start, len(pending)))
+            wants.append(state.want(len(pending)))
             token_ids += pending
-            state.sent(SlotPart(self._next_step, len(segments) - 1, state.num_sent, len(pending)))
-            is_last_known = state.num_sent == state.num_known
+            state.sent(SlotPart(self._next_step, len(segments) - 1, start, len(pending)))
             request = state.request
-            wants.append(request.want if is_last_known else Want.NOTHING)
-            if is_last_known:
+            if request.reader is not None and start < request.num_read:
+                given += request.reader.given(start, end)
+            elif wants[-1]:
                 owners.append(request.request_id)
                 if request.next_draw is not None:
                     draws.append(request.next_draw(0))
+            if end == request.num_prompt and not request.max_tokens:
+                ended.append(request.request_id)
         if not segments:
             return None
         header = StepHeader(StepKind.STEP, self._next_step, tuple(segments), tuple(wants))
-        asked = Asked(draws=tuple(draws)) if draws else NOTHING_ASKED
+        asked = Asked(tuple(given), tuple(draws)) if given or draws else NOTHING_ASKED
         requests = tuple(state.request.request_id for state, _ in parts)
-        return Step(header, tuple(token_ids), tuple(owners), is_decoding, asked, requests=requests)
+        return Step(
+            header, tuple(token_ids), tuple(owners), is_decoding, asked, (), requests, tuple(ended)
+        )
 
     def _admit(self) -> None:
         while self._waiting and self.admission.has_room:
@@ -315,11 +325,18 @@ class Scheduler:
         """Who takes part in the next step, with at most how many tokens."""
         for request_id, num_losses in self._losses.items():
             if num_losses >= SUSPECT_LOSSES:
-                alone = [(self._running[request_id], self.limits.chunk_tokens)]
+                suspect = self._running[request_id]
+                alone = [(suspect, self._chunk_tokens((suspect,)))]
                 return alone if num_idle == self.limits.num_stages else []
         running = self._running.values()
         left = [state for state in running if state.num_prompt_left and state.may_send]
-        return [*self._decoding(), *cut_prompts(left, num_idle, self.limits.chunk_tokens)]
+        return [*self._decoding(), *cut_prompts(left, num_idle, self._chunk_tokens(left))]
+
+    def _chunk_tokens(self, states: Sequence[RequestState]) -> int:
+        """Most tokens of these one's prompts in a step."""
+        is_read = any(state.request.num_read for state in states)
+        most = self.limits.chunk_tokens
+        return min(most, MAX_READ_TOKENS) if is_read else most
 
     def _decoding(self) -> list[tuple[RequestState, int]]:
         """A step's share of the requests that have read their prompt, with a token for each.
@@ -357,15 +374,9 @@ class Scheduler:
 
     def _advance(self, request_id: int, token_id: int, step: int) -> TokenEvent:
         state = self._running.pop(request_id)
-        state.token_ids.append(token_id)
-        request = state.request
-        finish = None
-        if token_id in request.eos_token_ids:
-            finish = FinishReason.EOS
-        elif len(state.token_ids) >= request.max_tokens:
-            finish = FinishReason.LENGTH
-        elif state.num_known > self.limits.max_seq_len:
-            finish = FinishReason.CONTEXT
+        finish: FinishReason | None = FinishReason.LENGTH
+        if token_id != NO_TOKEN:
+            finish = state.add(token_id, self.limits.max_seq_len)
         if finish is None:
             self._running[request_id] = state  # behind those that have waited longer
         else:

@@ -1,6 +1,6 @@
 """A step to send, and the one after it where that is certain but for its token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +20,7 @@ class Step:
 
     header: StepHeader
     token_ids: tuple[int, ...]
-    # For each segment that wants something, whose it is.
+    # For each segment that wants a token, whose it is; others want to know of a prompt's rows.
     owners: tuple[int, ...]
     # Whether requests take part that had read their prompt before.
     is_decoding: bool = False
@@ -30,6 +30,16 @@ class Step:
     freed: tuple[int, ...] = ()
     # Each segment's request, of steps that carry tokens.
     requests: tuple[int, ...] = ()
+    # Those that end with it, for they wanted no more than to read their prompt.
+    ended: tuple[int, ...] = ()
+
+    def answered(self) -> Iterator[tuple[int, int]]:
+        """Whose each part of its result is, and from which position on."""
+        for request_id, segment, want in zip(
+            self.requests, self.header.segments, self.header.wants, strict=False
+        ):
+            if want:
+                yield request_id, segment.position
 
 
 @dataclass(frozen=True, slots=True)

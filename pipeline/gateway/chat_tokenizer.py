@@ -1,7 +1,10 @@
 """What the gateway needs of a tokenizer beyond the pipeline's: rendered chats, and a bound."""
 
+from collections.abc import Sequence
 from functools import cached_property
 
+from pipeline.engine.output_text import StoppedText
+from pipeline.engine.text_stream import REPLACEMENT
 from pipeline.engine.tokenizer import Tokenizer
 
 
@@ -28,6 +31,18 @@ class GatewayTokenizer(Tokenizer):
     def spelled(self) -> str:
         """All of it, as `tokenizer.json` has it."""
         return self._tokenizer.to_str()
+
+    def token_name(self, token_id: int) -> str | None:
+        """What its vocabulary calls a token; None for what is none."""
+        return self._tokenizer.id_to_token(token_id)
+
+    def decode_whole(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        if REPLACEMENT not in text:
+            return text
+        stream = StoppedText(self, (), (), shows_special_tokens=True)  # see `decode`
+        return "".join(stream.push(each)[0] for each in token_ids) + stream.finish()[0]
 
     def spellings(self, word: str) -> tuple[tuple[int, ...], ...]:
         """The tokens of a word inside a text: as it begins one, and behind a blank.

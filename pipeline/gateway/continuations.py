@@ -15,6 +15,7 @@ from pipeline.gateway.answer_parts import AnswerReader
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.metrics import RequestRecord
 from pipeline.gateway.tool_parser import CallDelta
+from pipeline.protocol.result_kinds import NO_TOKEN
 from pipeline.tasks import open_tasks
 
 # Ending so many continuations takes a millisecond.
@@ -95,6 +96,8 @@ class ChoiceText:
 
     def push(self, output: TokenOutput) -> TextPiece:
         """Take the next token. The one that ends a text is no part of it."""
+        if output.token_id == NO_TOKEN:
+            return TextPiece(self._choice, "", (), "length")
         is_eos = output.finish is FinishReason.EOS
         certain, is_stopped = "", False
         if self._includes_stop or not is_eos:
@@ -221,7 +224,8 @@ async def _follow(
             task_status.started()
             try:
                 async for output in outputs:
-                    record.add_token(choice, output.num_cached)
+                    if output.token_id != NO_TOKEN:
+                        record.add_token(choice, output.num_cached)
                     piece = text.push(output)
                     sender.send_nowait(piece)
                     if piece.finish is not None:

@@ -217,6 +217,7 @@ class Desk:
                 stored=stored,
                 samples_at_home=self.config.samples_at_home,
                 masks=masks,
+                reader=None if order.reader is None else order.reader(prompt_ids),
             )
             for prompt_ids in prompts
             for sampling in order.sampling
@@ -267,7 +268,6 @@ class Desk:
 
         Waits for the model to stand.
         """
-        await self._wait_open()
         messages = [{"role": "user", "content": text}]
         order = Order(
             model=self.config.served_model_name,
@@ -275,8 +275,24 @@ class Desk:
             conversation=Conversation(messages) if is_message else None,
             prompts=() if is_message else (text,),
         )
+        return await self.encode(order)
+
+    async def encode(self, order: Order) -> TokenIds:
+        """The tokens of an order's one prompt; checked. Raises ApiError. Waits for the model."""
+        if order.model is not None:
+            self.check_model(order.model)
+        await self._wait_open()
         ((prompt_ids,), _) = await self._encode_all(order)
         return prompt_ids
+
+    async def decode(self, model: str | None, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included. Raises ApiError. Waits for the model."""
+        if model is not None:
+            self.check_model(model)
+        await self._wait_open()
+        self._check_ids(token_ids, "tokens")
+        whole = partial(self.tokenizer.decode_whole, token_ids)
+        return await self._in_thread(whole, self._encoding, "tokens")
 
     def _check_room(self, num_choices: int) -> None:
         """Attack: asking for more than anybody will ever wait for, to fill the queue for all."""
@@ -289,7 +305,7 @@ class Desk:
         if asked is not None and asked > room:
             param = order.max_tokens_param
             raise invalid(f"{param} is {asked}; this model's context holds {room} tokens.", param)
-        return asked or self.config.default_max_tokens or room
+        return (self.config.default_max_tokens or room) if asked is None else asked
 
     async def _encode_all(self, order: Order) -> tuple[tuple[TokenIds, ...], bool]:
         """The prompts, and whether the model has begun to think at their end. Raises ApiError."""
@@ -301,15 +317,17 @@ class Desk:
         adds = order.adds_special_tokens is not False
         prompts = tuple(
             [
-                await self._encode(prompt, adds, order, "prompt")
+                await self._encode(prompt, adds, order, order.prompts_param)
                 if isinstance(prompt, str)
-                else self._checked(prompt, order, "prompt")
+                else self._checked(prompt, order, order.prompts_param)
                 for prompt in order.prompts
             ]
         )
         return prompts, False
 
     async def _encode(self, text: str, adds_special: bool, order: Order, param: str) -> TokenIds:
+        if order.only_encodes and not text:
+            return ()
         self._check_length(text, order, param)
         encoder = self.tokenizer.encode if adds_special else self.tokenizer.encode_rendered
         prompt_ids = await self._in_thread(partial(encoder, text), self._encoding, param)
@@ -332,7 +350,8 @@ class Desk:
         """
         room = self.max_seq_len
         num_tokens = len(text) // self.tokenizer.max_token_chars
-        if num_tokens >= (room if order.truncates_to is None else _CUT_ROOMS * room):
+        is_cut = order.truncates_to is not None or order.only_encodes
+        if num_tokens >= (_CUT_ROOMS * room if is_cut else room):
             raise too_long(f"at least {num_tokens}", room, param)
 
     def _checked(self, prompt_ids: TokenIds, order: Order, param: str) -> TokenIds:
@@ -340,6 +359,8 @@ class Desk:
         if order.truncates_to is not None:
             most = room - 1 if order.truncates_to < 0 else order.truncates_to
             prompt_ids = prompt_ids[-most:]
+        if order.only_encodes:
+            return prompt_ids
         if not prompt_ids:
             raise invalid("The prompt is empty; give at least one token of text.", param)
         if len(prompt_ids) >= room:

@@ -1,9 +1,10 @@
 """What a client asks for, however it came in: what every door hands the desk."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.engine.prompt_reader import PromptReader
 from pipeline.gateway.grammars import Grammar
 from pipeline.gateway.tool_use import ToolUse
 from pipeline.sampling.params import SamplingParams
@@ -39,6 +40,9 @@ class Order:
     `adds_special_tokens` None: as is usual. `cache_salt`: prompts go on from those of its caller's
     that had the same. `session`: its caller's name for what is kept of the text, for a prompt that
     begins with it. `grammar`: what each continuation keeps to, and `bad_words` what none has.
+    `reader` makes for each prompt what takes in its own rows. `prompts_param`: the request's field
+    that they came in. `only_encodes`: nothing is computed, so that a prompt may be too long, or
+    empty.
     """
 
     model: str | None
@@ -57,3 +61,6 @@ class Order:
     session: str | None = None
     grammar: Grammar | None = None
     bad_words: tuple[str, ...] = ()
+    reader: Callable[[TokenIds], PromptReader] | None = None
+    prompts_param: str = "prompt"
+    only_encodes: bool = False

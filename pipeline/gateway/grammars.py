@@ -30,7 +30,7 @@ from pipeline.errors import InputError
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.errors import ApiError, invalid
 from pipeline.gateway.kept_process import KeptProcess
-from pipeline.sampling.masks import Allowed, Mask
+from pipeline.sampling.masks import Allowed, PackedMask
 
 if TYPE_CHECKING:  # who needs it waits for it, once
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -204,7 +204,7 @@ class CompiledGrammar:
             raise InputError(f"the text cannot go on as asked for: {_line(failure)}")
 
 
-class GrammarMask(Mask):
+class GrammarMask(PackedMask):
     """Which tokens one text may go on with."""
 
     def __init__(
@@ -214,18 +214,23 @@ class GrammarMask(Mask):
         self._grammar = grammar
         self._after = after
         self._num_taken = 0
-        self._bits: bytes | None = None
+        self._bits = b""
 
     def allowed(self, generated: Sequence[int], vocab_size: int, /) -> Allowed | None:
         """As `Mask.allowed`. Raises InputError where that takes too much."""
+        bits = np.frombuffer(self.packed(generated, vocab_size), np.uint8)
+        return np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_)
+
+    def packed(self, generated: Sequence[int], vocab_size: int, /) -> bytes:
+        """As `PackedMask.packed`. Raises InputError where that takes too much."""
+        num_bytes = -(-vocab_size // 8)
         if self._after is not None:
             if self._after not in generated:  # a mask all the same: no size tells when it comes
-                return np.ones(vocab_size, np.bool_)
+                return b"\xff" * num_bytes
             generated = generated[generated.index(self._after) + 1 :]
-        if self._bits is None or len(generated) != self._num_taken:
+        if not self._bits or len(generated) != self._num_taken:
             self._advance(generated)
-        bits = np.frombuffer(self._bits or b"", np.uint8)
-        return np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_)
+        return self._bits[:num_bytes]
 
     def _advance(self, generated: Sequence[int]) -> None:
         matcher = self._matcher

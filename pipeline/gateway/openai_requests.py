@@ -4,14 +4,23 @@ Fields that change no answer are accepted; those whose effect would be missed ar
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import FailFast, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    FailFast,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from pipeline.engine.prompt_reader import PromptScores
 from pipeline.errors import InputError
 from pipeline.gateway.chat_messages import Message, Schema
 from pipeline.gateway.errors import ApiError, invalid, unsupported
+from pipeline.gateway.field_types import Biases, Prompts, Stops
 from pipeline.gateway.generation_order import Conversation, Order
 from pipeline.gateway.grammars import Grammar
 from pipeline.gateway.sampling_defaults import OPENAI
@@ -25,11 +34,8 @@ from pipeline.gateway.unsupported_fields import (
 )
 from pipeline.sampling.choosers import chooser_of
 from pipeline.sampling.params import (
-    BIAS,
     MAX_ALLOWED,
-    MAX_BIASES,
     MAX_STOP_CHARS,
-    MAX_STOPS,
     RANGES,
     SamplingParams,
 )
@@ -38,7 +44,6 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 1024
 MAX_BAD_WORDS = 256
-MAX_PROMPTS = 128
 MAX_VARIABLES = 64
 # Of a body, about: so many numbers are no prompt any more, but hold the interpreter for long.
 MAX_VALUES = 1 << 18
@@ -70,9 +75,10 @@ class StreamOptions(Schema):
 class _Sampled(Schema):
     """What both endpoints share.
 
-    Beyond OpenAI's fields, as vLLM has them: top_k, min_p, repetition_penalty, ignore_eos,
-    min_tokens, allowed_token_ids, bad_words, stop_token_ids, include_stop_str_in_output,
-    skip_special_tokens, add_special_tokens, truncate_prompt_tokens, cache_salt,
+    Beyond OpenAI's fields, as vLLM has them: prompt_logprobs, top_k, min_p, repetition_penalty,
+    ignore_eos, min_tokens, allowed_token_ids, bad_words, stop_token_ids,
+    include_stop_str_in_output, skip_special_tokens, add_special_tokens, truncate_prompt_tokens,
+    cache_salt,
     structured_outputs, its older names guided_*; as llama.cpp has them: grammar, json_schema; and
     our own: chooser, session.
     """
@@ -81,7 +87,8 @@ class _Sampled(Schema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    max_tokens: _Count | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     temperature: Annotated[float, _within("temperature")] | None = None
     top_p: Annotated[float, _within("top_p")] | None = None
     top_k: Annotated[int, _within("top_k")] | None = None
@@ -90,8 +97,8 @@ class _Sampled(Schema):
     presence_penalty: Annotated[float, _within("presence_penalty")] | None = None
     frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
-    stop: tuple[str, ...] = ()
-    logit_bias: dict[int, float] = Field(default_factory=dict)
+    stop: Stops = ()
+    logit_bias: Biases = Field(default_factory=dict)
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[_Id], Field(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
@@ -121,42 +128,6 @@ class _Sampled(Schema):
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
 
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _list_stops(cls, value: object) -> object:
-        stops = [] if value is None else [value] if isinstance(value, str) else value
-        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-            raise PydanticCustomError("stop_type", "Input should be a string or a list of strings")
-        if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
-            raise PydanticCustomError(
-                "stop_value",
-                "Input should hold at most {num} strings of 1 to {chars} characters",
-                {"num": MAX_STOPS, "chars": MAX_STOP_CHARS},
-            )
-        return tuple(stops)
-
-    @field_validator("logit_bias", mode="before")
-    @classmethod
-    def _number_tokens(cls, value: object) -> object:
-        if value is None:
-            return {}
-        if not isinstance(value, dict) or len(value) > MAX_BIASES:
-            raise PydanticCustomError(
-                "bias_type",
-                "Input should be an object of at most {num} fields",
-                {"num": MAX_BIASES},
-            )
-        biases: dict[int, float] = {}
-        for token, bias in value.items():
-            is_id = token.isascii() and token.isdecimal() and len(token) < 10
-            is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
-            if not (is_id and is_number and BIAS.low <= bias <= BIAS.high):
-                raise PydanticCustomError(
-                    "bias_value", "Input should map token ids to numbers from -100 to 100"
-                )
-            biases[int(token)] = float(bias)
-        return biases
-
     @field_validator("chooser")
     @classmethod
     def _know_chooser(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -174,7 +145,18 @@ class _Sampled(Schema):
             raise invalid("truncate_prompt_tokens leaves no prompt.", "truncate_prompt_tokens")
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options needs stream to be true.", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise unsupported("prompt_logprobs", "cannot be had with stream")
+        if self.max_tokens == 0 and self.num_prompt_top is None:
+            raise invalid(
+                "max_tokens is 0, and neither echo nor prompt_logprobs asked for.", "max_tokens"
+            )
         return self
+
+    @property
+    def num_prompt_top(self) -> int | None:
+        """How many of the likeliest are told for each token of the prompt, if it is scored."""
+        return self.prompt_logprobs
 
     @property
     def _grammar(self) -> Grammar | None:
@@ -222,6 +204,7 @@ class _Sampled(Schema):
         defaults: Mapping[str, float],
         **fields: Any,  # noqa: ANN401  (Order's own)
     ) -> Order:
+        top = self.num_prompt_top
         return Order(
             model=self.model,
             sampling=tuple(
@@ -237,6 +220,7 @@ class _Sampled(Schema):
             session=self.session,
             grammar=self._grammar,
             bad_words=tuple(self.bad_words or ()),
+            reader=None if top is None else partial(PromptScores, num_top=top),
             **fields,
         )
 
@@ -301,32 +285,23 @@ class ChatRequest(_Sampled):
 class CompletionRequest(_Sampled):
     """The body of `/v1/completions`; a prompt is text or token ids."""
 
-    prompt: tuple[str | tuple[int, ...], ...]
+    prompt: Prompts
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _list_prompts(cls, value: object) -> object:
-        prompts = value if isinstance(value, list) and not _is_ids(value) else [value]
-        if not 0 < len(prompts) <= MAX_PROMPTS or not all(
-            isinstance(prompt, str) or _is_ids(prompt) for prompt in prompts
-        ):
-            raise PydanticCustomError(
-                "prompt_type",
-                "Input should be a string, token ids, or a list of at most {num} of either",
-                {"num": MAX_PROMPTS},
-            )
-        return tuple(tuple(prompt) if isinstance(prompt, list) else prompt for prompt in prompts)
 
     @model_validator(mode="after")
     def _refuse_what_is_missing(self) -> "CompletionRequest":
         if self.best_of not in (None, self.n or 1):
             raise unsupported("best_of")
-        if self.echo and self.logprobs is not None:
-            raise unsupported("echo", "together with logprobs is not supported by this server")
         return self
+
+    @property
+    def num_prompt_top(self) -> int | None:
+        """See `_Sampled`; what is echoed alone is not scored but where nothing else is computed."""
+        echoed = self.logprobs if self.max_tokens != 0 else self.logprobs or 0
+        asked = (self.prompt_logprobs, echoed if self.echo else None)
+        return max((each for each in asked if each is not None), default=None)
 
     def order(self, defaults: Mapping[str, float] = OPENAI) -> Order:
         """What this asks the desk for; `defaults`: of how tokens are chosen."""
@@ -334,7 +309,7 @@ class CompletionRequest(_Sampled):
             self.logprobs,
             defaults,
             prompts=self.prompt,
-            max_tokens=self.max_tokens or DEFAULT_COMPLETION_TOKENS,
+            max_tokens=DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens,
         )
 
 
@@ -368,11 +343,3 @@ def _refusal(kind: str, location: tuple[int | str, ...], message: str) -> ApiErr
         return invalid("The body is not a JSON object.", None, "invalid_type")
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     return invalid(f"Invalid value for '{param}': {message}.", param, code)
-
-
-def _is_ids(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(type(item) is int and 0 <= item < 1 << 31 for item in value)
-    )

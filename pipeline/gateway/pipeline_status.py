@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.agreement.manifest import Manifest, StageSpec
-from pipeline.engine.engine import EngineStats
+from pipeline.engine.engine_stats import EngineStats
 from pipeline.engine.limits import Limits
 from pipeline.gateway.metrics import LatencyView
 from pipeline.orchestrator.stage_watch import RemoteStage

@@ -37,7 +37,8 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Compile it. Raises TokenizerError."""
-        self._start_values = (source, dict(special_tokens))
+        self.special_tokens = dict(special_tokens)
+        self._start_values = (source, self.special_tokens)
         self._turn = threading.Lock()
         self._process: _RenderProcess | None = None
         answer = self._started().answer()

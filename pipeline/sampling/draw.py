@@ -68,10 +68,14 @@ def draw(logits: Logits, how: Draw, row: int = 0) -> int:
     """
     if not is_sound(logits):
         raise RequestFailed(NO_NUMBERS)
-    changed = adjust(logits, how, row)
+    changed = _weighed(logits, how, row)
+    ids = np.flatnonzero(_is_allowed(how, row, logits.size)) if how.allowed else None
+    if ids is not None:  # they may be few, and all that follows is only about them
+        changed = changed[ids]
     if not is_sound(changed):
         raise RequestFailed(NONE_LEFT)
-    return choose(changed, how.params, how.uniforms[row])
+    place = choose(changed, how.params, how.uniforms[row])
+    return place if ids is None else int(ids[place])
 
 
 def is_sound(logits: Logits) -> bool:
@@ -81,6 +85,14 @@ def is_sound(logits: Logits) -> bool:
 
 def adjust(logits: Logits, how: Draw, row: int = 0) -> Logits:
     """Logits with penalties, bias and mask applied; those that came in are left alone."""
+    changed = _weighed(logits, how, row)
+    if how.allowed:
+        return np.where(_is_allowed(how, row, logits.size), changed, np.float32(-np.inf))
+    return changed
+
+
+def _weighed(logits: Logits, how: Draw, row: int) -> Logits:
+    """With penalties and bias."""
     params = how.params
     if params.has_penalties:
         seen, counts = _history(how, row, logits.size)
@@ -93,12 +105,13 @@ def adjust(logits: Logits, how: Draw, row: int = 0) -> Logits:
         )
     if params.logit_bias:
         logits = add_bias(logits, params.logit_bias)
-    if how.allowed:
-        num_bytes = len(how.allowed) // len(how.uniforms)
-        bits = np.frombuffer(how.allowed, np.uint8, num_bytes, row * num_bytes)
-        is_allowed = np.unpackbits(bits, count=logits.size, bitorder="little").view(np.bool_)
-        logits = np.where(is_allowed, logits, np.float32(-np.inf))
     return logits
+
+
+def _is_allowed(how: Draw, row: int, vocab_size: int) -> npt.NDArray[np.bool_]:
+    num_bytes = len(how.allowed) // len(how.uniforms)
+    bits = np.frombuffer(how.allowed, np.uint8, num_bytes, row * num_bytes)
+    return np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_)
 
 
 def choose(logits: Logits, params: SamplingParams, uniform: float) -> int:

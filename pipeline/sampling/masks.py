@@ -1,7 +1,7 @@
 """Which tokens may come next. Masks apply before temperature and filters."""
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,15 @@ class Mask(Protocol):
 
     def allowed(self, generated: Sequence[int], vocab_size: int, /) -> Allowed | None:
         """For each token whether it may follow those generated so far, [vocab]; None: all may."""
+        ...
+
+
+@runtime_checkable
+class PackedMask(Mask, Protocol):
+    """One that has its answer as bits, as it travels, and need not take them apart."""
+
+    def packed(self, generated: Sequence[int], vocab_size: int, /) -> bytes | None:
+        """As `allowed`, a bit a token, lowest first."""
         ...
 
 

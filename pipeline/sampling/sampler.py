@@ -11,7 +11,7 @@ from pipeline.errors import InputError, RequestFailed
 from pipeline.sampling.choosers import Chooser, Distribution, new_chooser
 from pipeline.sampling.draw import NO_NUMBERS, Draw, Text, adjust, is_sound
 from pipeline.sampling.filters import Logits, LogitsProcessor, log_softmax, most_likely
-from pipeline.sampling.masks import Allowed, Mask
+from pipeline.sampling.masks import Allowed, Mask, PackedMask
 from pipeline.sampling.params import SamplingParams
 
 _NONE_LEFT = "processors and masks leave no token that can be chosen"
@@ -46,7 +46,11 @@ class Sampler:
         self._params = params
         self._processors = tuple(processors)
         self._masks = tuple(masks)
+        self._packed = (
+            masks[0].packed if len(masks) == 1 and isinstance(masks[0], PackedMask) else None
+        )
         self._token_ids = list(prompt_ids)
+        self._generated: list[int] = []
         self._num_prompt = len(prompt_ids)
         self._vocab_size = vocab_size
         self._text = Text(prompt_ids)
@@ -62,13 +66,11 @@ class Sampler:
         """
         how = self._how((self._chooser.uniform(ahead),), ahead)
         try:
-            allowed = self._allowed(self._vocab_size, ahead)
+            allowed = self._bits(ahead)
         except Exception as error:  # a mask may be anyone's code; others' tokens are in this step
             self._failure = error
-            allowed = np.zeros(self._vocab_size, np.bool_)  # so this request gets none
-        if allowed is None:
-            return how
-        return replace(how, allowed=np.packbits(allowed, bitorder="little").tobytes())
+            allowed = bytes(-(-self._vocab_size // 8))  # so this request gets none
+        return how if allowed is None else replace(how, allowed=allowed)
 
     def no_choice(self) -> Exception:
         """Why the last stage has drawn no token: what a mask has raised, if one has."""
@@ -116,6 +118,7 @@ class Sampler:
 
     def _add(self, token_id: int) -> None:
         self._token_ids.append(token_id)
+        self._generated.append(token_id)
         self._text.add(token_id)
 
     def _change(self, logits: Logits) -> Logits:
@@ -125,10 +128,20 @@ class Sampler:
         allowed = self._allowed(logits.size)
         return logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
 
+    def _bits(self, ahead: int) -> bytes | None:
+        """As `_allowed`, a bit a token."""
+        if self._packed is not None:
+            return self._packed(self._text_so_far(ahead), self._vocab_size)
+        allowed = self._allowed(self._vocab_size, ahead)
+        return None if allowed is None else np.packbits(allowed, bitorder="little").tobytes()
+
+    def _text_so_far(self, ahead: int) -> Sequence[int]:
+        return [*self._generated, *[0] * ahead] if ahead else self._generated
+
     def _allowed(self, vocab_size: int, ahead: int = 0) -> Allowed | None:
         """What all masks allow to come next, [vocab]; None: anything."""
         allowed: Allowed | None = None
-        generated = [*self._token_ids[self._num_prompt :], *[0] * ahead] if self._masks else []
+        generated = self._text_so_far(ahead)
         for mask in self._masks:
             more = mask.allowed(generated, vocab_size)
             if more is not None:

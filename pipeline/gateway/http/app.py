@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
 from typing import TypeVar
@@ -19,11 +20,28 @@ from starlette.routing import Route
 from pipeline.gateway.desk import Desk, Job
 from pipeline.gateway.errors import ApiError, Kind
 from pipeline.gateway.generation_order import Order
-from pipeline.gateway.http.client_exchange import SMALL_BYTES, Exchange
-from pipeline.gateway.http.completion_formats import ChatFormat, CompletionFormat
+from pipeline.gateway.http.answer_schemas import (
+    Alive,
+    ChatCompletion,
+    Completion,
+    Health,
+    Model,
+    Models,
+    Version,
+)
+from pipeline.gateway.http.api_route import ApiRoute
+from pipeline.gateway.http.client_exchange import Exchange
+from pipeline.gateway.http.completion_formats import (
+    ChatFormat,
+    CompletionFormat,
+    told_prompt,
+)
 from pipeline.gateway.http.counters import HttpMetrics
 from pipeline.gateway.http.errors import to_response
+from pipeline.gateway.http.evaluation import evaluation_routes
 from pipeline.gateway.http.middleware import Edge
+from pipeline.gateway.http.openapi import docs_routes
+from pipeline.gateway.http.prompt_formats import Echo, PromptLogprobs
 from pipeline.gateway.http.responses import Answer, Wanted
 from pipeline.gateway.openai_requests import ChatRequest, CompletionRequest, parse_untrusted
 from pipeline.gateway.pipeline_status import Overview, PipelineView
@@ -49,23 +67,13 @@ def build_app(
     the body in its request's exchange. `page`: what anybody may read.
     """
     metrics = metrics or HttpMetrics(registry)
+    more = (*more, *evaluation_routes(desk))
     door = Door(desk, registry, readiness)
     watched = [] if overview is None else [_pipeline_route(desk, overview, readiness)]
+    routes = [*door.routes(), *watched, *more]
+    page = (*page, *docs_routes(routes))
     return Starlette(
-        routes=[
-            Route("/livez", door.livez),
-            Route("/health", door.health),
-            Route("/readyz", door.health),
-            Route("/metrics", door.metrics),
-            *watched,
-            Route("/version", door.version),
-            Route("/v1/models", door.models),
-            Route("/v1/models/{model:path}", door.model),
-            Route("/v1/chat/completions", door.chat, methods=["POST"]),
-            Route("/v1/completions", door.completions, methods=["POST"]),
-            *more,
-            *page,
-        ],
+        routes=[*routes, *page],
         middleware=[
             *_cors(desk.config.cors_origins),
             Middleware(
@@ -89,6 +97,27 @@ class Door:
         self._desk = desk
         self._registry = registry
         self._readiness = readiness
+
+    def routes(self) -> Sequence[Route]:
+        """All of them."""
+        post = ["POST"]
+        return (
+            ApiRoute("/livez", self.livez, answer=Alive, is_open=True),
+            ApiRoute("/health", self.health, answer=Health, is_open=True),
+            ApiRoute("/readyz", self.health, answer=Health, is_open=True),
+            ApiRoute("/metrics", self.metrics),
+            ApiRoute("/version", self.version, answer=Version),
+            ApiRoute("/v1/models", self.models, answer=Models),
+            ApiRoute("/v1/models/{model:path}", self.model, answer=Model),
+            ApiRoute(
+                "/v1/chat/completions", self.chat, methods=post, body=ChatRequest,
+                answer=ChatCompletion, is_streamed=True,
+            ),
+            ApiRoute(
+                "/v1/completions", self.completions, methods=post, body=CompletionRequest,
+                answer=Completion, is_streamed=True,
+            ),
+        )  # fmt: skip
 
     async def livez(self, _: Request) -> Response:
         """Whether the server runs: starting it again would help with nothing else."""
@@ -123,41 +152,50 @@ class Door:
         """The next message of a conversation. Raises ApiError."""
         body, order = await self._read(ChatRequest, request)
         job = await self._prepare(order, request)
+        tokenizer = self._desk.tokenizer
         format_ = ChatFormat(
-            self._desk.tokenizer,
+            tokenizer,
             body.num_logprobs is not None,
             shows_reasoning=body.include_reasoning is not False,
         )
-        return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
+        more = None
+        if body.prompt_logprobs is not None:
+            told = PromptLogprobs.of(job.generations[0], body.prompt_logprobs)
+            more = partial(told_prompt, told, tokenizer)
+        wanted = Wanted(format_, bool(body.stream), body.includes_usage, more=more)
+        return Answer(self._desk, job, wanted)
 
     async def completions(self, request: Request) -> Answer:
         """What follows a text, or each of several. Raises ApiError."""
         body, order = await self._read(CompletionRequest, request)
         job = await self._prepare(order, request)
-        echoes = [""] * len(body.prompt)
+        tokenizer, num_top = self._desk.tokenizer, body.prompt_logprobs
+        echoes = [Echo()] * len(job.generations)
         if body.echo:
-            echoes = [
-                prompt if isinstance(prompt, str) else self._desk.tokenizer.decode(prompt)
-                for prompt in body.prompt
+            is_whole = order.truncates_to is None
+            texts = [
+                prompt if isinstance(prompt, str) and is_whole else tokenizer.decode(ids)
+                for prompt, ids in zip(body.prompt, job.prompts, strict=True)
+                for _ in order.sampling
             ]
-        format_ = CompletionFormat(
-            self._desk.tokenizer,
-            body.logprobs is not None,
-            [echo for echo in echoes for _ in order.sampling],
-        )
-        return Answer(self._desk, job, Wanted(format_, bool(body.stream), body.includes_usage))
+            echoes = [
+                Echo.of(each, text, has_logprobs=body.logprobs is not None)
+                for each, text in zip(job.generations, texts, strict=True)
+            ]
+        told = [] if num_top is None else [PromptLogprobs.of(g, num_top) for g in job.generations]
+        format_ = CompletionFormat(tokenizer, body.logprobs, echoes, told)
+        wanted = Wanted(format_, bool(body.stream), body.includes_usage, format_.echoed)
+        return Answer(self._desk, job, wanted)
 
     async def _read(self, schema: type[_Body], request: Request) -> tuple[_Body, Order]:
         """The body, and what it asks for. Raises ApiError."""
         exchange: Exchange = request.state.exchange
 
-        def parse() -> tuple[_Body, Order]:
-            body = parse_untrusted(schema, exchange.body)
+        def parse(raw: bytes) -> tuple[_Body, Order]:
+            body = parse_untrusted(schema, raw)
             return body, body.order(self._desk.config.sampling_defaults)
 
-        if len(exchange.body) <= SMALL_BYTES:
-            return parse()
-        return await trio.to_thread.run_sync(parse)
+        return await exchange.understand(parse)
 
     async def _prepare(self, order: Order, request: Request) -> Job:
         exchange: Exchange = request.state.exchange
@@ -195,6 +233,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
 
 def _pipeline_route(desk: Desk, overview: Overview, readiness: Callable[[], Readiness]) -> Route:
     async def show(_: Request) -> Response:
+        """How the pipeline stands: its engine, latencies, and stages."""
         view = PipelineView(
             model=desk.config.served_model_name,
             is_ready=readiness().is_ready,
@@ -204,7 +243,7 @@ def _pipeline_route(desk: Desk, overview: Overview, readiness: Callable[[], Read
         )
         return JSONResponse(view.model_dump())
 
-    return Route("/pipeline", show)
+    return ApiRoute("/pipeline", show, answer=PipelineView)
 
 
 async def _refuse_route(_: Request, error: Exception) -> Response:

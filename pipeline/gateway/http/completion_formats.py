@@ -5,17 +5,18 @@ up everybody else's tokens.
 """
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any, Protocol
 
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.continuations import PlacedToken, TextPiece
+from pipeline.gateway.http.prompt_formats import Echo, PromptLogprobs, finite
 from pipeline.gateway.tool_parser import CallDelta
 
-# JSON has no infinities; OpenAI writes an impossible token's logprob so.
-_IMPOSSIBLE = -9999.0
+# Tokens of a prompt in one event.
+_PART_TOKENS = 64
 _COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
@@ -108,7 +109,7 @@ class ChatFormat:
         raw = self._tokenizer.token_bytes(token_id)
         return {
             "token": raw.decode(errors="replace"),
-            "logprob": _finite(logprob),
+            "logprob": finite(logprob),
             "bytes": list(raw),
         }
 
@@ -164,48 +165,94 @@ class _WholeMessage:
 
 
 class CompletionFormat:
-    """`/v1/completions`; `echoes` holds what is put before each choice's text."""
+    """`/v1/completions`."""
 
     id_prefix = "cmpl-"
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
     def __init__(
-        self, tokenizer: GatewayTokenizer, has_logprobs: bool, echoes: Sequence[str]
+        self,
+        tokenizer: GatewayTokenizer,
+        num_logprobs: int | None,
+        echoes: Sequence[Echo],
+        prompts: Sequence[PromptLogprobs] = (),
     ) -> None:
+        """`echoes`: what is put before each choice's text; `prompts`: what is told beside it."""
         self._tokenizer = tokenizer
-        self._has_logprobs = has_logprobs
+        self._num_logprobs = num_logprobs
         self._echoes = echoes
+        self._prompts = prompts
 
     def opening(self, choice: int) -> dict[str, Any] | None:
-        """The prompt, if it is to be repeated."""
+        """The prompt, if it is to be repeated; with its logprobs it has to be read before."""
         echo = self._echoes[choice]
-        return self.delta(TextPiece(choice, echo, (), None)) if echo else None
+        if not echo.text or echo.scores is not None:
+            return None
+        return self.delta(TextPiece(choice, echo.text, (), None))
+
+    def echoed(self, choice: int) -> Iterator[dict[str, Any]]:
+        """The prompt with its logprobs, in parts, if it is to be repeated so."""
+        echo = self._echoes[choice]
+        tokens = echo.tokens(self._tokenizer, self._num_logprobs or 0)
+        part = list(islice(tokens, _PART_TOKENS))
+        while part:
+            following = list(islice(tokens, _PART_TOKENS))
+            end = following[0].offset if following else len(echo.text)
+            text = echo.text[part[0].offset : end]
+            yield self._said(choice, text, [self.logprob(each) for each in part], None)
+            part = following
 
     def delta(self, piece: TextPiece) -> dict[str, Any]:
         """The piece's text."""
+        each = [self.placed(piece.choice, placed) for placed in piece.tokens]
+        return self._said(piece.choice, piece.text, each, piece.finish)
+
+    def placed(self, choice: int, placed: PlacedToken) -> dict[str, Any]:
+        """What is said of a generated token, which stands behind what is echoed."""
+        offset = len(self._echoes[choice].text) + placed.offset
+        return self.logprob(replace(placed, offset=offset))
+
+    def _said(
+        self, choice: int, text: str, each: Sequence[Mapping[str, Any]], finish: str | None
+    ) -> dict[str, Any]:
         logprobs = None
-        if self._has_logprobs:
-            each = [self.logprob(placed) for placed in piece.tokens]
+        if self.has_logprobs:
             logprobs = {name: [logprob[name] for logprob in each] for name in _COLUMNS}
-        return {
-            "index": piece.choice,
-            "text": piece.text,
-            "logprobs": logprobs,
-            "finish_reason": piece.finish,
-        }
+        return {"index": choice, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def whole(self, choice: int) -> WholeChoice:
         """The text."""
-        return _WholeText(choice, self._echoes[choice], self if self._has_logprobs else None)
+        return _WholeText(choice, self)
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether they are told."""
+        return self._num_logprobs is not None
+
+    def echo(self, choice: int) -> str:
+        """What is put before a choice's text."""
+        return self._echoes[choice].text
+
+    def prompt_columns(self, choice: int) -> Iterator[Mapping[str, Any]]:
+        """What is said of each token of a prompt that is echoed."""
+        for placed in self._echoes[choice].tokens(self._tokenizer, self._num_logprobs or 0):
+            yield self.logprob(placed)
+
+    def prompt_logprobs(self, choice: int) -> Iterator[bytes]:
+        """What is told beside a choice: its prompt's, where asked for."""
+        if self._prompts:
+            yield from told_prompt(self._prompts[choice], self._tokenizer)
 
     def logprob(self, placed: PlacedToken) -> dict[str, Any]:
         """What is said of one token, by the name of its column."""
         output = placed.output
         return {
             "tokens": self._text(output.token_id),
-            "token_logprobs": _finite(output.logprob),
-            "top_logprobs": self._top(output.token_id, output.top),
+            "token_logprobs": None if output.logprob is None else finite(output.logprob),
+            "top_logprobs": (
+                None if output.logprob is None else self._top(output.token_id, output.top)
+            ),
             "text_offset": placed.offset,
         }
 
@@ -220,7 +267,7 @@ class CompletionFormat:
         if chosen in texts:
             owners[texts[chosen]] = chosen
         return {
-            text if owners[text] == token_id else f"token_id:{token_id}": _finite(logprob)
+            text if owners[text] == token_id else f"token_id:{token_id}": finite(logprob)
             for (token_id, logprob), text in zip(top, texts.values(), strict=True)
         }
 
@@ -233,34 +280,44 @@ class CompletionFormat:
 
 
 class _WholeText:
-    def __init__(self, choice: int, echo: str, format_: CompletionFormat | None) -> None:
+    def __init__(self, choice: int, format_: CompletionFormat) -> None:
         self._choice = choice
-        self._format = format_  # if there are logprobs
-        self._texts = [echo]
+        self._format = format_
+        self._texts = [format_.echo(choice)]
         self._columns: dict[str, list[bytes]] = {name: [] for name in _COLUMNS}
         self._finish: str | None = None
 
     def add(self, piece: TextPiece) -> None:
         self._texts.append(piece.text)
-        if self._format is not None:
+        if self._format.has_logprobs:
             for placed in piece.tokens:
-                for name, value in self._format.logprob(placed).items():
+                for name, value in self._format.placed(self._choice, placed).items():
                     self._columns[name].append(dump(value))
         self._finish = piece.finish
 
     def to_json(self) -> Iterator[bytes]:
         yield b'{"index":%d,"text":%b,"logprobs":' % (self._choice, dump("".join(self._texts)))
-        if self._format is None:
-            yield b"null"
+        if self._format.has_logprobs:
+            yield from self._logprobs()
         else:
-            mark = b"{"
-            for name, values in self._columns.items():
-                yield b'%b"%b":[' % (mark, name.encode())
-                yield from _separated(values)
-                yield b"]"
-                mark = b","
-            yield b"}"
-        yield b',"finish_reason":%b}' % dump(self._finish)
+            yield b"null"
+        yield b',"finish_reason":%b' % dump(self._finish)
+        yield from self._format.prompt_logprobs(self._choice)
+        yield b"}"
+
+    def _logprobs(self) -> Iterator[bytes]:
+        before: dict[str, list[bytes]] = {name: [] for name in _COLUMNS}
+        for column in self._format.prompt_columns(self._choice):
+            for name, value in column.items():
+                before[name].append(dump(value))
+            yield b""  # each takes a moment, and others have their turn between two
+        mark = b"{"
+        for name, values in self._columns.items():
+            yield b'%b"%b":[' % (mark, name.encode())
+            yield from _separated(chain(before[name], values))
+            yield b"]"
+            mark = b","
+        yield b"}"
 
 
 def _separated(parts: Iterable[bytes]) -> Iterator[bytes]:
@@ -271,5 +328,8 @@ def _separated(parts: Iterable[bytes]) -> Iterator[bytes]:
         yield part
 
 
-def _finite(logprob: float | None) -> float:
-    return logprob if logprob is not None and math.isfinite(logprob) else _IMPOSSIBLE
+def told_prompt(prompt: PromptLogprobs, tokenizer: GatewayTokenizer) -> Iterator[bytes]:
+    """The field that tells of a prompt, in parts, with a comma before it."""
+    yield b',"prompt_logprobs":['
+    yield from _separated(map(dump, prompt.entries(tokenizer)))
+    yield b"]"

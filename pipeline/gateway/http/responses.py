@@ -1,7 +1,7 @@
 """Sends what is generated: whole, or as server-sent events while it comes."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import trio
 from starlette.types import Receive, Scope, Send
 
 from pipeline.errors import PipelineError
+from pipeline.gateway.continuations import TextPiece
 from pipeline.gateway.desk import Desk, Job
 from pipeline.gateway.errors import from_pipeline
 from pipeline.gateway.http.completion_formats import Format, WholeChoice, dump
@@ -17,7 +18,7 @@ from pipeline.gateway.http.sse import EventWriter
 # An answer is sent in parts of so many bytes, each of which the client has its time to read.
 _PART_BYTES = 1 << 16
 # While those of a large one are put together, others' tokens get their turn.
-_PARTS_A_TURN = 4096
+_PARTS_A_TURN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,9 @@ class Wanted:
     format: Format
     is_streamed: bool
     includes_usage: bool
+    # What is said of a choice when its first token comes, and behind all choices of a whole answer.
+    echoed: Callable[[int], Iterator[dict[str, Any]]] | None = None
+    more: Callable[[], Iterator[bytes]] | None = None
 
 
 class Answer:
@@ -65,7 +69,10 @@ class Answer:
             if i:
                 yield b","
             yield from choice.to_json()
-        yield b'],"usage":%b}' % dump(self._usage())
+        yield b'],"usage":%b' % dump(self._usage())
+        if self._wanted.more is not None:
+            yield from self._wanted.more()
+        yield b"}"
 
     async def _stream(self, send: Send) -> None:
         wanted = self._wanted
@@ -79,9 +86,9 @@ class Answer:
                     opening = wanted.format.opening(choice)
                     if opening is not None:
                         await events.write(header | {"choices": [opening]} | no_usage)
+                begun = set[int]()
                 async for piece in pieces:
-                    if piece.says_something:
-                        delta = wanted.format.delta(piece)
+                    for delta in self._deltas(piece, begun):
                         await events.write(header | {"choices": [delta]} | no_usage)
             except PipelineError as error:
                 # The status is sent: the stream itself must say that it is not whole.
@@ -91,6 +98,14 @@ class Answer:
         if wanted.includes_usage:
             await events.write(header | {"choices": [], "usage": self._usage()})
         await events.close(b"[DONE]")
+
+    def _deltas(self, piece: TextPiece, begun: set[int]) -> Iterator[dict[str, Any]]:
+        """What a stream says of a piece; of the first of a choice what is echoed, too."""
+        if self._wanted.echoed is not None and piece.choice not in begun:
+            begun.add(piece.choice)
+            yield from self._wanted.echoed(piece.choice)
+        if piece.says_something:
+            yield self._wanted.format.delta(piece)
 
     def _header(self, object_name: str) -> dict[str, Any]:
         """The fields every answer begins with."""

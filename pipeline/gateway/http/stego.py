@@ -17,6 +17,8 @@ from pipeline.errors import SessionError
 from pipeline.gateway.chat_messages import Schema
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.errors import ApiError, Kind, invalid
+from pipeline.gateway.http.answer_schemas import StegoMessage, StegoText
+from pipeline.gateway.http.api_route import ApiRoute
 from pipeline.gateway.http.client_exchange import Exchange
 from pipeline.gateway.openai_requests import parse_untrusted
 from pipeline.stego.errors import Unreadable
@@ -87,10 +89,14 @@ _Body = TypeVar("_Body", bound=_TripRequest)
 
 def stego_routes(desk: Desk, service: Callable[[], StegoService | None]) -> Sequence[Route]:
     """The endpoints; `service` is asked when a request comes and the desk is open."""
-    door = StegoDoor(desk, service)
+    door, post = StegoDoor(desk, service), ["POST"]
     return (
-        Route("/v1/stego/encode", door.encode, methods=["POST"]),
-        Route("/v1/stego/decode", door.decode, methods=["POST"]),
+        ApiRoute(
+            "/v1/stego/encode", door.encode, methods=post, body=EncodeRequest, answer=StegoText
+        ),
+        ApiRoute(
+            "/v1/stego/decode", door.decode, methods=post, body=DecodeRequest, answer=StegoMessage
+        ),
     )
 
 

@@ -5,6 +5,8 @@ import trio
 from pipeline.codecs.registry import make_codec
 from pipeline.engine.generation import Generation
 from pipeline.engine.limits import Limits
+from pipeline.errors import SessionError
+from pipeline.protocol.step_limits import token_ids_to_wire
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.step_executor import StageCore
@@ -34,6 +36,20 @@ class Yielding:
         return await self._local.receive()
 
 
+class Breaking(Yielding):
+    """Fails after so many steps."""
+
+    def __init__(self, local, num_steps):
+        super().__init__(local)
+        self._left = num_steps
+
+    async def receive(self):
+        self._left -= 1
+        if self._left < 0:
+            raise SessionError("stage 1 is lost")
+        return await super().receive()
+
+
 def new_cores(shards):
     limits = LIMITS.for_session(make_codec("F32", 64))
     log = ActivationLog(LIMITS.num_slots, LIMITS.max_seq_len, 64)
@@ -48,3 +64,25 @@ def generation(rng, max_tokens=12, **sampling):
 async def tokens_of(engine, request):
     async with engine.generate(request) as stream:
         return [output.token_id async for output in stream]
+
+
+def mended(scheduler, cores, shards, victim):
+    """New cores in the place of `victim`, 2 standing for both, with their KV state rebuilt."""
+    fresh = new_cores(shards)
+    lengths = scheduler.rewind()
+    first, last = fresh if victim == 2 else [
+        fresh[idx] if idx == victim else core for idx, core in enumerate(cores)
+    ]  # fmt: skip
+    for core in {first, last} & set(cores):
+        core.rewind(lengths)
+    if first in fresh:
+        for step in scheduler.replay(1 if victim == 2 else 0):
+            tensors = first.step(step.header, (token_ids_to_wire(step.token_ids),))
+            if victim == 2:
+                assert last.step(step.header, tensors) == ()
+    elif last in fresh:
+        for header, tensors in first.replay(1):
+            assert last.step(header, tensors) == ()
+    for core in (first, last):
+        assert list(core.cache.lengths) == lengths
+    return [first, last]

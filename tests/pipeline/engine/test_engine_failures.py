@@ -11,23 +11,16 @@ from pipeline.engine.engine import PipelineEngine
 from pipeline.errors import InputError, RequestFailed, SessionError
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.protocol.result_kinds import Want
-from pipeline.protocol.step_limits import token_ids_to_wire
 from pipeline.sampling.params import SamplingParams
-from tests.pipeline.engine.engines import LIMITS, Yielding, generation, new_cores, tokens_of
-
-
-class Breaking(Yielding):
-    """Fails after so many steps."""
-
-    def __init__(self, local, num_steps):
-        super().__init__(local)
-        self._left = num_steps
-
-    async def receive(self):
-        self._left -= 1
-        if self._left < 0:
-            raise SessionError("stage 1 is lost")
-        return await super().receive()
+from tests.pipeline.engine.engines import (
+    LIMITS,
+    Breaking,
+    Yielding,
+    generation,
+    mended,
+    new_cores,
+    tokens_of,
+)
 
 
 class Overflowing(Yielding):
@@ -127,28 +120,6 @@ async def test_requests_survive_any_number_of_losses_token_for_token(shards, eng
         nursery.cancel_scope.cancel()
     assert [found[index] for index in range(len(requests))] == expected
     assert set(losses) == {0, 1, 2}
-
-
-def mended(scheduler, cores, shards, victim):
-    """New cores in the place of `victim`, 2 standing for both, with their KV state rebuilt."""
-    fresh = new_cores(shards)
-    lengths = scheduler.rewind()
-    first, last = fresh if victim == 2 else [
-        fresh[idx] if idx == victim else core for idx, core in enumerate(cores)
-    ]  # fmt: skip
-    for core in {first, last} & set(cores):
-        core.rewind(lengths)
-    if first in fresh:
-        for step in scheduler.replay(1 if victim == 2 else 0):
-            tensors = first.step(step.header, (token_ids_to_wire(step.token_ids),))
-            if victim == 2:
-                assert last.step(step.header, tensors) == ()
-    elif last in fresh:
-        for header, tensors in first.replay(1):
-            assert last.step(header, tensors) == ()
-    for core in (first, last):
-        assert list(core.cache.lengths) == lengths
-    return [first, last]
 
 
 async def test_a_processor_that_fails_costs_its_own_request_alone(engine):

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.engine.engine import EngineStats
+from pipeline.engine.engine_stats import EngineStats
 from pipeline.engine.limits import Limits
 from pipeline.gateway.metrics import RecentTokens
 from pipeline.gateway.pipeline_status import EngineView, Overview, PipelineView

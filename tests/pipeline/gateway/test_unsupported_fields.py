@@ -40,7 +40,6 @@ WITH_EFFECT = {
     "moderation": {"model": "x"},
     # vLLM
     "guided_decoding_backend": "outlines",
-    "prompt_logprobs": 0,
     "use_beam_search": True,
     "length_penalty": 0.5,
     "early_stopping": True,
@@ -193,7 +192,22 @@ def test_variables_of_the_template_are_an_object(schema):
     assert refused(schema, CHAT | {"chat_template_kwargs": [1]}).param == "chat_template_kwargs"
 
 
-def test_echo_of_a_chat_and_with_logprobs_is_refused():
+def test_echo_of_a_chat_is_refused():
     assert refused(ChatRequest, CHAT | {"echo": True}).code == "unsupported_parameter"
-    error = refused(CompletionRequest, COMPLETION | {"echo": True, "logprobs": 1})
-    assert (error.code, error.param) == ("unsupported_parameter", "echo")
+
+
+@pytest.mark.parametrize(("schema", "base"), [(ChatRequest, CHAT), (CompletionRequest, COMPLETION)])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 0, "logprobs": True}, "max_tokens"),
+    ],
+)
+def test_what_is_told_of_prompts_has_its_limits(schema, base, fields, param):
+    if schema is CompletionRequest and "logprobs" in fields:
+        fields = fields | {"logprobs": 1}
+    assert refused(schema, base | fields).param == param

@@ -9,6 +9,7 @@ from pipeline.engine.generation import TokenOutput
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.continuations import PlacedToken, TextPiece
 from pipeline.gateway.http.completion_formats import ChatFormat, CompletionFormat
+from pipeline.gateway.http.prompt_formats import Echo
 
 A, A_BYTE, B, B_BYTE, C3_BYTE, C3_BYTE_TOO = range(6)
 
@@ -52,7 +53,7 @@ def sampled(token_id, *top):
 )
 def test_tokens_with_one_text_each_keep_their_logprob(alike, token_id, expected):
     output = sampled(token_id, (A, -0.1), (A_BYTE, -2.0), (B, -3.0), (B_BYTE, -4.0))
-    format_ = CompletionFormat(alike, True, [""])
+    format_ = CompletionFormat(alike, 4, [Echo()])
     for logprobs in (
         format_.delta(piece(output))["logprobs"],
         whole(format_, piece(output))["logprobs"],
@@ -83,7 +84,7 @@ def test_a_whole_answer_is_what_its_stream_adds_up_to(alike, has_logprobs):
     pieces = [
         piece(*outputs[:3]), piece(), piece(*outputs[3:4]), piece(*outputs[4:], finish="length")
     ]  # fmt: skip
-    text = CompletionFormat(alike, has_logprobs, ["echo"])
+    text = CompletionFormat(alike, 2 if has_logprobs else None, [Echo("echo")])
     deltas = [text.delta(each) for each in pieces]
     said = whole(text, *pieces)
     assert (said["text"], said["finish_reason"], said["index"]) == ("echo", "length", 0)

@@ -1,0 +1,26 @@
+"""What an engine says of itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What the engine is doing now, and has done; tokens are those its requests have heard of."""
+
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    num_tokens: int
+    num_failovers: int
+    last_batch: int
+    # Handshakes with stages so far, and how long the last recovery took; 0 before the first.
+    num_handshakes: int = 0
+    recovery_seconds: float = 0.0
+    # Where the ends of the model are held here, what steps have cost here, by part, nanoseconds.
+    home_times: Mapping[str, int] = field(default_factory=dict)
+    # Slots that hold what nobody owns, requests that went on from such or from another's slot, and
+    # the tokens of theirs that were so not computed.
+    num_idle_prefixes: int = 0
+    num_prefix_hits: int = 0
+    num_cached_tokens: int = 0
