@@ -9,7 +9,7 @@
     async def main():
         manifest = load_manifest(Path("manifests/smollm2_2stage.json"))
         tokenizer = Tokenizer(Path("models/smollm2/tokenizer.json"))
-        trust = DevTrust.create(Path.home() / ".local/state/veilpipe/dev")
+        trust = DevTrust.for_manifest(manifest, Path.home() / ".local/state/veilpipe/dev")
         async with connect(manifest, trust) as pipeline:
             prompt_ids = tokenizer.encode("The capital of France is")
             async for token in pipeline.generate(prompt_ids, max_tokens=20):

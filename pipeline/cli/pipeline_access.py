@@ -10,13 +10,7 @@ import trio
 
 from pipeline.agreement.identity import ORCHESTRATOR_KEY, state_directory
 from pipeline.agreement.manifest import Manifest
-from pipeline.agreement.trust_policy import (
-    DEV_WARNING,
-    DevTrust,
-    Trust,
-    UserTrust,
-    refuse_dev_where_keyed,
-)
+from pipeline.agreement.trust_policy import Trust, UserTrust
 from pipeline.cli.compute_options import SLOW_KERNELS
 from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import PipelineFlags
@@ -42,7 +36,6 @@ from pipeline.placement.by_hand import ByHand
 from pipeline.placement.worker_supervisor import Supervisor
 from pipeline.protocol.tide_window import MAX_TEXT, TideWindow
 from pipeline.tasks import open_tasks
-from transport.attestation.dev_authority import default_directory
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +118,7 @@ class PipelineAccess:
             raise InputError(
                 f"{given[0]} is for workers that are started here; give --supervise too"
             )
-        trust = _trust(manifest, flags.identity, dev=flags.dev)
+        trust = _trust(manifest, flags)
         options = PipelineOptions(
             limits,
             flags.connect_timeout,
@@ -205,7 +198,7 @@ def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.N
         raise InputError("--supervise starts workers, which need --model-dir")
     own = flags.workers.arguments(manifest)
     shared = ["--manifest", str(source.path)]
-    shared += ["--log-format", flags.log_format, *(["--dev"] if flags.dev else [])]
+    shared += ["--log-format", flags.log_format, *flags.development.words()]
 
     results_at = flags.results_at(manifest)
     last = len(manifest.stages) - 1
@@ -245,11 +238,10 @@ def _ends(source: ManifestSource, flags: PipelineFlags) -> ModelEnds:
     return REMOTE_ENDS
 
 
-def _trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:
-    if dev:
-        refuse_dev_where_keyed(manifest)
-        logger.warning("event=development_mode %s", DEV_WARNING)
-        return DevTrust.create(default_directory(os.environ))
+def _trust(manifest: Manifest, flags: PipelineFlags) -> Trust:
+    if (trust := flags.development.trust(manifest)) is not None:
+        return trust
+    identity = flags.identity
     if identity is None and manifest.is_keyed:
         identity = state_directory(os.environ) / ORCHESTRATOR_KEY
         if not is_file(identity):

@@ -7,9 +7,10 @@ from pydantic import Field
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.cli.compute_options import WorkerOptions
+from pipeline.cli.development import Development
 from pipeline.cli.logs import LogFormat
 from pipeline.cli.settings import Address, Finite, Flag, Settings
-from pipeline.cli.shared_options import DataOutPortFlag, DevFlag, LogFormatFlag, results_address
+from pipeline.cli.shared_options import DataOutPortFlag, LogFormatFlag, results_address
 from pipeline.errors import InputError
 from pipeline.protocol.tide_window import DEFAULT_SINKS, TideWindow
 from transport.dial_and_listen import Endpoint
@@ -57,7 +58,7 @@ class PipelineFlags(Settings):
         int | None, Flag("N", "Keep the latest N tokens; texts may be longer [keep all].")
     ] = None
     sinks: Annotated[int | None, Flag("N", f"And the first of all [{DEFAULT_SINKS}].")] = None
-    dev: DevFlag = False
+    development: Development
     log_format: LogFormatFlag = LogFormat.TEXT
 
     @property

@@ -16,14 +16,6 @@ from transport.dial_and_listen import Endpoint, TcpEndpoint
 MANIFEST_HELP = "Manifest all parties share (JSON)."
 ManifestOption = Annotated[Path, typer.Option("--manifest", metavar="FILE", help=MANIFEST_HELP)]
 ManifestFlag = Annotated[Path, Flag("FILE", MANIFEST_HELP)]
-DevFlag = Annotated[
-    bool,
-    Flag(
-        None,
-        "Development: evidence from a local CA instead of attestation. No privacy from hosts.",
-        is_by_hand=True,
-    ),
-]
 DataOutPortFlag = Annotated[
     Port | None, Flag("PORT", "Port of results instead of the manifest's, on the same host.")
 ]

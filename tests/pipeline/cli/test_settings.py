@@ -144,8 +144,9 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 
 # What is said where it is done: what gives up a protection, and what is of one run alone.
 BY_HAND = {
-    "--allow-dial", "--cors-origin", "--dev", "--help", "--in", "--message", "--out", "--prompt",
-    "--prompt-file", "--remove", "--remove-unused", "--stats-out", "--stop",
+    "--allow-dial", "--cors-origin", "--dev", "--help", "--ignore-measurements", "--in",
+    "--message", "--out", "--prompt", "--prompt-file", "--remove", "--remove-unused",
+    "--stats-out", "--stop",
     "--supervised", "--system", "--text", "--text-file", "--weights-fd", "--yes",
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.
