@@ -146,6 +146,7 @@ def _check(manifest: Manifest, shared: PipelineFlags) -> None:
             ("--supervise", shared.supervise),
             ("--data-out-listen", shared.data_out_listen is not None),
             ("--data-out-port", shared.data_out_port is not None),
+            ("--cid", bool(shared.cid)),
         )
         if is_given
     ]

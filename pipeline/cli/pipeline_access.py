@@ -10,6 +10,7 @@ import trio
 
 from pipeline.agreement.identity import ORCHESTRATOR_KEY, state_directory
 from pipeline.agreement.manifest import Manifest
+from pipeline.agreement.templates import require_cids, with_cids
 from pipeline.agreement.trust_policy import Trust, UserTrust
 from pipeline.cli.compute_options import SLOW_KERNELS
 from pipeline.cli.logs import tell
@@ -108,7 +109,8 @@ class PipelineAccess:
         patience_ms: int = 0,
     ) -> "PipelineAccess":
         """Check the flags and the protection the manifest gives. Raises InputError."""
-        manifest = source.manifest
+        manifest = with_cids(source.manifest, flags.cids)
+        require_cids(manifest)
         mode = mode_of(manifest)
         card = require_card(mode)
         if mode != PLAIN:  # for what that gives there are the warnings of `--dev` alone
@@ -131,7 +133,7 @@ class PipelineAccess:
             manifest=manifest,
             trust=trust,
             options=options,
-            place=_placement(source, flags),
+            place=_placement(manifest, source, flags),
             # Of a worker that nobody trusts nobody expects that it stays.
             is_resumable=is_resumable or manifest.part is not None,
         )
@@ -189,11 +191,13 @@ def _tell_kernels(pipeline: Pipeline) -> None:
         )
 
 
-def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.Nursery], Placement]:
+def _placement(
+    manifest: Manifest, source: ManifestSource, flags: PipelineFlags
+) -> Callable[[trio.Nursery], Placement]:
     """How stages are placed, given tasks to watch over them. Raises InputError."""
-    manifest, model_dir = source.manifest, source.model_dir
+    cids, model_dir = flags.cids, source.model_dir
     if not flags.supervise:
-        return lambda _: ByHand(manifest, source.path)
+        return lambda _: ByHand(manifest, source.path, cids)
     if model_dir is None:
         raise InputError("--supervise starts workers, which need --model-dir")
     own = flags.workers.arguments(manifest)

@@ -10,7 +10,7 @@ from pipeline.cli.compute_options import WorkerOptions
 from pipeline.cli.development import Development
 from pipeline.cli.logs import LogFormat
 from pipeline.cli.settings import Address, Finite, Flag, Settings
-from pipeline.cli.shared_options import DataOutPortFlag, LogFormatFlag, results_address
+from pipeline.cli.shared_options import DataOutPortFlag, LogFormatFlag, read_cids, results_address
 from pipeline.errors import InputError
 from pipeline.protocol.tide_window import DEFAULT_SINKS, TideWindow
 from transport.dial_and_listen import Endpoint
@@ -23,6 +23,10 @@ class PipelineFlags(Settings):
         Address | None, Flag("ADDR", "Where the last stage delivers [last stage's data_out].")
     ] = None
     data_out_port: DataOutPortFlag = None
+    cid: Annotated[
+        tuple[str, ...],
+        Flag("STAGE=CID", "A started enclave's; may be repeated [manifest's].", is_by_hand=True),
+    ] = ()
     connect_timeout: Annotated[
         Finite, Field(ge=0.1), Flag("SECONDS", "Patience with stages not up nor loading.")
     ] = 30.0
@@ -60,6 +64,11 @@ class PipelineFlags(Settings):
     sinks: Annotated[int | None, Flag("N", f"And the first of all [{DEFAULT_SINKS}].")] = None
     development: Development
     log_format: LogFormatFlag = LogFormat.TEXT
+
+    @property
+    def cids(self) -> dict[int, int]:
+        """The CIDs of started enclaves, by stage. Raises InputError."""
+        return read_cids(self.cid)
 
     @property
     def tide_window(self) -> TideWindow | None:
