@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # Run the stages of a manifest as Nitro enclaves on this AWS parent instance, the relay before them.
 #
-#   scripts/run_nitro.sh --manifest M --results HOST:PORT [--images DIR] [--debug]
+#   scripts/run_nitro.sh --manifest M [--results HOST:PORT] [--images DIR] [--cid STAGE=CID]... [--debug]
 #
 # --manifest  what scripts/build_nitro.sh has pinned; says which TCP ports lead to which stage
-# --results   where the orchestrator's --data-out-listen is reached from here
+# --results   where the orchestrator's --data-out-listen is reached from here; without, it is on this
+#             machine and takes the last stage's results itself
 # --images    where stage0.eif and so on are (default: beside the manifest)
+# --cid       the CID that a stage's enclave gets, if not 16 + STAGE; again for each
 # --debug     attach the consoles; the enclaves then attest PCR0 = 0, which verifiers refuse
 #
-# Stage I's enclave gets CID 16+I. Inside, a stage listens for control on vsock port 5000 and for
-# data on 5001, and sends its results to CID 3 port 6000+I. All this machine carries is ciphertext.
+# A manifest whose vsock CIDs are 0 is a template: an orchestrator on this machine takes the same
+# --cid. Inside, a stage listens for control on vsock port 5000 and for data on 5001, and sends its
+# results to a port of CID 3 that the manifest names. All this machine carries is ciphertext.
 # Ends, with every enclave it started, on Ctrl-C. Needs an instance launched with enclaves enabled,
 # nitro-cli, and root for the allocator.
 set -euo pipefail
@@ -18,25 +21,33 @@ set -euo pipefail
 . "$(cd "$(dirname "$0")" && pwd)/lib.sh"
 unset PYTHONPATH PYTHONHOME # this may run as root: only what is installed is run
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit "${1:-2}"; }
+usage() { sed -n '2,18s/^# \{0,1\}//p' "$0"; exit "${1:-2}"; }
 
-manifest='' results='' images='' debug=()
+manifest='' results='' images='' debug=() cids=() relay=()
 while [ $# -gt 0 ]; do
   case $1 in
     --debug) debug=(--debug-mode); shift; continue ;;
     -h | --help) usage 0 ;;
-    --manifest | --results | --images) [ $# -ge 2 ] || die "$1 needs a value" ;;
+    --manifest | --results | --images | --cid) [ $# -ge 2 ] || die "$1 needs a value" ;;
     *) die "unknown option $1" ;;
   esac
   case $1 in
     --manifest) manifest=$2 ;;
     --results) results=$2 ;;
     --images) images=$2 ;;
+    --cid)
+      [[ $2 =~ ^(0|[1-9][0-9]*)=[1-9][0-9]*$ ]] || die "--cid $2: write STAGE=CID, such as 1=17"
+      cids[${2%=*}]=${2#*=}
+      relay+=(--cid "$2")
+      ;;
   esac
   shift 2
 done
 [ -f "$manifest" ] || die "--manifest ${manifest:-is missing}: no such file"
-[[ $results =~ ^.+:[0-9]+$ ]] || die "--results ${results:-is missing}: give HOST:PORT of the orchestrator"
+if [ -n "$results" ]; then
+  [[ $results =~ ^.+:[0-9]+$ ]] || die "--results $results: give HOST:PORT of the orchestrator"
+  relay+=(--results "$results")
+fi
 images=${images:-$(dirname "$manifest")}
 
 bash "$root/scripts/setup.sh" || exit $?
@@ -82,19 +93,20 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 130' INT TERM
 
-pipeline-relay --manifest "$manifest" --results "$results" &
-relay=$!
+pipeline-relay --manifest "$manifest" "${relay[@]}" &
+relay_pid=$!
 sleep 1
-kill -0 "$relay" 2>/dev/null || die "the relay did not start"
+kill -0 "$relay_pid" 2>/dev/null || die "the relay did not start"
 
 for ((stage = 0; stage < num_stages; stage++)); do
-  started=$(nitro-cli run-enclave --eif-path "$images/stage$stage.eif" --enclave-cid $((16 + stage)) \
+  cid=${cids[$stage]:-$((16 + stage))}
+  started=$(nitro-cli run-enclave --eif-path "$images/stage$stage.eif" --enclave-cid "$cid" \
     --cpu-count "${cpus_of[$stage]}" --memory "${mib_of[$stage]}" "${debug[@]}") ||
     die "stage $stage did not start"
   id=$(python -I -c 'import json, sys; print(json.loads(sys.argv[1])["EnclaveID"])' "$started")
   enclaves+=("$id")
-  echo "stage $stage runs in enclave $id, CID $((16 + stage))"
+  echo "stage $stage runs in enclave $id, CID $cid"
   [ ${#debug[@]} -eq 0 ] || nitro-cli console --enclave-id "$id" &
 done
 echo "ready; Ctrl-C ends it"
-wait "$relay"
+wait "$relay_pid"

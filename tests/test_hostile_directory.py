@@ -73,6 +73,15 @@ def test_running_enclaves_runs_nothing_there(hostile, tmp_path):
     assert is_untouched(hostile)
 
 
+@pytest.mark.parametrize("cid", ["1", "1=x", "08=9", "1=$(touch x)"])
+def test_what_is_no_cid_is_refused_before_anything_runs(hostile, cid):
+    script = ROOT / "scripts/run_nitro.sh"
+    done = run("bash", script, "--manifest", "m.json", "--cid", cid, cwd=hostile)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().endswith("write STAGE=CID, such as 1=17")
+    assert is_untouched(hostile)
+
+
 def test_building_images_runs_nothing_there(hostile, tmp_path):
     done = run(
         sys.executable, "-P", "-m", "enclave", "build", "--manifest", "m.json", "--stage", "0",

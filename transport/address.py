@@ -4,6 +4,7 @@ A bridged ("hybrid") vsock is a UNIX socket of the virtual machine monitor: see 
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,8 @@ from transport.errors import EndpointError
 MAX_TCP_PORT: Final = 0xFFFF
 MAX_VSOCK_NUMBER: Final = 0xFFFF_FFFF  # CIDs and ports are 32 bits; all ones means "any"
 VSOCK_ANY: Final = 0xFFFF_FFFF
+VSOCK_UNDECIDED: Final = 0  # nobody's CID: a template says it where launching decides
+PARENT_CID: Final = 3  # of a Nitro enclave's parent instance
 MAX_UNIX_PATH_BYTES: Final = 107  # sun_path holds 108 with the closing zero
 
 _FORMS: Final = (
@@ -82,7 +85,9 @@ class UnixEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class VsockEndpoint:
-    """An AF_VSOCK context id and port; VSOCK_ANY as the context id listens on every one.
+    """An AF_VSOCK context id and port.
+
+    VSOCK_ANY as the context id listens on every one, and so does VSOCK_UNDECIDED.
 
     Raises: EndpointError.
     """
@@ -114,6 +119,18 @@ def parse_endpoint(text: str) -> Endpoint:
             VSOCK_ANY if cid == "any" else _parse_number(text, cid), _parse_number(text, port)
         )
     return _parse_tcp(text, rest if colon and scheme == "tcp" else text)
+
+
+def parse_cids(texts: Iterable[str]) -> dict[int, int]:
+    """The CIDs of started enclaves by stage, of texts like `1=17`. Raises: EndpointError."""
+    cids: dict[int, int] = {}
+    for text in texts:
+        stage, _, cid = text.partition("=")
+        if not stage.isdecimal() or not cid.isdecimal() or not 0 < int(cid) < VSOCK_ANY:
+            raise EndpointError(f"--cid {text}: write STAGE=CID, such as 1=17")
+        if cids.setdefault(int(stage), int(cid)) != int(cid):
+            raise EndpointError(f"--cid {text}: stage {stage} has another CID already")
+    return cids
 
 
 def _parse_tcp(text: str, rest: str) -> TcpEndpoint:

@@ -21,18 +21,23 @@ from typing import Any, Final, Self
 import trio
 
 from transport.address import (
+    PARENT_CID,
     VSOCK_ANY,
+    VSOCK_UNDECIDED,
     Endpoint,
     TcpEndpoint,
     UnixEndpoint,
     VsockEndpoint,
+    parse_cids,
     parse_endpoint,
 )
 from transport.dial_errors import failed, unresolvable, vsock_family
 from transport.errors import DialRefused, EndpointError
 
 __all__ = [
+    "PARENT_CID",
     "VSOCK_ANY",
+    "VSOCK_UNDECIDED",
     "Endpoint",
     "Listener",
     "Permit",
@@ -42,6 +47,7 @@ __all__ = [
     "dial",
     "dial_retrying",
     "listen",
+    "parse_cids",
     "parse_endpoint",
 ]
 
@@ -131,6 +137,8 @@ def _require_dialable(endpoint: Endpoint) -> None:
     match endpoint:
         case TcpEndpoint(port=0):
             problem = "port 0 cannot be dialed; name the port the listener printed"
+        case VsockEndpoint(cid=cid) if cid == VSOCK_UNDECIDED:
+            problem = "CID 0 stands for one that launching decides; name it with --cid STAGE=CID"
         case VsockEndpoint(cid=cid, port=port) if VSOCK_ANY in (cid, port):
             problem = "vsock 'any' cannot be dialed; name the enclave's CID and port"
         case _:
@@ -309,6 +317,7 @@ def listen(endpoint: Endpoint) -> Listener:
             _remove_stale(endpoint)
             return Listener(_bind(endpoint, socket.AF_UNIX, str(endpoint.listen_path)), endpoint)
         case VsockEndpoint(cid=cid, port=port):
+            cid = VSOCK_ANY if cid == VSOCK_UNDECIDED else cid
             sock = _bind(endpoint, vsock_family(endpoint), (cid, port))
             return Listener(sock, VsockEndpoint(cid, sock.getsockname()[1]))
 

@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import trio
 import typer
 
-from transport.dial_and_listen import parse_endpoint
+from transport.dial_and_listen import parse_cids, parse_endpoint
 from transport.errors import EndpointError
 from transport.installed_version import tell_version
 from transport.relay import DEFAULT_MAX_CONNECTIONS, Relay, RelayMap, parse_map
@@ -97,6 +97,11 @@ async def _run(relay: Relay, metrics_out: Path | None) -> None:
             nursery.start_soon(relay.run)
             if metrics_out is not None:
                 nursery.start_soon(_write_metrics_forever, relay, metrics_out)
+            if not relay.listeners:
+                print(
+                    "nothing to relay: on this machine stages are dialed as they are",
+                    file=sys.stderr,
+                )
             for mapping, listener in relay.listeners.items():
                 print(f"relaying {listener.endpoint} -> {mapping.target}", file=sys.stderr)
             async for number in signals:
@@ -125,6 +130,14 @@ def relay_command(
             metavar="HOST:PORT", help="With --manifest: the orchestrator's --data-out-listen."
         ),
     ] = None,
+    cids: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cid",
+            metavar="STAGE=CID",
+            help="With --manifest: a started enclave's, if not 16 + STAGE. Repeat for several.",
+        ),
+    ] = None,
     listen_host: Annotated[
         str, typer.Option(metavar="HOST", help="With --manifest: listen for TCP on this address.")
     ] = "0.0.0.0",  # noqa: S104 - users come from outside, and what listens is blind
@@ -150,10 +163,11 @@ def relay_command(
         parsed = list(parse_maps(maps or [], max_connections))
         if manifest is not None:
             target = parse_endpoint(results) if results is not None else None
-            parsed += manifest_maps(manifest, listen_host, target, max_connections)
-        elif results is not None:
-            raise EndpointError("--results goes with --manifest")
-        if not parsed:
+            started = parse_cids(cids or [])
+            parsed += manifest_maps(manifest, listen_host, target, max_connections, started)
+        elif results is not None or cids:
+            raise EndpointError("--results and --cid go with --manifest")
+        if not parsed and manifest is None:
             raise EndpointError("nothing to carry; give --map or --manifest")
         distinct(parsed)
     except EndpointError as error:

@@ -1,52 +1,83 @@
 """The maps a parent instance's relay needs, read from the manifest of the stages it hosts.
 
-Stage I runs in the enclave of CID 16 + I. It listens for control and data on ports of its own, and
-sends what it computes to a port of its parent. In such a manifest the control addresses and the
-first stage's data_in are TCP addresses of the parent, all others are vsock.
+Stage I runs in the enclave of CID 16 + I, unless whoever has started it says another. It listens
+for control and data on ports of its own, and sends what it computes to a port of its parent. What
+is dialed from elsewhere, control and the first stage's data_in, has a TCP address of the parent, or
+a vsock address that is dialed on the parent itself. CID 0 is one that launching decides.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
-from transport.dial_and_listen import Endpoint, TcpEndpoint, VsockEndpoint, parse_endpoint
+from transport.dial_and_listen import (
+    PARENT_CID,
+    VSOCK_UNDECIDED,
+    Endpoint,
+    TcpEndpoint,
+    VsockEndpoint,
+    parse_endpoint,
+)
 from transport.errors import EndpointError
 from transport.relay import RelayMap
 
 FIRST_CID: Final = 16  # 0 to 2 are reserved, 3 is the parent; some stay free for other enclaves
-PARENT_CID: Final = 3
 CONTROL_PORT: Final = 5000
 DATA_PORT: Final = 5001
+_PARENT_CIDS: Final = (PARENT_CID, VSOCK_UNDECIDED)
 MAX_MANIFEST_BYTES: Final = 4 << 20  # a thousand stages take one
 
 
 def manifest_maps(
-    path: Path, listen_host: str, results: Endpoint | None, max_connections: int
+    path: Path,
+    listen_host: str,
+    results: Endpoint | None,
+    max_connections: int,
+    cids: Mapping[int, int] = MappingProxyType({}),
 ) -> tuple[RelayMap, ...]:
     """The maps for every stage of the manifest; what the last one sends goes to `results`, if any.
+
+    `cids` are those of the started enclaves by stage, where they are not 16 + I.
 
     Raises: EndpointError naming the file, the field and what was expected there.
     """
     stages = _read_stages(path)
+    for idx in cids:
+        if idx >= len(stages):
+            raise EndpointError(f"--cid {idx}: {path} has {len(stages)} stages")
+
+    def inside(idx: int, port: int) -> VsockEndpoint:
+        return VsockEndpoint(cids.get(idx, FIRST_CID + idx), port)
+
     maps: list[tuple[Endpoint, Endpoint]] = []
     for idx, stage in enumerate(stages):
         where = f"{path}: stage {idx}"
-        control = _tcp(_address(stage, "control", where), f"{where}'s control")
-        maps.append((_on(listen_host, control), VsockEndpoint(FIRST_CID + idx, CONTROL_PORT)))
-        data_in = _address(stage, "data_in", where)
-        own = VsockEndpoint(FIRST_CID + idx, DATA_PORT)
-        if idx == 0:
-            maps.append((_on(listen_host, _tcp(data_in, f"{where}'s data_in")), own))
-        elif data_in != own:
-            raise _unexpected(f"{where}'s data_in", data_in, str(own))
+        for name, port in (("control", CONTROL_PORT), ("data_in", DATA_PORT)):
+            address = _address(stage, name, where)
+            is_dialed_from_outside = name == "control" or idx == 0
+            if is_dialed_from_outside and isinstance(address, TcpEndpoint):
+                # How others name this machine is not its concern.
+                maps.append((TcpEndpoint(listen_host, address.port), inside(idx, port)))
+            elif address not in _own(idx, inside(idx, port)):
+                expected = f"{inside(idx, port)}{' or TCP' if is_dialed_from_outside else ''}"
+                raise _unexpected(f"{where}'s {name}", address, expected)
         data_out = _address(stage, "data_out", where)
-        if not isinstance(data_out, VsockEndpoint) or data_out.cid != PARENT_CID:
+        if not isinstance(data_out, VsockEndpoint) or data_out.cid not in _PARENT_CIDS:
             raise _unexpected(f"{where}'s data_out", data_out, f"vsock:{PARENT_CID}:PORT")
-        following = VsockEndpoint(FIRST_CID + idx + 1, DATA_PORT)
-        target: Endpoint | None = following if idx + 1 < len(stages) else results
+        target = inside(idx + 1, DATA_PORT) if idx + 1 < len(stages) else results
         if target is not None:
-            maps.append((data_out, target))
+            maps.append((VsockEndpoint(PARENT_CID, data_out.port), target))
     return tuple(RelayMap(listen, target, max_connections) for listen, target in maps)
+
+
+def _own(idx: int, inside: VsockEndpoint) -> tuple[Endpoint, ...]:
+    """How a manifest may name a port of that stage's enclave."""
+    return (
+        inside,
+        *(VsockEndpoint(cid, inside.port) for cid in (VSOCK_UNDECIDED, FIRST_CID + idx)),
+    )
 
 
 def _read_stages(path: Path) -> list[Any]:
@@ -80,17 +111,6 @@ def _address(stage: dict[str, Any], name: str, where: str) -> Endpoint:
         case {"type": "vsock", "cid": int() as cid, "port": int() as port}:
             return VsockEndpoint(cid, port)
     raise EndpointError(f"{where} has no TCP or vsock address for {name}")
-
-
-def _tcp(address: Endpoint, where: str) -> TcpEndpoint:
-    if not isinstance(address, TcpEndpoint):
-        raise _unexpected(where, address, "a TCP address of this machine")
-    return address
-
-
-def _on(host: str, address: TcpEndpoint) -> TcpEndpoint:
-    """The address as this machine listens on it: how others name the machine is not its concern."""
-    return TcpEndpoint(host, address.port)
 
 
 def _unexpected(where: str, found: Endpoint, expected: str) -> EndpointError:

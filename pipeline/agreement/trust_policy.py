@@ -1,6 +1,7 @@
 """What this process shows its peers and demands of them: local policy, never negotiated."""
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,8 @@ from transport.attestation.nsm import NsmAttester
 from transport.errors import AttestationError
 from transport.handshake import Credentials, Role, RoleKind
 
+logger = logging.getLogger(__name__)
+
 DEV_WARNING = (
     "DEVELOPMENT MODE: evidence comes from a local development CA, nothing is attested. "
     "Whoever runs these processes can read every prompt."
@@ -34,12 +37,6 @@ class Trust(Protocol):
     def toward(self, peer: Role, measurements: Mapping[int, bytes]) -> Credentials:
         """Credentials for one link."""
         ...
-
-
-def refuse_dev_where_keyed(manifest: Manifest) -> None:
-    """Raises PolicyError: development evidence would go past the keys that a manifest demands."""
-    if manifest.is_keyed:
-        raise PolicyError("the manifest names its machines' keys, which --dev would not look at")
 
 
 def software_measurement() -> Mapping[int, bytes]:
@@ -73,6 +70,29 @@ class DevTrust:
             attester=DevAttester(authority, software_measurement()),
             verifier=dev_verifier(authority.root_cert, None),
         )
+
+    @classmethod
+    def for_manifest(
+        cls, manifest: Manifest, directory: Path, *, ignores_measurements: bool = False
+    ) -> "DevTrust":
+        """The same, for stages of which no proof is demanded that development cannot show.
+
+        Raises PolicyError where the manifest names machines' keys, or pins measurements unless it
+        `ignores_measurements`; MisuseError.
+        """
+        # Attack: whoever can pass a flag has pins looked past, and nothing says which.
+        if manifest.is_keyed:
+            raise PolicyError(
+                "the manifest names its machines' keys, which --dev would not look at"
+            )
+        if pins := _described_pins(manifest):
+            if not ignores_measurements:
+                raise PolicyError(
+                    f"the manifest pins measurements, and --dev would not compare them: {pins}; "
+                    "leave out --dev, or add --ignore-measurements"
+                )
+            logger.warning("event=measurements_ignored detail=%r", pins)
+        return cls.create(directory)
 
     def toward(self, peer: Role, measurements: Mapping[int, bytes]) -> Credentials:
         """Measurements are not compared: development evidence cannot show an enclave's."""
@@ -203,6 +223,15 @@ def attested_verifier(
         raise PolicyError(f"stage {stage_idx} is known by its machine's key and attests nothing")
     _require_pins(manifest, stage)
     return NitroVerifier(root or aws_root(), stage.measurements(), clock=_now)
+
+
+def _described_pins(manifest: Manifest) -> str:
+    """Which measurements of which stages a manifest pins; empty where it pins none."""
+    return "; ".join(
+        f"stage {stage.stage_idx}'s PCR {', '.join(map(str, sorted(stage.expected_measurements)))}"
+        for stage in manifest.stages
+        if stage.expected_measurements
+    )
 
 
 def _require_pins(manifest: Manifest, stage: StageSpec) -> None:

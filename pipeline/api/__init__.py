@@ -9,7 +9,7 @@
     async def main():
         manifest = load_manifest(Path("manifests/smollm2_2stage.json"))
         tokenizer = Tokenizer(Path("models/smollm2/tokenizer.json"))
-        trust = DevTrust.create(Path.home() / ".local/state/veilpipe/dev")
+        trust = DevTrust.for_manifest(manifest, Path.home() / ".local/state/veilpipe/dev")
         async with connect(manifest, trust) as pipeline:
             prompt_ids = tokenizer.encode("The capital of France is")
             async for token in pipeline.generate(prompt_ids, max_tokens=20):
@@ -18,11 +18,13 @@
     trio.run(main)
 
 In the place of `DevTrust`, `UserTrust.create(manifest, Path("identity.pem"))` demands of every
-stage what the manifest says. Errors are of `pipeline.errors`: InputError for what cannot be asked
-for, SessionError for stages that are missing, refused or lost.
+stage what the manifest says; `with_cids(manifest, {0: 16, 1: 17})` fills in what launching enclaves
+has decided. Errors are of `pipeline.errors`: InputError for what cannot be asked for, SessionError
+for stages that are missing, refused or lost.
 """
 
 from pipeline.agreement.manifest import Manifest, load_manifest
+from pipeline.agreement.templates import with_cids
 from pipeline.agreement.trust_policy import DevTrust, Trust, UserTrust
 from pipeline.api.connection import Connection, connect
 from pipeline.engine.generation import TokenOutput
@@ -42,4 +44,5 @@ __all__ = [
     "UserTrust",
     "connect",
     "load_manifest",
+    "with_cids",
 ]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +13,10 @@ from cryptography import x509
 
 from pipeline.agreement.identity import load_identity
 from pipeline.agreement.manifest import load_manifest
+from pipeline.agreement.templates import with_cids
 from pipeline.cli.error_reporting import new_app
 from pipeline.cli.logs import printable
-from pipeline.cli.shared_options import finite
+from pipeline.cli.shared_options import finite, read_cids
 from pipeline.errors import InputError, SessionError
 from pipeline.orchestrator.evidence_request import fetch_evidence
 from transport.attestation.attestation_document import Document
@@ -64,6 +66,10 @@ def verify(
     identity: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Your key, to ask a running stage.")
     ] = None,
+    cid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE=CID", help="A started enclave's [the manifest's]."),
+    ] = None,
     connect_timeout: Annotated[
         float,
         typer.Option(
@@ -82,7 +88,7 @@ def verify(
     if document is not None:
         evidence = _read(document)
     else:
-        evidence, binding = _ask(manifest, stage, identity, connect_timeout)
+        evidence, binding = _ask(manifest, stage, identity, connect_timeout, read_cids(cid or []))
     expected = _expected(manifest, stage, pcr or [])
     results = examine(
         evidence,
@@ -133,11 +139,15 @@ def _print_results(results: list[CheckResult], pcrs: dict[int, str]) -> None:
 
 
 def _ask(
-    manifest: Path | None, stage: int | None, identity: Path | None, seconds: float
+    manifest: Path | None,
+    stage: int | None,
+    identity: Path | None,
+    seconds: float,
+    cids: Mapping[int, int],
 ) -> tuple[bytes, Binding]:
     if manifest is None or stage is None or identity is None:
         raise InputError("give a document, or --manifest, --stage and --identity to ask a stage")
-    loaded, key = load_manifest(manifest), load_identity(identity)
+    loaded, key = with_cids(load_manifest(manifest), cids), load_identity(identity)
 
     async def ask() -> tuple[bytes, Binding]:
         with trio.move_on_after(seconds):

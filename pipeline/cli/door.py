@@ -11,7 +11,8 @@ import trio
 from pydantic import model_validator
 
 from pipeline.agreement.manifest import Manifest
-from pipeline.agreement.trust_policy import DEV_WARNING, DevTrust, attested_verifier
+from pipeline.agreement.trust_policy import attested_verifier
+from pipeline.cli.development import Development
 from pipeline.cli.kept_sessions import SessionFlags
 from pipeline.cli.pipeline_access import ManifestSource, mode_of
 from pipeline.cli.pipeline_flags import PipelineFlags
@@ -20,7 +21,6 @@ from pipeline.cli.settings import Flag, Settings
 from pipeline.errors import InputError
 from pipeline.leakage.cards import require_card
 from pipeline.protocol.peer_connections import GOODBYE_SECONDS
-from transport.attestation.dev_authority import default_directory
 from transport.attestation.interfaces import Verifier
 from transport.handshake import Role, RoleKind
 
@@ -77,7 +77,7 @@ class DoorAccess:
         manifest = source.manifest
         require_card(mode_of(manifest))
         _check(manifest, shared)
-        verifier = _verifier(manifest, dev=shared.dev)
+        verifier = _verifier(manifest, shared.development)
         name = _session_name(kept)
         bearer_key = load_bearer_key(flags.door_key_file, os.environ)
         ends = load_client_ends(manifest, shared.client_part or source.client_dir, shared.workers)
@@ -92,7 +92,7 @@ class DoorAccess:
         policy = DoorPolicy(self.manifest.core_hash(), (self.verifier,))
         async with connect(
             str(self.flags.door),
-            is_dev=self.shared.dev,
+            is_dev=self.shared.development.dev,
             ca_file=self.flags.door_ca,
             bearer_key=self.bearer_key,
         ) as door:
@@ -146,6 +146,7 @@ def _check(manifest: Manifest, shared: PipelineFlags) -> None:
             ("--supervise", shared.supervise),
             ("--data-out-listen", shared.data_out_listen is not None),
             ("--data-out-port", shared.data_out_port is not None),
+            ("--cid", bool(shared.cid)),
         )
         if is_given
     ]
@@ -154,11 +155,10 @@ def _check(manifest: Manifest, shared: PipelineFlags) -> None:
         raise InputError(f"{given[0]} is for stages of one's own, not for a --door")
 
 
-def _verifier(manifest: Manifest, *, dev: bool) -> Verifier:
-    if not dev:
+def _verifier(manifest: Manifest, development: Development) -> Verifier:
+    trust = development.trust(manifest)
+    if trust is None:
         return attested_verifier(manifest, 0)
-    logger.warning("event=development_mode %s", DEV_WARNING)
-    trust = DevTrust.create(default_directory(os.environ))
     (verifier,) = trust.toward(Role(RoleKind.STAGE, 0), {}).verifiers
     return verifier
 

@@ -12,6 +12,7 @@ from pydantic import Field, PlainValidator
 from pipeline.agreement.manifest import check_precision
 from pipeline.agreement.trust_policy import DEV_WARNING
 from pipeline.cli.compute_options import DeviceFlag, DTypeFlag, KernelsFlag, ThreadsFlag
+from pipeline.cli.development import Development
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.kv_store_flags import KvStoreFlags
 from pipeline.cli.logs import LogFormat, configure_logging
@@ -19,7 +20,6 @@ from pipeline.cli.model_directory import ModelDir
 from pipeline.cli.settings import Address, Count, Flag, Settings, parse_address, takes_flags
 from pipeline.cli.shared_options import (
     MAX_CONTEXT_VARIABLE,
-    DevFlag,
     LogFormatFlag,
     QuietFlag,
     VerboseFlag,
@@ -80,7 +80,7 @@ class DoorServerFlags(Settings):
     kernels: KernelsFlag = None
     threads: ThreadsFlag = None
     device: DeviceFlag = None
-    dev: DevFlag = False
+    development: Development
     quiet: QuietFlag = False
     verbose: VerboseFlag = False
     log_format: LogFormatFlag = LogFormat.TEXT
@@ -98,9 +98,16 @@ def serve_door(flags: DoorServerFlags) -> None:
         stage-worker door --grpc 127.0.0.1:50051 --http 127.0.0.1:8000 \\
                           --model-dir shards/stage0 --dev
     """
-    configure_logging(verbose=flags.verbose, quiet=flags.quiet, log_format=flags.log_format)
+    configure_logging(
+        verbose=flags.verbose,
+        quiet=flags.quiet,
+        log_format=flags.log_format,
+        marks=flags.development.marks,
+    )
     places = {
-        flag: _address(endpoint, flag, has_tls=flags.tls_cert is not None, dev=flags.dev)
+        flag: _address(
+            endpoint, flag, has_tls=flags.tls_cert is not None, dev=flags.development.dev
+        )
         for flag, endpoint in (("--grpc", flags.grpc), ("--http", flags.http))
         if endpoint is not None
     }
@@ -111,12 +118,13 @@ def serve_door(flags: DoorServerFlags) -> None:
         "--http": load_tls(flags.tls_cert, flags.tls_key),
     }
     url = flags.store.url
-    if flags.dev:
+    if flags.development.dev:
         logger.warning("event=development_mode %s", DEV_WARNING)
     options = ShardOptions(
         model_dir=flags.model_dir,
         manifest=flags.manifest,
-        is_dev=flags.dev,
+        is_dev=flags.development.dev,
+        ignores_measurements=flags.development.ignore_measurements,
         num_sessions=flags.max_sessions,
         max_seq_len=flags.context,
         dtype=None if flags.dtype is None else check_precision(flags.dtype),

@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -23,6 +23,7 @@ MAX_HELD = 1000
 _SPEC = re.compile(r"%[-#0 +]*\d*(?:\.\d+)?[a-zA-Z]")
 _WORD = re.compile(r"(?:([a-z_]+)=)?(\S+)")
 
+_NONE: Mapping[str, str] = {}
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 logger = logging.getLogger(__name__)
@@ -50,11 +51,12 @@ def printable(text: str) -> str:
 class TextFormatter(logging.Formatter):
     """Lines of key=value words."""
 
-    def __init__(self) -> None:
+    def __init__(self, marks: Mapping[str, str] = _NONE) -> None:
         super().__init__(
-            "time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
+            f"time=%(asctime)s level=%(levelname)s logger=%(name)s {_words(marks)}%(message)s",
             datefmt="%Y-%m-%dT%H:%M:%S",
         )
+        self.marks = marks
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
         """One line, whatever the message holds."""
@@ -68,6 +70,10 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """A JSON object a line: time, level, logger, event, and the message's own keys."""
 
+    def __init__(self, marks: Mapping[str, str] = _NONE) -> None:
+        super().__init__()
+        self.marks = marks
+
     def format(self, record: logging.LogRecord) -> str:
         """One line, whatever the message holds."""
         time = datetime.fromtimestamp(record.created, UTC)
@@ -75,6 +81,7 @@ class JsonFormatter(logging.Formatter):
             "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
+            **self.marks,
         }
         line |= {key: value for key, value in _fields(record).items() if key not in line}
         if record.exc_info:
@@ -120,12 +127,17 @@ def _value(word: str, args: tuple[object, ...]) -> object:
 
 
 def configure_logging(
-    *, verbose: bool, quiet: bool = False, log_format: LogFormat = LogFormat.TEXT
+    *,
+    verbose: bool,
+    quiet: bool = False,
+    log_format: LogFormat = LogFormat.TEXT,
+    marks: Mapping[str, str] = _NONE,
 ) -> None:
-    """Log to stderr in the format asked for."""
+    """Log to stderr in the format asked for, `marks` in every line."""
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
+    formatter = JsonFormatter if log_format is LogFormat.JSON else TextFormatter
+    handler.setFormatter(formatter(marks))
     logging.basicConfig(handlers=[handler], level=level)
 
 
@@ -152,7 +164,7 @@ def tell(command: str, text: str) -> None:
     if logs_json():
         logger.info("event=progress command=%s detail=%s", command, text)
     else:
-        print(f"{command}: {printable(text)}", file=sys.stderr)
+        print(f"{command}: {_words(_marks())}{printable(text)}", file=sys.stderr)
 
 
 def tell_error(command: str, text: str, code: int) -> None:
@@ -165,5 +177,18 @@ def tell_error(command: str, text: str, code: int) -> None:
 
 def logs_json() -> bool:
     """Whether lines on stderr are JSON objects, every one."""
-    handlers = logging.getLogger().handlers
-    return any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)
+    return any(isinstance(formatter, JsonFormatter) for formatter in _formatters())
+
+
+def _marks() -> Mapping[str, str]:
+    """What every line of this process says."""
+    ours = (each.marks for each in _formatters() if isinstance(each, JsonFormatter | TextFormatter))
+    return next(ours, _NONE)
+
+
+def _formatters() -> Iterator[logging.Formatter | None]:
+    return (handler.formatter for handler in logging.getLogger().handlers)
+
+
+def _words(marks: Mapping[str, str]) -> str:
+    return "".join(f"{key}={value} " for key, value in marks.items())

@@ -47,7 +47,11 @@ def serve_command(flags: ServeFlags, shared: PipelineFlags) -> None:
     """
     from pipeline.cli.serve import serve
 
-    configure_logging(verbose=flags.verbose, log_format=shared.log_format)
+    configure_logging(
+        verbose=flags.verbose,
+        log_format=shared.log_format,
+        marks=shared.development.marks,
+    )
     serve(flags, shared)
 
 
@@ -107,7 +111,12 @@ def chat_command(flags: ChatFlags, shared: PipelineFlags) -> None:
     """
     from pipeline.cli.chat import chat
 
-    configure_logging(verbose=flags.verbose, quiet=True, log_format=shared.log_format)
+    configure_logging(
+        verbose=flags.verbose,
+        quiet=True,
+        log_format=shared.log_format,
+        marks=shared.development.marks,
+    )
     chat(flags, shared)
 
 

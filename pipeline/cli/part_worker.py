@@ -1,7 +1,6 @@
 """`stage-worker attention`: answer what a stage asks of a worker that nobody trusts."""
 
 import logging
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,19 +8,13 @@ from typing import Annotated
 
 from pipeline.agreement.identity import machine_key
 from pipeline.agreement.manifest import Manifest, load_manifest
-from pipeline.agreement.trust_policy import (
-    DEV_WARNING,
-    DevTrust,
-    KeyedTrust,
-    Trust,
-    refuse_dev_where_keyed,
-)
+from pipeline.agreement.trust_policy import KeyedTrust, Trust
 from pipeline.cli.compute_options import KvMemoryFlag
+from pipeline.cli.development import Development
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.logs import LogFormat, configure_logging
 from pipeline.cli.settings import Address, Flag, Settings, takes_flags
 from pipeline.cli.shared_options import (
-    DevFlag,
     LogFormatFlag,
     ManifestFlag,
     QuietFlag,
@@ -31,7 +24,6 @@ from pipeline.cli.signals import run_until_signalled
 from pipeline.errors import InputError
 from pipeline.remote_parts.parts import part_link
 from pipeline.remote_parts.serving import PartHandler, PartServer
-from transport.attestation.dev_authority import default_directory
 from transport.dial_and_listen import listen
 from transport.handshake import Role, RoleKind
 from transport.tensor_frames import FrameLimits
@@ -50,7 +42,7 @@ class PartFlags(Settings):
     listen: Annotated[Address | None, Flag("ADDR", "Where the stage asks [the manifest's].")] = None
     identity: IdentityFlag = None
     once: Annotated[bool, Flag(None, "Exit after the first session.")] = False
-    dev: DevFlag = False
+    development: Development
     quiet: QuietFlag = False
     verbose: VerboseFlag = False
     log_format: LogFormatFlag = LogFormat.TEXT
@@ -94,7 +86,12 @@ def serve_part(
     new_handler: Callable[[], PartHandler],
 ) -> None:
     """Serve until stopped. Raises InputError, PolicyError."""
-    configure_logging(verbose=flags.verbose, quiet=flags.quiet, log_format=flags.log_format)
+    configure_logging(
+        verbose=flags.verbose,
+        quiet=flags.quiet,
+        log_format=flags.log_format,
+        marks=flags.development.marks,
+    )
     manifest = load_manifest(flags.manifest)
     if manifest.part is None or manifest.part.kind != kind:
         raise InputError(f"{flags.manifest} has no part of kind {kind}; plan it with --{kind}")
@@ -102,7 +99,7 @@ def serve_part(
     where = flags.listen or (None if address is None else address.to_endpoint())
     if where is None:
         raise InputError("the manifest's part has no address; give --listen")
-    trust = keyed_trust(manifest, flags.identity, dev=flags.dev)
+    trust = _trust(manifest, flags)
     credentials = trust.toward(Role(RoleKind.STAGE, 0), {})
     server = PartServer(part_link(manifest), credentials, limits, new_handler)
 
@@ -117,13 +114,10 @@ def serve_part(
         logger.info("event=stopped part=%s signal=%s", kind, signal.Signals(number).name)
 
 
-def keyed_trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:
+def _trust(manifest: Manifest, flags: PartFlags) -> Trust:
     """The trust of those that the manifest names by their keys. Raises PolicyError."""
-    if dev:
-        refuse_dev_where_keyed(manifest)
-        logger.warning("event=development_mode %s", DEV_WARNING)
-        return DevTrust.create(default_directory(os.environ))
-    return KeyedTrust.for_part(manifest, machine_key(identity))
+    development = flags.development.trust(manifest)
+    return development or KeyedTrust.for_part(manifest, machine_key(flags.identity))
 
 
 def main() -> None:

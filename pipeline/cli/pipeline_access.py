@@ -10,13 +10,8 @@ import trio
 
 from pipeline.agreement.identity import ORCHESTRATOR_KEY, state_directory
 from pipeline.agreement.manifest import Manifest
-from pipeline.agreement.trust_policy import (
-    DEV_WARNING,
-    DevTrust,
-    Trust,
-    UserTrust,
-    refuse_dev_where_keyed,
-)
+from pipeline.agreement.templates import require_cids, with_cids
+from pipeline.agreement.trust_policy import Trust, UserTrust
 from pipeline.cli.compute_options import SLOW_KERNELS
 from pipeline.cli.loading_bars import LoadingBars
 from pipeline.cli.logs import tell
@@ -43,7 +38,6 @@ from pipeline.placement.by_hand import ByHand
 from pipeline.placement.worker_supervisor import Supervisor
 from pipeline.protocol.tide_window import MAX_TEXT, TideWindow
 from pipeline.tasks import open_tasks
-from transport.attestation.dev_authority import default_directory
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +110,8 @@ class PipelineAccess:
         patience_ms: int = 0,
     ) -> "PipelineAccess":
         """Check the flags and the protection the manifest gives. Raises InputError."""
-        manifest = source.manifest
+        manifest = with_cids(source.manifest, flags.cids)
+        require_cids(manifest)
         mode = mode_of(manifest)
         card = require_card(mode)
         if mode != PLAIN:  # for what that gives there are the warnings of `--dev` alone
@@ -126,7 +121,7 @@ class PipelineAccess:
             raise InputError(
                 f"{given[0]} is for workers that are started here; give --supervise too"
             )
-        trust = _trust(manifest, flags.identity, dev=flags.dev)
+        trust = _trust(manifest, flags)
         options = PipelineOptions(
             limits,
             flags.connect_timeout,
@@ -139,7 +134,7 @@ class PipelineAccess:
             manifest=manifest,
             trust=trust,
             options=options,
-            place=_placement(source, flags),
+            place=_placement(manifest, source, flags),
             # Of a worker that nobody trusts nobody expects that it stays.
             is_resumable=is_resumable or manifest.part is not None,
         )
@@ -200,16 +195,18 @@ def _tell_kernels(pipeline: Pipeline) -> None:
         )
 
 
-def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.Nursery], Placement]:
+def _placement(
+    manifest: Manifest, source: ManifestSource, flags: PipelineFlags
+) -> Callable[[trio.Nursery], Placement]:
     """How stages are placed, given tasks to watch over them. Raises InputError."""
-    manifest, model_dir = source.manifest, source.model_dir
+    cids, model_dir = flags.cids, source.model_dir
     if not flags.supervise:
-        return lambda _: ByHand(manifest, source.path)
+        return lambda _: ByHand(manifest, source.path, cids)
     if model_dir is None:
         raise InputError("--supervise starts workers, which need --model-dir")
     own = flags.workers.arguments(manifest)
     shared = ["--manifest", str(source.path)]
-    shared += ["--log-format", flags.log_format, *(["--dev"] if flags.dev else [])]
+    shared += ["--log-format", flags.log_format, *flags.development.words()]
 
     results_at = flags.results_at(manifest)
     last = len(manifest.stages) - 1
@@ -249,11 +246,10 @@ def _ends(source: ManifestSource, flags: PipelineFlags) -> ModelEnds:
     return REMOTE_ENDS
 
 
-def _trust(manifest: Manifest, identity: Path | None, *, dev: bool) -> Trust:
-    if dev:
-        refuse_dev_where_keyed(manifest)
-        logger.warning("event=development_mode %s", DEV_WARNING)
-        return DevTrust.create(default_directory(os.environ))
+def _trust(manifest: Manifest, flags: PipelineFlags) -> Trust:
+    if (trust := flags.development.trust(manifest)) is not None:
+        return trust
+    identity = flags.identity
     if identity is None and manifest.is_keyed:
         identity = state_directory(os.environ) / ORCHESTRATOR_KEY
         if not is_file(identity):

@@ -7,9 +7,10 @@ from pydantic import Field
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.cli.compute_options import WorkerOptions
+from pipeline.cli.development import Development
 from pipeline.cli.logs import LogFormat
 from pipeline.cli.settings import Address, Finite, Flag, Settings
-from pipeline.cli.shared_options import DataOutPortFlag, DevFlag, LogFormatFlag, results_address
+from pipeline.cli.shared_options import DataOutPortFlag, LogFormatFlag, read_cids, results_address
 from pipeline.errors import InputError
 from pipeline.protocol.tide_window import DEFAULT_SINKS, TideWindow
 from transport.dial_and_listen import Endpoint
@@ -22,6 +23,10 @@ class PipelineFlags(Settings):
         Address | None, Flag("ADDR", "Where the last stage delivers [last stage's data_out].")
     ] = None
     data_out_port: DataOutPortFlag = None
+    cid: Annotated[
+        tuple[str, ...],
+        Flag("STAGE=CID", "A started enclave's; may be repeated [manifest's].", is_by_hand=True),
+    ] = ()
     connect_timeout: Annotated[
         Finite, Field(ge=0.1), Flag("SECONDS", "Patience with stages not up nor loading.")
     ] = 30.0
@@ -57,8 +62,13 @@ class PipelineFlags(Settings):
         int | None, Flag("N", "Keep the latest N tokens; texts may be longer [keep all].")
     ] = None
     sinks: Annotated[int | None, Flag("N", f"And the first of all [{DEFAULT_SINKS}].")] = None
-    dev: DevFlag = False
+    development: Development
     log_format: LogFormatFlag = LogFormat.TEXT
+
+    @property
+    def cids(self) -> dict[int, int]:
+        """The CIDs of started enclaves, by stage. Raises InputError."""
+        return read_cids(self.cid)
 
     @property
     def tide_window(self) -> TideWindow | None:

@@ -35,7 +35,11 @@ def generate_command(ctx: typer.Context, flags: GenerateFlags, shared: PipelineF
                       --text "The capital of France is" --dev
     """
     del ctx  # no command below is meant, or this would not be called
-    configure_logging(verbose=flags.verbose, log_format=shared.log_format)
+    configure_logging(
+        verbose=flags.verbose,
+        log_format=shared.log_format,
+        marks=shared.development.marks,
+    )
     generate(flags, shared)
 
 

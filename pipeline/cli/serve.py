@@ -80,7 +80,13 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     sessions = _sessions(flags, manifest, window)
     desk = Desk(config, engine, tokenizer, GatewayMetrics(registry), sessions)
     service = Service(desk, engine)
-    overview = Overview(manifest, limits, lambda: engine.stats, service.stages)
+    overview = Overview(
+        manifest,
+        limits,
+        lambda: engine.stats,
+        service.stages,
+        ignores_measurements=pipeline_flags.development.ignore_measurements,
+    )
     stego: StegoService | None = None
     manager = ServiceManager()
 

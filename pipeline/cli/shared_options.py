@@ -1,6 +1,8 @@
 """Flags that several commands have, and what reads them."""
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,19 +13,19 @@ from pipeline.agreement.manifest import Manifest
 from pipeline.cli.logs import LogFormat
 from pipeline.cli.settings import Flag, Port
 from pipeline.errors import InputError
-from transport.dial_and_listen import Endpoint, TcpEndpoint
+from transport.dial_and_listen import (
+    PARENT_CID,
+    VSOCK_UNDECIDED,
+    Endpoint,
+    UnixEndpoint,
+    VsockEndpoint,
+    parse_cids,
+)
+from transport.errors import EndpointError
 
 MANIFEST_HELP = "Manifest all parties share (JSON)."
 ManifestOption = Annotated[Path, typer.Option("--manifest", metavar="FILE", help=MANIFEST_HELP)]
 ManifestFlag = Annotated[Path, Flag("FILE", MANIFEST_HELP)]
-DevFlag = Annotated[
-    bool,
-    Flag(
-        None,
-        "Development: evidence from a local CA instead of attestation. No privacy from hosts.",
-        is_by_hand=True,
-    ),
-]
 DataOutPortFlag = Annotated[
     Port | None, Flag("PORT", "Port of results instead of the manifest's, on the same host.")
 ]
@@ -50,6 +52,14 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+def read_cids(texts: Iterable[str]) -> dict[int, int]:
+    """The CIDs of started enclaves, by stage. Raises InputError."""
+    try:
+        return parse_cids(texts)
+    except EndpointError as error:
+        raise InputError(str(error)) from error
+
+
 def results_address(
     manifest: Manifest, stage_idx: int, address: Endpoint | None, port: int | None
 ) -> Endpoint | None:
@@ -62,6 +72,8 @@ def results_address(
     if address is not None:
         raise InputError("--data-out-port: the other flag for results names a port already")
     named = manifest.endpoint(stage_idx).data_out.to_endpoint()
-    if not isinstance(named, TcpEndpoint):
-        raise InputError(f"--data-out-port {port}: results go to {named}, which is no TCP address")
-    return TcpEndpoint(named.host, port)
+    if isinstance(named, UnixEndpoint):
+        raise InputError(f"--data-out-port {port}: results go to {named}, which has no such port")
+    if named == VsockEndpoint(VSOCK_UNDECIDED, named.port):
+        named = replace(named, cid=PARENT_CID)
+    return replace(named, port=port)

@@ -12,14 +12,7 @@ import trio
 
 from pipeline.agreement.identity import machine_key
 from pipeline.agreement.manifest import Manifest, load_manifest
-from pipeline.agreement.trust_policy import (
-    DEV_WARNING,
-    DevTrust,
-    EnclaveTrust,
-    KeyedTrust,
-    Trust,
-    refuse_dev_where_keyed,
-)
+from pipeline.agreement.trust_policy import EnclaveTrust, KeyedTrust, Trust
 from pipeline.cli.compute_options import parse_cpus, precision_of
 from pipeline.cli.error_reporting import new_app, run_app
 from pipeline.cli.logs import configure_logging, held_back, tell_error
@@ -42,7 +35,6 @@ from pipeline.stage.worker import StageWorker
 from pipeline.stage.worker_setup import PartsSession, StageSetup
 from pipeline.tasks import open_tasks
 from pipeline.worker_report import Reporter, report_failure
-from transport.attestation.dev_authority import default_directory
 from transport.dial_and_listen import Endpoint, listen
 
 logger = logging.getLogger(__name__)
@@ -68,7 +60,12 @@ def serve(flags: WorkerFlags) -> None:
         stage-worker --manifest manifests/smollm2_2stage.json --stage-idx 0 \\
                      --model-dir models/smollm2 --dev
     """
-    configure_logging(verbose=flags.verbose, quiet=flags.quiet, log_format=flags.log_format)
+    configure_logging(
+        verbose=flags.verbose,
+        quiet=flags.quiet,
+        log_format=flags.log_format,
+        marks=flags.development.marks,
+    )
     with held_back() if flags.supervised else nullcontext():
         prepared = _prepare(flags)
     _run(*prepared, flags)
@@ -96,7 +93,8 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
     num_threads = len(pinned) or flags.threads or 1
     set_num_threads(num_threads, pinned)
     # Never in an enclave: what it holds has come through its own hands.
-    memory = None if flags.weights_fd is None or not flags.dev else SealedMemory(flags.weights_fd)
+    fd = flags.weights_fd if flags.development.dev else None
+    memory = None if fd is None else SealedMemory(fd)
     if flags.supervised and (memory is None or not memory.is_sealed):
         # However quiet a supervisor's workers are: what reads gigabytes is told once.
         logging.getLogger(load_stage.__module__).setLevel(logging.INFO)
@@ -157,11 +155,9 @@ def _parts(
 
 
 def _trust(manifest: Manifest, stage_idx: int, flags: WorkerFlags) -> Trust:
-    if flags.dev:
-        refuse_dev_where_keyed(manifest)
-        if not flags.supervised:  # whoever starts it has said so
-            logger.warning("event=development_mode %s", DEV_WARNING)
-        return DevTrust.create(default_directory(os.environ))
+    # A supervisor has said so itself.
+    if (trust := flags.development.trust(manifest, is_told=flags.supervised)) is not None:
+        return trust
     if manifest.stage(stage_idx).machine_keys:
         return KeyedTrust.create(manifest, stage_idx, machine_key(flags.identity))
     return EnclaveTrust.create(manifest, stage_idx)

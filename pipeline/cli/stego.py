@@ -66,6 +66,10 @@ def decode_command(flags: DecodeFlags) -> None:
 
 
 def _begin(flags: TripFlags) -> None:
-    configure_logging(verbose=flags.verbose, log_format=flags.pipeline.log_format)
+    configure_logging(
+        verbose=flags.verbose,
+        log_format=flags.pipeline.log_format,
+        marks=flags.pipeline.development.marks,
+    )
     if flags.secret_file is None and flags.passphrase_file is None:
         raise InputError("the secret is missing; give --secret-file or --passphrase-file")

@@ -183,6 +183,8 @@ def _summary(view: PipelineView) -> Text:
     engine = view.engine
     state = ("ready", "green") if view.is_ready else ("not ready", "bold red")
     text = Text.assemble((printable(view.model), "bold"), "  ", state)
+    if any(stage.ignores_measurements for stage in view.stages):
+        text.append("  MEASUREMENTS IGNORED", style="bold red")
     text.append(f"  running {engine.num_running}/{engine.max_batch}")
     text.append(f"  waiting {engine.num_waiting}")
     if engine.num_idle_prefixes:
@@ -278,6 +280,8 @@ def _kernels(name: str | None) -> Text:
 
 
 def _attested(stage: StageView) -> Text:
+    if stage.ignores_measurements:
+        return Text("pins ignored", style="bold red")
     if stage.evidence == "nitro" and stage.measurement:
         return Text(f"nitro {printable(stage.measurement)[:12]}", style="green")
     if stage.evidence == "key_only":

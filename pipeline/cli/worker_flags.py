@@ -13,13 +13,13 @@ from pipeline.cli.compute_options import (
     MasksFlag,
     ThreadsFlag,
 )
+from pipeline.cli.development import Development
 from pipeline.cli.kv_store_flags import KvStoreFlags
 from pipeline.cli.logs import LogFormat
 from pipeline.cli.model_directory import ModelDir
 from pipeline.cli.settings import Address, Flag, Settings
 from pipeline.cli.shared_options import (
     DataOutPortFlag,
-    DevFlag,
     LogFormatFlag,
     ManifestFlag,
     QuietFlag,
@@ -80,7 +80,7 @@ class WorkerFlags(Settings):
     weights_fd: Annotated[
         int | None, Flag("FD", "Sealed memory for weights: for supervisors.", is_by_hand=True)
     ] = None
-    dev: DevFlag = False
+    development: Development
     quiet: QuietFlag = False
     verbose: VerboseFlag = False
     log_format: LogFormatFlag = LogFormat.TEXT

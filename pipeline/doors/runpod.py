@@ -84,13 +84,17 @@ def parse_options(arguments: Sequence[str], environ: Mapping[str, str]) -> Shard
     parser.add_argument("--max-sessions", type=int, default=NUM_SESSIONS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dev", action="store_true")
+    parser.add_argument("--ignore-measurements", action="store_true")
     found, _ = parser.parse_known_args(arguments)
     if found.model_dir is None:
         parser.error("--model-dir or VEILPIPE_MODEL_DIR: which shard is served")
+    if found.ignore_measurements and not found.dev:
+        parser.error("--ignore-measurements goes with --dev; without it they are compared")
     return ShardOptions(
         model_dir=Path(found.model_dir),
         manifest=None if found.manifest is None else Path(found.manifest),
         is_dev=found.dev,
+        ignores_measurements=found.ignore_measurements,
         num_sessions=found.max_sessions,
         threads=max(1, found.threads),
         kv_store=found.kv_store,

@@ -31,6 +31,7 @@ class ShardOptions:
     model_dir: Path
     manifest: Path | None = None  # None: the one that `pipeline-orch shard` wrote beside the shard
     is_dev: bool = False
+    ignores_measurements: bool = False  # in development: those that the manifest pins
     num_sessions: int = NUM_SESSIONS
     max_seq_len: int | None = None
     dtype: Precision | None = None
@@ -48,7 +49,7 @@ def load_door(options: ShardOptions) -> DoorSetup:
     stage = manifest.stage(0)
     if options.dtype is not None and stage.precision not in {None, options.dtype}:
         raise InputError(f"the weights are asked for in {options.dtype}, not {stage.precision}")
-    attester = _attester(manifest, is_dev=options.is_dev)
+    attester = _attester(manifest, options)
     older = None if options.older_key is None else load_older_key(options.older_key)
     set_num_threads(options.threads, ())
     precision = options.dtype or stage.precision or "float32"
@@ -80,10 +81,14 @@ async def open_served(setup: DoorSetup, options: ShardOptions) -> AsyncIterator[
         yield door
 
 
-def _attester(manifest: Manifest, *, is_dev: bool) -> Attester:
+def _attester(manifest: Manifest, options: ShardOptions) -> Attester:
     """Who shows what runs here: the enclave's module, or this machine's development authority."""
-    if is_dev:
-        return DevTrust.create(default_directory(os.environ)).attester
+    if options.is_dev:
+        return DevTrust.for_manifest(
+            manifest,
+            default_directory(os.environ),
+            ignores_measurements=options.ignores_measurements,
+        ).attester
     if not manifest.stage(0).weight_hashes or manifest.config_hash is None:
         raise PolicyError(
             "the manifest pins no weight_hashes or no config_hash; `pipeline-orch plan` writes "

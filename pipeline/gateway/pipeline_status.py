@@ -48,6 +48,8 @@ class StageView(_View):
     state: Literal["down", "connecting", "ready"]
     # What the handshake proved: "nitro", "dev" or "key_only", and the image's measurement (PCR 0).
     evidence: str | None = None
+    # Whether the manifest pins measurements of it and nothing compares them: in development only.
+    ignores_measurements: bool = False
     measurement: str | None = None
     handshake_age_seconds: float | None = None
     figures: StageFigures | None = None
@@ -83,12 +85,15 @@ class Overview(Collector):
         limits: Limits,
         stats: Callable[[], EngineStats],
         stages: Callable[[], Sequence[RemoteStage]],
+        *,
+        ignores_measurements: bool = False,
     ) -> None:
         """`stages` gives those of the session that stands, or nothing."""
         self._specs = manifest.stages
         self._limits = limits
         self._stats = stats
         self._stages = stages
+        self._ignores_measurements = ignores_measurements
 
     def engine(self) -> EngineView:
         """What the engine does now, and has done."""
@@ -102,7 +107,10 @@ class Overview(Collector):
     def stages(self) -> tuple[StageView, ...]:
         """Every stage of the manifest."""
         connected = {stage.idx: stage for stage in self._stages()}
-        return tuple(_stage_view(spec, connected.get(spec.stage_idx)) for spec in self._specs)
+        return tuple(
+            _stage_view(spec, connected.get(spec.stage_idx), ignores=self._ignores_measurements)
+            for spec in self._specs
+        )
 
     def collect(self) -> Iterator[Metric]:
         """The same for Prometheus; called at every scrape."""
@@ -110,13 +118,14 @@ class Overview(Collector):
         yield from _stage_metrics(self.stages())
 
 
-def _stage_view(spec: StageSpec, stage: RemoteStage | None) -> StageView:
+def _stage_view(spec: StageSpec, stage: RemoteStage | None, *, ignores: bool) -> StageView:
     view = StageView(
         stage_idx=spec.stage_idx,
         layer_start=spec.layer_start,
         layer_end=spec.layer_end,
         precision=spec.precision or "unpinned",
         state="down",
+        ignores_measurements=ignores and bool(spec.expected_measurements),
     )
     if stage is None:
         return view

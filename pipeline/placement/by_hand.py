@@ -1,11 +1,14 @@
 """Stages that somebody else starts: at the addresses of a manifest, as it reads now."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from pipeline.agreement.addresses import StageEndpoint
 from pipeline.agreement.manifest import Manifest, load_manifest
-from pipeline.errors import ManifestError, SessionError
+from pipeline.agreement.templates import with_cids
+from pipeline.errors import InputError, SessionError
 from pipeline.placement.base import Progress
 
 logger = logging.getLogger(__name__)
@@ -18,10 +21,19 @@ class ByHand:
     maybe shown to the user, when the orchestrator started.
     """
 
-    def __init__(self, manifest: Manifest, path: Path | None = None) -> None:
-        """`path` is the file that `manifest` was read from, if addresses may change there."""
-        self._manifest = manifest
+    def __init__(
+        self,
+        manifest: Manifest,
+        path: Path | None = None,
+        cids: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        """`path` is the file that `manifest` was read from, if addresses may change there.
+
+        `cids` are those of started enclaves, by stage.
+        """
+        self._manifest = with_cids(manifest, cids)
         self._path = path
+        self._cids = cids
         self._seen = self._version()
 
     async def start(self, stage_idx: int) -> None:
@@ -60,8 +72,8 @@ class ByHand:
     def _reload(self) -> None:
         assert self._path is not None  # a version that changes has one
         try:
-            found = load_manifest(self._path)
-        except ManifestError as error:
+            found = with_cids(load_manifest(self._path), self._cids)
+        except InputError as error:
             # It may be half written, or away for a moment.
             logger.warning("event=addresses_unreadable error=%s", error)
             return

@@ -14,11 +14,16 @@ from pipeline.models.registry import layer_bytes, required_files
 from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.progress import Progress
 from pipeline.weights.checkpoint import hash_files
-from transport.dial_and_listen import Endpoint, TcpEndpoint, UnixEndpoint, VsockEndpoint
+from transport.dial_and_listen import (
+    PARENT_CID,
+    Endpoint,
+    TcpEndpoint,
+    UnixEndpoint,
+    VsockEndpoint,
+)
 
-# Stage i's enclave has CID 16 + i (0 to 15 are free for others), and reaches its parent as CID 3.
+# Stage i's enclave has CID 16 + i; 0 to 15 are free for others.
 FIRST_CID = 16
-PARENT_CID = 3
 CONTROL_PORT = 5000
 DATA_PORT = 5001
 RELAY_PORT = 6000

@@ -10,7 +10,14 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_net
 
 from pipeline.agreement.manifest import StageSpec
 from pipeline.errors import InputError, SessionRefused
-from transport.dial_and_listen import Endpoint, Permit, TcpEndpoint, VsockEndpoint, parse_endpoint
+from transport.dial_and_listen import (
+    VSOCK_UNDECIDED,
+    Endpoint,
+    Permit,
+    TcpEndpoint,
+    VsockEndpoint,
+    parse_endpoint,
+)
 from transport.errors import EndpointError
 
 Network = IPv4Network | IPv6Network
@@ -56,7 +63,11 @@ class DialPolicy:
     def _is_named(self, endpoint: Endpoint) -> bool:
         addresses = self.spec.endpoint
         if addresses is not None:
-            return endpoint == addresses.data_out.to_endpoint()
+            named = addresses.data_out.to_endpoint()
+            if not isinstance(named, VsockEndpoint) or named.cid != VSOCK_UNDECIDED:
+                return endpoint == named
+            # A template's, by which the parent is meant.
+            return endpoint in {VsockEndpoint(cid, named.port) for cid in PARENT_CIDS}
         # Only the core of a manifest, in an enclave, which can reach nothing but its parent.
         return isinstance(endpoint, VsockEndpoint) and endpoint.cid in PARENT_CIDS
 

@@ -18,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-COMMANDS = ("stage-worker", "pipeline-orch")
+COMMANDS = ("stage-worker", "pipeline-orch", "pipeline-relay")
 MAX_REQUEST_BYTES = 1 << 20
 _SIGNATURE = inspect.signature(subprocess.Popen._execute_child)
 
@@ -117,6 +117,8 @@ def _serve(ours):
 
 def _become(request, descriptors):
     from pipeline.cli import entry
+    from tests.e2e import vsock
+    from transport import relay_cli
 
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
@@ -125,13 +127,17 @@ def _become(request, descriptors):
     sys.argv[0] = name
     os.environ.clear()
     os.environ.update(request["environment"])
-    {"stage-worker": entry.stage_worker, "pipeline-orch": entry.pipeline_orch}[name]()
+    if machine := os.environ.get(vsock.VARIABLE):
+        vsock.install(machine)
+    commands = (entry.stage_worker, entry.pipeline_orch, relay_cli.main)
+    dict(zip(COMMANDS, commands, strict=True))[name]()
 
 
 def _main():
     sys.path.insert(0, str(Path(__file__).parents[2]))
     for name in ("generate", "pipeline_orch", "serve", "stage_worker"):
         importlib.import_module(f"pipeline.cli.{name}")
+    importlib.import_module("transport.relay_cli")
     from pipeline.kernels.kernel_selection import import_kernels
 
     import_kernels()

@@ -10,6 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tests.e2e import vsock
+
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
 POSITIONS, WIDTH, INNER, LAYERS = 1024, 768, 16, 12
 SAYS = "it says this"
@@ -56,38 +59,25 @@ def model(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("stages", [1, 2, 3])
 def test_the_older_commands_generate_over_the_older_manifests(cluster, model, stages):
     cluster.plan(stages)  # claims ports, of which the last one is spare
     base, port = cluster.base_port, cluster.base_port + 10 * stages + 1
     text = (MANIFESTS / f"manifest_{stages}stage.json").read_text()
     moved = re.sub(r"127\.0\.0\.1:9(\d{3})", lambda m: f"127.0.0.1:{base + int(m[1])}", text)
-    manifest = cluster.directory / "manifests" / f"manifest_{stages}stage.json"
-    manifest.parent.mkdir()
+    manifest = cluster.directory / "older.json"
     manifest.write_text(moved)
-    (cluster.directory / "model").rename(cluster.directory / "tiny")
-    (cluster.directory / "model").symlink_to(model)
-    name = f"manifests/{manifest.name}"
     workers = []
     try:
         for idx in range(stages):
             last = ["--data-out-port", port] if idx == stages - 1 else []
-            command = ["stage-worker", "--manifest", name, "--stage-idx", idx,
-                       "--model-dir", "model", *last, "--dev"]  # fmt: skip
-            workers.append(
-                subprocess.Popen(
-                    [cluster.bin / command[0], *map(str, command[1:])],
-                    cwd=cluster.directory,
-                    env=cluster.environment,
-                    stderr=subprocess.DEVNULL,
-                )
-            )
-        result = subprocess.run(
-            [cluster.bin / "pipeline-orch", "--manifest", name, "--tokenizer",
-             "model/tokenizer.json", "--text", "x", "--max-tokens", str(len(SAYS)),
-             "--data-out-port", str(port), "--dev"],
-            cwd=cluster.directory, env=cluster.environment, capture_output=True, text=True,
-            timeout=90,
+            command = [cluster.bin / "stage-worker", "--manifest", manifest, "--stage-idx", idx,
+                       "--model-dir", model, *last, "--dev"]  # fmt: skip
+            streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            workers.append(cluster.popen(command, env=cluster.environment, **streams))
+        result = cluster.orch_command(
+            "--manifest", manifest, "--tokenizer", model / "tokenizer.json", "--text", "x",
+            "--max-tokens", len(SAYS), "--data-out-port", port, "--dev",
         )  # fmt: skip
     finally:
         for worker in workers:
@@ -95,6 +85,37 @@ def test_the_older_commands_generate_over_the_older_manifests(cluster, model, st
             worker.wait(30)
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"x{SAYS}\n"
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_templates_for_enclaves_run_with_the_cids_that_launching_decides(cluster, model, stages):
+    manifest = MANIFESTS / f"manifest_{stages}stage_vsock.json"
+    cids = [word for idx in range(stages) for word in ("--cid", f"{idx}={40 + idx}")]
+
+    def start(cid, name, *words):
+        path = cluster.directory / f"{cid}.log"
+        environment = cluster.environment | vsock.machine(cluster.directory, cid)
+        command = [cluster.bin / name, "--manifest", manifest, *words]
+        with path.open("wb") as log:
+            streams = {"stdout": log, "stderr": log} if name != "pipeline-orch" else PIPES
+            return cluster.popen(command, env=environment, **streams)
+
+    orchestrator = [*cids, "--tokenizer", model / "tokenizer.json", "--text", "x", "--dev"]
+    orchestrator += ["--max-tokens", len(SAYS), *(["--data-out-port", 5002] if stages == 1 else [])]
+    running = [start(3, "pipeline-relay", *cids)]
+    try:
+        for idx in range(stages):
+            words = ("--stage-idx", idx, "--model-dir", model, "--dev")
+            running.append(start(40 + idx, "stage-worker", *words))
+        process = start(3, "pipeline-orch", *orchestrator)
+        running.append(process)
+        stdout, stderr = process.communicate(timeout=90)
+    finally:
+        for each in running:
+            each.terminate()
+            each.wait(30)
+    assert process.returncode == 0, stderr
+    assert stdout == f"x{SAYS}\n".encode()
 
 
 def test_the_older_manifests_pin_nothing_so_only_development_may_use_them(cluster, model):

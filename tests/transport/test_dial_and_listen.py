@@ -6,6 +6,7 @@ import socket
 from contextlib import ExitStack
 from ipaddress import ip_address
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -15,12 +16,14 @@ from tests.transport.sockets import receive
 from transport import dial_and_listen as endpoint_module
 from transport.dial_and_listen import (
     VSOCK_ANY,
+    VSOCK_UNDECIDED,
     TcpEndpoint,
     UnixEndpoint,
     VsockEndpoint,
     dial,
     dial_retrying,
     listen,
+    parse_cids,
     parse_endpoint,
 )
 from transport.errors import DialRefused, EndpointError
@@ -83,12 +86,39 @@ async def test_every_address_of_a_host_is_tried(monkeypatch):
 
 @pytest.mark.parametrize(
     "endpoint",
-    [TcpEndpoint("127.0.0.1", 0), VsockEndpoint(VSOCK_ANY, 1), VsockEndpoint(3, VSOCK_ANY)],
+    [
+        TcpEndpoint("127.0.0.1", 0),
+        VsockEndpoint(VSOCK_ANY, 1),
+        VsockEndpoint(3, VSOCK_ANY),
+        VsockEndpoint(VSOCK_UNDECIDED, 1),
+    ],
 )
 async def test_placeholder_addresses_are_not_dialed_nor_retried(endpoint):
     for attempt in (dial(endpoint), dial_retrying(lambda: endpoint, pytest.fail)):
-        with pytest.raises(EndpointError, match="cannot be dialed"):
+        with pytest.raises(EndpointError, match=r"cannot be dialed|name it with --cid STAGE=CID"):
             await attempt
+
+
+@pytest.mark.parametrize("cid", [VSOCK_UNDECIDED, VSOCK_ANY])
+def test_a_cid_that_launching_decides_is_listened_on_whichever_it_is(monkeypatch, cid):
+    bound = []
+
+    def bind(endpoint, family, address):
+        bound.append((family, address))
+        return SimpleNamespace(getsockname=lambda: address)
+
+    monkeypatch.setattr(endpoint_module, "_bind", bind)
+    assert listen(VsockEndpoint(cid, 5000)).endpoint == VsockEndpoint(VSOCK_ANY, 5000)
+    assert bound == [(socket.AF_VSOCK, (VSOCK_ANY, 5000))]
+
+
+def test_cids_are_read_by_stage_and_what_is_none_is_named():
+    assert parse_cids(["0=16", "12=4294967294", "0=16"]) == {0: 16, 12: 4294967294}
+    for text in ("1", "1=", "=16", "1=x", "-1=16", "1=0", "1=4294967295", "1=1.5", "١=x", ""):
+        with pytest.raises(EndpointError, match="STAGE=CID"):
+            parse_cids([text])
+    with pytest.raises(EndpointError, match="stage 1 has another CID"):
+        parse_cids(["1=16", "1=17"])
 
 
 async def test_retrying_dial_reports_each_failure_until_someone_listens(tmp_path, autojump_clock):

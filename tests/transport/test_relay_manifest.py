@@ -39,8 +39,8 @@ def write(tmp_path):
     return write
 
 
-def maps(path, results=None):
-    return [str(each) for each in manifest_maps(path, "0.0.0.0", results, 8)]
+def maps(path, results=None, cids=()):
+    return [str(each) for each in manifest_maps(path, "0.0.0.0", results, 8, dict(cids))]
 
 
 BETWEEN = [
@@ -60,6 +60,27 @@ def test_every_channel_of_a_manifest_gets_its_map(manifest, write):
 
 def test_without_results_the_last_stage_is_left_to_who_listens_on_vsock(manifest, write):
     assert maps(write(manifest)) == BETWEEN
+
+
+def test_cids_of_started_enclaves_are_carried_to_in_the_places_of_the_usual_ones(manifest, write):
+    results = TcpEndpoint("user.example", 9100)
+    carried = [line.replace("vsock:17:", "vsock:40:") for line in BETWEEN]
+    last = "vsock:3:6002=tcp:user.example:9100"
+    assert maps(write(manifest), results, {1: 40}) == [*carried, last]
+    with pytest.raises(EndpointError, match=r"--cid 3: .* has 3 stages"):
+        maps(write(manifest), results, {3: 40})
+
+
+def test_a_template_is_carried_where_its_enclaves_run_and_what_the_parent_dials_is_not(write):
+    ends = [
+        {"control": vsock(0, 5000), "data_in": vsock(0, 5001), "data_out": vsock(0, 5001)},
+        {"control": vsock(0, 5000), "data_in": vsock(0, 5001), "data_out": vsock(3, 5002)},
+    ]
+    path = write({"stages": [{"stage_idx": i, "endpoint": each} for i, each in enumerate(ends)]})
+    assert maps(path) == ["vsock:3:5001=vsock:17:5001"]
+    assert maps(path, TcpEndpoint("user.example", 9100), {0: 8, 1: 9}) == [
+        "vsock:3:5001=vsock:9:5001", "vsock:3:5002=tcp:user.example:9100",
+    ]  # fmt: skip
 
 
 def test_one_stage_needs_no_map_between_stages(manifest, write):
@@ -89,8 +110,9 @@ def end(stage, name, value):
         (lambda m: m["stages"][1].update(endpoint=[]), "stage 1 has no TCP or vsock address"),
         (end(0, "control", {"type": "tcp", "addr": 9}), "no TCP or vsock address for control"),
         (end(0, "control", {"type": "tcp", "addr": "x"}), "'x' is not valid"),
-        (end(0, "control", vsock(16, 5000)), "expected a TCP address"),
-        (end(0, "data_in", vsock(16, 5001)), "expected a TCP address"),
+        (end(0, "control", vsock(17, 5000)), "expected vsock:16:5000 or TCP"),
+        (end(0, "control", vsock(0, 5001)), "expected vsock:16:5000 or TCP"),
+        (end(0, "data_in", vsock(3, 5001)), "expected vsock:16:5001 or TCP"),
         (end(1, "data_in", tcp(9011)), "expected vsock:17:5001"),
         (end(1, "data_in", vsock(18, 5001)), "expected vsock:17:5001"),
         (end(1, "data_in", vsock("17", 5001)), "no TCP or vsock address for data_in"),
@@ -124,7 +146,9 @@ def test_the_command_ends_with_one_clear_line(manifest, write):
     manifest["stages"][1]["endpoint"]["control"] = tcp(9000)
     for arguments, words in (
         ([], "give --map or --manifest"),
-        (["--results", "a:1"], "goes with --manifest"),
+        (["--results", "a:1"], "go with --manifest"),
+        (["--cid", "0=16"], "go with --manifest"),
+        (["--manifest", path, "--cid", "0=x"], "--cid 0=x: write STAGE=CID"),
         (["--manifest", "/no/manifest"], "cannot read manifest /no/manifest"),
         (["--manifest", path, "--results", "nowhere"], "'nowhere' is not valid"),
         (["--manifest", path, "--map", "0.0.0.0:9000=a:1"], "0.0.0.0:9000 listens for more than"),

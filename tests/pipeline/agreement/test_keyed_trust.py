@@ -16,10 +16,10 @@ from pipeline.agreement.identity import (
 )
 from pipeline.agreement.manifest import build_manifest
 from pipeline.agreement.trust_policy import (
+    DevTrust,
     KeyedTrust,
     UserTrust,
     attested_verifier,
-    refuse_dev_where_keyed,
 )
 from pipeline.engine.limits import Limits
 from pipeline.errors import InputError, ManifestError, PolicyError, SessionError
@@ -122,11 +122,12 @@ def test_a_stage_known_by_two_things_is_refused(deployment):
         build_manifest(fields, "manifest")
 
 
-def test_neither_development_nor_a_door_goes_past_the_keys(deployment):
-    refuse_dev_where_keyed(deployment.planned)
+@pytest.mark.parametrize("ignores", [False, True], ids=str)
+def test_neither_development_nor_a_door_goes_past_the_keys(deployment, tmp_path, ignores):
+    assert DevTrust.for_manifest(deployment.planned, tmp_path)
     deployment.know_by_key(0)
     with pytest.raises(PolicyError, match="--dev"):
-        refuse_dev_where_keyed(deployment.planned)
+        DevTrust.for_manifest(deployment.planned, tmp_path, ignores_measurements=ignores)
     with pytest.raises(PolicyError, match="attests nothing"):
         attested_verifier(deployment.pinned, 0, deployment.authority.root_cert)
 

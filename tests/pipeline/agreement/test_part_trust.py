@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pipeline.agreement.identity import create_identity, load_identity
 from pipeline.agreement.manifest import dump_manifest, parse_manifest
-from pipeline.agreement.trust_policy import KeyedTrust, UserTrust, refuse_dev_where_keyed
+from pipeline.agreement.trust_policy import DevTrust, KeyedTrust, UserTrust
 from pipeline.errors import ManifestError, PolicyError
 from pipeline.planning.plan import PlanOptions, plan
 from transport.attestation.evidence_binding import Binding
@@ -83,7 +83,7 @@ def test_a_stage_believes_no_part_that_is_not_named(keyed):
 
 def test_development_evidence_does_not_go_past_a_parts_key(keyed):
     with pytest.raises(PolicyError, match="--dev"):
-        refuse_dev_where_keyed(keyed[0])
+        DevTrust.for_manifest(*keyed)
 
 
 def test_an_address_is_not_part_of_what_all_agree_on_and_a_key_is(keyed):

@@ -5,7 +5,14 @@ import logging
 
 import pytest
 
-from pipeline.cli.logs import MAX_SHOWN, JsonFormatter, TextFormatter, held_back, printable
+from pipeline.cli.logs import (
+    MAX_SHOWN,
+    JsonFormatter,
+    TextFormatter,
+    held_back,
+    printable,
+    tell,
+)
 
 
 def record(message, *args, level=logging.INFO, **changes):
@@ -116,3 +123,17 @@ def test_what_is_held_back_comes_in_order_at_a_good_end_and_never_at_a_bad_one(m
         fail_while_held_back(root)
     root.info("five")
     assert capfd.readouterr().err == "five\n"
+
+
+def test_what_every_line_has_to_say_is_in_log_lines_and_in_lines_for_the_user(
+    monkeypatch, capsys, caplog
+):
+    marks = {"measurements": "ignored"}
+    assert " measurements=ignored event=x" in TextFormatter(marks).format(record("event=x"))
+    line = json.loads(JsonFormatter(marks).format(record("event=x measurements=%s", "compared")))
+    assert (line["event"], line["measurements"]) == ("x", "ignored")
+    for handler in (logging.StreamHandler(), logging.NullHandler()):
+        handler.setFormatter(TextFormatter(marks))
+        monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+        tell("latency", "7 ms")
+        assert capsys.readouterr().err == "latency: measurements=ignored 7 ms\n"

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pydantic
@@ -121,6 +122,27 @@ def test_giving_up_attestation_is_said_by_hand(run, tiny_model, tmp_path):
     assert "--dev" in line
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "give --cid 0=CID"),
+        (("--cid", "0=16"), "give --cid 1=CID"),
+        (("--cid", "0=16", "--cid", "1"), "--cid 1: write STAGE=CID"),
+        (("--cid", "2=16"), "--cid 2: the manifest has 2 stages"),
+    ],
+    ids=str,
+)
+def test_a_template_is_used_with_the_cids_of_its_enclaves(
+    run, tiny_model, tmp_path, monkeypatch, flags, words
+):
+    monkeypatch.setenv("VEILPIPE_DEV_DIR", str(tmp_path / "dev"))
+    template = Path(__file__).resolve().parents[3] / "manifests/manifest_2stage_vsock.json"
+    arguments = ("--manifest", template, "--tokenizer", tiny_model / "tokenizer.json")
+    code, line = run(pipeline_orch, *arguments, "--text", "x", "--dev", *flags)
+    assert code == 2
+    assert words in line
+
+
 def test_a_worker_that_is_supervised_is_told_everything_and_reads_no_variable(run):
     arguments = ("--supervised", "--stage-idx", 0, "--model-dir", "m")
     code, line = run(stage_worker, *arguments, VEILPIPE_MANIFEST="nowhere.json")
@@ -144,8 +166,9 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 
 # What is said where it is done: what gives up a protection, and what is of one run alone.
 BY_HAND = {
-    "--allow-dial", "--cors-origin", "--dev", "--help", "--in", "--message", "--out", "--prompt",
-    "--prompt-file", "--remove", "--remove-unused", "--stats-out", "--stop",
+    "--allow-dial", "--cid", "--cors-origin", "--dev", "--help", "--ignore-measurements", "--in",
+    "--message", "--out", "--prompt", "--prompt-file", "--remove", "--remove-unused",
+    "--stats-out", "--stop",
     "--supervised", "--system", "--text", "--text-file", "--weights-fd", "--yes",
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.

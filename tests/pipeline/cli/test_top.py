@@ -252,3 +252,12 @@ def test_a_reader_that_leaves_ends_it_quietly(server):
     assert process.wait(30) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+def test_a_measurement_that_nothing_compares_is_said_above_and_in_its_stages_line():
+    assert not any("ignored" in line.lower() for line in shown(VIEW))
+    stage = VIEW.stages[0].model_copy(update={"evidence": "dev", "ignores_measurements": True})
+    lines = shown(VIEW.model_copy(update={"stages": (stage, VIEW.stages[1])}))
+    assert "MEASUREMENTS IGNORED" in lines[0]
+    (line,) = (line for line in lines if line.split()[:2] == ["0", "0-14"])
+    assert "pins ignored" in line

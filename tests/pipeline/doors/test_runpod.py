@@ -73,6 +73,11 @@ def test_flags_of_the_sdk_pass_and_variables_count_where_no_flag_is():
     assert (str(options.model_dir), options.threads, options.is_dev) == ("/m", 2, False)
     with pytest.raises(SystemExit):
         parse_options([], {})
+    with pytest.raises(SystemExit):
+        parse_options(["--model-dir", "/m", "--ignore-measurements"], {})
+    assert parse_options(
+        ["--model-dir", "/m", "--dev", "--ignore-measurements"], {}
+    ).ignores_measurements
 
 
 @pytest.fixture

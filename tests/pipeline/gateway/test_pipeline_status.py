@@ -73,6 +73,17 @@ async def test_a_stage_without_a_session_is_down_and_says_nothing(overview):
     assert (first.kernels, second.kernels) == (None, None)
 
 
+async def test_a_stage_whose_pins_nothing_compares_says_so_whatever_its_state(manifest_of_two):
+    pinned = manifest_of_two.stage(1).model_copy(update={"expected_measurements": {0: "ab" * 48}})
+    manifest = manifest_of_two.model_copy(update={"stages": (manifest_of_two.stage(0), pinned)})
+    for ignores in (False, True):
+        overview = Overview(
+            manifest, Limits(8, 128), lambda: STATS, list, ignores_measurements=ignores
+        )
+        first, second = overview.stages()
+        assert (first.ignores_measurements, second.ignores_measurements) == (False, ignores)
+
+
 async def test_the_engines_figures_are_shown_as_they_are(overview):
     view = overview.overview.engine()
     assert asdict(view) == asdict(STATS) | {"max_batch": 8, "max_seq_len": 128, "window": 0}

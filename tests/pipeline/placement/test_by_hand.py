@@ -1,12 +1,15 @@
 """Stages that somebody else starts, wherever that is now."""
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.agreement.addresses import TcpAddress
-from pipeline.agreement.manifest import dump_manifest
+from pipeline.agreement.manifest import dump_manifest, load_manifest
 from pipeline.errors import ManifestError
 from pipeline.placement.by_hand import ByHand
 from pipeline.planning.plan import PlanOptions, plan
+from transport.dial_and_listen import VsockEndpoint
 
 
 @pytest.fixture
@@ -42,6 +45,20 @@ def test_addresses_are_those_of_the_file_as_it_is_now(manifest, path):
     for now in (before + 1, before + 2):
         path.write_text(dump_manifest(moved(manifest, now)))
         assert port(placement) == now
+
+
+def test_cids_of_started_enclaves_count_in_a_file_that_has_changed_as_well(tmp_path):
+    manifests = Path(__file__).resolve().parents[3] / "manifests"
+    template = load_manifest(manifests / "manifest_2stage_vsock.json")
+    path = tmp_path / "manifest.json"
+    path.write_text(dump_manifest(template))
+    placement = ByHand(template, path, {0: 20, 1: 31})
+    assert placement.where(1).control.to_endpoint() == VsockEndpoint(31, 5000)
+    text = dump_manifest(template).replace("5002", "5003")
+    path.write_text(text)
+    after = placement.where(1)
+    assert after.data_in.to_endpoint() == VsockEndpoint(31, 5001)
+    assert after.data_out.to_endpoint() == VsockEndpoint(3, 5003)
 
 
 def test_a_file_that_cannot_be_read_changes_nothing(manifest, path, caplog):

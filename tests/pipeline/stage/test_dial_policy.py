@@ -4,7 +4,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from pipeline.agreement.addresses import StageEndpoint, TcpAddress, UnixAddress
+from pipeline.agreement.addresses import StageEndpoint, TcpAddress, UnixAddress, VsockAddress
 from pipeline.agreement.manifest import StageSpec
 from pipeline.errors import InputError, SessionRefused
 from pipeline.stage.dial_policy import DialPolicy, parse_networks
@@ -45,6 +45,15 @@ def test_a_core_alone_allows_the_parent_of_an_enclave():
     for text in ("vsock:16:6000", "vsock:any:6000", "10.0.0.5:80", "unix:/s"):
         with pytest.raises(SessionRefused):
             policy().target(text)
+
+
+def test_a_template_allows_the_parent_at_the_port_that_it_names():
+    named = policy(data_out=VsockAddress(type="vsock", cid=0, port=6001))
+    for cid in (2, 3):
+        assert named.target(f"vsock:{cid}:6001").endpoint == VsockEndpoint(cid, 6001)
+    for text in ("vsock:3:6002", "vsock:16:6001", "vsock:0:6001"):
+        with pytest.raises(SessionRefused):
+            named.target(text)
 
 
 def test_an_allowed_network_is_one_of_addresses_not_of_names():
