@@ -125,7 +125,7 @@ class Server:
         except httpx.TransportError:
             return False
 
-    def wait_for(self, condition, seconds=60):
+    def wait_for(self, condition, seconds=300):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if found := condition():
@@ -137,11 +137,11 @@ class Server:
     def wait_for_log(self, text, count):
         self.wait_for(lambda: self.log().count(text) >= count)
 
-    def get(self, path, timeout=10):
+    def get(self, path, timeout=60):
         return httpx.get(f"{self.url}{path}", headers=self.headers, timeout=timeout)
 
     def post(self, body, path="/v1/completions"):
-        answer = httpx.post(f"{self.url}{path}", json=body, headers=self.headers, timeout=120)
+        answer = httpx.post(f"{self.url}{path}", json=body, headers=self.headers, timeout=300)
         assert answer.status_code == 200, answer.text
         return answer
 
