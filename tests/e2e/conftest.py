@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE
 
@@ -25,8 +25,10 @@ from pipeline.planning.plan import PlanOptions, plan
 from tests.e2e import forked
 
 BIN = Path(sys.executable).parent
+# Of a pipe that is to take little: the least that there is.
+PIPE_BYTES = 4096
 # What a fork can be told of its start.
-FORKABLE = {"stdin", "stdout", "stderr", "env", "text"}
+FORKABLE = {"stdin", "stdout", "stderr", "env", "text", "bufsize", "pipesize"}
 
 
 def expect(result, code, *words):
@@ -40,15 +42,14 @@ class Ports:
 
     def __init__(self, count):
         for base in random.sample(range(20000, 32000, 100), 120):
-            self._claim = (Path(tempfile.gettempdir()) / f"veilpipe-ports-{base}").open("w")
-            try:
-                fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with ExitStack() as claim, suppress(OSError):  # another's, perhaps another user's
+                path = Path(tempfile.gettempdir()) / f"veilpipe-ports-{base}"
+                file = claim.enter_context(path.open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for port in range(base, base + count):
                     socket.create_server(("127.0.0.1", port)).close()
-            except OSError:
-                self._claim.close()
-            else:
                 self.base = base
+                self._claim = claim.pop_all()
                 return
         raise AssertionError("no free ports")
 
@@ -125,7 +126,7 @@ class Server:
         except httpx.TransportError:
             return False
 
-    def wait_for(self, condition, seconds=60):
+    def wait_for(self, condition, seconds=300):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if found := condition():
@@ -137,11 +138,11 @@ class Server:
     def wait_for_log(self, text, count):
         self.wait_for(lambda: self.log().count(text) >= count)
 
-    def get(self, path, timeout=10):
+    def get(self, path, timeout=60):
         return httpx.get(f"{self.url}{path}", headers=self.headers, timeout=timeout)
 
     def post(self, body, path="/v1/completions"):
-        answer = httpx.post(f"{self.url}{path}", json=body, headers=self.headers, timeout=120)
+        answer = httpx.post(f"{self.url}{path}", json=body, headers=self.headers, timeout=300)
         assert answer.status_code == 200, answer.text
         return answer
 
@@ -162,8 +163,31 @@ class Server:
     def num_running(self):
         return self.pipeline()["engine"]["num_running"]
 
+    def num_taken(self):
+        """Requests that run, or wait for a step that they can run from."""
+        engine = self.pipeline()["engine"]
+        return engine["num_running"] + engine["num_waiting"]
+
     def stop(self):
         assert end(self.process) == 0
+
+
+@contextmanager
+def stopped(pid):
+    """A process that does nothing in the body, where it may be killed or sent on its way."""
+    os.kill(pid, signal.SIGSTOP)
+    while state(pid) not in "TZ":
+        time.sleep(0.001)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def state(pid):
+    """A letter: R for running, S for asleep, T for stopped, Z for ended; see proc(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
 def end(process):
@@ -250,9 +274,10 @@ class Cluster:
         return self.orch(text, *extra)
 
     def start_orch(self, text="Hello there", *extra):
+        """One that cannot end a text of thousands of bytes before that is read."""
         process = self.popen(
             [BIN / "pipeline-orch", *self.arguments(text, *extra)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment,
+            stdout=PIPE, stderr=PIPE, bufsize=0, pipesize=PIPE_BYTES, env=self.environment,
         )  # fmt: skip
         self.orchestrators.append(process)
         return process

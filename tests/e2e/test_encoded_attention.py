@@ -78,7 +78,7 @@ def test_a_worker_lost_in_the_middle_costs_no_text(cluster, attention):
     attention.start()
     server = cluster.serve("--context", "512", "--supervise")
     expected = undisturbed(server)
-    with completing(server) as texts:
+    with completing(server, attention.process.pid) as texts:
         attention.process.send_signal(signal.SIGKILL)
         attention.process.wait()
         attention.start()

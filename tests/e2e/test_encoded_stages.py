@@ -34,8 +34,9 @@ def test_a_stage_lost_in_the_middle_costs_no_text(cluster):
     cluster.plan(3, home_layers=(1, 1))
     server = cluster.serve("--context", "512", "--supervise")
     expected = undisturbed(server)
-    with completing(server) as texts:
-        os.kill(server.workers()[1], signal.SIGKILL)
+    victim = server.workers()[1]
+    with completing(server, victim) as texts:
+        os.kill(victim, signal.SIGKILL)
         server.wait_for_log("event=failover_complete", 1)
     assert texts == expected
 

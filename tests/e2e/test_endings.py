@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import error_reporting
+from tests.e2e.conftest import state
 
 BIN = Path(sys.executable).parent
 
@@ -118,7 +119,7 @@ def test_a_signal_while_a_worker_loads_ends_it_quietly(cluster, number):
     worker = cluster.start_worker(0)
     with config.open("wb"):
         # A signal that comes between opening and reading would be noticed after the read.
-        while not is_asleep(worker):
+        while state(worker.pid) != "S":
             time.sleep(0.001)
         worker.send_signal(number)
         assert worker.wait(20) == 128 + number
@@ -146,7 +147,7 @@ def test_a_shard_that_is_interrupted_leaves_nothing_behind(cluster):
         with config.open("wb") as file:  # which waits until it is read
             if has_begun():
                 # A signal that comes between opening and reading would be noticed after the read.
-                while not is_asleep(process):
+                while state(process.pid) != "S":
                     time.sleep(0.001)
                 process.terminate()
                 assert process.wait(20) == 128 + signal.SIGTERM
@@ -155,10 +156,6 @@ def test_a_shard_that_is_interrupted_leaves_nothing_behind(cluster):
         while config in opened_by(process) and not has_begun():
             time.sleep(0.01)
     assert not has_begun()
-
-
-def is_asleep(process):
-    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0] == "S"
 
 
 def opened_by(process):

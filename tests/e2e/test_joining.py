@@ -155,16 +155,17 @@ def test_serving_is_said_when_requests_can_be_served(cluster):
 
 def test_workers_started_here_compute_as_they_are_told(cluster):
     cluster.plan(2)
+    cpu = min(os.sched_getaffinity(0))
     server = cluster.serve(
         *("--supervise", "--context", "256", "--kernels", "torch", "--dtype", "int8"),
-        *("--kv-memory", "0.25", "--device", "cpu", "--cpus", "0/0"),
+        *("--kv-memory", "0.25", "--device", "cpu", "--cpus", f"{cpu}/{cpu}"),
     )
     lines = [
         [word.decode() for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
         for pid in server.workers().values()
     ]
     for line in lines:
-        for name, value in (("--kernels", "torch"), ("--cpus", "0"), ("--kv-memory", "0.25")):
+        for name, value in (("--kernels", "torch"), ("--cpus", str(cpu)), ("--kv-memory", "0.25")):
             assert line[line.index(name) + 1] == value
     stages = server.pipeline()["stages"]
     assert [(each["precision"], each["kernels"]) for each in stages] == [("int8", "torch")] * 2

@@ -67,7 +67,7 @@ def raw(server, data=b"", receive_buffer=None):
     sock = socket.socket()
     if receive_buffer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    sock.settimeout(30)
+    sock.settimeout(300)
     sock.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
     sock.sendall(data)
     return sock
@@ -76,9 +76,13 @@ def raw(server, data=b"", receive_buffer=None):
 def ask(server, data):
     """Everything that is answered before the server closes the connection."""
     with raw(server, data) as sock:
-        answer = b""
-        while more := sock.recv(65536):
-            answer += more
+        return read_all(sock)
+
+
+def read_all(sock):
+    answer = b""
+    while more := sock.recv(65536):
+        answer += more
     return answer
 
 

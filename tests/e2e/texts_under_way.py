@@ -5,6 +5,8 @@ import signal
 import threading
 from contextlib import contextmanager
 
+from tests.e2e.conftest import stopped
+
 NUM_TOKENS = 250
 REQUESTS = [
     {"prompt": f"Request number {index} says hello", "temperature": 0.9 if index % 2 else 0,
@@ -16,17 +18,21 @@ _UNDISTURBED = []
 
 
 @contextmanager
-def completing(server):
-    """All requests are under way in the body; yields their texts, complete after it."""
-    for _ in range(5):  # on a busy machine they may be over before anybody has looked
+def completing(server, pid):
+    """All requests are under way in the body; yields their texts, complete after it.
+
+    There no step moves: the process of a stage, or of a link, is stopped until it is killed or
+    sent on its way.
+    """
+    for _ in range(20):  # on a busy machine they may be over before anybody has looked
         texts, threads = begin(server)
-        if texts == [None] * len(REQUESTS):
-            break
+        with stopped(pid):
+            if is_disturbed := server.num_running() == len(REQUESTS):
+                yield texts
         join(threads)
-    else:
-        raise AssertionError("they were over too soon to be disturbed")
-    yield texts
-    join(threads)
+        if is_disturbed:
+            return
+    raise AssertionError("they were over too soon to be disturbed")
 
 
 def begin(server):
@@ -46,7 +52,7 @@ def begin(server):
 
 def join(threads):
     for thread in threads:
-        thread.join(120)
+        thread.join(300)
 
 
 def expect_the_same_whoever_dies(server, expected, number=signal.SIGKILL, by_hand=None):
@@ -55,11 +61,10 @@ def expect_the_same_whoever_dies(server, expected, number=signal.SIGKILL, by_han
     They are supervised, or of the cluster `by_hand`, where each is started again here.
     """
     for count, victim in enumerate(range(3), start=1):
-        with completing(server) as texts:
-            if by_hand is None:
-                os.kill(server.workers()[victim], number)
-            else:
-                by_hand.workers[victim].send_signal(number)
+        pid = server.workers()[victim] if by_hand is None else by_hand.workers[victim].pid
+        with completing(server, pid) as texts:
+            os.kill(pid, number)
+            if by_hand is not None:
                 by_hand.start_worker(victim)
             server.wait_for_log("event=failover_complete", count)
         assert texts == expected
