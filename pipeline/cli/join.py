@@ -217,8 +217,10 @@ def _plan(
         stage["endpoint"] = {
             "control": _tcp(machine.address.endpoint),
             "data_in": _tcp(_data_in(machine)),
-            "data_out": _tcp(machine.home if after is None else _data_in(after)),
         }
+        data_out = machine.home if after is None else _data_in(after)
+        if data_out is not None:
+            stage["endpoint"]["data_out"] = _tcp(data_out)
     return build_manifest(fields, "cannot plan this")
 
 

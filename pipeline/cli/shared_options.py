@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from pydantic import Field
 
+from pipeline.agreement.addresses import FETCHES
 from pipeline.agreement.manifest import Manifest
 from pipeline.cli.logs import LogFormat
 from pipeline.cli.settings import Flag, Port
@@ -57,11 +58,15 @@ def results_address(
 
     None where no flag says so. Raises InputError.
     """
+    endpoint = manifest.stage(stage_idx).endpoint
+    if (address or port) and endpoint is not None and endpoint.data_out is None:
+        raise InputError(FETCHES)
     if port is None:
         return address
     if address is not None:
         raise InputError("--data-out-port: the other flag for results names a port already")
-    named = manifest.endpoint(stage_idx).data_out.to_endpoint()
+    data_out = manifest.endpoint(stage_idx).data_out
+    named = data_out and data_out.to_endpoint()
     if not isinstance(named, TcpEndpoint):
         raise InputError(f"--data-out-port {port}: results go to {named}, which is no TCP address")
     return TcpEndpoint(named.host, port)

@@ -61,7 +61,7 @@ class Pipeline:
         options: PipelineOptions,
         placement: Placement,
         connector: Connector,
-        listener: Listener,
+        listener: Listener | None,
         tasks: trio.Nursery,
     ) -> None:
         """`tasks` watch the stages for as long as they are there."""

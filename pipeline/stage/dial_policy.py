@@ -56,7 +56,8 @@ class DialPolicy:
     def _is_named(self, endpoint: Endpoint) -> bool:
         addresses = self.spec.endpoint
         if addresses is not None:
-            return endpoint == addresses.data_out.to_endpoint()
+            named = addresses.data_out
+            return named is not None and endpoint == named.to_endpoint()
         # Only the core of a manifest, in an enclave, which can reach nothing but its parent.
         return isinstance(endpoint, VsockEndpoint) and endpoint.cid in PARENT_CIDS
 

@@ -13,7 +13,6 @@ from pipeline.cli import join, pipeline_orch
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.machines import visits
 from pipeline.machines.measure import measure
-from tests.pipeline.conftest import reserve
 from tests.pipeline.machines.conftest import SOFTWARE, Rig
 from tests.pipeline.machines.test_machine import reference
 
@@ -65,12 +64,11 @@ def home(monkeypatch, capfd, tmp_path, tiny_model):
     monkeypatch.setenv("VEILPIPE_STATE_DIR", str(tmp_path / "home"))
     monkeypatch.setattr(join, "software_version", lambda: SOFTWARE)
     monkeypatch.setattr(visits, "measure", partial(measure, seconds=0.05))
-    results = str(reserve()).removeprefix("tcp:")
     manifest = tmp_path / "cluster.json"
 
     def run(*words):
         if words[0] == "join":
-            words = (*words, "--model-dir", tiny_model, "-o", manifest, "--home", results)
+            words = (*words, "--model-dir", tiny_model, "-o", manifest)
         else:
             words = (*words, "--manifest", manifest)
         monkeypatch.setattr(sys, "argv", ["pipeline-orch", *map(str, words)])

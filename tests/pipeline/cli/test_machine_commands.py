@@ -179,6 +179,25 @@ def test_an_interface_is_asked_for_its_address():
     assert found is None or not found.startswith("127.")
 
 
+def test_who_listens_by_ipv6_is_told_by_an_ipv6_address(monkeypatch, tmp_path):
+    listed = tmp_path / "if_inet6"
+    monkeypatch.setattr(own_address, "_IF_INET6", listed)
+    monkeypatch.setattr(own_address, "_FAR", ())
+    monkeypatch.setattr(own_address, "_of_an_interface", lambda: "10.1.2.3")
+    anywhere = TcpEndpoint("::", 9000)
+    own = ["00000000000000000000000000000001 01 80 10 80       lo"]
+    own += ["fe800000000000000000000000000003 02 40 20 80       e0"]
+    listed.write_text("\n".join(own) + "\n")
+    with pytest.raises(InputError, match="--address"):
+        own_address.own_address(anywhere)
+    own += ["fd770000000000000000000000000003 02 40 00 80       e0"]
+    listed.write_text("\n".join(own) + "\n")
+    assert own_address.own_address(anywhere) == TcpEndpoint("fd77::3", 9000)
+    listed.unlink()
+    with pytest.raises(InputError, match="--address"):
+        own_address.own_address(anywhere)
+
+
 def surveyed(*kernels):
     def each(index, name):
         address = SimpleNamespace(host_port=f"10.0.0.{index}:9000")
