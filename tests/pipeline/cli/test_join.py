@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli import join, pipeline_orch
+from pipeline.cli import cluster_plan, join, pipeline_orch
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.machines import visits
 from pipeline.machines.measure import measure
@@ -63,6 +63,7 @@ def home(monkeypatch, capfd, tmp_path, tiny_model):
     """Runs commands at home: exit code, stdout, stderr's lines."""
     monkeypatch.setenv("VEILPIPE_STATE_DIR", str(tmp_path / "home"))
     monkeypatch.setattr(join, "software_version", lambda: SOFTWARE)
+    monkeypatch.setattr(cluster_plan, "software_version", lambda: SOFTWARE)
     monkeypatch.setattr(visits, "measure", partial(measure, seconds=0.05))
     manifest = tmp_path / "cluster.json"
 
@@ -110,6 +111,7 @@ def test_from_lines_to_text_and_to_another_split(home, tmp_path, tiny_model, mon
         assert code == 1
         (error,) = errors(err)
         assert "has been used already, by SHA256:" in error
+        assert "that is this home: leave the line out" in error
         assert load_manifest(home.manifest) == before
 
         code, out, err = home("join", machines.line("c"), "--remove", machines.at("a"), "--push")
@@ -134,3 +136,26 @@ def test_from_lines_to_text_and_to_another_split(home, tmp_path, tiny_model, mon
     (error,) = errors(err)
     assert "cannot dial" in error
     assert "NAT" in error
+
+
+def test_a_machine_whose_line_was_used_before_something_failed_is_counted_in_next(
+    home, tmp_path, monkeypatch
+):
+    with Machines(tmp_path, ("a", "b")) as machines:
+        with monkeypatch.context() as older:
+            older.setattr(cluster_plan, "software_version", lambda: "1.0")
+            code, _, err = home("join", machines.line("a"))
+            assert code == 2
+            assert "install the same version" in errors(err)[0]
+        assert not home.manifest.exists()
+        code, out, err = home("join", machines.line("b"))
+        assert code == 0, err[-3:]
+        assert {row.split()[1] for row in out.splitlines()[1:]} == {
+            machines.at("a"), machines.at("b"),
+        }  # fmt: skip
+        assert not home.manifest.with_suffix(".joined").exists()
+        home.manifest.unlink()
+        home.manifest.with_suffix(".joined").write_text("no machine at all\n")
+        code, _, err = home("join")
+        assert code == 2
+        assert "is no list of machines" in errors(err)[0]
