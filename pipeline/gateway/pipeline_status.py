@@ -85,7 +85,8 @@ class Overview(Collector):
         stages: Callable[[], Sequence[RemoteStage]],
     ) -> None:
         """`stages` gives those of the session that stands, or nothing."""
-        self._specs = manifest.stages
+        # Of the manifest that is served now: with `--replan` another one comes after a loss.
+        self.specs = manifest.stages
         self._limits = limits
         self._stats = stats
         self._stages = stages
@@ -102,7 +103,7 @@ class Overview(Collector):
     def stages(self) -> tuple[StageView, ...]:
         """Every stage of the manifest."""
         connected = {stage.idx: stage for stage in self._stages()}
-        return tuple(_stage_view(spec, connected.get(spec.stage_idx)) for spec in self._specs)
+        return tuple(_stage_view(spec, connected.get(spec.stage_idx)) for spec in self.specs)
 
     def collect(self) -> Iterator[Metric]:
         """The same for Prometheus; called at every scrape."""

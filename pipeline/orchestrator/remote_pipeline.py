@@ -84,6 +84,11 @@ class Pipeline:
         tasks.start_soon(self._watch_progress)
 
     @property
+    def manifest(self) -> Manifest:
+        """Whose stages these are."""
+        return self._manifest
+
+    @property
     def stats(self) -> RunnerStats:
         """Counters so far."""
         losses = self._losses

@@ -1,8 +1,8 @@
 """Joining, pushing and generating by commands, with machines in a thread of this process."""
 
+import socket
 import sys
 import threading
-from contextlib import AsyncExitStack
 from functools import partial
 
 import pytest
@@ -26,6 +26,9 @@ class Machines:
         self.rig = Rig(directory)
         self.found = {}
         self._names = names
+        self._scopes = {}
+        self._held = []
+        self._ended = {name: threading.Event() for name in names}
         self._is_up = threading.Event()
         self._thread = threading.Thread(target=trio.run, args=(self._run,))
 
@@ -35,10 +38,18 @@ class Machines:
 
         self._over = trio.Event()
         self._token = trio.lowlevel.current_trio_token()
-        async with AsyncExitStack() as stack:
+
+        async def run(name, task_status):
+            with trio.CancelScope() as self._scopes[name]:
+                async with self.rig.machine(name, offers=yes, knows_home=False) as machine:
+                    self.found[name] = machine
+                    task_status.started()
+                    await self._over.wait()
+            self._ended[name].set()
+
+        async with trio.open_nursery() as nursery:
             for name in self._names:
-                machine = self.rig.machine(name, offers=yes, knows_home=False)
-                self.found[name] = await stack.enter_async_context(machine)
+                await nursery.start(run, name)
             self._is_up.set()
             await self._over.wait()
 
@@ -50,6 +61,19 @@ class Machines:
     def __exit__(self, *_):
         self._token.run_sync_soon(self._over.set)
         self._thread.join()
+        for sock in self._held:
+            sock.close()
+
+    def stop(self, name):
+        """Return when that machine is gone; what dials it is refused, for nobody gets its ports."""
+        machine = self.found[name]
+        held = [listener._sock.dup() for listener in (machine.control, machine.data_in)]
+        self._token.run_sync_soon(self._scopes[name].cancel)
+        assert self._ended[name].wait(60)
+        for sock in held:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+            sock.shutdown(socket.SHUT_RDWR)
+        self._held += held
 
     def line(self, name):
         return str(self.found[name].line)
