@@ -32,6 +32,7 @@ class LinkKind(IntEnum):
     PAIRING = 3  # bound to the machine's key, opened by a one-time secret
     PROVISION = 4  # bound to both ends' keys and to no manifest
     PROBE = 5  # between two machines, to see how far apart they are; bound to both keys
+    RESULTS = 6  # the last stage's results, where the orchestrator comes for them
 
 
 @dataclass(frozen=True, slots=True)

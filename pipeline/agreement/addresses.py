@@ -1,5 +1,6 @@
 """Where stages are: addresses as a manifest writes them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -13,6 +14,9 @@ from transport.dial_and_listen import (
     parse_endpoint,
 )
 from transport.errors import EndpointError
+
+# What to answer whoever names an address for results that nobody sends.
+FETCHES = "the manifest has the last stage dialed for its results; none arrive at an address here"
 
 
 class Strict(BaseModel):
@@ -71,13 +75,24 @@ class StageEndpoint(Strict):
 
     control: Address
     data_in: Address
-    data_out: Address
+    # None, of the last stage alone: the orchestrator dials its `data_in` for the results, too.
+    data_out: Address | None = None
 
     @model_validator(mode="after")
     def _addresses_parse(self) -> Self:
         for name in ("control", "data_in", "data_out"):
             try:
-                getattr(self, name).to_endpoint()
+                if (address := getattr(self, name)) is not None:
+                    address.to_endpoint()
             except EndpointError as error:
                 raise ValueError(f"{name}: {error}") from error
         return self
+
+
+def check_targets(endpoints: Sequence[StageEndpoint | None]) -> None:
+    """Raises ValueError where a stage other than the last names nobody to dial."""
+    for position, endpoint in enumerate(endpoints[:-1]):
+        if endpoint is not None and endpoint.data_out is None:
+            raise ValueError(
+                f"stages[{position}] has no data_out; only the last stage may leave that out"
+            )

@@ -6,15 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
 
-from pipeline.agreement.addresses import Address, StageEndpoint, Strict
+from pipeline.agreement.addresses import Address, StageEndpoint, Strict, check_targets
 from pipeline.codecs.base import ActivationCodec
 from pipeline.codecs.registry import make_codec
 from pipeline.dtypes import Precision
@@ -217,6 +211,7 @@ class Manifest(Strict):
     def _stages_cover_the_model(self) -> Self:
         if not self.stages:
             raise ValueError("stages is empty; a pipeline needs at least one stage")
+        check_targets([stage.endpoint for stage in self.stages])
         expected_start = 0
         for position, stage in enumerate(self.stages):
             where = f"stages[{position}]"

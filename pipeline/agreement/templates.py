@@ -55,5 +55,5 @@ def _filled(addresses: StageEndpoint, cid: int | None) -> StageEndpoint:
     )
 
 
-def _is_undecided(address: Address) -> bool:
+def _is_undecided(address: Address | None) -> bool:
     return isinstance(address, VsockAddress) and address.cid == VSOCK_UNDECIDED

@@ -30,7 +30,7 @@ class JoinFlags(Settings):
     dtype: DTypeFlag = None
     home: Annotated[
         Address | None,
-        Flag("ADDR", "Where results come in [here, port 9009]."),
+        Flag("ADDR", "Have the last machine bring results here [home dials it for them]."),
     ] = None
     mix_kernels: Annotated[
         bool, Flag(None, "Let machines compute with kernels that round differently.")

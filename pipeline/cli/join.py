@@ -1,11 +1,8 @@
 """`pipeline-orch join`: from lines, and what was joined before, to a manifest over machines."""
 
-import json
 import os
-import shutil
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -14,40 +11,24 @@ from pipeline.agreement.identity import (
     ORCHESTRATOR_KEY,
     fingerprint,
     own_identity,
-    public_hex,
     state_directory,
 )
-from pipeline.agreement.manifest import (
-    Manifest,
-    build_manifest,
-    check_precision,
-    dump_manifest,
-    load_manifest,
-)
+from pipeline.agreement.manifest import Manifest, check_precision, load_manifest
 from pipeline.cli.cluster_flags import JoinFlags, results_endpoint
+from pipeline.cli.cluster_plan import ClusterPlan
 from pipeline.cli.logs import tell as tell_as
-from pipeline.cli.progress import progress_bar
 from pipeline.cli.push import push_parts
-from pipeline.cli.shard_directories import parts_dir
 from pipeline.cli.software import software_version
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, SessionError
-from pipeline.files import check_writable, is_file, write_atomically
+from pipeline.files import check_writable, is_file
 from pipeline.machines.delivery import machines_of
+from pipeline.machines.newcomers import Newcomers
 from pipeline.machines.offer_line import OfferLine, parse_offer_line
-from pipeline.machines.survey import Survey, Surveyed, survey
-from pipeline.machines.visitor import Address, address_of, pairing, visiting
+from pipeline.machines.survey import Survey
+from pipeline.machines.visitor import Address, MachineRefuses, address_of, pairing, visiting
 from pipeline.models.config import load_config
-from pipeline.planning.measured_split import (
-    MachineSpeed,
-    MeasuredSplit,
-    Way,
-    load_of,
-    split_by_speed,
-)
-from pipeline.planning.plan import PlanOptions, plan
-from pipeline.planning.shard import cut_model
-from transport.dial_and_listen import TcpEndpoint
+from pipeline.planning.measured_split import MeasuredSplit
 
 tell = partial(tell_as, "pipeline-orch")
 
@@ -56,33 +37,39 @@ def join(lines: Sequence[str], flags: JoinFlags) -> None:
     """Pair, measure, plan, cut, and write the manifest. Raises PipelineError."""
     offered = _parse_all(lines)
     before = load_manifest(flags.output) if is_file(flags.output) else None
-    known = [] if before is None else machines_of(before)
+    newcomers = Newcomers(flags.output)
+    known = [*([] if before is None else machines_of(before)), *newcomers.read()]
     left_out = [_find(each, known) for each in flags.remove]
-    if not lines and not left_out and before is None:
+    if not lines and not known:
         raise InputError("give a line of `stage-worker offer` for each machine")
-    config = load_config(flags.model_dir)
+    load_config(flags.model_dir)
     check_writable(flags.output)
-    precision = _precision(flags, before)
-    home = results_endpoint(flags.home)
     own = own_identity(state_directory(os.environ), ORCHESTRATOR_KEY)
+    plan = ClusterPlan(
+        flags.model_dir,
+        flags.output,
+        _precision(flags, before),
+        own,
+        results_endpoint(flags.home),
+        flags.mix_kernels,
+    )
     kept = [each for each in known if each not in left_out]
 
     async def ask() -> Survey:
-        joined = [await _pair(line, own) for line in offered]
+        joined = [await _pair(line, own, newcomers) for line in offered]
         # One that was set up anew is at its old place with another key, or elsewhere with its own.
         new = {each.key for each in joined} | {each.endpoint for each in joined}
         old = [each for each in kept if not {each.key, each.endpoint} & new]
         addresses = [*old, *joined]
         if not addresses:
             raise InputError("no machine would be left; remove the manifest's file instead")
-        return await survey(addresses, own, config.head_dim, software_version(), home, tell)
+        return await plan.survey(addresses)
 
     found = trio.run(ask)
-    _check_kernels(found, flags)
-    split = _split(found, flags.model_dir, precision)
+    split = plan.split(found)
     _show(found, split)
-    manifest = _plan(found, split, flags.model_dir, precision, own)
-    _write(manifest, flags, precision)
+    plan.write(found, split)
+    newcomers.clear()
     for address in left_out:
         trio.run(_retire, address, own)
     if flags.push:
@@ -114,12 +101,18 @@ def _precision(flags: JoinFlags, before: Manifest | None) -> Precision:
     return (before and before.stages[0].precision) or "float32"
 
 
-async def _pair(line: OfferLine, own: X25519PrivateKey) -> Address:
+async def _pair(line: OfferLine, own: X25519PrivateKey, newcomers: Newcomers) -> Address:
     shown = fingerprint(own.public_key().public_bytes_raw())
     tell(f"joining {address_of(line)}; it may ask about this home: {shown}")
-    async with pairing(line, own) as visit:
-        await visit.join(software_version())
-        return visit.address
+    try:
+        async with pairing(line, own) as visit:
+            await visit.join(software_version())
+    except MachineRefuses as error:
+        if shown in str(error):
+            raise MachineRefuses(f"{error}; that is this home: leave the line out") from error
+        raise
+    newcomers.add(address_of(line))
+    return address_of(line)
 
 
 async def _retire(address: Address, own: X25519PrivateKey) -> None:
@@ -128,39 +121,6 @@ async def _retire(address: Address, own: X25519PrivateKey) -> None:
             await visit.retire()
     except SessionError as error:
         tell(f"left out, but not told: {error}")
-
-
-def _check_kernels(found: Survey, flags: JoinFlags) -> None:
-    by_kernels: dict[str, list[str]] = {}
-    for each in found.machines:
-        by_kernels.setdefault(each.description.kernels, []).append(each.address.host_port)
-    if len(by_kernels) > 1 and not flags.mix_kernels:
-        shown = "; ".join(f"{name}: {', '.join(where)}" for name, where in by_kernels.items())
-        raise InputError(
-            f"these machines compute with kernels that round differently ({shown}); texts would "
-            "depend on which machine has which layers: start some with --kernels torch, or give "
-            "--mix-kernels"
-        )
-
-
-def _split(found: Survey, model_dir: Path, precision: Precision) -> MeasuredSplit:
-    speeds = [
-        MachineSpeed(
-            each.address.host_port,
-            each.description.memory_bytes,
-            each.measured.bytes_per_second,
-            each.measured.flops,
-        )
-        for each in found.machines
-    ]
-    ways = {
-        hop: Way(each.round_trip_seconds, each.bytes_per_second) for hop, each in found.ways.items()
-    }
-    try:
-        return split_by_speed(load_of(model_dir, precision), speeds, ways)
-    except InputError as error:
-        why = next(iter(found.problems.values()), None)
-        raise InputError(f"{error} ({why})" if why else str(error)) from error
 
 
 def _show(found: Survey, split: MeasuredSplit) -> None:
@@ -190,57 +150,3 @@ def _show(found: Survey, split: MeasuredSplit) -> None:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
-
-
-def _plan(
-    found: Survey,
-    split: MeasuredSplit,
-    model_dir: Path,
-    precision: Precision,
-    own: X25519PrivateKey,
-) -> Manifest:
-    """The manifest of that split, by the model's own files; its parts are cut by it."""
-    options = PlanOptions(
-        len(split.ends),
-        orchestrator_keys=(public_hex(own),),
-        precision=precision,
-        ends=split.ends,
-    )
-    with progress_bar("hashing weights") as progress:
-        fields = json.loads(dump_manifest(plan(model_dir, options, progress)))
-    machines = [found.machines[index] for index in split.order]
-    for stage, machine, after in zip(
-        fields["stages"], machines, [*machines[1:], None], strict=True
-    ):
-        stage["machine_keys"] = [machine.address.key.hex()]
-        stage["kernels"] = machine.description.kernels
-        stage["endpoint"] = {
-            "control": _tcp(machine.address.endpoint),
-            "data_in": _tcp(_data_in(machine)),
-            "data_out": _tcp(machine.home if after is None else _data_in(after)),
-        }
-    return build_manifest(fields, "cannot plan this")
-
-
-def _tcp(endpoint: TcpEndpoint) -> dict[str, str]:
-    return {"type": "tcp", "addr": str(endpoint).removeprefix("tcp:")}
-
-
-def _data_in(machine: Surveyed) -> TcpEndpoint:
-    return TcpEndpoint(machine.address.endpoint.host, machine.description.data_port)
-
-
-def _write(manifest: Manifest, flags: JoinFlags, precision: Precision) -> None:
-    """Cut the parts beside the manifest's file, and write that once they are there."""
-    directory = parts_dir(flags.output)
-    new = directory.with_name(directory.name + ".new")
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        with progress_bar("cutting weights") as progress:
-            pinned = cut_model(manifest, flags.model_dir, new, precision, progress)
-        shutil.rmtree(directory, ignore_errors=True)
-        new.replace(directory)
-    except OSError as error:
-        raise InputError(f"cannot write {directory}: {error.strerror}") from error
-    write_atomically(flags.output, dump_manifest(pinned))
-    tell(f"wrote {flags.output}")

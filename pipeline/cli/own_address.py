@@ -4,6 +4,8 @@ import fcntl
 import socket
 import struct
 from contextlib import suppress
+from ipaddress import IPv6Address
+from pathlib import Path
 
 from pipeline.errors import InputError
 from transport.dial_and_listen import TcpEndpoint
@@ -13,6 +15,9 @@ _WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 (what is looked for)
 _FAR = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 _SIOCGIFADDR = 0x8915
 _IFREQ = struct.Struct("16s24s")
+# A line an address: hexadecimal, interface, prefix, scope, flags, name.
+_IF_INET6 = Path("/proc/net/if_inet6")
+_GLOBAL_SCOPE = "00"
 
 
 def own_address(listening: TcpEndpoint) -> TcpEndpoint:
@@ -25,7 +30,8 @@ def own_address(listening: TcpEndpoint) -> TcpEndpoint:
             with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
                 probe.connect((far, 9))
                 return TcpEndpoint(probe.getsockname()[0], listening.port)
-    if (host := _of_an_interface()) is not None:
+    found = _of_an_interface if family is socket.AF_INET else _of_an_interface_6
+    if (host := found()) is not None:
         return TcpEndpoint(host, listening.port)
     raise InputError("this machine has no address that others reach; give one with --address")
 
@@ -39,4 +45,14 @@ def _of_an_interface() -> str | None:
                 found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]
                 if (host := socket.inet_ntoa(found)) and not host.startswith("127."):
                     return host
+    return None
+
+
+def _of_an_interface_6() -> str | None:
+    """The first IPv6 address that others reach, beyond their own link too."""
+    with suppress(OSError):
+        for line in _IF_INET6.read_text().splitlines():
+            address, _, _, scope, *_ = line.split()
+            if scope == _GLOBAL_SCOPE:
+                return str(IPv6Address(bytes.fromhex(address)))
     return None

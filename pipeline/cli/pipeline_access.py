@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trio
@@ -16,11 +16,19 @@ from pipeline.cli.compute_options import SLOW_KERNELS
 from pipeline.cli.loading_bars import LoadingBars
 from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import PipelineFlags
+from pipeline.cli.replan import Replan
 from pipeline.cli.shard_directories import stage_dir
 from pipeline.codecs.rotated_int8 import RotatedInt8
 from pipeline.engine.limits import Limits
 from pipeline.engine.tokenizer import Tokenizer
-from pipeline.errors import InputError, PolicyError
+from pipeline.errors import (
+    InputError,
+    PipelineError,
+    PolicyError,
+    SessionError,
+    SessionRefused,
+    StageMismatch,
+)
 from pipeline.files import is_file
 from pipeline.leakage.cards import require_card
 from pipeline.orchestrator.epochs import ReplaySource
@@ -32,7 +40,7 @@ from pipeline.orchestrator.open_pipeline import (
     new_pipeline,
     open_pipeline,
 )
-from pipeline.orchestrator.outage import Watcher, outlast
+from pipeline.orchestrator.outage import LAST_PAUSE_SECONDS, Watcher, outlast
 from pipeline.placement.base import Placement
 from pipeline.placement.by_hand import ByHand
 from pipeline.placement.worker_supervisor import Supervisor
@@ -98,6 +106,8 @@ class PipelineAccess:
     options: PipelineOptions
     place: Callable[[trio.Nursery], Placement]
     is_resumable: bool
+    # Has the model split over the machines that are left; None where that is not wanted.
+    move: Callable[[], Awaitable["PipelineAccess"]] | None = None
 
     @classmethod
     def create(
@@ -130,13 +140,22 @@ class PipelineAccess:
             patience_ms=patience_ms,
             ends=_ends(source, flags),
         )
+        replan = _replan(source, flags) if flags.replan else None
+
+        async def move() -> PipelineAccess:
+            assert replan is not None  # else nobody is given this
+            found, path = await replan()
+            moved = replace(source, manifest=found, path=path)
+            return cls.create(moved, flags, limits, is_resumable=True, patience_ms=patience_ms)
+
         return cls(
             manifest=manifest,
             trust=trust,
             options=options,
             place=_placement(manifest, source, flags),
             # Of a worker that nobody trusts nobody expects that it stays.
-            is_resumable=is_resumable or manifest.part is not None,
+            is_resumable=is_resumable or replan is not None or manifest.part is not None,
+            move=None if replan is None else move,
         )
 
     async def run(
@@ -154,33 +173,68 @@ class PipelineAccess:
 
         Raises SessionError, and InputError for what workers started here cannot use.
         """
-        has_told = False
+        access, has_stood = self, False
 
-        async def tell_and_work(pipeline: Pipeline) -> None:
-            nonlocal has_told
-            bars.end()
-            if not has_told:
+        async def note_and_work(pipeline: Pipeline) -> None:
+            nonlocal has_stood
+            if not has_stood:
                 _tell_kernels(pipeline)
-            has_told = True
+            has_stood = True
             await work(pipeline)
 
+        while True:
+            try:
+                return await access._run(note_and_work, source, watcher, outlasts=outlasts)
+            except SessionError as error:
+                is_wrong = isinstance(error, SessionRefused | StageMismatch) and not has_stood
+                is_refused = isinstance(error, SessionRefused) and not outlasts
+                if access.move is None or is_wrong or is_refused:
+                    raise
+                access = await access._moved(error, watcher if outlasts else None)
+
+    async def _moved(self, error: SessionError, watcher: Watcher | None) -> "PipelineAccess":
+        """To the machines that are left; with a watcher, this again where that cannot be.
+
+        Raises PipelineError.
+        """
+        assert self.move is not None  # its caller has looked
+        logger.warning("event=replanning error=%s", error)
+        try:
+            return await self.move()
+        except PipelineError as problem:
+            if watcher is None:
+                raise
+            logger.error("event=not_replanned error=%s", problem)
+            watcher.away(SessionError(f"{error}; {problem}"))
+        await trio.sleep(LAST_PAUSE_SECONDS)
+        return self
+
+    async def _run(
+        self, work: Work, source: ReplaySource, watcher: Watcher | None, *, outlasts: bool
+    ) -> None:
+        """As `run`, over these stages alone."""
         new = new_pipeline if self.is_resumable else open_pipeline
         async with open_tasks() as tasks:
             placement = self.place(tasks)
             bars = LoadingBars(placement, len(self.manifest.stages))
             tasks.start_soon(bars.follow)
+
+            async def loaded_and_work(pipeline: Pipeline) -> None:
+                bars.end()
+                await work(pipeline)
+
             async with new(
                 self.manifest, self.trust, self.options, _progress, placement
             ) as pipeline:
                 patience_seconds = self.options.connect_seconds
                 if watcher is not None:
                     watcher.made(pipeline)
-                if watcher is not None and outlasts:
-                    await outlast(pipeline, tell_and_work, source, patience_seconds, watcher.away)
+                if watcher is not None and outlasts and self.move is None:
+                    await outlast(pipeline, loaded_and_work, source, patience_seconds, watcher.away)
                 elif self.is_resumable:
-                    await run_with_failover(pipeline, tell_and_work, source, patience_seconds)
+                    await run_with_failover(pipeline, loaded_and_work, source, patience_seconds)
                 else:
-                    await tell_and_work(pipeline)
+                    await loaded_and_work(pipeline)
             tasks.cancel_scope.cancel()
 
 
@@ -219,6 +273,17 @@ def _placement(
         return (*shared, *model, *own[stage_idx], *target)
 
     return lambda tasks: Supervisor(manifest, arguments, tasks)
+
+
+def _replan(source: ManifestSource, flags: PipelineFlags) -> Replan:
+    """What splits the model anew. Raises InputError where that cannot be."""
+    if flags.supervise or flags.identity is not None or mode_of(source.manifest) != PLAIN:
+        raise InputError("--replan is for machines that this home has joined, and plain manifests")
+    if source.model_dir is None:
+        raise InputError("--replan cuts the model anew; give --model-dir, the whole of it")
+    replan = Replan(source.manifest, source.path, source.model_dir)
+    replan.check()
+    return replan
 
 
 def end_tokens(manifest: Manifest, tokenizer: Tokenizer) -> frozenset[int]:

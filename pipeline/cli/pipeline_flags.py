@@ -62,6 +62,9 @@ class PipelineFlags(Settings):
         int | None, Flag("N", "Keep the latest N tokens; texts may be longer [keep all].")
     ] = None
     sinks: Annotated[int | None, Flag("N", f"And the first of all [{DEFAULT_SINKS}].")] = None
+    replan: Annotated[
+        bool, Flag(None, "Where a machine of yours stays lost, go on over those that are left.")
+    ] = False
     development: Development
     log_format: LogFormatFlag = LogFormat.TEXT
 

@@ -67,8 +67,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     if is_file(home / CONFIG_FILE):
         # Before the stages say it: requests may come first, and one with a token that the model
         # does not have would cost a stage.
-        model = load_config(home, manifest.config_hash)
-        tokenizer.check_vocabulary(model.vocab_size)
+        tokenizer.check_vocabulary(load_config(home, manifest.config_hash).vocab_size)
     config = _config(flags, manifest, home, tokenizer, limits)
     source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
     access = PipelineAccess.create(source, pipeline_flags, limits, is_resumable=True)
@@ -102,6 +101,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
                 stego = new_service(engine, tokenizer, manifest, home, pipeline, window)
                 logger.info("event=serving url=%s model=%s", url, config.served_model_name)
             engine.allow_reuse(pipeline.is_row_exact)
+            overview.specs = pipeline.manifest.stages
             service.open(pipeline)
             await engine.run(pipeline)
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from pydantic import Field
 
+from pipeline.agreement.addresses import FETCHES
 from pipeline.agreement.manifest import Manifest
 from pipeline.cli.logs import LogFormat
 from pipeline.cli.settings import Flag, Port
@@ -67,12 +68,16 @@ def results_address(
 
     None where no flag says so. Raises InputError.
     """
+    endpoint = manifest.stage(stage_idx).endpoint
+    if (address or port) and endpoint is not None and endpoint.data_out is None:
+        raise InputError(FETCHES)
     if port is None:
         return address
     if address is not None:
         raise InputError("--data-out-port: the other flag for results names a port already")
-    named = manifest.endpoint(stage_idx).data_out.to_endpoint()
-    if isinstance(named, UnixEndpoint):
+    data_out = manifest.endpoint(stage_idx).data_out
+    named = None if data_out is None else data_out.to_endpoint()
+    if named is None or isinstance(named, UnixEndpoint):
         raise InputError(f"--data-out-port {port}: results go to {named}, which has no such port")
     if named == VsockEndpoint(VSOCK_UNDECIDED, named.port):
         named = replace(named, cid=PARENT_CID)

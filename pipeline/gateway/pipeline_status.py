@@ -89,7 +89,8 @@ class Overview(Collector):
         ignores_measurements: bool = False,
     ) -> None:
         """`stages` gives those of the session that stands, or nothing."""
-        self._specs = manifest.stages
+        # Of the manifest that is served now: with `--replan` another one comes after a loss.
+        self.specs = manifest.stages
         self._limits = limits
         self._stats = stats
         self._stages = stages
@@ -109,7 +110,7 @@ class Overview(Collector):
         connected = {stage.idx: stage for stage in self._stages()}
         return tuple(
             _stage_view(spec, connected.get(spec.stage_idx), ignores=self._ignores_measurements)
-            for spec in self._specs
+            for spec in self.specs
         )
 
     def collect(self) -> Iterator[Metric]:

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pipeline.agreement.manifest import Manifest
 from pipeline.errors import InputError
 from pipeline.files import is_file
-from pipeline.machines.visitor import Address, visiting
+from pipeline.machines.visitor import Address, MachineRefuses, visiting
 from pipeline.models.config import CONFIG_FILE
 from pipeline.progress import Progress
 from pipeline.tasks import open_tasks
@@ -92,10 +92,28 @@ async def _deliver(
     async with visiting(delivery.address, own) as visit:
         began, num_bytes = trio.current_time(), 0
         for digest, path in delivery.files:
-            num_bytes += await visit.put(digest, path, progress)
+            try:
+                num_bytes += await visit.put(digest, path, progress)
+            except MachineRefuses:
+                await trio.to_thread.run_sync(_check_own, digest, path)
+                raise
         seconds = trio.current_time() - began
         await visit.serve(delivery.manifest_digest, delivery.stage_idx)
     tell(
         f"stage {delivery.stage_idx} is served by {delivery.address}: "
         f"{num_bytes / 1e6:.1f} MB sent in {seconds:.1f} s"
     )
+
+
+def _check_own(digest: str, path: Path) -> None:
+    """Raises InputError where it is the file here that is not what the manifest pins."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if found != digest:
+        raise InputError(
+            f"{path} has changed since it was cut; remove it, and have it cut again by "
+            "`pipeline-orch push --model-dir`"
+        )

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, SessionError
 from pipeline.machines.messages import Description, Measured, Probed
-from pipeline.machines.probe import probe_entrance
+from pipeline.machines.probe import probe, probe_entrance
 from pipeline.machines.visitor import Address, MachineRefuses, Visit, visiting
 from pipeline.protocol.peer_connections import accept_each
 from pipeline.tasks import open_tasks
@@ -17,7 +17,6 @@ from transport.errors import EndpointError
 
 # Home's place among the machines, where ways lead to.
 HOME = -1
-RESULTS_PORT = 9009
 _ANY = "0.0.0.0"  # noqa: S104 (while ways are measured, to whoever has a listed key)
 
 
@@ -28,8 +27,8 @@ class Surveyed:
     address: Address
     description: Description
     measured: Measured
-    # Where it would send results.
-    home: TcpEndpoint
+    # Where it would send results; None: home comes for them.
+    home: TcpEndpoint | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +49,12 @@ async def survey(
     home: TcpEndpoint | None,
     tell: Callable[[str], None],
 ) -> Survey:
-    """Visit all machines at once. No `home`: the address here by which each is reached.
+    """Visit all machines at once. No `home`: it comes for the results.
 
     Raises SessionError, and InputError for a machine of another version.
     """
     async with _visits(addresses, own) as visits:
-        tell(f"asking and measuring {len(visits)} machines")
+        tell(f"asking and measuring {len(visits)} machine{'s' if visits[1:] else ''}")
         machines: list[Surveyed | None] = [None] * len(visits)
 
         async def ask(index: int, visit: Visit) -> None:
@@ -65,9 +64,8 @@ async def survey(
                     f"{visit.address} runs veilpipe {description.software}, this one {software}; "
                     "install the same version on both"
                 )
-            where = home or TcpEndpoint(visit.own_host, RESULTS_PORT)
             measured = await visit.measure()
-            machines[index] = Surveyed(visit.address, description, measured, where)
+            machines[index] = Surveyed(visit.address, description, measured, home)
 
         async with open_tasks() as tasks:
             for index, visit in enumerate(visits):
@@ -84,21 +82,36 @@ async def _ways(
     """One after the other: two at once would share what is measured."""
     ways: dict[tuple[int, int], Probed] = {}
     problems: dict[tuple[int, int], str] = {}
-    public = own.public_key().public_bytes_raw()
     async with _at_home(machines, own):
         for here, visit in enumerate(visits):
-            for there, machine in [*enumerate(machines), (HOME, machines[here])]:
+            for there, machine in enumerate(machines):
                 if there == here:
                     continue
-                target, data_port = Address(machine.home, public), None
-                if there != HOME:
-                    await visits[there].admit(visit.address.key)
-                    target, data_port = machine.address, machine.description.data_port
+                await visits[there].admit(visit.address.key)
                 try:
-                    ways[here, there] = await visit.probe(target, data_port)
+                    ways[here, there] = await visit.probe(
+                        machine.address, machine.description.data_port
+                    )
                 except MachineRefuses as error:
                     problems[here, there] = str(error)
+            try:
+                ways[here, HOME] = await _way_home(visit, machines[here], own)
+            except SessionError as error:
+                problems[here, HOME] = str(error)
     return ways, problems
+
+
+async def _way_home(visit: Visit, machine: Surveyed, own: X25519PrivateKey) -> Probed:
+    """Measured from the end that will dial, which has to reach the other. Raises SessionError."""
+    public = own.public_key().public_bytes_raw()
+    if machine.home is not None:
+        return await visit.probe(Address(machine.home, public), None)
+    await visit.admit(public)
+    address = visit.address
+    try:
+        return await probe(own, address.endpoint, address.key, machine.description.data_port)
+    except SessionError as error:
+        raise SessionError(f"{address}: {error}") from error
 
 
 @asynccontextmanager
@@ -117,6 +130,7 @@ async def _at_home(machines: Sequence[Surveyed], own: X25519PrivateKey) -> Async
         listeners = [
             stack.enter_context(_listen_at(where))
             for where in {machine.home: None for machine in machines}
+            if where is not None
         ]
         async with open_tasks() as tasks:
             for listener in listeners:

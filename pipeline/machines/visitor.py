@@ -72,10 +72,8 @@ class Address:
 class Visit:
     """Questions and orders on one link."""
 
-    def __init__(self, address: Address, link: MachineLink, own_host: str) -> None:
+    def __init__(self, address: Address, link: MachineLink) -> None:
         self.address = address
-        # By which address of this machine's the other one is reached.
-        self.own_host = own_host
         self._link = link
 
     async def describe(self, head_dim: int) -> Description:
@@ -173,7 +171,8 @@ async def visiting(address: Address, own: X25519PrivateKey) -> AsyncIterator[Vis
     refusal = (
         f"{address} does not know this home, or its key is not {fingerprint(address.key)} any "
         "more: SOMEBODY ELSE MAY BE ANSWERING THERE; if it was set up anew, or does not run "
-        "`stage-worker serve` any more, pair it again with a line of `stage-worker offer`"
+        "`stage-worker serve` any more, pair it again with a line of `stage-worker offer`, or "
+        "leave it out by `pipeline-orch join --remove`"
     )
     async with _connected(address, link, knowing(own, address.key), refusal) as visit:
         yield visit
@@ -204,13 +203,12 @@ async def _connected(
     try:
         with trio.fail_after(HANDSHAKE_SECONDS):
             sock = await dial(address.endpoint)
-            own_host = str(sock.getsockname()[0])
             channel = await connect_channel(sock, link, credentials, LIMITS)
     except EndpointError as error:
         raise SessionError(
-            f"{error}; if {address} is behind a NAT or a firewall, let its two ports through, or "
-            "have both dial a `pipeline-relay` and give its address to `stage-worker offer "
-            "--address`"
+            f"{error}; a machine behind a NAT or a firewall has to be let in by: forward its two "
+            "ports, or run a `pipeline-relay` that reaches it, and give that address to "
+            "`stage-worker offer --address`"
         ) from error
     except HandshakeError as error:
         raise SessionError(refusal) from error
@@ -221,7 +219,7 @@ async def _connected(
     except (TransportError, trio.TooSlowError) as error:
         raise SessionError(f"{address}: {describe(error)}") from error
     try:
-        yield Visit(address, MachineLink(channel), own_host)
+        yield Visit(address, MachineLink(channel))
     finally:
         await close_quietly(channel)
 

@@ -26,7 +26,7 @@ from transport.channel import SecureChannel
 from transport.dial_and_listen import Endpoint, Listener
 from transport.errors import AttestationError, HandshakeError, TransportError
 from transport.handshake import Link, LinkKind, Role, RoleKind
-from transport.tensor_frames import TensorSpec
+from transport.tensor_frames import FrameLimits, TensorSpec
 
 Progress = Callable[[str], None]
 
@@ -67,21 +67,28 @@ class Connector:
         link = Link(
             LinkKind.CONTROL, ORCHESTRATOR, _stage_role(stage_idx), core_hash, CONTROL_EPOCH
         )
-        return ControlLink(await self._dial(stage_idx, link))
+        return ControlLink(await self._dial(stage_idx, link, CONTROL_LIMITS))
 
     async def first(self, epoch: bytes) -> SecureChannel:
         """The data channel to stage 0. Raises StageSilent or SessionError."""
         link = self._data_link(ORCHESTRATOR, _stage_role(0), epoch)
-        return await self._dial(0, link)
+        return await self._dial(0, link, SEND_ONLY_LIMITS)
 
-    async def results(self, listener: Listener, epoch: bytes, gate: StepGate) -> SecureChannel:
-        """The data channel from the last stage."""
+    async def results(
+        self, listener: Listener | None, epoch: bytes, gate: StepGate
+    ) -> SecureChannel:
+        """The data channel from the last stage, which is dialed where nobody listens for it.
+
+        Raises StageSilent or SessionError.
+        """
         last = self._manifest.stages[-1]
-        link = self._data_link(_stage_role(last.stage_idx), ORCHESTRATOR, epoch)
-        max_bytes = max_result_bytes(self._limits, MAX_VOCAB)
-        channel = await accept_first(
-            listener, link, self._trust, last.measurements(), gate.frame_limits(max_bytes)
-        )
+        role, core_hash = _stage_role(last.stage_idx), self._manifest.core_hash()
+        limits = gate.frame_limits(max_result_bytes(self._limits, MAX_VOCAB))
+        if listener is None:
+            link = Link(LinkKind.RESULTS, ORCHESTRATOR, role, core_hash, epoch)
+            return await self._dial(last.stage_idx, link, limits)
+        link = self._data_link(role, ORCHESTRATOR, epoch)
+        channel = await accept_first(listener, link, self._trust, last.measurements(), limits)
         self.num_handshakes += 1
         return channel
 
@@ -110,16 +117,20 @@ class Connector:
             downstream_measurements={} if is_last else stages[stage_idx + 1].measurements(),
         )
 
-    def data_out(self, stage_idx: int) -> str:
-        """Where a stage finds the next one now, or the last one its results' listener."""
-        return str(self._placement.where(stage_idx).data_out.to_endpoint())
+    def data_out(self, stage_idx: int) -> str | None:
+        """Where a stage finds the next one now, or the last one its results' listener.
+
+        None where that is dialed for its results.
+        """
+        address = self._placement.where(stage_idx).data_out
+        return None if address is None else str(address.to_endpoint())
 
     def _where(self, stage_idx: int, kind: LinkKind) -> Endpoint:
         addresses = self._placement.where(stage_idx)
         address = addresses.control if kind is LinkKind.CONTROL else addresses.data_in
         return address.to_endpoint()
 
-    async def _dial(self, stage_idx: int, link: Link) -> SecureChannel:
+    async def _dial(self, stage_idx: int, link: Link, limits: FrameLimits) -> SecureChannel:
         name = f"stage {stage_idx}'s {link.kind.name.lower()} channel"
         what = ""
 
@@ -140,7 +151,6 @@ class Connector:
 
         measurements = self._manifest.stage(stage_idx).measurements()
         credentials = self._trust.toward(link.responder, measurements)
-        limits = CONTROL_LIMITS if link.kind is LinkKind.CONTROL else SEND_ONLY_LIMITS
         try:
             channel = await connect_retrying(where, link, credentials, limits, on_wait)
         except trio.TooSlowError as error:

@@ -48,9 +48,12 @@ class Epochs:
     """Begins epochs: tells stages where to go back to, joins them up, and replays what is lost."""
 
     def __init__(
-        self, connector: Connector, listener: Listener, patience_ms: int, ends: ModelEnds
+        self, connector: Connector, listener: Listener | None, patience_ms: int, ends: ModelEnds
     ) -> None:
-        """`listener` takes the last stage's results; `patience_ms`: see `wait_in_place`."""
+        """`listener` takes the last stage's results; without one that is dialed for them.
+
+        `patience_ms`: see `wait_in_place`.
+        """
         self._ends = ends
         self.ready: tuple[Ready, ...] = ()
         self._connector = connector
@@ -114,12 +117,12 @@ class Epochs:
         gate = self._connector.new_gate()
         channels: dict[str, SecureChannel] = {}
 
-        async def accept_results() -> None:
+        async def open_results() -> None:
             channels["out"] = await self._connector.results(self._listener, epoch, gate)
 
         try:
             async with open_tasks() as tasks:
-                tasks.start_soon(accept_results)
+                tasks.start_soon(open_results)
                 channels["in"] = await self._connector.first(epoch)
             ready = []
             for stage in stages:

@@ -1,8 +1,9 @@
 """The orchestrator: opens a pipeline on the user's side and closes it again."""
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
+from pipeline.agreement.addresses import FETCHES
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust_policy import Trust
 from pipeline.errors import InputError, SessionError
@@ -38,16 +39,21 @@ async def new_pipeline(
         )
     placement = placement or ByHand(manifest)
     last = manifest.stages[-1].stage_idx
-    listen_at = options.data_out_listen or placement.where(last).data_out.to_endpoint()
+    named = placement.where(last).data_out
+    listen_at = options.data_out_listen
+    if named is None and listen_at is not None:
+        raise InputError(FETCHES)
+    if named is not None and listen_at is None:
+        listen_at = named.to_endpoint()
     limits = options.limits.for_session(
         manifest.activation_spec.codec, has_client_ends=manifest.has_client_ends
     )
     try:
-        listener = listen(listen_at)
+        listener = None if listen_at is None else listen(listen_at)
     except EndpointError as error:
         raise InputError(f"cannot listen for the last stage's results: {error}") from error
     connector = Connector(manifest, trust, limits, placement, progress)
-    with listener:
+    with listener or nullcontext():
         async with AsyncExitStack() as closing, open_tasks() as tasks:
             pipeline = Pipeline(manifest, options, placement, connector, listener, tasks)
             closing.push_async_callback(pipeline.aclose)

@@ -61,7 +61,7 @@ class Pipeline:
         options: PipelineOptions,
         placement: Placement,
         connector: Connector,
-        listener: Listener,
+        listener: Listener | None,
         tasks: trio.Nursery,
     ) -> None:
         """`tasks` watch the stages for as long as they are there."""
@@ -82,6 +82,11 @@ class Pipeline:
         self._link: StepLink | None = None
         self._orders = SlotOrders()
         tasks.start_soon(self._watch_progress)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Whose stages these are."""
+        return self._manifest
 
     @property
     def stats(self) -> RunnerStats:

@@ -67,7 +67,8 @@ class Init(StrictMessage):
     num_sinks: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     # Of the keys by which a stage is to encode what it keeps; None: it is to keep it as it is.
     seed: Annotated[bytes, Field(min_length=32, max_length=32)] | None = None
-    data_out: Address
+    # Where to dial; None, of the last stage: the orchestrator comes for the results.
+    data_out: Address | None = None
     upstream_measurements: Measurements
     downstream_measurements: Measurements
 
@@ -186,7 +187,7 @@ class Rewind(StrictMessage):
     lengths: Annotated[
         list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_SEGMENTS)
     ]
-    data_out: Address
+    data_out: Address | None = None
     replay_until: Annotated[int, Field(ge=1, lt=MAX_STAGES)] | None = None
 
 

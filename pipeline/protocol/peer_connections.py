@@ -48,27 +48,42 @@ async def accept_first(
     limits: FrameLimits,
 ) -> SecureChannel:
     """The first connection that authenticates as the link's initiator; others are dropped."""
-    accepted: list[SecureChannel] = []
-    is_accepted = trio.Event()
+    (channel,) = await accept_of_each(listener, ((link, measurements, limits),), trust)
+    return channel
 
-    async def welcome(channel: SecureChannel) -> None:
-        if accepted:
-            await close_quietly(channel)
-        else:
-            accepted.append(channel)
-            is_accepted.set()
+
+async def accept_of_each(
+    listener: Listener,
+    awaited: Sequence[tuple[Link, Mapping[int, bytes], FrameLimits]],
+    trust: Trust,
+) -> list[SecureChannel]:
+    """The first connection of each of these links, with what its initiator has to show."""
+    accepted: dict[int, SecureChannel] = {}
+    are_accepted = trio.Event()
+
+    def entrance(index: int) -> Entrance:
+        async def welcome(channel: SecureChannel) -> None:
+            if index in accepted:
+                await close_quietly(channel)
+                return
+            accepted[index] = channel
+            if len(accepted) == len(awaited):
+                are_accepted.set()
+
+        link, measurements, limits = awaited[index]
+        return Entrance(link, trust.toward(link.initiator, measurements), limits, welcome)
 
     try:
         async with open_tasks() as tasks:
-            credentials = trust.toward(link.initiator, measurements)
-            tasks.start_soon(accept_all, listener, link, credentials, limits, welcome)
-            await is_accepted.wait()
+            entrances = [entrance(index) for index in range(len(awaited))]
+            tasks.start_soon(accept_each, listener, lambda: entrances)
+            await are_accepted.wait()
             tasks.cancel_scope.cancel()
     except BaseException:  # cancelled between one's handshake and handing it over
-        for channel in accepted:
+        for channel in accepted.values():
             await close_quietly(channel)
         raise
-    return accepted[0]
+    return [accepted[index] for index in range(len(awaited))]
 
 
 async def accept_all(

@@ -1,6 +1,7 @@
 """A stage's data channels: the one it accepts, the one it dials, and what it waits for."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import trio
@@ -9,7 +10,7 @@ from pipeline.protocol.links import SEND_ONLY_LIMITS, ControlLink
 from pipeline.protocol.messages import Init, Waiting
 from pipeline.protocol.peer_connections import (
     ORCHESTRATOR,
-    accept_first,
+    accept_of_each,
     connect_retrying,
     describe,
 )
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 WAITING_SECONDS = 1.0
 
 Side = Literal["upstream", "downstream"]
+# A link, what its initiator has to show, and what may come on it.
+_Awaited = tuple[Link, Mapping[int, bytes], FrameLimits]
 
 
 class LinkBroken(Exception):
@@ -85,45 +88,52 @@ class Neighbours:
         self._waiting_for: str | None = None
 
     async def meet(
-        self, epoch: bytes, data_in: Listener, target: Target, channels: list[SecureChannel]
+        self, epoch: bytes, data_in: Listener, target: Target | None, channels: list[SecureChannel]
     ) -> tuple[SecureChannel, SecureChannel]:
         """Both channels of `epoch`; whatever has been opened is in `channels`, come what may.
+
+        Without a `target` the orchestrator dials here for the results.
 
         Raises LinkBroken when the stage behind refuses, or is not what it should be, and
         SessionRefused when `target` is no address that this one may dial.
         """
-        upstream: SecureChannel | None = None
-        downstream: SecureChannel | None = None
         self._waiting_for = None
+        awaited = [self._upstream(epoch)]
+        if target is None:
+            awaited.append(self._results(epoch))
+        accepted: list[SecureChannel] = []
 
         async def accept() -> None:
-            nonlocal upstream
-            upstream = await self._accept_upstream(epoch, data_in)
-            upstream.wait_in_place(self._setup.patience_ms)
-            channels.append(upstream)
-            self._meter.open(upstream)
+            accepted.extend(await accept_of_each(data_in, awaited, self._setup.trust))
+            accepted[0].wait_in_place(self._setup.patience_ms)
+            self._note(accepted, channels)
 
         async with open_tasks() as reporting:
             reporting.start_soon(self._report_waiting)
             async with open_tasks() as tasks:
                 tasks.start_soon(accept)
-                downstream = await self._dial_downstream(epoch, target)
-                channels.append(downstream)
-                self._meter.open(downstream)
+                if target is not None:
+                    downstream = await self._dial_downstream(epoch, target)
+                    self._note([downstream], channels)
             reporting.cancel_scope.cancel()
-        assert upstream is not None  # the task group has ended without an error
-        return upstream, downstream
+        upstream, *results = accepted  # the task group has ended without an error
+        return upstream, results[0] if target is None else downstream
 
-    async def _accept_upstream(self, epoch: bytes, data_in: Listener) -> SecureChannel:
+    def _note(self, opened: Sequence[SecureChannel], channels: list[SecureChannel]) -> None:
+        channels.extend(opened)
+        for channel in opened:
+            self._meter.open(channel)
+
+    def _upstream(self, epoch: bytes) -> _Awaited:
         stage_idx = self._setup.stage_idx
         peer = Role(RoleKind.STAGE, stage_idx - 1) if stage_idx else ORCHESTRATOR
-        return await accept_first(
-            data_in,
-            self._link(epoch, initiator=peer, responder=self._setup.role),
-            self._setup.trust,
-            self._init.upstream_measurements,
-            self._upstream_limits,
-        )
+        link = self._link(epoch, initiator=peer, responder=self._setup.role)
+        return link, self._init.upstream_measurements, self._upstream_limits
+
+    def _results(self, epoch: bytes) -> _Awaited:
+        core_hash, own = self._setup.manifest.core_hash(), self._setup.role
+        link = Link(LinkKind.RESULTS, ORCHESTRATOR, own, core_hash, epoch)
+        return link, {}, SEND_ONLY_LIMITS
 
     async def _dial_downstream(self, epoch: bytes, target: Target) -> SecureChannel:
         setup = self._setup

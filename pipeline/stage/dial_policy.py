@@ -63,7 +63,8 @@ class DialPolicy:
     def _is_named(self, endpoint: Endpoint) -> bool:
         addresses = self.spec.endpoint
         if addresses is not None:
-            named = addresses.data_out.to_endpoint()
+            data_out = addresses.data_out
+            named = None if data_out is None else data_out.to_endpoint()
             if not isinstance(named, VsockEndpoint) or named.cid != VSOCK_UNDECIDED:
                 return endpoint == named
             # A template's, by which the parent is meant.

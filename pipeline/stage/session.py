@@ -64,7 +64,7 @@ class _Epoch:
     """What the data channels of one stretch bind and lead to, and what comes first on them."""
 
     epoch: bytes
-    target: Target
+    target: Target | None
     replay_until: int | None = None
 
 

@@ -10,6 +10,7 @@ from pipeline.agreement.trust_policy import Trust
 from pipeline.codecs.base import ActivationCodec
 from pipeline.codecs.registry import make_codec
 from pipeline.dtypes import Precision
+from pipeline.errors import SessionRefused
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.step_limits import SessionLimits
 from pipeline.stage.activation_log import ActivationLog, log_bytes
@@ -73,10 +74,19 @@ class StageSetup:
         """What an orchestrator may have this stage dial."""
         return DialPolicy(self.manifest.stage(self.stage_idx), self.allow_dial)
 
-    def target(self, data_out: str) -> Target:
-        """Where results go, if the orchestrator says `data_out`. Raises SessionRefused."""
+    def target(self, data_out: str | None) -> Target | None:
+        """Where results go, if the orchestrator says `data_out`; None: it comes for them.
+
+        Raises SessionRefused.
+        """
         if self.data_out is not None:
             return Target(self.data_out, None)
+        if data_out is None:
+            if self.stage_idx < len(self.manifest.stages) - 1:
+                raise SessionRefused(
+                    f"stage {self.stage_idx} is told nobody to dial; only the last one is dialed"
+                )
+            return None
         return self.dial_policy.target(data_out)
 
 

@@ -64,10 +64,7 @@ class OwnMachines:
             time.sleep(0.05)
 
     def join(self, *words):
-        home = f"127.0.0.1:{self.ports.base + 35}"
-        return self.run(
-            "join", *words, "--model-dir", self.model_dir, "-o", self.manifest, "--home", home
-        )
+        return self.run("join", *words, "--model-dir", self.model_dir, "-o", self.manifest)
 
     def text(self):
         return self.run("--manifest", self.manifest, *WORDS)

@@ -135,8 +135,11 @@ class Deployment:
         )  # fmt: skip
 
     @asynccontextmanager
-    async def running(self):
-        """Start stages and relay; yields the manifest a user holds, with the relay's addresses."""
+    async def running(self, *, fetches=False):
+        """Start stages and relay; yields the manifest a user holds, with the relay's addresses.
+
+        `fetches`: the orchestrator dials the last stage for its results.
+        """
         with ExitStack() as stack:
 
             def bound():
@@ -158,13 +161,16 @@ class Deployment:
                 at = [address(front.endpoint) for front in fronts]
                 endpoints = [
                     StageEndpoint(control=at[0], data_in=at[1], data_out=at[3]),
-                    StageEndpoint(control=at[2], data_in=at[3], data_out=at[4]),
+                    StageEndpoint(
+                        control=at[2], data_in=at[3], data_out=None if fetches else at[4]
+                    ),
                 ]
                 stages = tuple(
                     stage.model_copy(update={"endpoint": endpoint})
                     for stage, endpoint in zip(self.pinned.stages, endpoints, strict=True)
                 )
-                yield self.pinned.model_copy(update={"stages": stages}), results
+                pinned = self.pinned.model_copy(update={"stages": stages})
+                yield pinned, None if fetches else results
                 nursery.cancel_scope.cancel()
 
     async def generate(self, manifest, results, num_tokens=12):

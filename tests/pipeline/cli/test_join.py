@@ -1,19 +1,18 @@
 """Joining, pushing and generating by commands, with machines in a thread of this process."""
 
+import socket
 import sys
 import threading
-from contextlib import AsyncExitStack
 from functools import partial
 
 import pytest
 import trio
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.cli import join, pipeline_orch
+from pipeline.cli import cluster_plan, join, pipeline_orch
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.machines import visits
 from pipeline.machines.measure import measure
-from tests.pipeline.conftest import reserve
 from tests.pipeline.machines.conftest import SOFTWARE, Rig
 from tests.pipeline.machines.test_machine import reference
 
@@ -27,6 +26,9 @@ class Machines:
         self.rig = Rig(directory)
         self.found = {}
         self._names = names
+        self._scopes = {}
+        self._held = []
+        self._ended = {name: threading.Event() for name in names}
         self._is_up = threading.Event()
         self._thread = threading.Thread(target=trio.run, args=(self._run,))
 
@@ -36,10 +38,18 @@ class Machines:
 
         self._over = trio.Event()
         self._token = trio.lowlevel.current_trio_token()
-        async with AsyncExitStack() as stack:
+
+        async def run(name, task_status):
+            with trio.CancelScope() as self._scopes[name]:
+                async with self.rig.machine(name, offers=yes, knows_home=False) as machine:
+                    self.found[name] = machine
+                    task_status.started()
+                    await self._over.wait()
+            self._ended[name].set()
+
+        async with trio.open_nursery() as nursery:
             for name in self._names:
-                machine = self.rig.machine(name, offers=yes, knows_home=False)
-                self.found[name] = await stack.enter_async_context(machine)
+                await nursery.start(run, name)
             self._is_up.set()
             await self._over.wait()
 
@@ -51,6 +61,19 @@ class Machines:
     def __exit__(self, *_):
         self._token.run_sync_soon(self._over.set)
         self._thread.join()
+        for sock in self._held:
+            sock.close()
+
+    def stop(self, name):
+        """Return when that machine is gone; what dials it is refused, for nobody gets its ports."""
+        machine = self.found[name]
+        held = [listener._sock.dup() for listener in (machine.control, machine.data_in)]
+        self._token.run_sync_soon(self._scopes[name].cancel)
+        assert self._ended[name].wait(60)
+        for sock in held:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+            sock.shutdown(socket.SHUT_RDWR)
+        self._held += held
 
     def line(self, name):
         return str(self.found[name].line)
@@ -64,13 +87,13 @@ def home(monkeypatch, capfd, tmp_path, tiny_model):
     """Runs commands at home: exit code, stdout, stderr's lines."""
     monkeypatch.setenv("VEILPIPE_STATE_DIR", str(tmp_path / "home"))
     monkeypatch.setattr(join, "software_version", lambda: SOFTWARE)
+    monkeypatch.setattr(cluster_plan, "software_version", lambda: SOFTWARE)
     monkeypatch.setattr(visits, "measure", partial(measure, seconds=0.05))
-    results = str(reserve()).removeprefix("tcp:")
     manifest = tmp_path / "cluster.json"
 
     def run(*words):
         if words[0] == "join":
-            words = (*words, "--model-dir", tiny_model, "-o", manifest, "--home", results)
+            words = (*words, "--model-dir", tiny_model, "-o", manifest)
         else:
             words = (*words, "--manifest", manifest)
         monkeypatch.setattr(sys, "argv", ["pipeline-orch", *map(str, words)])
@@ -112,6 +135,7 @@ def test_from_lines_to_text_and_to_another_split(home, tmp_path, tiny_model, mon
         assert code == 1
         (error,) = errors(err)
         assert "has been used already, by SHA256:" in error
+        assert "that is this home: leave the line out" in error
         assert load_manifest(home.manifest) == before
 
         code, out, err = home("join", machines.line("c"), "--remove", machines.at("a"), "--push")
@@ -136,3 +160,26 @@ def test_from_lines_to_text_and_to_another_split(home, tmp_path, tiny_model, mon
     (error,) = errors(err)
     assert "cannot dial" in error
     assert "NAT" in error
+
+
+def test_a_machine_whose_line_was_used_before_something_failed_is_counted_in_next(
+    home, tmp_path, monkeypatch
+):
+    with Machines(tmp_path, ("a", "b")) as machines:
+        with monkeypatch.context() as older:
+            older.setattr(cluster_plan, "software_version", lambda: "1.0")
+            code, _, err = home("join", machines.line("a"))
+            assert code == 2
+            assert "install the same version" in errors(err)[0]
+        assert not home.manifest.exists()
+        code, out, err = home("join", machines.line("b"))
+        assert code == 0, err[-3:]
+        assert {row.split()[1] for row in out.splitlines()[1:]} == {
+            machines.at("a"), machines.at("b"),
+        }  # fmt: skip
+        assert not home.manifest.with_suffix(".joined").exists()
+        home.manifest.unlink()
+        home.manifest.with_suffix(".joined").write_text("no machine at all\n")
+        code, _, err = home("join")
+        assert code == 2
+        assert "is no list of machines" in errors(err)[0]

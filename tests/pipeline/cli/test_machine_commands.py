@@ -7,6 +7,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +17,7 @@ from typer.main import get_command
 from pipeline.agreement.identity import ORCHESTRATOR_KEY, own_identity
 from pipeline.agreement.manifest import dump_manifest
 from pipeline.cli import machine, own_address, pipeline_orch
-from pipeline.cli.cluster_flags import JoinFlags
-from pipeline.cli.join import _check_kernels
+from pipeline.cli.cluster_plan import ClusterPlan
 from pipeline.cli.progress import progress_rows
 from pipeline.cli.software import software_version
 from pipeline.errors import InputError
@@ -179,6 +180,25 @@ def test_an_interface_is_asked_for_its_address():
     assert found is None or not found.startswith("127.")
 
 
+def test_who_listens_by_ipv6_is_told_by_an_ipv6_address(monkeypatch, tmp_path):
+    listed = tmp_path / "if_inet6"
+    monkeypatch.setattr(own_address, "_IF_INET6", listed)
+    monkeypatch.setattr(own_address, "_FAR", ())
+    monkeypatch.setattr(own_address, "_of_an_interface", lambda: "10.1.2.3")
+    anywhere = TcpEndpoint("::", 9000)
+    own = ["00000000000000000000000000000001 01 80 10 80       lo"]
+    own += ["fe800000000000000000000000000003 02 40 20 80       e0"]
+    listed.write_text("\n".join(own) + "\n")
+    with pytest.raises(InputError, match="--address"):
+        own_address.own_address(anywhere)
+    own += ["fd770000000000000000000000000003 02 40 00 80       e0"]
+    listed.write_text("\n".join(own) + "\n")
+    assert own_address.own_address(anywhere) == TcpEndpoint("fd77::3", 9000)
+    listed.unlink()
+    with pytest.raises(InputError, match="--address"):
+        own_address.own_address(anywhere)
+
+
 def surveyed(*kernels):
     def each(index, name):
         address = SimpleNamespace(host_port=f"10.0.0.{index}:9000")
@@ -188,11 +208,11 @@ def surveyed(*kernels):
 
 
 def test_kernels_that_round_differently_are_mixed_by_a_flag_alone():
-    flags = JoinFlags(model_dir="d")
-    _check_kernels(surveyed("native", "native"), flags)
+    cluster = ClusterPlan(Path("d"), Path("cluster.json"), "float32", own=None)
+    cluster.check_kernels(surveyed("native", "native"))
     with pytest.raises(InputError, match=r"native: 10\.0\.0\.0:9000; torch: 10\.0\.0\.1:9000"):
-        _check_kernels(surveyed("native", "torch"), flags)
-    _check_kernels(surveyed("native", "torch"), JoinFlags(model_dir="d", mix_kernels=True))
+        cluster.check_kernels(surveyed("native", "torch"))
+    replace(cluster, mixes_kernels=True).check_kernels(surveyed("native", "torch"))
 
 
 def test_the_version_is_the_installations():

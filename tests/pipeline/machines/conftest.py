@@ -56,6 +56,7 @@ class Rig:
             compute = Compute("auto", "cpu", 1, 64 << 20)
             machine = Machine(own, directory, store, compute, SOFTWARE, data_in)
             key = own.public_key().public_bytes_raw()
+            machine.control = control
             machine.address = Address(control.endpoint, key)
             if knows_home:
                 machine.let_in(self.home_key)

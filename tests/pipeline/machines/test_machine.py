@@ -33,7 +33,6 @@ from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model
 from pipeline.sampling.params import SamplingParams
-from tests.pipeline.conftest import reserve
 
 PROMPT = tuple(range(100, 132))
 
@@ -48,32 +47,31 @@ def written(rig, tiny_model, machines, name="cluster", **changes):
         len(machines), orchestrator_keys=(public_hex(rig.home),), precision="float32"
     )
     fields = json.loads(dump_manifest(plan(tiny_model, options)))
-    results = reserve()
-    ends = [machine.data_in.endpoint for machine in machines[1:]] + [results]
-    for stage, machine, after in zip(fields["stages"], machines, ends, strict=True):
+    for stage, machine, after in zip(
+        fields["stages"], machines, [*machines[1:], None], strict=True
+    ):
         stage["machine_keys"] = [machine.address.key.hex()]
         stage["kernels"] = machine.kernels(16).name
         stage["endpoint"] = {
             "control": tcp(machine.address.endpoint),
             "data_in": tcp(machine.data_in.endpoint),
-            "data_out": tcp(after),
         }
+        if after is not None:
+            stage["endpoint"]["data_out"] = tcp(after.data_in.endpoint)
     fields |= changes
     parts = rig.directory / f"{name}.parts"
     manifest = cut_model(build_manifest(fields, "test"), tiny_model, parts, "float32")
     path = rig.directory / f"{name}.json"
     path.write_text(dump_manifest(manifest))
     everything = deliveries(manifest, path, partial(stage_dir, parts))
-    return SimpleNamespace(
-        manifest=manifest, path=path, parts=parts, deliveries=everything, results=results
-    )
+    return SimpleNamespace(manifest=manifest, path=path, parts=parts, deliveries=everything)
 
 
 async def generate(rig, cluster, own=None):
     identity = rig.directory / "home" / ORCHESTRATOR_KEY
     trust = UserTrust.create(cluster.manifest, identity)
     limits = Limits(1, 256, chunk_tokens=16, num_stages=len(cluster.manifest.stages))
-    options = PipelineOptions(limits, connect_seconds=10, data_out_listen=cluster.results)
+    options = PipelineOptions(limits, connect_seconds=10)
     engine, tokens = PipelineEngine(limits), []
     generation = Generation(PROMPT, 12, frozenset(), SamplingParams())
     engine.submit(generation, lambda output: tokens.append(output.token_id))
@@ -184,6 +182,17 @@ async def test_a_part_that_is_not_what_it_is_called_is_refused_and_the_visit_goe
         assert await visit.parts() == []
 
 
+async def test_a_part_that_has_changed_at_home_is_named_with_what_to_do(rig, tiny_model):
+    async with machines(rig, "a") as (machine,):
+        cluster = written(rig, tiny_model, [machine])
+        path = cluster.parts / "stage0" / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=r"model\.safetensors has changed .*--model-dir"):
+            await deliver(rig.home, cluster.deliveries, quietly, quietly)
+
+
 async def test_what_serves_is_not_removed_and_what_is_missing_does_not_serve(rig, tiny_model):
     async with machines(rig, "a") as (machine,):
         cluster = written(rig, tiny_model, [machine])
@@ -251,9 +260,7 @@ async def test_two_homes_take_turns(rig, tiny_model):
         await deliver(rig.home, cluster.deliveries, quietly, quietly)
         identity = rig.directory / "home" / ORCHESTRATOR_KEY
         trust = UserTrust.create(cluster.manifest, identity)
-        options = PipelineOptions(
-            Limits(1, 64), connect_seconds=10, data_out_listen=cluster.results
-        )
+        options = PipelineOptions(Limits(1, 64), connect_seconds=10)
         async with (
             open_pipeline(cluster.manifest, trust, options, quietly),
             visiting(machine.address, other) as visit,
@@ -306,9 +313,7 @@ async def test_the_home_of_a_session_may_end_it(rig, tiny_model):
         cluster = written(rig, tiny_model, [machine])
         await deliver(rig.home, cluster.deliveries, quietly, quietly)
         trust = UserTrust.create(cluster.manifest, rig.directory / "home" / ORCHESTRATOR_KEY)
-        options = PipelineOptions(
-            Limits(1, 64), connect_seconds=10, data_out_listen=cluster.results
-        )
+        options = PipelineOptions(Limits(1, 64), connect_seconds=10)
 
         async def retire_while_it_runs():
             async with open_pipeline(cluster.manifest, trust, options, quietly):

@@ -125,7 +125,7 @@ def test_a_field_out_of_range_is_refused(field, value):
         {"replay_until": 0},
         {"replay_until": 256},
         {"data_out": "x" * 2000},
-        {"data_out": None},
+        {"data_out": 7},
     ],
 )
 def test_a_rewind_out_of_range_is_refused(change):
