@@ -267,7 +267,6 @@ class Desk:
 
         Waits for the model to stand.
         """
-        await self._wait_open()
         messages = [{"role": "user", "content": text}]
         order = Order(
             model=self.config.served_model_name,
@@ -275,6 +274,13 @@ class Desk:
             conversation=Conversation(messages) if is_message else None,
             prompts=() if is_message else (text,),
         )
+        return await self.encode(order)
+
+    async def encode(self, order: Order) -> TokenIds:
+        """The tokens of an order's one prompt; checked. Raises ApiError. Waits for the model."""
+        if order.model is not None:
+            self.check_model(order.model)
+        await self._wait_open()
         ((prompt_ids,), _) = await self._encode_all(order)
         return prompt_ids
 
@@ -296,8 +302,9 @@ class Desk:
         if order.conversation is not None:
             adds = bool(order.adds_special_tokens)
             render = partial(rendered, self.config, order.conversation)
-            text, is_thinking = await self._in_thread(render, self._rendering, "messages")
-            return (await self._encode(text, adds, order, "messages"),), is_thinking
+            param = order.conversation.param
+            text, is_thinking = await self._in_thread(render, self._rendering, param)
+            return (await self._encode(text, adds, order, param),), is_thinking
         adds = order.adds_special_tokens is not False
         prompts = tuple(
             [

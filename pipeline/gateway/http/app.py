@@ -19,9 +19,10 @@ from starlette.routing import Route
 from pipeline.gateway.desk import Desk, Job
 from pipeline.gateway.errors import ApiError, Kind
 from pipeline.gateway.generation_order import Order
-from pipeline.gateway.http.client_exchange import SMALL_BYTES, Exchange
+from pipeline.gateway.http.client_exchange import Exchange
 from pipeline.gateway.http.completion_formats import ChatFormat, CompletionFormat
 from pipeline.gateway.http.counters import HttpMetrics
+from pipeline.gateway.http.dialects import dialect_routes
 from pipeline.gateway.http.errors import to_response
 from pipeline.gateway.http.middleware import Edge
 from pipeline.gateway.http.responses import Answer, Wanted
@@ -49,6 +50,7 @@ def build_app(
     the body in its request's exchange. `page`: what anybody may read.
     """
     metrics = metrics or HttpMetrics(registry)
+    more = (*more, *dialect_routes(desk))
     door = Door(desk, registry, readiness)
     watched = [] if overview is None else [_pipeline_route(desk, overview, readiness)]
     return Starlette(
@@ -151,13 +153,11 @@ class Door:
         """The body, and what it asks for. Raises ApiError."""
         exchange: Exchange = request.state.exchange
 
-        def parse() -> tuple[_Body, Order]:
-            body = parse_untrusted(schema, exchange.body)
+        def parse(raw: bytes) -> tuple[_Body, Order]:
+            body = parse_untrusted(schema, raw)
             return body, body.order(self._desk.config.sampling_defaults)
 
-        if len(exchange.body) <= SMALL_BYTES:
-            return parse()
-        return await trio.to_thread.run_sync(parse)
+        return await exchange.understand(parse)
 
     async def _prepare(self, order: Order, request: Request) -> Job:
         exchange: Exchange = request.state.exchange
@@ -186,7 +186,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
         Middleware(
             CORSMiddleware,
             allow_origins=list(origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
@@ -207,9 +207,10 @@ def _pipeline_route(desk: Desk, overview: Overview, readiness: Callable[[], Read
     return Route("/pipeline", show)
 
 
-async def _refuse_route(_: Request, error: Exception) -> Response:
+async def _refuse_route(request: Request, error: Exception) -> Response:
     """A path or method that does not exist."""
     assert isinstance(error, HTTPException)  # what it is registered for
     is_there = error.status_code == HTTPStatus.METHOD_NOT_ALLOWED
     kind = Kind.NOT_ALLOWED if is_there else Kind.NOT_FOUND
-    return to_response(ApiError(kind, f"{HTTPStatus(error.status_code).phrase}."), error.headers)
+    refusal = ApiError(kind, f"{HTTPStatus(error.status_code).phrase}.")
+    return to_response(refusal, request.url.path, error.headers)

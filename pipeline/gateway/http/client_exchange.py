@@ -1,6 +1,7 @@
 """One request's two directions, as the endpoint sees them."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import trio
 from starlette.types import Message, Receive, Scope, Send
@@ -14,6 +15,8 @@ from pipeline.gateway.metrics import RequestRecord
 SMALL_BYTES = 1 << 14
 # A client that sends a body reads the answer afterwards; closing before resets its connection.
 _DRAIN_SECONDS = 1.0
+
+_Read = TypeVar("_Read")
 
 
 class BodyBudget:
@@ -76,6 +79,15 @@ class Exchange:
             )
         self.body = bytes(body)
 
+    async def understand(self, read: Callable[[bytes], _Read]) -> _Read:
+        """What the body says; a large one is read in a thread, where others need not wait for it.
+
+        Raises what `read` does.
+        """
+        if len(self.body) <= SMALL_BYTES:
+            return read(self.body)
+        return await trio.to_thread.run_sync(read, self.body)
+
     def forget_body(self) -> None:
         """It has been understood, or never will be."""
         self._budget.give_back(self._num_held)
@@ -100,7 +112,7 @@ class Exchange:
             await self.send(message)
 
         self.forget_body()
-        await to_response(error)(scope, self.receive, send)
+        await to_response(error, scope["path"])(scope, self.receive, send)
 
     async def _next_chunk(self) -> bytes:
         message = await self._receive()
