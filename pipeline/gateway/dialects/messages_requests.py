@@ -21,8 +21,12 @@ from pipeline.gateway.structured_output import json_grammar
 from pipeline.gateway.tool_use import ToolUse, tool_use
 from pipeline.gateway.unsupported_fields import check_fields
 
-# Bookkeeping, and what makes long conversations cheaper.
-_HARMLESS = frozenset({"metadata", "service_tier", "context_management", "inference_geo"})
+# Bookkeeping, and what makes long conversations cheaper; how an answer is made, where tokens are
+# counted.
+_HARMLESS = frozenset(
+    {"metadata", "service_tier", "context_management", "inference_geo", "max_tokens", "stream",
+     "stop_sequences", "temperature", "top_p", "top_k"}
+)  # fmt: skip
 _WITHOUT_EFFECT: Mapping[str, tuple[object, ...]] = {"mcp_servers": ([],)}
 _TEXT = frozenset({"text"})
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}

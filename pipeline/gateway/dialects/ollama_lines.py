@@ -88,14 +88,14 @@ class OllamaTelling:
     def _figures(self) -> dict[str, Any]:
         """Durations in nanoseconds."""
         record = self._job.record
-        total = trio.current_time() - record.started
-        first = total if record.ttft is None else record.ttft
+        total = int((trio.current_time() - record.started) * 1e9)
+        first = total if record.ttft is None else int(record.ttft * 1e9)
         return {
             "done_reason": self._reason,
-            "total_duration": int(total * 1e9),
+            "total_duration": total,
             "load_duration": 0,
             "prompt_eval_count": self._job.num_prompt,
-            "prompt_eval_duration": int(first * 1e9),
+            "prompt_eval_duration": first,
             "eval_count": record.num_generated,
-            "eval_duration": int((total - first) * 1e9),
+            "eval_duration": total - first,
         }

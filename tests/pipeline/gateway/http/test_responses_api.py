@@ -236,7 +236,7 @@ async def test_what_cannot_be_had_is_refused_by_name(start, make_engine, fields,
 
     def use(client):
         with pytest.raises(openai.BadRequestError) as caught:
-            client.responses.create(**{"model": MODEL, "input": "Hi", "extra_body": fields})
+            client.responses.create(model=MODEL, input="Hi", extra_body=fields)
         return caught.value
 
     async with start(engine) as gateway:
