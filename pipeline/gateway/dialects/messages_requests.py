@@ -21,12 +21,15 @@ from pipeline.gateway.structured_output import json_grammar
 from pipeline.gateway.tool_use import ToolUse, tool_use
 from pipeline.gateway.unsupported_fields import check_fields
 
-# Bookkeeping, and what makes long conversations cheaper; how an answer is made, where tokens are
-# counted.
-_HARMLESS = frozenset(
-    {"metadata", "service_tier", "context_management", "inference_geo", "max_tokens", "stream",
-     "stop_sequences", "temperature", "top_p", "top_k"}
+# Bookkeeping, where and how fast an answer is made, and what makes long conversations cheaper.
+_BOOKKEEPING = frozenset(
+    {"metadata", "service_tier", "inference_geo", "speed", "diagnostics", "user_profile_id",
+     "workspace_id", "cache_control", "context_management"}
 )  # fmt: skip
+# Where tokens are counted, how an answer to them is made.
+_HARMLESS = _BOOKKEEPING | {
+    "max_tokens", "stream", "stop_sequences", "temperature", "top_p", "top_k"
+}  # fmt: skip
 _WITHOUT_EFFECT: Mapping[str, tuple[object, ...]] = {"mcp_servers": ([],)}
 _TEXT = frozenset({"text"})
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -61,7 +64,8 @@ class CountRequest(Schema):
     @property
     def shows_thoughts(self) -> bool:
         """Whether what the model thinks is part of the answer: where that is asked for."""
-        return (self.thinking or {}).get("type") in {"enabled", "adaptive"}
+        asked = self.thinking or {"type": "disabled"}
+        return asked.get("type") != "disabled" and asked.get("display") != "omitted"
 
     def conversation(self, config: GatewayConfig) -> Conversation:
         """What is to be answered, or gone on with. Raises ApiError."""
@@ -71,13 +75,12 @@ class CountRequest(Schema):
         for i, turn in enumerate(self.messages):
             _add_turn(turns, turn, f"messages[{i}]")
         effort = (self.output_config or {}).get("effort")
+        thinks = (self.thinking or {}).get("type", "disabled") != "disabled"
         return Conversation(
             turns.for_template(),
             continues_last=self.messages[-1].role == "assistant",
             adds_turn=self.messages[-1].role != "assistant",
-            variables=thinking_variables(
-                config.chat_template, thinks=self.shows_thoughts, effort=effort
-            ),
+            variables=thinking_variables(config.chat_template, thinks=thinks, effort=effort),
             tools=self._tool_use(),
         )
 

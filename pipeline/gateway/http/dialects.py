@@ -4,6 +4,7 @@ Each reads its body into the desk's order and tells of what the desk generates; 
 records are those of all endpoints.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -36,8 +37,9 @@ from pipeline.gateway.http.completion_formats import ChatFormat
 from pipeline.gateway.http.told_answer import LINES, NAMED_EVENTS, ToldAnswer
 from pipeline.gateway.openai_requests import parse_untrusted
 
-# Anthropic's, of which this is the one that clients speak.
+# Anthropic's, each named after the day of its first use; messages have been as they are since.
 _ANTHROPIC_VERSION = "2023-06-01"
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 
 _Items = Sequence[Mapping[str, Any]]
 _Messages = TypeVar("_Messages", bound=CountRequest)
@@ -133,9 +135,9 @@ class MessagesDoor:
     async def _read(self, schema: type[_Messages], request: Request) -> tuple[_Messages, Order]:
         """The body, and what it asks for. Raises ApiError."""
         said = request.headers.get("anthropic-version", _ANTHROPIC_VERSION)
-        if said != _ANTHROPIC_VERSION:
+        if not _DAY.fullmatch(said) or said < _ANTHROPIC_VERSION:
             name = "anthropic-version"
-            raise invalid(f"{name}: this server speaks {_ANTHROPIC_VERSION}.", name)
+            raise invalid(f"{name}: give {_ANTHROPIC_VERSION}, or a later one.", name)
         exchange: Exchange = request.state.exchange
 
         def read(raw: bytes) -> tuple[_Messages, Order]:

@@ -192,9 +192,12 @@ async def test_a_key_may_come_as_anthropics_clients_send_it_and_errors_are_their
     assert await failure(401, {"x-api-key": "wrong"}) == "authentication_error"
     assert await failure(401, {"host": "localhost"}) == "authentication_error"
     assert await failure(404, model="other") == "not_found_error"
-    assert await failure(400, {**HEADERS, "anthropic-version": "1"}) == "invalid_request_error"
+    for version in ("1", "2023-01-01", "2026-1-1"):
+        headers = {**HEADERS, "anthropic-version": version}
+        assert await failure(400, headers) == "invalid_request_error"
     assert await failure(400, max_tokens=0) == "invalid_request_error"
-    (answer,) = await ask(make_engine(), {}, headers={"authorization": f"Bearer {KEY}"})
+    later = {"authorization": f"Bearer {KEY}", "anthropic-version": "2026-10-21"}
+    (answer,) = await ask(make_engine(), {}, headers=later)
     assert answer.status_code == 200
 
 
@@ -235,6 +238,6 @@ async def test_what_changes_no_answer_is_taken(ask):
     (answer,) = await ask(
         None,
         {"metadata": {"user_id": "u"}, "service_tier": "auto", "thinking": {"type": "disabled"},
-         "context_management": {"edits": []}, "mcp_servers": []},
+         "context_management": {"edits": []}, "mcp_servers": [], "cache_control": {"type": "x"}},
     )  # fmt: skip
     assert answer.status_code == 200, answer.text
