@@ -45,7 +45,7 @@ until python -I -c 'import sys, httpx; sys.exit(not httpx.get(sys.argv[1] + "/re
 done
 status=0
 VEILPIPE_URL=$url VEILPIPE_KEY=$key VEILPIPE_NODE=$clients/node \
-  "$clients/venv/bin/python" -P -m pytest -c "$tests/pytest.ini" "$tests" "$@" || status=$?
+  "$clients/venv/bin/python" -P -m pytest -c "$tests/clients.ini" "$tests" "$@" || status=$?
 # What a client asked for and was refused.
 grep -h 'level=ERROR\|event=defect' "$run_dir/serve.log" >&2 || true
 exit "$status"

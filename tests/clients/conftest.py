@@ -4,6 +4,8 @@ import os
 from typing import NamedTuple
 
 import pytest
+
+
 class Server(NamedTuple):
     url: str
     key: str

@@ -1,5 +1,7 @@
 """The pydantic-ai package, over chat completions, responses and Anthropic's messages."""
 
+import asyncio
+
 import pytest
 
 ai = pytest.importorskip("pydantic_ai")
@@ -35,17 +37,13 @@ def test_text(model):
 
 
 def test_text_that_streams(model):
-    import asyncio
-
     agent = ai.Agent(model, model_settings={"max_tokens": 20})
     assert asyncio.run(streamed(agent))
 
 
 @pytest.mark.parametrize("output", [ai.ToolOutput, ai.NativeOutput])
 def test_a_form(model, output):
+    if output is ai.NativeOutput and isinstance(model, AnthropicModel):
+        pytest.skip("the package offers it for models of some names only")
     agent = ai.Agent(model, output_type=output(Animal), model_settings={"max_tokens": 150})
-    try:
-        answer = agent.run_sync(QUESTION)
-    except ai.exceptions.UserError:
-        pytest.skip("not offered for models of this name")
-    assert isinstance(answer.output, Animal)
+    assert isinstance(agent.run_sync(QUESTION).output, Animal)

@@ -75,6 +75,8 @@ class CountRequest(Schema):
         for i, turn in enumerate(self.messages):
             _add_turn(turns, turn, f"messages[{i}]")
         effort = (self.output_config or {}).get("effort")
+        if not isinstance(effort, str | None):
+            raise invalid("'output_config.effort' has to be a string.", "output_config.effort")
         thinks = (self.thinking or {}).get("type", "disabled") != "disabled"
         return Conversation(
             turns.for_template(),

@@ -23,6 +23,14 @@ def as_time(when: datetime) -> str:
     return when.isoformat().replace("+00:00", "Z")
 
 
+def answer_line(model: str, text: str, *, is_chat: bool, **told: object) -> dict[str, Any]:
+    """More of an answer, a chat's message or else a text; `told`: what is told beside it."""
+    line: dict[str, Any] = {"model": model, "created_at": as_time(datetime.now(UTC))}
+    if is_chat:
+        return line | {"message": {"role": "assistant", "content": text, **told}}
+    return line | {"response": text, **told}
+
+
 class OllamaTelling:
     """A chat's message or, unless `is_chat`, a text while it is made."""
 
@@ -75,14 +83,10 @@ class OllamaTelling:
     def _line(
         self, text: str, thought: str, calls: list[Mapping[str, Any]], *, is_done: bool
     ) -> dict[str, Any]:
-        line: dict[str, Any] = {"model": self._model, "created_at": as_time(datetime.now(UTC))}
-        told: dict[str, Any] = {"thinking": thought} if thought else {}
+        told: dict[str, object] = {"thinking": thought} if thought else {}
         if calls:
             told["tool_calls"] = calls
-        if self._is_chat:
-            line["message"] = {"role": "assistant", "content": text, **told}
-        else:
-            line |= {"response": text, **told}
+        line = answer_line(self._model, text, is_chat=self._is_chat, **told)
         return line | {"done": is_done}
 
     def _figures(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ at the whole text.
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.gateway.chat_messages import Schema
 from pipeline.gateway.dialects.turns import Turns, sampling_of, text_field, thinking_variables
@@ -31,37 +31,66 @@ _WITHOUT_EFFECT: Mapping[str, tuple[object, ...]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
 }
-# By Ollama's name of an option, that of what it sets.
-_SAMPLING = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "seed": "seed",
-    "repeat_penalty": "repetition_penalty",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-}
 _HARMLESS_OPTIONS = frozenset(
     {"num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "numa", "low_vram",
      "f16_kv", "vocab_only", "use_mmap", "use_mlock", "repeat_last_n", "penalize_newline"}
 )  # fmt: skip
 
 
+class _Options(Schema):
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repeat_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    stop: str | list[str] | None = None
+    num_predict: int | None = None
+
+    @model_validator(mode="after")
+    def _miss_no_effect(self) -> "_Options":
+        check_fields(self.model_extra or {}, WITHOUT_EFFECT, _HARMLESS_OPTIONS, "options.")
+        return self
+
+    @property
+    def max_tokens(self) -> int | None:
+        """None, as many as there is room for: also said by a negative number."""
+        return None if self.num_predict is None or self.num_predict < 0 else self.num_predict
+
+    def sampling(self, config: GatewayConfig) -> SamplingParams:
+        """How tokens are chosen. Raises ApiError."""
+        stops = self.stop or ()
+        return sampling_of(
+            config.sampling_defaults,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=self.seed,
+            repetition_penalty=self.repeat_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            stop=(stops,) if isinstance(stops, str) else tuple(stops),
+        )
+
+
 class _Request(Schema):
     model: str
     stream: bool | None = None
     format: str | dict[str, Any] | None = None
-    options: dict[str, Any] | None = None
+    options: _Options = _Options()
     think: bool | Literal["low", "medium", "high"] | None = None
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _know_options(cls, value: object) -> object:
+        return {} if value is None else value
 
     @model_validator(mode="after")
     def _miss_no_effect(self) -> "_Request":
         check_fields(self.model_extra or {}, _WITHOUT_EFFECT, _HARMLESS)
-        options = self.options or {}
-        known = {*_SAMPLING, "num_predict", "stop"}
-        rest = {name: value for name, value in options.items() if name not in known}
-        check_fields(rest, WITHOUT_EFFECT, _HARMLESS_OPTIONS, "options.")
         return self
 
     @property
@@ -72,33 +101,12 @@ class _Request(Schema):
     def _order(self, config: GatewayConfig, **fields: Any) -> Order:  # noqa: ANN401  (Order's own)
         return Order(
             model=self.model.removesuffix(LATEST),
-            sampling=(self._sampling(config),),
-            max_tokens=self._max_tokens(),
+            sampling=(self.options.sampling(config),),
+            max_tokens=self.options.max_tokens,
             max_tokens_param="options.num_predict",
             grammar=self._grammar(),
             **fields,
         )
-
-    def _sampling(self, config: GatewayConfig) -> SamplingParams:
-        options = self.options or {}
-        given = {}
-        for name, ours in _SAMPLING.items():
-            value = options.get(name)
-            if not isinstance(value, int | float | None) or isinstance(value, bool):
-                raise invalid(f"'options.{name}' has to be a number.", f"options.{name}")
-            given[ours] = value
-        stops = options.get("stop") or []
-        stops = [stops] if isinstance(stops, str) else stops
-        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-            raise invalid("'options.stop' has to be strings.", "options.stop")
-        return sampling_of(config.sampling_defaults, stop=tuple(stops), **given)
-
-    def _max_tokens(self) -> int | None:
-        """None, as many as there is room for: also said by a negative number."""
-        wanted = (self.options or {}).get("num_predict")
-        if not isinstance(wanted, int | None) or isinstance(wanted, bool) or wanted == 0:
-            raise invalid("'options.num_predict' has to be a number but 0.", "options.num_predict")
-        return None if wanted is None or wanted < 0 else wanted
 
     def _grammar(self) -> Grammar | None:
         if not self.format:
@@ -117,8 +125,14 @@ class OllamaChatRequest(_Request):
     """The body of `/api/chat`."""
 
     is_chat: ClassVar = True
+
     messages: list[dict[str, Any]] = Field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
+
+    @property
+    def asks_nothing(self) -> bool:
+        """Whether the model is only to be there."""
+        return not self.messages
 
     def order(self, config: GatewayConfig) -> Order:
         """What this asks the desk for. Raises ApiError."""
@@ -140,6 +154,11 @@ class OllamaGenerateRequest(_Request):
     prompt: str = ""
     system: str | None = None
     raw: bool | None = None
+
+    @property
+    def asks_nothing(self) -> bool:
+        """Whether the model is only to be there."""
+        return not self.prompt
 
     def order(self, config: GatewayConfig) -> Order:
         """What this asks the desk for. Raises ApiError."""

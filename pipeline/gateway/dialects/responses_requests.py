@@ -99,6 +99,8 @@ class ResponsesRequest(Schema):
 
     def _variables(self, config: GatewayConfig) -> Mapping[str, Any]:
         effort = (self.reasoning or {}).get("effort")
+        if not isinstance(effort, str | None):
+            raise invalid("'reasoning.effort' has to be a string.", "reasoning.effort")
         thinks = None if effort is None else effort not in _THINKS_NOT
         return thinking_variables(config.chat_template, thinks=thinks, effort=effort)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.gateway.dialects.responses_items import FindItem
-from pipeline.gateway.errors import ApiError, Kind
+from pipeline.gateway.errors import ApiError, Kind, invalid
 
 # Of one caller's: what a few hundred turns of a long conversation take.
 _MAX_BYTES = 16 << 20
@@ -25,11 +25,6 @@ class Stored:
     def num_bytes(self) -> int:
         """What it takes."""
         return len(self.response) + len(self.items)
-
-    def conversation(self) -> Sequence[Mapping[str, Any]]:
-        """Its items."""
-        found: list[dict[str, Any]] = json.loads(self.items)
-        return found
 
 
 class ResponseStore:
@@ -57,10 +52,22 @@ class ResponseStore:
 
     def get(self, caller: bytes, response_id: str) -> Stored:
         """One of the caller's. Raises ApiError."""
-        found = self._callers.get(caller, OrderedDict()).get(response_id)
+        found = self._find(caller, response_id)
         if found is None:
             raise _not_found("Response", response_id)
         return found
+
+    def conversation(self, caller: bytes, response_id: str | None) -> Sequence[Mapping[str, Any]]:
+        """The items up to the end of one of the caller's; of none, none. Raises ApiError."""
+        if response_id is None:
+            return ()
+        found = self._find(caller, response_id)
+        if found is None:
+            name = "previous_response_id"
+            message = f"Previous response with id '{response_id[:100]}' not found."
+            raise invalid(message, name, "previous_response_not_found")
+        items: list[dict[str, Any]] = json.loads(found.items)
+        return items
 
     def delete(self, caller: bytes, response_id: str) -> None:
         """Forget one. Raises ApiError if it is not the caller's, or there is none."""
@@ -82,6 +89,9 @@ class ResponseStore:
             return item
 
         return find
+
+    def _find(self, caller: bytes, response_id: str) -> Stored | None:
+        return self._callers.get(caller, OrderedDict()).get(response_id)
 
 
 def response_id_of(item_id: str) -> str:

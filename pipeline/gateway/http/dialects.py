@@ -20,7 +20,7 @@ from pipeline.gateway.answer_parts import THINK
 from pipeline.gateway.desk import Desk, Job
 from pipeline.gateway.dialects.messages_events import MessageTelling
 from pipeline.gateway.dialects.messages_requests import CountRequest, MessagesRequest
-from pipeline.gateway.dialects.ollama_lines import OllamaTelling, as_time
+from pipeline.gateway.dialects.ollama_lines import OllamaTelling, answer_line, as_time
 from pipeline.gateway.dialects.ollama_requests import (
     LATEST,
     OllamaChatRequest,
@@ -79,9 +79,7 @@ class ResponsesDoor:
 
         def read(raw: bytes) -> tuple[ResponsesRequest, _Items, Order]:
             body = parse_untrusted(ResponsesRequest, raw)
-            before: _Items = ()
-            if body.previous_response_id is not None:
-                before = self._store.get(caller, body.previous_response_id).conversation()
+            before = self._store.conversation(caller, body.previous_response_id)
             items = (*before, *body.items(self._store.finder(caller)))
             return body, items, body.order(config, items)
 
@@ -153,11 +151,11 @@ class OllamaDoor:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
 
-    async def chat(self, request: Request) -> ToldAnswer:
+    async def chat(self, request: Request) -> Response | ToldAnswer:
         """The next message of a conversation. Raises ApiError."""
         return await self._answer(OllamaChatRequest, request)
 
-    async def generate(self, request: Request) -> ToldAnswer:
+    async def generate(self, request: Request) -> Response | ToldAnswer:
         """What answers a prompt. Raises ApiError."""
         return await self._answer(OllamaGenerateRequest, request)
 
@@ -188,7 +186,7 @@ class OllamaDoor:
         """Of this software."""
         return JSONResponse({"version": version("veilpipe")})
 
-    async def _answer(self, schema: type[_Chat], request: Request) -> ToldAnswer:
+    async def _answer(self, schema: type[_Chat], request: Request) -> Response | ToldAnswer:
         exchange: Exchange = request.state.exchange
 
         def read(raw: bytes) -> tuple[_Chat, Order]:
@@ -196,6 +194,10 @@ class OllamaDoor:
             return body, body.order(self._desk.config)
 
         body, order = await exchange.understand(read)
+        if body.asks_nothing:
+            self._desk.check_model(order.model or "")
+            line = answer_line(body.model, "", is_chat=schema.is_chat)
+            return JSONResponse({**line, "done": True, "done_reason": "load"})
         job = await _prepared(self._desk, order, exchange)
         telling = OllamaTelling(
             job, body.model, is_chat=schema.is_chat, shows_thoughts=body.shows_thoughts

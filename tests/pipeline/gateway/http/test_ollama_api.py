@@ -103,6 +103,13 @@ async def test_options_say_how_tokens_are_chosen(ask, make_engine):
     assert (sampling.seed, sampling.repetition_penalty, sampling.stop) == (3, 1.5, ("x",))
 
 
+async def test_a_model_is_asked_for_nothing_but_to_be_there(ask, make_engine):
+    engine = make_engine()
+    for answer in await ask(engine, ("chat", {"messages": []}), ("generate", {})):
+        assert (answer.json()["done"], answer.json()["done_reason"]) == (True, "load")
+    assert engine.generations == []
+
+
 async def test_an_answer_keeps_to_its_format(ask, tokenizer):
     (answer,) = await ask(
         RandomEngine(tokenizer, LIKELY),
@@ -147,7 +154,8 @@ async def test_the_one_model_is_told_of(start_gateway, chat):
         ("chat", {"messages": [{"role": "nobody", "content": "Hi"}]}, 400, "messages[0].role"),
         ("chat", {"messages": USER, "options": {"mirostat": 2}}, 400, "options.mirostat"),
         ("chat", {"messages": USER, "options": {"top_k": "x"}}, 400, "options.top_k"),
-        ("chat", {"messages": USER, "options": {"num_predict": 0}}, 400, "options.num_predict"),
+        ("chat", {"messages": USER, "options": {"seed": 1.5}}, 400, "options.seed"),
+        ("chat", {"messages": USER, "options": {"seed": 10**400}}, 400, "seed"),
         ("chat", {"messages": USER, "format": "xml"}, 400, "format"),
         ("generate", {"prompt": "Hi", "suffix": "x"}, 400, "suffix"),
     ],

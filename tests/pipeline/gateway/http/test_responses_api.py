@@ -138,10 +138,11 @@ async def test_a_conversation_goes_on_from_what_was_stored_for_the_same_key_alon
     assert first.json() == seen.json()
     assert deleted.json() == {"id": its_id, "object": "response", "deleted": True}
     statuses = [each.status_code for each in (refused, unseen, kept, gone, unstored)]
-    assert statuses == [404] * 5
+    assert statuses == [400, 404, 404, 400, 404]
     label = {"route": f"{PATH}/{{id}}", "status": "404"}
     assert gateway.metric("veilpipe_http_requests_total", **label) == 3
-    assert refused.json()["error"]["code"] == "not_found"
+    assert refused.json()["error"]["code"] == "previous_response_not_found"
+    assert unseen.json()["error"]["code"] == "not_found"
     assert last.status_code == 200
     assert shown(engine, tokenizer) == [
         "<|system|>Be brief.<|user|>One?<|assistant|>",
@@ -228,6 +229,7 @@ async def test_effort_is_the_templates_where_it_reads_any(start, make_engine, to
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"temperature": 99}, None),
+        ({"reasoning": {"effort": ["high"]}}, "reasoning.effort"),
     ],
     ids=lambda value: str(value)[:60],
 )  # fmt: skip
