@@ -1,7 +1,9 @@
 """What an answer's text is made of: what was thought, what is said, the tools that are called."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 
 from pipeline.gateway.tool_parser import CallDelta, ToolParser, overlap
 
@@ -95,8 +97,16 @@ class AnswerReader:
         if self._tools is None:
             return Parts(said, reasoning)
         found = [*self._tools.push(said), *(self._tools.finish() if is_last else ())]
-        return Parts(_joined(found), reasoning, tuple(e for e in found if isinstance(e, CallDelta)))
+        return Parts(_joined(found), reasoning, tuple(_calls(found)))
 
 
 def _joined(parts: Iterable[str | CallDelta]) -> str:
     return "".join(part for part in parts if isinstance(part, str))
+
+
+def _calls(parts: Iterable[str | CallDelta]) -> Iterator[CallDelta]:
+    """The parts of calls, one of each: clients may read no second one of the same in a chunk."""
+    calls = (part for part in parts if isinstance(part, CallDelta))
+    for _, same in groupby(calls, attrgetter("index")):
+        first, *others = same
+        yield replace(first, arguments="".join(part.arguments for part in (first, *others)))

@@ -55,7 +55,7 @@ class KeyRing:
         given = "You provided no API key." if key is None else "Incorrect API key provided."
         raise ApiError(
             Kind.NO_KEY,
-            f"{given} Send it as the header `Authorization: Bearer KEY`.",
+            f"{given} Send it as the header `Authorization: Bearer KEY` or `X-Api-Key: KEY`.",
             code="invalid_api_key",
         )
 

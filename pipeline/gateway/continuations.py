@@ -34,7 +34,7 @@ class PlacedToken:
 class TextPiece:
     """What one more token made certain of a continuation.
 
-    `finish` ("stop", "length", "tool_calls") ends it.
+    `finish` ("stop", "length", "tool_calls") ends it; `stop`: the stop string that did.
     """
 
     choice: int
@@ -43,6 +43,7 @@ class TextPiece:
     finish: str | None
     reasoning: str = ""
     calls: tuple[CallDelta, ...] = ()
+    stop: str | None = None
 
     @property
     def says_something(self) -> bool:
@@ -114,7 +115,8 @@ class ChoiceText:
         else:
             finish = None if output.finish is None else "length"
         is_whole = finish is not None and not is_stopped
-        piece = TextPiece(self._choice, certain, self._release(is_whole), finish)
+        stop = self._text.stop if is_stopped else None
+        piece = TextPiece(self._choice, certain, self._release(is_whole), finish, stop=stop)
         return piece if self._reader is None else self._taken_apart(piece, self._reader)
 
     def _taken_apart(self, piece: TextPiece, reader: AnswerReader) -> TextPiece:

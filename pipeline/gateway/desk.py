@@ -312,8 +312,9 @@ class Desk:
         if order.conversation is not None:
             adds = bool(order.adds_special_tokens)
             render = partial(rendered, self.config, order.conversation)
-            text, is_thinking = await self._in_thread(render, self._rendering, "messages")
-            return (await self._encode(text, adds, order, "messages"),), is_thinking
+            param = order.conversation.param
+            text, is_thinking = await self._in_thread(render, self._rendering, param)
+            return (await self._encode(text, adds, order, param),), is_thinking
         adds = order.adds_special_tokens is not False
         prompts = tuple(
             [

@@ -17,7 +17,8 @@ class Conversation:
     """Messages as chat templates expect them.
 
     `adds_turn`: the template begins the next message. `continues_last`: the answer goes on with
-    the last one instead. `variables` are what else the template reads.
+    the last one instead. `variables` are what else the template reads. `param`: the request's field
+    that it came in.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -27,6 +28,7 @@ class Conversation:
     tools: ToolUse | None = None
     # Whether what the model thinks aloud is told apart from what it says.
     splits_thoughts: bool = True
+    param: str = "messages"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

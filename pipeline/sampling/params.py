@@ -1,6 +1,5 @@
 """How a request's tokens are chosen: values only, checked where they are made, for every door."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -132,5 +131,5 @@ class SamplingParams:
 
 
 def _check(name: str, value: float, allowed: Range) -> None:
-    if not (math.isfinite(value) and allowed.low <= value <= allowed.high):
+    if not allowed.low <= value <= allowed.high:  # which nothing is that is no number
         raise InputError(f"{name} is {value}; give a number from {allowed.low} to {allowed.high}")

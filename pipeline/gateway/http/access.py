@@ -18,8 +18,12 @@ class Access:
         self._keys = keys
 
     def check(self, headers: Mapping[bytes, bytes]) -> bytes:
-        """Who sends a request with these headers (lower-case names). Raises ApiError."""
-        caller = self._keys.check(_bearer_key(headers.get(b"authorization", b"")))
+        """Who sends a request with these headers (lower-case names). Raises ApiError.
+
+        A key comes as OpenAI's clients send it, or as Anthropic's do.
+        """
+        bearer = _bearer_key(headers.get(b"authorization", b""))
+        caller = self._keys.check(headers.get(b"x-api-key") if bearer is None else bearer)
         if self._keys:
             return caller
         origin = headers.get(b"origin", b"")

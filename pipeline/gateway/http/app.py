@@ -37,6 +37,7 @@ from pipeline.gateway.http.completion_formats import (
     told_prompt,
 )
 from pipeline.gateway.http.counters import HttpMetrics
+from pipeline.gateway.http.dialects import dialect_routes
 from pipeline.gateway.http.errors import to_response
 from pipeline.gateway.http.evaluation import evaluation_routes
 from pipeline.gateway.http.middleware import Edge
@@ -67,7 +68,7 @@ def build_app(
     the body in its request's exchange. `page`: what anybody may read.
     """
     metrics = metrics or HttpMetrics(registry)
-    more = (*more, *evaluation_routes(desk))
+    more = (*more, *dialect_routes(desk), *evaluation_routes(desk))
     door = Door(desk, registry, readiness)
     watched = [] if overview is None else [_pipeline_route(desk, overview, readiness)]
     routes = [*door.routes(), *watched, *more]
@@ -224,7 +225,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
         Middleware(
             CORSMiddleware,
             allow_origins=list(origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
@@ -246,9 +247,10 @@ def _pipeline_route(desk: Desk, overview: Overview, readiness: Callable[[], Read
     return ApiRoute("/pipeline", show, answer=PipelineView)
 
 
-async def _refuse_route(_: Request, error: Exception) -> Response:
+async def _refuse_route(request: Request, error: Exception) -> Response:
     """A path or method that does not exist."""
     assert isinstance(error, HTTPException)  # what it is registered for
     is_there = error.status_code == HTTPStatus.METHOD_NOT_ALLOWED
     kind = Kind.NOT_ALLOWED if is_there else Kind.NOT_FOUND
-    return to_response(ApiError(kind, f"{HTTPStatus(error.status_code).phrase}."), error.headers)
+    refusal = ApiError(kind, f"{HTTPStatus(error.status_code).phrase}.")
+    return to_response(refusal, request.url.path, error.headers)

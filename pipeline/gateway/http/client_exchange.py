@@ -112,7 +112,7 @@ class Exchange:
             await self.send(message)
 
         self.forget_body()
-        await to_response(error)(scope, self.receive, send)
+        await to_response(error, scope["path"])(scope, self.receive, send)
 
     async def _next_chunk(self) -> bytes:
         message = await self._receive()

@@ -1,10 +1,13 @@
 """What goes wrong, as a status and headers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from typing import Any
 
 from starlette.responses import JSONResponse
 
+from pipeline.gateway.dialects.messages_events import error_event
+from pipeline.gateway.dialects.ollama_lines import error_line
 from pipeline.gateway.errors import ApiError, Kind
 
 STATUSES: Mapping[Kind, HTTPStatus] = {
@@ -23,11 +26,21 @@ STATUSES: Mapping[Kind, HTTPStatus] = {
 }
 
 
-def to_response(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+# By the beginning of a path, how errors are told there.
+_SHAPES: Mapping[str, Callable[[ApiError], Mapping[str, Any]]] = {
+    "/v1/messages": error_event,
+    "/api/": error_line,
+}
+
+
+def to_response(
+    error: ApiError, path: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     """The whole answer to a request that fails; `headers` are sent beside its own."""
     own = dict(headers or {})
     if error.retry_seconds is not None:
         own["retry-after"] = str(error.retry_seconds)
     if error.kind is Kind.NO_KEY:
         own["www-authenticate"] = "Bearer"
-    return JSONResponse(error.to_json(), STATUSES[error.kind], headers=own)
+    shapes = (shape for start, shape in _SHAPES.items() if path.startswith(start))
+    return JSONResponse(next(shapes, ApiError.to_json)(error), STATUSES[error.kind], headers=own)

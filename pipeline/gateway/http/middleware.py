@@ -23,6 +23,8 @@ WATCH_PATHS = frozenset({"/metrics", "/pipeline"})
 # The ones that read what is sent to them, beside those that `Edge` is told of.
 _VERSIONS = frozenset({"1.0", "1.1", "2", "3"})
 _BODY_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+# Whose children are told apart by an id.
+_PARENTS = ("/v1/models", "/v1/responses")
 _ROUTES = OPEN_PATHS | WATCH_PATHS | {"/version", "/v1/models"}
 
 
@@ -74,8 +76,9 @@ class Edge:
 
     def _route(self, path: str) -> str:
         """A label from a small set: clients choose paths, and metrics keep every label for ever."""
-        if path.startswith("/v1/models/"):
-            return "/v1/models/{id}"
+        for parent in _PARENTS:
+            if path.startswith(f"{parent}/"):
+                return f"{parent}/{{id}}"
         if path in self._page_paths:
             return "/"
         return path if path in _ROUTES | self._body_paths else "other"
@@ -131,7 +134,7 @@ class Edge:
             )
             failure = internal()
         if not exchange.is_started:
-            await to_response(failure)(scope, exchange.receive, exchange.send)
+            await to_response(failure, scope["path"])(scope, exchange.receive, exchange.send)
 
 
 def _headers(scope: Scope) -> Mapping[bytes, bytes]:

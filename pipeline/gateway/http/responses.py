@@ -47,7 +47,7 @@ class Answer:
         if self._wanted.is_streamed:
             await self._stream(send)
         else:
-            await _send_json(send, await self._collect())
+            await send_json(send, await self._collect())
 
     async def _collect(self) -> bytes:
         job, format_ = self._job, self._wanted.format
@@ -127,7 +127,8 @@ class Answer:
         }
 
 
-async def _send_json(send: Send, body: bytes) -> None:
+async def send_json(send: Send, body: bytes) -> None:
+    """Send a whole answer."""
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

@@ -7,6 +7,18 @@ from starlette.types import Send
 
 from pipeline.gateway.http.completion_formats import dump
 
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
+
+
+async def open_stream(send: Send, media_type: bytes) -> None:
+    """Begin an answer whose parts are sent at once, and no proxy should wait for more."""
+    headers = [
+        (b"content-type", media_type),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+
 
 class EventWriter:
     """Server-sent events. Source: WHATWG HTML, section 9.2."""
@@ -15,13 +27,8 @@ class EventWriter:
         self._send = send
 
     async def open(self) -> None:
-        """Begin; each event is sent at once, and no proxy should wait for more."""
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-        ]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        """Begin."""
+        await open_stream(self._send, EVENT_STREAM)
 
     async def write(self, data: Mapping[str, Any]) -> None:
         """Send one event."""

@@ -39,3 +39,12 @@ def test_tools_are_called_after_thinking_and_not_in_thoughts(size):
     thought, said, calls = read(f"<think>{call}</think>{call}", size, tools=tools)
     assert (thought, said) == (call, "")
     assert "".join(each.arguments for each in calls) == "{}"
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_what_comes_at_once_of_a_call_is_one_part_of_it(size):
+    call = '<tool_call>{"name": "time", "arguments": {"zone": 1}}</tool_call>'
+    reader = AnswerReader(None, ToolParser(HERMES, ["time"]))
+    for at in range(0, 2 * len(call), size):
+        calls = reader.push((2 * call)[at : at + size], is_last=False).calls
+        assert len({each.index for each in calls}) == len(calls)

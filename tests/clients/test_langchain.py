@@ -1,0 +1,51 @@
+"""The langchain-openai package, over chat completions and over responses."""
+
+import pytest
+
+openai = pytest.importorskip("langchain_openai")
+from tests.clients.asked import MODEL, QUESTION, Animal  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+def get_weather(city: str) -> str:
+    """Tells the weather in a city."""
+    return f"Sunny in {city}."
+
+
+@pytest.fixture(params=[False, True], ids=["chat", "responses"])
+def model(request, server):
+    return openai.ChatOpenAI(
+        model=MODEL, **server.openai, max_retries=0, max_tokens=150, use_responses_api=request.param
+    )
+
+
+def test_text(model):
+    short = model.bind(max_tokens=20)
+    assert short.invoke(QUESTION).text
+    chunks = list(short.stream(QUESTION))
+    assert "".join(chunk.text for chunk in chunks)
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_a_form(model, method):
+    formed = model.with_structured_output(Animal, method=method, include_raw=method == "json_mode")
+    answer = formed.invoke(f"{QUESTION} Answer in JSON.")
+    if method == "json_mode":  # JSON, but of what form is left to the model
+        assert answer["raw"].text.lstrip().startswith("{")
+    else:
+        assert isinstance(answer, Animal)
+
+
+def test_tools(model):
+    asked = [("user", "How is the weather in Ulm?")]
+    answer = model.bind_tools([get_weather], tool_choice="any").invoke(asked)
+    (call, *_) = answer.tool_calls
+    assert set(call["args"]) == {"city"}
+    results = [
+        {"role": "tool", "tool_call_id": each["id"], "content": get_weather(**each["args"])}
+        for each in answer.tool_calls
+    ]
+    again = model.bind_tools([get_weather]).bind(max_tokens=20)
+    after = again.invoke([*asked, answer, *results])
+    assert after.text or after.tool_calls
