@@ -164,7 +164,10 @@ class PipelineAccess:
             nonlocal has_told
             if not has_told:
                 _tell_kernels(pipeline)
+                self._tell_memory(pipeline)
             has_told = True
+            if not self.is_resumable and pipeline.kv_pool is not None:
+                source.use_pool(pipeline.kv_pool.num_tokens)
             await work(pipeline)
 
         new = new_pipeline if self.is_resumable else open_pipeline
@@ -183,6 +186,23 @@ class PipelineAccess:
                 else:
                     await tell_and_work(pipeline)
             tasks.cancel_scope.cancel()
+
+    def _tell_memory(self, pipeline: Pipeline) -> None:
+        """Raises InputError where no request can be as long as has been asked for."""
+        limits, pool = self.options.limits, pipeline.kv_pool
+        if pool is None:
+            return
+        if limits.is_length_asked and pool.num_tokens < limits.max_rows:
+            raise InputError(
+                f"a stage has KV memory for {pool.num_tokens} tokens in all, and a request is to "
+                f"have {limits.max_rows}; ask for less with --context, or give it more with "
+                "--kv-memory"
+            )
+        context = min(limits.max_seq_len, pool.num_tokens) if limits.window is None else 0
+        logger.info(
+            "event=kv_memory detail=%r",
+            pool.told(context or limits.max_seq_len, limits.num_slots),
+        )
 
 
 def _tell_kernels(pipeline: Pipeline) -> None:
