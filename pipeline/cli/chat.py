@@ -59,7 +59,7 @@ class Conversation:
         """`room`: tokens there are for a prompt and its answer."""
         self._tokenizer = tokenizer
         self._template = template
-        self._room = room
+        self.room = room
         self._told = [] if system is None else [{"role": "system", "content": system}]
         self._said: list[dict[str, str]] = []
 
@@ -71,10 +71,10 @@ class Conversation:
         """
         said = [*self._said, {"role": "user", "content": text}]
         num_said = len(said)
-        while len(prompt_ids := self._encode(said)) >= self._room:
+        while len(prompt_ids := self._encode(said)) >= self.room:
             if len(said) == 1:
                 raise PromptError(
-                    f"this takes {len(prompt_ids)} tokens, and there is room for {self._room - 1}"
+                    f"this takes {len(prompt_ids)} tokens, and there is room for {self.room - 1}"
                 )
             del said[:2]  # a question and its answer
         self._said = said
@@ -161,11 +161,11 @@ class _Talk:
         manifest: Manifest,
         tokenizer: GatewayTokenizer,
         conversation: Conversation,
-        limits: Limits,
+        engine: PipelineEngine,
         budget: PrivacyBudget | None,
     ) -> None:
         self._sampling = flags.sampling.params()
-        self._room = limits.max_seq_len
+        self._engine = engine
         # Under a window a text need not end by itself before very long.
         self._max_tokens = flags.max_tokens or manifest.activation_spec.max_seq_len
         self._ends = end_tokens(manifest, tokenizer)
@@ -175,10 +175,12 @@ class _Talk:
 
     def ask(self, text: str, background: Background) -> None:
         """Print the answer to something. Raises PipelineError, PromptError for what is none."""
+        # What stages have room for is known since they stand.
+        self._conversation.room = room = self._engine.max_seq_len
         prompt_ids, num_forgotten = self._conversation.ask(text)
         if num_forgotten:
             tell(COMMAND, f"no room for all that was said: {num_forgotten} messages are forgotten")
-        max_tokens = min(self._max_tokens, self._room - len(prompt_ids))
+        max_tokens = min(self._max_tokens, room - len(prompt_ids))
         if self._budget is not None:
             tell_prompt(self._budget, len(prompt_ids), max_tokens)
         generation = Generation(prompt_ids, max_tokens, self._ends, self._sampling, salt=_SALT)
@@ -220,14 +222,20 @@ def chat(flags: ChatFlags, shared: PipelineFlags) -> None:
     tokenizer = GatewayTokenizer(home / "tokenizer.json")
     longest = longest_text(flags.context, manifest, shared.tide_window)
     room = flags.context or longest
-    limits = Limits(1, room, num_stages=len(manifest.stages), window=shared.tide_window)
+    limits = Limits(
+        1,
+        room,
+        num_stages=len(manifest.stages),
+        window=shared.tide_window,
+        is_length_asked=flags.context is not None,
+    )
     budget = privacy_budget(manifest, shared.dp_epsilon, shared.dp_delta)
     engine = PipelineEngine(limits, budget, _PREFIXES)
     source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
     access = PipelineAccess.create(source, shared, limits, is_resumable=True)
     template = ChatTemplate.load(home)
     conversation = Conversation(tokenizer, template, room, flags.system)
-    talk = _Talk(flags, manifest, tokenizer, conversation, limits, budget)
+    talk = _Talk(flags, manifest, tokenizer, conversation, engine, budget)
 
     async def work(pipeline: Pipeline) -> None:
         tokenizer.check_vocabulary(pipeline.vocab_size)

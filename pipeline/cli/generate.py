@@ -75,7 +75,13 @@ def _generate(
     prompt_ids = (*past_ids, *tokenizer.encode(flags.text, add_special_tokens=not past_ids))
     # No more than it takes: a model may have room for far more than its stages' memory.
     room = flags.context or min(len(prompt_ids) + flags.max_tokens, longest)
-    limits = Limits(1, room, num_stages=len(manifest.stages), window=pipeline_flags.tide_window)
+    limits = Limits(
+        1,
+        room,
+        num_stages=len(manifest.stages),
+        window=pipeline_flags.tide_window,
+        is_length_asked=flags.context is not None,
+    )
     eos = frozenset() if flags.ignore_eos else end_tokens(manifest, tokenizer)
     log = LatencyLog()
     budget = privacy_budget(manifest, pipeline_flags.dp_epsilon, pipeline_flags.dp_delta)
@@ -109,7 +115,10 @@ def _generate(
     if number is not None:
         raise typer.Exit(128 + number)
     if printer.is_cut:
-        tell("pipeline-orch", f"the text ends where the context of {room} tokens is full")
+        tell(
+            "pipeline-orch",
+            f"the text ends where the context of {engine.max_seq_len} tokens is full",
+        )
     tell("latency", log.summary())
     if path is not None:
         log.write(path)

@@ -179,7 +179,10 @@ class PipelineAccess:
             nonlocal has_stood
             if not has_stood:
                 _tell_kernels(pipeline)
+                access._tell_memory(pipeline)
             has_stood = True
+            if not access.is_resumable and pipeline.kv_pool is not None:
+                source.use_pool(pipeline.kv_pool.num_tokens)
             await work(pipeline)
 
         while True:
@@ -236,6 +239,23 @@ class PipelineAccess:
                 else:
                     await loaded_and_work(pipeline)
             tasks.cancel_scope.cancel()
+
+    def _tell_memory(self, pipeline: Pipeline) -> None:
+        """Raises InputError where no request can be as long as has been asked for."""
+        limits, pool = self.options.limits, pipeline.kv_pool
+        if pool is None:
+            return
+        if limits.is_length_asked and pool.num_tokens < limits.max_rows:
+            raise InputError(
+                f"a stage has KV memory for {pool.num_tokens} tokens in all, and a request is to "
+                f"have {limits.max_rows}; ask for less with --context, or give it more with "
+                "--kv-memory"
+            )
+        context = min(limits.max_seq_len, pool.num_tokens) if limits.window is None else 0
+        logger.info(
+            "event=kv_memory detail=%r",
+            pool.told(context or limits.max_seq_len, limits.num_slots),
+        )
 
 
 def _tell_kernels(pipeline: Pipeline) -> None:

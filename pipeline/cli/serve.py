@@ -173,7 +173,14 @@ def _limits(flags: ServeFlags, manifest: Manifest, window: TideWindow | None) ->
     """What the stages are to have room for. Raises InputError."""
     longest = longest_text(flags.context, manifest, window)
     context = flags.context or longest
-    return Limits(flags.max_batch, context, flags.chunk_tokens, len(manifest.stages), window)
+    return Limits(
+        flags.max_batch,
+        context,
+        flags.chunk_tokens,
+        len(manifest.stages),
+        window,
+        is_length_asked=flags.context is not None,
+    )
 
 
 def _allow_open_files(needed: int) -> None:

@@ -30,7 +30,6 @@ from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.model_config import load_stage
-from pipeline.stage.session_admission import free_kv_bytes
 from pipeline.stage.worker import StageWorker
 from pipeline.stage.worker_setup import PartsSession, StageSetup
 from pipeline.tasks import open_tasks
@@ -120,9 +119,7 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
         precision=precision,
         num_threads=num_threads,
         device=flags.device or "cpu",
-        max_kv_bytes=free_kv_bytes(shard)
-        if flags.kv_memory is None
-        else int(flags.kv_memory * GIB),
+        max_kv_bytes=None if flags.kv_memory is None else int(flags.kv_memory * GIB),
         data_out=data_out,
         patience_ms=PATIENCE_MS,
         allow_dial=networks,

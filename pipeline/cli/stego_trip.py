@@ -163,7 +163,10 @@ class _Trip:
         needed = len(self.task.prompt_ids) + (flags.max_tokens or num_tokens)
         window = flags.pipeline.tide_window
         room = flags.context or min(needed, longest_text(None, manifest, window))
-        limits = Limits(1, room, num_stages=len(manifest.stages), window=window)
+        # What does not fit would end in the middle of a message.
+        limits = Limits(
+            1, room, num_stages=len(manifest.stages), window=window, is_length_asked=True
+        )
         engine = PipelineEngine(limits)
         home = client_dir(flags.model_dir)
         source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)

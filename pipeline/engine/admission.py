@@ -14,14 +14,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.engine.idle_prefixes import IdlePrefix, IdlePrefixes, PrefixOptions, common_length
+from pipeline.engine.limits import Limits
 from pipeline.engine.request import RequestState, has_all_steps
 from pipeline.engine.slots import Slots
 from pipeline.engine.step import Step
+from pipeline.engine.token_pool import TokenPool
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.replay_history import SlotPart
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
-from pipeline.protocol.tide_window import TideWindow
 
 # To copy less takes longer than to compute it: it is a step of its own.
 MIN_COPY = 16
@@ -43,20 +44,20 @@ class Admission:
 
     def __init__(
         self,
-        num_slots: int,
-        max_seq_len: int,
+        limits: Limits,
         options: PrefixOptions,
         clock: Callable[[], float],
-        window: TideWindow | None = None,
     ) -> None:
-        self.slots = Slots(num_slots)
-        self._window = window
+        self.slots = Slots(limits.num_slots)
+        self.pool = TokenPool(limits)
         self.num_hits = 0
         self.num_cached_tokens = 0
-        room = max_seq_len if window is None else window.size
-        max_tokens = int(options.share * num_slots * room)
+        self._window = limits.window
+        self._share = options.share
+        self._num_positions = limits.num_slots * self.pool.rows(limits.max_seq_len)
+        max_tokens = int(self._share * self._num_positions)
         self.idle = IdlePrefixes(max_tokens, options.ttl_seconds, clock)
-        self._is_exact = False
+        self.is_row_exact = False
         # Those whose prompt begins as one that is being read.
         self._followers: list[RequestState] = []
         # What is to be loaded from sessions and saved to them, and which of it is under way.
@@ -75,9 +76,35 @@ class Admission:
 
     def allow_reuse(self, is_row_exact: bool) -> None:
         """Keep and reuse, or do not: whether rows are exact, the stages have to tell."""
-        self._is_exact = is_row_exact
+        self.is_row_exact = is_row_exact
         if not is_row_exact:
             self._end(self.idle.clear())
+
+    def use_pool(self, num_tokens: int | None) -> None:
+        """Hold no more than stages have told that they have room for."""
+        self.pool.num_tokens = num_tokens
+        self.idle.max_tokens = int(self._share * min(self._num_positions, self.pool.size))
+
+    def num_transferred(self, running: Collection[RequestState]) -> int:
+        """Rows of slots that are let go of as soon as they are saved, or loaded for nobody."""
+        return sum(
+            self.pool.rows(each.length if each.is_load else each.state.num_sent + each.has_more)
+            for each in (*self._due, *self._under_way)
+            if each.state not in running
+        )
+
+    @property
+    def num_idle(self) -> int:
+        """Rows of what nobody owns."""
+        return sum(map(self.pool.rows, self.idle.lengths))
+
+    def shrink(self, num_rows: float, but: int | None = None) -> bool:
+        """Let idle prefixes go until they hold `num_rows` at most; whether they then do."""
+        while self.num_idle > num_rows:
+            if len(self.idle) - (but is not None) <= 0:
+                return False
+            self.slots.end(self.idle.evict(but))
+        return True
 
     def expire(self) -> None:
         """Have those prefixes cleared whose time has come."""
@@ -87,8 +114,9 @@ class Admission:
         """Give a request its slot; there has to be room. `running`: those that own one."""
         idle, length, leader, num_led = None, 0, None, 0
         # Of what is read nothing can be had but by computing it.
-        wanted = () if state.request.num_read else state.request.prompt_ids[:-1]
-        salt = self._salt(state)
+        wanted = () if state.request.num_read else state.known(0, state.num_known - 1)
+        salt, others = self._salt(state), (*running, state)
+        idle_room = self.pool.size - self.pool.held(others) - self.num_transferred(others)
         if salt is not None:
             idle, length = self.idle.longest(salt, wanted)
             leaders = [each for each in running if self._stays_whole(each)]
@@ -98,21 +126,30 @@ class Admission:
             state.slot = self._empty_slot()
             state.num_loading = num_stored
             self._due.append(Transfer(state, num_stored, is_load=True))
-        elif idle is not None and length >= num_led and self._may_go_on(idle, length):
+            self.shrink(idle_room)
+        elif idle is not None and length >= num_led and self._may_go_on(idle, length, idle_room):
             self.idle.take(idle.slot)
             if length < len(idle.token_ids):
                 self.slots.take_back(idle.slot, length)
             state.slot = idle.slot
             self._reuse(state, idle.pieces, length)
+            self.shrink(idle_room)
         elif idle is not None and length >= max(num_led, MIN_COPY) and self._is_whole(idle):
             state.slot = self._empty_slot(but=idle.slot)
             whole = has_all_steps(idle.pieces)
+            has_room = self.shrink(idle_room, but=idle.slot)
+            assert has_room, "else it goes on in that slot"
             self.slots.copy(idle.slot, state.slot, length, is_replayable=whole)
         else:
             state.slot = self._empty_slot()
+            self.shrink(idle_room)
             if num_led >= MIN_COPY:
                 state.leader, state.num_led = leader, num_led
                 self._followers.append(state)
+
+    def unfollow(self, state: RequestState) -> None:
+        """Have nothing copied for a request that gives way."""
+        self._followers = [each for each in self._followers if each is not state]
 
     def follow(self, running: Collection[RequestState]) -> None:
         """Have copied what has been read meanwhile for those that wait for it."""
@@ -152,7 +189,7 @@ class Admission:
             return
         if keeps and state.request.stored is not None and state.num_sent:
             # The text is kept with any kernels, keys and values where a row's bits are its own.
-            length = state.num_sent if self._is_exact else 0
+            length = state.num_sent if self.is_row_exact else 0
             self._due.append(Transfer(state, length, has_more=has_more))
             return
         self._give_back(state, keeps=keeps, has_more=has_more)
@@ -207,17 +244,19 @@ class Admission:
 
     def _num_stored(self, state: RequestState, wanted: Sequence[int]) -> int:
         stored = state.request.stored
-        return common_length(stored.stored_ids, wanted) if stored and self._is_exact else 0
+        return common_length(stored.stored_ids, wanted) if stored and self.is_row_exact else 0
 
-    def _may_go_on(self, idle: IdlePrefix, length: int) -> bool:
+    def _may_go_on(self, idle: IdlePrefix, length: int, idle_room: float) -> bool:
         """Whether a slot may be taken back to so many tokens of those that it holds, for good.
 
-        Not where more would be lost than is used, and another slot can be had for a copy.
+        Not where more would be lost than is used, and another slot, and room, can be had for a
+        copy.
         """
         # Taken back from one token more, it may have dropped already what that one has no room for.
         if not self._goes_back(length, len(idle.token_ids) + 1):
             return False
-        has_other = self.slots.has_free or len(self.idle) > 1
+        has_slot = self.slots.has_free or len(self.idle) > 1
+        has_other = has_slot and self.pool.rows(len(idle.token_ids)) <= idle_room
         return 2 * length >= len(idle.token_ids) or not has_other
 
     def _goes_back(self, length: int, held: int) -> bool:
@@ -243,7 +282,7 @@ class Admission:
 
     def _salt(self, state: RequestState) -> bytes | None:
         """Whose a request's text is; None where nothing of it is to be reused."""
-        return state.request.salt if self._is_exact and self.idle.max_tokens else None
+        return state.request.salt if self.is_row_exact and self.idle.max_tokens else None
 
     def _end(self, slots: Collection[int]) -> None:
         for slot in slots:

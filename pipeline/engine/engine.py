@@ -88,7 +88,7 @@ class PipelineEngine:
     @property
     def max_seq_len(self) -> int:
         """Tokens a request may occupy, its prompt included."""
-        return self.scheduler.limits.max_seq_len
+        return self.scheduler.pool.max_tokens
 
     @property
     def stats(self) -> EngineStats:
@@ -107,6 +107,9 @@ class PipelineEngine:
             num_idle_prefixes=len(self.scheduler.admission.idle),
             num_prefix_hits=self.scheduler.admission.num_hits,
             num_cached_tokens=self.scheduler.admission.num_cached_tokens,
+            pool_tokens=self.scheduler.pool.num_tokens or 0,
+            held_tokens=self.scheduler.num_held,
+            num_given_way=self.scheduler.num_given_way,
         )
 
     def allow_reuse(self, is_row_exact: bool) -> None:
@@ -364,9 +367,8 @@ class PipelineEngine:
                 self.scheduler.cancel(owner)
         return choices
 
-    def _give_up(self, request_id: int) -> None:
-        logger.warning("event=request_given_up request=%d", request_id)
-        reason = "stages were lost whenever this request was computed"
+    def _give_up(self, request_id: int, reason: str) -> None:
+        logger.warning("event=request_given_up request=%d reason=%r", request_id, reason)
         self._fail_request(request_id, RequestFailed(reason))
 
     def _fail_request(self, request_id: int, error: RequestFailed | InputError) -> None:

@@ -24,3 +24,8 @@ class EngineStats:
     num_idle_prefixes: int = 0
     num_prefix_hits: int = 0
     num_cached_tokens: int = 0
+    # Tokens that all requests may hold together, 0 if nothing bounds them, and hold now; how often
+    # one has given way to those before it.
+    pool_tokens: int = 0
+    held_tokens: int = 0
+    num_given_way: int = 0

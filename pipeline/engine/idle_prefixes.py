@@ -19,7 +19,7 @@ _BLOCK = 64
 class PrefixOptions:
     """How much of the stages' KV memory idle prefixes may take, and for how long each stays.
 
-    `share` of all slots' positions, 0 to 1; 0: whatever a request leaves is cleared at once.
+    `share` of what all slots may hold, 0 to 1; 0: whatever a request leaves is cleared at once.
     Raises InputError.
     """
 
@@ -60,6 +60,11 @@ class IdlePrefixes:
 
     def __len__(self) -> int:
         return len(self._prefixes)
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each has."""
+        return [len(prefix.token_ids) for prefix, _ in self._prefixes.values()]
 
     @property
     def next_expiry(self) -> float:

@@ -22,6 +22,13 @@ class Limits:
     num_stages: int = 1
     # What a slot keeps of a request's tokens; None: all of them.
     window: TideWindow | None = None
+    # Whether `max_seq_len` is what the user wants, and no less will do.
+    is_length_asked: bool = False
+
+    @property
+    def max_rows(self) -> int:
+        """Positions of a slot."""
+        return self.max_seq_len if self.window is None else self.window.size
 
     @property
     def max_step_tokens(self) -> int:

@@ -57,6 +57,8 @@ class RequestState:
     """A request that owns a KV slot; the scheduler alone changes it."""
 
     request: Request
+    # Its place among all that have come: who came last gives way first.
+    arrival: int = 0
     # Set when the request is admitted.
     slot: int = -1
     # Tokens handed to the pipeline so far, whether or not their step has come back.
@@ -71,6 +73,12 @@ class RequestState:
     num_led: int = 0
     # Stored tokens that are being loaded into its slot: nothing goes before.
     num_loading: int = 0
+    # The first so many tokens are read, many at a time; each of the others is a step of its own.
+    num_read: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Read the prompt."""
+        self.num_read = self.request.num_prompt
 
     @property
     def may_send(self) -> bool:
@@ -89,16 +97,16 @@ class RequestState:
 
     @property
     def num_prompt_left(self) -> int:
-        """Tokens of the prompt that have not been sent."""
-        return max(0, self.request.num_prompt - self.num_sent)
+        """Tokens to be read that have not been sent: of the prompt, and of what had to give way."""
+        return max(0, self.num_read - self.num_sent)
 
     def pending(self, limit: int) -> tuple[int, ...]:
         """The next at most `limit` token ids to send.
 
-        Those of the prompt that are read, those that are not, and generated ones are never mixed.
+        Those that somebody wants to know of, those that are read, and others are never mixed.
         """
         start, end = self.num_sent, self.num_sent + limit
-        for bound in (self.request.num_read, self.request.num_prompt):
+        for bound in (self.request.num_read, self.num_read):
             if start < bound:
                 end = min(end, bound)
         return self.known(start, end)
@@ -136,7 +144,19 @@ class RequestState:
         """Begin with `length` tokens, which the slot holds; these are the steps they went in."""
         self.pieces = list(pieces)
         truncate(self.pieces, length)
-        self.num_sent = self.num_cached = length
+        self.num_sent = length
+        if not self.token_ids:  # else it has given way, and this is no gain
+            self.num_cached = length
+
+    def give_way(self, *, is_row_exact: bool) -> None:
+        """Hold nothing; what is known is sent again.
+
+        All at once only where a row comes out the same, bit for bit, whatever steps it came in.
+        """
+        self.num_sent, self.slot, self.leader = 0, -1, None
+        self.pieces.clear()
+        if is_row_exact:
+            self.num_read = self.num_known
 
     def unsend_since(self, step: int) -> bool:
         """Take back all that travelled in that step or a later one; whether there is any."""

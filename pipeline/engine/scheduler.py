@@ -1,7 +1,8 @@
 """Which tokens travel in the next step. Pure: no torch, no clock, no I/O."""
 
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 
 from pipeline.engine.admission import Admission, Transfer
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
@@ -10,6 +11,7 @@ from pipeline.engine.prefill_chunks import cut_prompts
 from pipeline.engine.prompt_reader import MAX_READ_TOKENS
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
 from pipeline.engine.step import FollowUp, Notice, Promise, Step
+from pipeline.engine.suspects import Suspects
 from pipeline.errors import MessageError, PromptError
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.last_stage_inputs import NOTHING_ASKED, Asked
@@ -21,10 +23,7 @@ from pipeline.sampling.draw import Draw
 
 # A step of two requests takes no longer than one of either: nothing is gained by less.
 MIN_SHARE = 2
-# A request whose steps have been lost so often in a row may be what breaks the stages: it travels
-# alone from then on. One that is lost so even then is given up, or nobody would ever go on.
-SUSPECT_LOSSES = 2
-MAX_LOSSES = 4
+LOST = "stages were lost whenever this request was computed"
 
 
 class Scheduler:
@@ -38,27 +37,29 @@ class Scheduler:
     def __init__(
         self,
         limits: Limits,
-        on_give_up: Callable[[int], None] | None = None,
+        on_give_up: Callable[[int, str], None] | None = None,
         prefixes: PrefixOptions = NO_PREFIXES,
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """`on_give_up` hears of requests that broke the stages whenever they were tried.
+        """`on_give_up` hears of requests that cannot go on, and why.
 
-        Without it none is given up. `clock`: what idle `prefixes` expire by, seconds.
+        Without it those are not given up that broke the stages whenever they were tried. `clock`:
+        what idle `prefixes` expire by, seconds.
         """
         self.limits = limits
         self.num_given_up = 0
+        # How often a request has given way to those that had come before it.
+        self.num_given_way = 0
         # Whether stages may hold, since the last `rewind`, what they cannot go back behind.
         self.must_rebuild = False
         self._on_give_up = on_give_up
-        # How often in a row requests' steps have been lost.
-        self._losses: Counter[int] = Counter()
+        self._suspects = Suspects()
         # In order of arrival; ordered, so that taking the first and leaving cost the same for all.
         self._waiting: OrderedDict[int, RequestState] = OrderedDict()
         self._running: dict[int, RequestState] = {}
-        self.admission = Admission(
-            limits.num_slots, limits.max_seq_len, prefixes, clock, limits.window
-        )
+        self._num_arrived = 0
+        self.admission = Admission(limits, prefixes, clock)
+        self.pool = self.admission.pool
         self._slots = self.admission.slots
         self._in_flight: deque[Step] = deque()
         self._next_step = 0
@@ -86,9 +87,18 @@ class Scheduler:
         """Requests that wait for a slot."""
         return len(self._waiting)
 
+    def use_pool(self, num_tokens: int | None) -> bool:
+        """Hold so many tokens at most, as stages have told; None: as many as slots have positions.
+
+        Whether what has been sent is no more than that: else `rewind` once more.
+        """
+        self.admission.use_pool(num_tokens)
+        running = self._running.values()
+        return sum(self.pool.rows(state.num_sent) for state in running) <= self.pool.size
+
     def submit(self, request: Request) -> None:
         """Queue a request. Raises PromptError when it can never be served."""
-        length, room = len(request.prompt_ids), self.limits.max_seq_len
+        length, room = len(request.prompt_ids), self.pool.max_tokens
         if length == 0:
             raise PromptError("the prompt is empty; give at least one token of text")
         if length >= room:
@@ -96,7 +106,8 @@ class Scheduler:
                 f"the prompt has {length} tokens and the context holds {room}; "
                 f"shorten it to at most {room - 1}"
             )
-        self._waiting[request.request_id] = RequestState(request)
+        self._waiting[request.request_id] = RequestState(request, self._num_arrived)
+        self._num_arrived += 1
 
     def cancel(self, request_id: int, *, keeps: bool = False) -> None:
         """Give a request up, wherever it is.
@@ -108,7 +119,7 @@ class Scheduler:
         if state is not None:
             self.admission.leave(state, keeps=keeps, has_more=self._promise.is_given)
             self._notices.append(Abort(request_id=request_id))
-        del self._losses[request_id]  # a Counter does not mind one it has not
+        self._suspects.clear((request_id,))
 
     def loaded(self, transfer: Transfer, *, is_done: bool) -> None:
         """A load has come to its end: the slot holds the tokens, or none."""
@@ -122,6 +133,10 @@ class Scheduler:
         and is sent again. Raises ValueError for a request that has sent fewer, or of which a step
         is under way, or promised: its result would be of what is forgotten.
         """
+        if (state := self._waiting.get(request_id)) is not None:
+            if state.num_known < length:
+                raise ValueError(f"request {request_id} knows {state.num_known} tokens")
+            return  # it holds none
         state = self._running[request_id]
         is_under_way = self._promise.is_given or any(
             request_id in step.requests for step in self._in_flight
@@ -159,6 +174,9 @@ class Scheduler:
         for slot in lost:
             if self._is_given_up(by_slot[slot].request.request_id):
                 del by_slot[slot]
+        # A stage that has been replaced may have less room than the one before it.
+        while sum(self.pool.rows(each.num_sent) for each in by_slot.values()) > self.pool.size:
+            del by_slot[self._give_way()]
         self.admission.rewind(by_slot)
         self.must_rebuild = not all(
             self._keeps(state.num_sent, most[slot]) for slot, state in by_slot.items()
@@ -187,8 +205,9 @@ class Scheduler:
             return None  # it may have been sent: nothing goes before it
         step = self._promised_step()
         if step is None:
+            has_room = self._make_room()
             self._admit()
-            step = self._slot_step() or self._token_step()
+            step = self._slot_step() or (self._token_step() if has_room else None)
         if step is not None:
             self._in_flight.append(step)
             self._next_step += 1
@@ -211,8 +230,10 @@ class Scheduler:
             return None
         is_due = due.owners == (request_id,) and not self._slots.is_dirty
         num_left = min(
-            request.max_tokens - len(state.token_ids), self.limits.max_seq_len + 1 - state.num_known
+            request.max_tokens - len(state.token_ids), self.pool.max_tokens + 1 - state.num_known
         )
+        if self.num_held + 1 > self.pool.size:
+            return None
         if not is_due or not request.want.num_tokens or num_left < 2:
             return None
         segments = (Segment(state.slot, state.num_sent, 1),)
@@ -247,14 +268,14 @@ class Scheduler:
             )
         step = self._in_flight.popleft()
         self._promise.come(token_ids, owners)
-        if self._losses:
-            self._clear_of_suspicion(step)
+        # The requests of a step that came back are not what breaks the stages.
+        self._suspects.clear(step.requests)
         self._slots.free(step.freed)
         ended = [(request_id, NO_TOKEN) for request_id in step.ended]
         return [
             self._advance(request_id, token_id, header.step)
             for request_id, token_id in (*zip(owners, token_ids, strict=True), *ended)
-            if request_id in self._running
+            if request_id in self._running or request_id in self._waiting
         ]
 
     def _promised_step(self) -> Step | None:
@@ -310,9 +331,62 @@ class Scheduler:
             header, tuple(token_ids), tuple(owners), is_decoding, asked, (), requests, tuple(ended)
         )
 
+    @property
+    def num_held(self) -> int:
+        """Rows that stages hold once all that is known has been sent."""
+        running = self._running.values()
+        admission = self.admission
+        return self.pool.held(running) + admission.num_transferred(running) + admission.num_idle
+
+    def _make_room(self) -> bool:
+        """Have all fit that is known; whether it does.
+
+        What idles goes first, then what is just being saved is waited for, then the request that
+        came last gives way: the first one always goes on.
+        """
+        while (num_over := self.num_held - self.pool.size) > 0:
+            if self.admission.shrink(self.admission.num_idle - num_over):
+                continue
+            if self.admission.num_transferred(self._running.values()):
+                return False
+            self._slots.end(self._give_way())
+        return True
+
+    def _give_way(self) -> int:
+        """Have the request that came last wait again, before all others; its slot."""
+        # What is being loaded cannot be cleared: there are others, or it has room.
+        may_go = [state for state in self._running.values() if not state.num_loading]
+        state = max(may_go, key=attrgetter("arrival"))
+        request_id, slot = state.request.request_id, state.slot
+        del self._running[request_id]
+        self.admission.unfollow(state)
+        state.give_way(is_row_exact=self.admission.is_row_exact)
+        self._waiting[request_id] = state
+        self._waiting.move_to_end(request_id, last=False)
+        self._notices.append(Abort(request_id=request_id))
+        self.num_given_way += 1
+        return slot
+
+    def _may_come(self, state: RequestState) -> bool:
+        """Whether there is room for the one that waits, and no result of it is still to come."""
+        request_id, running = state.request.request_id, self._running.values()
+        if any(request_id in step.owners for step in self._in_flight):
+            return False
+        num_other = self.admission.num_transferred(running)
+        is_alone = not running and not num_other
+        return is_alone or self.pool.fits(state, running, num_other)
+
     def _admit(self) -> None:
         while self._waiting and self.admission.has_room:
-            request_id, state = self._waiting.popitem(last=False)
+            request_id, state = next(iter(self._waiting.items()))
+            if state.num_known > self.pool.max_tokens:
+                has, most = state.num_known, self.pool.max_tokens
+                reason = f"the text has {has} tokens and the stages have KV memory for {most}"
+                self._give_up(self._waiting, request_id, reason)
+                continue
+            if not self._may_come(state):
+                break
+            del self._waiting[request_id]
             self.admission.admit(state, self._running.values())
             self._running[request_id] = state
             self._notices.append(Start(request_id=request_id, slot=state.slot))
@@ -323,11 +397,11 @@ class Scheduler:
 
     def _next_parts(self, num_idle: int) -> list[tuple[RequestState, int]]:
         """Who takes part in the next step, with at most how many tokens."""
-        for request_id, num_losses in self._losses.items():
-            if num_losses >= SUSPECT_LOSSES:
-                suspect = self._running[request_id]
-                alone = [(suspect, self._chunk_tokens((suspect,)))]
-                return alone if num_idle == self.limits.num_stages else []
+        suspect = self._suspects.alone(self._running)
+        if suspect is not None:
+            state = self._running[suspect]
+            alone = [(state, self._chunk_tokens((state,)))]
+            return alone if num_idle == self.limits.num_stages else []
         running = self._running.values()
         left = [state for state in running if state.num_prompt_left and state.may_send]
         return [*self._decoding(), *cut_prompts(left, num_idle, self._chunk_tokens(left))]
@@ -358,26 +432,31 @@ class Scheduler:
 
     def _is_given_up(self, request_id: int) -> bool:
         """Count the loss of a request's step; forget the request if that has been too many."""
-        self._losses[request_id] += 1
-        if self._on_give_up is None or self._losses[request_id] < MAX_LOSSES:
+        if not self._suspects.lose(request_id) or self._on_give_up is None:
             return False
-        self.num_given_up += 1
-        del self._running[request_id], self._losses[request_id]
+        self._give_up(self._running, request_id, LOST)
         self._notices.append(Abort(request_id=request_id))
-        self._on_give_up(request_id)
         return True
 
-    def _clear_of_suspicion(self, step: Step) -> None:
-        """The requests of a step that came back are not what breaks the stages."""
-        for request_id in step.requests:
-            del self._losses[request_id]  # a Counter does not mind one it has not
+    def _give_up(self, states: dict[int, RequestState], request_id: int, why: str) -> None:
+        self.num_given_up += 1
+        del states[request_id]
+        self._suspects.clear((request_id,))
+        if self._on_give_up is not None:
+            self._on_give_up(request_id, why)
 
     def _advance(self, request_id: int, token_id: int, step: int) -> TokenEvent:
-        state = self._running.pop(request_id)
+        """Note a token; of one that has given way since, it is as well as of any other."""
+        waits = request_id in self._waiting
+        state = self._waiting[request_id] if waits else self._running.pop(request_id)
         finish: FinishReason | None = FinishReason.LENGTH
         if token_id != NO_TOKEN:
-            finish = state.add(token_id, self.limits.max_seq_len)
-        if finish is None:
+            finish = state.add(token_id, self.pool.max_tokens)
+        if waits and finish is not None:
+            del self._waiting[request_id]
+        elif waits:
+            pass
+        elif finish is None:
             self._running[request_id] = state  # behind those that have waited longer
         else:
             self.admission.leave(state)

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.dtypes import FLOAT32, Array, ArrayDType, Floats, HostArray, Precision
 from pipeline.kernels.host_memory import available_bytes
+from pipeline.kernels.huge_pages import give_back, reserve
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import Slide
 from pipeline.protocol.batch import Batch
@@ -262,7 +263,11 @@ class Kernels(ABC):
 
     def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> Array:
         """Zeros, on the CPU in memory that is reserved and not touched."""
-        return np.zeros(shape, dtype)
+        return reserve(shape, dtype)
+
+    def give_back(self, array: Array) -> None:
+        """Let the memory of contiguous zeros go until they are used again, where that can be."""
+        give_back(array)
 
     def fill(self, target: Array, rows: HostArray) -> None:
         """Set all of an array, or of rows of one, to a host's of the same shape.

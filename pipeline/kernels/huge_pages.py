@@ -5,8 +5,10 @@ sessions fill bit by bit is in pages of the usual size.
 """
 
 import contextlib
+import ctypes
 import math
 import mmap
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,9 @@ ALIGNMENT = 64
 # Most weights are smaller than the 2 MiB of a huge page, so they share chunks. What of a chunk is
 # never handed out is never resident.
 CHUNK_BYTES = 64 << 20
+# Linux's number (mman.h), which Python's module lacks: addresses alone, no memory set aside.
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+_libc = ctypes.CDLL(None)
 
 
 # Gives so many bytes, zeroed or as they were sealed.
@@ -79,20 +84,33 @@ def aligned(make: Callable[..., Any], shape: tuple[int, ...], dtype: ArrayDType)
 def reserve(shape: tuple[int, ...], dtype: ArrayDType) -> HostArray:
     """Zeros of which only what is used takes memory, and takes none once they are let go.
 
-    What a C library's allocator hands out may do neither. Raises MemoryError.
+    They may be far more than the machine has. What a C library's allocator hands out may do none of
+    this. Raises MemoryError where the system sets memory aside for whatever is mapped.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     array: HostArray = _pages(max(num_bytes, 1))[:num_bytes].view(dtype).reshape(shape)
     return array
 
 
+def give_back(array: HostArray) -> None:
+    """Let the pages go that lie whole in what was `reserve`d and is zero; later they are zeros."""
+    assert array.flags.c_contiguous, "else others' positions lie between these"
+    first = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    num_bytes = (array.ctypes.data + array.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if num_bytes > 0 and sys.platform == "linux":  # elsewhere it means something else
+        address, size = ctypes.c_void_p(first), ctypes.c_size_t(num_bytes)
+        _libc.madvise(address, size, mmap.MADV_DONTNEED)
+
+
 def _pages(num_bytes: int, *, is_huge: bool = False) -> npt.NDArray[np.uint8]:
-    """Zeroed whole pages of this process alone, huge ones if those are wanted and to be had."""
+    """Zeroed whole pages of this process alone: huge ones if wanted and to be had, else none."""
+    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0 if is_huge else _NORESERVE)
     try:
-        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = mmap.mmap(-1, num_bytes, flags=kind)
     except OSError as error:
         raise MemoryError(f"no {num_bytes} bytes of memory") from error
-    if is_huge and hasattr(mmap, "MADV_HUGEPAGE"):
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Where the system gives huge ones unasked, every slot would begin with several.
         with contextlib.suppress(OSError):  # a kernel built without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
+            pages.madvise(mmap.MADV_HUGEPAGE if is_huge else mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(pages, np.uint8)

@@ -29,6 +29,9 @@ class Memory(Protocol):
     def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> Array:
         """Zeros, reserved and not touched where that can be."""
 
+    def give_back(self, array: Array) -> None:
+        """Let the memory of contiguous zeros go until they are used again, where that can be."""
+
     def fill(self, target: Array, rows: HostArray) -> None:
         """Set all of an array, or of a view of one, to a host's."""
 
@@ -84,7 +87,7 @@ class KVStorage:
     With a `key_block` above 1 keys are [slots, capacity / block, kv_heads, head_dim, block] and
     values [slots, capacity / block, kv_heads, block, head_dim], as kernels read them that take a
     block of positions at once: what a slot has seen lies together. The memory is reserved, not
-    touched: the operating system hands out zeroed pages as slots fill.
+    touched: the operating system hands out zeroed pages as slots fill, and takes them back.
     """
 
     __slots__ = ("_key_block", "_memory", "_row", "capacity", "dtype", "keys", "values")
@@ -185,17 +188,27 @@ class KVStorage:
             self._memory.slide(keys, values, slide, cos, sin)
 
     def zero(self, slot: int, first: int, last: int) -> None:
-        """Zero positions first..last of a slot; whatever shares the last block is unused."""
+        """Zero positions first..last of a slot; whatever shares the last block is unused.
+
+        Their memory goes back to the system: what a slot has held, another may.
+        """
         block = self._key_block
+        if first >= last:
+            return
         for keys, values in zip(self.keys, self.values, strict=True):
             if block == 1:
-                keys[slot, :, first:last] = 0
-                values[slot, :, first:last] = 0
-            elif first < last:
+                for each in (keys, values):
+                    each[slot, :, first:last] = 0
+                    for rows in each[slot]:
+                        self._memory.give_back(rows[first:last])
+            else:
                 keys[slot, first // block, :, :, first % block :] = 0
                 values[slot, first // block, :, first % block :] = 0
                 for each in (keys, values):
-                    each[slot, first // block + 1 : -(-last // block)] = 0
+                    blocks = each[slot, first // block + 1 : -(-last // block)]
+                    blocks[:] = 0
+                    # With the one before where that is zero whole.
+                    self._memory.give_back(each[slot, -(-first // block) : -(-last // block)])
 
     def release(self) -> None:
         """Give the memory back, whoever still refers to this."""

@@ -33,7 +33,7 @@ from pipeline.kernels.base import (
     LinearSpec,
     Norm,
 )
-from pipeline.kernels.huge_pages import Arena, aligned, reserve
+from pipeline.kernels.huge_pages import Arena, aligned
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import Slide
 from pipeline.kernels.native_step import NativeAttention, NativeStep, spans_of
@@ -211,10 +211,6 @@ class NativeKernels(Kernels):
     def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
         """An array to be filled."""
         return aligned(np.empty, shape, dtype)
-
-    def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> HostArray:
-        """Zeros, in memory that is reserved and not touched."""
-        return reserve(shape, dtype)
 
     def weights(self, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
         """An array to be filled once, beside all other weights."""

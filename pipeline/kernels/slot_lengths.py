@@ -15,11 +15,13 @@ class SlotLedger:
     are told where these lie.
     """
 
-    __slots__ = ("_written", "held", "max_rows", "max_seq_len", "rows", "window")
+    __slots__ = ("_written", "held", "max_rows", "max_seq_len", "max_total", "rows", "window")
 
     def __init__(self, num_slots: int, max_seq_len: int, window: TideWindow | None = None) -> None:
         self.max_seq_len = max_seq_len
         self.window = window
+        # Rows that all slots together may hold; None: as many as each has room for.
+        self.max_total: int | None = None
         # What a slot has memory for.
         self.max_rows = max_seq_len if window is None else window.size
         # Tokens held per slot, and how many of them lie in memory, which without a window is the
@@ -37,6 +39,7 @@ class SlotLedger:
         seen: set[int] = set()
         for segment in batch:
             self._check(segment, seen)
+        self._check_total(batch)
         for segment in batch:
             end = min(segment.position + segment.num_tokens, self.max_rows)
             self._written[segment.slot] = max(self._written[segment.slot], end)
@@ -57,6 +60,24 @@ class SlotLedger:
                 f"slot {slot} holds {held} tokens; {count} more at position {position} "
                 f"exceed the context of {self.max_seq_len}"
             )
+
+    def _check_total(self, batch: Batch) -> None:
+        """Attack: one who sends more than there is room for would take others' memory."""
+        if self.max_total is None:
+            return
+        if not self.has_room(sum(self._growth(each.slot, each.num_tokens) for each in batch)):
+            raise MessageError(
+                f"slots hold {sum(self.rows)} of at most {self.max_total} tokens in all, "
+                f"and a step brings {sum(each.num_tokens for each in batch)}"
+            )
+
+    def has_room(self, num_rows: int) -> bool:
+        """Whether all slots together may hold so many more."""
+        return self.max_total is None or sum(self.rows) + num_rows <= self.max_total
+
+    def _growth(self, slot: int, num_tokens: int) -> int:
+        """How many rows more a slot may come to hold by so many tokens."""
+        return min(num_tokens, self.max_rows - self.rows[slot])
 
     def parts(self, batch: Batch) -> Sequence[Batch]:
         """The step cut where a window drops rows, to be placed and computed one after another."""

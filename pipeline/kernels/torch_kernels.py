@@ -189,8 +189,13 @@ class TorchKernels(Kernels):
         """Zeros."""
         if not self.is_host:
             return torch.zeros(shape, dtype=TORCH_DTYPES[dtype], device=self.device)
-        # numpy asks for zeroed pages, where torch writes the zeros and so touches all of them
+        # torch itself writes the zeros and so touches all of them
         return to_tensor(super().zeros(shape, dtype))
+
+    def give_back(self, array: torch.Tensor) -> None:
+        """Let the memory of contiguous zeros go: the host's, a GPU's is allocated as it is."""
+        if self.is_host:
+            super().give_back(array.numpy())
 
     def fill(self, target: torch.Tensor, rows: HostArray) -> None:
         """Set all of a tensor, or of rows of one."""

@@ -16,7 +16,6 @@ from pipeline.machines.part_store import PartStore
 from pipeline.models.config import CONFIG_FILE
 from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.stage.model_config import load_stage
-from pipeline.stage.session_admission import free_kv_bytes
 from pipeline.stage.worker import StageWorker
 from pipeline.stage.worker_setup import StageSetup
 from pipeline.weights.checkpoint_index import SINGLE_FILE
@@ -100,7 +99,6 @@ def load_served(
     shard = load_stage(
         manifest, order.stage_idx, model_dir, precision, compute.kernels, compute.device, None
     )
-    kv_bytes = free_kv_bytes(shard) if compute.max_kv_bytes is None else compute.max_kv_bytes
     setup = StageSetup(
         manifest=manifest,
         stage_idx=order.stage_idx,
@@ -109,7 +107,7 @@ def load_served(
         precision=precision,
         num_threads=compute.num_threads,
         device=compute.device,
-        max_kv_bytes=kv_bytes,
+        max_kv_bytes=compute.max_kv_bytes,
         patience_ms=PATIENCE_MS,
     )
     return ServedStage(order, manifest, StageWorker(setup), shard.num_weight_bytes)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from pipeline.engine.step import Step
+from pipeline.errors import SessionError
 from pipeline.orchestrator.connector import Connector
 from pipeline.orchestrator.model_ends import ModelEnds
 from pipeline.orchestrator.replay_plan import ORCHESTRATOR_IDX, ReplayPlan, plan_replay
@@ -37,6 +38,10 @@ class ReplaySource(Protocol):
     @property
     def must_rebuild(self) -> bool:
         """Whether stages that have done what is forgotten cannot go back to these."""
+        ...
+
+    def use_pool(self, num_tokens: int | None) -> bool:
+        """Hear what stages have room for together; whether what is to be replayed fits."""
         ...
 
     def replay(self, until: int) -> Iterator[Step]:
@@ -90,7 +95,7 @@ class Epochs:
         for stage in stages:
             await stage.begin(self._opening(stage, epoch, lengths, plan))
             await stage.tell()
-        return await self._join(stages, epoch)
+        return await self._join(stages, epoch, plan)
 
     async def replay(self, link: StepLink, source: ReplaySource, plan: ReplayPlan) -> None:
         """Send what stage 0 has lost, if it has; stages do as much for those behind them."""
@@ -112,7 +117,9 @@ class Epochs:
             replay_until=plan.sources.get(stage.idx),
         )
 
-    async def _join(self, stages: Sequence[RemoteStage], epoch: bytes) -> StepLink:
+    async def _join(
+        self, stages: Sequence[RemoteStage], epoch: bytes, plan: ReplayPlan
+    ) -> StepLink:
         """Open this epoch's data channels, and wait until every stage has its own."""
         gate = self._connector.new_gate()
         channels: dict[str, SecureChannel] = {}
@@ -130,6 +137,9 @@ class Epochs:
                 self._connector.pending.setdefault(what, f"{what} is not ready")
                 ready.append(await stage.ready())
                 del self._connector.pending[what]
+                if stage.idx in plan.sources and not stage.keeps_activations:
+                    # Its memory has been needed since it was asked; from now on that is known.
+                    raise SessionError(f"{what} no longer keeps what it has sent")
         except BaseException:
             for channel in channels.values():
                 await hang_up(channel)

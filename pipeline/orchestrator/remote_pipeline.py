@@ -20,6 +20,7 @@ from pipeline.orchestrator.slot_orders import SlotOrders
 from pipeline.orchestrator.stage_watch import HEALTH_SECONDS, Expectation, RemoteStage
 from pipeline.orchestrator.step_link import StepLink
 from pipeline.placement.base import Placement, Progress
+from pipeline.protocol.kv_pool import KVPool
 from pipeline.protocol.messages import Ready, Shutdown, Start
 from pipeline.protocol.peer_connections import GOODBYE_SECONDS
 from pipeline.protocol.step_results import StepResult
@@ -105,6 +106,13 @@ class Pipeline:
     def vocab_size(self) -> int:
         """Of the model; 0 before the stages have told."""
         return min((each.vocab_size for each in self.ready), default=0)
+
+    @property
+    def kv_pool(self) -> KVPool | None:
+        """The smallest stage's, which is all that there is; None where slots share nothing."""
+        told = [(each.kv_tokens, each.kv_bytes) for each in self.ready]
+        pools = [KVPool(tokens, size) for tokens, size in told if tokens is not None]
+        return min(pools, default=None)
 
     @property
     def stages(self) -> Sequence[RemoteStage]:
@@ -251,6 +259,9 @@ class Pipeline:
         self._link = await self._epochs.begin(stages, lengths, plan)
         self._losses.has_stood = True
         if source is not None:
+            pool = self.kv_pool
+            if not source.use_pool(None if pool is None else pool.num_tokens):
+                raise SessionError("a stage that was replaced has less KV memory than is in use")
             await self._epochs.replay(self._link, source, plan)
         if not any(lengths):
             self._losses.note_recovery()

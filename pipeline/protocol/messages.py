@@ -22,6 +22,7 @@ from pipeline.protocol.stored_state import (
 # Control messages are a few hundred bytes; an init with 32 measurements of two neighbours is 4 KB.
 MAX_CONTROL_BYTES = 64 << 10
 
+Count = Annotated[int, Field(ge=0, lt=1 << 64)]
 Epoch = Annotated[bytes, Field(min_length=16, max_length=16)]
 # Text of an endpoint, as `parse_endpoint` takes it.
 Address = Annotated[str, Field(max_length=1024)]
@@ -81,6 +82,8 @@ class Ready(StrictMessage):
     stage_idx: int
     weight_bytes: int
     kv_bytes: int
+    # Tokens that its slots may hold together; None: each as many as it has positions.
+    kv_tokens: Count | None = None
     vocab_size: Annotated[int, Field(ge=1)]
     precision: Literal["float32", "bfloat16", "int8"]
     kernels: Annotated[str, Field(max_length=64)]
@@ -106,9 +109,6 @@ class Health(StrictMessage):
     sequence: int
 
 
-Count = Annotated[int, Field(ge=0, lt=1 << 64)]
-
-
 class StageFigures(StrictMessage):
     """What a stage does now, and has done since its worker started; sizes and times, no content.
 
@@ -119,7 +119,7 @@ class StageFigures(StrictMessage):
     num_slots: Count
     slots_in_use: Count
     kv_tokens: Count
-    # Reserved, whether touched yet or not.
+    # What they may take at most.
     kv_bytes: Count
     num_steps: Count
     num_tokens: Count

@@ -208,12 +208,13 @@ class StageSession:
             stage_idx=setup.stage_idx,
             weight_bytes=setup.shard.num_weight_bytes,
             kv_bytes=self._core.num_bytes,
+            kv_tokens=self._core.num_tokens,
             vocab_size=setup.shard.config.vocab_size,
             precision=setup.precision,
             kernels=setup.shard.kernels.name,
             num_threads=setup.num_threads,
             device=setup.device,
-            keeps_activations=self._core.log is not None,
+            keeps_activations=self._core.keeps_activations,
             is_row_exact=setup.shard.is_row_exact,
         )
 

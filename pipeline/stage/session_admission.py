@@ -1,5 +1,8 @@
 """Which sessions a stage takes, how much KV memory it gives one, and which steps it takes in it."""
 
+from dataclasses import replace
+
+from pipeline.agreement.manifest import Manifest
 from pipeline.errors import InputError, MessageError, SessionRefused
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.messages import Init, Message
@@ -7,6 +10,7 @@ from pipeline.protocol.step_header import PROTOCOL_VERSION, StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits, expected_inputs, told
 from pipeline.protocol.tide_window import MAX_TEXT, TideWindow
 from pipeline.stage.worker_setup import StageSetup
+from transport.dial_and_listen import TcpEndpoint, VsockEndpoint
 from transport.tensor_frames import TensorSpec
 
 # Bounds how long one step keeps a stage from listening, and how much memory its activations take.
@@ -16,6 +20,43 @@ MAX_STEP_TOKENS = 4096
 def free_kv_bytes(shard: ModelShard) -> int:
     """What is left for a session's KV memory: weights are loaded, steps are yet to come."""
     return max(0, shard.kernels.free_bytes() - shard.step_bytes(MAX_STEP_TOKENS))
+
+
+def with_memory(setup: StageSetup) -> StageSetup:
+    """A stage that knows what a session may take: if nobody says it, its share of what is free.
+
+    Not before a session begins: then all stages are loaded that are loaded on this machine.
+    """
+    if setup.max_kv_bytes is not None:
+        return setup
+    free = free_kv_bytes(setup.shard)
+    if setup.shard.kernels.is_host:
+        free //= num_on_this_machine(setup.manifest, setup.stage_idx)
+    return replace(setup, max_kv_bytes=free)
+
+
+def num_on_this_machine(manifest: Manifest, stage_idx: int) -> int:
+    """Of how many stages the manifest says that they share this one's machine, itself counted.
+
+    Those at the same address, for nobody knows more: relays make it seem more than there are.
+    """
+    hosts = [_host(manifest, stage.stage_idx) for stage in manifest.stages]
+    return hosts.count(hosts[stage_idx])
+
+
+def _host(manifest: Manifest, stage_idx: int) -> object:
+    stage = manifest.stage(stage_idx)
+    if stage.machine_keys:
+        return stage.machine_keys
+    if stage.endpoint is None:
+        return None
+    match stage.endpoint.control.to_endpoint():
+        case TcpEndpoint(host=host):
+            return host
+        case VsockEndpoint(cid=cid):
+            return cid
+        case _:  # a path: a file of this machine's
+            return None
 
 
 def expect_step(
@@ -62,12 +103,14 @@ def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits
         )
     setup.target(message.data_out)
     num_rows = message.max_seq_len if window is None else window.size
-    kv_bytes = setup.shard.kv_bytes(message.num_slots, num_rows)
-    if kv_bytes > setup.max_kv_bytes:
+    # A GPU's memory is taken whole; a host's as slots fill, and one position at least.
+    shared = setup.shard.kernels.is_host
+    kv_bytes = setup.shard.kv_bytes(*(1, 1) if shared else (message.num_slots, num_rows))
+    if setup.max_kv_bytes is not None and kv_bytes > setup.max_kv_bytes:
         raise SessionRefused(
             f"{message.num_slots} slots of {num_rows} positions take {kv_bytes} bytes "
-            f"of KV memory, this stage gives {setup.max_kv_bytes}; ask for less with --context or "
-            "--max-batch"
+            f"of KV memory at least, this stage gives {setup.max_kv_bytes}; ask for less with "
+            "--context or --max-batch"
         )
     try:
         codec = setup.make_codec(spec.dtype, spec.hidden_dim)

@@ -92,7 +92,8 @@ class SlotStorage:
 
     async def _load(self, order: Load) -> None:
         store, cache = self._stored(), self._core.cache
-        while cache.lengths[order.slot]:  # noqa: ASYNC110  (a step that clears it is on its way)
+        # Steps are on their way that clear it, and what it takes the place of.
+        while cache.lengths[order.slot] or not cache.ledger.has_room(order.length):  # noqa: ASYNC110
             await trio.sleep(SETTLE_SECONDS)
 
         def restore(position: int, layers: Sequence[LayerKV]) -> None:

@@ -26,15 +26,27 @@ from transport.tensor_frames import Tensor
 
 
 class StageCore:
-    """A shard of layers with the KV state of one session, and with `log` what it has sent on."""
+    """A shard of layers with the KV state of one session, and with `log` what it has sent on.
+
+    Keys, values and log take `max_bytes` at most, and the log gives way; None: all that there are
+    addresses for.
+    """
 
     def __init__(
-        self, shard: ModelShard, limits: SessionLimits, log: ActivationLog | None = None
+        self,
+        shard: ModelShard,
+        limits: SessionLimits,
+        log: ActivationLog | None = None,
+        max_bytes: int | None = None,
     ) -> None:
         self.shard = shard
         self.limits = limits
         self.cache = shard.new_cache(limits.num_slots, limits.max_seq_len, limits.window)
         self.log = log
+        self._row_bytes = self.cache.range_bytes(1)
+        self._max_bytes = max_bytes
+        if max_bytes is not None and self._row_bytes:
+            self.cache.ledger.max_total = max_bytes // self._row_bytes
         # Whether results leave here, with or without a head to make them of.
         self.is_last = shard.layer_end == shard.config.num_layers
         self._codec = limits.codec
@@ -45,8 +57,21 @@ class StageCore:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes reserved for the session."""
-        return self.cache.num_bytes + (self.log.num_bytes if self.log is not None else 0)
+        """Bytes that the session's slots may take."""
+        num_bytes = self.cache.num_bytes + (self.log.num_bytes if self.log is not None else 0)
+        return num_bytes if self._max_bytes is None else min(num_bytes, self._max_bytes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values slots may hold together."""
+        most = self.limits.num_slots * self.limits.max_rows
+        shared = self.cache.ledger.max_total
+        return most if shared is None else min(most, shared)
+
+    @property
+    def keeps_activations(self) -> bool:
+        """Whether all that slots hold can be sent on once more."""
+        return self.log is not None and self.log.is_whole(self.cache.lengths)
 
     @property
     def decodes_in_place(self) -> bool:
@@ -102,6 +127,14 @@ class StageCore:
             step, segments, rows = unkept
             hidden = np.frombuffer(rows, "<f4").reshape(-1, self._codec.hidden_dim)
             self.log.append(step, segments, hidden)
+            self._fit_log()
+
+    def _fit_log(self) -> None:
+        """Forget what has been sent on where keys and values need its memory."""
+        if self.log is None or self._max_bytes is None:
+            return
+        if self.cache.num_rows * self._row_bytes + self.log.num_kept_bytes > self._max_bytes:
+            self.log.clear()
 
     def step(self, header: StepHeader, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run one step.
@@ -148,10 +181,10 @@ class StageCore:
             self._truncate(slot, length)
 
     def replay(self, until: int) -> Iterator[tuple[StepHeader, tuple[Tensor, ...]]]:
-        """What was sent on before, once more. Raises MessageError when it has not been kept."""
-        if self.log is None:
-            raise MessageError("this stage keeps no activations that it could replay")
+        """What was sent on before, once more, if it is all kept: whoever asked hears of that."""
         self.keep()
+        if self.log is None or not self.log.is_whole(self.cache.lengths):
+            return
         for header, hidden in self.log.replay(until, self.limits.max_step_tokens):
             yield header, self._codec.encode(hidden)
 
@@ -174,6 +207,7 @@ class StageCore:
             self.cache.copy(source.slot, target.slot, target.num_tokens)
             if self.log is not None:
                 self.log.copy(header.step, source.slot, target.slot, target.num_tokens)
+        self._fit_log()
 
     def _is_decoding(self, header: StepHeader) -> bool:
         """Whether it is a step for `decode`, which has no rows to return from before the head."""
@@ -194,6 +228,7 @@ class StageCore:
         for header, hidden in steps.split(outputs):
             if self.log is not None:
                 self.log.append(header.step, header.segments, hidden)
+                self._fit_log()
             done.append((header, () if self.is_last else self._codec.encode(hidden)))
         return done
 

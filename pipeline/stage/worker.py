@@ -21,7 +21,7 @@ from pipeline.protocol.peer_connections import (
     say,
 )
 from pipeline.stage.session import SILENCE_SECONDS, SessionEnded, StageSession
-from pipeline.stage.session_admission import check_init
+from pipeline.stage.session_admission import check_init, with_memory
 from pipeline.stage.stage_metrics import StageMeter
 from pipeline.stage.worker_setup import StageSetup
 from pipeline.tasks import open_tasks
@@ -155,9 +155,11 @@ class StageWorker:
         stage_idx = self._setup.stage_idx
         logger.info("event=session_started stage=%d", stage_idx)
         try:
-            init, limits = check_init(await self._first_message(control), self._setup)
+            message = await self._first_message(control)
+            setup = with_memory(self._setup)
+            init, limits = check_init(message, setup)
             has_begun = True
-            self._current = StageSession(self._setup, self._meter, control, init, limits)
+            self._current = StageSession(setup, self._meter, control, init, limits)
             await self._current.run(data_in)
         except SessionEnded as ended:
             logger.info("event=session_ended stage=%d reason=%s", stage_idx, ended.reason)

@@ -13,7 +13,7 @@ from pipeline.dtypes import Precision
 from pipeline.errors import SessionRefused
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.step_limits import SessionLimits
-from pipeline.stage.activation_log import ActivationLog, log_bytes
+from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.dial_policy import DialPolicy, Network, Target
 from pipeline.stage.slot_storage import SlotStore
 from pipeline.stage.step_executor import StageCore
@@ -49,8 +49,8 @@ class StageSetup:
     precision: Precision
     num_threads: int
     device: str
-    # The most a session may take of this machine, whatever its orchestrator asks for.
-    max_kv_bytes: int
+    # The most a session's slots may take of this machine together; None: what is free then.
+    max_kv_bytes: int | None
     data_out: Endpoint | None = None
     # How long to wait for a step in place (`SecureChannel.wait_in_place`); 0 where other tasks of
     # this process have better things to do.
@@ -91,16 +91,21 @@ class StageSetup:
 
 
 def new_core(setup: StageSetup, limits: SessionLimits) -> StageCore:
-    """KV memory for a session, and a log of what it sends on where that fits as well.
+    """KV memory for a session, and a log of what it sends on as long as that fits as well.
 
     Not under a window: what it has dropped is computed again from the first token on, of which a
-    log without end would have to be kept.
+    log without end would have to be kept. Raises SessionRefused.
     """
     shard = setup.shard
     slots, length, width = limits.num_slots, limits.max_seq_len, limits.codec.hidden_dim
-    num_bytes = shard.kv_bytes(slots, length) + log_bytes(slots, length, width)
     log = None
     is_last = setup.stage_idx == len(setup.manifest.stages) - 1
-    if not is_last and limits.window is None and num_bytes <= setup.max_kv_bytes:
-        log = ActivationLog(slots, length, width)
-    return StageCore(shard, limits, log)
+    try:
+        if not is_last and limits.window is None:
+            log = ActivationLog(slots, length, width)
+        return StageCore(shard, limits, log, setup.max_kv_bytes)
+    except MemoryError as error:
+        raise SessionRefused(
+            f"{slots} slots of {length} positions have no addresses here ({error}); ask for less "
+            "with --context or --max-batch"
+        ) from error

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -23,6 +22,7 @@ from transformers import (
 
 from pipeline.dtypes import FLOAT16
 from pipeline.errors import InputError
+from pipeline.kernels.huge_pages import give_back, reserve
 from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.runtime import set_num_threads
@@ -37,7 +37,9 @@ __all__ = [
     "oracle_class", "same_random_numbers", "smollm2_dir", "token_ids",
 ]  # fmt: skip
 VOCAB = 101
-HOST = SimpleNamespace(zeros=np.zeros, fill=fill_array, to_host=lambda *arrays: arrays)
+HOST = SimpleNamespace(
+    zeros=reserve, give_back=give_back, fill=fill_array, to_host=lambda *arrays: arrays
+)
 NUM_LAYERS = 4
 LLAMA = {
     "vocab_size": VOCAB,

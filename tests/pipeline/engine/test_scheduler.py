@@ -192,7 +192,9 @@ class Told:
 @pytest.mark.parametrize("seed", range(20))
 def test_stages_hear_of_every_request_that_had_a_slot_once_and_in_order(seed):
     rng, given_up, steps, told = random.Random(seed), [], [], Told()
-    scheduler = Scheduler(Limits(rng.randint(1, 3), 64, num_stages=2), given_up.append)
+    scheduler = Scheduler(
+        Limits(rng.randint(1, 3), 64, num_stages=2), lambda each, _: given_up.append(each)
+    )
     for index in range(120):
         if rng.random() < 0.3:
             scheduler.submit(Request(index, (1, 2, 3), rng.randint(1, 4)))

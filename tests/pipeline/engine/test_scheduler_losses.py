@@ -130,7 +130,9 @@ def lose_whenever_due(scheduler, poisoned, limit=1000):
 @pytest.mark.parametrize("poisoned", [{5}, {0, 7}])
 def test_only_the_requests_that_are_lost_every_time_are_given_up(num_stages, poisoned):
     given_up = []
-    scheduler = Scheduler(Limits(8, 100, num_stages=num_stages), given_up.append)
+    scheduler = Scheduler(
+        Limits(8, 100, num_stages=num_stages), lambda each, _: given_up.append(each)
+    )
     for index in range(12):
         scheduler.submit(Request(index, (1, 2), 5))
     losses = lose_whenever_due(scheduler, poisoned)
@@ -152,7 +154,7 @@ def test_nobody_is_given_up_where_nobody_hears_of_it():
 
 def test_losses_between_which_a_request_moves_are_not_its_fault():
     given_up = []
-    scheduler = Scheduler(Limits(1, 1000, chunk_tokens=8), given_up.append)
+    scheduler = Scheduler(Limits(1, 1000, chunk_tokens=8), lambda each, _: given_up.append(each))
     scheduler.submit(Request(0, tuple(range(80)), 10))
     while scheduler.has_work:
         for _ in range(3):

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32
-from pipeline.kernels.huge_pages import ALIGNMENT, CHUNK_BYTES, Arena, aligned, reserve
+from pipeline.kernels.huge_pages import (
+    ALIGNMENT,
+    CHUNK_BYTES,
+    Arena,
+    aligned,
+    give_back,
+    reserve,
+)
 
 
 def test_pieces_are_zeroed_aligned_and_nobody_elses():
@@ -77,3 +84,36 @@ def test_what_is_reserved_takes_memory_only_while_it_is_used():
 
 def test_nothing_can_be_reserved():
     assert reserve((0, 3, 0), FLOAT32).shape == (0, 3, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_far_more_can_be_reserved_than_the_machine_has():
+    array = reserve((1 << 10, 1 << 30), FLOAT16)
+    array[1000, 5] = 1
+    assert array[1000, :7].sum() == 1
+    assert not array[3, -5:].any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_given_back_is_the_systems_and_what_lies_beside_it_stays():
+    array = reserve((1 << 20,), FLOAT32)
+    array.fill(7)
+    full = resident()
+    part = array[100:-100]
+    part.fill(0)
+    give_back(part)
+    assert full - resident() > 3 << 20
+    assert (array[:100] == 7).all()
+    assert (array[-100:] == 7).all()
+    assert not part.any()
+    part.fill(2)
+    assert (part == 2).all()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023])
+def test_less_than_a_page_is_kept(size):
+    array = reserve((1 << 12,), FLOAT32)
+    array.fill(3)
+    array[500 : 500 + size] = 0
+    give_back(array[500 : 500 + size])
+    assert np.count_nonzero(array) == (1 << 12) - size

@@ -1,5 +1,9 @@
 """A step must continue exactly what its slot holds, and clearing leaves nothing behind."""
 
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +23,10 @@ def dtype(request):
 @pytest.fixture
 def cache(make_cache, dtype):
     return make_cache(num_layers=2, num_slots=3, num_kv_heads=2, head_dim=4, dtype=dtype)
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def fill(cache: KVCache, *batch: Segment) -> None:
@@ -303,3 +311,36 @@ def test_generation_goes_on_from_what_other_kernels_have_computed(
     for at, token in enumerate(tokens[:-1]):
         found = end.logits(torch.tensor([token]), [Segment(1, len(token_ids) + at, 1)])
         assert (found[0] - rows[at + 1]).abs().max() <= 1e-4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("key_block", [1, 16])
+def test_what_a_slot_has_held_goes_back_to_the_system_when_it_is_taken_back(make_cache, key_block):
+    cache = make_cache(
+        num_layers=2, num_slots=2, num_kv_heads=2, max_seq_len=1 << 16, head_dim=16,
+        dtype=FLOAT32, key_block=key_block,
+    )  # fmt: skip
+    before = resident()
+    cache.reserve([Segment(1, 0, 1 << 16)])
+    for memory in (*cache.keys, *cache.values):
+        memory[1].fill(1)
+    cache.advance([Segment(1, 0, 1 << 16)])
+    assert resident() - before > 30 << 20
+    cache.truncate(1, 1 << 15)
+    assert resident() - before < 24 << 20
+    cache.truncate(1, 0)
+    assert resident() - before < 8 << 20
+    assert not any(memory[1].any() for memory in cache.keys)
+
+
+def test_slots_hold_no_more_together_than_they_may(cache):
+    cache.ledger.max_total = 20
+    fill(cache, Segment(0, 0, 12))
+    with pytest.raises(MessageError, match="hold 12 of at most 20 tokens in all"):
+        cache.reserve([Segment(1, 0, 5), Segment(2, 0, 4)])
+    with pytest.raises(MessageError, match="in all"):
+        cache.copy(0, 1, 9)
+    assert cache.lengths == (12, 0, 0)
+    fill(cache, Segment(1, 0, 5), Segment(2, 0, 3))
+    cache.truncate(0, 11)
+    fill(cache, Segment(2, 3, 1))

@@ -49,7 +49,6 @@ async def test_a_step_that_does_not_fit_ends_the_session_and_not_the_worker(
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"num_slots": 1024, "max_seq_len": 4096}, "KV memory"),
         ({"max_step_tokens": 1 << 20}, "1048576"),
         ({"max_seq_len": 1 << 20}, "1048576"),
         ({"stage_idx": 0}, "init is for"),
