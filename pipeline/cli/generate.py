@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Awaitable, Callable
 from time import perf_counter_ns
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import typer
 
@@ -33,7 +33,9 @@ from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable
 from pipeline.protocol.peer_connections import PATIENCE_MS
-from pipeline.sessions.session_book import HomeSession
+
+if TYPE_CHECKING:
+    from pipeline.sessions.session_book import HomeSession
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ def _generate(
     pipeline_flags: PipelineFlags,
     manifest: Manifest,
     tokenizer: Tokenizer,
-    stored: HomeSession | None,
+    stored: "HomeSession | None",
 ) -> None:
     longest = longest_text(flags.context, manifest, pipeline_flags.tide_window)
     past_ids = () if stored is None else stored.record.token_ids

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import model_validator
 
@@ -11,10 +11,11 @@ from pipeline.agreement.manifest import Manifest
 from pipeline.cli.settings import Flag, Settings
 from pipeline.errors import InputError, PolicyError
 from pipeline.protocol.tide_window import TideWindow
-from pipeline.sessions.session_book import HomeSession, SessionBook
-from pipeline.sessions.session_keys import SessionKeys
 from transport.errors import MisuseError
 from transport.private_files import create_private, read_private
+
+if TYPE_CHECKING:  # nothing of it is needed where no session is named
+    from pipeline.sessions.session_book import HomeSession, SessionBook
 
 SecretFlag = Annotated[
     Path | None, Flag("FILE", "Secret that sessions are sealed under; made if need be.")
@@ -34,7 +35,9 @@ class SessionFlags(Settings):
         return self
 
     @contextmanager
-    def opened(self, manifest: Manifest, window: TideWindow | None) -> Iterator[HomeSession | None]:
+    def opened(
+        self, manifest: Manifest, window: TideWindow | None
+    ) -> "Iterator[HomeSession | None]":
         """The session, if one is named; nobody else has it meanwhile. Raises InputError."""
         if self.session is None or self.secret_file is None:
             yield None
@@ -46,8 +49,11 @@ class SessionFlags(Settings):
 
 def session_book(
     path: Path, manifest: Manifest, window: TideWindow | None = None, *, is_made: bool = True
-) -> SessionBook:
+) -> "SessionBook":
     """The sessions of a secret, which is made if there is none, or not. Raises InputError."""
+    from pipeline.sessions.session_book import SessionBook
+    from pipeline.sessions.session_keys import SessionKeys
+
     if manifest.dp is not None:
         raise InputError("--secret-file: rows are noisy, and what noise was in is not kept")
     if window is not None:

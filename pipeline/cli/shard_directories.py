@@ -4,7 +4,6 @@ from pathlib import Path
 
 from pipeline.errors import InputError
 from pipeline.files import is_file
-from pipeline.models.config import CONFIG_FILE
 
 
 def stage_dir(model_dir: Path, stage_idx: int) -> Path:
@@ -26,10 +25,16 @@ def model_or_parts(given: Path | None, manifest: Path, flag: str) -> Path:
     """The model directory that is given, or what `join` keeps of one. Raises InputError."""
     if given is not None:
         return given
-    if not is_file(parts_dir(manifest) / CONFIG_FILE):
+    if not _is_model(parts_dir(manifest)):
         raise InputError(f"missing {flag}; see --help")
     return parts_dir(manifest)
 
 
 def _part(model_dir: Path, name: str) -> Path:
-    return model_dir / name if is_file(model_dir / name / CONFIG_FILE) else model_dir
+    return model_dir / name if _is_model(model_dir / name) else model_dir
+
+
+def _is_model(directory: Path) -> bool:
+    from pipeline.models.config import CONFIG_FILE  # which checks far more than its name
+
+    return is_file(directory / CONFIG_FILE)

@@ -4,9 +4,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from pipeline.cli.kv_store_flags import KvStoreFlags
-from pipeline.sessions.sealing import Place
-from pipeline.sessions.stage_store import StageStore
-from pipeline.sessions.store_url import open_store
 from pipeline.stage.slot_storage import SlotStore
 from pipeline.stage.worker_setup import StageSetup
 
@@ -18,6 +15,10 @@ async def opened_store(flags: KvStoreFlags, setup: StageSetup) -> AsyncIterator[
     if url is None:
         yield None
         return
+    from pipeline.sessions.sealing import Place
+    from pipeline.sessions.stage_store import StageStore
+    from pipeline.sessions.store_url import open_store
+
     shard = setup.shard
     place = Place(
         session=b"",

@@ -17,7 +17,7 @@ from pipeline.codecs.registry import make_codec
 from pipeline.dtypes import Floats
 from pipeline.errors import InputError
 from pipeline.leakage import views
-from pipeline.leakage.views import View
+from pipeline.leakage.views import Random, View
 
 # The noise under which SmolLM2's text is still its own, and a length that no embedding exceeds.
 USABLE_SIGMA, LONGEST_EMBEDDING = 0.03, 7.5
@@ -27,7 +27,7 @@ Disguise = Literal["permutation", "rotation", "masks", "mixing"] | None
 # What a server has: rows between layers; keys and values under keys, which it may have as well; or
 # what linears take, as they are asked for.
 Holds = Literal["rows", "encoded rows", "encoded rows and their keys", "masked words", "mixed rows"]
-MakeView = Callable[[int, np.random.Generator], View]  # of a hidden size, with its randomness
+MakeView = Callable[[int, Random], View]  # of a hidden size, with its randomness
 
 SILENT = (
     "answers with other rows than the layers give, all or one in a thousand: the text is another, "

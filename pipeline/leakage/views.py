@@ -6,16 +6,17 @@ once for all sessions, noise anew for each.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 from pipeline.codecs.gaussian_noise import KEY_BYTES, GaussianNoise
 from pipeline.dtypes import Floats
-from pipeline.offload.fixed_point import to_ring
-from pipeline.offload.mixing import Mixture
 
 REACH = 1 << 30  # of weights in fixed point, about: it decides how many bits of a row are sent
 Change = Callable[[Floats], Floats]
+# Not imported before somebody draws: numpy's generators are ten libraries.
+Random: TypeAlias = "np.random.Generator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +37,13 @@ def _same(rows: Floats) -> Floats:
     return rows
 
 
-def plain(hidden_dim: int, rng: np.random.Generator) -> View:
+def plain(hidden_dim: int, rng: Random) -> View:
     """Rows as they are computed."""
     del hidden_dim, rng
     return View(_same, _same, _same, _same)
 
 
-def permuted(hidden_dim: int, rng: np.random.Generator) -> View:
+def permuted(hidden_dim: int, rng: Random) -> View:
     """The hidden dimensions in a secret order, and the weights with them."""
     order = rng.permutation(hidden_dim)
     back = np.argsort(order)
@@ -53,10 +54,10 @@ def permuted(hidden_dim: int, rng: np.random.Generator) -> View:
     return View(permute, lambda rows: rows[..., back], permute, _same)
 
 
-def noisy(sigma: float, clip: float) -> Callable[[int, np.random.Generator], View]:
+def noisy(sigma: float, clip: float) -> Callable[[int, Random], View]:
     """Embedded rows clipped to a length, with Gaussian noise: of another session each time."""
 
-    def make(hidden_dim: int, rng: np.random.Generator) -> View:
+    def make(hidden_dim: int, rng: Random) -> View:
         def disturb(rows: Floats) -> Floats:
             noise = GaussianNoise(sigma, clip, hidden_dim, rng.bytes(KEY_BYTES))
             return noise.apply(rows, [(0, 0, len(rows))])
@@ -66,8 +67,10 @@ def noisy(sigma: float, clip: float) -> Callable[[int, np.random.Generator], Vie
     return make
 
 
-def masked(hidden_dim: int, rng: np.random.Generator) -> View:
+def masked(hidden_dim: int, rng: Random) -> View:
     """Rows in fixed point under masks of their own, as numbers from -1 to 1: what is sent."""
+    from pipeline.offload.fixed_point import to_ring  # noqa: PLC0415 (attacks alone look at rows)
+
     del hidden_dim
 
     def mask(rows: Floats) -> Floats:
@@ -79,8 +82,10 @@ def masked(hidden_dim: int, rng: np.random.Generator) -> View:
     return View(mask, _same, _same, _same)
 
 
-def mixed(hidden_dim: int, rng: np.random.Generator) -> View:
+def mixed(hidden_dim: int, rng: Random) -> View:
     """The rows of one text mixed with each other, anew at every layer."""
+    from pipeline.offload.mixing import Mixture  # noqa: PLC0415 (attacks alone look at rows)
+
     del hidden_dim
 
     def mix(rows: Floats) -> Floats:

@@ -97,7 +97,7 @@ ChooserFactory = Callable[[], Chooser]
 class InverseCdf(Chooser):
     """Draws each token with its probability, by one random number."""
 
-    def __init__(self, random: np.random.Generator) -> None:
+    def __init__(self, random: "np.random.Generator") -> None:
         self._random = random
         # Those that have been told and not been spent, the next first.
         self._uniforms: deque[float] = deque()
@@ -134,7 +134,7 @@ class Mirostat(Chooser):
     the tokens drawn. Source: Basu et al. 2021, algorithm 2 (Mirostat 2.0).
     """
 
-    def __init__(self, random: np.random.Generator, tau: float = 5.0, eta: float = 0.1) -> None:
+    def __init__(self, random: "np.random.Generator", tau: float = 5.0, eta: float = 0.1) -> None:
         self.bound = 2 * tau
         self._random = random
         self._tau = tau

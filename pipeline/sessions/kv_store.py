@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.errors import StoreError
-from pipeline.sessions.sealing import Chunk
+
+if TYPE_CHECKING:  # who only asks for limits carries no ciphers
+    from pipeline.sessions.sealing import Chunk
 
 DEFAULT_TTL_SECONDS = 3600.0
 DEFAULT_MAX_BYTES = 2 << 30
@@ -40,7 +42,7 @@ class KVStore(Protocol):
     Everything raises StoreError where the store cannot be used.
     """
 
-    async def write(self, name: bytes, index: int, chunk: Chunk) -> None:
+    async def write(self, name: bytes, index: int, chunk: "Chunk") -> None:
         """Make this a session's chunk `index`, its last one: what lay there and behind is gone.
 
         All of it or none, and it is there for good once this returns. Raises MissingChunk when a
@@ -48,7 +50,7 @@ class KVStore(Protocol):
         """
         ...
 
-    async def read(self, name: bytes, index: int) -> Chunk | None:
+    async def read(self, name: bytes, index: int) -> "Chunk | None":
         """A session's chunk, if it is there; the session counts as used."""
         ...
 
@@ -75,7 +77,7 @@ class TooLarge(StoreError):
         super().__init__(f"the session takes {num_bytes} bytes, the store keeps {max_bytes}")
 
 
-def chunk_bytes(chunk: Chunk) -> int:
+def chunk_bytes(chunk: "Chunk") -> int:
     """Bytes of a chunk's blobs."""
     return sum(map(len, chunk))
 

@@ -45,3 +45,26 @@ def test_every_command_says_which_version_it_is(command):
     path = Path(sys.executable).with_name(command)
     told = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
     assert told == f"{command} {version('veilpipe')}\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "unused"),
+    [
+        (
+            "pipeline_orch",
+            ("pipeline.kernels", "pipeline.models", "pipeline.offload", "pipeline.doors",
+             "pipeline.gateway", "pipeline.sessions.sealing", "numpy.random", "httpx", "rich"),
+        ),
+        (
+            "stage_worker",
+            ("pipeline.engine", "pipeline.sessions.sealing", "numpy.random", "tokenizers", "rich",
+             "torch"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_command_waits_for_no_library_that_most_runs_of_it_do_without(module, unused):
+    code = f"import sys, pipeline.cli.{module}; print(*sys.modules, sep='\\n')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    imported = result.stdout.split()
+    assert [name for name in imported if name.startswith(unused)] == []

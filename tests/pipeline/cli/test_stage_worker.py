@@ -8,7 +8,11 @@ import sys
 import pytest
 
 from pipeline.agreement.manifest import dump_manifest
+from pipeline.cli import stage_worker
+from pipeline.cli.worker_flags import WorkerFlags
+from pipeline.errors import InputError
 from pipeline.kernels.kernel_selection import why_not_native
+from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.planning.plan import PlanOptions, plan
 
 # Runs the command with what it calls told of on stdout.
@@ -67,6 +71,31 @@ def test_weights_whose_last_byte_is_another_are_named_and_nothing_listens(
     assert f"{path} has SHA-256" in told.splitlines()[-1]
     assert "loaded" not in result.stdout.splitlines()
     assert "listening" not in result.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memory that can be sealed")
+@pytest.mark.parametrize("dev", [True, False], ids=["development", "enclave"])
+def test_an_enclave_takes_no_weights_from_outside_of_it(model, tmp_path, monkeypatch, dev):
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(dump_manifest(plan(model, PlanOptions(num_stages=2))))
+    taken = []
+
+    def load_stage(*arguments):
+        taken.extend(each for each in arguments if isinstance(each, SealedMemory))
+        raise InputError("that is all")
+
+    monkeypatch.setattr(stage_worker, "load_stage", load_stage)
+    monkeypatch.setattr(stage_worker, "_trust", lambda *_: None)
+    fd = os.memfd_create("weights", os.MFD_ALLOW_SEALING)
+    try:
+        flags = WorkerFlags(
+            manifest=manifest, stage_idx=0, model_dir=model, weights_fd=fd, dev=dev, store={}
+        )
+        with pytest.raises(InputError, match="that is all"):
+            stage_worker._prepare(flags)
+    finally:
+        os.close(fd)
+    assert len(taken) == dev
 
 
 @pytest.mark.skipif(why_not_native() is not None, reason="torch's threads share all CPUs")

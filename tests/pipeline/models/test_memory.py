@@ -8,17 +8,21 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pipeline.kernels.kernel_selection import why_not_native
+
 NUM_LAYERS, NUM_STAGES = 8, 4
 SLACK = 1.15  # of the shard, beside one block of the file
 BLOCK_BYTES = 16 << 20
 
 # VmHWM is the peak of resident memory, which the kernel keeps; the imports are measured first.
 LOAD = """
+import os
 import sys
 from pathlib import Path
 from pipeline.models.config import load_config
 from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.models.registry import load_shard, required_files
+from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.weights.checkpoint import hash_files
 
 def peak():
@@ -30,7 +34,13 @@ config = load_config(directory)
 hashes = hash_files(required_files(directory, config, range(start, end)))
 why_not_native()  # its self-test runs what there is to run
 before = peak()
-shard = load_shard(directory, config, start, end, dtype=dtype, expected_hashes=hashes)
+memory = None
+if sys.argv[5] == "sealed":
+    memory = SealedMemory(os.memfd_create("weights", os.MFD_ALLOW_SEALING))
+shard = load_shard(
+    directory, config, start, end, dtype=dtype, expected_hashes=hashes, memory=memory
+)
+assert memory is None or memory.is_sealed
 print(shard.num_weight_bytes, peak() - before)
 """
 
@@ -55,11 +65,20 @@ def wide_model(request, tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("dtype", "stage"), [*(("float32", i) for i in range(NUM_STAGES)), ("bfloat16", 1), ("int8", 2)]
+    ("dtype", "stage", "memory"),
+    [
+        *(("float32", i, "own") for i in range(NUM_STAGES)),
+        ("bfloat16", 1, "own"),
+        ("int8", 2, "own"),
+        pytest.param(
+            *("float32", 1, "sealed"),
+            marks=pytest.mark.skipif(why_not_native() is not None, reason="native kernels' alone"),
+        ),
+    ],
 )
-def test_a_stages_peak_memory_is_near_its_shard(wide_model, dtype, stage):
+def test_a_stages_peak_memory_is_near_its_shard(wide_model, dtype, stage, memory):
     size = NUM_LAYERS // NUM_STAGES
-    arguments = [wide_model, stage * size, (stage + 1) * size, dtype]
+    arguments = [wide_model, stage * size, (stage + 1) * size, dtype, memory]
     result = subprocess.run(
         [sys.executable, "-c", LOAD, *map(str, arguments)],
         capture_output=True,
