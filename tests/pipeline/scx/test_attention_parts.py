@@ -267,6 +267,34 @@ def test_an_answer_that_no_attention_gives_is_refused(home, token_ids, lie):
         at.pipeline.hidden(token_ids[8:9], [Segment(0, 8, 1)])
 
 
+@pytest.mark.parametrize("first", [0, 1], ids=["of the first step", "of the last step"])
+@pytest.mark.parametrize("encoding", ENCODINGS[:2], ids=str)
+def test_an_old_answer_is_refused_and_the_text_goes_on_from_its_tokens(
+    home, token_ids, first, encoding
+):
+    at = home(**encoding)
+    expected, _ = at.plain.greedy(token_ids, 6)
+    at.pipeline.hidden(token_ids, [Segment(0, 0, 23)])
+    answers = []
+
+    def lie(op, arrays):
+        answers.append(arrays)
+        num_layers = at.parts._num_layers  # one answer of each in a step
+        if len(answers) > 2 * num_layers:
+            return answers[(len(answers) - 1) % num_layers + first * num_layers]
+        return arrays
+
+    at.link.lie = lie
+    for position, token in enumerate(expected[:2], 23):
+        at.pipeline.hidden(torch.tensor([token]), [Segment(0, position, 1)])
+    with pytest.raises(AnswerRefused, match="an old one"):
+        at.pipeline.hidden(torch.tensor(expected[2:3]), [Segment(0, 25, 1)])
+    honest = opened(at.parts)
+    at.pipeline.caches = [shard.new_cache(1, 128) for shard in at.pipeline.shards]
+    assert at.pipeline.greedy(token_ids, 6)[0] == expected
+    assert honest.heard
+
+
 def test_a_model_that_looks_back_less_far_is_refused(make_oracle):
     with pytest.raises(InputError, match="look back 11 tokens"):
         AttentionParts(make_oracle("mistral-sliding-window").config)
