@@ -15,7 +15,7 @@ import numpy as np
 from numpy.random import default_rng
 
 from pipeline.dtypes import FLOAT32, Array, HostArray
-from pipeline.errors import InputError, MessageError
+from pipeline.errors import InputError, MessageError, SessionError
 from pipeline.kernels.base import Attention, HeadShape, Kernels, Linear, LinearSpec
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV
@@ -34,7 +34,7 @@ from pipeline.scx.attention_wire import (
     pair_bytes,
 )
 from pipeline.scx.codec import LayerCodec
-from pipeline.scx.errors import AnswerRefused
+from pipeline.scx.errors import AnswerRefused, CacheRefused, ScxError
 from pipeline.scx.held_rows import HeldElsewhere, HeldRows
 from pipeline.scx.keys import KeyGenerator
 from pipeline.scx.rows import Answer, EncodedRows
@@ -128,14 +128,19 @@ class AttentionParts(RemoteParts):
         self._held.clear()
 
     def held(self, slot: int, layer: int, *, is_new: bool) -> HeldRows:
-        """What is known of a slot's rows; a new text gets keys of its own. Raises CacheRefused."""
+        """What is known of a slot's rows; a new text gets keys of its own. Raises AnswerRefused."""
         if is_new and layer == self._layers.start:
             keys = self._new_keys()
             self._held[slot] = {each: HeldRows(self._codec(keys, each)) for each in self._layers}
         held = self._held[slot][layer]
         if not is_new and held.num_segments > _MAX_SEGMENTS:
             codec = self._codec(self._new_keys(), layer)
-            held = self._held[slot][layer] = held.renew(codec, self._fetched(slot, layer))
+            try:
+                held = self._held[slot][layer] = held.renew(codec, self._fetched(slot, layer))
+            except CacheRefused as error:
+                raise AnswerRefused(
+                    f"the attention worker gives other rows back: {error}"
+                ) from error
         return held
 
     def _codec(self, keys: KeyGenerator, layer: int) -> LayerCodec:
@@ -290,7 +295,7 @@ class _Text:
     def read(self, outputs: HostArray, log_sums: HostArray) -> HostArray:
         """Answers for each query and segment -> [KV heads, rows * groups, head_dim].
 
-        Raises AnswerRefused.
+        Raises AnswerRefused, SessionError.
         """
         if self.asked is None:
             return self._own()[0]
@@ -298,7 +303,10 @@ class _Text:
         shape = self.asked.shape
         answer = Answer(outputs.reshape(shape), log_sums.reshape(shape[:3]))
         self._held.check(answer)
-        outputs, log_sums = self._held.codec.share(answer, self.asked, self._receipt)
+        try:
+            outputs, log_sums = self._held.codec.share(answer, self.asked, self._receipt)
+        except ScxError as error:  # another session draws other decoys
+            raise SessionError(str(error)) from error
         if not self._is_joined:
             return outputs
         own, own_sums = self._own()

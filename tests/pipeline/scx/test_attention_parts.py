@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import InputError, MessageError
+from pipeline.errors import InputError, MessageError, SessionError
 from pipeline.models.registry import load_shard
 from pipeline.protocol.batch import Segment
 from pipeline.remote_parts.wire import PartRefusal, to_array, to_tensor
@@ -166,6 +166,22 @@ def test_one_time_keys_are_renewed_before_there_are_many(home, token_ids):
     assert (logits - expected_logits).abs().max() < 1e-4
     assert max(sizes) < 128
     assert at.link.worker._held[0, 0] == 4 + 39
+
+
+def test_rows_that_come_back_otherwise_to_be_renewed_end_the_session(home, token_ids):
+    at = home(is_one_time=True)
+    at.link.lie = lambda op, arrays: (
+        [swapped(each) for each in arrays] if op is Op.FETCH else arrays
+    )
+    with pytest.raises(AnswerRefused, match="gives other rows back"):
+        at.pipeline.greedy(token_ids[:4], 40)
+
+
+def test_decoys_that_hide_a_text_end_the_session(home, token_ids):
+    at = home(num_decoys=5)
+    at.parts._decoys = [(1e4 * keys, values) for keys, values in at.parts._decoys]
+    with pytest.raises(SessionError, match="decoy rows take all of the attention"):
+        at.pipeline.greedy(token_ids[:4], 2)
 
 
 def test_no_two_texts_have_a_key_in_common(home, token_ids):
