@@ -36,7 +36,7 @@ while [[ ${1-} == --* ]]; do
   shift
 done
 plan_flags=(--split client)
-encoding=()
+encoding=(${KV_NOISE:+--kv-noise "$KV_NOISE"} ${KV_DECOYS:+--kv-decoys "$KV_DECOYS"} ${ONE_TIME_KEYS:+--one-time-keys})
 case $mode in
   plain) plan_flags=() ;;
   client | rotate) ;;
@@ -46,16 +46,11 @@ case $mode in
     # Noise that leaves a text readable hides nothing; what it adds up to is printed.
     own+=(--dp-epsilon "${DP_EPSILON:-1e9}" --dp-delta "${DP_DELTA:-1e-5}")
     ;;
-  scx)
-    plan_flags=() STAGES=1
-    [ -z "${KV_NOISE-}" ] || encoding+=(--kv-noise "$KV_NOISE")
-    [ -z "${KV_DECOYS-}" ] || encoding+=(--kv-decoys "$KV_DECOYS")
-    [ -z "${ONE_TIME_KEYS-}" ] || encoding+=(--one-time-keys)
-    ;;
+  scx) plan_flags=() STAGES=1 ;;
   # A worker that is started anew loads all weights.
   offload | mix) plan_flags=() own+=(--connect-timeout 120) STAGES=1 ;;
   scx-paper)
-    plan_flags=(--home-layers "${HOME_LAYERS:-1,1}")
+    plan_flags=(--home-layers "${HOME_LAYERS:-1,1}" "${encoding[@]}")
     STAGES=${STAGES:-3}
     ;;
   *) die "the mode is '$mode', expected $modes; $usage" ;;

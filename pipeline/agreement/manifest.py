@@ -116,7 +116,7 @@ class EncodingSpec(Strict):
 
     # The scale of noise in columns of its own.
     noise: Annotated[float, Field(ge=0, le=1e3)] = 0.0
-    # Rows of other text in each layer of each text.
+    # Rows of other text in each layer of each text; with an attention worker.
     num_decoys: Annotated[int, Field(ge=0, le=4096)] = 0
     # Whether each step's rows get keys of their own.
     is_one_time: bool = False
@@ -201,9 +201,13 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _something_is_encoded(self) -> Self:
-        if self.encoding is not None and (self.part is None or self.part.kind != "attention"):
+        is_held = self.part is not None and self.part.kind == "attention"
+        if self.encoding is not None and not is_held and self.home_stages is None:
+            raise ValueError("encoding is for manifests whose keys and values lie encoded")
+        if self.encoding is not None and self.encoding.num_decoys and not is_held:
             raise ValueError(
-                "encoding is for manifests whose keys and values an attention worker holds"
+                "encoding.num_decoys: decoys are read from the first layer on, and stages between "
+                "two at home have others"
             )
         return self
 

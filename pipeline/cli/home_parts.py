@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust_policy import Trust
@@ -11,6 +12,9 @@ from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.remote_parts.parts import PartAccess, RemoteParts
 from pipeline.stage.model_config import agreed_config
 from pipeline.stage.worker_setup import PartsSession
+
+if TYPE_CHECKING:
+    from pipeline.scx.attention_parts import Encoding
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +48,30 @@ def stage_parts(
             "--kv-store: keys and values that are encoded for one session are not kept"
         )
     if is_encoded:
-        from pipeline.scx.encoded_memory import EncodedMemory
-
-        memory = EncodedMemory(agreed_config(manifest, model_dir))
-        return StageParts(memory, memory.session)
+        return _encoding_parts(manifest, stage_idx, model_dir)
     if kind is None:
         return StageParts()
     parts = _remote_parts(manifest, kind, model_dir, masks)
     return StageParts(parts, PartAccess(manifest, trust, parts).session)
+
+
+def _encoding_parts(manifest: Manifest, stage_idx: int, model_dir: Path) -> StageParts:
+    from pipeline.scx.encoded_memory import EncodedMemory, EncodedRowByRow
+
+    config = agreed_config(manifest, model_dir)
+    if manifest.encoding is None:
+        memory = EncodedMemory(config)
+        return StageParts(memory, memory.session)
+    stage = manifest.stage(stage_idx)
+    layers = range(stage.layer_start, stage.layer_end)
+    rows = EncodedRowByRow(config, _encoding(manifest), layers)
+    return StageParts(rows, rows.with_seed)
+
+
+def _encoding(manifest: Manifest) -> "Encoding":
+    from pipeline.scx.attention_parts import Encoding
+
+    return Encoding(**({} if manifest.encoding is None else manifest.encoding.model_dump()))
 
 
 def _remote_parts(
@@ -63,10 +83,9 @@ def _remote_parts(
         from pipeline.offload.linear_parts import MixedParts
 
         return MixedParts()
-    from pipeline.scx.attention_parts import AttentionParts, Encoding
+    from pipeline.scx.attention_parts import AttentionParts
 
-    given = {} if manifest.encoding is None else manifest.encoding.model_dump()
-    return AttentionParts(agreed_config(manifest, model_dir), Encoding(**given))
+    return AttentionParts(agreed_config(manifest, model_dir), _encoding(manifest))
 
 
 def _masked_parts(manifest: Manifest, path: Path | None) -> RemoteParts:

@@ -80,11 +80,11 @@ def plan_command(
     ] = None,
     kv_noise: Annotated[
         float | None,
-        typer.Option(metavar="SCALE", help="Noise on rows that worker holds [none]."),
+        typer.Option(metavar="SCALE", help="Noise on rows that lie encoded [none]."),
     ] = None,
     kv_decoys: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Rows of other text among them, a layer and text [0]."),
+        typer.Option(metavar="N", help="Rows of other text among them; with --attention [0]."),
     ] = None,
     one_time_keys: Annotated[
         bool, typer.Option("--one-time-keys", help="Other keys for each step's rows.")
@@ -135,7 +135,9 @@ def plan_command(
         ),
         stage_keys=tuple(stage_key or ()),
         home_layers=None if home_layers is None else _home_layers(home_layers),
-        encoding=_encoding(kv_noise, kv_decoys, is_one_time=one_time_keys, is_held=attention),
+        encoding=_encoding(
+            kv_noise, kv_decoys, is_one_time=one_time_keys, is_encoded=attention or home_layers
+        ),
     )
     if output is not None:
         check_writable(output)  # before minutes of hashing
@@ -156,17 +158,17 @@ def _home_layers(text: str) -> tuple[int, int]:
 
 
 def _encoding(
-    noise: float | None, num_decoys: int | None, *, is_one_time: bool, is_held: str | None
+    noise: float | None, num_decoys: int | None, *, is_one_time: bool, is_encoded: str | None
 ) -> dict[str, float]:
     """What is given of how rows are encoded. Raises InputError where none are."""
     given: dict[str, float | None] = {
         "noise": noise, "num_decoys": num_decoys, "is_one_time": is_one_time or None
     }  # fmt: skip
     found = {name: value for name, value in given.items() if value is not None}
-    if found and is_held is None:
+    if found and is_encoded is None:
         raise InputError(
-            "--kv-noise, --kv-decoys and --one-time-keys are for keys and values that a worker "
-            "holds encoded; say which by --attention"
+            "--kv-noise, --kv-decoys and --one-time-keys are for keys and values that lie encoded; "
+            "say where by --attention or --home-layers"
         )
     return found
 

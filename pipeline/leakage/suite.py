@@ -45,6 +45,8 @@ def _vocabulary_fits(mode: Mode, layer: int) -> bool:
 
 
 def _guided_fits(mode: Mode, layer: int) -> bool:
+    if mode.disguise == "masks":
+        return layer > 0
     return mode.disguise is None and layer != 1
 
 

@@ -128,10 +128,14 @@ class PartAccess:
         Raises PartLost, and PartRefused where it is not the manifest's or refuses the session.
         """
         del seed  # keys stay where they are made
-        channel = await self._dial(on_waiting)
-        link = PartLink(channel.taken_over(self._silence_seconds), self._name, self._parts.lanes)
+        link = await self.dial(on_waiting)
         async with self._parts.session(link, limits):
             yield
+
+    async def dial(self, on_waiting: Callable[[str], None]) -> PartLink:
+        """A link to the worker, once it is up. Raises PartLost, PartRefused."""
+        channel = await self._dial(on_waiting)
+        return PartLink(channel.taken_over(self._silence_seconds), self._name, self._parts.lanes)
 
     async def _dial(self, on_waiting: Callable[[str], None]) -> SecureChannel:
         def on_wait(error: TransportError) -> None:

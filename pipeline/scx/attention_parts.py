@@ -15,7 +15,7 @@ import numpy as np
 from numpy.random import default_rng
 
 from pipeline.dtypes import FLOAT32, Array, HostArray
-from pipeline.errors import InputError, MessageError
+from pipeline.errors import InputError, MessageError, SessionError
 from pipeline.kernels.base import Attention, HeadShape, Kernels, Linear, LinearSpec
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV
@@ -34,7 +34,7 @@ from pipeline.scx.attention_wire import (
     pair_bytes,
 )
 from pipeline.scx.codec import LayerCodec
-from pipeline.scx.errors import AnswerRefused
+from pipeline.scx.errors import AnswerRefused, CacheRefused, ScxError
 from pipeline.scx.held_rows import HeldElsewhere, HeldRows
 from pipeline.scx.keys import KeyGenerator
 from pipeline.scx.rows import Answer, EncodedRows
@@ -55,7 +55,7 @@ class Encoding:
 
 
 class AttentionParts(RemoteParts):
-    """Attention over rows that a worker holds, for a shard of all layers.
+    """Attention over rows that a worker holds, for a shard of all layers, or of these.
 
     Raises InputError for a model whose layers do not look back to the start.
     """
@@ -63,7 +63,12 @@ class AttentionParts(RemoteParts):
     are_row_exact = False
     are_cached_here = False
 
-    def __init__(self, config: ModelConfig, encoding: Encoding = Encoding()) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        encoding: Encoding = Encoding(),
+        layers: range | None = None,
+    ) -> None:
         super().__init__(ANSWER_LIMITS)
         window = config.sliding_window if isinstance(config, LlamaConfig) else None
         if window is not None and window < config.max_positions:
@@ -72,14 +77,15 @@ class AttentionParts(RemoteParts):
                 "rows does not know of"
             )
         self.heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, 0)
-        self._num_layers = config.num_layers
+        self._layers = layers or range(config.num_layers)
         self._config = config
         self._encoding = encoding
         # Keys and values of other text, of each layer: drawn anew for each session.
         self._decoys: list[tuple[HostArray, HostArray]] | None = None
         self._seed = os.urandom(32)
         self._epoch = 0
-        self._held: dict[int, list[HeldRows]] = {}
+        # By slot and layer.
+        self._held: dict[int, dict[int, HeldRows]] = {}
         self._kernels: Kernels | None = None
 
     def linear(self, name: str, spec: LinearSpec, kernels: Kernels) -> Linear:
@@ -106,7 +112,7 @@ class AttentionParts(RemoteParts):
         """A ledger of what is held elsewhere."""
         del own
         return HeldElsewhere(
-            self._num_layers, num_slots, max_seq_len, truncate=self.truncate, fetch=self.fetch
+            len(self._layers), num_slots, max_seq_len, truncate=self.truncate, fetch=self.fetch
         )
 
     def begin(self, limits: SessionSize) -> None:
@@ -114,7 +120,7 @@ class AttentionParts(RemoteParts):
         self._epoch += 1
         width = self._new_keys().width
         rows = limits.max_seq_len + self._encoding.num_decoys
-        opening = Opening(self._num_layers, self.heads.num_kv_heads, width, limits.num_slots, rows)
+        opening = Opening(self._layers.stop, self.heads.num_kv_heads, width, limits.num_slots, rows)
         self.link.ask(opening_bytes(opening))
 
     def end(self) -> None:
@@ -122,16 +128,19 @@ class AttentionParts(RemoteParts):
         self._held.clear()
 
     def held(self, slot: int, layer: int, *, is_new: bool) -> HeldRows:
-        """What is known of a slot's rows; a new text gets keys of its own. Raises CacheRefused."""
-        if is_new and layer == 0:
+        """What is known of a slot's rows; a new text gets keys of its own. Raises AnswerRefused."""
+        if is_new and layer == self._layers.start:
             keys = self._new_keys()
-            self._held[slot] = [
-                HeldRows(self._codec(keys, index)) for index in range(self._num_layers)
-            ]
+            self._held[slot] = {each: HeldRows(self._codec(keys, each)) for each in self._layers}
         held = self._held[slot][layer]
         if not is_new and held.num_segments > _MAX_SEGMENTS:
             codec = self._codec(self._new_keys(), layer)
-            held = self._held[slot][layer] = held.renew(codec, self._fetched(slot, layer))
+            try:
+                held = self._held[slot][layer] = held.renew(codec, self._fetched(slot, layer))
+            except CacheRefused as error:
+                raise AnswerRefused(
+                    f"the attention worker gives other rows back: {error}"
+                ) from error
         return held
 
     def _codec(self, keys: KeyGenerator, layer: int) -> LayerCodec:
@@ -149,7 +158,7 @@ class AttentionParts(RemoteParts):
         if length == 0:
             del self._held[slot]
         else:
-            for held in layers:
+            for held in layers.values():
                 if not held.take_back(length):
                     raise MessageError(f"slot {slot} cannot go back to {length} encoded rows")
             length += self._encoding.num_decoys
@@ -159,7 +168,7 @@ class AttentionParts(RemoteParts):
         """A slot's rows as they come back, checked and decoded. Raises CacheRefused."""
         return [
             LayerKV(*held.codec.decode(self._fetched(slot, layer), held.receipt))
-            for layer, held in enumerate(self._held[slot])
+            for layer, held in self._held[slot].items()
         ]
 
     def _fetched(self, slot: int, layer: int) -> EncodedRows:
@@ -286,7 +295,7 @@ class _Text:
     def read(self, outputs: HostArray, log_sums: HostArray) -> HostArray:
         """Answers for each query and segment -> [KV heads, rows * groups, head_dim].
 
-        Raises AnswerRefused.
+        Raises AnswerRefused, SessionError.
         """
         if self.asked is None:
             return self._own()[0]
@@ -294,7 +303,10 @@ class _Text:
         shape = self.asked.shape
         answer = Answer(outputs.reshape(shape), log_sums.reshape(shape[:3]))
         self._held.check(answer)
-        outputs, log_sums = self._held.codec.share(answer, self.asked, self._receipt)
+        try:
+            outputs, log_sums = self._held.codec.share(answer, self.asked, self._receipt)
+        except ScxError as error:  # another session draws other decoys
+            raise SessionError(str(error)) from error
         if not self._is_joined:
             return outputs
         own, own_sums = self._own()

@@ -123,11 +123,13 @@ class LayerCodec:
             ], 1)
             for kind, encoded in (("keys", rows.keys), ("values", rows.values))
         )  # fmt: skip
-        num_first = self.num_decoys + receipt.num_first
-        self._put_in_order(keys, values, 0, self._orders(num_first))
-        for start, count in receipt.chunks:
-            orders = self._orders(count, start)
-            self._put_in_order(keys, values, self.num_decoys + start, orders)
+        together = [(0, self._orders(self.num_decoys + receipt.num_first))] + [
+            (self.num_decoys + start, self._orders(count, start)) for start, count in receipt.chunks
+        ]
+        for start, orders in together:
+            for head, order in enumerate(orders or ()):
+                for ordered in (keys[head, start:], values[head, start:]):
+                    ordered[order] = ordered[: len(order)].copy()
         real = np.s_[:, self.num_decoys :, : self._keys.head_dim]
         return keys[real], values[real]
 
@@ -287,15 +289,6 @@ class LayerCodec:
             self._keys.permutation(num_rows, self._layer, head, self._sequence, *first_row)
             for head in range(self._heads)
         ]
-
-    @staticmethod
-    def _put_in_order(
-        keys: HostArray, values: HostArray, start: int, orders: list[Order] | None
-    ) -> None:
-        """Undo orders of rows from `start` on, in place."""
-        for head, order in enumerate(orders or ()):
-            for rows in (keys[head, start:], values[head, start:]):
-                rows[order] = rows[: len(order)].copy()
 
     def _mixed(
         self,

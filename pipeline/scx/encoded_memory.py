@@ -11,15 +11,20 @@ from contextlib import asynccontextmanager
 import numpy as np
 
 from pipeline.dtypes import FLOAT32, Array, HostArray
-from pipeline.errors import SessionRefused
+from pipeline.errors import PartRefused, SessionRefused
 from pipeline.kernels.base import Attention, Kernels, Linear, LinearSpec
 from pipeline.models.config import ModelConfig
 from pipeline.models.layer_parts import LayerParts
 from pipeline.protocol.batch import Batch
 from pipeline.protocol.step_limits import SessionLimits
+from pipeline.remote_parts.wire import Message, PartRefusal
+from pipeline.scx.attention_parts import AttentionParts
+from pipeline.scx.attention_worker import AttentionMemory, AttentionWorker
 from pipeline.scx.keys import KeyGenerator
+from transport.tensor_frames import Tensor
 
 SEED_BYTES = 32
+_NO_KEYS = "the orchestrator hands over no keys to encode with"
 
 
 class EncodedMemory(LayerParts):
@@ -41,7 +46,7 @@ class EncodedMemory(LayerParts):
         """Encode by keys of a seed that the orchestrator hands over. Raises SessionRefused."""
         del limits, on_waiting
         if seed is None:
-            raise SessionRefused("the orchestrator hands over no keys to encode with")
+            raise SessionRefused(_NO_KEYS)
         self.use(seed)
         try:
             yield
@@ -89,6 +94,43 @@ class EncodedMemory(LayerParts):
     def _to_device(self, matrices: HostArray) -> Array:
         assert self._kernels is not None, "layers are made before they compute"
         return self._kernels.to_device(np.ascontiguousarray(matrices, FLOAT32))
+
+
+class EncodedRowByRow(AttentionParts):
+    """The same with noise, and keys of each step's own: by what an attention worker does, here."""
+
+    are_cached_here = True
+
+    @asynccontextmanager
+    async def with_seed(
+        self, limits: SessionLimits, on_waiting: Callable[[str], None], seed: bytes | None
+    ) -> AsyncIterator[None]:
+        """See `EncodedMemory.session`."""
+        del on_waiting
+        if seed is None:
+            raise SessionRefused(_NO_KEYS)
+        self._seed = seed
+        worker = AttentionWorker(AttentionMemory(None))
+        try:
+            self.attach(_Here(worker), limits)
+            yield
+        finally:
+            self.end()
+            worker.close()
+
+
+class _Here:
+    """A worker in this process, as whoever asks it sees it."""
+
+    def __init__(self, worker: AttentionWorker) -> None:
+        self._worker = worker
+
+    def ask(self, header: bytes, tensors: tuple[Tensor, ...] = ()) -> Message:
+        """Raises PartRefused."""
+        try:
+            return self._worker.answer(header, tensors)
+        except PartRefusal as error:
+            raise PartRefused(f"keys and values cannot be held: {error}") from error
 
 
 class _Encoded:

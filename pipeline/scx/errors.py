@@ -1,6 +1,6 @@
 """What can go wrong with encoded keys and values."""
 
-from pipeline.errors import InputError, SessionError
+from pipeline.errors import InputError, SessionRefused
 
 
 class ScxError(InputError):
@@ -19,5 +19,8 @@ class CacheRefused(ScxError):
         self.layer = layer
 
 
-class AnswerRefused(SessionError):
-    """Whoever holds a cache answered what no honest holder can answer."""
+class AnswerRefused(SessionRefused):
+    """Whoever holds a cache answered what no honest holder can answer.
+
+    Whoever lies is not asked again and again, until a lie is believed.
+    """

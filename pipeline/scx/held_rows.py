@@ -1,5 +1,6 @@
 """What home knows of rows that somebody else holds, and what stands for a cache of them here."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pipeline.scx.rows import Answer, EncodedRows, Receipt
 _TAKEN_BACK = 8
 # Rounding may lengthen a sum of rows by that much.
 _SLACK = 1e-3
+_DIGEST_BYTES = 16
 
 
 @dataclass(slots=True)
@@ -30,6 +32,8 @@ class HeldRows:
     receipts: list[Receipt] = field(default_factory=list)
     # The longest of all rows: no sum of shares of rows is longer than all of them.
     longest: float = 0.0
+    # What tells each answer since rows were last taken back: none is honestly given twice.
+    _answered: set[bytes] = field(default_factory=set, repr=False)
     # Encoded anew, and to take the place of all that is held.
     _renewed: EncodedRows | None = field(default=None, repr=False)
 
@@ -75,12 +79,16 @@ class HeldRows:
 
     def take_back(self, num_rows: int) -> bool:
         """Know of the first rows only; false where those have come in one step with others."""
+        self._answered.clear()
         while self.receipts and self.receipt.num_rows > num_rows:
             self.receipts.pop()
         return bool(self.receipts) and self.receipt.num_rows == num_rows
 
     def check(self, answer: Answer) -> None:
-        """Raise AnswerRefused for what no shares of the rows can add up to."""
+        """Raise AnswerRefused for what no shares of the rows add up to, or did so before.
+
+        Attack: a worker that computes nothing, and says again what it said once.
+        """
         norms = np.einsum("hqsw,hqsw->hqs", answer.outputs, answer.outputs)
         # not `>`: there may be something that is no number
         if not float(norms.max()) <= ((1 + _SLACK) * self.longest) ** 2:
@@ -88,6 +96,11 @@ class HeldRows:
                 "an answer about encoded rows is longer than any of them: "
                 "the attention worker does not compute attention"
             )
+        told = answer.log_sums.tobytes() + answer.outputs[:, 0].tobytes()
+        digest = hashlib.blake2b(told, digest_size=_DIGEST_BYTES).digest()
+        if digest in self._answered:
+            raise AnswerRefused("an answer about encoded rows is an old one, given before")
+        self._answered.add(digest)
 
 
 class HeldElsewhere(KVCache):

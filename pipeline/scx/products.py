@@ -10,7 +10,7 @@ from pipeline.dtypes import FLOAT32, HostArray
 from pipeline.scx.keys import Order
 
 # Rows that are put in order and multiplied at a time: they stay in the processor's cache.
-_CHUNK_ROWS = 512
+_CHUNK_ROWS = 1024
 _NO_SCALES = np.zeros(0, np.uint16)
 
 

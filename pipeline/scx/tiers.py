@@ -9,15 +9,18 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipeline.dtypes import HostArray
 from pipeline.errors import PartLost, PartRefused
+from pipeline.remote_parts.dialing import dial_worker
+from pipeline.remote_parts.link import PartLink
 from pipeline.remote_parts.parts import Asked
 from pipeline.remote_parts.wire import PartRefusal, to_array, to_tensor
-from pipeline.scx.attention_wire import Opening, Span, attend_bytes, opening_bytes
+from pipeline.scx.attention_wire import ANSWER_LIMITS, Opening, Span, attend_bytes, opening_bytes
 from pipeline.scx.encoded_layer import EncodedLayer
 from pipeline.scx.errors import AnswerRefused, ScxError
 from pipeline.scx.rows import Answer, EncodedRows, Receipt
@@ -133,6 +136,28 @@ class AttentionTier:
     def __init__(self, link: Asked, max_rows: int) -> None:
         self._link = link
         self._max_rows = max_rows
+
+    @classmethod
+    def dial(
+        cls, manifest: Path | str, max_rows: int, *, identity: Path | None = None, dev: bool = False
+    ) -> "AttentionTier":
+        """The worker that a manifest names (`pipeline-orch plan --attention ADDR`).
+
+        identity: the key of the manifest's stage [the machine's]; `dev`: in development there is
+        none. Raises InputError, mostly ScxError where the worker cannot be had.
+        """
+        try:
+            link = dial_worker(
+                Path(manifest), "attention", ANSWER_LIMITS, identity=identity, dev=dev
+            )
+        except (PartLost, PartRefused) as error:
+            raise ScxError(f"the tier cannot be had: {error}") from error
+        return cls(link, max_rows)
+
+    def close(self) -> None:
+        """Let go of the worker, where it was dialed: it forgets what it holds."""
+        if isinstance(self._link, PartLink):
+            self._link.close()
 
     def place(self, layers: Mapping[int, EncodedLayer]) -> dict[int, EncodedLayer]:
         """Send layers there, once. Raises ScxError."""

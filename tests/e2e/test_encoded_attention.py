@@ -4,12 +4,45 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 from tests.e2e.conftest import BIN, Ports, end
 from tests.e2e.texts_under_way import completing, undisturbed
+
+# Answers right for a while, and then as its first argument says.
+LIAR = """
+import sys
+import numpy as np
+from pipeline.cli import part_worker
+from pipeline.remote_parts.wire import to_array, to_tensor
+from pipeline.scx.attention_worker import AttentionWorker
+
+how, right, num_asked, before = sys.argv.pop(1), AttentionWorker.answer, 0, {}
+
+def answer(self, header, tensors):
+    global num_asked
+    num_asked += 1
+    found, answered = right(self, header, tensors)
+    arrays = [to_array(each).copy() for each in answered]
+    shapes = tuple(each.shape for each in arrays)
+    old = before.setdefault(shapes, arrays)
+    if num_asked > 60 and arrays:
+        if how == "old":
+            arrays = old
+        elif how == "long":
+            arrays[0] *= 100
+        elif how == "short":
+            arrays = [each[:, :-1] for each in arrays]
+        elif how == "no numbers":
+            arrays[0][:] = np.nan
+    return found, tuple(map(to_tensor, arrays))
+
+AttentionWorker.answer = answer
+part_worker.main()
+"""
 
 
 class AttentionWorker:
@@ -25,11 +58,14 @@ class AttentionWorker:
         cluster.plan(1)
         cluster.edit(lambda raw: raw.update(part={"kind": "attention", "address": part}))
 
-    def start(self, *extra):
+    def start(self, *extra, lies=None):
+        command = (
+            [BIN / "stage-worker", "attention"] if lies is None
+            else [sys.executable, "-c", LIAR, lies]
+        )  # fmt: skip
         with self.log.open("ab") as file:
             self.process = subprocess.Popen(
-                [BIN / "stage-worker", "attention", "--manifest", self._cluster.manifest,
-                 "--dev", *extra],
+                [*command, "--manifest", self._cluster.manifest, "--dev", *extra],
                 stdout=file, stderr=file, env=self._cluster.environment,
             )  # fmt: skip
 
@@ -85,6 +121,28 @@ def test_a_worker_lost_in_the_middle_costs_no_text(cluster, attention):
     assert texts == expected
     assert server.pipeline()["engine"]["num_failovers"] >= 1
     assert re.search(r"the attention worker at \S+ is lost", server.log())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lies", ["old", "long", "short", "no numbers"])
+def test_a_lie_is_one_error_and_the_text_goes_on_with_an_honest_worker(cluster, attention, lies):
+    attention.start(lies=lies)
+    flags = (
+        "Hello there", "--max-tokens", "40", "--ignore-eos", "--supervise",
+        "--model-dir", cluster.model_dir,
+    )  # fmt: skip
+    result = cluster.orch(*flags)
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 1
+    assert "answer about encoded rows" in errors[0] or "answer about an encoded cache" in errors[0]
+    begun = result.stdout.rstrip("\n")
+    attention.process.kill()
+    attention.process.wait()
+    attention.start()
+    whole = cluster.orch(*flags)
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.startswith(begun)
 
 
 @pytest.mark.slow

@@ -128,6 +128,7 @@ def plain_text():
         ("scx", stage(0), {}),
         ("scx", part_worker, {"KV_NOISE": "1", "KV_DECOYS": "8", "ONE_TIME_KEYS": "1"}),
         ("scx-paper", stage(1), {}),
+        ("scx-paper", stage(1), {"KV_NOISE": "1", "ONE_TIME_KEYS": "1"}),
         ("offload", part_worker, {"MASKS": "900"}),
         ("offload", stage(0), {"MASKS": "900"}),
         ("mix", part_worker, {}),

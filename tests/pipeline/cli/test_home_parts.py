@@ -11,7 +11,7 @@ from pipeline.errors import InputError
 from pipeline.models.layer_parts import OWN
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.scx.attention_parts import AttentionParts
-from pipeline.scx.encoded_memory import EncodedMemory
+from pipeline.scx.encoded_memory import EncodedMemory, EncodedRowByRow
 from transport.dial_and_listen import TcpEndpoint
 
 WHERE = TcpEndpoint("127.0.0.1", 9500)
@@ -52,7 +52,7 @@ def test_what_is_encoded_for_a_session_is_not_stored(parts_of):
 
 
 def test_what_rows_get_beside_keys_is_the_manifests_word(parts_of, tiny_model):
-    given = _encoding(0.5, 3, is_one_time=True, is_held="127.0.0.1:9500")
+    given = _encoding(0.5, 3, is_one_time=True, is_encoded="127.0.0.1:9500")
     attention = {"num_stages": 1, "part": ("attention", WHERE, None)}
     _, found = parts_of(0, **attention, encoding=given)
     keys = found.parts._new_keys()
@@ -66,13 +66,26 @@ def test_what_rows_get_beside_keys_is_the_manifests_word(parts_of, tiny_model):
     assert parse_manifest(dump_manifest(encoded)) == encoded
 
 
-def test_encoding_is_for_rows_that_a_worker_holds(tiny_model):
-    assert _encoding(None, None, is_one_time=False, is_held=None) == {}
+def test_encoding_is_for_rows_that_lie_encoded(tiny_model):
+    assert _encoding(None, None, is_one_time=False, is_encoded=None) == {}
     for given in ((0.5, None, False), (None, 3, False), (None, None, True)):
-        with pytest.raises(InputError, match="say which by --attention"):
-            _encoding(*given[:2], is_one_time=given[2], is_held=None)
+        with pytest.raises(InputError, match="say where by --attention or --home-layers"):
+            _encoding(*given[:2], is_one_time=given[2], is_encoded=None)
     with pytest.raises(InputError, match="encoding is for manifests whose keys and values"):
-        plan(tiny_model, PlanOptions(3, home_layers=(1, 1), encoding={"noise": 1.0}))
+        plan(tiny_model, PlanOptions(3, encoding={"noise": 1.0}))
+    with pytest.raises(InputError, match=r"encoding\.num_decoys: decoys are read from"):
+        plan(tiny_model, PlanOptions(3, home_layers=(1, 1), encoding={"num_decoys": 1}))
+
+
+def test_stages_between_two_at_home_encode_as_the_manifest_says(parts_of):
+    given = {"noise": 0.5, "is_one_time": True}
+    for idx, expected in enumerate((False, True, False)):
+        _, found = parts_of(idx, num_stages=3, home_layers=(1, 1), encoding=given)
+        assert isinstance(found.parts, EncodedRowByRow) == expected
+        assert (found.session is not None) == expected
+        if expected:
+            keys = found.parts._new_keys()
+            assert (keys.alp, keys.redundant_num, keys.one_time) == (0.5, 0, True)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import InputError, MessageError
+from pipeline.errors import InputError, MessageError, SessionError
 from pipeline.models.registry import load_shard
 from pipeline.protocol.batch import Segment
 from pipeline.remote_parts.wire import PartRefusal, to_array, to_tensor
@@ -168,6 +168,22 @@ def test_one_time_keys_are_renewed_before_there_are_many(home, token_ids):
     assert at.link.worker._held[0, 0] == 4 + 39
 
 
+def test_rows_that_come_back_otherwise_to_be_renewed_end_the_session(home, token_ids):
+    at = home(is_one_time=True)
+    at.link.lie = lambda op, arrays: (
+        [swapped(each) for each in arrays] if op is Op.FETCH else arrays
+    )
+    with pytest.raises(AnswerRefused, match="gives other rows back"):
+        at.pipeline.greedy(token_ids[:4], 40)
+
+
+def test_decoys_that_hide_a_text_end_the_session(home, token_ids):
+    at = home(num_decoys=5)
+    at.parts._decoys = [(1e4 * keys, values) for keys, values in at.parts._decoys]
+    with pytest.raises(SessionError, match="decoy rows take all of the attention"):
+        at.pipeline.greedy(token_ids[:4], 2)
+
+
 def test_no_two_texts_have_a_key_in_common(home, token_ids):
     at = home(num_slots=2)
     heard = []
@@ -265,6 +281,34 @@ def test_an_answer_that_no_attention_gives_is_refused(home, token_ids, lie):
     at.link.lie = lambda op, arrays: lie(*arrays)
     with pytest.raises(AnswerRefused):
         at.pipeline.hidden(token_ids[8:9], [Segment(0, 8, 1)])
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["of the first step", "of the last step"])
+@pytest.mark.parametrize("encoding", ENCODINGS[:2], ids=str)
+def test_an_old_answer_is_refused_and_the_text_goes_on_from_its_tokens(
+    home, token_ids, first, encoding
+):
+    at = home(**encoding)
+    expected, _ = at.plain.greedy(token_ids, 6)
+    at.pipeline.hidden(token_ids, [Segment(0, 0, 23)])
+    answers = []
+
+    def lie(op, arrays):
+        answers.append(arrays)
+        num_layers = len(at.parts._layers)  # one answer of each in a step
+        if len(answers) > 2 * num_layers:
+            return answers[(len(answers) - 1) % num_layers + first * num_layers]
+        return arrays
+
+    at.link.lie = lie
+    for position, token in enumerate(expected[:2], 23):
+        at.pipeline.hidden(torch.tensor([token]), [Segment(0, position, 1)])
+    with pytest.raises(AnswerRefused, match="an old one"):
+        at.pipeline.hidden(torch.tensor(expected[2:3]), [Segment(0, 25, 1)])
+    honest = opened(at.parts)
+    at.pipeline.caches = [shard.new_cache(1, 128) for shard in at.pipeline.shards]
+    assert at.pipeline.greedy(token_ids, 6)[0] == expected
+    assert honest.heard
 
 
 def test_a_model_that_looks_back_less_far_is_refused(make_oracle):

@@ -1,5 +1,7 @@
 """A stage whose memory is encoded says what it said, and its memory does not."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,8 @@ from pipeline.errors import InputError, SessionRefused
 from pipeline.models.registry import load_shard
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.tide_window import TideWindow
-from pipeline.scx.encoded_memory import EncodedMemory
+from pipeline.scx.attention_parts import Encoding
+from pipeline.scx.encoded_memory import EncodedMemory, EncodedRowByRow
 
 SEED = bytes(range(32))
 
@@ -33,6 +36,31 @@ def test_the_text_is_the_same(oracle_of, kernels, make_pipeline, token_ids):
     expected, expected_logits = make_pipeline(oracle_of.split(1, 3)).greedy(token_ids, 10)
     assert tokens == expected
     assert (logits - expected_logits).abs().max() < 1e-4
+
+
+async def test_with_noise_and_keys_of_each_step_the_text_is_the_same(
+    make_oracle, kernels, make_pipeline, token_ids
+):
+    oracle = make_oracle("llama-untied-gqa").computing_with(kernels)
+    parts = EncodedRowByRow(oracle.config, Encoding(noise=1.0, is_one_time=True), range(1, 3))
+    middle = load_shard(
+        oracle.directory, oracle.config, 1, 3, kernels=kernels, parts=parts, expected_hashes=None
+    )
+    first, _, last = oracle.split(1, 3)
+    expected, expected_logits = make_pipeline(oracle.split(1, 3)).greedy(token_ids, 24)
+    limits = SimpleNamespace(num_slots=1, max_seq_len=128)
+    seeds = []
+    for seed in (SEED, SEED[::-1]):
+        async with parts.with_seed(limits, lambda text: None, seed):
+            tokens, logits = make_pipeline([first, middle, last]).greedy(token_ids, 24)
+            seeds.append(parts._new_keys().seed)
+        assert tokens == expected
+        assert (logits - expected_logits).abs().max() < 1e-4
+        assert not parts._held
+    assert seeds == [SEED, SEED[::-1]]
+    with pytest.raises(SessionRefused, match="hands over no keys"):
+        async with parts.with_seed(limits, lambda text: None, None):
+            pass
 
 
 def test_what_lies_in_memory_is_not_what_an_ordinary_stage_keeps(

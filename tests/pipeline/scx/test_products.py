@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.scx import products
 
-NUM_ROWS, WIDTH = 1200, 20  # more than two chunks, and no multiple of a register
+NUM_ROWS, WIDTH = 2500, 20  # more than two chunks, and no multiple of a register
 
 
 @pytest.mark.parametrize("has_kernel", [True, False])

@@ -7,7 +7,14 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
+from pipeline.models.config import load_config
+from pipeline.models.layer_parts import OWN
+from pipeline.models.registry import load_shard
 from pipeline.scx import KeyGenerator, encode_llama, split_kvcache_dynamic
+from pipeline.scx.attention_parts import AttentionParts, Encoding
+from pipeline.scx.encoded_memory import EncodedMemory
+from tests.pipeline.oracles import Pipeline
+from tests.pipeline.scx.test_attention_parts import opened
 
 MODEL = Path("models/smollm2")
 PLAIN = {"permute": False, "dense": False}
@@ -29,9 +36,12 @@ PUBLIC = (
 )
 NUM_STEPS = 64
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not MODEL.exists(), reason="SmolLM2 is not downloaded"),
+]
 
-@pytest.mark.slow
-@pytest.mark.skipif(not MODEL.exists(), reason="SmolLM2 is not downloaded")
+
 def test_a_real_model_says_the_same_over_encoded_rows():
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     model = LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
@@ -52,3 +62,44 @@ def test_a_real_model_says_the_same_over_encoded_rows():
         found = model(torch.cat(tokens, 1), mode="decode", gpu_kvcache=gpu, cpu_kvcache=cpu).logits
         assert (found - expected).abs().max() < error, mode
         assert (found.argmax(-1) == expected.argmax(-1)).all(), mode
+
+
+def pipeline_of(config, parts):
+    shard = load_shard(MODEL, config, 0, config.num_layers, parts=parts, expected_hashes=None)
+    return Pipeline([shard])
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Tokens of the prompt, and the tokens and logits that follow."""
+    config = load_config(MODEL)
+    ids = torch.tensor(Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(PROMPT).ids)
+    return config, ids, *pipeline_of(config, OWN).greedy(ids, NUM_STEPS)
+
+
+# A model whose attention's outputs are off by one rounding differs by up to 1e-4 as well.
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        {}, {"noise": 1.0}, {"num_decoys": 16}, {"is_one_time": True},
+        {"noise": 1.0, "num_decoys": 16, "is_one_time": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_mode_says_what_the_plain_model_says(plain, encoding):
+    config, ids, expected, expected_logits = plain
+    parts = AttentionParts(config, Encoding(**encoding))
+    pipeline = pipeline_of(config, parts)
+    opened(parts, max_rows=len(ids) + NUM_STEPS)
+    tokens, logits = pipeline.greedy(ids, NUM_STEPS)
+    assert tokens == expected
+    assert (logits - expected_logits).abs().max() < 1e-4
+
+
+def test_stages_that_are_handed_keys_say_what_plain_ones_say(plain):
+    config, ids, expected, expected_logits = plain
+    parts = EncodedMemory(config)
+    parts.use(bytes(32))
+    tokens, logits = pipeline_of(config, parts).greedy(ids, NUM_STEPS)
+    assert tokens == expected
+    assert (logits - expected_logits).abs().max() < 1e-4
