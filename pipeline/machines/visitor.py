@@ -206,9 +206,9 @@ async def _connected(
             channel = await connect_channel(sock, link, credentials, LIMITS)
     except EndpointError as error:
         raise SessionError(
-            f"{error}; a machine behind a NAT or a firewall has to be let in by: forward its two "
-            "ports, or run a `pipeline-relay` that reaches it, and give that address to "
-            "`stage-worker offer --address`"
+            f"{error}; where a NAT or a firewall is before that machine, which then can only dial "
+            "out, forward its two ports, or run a `pipeline-relay` that reaches it, and give that "
+            "address to `stage-worker offer --address`"
         ) from error
     except HandshakeError as error:
         raise SessionError(refusal) from error

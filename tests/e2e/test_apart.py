@@ -22,6 +22,8 @@ WORDS = ("--text", PROMPT, "--max-tokens", "16", "--ignore-eos")
 NETWORK = "10.213.8"
 NEEDLE_BYTES = 16
 ETH_P_ALL = 3
+ETHERNET_BYTES = 14
+TCP_SYN, TCP_ACK = 2, 16
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +33,8 @@ class Capture:
 
     def __init__(self, interfaces):
         self.seen = bytearray()
+        # Where connections have been opened to.
+        self.dialed = set()
         self._interfaces = interfaces
         self._is_over = False
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
@@ -46,6 +50,13 @@ class Capture:
                 # What a machine sends comes in by its wire; it goes out by another's once more.
                 if interface in self._interfaces and kind != socket.PACKET_OUTGOING:
                     self.seen += data
+                    self._note_dial(data[ETHERNET_BYTES:])
+
+    def _note_dial(self, packet):
+        is_tcp = len(packet) > 20 and packet[0] >> 4 == 4 and packet[9] == socket.IPPROTO_TCP
+        segment = packet[4 * (packet[0] & 15) :] if is_tcp else b""
+        if len(segment) > 13 and segment[13] & (TCP_SYN | TCP_ACK) == TCP_SYN:
+            self.dialed.add(socket.inet_ntoa(packet[16:20]))
 
     def stop(self):
         self._is_over = True
@@ -169,8 +180,29 @@ def needles(data):
     return [data[i : i + NEEDLE_BYTES] for i in range(0, len(data) - NEEDLE_BYTES, step)]
 
 
+def activations_of(model_dir, token_ids):
+    """Every row between two layers, as float32 and as bfloat16: any split sends some of them."""
+    import numpy as np
+
+    from pipeline.models.config import load_config
+    from pipeline.models.registry import load_shard
+    from pipeline.protocol.batch import Segment
+
+    config = load_config(model_dir)
+    for layer_end in range(1, config.num_layers):
+        shard = load_shard(model_dir, config, 0, layer_end, expected_hashes=None)
+        cache = shard.new_cache(1, len(token_ids))
+        rows = shard.forward(np.array(token_ids), [Segment(0, 0, len(token_ids))], cache)
+        for row in np.asarray(shard.kernels.to_host(rows), np.float32):
+            yield f"a row behind layer {layer_end - 1}", needles(row.tobytes())
+            yield (
+                f"a bfloat16 row behind layer {layer_end - 1}",
+                needles(row.view("u2")[1::2].tobytes()),
+            )
+
+
 def secrets_of(model_dir, lines, text):
-    """What must not be seen, by name: weights, prompt and text, as bytes and as token ids."""
+    """What must not be seen, by name: weights, rows, prompt and text, as bytes and token ids."""
     import base64
 
     from safetensors.numpy import load_file
@@ -184,6 +216,7 @@ def secrets_of(model_dir, lines, text):
         yield name, needles(said.encode())
         ids = tokenizer.encode(said)
         yield f"{name}'s ids", needles(b"".join(each.to_bytes(4, "little") for each in ids))
+    yield from activations_of(model_dir, tokenizer.encode(text.removesuffix("\n")))
     for line in lines:
         body = line.removeprefix("VP1-")
         payload = base64.b32decode(body + "=" * (-len(body) % 8))
@@ -221,6 +254,8 @@ def test_machines_apart_compute_what_one_does_and_tell_the_wire_nothing(network,
     assert said in seen
     assert found.stdout == alone(network, home)
     assert len(seen) > 1_000_000
+    # Home may be behind a NAT: it dials, and nobody dials it.
+    assert capture.dialed == {machine.host for machine in machines}
     for name, parts in secrets_of(model_dir, lines, found.stdout):
         assert parts
         assert not [part for part in parts if part in seen], name

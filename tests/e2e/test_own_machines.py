@@ -1,5 +1,6 @@
 """One's own machines, as real processes: offered, joined, sent their parts, and computing."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -166,3 +167,32 @@ def test_a_machine_that_was_set_up_anew_is_somebody_else_until_it_is_joined_agai
     refused(push, "its key is not SHA256:", "SOMEBODY ELSE MAY BE ANSWERING")
     assert own.join(again.line, "--push").returncode == 0
     assert own.text().stdout == expected
+
+
+def test_a_machine_that_is_lost_in_mid_sentence_is_done_without(own):
+    lines = [own.start(f"machine{idx}", "offer", "--yes").line for idx in range(3)]
+    assert own.join(*lines, "--push").returncode == 0
+    words = (
+        "--manifest", own.manifest, "--text", PROMPT, "--max-tokens", 4000, "--ignore-eos",
+        "--temperature", 1, "--seed", 5,
+    )  # fmt: skip
+    expected = own.run(*words)
+    assert expected.returncode == 0, expected.stderr
+    replan = ("--replan", "--connect-timeout", "2", "--model-dir", own.model_dir)
+    replan = (*replan, "--tokenizer", own.model_dir / "tokenizer.json")
+    home = subprocess.Popen(
+        [BIN / "pipeline-orch", *map(str, (*words, *replan))],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=own.environment("home"), bufsize=0,
+    )  # fmt: skip
+    # More text than this pipe holds: the end waits until it is read, however slow this test is.
+    size = fcntl.fcntl(home.stdout.fileno(), fcntl.F_SETPIPE_SZ, 1)
+    begun = home.stdout.read(64)
+    while len(begun) <= len(PROMPT) + 1:
+        begun += home.stdout.read(64)
+    assert len(begun) + size < len(expected.stdout.encode())
+    own.machines["machine1"].kill()
+    rest, said = home.communicate(timeout=300)
+    assert home.returncode == 0, said.decode()
+    assert (begun + rest).decode() == expected.stdout
+    assert b"event=replanned" in said
+    assert b"lost=1" in said
