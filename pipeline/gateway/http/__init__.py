@@ -1,4 +1,4 @@
-"""The gateway's HTTP door: OpenAI's endpoints, served before the desk.
+"""The gateway's HTTP door: OpenAI's endpoints and others' (`dialects`), served before the desk.
 
 A connection is hypercorn's, with bounds (`client_connection`); every request passes the `edge`
 (access, rate, body, disconnects, errors) on its way to an endpoint (`app`), which hands the desk an

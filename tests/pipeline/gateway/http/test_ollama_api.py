@@ -144,28 +144,28 @@ async def test_the_one_model_is_told_of(start_gateway, chat):
     assert set(version) == {"version"}
 
 
-@pytest.mark.parametrize(
-    ("path", "fields", "status", "name"),
-    [
-        ("chat", {"model": "other", "messages": USER}, 404, "other"),
-        ("show", {"model": "other"}, 404, "other"),
-        ("chat", {"messages": [{"role": "user", "content": "Hi", "images": ["x"]}]}, 400,
-         "messages[0].images"),
-        ("chat", {"messages": [{"role": "nobody", "content": "Hi"}]}, 400, "messages[0].role"),
-        ("chat", {"messages": USER, "options": {"mirostat": 2}}, 400, "options.mirostat"),
-        ("chat", {"messages": USER, "options": {"top_k": "x"}}, 400, "options.top_k"),
-        ("chat", {"messages": USER, "options": {"seed": 1.5}}, 400, "options.seed"),
-        ("chat", {"messages": USER, "options": {"seed": 10**400}}, 400, "seed"),
-        ("chat", {"messages": USER, "format": "xml"}, 400, "format"),
-        ("generate", {"prompt": "Hi", "suffix": "x"}, 400, "suffix"),
-    ],
-)  # fmt: skip
-async def test_errors_are_one_text(ask, make_engine, path, fields, status, name):
+REFUSED = [
+    ("chat", {"model": "other", "messages": USER}, 404, "other"),
+    ("show", {"model": "other"}, 404, "other"),
+    ("chat", {"messages": [{"role": "user", "content": "Hi", "images": ["x"]}]}, 400,
+     "messages[0].images"),
+    ("chat", {"messages": [{"role": "nobody", "content": "Hi"}]}, 400, "messages[0].role"),
+    ("chat", {"messages": USER, "options": {"mirostat": 2}}, 400, "options.mirostat"),
+    ("chat", {"messages": USER, "options": {"top_k": "x"}}, 400, "options.top_k"),
+    ("chat", {"messages": USER, "options": {"seed": 1.5}}, 400, "options.seed"),
+    ("chat", {"messages": USER, "options": {"seed": 10**400}}, 400, "seed"),
+    ("chat", {"messages": USER, "format": "xml"}, 400, "format"),
+    ("generate", {"prompt": "Hi", "suffix": "x"}, 400, "suffix"),
+]  # fmt: skip
+
+
+async def test_errors_are_one_text(ask, make_engine):
     engine = make_engine()
-    (answer,) = await ask(engine, (path, fields))
-    assert answer.status_code == status
-    assert list(answer.json()) == ["error"]
-    assert name in answer.json()["error"]
+    answers = await ask(engine, *((path, fields) for path, fields, _, _ in REFUSED))
+    for answer, (_, fields, status, name) in zip(answers, REFUSED, strict=True):
+        assert answer.status_code == status, fields
+        assert list(answer.json()) == ["error"]
+        assert name in answer.json()["error"]
     assert engine.generations == []
 
 
