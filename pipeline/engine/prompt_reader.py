@@ -12,9 +12,9 @@ from pipeline.protocol.result_kinds import NO_TOKEN, Result, Want
 from pipeline.protocol.step_results import SegmentResult
 from pipeline.sampling.draw import NO_NUMBERS
 
-# Rows of prompts that one step may bring back: with the most likely ids that can be asked for, as
-# many log-probabilities as a step may have.
-MAX_READ_TOKENS = 1 << 12
+# Rows of prompts that one step may bring back: with the most likely ids that can be asked for, half
+# of the log-probabilities that a step may have.
+MAX_READ_TOKENS = 1 << 11
 
 
 class PromptReader(Protocol):

@@ -53,7 +53,7 @@ def main() -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(what, (most, most))
-    os.nice(10)  # others' tokens come first
+    os.nice(19)  # others' tokens come first
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the gateway decides
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     for line in sys.stdin.buffer:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,12 +42,14 @@ _MAX_LEXER_STATES = 1 << 14
 # What one mask may take, in llguidance's measure: some milliseconds. Ordinary ones take a tenth.
 _MASK_FUEL = 50_000
 # What the masks of a grammar's texts may take: at first, and for each token. Ordinary ones take a
-# twentieth of a millisecond.
+# twentieth of a millisecond, and a step takes five at least.
 _FIRST_NS = 100_000_000
-_TOKEN_NS = 500_000
-# For so many times what those took that took too much, no grammar is compiled, but for a minute at
-# most: so whoever sends one after another costs others a twentieth of their tokens.
+_TOKEN_NS = 250_000
+# What compiling takes, and masks beyond the ordinary, is followed by so many times as long without
+# compiling, a minute at most, but for a first half of a second: whoever sends one after another
+# costs others a twentieth of their tokens.
 _REST_FACTOR = 19
+_BURST_NS = 500_000_000
 _MAX_REST_SECONDS = 60.0
 _MAX_REASON_CHARS = 400
 _CHECKER = Path(__file__).with_name("grammar_checker.py")
@@ -94,7 +95,9 @@ class GrammarCompiler:
         self._text_tokenizer = tokenizer
         self._end_ids = sorted(end_ids)
         # One after another: attackers get one processor at most.
-        self._turn = trio.CapacityLimiter(1)
+        self._turn = trio.Lock()
+        # What the last one took.
+        self._spent_ns = 0
         self._tokenizer: LLTokenizer | None = None
         self._checker: KeptProcess | None = None
         self._kept: OrderedDict[_Key, CompiledGrammar] = OrderedDict()
@@ -111,29 +114,49 @@ class GrammarCompiler:
         if key not in self._kept:
             if len(grammar.text) > MAX_GRAMMAR_CHARS:
                 raise _refused(grammar, f"it has more than {MAX_GRAMMAR_CHARS} characters")
-            await trio.sleep_until(self._rest_until)
-            matcher = await trio.to_thread.run_sync(
-                self._compile, grammar, vocab_size, limiter=self._turn
-            )
-            self._kept[key] = CompiledGrammar(matcher, partial(self._give_up, key))
+            async with self._turn:
+                found = self._kept.get(key) or await self._compile_rested(grammar, vocab_size)
+            self._kept[key] = found
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def _give_up(self, key: _Key, seconds: float) -> None:
-        self._kept.pop(key, None)
-        rest = min(_REST_FACTOR * seconds, _MAX_REST_SECONDS)
-        self._rest_until = max(self._rest_until, trio.current_time() + rest)
+    async def _compile_rested(self, grammar: Grammar, vocab_size: int) -> "CompiledGrammar":
+        await trio.sleep_until(self._rest_until)
+        self._spent_ns = 0
+        try:
+            matcher = await trio.to_thread.run_sync(self._compile, grammar, vocab_size)
+        finally:
+            self._charge(self._spent_ns)
+        key = (grammar.kind, grammar.text)
+        return CompiledGrammar(matcher, self._charge, lambda: self._kept.pop(key, None))
+
+    def _charge(self, time_ns: int) -> None:
+        """Have the next compilation wait for what this one, or one's masks, took of others' time.
+
+        Attack: forms that are costly and yet within what each may take, one after another.
+        """
+        now, factor = trio.current_time(), _REST_FACTOR / 1e9
+        begun = max(self._rest_until, now - factor * _BURST_NS)
+        self._rest_until = min(begun + factor * time_ns, now + _MAX_REST_SECONDS)
 
     def _compile(self, grammar: Grammar, vocab_size: int) -> "LLMatcher":
-        from llguidance import LLMatcher  # noqa: PLC0415
-
         source = self._checked(grammar)
         try:
             tokenizer = self._load_tokenizer(vocab_size)
         except ValueError as error:
             raise _refused(grammar, str(error)) from error
+        start_ns = time.thread_time_ns()
+        try:
+            return self._matcher(grammar, source, tokenizer)
+        finally:
+            self._spent_ns = time.thread_time_ns() - start_ns
+
+    @staticmethod
+    def _matcher(grammar: Grammar, source: str, tokenizer: "LLTokenizer") -> "LLMatcher":
+        from llguidance import LLMatcher  # noqa: PLC0415
+
         matcher = LLMatcher(tokenizer, source, log_level=0, limits=_limits())
         # The first mask takes longest, and tells grammars that no text keeps to.
         if not matcher.is_error():
@@ -179,9 +202,12 @@ class GrammarCompiler:
 class CompiledGrammar:
     """One that texts can be held to, and what that has taken."""
 
-    def __init__(self, matcher: "LLMatcher", give_up: Callable[[float], None]) -> None:
-        """`give_up` hears of so many seconds, once they have been too many."""
+    def __init__(
+        self, matcher: "LLMatcher", charge: Callable[[int], None], give_up: Callable[[], object]
+    ) -> None:
+        """`charge` hears what masks take beyond the ordinary, in ns; `give_up` that it is over."""
         self._matcher = matcher
+        self._charge = charge
         self._give_up = give_up
         self._num_masks = 0
         self._spent_ns = 0
@@ -197,10 +223,12 @@ class CompiledGrammar:
         """
         self._num_masks += 1
         self._spent_ns += time_ns
+        if time_ns > _TOKEN_NS:
+            self._charge(time_ns - _TOKEN_NS)
         if not failure and self._spent_ns > _FIRST_NS + _TOKEN_NS * self._num_masks:
             failure = "it takes too long to hold a text to it"
         if failure:
-            self._give_up(self._spent_ns / 1e9)
+            self._give_up()
             raise InputError(f"the text cannot go on as asked for: {_line(failure)}")
 
 

@@ -25,6 +25,8 @@ from pipeline.gateway.http.page import HEADERS
 _REF = "#/components/schemas/{model}"
 _JSON = "application/json"
 _OBJECT = {"type": "object"}
+# Of each event its data: JSON, or [DONE].
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _STYLE = """body { font: 1rem/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem }
 h2 { border-top: 1px solid #8888; font-size: 1.1rem; margin-top: 2rem; padding-top: 1rem }
 code { font-family: ui-monospace, monospace }
@@ -143,7 +145,7 @@ def _answers(route: Route) -> dict[str, Any]:
         return {"text/plain": {"schema": {"type": "string"}}}
     content = _json(route.answer)
     if route.is_streamed:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     return content
 
 

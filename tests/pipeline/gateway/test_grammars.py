@@ -147,6 +147,7 @@ async def test_a_text_whose_masks_take_too_long_fails_alone_and_new_grammars_wai
 ):
     monkeypatch.setattr(grammars, "_FIRST_NS", 0)
     monkeypatch.setattr(grammars, "_TOKEN_NS", 0)
+    monkeypatch.setattr(grammars, "_BURST_NS", 0)
     monkeypatch.setattr(grammars, "_REST_FACTOR", 10**6)
     compiler = new_compiler(tokenizer)
     wanted = Grammar(GrammarKind.REGEX, "a+", "field")
@@ -161,6 +162,64 @@ async def test_a_text_whose_masks_take_too_long_fails_alone_and_new_grammars_wai
     before = trio.current_time()
     await compiler.compile(wanted, tokenizer.vocab_size)
     assert trio.current_time() - before > 1
+
+
+async def test_what_is_costly_and_within_its_budget_is_waited_for_all_the_same(
+    tokenizer, monkeypatch, autojump_clock
+):
+    """Attack: one form after another, each of which takes as much as it may."""
+    monkeypatch.setattr(grammars, "_BURST_NS", 0)
+    monkeypatch.setattr(grammars, "_REST_FACTOR", 10**7)
+    monkeypatch.setattr(grammars, "_MAX_REST_SECONDS", 10**6)
+    monkeypatch.setattr(grammars, "_TOKEN_NS", 10**12)
+    compiler = new_compiler(tokenizer)
+
+    async def waited(pattern):
+        before = trio.current_time()
+        wanted = Grammar(GrammarKind.REGEX, pattern, "field")
+        return await compiler.compile(wanted, tokenizer.vocab_size), trio.current_time() - before
+
+    first, _ = await waited("a+")
+    _, for_compiling = await waited("b+")
+    assert for_compiling > 1
+    await trio.sleep(10**6)  # whatever that has taken
+    first.new_mask().allowed((), tokenizer.vocab_size)
+    _, for_ordinary = await waited("c+")
+    await trio.sleep(10**6)
+    monkeypatch.setattr(grammars, "_TOKEN_NS", 0)
+    first.new_mask().allowed((), tokenizer.vocab_size)
+    _, for_mask = await waited("d+")
+    assert for_ordinary < 1 < for_mask
+    assert compiler.num_kept == 4
+
+
+async def test_a_burst_of_forms_waits_for_nothing(tokenizer, monkeypatch, autojump_clock):
+    monkeypatch.setattr(grammars, "_BURST_NS", 10**15)
+    compiler = new_compiler(tokenizer)
+    before = trio.current_time()
+    for number in range(30):
+        wanted = Grammar(GrammarKind.REGEX, f"a{{{number + 1}}}", "field")
+        await compiler.compile(wanted, tokenizer.vocab_size)
+    assert trio.current_time() == before
+
+
+async def test_who_asks_for_the_same_at_once_has_it_compiled_once(tokenizer, monkeypatch):
+    compiler, num_compiled = new_compiler(tokenizer), []
+    compile_ = compiler._compile
+    monkeypatch.setattr(
+        compiler, "_compile", lambda *args: num_compiled.append(1) or compile_(*args)
+    )
+    found = []
+
+    async def ask():
+        wanted = Grammar(GrammarKind.REGEX, "a+", "field")
+        found.append(await compiler.compile(wanted, tokenizer.vocab_size))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(ask)
+    assert len(num_compiled) == 1
+    assert len(set(map(id, found))) == 1
 
 
 async def test_a_grammar_is_compiled_once_and_the_oldest_forgotten(tokenizer, monkeypatch):

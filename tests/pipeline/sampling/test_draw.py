@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import RequestFailed
-from pipeline.sampling.draw import Draw, Text, adjust, draw, final, token_at
+from pipeline.sampling.draw import Draw, Text, adjust, choose, draw, final, token_at
 from pipeline.sampling.masks import masks_of
 from pipeline.sampling.params import SamplingParams
 from pipeline.sampling.sampler import Sampler
@@ -94,6 +94,47 @@ def test_logits_that_are_no_numbers_give_no_token(bad, temperature, at):
     logits[at] = bad
     with pytest.raises(RequestFailed, match="no numbers"):
         draw(logits, Draw(SamplingParams(temperature=temperature)))
+
+
+@pytest.mark.parametrize("share", [0.005, 0.1, 0.5, 0.99])
+def test_under_a_mask_what_is_drawn_is_what_all_of_the_masked_logits_give(share):
+    rng = random.Random(f"masked {share}")
+    for seed in range(150):
+        logits, params = random_logits(seed), random_params(rng)
+        allowed = [each for each in range(VOCAB) if rng.random() < share] or [rng.randrange(VOCAB)]
+        text = Text([rng.randrange(VOCAB) for _ in range(20)]).ids
+        how = Draw(params, (rng.random(),), text, 12, allowed=mask(*allowed))
+        assert draw(logits, how) == choose(adjust(logits, how), params, how.uniforms[0])
+        assert draw(logits, how) in allowed
+
+
+class Packed:
+    """A mask that has its answer in both forms; which of them was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def allowed(self, generated, vocab_size):
+        self.asked.append("allowed")
+        return np.arange(vocab_size) % (len(generated) + 2) == 0
+
+    def packed(self, generated, vocab_size):
+        self.asked.append("packed")
+        allowed = np.arange(vocab_size) % (len(generated) + 2) == 0
+        return np.packbits(allowed, bitorder="little").tobytes()
+
+
+def test_a_mask_that_is_packed_travels_as_it_is():
+    params = SamplingParams(temperature=1.0, seed=3)
+    mine = Packed()
+    alone = Sampler(params, [1, 2], masks=(mine,), vocab_size=VOCAB)
+    taken_apart = Sampler(params, [1, 2], masks=(Packed(), Packed()), vocab_size=VOCAB)
+    for token_id in (4, 6, 9):
+        assert alone.next_draw().allowed == taken_apart.next_draw().allowed
+        assert alone.next_draw(1).allowed != alone.next_draw().allowed
+        for sampler in (alone, taken_apart):
+            sampler.took(token_id)
+    assert set(mine.asked) == {"packed"}
 
 
 def test_nothing_allowed_gives_no_token():

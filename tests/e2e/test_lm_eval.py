@@ -1,10 +1,8 @@
 """lm-eval scores multiple choice over the API as `transformers` does on the same weights."""
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,15 +10,10 @@ import tokenizers
 import torch
 import transformers
 
+from tests.e2e.client_commands import client_command
 from tests.e2e.conftest import new_cluster
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("lm_eval") is None,
-        reason="lm-eval is not installed (veilpipe[clients])",
-    ),
-]
+pytestmark = pytest.mark.slow
 
 SMOLLM2 = Path(__file__).parents[2] / "models" / "smollm2"
 ITEMS = [
@@ -68,7 +61,7 @@ def run_lm_eval(directory, url, batch_size):
         "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": "none",
     }  # fmt: skip
     done = subprocess.run(
-        [Path(sys.executable).parent / "lm_eval", "run", "--model", "local-completions",
+        [client_command("lm_eval"), "run", "--model", "local-completions",
          "--model_args", arguments, "--tasks", "choices",
          "--include_path", directory / "task", "--batch_size", str(batch_size),
          "--output_path", out, "--log_samples"],
