@@ -20,7 +20,8 @@
 In the place of `DevTrust`, `UserTrust.create(manifest, Path("identity.pem"))` demands of every
 stage what the manifest says; `with_cids(manifest, {0: 16, 1: 17})` fills in what launching enclaves
 has decided. Errors are of `pipeline.errors`: InputError for what cannot be asked for, SessionError
-for stages that are missing, refused or lost.
+for stages that are missing, refused or lost. `connect(…, times=TimeLimits(request_seconds=60,
+retry=RetryPolicy(attempts=3)))` says how long to wait for what.
 """
 
 from pipeline.agreement.manifest import Manifest, load_manifest
@@ -30,14 +31,18 @@ from pipeline.api.connection import Connection, connect
 from pipeline.engine.generation import TokenOutput
 from pipeline.engine.request import FinishReason
 from pipeline.engine.tokenizer import Tokenizer
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.sampling.params import SamplingParams
+from transport.retries import RetryPolicy
 
 __all__ = [
     "Connection",
     "DevTrust",
     "FinishReason",
     "Manifest",
+    "RetryPolicy",
     "SamplingParams",
+    "TimeLimits",
     "TokenOutput",
     "Tokenizer",
     "Trust",

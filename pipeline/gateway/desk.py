@@ -1,12 +1,13 @@
 """Takes orders: admits, encodes, limits and records them, and has them generated.
 
 No door's protocol is known here: whoever stands before it calls `admit`, opens a `request`, has an
-`Order` understood by `prepare` and follows `generate`. All of them raise ApiError.
+`Order` understood by `prepare` and follows `generate`. All of them raise ApiError, the last two
+RequestTimedOut as well.
 """
 
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -14,6 +15,7 @@ from typing import TypeVar
 import trio
 
 from pipeline.engine.generation import Engine, Generation
+from pipeline.engine.request_time import request_time
 from pipeline.engine.stored_text import StoredText
 from pipeline.errors import InputError, PromptError
 from pipeline.gateway.answer_parts import THINK_END
@@ -108,10 +110,15 @@ class Desk:
         self._refusal = refusal
         self._is_open.set()
 
-    async def _wait_open(self) -> None:
-        """Return when orders are taken. Raises ApiError while none are."""
-        await self._is_open.wait()
+    async def _wait_open(self, record: RequestRecord) -> None:
+        """Return when orders are taken. Raises ApiError while none are, RequestTimedOut."""
+        with self.time_of(record):
+            await self._is_open.wait()
         self._check_open()
+
+    def time_of(self, record: RequestRecord) -> AbstractContextManager[object]:
+        """Raises RequestTimedOut where the body takes longer than that request may, of all."""
+        return request_time(self.config.limits.request_seconds, record.started)
 
     def _check_open(self) -> None:
         if self._refusal is not None:
@@ -165,7 +172,7 @@ class Desk:
         self._check_room(num_choices)
         max_tokens = self._max_tokens(order)
         # What the model can read is known when its stages stand; there is nobody to serve before.
-        await self._wait_open()
+        await self._wait_open(record)
         self._check_ids(order.stop_token_ids, "stop_token_ids")
         for sampling in order.sampling:
             self._check_ids(sampling.logit_bias, "logit_bias")
@@ -248,6 +255,7 @@ class Desk:
                 job.options,
                 job.record,
                 self._leaving,
+                partial(self.time_of, job.record),
             ) as pieces:  # fmt: skip
                 yield pieces
 
@@ -262,12 +270,14 @@ class Desk:
         finally:
             self._num_choices -= num_choices
 
-    async def encode_prompt(self, text: str, *, is_message: bool = False) -> TokenIds:
+    async def encode_prompt(
+        self, text: str, record: RequestRecord, *, is_message: bool = False
+    ) -> TokenIds:
         """A prompt's tokens, or those of a conversation of one message; checked. Raises ApiError.
 
         Waits for the model to stand.
         """
-        await self._wait_open()
+        await self._wait_open(record)
         messages = [{"role": "user", "content": text}]
         order = Order(
             model=self.config.served_model_name,

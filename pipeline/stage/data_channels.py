@@ -123,6 +123,7 @@ class Neighbours:
             self._setup.trust,
             self._init.upstream_measurements,
             self._upstream_limits,
+            self._setup.times,
         )
 
     async def _dial_downstream(self, epoch: bytes, target: Target) -> SecureChannel:
@@ -141,6 +142,7 @@ class Neighbours:
                     SEND_ONLY_LIMITS,
                     self._note_waiting,
                     target.permit,
+                    setup.times,
                 )
             except DialRefused as error:
                 raise setup.dial_policy.refusal(target.endpoint) from error

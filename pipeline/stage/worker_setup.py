@@ -12,6 +12,7 @@ from pipeline.codecs.registry import make_codec
 from pipeline.dtypes import Precision
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.step_limits import SessionLimits
+from pipeline.protocol.time_limits import DEFAULT_TIMES, TimeLimits
 from pipeline.stage.activation_log import ActivationLog, log_bytes
 from pipeline.stage.dial_policy import DialPolicy, Network, Target
 from pipeline.stage.slot_storage import SlotStore
@@ -60,6 +61,8 @@ class StageSetup:
     allow_dial: tuple[Network, ...] = ()
     # Where sessions that outlive a request are kept, if anywhere.
     store: SlotStore | None = None
+    # How long this worker waits for whom.
+    times: TimeLimits = DEFAULT_TIMES
     # What the parts of its layers need in a session, if anything.
     parts_session: PartsSession | None = None
 

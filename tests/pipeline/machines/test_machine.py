@@ -32,6 +32,7 @@ from pipeline.machines.visitor import visiting
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.sampling.params import SamplingParams
 from tests.pipeline.conftest import reserve
 
@@ -73,7 +74,9 @@ async def generate(rig, cluster, own=None):
     identity = rig.directory / "home" / ORCHESTRATOR_KEY
     trust = UserTrust.create(cluster.manifest, identity)
     limits = Limits(1, 256, chunk_tokens=16, num_stages=len(cluster.manifest.stages))
-    options = PipelineOptions(limits, connect_seconds=10, data_out_listen=cluster.results)
+    options = PipelineOptions(
+        limits, times=TimeLimits(connect_seconds=10), data_out_listen=cluster.results
+    )
     engine, tokens = PipelineEngine(limits), []
     generation = Generation(PROMPT, 12, frozenset(), SamplingParams())
     engine.submit(generation, lambda output: tokens.append(output.token_id))
@@ -252,7 +255,7 @@ async def test_two_homes_take_turns(rig, tiny_model):
         identity = rig.directory / "home" / ORCHESTRATOR_KEY
         trust = UserTrust.create(cluster.manifest, identity)
         options = PipelineOptions(
-            Limits(1, 64), connect_seconds=10, data_out_listen=cluster.results
+            Limits(1, 64), times=TimeLimits(connect_seconds=10), data_out_listen=cluster.results
         )
         async with (
             open_pipeline(cluster.manifest, trust, options, quietly),
@@ -307,7 +310,7 @@ async def test_the_home_of_a_session_may_end_it(rig, tiny_model):
         await deliver(rig.home, cluster.deliveries, quietly, quietly)
         trust = UserTrust.create(cluster.manifest, rig.directory / "home" / ORCHESTRATOR_KEY)
         options = PipelineOptions(
-            Limits(1, 64), connect_seconds=10, data_out_listen=cluster.results
+            Limits(1, 64), times=TimeLimits(connect_seconds=10), data_out_listen=cluster.results
         )
 
         async def retire_while_it_runs():

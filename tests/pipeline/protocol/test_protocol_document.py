@@ -7,8 +7,7 @@ from typing import get_args
 import pytest
 
 import pipeline.protocol
-from pipeline.cli.pipeline_flags import PipelineFlags
-from pipeline.orchestrator import remote_pipeline, stage_watch
+from pipeline.orchestrator import stage_watch
 from pipeline.protocol import (
     last_stage_inputs,
     links,
@@ -23,6 +22,7 @@ from pipeline.protocol.last_stage_inputs import Asked, asked_to_wire
 from pipeline.protocol.messages import Message, encode_message
 from pipeline.protocol.result_kinds import NO_TOKEN, Result, Want
 from pipeline.protocol.step_header import StepHeader, StepKind, encode_step
+from pipeline.protocol.time_limits import DEFAULT_TIMES
 from pipeline.sampling.draw import Draw
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage import data_channels, session, slot_storage, worker
@@ -109,14 +109,13 @@ def test_every_limit_is_the_codes(before, number, after):
 @pytest.mark.parametrize(
     ("seconds", "what"),
     [
-        (peer_connections.HANDSHAKE_SECONDS, "a peer whose turn it is"),
+        (DEFAULT_TIMES.handshake_seconds, "a peer whose turn it is"),
         (peer_connections.NO_ANSWER_SECONDS, "between tries"),
-        (PipelineFlags.model_fields["connect_timeout"].default, "nobody comes nearer"),
+        (DEFAULT_TIMES.connect_seconds, "nobody comes nearer"),
         (stage_watch.HEALTH_SECONDS, "between two `health`"),
-        (PipelineFlags.model_fields["hang_timeout"].default, "a stage answers none"),
-        (remote_pipeline.HANG_SECONDS, "a stage answers none"),
-        (session.SILENCE_SECONDS, "an orchestrator says nothing"),
-        (worker.SILENCE_SECONDS, "one that has not sent `init`"),
+        (DEFAULT_TIMES.idle_seconds, "a stage answers none"),
+        (DEFAULT_TIMES.idle_seconds, "an orchestrator says nothing"),
+        (DEFAULT_TIMES.init_seconds, "one that has not sent `init`"),
         (worker.STALE_SECONDS, "one that says nothing makes way"),
         (worker.BUSY_SECONDS, "another orchestrator waits"),
         (data_channels.WAITING_SECONDS, "between two `waiting`"),
