@@ -45,7 +45,7 @@ ROOMS = {
         "scx", "weights",
     },
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
-    "api": {"agreement", "engine", "orchestrator", "sampling"},
+    "api": {"agreement", "engine", "orchestrator", "protocol", "sampling"},
     "cli": {
         "agreement", "codecs", "doors", "engine", "gateway", "kernels", "leakage", "machines",
         "models", "offload", "orchestrator", "placement", "planning", "protocol", "remote_parts",

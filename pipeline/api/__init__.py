@@ -31,9 +31,8 @@ from pipeline.api.connection import Connection, connect
 from pipeline.engine.generation import TokenOutput
 from pipeline.engine.request import FinishReason
 from pipeline.engine.tokenizer import Tokenizer
-from pipeline.protocol.time_limits import TimeLimits
+from pipeline.protocol.time_limits import RetryPolicy, TimeLimits
 from pipeline.sampling.params import SamplingParams
-from transport.retries import RetryPolicy
 
 __all__ = [
     "Connection",

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pipeline.errors import InputError
 from transport.retries import RetryPolicy
 
+__all__ = ["DEFAULT_TIMES", "RetryPolicy", "TimeLimits"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeLimits:
