@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 
 import pipeline.protocol
+from pipeline.agreement.manifest import MAX_MANIFEST_BYTES
 from pipeline.orchestrator import stage_watch
 from pipeline.protocol import (
     last_stage_inputs,
@@ -27,6 +28,9 @@ from pipeline.sampling.draw import Draw
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage import data_channels, session, slot_storage, worker
 from pipeline.stage.session_admission import MAX_STEP_TOKENS
+from transport.handshake import MAX_EVIDENCE_BYTES
+from transport.records import MAX_PLAINTEXT_BYTES
+from transport.tensor_frames import MAX_HEADER_BYTES
 
 TEXT = (Path(pipeline.protocol.__file__).parents[1] / "PROTOCOL.md").read_text()
 EXAMPLES = re.findall(r"```example\n(.+?)\n(.+?)```", TEXT, re.DOTALL)
@@ -126,6 +130,26 @@ def test_every_limit_is_the_codes(before, number, after):
 )
 def test_every_time_limit_is_the_codes(seconds, what):
     assert re.search(rf"^\| {seconds:g} \| [a-z ]+ \| {re.escape(what)}", TEXT, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        (MAX_MANIFEST_BYTES, "bytes of a manifest"),
+        (step_header.MAX_STAGES, "stages of one"),
+        (MAX_EVIDENCE_BYTES, "bytes of an evidence document"),
+        (peer_connections.MAX_PENDING_HANDSHAKES, "handshakes under way"),
+        (MAX_PLAINTEXT_BYTES, "bytes of a record's plaintext"),
+        (MAX_HEADER_BYTES, "bytes of a frame's header"),
+        (messages.MAX_CONTROL_BYTES, "bytes of a control message"),
+        (links.MAX_STEP_HEADER_BYTES, "bytes of a step's header"),
+        (step_header.MAX_SEGMENTS, "slots of a session"),
+        (MAX_STEP_TOKENS, "rows of a step"),
+        (last_stage_inputs.MAX_VOCAB, "tokens of a vocabulary"),
+    ],
+)
+def test_every_cap_is_the_codes(number, what):
+    assert re.search(rf"^\| {number:,} \| {re.escape(what)}", TEXT, re.MULTILINE)
 
 
 def test_the_layouts_have_the_bytes_that_are_told():
