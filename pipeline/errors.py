@@ -51,6 +51,13 @@ class RequestFailed(PipelineError):
     """One request cannot be served; it says nothing of any other."""
 
 
+class RequestTimedOut(RequestFailed):
+    """One request has had the time that a request may take."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the request took longer than the {seconds:g} s that it may take")
+
+
 class BudgetSpent(RequestFailed):
     """All that may be told of a session's texts has been."""
 
@@ -87,6 +94,10 @@ class StageMismatch(SessionError):
     def __init__(self, message: str, stage_idx: int | None = None) -> None:
         super().__init__(message)
         self.stage_idx = stage_idx
+
+
+class StageAbsent(SessionError):
+    """A stage was not up at any of the attempts that were to be made."""
 
 
 class MessageError(SessionError):

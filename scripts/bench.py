@@ -34,6 +34,7 @@ from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.protocol.peer_connections import PATIENCE_MS
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.step_executor import StageCore
 from transport.attestation.dev_authority import default_directory
@@ -125,7 +126,9 @@ async def compare(args: argparse.Namespace) -> dict[str, list[LatencyLog]]:
             results = {LOCAL: await measure(local, prompt_ids, args.tokens, limits)}
             for count, manifest in manifests.items():
                 trust = DevTrust.create(default_directory(os.environ))
-                options = PipelineOptions(limits, connect_seconds=60, patience_ms=PATIENCE_MS)
+                options = PipelineOptions(
+                    limits, TimeLimits(connect_seconds=60), patience_ms=PATIENCE_MS
+                )
                 async with open_pipeline(manifest, trust, options, lambda line: None) as pipeline:
                     name = f"{count} stage{'s' if count > 1 else ''}, encrypted"
                     results[name] = await measure(pipeline, prompt_ids, args.tokens, limits)

@@ -45,7 +45,7 @@ ROOMS = {
         "scx", "weights",
     },
     "gateway": {"agreement", "engine", "orchestrator", "protocol", "sampling", "stego"},
-    "api": {"agreement", "engine", "orchestrator", "sampling"},
+    "api": {"agreement", "engine", "models", "orchestrator", "protocol", "sampling", "stage"},
     "cli": {
         "agreement", "codecs", "doors", "engine", "gateway", "kernels", "leakage", "machines",
         "models", "offload", "orchestrator", "placement", "planning", "protocol", "remote_parts",

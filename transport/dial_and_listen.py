@@ -33,6 +33,7 @@ from transport.address import (
 )
 from transport.dial_errors import failed, unresolvable, vsock_family
 from transport.errors import DialRefused, EndpointError
+from transport.retries import Retries, RetryPolicy
 
 __all__ = [
     "PARENT_CID",
@@ -58,9 +59,6 @@ LISTEN_BACKLOG: Final = 1024
 # A packet without an answer is sent again after 1, 3, 7, 15 s and so on: a network that comes back
 # meanwhile would be noticed a minute late by an attempt that is not begun anew.
 ATTEMPT_S: Final = 5.0
-FIRST_RETRY_S: Final = 0.05  # a peer started in the same moment is up within a few of these
-LAST_RETRY_S: Final = 2.0
-RETRY_SHARE: Final = 0.05  # of the time a peer has been away: it is found at once when it is back
 NO_DESCRIPTORS_PAUSE_S: Final = 0.1  # accept fails at once while descriptors are out: do not spin
 
 # What `accept` tells of the connection, not of the listener: the peer left before it was accepted,
@@ -107,14 +105,16 @@ async def dial_retrying(
     where: Callable[[], Endpoint],
     on_wait: Callable[[EndpointError], None],
     permit: Permit | None = None,
+    retries: Retries | None = None,
 ) -> socket.socket:
     """Dials until it succeeds or the caller's cancel scope ends; `on_wait` sees each failure.
 
     `where` is asked before each attempt: whoever is awaited may come back elsewhere.
 
-    Raises: EndpointError where no attempt could ever succeed, DialRefused among them.
+    Raises: EndpointError where no attempt could ever succeed, DialRefused among them; AttemptsSpent
+    where `retries` have an end.
     """
-    began = trio.current_time()
+    retries = retries or Retries(RetryPolicy())
     while True:
         endpoint = where()
         _require_dialable(endpoint)
@@ -124,12 +124,7 @@ async def dial_retrying(
             raise
         except EndpointError as error:
             on_wait(error)
-        await trio.sleep(retry_pause_s(FIRST_RETRY_S, trio.current_time() - began))
-
-
-def retry_pause_s(first_s: float, away_s: float) -> float:
-    """Until the next attempt to reach a peer that has been away for so long."""
-    return min(max(first_s, RETRY_SHARE * away_s), LAST_RETRY_S)
+            await retries.pause(error)
 
 
 def _require_dialable(endpoint: Endpoint) -> None:

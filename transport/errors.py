@@ -17,6 +17,10 @@ class DialRefused(EndpointError):
     """What a name stands for is an address that the caller may not dial: trying again is no use."""
 
 
+class AttemptsSpent(TransportError):
+    """A peer was not up at any of the attempts that its dialer makes."""
+
+
 class DeviceError(TransportError):
     """This machine's security module is missing, or refuses a request."""
 

@@ -7,11 +7,12 @@ another, and its tokens come over a queue. What is said is kept in memory alone.
 import signal
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Self, TypeVar
 
@@ -37,11 +38,19 @@ from pipeline.engine.idle_prefixes import PrefixOptions
 from pipeline.engine.limits import Limits
 from pipeline.engine.output_text import StoppedText
 from pipeline.engine.token_stream import Listener
-from pipeline.errors import InputError, PipelineError, PromptError, RequestFailed, SessionError
+from pipeline.errors import (
+    InputError,
+    PipelineError,
+    PromptError,
+    RequestFailed,
+    RequestTimedOut,
+    SessionError,
+)
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.orchestrator.open_pipeline import Pipeline
 
+_Event = TokenOutput | PipelineError
 _Result = TypeVar("_Result")
 
 COMMAND = "pipeline-orch chat"
@@ -163,6 +172,7 @@ class _Talk:
         conversation: Conversation,
         engine: PipelineEngine,
         budget: PrivacyBudget | None,
+        request_seconds: float | None,
     ) -> None:
         self._sampling = flags.sampling.params()
         self._engine = engine
@@ -172,6 +182,7 @@ class _Talk:
         self._tokenizer = tokenizer
         self._conversation = conversation
         self._budget = budget
+        self._request_seconds = request_seconds
 
     def ask(self, text: str, background: Background) -> None:
         """Print the answer to something. Raises PipelineError, PromptError for what is none."""
@@ -196,11 +207,11 @@ class _Talk:
     def _pieces(self, generation: Generation, background: Background) -> Iterator[str]:
         """The answer's text, until it ends or Ctrl-C is pressed. Raises PipelineError."""
         text = StoppedText(self._tokenizer, generation.prompt_ids, self._sampling.stop)
-        events: SimpleQueue[TokenOutput | PipelineError | None] = SimpleQueue()
+        events: SimpleQueue[_Event | None] = SimpleQueue()
         with _interrupted_by(lambda: events.put(None)):
             request_id = background.submit(generation, events.put)
             try:
-                while (event := events.get()) is not None:
+                for event in _heard(events, self._request_seconds):
                     if isinstance(event, PipelineError):
                         background.check()  # which knows more of it
                         raise event
@@ -211,6 +222,21 @@ class _Talk:
                 yield text.finish()[0]
             finally:
                 background.cancel(request_id)
+
+
+def _heard(events: "SimpleQueue[_Event | None]", seconds: float | None) -> Iterator[_Event]:
+    """What comes, up to a None. Raises RequestTimedOut where that takes longer; None: no limit."""
+    began = time.monotonic()
+    while True:
+        left = None if seconds is None else max(0.0, began + seconds - time.monotonic())
+        try:
+            event = events.get(timeout=left)
+        except Empty:
+            assert seconds is not None  # or it would wait on
+            raise RequestTimedOut(seconds) from None
+        if event is None:
+            return
+        yield event
 
 
 def chat(flags: ChatFlags, shared: PipelineFlags) -> None:
@@ -235,7 +261,7 @@ def chat(flags: ChatFlags, shared: PipelineFlags) -> None:
     access = PipelineAccess.create(source, shared, limits, is_resumable=True)
     template = ChatTemplate.load(home)
     conversation = Conversation(tokenizer, template, room, flags.system)
-    talk = _Talk(flags, manifest, tokenizer, conversation, engine, budget)
+    talk = _Talk(flags, manifest, tokenizer, conversation, engine, budget, shared.request_timeout)
 
     async def work(pipeline: Pipeline) -> None:
         tokenizer.check_vocabulary(pipeline.vocab_size)

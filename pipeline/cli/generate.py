@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
+import trio
 import typer
 
 from pipeline.agreement.manifest import Manifest, load_manifest
@@ -28,9 +29,10 @@ from pipeline.engine.latency import LatencyLog
 from pipeline.engine.limits import Limits
 from pipeline.engine.output_text import StoppedText
 from pipeline.engine.request import FinishReason
+from pipeline.engine.request_time import request_time
 from pipeline.engine.step_runner import StepRunner
 from pipeline.engine.tokenizer import Tokenizer
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, RequestTimedOut
 from pipeline.files import check_writable
 from pipeline.protocol.peer_connections import PATIENCE_MS
 
@@ -113,7 +115,17 @@ def _generate(
         await engine.drain(pipeline)
         printer.finish()
 
-    number = run_until_signalled(_runner(flags, pipeline_flags, source, engine, work))
+    run = _runner(flags, pipeline_flags, source, engine, work)
+
+    async def run_in_time() -> None:
+        try:
+            with request_time(pipeline_flags.request_timeout) as printer.on_start:
+                await run()
+        except RequestTimedOut as error:
+            printer.hear(error)
+            printer.finish()
+
+    number = run_until_signalled(run_in_time)
     if number is not None:
         raise typer.Exit(128 + number)
     if printer.is_cut:
@@ -159,6 +171,7 @@ class _Printer:
     """Streams text to stdout, up to a stop string, and latencies to the log."""
 
     def __init__(self, prompt: str, text: StoppedText, log: LatencyLog) -> None:
+        self.on_start: Callable[[float], object] = lambda _: None
         self.on_stop: Callable[[], object] = lambda: None
         self.is_cut = False  # the context had no room for more
         self._prompt = prompt
@@ -172,6 +185,7 @@ class _Printer:
         if not self._last_ns:
             write_text(self._prompt)
             self._last_ns = perf_counter_ns()
+            self.on_start(trio.current_time())
 
     def hear(self, event: TokenOutput | PipelineError) -> None:
         """Print one token's text."""

@@ -134,9 +134,8 @@ class PipelineAccess:
         trust = _trust(manifest, flags)
         options = PipelineOptions(
             limits,
-            flags.connect_timeout,
+            flags.times,
             flags.results_at(manifest),
-            flags.hang_timeout,
             patience_ms=patience_ms,
             ends=_ends(source, flags),
         )
@@ -229,7 +228,7 @@ class PipelineAccess:
             async with new(
                 self.manifest, self.trust, self.options, _progress, placement
             ) as pipeline:
-                patience_seconds = self.options.connect_seconds
+                patience_seconds = self.options.times.connect_seconds
                 if watcher is not None:
                     watcher.made(pipeline)
                 if watcher is not None and outlasts and self.move is None:

@@ -9,11 +9,14 @@ from pipeline.agreement.manifest import Manifest
 from pipeline.cli.compute_options import WorkerOptions
 from pipeline.cli.development import Development
 from pipeline.cli.logs import LogFormat
-from pipeline.cli.settings import Address, Finite, Flag, Settings
+from pipeline.cli.settings import Address, Count, Finite, Flag, Settings
 from pipeline.cli.shared_options import DataOutPortFlag, LogFormatFlag, read_cids, results_address
+from pipeline.cli.time_flags import HandshakeTimeoutFlag, RequestTimeoutFlag
 from pipeline.errors import InputError
 from pipeline.protocol.tide_window import DEFAULT_SINKS, TideWindow
+from pipeline.protocol.time_limits import DEFAULT_TIMES, TimeLimits
 from transport.dial_and_listen import Endpoint
+from transport.retries import RetryPolicy
 
 
 class PipelineFlags(Settings):
@@ -29,7 +32,12 @@ class PipelineFlags(Settings):
     ] = ()
     connect_timeout: Annotated[
         Finite, Field(ge=0.1), Flag("SECONDS", "Patience with stages not up nor loading.")
-    ] = 30.0
+    ] = DEFAULT_TIMES.connect_seconds
+    connect_attempts: Annotated[
+        Count | None, Flag("N", "Dials of a stage that is not up, at most [no limit].")
+    ] = None
+    handshake_timeout: HandshakeTimeoutFlag = DEFAULT_TIMES.handshake_seconds
+    request_timeout: RequestTimeoutFlag = None
     identity: Annotated[Path | None, Flag("FILE", "This orchestrator's key (see keygen).")] = None
     supervise: Annotated[bool, Flag(None, "Start the workers here, and survive their death.")] = (
         False
@@ -57,7 +65,7 @@ class PipelineFlags(Settings):
     ] = None
     hang_timeout: Annotated[
         Finite, Field(ge=0.5), Flag("SECONDS", "Patience with a silent stage.")
-    ] = 60.0
+    ] = DEFAULT_TIMES.idle_seconds
     window: Annotated[
         int | None, Flag("N", "Keep the latest N tokens; texts may be longer [keep all].")
     ] = None
@@ -72,6 +80,17 @@ class PipelineFlags(Settings):
     def cids(self) -> dict[int, int]:
         """The CIDs of started enclaves, by stage. Raises InputError."""
         return read_cids(self.cid)
+
+    @property
+    def times(self) -> TimeLimits:
+        """How long to wait for what."""
+        return TimeLimits(
+            connect_seconds=self.connect_timeout,
+            handshake_seconds=self.handshake_timeout,
+            idle_seconds=self.hang_timeout,
+            request_seconds=self.request_timeout,
+            retry=RetryPolicy(attempts=self.connect_attempts),
+        )
 
     @property
     def tide_window(self) -> TideWindow | None:

@@ -3,6 +3,7 @@
 import logging
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         # Before the stages say it: requests may come first, and one with a token that the model
         # does not have would cost a stage.
         tokenizer.check_vocabulary(load_config(home, manifest.config_hash).vocab_size)
-    config = _config(flags, manifest, home, tokenizer, limits)
+    config = _config(flags, pipeline_flags.request_timeout, manifest, home, tokenizer, limits)
     source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
     access = PipelineAccess.create(source, pipeline_flags, limits, is_resumable=True)
     budget = privacy_budget(manifest, pipeline_flags.dp_epsilon, pipeline_flags.dp_delta)
@@ -136,7 +137,12 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
 
 
 def _config(
-    flags: ServeFlags, manifest: Manifest, home: Path, tokenizer: GatewayTokenizer, limits: Limits
+    flags: ServeFlags,
+    request_seconds: float | None,
+    manifest: Manifest,
+    home: Path,
+    tokenizer: GatewayTokenizer,
+    limits: Limits,
 ) -> GatewayConfig:
     """What clients meet. Raises InputError."""
     template = ChatTemplate.load(home)
@@ -153,7 +159,7 @@ def _config(
         port=flags.port,
         api_keys=load_api_keys(flags.api_key_file) if flags.api_key_file else frozenset(),
         tls=load_tls(flags.tls_cert, flags.tls_key),
-        limits=flags.limits,
+        limits=replace(flags.limits, request_seconds=request_seconds),
         # Under a window a text need not end by itself before very long.
         default_max_tokens=min(limits.max_seq_len, manifest.activation_spec.max_seq_len),
         samples_at_home=flags.sample_at == "home",

@@ -123,6 +123,7 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
         data_out=data_out,
         patience_ms=PATIENCE_MS,
         allow_dial=networks,
+        times=flags.times.limits,
         parts_session=parts_session,
     )
     return setup, control, data_in

@@ -22,6 +22,7 @@ from pipeline.cli.stego_model import local_fingerprint, new_service
 from pipeline.cli.terminal import write_text
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.limits import Limits
+from pipeline.engine.request_time import request_time
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.files import check_writable, write_atomically
@@ -186,7 +187,11 @@ class _Trip:
 
                 await work(service, hear)
 
-        number = run_until_signalled(lambda: _run_beside(access, engine, with_bar))
+        async def in_time(pipeline: Pipeline) -> None:
+            with request_time(flags.pipeline.request_timeout, trio.current_time()):
+                await with_bar(pipeline)
+
+        number = run_until_signalled(lambda: _run_beside(access, engine, in_time))
         if number is not None:
             raise typer.Exit(128 + number)
 

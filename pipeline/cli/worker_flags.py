@@ -25,6 +25,7 @@ from pipeline.cli.shared_options import (
     QuietFlag,
     VerboseFlag,
 )
+from pipeline.cli.time_flags import StageTimes
 
 TENSORIZED_VARIABLE = "INFEMERAL_SERVER_TENSORIZED_WEIGHTS_PATH"
 TENSORIZED = (
@@ -73,6 +74,7 @@ class WorkerFlags(Settings):
     device: DeviceFlag = None
     kv_memory: KvMemoryFlag = None
     store: KvStoreFlags
+    times: StageTimes
     once: Annotated[bool, Flag(None, "Exit after the first session.")] = False
     supervised: Annotated[
         bool, Flag(None, "End with stdin, report on stdout: for supervisors.", is_by_hand=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import trio
@@ -147,19 +147,24 @@ class PieceStream:
     """The pieces of all continuations of a request, as they come."""
 
     def __init__(
-        self, pieces: trio.MemoryReceiveChannel[TextPiece | PipelineError], num_choices: int
+        self,
+        pieces: trio.MemoryReceiveChannel[TextPiece | PipelineError],
+        num_choices: int,
+        in_time: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._pieces = pieces
         self._num_open = num_choices
+        self._in_time = in_time
 
     def __aiter__(self) -> AsyncIterator[TextPiece]:
         return self
 
     async def __anext__(self) -> TextPiece:
-        """The next piece. Raises what the engine raised."""
+        """The next piece. Raises what the engine raised, and RequestTimedOut."""
         if self._num_open == 0:
             raise StopAsyncIteration
-        piece = await self._pieces.receive()
+        with self._in_time():
+            piece = await self._pieces.receive()
         if isinstance(piece, PipelineError):
             raise piece
         self._num_open -= piece.finish is not None
@@ -174,12 +179,14 @@ async def open_choices(
     options: TextOptions,
     record: RequestRecord,
     leaving: trio.Lock,
+    in_time: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> AsyncIterator[PieceStream]:
     """Generate all continuations at once; leaving aborts those under way.
 
     Raises what the engine raises when it refuses one. Tokens are taken from the engine as they
     come, so a client that reads slowly holds up nobody; a request's tokens are bounded, and so is
-    what waits here. Whoever shares the lock `leaving` leaves in turn.
+    what waits here. Whoever shares the lock `leaving` leaves in turn. `in_time` is open while a
+    piece is awaited.
     """
     sender, receiver = trio.open_memory_channel[TextPiece | PipelineError](math.inf)
     scopes: list[trio.CancelScope] = []
@@ -192,7 +199,7 @@ async def open_choices(
                 scopes.append(scope)
                 await tasks.start(_follow, engine, generation, text, sender, record, choice, scope)
                 scope.shield = True  # from now on it is aborted in turn
-            yield PieceStream(receiver, len(generations))
+            yield PieceStream(receiver, len(generations), in_time)
         finally:
             with trio.CancelScope(shield=True):
                 await _abort(scopes, leaving)

@@ -1,12 +1,13 @@
 """Takes orders: admits, encodes, limits and records them, and has them generated.
 
 No door's protocol is known here: whoever stands before it calls `admit`, opens a `request`, has an
-`Order` understood by `prepare` and follows `generate`. All of them raise ApiError.
+`Order` understood by `prepare` and follows `generate`. All of them raise ApiError, the last two
+RequestTimedOut as well.
 """
 
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -14,6 +15,7 @@ from typing import TypeVar
 import trio
 
 from pipeline.engine.generation import Engine, Generation
+from pipeline.engine.request_time import request_time
 from pipeline.engine.stored_text import StoredText
 from pipeline.errors import InputError, PromptError
 from pipeline.gateway.answer_parts import THINK_END
@@ -108,10 +110,15 @@ class Desk:
         self._refusal = refusal
         self._is_open.set()
 
-    async def _wait_open(self) -> None:
-        """Return when orders are taken. Raises ApiError while none are."""
-        await self._is_open.wait()
+    async def _wait_open(self, record: RequestRecord) -> None:
+        """Return when orders are taken. Raises ApiError while none are, RequestTimedOut."""
+        with self.time_of(record):
+            await self._is_open.wait()
         self._check_open()
+
+    def time_of(self, record: RequestRecord) -> AbstractContextManager[object]:
+        """Raises RequestTimedOut where the body takes longer than that request may, of all."""
+        return request_time(self.config.limits.request_seconds, record.started)
 
     def _check_open(self) -> None:
         if self._refusal is not None:
@@ -165,7 +172,7 @@ class Desk:
         self._check_room(num_choices)
         max_tokens = self._max_tokens(order)
         # What the model can read is known when its stages stand; there is nobody to serve before.
-        await self._wait_open()
+        await self._wait_open(record)
         self._check_ids(order.stop_token_ids, "stop_token_ids")
         for sampling in order.sampling:
             self._check_ids(sampling.logit_bias, "logit_bias")
@@ -249,6 +256,7 @@ class Desk:
                 job.options,
                 job.record,
                 self._leaving,
+                partial(self.time_of, job.record),
             ) as pieces:  # fmt: skip
                 yield pieces
 
@@ -263,7 +271,9 @@ class Desk:
         finally:
             self._num_choices -= num_choices
 
-    async def encode_prompt(self, text: str, *, is_message: bool = False) -> TokenIds:
+    async def encode_prompt(
+        self, text: str, record: RequestRecord, *, is_message: bool = False
+    ) -> TokenIds:
         """A prompt's tokens, or those of a conversation of one message; checked. Raises ApiError.
 
         Waits for the model to stand.
@@ -275,21 +285,23 @@ class Desk:
             conversation=Conversation(messages) if is_message else None,
             prompts=() if is_message else (text,),
         )
-        return await self.encode(order)
+        return await self.encode(order, record)
 
-    async def encode(self, order: Order) -> TokenIds:
+    async def encode(self, order: Order, record: RequestRecord) -> TokenIds:
         """The tokens of an order's one prompt; checked. Raises ApiError. Waits for the model."""
         if order.model is not None:
             self.check_model(order.model)
-        await self._wait_open()
+        await self._wait_open(record)
         ((prompt_ids,), _) = await self._encode_all(order)
         return prompt_ids
 
-    async def decode(self, model: str | None, token_ids: Sequence[int]) -> str:
+    async def decode(
+        self, model: str | None, token_ids: Sequence[int], record: RequestRecord
+    ) -> str:
         """The text of tokens, special ones included. Raises ApiError. Waits for the model."""
         if model is not None:
             self.check_model(model)
-        await self._wait_open()
+        await self._wait_open(record)
         self._check_ids(token_ids, "tokens")
         whole = partial(self.tokenizer.decode_whole, token_ids)
         return await self._in_thread(whole, self._encoding, "tokens")

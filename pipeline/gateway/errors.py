@@ -8,6 +8,7 @@ from pipeline.errors import (
     InputError,
     PipelineError,
     RequestFailed,
+    RequestTimedOut,
     ServerLeaving,
     SessionInUse,
 )
@@ -105,13 +106,21 @@ def from_pipeline(error: PipelineError) -> ApiError:
         return ApiError(Kind.IN_USE, str(error), code="session_in_use", param="session")
     if isinstance(error, InputError):
         return invalid(str(error), None)
-    if isinstance(error, BudgetSpent):
-        return ApiError(Kind.FAILED, str(error), code="budget_spent", type=SERVER_ERROR)
     if isinstance(error, RequestFailed):
-        return ApiError(Kind.FAILED, "This request failed; others are served.", type=SERVER_ERROR)
+        return _failed(error)
     if isinstance(error, ServerLeaving):
         return leaving()
     return unavailable("The pipeline lost a stage or its connection; try again.", 1)
+
+
+def _failed(error: RequestFailed) -> ApiError:
+    """One request has failed, and others are served."""
+    if isinstance(error, BudgetSpent):
+        return ApiError(Kind.FAILED, str(error), code="budget_spent", type=SERVER_ERROR)
+    if isinstance(error, RequestTimedOut):
+        text = f"{error} (--request-timeout of this server)."
+        return ApiError(Kind.TOO_SLOW, text, code="request_timeout", type=SERVER_ERROR)
+    return ApiError(Kind.FAILED, "This request failed; others are served.", type=SERVER_ERROR)
 
 
 def unavailable(message: str, retry_seconds: int) -> ApiError:

@@ -15,7 +15,8 @@ class GatewayLimits:
     under way or wait. `max_buffered_bytes` bounds what is held of all requests that are not
     understood yet, beyond the little that each connection may send. `header_seconds` bounds a
     request's headers and how long an idle connection is kept, `body_seconds` its body,
-    `write_seconds` how long a client may read nothing of a response.
+    `write_seconds` how long a client may read nothing of a response, and `request_seconds` how long
+    its last token may take to come, if anything does.
     Attacks: slow-loris, sockets left half closed, clients that never read, or ask for everything.
     """
 
@@ -28,6 +29,7 @@ class GatewayLimits:
     header_seconds: float = 10.0
     body_seconds: float = 20.0
     write_seconds: float = 30.0
+    request_seconds: float | None = None
 
 
 class RateLimiter:

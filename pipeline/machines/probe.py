@@ -7,11 +7,12 @@ from pipeline.errors import MessageError, SessionError
 from pipeline.machines.links import LIMITS, MachineLink, knowing, probe_link
 from pipeline.machines.messages import PIECE_BYTES, Fine, Flood, Ping, Probed
 from pipeline.protocol.peer_connections import (
-    HANDSHAKE_SECONDS,
     Entrance,
+    answered_within,
     close_quietly,
     describe,
 )
+from pipeline.protocol.time_limits import DEFAULT_TIMES
 from transport.channel import SecureChannel, connect_channel
 from transport.dial_and_listen import Endpoint, TcpEndpoint, dial
 from transport.errors import TransportError
@@ -68,7 +69,7 @@ async def _probe(
     own: X25519PrivateKey, endpoint: Endpoint, key: bytes, data_port: int | None
 ) -> Probed:
     public = own.public_key().public_bytes_raw()
-    with trio.fail_after(HANDSHAKE_SECONDS):
+    with answered_within(DEFAULT_TIMES.handshake_seconds):
         sock = await dial(endpoint)
         channel = await connect_channel(sock, probe_link(public, key), knowing(own, key), LIMITS)
     link = MachineLink(channel)

@@ -39,7 +39,8 @@ from pipeline.machines.messages import (
 from pipeline.machines.offer_line import OfferLine
 from pipeline.progress import Progress
 from pipeline.protocol.messages import StrictMessage
-from pipeline.protocol.peer_connections import HANDSHAKE_SECONDS, close_quietly, describe
+from pipeline.protocol.peer_connections import answered_within, close_quietly, describe
+from pipeline.protocol.time_limits import DEFAULT_TIMES
 from transport.channel import connect_channel
 from transport.dial_and_listen import TcpEndpoint, dial
 from transport.errors import EndpointError, HandshakeError, NoAnswer, TransportError
@@ -201,7 +202,7 @@ async def _connected(
     address: Address, link: Link, credentials: Credentials, refusal: str
 ) -> AsyncIterator[Visit]:
     try:
-        with trio.fail_after(HANDSHAKE_SECONDS):
+        with answered_within(DEFAULT_TIMES.handshake_seconds):
             sock = await dial(address.endpoint)
             channel = await connect_channel(sock, link, credentials, LIMITS)
     except EndpointError as error:

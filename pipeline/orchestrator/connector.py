@@ -7,7 +7,7 @@ import trio
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.agreement.trust_policy import Trust
-from pipeline.errors import MessageError, SessionError, StageMismatch, StageSilent
+from pipeline.errors import MessageError, SessionError, StageAbsent, StageMismatch, StageSilent
 from pipeline.placement.base import Placement
 from pipeline.protocol.last_stage_inputs import MAX_VOCAB
 from pipeline.protocol.links import CONTROL_LIMITS, SEND_ONLY_LIMITS, ControlLink, StepGate
@@ -22,9 +22,10 @@ from pipeline.protocol.peer_connections import (
 from pipeline.protocol.step_header import StepHeader
 from pipeline.protocol.step_limits import SessionLimits, told
 from pipeline.protocol.step_results import expected_results, max_result_bytes
+from pipeline.protocol.time_limits import DEFAULT_TIMES, TimeLimits
 from transport.channel import SecureChannel
 from transport.dial_and_listen import Endpoint, Listener
-from transport.errors import AttestationError, HandshakeError, TransportError
+from transport.errors import AttemptsSpent, AttestationError, HandshakeError, TransportError
 from transport.handshake import Link, LinkKind, Role, RoleKind
 from transport.tensor_frames import FrameLimits, TensorSpec
 
@@ -41,6 +42,7 @@ class Connector:
         limits: SessionLimits,
         placement: Placement,
         progress: Progress,
+        times: TimeLimits = DEFAULT_TIMES,
     ) -> None:
         self.num_handshakes = 0
         # Of the model, once its stages have named it: what logits may come back.
@@ -56,12 +58,14 @@ class Connector:
         self._trust = trust
         self._limits = limits
         self._progress = progress
+        self._times = times
 
     async def control(self, stage_idx: int) -> ControlLink:
         """A stage's control channel, as soon as the stage is up.
 
         Raises StageSilent when it takes the connection and says nothing, StageMismatch when it is
-        not what it should be, SessionError when the connection breaks.
+        not what it should be, StageAbsent when no attempt is left, SessionError when the connection
+        breaks.
         """
         core_hash = self._manifest.core_hash()
         link = Link(
@@ -88,7 +92,9 @@ class Connector:
             link = Link(LinkKind.RESULTS, ORCHESTRATOR, role, core_hash, epoch)
             return await self._dial(last.stage_idx, link, limits)
         link = self._data_link(role, ORCHESTRATOR, epoch)
-        channel = await accept_first(listener, link, self._trust, last.measurements(), limits)
+        channel = await accept_first(
+            listener, link, self._trust, last.measurements(), limits, self._times
+        )
         self.num_handshakes += 1
         return channel
 
@@ -152,7 +158,9 @@ class Connector:
         measurements = self._manifest.stage(stage_idx).measurements()
         credentials = self._trust.toward(link.responder, measurements)
         try:
-            channel = await connect_retrying(where, link, credentials, limits, on_wait)
+            channel = await connect_retrying(
+                where, link, credentials, limits, on_wait, times=self._times
+            )
         except trio.TooSlowError as error:
             raise StageSilent(stage_idx, f"{what}: {describe(error)}") from error
         except AttestationError as error:
@@ -161,6 +169,8 @@ class Connector:
             is_own = bool(self._manifest.stage(stage_idx).machine_keys)
             remedy = "; `pipeline-orch push` has it serve this manifest" if is_own else ""
             raise StageMismatch(f"{what}: {describe(error)}{remedy}", stage_idx) from error
+        except AttemptsSpent as error:
+            raise StageAbsent(f"{what} is not up: {describe(error)}") from error
         except (TransportError, trio.EndOfChannel) as error:
             raise SessionError(f"{what}: {describe(error)}") from error
         finally:

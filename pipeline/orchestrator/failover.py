@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import trio
 
-from pipeline.errors import SessionError, SessionRefused, StageMismatch
+from pipeline.errors import SessionError, SessionRefused, StageAbsent, StageMismatch
 from pipeline.orchestrator.connect_deadline import Patience
 from pipeline.orchestrator.epochs import ReplaySource
 from pipeline.orchestrator.remote_pipeline import Pipeline
@@ -32,7 +32,8 @@ async def run_with_failover(
 ) -> None:
     """Connect `pipeline` and do `work` on it; whatever is lost, mend it and call `work` again.
 
-    Raises SessionRefused when a stage will not take part as it is asked to, SessionError when the
+    Raises SessionRefused when a stage will not take part as it is asked to, StageAbsent when one is
+    not up and no attempt is left, SessionError when the
     pipeline does not stand again and nothing moves for `patience_seconds` (StageMismatch where a
     stage was there and not the one of the manifest), or when it breaks again and again without a
     single result. `told`: what has been logged of this loss already, and need not be again.
@@ -73,7 +74,7 @@ async def _mend(
             failure = None  # of an attempt before this one: its stages may have come back since
             try:
                 await pipeline.connect(source)
-            except SessionRefused:
+            except (SessionRefused, StageAbsent):
                 raise
             except SessionError as error:
                 # Again and again the same is said once.

@@ -52,7 +52,7 @@ async def new_pipeline(
         listener = None if listen_at is None else listen(listen_at)
     except EndpointError as error:
         raise InputError(f"cannot listen for the last stage's results: {error}") from error
-    connector = Connector(manifest, trust, limits, placement, progress)
+    connector = Connector(manifest, trust, limits, placement, progress, options.times)
     with listener or nullcontext():
         async with AsyncExitStack() as closing, open_tasks() as tasks:
             pipeline = Pipeline(manifest, options, placement, connector, listener, tasks)
@@ -77,10 +77,10 @@ async def open_pipeline(
     """
     async with new_pipeline(manifest, trust, options, progress, placement) as pipeline:
         try:
-            patience = Patience(options.connect_seconds, lambda: pipeline.progress)
+            patience = Patience(options.times.connect_seconds, lambda: pipeline.progress)
             if not await patience.run(pipeline.connect):
                 raise SessionError(
-                    f"gave up after {options.connect_seconds:g} s: {pipeline.waiting_for}"
+                    f"gave up after {options.times.connect_seconds:g} s: {pipeline.waiting_for}"
                 )
             async with pipeline.unbroken():
                 yield pipeline

@@ -25,13 +25,11 @@ from pipeline.protocol.messages import Ready, Shutdown, Start
 from pipeline.protocol.peer_connections import GOODBYE_SECONDS
 from pipeline.protocol.step_results import StepResult
 from pipeline.protocol.stored_state import Mark, StoredSlot
+from pipeline.protocol.time_limits import DEFAULT_TIMES, TimeLimits
 from pipeline.tasks import open_tasks
 from transport.dial_and_listen import Endpoint, Listener
 
 logger = logging.getLogger(__name__)
-
-# A stage computes a chunk without looking up; one that answers nothing for this long is hung.
-HANG_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +37,8 @@ class PipelineOptions:
     """What the user may choose beside the manifest."""
 
     limits: Limits
-    connect_seconds: float
+    times: TimeLimits = DEFAULT_TIMES
     data_out_listen: Endpoint | None = None
-    hang_seconds: float = HANG_SECONDS
     # How long to wait for a result in place (`SecureChannel.wait_in_place`), where nothing else has
     # to run in this process meanwhile. 0: through the event loop alone.
     patience_ms: int = 0
@@ -288,7 +285,7 @@ class Pipeline:
 
     async def _watch(self, stage: RemoteStage) -> None:
         try:
-            await stage.watch(self._options.hang_seconds)
+            await stage.watch(self._options.times.idle_seconds)
         except SessionError as error:
             del self._stages[stage.idx]
             self._away[stage.idx] = trio.current_time()
@@ -301,7 +298,7 @@ class Pipeline:
         while True:
             link, num_done = self._link, self._num_done
             is_due = self.is_joined and link is not None and link.num_due > 0
-            await trio.sleep(max(self._options.hang_seconds, 2 * HEALTH_SECONDS))
+            await trio.sleep(max(self._options.times.idle_seconds, 2 * HEALTH_SECONDS))
             if is_due and self.is_joined and (link, num_done) == (self._link, self._num_done):
                 error = "steps are under way and none moves: a data channel hangs"
                 self._losses.fail(SessionError(error))

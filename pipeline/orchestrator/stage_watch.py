@@ -159,13 +159,13 @@ class RemoteStage:
         assert self._ready is not None  # set before the event
         return self._ready
 
-    async def watch(self, hang_seconds: float) -> NoReturn:
+    async def watch(self, idle_seconds: float) -> NoReturn:
         """Read the channel until the stage fails.
 
         Raises StageLost, StageHung, SessionRefused for what it will never do, or SessionError.
         """
         async with open_tasks() as tasks:
-            tasks.start_soon(self._ask, hang_seconds)
+            tasks.start_soon(self._ask, idle_seconds)
             while True:
                 try:
                     message = await self._control.receive()
@@ -177,14 +177,14 @@ class RemoteStage:
                 self._num_unanswered = 0
                 self._take(message)
 
-    async def _ask(self, hang_seconds: float) -> NoReturn:
-        pause_seconds = min(HEALTH_SECONDS, hang_seconds / 2)
+    async def _ask(self, idle_seconds: float) -> NoReturn:
+        pause_seconds = min(HEALTH_SECONDS, idle_seconds / 2)
         sequence = 0
         while True:
             await trio.sleep(pause_seconds)
             # Questions are counted, not seconds: while this process itself is stopped, none is put.
-            if self._num_unanswered * pause_seconds >= hang_seconds:
-                raise StageHung(self.idx, f"it has not answered for {hang_seconds:g} s")
+            if self._num_unanswered * pause_seconds >= idle_seconds:
+                raise StageHung(self.idx, f"it has not answered for {idle_seconds:g} s")
             await self.send(Health(sequence=sequence))
             self._num_unanswered += 1
             sequence += 1

@@ -3,26 +3,28 @@
 import logging
 import math
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from pipeline.agreement.trust_policy import Trust
 from pipeline.protocol.links import ControlLink
 from pipeline.protocol.messages import Message
+from pipeline.protocol.time_limits import DEFAULT_TIMES, TimeLimits
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel, accept_one_of, connect_channel
-from transport.dial_and_listen import Endpoint, Listener, Permit, dial_retrying, retry_pause_s
+from transport.dial_and_listen import Endpoint, Listener, Permit, dial_retrying
 from transport.errors import NoAnswer, TransportError
 from transport.handshake import Credentials, Link, Role, RoleKind
 from transport.pending_connections import Guest, HelloMemory, Lobby, Standing, source_of
+from transport.retries import Retries
 from transport.tensor_frames import FrameLimits
 
 logger = logging.getLogger(__name__)
 
-# A peer that says nothing for this long while it is its turn in a handshake is dropped.
-HANDSHAKE_SECONDS = 10.0
 # Handshakes under way at once, at some 20 KiB each. A right peer is done in two round trips: it
 # loses its place only to so many others in that time, from no place more crowded than its own.
 MAX_PENDING_HANDSHAKES = 64
@@ -46,9 +48,10 @@ async def accept_first(
     trust: Trust,
     measurements: Mapping[int, bytes],
     limits: FrameLimits,
+    times: TimeLimits = DEFAULT_TIMES,
 ) -> SecureChannel:
     """The first connection that authenticates as the link's initiator; others are dropped."""
-    (channel,) = await accept_of_each(listener, ((link, measurements, limits),), trust)
+    (channel,) = await accept_of_each(listener, ((link, measurements, limits),), trust, times)
     return channel
 
 
@@ -56,6 +59,7 @@ async def accept_of_each(
     listener: Listener,
     awaited: Sequence[tuple[Link, Mapping[int, bytes], FrameLimits]],
     trust: Trust,
+    times: TimeLimits = DEFAULT_TIMES,
 ) -> list[SecureChannel]:
     """The first connection of each of these links, with what its initiator has to show."""
     accepted: dict[int, SecureChannel] = {}
@@ -76,7 +80,7 @@ async def accept_of_each(
     try:
         async with open_tasks() as tasks:
             entrances = [entrance(index) for index in range(len(awaited))]
-            tasks.start_soon(accept_each, listener, lambda: entrances)
+            tasks.start_soon(partial(accept_each, listener, lambda: entrances, times=times))
             await are_accepted.wait()
             tasks.cancel_scope.cancel()
     except BaseException:  # cancelled between one's handshake and handing it over
@@ -92,6 +96,7 @@ async def accept_all(
     credentials: Credentials,
     limits: FrameLimits,
     welcome: Callable[[SecureChannel], Awaitable[None]],
+    times: TimeLimits = DEFAULT_TIMES,
 ) -> None:
     """Welcome every connection that authenticates as the link's initiator, until cancelled.
 
@@ -99,7 +104,7 @@ async def accept_all(
     no number of strangers can keep the right peer out by saying nothing.
     """
     entrance = Entrance(link, credentials, limits, welcome)
-    await accept_each(listener, lambda: (entrance,))
+    await accept_each(listener, lambda: (entrance,), times=times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,7 @@ async def accept_each(
     listener: Listener,
     entrances: Callable[[], Sequence[Entrance]],
     on_refused: Callable[[TransportError], None] = lambda _: None,
+    times: TimeLimits = DEFAULT_TIMES,
 ) -> None:
     """As `accept_all`, by whichever of several links somebody comes.
 
@@ -130,10 +136,9 @@ async def accept_each(
 
         arrived = None
         try:
-            with guest.scope:
-                with trio.fail_after(HANDSHAKE_SECONDS):
-                    terms = [(each.link, each.credentials, each.limits) for each in found]
-                    arrived = await accept_one_of(sock, terms, on_hello=on_hello)
+            with guest.scope, answered_within(times.handshake_seconds):
+                terms = [(each.link, each.credentials, each.limits) for each in found]
+                arrived = await accept_one_of(sock, terms, on_hello=on_hello)
         except (TransportError, trio.TooSlowError) as error:
             if isinstance(error, TransportError):
                 on_refused(error)
@@ -187,24 +192,36 @@ async def connect_retrying(
     limits: FrameLimits,
     on_wait: Callable[[TransportError], None],
     permit: Permit | None = None,
+    times: TimeLimits = DEFAULT_TIMES,
 ) -> SecureChannel:
     """Dial and run the initiator's handshake, again and again until the peer is up.
 
     `where` is asked before each attempt, and `permit` about each address (see `dial`).
 
     A relay accepts for a stage that is not up and then hangs up without a word, so that counts as
-    not up either. Every other failure of the handshake is final: a TransportError,
-    trio.EndOfChannel, or trio.TooSlowError for a peer that says nothing.
+    not up either. Every other failure of the handshake is final: a TransportError (AttemptsSpent
+    where there is no next attempt), trio.EndOfChannel, or trio.TooSlowError for a peer that says
+    nothing.
     """
-    began = trio.current_time()
+    retries = Retries(times.retry)
     while True:
-        sock = await dial_retrying(where, on_wait, permit)
+        sock = await dial_retrying(where, on_wait, permit, retries)
         try:
-            with trio.fail_after(HANDSHAKE_SECONDS):
+            with answered_within(times.handshake_seconds):
                 return await connect_channel(sock, link, credentials, limits)
         except NoAnswer as error:
             on_wait(error)
-        await trio.sleep(retry_pause_s(NO_ANSWER_SECONDS, trio.current_time() - began))
+            await retries.pause(error, at_least_s=NO_ANSWER_SECONDS)
+
+
+@contextmanager
+def answered_within(seconds: float) -> Iterator[None]:
+    """Raises trio.TooSlowError that says so where a peer has not answered by then."""
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError as error:
+        raise trio.TooSlowError(f"the peer was silent for {seconds:g} s") from error
 
 
 async def say(control: ControlLink, message: Message) -> None:
@@ -250,6 +267,4 @@ def describe(error: BaseException) -> str:
     """One line for an error that may carry no text."""
     if isinstance(error, trio.EndOfChannel):
         return "the peer closed the channel"
-    if isinstance(error, trio.TooSlowError):
-        return f"the peer was silent for {HANDSHAKE_SECONDS:.0f} s"
     return (str(error) or type(error).__name__)[:1024]

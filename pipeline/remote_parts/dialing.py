@@ -7,7 +7,7 @@ import trio
 
 from pipeline.agreement.identity import machine_key
 from pipeline.agreement.manifest import load_manifest
-from pipeline.agreement.trust_policy import DevTrust, KeyedTrust, Trust, refuse_dev_where_keyed
+from pipeline.agreement.trust_policy import DevTrust, KeyedTrust, Trust
 from pipeline.errors import InputError, PartLost
 from pipeline.remote_parts.link import PartLink
 from pipeline.remote_parts.parts import PartAccess, RemoteParts
@@ -31,8 +31,7 @@ def dial_worker(
         raise InputError(f"{path} has no part of kind {kind}; plan it with --{kind}")
     trust: Trust
     if dev:
-        refuse_dev_where_keyed(manifest)
-        trust = DevTrust.create(default_directory(os.environ))
+        trust = DevTrust.for_manifest(manifest, default_directory(os.environ))
     else:
         trust = KeyedTrust.create(manifest, 0, machine_key(identity))
     access = PartAccess(manifest, trust, RemoteParts(limits))

@@ -97,14 +97,14 @@ class Neighbours:
         Raises LinkBroken when the stage behind refuses, or is not what it should be, and
         SessionRefused when `target` is no address that this one may dial.
         """
-        self._waiting_for = None
+        self._waiting_for, setup = None, self._setup
         awaited = [self._upstream(epoch)]
         if target is None:
             awaited.append(self._results(epoch))
         accepted: list[SecureChannel] = []
 
         async def accept() -> None:
-            accepted.extend(await accept_of_each(data_in, awaited, self._setup.trust))
+            accepted.extend(await accept_of_each(data_in, awaited, setup.trust, setup.times))
             accepted[0].wait_in_place(self._setup.patience_ms)
             self._note(accepted, channels)
 
@@ -151,6 +151,7 @@ class Neighbours:
                     SEND_ONLY_LIMITS,
                     self._note_waiting,
                     target.permit,
+                    setup.times,
                 )
             except DialRefused as error:
                 raise setup.dial_policy.refusal(target.endpoint) from error

@@ -43,8 +43,6 @@ from transport.errors import TransportError
 
 logger = logging.getLogger(__name__)
 
-# An orchestrator sends `health` every few seconds; one silent for this long is gone.
-SILENCE_SECONDS = 60.0
 # For the result of a step to be read, when this worker has been told to stop.
 LEAVE_SECONDS = 5.0
 # Between steps shorter than this the channels' own turns are enough.
@@ -219,15 +217,16 @@ class StageSession:
         )
 
     async def _serve_control(self, tasks: trio.Nursery) -> None:
+        seconds = self._setup.times.idle_seconds  # it sends `health` every one
         while True:
             try:
                 # The answer is inside: a peer that asks and never reads is silent as well.
-                with trio.fail_after(SILENCE_SECONDS):
+                with trio.fail_after(seconds):
                     self._take(message := await self._control.receive(), tasks)
                     if isinstance(message, Health):
                         await self._control.send(self._meter.answer(message, self._core))
             except trio.TooSlowError:
-                raise SessionEnded(f"orchestrator silent for {SILENCE_SECONDS:.0f} s") from None
+                raise SessionEnded(f"orchestrator silent for {seconds:g} s") from None
             except (trio.EndOfChannel, trio.ClosedResourceError, TransportError) as error:
                 raise SessionEnded(f"orchestrator is gone ({describe(error)})") from error
 

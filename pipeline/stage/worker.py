@@ -20,7 +20,7 @@ from pipeline.protocol.peer_connections import (
     hear_out,
     say,
 )
-from pipeline.stage.session import SILENCE_SECONDS, SessionEnded, StageSession
+from pipeline.stage.session import SessionEnded, StageSession
 from pipeline.stage.session_admission import check_init, with_memory
 from pipeline.stage.stage_metrics import StageMeter
 from pipeline.stage.worker_setup import StageSetup
@@ -60,7 +60,7 @@ class StageWorker:
                     tasks.cancel_scope.cancel()
 
             entrance = self.entrance(data_in, on_session_over)
-            await accept_each(control, lambda: (entrance,))
+            await accept_each(control, lambda: (entrance,), times=self._setup.times)
 
     def entrance(
         self, data_in: Listener, on_session_over: Callable[[], None] = lambda: None
@@ -129,7 +129,7 @@ class StageWorker:
         holder, now = self._holder, trio.current_time()
         if holder is None:
             return False
-        is_idle = self._current is None and now - self._held_since >= SILENCE_SECONDS
+        is_idle = self._current is None and now - self._held_since >= self._setup.times.init_seconds
         is_same = holder.channel.peer.static_key == newcomer.channel.peer.static_key
         if not is_idle and not (is_same and now - holder.heard_at >= STALE_SECONDS):
             return False
@@ -139,15 +139,16 @@ class StageWorker:
 
     async def _first_message(self, control: ControlLink) -> Message:
         """What comes after the questions of an orchestrator that still waits for other stages."""
+        seconds = self._setup.times.idle_seconds
         while True:
             try:
-                with trio.fail_after(SILENCE_SECONDS):
+                with trio.fail_after(seconds):
                     message = await control.receive()
                     if not isinstance(message, Health):
                         return message
                     await control.send(self._meter.answer(message, core=None))
             except trio.TooSlowError:
-                raise SessionEnded(f"orchestrator silent for {SILENCE_SECONDS:.0f} s") from None
+                raise SessionEnded(f"orchestrator silent for {seconds:g} s") from None
 
     async def _run_session(self, control: ControlLink, data_in: Listener) -> bool:
         """Serve until the session ends; whether it got past `init`."""

@@ -13,6 +13,7 @@ from pipeline.dtypes import Precision
 from pipeline.errors import SessionRefused
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.step_limits import SessionLimits
+from pipeline.protocol.time_limits import DEFAULT_TIMES, TimeLimits
 from pipeline.stage.activation_log import ActivationLog
 from pipeline.stage.dial_policy import DialPolicy, Network, Target
 from pipeline.stage.slot_storage import SlotStore
@@ -61,6 +62,8 @@ class StageSetup:
     allow_dial: tuple[Network, ...] = ()
     # Where sessions that outlive a request are kept, if anywhere.
     store: SlotStore | None = None
+    # How long this worker waits for whom.
+    times: TimeLimits = DEFAULT_TIMES
     # What the parts of its layers need in a session, if anything.
     parts_session: PartsSession | None = None
 

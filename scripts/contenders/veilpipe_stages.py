@@ -32,6 +32,7 @@ from pipeline.planning.plan import PlanOptions, plan
 from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.step_results import StepResult
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.step_executor import StageCore
 from transport.attestation.dev_authority import default_directory
@@ -127,7 +128,9 @@ async def processes(
                     )
                 )
             trust = DevTrust.create(default_directory(os.environ))
-            options = PipelineOptions(limits, connect_seconds=120, patience_ms=PATIENCE_MS)
+            options = PipelineOptions(
+                limits, TimeLimits(connect_seconds=120), patience_ms=PATIENCE_MS
+            )
             async with open_pipeline(manifest, trust, options, lambda line: None) as pipeline:
                 yield pipeline
             nursery.cancel_scope.cancel()

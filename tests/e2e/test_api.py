@@ -9,13 +9,15 @@ import trio
 from pipeline.api import (
     DevTrust,
     FinishReason,
+    RetryPolicy,
     SamplingParams,
+    TimeLimits,
     Tokenizer,
     connect,
     load_manifest,
 )
 from pipeline.api.connection import GREEDY
-from pipeline.errors import PromptError, SessionError
+from pipeline.errors import PromptError, RequestTimedOut, SessionError
 
 
 async def text_of(pipeline, prompt_ids, count, sampling=GREEDY):
@@ -64,6 +66,27 @@ async def test_texts_side_by_side_are_those_of_texts_alone(cluster, trust):
 
 async def test_stages_that_are_not_there_are_named(cluster, trust):
     cluster.plan(2)
+    times = TimeLimits(connect_seconds=0.5)
     with pytest.raises(SessionError, match=r"stage [01]"):
-        async with connect(load_manifest(cluster.manifest), trust, connect_seconds=0.5):
+        async with connect(load_manifest(cluster.manifest), trust, times=times):
             raise AssertionError("nobody is there")
+
+
+async def test_a_stage_that_is_not_up_at_any_attempt_is_named_before_patience_ends(cluster, trust):
+    cluster.plan(1)
+    times = TimeLimits(connect_seconds=3600, retry=RetryPolicy(attempts=3))
+    with pytest.raises(SessionError, match=r"stage 0's control channel at .*attempts made: 3"):
+        async with connect(load_manifest(cluster.manifest), trust, times=times):
+            raise AssertionError("nobody is there")
+
+
+async def test_a_text_that_takes_too_long_ends_alone(cluster, trust):
+    cluster.plan(1)
+    cluster.start_worker(0)
+    manifest = load_manifest(cluster.manifest)
+    times = TimeLimits(request_seconds=0.2)
+    async with connect(manifest, trust, times=times, context=4096) as pipeline:
+        with pytest.raises(RequestTimedOut, match=r"0\.2 s"):
+            await text_of(pipeline, [1, 2, 3], 4000)
+        pipeline._request_seconds = None  # however slow this machine is just now
+        assert len(await text_of(pipeline, [1, 2, 3], 3)) == 3

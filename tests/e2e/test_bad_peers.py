@@ -71,10 +71,9 @@ def impostor(port, behave):
     ],
     ids=["closes", "closes-later", "http", "ones", "zeros", "silent"],
 )
-def test_a_peer_that_is_not_veilpipe(orch, cluster, monkeypatch, behave, word):
-    monkeypatch.setattr("pipeline.protocol.peer_connections.HANDSHAKE_SECONDS", 1.0)
+def test_a_peer_that_is_not_veilpipe(orch, cluster, behave, word):
     with impostor(cluster.base_port, behave):
-        code, line = orch("Hi", "--connect-timeout", "2")
+        code, line = orch("Hi", "--connect-timeout", "2", "--handshake-timeout", "1")
     assert code == 1
     assert "stage 0" in line
 

@@ -110,6 +110,7 @@ def test_templates_for_enclaves_run_with_the_cids_that_launching_decides(cluster
         process = start(3, "pipeline-orch", *orchestrator)
         running.append(process)
         stdout, stderr = process.communicate(timeout=90)
+        assert [each.poll() for each in running] == [None] * (stages + 1) + [process.returncode]
     finally:
         for each in running:
             each.terminate()

@@ -90,7 +90,7 @@ class Stage:
         ):
             manifest = self._manifest(control, data)
             trust = UserTrust.create(manifest, self._identity, self._boot.root)
-            options = PipelineOptions(Limits(1, 64), 30, TcpEndpoint("127.0.0.1", 0))
+            options = PipelineOptions(Limits(1, 64), data_out_listen=TcpEndpoint("127.0.0.1", 0))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._answer, control, manifest, attester)
                 nursery.start_soon(self._count_dials, data)

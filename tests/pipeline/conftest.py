@@ -21,6 +21,7 @@ from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.worker import StageWorker
@@ -176,7 +177,9 @@ class Deployment:
     async def generate(self, manifest, results, num_tokens=12):
         trust = UserTrust.create(manifest, self.identity, self.authority.root_cert)
         limits = Limits(1, 256, chunk_tokens=16, num_stages=2)  # two steps are under way at first
-        options = PipelineOptions(limits, connect_seconds=10, data_out_listen=results)
+        options = PipelineOptions(
+            limits, times=TimeLimits(connect_seconds=10), data_out_listen=results
+        )
         engine, tokens = PipelineEngine(limits), []
         generation = Generation(PROMPT, num_tokens, frozenset(), SamplingParams())
         engine.submit(generation, lambda output: tokens.append(output.token_id))

@@ -136,7 +136,7 @@ async def test_retrying_dial_reports_each_failure_until_someone_listens(tmp_path
     # One that was away for a moment is met at once, one that was away for long within 2 s.
     pauses = [(later, later - earlier) for earlier, later in pairwise(failed_at)]
     assert all(pause <= max(0.05, 0.05 * away) + 1e-9 for away, pause in pauses)
-    assert max(pause for _, pause in pauses) == pytest.approx(2)
+    assert 1.5 <= max(pause for _, pause in pauses) <= 2  # chance takes off a quarter at most
     assert len(pauses) < 200
 
 

@@ -128,7 +128,9 @@ class MessagesDoor:
     async def count(self, request: Request) -> Response:
         """The tokens of a conversation. Raises ApiError."""
         _, order = await self._read(CountRequest, request)
-        return JSONResponse({"input_tokens": len(await self._desk.encode(order))})
+        return JSONResponse(
+            {"input_tokens": len(await self._desk.encode(order, request.state.exchange.record))}
+        )
 
     async def _read(self, schema: type[_Messages], request: Request) -> tuple[_Messages, Order]:
         """The body, and what it asks for. Raises ApiError."""

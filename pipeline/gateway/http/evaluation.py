@@ -49,7 +49,7 @@ class EvaluationDoor:
         """The tokens of a text, or of a conversation as the model sees it."""
         exchange: Exchange = request.state.exchange
         body = await exchange.understand(partial(parse_untrusted, TokenizeRequest))
-        token_ids = await self._desk.encode(body.order())
+        token_ids = await self._desk.encode(body.order(), exchange.record)
         strings = None
         if body.return_token_strs:
             strings = [self._desk.tokenizer.token_name(each) for each in token_ids]
@@ -66,7 +66,8 @@ class EvaluationDoor:
         """The text of tokens, special ones included."""
         exchange: Exchange = request.state.exchange
         body = await exchange.understand(partial(parse_untrusted, DetokenizeRequest))
-        return JSONResponse({"prompt": await self._desk.decode(body.model, body.tokens)})
+        text = await self._desk.decode(body.model, body.tokens, exchange.record)
+        return JSONResponse({"prompt": text})
 
     async def tokenizer_info(self, _: Request) -> Response:
         """What a client needs to render conversations: the special tokens, the chat template."""

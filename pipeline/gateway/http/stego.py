@@ -114,7 +114,8 @@ class StegoDoor:
         message = body.content()
         with self._desk.room(1):
             service, task = await self._task(body, exchange)
-            hidden = await service.hide(message, task, compresses=body.compress)
+            with self._desk.time_of(exchange.record):
+                hidden = await service.hide(message, task, compresses=body.compress)
         answer = {"object": "stego.text", "text": hidden.text}
         return self._answer(answer, task, hidden.statistics, exchange)
 
@@ -127,7 +128,8 @@ class StegoDoor:
             raise Unreadable
         with self._desk.room(1):
             service, task = await self._task(body, exchange)
-            found = await service.find(body.text, task)
+            with self._desk.time_of(exchange.record):
+                found = await service.find(body.text, task)
         answer: dict[str, Any] = {"object": "stego.message", "message": _text(found.message)}
         answer["message_base64"] = base64.b64encode(found.message).decode()
         return self._answer(answer, task, found.statistics, exchange)
@@ -137,7 +139,9 @@ class StegoDoor:
         if body.model is not None:
             self._desk.check_model(body.model)
         secret, settings = body.secrets(), body.settings()
-        prompt_ids = await self._desk.encode_prompt(body.prompt, is_message=body.chat)
+        prompt_ids = await self._desk.encode_prompt(
+            body.prompt, exchange.record, is_message=body.chat
+        )
         service = self._service()
         if service is None:
             raise SessionError("the pipeline has failed")

@@ -24,6 +24,7 @@ from pipeline.agreement.trust_policy import (
 from pipeline.engine.limits import Limits
 from pipeline.errors import InputError, ManifestError, PolicyError, SessionError
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
+from pipeline.protocol.time_limits import TimeLimits
 from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
 from transport.handshake import Credentials
 
@@ -73,7 +74,9 @@ async def test_a_stage_refuses_a_neighbour_of_another_key_whatever_the_user_beli
                 anybody = KeyOnlyVerifier(frozenset({new}))
                 return Credentials(right.static_key, right.attester, (anybody,))
 
-        options = PipelineOptions(Limits(1, 256), connect_seconds=10, data_out_listen=results)
+        options = PipelineOptions(
+            Limits(1, 256), times=TimeLimits(connect_seconds=10), data_out_listen=results
+        )
         with pytest.raises(SessionError, match="HAS CHANGED"):
             async with open_pipeline(manifest, Deceived(), options, lambda line: None):
                 raise AssertionError("the pipeline must not come up")
@@ -99,7 +102,9 @@ async def test_an_orchestrator_that_is_not_listed_is_refused_here_and_there(depl
         UserTrust.create(deployment.pinned, stranger)
     async with deployment.running() as (manifest, results):
         other = UserTrust(load_identity(stranger), manifest, deployment.authority.root_cert)
-        options = PipelineOptions(Limits(1, 256), connect_seconds=10, data_out_listen=results)
+        options = PipelineOptions(
+            Limits(1, 256), times=TimeLimits(connect_seconds=10), data_out_listen=results
+        )
         with pytest.raises(SessionError, match="stage"):
             async with open_pipeline(manifest, other, options, lambda line: None):
                 raise AssertionError("the pipeline must not come up")

@@ -19,6 +19,7 @@ from pipeline.engine.limits import Limits
 from pipeline.errors import PolicyError, SessionError
 from pipeline.orchestrator.evidence_request import fetch_evidence
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
+from pipeline.protocol.time_limits import TimeLimits
 from transport.attestation.dev_authority import DevAuthority
 from transport.attestation.document_verifier import examine
 from transport.attestation.evidence_binding import Binding
@@ -114,7 +115,9 @@ async def test_a_neighbour_with_another_measurement_is_refused_by_the_stage(depl
         stages[1] = stages[1].model_copy(update={"expected_measurements": wrong})
         manifest = manifest.model_copy(update={"stages": tuple(stages)})
         limits = Limits(1, 256)
-        options = PipelineOptions(limits, connect_seconds=10, data_out_listen=results)
+        options = PipelineOptions(
+            limits, times=TimeLimits(connect_seconds=10), data_out_listen=results
+        )
         with pytest.raises(SessionError, match="stage 1"):
             async with open_pipeline(manifest, Deceived(), options, lambda line: None):
                 raise AssertionError("the pipeline must not come up")

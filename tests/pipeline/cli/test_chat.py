@@ -2,15 +2,16 @@
 
 import os
 import signal
+from queue import SimpleQueue
 
 import pytest
 import trio
 
-from pipeline.cli.chat import Background, Conversation, _interrupted_by, _lines
+from pipeline.cli.chat import Background, Conversation, _heard, _interrupted_by, _lines
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.limits import Limits
-from pipeline.errors import PromptError, SessionError
+from pipeline.errors import PromptError, RequestTimedOut, SessionError
 from pipeline.sampling.params import SamplingParams
 
 GENERATION = Generation((1, 2), 4, frozenset(), SamplingParams())
@@ -157,3 +158,14 @@ def test_a_pipes_reader_is_interrupted_as_any_command(monkeypatch):
 def test_lines_that_are_no_text_are_refused(monkeypatch, line):
     with pytest.raises(PromptError, match="UTF-8"):
         next(typed(monkeypatch, line, is_terminal=False))
+
+
+def test_an_answer_has_the_time_that_a_request_may_take_and_no_more():
+    events = SimpleQueue()
+    for event in ("a", "b", None, "c"):
+        events.put(event)
+    assert list(_heard(events, None)) == ["a", "b"]
+    rest = _heard(events, 0.05)
+    assert next(rest) == "c"
+    with pytest.raises(RequestTimedOut, match=r"0\.05 s"):
+        next(rest)

@@ -9,6 +9,7 @@ import trio
 from pipeline.cli import loading_bars, pipeline_access
 from pipeline.cli.pipeline_access import PipelineAccess
 from pipeline.placement.base import Progress
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.worker_report import Loaded
 
 TOLD = [None, Loaded(1, 4), Loaded(4, 4)]
@@ -39,7 +40,7 @@ def access(placement, monkeypatch):
     return PipelineAccess(
         manifest=SimpleNamespace(stages=(0, 1)),
         trust=None,
-        options=SimpleNamespace(connect_seconds=30),
+        options=SimpleNamespace(times=TimeLimits(connect_seconds=30)),
         place=lambda tasks: placement,
         is_resumable=False,
     )

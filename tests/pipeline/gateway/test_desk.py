@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.limits import Limits
+from pipeline.errors import RequestTimedOut
+from pipeline.gateway.desk import Desk
 from pipeline.gateway.errors import ApiError, Kind, leaving
 from pipeline.gateway.generation_order import Conversation, Order
 from pipeline.protocol.result_kinds import Want
@@ -304,3 +306,28 @@ async def test_who_draws_is_for_whoever_starts_it_to_say(make_door, make_engine,
     await door.ask(prompts=("a",), sampling=(GREEDY, drawn))
     wants = {generation.want for generation in engine.generations}
     assert wants == ({Want.LOGITS} if at_home else {Want.TOKEN, Want.DRAWN})
+
+
+async def test_a_requests_time_is_counted_from_its_arrival_and_over_for_it_alone(
+    make_door, make_engine, autojump_clock
+):
+    engine = make_engine(seconds=4)
+    door = make_door(engine, request_seconds=10)
+    began = trio.current_time()
+    with pytest.raises(RequestTimedOut, match="10 s"):
+        await door.ask(prompts=("x",))
+    assert trio.current_time() == began + 10
+    assert engine.num_active == 0
+    engine.seconds = 0.5
+    assert await door.ask(prompts=("x",)) == ["Hello, wörld!"]
+
+
+async def test_a_requests_time_runs_while_no_stage_can_serve_it(
+    make_desk, make_engine, tokenizer, autojump_clock
+):
+    ready = make_desk(request_seconds=10)
+    desk = Desk(ready.config, make_engine(), tokenizer, ready.metrics)
+    began = trio.current_time()
+    with pytest.raises(RequestTimedOut):
+        await PlainDoor(desk).ask(prompts=("x",))
+    assert trio.current_time() == began + 10

@@ -32,6 +32,7 @@ from pipeline.machines.visitor import visiting
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.sampling.params import SamplingParams
 
 PROMPT = tuple(range(100, 132))
@@ -71,7 +72,7 @@ async def generate(rig, cluster, own=None):
     identity = rig.directory / "home" / ORCHESTRATOR_KEY
     trust = UserTrust.create(cluster.manifest, identity)
     limits = Limits(1, 256, chunk_tokens=16, num_stages=len(cluster.manifest.stages))
-    options = PipelineOptions(limits, connect_seconds=10)
+    options = PipelineOptions(limits, times=TimeLimits(connect_seconds=10))
     engine, tokens = PipelineEngine(limits), []
     generation = Generation(PROMPT, 12, frozenset(), SamplingParams())
     engine.submit(generation, lambda output: tokens.append(output.token_id))
@@ -260,7 +261,7 @@ async def test_two_homes_take_turns(rig, tiny_model):
         await deliver(rig.home, cluster.deliveries, quietly, quietly)
         identity = rig.directory / "home" / ORCHESTRATOR_KEY
         trust = UserTrust.create(cluster.manifest, identity)
-        options = PipelineOptions(Limits(1, 64), connect_seconds=10)
+        options = PipelineOptions(Limits(1, 64), times=TimeLimits(connect_seconds=10))
         async with (
             open_pipeline(cluster.manifest, trust, options, quietly),
             visiting(machine.address, other) as visit,
@@ -313,7 +314,7 @@ async def test_the_home_of_a_session_may_end_it(rig, tiny_model):
         cluster = written(rig, tiny_model, [machine])
         await deliver(rig.home, cluster.deliveries, quietly, quietly)
         trust = UserTrust.create(cluster.manifest, rig.directory / "home" / ORCHESTRATOR_KEY)
-        options = PipelineOptions(Limits(1, 64), connect_seconds=10)
+        options = PipelineOptions(Limits(1, 64), times=TimeLimits(connect_seconds=10))
 
         async def retire_while_it_runs():
             async with open_pipeline(cluster.manifest, trust, options, quietly):

@@ -29,6 +29,7 @@ from pipeline.orchestrator.failover import run_with_failover
 from pipeline.orchestrator.model_ends import REMOTE_ENDS
 from pipeline.orchestrator.open_pipeline import PipelineOptions, new_pipeline, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage import session, step_executor, worker
 from pipeline.stage.dial_policy import parse_networks
@@ -190,7 +191,7 @@ class Pipelines:
                 self.model_dir, self.config, 0, 0, ends=BOTH_ENDS, expected_hashes=hashes
             )
             ends = ClientEnds(shard, make_codec("F32", WIDTH))
-        return PipelineOptions(LIMITS, connect_seconds=10, ends=ends)
+        return PipelineOptions(LIMITS, times=TimeLimits(connect_seconds=10), ends=ends)
 
     def _start(self, nursery, listening):
         """Start the stages; the manifest, with where they are."""
@@ -310,7 +311,7 @@ async def test_rows_of_another_shape_are_refused_and_the_work_goes_on(
 
 async def test_a_client_that_does_not_hold_the_ends_is_told_so(model_dir, tmp_path):
     pipelines = Pipelines(model_dir, tmp_path, "client")
-    options = PipelineOptions(LIMITS, connect_seconds=10)
+    options = PipelineOptions(LIMITS, times=TimeLimits(connect_seconds=10))
     with pytest.raises(InputError, match="split is client, and embedding and head are not held"):
         async with new_pipeline(pipelines.manifest, pipelines.trust, options, print):
             pass

@@ -3,13 +3,13 @@
 import pytest
 import trio
 
-import pipeline.protocol.peer_connections
 from pipeline.agreement.addresses import StageEndpoint, TcpAddress
 from pipeline.agreement.trust_policy import DevTrust
 from pipeline.engine.limits import Limits
 from pipeline.errors import StageHung, StageSilent
 from pipeline.orchestrator.connector import Connector
 from pipeline.planning.plan import PlanOptions, plan
+from pipeline.protocol.time_limits import TimeLimits
 from transport.dial_and_listen import TcpEndpoint, listen
 
 LOOPBACK = TcpEndpoint("127.0.0.1", 0)
@@ -29,14 +29,14 @@ class Somewhere:
 
 
 @pytest.fixture
-def connector(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.protocol.peer_connections, "HANDSHAKE_SECONDS", 0.3)
+def connector(tiny_model, tmp_path):
     with listen(LOOPBACK) as closed:
         placement = Somewhere(closed.endpoint.port)
     manifest = plan(tiny_model, PlanOptions(1))
     limits = Limits(1, 64).for_session(manifest.activation_spec.codec)
     trust = DevTrust.create(tmp_path / "dev")
-    return Connector(manifest, trust, limits, placement, lambda line: None), placement
+    times = TimeLimits(handshake_seconds=0.3)
+    return Connector(manifest, trust, limits, placement, lambda line: None, times), placement
 
 
 async def test_a_stage_is_absent_until_it_takes_a_connection_and_looked_for_where_it_is_now(

@@ -9,6 +9,7 @@ from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.limits import Limits
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.sampling.params import SamplingParams
 
 SAMPLING = [
@@ -26,7 +27,9 @@ async def test_the_last_stage_draws_what_would_be_drawn_here(deployment, nursery
     found, num_bytes = [], []
     async with deployment.running() as (manifest, results):
         trust = UserTrust.create(manifest, deployment.identity, deployment.authority.root_cert)
-        options = PipelineOptions(limits, connect_seconds=10, data_out_listen=results)
+        options = PipelineOptions(
+            limits, times=TimeLimits(connect_seconds=10), data_out_listen=results
+        )
         async with open_pipeline(manifest, trust, options, lambda line: None) as pipeline:
             assert pipeline.is_row_exact is all(each.is_row_exact for each in pipeline.ready)
             engine = PipelineEngine(limits)

@@ -13,6 +13,7 @@ from pipeline.engine.limits import Limits
 from pipeline.errors import InputError, ManifestError, SessionRefused
 from pipeline.orchestrator.failover import run_with_failover
 from pipeline.orchestrator.open_pipeline import PipelineOptions, new_pipeline
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.sampling.params import SamplingParams
 from tests.pipeline.conftest import PROMPT, Tap, reserve
 
@@ -63,7 +64,7 @@ async def test_after_a_loss_results_are_fetched_anew(deployment):
     with trio.fail_after(120):
         async with deployment.running(fetches=True) as (manifest, _):
             trust = UserTrust.create(manifest, deployment.identity, deployment.authority.root_cert)
-            options = PipelineOptions(limits, connect_seconds=60)
+            options = PipelineOptions(limits, times=TimeLimits(connect_seconds=60))
             async with new_pipeline(manifest, trust, options, lambda line: None) as pipeline:
                 await run_with_failover(pipeline, engine.drain, engine.scheduler, 60.0)
                 assert pipeline.stats.num_failovers >= 2

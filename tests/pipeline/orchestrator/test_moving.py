@@ -15,6 +15,7 @@ from pipeline.models.registry import load_shard
 from pipeline.orchestrator.failover import run_with_failover
 from pipeline.orchestrator.open_pipeline import PipelineOptions, new_pipeline
 from pipeline.planning.plan import PlanOptions, plan
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.worker import StageWorker
@@ -88,7 +89,7 @@ class Nomads:
     async def pipeline(self, limits):
         with listen(LOOPBACK) as reserved:
             self.results = reserved.endpoint
-        options = PipelineOptions(limits, 10, data_out_listen=self.results)
+        options = PipelineOptions(limits, TimeLimits(connect_seconds=10), self.results)
         async with new_pipeline(self.manifest, self.trust, options, print, self) as pipeline:
             yield pipeline
 

@@ -18,6 +18,7 @@ from pipeline.protocol.result_kinds import NO_TOKEN, Result, Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import token_ids_to_wire
 from pipeline.protocol.step_results import result_to_wire
+from pipeline.protocol.time_limits import TimeLimits
 
 STEP = Step(StepHeader(StepKind.STEP, 0, (Segment(0, 0, 1),), (Want.TOKEN,)), (1,), (0,))
 REPLAY = Step(StepHeader(StepKind.REPLAY, 0, (Segment(0, 0, 1),), (Want.NOTHING,)), (1,), ())
@@ -36,7 +37,7 @@ async def joined(nursery, monkeypatch):
 
     monkeypatch.setattr(pipeline.orchestrator.step_link, "send_step", send)
     monkeypatch.setattr(pipeline.orchestrator.step_link, "receive_step", receive)
-    options = PipelineOptions(Limits(1, 64), 10, hang_seconds=10)
+    options = PipelineOptions(Limits(1, 64), TimeLimits(connect_seconds=10, idle_seconds=10))
     manifest = SimpleNamespace(stages=(None,))
     joined = Pipeline(manifest, options, None, None, None, nursery)
     joined._link = StepLink(None, None, None, num_stages=1, vocab_size=2)

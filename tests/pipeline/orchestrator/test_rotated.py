@@ -21,6 +21,7 @@ from pipeline.orchestrator.open_pipeline import PipelineOptions
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model
 from pipeline.protocol.batch import Segment
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.step_executor import StageCore
@@ -188,7 +189,9 @@ class RotatedPipelines(Pipelines):
 
     def options(self):
         ends = ClientEnds(self.cut.ends, make_codec("F32", test_client_frames.WIDTH))
-        return PipelineOptions(test_client_frames.LIMITS, connect_seconds=10, ends=ends)
+        return PipelineOptions(
+            test_client_frames.LIMITS, times=TimeLimits(connect_seconds=10), ends=ends
+        )
 
 
 def rows_of(frames):

@@ -16,11 +16,13 @@ from pipeline.protocol.peer_connections import (
     accept_first,
     connect_retrying,
 )
+from pipeline.protocol.time_limits import DEFAULT_TIMES, TimeLimits
 from transport.channel import connect_channel
-from transport.dial_and_listen import TcpEndpoint, dial, listen
-from transport.errors import HandshakeError, NoAnswer
+from transport.dial_and_listen import TcpEndpoint, UnixEndpoint, dial, listen
+from transport.errors import AttemptsSpent, EndpointError, HandshakeError, NoAnswer
 from transport.handshake import Link, LinkKind, Role, RoleKind, initiate, with_length
 from transport.pending_connections import PROOF_SECONDS
+from transport.retries import RetryPolicy
 from transport.tensor_frames import FrameLimits
 
 LOOPBACK = TcpEndpoint("127.0.0.1", 0)
@@ -95,15 +97,58 @@ async def test_no_crowd_of_strangers_keeps_the_right_peer_out(trust, theirs, say
 
             nursery.start_soon(accept)
             await crowd(listener.endpoint, trust, say, CROWD, strangers)
-            with trio.fail_after(peer_connections.HANDSHAKE_SECONDS / 2):
+            with trio.fail_after(DEFAULT_TIMES.handshake_seconds / 2):
                 near = await connect(theirs, listener.endpoint)
         assert near.handshake_hash == accepted[0].handshake_hash
         await near.aclose()
         await accepted[0].aclose()
 
 
+async def test_a_stranger_has_as_long_as_it_is_given(trust):
+    times = TimeLimits(handshake_seconds=0.05)
+    with listen(LOOPBACK) as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept_first, listener, LINK, trust, {}, LIMITS, times)
+            stream = trio.SocketStream(
+                trio.socket.from_stdlib_socket(await dial(listener.endpoint))
+            )
+            async with stream:
+                assert await stream.receive_some() == b""
+            nursery.cancel_scope.cancel()
+
+
+async def test_who_is_silent_is_named_with_the_time_it_had(theirs):
+    times = TimeLimits(handshake_seconds=0.05)
+    with listen(LOOPBACK) as listener, pytest.raises(trio.TooSlowError) as caught:
+        await connect_retrying(
+            lambda: listener.endpoint, LINK, theirs.toward(STAGE, {}), LIMITS, lambda _: None,
+            times=times,
+        )  # fmt: skip
+    assert peer_connections.describe(caught.value) == "the peer was silent for 0.05 s"
+
+
+async def test_dials_that_are_refused_and_answers_of_a_relay_are_attempts_alike(theirs, tmp_path):
+    """A relay that hangs up at once, then no relay."""
+    waits = []
+    places = [listen(UnixEndpoint(tmp_path / "relay"))]
+
+    async def hang_up():
+        (await places[0].accept()).close()
+        places[0].close()
+
+    times = TimeLimits(retry=RetryPolicy(attempts=3))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(hang_up)
+        with pytest.raises(AttemptsSpent, match="attempts made: 3"):
+            await connect_retrying(
+                lambda: UnixEndpoint(tmp_path / "relay"), LINK, theirs.toward(STAGE, {}), LIMITS,
+                waits.append, times=times,
+            )  # fmt: skip
+    assert [type(each) for each in waits] == [NoAnswer, EndpointError, EndpointError]
+
+
 def test_a_relay_waits_for_as_long_as_a_handshake_may_take():
-    assert peer_connections.HANDSHAKE_SECONDS <= PROOF_SECONDS
+    assert DEFAULT_TIMES.handshake_seconds <= PROOF_SECONDS
 
 
 async def test_a_crowd_that_keeps_coming_keeps_nobody_out(trust, theirs):

@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 
 import pipeline.protocol
-from pipeline.cli.pipeline_flags import PipelineFlags
-from pipeline.orchestrator import remote_pipeline, stage_watch
+from pipeline.agreement.manifest import MAX_MANIFEST_BYTES
+from pipeline.orchestrator import stage_watch
 from pipeline.protocol import (
     last_stage_inputs,
     links,
@@ -23,10 +23,14 @@ from pipeline.protocol.last_stage_inputs import Asked, asked_to_wire
 from pipeline.protocol.messages import Message, encode_message
 from pipeline.protocol.result_kinds import NO_TOKEN, Result, Want
 from pipeline.protocol.step_header import StepHeader, StepKind, encode_step
+from pipeline.protocol.time_limits import DEFAULT_TIMES
 from pipeline.sampling.draw import Draw
 from pipeline.sampling.params import SamplingParams
 from pipeline.stage import data_channels, session, slot_storage, worker
 from pipeline.stage.session_admission import MAX_STEP_TOKENS
+from transport.handshake import MAX_EVIDENCE_BYTES
+from transport.records import MAX_PLAINTEXT_BYTES
+from transport.tensor_frames import MAX_HEADER_BYTES
 
 TEXT = (Path(pipeline.protocol.__file__).parents[1] / "PROTOCOL.md").read_text()
 EXAMPLES = re.findall(r"```example\n(.+?)\n(.+?)```", TEXT, re.DOTALL)
@@ -109,14 +113,13 @@ def test_every_limit_is_the_codes(before, number, after):
 @pytest.mark.parametrize(
     ("seconds", "what"),
     [
-        (peer_connections.HANDSHAKE_SECONDS, "a peer whose turn it is"),
+        (DEFAULT_TIMES.handshake_seconds, "a peer whose turn it is"),
         (peer_connections.NO_ANSWER_SECONDS, "between tries"),
-        (PipelineFlags.model_fields["connect_timeout"].default, "nobody comes nearer"),
+        (DEFAULT_TIMES.connect_seconds, "nobody comes nearer"),
         (stage_watch.HEALTH_SECONDS, "between two `health`"),
-        (PipelineFlags.model_fields["hang_timeout"].default, "a stage answers none"),
-        (remote_pipeline.HANG_SECONDS, "a stage answers none"),
-        (session.SILENCE_SECONDS, "an orchestrator says nothing"),
-        (worker.SILENCE_SECONDS, "one that has not sent `init`"),
+        (DEFAULT_TIMES.idle_seconds, "a stage answers none"),
+        (DEFAULT_TIMES.idle_seconds, "an orchestrator says nothing"),
+        (DEFAULT_TIMES.init_seconds, "one that has not sent `init`"),
         (worker.STALE_SECONDS, "one that says nothing makes way"),
         (worker.BUSY_SECONDS, "another orchestrator waits"),
         (data_channels.WAITING_SECONDS, "between two `waiting`"),
@@ -127,6 +130,26 @@ def test_every_limit_is_the_codes(before, number, after):
 )
 def test_every_time_limit_is_the_codes(seconds, what):
     assert re.search(rf"^\| {seconds:g} \| [a-z ]+ \| {re.escape(what)}", TEXT, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        (MAX_MANIFEST_BYTES, "bytes of a manifest"),
+        (step_header.MAX_STAGES, "stages of one"),
+        (MAX_EVIDENCE_BYTES, "bytes of an evidence document"),
+        (peer_connections.MAX_PENDING_HANDSHAKES, "handshakes under way"),
+        (MAX_PLAINTEXT_BYTES, "bytes of a record's plaintext"),
+        (MAX_HEADER_BYTES, "bytes of a frame's header"),
+        (messages.MAX_CONTROL_BYTES, "bytes of a control message"),
+        (links.MAX_STEP_HEADER_BYTES, "bytes of a step's header"),
+        (step_header.MAX_SEGMENTS, "slots of a session"),
+        (MAX_STEP_TOKENS, "rows of a step"),
+        (last_stage_inputs.MAX_VOCAB, "tokens of a vocabulary"),
+    ],
+)
+def test_every_cap_is_the_codes(number, what):
+    assert re.search(rf"^\| {number:,} \| {re.escape(what)}", TEXT, re.MULTILINE)
 
 
 def test_the_layouts_have_the_bytes_that_are_told():

@@ -14,6 +14,7 @@ from pipeline.errors import InputError, SessionInUse, StageLost, StoreError
 from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.protocol.stored_state import Mark
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.sampling.params import SamplingParams
 from pipeline.sessions.kv_store import StoreLimits
 from pipeline.sessions.sealing import Place
@@ -58,7 +59,9 @@ class Home:
         deployment = self.deployment
         async with deployment.running() as (manifest, results):
             trust = UserTrust.create(manifest, deployment.identity, deployment.authority.root_cert)
-            options = PipelineOptions(LIMITS, connect_seconds=20, data_out_listen=results)
+            options = PipelineOptions(
+                LIMITS, times=TimeLimits(connect_seconds=20), data_out_listen=results
+            )
             engine = PipelineEngine(LIMITS)
             async with open_pipeline(manifest, trust, options, lambda _: None) as pipeline:
                 engine.allow_reuse(is_exact and pipeline.is_row_exact)

@@ -20,6 +20,7 @@ from pipeline.protocol.peer_connections import CONTROL_EPOCH, ORCHESTRATOR, acce
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits
+from pipeline.protocol.time_limits import TimeLimits
 from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.worker import StageWorker
 from pipeline.stage.worker_setup import StageSetup
@@ -62,7 +63,7 @@ class Rig:
         return Init(**{**fields, **changes})
 
     @asynccontextmanager
-    async def worker(self):
+    async def worker(self, **times):
         setup = StageSetup(
             self.manifest,
             1,
@@ -73,6 +74,7 @@ class Rig:
             "cpu",
             max_kv_bytes=1 << 24,
             allow_dial=parse_networks(["127.0.0.0/8"]),
+            times=TimeLimits(**times),
         )
         with listen(LOOPBACK) as control, listen(LOOPBACK) as data_in:
             async with trio.open_nursery() as nursery:

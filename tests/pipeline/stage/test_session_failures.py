@@ -24,6 +24,7 @@ from pipeline.protocol.links import (
 )
 from pipeline.protocol.messages import Failure, Health, Healthy, Shutdown, Waiting
 from pipeline.protocol.peer_connections import ORCHESTRATOR
+from pipeline.protocol.time_limits import TimeLimits
 from tests.pipeline.stage.rig import LOOPBACK, failure_of, hidden, settled, step
 from transport.errors import TransportError
 
@@ -40,9 +41,8 @@ async def test_a_defect_costs_the_session_and_not_the_worker(rig, monkeypatch):
             pass
 
 
-async def test_an_orchestrator_may_take_its_time_before_init(rig, monkeypatch):
-    monkeypatch.setattr(pipeline.stage.worker, "SILENCE_SECONDS", 2.0)
-    async with rig.worker():
+async def test_an_orchestrator_may_take_its_time_before_init(rig):
+    async with rig.worker(init_seconds=2.0, idle_seconds=2.0):
         control = await rig.control()
         for sequence in range(5):
             await trio.sleep(0.5)
@@ -54,7 +54,6 @@ async def test_an_orchestrator_may_take_its_time_before_init(rig, monkeypatch):
 
 
 async def test_one_that_only_asks_how_the_stage_is_keeps_nobody_out_for_long(rig, monkeypatch):
-    monkeypatch.setattr(pipeline.stage.worker, "SILENCE_SECONDS", 0.5)
     monkeypatch.setattr(pipeline.stage.worker, "BUSY_SECONDS", 0.1)
 
     async def ask_for_ever(control):
@@ -63,7 +62,7 @@ async def test_one_that_only_asks_how_the_stage_is_keeps_nobody_out_for_long(rig
                 await control.send(Health(sequence=sequence))
                 await trio.sleep(0.05)
 
-    async with rig.worker():
+    async with rig.worker(init_seconds=0.5):
         first = await rig.control()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_for_ever, first)  # until the stage has hung up on it
@@ -95,9 +94,8 @@ async def test_a_refusal_reaches_an_orchestrator_that_is_still_talking(rig, monk
         await second.aclose()
 
 
-async def test_an_orchestrator_that_never_reads_is_silent_too(rig, monkeypatch):
-    monkeypatch.setattr(pipeline.stage.session, "SILENCE_SECONDS", 0.5)
-    async with rig.worker():
+async def test_an_orchestrator_that_never_reads_is_silent_too(rig):
+    async with rig.worker(idle_seconds=0.5):
         async with rig.session() as (control, _):
             with trio.move_on_after(2):
                 for sequence in range(1_000_000):
@@ -157,7 +155,7 @@ async def test_a_stage_lost_while_another_is_awaited_is_named_at_once(rig):
             for stage, control in zip(rig.manifest.stages, (absent, present), strict=True)
         )
         manifest = rig.manifest.model_copy(update={"stages": stages})
-        options = PipelineOptions(Limits(1, 64), 20, LOOPBACK, hang_seconds=0.5)
+        options = PipelineOptions(Limits(1, 64), TimeLimits(idle_seconds=0.5), LOOPBACK)
 
         async def expect_loss():
             with pytest.raises(SessionError, match="stage 1 is lost"):

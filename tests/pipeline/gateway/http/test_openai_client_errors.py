@@ -2,6 +2,7 @@
 
 import openai
 import pytest
+import trio
 
 from pipeline.engine.engine import PipelineEngine
 from pipeline.errors import RequestFailed, SessionError
@@ -132,3 +133,24 @@ async def test_a_pipeline_that_fails_mid_stream_is_an_error_not_an_end(start_gat
         error = await fails(gateway, openai.APIError, use)
     assert received == ["", "H", "e", "l"]
     assert error.code == "pipeline_unavailable"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_text_that_takes_too_long_ends_by_itself_and_says_so(
+    start_gateway, make_engine, stream
+):
+    received = []
+
+    def use(client):
+        answer = client.chat.completions.create(model=MODEL, messages=USER, stream=stream)
+        received.extend(chunk.choices[0].delta.content for chunk in answer)
+
+    engine = make_engine(seconds=3600)  # between two of its tokens
+    async with start_gateway(engine, request_seconds=0.2) as gateway:
+        error = await fails(gateway, openai.APIError, use)
+        while engine.num_active:  # noqa: ASYNC110 - it may not have begun, or be just leaving
+            await trio.sleep(0.01)
+        assert (error.code, error.type) == ("request_timeout", "server_error")
+        assert "0.2 s" in str(error)
+        assert received in ([], [""], ["", "H"])
+        assert stream or error.status_code == 408
