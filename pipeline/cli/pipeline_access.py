@@ -204,7 +204,7 @@ def _placement(source: ManifestSource, flags: PipelineFlags) -> Callable[[trio.N
     if model_dir is None:
         raise InputError("--supervise starts workers, which need --model-dir")
     own = flags.workers.arguments(manifest)
-    shared = ["--manifest", str(source.path)]
+    shared = ["--manifest", str(source.path), "--core", manifest.core_hash().hex()]
     shared += ["--log-format", flags.log_format, *(["--dev"] if flags.dev else [])]
 
     results_at = flags.results_at(manifest)

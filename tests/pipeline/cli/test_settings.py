@@ -146,7 +146,7 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 BY_HAND = {
     "--allow-dial", "--cors-origin", "--dev", "--help", "--in", "--message", "--out", "--prompt",
     "--prompt-file", "--remove", "--remove-unused", "--stats-out", "--stop",
-    "--supervised", "--system", "--text", "--text-file", "--weights-fd", "--yes",
+    "--core", "--supervised", "--system", "--text", "--text-file", "--weights-fd", "--yes",
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.
 COMMANDS_BY_HAND = {
