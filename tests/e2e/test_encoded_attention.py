@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import subprocess
 import time
 
 import pytest
@@ -27,7 +26,7 @@ class AttentionWorker:
 
     def start(self, *extra):
         with self.log.open("ab") as file:
-            self.process = subprocess.Popen(
+            self.process = self._cluster.popen(
                 [BIN / "stage-worker", "attention", "--manifest", self._cluster.manifest,
                  "--dev", *extra],
                 stdout=file, stderr=file, env=self._cluster.environment,

@@ -75,19 +75,16 @@ def test_the_older_commands_generate_over_the_older_manifests(cluster, model, st
             command = ["stage-worker", "--manifest", name, "--stage-idx", idx,
                        "--model-dir", "model", *last, "--dev"]  # fmt: skip
             workers.append(
-                subprocess.Popen(
+                cluster.popen(
                     [cluster.bin / command[0], *map(str, command[1:])],
                     cwd=cluster.directory,
                     env=cluster.environment,
                     stderr=subprocess.DEVNULL,
                 )
             )
-        result = subprocess.run(
-            [cluster.bin / "pipeline-orch", "--manifest", name, "--tokenizer",
-             "model/tokenizer.json", "--text", "x", "--max-tokens", str(len(SAYS)),
-             "--data-out-port", str(port), "--dev"],
-            cwd=cluster.directory, env=cluster.environment, capture_output=True, text=True,
-            timeout=90,
+        result = cluster.orch_command(
+            "--manifest", name, "--tokenizer", "model/tokenizer.json", "--text", "x",
+            "--max-tokens", len(SAYS), "--data-out-port", port, "--dev", cwd=cluster.directory,
         )  # fmt: skip
     finally:
         for worker in workers:

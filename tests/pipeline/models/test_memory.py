@@ -55,7 +55,7 @@ def wide_model(request, tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("dtype", "stage"), [*(("float32", i) for i in range(NUM_STAGES)), ("bfloat16", 1), ("int8", 2)]
+    ("dtype", "stage"), [("float32", 0), ("bfloat16", 1), ("int8", 2), ("float32", 3)]
 )
 def test_a_stages_peak_memory_is_near_its_shard(wide_model, dtype, stage):
     size = NUM_LAYERS // NUM_STAGES

@@ -174,8 +174,9 @@ async def test_too_many_continuations_are_told_when_to_return(start_gateway, con
             assert (await two.read_response())[0] == 503
 
 
-async def test_a_thousand_connections_that_hang_up_at_once_hold_nobody_up(make_desk, heartbeat):
-    """Five thousand continuations are theirs."""
+@pytest.mark.parametrize("num", [300, pytest.param(1000, marks=pytest.mark.slow)])
+async def test_connections_that_hang_up_at_once_hold_nobody_up(make_desk, heartbeat, num):
+    """Five continuations each are theirs."""
     engine = PipelineEngine(Limits(16, 64))
     desk = make_desk(engine, max_open_choices=5000)
     request = chat_body(n=5)
@@ -184,8 +185,8 @@ async def test_a_thousand_connections_that_hang_up_at_once_hold_nobody_up(make_d
         async with trio.open_nursery() as nursery:
             url = await nursery.start(start_server, desk)
             port = int(url.rpartition(":")[2])
-            clients = await trio.to_thread.run_sync(_connect_many, port, 1000, data)
-            await wait_until(lambda: engine.scheduler.num_waiting == 5000)
+            clients = await trio.to_thread.run_sync(_connect_many, port, num, data)
+            await wait_until(lambda: engine.scheduler.num_waiting == 5 * num)
             async with heartbeat() as gaps:
                 await trio.to_thread.run_sync(lambda: [client.close() for client in clients])
                 await wait_until(lambda: not engine.scheduler.num_waiting)
@@ -205,17 +206,17 @@ async def test_a_huge_answer_holds_nobody_up_while_it_is_written(
     start_gateway, connect, make_engine, heartbeat, path
 ):
     engine = make_engine(text="x" * 100, repeats=True, max_seq_len=6000)
-    asked = {"prompt": "x", "logprobs": 20, "max_tokens": 5000}
+    asked = {"prompt": "x", "logprobs": 20, "max_tokens": 2000}
     if path == CHAT:
-        asked = {"messages": USER, "logprobs": True, "top_logprobs": 20, "max_tokens": 5000}
+        asked = {"messages": USER, "logprobs": True, "top_logprobs": 20, "max_tokens": 2000}
     async with start_gateway(engine) as gateway, connect(gateway) as client, heartbeat() as gaps:
         await client.post(path, json.dumps({"model": "tiny/model"} | asked).encode())
         with trio.fail_after(60):
             status, _, body = await client.read_response()
     assert status == 200
-    assert len(body) > 1_000_000
+    assert len(body) > 400_000
     logprobs = json.loads(body)["choices"][0]["logprobs"]
-    assert len(logprobs["content" if path == CHAT else "tokens"]) == 5000
+    assert len(logprobs["content" if path == CHAT else "tokens"]) == 2000
     assert max(gaps) < LONGEST_GAP_SECONDS
 
 
