@@ -75,7 +75,8 @@ def test_the_text_is_that_of_an_ordinary_stage(cluster, attention):
 def test_a_worker_lost_in_the_middle_costs_no_text(cluster, attention):
     """Its rows are encoded anew from the tokens, with other keys."""
     attention.start()
-    server = cluster.serve("--context", "512", "--supervise")
+    cluster.start_worker(0)
+    server = cluster.serve("--context", "512")
     expected = undisturbed(server)
     with completing(server, attention.process.pid) as texts:
         attention.process.send_signal(signal.SIGKILL)
