@@ -278,7 +278,7 @@ def _placement(
     if model_dir is None:
         raise InputError("--supervise starts workers, which need --model-dir")
     own = flags.workers.arguments(manifest)
-    shared = ["--manifest", str(source.path)]
+    shared = ["--manifest", str(source.path), "--core", manifest.core_hash().hex()]
     shared += ["--log-format", flags.log_format, *flags.development.words()]
 
     results_at = flags.results_at(manifest)

@@ -73,6 +73,8 @@ def serve(flags: WorkerFlags) -> None:
 def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
     """The stage, loaded, and where it listens for control and data. Raises PipelineError."""
     manifest, stage_idx = load_manifest(flags.manifest), flags.stage_idx
+    if flags.core is not None and manifest.core_hash().hex() != flags.core:
+        raise InputError(f"{flags.manifest} is another manifest than its supervisor serves")
     networks = parse_networks(flags.allow_dial)
     stage = manifest.stage(stage_idx)
     trust = _trust(manifest, stage_idx, flags)

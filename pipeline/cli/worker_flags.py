@@ -79,6 +79,9 @@ class WorkerFlags(Settings):
     supervised: Annotated[
         bool, Flag(None, "End with stdin, report on stdout: for supervisors.", is_by_hand=True)
     ] = False
+    core: Annotated[
+        str | None, Flag("HASH", "The core that is served: for supervisors.", is_by_hand=True)
+    ] = None
     weights_fd: Annotated[
         int | None, Flag("FD", "Sealed memory for weights: for supervisors.", is_by_hand=True)
     ] = None

@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 # Handshakes under way at once, at some 20 KiB each. A right peer is done in two round trips: it
 # loses its place only to so many others in that time, from no place more crowded than its own.
 MAX_PENDING_HANDSHAKES = 64
-# Between two lines about handshakes that failed.
+# Between two lines about handshakes that failed, and between two that say the same of them.
 REFUSAL_SECONDS = 1.0
+REMINDER_SECONDS = 60.0
 # Between the first tries of a peer whose relay answers for it, before it is up.
 NO_ANSWER_SECONDS = 0.25
 # Time for a last message to a peer that may not be reading.
@@ -164,17 +165,25 @@ async def accept_each(
 
 
 class Refusals:
-    """Logs handshakes that failed, a line a second at most: a flood must not fill the disk too."""
+    """Logs handshakes that failed, a line a second at most: a flood must not fill the disk too.
+
+    What a peer is refused for that tries again and again is said once a minute.
+    """
 
     def __init__(self) -> None:
         self._num_unsaid = 0
         self._quiet_until = -math.inf
+        # When each reason may be said again: as many as there were lines in a minute.
+        self._said: dict[str, float] = {}
 
     def report(self, link: Link, reason: str) -> None:
         """Log one, and how many there were since the last line."""
-        if trio.current_time() < self._quiet_until:
+        now = trio.current_time()
+        self._said = {each: until for each, until in self._said.items() if now < until}
+        if now < self._quiet_until or reason in self._said:
             self._num_unsaid += 1
             return
+        self._said[reason] = now + REMINDER_SECONDS
         logger.warning(
             "event=handshake_refused link=%s unsaid=%d error=%s",
             link.kind.name,
@@ -182,7 +191,7 @@ class Refusals:
             reason,
         )
         self._num_unsaid = 0
-        self._quiet_until = trio.current_time() + REFUSAL_SECONDS
+        self._quiet_until = now + REFUSAL_SECONDS
 
 
 async def connect_retrying(

@@ -1,14 +1,16 @@
 """Sessions in Redis, which may be slow, full, flushed or gone, and is trusted with nothing."""
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import trio
 from coredis import Redis
 from coredis.commands import Script
-from coredis.exceptions import RedisError
+from coredis.exceptions import ConnectionError, ProtocolError, RedisError  # noqa: A004
 
 from pipeline.errors import InputError, StoreError
 from pipeline.sessions.kv_store import (
@@ -19,6 +21,8 @@ from pipeline.sessions.kv_store import (
 )
 from pipeline.sessions.sealing import Chunk
 from pipeline.tasks import open_tasks
+
+logger = logging.getLogger(__name__)
 
 # Of each key. A session is a hash: `bytes`, `chunks`, for each chunk i `i:layers`, and `i:0`, `i:1`
 # ... its blobs. When each was last used is a sorted set, and who is not in there does not exist: a
@@ -180,8 +184,12 @@ class RedisStore:
 async def open_redis(
     url: str, limits: StoreLimits, clock: Callable[[], float] = time.time
 ) -> AsyncIterator[RedisStore]:
-    """The store at redis://, rediss:// or unix://, while the context is open. Raises InputError."""
+    """The store at redis://, rediss:// or unix://, while the context is open. Raises InputError.
+
+    One that is away is no error: it may come, and until then each call is one.
+    """
     try:
+        _ = urlsplit(url).port  # which only looks whether it is a port's number
         client: Redis[bytes] = Redis.from_url(url)
     except (ValueError, TypeError) as error:
         raise InputError(f"cannot use this Redis: {error}") from error
@@ -197,6 +205,11 @@ async def open_redis(
 async def _hold(client: Redis[bytes], task_status: trio.TaskStatus[None]) -> None:
     """Keep it open in a task of its own, since its connections are tasks too."""
     async with client:
-        await client.ping()
+        try:
+            await client.ping()
+        except ProtocolError:
+            raise
+        except ConnectionError as error:
+            logger.warning("event=store_away error=%s; sessions are kept once it is back", error)
         task_status.started()
         await trio.sleep_forever()

@@ -28,7 +28,7 @@ BIN = Path(sys.executable).parent
 # Of a pipe that is to take little: the least that there is.
 PIPE_BYTES = 4096
 # What a fork can be told of its start.
-FORKABLE = {"stdin", "stdout", "stderr", "env", "text", "bufsize", "pipesize"}
+FORKABLE = {"stdin", "stdout", "stderr", "env", "cwd", "text", "bufsize", "pipesize"}
 
 
 def expect(result, code, *words):
@@ -242,6 +242,11 @@ class Cluster:
         self.workers[idx] = process
         return process
 
+    def end_workers(self):
+        for process in self.workers.values():
+            end(process)
+        self.workers.clear()
+
     def log(self, idx):
         return (self.directory / f"stage{idx}.log").read_text()
 
@@ -255,8 +260,8 @@ class Cluster:
     def worker(self, *arguments):
         return self._run(BIN / "stage-worker", *arguments)
 
-    def orch_command(self, *arguments):
-        return self._run(BIN / "pipeline-orch", *arguments)
+    def orch_command(self, *arguments, **options):
+        return self._run(BIN / "pipeline-orch", *arguments, **options)
 
     def arguments(self, text="Hello there", *extra):
         return [
@@ -294,12 +299,12 @@ class Cluster:
         server.wait_until_listening()
         return server
 
-    def _run(self, *command):
+    def _run(self, *command, stdin=None, text=True, cwd=None):
         with self.popen(
-            command, stdout=PIPE, stderr=PIPE, text=True, env=self.environment
+            command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=text, env=self.environment, cwd=cwd
         ) as process:
             try:
-                stdout, stderr = process.communicate(timeout=90)
+                stdout, stderr = process.communicate(stdin, timeout=300)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise

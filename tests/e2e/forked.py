@@ -38,9 +38,10 @@ class Parent:
         self._socket = ours
         self._lock = threading.Lock()
 
-    def start(self, command, environment, streams):
-        """The process id of a fork that runs `command` on these three descriptors."""
-        return self._ask({"command": command, "environment": environment}, streams)
+    def start(self, command, environment, directory, streams):
+        """The process id of a fork that runs `command` there, on these three descriptors."""
+        request = {"command": command, "environment": environment, "directory": directory}
+        return self._ask(request, streams)
 
     def poll(self, pid):
         """The status that a fork has ended with, once."""
@@ -73,7 +74,8 @@ class Popen(subprocess.Popen):
             for number, name in enumerate(("p2cread", "c2pwrite", "errwrite"))
         ]
         command = [Path(given["args"][0]).name, *map(str, given["args"][1:])]
-        self.pid = self._parent.start(command, dict(given["env"] or os.environ), streams)
+        environment, directory = dict(given["env"] or os.environ), os.fspath(given["cwd"] or ".")
+        self.pid = self._parent.start(command, environment, directory, streams)
         self._child_created = True
         names = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(given[name] for name in names))
@@ -123,6 +125,7 @@ def _become(request, descriptors):
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    os.chdir(request["directory"])
     name, *sys.argv[1:] = request["command"]
     sys.argv[0] = name
     os.environ.clear()

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -64,7 +63,7 @@ class AttentionWorker:
             else [sys.executable, "-c", LIAR, lies]
         )  # fmt: skip
         with self.log.open("ab") as file:
-            self.process = subprocess.Popen(
+            self.process = self._cluster.popen(
                 [*command, "--manifest", self._cluster.manifest, "--dev", *extra],
                 stdout=file, stderr=file, env=self._cluster.environment,
             )  # fmt: skip
@@ -112,7 +111,8 @@ def test_the_text_is_that_of_an_ordinary_stage(cluster, attention):
 def test_a_worker_lost_in_the_middle_costs_no_text(cluster, attention):
     """Its rows are encoded anew from the tokens, with other keys."""
     attention.start()
-    server = cluster.serve("--context", "512", "--supervise")
+    cluster.start_worker(0)
+    server = cluster.serve("--context", "512")
     expected = undisturbed(server)
     with completing(server, attention.process.pid) as texts:
         attention.process.send_signal(signal.SIGKILL)

@@ -16,6 +16,15 @@ def serve(cluster):
     return lambda *extra: cluster.serve("--supervise", "--context", "1024", *extra)
 
 
+@pytest.fixture
+def serve_by_hand(cluster):
+    """Starts a server in front of three workers."""
+    cluster.plan(3)
+    for idx in range(3):
+        cluster.start_worker(idx)
+    return lambda *extra: cluster.serve("--context", "1024", *extra)
+
+
 def completed(server, prompt, max_tokens, **more):
     """A text, and how many tokens of its prompt were there."""
     answer = server.post(server.wish(prompt, max_tokens, **more)).json()
@@ -32,8 +41,8 @@ def is_exact(server):
     return all(stage["kernels"] == "native" for stage in server.pipeline()["stages"])
 
 
-def test_what_is_kept_is_used_by_its_owner_alone_counted_and_cleared_in_time(serve):
-    server = serve("--prefix-ttl", "4")
+def test_what_is_kept_is_used_by_its_owner_alone_counted_and_cleared_in_time(serve_by_hand):
+    server = serve_by_hand("--prefix-ttl", "600")
     if not is_exact(server):
         pytest.skip("nothing is kept where rows are not exact")
     cold, cached = completed(server, TEXT, 8, cache_salt="other")
@@ -47,6 +56,9 @@ def test_what_is_kept_is_used_by_its_owner_alone_counted_and_cleared_in_time(ser
     assert "veilpipe_prefix_hits_total 2.0" in metrics
     engine = server.pipeline()["engine"]
     assert engine["num_cached_tokens"] == len(TEXT) - 1 + cached
+    server.stop()
+    server = serve_by_hand("--prefix-ttl", "0.5")
+    assert completed(server, TEXT + cold, 8) == (more, 0)
     server.wait_for(lambda: server.pipeline()["engine"]["num_idle_prefixes"] == 0)
     server.wait_for(lambda: holds_nothing(server))
     assert completed(server, TEXT + cold, 8) == (more, 0)

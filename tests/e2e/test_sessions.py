@@ -15,6 +15,7 @@ from pipeline.agreement.manifest import load_manifest
 from pipeline.cli import pipeline_orch
 from pipeline.cli.kept_sessions import session_book
 from pipeline.kernels.kernel_selection import why_not_native
+from tests.e2e.conftest import stopped
 from tests.e2e.test_relay import relaying
 from tests.pipeline.sessions.redis_server import RedisServer
 
@@ -87,13 +88,13 @@ def test_after_a_restart_a_chat_goes_on_from_what_was_stored_for_one_client_at_a
     filed.restart()
     assert filed.goes_on() >= len(TEXT)
     server, cluster = filed.server, filed.cluster
-    thread, found = in_background(filed.turn, TEXT, max_tokens=600)
-    server.wait_for(server.num_running)
-    body = server.wish(TEXT, 5, session="chat")
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=20)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "session_in_use")
-    assert not found, "it was over too soon to be in anybody's way"
-    thread.join(60)
+    with stopped(server.workers()[1]):
+        thread, found = in_background(filed.turn, TEXT, max_tokens=8)
+        server.wait_for(server.num_taken)
+        body = server.wish(TEXT, 5, session="chat")
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "session_in_use")
+    thread.join(300)
     assert len(found) == 1
     names = cluster.orch_command(
         "session", "list", "--manifest", cluster.manifest, "--secret-file", filed.secret

@@ -1,13 +1,13 @@
 """Messages in texts by the commands and over HTTP, with real processes."""
 
-import subprocess
+import json
 
 import httpx
 import pytest
 
 from pipeline.cli import pipeline_orch
 from pipeline.kernels.kernel_selection import why_not_native
-from tests.e2e.conftest import BIN, new_cluster
+from tests.e2e.conftest import new_cluster
 
 PROMPT = "In the beginning"
 MESSAGE = b"\xffmeet\0at nine\n"
@@ -21,14 +21,16 @@ def stego(text_model, tmp_path_factory, command_parent):
         yield cluster
 
 
+def start_workers(cluster, *flags):
+    for stage in json.loads(cluster.manifest.read_text())["stages"]:
+        cluster.start_worker(stage["stage_idx"], *flags)
+
+
 def run(cluster, what, *arguments, stdin=b""):
     """A command that drives a pipeline: its exit code, stdout and stderr, as bytes."""
     common = ("--manifest", cluster.manifest, "--model-dir", cluster.model_dir, "--dev")
     common += ("--prompt", PROMPT)
-    return subprocess.run(
-        [BIN / "pipeline-orch", "stego", what, *common, *arguments],
-        input=stdin, capture_output=True, env=cluster.environment, timeout=120,
-    )  # fmt: skip
+    return cluster.orch_command("stego", what, *common, *arguments, stdin=stdin, text=False)
 
 
 def test_a_message_comes_back_by_the_commands_over_other_stages(stego):
@@ -38,17 +40,15 @@ def test_a_message_comes_back_by_the_commands_over_other_stages(stego):
         "--model-dir", stego.model_dir, "--temperature", "0.9",
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
-    written = run(
-        stego, "encode", "--supervise", "--secret-file", secret, "--out", text, stdin=MESSAGE
-    )
+    start_workers(stego, "--once")
+    written = run(stego, "encode", "--secret-file", secret, "--out", text, stdin=MESSAGE)
     assert written.returncode == 0, written.stderr
     assert written.stdout == b""
     assert b"bits a token" in written.stderr
     assert b"not as the secret's fingerprint" not in written.stderr
     assert "float32" in (stego.directory / "secret.fingerprint.json").read_text()
     stego.plan(3)
-    for idx in range(3):
-        stego.start_worker(idx, "--threads", "2")
+    start_workers(stego, "--threads", "2")
     read = run(
         stego, "decode", "--secret-file", secret,
         stdin=text.read_bytes().rstrip() + b"\n\n",
@@ -65,8 +65,10 @@ def test_a_message_comes_back_by_the_commands_over_other_stages(stego):
 
 @pytest.mark.skipif(why_not_native() is not None, reason="no native kernels")
 def test_a_message_comes_back_over_http(stego):
+    stego.end_workers()
     stego.plan(2)
-    server = stego.serve("--supervise")
+    start_workers(stego)
+    server = stego.serve()
     wish = {"prompt": PROMPT, "passphrase": "correct horse"}
 
     def post(what, **body):

@@ -30,7 +30,7 @@ def test_stages_that_load_and_those_that_cannot_are_told_of_and_served_once_they
     expect_progress(server, weights.stat().st_size)
     expected = server.text("Hello", 8)
     kept = shutil.copy(cluster.manifest, cluster.directory / "kept")
-    cluster.manifest.write_text("what is no manifest")
+    cluster.edit(lambda raw: raw.update(model_version="2"))
     victim = server.workers()[1]
     server.begin()
     os.kill(victim, signal.SIGKILL)
@@ -70,7 +70,8 @@ def expect_problem(server):
     assert refused.status_code == 503
     assert awaited["problem"] in refused.json()["error"]["message"]
     told = [line.get("error") or "" for line in server.events("worker_died")]
-    assert ["not JSON" in error for error in told] == [False, True]
+    assert ["another manifest" in error for error in told] == [False, True]
+    assert "handshake_refused" not in server.log()
     assert server.events("pipeline_away")
 
 

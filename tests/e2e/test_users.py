@@ -17,6 +17,8 @@ import httpx
 import openai
 import pytest
 
+from tests.e2e.conftest import stopped
+
 KEY = "sk-right"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 
@@ -133,21 +135,21 @@ def test_the_openai_client_gets_what_it_asks_of_real_stages(server):
 
 
 @pytest.mark.parametrize("num_choices", [1, 4])
-def test_who_leaves_at_token_5_of_500_frees_every_stage_within_two_steps(server, num_choices):
-    began_at = server.pipeline()["engine"]["num_steps"]
+def test_who_leaves_at_token_5_of_2000_frees_every_stage_within_two_steps(server, num_choices):
     held = [each["kv_tokens"] for each in server.wait_for(lambda: idle_figures(server))]
-    body = server.wish("Once upon a time", 500, stream=True, n=num_choices)
+    body = server.wish("Once upon a time", 2000, stream=True, n=num_choices)
     sock = raw(server, request(body))
     data = b""
     while data.count(b"data: ") < 5 * num_choices:
         data += sock.recv(4096)
-    sock.close()
-    aborts = server.wait_for(lambda: server.events("generation_aborted"))
+    with stopped(server.workers()[1]):
+        assert server.num_running() == num_choices
+        sock.close()
+        server.wait_for(lambda: len(server.events("generation_aborted")) == num_choices)
+    aborts = server.events("generation_aborted")
     server.wait_for(lambda: server.num_running() == 0)
     server.wait_for(lambda: holds_idle_prefixes_alone(server))
-    assert len(server.events("generation_aborted")) == num_choices
     left_at = max(abort["step"] for abort in aborts)
-    assert left_at - began_at < 400
     # The steps under way when it left, one for each stage or that of a lone request and the one
     # promised behind it, and the one that clears its slots.
     for settled, before in zip(server.wait_for(lambda: idle_figures(server)), held, strict=True):
@@ -185,23 +187,24 @@ def gaps(server, max_tokens):
 
 def test_clients_that_read_a_byte_a_second_slow_nobody(server):
     """Whoever waited for one of them would wait minutes for a token, not milliseconds."""
-    stopped = threading.Event()
+    is_over = threading.Event()
     with ExitStack() as stack:
-        for _ in range(3):
-            body = server.wish("A slow reader", 1500, stream=True, logprobs=5)
-            sock = stack.enter_context(raw(server, request(body), receive_buffer=2048))
-            thread = threading.Thread(target=dawdle, args=(sock, stopped))
-            thread.start()
-            stack.callback(thread.join)
-        stack.callback(stopped.set)
-        server.wait_for(lambda: server.num_running() == 3)
+        with stopped(server.workers()[1]):
+            for _ in range(3):
+                body = server.wish("A slow reader", 1500, stream=True, logprobs=5)
+                sock = stack.enter_context(raw(server, request(body), receive_buffer=2048))
+                thread = threading.Thread(target=dawdle, args=(sock, is_over))
+                thread.start()
+                stack.callback(thread.join)
+            stack.callback(is_over.set)
+            server.wait_for(lambda: server.num_taken() == 3)
         assert statistics.median(gaps(server, 200)) < 0.2
         # Their own requests are not held up either, but for the sending.
         server.wait_for(lambda: server.num_running() == 0)
 
 
-def dawdle(sock, stopped):
-    while not stopped.wait(1.0):
+def dawdle(sock, is_over):
+    while not is_over.wait(1.0):
         sock.recv(1)
 
 
@@ -231,7 +234,7 @@ def test_nonsense_gets_its_error_and_disturbs_no_one(server):
     assert ask(server, request(good | {"user": "somebody"})).startswith(b"HTTP/1.1 200")
     for data in (b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01"):
         assert not ask(server, data).startswith(b"HTTP/1.1 200")
-    steady.join(60)
+    steady.join(300)
     assert found == [expected]
     # Half-closed: whoever will not read on has left.
     with raw(server, request(good | {"stream": True, "max_tokens": 2000})) as sock:
@@ -243,18 +246,10 @@ def test_nonsense_gets_its_error_and_disturbs_no_one(server):
 def test_a_thousand_connections_and_slow_headers_keep_nobody_out(server):
     expected = server.text("Through the crowd", 100)
     with ExitStack() as stack:
-        crowd = [stack.enter_context(raw(server)) for _ in range(1000)]
-        for sock in crowd[:500]:  # the start of a request that never ends
-            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nx-slow: ")
-        server.wait_for(lambda: connections(server) >= 1000)
-        started = time.monotonic()
+        # The start of a request that never ends, and nothing at all.
+        begun = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nx-slow: "
+        crowd = [stack.enter_context(raw(server, begun * (i % 2))) for i in range(1000)]
         assert server.text("Through the crowd", 100) == expected
-        assert time.monotonic() - started < 10
-        more = [stack.enter_context(raw(server)) for _ in range(60)]
-        for sock in more[:24]:
-            sock.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        answers = [sock.recv(4096)[:12] for sock in more]
-        assert b"HTTP/1.1 503" in answers
         # All of them are idle or slow, and are cut off after ten seconds.
         for sock in crowd:
             assert sock.recv(4096)[:12] in (b"", b"HTTP/1.1 408", b"HTTP/1.1 400")
@@ -262,20 +257,22 @@ def test_a_thousand_connections_and_slow_headers_keep_nobody_out(server):
     assert server.text("Through the crowd", 100) == expected
 
 
-def test_a_lost_stage_is_seen_to_go_and_to_be_replaced(server):
+def test_a_lost_stage_is_seen_to_go_and_to_be_replaced(server, shared_cluster):
     time.sleep(1.5)  # so that ages differ
     before = server.pipeline()
-    assert [stage["state"] for stage in before["stages"]] == ["ready", "ready"]
+    assert states(server) == ["ready", "ready"]
+    manifest = shared_cluster.manifest
+    right = manifest.read_text()
+    manifest.write_text("no worker starts with this")
     os.kill(server.workers()[1], signal.SIGKILL)
-    seen = watch_states(server, lambda told: told["engine"]["num_failovers"] == 1)
-    assert any(not was_ready for _, _, was_ready in seen)
-    states = {(idx, state) for idx, state, _ in seen}
+    first, _ = server.wait_for(lambda: told if (told := states(server))[1] == "down" else None)
+    assert first in {"ready", "connecting"}
+    assert not server.is_ready()
+    manifest.write_text(right)
     server.wait_for(server.is_ready)
     assert server.text("Back again", 20)
     after = server.pipeline()
-    assert {state for idx, state in states if idx == 1} & {"down", "connecting"}
-    assert {state for idx, state in states if idx == 0} <= {"ready", "connecting"}
-    assert [stage["state"] for stage in after["stages"]] == ["ready", "ready"]
+    assert states(server) == ["ready", "ready"]
     ages = [stage["handshake_age_seconds"] for stage in after["stages"]]
     assert ages[0] > before["stages"][0]["handshake_age_seconds"] > 1
     assert ages[1] < ages[0] - 1
@@ -289,22 +286,8 @@ def test_a_lost_stage_is_seen_to_go_and_to_be_replaced(server):
     assert '\nveilpipe_stage_up{stage="1"} 1.0\n' in text
 
 
-def watch_states(server, is_over):
-    """What stages were meanwhile, (index, state, whether the server was ready).
-
-    Over one connection: the way to another takes longer than some states last.
-    """
-    seen = set()
-    with httpx.Client(base_url=server.url, headers=HEADERS) as client:
-
-        def look():
-            is_ready = client.get("/readyz").status_code == 200
-            told = client.get("/pipeline").raise_for_status().json()
-            seen.update((each["stage_idx"], each["state"], is_ready) for each in told["stages"])
-            return is_over(told)
-
-        server.wait_for(look)
-    return seen
+def states(server):
+    return [stage["state"] for stage in server.pipeline()["stages"]]
 
 
 def test_connections_this_process_may_not_have_are_refused_at_the_start(cluster):

@@ -21,7 +21,7 @@ async def receive(sock, num_bytes=None):
 
 
 async def until(condition):
-    with trio.fail_after(15):
+    with trio.fail_after(60):
         while not condition():  # noqa: ASYNC110  (the relay has no event to wait for)
             await trio.sleep(0.002)
 

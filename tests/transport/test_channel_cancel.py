@@ -68,8 +68,10 @@ async def test_cancelled_before_anything_is_sealed_the_channel_is_as_it_was(toy)
 
 async def test_cancelled_inside_a_frame_sender_and_receiver_are_closed(toy):
     near, far = await toy.channels()
-    with trio.move_on_after(0.05):
-        await near.send(toy.frame(60_000_000))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(near.send, toy.frame(60_000_000))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
     assert near.is_closed
     with pytest.raises(ConnectionLost):
         await far.receive()
@@ -178,7 +180,7 @@ async def test_a_handshake_cancelled_at_any_checkpoint_leaves_nothing(toy, monke
     assert number > 6
 
 
-@pytest.mark.parametrize("size", [3000, 330_000])
+@pytest.mark.parametrize("size", [3000, 100_000])
 @pytest.mark.parametrize("name", ["send", "receive", "aclose"])
 async def test_an_operation_cancelled_at_any_checkpoint_leaves_nothing_half_done(
     toy, monkeypatch, name, size

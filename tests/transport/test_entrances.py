@@ -58,7 +58,7 @@ async def greet(toy, asked, psk, entrances):
     async def accept():
         found.append(await accept_one_of(far, entrances))
 
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(accept)
             channel = await connect_channel(near, asked, toy.credentials(psk=psk), toy.LIMITS)

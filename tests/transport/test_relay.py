@@ -104,7 +104,7 @@ async def test_relay_memory_does_not_grow_behind_a_peer_that_does_not_read(runni
     near, far = await relayed.connect()
     with near, far:
         try:
-            with trio.move_on_after(0.5):
+            with trio.move_on_after(2):
                 await send(near, payload)
             _, peak = tracemalloc.get_traced_memory()
         finally:
@@ -121,7 +121,7 @@ async def test_busy_connection_does_not_starve_a_quiet_one(running):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send, busy_near, bytes(64 << 20))
             nursery.start_soon(receive, busy_far)
-            with trio.fail_after(15):
+            with trio.fail_after(60):
                 for _ in range(20):
                     near.send(b"x")
                     assert await receive(far, 1) == b"x"

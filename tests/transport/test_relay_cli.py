@@ -3,7 +3,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -64,10 +63,8 @@ def test_command_relays_until_a_signal_and_writes_its_metrics(tmp_path, number):
                 with far:
                     near.sendall(b"hello")
                     assert far.recv(5) == b"hello"
-                    started = time.monotonic()
                     process.send_signal(number)
-                    assert process.wait(10) == 0
-                    assert time.monotonic() - started < 5
+                    assert process.wait(60) == 0
                     assert far.recv(1) == b""
             assert "Traceback" not in process.stderr.read()
     assert not entrance.exists()

@@ -53,7 +53,7 @@ async def test_a_crowd_without_an_answer_makes_room_for_whoever_comes(running, s
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(answer_all)
-            with trio.fail_after(5):
+            with trio.fail_after(60):
                 assert await receive(near, 1) == b"!"
             nursery.cancel_scope.cancel()
         await converse(kept_near, kept_far)
@@ -109,7 +109,7 @@ async def test_a_connection_on_which_nobody_speaks_is_cut(running, monkeypatch, 
     monkeypatch.setattr(relay_module, "SILENT_DEADLINE_S", 0.05)
     relayed = running()
     near, far = await relayed.connect()
-    with near, far, trio.fail_after(5):
+    with near, far, trio.fail_after(60):
         assert await receive(near) == b""
         assert await receive(far) == b""
         await until(lambda: relayed.stats.active == 0)
@@ -120,7 +120,7 @@ async def test_a_connection_on_which_nobody_speaks_is_cut(running, monkeypatch, 
 async def test_a_connection_that_has_spoken_may_be_silent_for_as_long_as_it_likes(
     running, monkeypatch, is_dialer_first
 ):
-    monkeypatch.setattr(relay_module, "SILENT_DEADLINE_S", 0.05)
+    monkeypatch.setattr(relay_module, "SILENT_DEADLINE_S", 1.0)
     monkeypatch.setattr(relay_module, "ORPHANED_DEADLINE_S", 0.05)
     relayed = running()
     near, far = await relayed.connect()
@@ -128,7 +128,7 @@ async def test_a_connection_that_has_spoken_may_be_silent_for_as_long_as_it_like
     with near, far:
         first.send(b"?")
         assert await receive(second, 1) == b"?"
-        await trio.sleep(0.2)
+        await trio.sleep(1.1)
         second.send(b"!")
         assert await receive(first, 1) == b"!"
         await trio.sleep(0.2)
@@ -140,15 +140,15 @@ async def test_a_connection_that_has_spoken_may_be_silent_for_as_long_as_it_like
 
 
 async def test_a_caller_who_stays_after_the_target_has_ended_is_cut(running, monkeypatch):
-    monkeypatch.setattr(relay_module, "ORPHANED_DEADLINE_S", 0.1)
+    monkeypatch.setattr(relay_module, "ORPHANED_DEADLINE_S", 1.0)
     relayed = running()
     near, far = await relayed.connect()
-    with near, far, trio.fail_after(5):
+    with near, far, trio.fail_after(60):
         await converse(near, far)
         far.shutdown(socket.SHUT_WR)
         assert await receive(near) == b""
-        for _ in range(5):  # what the caller still has to say may follow
-            await trio.sleep(0.05)
+        for _ in range(3):  # what the caller still has to say may follow
+            await trio.sleep(0.4)
             near.send(b"x")
             assert await receive(far, 1) == b"x"
         assert await receive(far) == b""
@@ -185,12 +185,12 @@ async def test_a_target_that_is_away_for_long_is_said_once_a_minute_and_is_met_w
     target = relayed.target.endpoint
     relayed.target.close()
     began = trio.current_time()
-    while trio.current_time() < began + 1.2:
+    while relayed.stats.failed_dials <= 10 or caplog.text.count("dial failed") < 3:
         with await dial(relayed.endpoint) as near:
             assert await receive(near) == b""
-    assert relayed.stats.failed_dials > 10
-    assert caplog.text.count("dial failed") == 3
-    for count in (4, 5):  # whatever was said before
+    told = caplog.text.count("dial failed")
+    assert told <= 1 + (trio.current_time() - began) / 0.5
+    for count in (told + 1, told + 2):  # whatever was said before
         with (
             listen(target) as back,
             await dial(relayed.endpoint) as near,

@@ -55,8 +55,11 @@ async def test_a_refusal_arrives_with_its_fault_and_key(serve_door, shown_key, k
 async def test_a_cancelled_call_stops_the_work_and_the_next_one_is_answered(serve_door, kind):
     async with serve_door() as served, connect(url_of(served, kind), is_dev=True) as door:
         served.door.before = trio.sleep_forever
-        with trio.move_on_after(0.3):
-            await door.infer(REQUEST)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(door.infer, REQUEST)
+            while not served.door.requests:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
         with trio.fail_after(10):
             while not served.door.num_cancelled:  # noqa: ASYNC110
                 await trio.sleep(0.01)

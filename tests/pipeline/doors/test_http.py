@@ -207,8 +207,11 @@ async def test_a_body_beyond_its_limit_is_refused(serve_door, client, is_declare
 async def test_a_client_that_leaves_stops_the_work(serve_door, client):
     async with serve_door() as served:
         served.door.before = trio.sleep_forever
-        with trio.move_on_after(0.5):
-            await post(client, served, "/runsync", {"input": EVENT})
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(post, client, served, "/runsync", {"input": EVENT})
+            while not served.door.requests:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
         with trio.fail_after(10):
             while not served.door.num_cancelled:  # noqa: ASYNC110
                 await trio.sleep(0.01)

@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import time
 from dataclasses import replace
 from subprocess import run
 
@@ -20,6 +19,7 @@ from pipeline.gateway.errors import ApiError, Kind, leaving
 from pipeline.gateway.generation_order import Conversation, Order
 from pipeline.protocol.result_kinds import Want
 from pipeline.sampling.params import SamplingParams
+from tests.pipeline.gateway.conftest import LONGEST_GAP_SECONDS
 
 KEY = b"sk-test-0123456789"
 GREEDY = SamplingParams()
@@ -145,7 +145,7 @@ async def test_while_a_desk_is_closed_those_who_wait_and_those_who_come_hear_why
         nursery.start_soon(ask)
         await trio.testing.wait_all_tasks_blocked()
         desk.close(leaving)
-        with trio.fail_after(1):
+        with trio.fail_after(30):
             await desk.wait_idle()
     await ask()
     assert failures == ["server_stopping"] * 2
@@ -153,7 +153,7 @@ async def test_while_a_desk_is_closed_those_who_wait_and_those_who_come_hear_why
 
 async def until_open(door, num_choices):
     """Their prompts are encoded in other threads first."""
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         while door.desk._num_choices < num_choices:  # noqa: ASYNC110
             await trio.sleep(0.001)
 
@@ -196,7 +196,7 @@ async def test_five_thousand_that_hang_up_at_once_hold_nobody_up(make_desk, hear
                 while engine.scheduler.num_waiting:
                     await trio.lowlevel.checkpoint()
     assert not engine.scheduler.has_work
-    assert max(gaps) < 0.05
+    assert max(gaps) < LONGEST_GAP_SECONDS
 
 
 async def test_an_endless_prompt_is_refused_by_its_length(make_door, make_engine, monkeypatch):
@@ -210,14 +210,10 @@ async def test_an_endless_prompt_is_refused_by_its_length(make_door, make_engine
 
 async def test_encoding_holds_up_nobody(make_door, make_engine, heartbeat):
     door = make_door(make_engine(max_seq_len=1 << 20))
-    text = "word " * 100_000
-    shares = []
-    for _ in range(3):  # by the clock on the wall, which others on this machine move on as well
-        started = time.perf_counter()
-        async with heartbeat(time.perf_counter) as gaps:
-            await door.ask(prompts=(text,))
-        shares.append(max(gaps) / (time.perf_counter() - started))
-    assert min(shares) < 0.3
+    async with heartbeat() as gaps:
+        await door.ask(prompts=("word " * 100_000,))
+    # By their number: whoever holds this interpreter's lock takes none of this thread's time.
+    assert len(gaps) > 1000
 
 
 async def test_a_prompt_may_be_cut_to_its_end(make_door, make_engine):

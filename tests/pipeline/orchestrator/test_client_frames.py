@@ -341,6 +341,7 @@ async def test_every_part_of_a_step_is_timed_where_the_ends_are_at_home(model_di
     assert sum(total.values()) < 2 * elapsed
 
 
+@pytest.mark.slow  # by the clock on the wall, which others on this machine move on as well
 async def test_the_parts_of_a_token_add_up_to_its_time(model_dir, tmp_path):
     heard = []
     engine = PipelineEngine(LIMITS)

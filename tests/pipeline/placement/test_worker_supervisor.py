@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import trio
@@ -29,7 +30,7 @@ async def supervisor(monkeypatch, nursery):
 
 
 async def until(condition):
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         while not condition():  # noqa: ASYNC110 - another process is waited for
             await trio.sleep(0.01)
 
@@ -128,17 +129,20 @@ async def test_a_silent_worker_that_runs_is_left_alone(supervisor, monkeypatch):
     await supervisor.start(0)
     first = await pid_other_than(supervisor, ())
     for _ in range(5):
+        before = supervisor.progress(0)
         supervisor.on_loss(StageSilent(0, "it says nothing"))
-        await trio.sleep(0.1)
+        await until(lambda before=before: supervisor.progress(0) != before)
     assert supervisor.pid(0) == first
 
 
 async def idle(supervisor):
-    seen = [None]
+    """Return once it sleeps, and not for want of a processor or a disk."""
+    seen = []
 
     def is_idle():
-        seen.append(supervisor.progress(0))
-        return len(seen) > 20 and len(set(seen[-20:])) == 1
+        state = Path(f"/proc/{supervisor.pid(0)}/stat").read_text().rpartition(") ")[2][0]
+        seen.append((state, supervisor.progress(0)))
+        return len(seen) > 20 and seen[-20:] == [("S", seen[-1][1])] * 20
 
     await until(is_idle)
 
@@ -166,7 +170,7 @@ def says(*reports, code):
 async def test_a_first_worker_with_unusable_input_is_not_tried_again(monkeypatch):
     monkeypatch.setattr(worker_supervisor, "COMMAND", says("failed m.json: no such file", code=2))
     with (
-        trio.fail_after(10),
+        trio.fail_after(60),
         pytest.RaisesGroup(
             pytest.RaisesExc(InputError, match="stage 0 cannot start: m.json: no such file")
         ),

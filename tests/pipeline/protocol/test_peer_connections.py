@@ -281,3 +281,17 @@ def test_refusals_left_out_are_counted_in_the_next_line(caplog, autojump_clock):
 
     trio.run(refuse, clock=autojump_clock)
     assert [record.args[1] for record in caplog.records] == [0, 9]
+
+
+@pytest.mark.parametrize("num_reasons", [1, 2])
+def test_reasons_that_come_again_and_again_are_said_once_a_minute(
+    caplog, autojump_clock, num_reasons
+):
+    async def refuse():
+        refusals = peer_connections.Refusals()
+        for count in range(600):  # over ten minutes
+            refusals.report(LINK, f"another manifest {count % num_reasons}")
+            await trio.sleep(1.0)
+
+    trio.run(refuse, clock=autojump_clock)
+    assert len(caplog.records) == 10 * num_reasons

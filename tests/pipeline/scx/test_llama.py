@@ -169,6 +169,7 @@ def test_other_numbers_are_as_near_as_they_are_exact(dtype, error):
     assert (found - expected).abs().max() < error
 
 
+@pytest.mark.slow
 def test_another_process_decodes_what_this_one_encoded(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path)

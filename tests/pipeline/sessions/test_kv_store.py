@@ -138,9 +138,7 @@ async def test_ten_thousand_random_operations_do_what_a_model_does(opened, clock
         ("http://host", "a store of sessions is"),
         ("file:/dev/null/store", "cannot keep sessions in /dev/null/store"),
         ("file:a\0b", "cannot keep sessions in"),
-        ("redis://127.0.0.1:1", "cannot use this Redis"),
         ("redis://host:99999", "cannot use this Redis"),
-        ("unix:///nowhere/redis", "cannot use this Redis"),
     ],
 )
 async def test_a_store_that_cannot_be_is_one_clear_error(url, told):

@@ -3,11 +3,12 @@
 import resource
 import signal
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import trio
 
-from pipeline.errors import StoreError
+from pipeline.errors import InputError, StoreError
 from pipeline.sessions.kv_store import MissingChunk, StoreLimits
 from pipeline.sessions.store_url import open_store
 
@@ -57,6 +58,35 @@ async def test_a_redis_that_went_away_is_used_again_once_it_is_back(redis_server
             await store.read(NAME, 0)
         redis_server.start()
         assert list(await store.read(NAME, 0)) == [b"a"]
+
+
+async def test_a_redis_that_is_away_at_the_start_is_said_once_and_used_once_it_comes(
+    redis_server, caplog
+):
+    redis_server.stop()
+    async with open_store(redis_server.url, StoreLimits()) as store:
+        for _ in range(3):
+            with pytest.raises(StoreError):
+                await store.read(NAME, 0)
+        redis_server.start()
+        await store.write(NAME, 0, [b"a"])
+        assert list(await store.read(NAME, 0)) == [b"a"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "event=store_away" in caplog.text
+
+
+async def test_what_answers_and_is_no_redis_is_the_users_error():
+    async def talk(stream):
+        await stream.receive_some()
+        await stream.send_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, talk, 0, host="127.0.0.1"))
+        port = listeners[0].socket.getsockname()[1]
+        with trio.fail_after(60), pytest.raises(InputError, match="cannot use this Redis"):
+            async with open_store(f"redis://127.0.0.1:{port}", StoreLimits()):
+                pass
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_redis_that_answers_nothing_can_be_given_up(redis_server):

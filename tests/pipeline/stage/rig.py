@@ -144,7 +144,7 @@ def step(*segments, kind=StepKind.STEP):
 
 
 async def failure_of(control):
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         while True:
             message = await control.receive()
             if isinstance(message, Failure | Broken):
@@ -153,7 +153,7 @@ async def failure_of(control):
 
 async def figures_of(control):
     await control.send(Health(sequence=7))
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         answer = await control.receive()
     assert isinstance(answer, Healthy)
     assert answer.sequence == 7
@@ -161,7 +161,7 @@ async def figures_of(control):
 
 
 async def settled(control, num_steps):
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         while True:
             figures = await figures_of(control)
             if figures.num_steps == num_steps:

@@ -44,14 +44,14 @@ class Joined:
         return heard
 
     async def said(self, kind):
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while not isinstance(message := await self.control.receive(), kind):
                 pass
         return message
 
     async def run(self, header, tensor):
         await send_step(self.upstream, header, (tensor,))
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             _, tensors = await receive_step(self.downstream, self.gate)
         return bytes(tensors[-1].data)
 

@@ -14,7 +14,7 @@ async def with_client(gateway, use, key=KEY):
 
     def run():
         with openai.OpenAI(
-            base_url=f"{gateway.url}/v1", api_key=key, max_retries=0, timeout=10
+            base_url=f"{gateway.url}/v1", api_key=key, max_retries=0, timeout=60
         ) as client:
             return use(client)
 

@@ -17,7 +17,7 @@ def chat_body(**kwargs):
     return json.dumps({"model": "tiny/model", "messages": USER} | kwargs).encode()
 
 
-async def wait_until(condition, seconds=10):
+async def wait_until(condition, seconds=60):
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110  (what is waited for has no event)
             await trio.sleep(0.005)

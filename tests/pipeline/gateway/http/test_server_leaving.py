@@ -34,7 +34,7 @@ async def test_a_half_closed_client_has_left(start_gateway, connect, make_engine
             await client.post(CHAT, chat_body(stream=True))
             await wait_until(lambda: gateway.engine.num_made >= 3)
             await client.stream.send_eof()
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 await client.wait_closed()
         assert gateway.engine.num_active == 0
 
@@ -53,7 +53,7 @@ async def test_a_client_that_reads_nothing_slows_no_other_and_is_cut_off(
         await stuck.post(CHAT, chat_body(stream=True, logprobs=True, top_logprobs=20))
         await wait_until(lambda: engine.num_made > 100)
         for _ in range(3):
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 await other.post(CHAT, chat_body(max_tokens=5))
                 status, _, _ = await other.read_response()
             assert status == 200
@@ -67,7 +67,7 @@ async def test_shutdown_does_not_wait_for_a_client_that_reads_nothing(
     start_gateway, connect, make_engine
 ):
     engine = make_engine(text="x" * 100, repeats=True, max_seq_len=30_000)
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         async with start_gateway(engine) as gateway:
             stream = await trio.open_tcp_stream("127.0.0.1", gateway.port)
             request = chat_body(stream=True, logprobs=True, top_logprobs=20)
@@ -80,7 +80,7 @@ async def test_shutdown_does_not_wait_for_a_client_that_reads_nothing(
 
 
 async def test_headers_that_never_end_are_cut_off(start_gateway, connect):
-    async with start_gateway(header_seconds=0.3) as gateway, connect(gateway) as client:
+    async with start_gateway(header_seconds=1.0) as gateway, connect(gateway) as client:
         await client.stream.send_all(b"POST /v1/chat/completions HTTP/1.1\r\n")
 
         async def trickle():
@@ -93,7 +93,7 @@ async def test_headers_that_never_end_are_cut_off(start_gateway, connect):
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trickle)
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 await client.wait_closed()
             nursery.cancel_scope.cancel()
 
@@ -101,7 +101,7 @@ async def test_headers_that_never_end_are_cut_off(start_gateway, connect):
 async def test_a_body_that_never_ends_is_cut_off(start_gateway, connect):
     async with start_gateway(body_seconds=0.2) as gateway, connect(gateway) as client:
         await client.post(CHAT, b'{"model"', length=1000)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             status, _, body = await client.read_response()
             await client.wait_closed()
         assert status == 408
@@ -109,10 +109,10 @@ async def test_a_body_that_never_ends_is_cut_off(start_gateway, connect):
 
 
 async def test_an_idle_connection_is_closed(start_gateway, connect):
-    async with start_gateway(header_seconds=0.2) as gateway, connect(gateway) as client:
+    async with start_gateway(header_seconds=1.0) as gateway, connect(gateway) as client:
         await client.post(CHAT, chat_body())
         assert (await client.read_response())[0] == 200
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             assert await client.wait_closed() == b""
 
 

@@ -11,6 +11,7 @@ from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.limits import Limits
 from pipeline.gateway.http import client_exchange
 from pipeline.gateway.http.client_exchange import SMALL_BYTES, BodyBudget
+from tests.pipeline.gateway.conftest import LONGEST_GAP_SECONDS
 from tests.pipeline.gateway.http.raw_requests import (
     AUTH,
     CHAT,
@@ -43,7 +44,7 @@ async def test_a_body_that_says_it_is_too_large_is_refused_before_any_of_it_come
     monkeypatch.setattr(client_exchange, "_DRAIN_SECONDS", 60)
     async with start_gateway(body_seconds=60) as gateway, connect(gateway) as client:
         await client.stream.send_all(HEAD % (CHAT.encode(), 10**15) + AUTH + b"\r\n")
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             status, _, body = await client.read_response()
         assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
         await client.stream.send_all(b"x" * 100_000)  # taken, or it would lose the answer
@@ -63,22 +64,35 @@ async def test_what_takes_no_body_holds_none(start_gateway, connect, method, pat
             patch.setattr(BodyBudget, "take", lambda self, num: (held.append(num), take(self, num)))
             head = HEAD.replace(b"POST", method) % (path, 1 << 19)
             await client.stream.send_all(head + AUTH + b"\r\n" + b"x" * (1 << 19))
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 assert (await client.read_response())[0] == status
         assert not held
 
 
-async def test_bodies_share_a_budget_over_all_connections(start_gateway, connect):
+@pytest.fixture
+def held(monkeypatch):
+    """What is taken of budgets for bodies."""
+    held, take = [], BodyBudget.take
+
+    def note(self, num_bytes):
+        take(self, num_bytes)
+        held.append(num_bytes)
+
+    monkeypatch.setattr(BodyBudget, "take", note)
+    return held
+
+
+async def test_bodies_share_a_budget_over_all_connections(start_gateway, connect, held):
     limits = {"max_body_bytes": 1 << 18, "max_buffered_bytes": 1 << 19, "body_seconds": 60}
     async with start_gateway(**limits) as gateway:
         head = HEAD % (CHAT.encode(), 1 << 18) + AUTH + b"\r\n"
         async with connect(gateway) as one, connect(gateway) as two:
             for client in (one, two):
                 await client.stream.send_all(head + b" " * ((1 << 18) - 1000))
-            await trio.sleep(0.2)
+            await wait_until(lambda: sum(held) == 2 * ((1 << 18) - 1000 - SMALL_BYTES))
             async with connect(gateway) as third:
                 await third.stream.send_all(head + b" " * ((1 << 18) - 1000))
-                with trio.fail_after(10):
+                with trio.fail_after(60):
                     status, headers, body = await third.read_response()
             assert (status, headers[b"retry-after"]) == (503, b"1")
             assert json.loads(body)["error"]["code"] == "server_busy"
@@ -98,7 +112,7 @@ async def test_bodies_share_a_budget_over_all_connections(start_gateway, connect
 
 
 async def test_slow_senders_that_hold_the_whole_budget_keep_no_small_body_out(
-    start_gateway, connect
+    start_gateway, connect, held
 ):
     limits = {"max_body_bytes": 1 << 18, "max_buffered_bytes": 1 << 18, "body_seconds": 60}
     async with start_gateway(**limits) as gateway:
@@ -106,9 +120,9 @@ async def test_slow_senders_that_hold_the_whole_budget_keep_no_small_body_out(
         async with connect(gateway) as one, connect(gateway) as two, connect(gateway) as third:
             await one.stream.send_all(head + b" " * ((1 << 18) - SMALL_BYTES))
             await two.stream.send_all(head + b" " * (3 * SMALL_BYTES - 1))
-            await trio.sleep(0.2)
+            await wait_until(lambda: sum(held) == (1 << 18) - 1)
             await third.stream.send_all(head + b" " * (SMALL_BYTES + 2))
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 assert (await third.read_response())[0] == 503
             async with connect(gateway) as small:
                 await small.post(CHAT, chat_body().ljust(SMALL_BYTES))
@@ -160,8 +174,9 @@ async def test_too_many_continuations_are_told_when_to_return(start_gateway, con
             assert (await two.read_response())[0] == 503
 
 
-async def test_a_thousand_connections_that_hang_up_at_once_hold_nobody_up(make_desk, heartbeat):
-    """Five thousand continuations are theirs."""
+@pytest.mark.parametrize("num", [300, pytest.param(1000, marks=pytest.mark.slow)])
+async def test_connections_that_hang_up_at_once_hold_nobody_up(make_desk, heartbeat, num):
+    """Five continuations each are theirs."""
     engine = PipelineEngine(Limits(16, 64))
     desk = make_desk(engine, max_open_choices=5000)
     request = chat_body(n=5)
@@ -170,13 +185,13 @@ async def test_a_thousand_connections_that_hang_up_at_once_hold_nobody_up(make_d
         async with trio.open_nursery() as nursery:
             url = await nursery.start(start_server, desk)
             port = int(url.rpartition(":")[2])
-            clients = await trio.to_thread.run_sync(_connect_many, port, 1000, data)
-            await wait_until(lambda: engine.scheduler.num_waiting == 5000, seconds=60)
+            clients = await trio.to_thread.run_sync(_connect_many, port, num, data)
+            await wait_until(lambda: engine.scheduler.num_waiting == 5 * num)
             async with heartbeat() as gaps:
                 await trio.to_thread.run_sync(lambda: [client.close() for client in clients])
-                await wait_until(lambda: not engine.scheduler.num_waiting, seconds=60)
+                await wait_until(lambda: not engine.scheduler.num_waiting)
             nursery.cancel_scope.cancel()
-    assert max(gaps) < 0.05
+    assert max(gaps) < LONGEST_GAP_SECONDS
 
 
 def _connect_many(port, num, data):
@@ -191,18 +206,18 @@ async def test_a_huge_answer_holds_nobody_up_while_it_is_written(
     start_gateway, connect, make_engine, heartbeat, path
 ):
     engine = make_engine(text="x" * 100, repeats=True, max_seq_len=6000)
-    asked = {"prompt": "x", "logprobs": 20, "max_tokens": 5000}
+    asked = {"prompt": "x", "logprobs": 20, "max_tokens": 2000}
     if path == CHAT:
-        asked = {"messages": USER, "logprobs": True, "top_logprobs": 20, "max_tokens": 5000}
+        asked = {"messages": USER, "logprobs": True, "top_logprobs": 20, "max_tokens": 2000}
     async with start_gateway(engine) as gateway, connect(gateway) as client, heartbeat() as gaps:
         await client.post(path, json.dumps({"model": "tiny/model"} | asked).encode())
         with trio.fail_after(60):
             status, _, body = await client.read_response()
     assert status == 200
-    assert len(body) > 1_000_000
+    assert len(body) > 400_000
     logprobs = json.loads(body)["choices"][0]["logprobs"]
-    assert len(logprobs["content" if path == CHAT else "tokens"]) == 5000
-    assert max(gaps) < 0.05
+    assert len(logprobs["content" if path == CHAT else "tokens"]) == 2000
+    assert max(gaps) < LONGEST_GAP_SECONDS
 
 
 async def test_a_huge_body_holds_nobody_up_while_it_is_read(start_gateway, connect, heartbeat):
@@ -213,7 +228,7 @@ async def test_a_huge_body_holds_nobody_up_while_it_is_read(start_gateway, conne
             await client.post(path, json.dumps(body).encode()[: 4 << 20])
             with trio.fail_after(30):
                 assert (await client.read_response())[0] in {400, 413}
-    assert max(gaps) < 0.05
+    assert max(gaps) < LONGEST_GAP_SECONDS
 
 
 async def test_a_body_nobody_reads_leaves_no_connection_behind(start_gateway, connect):
@@ -221,7 +236,7 @@ async def test_a_body_nobody_reads_leaves_no_connection_behind(start_gateway, co
         for path in ("/health", "/v1/models", "/nowhere") * 5:
             async with connect(gateway) as client:
                 await client.post(path, b"x" * 1_500_000)
-                with trio.fail_after(10):
+                with trio.fail_after(60):
                     status, _, _ = await client.read_response()
                 assert status in {404, 405}
         await wait_until(lambda: gateway.metric("veilpipe_http_connections") == 0)
@@ -233,7 +248,7 @@ async def test_three_hundred_connections_are_served_and_one_more_is_told(start_g
         await wait_until(lambda: gateway.metric("veilpipe_http_connections") == 300)
         async with connect(gateway) as client:
             await client.stream.send_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 status, _, body = await client.read_response()
             assert status == 503
             assert json.loads(body)["error"]["code"] == "too_many_connections"

@@ -93,7 +93,7 @@ async def test_a_session_that_another_request_has_is_a_conflict_until_it_ends(
 ):
     engine = make_engine(repeats=True, seconds=0.01)
     async with start_gateway(engine, sessions=Kept) as gateway, trio.open_nursery() as nursery:
-        nursery.start_soon(with_client, gateway, ask(max_tokens=100, **named("a")))
+        nursery.start_soon(with_client, gateway, ask(max_tokens=1000, **named("a")))
         while not engine.num_active:  # noqa: ASYNC110
             await trio.sleep(0.01)
         error = await fails(
@@ -102,5 +102,6 @@ async def test_a_session_that_another_request_has_is_a_conflict_until_it_ends(
         assert (error.code, error.param) == ("session_in_use", "session")
         assert engine.num_active == 1
         await with_client(gateway, ask(max_tokens=2, **named("b")))
+        engine.seconds = 0.0  # the client is waited for, whose text is long
         nursery.cancel_scope.cancel()
     assert not Kept.in_use

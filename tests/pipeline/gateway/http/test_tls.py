@@ -61,7 +61,7 @@ async def test_openais_client_is_served_over_https(start_gateway, pair):
 
         trusting = httpx.Client(verify=ssl.create_default_context(cafile=str(pair[0])))
         with openai.OpenAI(
-            base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=10, http_client=trusting
+            base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60, http_client=trusting
         ) as client:
             create = client.chat.completions.create
             arguments = {"model": "tiny/model", "messages": [{"role": "user", "content": "Hi"}]}
