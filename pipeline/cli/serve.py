@@ -80,7 +80,9 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     sessions = _sessions(flags, manifest, window)
     desk = Desk(config, engine, tokenizer, GatewayMetrics(registry), sessions)
     service = Service(desk, engine)
-    overview = Overview(manifest, limits, lambda: engine.stats, service.stages)
+    overview = Overview(
+        manifest, limits, lambda: engine.stats, lambda: engine.max_seq_len, service.stages
+    )
     stego: StegoService | None = None
     manager = ServiceManager()
 
@@ -173,6 +175,7 @@ def _limits(flags: ServeFlags, manifest: Manifest, window: TideWindow | None) ->
         flags.chunk_tokens,
         len(manifest.stages),
         window,
+        max_gap=flags.max_gap,
         is_length_asked=flags.context is not None,
     )
 

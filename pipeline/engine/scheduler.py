@@ -10,6 +10,7 @@ from pipeline.engine.limits import Limits
 from pipeline.engine.prefill_chunks import cut_prompts
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
 from pipeline.engine.step import FollowUp, Notice, Promise, Step
+from pipeline.engine.step_pace import Pace
 from pipeline.engine.suspects import Suspects
 from pipeline.errors import MessageError, PromptError
 from pipeline.protocol.batch import Segment
@@ -43,7 +44,7 @@ class Scheduler:
         """`on_give_up` hears of requests that cannot go on, and why.
 
         Without it those are not given up that broke the stages whenever they were tried. `clock`:
-        what idle `prefixes` expire by, seconds.
+        what idle `prefixes` expire by, and steps are timed by, seconds.
         """
         self.limits = limits
         self.num_given_up = 0
@@ -53,6 +54,8 @@ class Scheduler:
         self.must_rebuild = False
         self._on_give_up = on_give_up
         self._suspects = Suspects()
+        self._clock = clock
+        self._pace = Pace(limits.max_gap, limits.num_stages)
         # In order of arrival; ordered, so that taking the first and leaving cost the same for all.
         self._waiting: OrderedDict[int, RequestState] = OrderedDict()
         self._running: dict[int, RequestState] = {}
@@ -169,6 +172,7 @@ class Scheduler:
             if not state.is_replayable:  # no stage could be given again what was loaded
                 state.unsend(state.num_sent)
         self._in_flight.clear()
+        self._pace.forget()
         self._promise.void()
         for slot in lost:
             if self._is_given_up(by_slot[slot].request.request_id):
@@ -210,6 +214,8 @@ class Scheduler:
         if step is not None:
             self._in_flight.append(step)
             self._next_step += 1
+            if step.header.kind is StepKind.STEP:
+                self._pace.sent(step.header.step, step.num_read, self._clock())
         return step
 
     def follow_up(self) -> FollowUp | None:
@@ -266,6 +272,9 @@ class Scheduler:
                 f"step {header.step} returned {len(token_ids)} tokens, expected {len(owners)}"
             )
         step = self._in_flight.popleft()
+        self._pace.came(
+            header.step, [each.compute_ns / 1e9 for each in header.timings], self._clock()
+        )
         self._promise.come(token_ids, owners)
         # The requests of a step that came back are not what breaks the stages.
         self._suspects.clear(step.requests)
@@ -292,16 +301,14 @@ class Scheduler:
     def _token_step(self) -> Step | None:
         """A step of the requests that have waited longest, if a stage has nothing to do."""
         num_under_way = sum(step.header.kind is StepKind.STEP for step in self._in_flight)
-        num_idle = self.limits.num_stages - num_under_way
-        if num_idle <= 0:
-            return None
         segments: list[Segment] = []
         wants: list[Want] = []
         token_ids: list[int] = []
         owners: list[int] = []
         draws: list[Draw] = []
-        parts = self._next_parts(num_idle)
+        parts = self._next_parts(num_under_way)
         is_decoding = any(not state.num_prompt_left for state, _ in parts)
+        num_read = sum(num_tokens for state, num_tokens in parts if state.num_prompt_left)
         for state, num_tokens in parts:
             pending = state.pending(num_tokens)
             segments.append(Segment(state.slot, state.num_sent, len(pending)))
@@ -319,7 +326,9 @@ class Scheduler:
         header = StepHeader(StepKind.STEP, self._next_step, tuple(segments), tuple(wants))
         asked = Asked(draws=tuple(draws)) if draws else NOTHING_ASKED
         requests = tuple(state.request.request_id for state, _ in parts)
-        return Step(header, tuple(token_ids), tuple(owners), is_decoding, asked, requests=requests)
+        return Step(
+            header, tuple(token_ids), tuple(owners), is_decoding, asked, (), requests, num_read
+        )
 
     @property
     def num_held(self) -> int:
@@ -385,15 +394,23 @@ class Scheduler:
     def _by_slot(self) -> dict[int, RequestState]:
         return {state.slot: state for state in self._running.values()}
 
-    def _next_parts(self, num_idle: int) -> list[tuple[RequestState, int]]:
+    def _next_parts(self, num_under_way: int) -> list[tuple[RequestState, int]]:
         """Who takes part in the next step, with at most how many tokens."""
+        num_idle = self.limits.num_stages - num_under_way
         suspect = self._suspects.alone(self._running)
         if suspect is not None:
             alone = [(self._running[suspect], self.limits.chunk_tokens)]
             return alone if num_idle == self.limits.num_stages else []
         running = self._running.values()
         left = [state for state in running if state.num_prompt_left and state.may_send]
-        return [*self._decoding(), *cut_prompts(left, num_idle, self.limits.chunk_tokens)]
+        most = self.limits.chunk_tokens
+        if left and any(not state.num_prompt_left for state in running):
+            most = self._pace.num_tokens(most)
+            # Where stages are far from each other more chunks keep them busy.
+            num_idle = self._pace.num_steps(most) - num_under_way
+        if num_idle <= 0:
+            return []
+        return [*self._decoding(), *cut_prompts(left, num_idle, most)]
 
     def _decoding(self) -> list[tuple[RequestState, int]]:
         """A step's share of the requests that have read their prompt, with a token for each.

@@ -1,0 +1,178 @@
+"""Prompts are read in what is left of steps' time: learnt, not fixed. Time is simulated."""
+
+from collections import deque
+from itertools import pairwise
+
+import pytest
+
+from pipeline.engine.limits import Limits
+from pipeline.engine.request import Request
+from pipeline.engine.scheduler import Scheduler
+from pipeline.engine.step_pace import FIRST_TOKENS, LEAST_TOKENS, MOST_STEPS, Pace
+from pipeline.protocol.result_kinds import Want
+from pipeline.protocol.step_header import StageTiming
+
+
+class Stages:
+    """Stages that take `fixed` seconds for a step and `per_token` more for each of its tokens.
+
+    From one to the next, and back, it takes `apart` seconds.
+    """
+
+    def __init__(self, *speeds, apart=0.0, chunk_tokens=128, max_gap=0.25, num_slots=16):
+        self.speeds, self.apart, self.now = speeds, apart, 0.0
+        limits = Limits(num_slots, 100_000, chunk_tokens, len(speeds), max_gap=max_gap)
+        self.scheduler = Scheduler(limits, clock=lambda: self.now)
+        self.free_at = [0.0] * len(speeds)
+        self.under_way = deque()
+        self.sizes, self.heard = [], {}
+
+    def submit(self, request_id, prompt_tokens, max_tokens, **fields):
+        self.scheduler.submit(Request(request_id, (1,) * prompt_tokens, max_tokens, **fields))
+
+    def advance(self):
+        while (step := self.scheduler.next_step()) is not None:
+            at, timings, count = self.now, [], step.header.num_tokens
+            for idx, (fixed, per_token) in enumerate(self.speeds):
+                took = fixed + per_token * count if count else 0.0
+                at = self.free_at[idx] = max(at + self.apart, self.free_at[idx]) + took
+                timings.append(StageTiming(round(took * 1e9), 0, 0))
+            self.under_way.append((at + self.apart, step, tuple(timings)))
+            self.sizes.append(step.num_read)
+        self.now, step, timings = self.under_way.popleft()
+        header = step.header._replace(timings=timings)
+        num_results = sum(want is not Want.NOTHING for want in step.header.wants)
+        for event in self.scheduler.complete(header, [1] * num_results):
+            self.heard.setdefault(event.request_id, []).append(self.now)
+
+    def until(self, condition):
+        for _ in range(100_000):
+            if condition():
+                return
+            self.advance()
+        raise AssertionError("it hangs")
+
+    def run(self):
+        self.until(lambda: not self.scheduler.has_work)
+
+    def gaps(self, request_id, since=0.0):
+        times = [at for at in self.heard[request_id] if at >= since]
+        return [later - at for at, later in pairwise(times)]
+
+
+SMALL = (0.020, 0.004)  # two stages of a model of a billion parameters on a core each
+
+
+def beside_a_stream(stages, *prompts, known=True):
+    """A stream, and prompts that come while it runs; when the last of them was read."""
+    if known:  # what prompts cost has been learnt from one before
+        stages.submit(99, 300, 1)
+        stages.run()
+    stages.submit(0, 5, 3000)
+    stages.until(lambda: len(stages.heard.get(0, ())) > 20)
+    began = stages.now
+    for index, length in enumerate(prompts, start=1):
+        stages.submit(index, length, 1)
+    stages.until(lambda: all(index in stages.heard for index in range(1, len(prompts) + 1)))
+    return began, max(stages.heard[index][0] for index in range(1, len(prompts) + 1))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_stream_hardly_notices_prompts_and_these_take_no_longer(known):
+    stages = Stages(SMALL, SMALL)
+    began, ended = beside_a_stream(stages, 1900, 1900, 1900, known=known)
+    gaps = sorted(stages.gaps(0, began))
+    assert len(gaps) > 100
+    assert gaps[int(0.99 * len(gaps))] <= 0.25
+    assert sum(gaps) / len(gaps) > 0.1  # and the time that there is is used
+    fixed = Stages(SMALL, SMALL, max_gap=1e9)
+    begun, end = beside_a_stream(fixed, 1900, 1900, 1900)
+    assert max(fixed.gaps(0, begun)) > 0.8
+    per_token = 0.020 / 16  # what reading the weights for smaller chunks costs these stages
+    assert ended - began <= 1.05 * (end - begun) + per_token * 5700
+
+
+def test_a_short_prompt_is_read_beside_long_ones_within_half_a_second():
+    stages = Stages(SMALL, SMALL)
+    beside_a_stream(stages, 1900)
+    for index in range(10, 13):
+        stages.submit(index, 1900, 1)
+    for _ in range(10):
+        stages.advance()
+    asked_at = stages.now
+    stages.submit(20, 20, 1)
+    stages.until(lambda: 20 in stages.heard)
+    assert stages.heard[20][0] - asked_at <= 0.5
+
+
+def test_alone_prompts_are_read_in_the_largest_chunks():
+    stages = Stages(SMALL, SMALL)
+    stages.submit(0, 1900, 1)
+    stages.run()
+    assert max(stages.sizes) == 128
+
+
+def test_the_slowest_stage_counts_wherever_it_is():
+    sizes = []
+    for speeds in ((SMALL, SMALL), (SMALL, (0.03, 0.008)), ((0.03, 0.008), SMALL)):
+        stages = Stages(*speeds)
+        began, _ = beside_a_stream(stages, 1000)
+        assert sorted(stages.gaps(0, began))[-4] <= 0.25
+        sizes.append(max(stages.sizes[-20:]))
+    assert sizes[0] > sizes[1] == sizes[2] >= LEAST_TOKENS
+
+
+def test_stages_far_apart_have_more_chunks_under_way_and_prompts_take_no_longer():
+    near = beside_a_stream(Stages((0.002, 0.0005), (0.002, 0.0005)), 4000)
+    far = Stages((0.002, 0.0005), (0.002, 0.0005), apart=0.08)
+    began, ended = beside_a_stream(far, 4000)
+    fixed = Stages((0.002, 0.0005), (0.002, 0.0005), apart=0.08, max_gap=1e9)
+    begun, end = beside_a_stream(fixed, 4000)
+    assert ended - began <= 1.05 * (end - begun)
+    assert near[1] - near[0] < ended - began
+    assert max(far.gaps(0, began)) <= 4 * far.gaps(0)[10]
+
+
+def test_four_usual_gaps_are_allowed_where_these_are_long():
+    stages = Stages((0.2, 0.01), (0.2, 0.01))
+    began, _ = beside_a_stream(stages, 1000)
+    gaps = stages.gaps(0, began)
+    assert 0.8 < max(gaps) <= 4 * 0.42
+
+
+def test_no_chunk_is_larger_than_it_may_be():
+    stages = Stages((0.001, 0.00001), (0.001, 0.00001), chunk_tokens=64)
+    beside_a_stream(stages, 2000)
+    assert max(stages.sizes) == 64
+
+
+def test_where_nothing_is_told_of_steps_chunks_are_as_large_as_they_may_be():
+    pace = Pace(0.25, 2)
+    pace.sent(0, 100, 0.0)
+    pace.came(0, (), 9.0)
+    assert pace.num_tokens(128) == 128
+    assert pace.num_steps(128) == 2
+
+
+def test_of_prompts_nothing_is_known_at_first():
+    pace = Pace(0.25, 2)
+    pace.sent(0, 0, 0.0)
+    pace.came(0, (0.01, 0.01), 0.02)
+    assert pace.num_tokens(128) == FIRST_TOKENS
+    assert pace.num_tokens(16) == 16
+
+
+def test_what_was_lost_tells_nothing():
+    pace = Pace(0.25, 2)
+    pace.sent(0, 0, 0.0)
+    pace.forget()
+    pace.came(0, (5.0, 5.0), 10.0)
+    assert pace.target == 0.25
+
+
+def test_however_far_stages_are_no_more_is_under_way_than_they_can_hold():
+    pace = Pace(0.25, 2)
+    for number, num_read in enumerate((0, 64)):
+        pace.sent(number, num_read, 10.0 * number)
+        pace.came(number, (0.001, 0.001), 10.0 * number + 9.0)
+    assert pace.num_steps(16) == MOST_STEPS * 2
