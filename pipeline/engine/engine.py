@@ -256,6 +256,7 @@ class PipelineEngine:
             is_foreseeable=not generation.masks,
             salt=generation.salt,
             stored=generation.stored,
+            client=generation.client,
         )
         self.scheduler.submit(request)
         if self._budget is not None:

@@ -29,7 +29,8 @@ class Generation:
     requests of the same salt have left on the stages, and leaves its own to them; None: neither.
     `stored`: the session that its text goes on from, and becomes. `vocab_size`: token ids the model
     has, so that the last stage can be told which are allowed; 0 if that is not known.
-    `samples_at_home`: all logits come back for every token, and no stage chooses. Raises InputError
+    `samples_at_home`: all logits come back for every token, and no stage chooses. `client`: who
+    asks, by whom what there is is shared. Raises InputError
     if what `sampling` wants cannot be had of so few tokens.
     """
 
@@ -45,6 +46,7 @@ class Generation:
     salt: bytes | None = None
     stored: StoredText | None = None
     samples_at_home: bool = False
+    client: bytes | None = None
 
     def __post_init__(self) -> None:
         """Check what the parameters alone cannot."""

@@ -2,9 +2,14 @@
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from operator import attrgetter
 
 from pipeline.engine.admission import Admission, Transfer
+from pipeline.engine.fair_shares import (
+    first_to_give_way,
+    next_in_line,
+    owes_a_slot,
+    shared_rows,
+)
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.limits import Limits
 from pipeline.engine.prefill_chunks import cut_prompts
@@ -179,7 +184,9 @@ class Scheduler:
                 del by_slot[slot]
         # A stage that has been replaced may have less room than the one before it.
         while sum(self.pool.rows(each.num_sent) for each in by_slot.values()) > self.pool.size:
-            del by_slot[self._give_way()]
+            state = first_to_give_way(by_slot.values())
+            assert state is not None, "nothing is being loaded any more"
+            del by_slot[self._give_way(state)]
         self.admission.rewind(by_slot)
         self.must_rebuild = not all(
             self._keeps(state.num_sent, most[slot]) for slot, state in by_slot.items()
@@ -346,16 +353,16 @@ class Scheduler:
         while (num_over := self.num_held - self.pool.size) > 0:
             if self.admission.shrink(self.admission.num_idle - num_over):
                 continue
-            if self.admission.num_transferred(self._running.values()):
+            running = self._running.values()
+            if self.admission.num_transferred(running):
                 return False
-            self._slots.end(self._give_way())
+            state = first_to_give_way(running)
+            assert state is not None, "what is being loaded does not grow"
+            self._slots.end(self._give_way(state))
         return True
 
-    def _give_way(self) -> int:
-        """Have the request that came last wait again, before all others; its slot."""
-        # What is being loaded cannot be cleared: there are others, or it has room.
-        may_go = [state for state in self._running.values() if not state.num_loading]
-        state = max(may_go, key=attrgetter("arrival"))
+    def _give_way(self, state: RequestState) -> int:
+        """Have a request wait again, before all others; its slot."""
         request_id, slot = state.request.request_id, state.slot
         del self._running[request_id]
         self.admission.unfollow(state)
@@ -376,20 +383,29 @@ class Scheduler:
         return is_alone or self.pool.fits(state, running, num_other)
 
     def _admit(self) -> None:
-        while self._waiting and self.admission.has_room:
-            request_id, state = next(iter(self._waiting.items()))
+        while self._waiting:
+            state = next_in_line(self._waiting.values(), self._running.values())
+            request_id = state.request.request_id
             if state.num_known > self.pool.max_tokens:
                 has, most = state.num_known, self.pool.max_tokens
                 reason = f"the text has {has} tokens and the stages have KV memory for {most}"
                 self._give_up(self._waiting, request_id, reason)
                 continue
-            if not self._may_come(state):
+            if not self.admission.has_room or not self._may_come(state):
+                self._see_to_shares(state)
                 break
             del self._waiting[request_id]
             self.admission.admit(state, self._running.values())
             self._running[request_id] = state
             self._notices.append(Start(request_id=request_id, slot=state.slot))
         self.admission.follow(self._running.values())
+
+    def _see_to_shares(self, state: RequestState) -> None:
+        """Have another client's request give way to one that waits, where that is only fair."""
+        is_clearing = self._slots.is_dirty or any(step.freed for step in self._in_flight)
+        debtor = owes_a_slot(state, self._running.values(), self.limits.num_slots)
+        if debtor is not None and not is_clearing:
+            self._slots.end(self._give_way(debtor))
 
     def _by_slot(self) -> dict[int, RequestState]:
         return {state.slot: state for state in self._running.values()}
@@ -420,10 +436,10 @@ class Scheduler:
         of may want no second token, and so would never come.
         """
         decoding = [state for state in self._running.values() if not state.num_prompt_left]
-        share = max(MIN_SHARE, -(-len(decoding) // self.limits.num_stages))
-        if sum(step.is_decoding for step in self._in_flight) >= -(-len(decoding) // share):
+        ready, num_shares = shared_rows(decoding, self.limits.num_stages, MIN_SHARE)
+        if sum(step.is_decoding for step in self._in_flight) >= num_shares:
             return []
-        return [(state, 1) for state in decoding if state.num_sent < state.num_known][:share]
+        return [(state, 1) for state in ready]
 
     def _keeps(self, length: int, held: int) -> bool:
         """Whether stages that hold so many tokens of a request can go back to `length`."""
