@@ -184,9 +184,9 @@ class Scheduler:
                 del by_slot[slot]
         # A stage that has been replaced may have less room than the one before it.
         while sum(self.pool.rows(each.num_sent) for each in by_slot.values()) > self.pool.size:
-            state = first_to_give_way(by_slot.values())
-            assert state is not None, "nothing is being loaded any more"
-            del by_slot[self._give_way(state)]
+            last = first_to_give_way(by_slot.values())
+            assert last is not None, "nothing is being loaded any more"
+            del by_slot[self._give_way(last)]
         self.admission.rewind(by_slot)
         self.must_rebuild = not all(
             self._keeps(state.num_sent, most[slot]) for slot, state in by_slot.items()

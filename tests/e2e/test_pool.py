@@ -5,14 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 NUM_TOKENS = 220
 # As many as run at once begin beside each other, and cannot end so.
 PROMPTS = [[10 + index] * 100 for index in range(12)]
+# For 2,097 tokens in the stage of two layers.
+MEMORY = ("--kv-memory", "0.001")
 SEEDED = {"temperature": 0.9, "seed": 11}
 
 
 def test_requests_give_way_and_stages_die_and_every_text_is_what_it_is_alone(cluster):
     cluster.plan(3)
-    # Of 3 stages the first has two layers, and room for 2,097 tokens.
     for idx in range(3):
-        cluster.start_worker(idx, "--kv-memory", "0.001")
+        cluster.start_worker(idx, *MEMORY)
     server = cluster.serve("--prefix-share", "0")
     alone = [server.text(prompt, NUM_TOKENS) for prompt in PROMPTS]
     seeded = server.text(PROMPTS[0], NUM_TOKENS, **SEEDED)
@@ -31,7 +32,7 @@ def test_requests_give_way_and_stages_die_and_every_text_is_what_it_is_alone(clu
             another = pool.submit(server.text, PROMPTS[0], NUM_TOKENS, **SEEDED)
             server.wait_for(lambda begun=begun: num_given_way() > begun)
             cluster.workers[victim].kill()
-            cluster.start_worker(victim)
+            cluster.start_worker(victim, *MEMORY)
             assert [choice["text"] for choice in texts.result()] == alone
             assert another.result() == seeded
     engine = server.pipeline()["engine"]
