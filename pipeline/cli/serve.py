@@ -84,6 +84,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         manifest,
         limits,
         lambda: engine.stats,
+        lambda: engine.max_seq_len,
         service.stages,
         ignores_measurements=pipeline_flags.development.ignore_measurements,
     )
@@ -185,6 +186,7 @@ def _limits(flags: ServeFlags, manifest: Manifest, window: TideWindow | None) ->
         flags.chunk_tokens,
         len(manifest.stages),
         window,
+        max_gap=flags.max_gap,
         is_length_asked=flags.context is not None,
     )
 

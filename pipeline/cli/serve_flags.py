@@ -56,6 +56,11 @@ class ServeFlags(Settings):
     ] = ()
     max_batch: Annotated[int, Field(ge=1, le=1024), Flag("N", "Requests served at once.")] = 16
     chunk_tokens: Annotated[Count, Flag("N", "Prompt tokens in one step at most.")] = 128
+    max_gap: Annotated[
+        Finite,
+        Field(ge=0.001),
+        Flag("SECONDS", "Between two tokens while others' prompts are read, or 4 usual gaps."),
+    ] = 0.25
     context: Annotated[
         Context | None,
         Flag("N", "Tokens of a request [the model's].", older=(MAX_CONTEXT_VARIABLE,)),

@@ -189,6 +189,10 @@ def _summary(view: PipelineView) -> Text:
     text.append(f"  waiting {engine.num_waiting}")
     if engine.num_idle_prefixes:
         text.append(f"  idle prefixes {engine.num_idle_prefixes}")
+    if engine.pool_tokens:
+        text.append(f"  holding {engine.held_tokens:,} of {engine.pool_tokens:,} tokens")
+    if engine.num_given_way:
+        text.append(f"  gave way {engine.num_given_way}")
     text.append(f"  {view.latency.tokens_per_second:.1f} tokens/s")
     text.append(f"  failovers {engine.num_failovers}")
     if engine.recovery_seconds:
@@ -209,8 +213,9 @@ def _latencies(view: PipelineView) -> Text:
 
 def _stage_tables(view: PipelineView, width: int) -> list[Table]:
     """One row a stage; as many tables, one below the other, as it takes for all to fit."""
-    slot_tokens = view.engine.window or view.engine.max_seq_len
-    rows = [_stage_cells(stage, slot_tokens) for stage in view.stages]
+    engine = view.engine
+    room = engine.pool_tokens or engine.max_batch * (engine.window or engine.max_seq_len)
+    rows = [_stage_cells(stage, room) for stage in view.stages]
     if not rows:
         return []
     first, *names = rows[0]
@@ -237,12 +242,11 @@ def _table(names: Sequence[str], rows: Sequence[Mapping[str, Text]]) -> Table:
     return table
 
 
-def _stage_cells(stage: StageView, slot_tokens: int) -> dict[str, Text]:
+def _stage_cells(stage: StageView, room: int) -> dict[str, Text]:
     figures, rates, age = stage.figures, stage.rates, stage.handshake_age_seconds
     batch = kv_used = "-"
     if figures is not None:
         batch = str(figures.last_batch)
-        room = figures.num_slots * slot_tokens
         kv_used = f"{figures.kv_tokens} tok" + (f" {figures.kv_tokens / room:.0%}" if room else "")
     return {
         "stage": Text(str(stage.stage_idx)),

@@ -233,6 +233,7 @@ class PipelineEngine:
             salt=generation.salt,
             stored=generation.stored,
             reader=generation.reader,
+            client=generation.client,
         )
         if not request.num_prompt:  # of a single token, which nothing stands before
             listener(_NO_TOKEN)

@@ -32,7 +32,8 @@ class Generation:
     has, so that the last stage can be told which are allowed; 0 if that is not known.
     `samples_at_home`: all logits come back for every token, and no stage chooses. `reader` takes in
     what the prompt's own rows tell, before the first token comes; with one `max_tokens` may be 0.
-    Raises InputError if what `sampling` wants cannot be had of so few tokens.
+    `client`: who asks, by whom what there is is shared. Raises InputError if what `sampling` wants
+    cannot be had of so few tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -48,6 +49,7 @@ class Generation:
     stored: StoredText | None = None
     samples_at_home: bool = False
     reader: PromptReader | None = None
+    client: bytes | None = None
 
     def __post_init__(self) -> None:
         """Check what the parameters alone cannot."""

@@ -22,6 +22,8 @@ class Limits:
     num_stages: int = 1
     # What a slot keeps of a request's tokens; None: all of them.
     window: TideWindow | None = None
+    # Seconds between two tokens of a request that prompts of others may make of it.
+    max_gap: float = 0.25
     # Whether `max_seq_len` is what the user wants, and no less will do.
     is_length_asked: bool = False
 

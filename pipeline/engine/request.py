@@ -38,6 +38,8 @@ class Request:
     salt: bytes | None = None
     # The session that its text goes on from, and becomes.
     stored: StoredText | None = None
+    # Who asks: where several do, each gets an equal share. None: one like all others of none.
+    client: bytes | None = None
     # Who wants to know of the prompt's own rows.
     reader: PromptReader | None = None
 

@@ -2,15 +2,21 @@
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from operator import attrgetter
 
 from pipeline.engine.admission import Admission, Transfer
+from pipeline.engine.fair_shares import (
+    first_to_give_way,
+    next_in_line,
+    owes_a_slot,
+    shared_rows,
+)
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.limits import Limits
 from pipeline.engine.prefill_chunks import cut_prompts
 from pipeline.engine.prompt_reader import MAX_READ_TOKENS
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
 from pipeline.engine.step import FollowUp, Notice, Promise, Step
+from pipeline.engine.step_pace import Pace
 from pipeline.engine.suspects import Suspects
 from pipeline.errors import MessageError, PromptError
 from pipeline.protocol.batch import Segment
@@ -44,7 +50,7 @@ class Scheduler:
         """`on_give_up` hears of requests that cannot go on, and why.
 
         Without it those are not given up that broke the stages whenever they were tried. `clock`:
-        what idle `prefixes` expire by, seconds.
+        what idle `prefixes` expire by, and steps are timed by, seconds.
         """
         self.limits = limits
         self.num_given_up = 0
@@ -54,6 +60,8 @@ class Scheduler:
         self.must_rebuild = False
         self._on_give_up = on_give_up
         self._suspects = Suspects()
+        self._clock = clock
+        self._pace = Pace(limits.max_gap, limits.num_stages)
         # In order of arrival; ordered, so that taking the first and leaving cost the same for all.
         self._waiting: OrderedDict[int, RequestState] = OrderedDict()
         self._running: dict[int, RequestState] = {}
@@ -170,13 +178,16 @@ class Scheduler:
             if not state.is_replayable:  # no stage could be given again what was loaded
                 state.unsend(state.num_sent)
         self._in_flight.clear()
+        self._pace.forget()
         self._promise.void()
         for slot in lost:
             if self._is_given_up(by_slot[slot].request.request_id):
                 del by_slot[slot]
         # A stage that has been replaced may have less room than the one before it.
         while sum(self.pool.rows(each.num_sent) for each in by_slot.values()) > self.pool.size:
-            del by_slot[self._give_way()]
+            last = first_to_give_way(by_slot.values())
+            assert last is not None, "nothing is being loaded any more"
+            del by_slot[self._give_way(last)]
         self.admission.rewind(by_slot)
         self.must_rebuild = not all(
             self._keeps(state.num_sent, most[slot]) for slot, state in by_slot.items()
@@ -211,6 +222,8 @@ class Scheduler:
         if step is not None:
             self._in_flight.append(step)
             self._next_step += 1
+            if step.header.kind is StepKind.STEP:
+                self._pace.sent(step.header.step, step.num_read, self._clock())
         return step
 
     def follow_up(self) -> FollowUp | None:
@@ -267,6 +280,9 @@ class Scheduler:
                 f"step {header.step} returned {len(token_ids)} tokens, expected {len(owners)}"
             )
         step = self._in_flight.popleft()
+        self._pace.came(
+            header.step, [each.compute_ns / 1e9 for each in header.timings], self._clock()
+        )
         self._promise.come(token_ids, owners)
         # The requests of a step that came back are not what breaks the stages.
         self._suspects.clear(step.requests)
@@ -294,9 +310,6 @@ class Scheduler:
     def _token_step(self) -> Step | None:
         """A step of the requests that have waited longest, if a stage has nothing to do."""
         num_under_way = sum(step.header.kind is StepKind.STEP for step in self._in_flight)
-        num_idle = self.limits.num_stages - num_under_way
-        if num_idle <= 0:
-            return None
         segments: list[Segment] = []
         wants: list[Want] = []
         token_ids: list[int] = []
@@ -304,10 +317,12 @@ class Scheduler:
         ended: list[int] = []
         given: list[int] = []
         draws: list[Draw] = []
-        parts = self._next_parts(num_idle)
+        parts = self._next_parts(num_under_way)
         is_decoding = any(not state.num_prompt_left for state, _ in parts)
+        num_read = 0
         for state, num_tokens in parts:
             pending = state.pending(num_tokens)
+            num_read += len(pending) if state.num_prompt_left else 0
             start, end = state.num_sent, state.num_sent + len(pending)
             segments.append(Segment(state.slot, start, len(pending)))
             wants.append(state.want(len(pending)))
@@ -328,8 +343,9 @@ class Scheduler:
         asked = Asked(tuple(given), tuple(draws)) if given or draws else NOTHING_ASKED
         requests = tuple(state.request.request_id for state, _ in parts)
         return Step(
-            header, tuple(token_ids), tuple(owners), is_decoding, asked, (), requests, tuple(ended)
-        )
+            header, tuple(token_ids), tuple(owners), is_decoding, asked,
+            requests=requests, num_read=num_read, ended=tuple(ended),
+        )  # fmt: skip
 
     @property
     def num_held(self) -> int:
@@ -347,16 +363,16 @@ class Scheduler:
         while (num_over := self.num_held - self.pool.size) > 0:
             if self.admission.shrink(self.admission.num_idle - num_over):
                 continue
-            if self.admission.num_transferred(self._running.values()):
+            running = self._running.values()
+            if self.admission.num_transferred(running):
                 return False
-            self._slots.end(self._give_way())
+            state = first_to_give_way(running)
+            assert state is not None, "what is being loaded does not grow"
+            self._slots.end(self._give_way(state))
         return True
 
-    def _give_way(self) -> int:
-        """Have the request that came last wait again, before all others; its slot."""
-        # What is being loaded cannot be cleared: there are others, or it has room.
-        may_go = [state for state in self._running.values() if not state.num_loading]
-        state = max(may_go, key=attrgetter("arrival"))
+    def _give_way(self, state: RequestState) -> int:
+        """Have a request wait again, before all others; its slot."""
         request_id, slot = state.request.request_id, state.slot
         del self._running[request_id]
         self.admission.unfollow(state)
@@ -377,14 +393,16 @@ class Scheduler:
         return is_alone or self.pool.fits(state, running, num_other)
 
     def _admit(self) -> None:
-        while self._waiting and self.admission.has_room:
-            request_id, state = next(iter(self._waiting.items()))
+        while self._waiting:
+            state = next_in_line(self._waiting.values(), self._running.values())
+            request_id = state.request.request_id
             if state.num_known > self.pool.max_tokens:
                 has, most = state.num_known, self.pool.max_tokens
                 reason = f"the text has {has} tokens and the stages have KV memory for {most}"
                 self._give_up(self._waiting, request_id, reason)
                 continue
-            if not self._may_come(state):
+            if not self.admission.has_room or not self._may_come(state):
+                self._see_to_shares(state)
                 break
             del self._waiting[request_id]
             self.admission.admit(state, self._running.values())
@@ -392,11 +410,19 @@ class Scheduler:
             self._notices.append(Start(request_id=request_id, slot=state.slot))
         self.admission.follow(self._running.values())
 
+    def _see_to_shares(self, state: RequestState) -> None:
+        """Have another client's request give way to one that waits, where that is only fair."""
+        is_clearing = self._slots.is_dirty or any(step.freed for step in self._in_flight)
+        debtor = owes_a_slot(state, self._running.values(), self.limits.num_slots)
+        if debtor is not None and not is_clearing:
+            self._slots.end(self._give_way(debtor))
+
     def _by_slot(self) -> dict[int, RequestState]:
         return {state.slot: state for state in self._running.values()}
 
-    def _next_parts(self, num_idle: int) -> list[tuple[RequestState, int]]:
+    def _next_parts(self, num_under_way: int) -> list[tuple[RequestState, int]]:
         """Who takes part in the next step, with at most how many tokens."""
+        num_idle = self.limits.num_stages - num_under_way
         suspect = self._suspects.alone(self._running)
         if suspect is not None:
             state = self._running[suspect]
@@ -404,7 +430,14 @@ class Scheduler:
             return alone if num_idle == self.limits.num_stages else []
         running = self._running.values()
         left = [state for state in running if state.num_prompt_left and state.may_send]
-        return [*self._decoding(), *cut_prompts(left, num_idle, self._chunk_tokens(left))]
+        most = self._chunk_tokens(left)
+        if left and any(not state.num_prompt_left for state in running):
+            most = self._pace.num_tokens(most)
+            # Where stages are far from each other more chunks keep them busy.
+            num_idle = self._pace.num_steps(most) - num_under_way
+        if num_idle <= 0:
+            return []
+        return [*self._decoding(), *cut_prompts(left, num_idle, most)]
 
     def _chunk_tokens(self, states: Sequence[RequestState]) -> int:
         """Most tokens of these one's prompts in a step."""
@@ -420,10 +453,10 @@ class Scheduler:
         of may want no second token, and so would never come.
         """
         decoding = [state for state in self._running.values() if not state.num_prompt_left]
-        share = max(MIN_SHARE, -(-len(decoding) // self.limits.num_stages))
-        if sum(step.is_decoding for step in self._in_flight) >= -(-len(decoding) // share):
+        ready, num_shares = shared_rows(decoding, self.limits.num_stages, MIN_SHARE)
+        if sum(step.is_decoding for step in self._in_flight) >= num_shares:
             return []
-        return [(state, 1) for state in decoding if state.num_sent < state.num_known][:share]
+        return [(state, 1) for state in ready]
 
     def _keeps(self, length: int, held: int) -> bool:
         """Whether stages that hold so many tokens of a request can go back to `length`."""

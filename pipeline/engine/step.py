@@ -30,6 +30,8 @@ class Step:
     freed: tuple[int, ...] = ()
     # Each segment's request, of steps that carry tokens.
     requests: tuple[int, ...] = ()
+    # How many of its tokens are read, and not generated.
+    num_read: int = 0
     # Those that end with it, for they wanted no more than to read their prompt.
     ended: tuple[int, ...] = ()
 

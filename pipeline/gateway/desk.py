@@ -188,6 +188,9 @@ class Desk:
             stored = self._stored(order, num_choices, caller)
             salt = None if caller is None else prefix_salt(caller, order.cache_salt)
             generations = self._generations(order, prompts, max_tokens, record, salt, stored)
+            # Attack: where no key is needed, whoever invents many would get many shares.
+            client = caller if self.config.api_keys else None
+            generations = tuple(replace(each, client=client) for each in generations)
             if grammar is not None:
                 generations = tuple(
                     replace(each, masks=(*each.masks, grammar.new_mask(thought_end)))

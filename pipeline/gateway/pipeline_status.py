@@ -84,15 +84,20 @@ class Overview(Collector):
         manifest: Manifest,
         limits: Limits,
         stats: Callable[[], EngineStats],
+        max_seq_len: Callable[[], int],
         stages: Callable[[], Sequence[RemoteStage]],
         *,
         ignores_measurements: bool = False,
     ) -> None:
-        """`stages` gives those of the session that stands, or nothing."""
+        """`stages` gives those of the session that stands, or nothing.
+
+        `max_seq_len`: what a request may have, the stages' memory allowing.
+        """
         # Of the manifest that is served now: with `--replan` another one comes after a loss.
         self.specs = manifest.stages
         self._limits = limits
         self._stats = stats
+        self._max_seq_len = max_seq_len
         self._stages = stages
         self._ignores_measurements = ignores_measurements
 
@@ -100,7 +105,7 @@ class Overview(Collector):
         """What the engine does now, and has done."""
         return EngineView(
             max_batch=self._limits.num_slots,
-            max_seq_len=self._limits.max_seq_len,
+            max_seq_len=self._max_seq_len(),
             window=0 if self._limits.window is None else self._limits.window.size,
             **asdict(self._stats()),
         )
@@ -176,6 +181,11 @@ def _engine_metrics(view: EngineView) -> Iterator[Metric]:
             "Slots that hold what an ended request has left.",
             view.num_idle_prefixes,
         ),
+        "veilpipe_pool_tokens": (
+            "Tokens that all requests may hold together; 0: each as many as its slot has room for.",
+            view.pool_tokens,
+        ),
+        "veilpipe_held_tokens": ("Tokens that slots hold, or are about to.", view.held_tokens),
         "veilpipe_max_batch_size": ("Requests there is room for in a step.", view.max_batch),
         "veilpipe_last_recovery_seconds": (
             "How long the pipeline took to stand again after its last loss of a stage.",
@@ -191,6 +201,10 @@ def _engine_metrics(view: EngineView) -> Iterator[Metric]:
         "veilpipe_cached_tokens": (
             "Tokens of prompts that were held and not computed.",
             view.num_cached_tokens,
+        ),
+        "veilpipe_requests_given_way": (
+            "Times a request was cleared for those before it, to be computed again.",
+            view.num_given_way,
         ),
         "veilpipe_failovers": ("Losses of a stage that requests survived.", view.num_failovers),
         "veilpipe_handshakes": ("Handshakes with stages.", view.num_handshakes),
@@ -214,7 +228,7 @@ _STAGE_GAUGES = (
     ("slots", "Requests a stage has room for.", "num_slots"),
     ("slots_in_use", "Slots that hold keys and values.", "slots_in_use"),
     ("kv_tokens", "Tokens whose keys and values a stage holds.", "kv_tokens"),
-    ("kv_reserved_bytes", "KV memory a stage has reserved.", "kv_bytes"),
+    ("kv_bytes", "KV memory that a stage's slots may take together.", "kv_bytes"),
     ("batch_size", "Requests in a stage's last step.", "last_batch"),
 )
 _STAGE_COUNTERS = (

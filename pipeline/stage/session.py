@@ -182,7 +182,8 @@ class StageSession:
             await self._has_parts.wait()
             await self._control.send(self._ready(epoch.epoch))
             logger.info("event=ready stage=%d", self._setup.stage_idx)
-            if epoch.replay_until is not None:
+            # Whoever asks for what is not kept has just heard of that, and asks for something else.
+            if epoch.replay_until is not None and self._core.keeps_activations:
                 await self._replay(downstream, epoch.replay_until)
             await self._serve_steps(upstream, downstream)
         except LinkBroken as broken:

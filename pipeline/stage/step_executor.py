@@ -181,10 +181,10 @@ class StageCore:
             self._truncate(slot, length)
 
     def replay(self, until: int) -> Iterator[tuple[StepHeader, tuple[Tensor, ...]]]:
-        """What was sent on before, once more, if it is all kept: whoever asked hears of that."""
+        """What was sent on before, once more. Raises MessageError when it has not been kept."""
         self.keep()
-        if self.log is None or not self.log.is_whole(self.cache.lengths):
-            return
+        if self.log is None or not self.keeps_activations:
+            raise MessageError("this stage does not keep the activations that it is to replay")
         for header, hidden in self.log.replay(until, self.limits.max_step_tokens):
             yield header, self._codec.encode(hidden)
 

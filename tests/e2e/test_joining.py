@@ -7,6 +7,7 @@ import socket
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from pipeline.kernels.kernel_selection import why_not_native
@@ -74,21 +75,35 @@ def test_a_stage_dials_elsewhere_only_where_it_is_allowed_to(cluster):
 
 def test_what_stages_have_no_memory_for_is_refused_at_once_in_one_line(cluster):
     cluster.plan(2)
-    # Room for a request of 128 positions at most: 2 layers, 2 heads of 16, keys and values.
+    # Room for 2,097 tokens: 2 layers, 2 heads of 16, keys and values.
     for idx in range(2):
         cluster.start_worker(idx, "--kv-memory", "0.001")
     began = time.monotonic()
     serve = cluster.orch_command(
         *("serve", "--manifest", cluster.manifest, "--model-dir", cluster.model_dir, "--dev"),
-        *("--port", "0", "--max-batch", "64"),
+        *("--port", "0", "--context", "2098"),
     )
     line = error_of(serve, 2)
+    assert "KV memory for 2097 tokens in all, and a request is to have 2098" in line
     assert "--context" in line
-    assert "--max-batch" in line
     assert time.monotonic() - began < 20
     assert len(serve.stderr.splitlines()) < 8
-    server = cluster.serve("--max-batch", "2", "--context", "128")
-    assert server.text("Hello there", 5)
+
+
+def test_whatever_the_model_allows_requests_may_have_what_stages_have_memory_for(cluster):
+    cluster.plan(2)
+    for idx, size in enumerate(("0.001", "0.002")):
+        cluster.start_worker(idx, "--kv-memory", size)
+    server = cluster.serve("--max-batch", "64")
+    told = "context 2097, KV 0.0 GB for 2,097 tokens of up to 64 requests"
+    assert told in server.log()
+    assert server.pipeline()["engine"]["max_seq_len"] == 2097
+    assert server.text([7] * 2090, 5)
+    refused = httpx.post(
+        f"{server.url}/v1/completions", json=server.wish([7] * 2097, 1), timeout=60
+    )
+    assert refused.status_code == 400
+    assert "2097" in refused.json()["error"]["message"]
     server.stop()
 
 

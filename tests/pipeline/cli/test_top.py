@@ -79,6 +79,15 @@ def test_slots_that_idle_explain_what_kv_memory_holds_while_nobody_runs():
     assert "running 0/8  waiting 2  idle prefixes 3" in line
 
 
+def test_what_requests_share_is_shown_and_how_often_one_gave_way():
+    engine = dataclasses.replace(
+        VIEW.engine, pool_tokens=132_000, held_tokens=1_100, num_given_way=7
+    )
+    lines = shown(VIEW.model_copy(update={"engine": engine}), 200)
+    assert "waiting 2  holding 1,100 of 132,000 tokens  gave way 7  61.2" in lines[0]
+    assert " 512 tok 0% " in " ".join(lines[-2].split())
+
+
 @pytest.mark.parametrize("width", [48, 60, 80, 129])
 def test_nothing_is_cut_off_in_a_narrow_terminal(width):
     lines = shown(VIEW, width)

@@ -36,7 +36,7 @@ AFTER = BEFORE.model_copy(
     }
 )
 STATS = EngineStats(
-    3, 2, 40, 80, 1, 3, 9, 0.75, {"embed": SECOND, "head": 5 * SECOND // 2}, 2, 5, 99
+    3, 2, 40, 80, 1, 3, 9, 0.75, {"embed": SECOND, "head": 5 * SECOND // 2}, 2, 5, 99, 1000, 400, 6
 )
 GET = b"GET %s HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer sk-test-0123456789\r\n\r\n"
 
@@ -53,7 +53,7 @@ def stage(idx, past=BEFORE, now=AFTER, is_ready=True):
 @pytest.fixture
 def overview(manifest_of_two):
     stages = []
-    overview = Overview(manifest_of_two, Limits(8, 128), lambda: STATS, lambda: stages)
+    overview = Overview(manifest_of_two, Limits(8, 128), lambda: STATS, lambda: 100, lambda: stages)
     return SimpleNamespace(overview=overview, stages=stages)
 
 
@@ -86,7 +86,7 @@ async def test_a_stage_whose_pins_nothing_compares_says_so_whatever_its_state(ma
 
 async def test_the_engines_figures_are_shown_as_they_are(overview):
     view = overview.overview.engine()
-    assert asdict(view) == asdict(STATS) | {"max_batch": 8, "max_seq_len": 128, "window": 0}
+    assert asdict(view) == asdict(STATS) | {"max_batch": 8, "max_seq_len": 100, "window": 0}
     adapter = TypeAdapter(EngineView)
     assert adapter.validate_json(adapter.dump_json(view)) == view
     with pytest.raises(ValidationError):
@@ -133,6 +133,9 @@ async def test_prometheus_gets_the_same_figures(overview):
     assert value("veilpipe_idle_prefixes") == 2
     assert value("veilpipe_prefix_hits_total") == 5
     assert value("veilpipe_cached_tokens_total") == 99
+    assert value("veilpipe_pool_tokens") == 1000
+    assert value("veilpipe_held_tokens") == 400
+    assert value("veilpipe_requests_given_way_total") == 6
     overview.stages.pop()
     assert value("veilpipe_stage_up", {"stage": "0"}) == 1
     assert value("veilpipe_stage_up", {"stage": "1"}) == 0
