@@ -71,9 +71,11 @@ class Attacker:
         off = np.square(features(self._vocabulary(0)) - target).sum(axis=1)
         return frozenset(np.argsort(off, kind="stable")[:count].tolist())
 
-    def considered(self, layer: int) -> str:
+    def considered(self, layer: int, *, is_guided: bool = False) -> str:
         """Which tokens are tried at a layer, in words."""
-        return "all" if layer <= 1 else f"{min(MAX_CANDIDATES, self._size)} likeliest"
+        if layer == 0 or (layer == 1 and not is_guided):
+            return "all"
+        return f"{min(MAX_CANDIDATES, self._size)} likeliest"
 
     def _match_all(self, comparison: Comparison) -> Sequence[int]:
         """At layer 0 every token's row is known, whatever came before it."""

@@ -190,7 +190,7 @@ def recover(
         attack=each.name,
         attacker=each.attacker if known == each.num_known else f"{each.attacker} + first token",
         layer=layer,
-        candidates=attacker.considered(layer),
+        candidates=attacker.considered(layer, is_guided=each.is_guided),
         tokens=count,
         token_recovery=right / count,
     )

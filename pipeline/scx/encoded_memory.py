@@ -105,7 +105,7 @@ class EncodedRowByRow(AttentionParts):
     async def with_seed(
         self, limits: SessionLimits, on_waiting: Callable[[str], None], seed: bytes | None
     ) -> AsyncIterator[None]:
-        """See `EncodedMemory.session`."""
+        """As `EncodedMemory.session`. Raises SessionRefused."""
         del on_waiting
         if seed is None:
             raise SessionRefused(_NO_KEYS)
