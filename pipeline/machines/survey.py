@@ -1,6 +1,6 @@
 """What home finds out of its machines before it splits a model: what they have, how far apart."""
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -39,6 +39,10 @@ class Survey:
     ways: Mapping[tuple[int, int], Probed]
     # Why there is no way where there is none.
     problems: Mapping[tuple[int, int], str]
+
+
+class _Unreached(SessionError):
+    """Home does not reach a machine where stages do."""
 
 
 async def survey(
@@ -82,36 +86,41 @@ async def _ways(
     """One after the other: two at once would share what is measured."""
     ways: dict[tuple[int, int], Probed] = {}
     problems: dict[tuple[int, int], str] = {}
+    public = own.public_key().public_bytes_raw()
+
+    async def note(hop: tuple[int, int], probing: Awaitable[Probed]) -> None:
+        try:
+            ways[hop] = await probing
+        except (MachineRefuses, _Unreached) as error:
+            problems[hop] = str(error)
+
     async with _at_home(machines, own):
         for here, visit in enumerate(visits):
             for there, machine in enumerate(machines):
                 if there == here:
                     continue
                 await visits[there].admit(visit.address.key)
-                try:
-                    ways[here, there] = await visit.probe(
-                        machine.address, machine.description.data_port
-                    )
-                except MachineRefuses as error:
-                    problems[here, there] = str(error)
-            try:
-                ways[here, HOME] = await _way_home(visit, machines[here], own)
-            except SessionError as error:
-                problems[here, HOME] = str(error)
+                data_port = machine.description.data_port
+                await note((here, there), visit.probe(machine.address, data_port))
+            await note((HOME, here), _from_home(visit, machines[here], own))
+            if (home := machines[here].home) is not None:
+                await note((here, HOME), visit.probe(Address(home, public), None))
+            elif (HOME, here) in ways:
+                ways[here, HOME] = ways[HOME, here]
     return ways, problems
 
 
-async def _way_home(visit: Visit, machine: Surveyed, own: X25519PrivateKey) -> Probed:
-    """Measured from the end that will dial, which has to reach the other. Raises SessionError."""
-    public = own.public_key().public_bytes_raw()
-    if machine.home is not None:
-        return await visit.probe(Address(machine.home, public), None)
-    await visit.admit(public)
+async def _from_home(visit: Visit, machine: Surveyed, own: X25519PrivateKey) -> Probed:
+    """How home, which dials the first machine and comes for results, reaches one of them.
+
+    Raises _Unreached, or SessionError where the visit fails.
+    """
+    await visit.admit(own.public_key().public_bytes_raw())
     address = visit.address
     try:
         return await probe(own, address.endpoint, address.key, machine.description.data_port)
     except SessionError as error:
-        raise SessionError(f"{address}: {error}") from error
+        raise _Unreached(f"{address}: {error}") from error
 
 
 @asynccontextmanager

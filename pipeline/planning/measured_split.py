@@ -124,7 +124,7 @@ def _cost(split: MeasuredSplit) -> float:
 
 
 def _orders(count: int, ways: Ways) -> list[tuple[int, ...]]:
-    """Orders in which each machine reaches the next, and the last one home."""
+    """Orders in which home reaches the first machine, each the next, and the last one home."""
     if count <= MAX_ORDERED:
         candidates = list(permutations(range(count)))
     else:
@@ -133,7 +133,7 @@ def _orders(count: int, ways: Ways) -> list[tuple[int, ...]]:
 
 
 def _hops(order: Sequence[int]) -> list[tuple[int, int]]:
-    stops = (*order, HOME)
+    stops = (HOME, *order, HOME)
     return list(pairwise(stops))
 
 
@@ -193,8 +193,8 @@ def _why_not(machines: Sequence[MachineSpeed], ways: Ways, total: int) -> str:
     count = len(machines)
     if not any((index, HOME) in ways for index in range(count)):
         return (
-            "no machine reaches home, where results come in: let the port of --home through its "
-            "firewall, or dial out to a `pipeline-relay` and give its address with --home"
+            "between no machine and home is a way for results: let both ports of the machines "
+            "through, or with --home that port at home"
         )
     for index, machine in enumerate(machines):
         others = {(index, other) for other in range(HOME, count)}

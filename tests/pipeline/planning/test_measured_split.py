@@ -26,7 +26,7 @@ def load(num_layers, layer=MIB, first=0, last=0):
 
 def all_ways(count, way=NEAR):
     stops = range(HOME, count)
-    return {(a, b): way for a in range(count) for b in stops if a != b}
+    return {(a, b): way for a in stops for b in stops if a != b}
 
 
 def shares(split):
@@ -69,6 +69,9 @@ def test_ways_that_there_are_not_are_not_taken():
     ways = all_ways(2)
     del ways[0, 1]
     assert split_by_speed(load(4), [machine(10)] * 2, ways).order == (1, 0)
+    ways = all_ways(2)
+    del ways[HOME, 0]
+    assert split_by_speed(load(4), [machine(10)] * 2, ways).order == (1, 0)
 
 
 def test_what_cannot_be_is_said_in_a_line():
@@ -82,11 +85,14 @@ def test_what_cannot_be_is_said_in_a_line():
             load(2, layer=10 * MIB), [machine(1, memory=11 * MIB), machine(1)], all_ways(2)
         )
     homeless = {hop: way for hop, way in all_ways(2).items() if hop[1] != HOME}
-    with pytest.raises(InputError, match="no machine reaches home"):
+    with pytest.raises(InputError, match="between no machine and home"):
         split_by_speed(load(4), pair, homeless)
     alone = {hop: way for hop, way in all_ways(2).items() if hop[0] != 0}
     with pytest.raises(InputError, match="alpha reaches none"):
         split_by_speed(load(4), pair, alone)
+    unreached = {hop: way for hop, way in all_ways(2).items() if hop[0] != HOME}
+    with pytest.raises(InputError, match="no way leads through all"):
+        split_by_speed(load(4), pair, unreached)
     apart = {(0, HOME): NEAR, (1, HOME): NEAR}
     with pytest.raises(InputError, match="no way leads through all"):
         split_by_speed(load(4), pair, apart)
