@@ -229,7 +229,7 @@ class PipelineEngine:
             generation.eos_token_ids,
             want,
             sampler.next_draw if sampler and want.result is Result.DRAWN else None,
-            is_foreseeable=not generation.masks,
+            draw_behind=sampler.draw_behind if sampler and generation.masks else None,
             salt=generation.salt,
             stored=generation.stored,
             reader=generation.reader,

@@ -81,7 +81,15 @@ class Generation:
         masks = (*masks_of(self.sampling, self.eos_token_ids), *self.masks)
         chooser = None if self.chooser is None else self.chooser()
         sampling = in_parameters(self.sampling)
-        return Sampler(sampling, self.prompt_ids, self.processors, masks, chooser, self.vocab_size)
+        return Sampler(
+            sampling,
+            self.prompt_ids,
+            self.processors,
+            masks,
+            chooser,
+            self.vocab_size,
+            is_foreseeable=not self.masks,
+        )
 
 
 @dataclass(frozen=True, slots=True)

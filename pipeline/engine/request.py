@@ -31,8 +31,9 @@ class Request:
     # stage draws it.
     want: Want = Want.TOKEN
     next_draw: Callable[[int], Draw] | None = None
-    # Whether how its tokens are drawn is known before they are: a mask may depend on the text.
-    is_foreseeable: bool = True
+    # Where that depends on more than how many there are, as a mask may: how the token is drawn that
+    # stands behind so many and a given one.
+    draw_behind: Callable[[int, int], Draw] | None = None
     # Whose text it is: what it leaves in its slot is there for requests of the same salt, and no
     # other. None: for nobody.
     salt: bytes | None = None

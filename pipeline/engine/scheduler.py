@@ -2,6 +2,7 @@
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from pipeline.engine.admission import Admission, Transfer
 from pipeline.engine.fair_shares import (
@@ -239,8 +240,6 @@ class Scheduler:
         due = self._in_flight[0]
         ((request_id, state),) = self._running.items()
         request = state.request
-        if not request.is_foreseeable:
-            return None
         is_due = due.owners == (request_id,) and not self._slots.is_dirty
         num_left = min(
             request.max_tokens - len(state.token_ids), self.pool.max_tokens + 1 - state.num_known
@@ -252,7 +251,11 @@ class Scheduler:
         segments = (Segment(state.slot, state.num_sent, 1),)
         header = StepHeader(StepKind.STEP, self._next_step, segments, (request.want,))
         how = None if request.next_draw is None else request.next_draw(1)
-        return self._promise.give(FollowUp(due.header, header, request.eos_token_ids, how))
+        behind = None
+        if request.draw_behind is not None:
+            behind = partial(request.draw_behind, len(state.token_ids))
+        ends = request.eos_token_ids
+        return self._promise.give(FollowUp(due.header, header, ends, how, behind))
 
     def take_notices(self) -> list[Notice]:
         """What stages are to hear of requests' lives before the next step, in this order."""

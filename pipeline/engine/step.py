@@ -1,6 +1,6 @@
 """A step to send, and the one after it where that is certain but for its token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,11 +53,15 @@ class FollowUp:
     # Tokens after which there is no such step.
     ends: frozenset[int]
     # How the last stage is to draw the token after that one, if it draws; what stands for that one
-    # at the end of its text is not it.
+    # at the end of its text is not it. Nor is its mask what it will be where `behind` says how the
+    # token behind a given one is drawn.
     how: Draw | None = None
+    behind: Callable[[int], Draw] | None = None
 
     def asked(self, token_id: int) -> Asked:
         """What the last stage is told once its one token is known."""
+        if self.behind is not None:
+            return Asked(draws=(self.behind(token_id),))
         how = self.how
         if how is None:
             return NOTHING_ASKED

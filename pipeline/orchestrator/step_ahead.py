@@ -10,7 +10,7 @@ from functools import lru_cache
 from pipeline.engine.step import FollowUp
 from pipeline.errors import LinkLost
 from pipeline.protocol.batch import Segment
-from pipeline.protocol.last_stage_inputs import end_of_text
+from pipeline.protocol.last_stage_inputs import NOTHING_ASKED, Asked, end_of_text
 from pipeline.protocol.links import step_form
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import (
@@ -39,6 +39,7 @@ class Ahead:
         # The step, and where its token has to be.
         self._step: FrameForm | None = None
         self._places: list[int] = []
+        self._mask_place = 0
         self._prepared: FollowUp | None = None
         self._sent: StepHeader | None = None
 
@@ -52,15 +53,20 @@ class Ahead:
         self._prepared = None
         if follow_up is None or self._sent is not None:
             return  # one has left, and its own result is not due yet
-        how, asked = follow_up.how, follow_up.asked(0)
+        how = follow_up.how
+        asked = NOTHING_ASKED if how is None else Asked(draws=(how,))
         tensors = step_tensors(follow_up.header, (0,), asked)
         try:
             step = FrameForm(Frame(FrameKind.DATA, encode_step(follow_up.header), tensors))
         except MisuseError:
             return  # it takes more than one record
         places = [start for start, _ in step.places]
+        self._mask_place = 0
         if how is not None:
-            places[1:] = [places[1] + end_of_text(how)] if how.text.size else []
+            draw_start, draw_bytes = places[1], tensors[1].spec.nbytes
+            places[1:] = [draw_start + end_of_text(how)] if how.text.size else []
+            if follow_up.behind is not None:
+                self._mask_place = draw_start + draw_bytes - len(how.allowed)
         self._step, self._places = step, places
         (want,) = follow_up.header.wants
         self._results = results = _results(want, len(self._timings))
@@ -88,8 +94,20 @@ class Ahead:
             return None
         for place in self._places:
             step.plain[place : place + TOKEN_BYTES] = token
+        if self._mask_place and not self._set_mask(step, follow_up, token_id):
+            return None
         self._sent = follow_up.header
         return step
+
+    def _set_mask(self, step: FrameForm, follow_up: FollowUp, token_id: int) -> bool:
+        """Put the mask behind the token that has come where room was left; whether it fits."""
+        (how,) = follow_up.asked(token_id).draws
+        assert follow_up.how is not None  # else nothing would be masked
+        mask = how.allowed
+        if len(mask) != len(follow_up.how.allowed):
+            return False
+        step.plain[self._mask_place : self._mask_place + len(mask)] = mask
+        return True
 
     def has_sent(self, header: StepHeader) -> bool:
         """Whether this step, the next one in order, has been sent ahead.

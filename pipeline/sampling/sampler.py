@@ -41,8 +41,13 @@ class Sampler:
         masks: Sequence[Mask] = (),
         chooser: Chooser | None = None,
         vocab_size: int = 0,
+        *,
+        is_foreseeable: bool = True,
     ) -> None:
-        """`chooser`: in the place of the one that `params` name; `vocab_size`: for `next_draw`."""
+        """`chooser`: in the place of the one that `params` name; `vocab_size`: for `next_draw`.
+
+        `is_foreseeable`: whether all masks are functions of how many tokens there are.
+        """
         self._params = params
         self._processors = tuple(processors)
         self._masks = tuple(masks)
@@ -53,6 +58,7 @@ class Sampler:
         self._generated: list[int] = []
         self._num_prompt = len(prompt_ids)
         self._vocab_size = vocab_size
+        self._is_foreseeable = is_foreseeable
         self._text = Text(prompt_ids)
         self._chooser = chooser or new_chooser(params)
         # What a mask has raised, instead of saying what the next token may be.
@@ -61,12 +67,29 @@ class Sampler:
     def next_draw(self, ahead: int = 0) -> Draw:
         """How the last stage has to draw the next token: the same until one has been `took`.
 
-        Or how one behind it, `ahead` of them further, for requests whose masks are functions of
-        how many tokens there are. What stands for those between in its text is not theirs.
+        Or how one behind it, `ahead` of them further. What stands for those between in its text is
+        not theirs, and unless masks are foreseeable what stands for its mask is none.
         """
         how = self._how((self._chooser.uniform(ahead),), ahead)
+        if ahead and not self._is_foreseeable:
+            return replace(how, allowed=bytes(-(-self._vocab_size // 8)))
+        return self._masked(how, [*self._generated, *[0] * ahead] if ahead else self._generated)
+
+    def draw_behind(self, num_before: int, token_id: int) -> Draw:
+        """How the token behind `token_id` is drawn, whether or not that has been taken by now.
+
+        `num_before`: tokens generated before it.
+        """
+        if len(self._generated) > num_before:
+            return self.next_draw()
+        how = self._how((self._chooser.uniform(1),), 1)
+        if how.text.size:
+            how = replace(how, text=np.append(how.text[:-1], np.uint32(token_id)))
+        return self._masked(how, [*self._generated, token_id])
+
+    def _masked(self, how: Draw, generated: Sequence[int]) -> Draw:
         try:
-            allowed = self._bits(ahead)
+            allowed = self._bits(generated)
         except Exception as error:  # a mask may be anyone's code; others' tokens are in this step
             self._failure = error
             allowed = bytes(-(-self._vocab_size // 8))  # so this request gets none
@@ -76,7 +99,7 @@ class Sampler:
         """Why the last stage has drawn no token: what a mask has raised, if one has."""
         if self._failure is not None:
             return self._failure
-        allowed = self._allowed(self._vocab_size)
+        allowed = self._allowed(self._vocab_size, self._generated)
         if allowed is None or allowed.any():
             return RequestFailed(f"{NO_NUMBERS}, or bias and mask leave none")
         return InputError(_NONE_LEFT)
@@ -125,23 +148,19 @@ class Sampler:
         logits = adjust(logits, self._how((0.0,)))
         for processor in self._processors:
             logits = processor(self._token_ids, logits)
-        allowed = self._allowed(logits.size)
+        allowed = self._allowed(logits.size, self._generated)
         return logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
 
-    def _bits(self, ahead: int) -> bytes | None:
+    def _bits(self, generated: Sequence[int]) -> bytes | None:
         """As `_allowed`, a bit a token."""
         if self._packed is not None:
-            return self._packed(self._text_so_far(ahead), self._vocab_size)
-        allowed = self._allowed(self._vocab_size, ahead)
+            return self._packed(generated, self._vocab_size)
+        allowed = self._allowed(self._vocab_size, generated)
         return None if allowed is None else np.packbits(allowed, bitorder="little").tobytes()
 
-    def _text_so_far(self, ahead: int) -> Sequence[int]:
-        return [*self._generated, *[0] * ahead] if ahead else self._generated
-
-    def _allowed(self, vocab_size: int, ahead: int = 0) -> Allowed | None:
-        """What all masks allow to come next, [vocab]; None: anything."""
+    def _allowed(self, vocab_size: int, generated: Sequence[int]) -> Allowed | None:
+        """What all masks allow behind these, [vocab]; None: anything."""
         allowed: Allowed | None = None
-        generated = self._text_so_far(ahead)
         for mask in self._masks:
             more = mask.allowed(generated, vocab_size)
             if more is not None:

@@ -1,5 +1,6 @@
 """The step that is certain to come next, but for its token."""
 
+import numpy as np
 import pytest
 
 from pipeline.engine.limits import Limits
@@ -44,11 +45,41 @@ def test_how_the_next_token_is_drawn_is_certain_but_for_the_one_before_it():
         assert how.text.tolist() == told.text.tolist() == sampler.next_draw().text.tolist()
 
 
-@pytest.mark.parametrize("other", ["waits", "runs", "cancelled", "samples", "masked"])
+class LastToken:
+    """A mask that depends on the text: after `n` only tokens from `n` on."""
+
+    def allowed(self, generated, vocab_size):
+        return np.arange(vocab_size) >= (generated[-1] if generated else 0)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_a_mask_of_the_text_is_known_with_the_token_before_it(penalty):
+    params = SamplingParams(temperature=1.0, seed=1, presence_penalty=penalty)
+    sampler = Sampler(params, (1, 2), masks=(LastToken(),), vocab_size=20, is_foreseeable=False)
+    scheduler = Scheduler(Limits(2, 100))
+    how = {"next_draw": sampler.next_draw, "draw_behind": sampler.draw_behind}
+    scheduler.submit(Request(1, (1, 2), 5, want=Want.DRAWN, **how))
+    step = scheduler.next_step()
+    for token_id in (5, 6, 9):
+        follow_up = scheduler.follow_up()
+        (before,) = follow_up.asked(token_id).draws
+        sampler.took(token_id)
+        (after,) = follow_up.asked(token_id).draws
+        scheduler.complete(step.header, [token_id])
+        step = scheduler.next_step()
+        for told in (before, after, *step.asked.draws):
+            assert told.allowed == sampler.next_draw().allowed
+            assert len(told.allowed) == len(follow_up.how.allowed)
+            assert told.uniforms == follow_up.how.uniforms == sampler.next_draw().uniforms
+            assert told.text.tolist() == sampler.next_draw().text.tolist()
+        assert step.header == follow_up.header
+
+
+@pytest.mark.parametrize("other", ["waits", "runs", "cancelled", "samples"])
 def test_nothing_is_certain_of_a_request_that_is_not_alone(other):
     scheduler = Scheduler(Limits(1 if other == "waits" else 2, 100))
     want = Want.LOGITS if other == "samples" else Want.TOKEN
-    scheduler.submit(Request(1, (1, 2), 9, want=want, is_foreseeable=other != "masked"))
+    scheduler.submit(Request(1, (1, 2), 9, want=want))
     if other in {"runs", "waits"}:
         scheduler.submit(Request(2, (1, 2), 9))
     assert scheduler.next_step() is not None

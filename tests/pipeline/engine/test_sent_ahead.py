@@ -1,5 +1,6 @@
 """A lone request's steps are sent ahead, whoever comes, leaves or is lost meanwhile."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from pipeline.engine.limits import Limits
 from pipeline.engine.request import FinishReason
 from pipeline.engine.step import Step
 from pipeline.engine.step_runner import RunnerStats
-from pipeline.errors import PipelineError, SessionError
+from pipeline.errors import InputError, PipelineError, SessionError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.orchestrator.local_pipeline import LocalPipeline
@@ -206,6 +207,63 @@ async def test_what_is_drawn_is_the_same_with_steps_sent_ahead(new_pipeline, sam
     assert pipeline.num_ahead >= len(heard) - 1 - max(fails_at, 0)
     for there, at_home in zip(heard, here, strict=True):
         assert [token_id for token_id, _ in there.top] == [token_id for token_id, _ in at_home.top]
+
+
+class Alternates:
+    """A mask that depends on the text: behind an even token odd ones, and the other way round."""
+
+    def __init__(self, fails_after=1 << 30):
+        self._fails_after = fails_after
+
+    def allowed(self, generated, vocab_size):
+        if len(generated) >= self._fails_after:
+            raise InputError("no more than that")
+        return np.arange(vocab_size) % 2 != (generated[-1] if generated else 0) % 2
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 1.0, "seed": 1, "logprobs": 2}, {"frequency_penalty": 1.5}],
+    ids=str,
+)
+@pytest.mark.parametrize("fails_at", [-1, 5])
+async def test_a_mask_of_the_text_leaves_with_the_token_it_depends_on(
+    new_pipeline, sampling, fails_at
+):
+    asked = Generation(
+        (3, 1, 4), 12, frozenset(), SamplingParams(**sampling), masks=(Alternates(),),
+        vocab_size=VOCAB,
+    )  # fmt: skip
+    here, _ = listen(engine := PipelineEngine(LIMITS), replace(asked, samples_at_home=True))
+    await engine.drain(new_pipeline())
+    heard, _ = listen(engine := PipelineEngine(LIMITS), asked)
+    pipeline = new_pipeline()
+    pipeline.fails_at = fails_at
+    if fails_at >= 0:
+        with pytest.raises(SessionError):
+            await engine.drain(pipeline)
+        pipeline = new_pipeline()
+        pipeline.replay(engine.scheduler)
+    await engine.drain(pipeline)
+    assert ids(heard) == ids(here)
+    assert {(a + b) % 2 for a, b in itertools.pairwise(ids(heard))} == {1}
+    assert pipeline.num_ahead >= len(heard) - 1 - max(fails_at, 0)
+
+
+async def test_a_mask_that_fails_ahead_ends_its_request_and_no_other(new_pipeline, expected):
+    engine, pipeline = PipelineEngine(LIMITS), new_pipeline()
+    masked = Generation(
+        (3, 1, 4), 12, frozenset(), SamplingParams(temperature=1.0, seed=1),
+        masks=(Alternates(fails_after=4),), vocab_size=VOCAB,
+    )  # fmt: skip
+    heard, _ = listen(engine, masked)
+    await engine.drain(pipeline)
+    assert pipeline.num_ahead == 4
+    assert len(ids(heard[:-1])) == 4
+    assert str(heard[-1]) == "no more than that"
+    others, _ = listen(engine, greedy(3, 1, 4))
+    await engine.drain(pipeline)
+    assert ids(others) == expected
 
 
 async def test_nothing_follows_an_end(new_pipeline, expected):

@@ -1,14 +1,20 @@
 """The step sent ahead is the one that would have been sent, or none is."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from pipeline.engine.step import FollowUp
 from pipeline.errors import LinkLost
 from pipeline.orchestrator.step_ahead import Ahead
 from pipeline.protocol.batch import Segment
+from pipeline.protocol.last_stage_inputs import Asked
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StageTiming, StepHeader, StepKind, encode_step
-from pipeline.protocol.step_limits import token_ids_to_wire
+from pipeline.protocol.step_limits import step_tensors, token_ids_to_wire
+from pipeline.sampling.draw import Draw
+from pipeline.sampling.params import SamplingParams
 from transport.tensor_frames import Frame, FrameKind, encode_frame
 
 TIMINGS = (StageTiming(1, 2, 3), StageTiming(1 << 40, 5, 6))
@@ -44,6 +50,32 @@ def test_the_step_sent_ahead_is_the_one_that_follows_with_the_token_that_came(ah
         assert not ahead.is_prepared
         assert ahead.has_sent(following)
         assert not ahead.has_sent(following)
+
+
+@pytest.mark.parametrize("text", [(), (4, 4, 9)])
+@pytest.mark.parametrize("is_sound", [True, False])
+def test_a_mask_is_sent_with_the_token_that_it_stands_behind(text, is_sound):
+    """`is_sound`: whether the mask is of the size for which room was left."""
+    due, following = (header(step, 40 + step, wants=(Want.DRAWN,)) for step in (7, 8))
+    num_bytes = 4 if is_sound else 5
+
+    def behind(token_id):
+        ids = np.array([*text[:-1], token_id] if text else [], np.uint32)
+        mask = bytes([token_id] * num_bytes)
+        return Draw(SamplingParams(), (0.25,), ids, len(text[:1]), allowed=mask)
+
+    layout = replace(behind(0), allowed=bytes(4))
+    ahead = Ahead(num_stages=2)
+    ahead.prepare(FollowUp(due, following, frozenset({2}), layout, behind))
+    form = ahead.follow(encoded(due._replace(timings=TIMINGS), 11), vocab_size=32)
+    if not is_sound:
+        assert form is None
+        assert not ahead.has_sent(following)
+        return
+    tensors = step_tensors(following, (11,), Asked(draws=(behind(11),)))
+    frame = Frame(FrameKind.DATA, encode_step(following), tensors)
+    assert bytes(form.plain) == encode_frame(frame)[0]
+    assert ahead.has_sent(following)
 
 
 @pytest.mark.parametrize(
