@@ -10,10 +10,10 @@ from typing import Any
 
 from pipeline.gateway.errors import unsupported
 
-# What concerns bookkeeping, caches and abuse: no answer depends on it.
+# What concerns bookkeeping, prices, caches and abuse: no answer depends on it.
 HARMLESS = frozenset(
-    {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-     "cache_prompt", "parallel_tool_calls"}
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+     "prompt_cache_retention", "cache_prompt", "parallel_tool_calls"}
 )  # fmt: skip
 
 _OFF = (False,)
@@ -24,8 +24,6 @@ _NONE_LEFT: tuple[object, ...] = ([],)
 # The values without effect of what OpenAI, vLLM, llama.cpp's server and their relatives know.
 WITHOUT_EFFECT: Mapping[str, tuple[object, ...]] = {
     # OpenAI
-    "store": _OFF,
-    "service_tier": ("auto", "default"),
     "tools": _NONE_LEFT,
     "functions": _NONE_LEFT,
     "tool_choice": ("none", "auto"),

@@ -191,7 +191,7 @@ _BLOCKS: Mapping[str, Callable[[Turns, Mapping[str, Any], str], None]] = {
 
 def _nested(tool: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """A tool as chat completions and templates write it. Raises ApiError."""
-    if tool.get("type") not in {None, "custom"}:
+    if tool.get("type") not in (None, "custom"):
         raise unsupported(f"{where}.type", "has to be custom here")
     check_fields(tool, {}, _TOOL_FIELDS, f"{where}.")
     function = {"name": text_field(tool, "name", where), "parameters": tool.get("input_schema")}

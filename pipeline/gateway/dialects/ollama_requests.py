@@ -192,6 +192,9 @@ def _add_message(turns: Turns, message: Mapping[str, Any], where: str) -> None:
     if role == "tool":
         turns.result("", text, name if isinstance(name, str) else None)
         return
+    if not isinstance(calls, list | tuple):
+        place = f"{where}.tool_calls"
+        raise invalid(f"'{place}' has to be a list.", place, "invalid_type")
     thoughts = message.get("thinking")
     if isinstance(thoughts, str) and thoughts:
         turns.think(thoughts)

@@ -19,7 +19,7 @@ from pipeline.gateway.unsupported_fields import HARMLESS, check_fields
 
 _LOGPROBS = "message.output_text.logprobs"
 # Beside what concerns bookkeeping: what bounds or shows tools that the service itself would run.
-_HARMLESS = HARMLESS | {"max_tool_calls", "prompt_cache_options", "service_tier", "stream_options"}
+_HARMLESS = HARMLESS | {"max_tool_calls", "prompt_cache_options", "stream_options"}
 _WITHOUT_EFFECT: Mapping[str, tuple[object, ...]] = {"background": (False,)}
 _THINKS_NOT = frozenset({"none", "minimal"})
 _TOOL_FIELDS = ("name", "description", "parameters", "strict")

@@ -34,8 +34,6 @@ WITH_EFFECT = {
     "prediction": {"type": "content", "content": "x"},
     "reasoning_effort": "low",
     "verbosity": "low",
-    "service_tier": "priority",
-    "store": True,
     "web_search_options": {},
     "moderation": {"model": "x"},
     # vLLM
@@ -103,8 +101,8 @@ def test_null_is_as_if_not_given(schema, base, field):
     [
         ("user", "u"), ("metadata", {"a": "b"}), ("safety_identifier", "x"),
         ("prompt_cache_key", "k"), ("cache_prompt", True),
-        ("parallel_tool_calls", False), ("store", False), ("service_tier", "auto"),
-        ("service_tier", "default"), ("tools", []), ("functions", []), ("tool_choice", "none"),
+        ("parallel_tool_calls", False), ("store", True), ("service_tier", "flex"),
+        ("tools", []), ("functions", []), ("tool_choice", "none"),
         ("tool_choice", "auto"), ("response_format", {"type": "text"}), ("modalities", ["text"]),
         ("n", 1), ("best_of", 1), ("stop", []), ("logit_bias", {}), ("presence_penalty", 0),
         ("min_tokens", 0), ("use_beam_search", False), ("length_penalty", 1.0),
@@ -129,7 +127,7 @@ def test_no_logprobs_are_what_a_chat_has_anyway():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("store", 0), ("length_penalty", True), ("mirostat", False), ("typical_p", "1")],
+    [("suffix", 0), ("length_penalty", True), ("mirostat", False), ("typical_p", "1")],
     ids=str,
 )
 def test_a_value_of_another_type_is_not_the_one_without_effect(field, value):

@@ -219,6 +219,7 @@ REFUSED = [
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "user", "content": [3]}]}, "messages[0].content[0]"),
     ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
+    ({"tools": [{**TOOL, "type": ["custom"]}]}, "tools[0].type"),
     ({"tools": [TOOL], "tool_choice": {"type": "some"}}, "tool_choice.type"),
     ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
     ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
