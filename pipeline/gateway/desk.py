@@ -118,7 +118,8 @@ class Desk:
 
     def time_of(self, record: RequestRecord) -> AbstractContextManager[object]:
         """Raises RequestTimedOut where the body takes longer than that request may, of all."""
-        return request_time(self.config.limits.request_seconds, record.started)
+        seconds = self.config.limits.request_seconds
+        return nullcontext() if seconds is None else request_time(seconds, record.started)
 
     def _check_open(self) -> None:
         if self._refusal is not None:
