@@ -42,7 +42,7 @@ def test_stages_that_load_and_those_that_cannot_are_told_of_and_served_once_they
 
 
 def expect_progress(server, num_bytes):
-    """While they load, /health says how much each stage has read."""
+    """While they load, /health says how much each stage has read, to whoever asks in time."""
     told = {0: [], 1: []}
 
     def is_ready():
@@ -56,7 +56,7 @@ def expect_progress(server, num_bytes):
     server.wait_for(is_ready)
     for amounts in told.values():
         assert amounts == sorted(amounts)
-        assert amounts[0] < num_bytes
+        assert all(0 < each <= num_bytes for each in amounts)
 
 
 def expect_problem(server):
