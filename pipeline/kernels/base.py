@@ -20,7 +20,7 @@ from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import Slide
 from pipeline.protocol.batch import Batch
 from pipeline.weights.quantization import quantise
-from pipeline.weights.tensor_sinks import CopySink, Fill, Sink, fill_array, weight_sinks
+from pipeline.weights.tensor_sinks import CopySink, Fill, Sink, fill_array, linear_sinks
 
 Activation = Literal["none", "gelu_tanh", "gelu", "relu"]
 
@@ -90,13 +90,10 @@ class KernelLinear(ABC):
         self, name: str, first: int = 0, last: int | None = None, *, is_in_out: bool = False
     ) -> dict[str, Sink]:
         """Sinks of checkpoint layer `name`, which gives outputs first..last of this one."""
-        last = self.num_out if last is None else last
-        found = weight_sinks(
-            f"{name}.weight", self, first, last - first, self.num_in, is_in_out=is_in_out
+        outputs = range(first, self.num_out if last is None else last)
+        return linear_sinks(
+            name, self, outputs, self.num_in, self.bias, is_in_out=is_in_out, fill=self._fill
         )
-        if self.bias is not None:
-            found[f"{name}.bias"] = CopySink(self.bias[first:last], fill=self._fill)
-        return found
 
 
 class Norm(ABC):

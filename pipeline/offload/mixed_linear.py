@@ -6,16 +6,16 @@ import numpy as np
 
 from pipeline.dtypes import Array, HostArray
 from pipeline.kernels.base import KernelLinear, Kernels, LinearSpec
-from pipeline.offload.fixed_point import Reach, from_ring, to_ring, weights_to_ring
+from pipeline.offload.fixed_point import from_ring, to_ring
 from pipeline.offload.freivalds import ProductCheck, SecretVectors, project_weight
 from pipeline.offload.masked_linear import Assistance, Multiply
 from pipeline.offload.mixing import MIN_ROWS, Mixture
 from pipeline.offload.ring import RingMatrix, Words
-from pipeline.offload.ring_linear import RingLinear
+from pipeline.offload.ring_linear import WeighedLinear
 from pipeline.weights.tensor_sinks import in_precision
 
 
-class MixedLinear(RingLinear):
+class MixedLinear(WeighedLinear):
     """A linear with its weights here, that has somebody multiply whatever can be mixed."""
 
     def __init__(
@@ -36,13 +36,7 @@ class MixedLinear(RingLinear):
         # Weights until all are there to be projected.
         self._gathered: RingMatrix | None = RingMatrix(spec.num_in, spec.num_out)
         self._num_gathered = 0
-        self._reach = Reach(spec.num_out)
         self._assistance: Assistance | None = None
-
-    @property
-    def reach(self) -> int:
-        """Of the weights that have come."""
-        return self._reach.value
 
     def put(
         self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
@@ -52,9 +46,7 @@ class MixedLinear(RingLinear):
         for at, piece, own_scales in in_precision(self._own.precision, first, outputs, None):
             self._own.put(at, piece, own_scales, first_in=first_in)
         assert self._gathered is not None, "each output comes once"
-        fixed = weights_to_ring(outputs)
-        self._gathered.put(first, fixed, first_in=first_in)
-        self._reach.add(first, fixed)
+        self._hold(self._gathered, first, outputs, first_in)
         self._num_gathered += outputs.size
         if self._num_gathered == self.num_out * self.num_in:
             projected = project_weight(self._vectors, self._gathered.transposed())

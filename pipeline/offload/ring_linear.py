@@ -11,7 +11,7 @@ from pipeline.kernels.huge_pages import Arena
 from pipeline.models.layer_parts import LayerParts
 from pipeline.offload.fixed_point import Reach, from_ring, to_ring, weights_to_ring
 from pipeline.offload.ring import RingMatrix, Words
-from pipeline.weights.tensor_sinks import CopySink, Sink, weight_sinks
+from pipeline.weights.tensor_sinks import Sink, linear_sinks
 
 # What stays where the model's ends are: the head, which may be the embedding too.
 HEAD = "lm_head"
@@ -72,13 +72,8 @@ class RingLinear(ABC):
         self, name: str, first: int = 0, last: int | None = None, *, is_in_out: bool = False
     ) -> dict[str, Sink]:
         """Sinks of checkpoint layer `name`, which gives outputs first..last of this one."""
-        last = self.num_out if last is None else last
-        found = weight_sinks(
-            f"{name}.weight", self, first, last - first, self.num_in, is_in_out=is_in_out
-        )
-        if self._bias is not None:
-            found[f"{name}.bias"] = CopySink(self._bias[first:last])
-        return found
+        outputs = range(first, self.num_out if last is None else last)
+        return linear_sinks(name, self, outputs, self.num_in, self._bias, is_in_out=is_in_out)
 
     @property
     def num_bytes(self) -> int:
@@ -86,12 +81,11 @@ class RingLinear(ABC):
         return 0 if self._bias is None else self._bias.nbytes
 
 
-class HeldLinear(RingLinear):
-    """One whose weights are here: what an assistant holds, and what masks are made from."""
+class WeighedLinear(RingLinear):
+    """One that its weights come to."""
 
-    def __init__(self, name: str, spec: LinearSpec, kernels: Kernels, arena: Arena) -> None:
+    def __init__(self, name: str, spec: LinearSpec, kernels: Kernels) -> None:
         super().__init__(name, spec, kernels)
-        self.matrix = RingMatrix(spec.num_in, spec.num_out, arena=arena)
         self._reach = Reach(spec.num_out)
 
     @property
@@ -99,14 +93,26 @@ class HeldLinear(RingLinear):
         """Of the weights that have come."""
         return self._reach.value
 
+    def _hold(self, matrix: RingMatrix, first: int, outputs: HostArray, first_in: int) -> None:
+        """In fixed point. Raises ModelError for those that do not fit."""
+        fixed = weights_to_ring(outputs)
+        matrix.put(first, fixed, first_in=first_in)
+        self._reach.add(first, fixed)
+
+
+class HeldLinear(WeighedLinear):
+    """One whose weights are here: what an assistant holds, and what masks are made from."""
+
+    def __init__(self, name: str, spec: LinearSpec, kernels: Kernels, arena: Arena) -> None:
+        super().__init__(name, spec, kernels)
+        self.matrix = RingMatrix(spec.num_in, spec.num_out, arena=arena)
+
     def put(
         self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
     ) -> None:
         """Hold them in fixed point. Raises ModelError for those that do not fit."""
         del scales
-        fixed = weights_to_ring(outputs)
-        self.matrix.put(first, fixed, first_in=first_in)
-        self._reach.add(first, fixed)
+        self._hold(self.matrix, first, outputs, first_in)
 
     def product(self, x: Words) -> Words:
         """[rows, in] -> [rows, out]."""

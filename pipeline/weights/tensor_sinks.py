@@ -180,6 +180,25 @@ class WeightSink:
         return None
 
 
+def linear_sinks(
+    name: str,
+    store: Store,
+    outputs: range,
+    num_in: int,
+    bias: Array | None,
+    *,
+    is_in_out: bool = False,
+    fill: Fill = fill_array,
+) -> dict[str, Sink]:
+    """Sinks of a checkpoint's linear `name`, which gives `outputs` of a store and of its bias."""
+    found = weight_sinks(
+        f"{name}.weight", store, outputs.start, len(outputs), num_in, is_in_out=is_in_out
+    )
+    if bias is not None:
+        found[f"{name}.bias"] = CopySink(bias[outputs.start : outputs.stop], fill=fill)
+    return found
+
+
 def weight_sinks(
     name: str, store: Store, first: int, num_outputs: int, num_in: int, *, is_in_out: bool = False
 ) -> dict[str, Sink]:

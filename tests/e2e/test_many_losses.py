@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from pipeline.placement.attempts import PROBATION_SECONDS
+
 pytestmark = pytest.mark.slow
 
 NUM_TOKENS = 250
@@ -71,10 +73,15 @@ def test_ten_kills_change_no_text_and_keep_none_silent_for_long(cluster, precisi
             os.kill(server.workers()[victim], signal.SIGKILL)
         return streams.ended()
 
-    expected, _ = texts()
-    for count in range(1, NUM_KILLS + 1):
-        found, silence = texts(count % 2)
+    def disturb(victim):
+        before = server.workers()[victim]
+        found, silence = texts(victim)
         assert found == expected
         assert silence < SILENT_SECONDS
-        server.wait_for_log("event=worker_started", 2 + count)
+        server.wait_for(lambda: server.workers()[victim] != before)
         server.wait_for(server.is_ready)
+
+    expected, _ = texts()
+    for victim in [0, 1] * (NUM_KILLS // 2):
+        time.sleep(PROBATION_SECONDS)  # who dies again and again is replaced ever later
+        disturb(victim)
