@@ -148,12 +148,21 @@ def test_a_restarted_orchestrator_is_served_at_once(cluster, serve):
 
 
 def test_a_stage_without_room_to_keep_activations_is_rebuilt_with_the_one_behind(cluster, serve):
-    # Of 4 stages with a layer each: 1 MiB of keys and values, and as much of activations.
-    server = serve(4, flags={1: ("--kv-memory", "0.0015")})
-    expected = undisturbed(server)
-    with completing(server) as texts:
+    # Of 4 stages with a layer each: 4,194 tokens of keys and values, half of them with activations.
+    server = serve(4, "--prefix-share", "0", flags={1: ("--kv-memory", "0.001")})
+    prompts = [[20 + index] * 400 for index in range(6)]
+    expected = [server.text(prompt, 90) for prompt in prompts]
+
+    def num_tokens():
+        return server.pipeline()["engine"]["num_tokens"]
+
+    before = num_tokens()
+    with ThreadPoolExecutor() as pool:
+        together = pool.submit(server.post, server.wish(prompts, 90))
+        server.wait_for(lambda: server.num_running() == 6 and num_tokens() > before + 60)
         cluster.workers[2].kill()
         cluster.start_worker(2)
+        texts = [choice["text"] for choice in together.result().json()["choices"]]
     assert texts == expected
     assert [sessions(cluster, idx) for idx in range(4)] == [1, 1, 2, 1]
     assert [replays(cluster, idx) for idx in range(4)] == [1, 0, 0, 0]
