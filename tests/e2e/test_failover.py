@@ -18,6 +18,7 @@ from pipeline.kernels.kernel_selection import why_not_native
 from tests.e2e.conftest import stopped
 from tests.e2e.texts_under_way import (
     REQUESTS,
+    alone,
     complete,
     completing,
     expect_the_same_whoever_dies,
@@ -142,10 +143,13 @@ def test_a_restarted_orchestrator_is_served_at_once(cluster, serve):
 
 
 def test_a_stage_without_room_to_keep_activations_is_rebuilt_with_the_one_behind(cluster, serve):
-    # Of 4 stages with a layer each: 1 MiB of keys and values, and as much of activations.
-    server = serve(4, flags={1: ("--kv-memory", "0.0015")})
-    expected = undisturbed(server)
-    with completing(server, cluster.workers[2].pid) as texts:
+    # Of 4 stages with a layer each: 4,194 tokens of keys and values, half of them with activations.
+    server = serve(
+        4, "--context", "600", "--prefix-share", "0", flags={1: ("--kv-memory", "0.001")}
+    )
+    requests = [{"prompt": [20 + index] * 340} for index in range(7)]
+    expected = alone(server, requests)
+    with completing(server, cluster.workers[2].pid, requests) as texts:
         cluster.workers[2].kill()
         cluster.start_worker(2)
     assert texts == expected

@@ -18,16 +18,16 @@ _UNDISTURBED = []
 
 
 @contextmanager
-def completing(server, pid):
+def completing(server, pid, requests=REQUESTS):
     """All requests are under way in the body; yields their texts, complete after it.
 
     There no step moves: the process of a stage, or of a link, is stopped until it is killed or
     sent on its way.
     """
     for _ in range(20):  # on a busy machine they may be over before anybody has looked
-        texts, threads = begin(server)
+        texts, threads = begin(server, requests)
         with stopped(pid):
-            if is_disturbed := server.num_running() == len(REQUESTS):
+            if is_disturbed := server.num_running() == len(requests):
                 yield texts
         join(threads)
         if is_disturbed:
@@ -35,18 +35,18 @@ def completing(server, pid):
     raise AssertionError("they were over too soon to be disturbed")
 
 
-def begin(server):
+def begin(server, requests=REQUESTS):
     """Texts to come, under way unless one is there already, and the threads that ask for them."""
-    texts = [None] * len(REQUESTS)
+    texts = [None] * len(requests)
 
     def run(index):
-        texts[index] = complete(server, index)
+        texts[index] = answer(server, requests[index])
 
     began = server.pipeline()["engine"]["num_tokens"]
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(REQUESTS))]
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(requests))]
     for thread in threads:
         thread.start()
-    server.wait_for(lambda: are_under_way(server, began) or any(texts))
+    server.wait_for(lambda: are_under_way(server, began, len(requests)) or any(texts))
     return texts, threads
 
 
@@ -70,20 +70,29 @@ def expect_the_same_whoever_dies(server, expected, number=signal.SIGKILL, by_han
         assert texts == expected
 
 
-def are_under_way(server, began):
+def are_under_way(server, began, num_requests):
     """Whether all requests run, and have some of their tokens."""
     engine = server.pipeline()["engine"]
     num_tokens = engine["num_tokens"] - began
-    return engine["num_running"] == len(REQUESTS) and num_tokens > 5 * len(REQUESTS)
+    return engine["num_running"] == num_requests and num_tokens > 5 * num_requests
 
 
 def complete(server, index):
-    return server.text(max_tokens=NUM_TOKENS, **REQUESTS[index])
+    return answer(server, REQUESTS[index])
+
+
+def answer(server, request):
+    return server.text(max_tokens=NUM_TOKENS, **request)
+
+
+def alone(server, requests):
+    """What each of them gets when nothing else is asked."""
+    return [answer(server, request) for request in requests]
 
 
 def undisturbed(server):
     """What the requests get when nothing happens."""
     if not _UNDISTURBED:
-        _UNDISTURBED.extend(complete(server, index) for index in range(len(REQUESTS)))
+        _UNDISTURBED.extend(alone(server, REQUESTS))
     complete(server, 0)  # what a first request sets up is there
     return _UNDISTURBED
