@@ -35,7 +35,7 @@ from pipeline.scx.attention_wire import (
 )
 from pipeline.scx.codec import LayerCodec
 from pipeline.scx.errors import AnswerRefused, CacheRefused, ScxError
-from pipeline.scx.held_rows import HeldElsewhere, HeldRows
+from pipeline.scx.held_rows import Answers, HeldElsewhere, HeldRows
 from pipeline.scx.keys import KeyGenerator
 from pipeline.scx.rows import Answer, EncodedRows
 from transport.tensor_frames import Tensor
@@ -86,6 +86,7 @@ class AttentionParts(RemoteParts):
         self._epoch = 0
         # By slot and layer.
         self._held: dict[int, dict[int, HeldRows]] = {}
+        self._answers = Answers()
         self._kernels: Kernels | None = None
 
     def linear(self, name: str, spec: LinearSpec, kernels: Kernels) -> Linear:
@@ -126,12 +127,15 @@ class AttentionParts(RemoteParts):
     def end(self) -> None:
         """What the worker holds is of no use any more."""
         self._held.clear()
+        self._answers.forget()
 
     def held(self, slot: int, layer: int, *, is_new: bool) -> HeldRows:
         """What is known of a slot's rows; a new text gets keys of its own. Raises AnswerRefused."""
         if is_new and layer == self._layers.start:
             keys = self._new_keys()
-            self._held[slot] = {each: HeldRows(self._codec(keys, each)) for each in self._layers}
+            self._held[slot] = {
+                each: HeldRows(self._codec(keys, each), self._answers) for each in self._layers
+            }
         held = self._held[slot][layer]
         if not is_new and held.num_segments > _MAX_SEGMENTS:
             codec = self._codec(self._new_keys(), layer)

@@ -21,6 +21,32 @@ _TAKEN_BACK = 8
 # Rounding may lengthen a sum of rows by that much.
 _SLACK = 1e-3
 _DIGEST_BYTES = 16
+# Of all layers and texts of a session: those of 8,000 tokens of a model of 32 layers, in 24 MB.
+_MAX_ANSWERS = 1 << 18
+
+
+class Answers:
+    """What tells the last answers of a session apart: none is honestly given twice.
+
+    Not about other rows either: every text and layer has keys of its own.
+    """
+
+    def __init__(self) -> None:
+        self._digests: dict[bytes, None] = {}
+
+    def note(self, answer: Answer) -> None:
+        """Raise AnswerRefused for one that is known."""
+        told = answer.log_sums.tobytes() + answer.outputs[:, 0].tobytes()
+        digest = hashlib.blake2b(told, digest_size=_DIGEST_BYTES).digest()
+        if digest in self._digests:
+            raise AnswerRefused("an answer about encoded rows is an old one, given before")
+        self._digests[digest] = None
+        if len(self._digests) > _MAX_ANSWERS:
+            del self._digests[next(iter(self._digests))]
+
+    def forget(self) -> None:
+        """All of them."""
+        self._digests.clear()
 
 
 @dataclass(slots=True)
@@ -28,12 +54,11 @@ class HeldRows:
     """One layer of one text: a codec, and what is held by it."""
 
     codec: LayerCodec = field(repr=False)
+    answers: "Answers" = field(repr=False)
     # After each of the last steps; the last one is of what is held now.
     receipts: list[Receipt] = field(default_factory=list)
     # The longest of all rows: no sum of shares of rows is longer than all of them.
     longest: float = 0.0
-    # What tells each answer since rows were last taken back: none is honestly given twice.
-    _answered: set[bytes] = field(default_factory=set, repr=False)
     # Encoded anew, and to take the place of all that is held.
     _renewed: EncodedRows | None = field(default=None, repr=False)
 
@@ -61,7 +86,7 @@ class HeldRows:
 
     def renew(self, codec: LayerCodec, held: EncodedRows) -> "HeldRows":
         """The same rows by another codec, all encoded together. Raises CacheRefused."""
-        renewed = HeldRows(codec)
+        renewed = HeldRows(codec, self.answers)
         renewed._renewed = renewed._encoded(*self.codec.decode(held, self.receipt))
         return renewed
 
@@ -79,7 +104,7 @@ class HeldRows:
 
     def take_back(self, num_rows: int) -> bool:
         """Know of the first rows only; false where those have come in one step with others."""
-        self._answered.clear()
+        self.answers.forget()  # the same may be asked again
         while self.receipts and self.receipt.num_rows > num_rows:
             self.receipts.pop()
         return bool(self.receipts) and self.receipt.num_rows == num_rows
@@ -96,11 +121,7 @@ class HeldRows:
                 "an answer about encoded rows is longer than any of them: "
                 "the attention worker does not compute attention"
             )
-        told = answer.log_sums.tobytes() + answer.outputs[:, 0].tobytes()
-        digest = hashlib.blake2b(told, digest_size=_DIGEST_BYTES).digest()
-        if digest in self._answered:
-            raise AnswerRefused("an answer about encoded rows is an old one, given before")
-        self._answered.add(digest)
+        self.answers.note(answer)
 
 
 class HeldElsewhere(KVCache):

@@ -63,7 +63,7 @@ def with_two_rows_exchanged(x, y, weight):
 
 
 def with_one_row_of_an_answer_before(x, y, weight):
-    y[rng.integers(ROWS)] = product(words(1, NUM_IN), weight)[0]
+    y[rng.integers(len(y))] = product(words(1, x.shape[1]), weight)[0]
     return y
 
 

@@ -283,10 +283,14 @@ def test_an_answer_that_no_attention_gives_is_refused(home, token_ids, lie):
         at.pipeline.hidden(token_ids[8:9], [Segment(0, 8, 1)])
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["of the first step", "of the last step"])
+@pytest.mark.parametrize(
+    "ago",
+    [lambda layers: 1, lambda layers: layers, lambda layers: 2 * layers],
+    ids=["of the layer before", "of the step before", "of the step before that"],
+)
 @pytest.mark.parametrize("encoding", ENCODINGS[:2], ids=str)
 def test_an_old_answer_is_refused_and_the_text_goes_on_from_its_tokens(
-    home, token_ids, first, encoding
+    home, token_ids, ago, encoding
 ):
     at = home(**encoding)
     expected, _ = at.plain.greedy(token_ids, 6)
@@ -297,7 +301,7 @@ def test_an_old_answer_is_refused_and_the_text_goes_on_from_its_tokens(
         answers.append(arrays)
         num_layers = len(at.parts._layers)  # one answer of each in a step
         if len(answers) > 2 * num_layers:
-            return answers[(len(answers) - 1) % num_layers + first * num_layers]
+            return answers[len(answers) - 1 - ago(num_layers)]
         return arrays
 
     at.link.lie = lie
