@@ -88,7 +88,10 @@ class ClusterPlan:
             raise InputError(f"{error} ({why})" if why else str(error)) from error
 
     def write(self, found: Survey, split: MeasuredSplit) -> Manifest:
-        """Cut the parts beside the manifest's file, and write that once they are there."""
+        """Cut the parts beside the manifest's file, and write that once they are there.
+
+        Raises InputError.
+        """
         manifest = self._plan(found, split)
         directory = parts_dir(self.output)
         new = directory.with_name(directory.name + ".new")

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -16,7 +17,6 @@ from pipeline.cli.compute_options import SLOW_KERNELS
 from pipeline.cli.loading_bars import LoadingBars
 from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import PipelineFlags
-from pipeline.cli.replan import Replan
 from pipeline.cli.shard_directories import stage_dir
 from pipeline.codecs.rotated_int8 import RotatedInt8
 from pipeline.engine.limits import Limits
@@ -139,22 +139,18 @@ class PipelineAccess:
             patience_ms=patience_ms,
             ends=_ends(source, flags),
         )
-        replan = _replan(source, flags) if flags.replan else None
-
-        async def move() -> PipelineAccess:
-            assert replan is not None  # else nobody is given this
-            found, path = await replan()
-            moved = replace(source, manifest=found, path=path)
-            return cls.create(moved, flags, limits, is_resumable=True, patience_ms=patience_ms)
-
+        again = partial(
+            cls.create, flags=flags, limits=limits, is_resumable=True, patience_ms=patience_ms
+        )
+        move = _mover(source, flags, again)
         return cls(
             manifest=manifest,
             trust=trust,
             options=options,
             place=_placement(manifest, source, flags),
             # Of a worker that nobody trusts nobody expects that it stays.
-            is_resumable=is_resumable or replan is not None or manifest.part is not None,
-            move=None if replan is None else move,
+            is_resumable=is_resumable or move is not None or manifest.part is not None,
+            move=move,
         )
 
     async def run(
@@ -294,15 +290,28 @@ def _placement(
     return lambda tasks: Supervisor(manifest, arguments, tasks)
 
 
-def _replan(source: ManifestSource, flags: PipelineFlags) -> Replan:
-    """What splits the model anew. Raises InputError where that cannot be."""
+def _mover(
+    source: ManifestSource,
+    flags: PipelineFlags,
+    again: Callable[[ManifestSource], PipelineAccess],
+) -> Callable[[], Awaitable[PipelineAccess]] | None:
+    """What has the model split anew, if that is wanted. Raises InputError where it cannot be."""
+    if not flags.replan:
+        return None
     if flags.supervise or flags.identity is not None or mode_of(source.manifest) != PLAIN:
         raise InputError("--replan is for machines that this home has joined, and plain manifests")
     if source.model_dir is None:
         raise InputError("--replan cuts the model anew; give --model-dir, the whole of it")
+    from pipeline.cli.replan import Replan  # planning, which no other start needs
+
     replan = Replan(source.manifest, source.path, source.model_dir)
     replan.check()
-    return replan
+
+    async def move() -> PipelineAccess:
+        manifest, path = await replan()
+        return again(replace(source, manifest=manifest, path=path))
+
+    return move
 
 
 def end_tokens(manifest: Manifest, tokenizer: Tokenizer) -> frozenset[int]:

@@ -192,13 +192,13 @@ def activations_of(model_dir, token_ids):
     for layer_end in range(1, config.num_layers):
         shard = load_shard(model_dir, config, 0, layer_end, expected_hashes=None)
         cache = shard.new_cache(1, len(token_ids))
-        rows = shard.forward(np.array(token_ids), [Segment(0, 0, len(token_ids))], cache)
-        for row in np.asarray(shard.kernels.to_host(rows), np.float32):
-            yield f"a row behind layer {layer_end - 1}", needles(row.tobytes())
-            yield (
-                f"a bfloat16 row behind layer {layer_end - 1}",
-                needles(row.view("u2")[1::2].tobytes()),
-            )
+        computed = shard.forward(np.array(token_ids), [Segment(0, 0, len(token_ids))], cache)
+        (rows,) = shard.kernels.to_host(computed)
+        assert rows.shape == (len(token_ids), config.hidden_dim)
+        for row in rows.copy():
+            where = f"behind layer {layer_end - 1}"
+            yield f"a row {where}", needles(row.tobytes())
+            yield f"a bfloat16 row {where}", needles(row.view("u2")[1::2].tobytes())
 
 
 def secrets_of(model_dir, lines, text):
