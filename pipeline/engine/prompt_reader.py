@@ -72,7 +72,7 @@ class PromptScores:
         return self._prompt_ids[start + 1 : end + 1]
 
     def take(self, position: int, part: SegmentResult) -> None:
-        """See `PromptReader`."""
+        """See `PromptReader`. Raises RequestFailed."""
         if np.isnan(part.logprobs).any():
             raise RequestFailed(NO_NUMBERS)
         end = position + len(part.logprobs)
@@ -125,7 +125,7 @@ class PromptMeaning:
         return ()
 
     def take(self, position: int, part: SegmentResult) -> None:
-        """See `PromptReader`."""
+        """See `PromptReader`. Raises RequestFailed."""
         assert part.hidden is not None  # results are read as their header says
         if not np.isfinite(part.hidden).all():
             raise RequestFailed(NO_NUMBERS)
