@@ -10,11 +10,11 @@ import { z } from "zod";
 const MODEL = "smollm2";
 const QUESTION = "Name an animal.";
 const USER = [{ role: "user", content: QUESTION }];
-const Animal = z.object({
+const Animal = z.strictObject({
   name: z.enum(["lion", "eagle", "spider"]),
   wild: z.boolean(),
 });
-const Place = z.object({ city: z.string().max(12) });
+const Place = z.strictObject({ city: z.string().max(12) });
 const baseURL = `${process.env.VEILPIPE_URL}/v1`;
 const apiKey = process.env.VEILPIPE_KEY;
 const maxRetries = 0;
@@ -80,7 +80,7 @@ for (const [way, model] of Object.entries(models)) {
     const { steps } = await generateText({
       ...asked,
       tools: { get_weather: tool({ description: "Tells the weather.", inputSchema: Place, execute: () => "Sunny." }) },
-      toolChoice: "required",
+      toolChoice: { type: "tool", toolName: "get_weather" },
       maxOutputTokens: 60,
       stopWhen: stepCountIs(2),
     });

@@ -3,14 +3,13 @@
 import pytest
 
 openai = pytest.importorskip("langchain_openai")
-from tests.clients.asked import MODEL, QUESTION, Animal  # noqa: E402
+from tests.clients.asked import MODEL, PARAMETERS, QUESTION, Animal  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 
-def get_weather(city: str) -> str:
-    """Tells the weather in a city."""
-    return f"Sunny in {city}."
+FUNCTION = {"name": "get_weather", "description": "Tells the weather.", "parameters": PARAMETERS}
+TOOL = {"type": "function", "function": FUNCTION}
 
 
 @pytest.fixture(params=[False, True], ids=["chat", "responses"])
@@ -39,13 +38,13 @@ def test_a_form(model, method):
 
 def test_tools(model):
     asked = [("user", "How is the weather in Ulm?")]
-    answer = model.bind_tools([get_weather], tool_choice="any").invoke(asked)
+    answer = model.bind_tools([TOOL], tool_choice="get_weather").invoke(asked)
     (call, *_) = answer.tool_calls
     assert set(call["args"]) == {"city"}
     results = [
-        {"role": "tool", "tool_call_id": each["id"], "content": get_weather(**each["args"])}
+        {"role": "tool", "tool_call_id": each["id"], "content": "Sunny."}
         for each in answer.tool_calls
     ]
-    again = model.bind_tools([get_weather]).bind(max_tokens=20)
+    again = model.bind_tools([TOOL]).bind(max_tokens=20)
     after = again.invoke([*asked, answer, *results])
     assert after.text or after.tool_calls

@@ -45,5 +45,5 @@ def test_text_that_streams(model):
 def test_a_form(model, output):
     if output is ai.NativeOutput and isinstance(model, AnthropicModel):
         pytest.skip("the package offers it for models of some names only")
-    agent = ai.Agent(model, output_type=output(Animal), model_settings={"max_tokens": 150})
+    agent = ai.Agent(model, output_type=output(Animal), model_settings={"max_tokens": 1000})
     assert isinstance(agent.run_sync(QUESTION).output, Animal)
