@@ -14,7 +14,8 @@ from pipeline.agreement.manifest import load_manifest
 from pipeline.cli import pipeline_orch
 from pipeline.cli.kept_sessions import session_book
 from pipeline.kernels.kernel_selection import why_not_native
-from tests.e2e.conftest import Ports, stopped
+from tests.e2e.conftest import Ports
+from tests.e2e.processes import stopped
 from tests.e2e.test_relay import relaying
 from tests.pipeline.sessions.redis_server import RedisServer
 
