@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pipeline.agreement.manifest import dump_manifest
 from pipeline.cli import door_server, pipeline_orch, stage_worker
 from pipeline.planning.plan import PlanOptions, plan
 from tests.e2e import forked
+from tests.e2e.processes import end
 
 BIN = Path(sys.executable).parent
 # Of a pipe that is to take little: the least that there is.
@@ -170,35 +170,6 @@ class Server:
 
     def stop(self):
         assert end(self.process) == 0
-
-
-@contextmanager
-def stopped(pid):
-    """A process that does nothing in the body, where it may be killed or sent on its way."""
-    os.kill(pid, signal.SIGSTOP)
-    while state(pid) not in "TZ":
-        time.sleep(0.001)
-    try:
-        yield
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-
-
-def state(pid):
-    """A letter: R for running, S for asleep, T for stopped, Z for ended; see proc(5)."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
-
-
-def end(process):
-    """How a process that runs, or hangs, ends on SIGTERM."""
-    process.send_signal(signal.SIGCONT)
-    process.terminate()
-    try:
-        return process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise AssertionError(f"{process.args} did not end on SIGTERM") from None
 
 
 class Cluster:

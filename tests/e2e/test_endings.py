@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import error_reporting
-from tests.e2e.conftest import state
+from tests.e2e.processes import state
 
 BIN = Path(sys.executable).parent
 

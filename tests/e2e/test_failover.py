@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from pipeline.kernels.kernel_selection import why_not_native
-from tests.e2e.conftest import stopped
+from tests.e2e.processes import stopped
 from tests.e2e.texts_under_way import (
     REQUESTS,
     alone,

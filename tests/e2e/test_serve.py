@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import state, stopped
+from tests.e2e.processes import state, stopped
 from tests.e2e.test_users import connections, raw, read_all, request
 
 PROMPTS = [f"Request number {index} says hello" for index in range(8)]

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import threading
 import time
@@ -15,7 +14,8 @@ from pipeline.agreement.manifest import load_manifest
 from pipeline.cli import pipeline_orch
 from pipeline.cli.kept_sessions import session_book
 from pipeline.kernels.kernel_selection import why_not_native
-from tests.e2e.conftest import stopped
+from tests.e2e.conftest import Ports
+from tests.e2e.processes import stopped
 from tests.e2e.test_relay import relaying
 from tests.pipeline.sessions.redis_server import RedisServer
 
@@ -225,7 +225,9 @@ def swap_sessions(directory):
 def test_a_redis_behind_a_relay_that_hangs_dies_or_is_flushed_costs_time_and_no_more(
     cluster, redis
 ):
-    port = free_port()
+    ports = Ports(1)
+    cluster._ports.append(ports)
+    port = ports.base
     with relaying(cluster, f"127.0.0.1:{port}=unix:{redis.socket}"):
         turns = Turns(cluster, f"redis://127.0.0.1:{port}/0")
         turns.serve()
@@ -256,8 +258,3 @@ def test_a_redis_behind_a_relay_that_hangs_dies_or_is_flushed_costs_time_and_no_
         assert redis.ask("FLUSHALL").startswith(b"+OK")
         assert turns.goes_on() == 0
         assert "session_load_failed" in turns.server.log()
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]

@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import stopped
+from tests.e2e.processes import stopped
 
 KEY = "sk-right"
 HEADERS = {"authorization": f"Bearer {KEY}"}

@@ -5,7 +5,7 @@ import signal
 import threading
 from contextlib import contextmanager
 
-from tests.e2e.conftest import stopped
+from tests.e2e.processes import stopped
 
 NUM_TOKENS = 250
 REQUESTS = [

@@ -1,5 +1,6 @@
 """An attested pipeline in this process, for tests that look on and tests that attack it."""
 
+import os
 import random
 import socket
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -200,8 +201,12 @@ class Deployment:
 
 
 def reserve():
-    """A free port below those that outgoing connections are given, which would be taken again."""
-    for port in random.sample(range(10000, 20000), 100):
+    """A free port that nobody else takes before it is listened on.
+
+    Not one of those that outgoing connections are given, nor of another process of these tests.
+    """
+    begin = 16000 + 200 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 20)
+    for port in random.sample(range(begin, begin + 200), 200):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return TcpEndpoint("127.0.0.1", port)
     raise AssertionError("no free port")

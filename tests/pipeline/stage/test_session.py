@@ -147,14 +147,15 @@ async def test_a_name_that_stands_for_another_address_when_it_is_dialed_is_refus
         address = "127.0.0.1" if len(looked_up) == 1 else "10.0.0.5"
         return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port))]
 
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        closed_port = sock.getsockname()[1]
-    async with rig.worker():
-        control = await rig.control()
-        monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
-        await control.send(rig.init(f"rebinding.example:{closed_port}"))
-        failure = await failure_of(control)
-        await control.aclose()
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))  # and nobody listens there
+        port = sock.getsockname()[1]
+        async with rig.worker():
+            control = await rig.control()
+            monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
+            await control.send(rig.init(f"rebinding.example:{port}"))
+            failure = await failure_of(control)
+            await control.aclose()
     assert failure.code == "refused"
     assert "may not dial tcp:rebinding.example" in failure.detail
     assert len(looked_up) == 2

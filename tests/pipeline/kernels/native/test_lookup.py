@@ -5,6 +5,7 @@ from pipeline.dtypes import BFLOAT16, from_floats, to_floats
 from pipeline.weights.quantization import dequantise, quantise
 
 IDS = np.array([4, 0, 4, 6])
+RNG = np.random.default_rng(7)
 
 
 @pytest.fixture(params=[16, 32, 64, 72, 5, 33])
@@ -13,7 +14,7 @@ def table(request):
 
 
 def normal(*shape):
-    return np.random.default_rng().standard_normal(shape, np.float32)
+    return RNG.standard_normal(shape, np.float32)
 
 
 def stored(native, kind, table):

@@ -7,6 +7,8 @@ import weakref
 import numpy as np
 import pytest
 
+RNG = np.random.default_rng(7)
+
 
 @pytest.fixture
 def program(native):
@@ -18,7 +20,7 @@ def floats(*shape):
 
 
 def normal(*shape):
-    return np.random.default_rng().standard_normal(shape, np.float32)
+    return RNG.standard_normal(shape, np.float32)
 
 
 def silu(native, gate_up, y):
