@@ -48,6 +48,11 @@ class Roster:
         return {state.slot: state for state in self.running.values()}
 
     @property
+    def has_room(self) -> bool:
+        """Whether one token more fits."""
+        return self.pool.num_tokens is None or self.num_held < self.pool.num_tokens
+
+    @property
     def num_held(self) -> int:
         """Rows that stages hold once all that is known has been sent."""
         running, admission = self.running.values(), self.admission
@@ -91,7 +96,9 @@ class Roster:
         What idles goes first, then what is just being saved is waited for, then the request that
         came last gives way: the first one always goes on.
         """
-        while (num_over := self.num_held - self.pool.size) > 0:
+        if self.pool.num_tokens is None:
+            return True
+        while (num_over := self.num_held - self.pool.num_tokens) > 0:
             if self.admission.shrink(self.admission.num_idle - num_over):
                 continue
             running = self.running.values()

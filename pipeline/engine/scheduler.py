@@ -221,9 +221,9 @@ class Scheduler:
         num_left = min(
             request.max_tokens - len(state.token_ids), self.pool.max_tokens + 1 - state.num_known
         )
-        if self.roster.num_held + 1 > self.pool.size:
-            return None
         if not is_due or not request.want.num_tokens or num_left < 2:
+            return None
+        if not self.roster.has_room:
             return None
         segments = (Segment(state.slot, state.num_sent, 1),)
         header = StepHeader(StepKind.STEP, self._next_step, segments, (request.want,))
