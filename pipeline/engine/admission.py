@@ -87,6 +87,8 @@ class Admission:
 
     def num_transferred(self, running: Collection[RequestState]) -> int:
         """Rows of slots that are let go of as soon as they are saved, or loaded for nobody."""
+        if not self.has_transfers:
+            return 0
         return sum(
             self.pool.rows(each.length if each.is_load else each.state.num_sent + each.has_more)
             for each in (*self._due, *self._under_way)
@@ -96,7 +98,7 @@ class Admission:
     @property
     def num_idle(self) -> int:
         """Rows of what nobody owns."""
-        return sum(map(self.pool.rows, self.idle.lengths))
+        return sum(map(self.pool.rows, self.idle.lengths)) if self.idle else 0
 
     def shrink(self, num_rows: float, but: int | None = None) -> bool:
         """Let idle prefixes go until they hold `num_rows` at most; whether they then do."""

@@ -108,8 +108,8 @@ class PipelineEngine:
             num_prefix_hits=self.scheduler.admission.num_hits,
             num_cached_tokens=self.scheduler.admission.num_cached_tokens,
             pool_tokens=self.scheduler.pool.num_tokens or 0,
-            held_tokens=self.scheduler.num_held,
-            num_given_way=self.scheduler.num_given_way,
+            held_tokens=self.scheduler.roster.num_held,
+            num_given_way=self.scheduler.roster.num_given_way,
         )
 
     def allow_reuse(self, is_row_exact: bool) -> None:

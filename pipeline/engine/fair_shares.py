@@ -3,17 +3,55 @@
 Who is alone gets all. Otherwise nobody has to wait because another has asked for a lot.
 """
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from operator import attrgetter
 
 from pipeline.engine.request import RequestState
 
 
-def next_in_line(waiting: Iterable[RequestState], running: Iterable[RequestState]) -> RequestState:
-    """The first of the client with the fewest requests that run."""
-    counts = _counts(running)
-    return min(waiting, key=lambda state: counts[state.request.client])
+class WaitingLine:
+    """Requests that wait, each client's in a line of its own.
+
+    Ordered, so that taking the first and leaving cost the same for all.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[int, RequestState] = {}
+        self._lines: dict[bytes | None, OrderedDict[int, RequestState]] = {}
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._states
+
+    def get(self, request_id: int) -> RequestState | None:
+        """The one of this number, if it waits."""
+        return self._states.get(request_id)
+
+    def add(self, state: RequestState, *, is_first: bool = False) -> None:
+        """Have one wait behind all others of its client, or before them."""
+        request_id = state.request.request_id
+        self._states[request_id] = state
+        line = self._lines.setdefault(state.request.client, OrderedDict())
+        line[request_id] = state
+        line.move_to_end(request_id, last=not is_first)
+
+    def remove(self, request_id: int) -> None:
+        """Have it wait no more, if it does."""
+        state = self._states.pop(request_id, None)
+        if state is not None:
+            line = self._lines[state.request.client]
+            del line[request_id]
+            if not line:
+                del self._lines[state.request.client]
+
+    def first(self, running: Iterable[RequestState]) -> RequestState:
+        """Whose turn it is, if any waits: of the client with the fewest requests that run."""
+        counts = _counts(running)
+        heads = (next(iter(line.values())) for line in self._lines.values())
+        return min(heads, key=lambda state: (counts[state.request.client], state.arrival))
 
 
 def first_to_give_way(running: Collection[RequestState]) -> RequestState | None:
@@ -51,6 +89,10 @@ def shared_rows(
     No client has more rows under way at once than its share of all requests that are answered:
     steps of fewer rows come back sooner, so that who has one request is not slowed down by all.
     """
+    if len({state.request.client for state in decoding}) <= 1:  # as nearly always
+        most = max(least, -(-len(decoding) // num_stages))
+        ready = [state for state in decoding if state.num_sent < state.num_known][:most]
+        return ready, -(-len(decoding) // most)
     counts = _counts(decoding)
     share = -(-len(decoding) // max(1, len(counts)))
     num_rows = sum(min(count, share) for count in counts.values())

@@ -1,28 +1,23 @@
 """Which tokens travel in the next step. Pure: no torch, no clock, no I/O."""
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from pipeline.engine.admission import Admission, Transfer
-from pipeline.engine.fair_shares import (
-    first_to_give_way,
-    next_in_line,
-    owes_a_slot,
-    shared_rows,
-)
+from pipeline.engine.admission import Transfer
+from pipeline.engine.fair_shares import shared_rows
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.limits import Limits
 from pipeline.engine.prefill_chunks import cut_prompts
 from pipeline.engine.prompt_reader import MAX_READ_TOKENS
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
+from pipeline.engine.roster import Roster
 from pipeline.engine.step import FollowUp, Notice, Promise, Step
 from pipeline.engine.step_pace import Pace
-from pipeline.engine.suspects import Suspects
-from pipeline.errors import MessageError, PromptError
+from pipeline.errors import MessageError
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.last_stage_inputs import NOTHING_ASKED, Asked
-from pipeline.protocol.messages import Abort, Done, Start
+from pipeline.protocol.messages import Abort, Done
 from pipeline.protocol.replay_history import SlotPart, replay_headers
 from pipeline.protocol.result_kinds import NO_TOKEN, Want
 from pipeline.protocol.step_header import StepHeader, StepKind
@@ -30,7 +25,6 @@ from pipeline.sampling.draw import Draw
 
 # A step of two requests takes no longer than one of either: nothing is gained by less.
 MIN_SHARE = 2
-LOST = "stages were lost whenever this request was computed"
 
 
 class Scheduler:
@@ -54,32 +48,28 @@ class Scheduler:
         what idle `prefixes` expire by, and steps are timed by, seconds.
         """
         self.limits = limits
-        self.num_given_up = 0
-        # How often a request has given way to those that had come before it.
-        self.num_given_way = 0
         # Whether stages may hold, since the last `rewind`, what they cannot go back behind.
         self.must_rebuild = False
-        self._on_give_up = on_give_up
-        self._suspects = Suspects()
         self._clock = clock
         self._pace = Pace(limits.max_gap, limits.num_stages)
-        # In order of arrival; ordered, so that taking the first and leaving cost the same for all.
-        self._waiting: OrderedDict[int, RequestState] = OrderedDict()
-        self._running: dict[int, RequestState] = {}
-        self._num_arrived = 0
-        self.admission = Admission(limits, prefixes, clock)
-        self.pool = self.admission.pool
-        self._slots = self.admission.slots
         self._in_flight: deque[Step] = deque()
         self._next_step = 0
         self._promise = Promise()
-        self._notices: list[Notice] = []
+        self.roster = Roster(limits, on_give_up, prefixes, clock, self._in_flight)
+        self._waiting, self._running = self.roster.waiting, self.roster.running
+        self.admission, self.pool = self.roster.admission, self.roster.pool
+        self._slots = self.admission.slots
 
     @property
     def has_work(self) -> bool:
         """Whether any request, or any step under way, is left."""
         waits = self._waiting or self._running or self.admission.has_transfers
         return bool(waits or self._in_flight or self._slots.is_dirty)
+
+    @property
+    def num_given_up(self) -> int:
+        """Requests that could not go on."""
+        return self.roster.num_given_up
 
     @property
     def has_steps(self) -> bool:
@@ -107,28 +97,19 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises PromptError when it can never be served."""
-        length, room = len(request.prompt_ids), self.pool.max_tokens
-        if length == 0:
-            raise PromptError("the prompt is empty; give at least one token of text")
-        if length >= room:
-            raise PromptError(
-                f"the prompt has {length} tokens and the context holds {room}; "
-                f"shorten it to at most {room - 1}"
-            )
-        self._waiting[request.request_id] = RequestState(request, self._num_arrived)
-        self._num_arrived += 1
+        self.roster.submit(request)
 
     def cancel(self, request_id: int, *, keeps: bool = False) -> None:
         """Give a request up, wherever it is.
 
         Its slot is cleared by the very next step, unless what it holds is worth to be kept.
         """
-        self._waiting.pop(request_id, None)
+        self._waiting.remove(request_id)
         state = self._running.pop(request_id, None)
         if state is not None:
             self.admission.leave(state, keeps=keeps, has_more=self._promise.is_given)
-            self._notices.append(Abort(request_id=request_id))
-        self._suspects.clear((request_id,))
+            self.roster.notices.append(Abort(request_id=request_id))
+        self.roster.suspects.clear((request_id,))
 
     def loaded(self, transfer: Transfer, *, is_done: bool) -> None:
         """A load has come to its end: the slot holds the tokens, or none."""
@@ -167,7 +148,7 @@ class Scheduler:
         nothing is sampled twice. The caller clears every other slot on every stage. Where
         `must_rebuild`, stages cannot go back so far, and the caller clears all and replays.
         """
-        by_slot = self._by_slot()
+        by_slot = self.roster.by_slot
         # What has been promised may have been computed as well.
         ahead = 1 if self._promise.is_given else 0
         most = {slot: state.num_sent + ahead for slot, state in by_slot.items()}
@@ -182,13 +163,9 @@ class Scheduler:
         self._pace.forget()
         self._promise.void()
         for slot in lost:
-            if self._is_given_up(by_slot[slot].request.request_id):
+            if self.roster.lose(by_slot[slot].request.request_id):
                 del by_slot[slot]
-        # A stage that has been replaced may have less room than the one before it.
-        while sum(self.pool.rows(each.num_sent) for each in by_slot.values()) > self.pool.size:
-            last = first_to_give_way(by_slot.values())
-            assert last is not None, "nothing is being loaded any more"
-            del by_slot[self._give_way(last)]
+        self.roster.fit(by_slot)
         self.admission.rewind(by_slot)
         self.must_rebuild = not all(
             self._keeps(state.num_sent, most[slot]) for slot, state in by_slot.items()
@@ -198,7 +175,7 @@ class Scheduler:
 
     def replay(self, until: int) -> Iterator[Step]:
         """The steps of all certain tokens once more, for stages 0 to `until`. After `rewind`."""
-        by_slot = self._by_slot()
+        by_slot = self.roster.by_slot
         pieces = {slot: tuple(state.pieces) for slot, state in by_slot.items()}
         for header in replay_headers(pieces, until, self.limits.max_step_tokens):
             token_ids = tuple(
@@ -217,8 +194,8 @@ class Scheduler:
             return None  # it may have been sent: nothing goes before it
         step = self._promised_step()
         if step is None:
-            has_room = self._make_room()
-            self._admit()
+            has_room = self.roster.make_room()
+            self.roster.admit()
             step = self._slot_step() or (self._token_step() if has_room else None)
         if step is not None:
             self._in_flight.append(step)
@@ -244,9 +221,9 @@ class Scheduler:
         num_left = min(
             request.max_tokens - len(state.token_ids), self.pool.max_tokens + 1 - state.num_known
         )
-        if self.num_held + 1 > self.pool.size:
-            return None
         if not is_due or not request.want.num_tokens or num_left < 2:
+            return None
+        if not self.roster.has_room:
             return None
         segments = (Segment(state.slot, state.num_sent, 1),)
         header = StepHeader(StepKind.STEP, self._next_step, segments, (request.want,))
@@ -259,7 +236,7 @@ class Scheduler:
 
     def take_notices(self) -> list[Notice]:
         """What stages are to hear of requests' lives before the next step, in this order."""
-        notices, self._notices = self._notices, []
+        notices, self.roster.notices = self.roster.notices, []
         return notices
 
     def due(self, header: StepHeader) -> Step:
@@ -288,7 +265,7 @@ class Scheduler:
         )
         self._promise.come(token_ids, owners)
         # The requests of a step that came back are not what breaks the stages.
-        self._suspects.clear(step.requests)
+        self.roster.suspects.clear(step.requests)
         self._slots.free(step.freed)
         ended = [(request_id, NO_TOKEN) for request_id in step.ended]
         return [
@@ -308,7 +285,7 @@ class Scheduler:
         """What stages are to do to slots before any more tokens go."""
         if not self._slots.is_dirty:
             return None
-        return self.admission.next_step(self._next_step, self._by_slot())
+        return self.admission.next_step(self._next_step, self.roster.by_slot)
 
     def _token_step(self) -> Step | None:
         """A step of the requests that have waited longest, if a stage has nothing to do."""
@@ -350,83 +327,10 @@ class Scheduler:
             requests=requests, num_read=num_read, ended=tuple(ended),
         )  # fmt: skip
 
-    @property
-    def num_held(self) -> int:
-        """Rows that stages hold once all that is known has been sent."""
-        running = self._running.values()
-        admission = self.admission
-        return self.pool.held(running) + admission.num_transferred(running) + admission.num_idle
-
-    def _make_room(self) -> bool:
-        """Have all fit that is known; whether it does.
-
-        What idles goes first, then what is just being saved is waited for, then the request that
-        came last gives way: the first one always goes on.
-        """
-        while (num_over := self.num_held - self.pool.size) > 0:
-            if self.admission.shrink(self.admission.num_idle - num_over):
-                continue
-            running = self._running.values()
-            if self.admission.num_transferred(running):
-                return False
-            state = first_to_give_way(running)
-            assert state is not None, "what is being loaded does not grow"
-            self._slots.end(self._give_way(state))
-        return True
-
-    def _give_way(self, state: RequestState) -> int:
-        """Have a request wait again, before all others; its slot."""
-        request_id, slot = state.request.request_id, state.slot
-        del self._running[request_id]
-        self.admission.unfollow(state)
-        state.give_way(is_row_exact=self.admission.is_row_exact)
-        self._waiting[request_id] = state
-        self._waiting.move_to_end(request_id, last=False)
-        self._notices.append(Abort(request_id=request_id))
-        self.num_given_way += 1
-        return slot
-
-    def _may_come(self, state: RequestState) -> bool:
-        """Whether there is room for the one that waits, and no result of it is still to come."""
-        request_id, running = state.request.request_id, self._running.values()
-        if any(request_id in step.owners for step in self._in_flight):
-            return False
-        num_other = self.admission.num_transferred(running)
-        is_alone = not running and not num_other
-        return is_alone or self.pool.fits(state, running, num_other)
-
-    def _admit(self) -> None:
-        while self._waiting:
-            state = next_in_line(self._waiting.values(), self._running.values())
-            request_id = state.request.request_id
-            if state.num_known > self.pool.max_tokens:
-                has, most = state.num_known, self.pool.max_tokens
-                reason = f"the text has {has} tokens and the stages have KV memory for {most}"
-                self._give_up(self._waiting, request_id, reason)
-                continue
-            if not self.admission.has_room or not self._may_come(state):
-                self._see_to_shares(state)
-                break
-            del self._waiting[request_id]
-            self.admission.admit(state, self._running.values())
-            self._running[request_id] = state
-            self._notices.append(Start(request_id=request_id, slot=state.slot))
-        self.admission.follow(self._running.values())
-
-    def _see_to_shares(self, state: RequestState) -> None:
-        """Have another client's request give way to one that waits, where that is only fair."""
-        is_clearing = self._slots.is_dirty or any(step.freed for step in self._in_flight)
-        debtor = owes_a_slot(state, self._running.values(), self.limits.num_slots)
-        if debtor is not None and not is_clearing:
-            self._slots.end(self._give_way(debtor))
-
-    def _by_slot(self) -> dict[int, RequestState]:
-        return {state.slot: state for state in self._running.values()}
-
     def _next_parts(self, num_under_way: int) -> list[tuple[RequestState, int]]:
         """Who takes part in the next step, with at most how many tokens."""
         num_idle = self.limits.num_stages - num_under_way
-        suspect = self._suspects.alone(self._running)
+        suspect = self.roster.suspects.alone(self._running)
         if suspect is not None:
             state = self._running[suspect]
             alone = [(state, self._chunk_tokens((state,)))]
@@ -466,35 +370,19 @@ class Scheduler:
         window = self.limits.window
         return window is None or window.keeps(length, held)
 
-    def _is_given_up(self, request_id: int) -> bool:
-        """Count the loss of a request's step; forget the request if that has been too many."""
-        if not self._suspects.lose(request_id) or self._on_give_up is None:
-            return False
-        self._give_up(self._running, request_id, LOST)
-        self._notices.append(Abort(request_id=request_id))
-        return True
-
-    def _give_up(self, states: dict[int, RequestState], request_id: int, why: str) -> None:
-        self.num_given_up += 1
-        del states[request_id]
-        self._suspects.clear((request_id,))
-        if self._on_give_up is not None:
-            self._on_give_up(request_id, why)
-
     def _advance(self, request_id: int, token_id: int, step: int) -> TokenEvent:
         """Note a token; of one that has given way since, it is as well as of any other."""
-        waits = request_id in self._waiting
-        state = self._waiting[request_id] if waits else self._running.pop(request_id)
+        waiting = self._waiting.get(request_id)
+        state = self._running.pop(request_id) if waiting is None else waiting
         finish: FinishReason | None = FinishReason.LENGTH
         if token_id != NO_TOKEN:
             finish = state.add(token_id, self.pool.max_tokens)
-        if waits and finish is not None:
-            del self._waiting[request_id]
-        elif waits:
-            pass
+        if waiting is not None:
+            if finish is not None:
+                self._waiting.remove(request_id)
         elif finish is None:
             self._running[request_id] = state  # behind those that have waited longer
         else:
             self.admission.leave(state)
-            self._notices.append(Done(request_id=request_id))
+            self.roster.notices.append(Done(request_id=request_id))
         return TokenEvent(request_id, token_id, step, finish, state.num_cached)

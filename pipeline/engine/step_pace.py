@@ -7,7 +7,7 @@ stages, and what lies between these. Pure: time is handed in.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # A gap may be so many usual ones, however long these are: stages that are slow, or far from each
 # other, would else read no prompt at all.
@@ -22,8 +22,7 @@ NEW = 0.25
 MOST_STEPS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class _Sent:
+class _Sent(NamedTuple):
     """A step under way: when it was sent, with how many tokens of prompts, and behind what."""
 
     at: float

@@ -28,5 +28,7 @@ class Suspects:
 
     def alone(self, running: Collection[int]) -> int | None:
         """Which of these has to travel alone, if any has."""
+        if not self._losses:
+            return None
         suspects = (each for each, count in self._losses.items() if count >= SUSPECT_LOSSES)
         return next((each for each in suspects if each in running), None)

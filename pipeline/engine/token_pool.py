@@ -42,6 +42,8 @@ class TokenPool:
 
     def held(self, states: Iterable[RequestState]) -> int:
         """What requests hold once all is sent that is known of them."""
+        if self._limits.window is None:  # asked at every step
+            return sum([len(each.request.prompt_ids) + len(each.token_ids) for each in states])
         return sum(self.rows(state.num_known) for state in states)
 
     def fits(self, state: RequestState, running: Iterable[RequestState], num_other: int) -> bool:

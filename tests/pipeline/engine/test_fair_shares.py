@@ -36,7 +36,7 @@ def test_who_asks_for_a_lot_gets_all_of_it_while_nobody_else_does():
     stages.run()
     nobody.run()
     assert stages.now == nobody.now
-    assert stages.scheduler.num_given_way == 0
+    assert stages.scheduler.roster.num_given_way == 0
 
 
 @pytest.mark.parametrize("num_clients", [2, 3, 5])

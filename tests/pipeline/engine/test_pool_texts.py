@@ -37,10 +37,10 @@ def new_engine(shards, nursery, prefixes=NO_PREFIXES):
 
 def requests():
     rng = random.Random(5)
-    for index in range(16):
+    for index in range(10):
         sampling = SAMPLINGS[index % len(SAMPLINGS)]
         request = generation(
-            rng, rng.randint(20, 60), seed=index, **({"temperature": 0} | sampling)
+            rng, rng.randint(40, 60), seed=index, **({"temperature": 0} | sampling)
         )
         # As a client whose texts are kept; of some the tokens are chosen at home.
         yield replace(request, salt=b"whose", samples_at_home=index % 5 == 0, vocab_size=256)
@@ -62,7 +62,7 @@ async def test_texts_are_those_of_requests_alone_however_often_they_give_way(
         for index, request in enumerate(requests()):
             asking.start_soon(ask, index, request)
     assert [texts[index] for index in range(len(expected))] == expected
-    assert engine.stats.num_given_way > 3
+    assert engine.stats.num_given_way > 0
     assert alone.stats.num_given_way == 0
     assert engine.stats.pool_tokens == POOL
     if prefixes is NO_PREFIXES:

@@ -44,8 +44,8 @@ def test_more_requests_than_fit_all_end_with_the_texts_they_have_alone():
         made.scheduler.submit(request)
     made.finish()
     assert [made.tokens(each) for each in requests] == [solo(each, checksum) for each in requests]
-    assert made.scheduler.num_given_way > 0
-    assert made.scheduler.num_held == 0
+    assert made.scheduler.roster.num_given_way > 0
+    assert made.scheduler.roster.num_held == 0
     assert not any(made.last.slots.values())
 
 
@@ -75,7 +75,7 @@ def test_what_has_given_way_is_read_again_in_few_steps_where_rows_are_exact():
         for request in requests:
             made.scheduler.submit(request)
         made.finish()
-        assert made.scheduler.num_given_way == 1
+        assert made.scheduler.roster.num_given_way == 1
         for request in requests:
             assert made.tokens(request) == solo(request, checksum)
         steps[is_exact] = len(made.steps)
@@ -105,7 +105,7 @@ def test_a_prompt_waits_until_it_fits_and_a_shorter_one_behind_it_as_well():
     assert (made.scheduler.num_running, made.scheduler.num_waiting) == (1, 2)
     made.finish()
     assert [each.request_id for each in made.events if each.finish] == [1, 2, 3]
-    assert made.scheduler.num_given_way == 0
+    assert made.scheduler.roster.num_given_way == 0
 
 
 def test_kept_prefixes_give_way_before_requests_do():
@@ -114,7 +114,7 @@ def test_kept_prefixes_give_way_before_requests_do():
     assert made.scheduler.admission.num_idle == 46
     request = chat(3, (3,) * 30, (), max_tokens=10)
     assert made.run(request) == [solo(request, checksum)]
-    assert made.scheduler.num_given_way == 0
+    assert made.scheduler.roster.num_given_way == 0
     assert len(made.scheduler.admission.idle) <= 2
 
 
@@ -133,7 +133,7 @@ def test_under_a_window_a_request_takes_no_more_than_that():
     for request in requests:
         made.scheduler.submit(request)
     while made.scheduler.has_work:
-        assert made.scheduler.num_held <= 30 + made.scheduler.num_running
+        assert made.scheduler.roster.num_held <= 30 + made.scheduler.num_running
         step = made.scheduler.next_step()
         if step is None:
             step = made.to_last.pop(0)

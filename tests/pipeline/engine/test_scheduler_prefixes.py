@@ -166,7 +166,7 @@ def test_a_copy_is_made_though_its_source_leaves_before_it_is_sent(keeps):
     driver.scheduler.submit(first)
     driver.send()
     driver.scheduler.submit(second)
-    driver.scheduler._admit()  # the copy is decided
+    driver.scheduler.roster.admit()  # the copy is decided
     driver.scheduler.cancel(1, keeps=keeps)
     driver.scheduler.submit(chat(3, (8,) * 20, ()))  # it takes the slot that is left
     driver.finish()
