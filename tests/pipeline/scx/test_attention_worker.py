@@ -1,4 +1,4 @@
-"""What a stranger that holds encoded rows does with what it is asked: nothing that makes no sense."""
+"""What a stranger that holds encoded rows does with what it is asked: nothing without sense."""
 
 import numpy as np
 import pytest
