@@ -27,6 +27,12 @@ class ErrorAnswer(_Answered):
     error: ErrorBody
 
 
+class OtherAnswer(BaseModel):
+    """As the dialect's own documents have it."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 class TokensDetails(_Answered):
     """Of a prompt's tokens those that had not to be computed."""
 

@@ -7,11 +7,14 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.routing import Route
 
+from pipeline.gateway.http.answer_schemas import ErrorAnswer
+
 
 class ApiRoute(Route):
     """`body` is the schema its endpoint parses with, `answer` that of what it says in JSON.
 
-    `is_streamed`: it answers with server-sent events where asked to; `is_open`: it wants no key.
+    `streams`: the media type of what it answers where asked to stream; `error`: what it says of a
+    request that fails; `is_open`: it wants no key.
     """
 
     def __init__(
@@ -22,11 +25,13 @@ class ApiRoute(Route):
         methods: Sequence[str] = ("GET",),
         body: type[BaseModel] | None = None,
         answer: type[BaseModel] | None = None,
-        is_streamed: bool = False,
+        streams: str | None = None,
+        error: type[BaseModel] = ErrorAnswer,
         is_open: bool = False,
     ) -> None:
         super().__init__(path, endpoint, methods=list(methods))
         self.body = body
         self.answer = answer
-        self.is_streamed = is_streamed
+        self.streams = streams
+        self.error = error
         self.is_open = is_open

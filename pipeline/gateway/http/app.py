@@ -41,7 +41,7 @@ from pipeline.gateway.http.dialects import dialect_routes
 from pipeline.gateway.http.errors import to_response
 from pipeline.gateway.http.evaluation import evaluation_routes
 from pipeline.gateway.http.middleware import Edge
-from pipeline.gateway.http.openapi import docs_routes
+from pipeline.gateway.http.openapi import EVENTS, docs_routes
 from pipeline.gateway.http.prompt_formats import Echo, PromptLogprobs
 from pipeline.gateway.http.responses import Answer, Wanted
 from pipeline.gateway.openai_requests import ChatRequest, CompletionRequest, parse_untrusted
@@ -112,11 +112,11 @@ class Door:
             ApiRoute("/v1/models/{model:path}", self.model, answer=Model),
             ApiRoute(
                 "/v1/chat/completions", self.chat, methods=post, body=ChatRequest,
-                answer=ChatCompletion, is_streamed=True,
+                answer=ChatCompletion, streams=EVENTS,
             ),
             ApiRoute(
                 "/v1/completions", self.completions, methods=post, body=CompletionRequest,
-                answer=Completion, is_streamed=True,
+                answer=Completion, streams=EVENTS,
             ),
         )  # fmt: skip
 

@@ -32,8 +32,11 @@ from pipeline.gateway.dialects.responses_requests import ResponsesRequest
 from pipeline.gateway.dialects.responses_store import ResponseStore
 from pipeline.gateway.errors import invalid
 from pipeline.gateway.generation_order import Order
+from pipeline.gateway.http.answer_schemas import OtherAnswer
+from pipeline.gateway.http.api_route import ApiRoute
 from pipeline.gateway.http.client_exchange import Exchange
 from pipeline.gateway.http.completion_formats import ChatFormat
+from pipeline.gateway.http.openapi import EVENTS
 from pipeline.gateway.http.told_answer import LINES, NAMED_EVENTS, ToldAnswer
 from pipeline.gateway.openai_requests import parse_untrusted
 
@@ -45,23 +48,27 @@ _Items = Sequence[Mapping[str, Any]]
 _Messages = TypeVar("_Messages", bound=CountRequest)
 _Chat = TypeVar("_Chat", OllamaChatRequest, OllamaGenerateRequest)
 # Ollama's, of a model's file; there is none here.
+_LINES = LINES.media_type.decode()
 _DETAILS = {"format": "", "family": "", "parameter_size": "", "quantization_level": ""}
 
 
 def dialect_routes(desk: Desk) -> Sequence[Route]:
     """All of them."""
     responses, messages, ollama = ResponsesDoor(desk), MessagesDoor(desk), OllamaDoor(desk)
+    told = partial(ApiRoute, answer=OtherAnswer)
+    post = partial(told, methods=["POST"])
+    own = partial(post, error=OtherAnswer)
     return (
-        Route("/v1/responses", responses.create, methods=["POST"]),
-        Route("/v1/responses/{id}", responses.stored, methods=["GET"]),
-        Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
-        Route("/v1/messages", messages.create, methods=["POST"]),
-        Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
-        Route("/api/chat", ollama.chat, methods=["POST"]),
-        Route("/api/generate", ollama.generate, methods=["POST"]),
-        Route("/api/show", ollama.show, methods=["POST"]),
-        Route("/api/tags", ollama.tags, methods=["GET"]),
-        Route("/api/version", ollama.version, methods=["GET"]),
+        post("/v1/responses", responses.create, body=ResponsesRequest, streams=EVENTS),
+        told("/v1/responses/{id}", responses.stored),
+        told("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
+        own("/v1/messages", messages.create, body=MessagesRequest, streams=EVENTS),
+        own("/v1/messages/count_tokens", messages.count, body=CountRequest),
+        own("/api/chat", ollama.chat, body=OllamaChatRequest, streams=_LINES),
+        own("/api/generate", ollama.generate, body=OllamaGenerateRequest, streams=_LINES),
+        own("/api/show", ollama.show, body=OllamaShowRequest),
+        told("/api/tags", ollama.tags, error=OtherAnswer),
+        told("/api/version", ollama.version, error=OtherAnswer),
     )
 
 

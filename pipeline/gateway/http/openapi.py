@@ -24,6 +24,7 @@ from pipeline.gateway.http.page import HEADERS
 
 _REF = "#/components/schemas/{model}"
 _JSON = "application/json"
+EVENTS = "text/event-stream"
 _OBJECT = {"type": "object"}
 # Of each event its data: JSON, or [DONE].
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
@@ -64,7 +65,7 @@ class ApiDocument:
         models: set[type[BaseModel]] = {ErrorAnswer}
         for route in self._routes:
             if isinstance(route, ApiRoute):
-                models |= {each for each in (route.body, route.answer) if each is not None}
+                models |= {each for each in (route.body, route.answer, route.error) if each}
         ordered = sorted(models, key=lambda model: model.__name__)
         _, found = models_json_schema([(each, "validation") for each in ordered], ref_template=_REF)
         paths: dict[str, dict[str, Any]] = {}
@@ -106,14 +107,15 @@ def _operation(route: Route, path: str, method: str) -> dict[str, Any]:
     """What one method of a route does; of a plain route only what its endpoint's docstring says."""
     told = route if isinstance(route, ApiRoute) else None
     said = " ".join((route.endpoint.__doc__ or "").split())
+    error = ErrorAnswer if told is None else told.error
     operation: dict[str, Any] = {
         "operationId": f"{method.lower()}{re.sub(r'[^a-zA-Z0-9]+', '_', path)}",
         "summary": said.partition(" Raises ")[0] or path,
         "security": [] if told is not None and told.is_open else [{"key": []}],
         "responses": {
             "200": {"description": "The answer.", "content": _answers(route)},
-            "4XX": {"description": "The request cannot be served.", "content": _json(ErrorAnswer)},
-            "5XX": _failure(told),
+            "4XX": {"description": "The request cannot be served.", "content": _json(error)},
+            "5XX": {"description": "It cannot be served now.", "content": _failure(told)},
         },
     }
     parameters = [
@@ -130,12 +132,12 @@ def _operation(route: Route, path: str, method: str) -> dict[str, Any]:
 
 def _failure(told: ApiRoute | None) -> dict[str, Any]:
     """Probes answer as ever where nothing can be computed."""
-    content = _json(ErrorAnswer)
+    content = _json(ErrorAnswer if told is None else told.error)
     if told is not None and told.is_open:
         content[_JSON]["schema"] = {
             "anyOf": [each[_JSON]["schema"] for each in (content, _json(told.answer))]
         }
-    return {"description": "It cannot be served now.", "content": content}
+    return content
 
 
 def _answers(route: Route) -> dict[str, Any]:
@@ -144,8 +146,8 @@ def _answers(route: Route) -> dict[str, Any]:
     if route.answer is None:
         return {"text/plain": {"schema": {"type": "string"}}}
     content = _json(route.answer)
-    if route.is_streamed:
-        content["text/event-stream"] = {"schema": _EVENT}
+    if route.streams is not None:
+        content[route.streams] = {"schema": _EVENT}
     return content
 
 
