@@ -46,6 +46,8 @@ done
 status=0
 VEILPIPE_URL=$url VEILPIPE_KEY=$key VEILPIPE_NODE=$clients/node \
   "$clients/venv/bin/python" -P -m pytest -c "$tests/clients.ini" "$tests" "$@" || status=$?
+# Those that are commands ask servers that their tests start.
+[ $# -gt 0 ] || python -P -m pytest "$root"/tests/e2e/test_{lm_eval,schemathesis}.py -m slow || status=$?
 # What a client asked for and was refused.
 grep -h 'level=ERROR\|event=defect' "$run_dir/serve.log" >&2 || true
 exit "$status"
