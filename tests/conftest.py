@@ -1,9 +1,13 @@
 """What several suites share: a tiny model, and how a relay tells where a record ends."""
 
 import shutil
+import signal
 import sys
 
 import pytest
+
+# Whoever runs the tests in the background of a shell has this ignored, by all they start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
