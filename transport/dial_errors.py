@@ -4,7 +4,7 @@ import errno
 import socket
 from typing import Final
 
-from transport.address import Endpoint, TcpEndpoint
+from transport.address import Endpoint, TcpEndpoint, UnixEndpoint
 from transport.errors import EndpointError
 
 
@@ -44,5 +44,7 @@ _REMEDIES: Final = {
 def failed(action: str, endpoint: Endpoint, error: OSError) -> EndpointError:
     """For a system call; `action` is what it was for, such as `dial`."""
     cause = error.strerror or str(error)
+    if isinstance(endpoint, UnixEndpoint) and endpoint.port is not None:  # a bridge has two files
+        cause = f"{endpoint.path if action == 'dial' else endpoint.listen_path}: {cause}"
     remedy = _REMEDIES.get(error.errno or 0, "check the address")
     return EndpointError(f"cannot {action} {endpoint}: {cause}; {remedy}")

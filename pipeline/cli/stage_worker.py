@@ -49,7 +49,8 @@ def serve(flags: WorkerFlags) -> None:
     """Serve stage I of a manifest until stopped.
 
     The worker loads its layers only, checks their hashes, prints `event=listening` and serves one
-    orchestrator after another. Addresses: HOST:PORT, unix:/path, vsock:CID:PORT.
+    orchestrator after another. Addresses: HOST:PORT, unix:/PATH, vsock:CID:PORT, and
+    unix:/PATH:PORT for a vsock bridged over a UNIX socket, which listens at /PATH_PORT.
     `stage-worker door --help` tells how to serve requests and answers instead, `stage-worker offer
     --help` and `serve --help` how to have a home of yours say what is served.
 

@@ -75,6 +75,14 @@ async def test_what_a_guest_dials_arrives_at_the_numbered_socket(tmp_path):
     assert not (tmp_path / "v.sock_9000").exists()
 
 
+async def test_of_a_bridges_two_files_the_one_that_fails_is_named(tmp_path):
+    endpoint = UnixEndpoint(tmp_path / "absent" / "v.sock", 9000)
+    with pytest.raises(EndpointError, match=r"absent/v\.sock: No such file"):
+        await dial(endpoint)
+    with pytest.raises(EndpointError, match=r"absent/v\.sock_9000: No such file"):
+        listen(endpoint)
+
+
 async def test_vsock_dials_the_context_id_and_port(monkeypatch, tmp_path):
     class OverUnix(socket.socket):
         def connect_ex(self, address):

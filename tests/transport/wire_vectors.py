@@ -40,10 +40,17 @@ from transport.tensor_frames import DType, Frame, FrameKind, FrameLimits, Tensor
 MOST_SHOWN = 4096
 LIMITS = FrameLimits(max_header_bytes=64, max_tensors=3, max_tensor_bytes=1 << 20, check=None)
 SIDES = ("initiator", "responder")
+# Of each link that is recorded: what both ends show, and who begins.
+LINKS = {
+    "control": ("key-only", "orchestrator"),
+    "data": ("dev", "stage/0"),
+    "results": ("key-only", "orchestrator"),
+}
 
 
-def fresh(kind):
+def fresh(link):
     """What a recording begins with: a link, private keys, and an authority if need be."""
+    evidence, initiator = LINKS[link]
     keys = {
         side: {
             name: X25519PrivateKey.generate().private_bytes_raw().hex()
@@ -51,18 +58,18 @@ def fresh(kind):
         }
         for side in SIDES
     }
-    is_data = kind == "dev"
+    has_epoch = link != "control"
     begun = {
-        "evidence": kind,
-        "link": "data" if is_data else "control",
-        "initiator_role": "stage/0" if is_data else "orchestrator",
+        "evidence": evidence,
+        "link": link,
+        "initiator_role": initiator,
         "responder_role": "stage/1",
-        "core_hash": hashlib.sha256(kind.encode()).hexdigest(),
-        "epoch": hashlib.sha256(b"epoch").digest()[:16].hex() if is_data else bytes(16).hex(),
+        "core_hash": hashlib.sha256(link.encode()).hexdigest(),
+        "epoch": hashlib.sha256(b"epoch").digest()[:16].hex() if has_epoch else bytes(16).hex(),
         "private_keys": keys,
         "rekey_after_records": 3,
     }
-    if is_data:
+    if evidence == "dev":
         now = datetime.now(UTC).replace(microsecond=0)
         authority = DevAuthority.create(now)
         pem = authority.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -108,12 +115,16 @@ def complete(begun):
 
 
 def frames():
-    """What each direction says: without tensors, inline, in bodies, and something after them."""
+    """What each direction says: without tensors, inline, in bodies, and something after them.
+
+    The last one's tensor is empty, and padded all the same.
+    """
     yield Frame(FrameKind.CONTROL, b"a header")
     pair = (_tensor(DType.F32, (1, 5)), _tensor(DType.U32, (3,)))
     yield Frame(FrameKind.DATA, b"two tensors", pair)
     yield Frame(FrameKind.DATA, b"", (_tensor(DType.U8, (300_000,)), _tensor(DType.I8, (0, 7))))
     yield Frame(FrameKind.CONTROL, b"")
+    yield Frame(FrameKind.DATA, b"no element", (_tensor(DType.U32, (0,)),))
 
 
 def told_frames():
@@ -219,6 +230,6 @@ def _authority(begun):
 
 
 if __name__ == "__main__":
-    recorded = [complete(fresh(kind)) for kind in ("key-only", "dev")]
+    recorded = [complete(fresh(link)) for link in LINKS]
     told = {"version": VERSION.decode(), "frames": told_frames(), "channels": recorded}
     print(json.dumps(told, indent=1))

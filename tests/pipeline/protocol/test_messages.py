@@ -134,6 +134,11 @@ def test_a_rewind_out_of_range_is_refused(change):
         decode_message(msgpack.packb({**rewind, **change}))
 
 
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.type)
+def test_nil_is_taken_for_what_is_absent(message):
+    assert decode_message(msgpack.packb(message.model_dump())) == message
+
+
 def test_a_control_message_over_the_limit_is_refused():
     with pytest.raises(MessageError, match="limit"):
         decode_message(bytes(MAX_CONTROL_BYTES + 1))

@@ -26,6 +26,7 @@ from pipeline.protocol.step_header import StepHeader, StepKind, encode_step
 from pipeline.protocol.time_limits import DEFAULT_TIMES
 from pipeline.sampling.draw import Draw
 from pipeline.sampling.params import SamplingParams
+from pipeline.scx.attention_wire import Op
 from pipeline.stage import data_channels, session, slot_storage, worker
 from pipeline.stage.session_admission import MAX_STEP_TOKENS
 from transport.handshake import MAX_EVIDENCE_BYTES
@@ -150,6 +151,11 @@ def test_every_time_limit_is_the_codes(seconds, what):
 )
 def test_every_cap_is_the_codes(number, what):
     assert re.search(rf"^\| {number:,} \| {re.escape(what)}", TEXT, re.MULTILINE)
+
+
+def test_every_question_to_an_attention_worker_is_told():
+    table = TEXT[TEXT.index("`attention`: ") : TEXT.index("`linear` and")]
+    assert list(map(int, re.findall(r"^\| (\d+), ", table, re.MULTILINE))) == list(Op)
 
 
 def test_the_layouts_have_the_bytes_that_are_told():

@@ -12,7 +12,15 @@ from pipeline.protocol.batch import Segment
 from pipeline.protocol.links import (
     send_step,
 )
-from pipeline.protocol.messages import Done, Healthy, StageFigures, Start
+from pipeline.protocol.messages import (
+    Abort,
+    Broken,
+    Done,
+    Failure,
+    Healthy,
+    StageFigures,
+    Start,
+)
 from pipeline.protocol.step_header import PROTOCOL_VERSION, StepKind
 from pipeline.protocol.step_limits import CLEAR_SENTINEL
 from tests.pipeline.stage.rig import failure_of, figures_of, hidden, settled, step
@@ -44,6 +52,29 @@ async def test_a_step_that_does_not_fit_ends_the_session_and_not_the_worker(
             assert word in failure.detail
         async with rig.session():
             pass  # the worker serves on
+
+
+@pytest.mark.parametrize(
+    ("header", "tensor", "answer"),
+    [
+        (step(Segment(2, 0, 1)), hidden(1), Broken),  # a slot that there is not
+        (step(Segment(0, 0, 2)), hidden(1), Broken),
+        (step(Segment(0, 5, 1)), hidden(1), Failure),  # behind what the slot holds
+    ],
+)
+async def test_what_a_step_declares_breaks_its_channel_and_what_it_holds_the_session(
+    rig, header, tensor, answer
+):
+    async with rig.worker(), rig.session() as (control, upstream):
+        await send_step(upstream, header, (tensor,))
+        assert type(await failure_of(control)) is answer
+
+
+async def test_the_end_of_a_request_that_never_began_is_ignored(rig):
+    async with rig.worker(), rig.session() as (control, _):
+        await control.send(Done(request_id=7))
+        await control.send(Abort(request_id=7))
+        assert (await figures_of(control)).num_slots == 2
 
 
 @pytest.mark.parametrize(
