@@ -50,6 +50,8 @@ class StageWorker:
         self._holder: ControlLink | None = None
         self._held_since = -math.inf
         self._turn = trio.CancelScope()
+        # Who is here, with or without a turn, and when each has gone.
+        self._links: dict[trio.CancelScope, trio.Event] = {}
 
     async def serve(self, control: Listener, data_in: Listener, *, once: bool = False) -> None:
         """Serve sessions until cancelled, or with `once` until the first one has ended."""
@@ -88,7 +90,12 @@ class StageWorker:
         await self.leave()
         self._turn.cancel()
         async with self._session:
-            pass
+            # Nobody has a turn after this; and who still parts would keep the weights meanwhile.
+            parting = tuple(self._links.items())
+            for scope, _ in parting:
+                scope.cancel()
+            for _, has_gone in parting:
+                await has_gone.wait()
 
     async def leave(self) -> None:
         """Let the step under way go on, and say that this stage leaves: then it can be ended."""
@@ -97,28 +104,36 @@ class StageWorker:
 
     async def _serve_link(self, control: ControlLink, data_in: Listener) -> bool:
         """Run one session; False when another one is running, or when it never began."""
-        try:
-            with trio.move_on_after(BUSY_SECONDS) as patience:
-                await self._session.acquire()
-            if patience.cancelled_caught and self._make_way_for(control):
-                await self._session.acquire()
-            elif patience.cancelled_caught:
-                logger.warning("event=refused reason=busy")
-                await say(control, Failure(code="busy", detail="another orchestrator is connected"))
-                await hear_out(control.channel)
-                return False
-            has_begun = False
+        has_begun = False
+        with trio.CancelScope() as scope:
+            self._links[scope] = has_gone = trio.Event()
             try:
-                with trio.CancelScope() as self._turn:
-                    self._holder, self._held_since = control, trio.current_time()
-                    has_begun = await self._run_session(control, data_in)
+                has_begun = await self._take_turn(control, data_in)
+                await hear_out(control.channel)
             finally:
-                self._current = self._holder = None  # they would keep the session's memory
-                self._session.release()
-            await hear_out(control.channel)
-            return has_begun
+                await close_quietly(control.channel)
+                del self._links[scope]
+                has_gone.set()
+        return has_begun
+
+    async def _take_turn(self, control: ControlLink, data_in: Listener) -> bool:
+        """Run one session; False when another one is running, or when it never began."""
+        with trio.move_on_after(BUSY_SECONDS) as patience:
+            await self._session.acquire()
+        if patience.cancelled_caught and self._make_way_for(control):
+            await self._session.acquire()
+        elif patience.cancelled_caught:
+            logger.warning("event=refused reason=busy")
+            await say(control, Failure(code="busy", detail="another orchestrator is connected"))
+            return False
+        try:
+            with trio.CancelScope() as self._turn:
+                self._holder, self._held_since = control, trio.current_time()
+                return await self._run_session(control, data_in)
+            return False
         finally:
-            await close_quietly(control.channel)
+            self._current = self._holder = None  # they would keep the session's memory
+            self._session.release()
 
     def _make_way_for(self, newcomer: ControlLink) -> bool:
         """End the turn of one that has asked for nothing for long, or of the same one, gone silent.
