@@ -98,5 +98,13 @@ class HeldText:
         made = KeyGenerator(len(rows), config.hidden_dim, config.head_dim, seed=seed)
         codec = LayerCodec(made, layer, config.num_kv_heads)
         first = codec.encode(keys, values)
-        later = codec.append(keys, values, codec.seal(first))
-        return cls(later.keys, later.values, (first.keys, first.values))
+        sealed, keys_held, values_held = codec.seal(first), [], []
+        for row in range(len(rows)):  # what came together would be in a secret order
+            later = codec.append(keys[:, row : row + 1], values[:, row : row + 1], sealed)
+            keys_held.append(later.keys)
+            values_held.append(later.values)
+        return cls(
+            np.concatenate(keys_held, 1),
+            np.concatenate(values_held, 1),
+            (first.keys, first.values),
+        )

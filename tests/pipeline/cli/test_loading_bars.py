@@ -34,13 +34,13 @@ def access(placement, monkeypatch):
     async def open_pipeline(*arguments):
         placement.began = trio.current_time()
         await trio.sleep(4)
-        yield SimpleNamespace(ready=())
+        yield SimpleNamespace(ready=(), kv_pool=None)
 
     monkeypatch.setattr(pipeline_access, "open_pipeline", open_pipeline)
     return PipelineAccess(
         manifest=SimpleNamespace(stages=(0, 1)),
         trust=None,
-        options=SimpleNamespace(times=TimeLimits(connect_seconds=30)),
+        options=SimpleNamespace(times=TimeLimits(connect_seconds=30), limits=None),
         place=lambda tasks: placement,
         is_resumable=False,
     )

@@ -107,8 +107,9 @@ async def work(_):
 
 
 @pytest.fixture(autouse=True)
-def no_kernels(monkeypatch):
+def nothing_told(monkeypatch):
     monkeypatch.setattr("pipeline.cli.pipeline_access._tell_kernels", lambda pipeline: None)
+    monkeypatch.setattr(PipelineAccess, "_tell_memory", lambda access, pipeline: None)
 
 
 LOST = SessionError("gave up after 30 s: stage 1 is not up")

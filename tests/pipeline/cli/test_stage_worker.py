@@ -89,8 +89,9 @@ def test_an_enclave_takes_no_weights_from_outside_of_it(model, tmp_path, monkeyp
     fd = os.memfd_create("weights", os.MFD_ALLOW_SEALING)
     try:
         flags = WorkerFlags(
-            manifest=manifest, stage_idx=0, model_dir=model, weights_fd=fd, dev=dev, store={}
-        )
+            manifest=manifest, stage_idx=0, model_dir=model, weights_fd=fd, store={}, times={},
+            development={"dev": dev},
+        )  # fmt: skip
         with pytest.raises(InputError, match="that is all"):
             stage_worker._prepare(flags)
     finally:

@@ -78,7 +78,7 @@ async def test_a_stage_whose_pins_nothing_compares_says_so_whatever_its_state(ma
     manifest = manifest_of_two.model_copy(update={"stages": (manifest_of_two.stage(0), pinned)})
     for ignores in (False, True):
         overview = Overview(
-            manifest, Limits(8, 128), lambda: STATS, list, ignores_measurements=ignores
+            manifest, Limits(8, 128), lambda: STATS, lambda: 128, list, ignores_measurements=ignores
         )
         first, second = overview.stages()
         assert (first.ignores_measurements, second.ignores_measurements) == (False, ignores)
