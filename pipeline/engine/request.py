@@ -77,11 +77,11 @@ class RequestState:
     # Stored tokens that are being loaded into its slot: nothing goes before.
     num_loading: int = 0
     # The first so many tokens are read, many at a time; each of the others is a step of its own.
-    num_read: int = field(init=False)
+    num_prefill: int = field(init=False)
 
     def __post_init__(self) -> None:
         """Read the prompt."""
-        self.num_read = self.request.num_prompt
+        self.num_prefill = self.request.num_prompt
 
     @property
     def may_send(self) -> bool:
@@ -101,7 +101,7 @@ class RequestState:
     @property
     def num_prompt_left(self) -> int:
         """Tokens to be read that have not been sent: of the prompt, and of what had to give way."""
-        return max(0, self.num_read - self.num_sent)
+        return max(0, self.num_prefill - self.num_sent)
 
     def pending(self, limit: int) -> tuple[int, ...]:
         """The next at most `limit` token ids to send.
@@ -109,7 +109,7 @@ class RequestState:
         Those that somebody wants to know of, those that are read, and others are never mixed.
         """
         start, end = self.num_sent, self.num_sent + limit
-        for bound in (self.request.num_read, self.num_read):
+        for bound in (self.request.num_read, self.num_prefill):
             if start < bound:
                 end = min(end, bound)
         return self.known(start, end)
@@ -159,7 +159,7 @@ class RequestState:
         self.num_sent, self.slot, self.leader = 0, -1, None
         self.pieces.clear()
         if is_row_exact:
-            self.num_read = self.num_known
+            self.num_prefill = self.num_known
 
     def unsend_since(self, step: int) -> bool:
         """Take back all that travelled in that step or a later one; whether there is any."""

@@ -178,6 +178,19 @@ async def test_others_come_and_it_leaves_around_the_token(new_pipeline, expected
     assert [type(notice) for notice in pipeline.told].count(Abort) == (what != "comes")
 
 
+async def drained(engine, new_pipeline, fails_at):
+    """Over a pipeline that is lost at that step, and the one after it; the last of them."""
+    pipeline = new_pipeline()
+    pipeline.fails_at = fails_at
+    if fails_at >= 0:
+        with pytest.raises(SessionError):
+            await engine.drain(pipeline)
+        pipeline = new_pipeline()
+        pipeline.replay(engine.scheduler)
+    await engine.drain(pipeline)
+    return pipeline
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -195,14 +208,7 @@ async def test_what_is_drawn_is_the_same_with_steps_sent_ahead(new_pipeline, sam
     here, _ = listen(engine := PipelineEngine(LIMITS), replace(asked, samples_at_home=True))
     await engine.drain(new_pipeline())
     heard, _ = listen(engine := PipelineEngine(LIMITS), asked)
-    pipeline = new_pipeline()
-    pipeline.fails_at = fails_at
-    if fails_at >= 0:
-        with pytest.raises(SessionError):
-            await engine.drain(pipeline)
-        pipeline = new_pipeline()
-        pipeline.replay(engine.scheduler)
-    await engine.drain(pipeline)
+    pipeline = await drained(engine, new_pipeline, fails_at)
     assert ids(heard) == ids(here)
     assert pipeline.num_ahead >= len(heard) - 1 - max(fails_at, 0)
     for there, at_home in zip(heard, here, strict=True):
@@ -237,14 +243,7 @@ async def test_a_mask_of_the_text_leaves_with_the_token_it_depends_on(
     here, _ = listen(engine := PipelineEngine(LIMITS), replace(asked, samples_at_home=True))
     await engine.drain(new_pipeline())
     heard, _ = listen(engine := PipelineEngine(LIMITS), asked)
-    pipeline = new_pipeline()
-    pipeline.fails_at = fails_at
-    if fails_at >= 0:
-        with pytest.raises(SessionError):
-            await engine.drain(pipeline)
-        pipeline = new_pipeline()
-        pipeline.replay(engine.scheduler)
-    await engine.drain(pipeline)
+    pipeline = await drained(engine, new_pipeline, fails_at)
     assert ids(heard) == ids(here)
     assert {(a + b) % 2 for a, b in itertools.pairwise(ids(heard))} == {1}
     assert pipeline.num_ahead >= len(heard) - 1 - max(fails_at, 0)
