@@ -68,6 +68,8 @@ class StageSpec(Strict):
     precision: Precision | None = None  # of the weights in memory; None: the stage decides
     # What it computes with: another level rounds differently. None: the stage decides.
     kernels: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    # Of keys and values, of all its requests together. None: what is free.
+    kv_bytes: Annotated[int, Field(ge=1, le=1 << 50)] | None = None
     # Machines that may run it, known by these keys and attested by nobody.
     machine_keys: tuple[KeyHex, ...] = ()
     expected_measurements: dict[PcrIndex, PcrHex] = Field(default_factory=dict)
@@ -335,7 +337,7 @@ def _without_new_defaults(whole: dict[str, Any]) -> dict[str, Any]:
         if whole.get(name) is None:
             whole.pop(name, None)
     for stage in whole["stages"]:
-        for name in ("kernels", "machine_keys"):
+        for name in ("kernels", "kv_bytes", "machine_keys"):
             if not stage.get(name):
                 stage.pop(name, None)
     return whole

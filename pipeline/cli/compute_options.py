@@ -25,7 +25,7 @@ ThreadsFlag = Annotated[
 DeviceFlag = Annotated[str | None, Flag("NAME", "Where to compute: cpu, cuda or cuda:N [cpu].")]
 KvMemoryFlag = Annotated[
     Annotated[Finite, Field(ge=0.001, le=1 << 20)] | None,
-    Flag("GIB", "KV memory of a session [what is free]."),
+    Flag("GIB", "KV memory of a session [the manifest's, or what is free]."),
 ]
 MasksFlag = Annotated[
     Path | None, Flag("FILE", "Masks for what a linear worker is sent (see masks make).")

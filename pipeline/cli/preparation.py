@@ -17,6 +17,7 @@ from pipeline.agreement.manifest import (
 )
 from pipeline.cli.logs import tell
 from pipeline.cli.model_directory import model_option
+from pipeline.cli.planned_memory import GIB, machine_sizes, tell_memory
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.shared_options import ManifestOption
 from pipeline.errors import InputError
@@ -111,6 +112,22 @@ def plan_command(
         list[str] | None,
         typer.Option(metavar="HEX", help="Public key of a stage on a machine of one's own."),
     ] = None,
+    kv_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=1 << 20,
+            metavar="GIB",
+            help="Of every stage, for keys and values [what is free there].",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GIB[,GIB...]",
+            help="Free memory of the stages' machines, to say what fits [this one's, where here].",
+        ),
+    ] = None,
 ) -> None:
     """Write a manifest: layers split by measured bytes, weights and config pinned by hash."""
     from pipeline.planning.plan import PlanOptions, plan
@@ -138,11 +155,15 @@ def plan_command(
         encoding=_encoding(
             kv_noise, kv_decoys, is_one_time=one_time_keys, is_encoded=attention or home_layers
         ),
+        kv_bytes=None if kv_memory is None else int(kv_memory * GIB),
     )
+    sizes = None if memory is None else machine_sizes(memory, stages)
     if output is not None:
         check_writable(output)  # before minutes of hashing
     with progress_bar("hashing weights") as progress:
-        text = dump_manifest(plan(model_dir, options, progress))
+        manifest = plan(model_dir, options, progress)
+    text = dump_manifest(manifest)
+    tell_memory(manifest, model_dir, sizes)
     if output is None:
         sys.stdout.write(text)
         return

@@ -53,6 +53,8 @@ class PlanOptions:
     noise: tuple[float, float] | None = None
     # The end layer of each stage, where something better than bytes says so.
     ends: tuple[int, ...] | None = None
+    # Of each stage, for keys and values; None leaves it to the stages.
+    kv_bytes: int | None = None
     # What one untrusted worker is asked for, where it is and its key, if that is known.
     part: tuple[str, Endpoint, str | None] | None = None
     # Keys of stages on machines of one's own, in their order.
@@ -127,6 +129,7 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
             "weight_hashes": [hashes[path] for path in files[idx]],
             "require_weight_hashes": True,
             "precision": options.precision,
+            "kv_bytes": options.kv_bytes,
             "machine_keys": options.stage_keys[idx : idx + 1],
             "endpoint": _endpoint(options, hosts, idx),
         }

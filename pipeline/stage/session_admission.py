@@ -23,12 +23,16 @@ def free_kv_bytes(shard: ModelShard) -> int:
 
 
 def with_memory(setup: StageSetup) -> StageSetup:
-    """A stage that knows what a session may take: if nobody says it, its share of what is free.
+    """A stage that knows what a session may take: its own word, the manifest's, or a share.
+
+    If neither says it, that is this stage's of what is free.
 
     Not before a session begins: then all stages are loaded that are loaded on this machine.
     """
     if setup.max_kv_bytes is not None:
         return setup
+    if (planned := setup.manifest.stage(setup.stage_idx).kv_bytes) is not None:
+        return replace(setup, max_kv_bytes=planned)
     free = free_kv_bytes(setup.shard)
     if setup.shard.kernels.is_host:
         free //= num_on_this_machine(setup.manifest, setup.stage_idx)

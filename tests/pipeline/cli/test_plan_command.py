@@ -64,3 +64,27 @@ def test_noise_is_planned_with_the_length_that_it_is_for(planned):
     assert "dp is for manifests whose split is client" in planned(*flags[2:])
     for value in ("0", "-1", "nan", "inf"):
         assert "dp.sigma" in planned(*flags[:3], value, *flags[4:])
+
+
+def test_memory_for_keys_and_values_is_in_the_manifest_where_it_is_given(planned):
+    assert [each["kv_bytes"] for each in planned("--kv-memory", "0.5")["stages"]] == [1 << 29] * 2
+    assert all("kv_bytes" not in each for each in planned()["stages"])
+
+
+@pytest.mark.parametrize("value", ["", "x", "1,2,3", "-1", "1,", "nan", "1e3"])
+def test_machines_of_no_known_memory_are_refused_in_one_line(planned, value):
+    err = planned("--memory", value)
+    assert err.startswith("pipeline-orch: error: --memory")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_machine_too_small_for_its_stage_is_warned_of(tiny_model, monkeypatch, capfd):
+    command = ["plan", "--model-dir", str(tiny_model), "--stages", "2", "--host", "a,b"]
+    monkeypatch.setattr(sys, "argv", ["pipeline-orch", *command, "--memory", "0.000001,8"])
+    with pytest.raises(SystemExit) as caught:
+        pipeline_orch.main()
+    assert not caught.value.code
+    first, second = capfd.readouterr().err.splitlines()
+    assert "stage 0" in first
+    assert "too small" in first
+    assert "tokens" in second

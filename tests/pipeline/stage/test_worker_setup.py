@@ -186,3 +186,10 @@ def test_a_stage_takes_its_share_of_what_is_free_when_a_session_begins(setup, mo
     num_stages = len(setup.manifest.stages)
     assert with_memory(nothing_said).max_kv_bytes == (1 << 22) // num_stages
     assert with_memory(setup) is setup
+
+
+def test_a_stage_takes_what_its_manifest_sets_aside_unless_it_is_told(setup):
+    stages = tuple(each.model_copy(update={"kv_bytes": 1 << 21}) for each in setup.manifest.stages)
+    planned = setup.manifest.model_copy(update={"stages": stages})
+    assert with_memory(replace(setup, manifest=planned, max_kv_bytes=None)).max_kv_bytes == 1 << 21
+    assert with_memory(replace(setup, manifest=planned)).max_kv_bytes == setup.max_kv_bytes
