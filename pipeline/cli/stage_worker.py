@@ -24,7 +24,7 @@ from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
 from pipeline.cli.slot_store import opened_store
 from pipeline.cli.worker_flags import WorkerFlags
 from pipeline.errors import InputError
-from pipeline.kernels.runtime import beside_a_reader, set_num_threads
+from pipeline.kernels.runtime import all_cpus, beside_a_reader, set_num_threads
 from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.protocol.peer_connections import PATIENCE_MS
@@ -128,6 +128,8 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
         allow_dial=networks,
         times=flags.times.limits,
         parts_session=parts_session,
+        # A supervisor's other workers are here as well, and wait meanwhile.
+        while_replaying=all_cpus if flags.supervised and flags.threads is None else nullcontext,
     )
     return setup, control, data_in
 

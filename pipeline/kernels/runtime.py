@@ -116,6 +116,31 @@ def beside_a_reader() -> Iterator[None]:
             os.sched_setaffinity(0, cpus[:1])
 
 
+@contextmanager
+def all_cpus() -> Iterator[None]:
+    """Compute with a thread for each CPU meanwhile: for when nobody else of this machine can.
+
+    Not where CPUs were asked for, which are all that there are to this process.
+    """
+    native = _native_threads()
+    num_threads, cpus = (1, ()) if _asked is None else _asked
+    usable = min(_num_cpus(), 1 if native is None else native.MAX_THREADS)
+    if native is None or cpus or usable <= num_threads:
+        yield
+        return
+    native.set_num_threads(usable)
+    try:
+        yield
+    finally:
+        native.set_num_threads(num_threads)
+
+
+def _num_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def return_large_blocks() -> None:
     """Have the system get large blocks back when they are freed, where this C library is glibc.
 

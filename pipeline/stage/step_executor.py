@@ -1,6 +1,7 @@
 """What a stage does with one step. Sans-IO: a header and tensors in, tensors out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class StageCore:
     """A shard of layers with the KV state of one session, and with `log` what it has sent on.
 
     Keys, values and log take `max_bytes` at most, and the log gives way; None: all that there are
-    addresses for.
+    addresses for. Replayed steps are computed within `while_replaying`.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class StageCore:
         limits: SessionLimits,
         log: ActivationLog | None = None,
         max_bytes: int | None = None,
+        while_replaying: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.shard = shard
+        self._while_replaying = while_replaying
         self.limits = limits
         self.cache = shard.new_cache(limits.num_slots, limits.max_seq_len, limits.window)
         self.log = log
@@ -224,12 +227,14 @@ class StageCore:
         steps, self._catch_up = self._catch_up, CatchUp(self.limits.max_step_tokens)
         segments, inputs = steps.merged()
         done = []
-        (outputs,) = self.shard.kernels.to_host(self.shard.forward(inputs, segments, self.cache))
-        for header, hidden in steps.split(outputs):
+        with self._while_replaying():
+            hidden = self.shard.forward(inputs, segments, self.cache)
+            (outputs,) = self.shard.kernels.to_host(hidden)
+        for header, rows in steps.split(outputs):
             if self.log is not None:
-                self.log.append(header.step, header.segments, hidden)
+                self.log.append(header.step, header.segments, rows)
                 self._fit_log()
-            done.append((header, () if self.is_last else self._codec.encode(hidden)))
+            done.append((header, () if self.is_last else self._codec.encode(rows)))
         return done
 
     def _decode(

@@ -1,7 +1,7 @@
 """What a stage worker is, and which sessions and steps it therefore takes."""
 
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,6 +66,8 @@ class StageSetup:
     times: TimeLimits = DEFAULT_TIMES
     # What the parts of its layers need in a session, if anything.
     parts_session: PartsSession | None = None
+    # What steps are computed within that others wait for: `kernels.runtime.all_cpus`, or nothing.
+    while_replaying: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def role(self) -> Role:
@@ -106,7 +108,7 @@ def new_core(setup: StageSetup, limits: SessionLimits) -> StageCore:
     try:
         if not is_last and limits.window is None:
             log = ActivationLog(slots, length, width)
-        return StageCore(shard, limits, log, setup.max_kv_bytes)
+        return StageCore(shard, limits, log, setup.max_kv_bytes, setup.while_replaying)
     except MemoryError as error:
         raise SessionRefused(
             f"{slots} slots of {length} positions have no addresses here ({error}); ask for less "

@@ -293,6 +293,20 @@ def test_one_of_several_threads_is_left_to_whoever_reads(native, monkeypatch, nu
     assert allowed[0] == cpus
 
 
+@pytest.mark.parametrize(
+    ("asked", "during"), [((1, ()), [(3,), (1,)]), ((3, ()), []), ((4, ()), []), ((1, (2,)), [])]
+)
+def test_all_cpus_compute_meanwhile_unless_some_were_asked_for(native, monkeypatch, asked, during):
+    told = []
+    module = sys.modules["pipeline.kernels._native"]
+    monkeypatch.setattr(module, "set_num_threads", lambda *given: told.append(given))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr(runtime, "_asked", asked)
+    with runtime.all_cpus():
+        assert told == during[:1]
+    assert told == during
+
+
 def test_at_least_one_thread_computes():
     with pytest.raises(ValueError, match="num_threads=0"):
         set_num_threads(0)

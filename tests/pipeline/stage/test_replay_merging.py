@@ -8,6 +8,7 @@ import pytest
 from pipeline.codecs.registry import make_codec
 from pipeline.errors import MessageError
 from pipeline.kernels.kernel_selection import why_not_native
+from pipeline.kernels.runtime import all_cpus
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.protocol.batch import Segment
@@ -32,9 +33,9 @@ def shards(request, tiny_model):
     ]
 
 
-def new_core(shard):
+def new_core(shard, **while_replaying):
     log = ActivationLog(LIMITS.num_slots, LIMITS.max_seq_len, 64)
-    return StageCore(shard, LIMITS, None if shard.is_last else log)
+    return StageCore(shard, LIMITS, None if shard.is_last else log, **while_replaying)
 
 
 def random_steps(rng, num_steps):
@@ -64,7 +65,7 @@ def test_two_stages_that_catch_up_hold_what_the_lost_ones_held(shards, seed):
     first, *lost = cores = [new_core(shard) for shard in shards]
     for step in steps[:-1]:
         through(cores, *step)
-    second, third = (new_core(shard) for shard in shards[1:])
+    second, third = (new_core(shard, while_replaying=all_cpus) for shard in shards[1:])
     num_forwards = []
     forward = second.shard.forward
     second.shard.forward = lambda *args: (num_forwards.append(1), forward(*args))[1]
