@@ -4,8 +4,8 @@
 
 Rounds alternate, free and held, so that both meet the same machine; a token's cost is the wall time of a
 round by its tokens, and with --pid the processor time of that process and its children, which a busy
-machine bears better. --hostile instead alternates rounds with and without a client who sends forms that
-are made to be costly, one after another, and measures what the others get.
+machine bears better. --hostile instead alternates rounds beside a client who sends forms that are made to
+be costly, one after another, with rounds beside one whose forms are not, and measures what the others get.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -108,12 +108,12 @@ class Bench:
         return wall / tokens * 1e3, cpu / tokens * 1e3
 
     @asynccontextmanager
-    async def attack(self) -> AsyncIterator[None]:
-        """Somebody sends costly forms, one after another."""
+    async def beside(self, form_of: Callable[[int], dict]) -> AsyncIterator[None]:
+        """Somebody sends forms, one after another."""
 
         async def send() -> None:
             while True:
-                form = _hostile(next(self._numbers))
+                form = form_of(next(self._numbers))
                 await self._post(max_tokens=64, structured_outputs={"json": form})
 
         async with trio.open_nursery() as nursery:
@@ -125,11 +125,12 @@ class Bench:
         plain: list[tuple[float, float]] = []
         other: list[tuple[float, float]] = []
         for _ in range(self._args.rounds):
-            plain.append(await self.round(clients, is_held=False))
             if self._args.hostile:
-                async with self.attack():
-                    other.append(await self.round(clients, is_held=False))
+                for form_of, rounds in ((lambda _: FORM, plain), (_hostile, other)):
+                    async with self.beside(form_of):
+                        rounds.append(await self.round(clients, is_held=False))
             else:
+                plain.append(await self.round(clients, is_held=False))
                 other.append(await self.round(clients, is_held=True))
         what = "attacked" if self._args.hostile else "held"
         for at, kind in enumerate(("wall", "processor")):
