@@ -27,6 +27,7 @@ from pipeline.models.config import load_config
 from pipeline.orchestrator.open_pipeline import PipelineOptions, open_pipeline
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.protocol.peer_connections import PATIENCE_MS
+from pipeline.protocol.time_limits import TimeLimits
 from transport.attestation.dev_authority import default_directory
 from transport.dial_and_listen import TcpEndpoint
 
@@ -111,7 +112,9 @@ async def one_round(
     results = {}
     for name, manifest in manifests.items():
         if context in contexts(args, name):
-            options = PipelineOptions(limits, connect_seconds=120, patience_ms=PATIENCE_MS)
+            options = PipelineOptions(
+                limits, TimeLimits(connect_seconds=120), patience_ms=PATIENCE_MS
+            )
             async with open_pipeline(manifest, trust, options, lambda line: None) as pipeline:
                 results[name] = await measure(pipeline, prompt_ids, args.tokens, limits)
     if any(log.token_ids != results[PLAIN].token_ids for log in results.values()):
