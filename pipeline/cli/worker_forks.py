@@ -14,9 +14,13 @@ def main() -> None:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     settle_libraries()
     with importing():
+        from pipeline.agreement.manifest import Manifest
         from pipeline.cli.stage_worker import main as stage_worker
+        from pipeline.cli.worker_flags import WorkerFlags
         from pipeline.kernels.kernel_selection import import_kernels
 
         import_kernels()
+        for model in (Manifest, WorkerFlags):
+            model.model_rebuild()
     sys.argv = ["stage-worker", *fork_for_requests()]
     stage_worker()
