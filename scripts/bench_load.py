@@ -8,9 +8,10 @@ and removed at the end. A row of the table is a file in one precision, kept in a
 that holds the whole model; its last are those of the commands that prepare a shard. Each round
 hashes the file with hashlib, starts the stage and waits until it listens; `load` is what the stage
 says its weights took, `ready` the whole time since its start. Rows cold-start and cold-shards are
-of GPT-2's 124 M shape in float32: from starting two stages and an orchestrator until the second
-token, where each stage reads the whole file, and where it reads its own shard. Medians of the
-rounds, page cache warm.
+of GPT-2's 124 M shape in float32: from starting two stages and an orchestrator, three commands,
+until the second token, where each stage reads the whole file, and where it reads its own shard;
+rows supervised-start and supervised-shards of the one command that starts the stages itself.
+Medians of the rounds, page cache warm, bytecode there as scripts/setup.sh leaves it.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -203,17 +205,20 @@ def shard(directory: Path, out: Path, *flags: object) -> tuple[float, float]:
     return seconds, seconds
 
 
-def cold_start(directory: Path, tokenizer: Path, threads: int) -> tuple[float, float]:
+def cold_start(
+    directory: Path, tokenizer: Path, threads: int, *, supervised: bool = False
+) -> tuple[float, float]:
     """Seconds from starting two stages and an orchestrator to the second token, twice."""
-    commands = [
-        [*worker(directory, idx, "float32", threads), "--once", "--quiet"] for idx in (0, 1)
-    ]
-    commands.append(
-        [
-            BIN / "pipeline-orch", "--manifest", manifest_of(directory), "--dev", "--tokenizer",
-            tokenizer, "--text", "One and two", "--max-tokens", 2, "--ignore-eos", "--verbose",
-        ]
-    )  # fmt: skip
+    generate = [
+        BIN / "pipeline-orch", "--manifest", manifest_of(directory), "--dev", "--tokenizer",
+        tokenizer, "--text", "One and two", "--max-tokens", 2, "--ignore-eos", "--verbose",
+    ]  # fmt: skip
+    if supervised:
+        generate += ["--supervise", "--model-dir", directory, "--dtype", "float32"]
+        commands = [[*generate, "--threads", threads]]
+    else:
+        stages = [worker(directory, idx, "float32", threads) for idx in (0, 1)]
+        commands = [*([*stage, "--once", "--quiet"] for stage in stages), generate]
     started = time.perf_counter()
     processes = [
         subprocess.Popen(
@@ -284,15 +289,19 @@ def rows_of(directory: Path, layers: int, wanted: list[str] | None, tokenizer: P
                 file,
                 lambda _, model=model: shard(model, directory / "out", "--dtype", "int8"),
             )
-    if wanted is None or {"cold-start", "cold-shards"} & {*wanted}:
+    starts = {"cold-start", "cold-shards", "supervised-start", "supervised-shards"}
+    if wanted is None or starts & {*wanted}:
         gpt2, shards = directory / "gpt2", directory / "gpt2-shards"
         write_gpt2(gpt2)
         plan(gpt2, 2)
         shard(gpt2, shards)
-        file = gpt2 / "model.safetensors"
-        add("cold-start", file, lambda n: cold_start(gpt2, tokenizer, n))
-        file = shards / "stage0" / file.name
-        add("cold-shards", file, lambda n: cold_start(shards, tokenizer, n))
+        for suffix, model, file in (
+            ("start", gpt2, gpt2 / "model.safetensors"),
+            ("shards", shards, shards / "stage0" / "model.safetensors"),
+        ):
+            start = partial(cold_start, model, tokenizer)
+            add(f"cold-{suffix}", file, start)
+            add(f"supervised-{suffix}", file, partial(start, supervised=True))
     return rows
 
 

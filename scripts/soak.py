@@ -117,9 +117,12 @@ class Serving:
         pids |= {f"stage {idx}": pid for idx, pid in sorted(self.workers().items())}
         return {name: Footprint.of(pid) for name, pid in pids.items()}
 
-    def children(self) -> list[int]:
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")  # of each thread
-        return [int(pid) for task in tasks for pid in task.read_text().split()]
+    def descendants(self) -> list[int]:
+        found = [self.process.pid]
+        for pid in found:
+            tasks = Path(f"/proc/{pid}/task").glob("*/children")  # of each thread
+            found += [int(child) for task in tasks for child in task.read_text().split()]
+        return found[1:]
 
     def stop(self) -> int:
         self.process.terminate()
@@ -308,9 +311,9 @@ async def check_end(serving: Serving, server: Server, args, settled) -> list[str
         print(f"{name}: {settled[name]} after the first tenth, {now} at the end")
         if now.has_outgrown(settled[name]):
             problems.append(f"{name} has grown")
-    children = serving.children()
-    print(f"{len(children)} child processes of {args.stages} stages and a spare one")
-    if not args.stages <= len(children) <= args.stages + 1:
+    descendants = serving.descendants()
+    print(f"{len(descendants)} processes of {args.stages} stages and what they are forks of")
+    if len(descendants) != args.stages + 1:
         problems.append("worker processes are missing, or left")
     return problems
 

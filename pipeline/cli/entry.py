@@ -17,12 +17,13 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def _leave_on_signals() -> None:
+def leave_on_signals() -> None:
+    """Have Ctrl-C and SIGTERM end this process quietly, until it takes care of them itself."""
     signal.signal(signal.SIGINT, _leave)
     signal.signal(signal.SIGTERM, _leave)
 
 
-def _settle_libraries() -> None:
+def settle_libraries() -> None:
     """Say what is wanted of libraries that read the environment while they are imported."""
     # numpy's BLAS would start a thread for each CPU, which spins until `kernels.runtime` stops it.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -45,19 +46,15 @@ def importing() -> Iterator[None]:
 
 
 def stage_worker() -> None:
-    """Run `stage-worker`; with `--standby` alone, as soon as stdin says with what arguments.
+    """Run `stage-worker`.
 
     `stage-worker door`, and those of one's own machines, are commands of their own, since a stage
     needs no word before its flags.
     """
-    _leave_on_signals()
+    leave_on_signals()
     tell_version("stage-worker")
-    _settle_libraries()
+    settle_libraries()
     with importing():
-        if sys.argv[1:] == ["--standby"]:
-            from pipeline.cli.standby import stand_by
-
-            stand_by()
         if sys.argv[1:2] == ["door"]:
             del sys.argv[1]
             from pipeline.cli.door_server import main
@@ -77,10 +74,14 @@ def stage_worker() -> None:
 
 def pipeline_orch() -> None:
     """Run `pipeline-orch`."""
-    _leave_on_signals()
+    leave_on_signals()
     tell_version("pipeline-orch")
+    if "--supervise" in sys.argv[1:]:
+        from pipeline.placement.fork_server import start_early
+
+        start_early()
     if sys.argv[1:2] != ["shard"]:  # which multiplies whole matrices, and may use all CPUs for it
-        _settle_libraries()
+        settle_libraries()
     with importing():
         from pipeline.cli.pipeline_orch import main
 

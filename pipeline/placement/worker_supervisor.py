@@ -1,10 +1,7 @@
-"""Worker processes as children of the orchestrator's, restarted when they die."""
+"""Worker processes on the orchestrator's machine, restarted when they die."""
 
-import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -22,6 +19,7 @@ from pipeline.errors import (
 )
 from pipeline.placement.attempts import Attempts
 from pipeline.placement.base import Progress
+from pipeline.placement.forked_worker import ForkedWorker, Forks, NotForked
 from pipeline.tasks import open_tasks
 from pipeline.worker_report import MAX_LINE_BYTES, Failed, Listening, Loaded, Report, parse_report
 
@@ -32,21 +30,14 @@ EXIT_BAD_INPUT = 2
 STOP_SECONDS = 5.0
 # For the last lines of a worker that has ended; what it started may hold its stdout open.
 LAST_WORDS_SECONDS = 1.0
-# Until the next spare is started: whoever has just been replaced has work to catch up with.
-QUIET_SECONDS = 1.0
-
-# -P: else a module beside a downloaded model, in the directory the user is in, would be run.
-COMMAND = (sys.executable, "-P", "-c", "from pipeline.cli.entry import stage_worker as w; w()")
 
 
 class Supervisor:
-    """One worker process per stage, as children of this process and in its process group.
+    """One worker process per stage, in this process's group.
 
     What a worker has loaded and verified is handed on to its successors, where this system has
-    memory that can be sealed: they map it and read nothing.
-
-    And a spare one, which has imported everything and waits to be told which stage to be: a
-    successor is there sooner by the seconds that starting an interpreter takes.
+    memory that can be sealed: they map it and read nothing. And all are forks of one process, which
+    has imported everything: a successor is there sooner by what starting an interpreter takes.
 
     Workers say on stdout how far they are, and why they end (`pipeline.worker_report`).
     """
@@ -63,18 +54,18 @@ class Supervisor:
         self._arguments = arguments
         self._tasks = tasks
         self._kept: set[int] = set()
-        self._processes: dict[int, trio.Process] = {}
+        self._forks = Forks()
+        # Stages whose worker is about to be forked.
+        self._starting: set[int] = set()
+        self._processes: dict[int, ForkedWorker] = {}
         self._attempts: dict[int, Attempts] = {}
         # How much of its weights each that loads has read.
         self._loaded: dict[int, Loaded] = {}
         # How far a stage had come when it last was silent in a handshake.
         self._silent_at: dict[int, Progress | None] = {}
-        # Where the weights of each stage lie; a spare has those that there were when it was made.
+        # Where the weights of each stage lie.
         self._weights: dict[int, int] = {}
-        self._spare: tuple[trio.Process, frozenset[int]] | None = None
-        self._is_spare_taken = trio.Event()
-        tasks.start_soon(self._keep_spare)
-        tasks.start_soon(self._hold_weights)
+        tasks.start_soon(self._hold)
 
     async def start(self, stage_idx: int) -> None:
         """Keep the stage's worker running from now on."""
@@ -110,14 +101,14 @@ class Supervisor:
 
     def progress(self, stage_idx: int) -> Progress | None:
         """What the worker has computed and read; None where this system does not tell."""
-        process = self._processes.get(stage_idx)
-        if process is None:
+        pid = self._forks.pid if stage_idx in self._starting else self.pid(stage_idx)
+        if pid is None:
             return None
         try:
-            seconds = time.clock_gettime(_cpu_clock(process.pid))
+            seconds = time.clock_gettime(_cpu_clock(pid))
         except OSError:
             return None
-        return Progress(process.pid, seconds, self._loaded.get(stage_idx))
+        return Progress(pid, seconds, self._loaded.get(stage_idx))
 
     def problem(self, stage_idx: int) -> str | None:
         """What the workers that could not be started said of it, until one listens."""
@@ -145,7 +136,10 @@ class Supervisor:
             *("--stage-idx", str(stage_idx), "--quiet", "--supervised"),
             *self._arguments(stage_idx),
         )
-        process = await self._start(stage_idx, arguments)
+        try:
+            process = await self._start(stage_idx, arguments)
+        except NotForked as error:
+            return error.code, error.reason
         self._processes[stage_idx] = process
         attempts.started(process.pid)
         reason: str | None = None
@@ -172,56 +166,24 @@ class Supervisor:
             await _end(process)
         return code, reason
 
-    async def _start(self, stage_idx: int, arguments: Sequence[str]) -> trio.Process:
-        spare, self._spare = self._spare, None
-        fd = self._weights.get(stage_idx)
-        if fd is not None and (spare is None or fd in spare[1]):
-            arguments = (*arguments, "--weights-fd", str(fd))
-        if spare is None:
-            return await self._open(arguments)
-        process = spare[0]
-        self._is_spare_taken.set()
-        assert process.stdin is not None  # asked for
+    async def _start(self, stage_idx: int, arguments: Sequence[str]) -> ForkedWorker:
+        """Raises NotForked."""
+        self._starting.add(stage_idx)
         try:
-            await process.stdin.send_all(json.dumps(arguments).encode() + b"\n")
-        except trio.BrokenResourceError:
-            logger.debug("event=spare_died")  # its exit code says the same to the caller
-        except BaseException:
-            await _end(process)
-            raise
-        return process
+            if (fd := self._weights.get(stage_idx)) is None:
+                return await self._forks.start(arguments)
+            return await self._forks.start([*arguments, "--weights-fd"], fd)
+        finally:
+            self._starting.discard(stage_idx)
 
-    async def _open(self, arguments: Sequence[str]) -> trio.Process:
-        return await trio.lowlevel.open_process(
-            [*COMMAND, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=tuple(self._weights.values()),
-        )
-
-    async def _keep_spare(self) -> None:
-        while True:
-            self._is_spare_taken = trio.Event()
-            await trio.sleep(QUIET_SECONDS)
-            has = frozenset(self._weights.values())
-            process = await self._open(["--standby"])
-            spare = process, has
-            try:
-                assert process.stdout is not None  # asked for
-                if await process.stdout.receive_some():
-                    self._spare = spare
-                    await self._is_spare_taken.wait()
-            finally:
-                if self._spare is spare or not self._is_spare_taken.is_set():
-                    self._spare = None
-                    await _end(process)
-
-    async def _hold_weights(self) -> None:
+    async def _hold(self) -> None:
         try:
             await trio.sleep_forever()
         finally:
             for fd in self._weights.values():
                 os.close(fd)
+            with trio.CancelScope(shield=True):
+                await self._forks.aclose()
 
 
 def _new_memory(name: str, *, is_first: bool) -> int | None:
@@ -236,7 +198,7 @@ def _new_memory(name: str, *, is_first: bool) -> int | None:
     return fd
 
 
-async def _end(process: trio.Process) -> None:
+async def _end(process: ForkedWorker) -> None:
     with trio.CancelScope(shield=True):
         if process.returncode is None:
             process.terminate()
@@ -245,13 +207,10 @@ async def _end(process: trio.Process) -> None:
         if process.returncode is None:
             process.kill()
             await process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                await stream.aclose()
+    process.close()
 
 
-async def _reports(process: trio.Process) -> AsyncIterator[Report]:
-    assert process.stdout is not None  # asked for
+async def _reports(process: ForkedWorker) -> AsyncIterator[Report]:
     unread = b""
     async for data in process.stdout:
         *lines, unread = (unread + data).split(b"\n")

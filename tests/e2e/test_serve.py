@@ -53,7 +53,7 @@ def test_workers_run_nothing_that_lies_where_the_server_was_started(
         (downloads / f"{name}.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
     server = serve(cwd=downloads)
     server.text("Hi", 5)
-    os.kill(server.workers()[0], signal.SIGKILL)  # a spare one takes its place
+    os.kill(server.workers()[0], signal.SIGKILL)
     server.text("Hi", 5)
     assert not (tmp_path / "mark").exists()
 
@@ -120,22 +120,23 @@ def is_running(pid):
         return False
 
 
-def children(process):
-    found = []
-    for tasks in Path(f"/proc/{process.pid}/task").glob("*/children"):  # of each thread
-        with suppress(OSError):  # it has ended meanwhile
-            found += tasks.read_text().split()
-    return found
+def descendants(process):
+    found = [process.pid]
+    for pid in found:
+        for tasks in Path(f"/proc/{pid}/task").glob("*/children"):  # of each thread
+            with suppress(OSError):  # it has ended meanwhile
+                found += tasks.read_text().split()
+    return found[1:]
 
 
 def test_a_killed_server_leaves_no_worker_behind(serve):
     server = serve()
     assert sorted(server.workers()) == [0, 1]
-    # Two workers and a spare one, and what renders chats.
-    pids = server.wait_for(lambda: pids if len(pids := children(server.process)) == 4 else None)
+    # Two workers and what they are forks of, and what renders chats.
+    pids = server.wait_for(lambda: pids if len(pids := descendants(server.process)) == 4 else None)
     server.process.kill()
     server.process.wait()
-    for _ in range(600):  # a spare one may still be importing
+    for _ in range(600):
         if not any(map(is_running, pids)):
             break
         time.sleep(0.1)

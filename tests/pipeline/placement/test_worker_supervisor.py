@@ -1,30 +1,48 @@
-"""Worker processes: which command they run does not matter here."""
+"""Worker processes: what they do does not matter here."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import trio
 
 from pipeline.errors import InputError, StageHung, StageMismatch, StageSilent
-from pipeline.placement import worker_supervisor
+from pipeline.placement import fork_server
 from pipeline.placement.worker_supervisor import Supervisor
 
-SPARE = "import sys; print('ready', flush=True); a = sys.stdin.readline(); "
+needs_sealed_memory = pytest.mark.skipif(
+    not hasattr(os, "memfd_create"), reason="no memory that can be sealed"
+)
 WORK = "import time; time.sleep(60)"
-
-
-def python(code):
-    return (sys.executable, "-c", code)
+FORK = """import sys
+from pipeline.placement.fork_server import fork_for_requests
+sys.argv[1:] = fork_for_requests()
+exec(open({path!r}).read())
+"""
 
 
 @pytest.fixture
-async def supervisor(monkeypatch, nursery):
-    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 0.0)
+def work(monkeypatch, tmp_path):
+    """Sets what every worker does that is started from then on."""
+    path, new = tmp_path / "worker.py", tmp_path / "new.py"
+
+    def work(code):
+        new.write_text(code)
+        new.replace(path)
+
+    work(WORK)
+    command = (sys.executable, "-c", FORK.format(path=str(path)))
+    monkeypatch.setattr(fork_server, "COMMAND", command)
+    return work
+
+
+@pytest.fixture
+async def supervisor(work, nursery):
     yield Supervisor(None, lambda stage_idx: (f"--flag-{stage_idx}",), nursery)
     nursery.cancel_scope.cancel()
 
@@ -40,76 +58,136 @@ async def pid_other_than(supervisor, known):
     return supervisor.pid(0)
 
 
-async def spare_of(supervisor):
-    await until(lambda: supervisor._spare is not None)
-    return supervisor._spare[0]
-
-
-def branching(spare, worker):
-    """What the command does as `--standby`, and otherwise."""
-    return python(f"import sys\nif sys.argv[1:] == ['--standby']:\n  {spare}\nelse:\n  {worker}")
-
-
-async def test_the_spare_becomes_the_successor_and_another_takes_its_place(
-    supervisor, monkeypatch, tmp_path
-):
-    told = tmp_path / "told"
-    spare = f"{SPARE} open({str(told)!r}, 'w').write(a); {WORK}"
-    monkeypatch.setattr(worker_supervisor, "COMMAND", branching(spare, WORK))
+async def test_workers_are_forks_of_one_process_and_so_are_their_successors(supervisor):
     await supervisor.start(0)
     await supervisor.start(0)  # once is enough
+    await supervisor.start(1)
     first = await pid_other_than(supervisor, ())
-    waiting = await spare_of(supervisor)
+    await until(lambda: supervisor.pid(1) is not None)
+    server = supervisor._forks.pid
+    assert {parent(first), parent(supervisor.pid(1))} == {server}
     supervisor.on_loss(StageHung(0, "it says nothing"))
-    assert await pid_other_than(supervisor, (first,)) == waiting.pid
-    assert (await spare_of(supervisor)).pid != waiting.pid
-    await until(lambda: told.exists() and told.read_text())
-    assert '"--stage-idx", "0"' in told.read_text()
-    assert "--flag-0" in told.read_text()
+    assert parent(await pid_other_than(supervisor, (first,))) == server
+    assert parent(server) == os.getpid()
 
 
-async def test_a_worker_of_another_manifest_makes_way_for_one_that_reads_it_anew(
-    nursery, monkeypatch
-):
-    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 60.0)
-    monkeypatch.setattr(worker_supervisor, "COMMAND", python(WORK))
-    supervisor = Supervisor(None, lambda stage_idx: (), nursery)
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+
+
+async def test_a_worker_of_another_manifest_makes_way_for_one_that_reads_it_anew(supervisor):
     await supervisor.start(0)
     first = await pid_other_than(supervisor, ())
     supervisor.on_loss(StageMismatch("another core", 0))
     await pid_other_than(supervisor, (first,))
-    nursery.cancel_scope.cancel()
 
 
-async def test_a_spare_that_has_died_costs_one_more_try(supervisor, monkeypatch):
-    monkeypatch.setattr(worker_supervisor, "COMMAND", branching(f"{SPARE} {WORK}", WORK))
+async def test_where_what_workers_are_forks_of_is_killed_there_are_others_of_another(
+    supervisor, caplog
+):
+    for stage_idx in range(2):
+        await supervisor.start(stage_idx)
+    await until(lambda: None not in (supervisor.pid(0), supervisor.pid(1)))
+    before = supervisor.pid(0), supervisor.pid(1)
+    with caplog.at_level("INFO"):
+        os.kill(supervisor._forks.pid, signal.SIGKILL)
+        await until(lambda: {supervisor.pid(0), supervisor.pid(1)}.isdisjoint({*before, None}))
+    assert not any(map(is_running, before))
+    assert caplog.text.count(f"code={-signal.SIGKILL}") == 2
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def test_what_cannot_even_be_imported_is_told_of_and_tried_again(
+    monkeypatch, supervisor, caplog
+):
+    works = fork_server.COMMAND
+    monkeypatch.setattr(fork_server, "COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
+    with caplog.at_level("INFO"):
+        await supervisor.start(0)
+        await until(lambda: supervisor.problem(0) == "it ended with status 3")
+    monkeypatch.setattr(fork_server, "COMMAND", works)
+    await pid_other_than(supervisor, ())
+
+
+async def test_signals_end_workers_and_not_what_they_are_forks_of(supervisor):
     await supervisor.start(0)
-    first = await pid_other_than(supervisor, ())
-    waiting = await spare_of(supervisor)
-    waiting.kill()
-    await waiting.wait()
-    supervisor.on_loss(StageHung(0, "it says nothing"))
-    await pid_other_than(supervisor, (first, waiting.pid))
+    first, server = await pid_other_than(supervisor, ()), supervisor._forks.pid
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(server, number)
+    os.kill(first, signal.SIGTERM)
+    second = await pid_other_than(supervisor, (first,))
+    os.kill(second, signal.SIGINT)
+    assert parent(await pid_other_than(supervisor, (first, second))) == server
 
 
-@pytest.mark.parametrize("is_reading", [False, True])
-def test_a_spare_whose_supervisor_is_gone_ends_quietly(is_reading):
-    command = [*worker_supervisor.COMMAND, "--standby"]
-    spare = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    with spare.stdout as stdout, spare.stderr as stderr:
-        if is_reading:
-            assert stdout.readline() == b"ready\n"
-        stdout.close()
-        spare.stdin.close()
-        assert stderr.read() == b""
-        assert spare.wait(10) == 0
+LOOK = """
+import json, os, signal, sys
+numbers = os.listdir("/proc/self/fd")
+fds = [int(number) for number in numbers if os.path.exists("/proc/self/fd/" + number)]
+blocked = len(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+weights = int(sys.argv[sys.argv.index("--weights-fd") + 1])
+status = os.fstat(weights)
+found = [fds, blocked, weights, status.st_ino, status.st_mode & 0o777]
+open(TOLD, "a").write(json.dumps(found) + "\\n")
+"""
 
 
-async def test_a_silent_worker_is_killed_once_it_is_seen_to_do_nothing(supervisor, monkeypatch):
-    monkeypatch.setattr(worker_supervisor, "COMMAND", python(WORK))
-    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 60.0)
+@needs_sealed_memory
+async def test_a_worker_has_its_own_streams_and_nothing_of_others(supervisor, work, tmp_path):
+    told = tmp_path / "told"
+    work(LOOK.replace("TOLD", repr(str(told))) + WORK)
+    for stage_idx in range(3):
+        await supervisor.start(stage_idx)
+    await until(lambda: told.exists() and told.read_text().count("\n") == 3)
+    for fds, blocked, weights, *_ in map(json.loads, told.read_text().splitlines()):
+        assert {*fds} == {0, 1, 2, weights}
+        assert blocked == 0
+
+
+WATCH = """
+import sys, trio
+from pipeline.placement import fork_server
+from pipeline.placement.worker_supervisor import Supervisor
+
+async def main():
+    async with trio.open_nursery() as nursery:
+        supervisor = Supervisor(None, lambda stage_idx: (), nursery)
+        await supervisor.start(0)
+        while supervisor.pid(0) is None:
+            await trio.sleep(0.01)
+        print(supervisor.pid(0), supervisor._forks.pid, flush=True)
+
+fork_server.COMMAND = (sys.executable, "-c", sys.argv[1])
+trio.run(main)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only those end that can")
+def test_a_worker_that_hangs_ends_with_whoever_watched_over_it(tmp_path):
+    path = tmp_path / "worker.py"
+    path.write_text(f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {WORK}")
+    forks = "from pipeline.placement import fork_server; fork_server.LEAVE_SECONDS = 1\n"
+    forks += FORK.format(path=str(path))
+    command = [sys.executable, "-c", WATCH, forks]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as watching:
+        pids = list(map(int, watching.stdout.readline().split()))
+        assert len(pids) == 2
+        assert all(map(is_running, pids))
+        watching.kill()
+    for _ in range(600):
+        if not any(map(is_running, pids)):
+            return
+        time.sleep(0.1)
+    raise AssertionError(pids)
+
+
+async def test_a_silent_worker_is_killed_once_it_is_seen_to_do_nothing(supervisor):
     await supervisor.start(0)
     first = await pid_other_than(supervisor, ())
     await idle(supervisor)
@@ -121,11 +199,10 @@ async def test_a_silent_worker_is_killed_once_it_is_seen_to_do_nothing(superviso
     assert await pid_other_than(supervisor, (first,))
 
 
-async def test_a_silent_worker_that_runs_is_left_alone(supervisor, monkeypatch):
+async def test_a_silent_worker_that_runs_is_left_alone(supervisor, work):
     """As one is whose places for handshakes are all taken by strangers."""
     busy = "import time\nwhile True: time.sleep(0.01)"
-    monkeypatch.setattr(worker_supervisor, "COMMAND", python(busy))
-    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 60.0)
+    work(busy)
     await supervisor.start(0)
     first = await pid_other_than(supervisor, ())
     for _ in range(5):
@@ -147,11 +224,11 @@ async def idle(supervisor):
     await until(is_idle)
 
 
-async def test_how_far_a_worker_has_come_is_what_it_has_computed(supervisor, monkeypatch):
+async def test_how_far_a_worker_has_come_is_what_it_has_computed(supervisor, work):
     assert supervisor.progress(0) is None
     working = "import time\nend = time.process_time() + 0.3\n"
     working += f"while time.process_time() < end: pass\n{WORK}"
-    monkeypatch.setattr(worker_supervisor, "COMMAND", python(working))
+    work(working)
     await supervisor.start(0)
     await pid_other_than(supervisor, ())
     await until(lambda: supervisor.progress(0).seconds > 0.3)
@@ -164,11 +241,11 @@ async def test_how_far_a_worker_has_come_is_what_it_has_computed(supervisor, mon
 def says(*reports, code):
     """A worker that says so and ends, or stays where `code` is None."""
     lines = [f"print({report!r}, flush=True)" for report in reports]
-    return python("\n".join([*lines, WORK if code is None else f"raise SystemExit({code})"]))
+    return "\n".join([*lines, WORK if code is None else f"raise SystemExit({code})"])
 
 
-async def test_a_first_worker_with_unusable_input_is_not_tried_again(monkeypatch):
-    monkeypatch.setattr(worker_supervisor, "COMMAND", says("failed m.json: no such file", code=2))
+async def test_a_first_worker_with_unusable_input_is_not_tried_again(work):
+    work(says("failed m.json: no such file", code=2))
     with (
         trio.fail_after(60),
         pytest.RaisesGroup(
@@ -179,79 +256,58 @@ async def test_a_first_worker_with_unusable_input_is_not_tried_again(monkeypatch
             await Supervisor(None, lambda stage_idx: (), nursery).start(0)
 
 
-async def test_how_much_a_worker_has_read_is_known_while_it_reads(nursery, monkeypatch):
-    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 60.0)
-    supervisor = Supervisor(None, lambda stage_idx: (), nursery)
-    reads = says("a library's line", "loaded 10 40", "loaded 30 40", code=None)
-    monkeypatch.setattr(worker_supervisor, "COMMAND", reads)
+async def test_how_much_a_worker_has_read_is_known_while_it_reads(supervisor, work):
+    work(says("a library's line", "loaded 10 40", "loaded 30 40", code=None))
     await supervisor.start(0)
     await until(lambda: supervisor.progress(0) and supervisor.progress(0).loaded == (30, 40))
     first = supervisor.pid(0)
-    monkeypatch.setattr(worker_supervisor, "COMMAND", says(code=None))
+    work(says(code=None))
     os.kill(first, signal.SIGKILL)
     await pid_other_than(supervisor, (first,))
     assert supervisor.progress(0).loaded is None
-    nursery.cancel_scope.cancel()
-
-
-LOOK = (
-    "import json, os; fd = int(a[a.index('--weights-fd') + 1]); s = os.fstat(fd); "
-    "open(TOLD, 'a').write(json.dumps([s.st_ino, s.st_mode & 0o777]) + '\\n'); " + WORK
-)
 
 
 async def test_a_successor_with_unusable_input_is_tried_until_that_is_mended(
-    nursery, monkeypatch, caplog
+    supervisor, work, caplog
 ):
-    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 60.0)
-    monkeypatch.setattr(worker_supervisor, "COMMAND", says("listening", code=None))
-    supervisor = Supervisor(None, lambda stage_idx: (), nursery)
+    work(says("listening", code=None))
     await supervisor.start(0)
     first = await pid_other_than(supervisor, ())
     assert supervisor.problem(0) is None
-    monkeypatch.setattr(worker_supervisor, "COMMAND", says("failed other weights", code=2))
+    work(says("failed other weights", code=2))
     with caplog.at_level("INFO"):
         os.kill(first, signal.SIGKILL)
         await until(lambda: supervisor.problem(0) == "other weights")
-        monkeypatch.setattr(worker_supervisor, "COMMAND", says("listening", code=None))
+        work(says("listening", code=None))
         await until(lambda: supervisor.problem(0) is None)
     assert "event=worker_back" in caplog.text
     assert "error=other weights" in caplog.text
-    nursery.cancel_scope.cancel()
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memory that can be sealed")
-async def test_a_successor_is_handed_the_memory_that_its_stage_had(
-    supervisor, monkeypatch, tmp_path
-):
+@needs_sealed_memory
+async def test_a_successor_is_handed_the_memory_that_its_stage_had(supervisor, work, tmp_path):
     told = tmp_path / "told"
-    look = LOOK.replace("TOLD", repr(str(told)))
-    spare = SPARE + f"import json; a = json.loads(a); {look}"
-    monkeypatch.setattr(
-        worker_supervisor, "COMMAND", branching(spare, f"import sys; a = sys.argv; {look}")
-    )
+    work(LOOK.replace("TOLD", repr(str(told))) + WORK)
     await supervisor.start(0)
     first = await pid_other_than(supervisor, ())
     await until(lambda: told.exists() and told.read_text())
-    await spare_of(supervisor)
     supervisor.on_loss(StageHung(0, "it says nothing"))
     await pid_other_than(supervisor, (first,))
     await until(lambda: len(told.read_text().splitlines()) == 2)
-    before, after = map(json.loads, told.read_text().splitlines())
+    before, after = (json.loads(line)[-2:] for line in told.read_text().splitlines())
     assert before == after
     assert before[1] == 0o600
 
 
 async def test_without_such_memory_workers_load_for_themselves(
-    supervisor, monkeypatch, tmp_path, caplog
+    supervisor, work, monkeypatch, tmp_path, caplog
 ):
     def refuse(name, flags):
         raise OSError("no such call")
 
     told = tmp_path / "told"
-    write = f"open({str(told)!r}, 'w').write(' '.join(sys.argv)); {WORK}"
+    work(f"import sys; open({str(told)!r}, 'w').write(' '.join(sys.argv)); {WORK}")
     monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
-    monkeypatch.setattr(worker_supervisor, "COMMAND", branching(f"{SPARE}{WORK}", write))
     with caplog.at_level("INFO"):
         await supervisor.start(0)
         await until(lambda: told.exists() and "--flag-0" in told.read_text())
