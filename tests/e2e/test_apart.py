@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tests.e2e.conftest import BIN, end
@@ -21,6 +22,7 @@ PROMPT = "Hello there, whoever is listening on this wire"
 WORDS = ("--text", PROMPT, "--max-tokens", "16", "--ignore-eos")
 NETWORK = "10.213.8"
 NEEDLE_BYTES = 16
+BLOCK_BYTES = 4 << 20
 ETH_P_ALL = 3
 ETHERNET_BYTES = 14
 TCP_SYN, TCP_ACK = 2, 16
@@ -62,7 +64,7 @@ class Capture:
         self._is_over = True
         self._thread.join()
         self._socket.close()
-        return bytes(self.seen)
+        return self.seen
 
 
 class Network:
@@ -180,10 +182,32 @@ def needles(data):
     return [data[i : i + NEEDLE_BYTES] for i in range(0, len(data) - NEEDLE_BYTES, step)]
 
 
+def found_in(seen, parts):
+    """Those of the parts, of four bytes at least, that lie anywhere in what was seen: in one pass.
+
+    There are thousands of parts, and machines that measure the ways between them fill gigabytes.
+    """
+    by_start = {}
+    for part in parts:
+        by_start.setdefault(part[:4], []).append(part)
+    pairs = np.array([tuple(start) for start in by_start], "u1").view("<u2").T
+    begins, goes_on = np.zeros((2, 1 << 16), bool)
+    begins[pairs[0]], goes_on[pairs[1]] = True, True
+    found, data = set(), np.frombuffer(seen, "u1")
+    for first in range(0, len(data) - 3, BLOCK_BYTES):
+        for start in (first, first + 1):  # at even places, and at odd ones
+            block = data[start : start + BLOCK_BYTES + 2]
+            words = block[: len(block) & ~1].view("<u2")
+            (near,) = np.nonzero(begins[words[:-1]])
+            for place in start + 2 * near[goes_on[words[near + 1]]]:
+                for part in by_start.get(bytes(seen[place : place + 4]), ()):
+                    if seen[place : place + len(part)] == part:
+                        found.add(part)
+    return found
+
+
 def activations_of(model_dir, token_ids):
     """Every row between two layers, as float32 and as bfloat16: any split sends some of them."""
-    import numpy as np
-
     from pipeline.models.config import load_config
     from pipeline.models.registry import load_shard
     from pipeline.protocol.batch import Segment
@@ -234,7 +258,6 @@ def test_machines_apart_compute_what_one_does_and_tell_the_wire_nothing(network,
     thief = network.place("thief")
     capture = Capture(network.interfaces())
     try:
-        # The search finds what does travel in the clear.
         said = b"what anybody on this wire can read"
         send = f"import socket; socket.socket(2, 2).sendto({said!r}, ({home.host!r}, 9))"
         network.run_python(thief, send)
@@ -251,14 +274,16 @@ def test_machines_apart_compute_what_one_does_and_tell_the_wire_nothing(network,
         assert "has been used already, by SHA256:" in copied.stderr
     finally:
         seen = capture.stop()
-    assert said in seen
     assert found.stdout == alone(network, home)
     assert len(seen) > 1_000_000
     # Home may be behind a NAT: it dials, and nobody dials it.
     assert capture.dialed == {machine.host for machine in machines}
+    names = {said: "said in the clear"}
     for name, parts in secrets_of(model_dir, lines, found.stdout):
         assert parts
-        assert not [part for part in parts if part in seen], name
+        names |= dict.fromkeys(parts, name)
+    # The search finds what does travel in the clear.
+    assert {names[part] for part in found_in(seen, names)} == {"said in the clear"}
     for machine in machines:
         state = machine.home / ".local" / "state" / "veilpipe"
         assert {path.stat().st_uid for path in state.iterdir()} == {machine.uid}
