@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -30,6 +30,7 @@ class MachineSpeed:
 
     name: str
     memory_bytes: int
+    disk_bytes: int  # for its part's file
     bytes_per_second: float
     flops: float
 
@@ -94,8 +95,8 @@ def split_by_speed(load: ModelLoad, machines: Sequence[MachineSpeed], ways: Ways
     """Every machine gets layers, the slowest stage as few as it can be; then the shortest way.
 
     A stage's time is that of a generated token and of one of its prompt: its weights are read once,
-    and multiplied once more. Raises InputError where the model does not fit, or where no way leads
-    through all machines and home.
+    and multiplied once more. Raises InputError where the model fits no memory or disk, or where no
+    way leads through all machines and home.
     """
     num_layers = len(load.layer_bytes)
     if len(machines) > num_layers:
@@ -109,13 +110,18 @@ def split_by_speed(load: ModelLoad, machines: Sequence[MachineSpeed], ways: Ways
             f"the model takes {_gib(total)} in this precision, the machines have {_gib(room)} for "
             "weights; choose a smaller --dtype, or join another machine"
         )
+    best = _best(load, machines, ways)
+    if best is None:
+        raise InputError(_why_not(load, machines, ways, total))
+    return best
+
+
+def _best(load: ModelLoad, machines: Sequence[MachineSpeed], ways: Ways) -> MeasuredSplit | None:
     best: MeasuredSplit | None = None
     for order in _orders(len(machines), ways):
         found = _split(load, [machines[index] for index in order], order, ways)
         if found is not None and (best is None or _cost(found) < _cost(best)):
             best = found
-    if best is None:
-        raise InputError(_why_not(machines, ways, total))
     return best
 
 
@@ -165,7 +171,7 @@ def _split(
         held += load.last_bytes if end == num_layers else 0
         # Of the embedding, a row is read.
         stored = held + (load.first_bytes if start == 0 else 0)
-        if stored > machine.memory_bytes * WEIGHT_SHARE:
+        if stored > min(machine.memory_bytes * WEIGHT_SHARE, machine.disk_bytes):
             return math.inf
         operations = held / load.bytes_per_weight * _OPERATIONS_PER_WEIGHT
         return held / machine.bytes_per_second + operations / machine.flops
@@ -189,7 +195,7 @@ def _split(
     return MeasuredSplit(order, ends, tuple(times), way)
 
 
-def _why_not(machines: Sequence[MachineSpeed], ways: Ways, total: int) -> str:
+def _why_not(load: ModelLoad, machines: Sequence[MachineSpeed], ways: Ways, total: int) -> str:
     count = len(machines)
     if not any((index, HOME) in ways for index in range(count)):
         return (
@@ -202,7 +208,34 @@ def _why_not(machines: Sequence[MachineSpeed], ways: Ways, total: int) -> str:
             return f"{machine.name} reaches none of the others; let their ports through"
     if not _orders(count, ways):
         return "no way leads through all the machines and home; let their ports through"
+    wanted = _best(load, [replace(each, disk_bytes=total) for each in machines], ways)
+    if wanted is not None:
+        return _disks_too_small(load, machines, wanted)
     return f"{_gib(total)} fit no split over these machines, each with a layer at least"
+
+
+def _disks_too_small(
+    load: ModelLoad, machines: Sequence[MachineSpeed], wanted: MeasuredSplit
+) -> str:
+    """Where the parts of a split that nothing else is in the way of do not fit."""
+    short = []
+    for index, start, end in zip(wanted.order, (0, *wanted.ends[:-1]), wanted.ends, strict=True):
+        need = sum(load.layer_bytes[start:end])
+        need += load.first_bytes if start == 0 else 0
+        need += load.last_bytes if end == len(load.layer_bytes) else 0
+        machine = machines[index]
+        if need > machine.disk_bytes:
+            has = _megabytes(machine.disk_bytes)
+            short.append(f"{machine.name} needs {_megabytes(need)} and has {has}")
+    return (
+        f"the parts do not fit the machines' disks ({'; '.join(short)} free for parts): have old "
+        "ones removed by `pipeline-orch parts --remove-unused`, raise --disk there, choose a "
+        "smaller --dtype, or join another machine"
+    )
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"
 
 
 def _gib(num_bytes: int) -> str:

@@ -16,8 +16,8 @@ MIB = 1 << 20
 NEAR, FAR = Way(1e-4, 1e9), Way(0.05, 1e7)
 
 
-def machine(speed, memory=1 << 34, name="m"):
-    return MachineSpeed(name, memory, speed * 1e9, speed * 1e10)
+def machine(speed, memory=1 << 34, name="m", disk=1 << 34):
+    return MachineSpeed(name, memory, disk, speed * 1e9, speed * 1e10)
 
 
 def load(num_layers, layer=MIB, first=0, last=0):
@@ -48,6 +48,24 @@ def test_a_machine_three_times_as_fast_gets_three_times_as_much():
 def test_what_does_not_fit_a_fast_machine_goes_to_a_slow_one():
     small = machine(100, memory=4 * MIB)
     assert shares(split_by_speed(load(12), [machine(1), small], all_ways(2))) == {0: 9, 1: 3}
+
+
+def test_what_does_not_fit_a_fast_machines_disk_goes_to_a_slow_one():
+    full = machine(100, disk=3 * MIB)
+    assert shares(split_by_speed(load(12), [machine(1), full], all_ways(2))) == {0: 9, 1: 3}
+    embedding = load(4, first=8 * MIB)
+    found = split_by_speed(embedding, [machine(10), machine(10, disk=5 * MIB)], all_ways(2))
+    assert found.order == (0, 1)
+
+
+def test_each_machine_is_named_whose_disk_has_no_room_with_what_it_needs():
+    small = [machine(1, name="alpha", disk=3 * MIB), machine(1, name="beta", disk=6 * MIB)]
+    with pytest.raises(InputError) as caught:
+        split_by_speed(load(12), small, all_ways(2))
+    assert "(alpha needs 6.3 MB and has 3.1 MB free for parts)" in str(caught.value)
+    small[1] = machine(1, name="beta", disk=5 * MIB)
+    with pytest.raises(InputError, match=r"alpha needs 6\.3 .*; beta needs 6\.3 MB and has 5\.2"):
+        split_by_speed(load(12), small, all_ways(2))
 
 
 def test_the_head_counts_and_the_embedding_takes_memory_alone():
