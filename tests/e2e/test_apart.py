@@ -103,6 +103,13 @@ class Network:
         os.chown(place.home, place.uid, place.uid)
         return place
 
+    def hide(self, place, gate):
+        """It can only dial out, and that to the gate; nothing that it says gets elsewhere."""
+        wire = ("-n", place.namespace, "addr")
+        self.ip(*wire, "flush", "dev", "eth0")
+        self.ip(*wire, "add", f"{place.host}/32", "dev", "eth0")
+        self.ip("-n", place.namespace, "route", "add", gate.host, "dev", "eth0")
+
     def command(self, place, program, *words):
         """As that place's user, who may read the program wherever it is, and own nothing else."""
         right = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
@@ -125,18 +132,23 @@ class Network:
     def run_python(self, place, program):
         subprocess.run(self.command(place, "python", "-c", program), check=True)
 
-    def offer(self, place):
+    def offer(self, place, *words):
         """A machine that offers itself, and its line."""
+        words = ("offer", "--yes", "--threads", "1", *words)
+        return self.start(place, "stage-worker", words, r"^VP1-\w+$")
+
+    def start(self, place, program, words, pattern):
+        """A process there, and what of its output fits the pattern."""
         log = self.directory / f"{place.namespace}.log"
         with log.open("w") as file:
             process = subprocess.Popen(
-                self.command(place, "stage-worker", "offer", "--yes", "--threads", "1"),
+                self.command(place, program, *words),
                 stdout=file, stderr=file, stdin=subprocess.DEVNULL,
                 env=self.environment(place), cwd=place.home,
             )  # fmt: skip
         self.processes.append(process)
         until = time.monotonic() + 60
-        while not (found := re.search(r"^VP1-\w+$", log.read_text(), re.MULTILINE)):
+        while not (found := re.search(pattern, log.read_text(), re.MULTILINE)):
             assert time.monotonic() < until, log.read_text()
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
@@ -247,13 +259,42 @@ def secrets_of(model_dir, lines, text):
         yield "line", [payload[32:48], line.encode()[-60:]]
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_machines_apart_compute_what_one_does_and_tell_the_wire_nothing(network, tiny_model, count):
+@pytest.fixture
+def home(network, tiny_model):
+    """The place of the prompt, with the model."""
     home = network.places["home"]
-    model_dir = home.home / "model"
-    shutil.copytree(tiny_model, model_dir)
-    for path in (model_dir, *model_dir.iterdir()):
+    shutil.copytree(tiny_model, home.home / "model")
+    for path in (home.home / "model", *(home.home / "model").iterdir()):
         os.chown(path, home.uid, home.uid)
+    return home
+
+
+def test_a_machine_that_can_only_dial_out_is_said_to_and_joined_through_a_relay(network, home):
+    gate, hidden = network.place("gate"), network.place("m0")
+    network.hide(hidden, gate)
+    join = ("join", "--model-dir", "model", "-o", "cluster.json", "--push")
+    refused = network.run(home, *join, network.offer(hidden))
+    assert refused.returncode == 1
+    (error,) = [line for line in refused.stderr.splitlines() if "error:" in line]
+    assert f"the machine at {hidden.host}:9000" in error
+    assert "can only dial out" in error
+    assert "`pipeline-relay` that reaches it" in error
+    end(network.processes[-1])
+    maps = [f"0.0.0.0:{7000 + i}={hidden.host}:{9000 + i}" for i in range(2)]
+    words = [word for each in maps for word in ("--map", each)]
+    network.start(gate, "pipeline-relay", words, r"relaying .*:7001 ->")
+    joined = network.run(home, *join, network.offer(hidden, "--address", f"{gate.host}:7000"))
+    assert joined.returncode == 0, joined.stderr
+    found = network.run(home, "--manifest", "cluster.json", *WORDS)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == alone(network, home)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_machines_apart_compute_what_one_does_and_tell_the_wire_nothing(
+    network, home, tiny_model, count
+):
+    model_dir = home.home / "model"
     machines = [network.place(f"m{index}") for index in range(count)]
     thief = network.place("thief")
     capture = Capture(network.interfaces())
