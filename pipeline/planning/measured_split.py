@@ -53,8 +53,17 @@ class ModelLoad:
     first_bytes: int  # the embedding, with the first stage
     layer_bytes: tuple[int, ...]
     last_bytes: int  # final norm and head, with the last
+    whole_bytes: int  # of all in one stage, where a tied head is the embedding
     bytes_per_weight: float
     row_bytes: int
+
+    def part_bytes(self, start: int, end: int) -> int:
+        """What a stage of these layers stores."""
+        is_first, is_last = start == 0, end == len(self.layer_bytes)
+        if is_first and is_last:
+            return self.whole_bytes
+        ends = self.first_bytes * is_first + self.last_bytes * is_last
+        return sum(self.layer_bytes[start:end]) + ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +95,7 @@ def load_of(model_dir: Path, precision: Precision) -> ModelLoad:
         first_bytes=int(first * scale),
         layer_bytes=tuple(int(size * scale) for size in layers),
         last_bytes=int(last * scale),
+        whole_bytes=int(min(first + sum(layers) + last, num_bytes) * scale),
         bytes_per_weight=each_bytes,
         row_bytes=4 * config.hidden_dim,
     )
@@ -103,7 +113,9 @@ def split_by_speed(load: ModelLoad, machines: Sequence[MachineSpeed], ways: Ways
         raise InputError(
             f"{len(machines)} machines are more than the model's {num_layers} layers; join fewer"
         )
-    total = load.first_bytes + sum(load.layer_bytes) + load.last_bytes
+    # A machine that is alone holds all in one stage.
+    apart = load.first_bytes + sum(load.layer_bytes) + load.last_bytes
+    total = apart if len(machines) > 1 else load.whole_bytes
     room = sum(int(each.memory_bytes * WEIGHT_SHARE) for each in machines)
     if total > room:
         raise InputError(
@@ -170,7 +182,7 @@ def _split(
         held = prefix[end] - prefix[start]
         held += load.last_bytes if end == num_layers else 0
         # Of the embedding, a row is read.
-        stored = held + (load.first_bytes if start == 0 else 0)
+        stored = load.part_bytes(start, end)
         if stored > min(machine.memory_bytes * WEIGHT_SHARE, machine.disk_bytes):
             return math.inf
         operations = held / load.bytes_per_weight * _OPERATIONS_PER_WEIGHT
@@ -220,10 +232,7 @@ def _disks_too_small(
     """Where the parts of a split that nothing else is in the way of do not fit."""
     short = []
     for index, start, end in zip(wanted.order, (0, *wanted.ends[:-1]), wanted.ends, strict=True):
-        need = sum(load.layer_bytes[start:end])
-        need += load.first_bytes if start == 0 else 0
-        need += load.last_bytes if end == len(load.layer_bytes) else 0
-        machine = machines[index]
+        need, machine = load.part_bytes(start, end), machines[index]
         if need > machine.disk_bytes:
             has = _megabytes(machine.disk_bytes)
             short.append(f"{machine.name} needs {_megabytes(need)} and has {has}")

@@ -1,6 +1,9 @@
 """The split follows what was measured: speed, memory and the ways between."""
 
+from itertools import pairwise
+
 import pytest
+from safetensors.torch import load_file
 
 from pipeline.errors import InputError
 from pipeline.planning.measured_split import (
@@ -11,6 +14,9 @@ from pipeline.planning.measured_split import (
     load_of,
     split_by_speed,
 )
+from pipeline.planning.plan import PlanOptions, plan
+from pipeline.planning.shard import cut_model
+from tests.pipeline.oracles import make_oracle  # noqa: F401 - a fixture
 
 MIB = 1 << 20
 NEAR, FAR = Way(1e-4, 1e9), Way(0.05, 1e7)
@@ -21,7 +27,8 @@ def machine(speed, memory=1 << 34, name="m", disk=1 << 34):
 
 
 def load(num_layers, layer=MIB, first=0, last=0):
-    return ModelLoad(first, (layer,) * num_layers, last, 4.0, 4096)
+    whole = first + layer * num_layers + last
+    return ModelLoad(first, (layer,) * num_layers, last, whole, 4.0, 4096)
 
 
 def all_ways(count, way=NEAR):
@@ -122,3 +129,24 @@ def test_the_load_is_that_of_the_plans_precision(tiny_model):
     assert half.layer_bytes[0] == pytest.approx(whole.layer_bytes[0] / 2)
     assert quarter.layer_bytes[0] < half.layer_bytes[0]
     assert whole.row_bytes == 4 * 64
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["llama-untied-gqa", "llama-tied-llama3-rope"])
+def test_a_load_says_what_parts_take_also_where_one_stage_holds_a_tied_head(
+    make_oracle,  # noqa: F811 - the fixture
+    tmp_path,
+    name,
+    precision,
+):
+    model_dir = make_oracle(name).directory
+    load = load_of(model_dir, precision)
+    num_layers = len(load.layer_bytes)
+    for ends in ((num_layers,), (1, num_layers)):
+        options = PlanOptions(len(ends), precision=precision, ends=ends)
+        cut = tmp_path / f"{len(ends)}"
+        cut_model(plan(model_dir, options), model_dir, cut, precision)
+        for index, (start, end) in enumerate(pairwise((0, *ends))):
+            tensors = load_file(cut / f"stage{index}" / "model.safetensors")
+            written = sum(each.nbytes for each in tensors.values())
+            assert load.part_bytes(start, end) == pytest.approx(written, rel=0.1)
