@@ -55,15 +55,20 @@ class ModelLoad:
     last_bytes: int  # final norm and head, with the last
     whole_bytes: int  # of all in one stage, where a tied head is the embedding
     bytes_per_weight: float
+    disk_share: float  # of its bytes in memory, what a part takes in its file
     row_bytes: int
 
     def part_bytes(self, start: int, end: int) -> int:
-        """What a stage of these layers stores."""
+        """What a stage of these layers holds."""
         is_first, is_last = start == 0, end == len(self.layer_bytes)
         if is_first and is_last:
             return self.whole_bytes
         ends = self.first_bytes * is_first + self.last_bytes * is_last
         return sum(self.layer_bytes[start:end]) + ends
+
+    def file_bytes(self, start: int, end: int) -> int:
+        """What its part takes on a disk."""
+        return int(self.part_bytes(start, end) * self.disk_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,8 @@ def load_of(model_dir: Path, precision: Precision) -> ModelLoad:
         last_bytes=int(last * scale),
         whole_bytes=int(min(first + sum(layers) + last, num_bytes) * scale),
         bytes_per_weight=each_bytes,
+        # What is to be computed in float32 is kept as it is stored.
+        disk_share=num_bytes / (4 * max(num_weights, 1)) if precision == "float32" else 1.0,
         row_bytes=4 * config.hidden_dim,
     )
 
@@ -179,11 +186,12 @@ def _split(
 
     def seconds(position: int, start: int, end: int) -> float:
         machine = machines[position]
+        # Of the embedding, a row is read.
         held = prefix[end] - prefix[start]
         held += load.last_bytes if end == num_layers else 0
-        # Of the embedding, a row is read.
-        stored = load.part_bytes(start, end)
-        if stored > min(machine.memory_bytes * WEIGHT_SHARE, machine.disk_bytes):
+        if load.part_bytes(start, end) > machine.memory_bytes * WEIGHT_SHARE:
+            return math.inf
+        if load.file_bytes(start, end) > machine.disk_bytes:
             return math.inf
         operations = held / load.bytes_per_weight * _OPERATIONS_PER_WEIGHT
         return held / machine.bytes_per_second + operations / machine.flops
@@ -232,7 +240,7 @@ def _disks_too_small(
     """Where the parts of a split that nothing else is in the way of do not fit."""
     short = []
     for index, start, end in zip(wanted.order, (0, *wanted.ends[:-1]), wanted.ends, strict=True):
-        need, machine = load.part_bytes(start, end), machines[index]
+        need, machine = load.file_bytes(start, end), machines[index]
         if need > machine.disk_bytes:
             has = _megabytes(machine.disk_bytes)
             short.append(f"{machine.name} needs {_megabytes(need)} and has {has}")

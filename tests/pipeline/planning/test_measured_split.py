@@ -3,9 +3,13 @@
 from itertools import pairwise
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.errors import InputError
+from pipeline.models.config import load_config
+from pipeline.models.registry import load_shard
 from pipeline.planning.measured_split import (
     HOME,
     MachineSpeed,
@@ -16,7 +20,6 @@ from pipeline.planning.measured_split import (
 )
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model
-from tests.pipeline.oracles import make_oracle  # noqa: F401 - a fixture
 
 MIB = 1 << 20
 NEAR, FAR = Way(1e-4, 1e9), Way(0.05, 1e7)
@@ -28,7 +31,7 @@ def machine(speed, memory=1 << 34, name="m", disk=1 << 34):
 
 def load(num_layers, layer=MIB, first=0, last=0):
     whole = first + layer * num_layers + last
-    return ModelLoad(first, (layer,) * num_layers, last, whole, 4.0, 4096)
+    return ModelLoad(first, (layer,) * num_layers, last, whole, 4.0, 1.0, 4096)
 
 
 def all_ways(count, way=NEAR):
@@ -132,21 +135,26 @@ def test_the_load_is_that_of_the_plans_precision(tiny_model):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("name", ["llama-untied-gqa", "llama-tied-llama3-rope"])
-def test_a_load_says_what_parts_take_also_where_one_stage_holds_a_tied_head(
-    make_oracle,  # noqa: F811 - the fixture
-    tmp_path,
-    name,
-    precision,
-):
-    model_dir = make_oracle(name).directory
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_load_says_what_parts_take_on_disk_and_in_memory(tmp_path, is_tied, stored, precision):
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, tie_word_embeddings=is_tied,
+    )  # fmt: skip
+    model_dir = tmp_path / "model"
+    LlamaForCausalLM(config).to(getattr(torch, stored)).save_pretrained(model_dir)
     load = load_of(model_dir, precision)
-    num_layers = len(load.layer_bytes)
-    for ends in ((num_layers,), (1, num_layers)):
-        options = PlanOptions(len(ends), precision=precision, ends=ends)
+    for ends in ((3,), (1, 3)):
         cut = tmp_path / f"{len(ends)}"
-        cut_model(plan(model_dir, options), model_dir, cut, precision)
-        for index, (start, end) in enumerate(pairwise((0, *ends))):
-            tensors = load_file(cut / f"stage{index}" / "model.safetensors")
-            written = sum(each.nbytes for each in tensors.values())
-            assert load.part_bytes(start, end) == pytest.approx(written, rel=0.1)
+        manifest = plan(model_dir, PlanOptions(len(ends), precision=precision, ends=ends))
+        cut_model(manifest, model_dir, cut, precision)
+        for index, layers in enumerate(pairwise((0, *ends))):
+            part = cut / f"stage{index}"
+            tensors = load_file(part / "model.safetensors").values()
+            written = sum(each.nbytes for each in tensors)
+            assert load.file_bytes(*layers) == pytest.approx(written, rel=0.05)
+            shard = load_shard(
+                part, load_config(part), *layers, dtype=precision, expected_hashes=None
+            )
+            assert load.part_bytes(*layers) == pytest.approx(shard.num_weight_bytes, rel=0.1)
