@@ -269,14 +269,14 @@ def home(network, tiny_model):
     return home
 
 
-def test_a_machine_that_can_only_dial_out_is_said_to_and_joined_through_a_relay(network, home):
+def test_a_machine_that_cannot_be_dialed_is_named_and_joined_through_a_relay(network, home):
     gate, hidden = network.place("gate"), network.place("m0")
     network.hide(hidden, gate)
     join = ("join", "--model-dir", "model", "-o", "cluster.json", "--push")
     refused = network.run(home, *join, network.offer(hidden))
     assert refused.returncode == 1
     (error,) = [line for line in refused.stderr.splitlines() if "error:" in line]
-    assert f"the machine at {hidden.host}:9000" in error
+    assert f"{hidden.host}:9000" in error
     assert "can only dial out" in error
     assert "`pipeline-relay` that reaches it" in error
     end(network.processes[-1])
