@@ -315,7 +315,7 @@ def load_manifest(path: Path) -> Manifest:
     except OSError as error:
         raise ManifestError(
             f"cannot read manifest {path}: {error.strerror}; "
-            "`pipeline-orch plan` writes one, and manifests/ holds examples"
+            "`pipeline-orch plan` or `join` writes one, and manifests/ holds examples"
         ) from error
     if len(text) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"manifest {path} is over {MAX_MANIFEST_BYTES} bytes")

@@ -3,7 +3,8 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -68,21 +69,21 @@ class ClusterPlan:
     def split(self, found: Survey) -> MeasuredSplit:
         """The layers by what was measured. Raises InputError."""
         self.check_kernels(found)
-        speeds = [
-            MachineSpeed(
-                each.address.host_port,
-                each.description.memory_bytes,
-                each.measured.bytes_per_second,
-                each.measured.flops,
-            )
-            for each in found.machines
-        ]
+        load = load_of(self.model_dir, self.precision)
+        speeds = [_speed(each) for each in found.machines]
         ways = {
             hop: Way(each.round_trip_seconds, each.bytes_per_second)
             for hop, each in found.ways.items()
         }
+        with suppress(InputError):
+            return split_by_speed(load, speeds, ways)
+        # What lies there may be these very parts, or go: pushing finds out.
+        speeds = [
+            replace(speed, disk_bytes=speed.disk_bytes + each.parts_bytes)
+            for speed, each in zip(speeds, found.machines, strict=True)
+        ]
         try:
-            return split_by_speed(load_of(self.model_dir, self.precision), speeds, ways)
+            return split_by_speed(load, speeds, ways)
         except InputError as error:
             why = next(iter(found.problems.values()), None)
             raise InputError(f"{error} ({why})" if why else str(error)) from error
@@ -125,17 +126,23 @@ class ClusterPlan:
             stage["kernels"] = machine.description.kernels
             stage["endpoint"] = {
                 "control": _tcp(machine.address.endpoint),
-                "data_in": _tcp(_data_in(machine)),
+                "data_in": _tcp(machine.address.data_in),
             }
-            data_out = machine.home if after is None else _data_in(after)
+            data_out = machine.home if after is None else after.address.data_in
             if data_out is not None:
                 stage["endpoint"]["data_out"] = _tcp(data_out)
         return build_manifest(fields, "cannot plan this")
 
 
+def _speed(machine: Surveyed) -> MachineSpeed:
+    return MachineSpeed(
+        machine.address.host_port,
+        machine.description.memory_bytes,
+        machine.description.disk_bytes,
+        machine.measured.bytes_per_second,
+        machine.measured.flops,
+    )
+
+
 def _tcp(endpoint: TcpEndpoint) -> dict[str, str]:
     return {"type": "tcp", "addr": str(endpoint).removeprefix("tcp:")}
-
-
-def _data_in(machine: Surveyed) -> TcpEndpoint:
-    return TcpEndpoint(machine.address.endpoint.host, machine.description.data_port)

@@ -125,8 +125,8 @@ async def _retire(address: Address, own: X25519PrivateKey) -> None:
 
 def _show(found: Survey, split: MeasuredSplit) -> None:
     """The split as a table, the machines in the order of their stages."""
-    heads = ("stage", "machine", "layers", "kernels", "cores", "memory", "reads", "computes")
-    rows = [(*heads, "a token", "on to the next")]
+    heads = ("stage", "machine", "layers", "kernels", "cores", "memory", "disk")
+    rows = [(*heads, "reads", "computes", "a token", "on to the next")]
     for stage, (index, end) in enumerate(zip(split.order, split.ends, strict=True)):
         machine = found.machines[index]
         start = split.ends[stage - 1] if stage else 0
@@ -140,6 +140,7 @@ def _show(found: Survey, split: MeasuredSplit) -> None:
                 machine.description.kernels,
                 str(machine.description.cores),
                 f"{machine.description.memory_bytes / (1 << 30):.1f} GiB",
+                f"{machine.description.disk_bytes / (1 << 30):.1f} GiB",
                 f"{machine.measured.bytes_per_second / 1e9:.1f} GB/s",
                 f"{machine.measured.flops / 1e9:.0f} GFLOP/s",
                 f"{split.stage_seconds[stage] * 1e3:.2f} ms",

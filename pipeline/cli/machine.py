@@ -31,10 +31,11 @@ from pipeline.kernels.kernel_selection import check_choice
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.machines.machine import Machine
 from pipeline.machines.offer import Offer, OfferState
-from pipeline.machines.offer_line import OfferLine
+from pipeline.machines.offer_line import OfferLine, is_place
 from pipeline.machines.part_store import PartStore
 from pipeline.machines.reception import receive_all
 from pipeline.machines.served_stage import Compute
+from pipeline.machines.visitor import address_of
 from pipeline.tasks import open_tasks
 from transport.dial_and_listen import Listener, TcpEndpoint, listen
 
@@ -66,8 +67,8 @@ def offer_command(flags: OfferFlags) -> None:
             "offer asks before it lets a home in; here nobody can be asked: give --yes"
         )
     address = flags.address
-    if address is not None and not isinstance(address, TcpEndpoint):
-        raise InputError(f"--address {address}: write HOST:PORT")
+    if address is not None and not is_place(address):
+        raise InputError(f"--address {address}: write HOST:PORT; stages connect at the next port")
     _run(flags.machine, flags, address)
 
 
@@ -140,6 +141,12 @@ def _open_offer(machine: Machine, flags: OfferFlags, address: TcpEndpoint) -> Of
         return answer.strip().lower() in YES
 
     offer = Offer(machine.own, line, machine.software, ask, machine.let_in)
+    tell(
+        "stage-worker",
+        f"home will dial {address_of(line).host_port} and the next port; where a NAT or a firewall "
+        "is before this machine, forward both, or run a `pipeline-relay` that reaches it, and give "
+        "that address as --address",
+    )
     tell("stage-worker", "within ten minutes, at home: pipeline-orch join LINE --model-dir DIR")
     print(line, flush=True)  # and nowhere else: what goes to stderr may be kept in a log
     if flags.qr:

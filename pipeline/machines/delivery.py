@@ -11,12 +11,12 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pipeline.agreement.manifest import Manifest
 from pipeline.errors import InputError
 from pipeline.files import is_file
+from pipeline.machines.offer_line import is_place
 from pipeline.machines.visitor import Address, MachineRefuses, visiting
 from pipeline.models.config import CONFIG_FILE
 from pipeline.progress import Progress
 from pipeline.tasks import open_tasks
 from pipeline.weights.checkpoint_index import SINGLE_FILE
-from transport.dial_and_listen import TcpEndpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def machines_of(manifest: Manifest) -> list[Address]:
     found = []
     for stage in manifest.stages:
         endpoint = stage.endpoint and stage.endpoint.control.to_endpoint()
-        if len(stage.machine_keys) != 1 or not isinstance(endpoint, TcpEndpoint):
+        if len(stage.machine_keys) != 1 or not is_place(endpoint):
             raise InputError(
                 f"stage {stage.stage_idx} names no machine of your own, by key and address; "
                 "`pipeline-orch join` writes manifests that do"
@@ -62,10 +62,11 @@ def deliveries(manifest: Manifest, path: Path, stage_dir: Callable[[int], Path])
                 f"the manifest pins no part of stage {stage.stage_idx}; `pipeline-orch join` does"
             )
         directory = stage_dir(stage.stage_idx)
+        # The large one last: for want of room for it, nothing has been sent in vain.
         files = (
             (manifest.config_hash, directory / CONFIG_FILE),
-            (stage.weight_hashes[0], directory / SINGLE_FILE),
             (digest, path),
+            (stage.weight_hashes[0], directory / SINGLE_FILE),
         )
         found.append(Delivery(address, stage.stage_idx, digest, files))
     return found

@@ -24,7 +24,7 @@ from pipeline.machines.served_stage import (
     remembered,
 )
 from pipeline.protocol.peer_connections import Entrance
-from transport.dial_and_listen import Listener, TcpEndpoint
+from transport.dial_and_listen import Listener
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +69,6 @@ class Machine:
     def guests(self) -> tuple[bytes, ...]:
         """The machines that may see how far this one is."""
         return tuple(self._guests)
-
-    @property
-    def data_port(self) -> int:
-        """Where the stage before connects."""
-        endpoint = self.data_in.endpoint
-        assert isinstance(endpoint, TcpEndpoint)  # of `stage-worker serve`, which takes no other
-        return endpoint.port
 
     @property
     def served(self) -> ServedStage | None:

@@ -58,7 +58,6 @@ class Description(StrictMessage):
     memory_bytes: Count
     disk_bytes: Count
     kernels: Annotated[str, Field(max_length=64)]
-    data_port: Annotated[int, Field(ge=1, le=65535)]
 
 
 class Measure(StrictMessage):
@@ -83,12 +82,12 @@ class Admit(StrictMessage):
 
 
 class Probe(StrictMessage):
-    """Home → machine: see how far that one is. `data_port`: whether stages could reach it, too."""
+    """Home → machine: see how far that one is. `data_in`: whether that is reached, too."""
 
     type: Literal["probe"] = "probe"
     address: Address
     key: Key
-    data_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    data_in: Address | None = None
 
 
 class Probed(StrictMessage):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pipeline.errors import InputError
 from pipeline.files import write_atomically
+from pipeline.machines.offer_line import is_place
 from pipeline.machines.visitor import Address
-from transport.dial_and_listen import TcpEndpoint, parse_endpoint
+from transport.dial_and_listen import parse_endpoint
 from transport.errors import EndpointError
 
 
@@ -46,6 +47,6 @@ class Newcomers:
 def _parse(line: str) -> Address:
     where, key = line.split()
     endpoint = parse_endpoint(where)
-    if not isinstance(endpoint, TcpEndpoint) or len(bytes.fromhex(key)) != 32:
+    if not is_place(endpoint) or len(bytes.fromhex(key)) != 32:
         raise ValueError(line)
     return Address(endpoint, bytes.fromhex(key))

@@ -10,9 +10,11 @@ import binascii
 import hashlib
 import secrets
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from pipeline.errors import InputError
-from transport.dial_and_listen import TcpEndpoint, parse_endpoint
+from transport.address import MAX_TCP_PORT
+from transport.dial_and_listen import Endpoint, TcpEndpoint, parse_endpoint
 from transport.errors import EndpointError
 
 PREFIX = "VP1-"
@@ -47,6 +49,11 @@ class OfferLine:
         return PREFIX + base64.b32encode(payload + _checksum(payload)).decode().rstrip("=")
 
 
+def is_place(endpoint: Endpoint | None) -> TypeGuard[TcpEndpoint]:
+    """Whether a machine may be there: it takes the data of its stage at the next port."""
+    return isinstance(endpoint, TcpEndpoint) and 0 < endpoint.port < MAX_TCP_PORT
+
+
 def parse_offer_line(text: str) -> OfferLine:
     """Read a line as a person has copied it. Raises InputError saying what is wrong with it."""
     line = "".join(text.split()).strip("'\"`").upper()
@@ -64,8 +71,8 @@ def parse_offer_line(text: str) -> OfferLine:
             raise ValueError("checksum")
         key, rest = payload[:KEY_BYTES], payload[KEY_BYTES:]
         endpoint = parse_endpoint(rest[SECRET_BYTES:].decode())
-        if not isinstance(endpoint, TcpEndpoint):
-            raise EndpointError("not TCP")
+        if not is_place(endpoint):
+            raise EndpointError("no place for a machine")
     except (ValueError, binascii.Error, EndpointError) as error:
         raise InputError(
             f"the line {line[:12]}… is mistyped or not whole; copy it again from the machine"

@@ -91,8 +91,9 @@ class PartStore:
         free = self.free_bytes()
         if num_bytes - there > free:
             raise PartRefused(
-                f"{num_bytes - there} bytes do not fit, {free} are free here; remove old parts by "
-                "`pipeline-orch parts --remove-unused`, or raise the machine's --disk"
+                f"{(num_bytes - there) / 1e6:.1f} MB do not fit, {free / 1e6:.1f} MB are free for "
+                "parts here; remove old ones by `pipeline-orch parts --remove-unused`, or raise "
+                "the machine's --disk"
             )
         self._coming[digest] = num_bytes
         try:

@@ -14,7 +14,7 @@ from pipeline.protocol.peer_connections import (
 )
 from pipeline.protocol.time_limits import DEFAULT_TIMES
 from transport.channel import SecureChannel, connect_channel
-from transport.dial_and_listen import Endpoint, TcpEndpoint, dial
+from transport.dial_and_listen import Endpoint, dial
 from transport.errors import TransportError
 
 _NUM_PINGS = 10
@@ -55,18 +55,21 @@ async def _answer(link: MachineLink) -> None:
 
 
 async def probe(
-    own: X25519PrivateKey, endpoint: Endpoint, key: bytes, data_port: int | None
+    own: X25519PrivateKey, endpoint: Endpoint, key: bytes, data_in: Endpoint | None
 ) -> Probed:
-    """How far the machine with this key is from here. Raises SessionError."""
+    """How far the machine with this key is from here. Raises SessionError.
+
+    `data_in`: where it has to be reached as well.
+    """
     try:
         with trio.fail_after(PROBE_SECONDS):
-            return await _probe(own, endpoint, key, data_port)
+            return await _probe(own, endpoint, key, data_in)
     except (TransportError, MessageError, trio.EndOfChannel, trio.TooSlowError) as error:
         raise SessionError(describe(error)) from error
 
 
 async def _probe(
-    own: X25519PrivateKey, endpoint: Endpoint, key: bytes, data_port: int | None
+    own: X25519PrivateKey, endpoint: Endpoint, key: bytes, data_in: Endpoint | None
 ) -> Probed:
     public = own.public_key().public_bytes_raw()
     with answered_within(DEFAULT_TIMES.handshake_seconds):
@@ -79,8 +82,8 @@ async def _probe(
         while seconds < _FLOOD_SECONDS and num_pieces < _MOST_PIECES:
             num_pieces *= 2
             seconds = await _timed(link, num_pieces)
-        if data_port is not None and isinstance(endpoint, TcpEndpoint):
-            (await dial(TcpEndpoint(endpoint.host, data_port))).close()
+        if data_in is not None:
+            (await dial(data_in)).close()
         return Probed(
             round_trip_seconds=max(min(trips), 1e-9),
             bytes_per_second=num_pieces * PIECE_BYTES / max(seconds, 1e-9),

@@ -27,6 +27,8 @@ class Surveyed:
     address: Address
     description: Description
     measured: Measured
+    # Of the parts that lie there already.
+    parts_bytes: int
     # Where it would send results; None: home comes for them.
     home: TcpEndpoint | None
 
@@ -69,7 +71,8 @@ async def survey(
                     "install the same version on both"
                 )
             measured = await visit.measure()
-            machines[index] = Surveyed(visit.address, description, measured, home)
+            parts_bytes = sum(part.num_bytes for part in await visit.parts())
+            machines[index] = Surveyed(visit.address, description, measured, parts_bytes, home)
 
         async with open_tasks() as tasks:
             for index, visit in enumerate(visits):
@@ -100,17 +103,16 @@ async def _ways(
                 if there == here:
                     continue
                 await visits[there].admit(visit.address.key)
-                data_port = machine.description.data_port
-                await note((here, there), visit.probe(machine.address, data_port))
-            await note((HOME, here), _from_home(visit, machines[here], own))
+                await note((here, there), visit.probe(machine.address, is_stage=True))
+            await note((HOME, here), _from_home(visit, own))
             if (home := machines[here].home) is not None:
-                await note((here, HOME), visit.probe(Address(home, public), None))
+                await note((here, HOME), visit.probe(Address(home, public), is_stage=False))
             elif (HOME, here) in ways:
                 ways[here, HOME] = ways[HOME, here]
     return ways, problems
 
 
-async def _from_home(visit: Visit, machine: Surveyed, own: X25519PrivateKey) -> Probed:
+async def _from_home(visit: Visit, own: X25519PrivateKey) -> Probed:
     """How home, which dials the first machine and comes for results, reaches one of them.
 
     Raises _Unreached, or SessionError where the visit fails.
@@ -118,7 +120,7 @@ async def _from_home(visit: Visit, machine: Surveyed, own: X25519PrivateKey) -> 
     await visit.admit(own.public_key().public_bytes_raw())
     address = visit.address
     try:
-        return await probe(own, address.endpoint, address.key, machine.description.data_port)
+        return await probe(own, address.endpoint, address.key, address.data_in)
     except SessionError as error:
         raise _Unreached(f"{address}: {error}") from error
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -55,7 +55,7 @@ class MachineRefuses(SessionError):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a machine is, and the key it must show."""
+    """Where a machine is (see `is_place`), and the key it must show."""
 
     endpoint: TcpEndpoint
     key: bytes
@@ -68,6 +68,11 @@ class Address:
     def host_port(self) -> str:
         """Where it is, as manifests and people write it."""
         return str(self.endpoint).removeprefix("tcp:")
+
+    @property
+    def data_in(self) -> TcpEndpoint:
+        """Where it takes what the stage before sends, and is asked for results."""
+        return replace(self.endpoint, port=self.endpoint.port + 1)
 
 
 class Visit:
@@ -89,9 +94,10 @@ class Visit:
         """Let it be probed by the machine with this key."""
         await self._ask(Admit(key=key), Fine)
 
-    async def probe(self, other: Address, data_port: int | None) -> Probed:
-        """How far it is from another, which has admitted it."""
-        message = Probe(address=str(other.endpoint), key=other.key, data_port=data_port)
+    async def probe(self, other: Address, *, is_stage: bool) -> Probed:
+        """How far it is from another, which has admitted it; a stage takes data as well."""
+        data_in = str(other.data_in) if is_stage else None
+        message = Probe(address=str(other.endpoint), key=other.key, data_in=data_in)
         return await self._ask(message, Probed)
 
     async def parts(self) -> list[Part]:
@@ -204,13 +210,16 @@ async def _connected(
     try:
         with answered_within(DEFAULT_TIMES.handshake_seconds):
             sock = await dial(address.endpoint)
-            channel = await connect_channel(sock, link, credentials, LIMITS)
-    except EndpointError as error:
+    except (EndpointError, trio.TooSlowError) as error:
+        why = str(error) if isinstance(error, EndpointError) else f"{address}: {error}"
         raise SessionError(
-            f"{error}; where a NAT or a firewall is before that machine, which then can only dial "
+            f"{why}; where a NAT or a firewall is before that machine, which then can only dial "
             "out, forward its two ports, or run a `pipeline-relay` that reaches it, and give that "
             "address to `stage-worker offer --address`"
         ) from error
+    try:
+        with answered_within(DEFAULT_TIMES.handshake_seconds):
+            channel = await connect_channel(sock, link, credentials, LIMITS)
     except HandshakeError as error:
         raise SessionError(refusal) from error
     except NoAnswer as error:

@@ -81,7 +81,8 @@ async def _answer(machine: Machine, link: MachineLink, message: MachineMessage) 
             await link.say(Fine())
         case Probe():
             endpoint = parse_endpoint(message.address)
-            await link.say(await probe(machine.own, endpoint, message.key, message.data_port))
+            data_in = None if message.data_in is None else parse_endpoint(message.data_in)
+            await link.say(await probe(machine.own, endpoint, message.key, data_in))
         case Listing():
             await link.say(_parts(machine))
         case Put():
@@ -111,7 +112,6 @@ def _description(machine: Machine, head_dim: int) -> Description:
         memory_bytes=kernels.free_bytes() + (0 if served is None else served.num_bytes),
         disk_bytes=machine.store.free_bytes(),
         kernels=kernels.name,
-        data_port=machine.data_port,
     )
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -30,6 +30,7 @@ class MachineSpeed:
 
     name: str
     memory_bytes: int
+    disk_bytes: int  # for its part's file
     bytes_per_second: float
     flops: float
 
@@ -52,8 +53,22 @@ class ModelLoad:
     first_bytes: int  # the embedding, with the first stage
     layer_bytes: tuple[int, ...]
     last_bytes: int  # final norm and head, with the last
+    whole_bytes: int  # of all in one stage, where a tied head is the embedding
     bytes_per_weight: float
+    disk_share: float  # of its bytes in memory, what a part takes in its file
     row_bytes: int
+
+    def part_bytes(self, start: int, end: int) -> int:
+        """What a stage of these layers holds."""
+        is_first, is_last = start == 0, end == len(self.layer_bytes)
+        if is_first and is_last:
+            return self.whole_bytes
+        ends = self.first_bytes * is_first + self.last_bytes * is_last
+        return sum(self.layer_bytes[start:end]) + ends
+
+    def file_bytes(self, start: int, end: int) -> int:
+        """What its part takes on a disk."""
+        return int(self.part_bytes(start, end) * self.disk_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +100,10 @@ def load_of(model_dir: Path, precision: Precision) -> ModelLoad:
         first_bytes=int(first * scale),
         layer_bytes=tuple(int(size * scale) for size in layers),
         last_bytes=int(last * scale),
+        whole_bytes=int(min(first + sum(layers) + last, num_bytes) * scale),
         bytes_per_weight=each_bytes,
+        # What is to be computed in float32 is kept as it is stored.
+        disk_share=num_bytes / (4 * max(num_weights, 1)) if precision == "float32" else 1.0,
         row_bytes=4 * config.hidden_dim,
     )
 
@@ -94,28 +112,35 @@ def split_by_speed(load: ModelLoad, machines: Sequence[MachineSpeed], ways: Ways
     """Every machine gets layers, the slowest stage as few as it can be; then the shortest way.
 
     A stage's time is that of a generated token and of one of its prompt: its weights are read once,
-    and multiplied once more. Raises InputError where the model does not fit, or where no way leads
-    through all machines and home.
+    and multiplied once more. Raises InputError where the model fits no memory or disk, or where no
+    way leads through all machines and home.
     """
     num_layers = len(load.layer_bytes)
     if len(machines) > num_layers:
         raise InputError(
             f"{len(machines)} machines are more than the model's {num_layers} layers; join fewer"
         )
-    total = load.first_bytes + sum(load.layer_bytes) + load.last_bytes
+    # A machine that is alone holds all in one stage.
+    apart = load.first_bytes + sum(load.layer_bytes) + load.last_bytes
+    total = apart if len(machines) > 1 else load.whole_bytes
     room = sum(int(each.memory_bytes * WEIGHT_SHARE) for each in machines)
     if total > room:
         raise InputError(
             f"the model takes {_gib(total)} in this precision, the machines have {_gib(room)} for "
             "weights; choose a smaller --dtype, or join another machine"
         )
+    best = _best(load, machines, ways)
+    if best is None:
+        raise InputError(_why_not(load, machines, ways, total))
+    return best
+
+
+def _best(load: ModelLoad, machines: Sequence[MachineSpeed], ways: Ways) -> MeasuredSplit | None:
     best: MeasuredSplit | None = None
     for order in _orders(len(machines), ways):
         found = _split(load, [machines[index] for index in order], order, ways)
         if found is not None and (best is None or _cost(found) < _cost(best)):
             best = found
-    if best is None:
-        raise InputError(_why_not(machines, ways, total))
     return best
 
 
@@ -161,11 +186,12 @@ def _split(
 
     def seconds(position: int, start: int, end: int) -> float:
         machine = machines[position]
+        # Of the embedding, a row is read.
         held = prefix[end] - prefix[start]
         held += load.last_bytes if end == num_layers else 0
-        # Of the embedding, a row is read.
-        stored = held + (load.first_bytes if start == 0 else 0)
-        if stored > machine.memory_bytes * WEIGHT_SHARE:
+        if load.part_bytes(start, end) > machine.memory_bytes * WEIGHT_SHARE:
+            return math.inf
+        if load.file_bytes(start, end) > machine.disk_bytes:
             return math.inf
         operations = held / load.bytes_per_weight * _OPERATIONS_PER_WEIGHT
         return held / machine.bytes_per_second + operations / machine.flops
@@ -189,7 +215,7 @@ def _split(
     return MeasuredSplit(order, ends, tuple(times), way)
 
 
-def _why_not(machines: Sequence[MachineSpeed], ways: Ways, total: int) -> str:
+def _why_not(load: ModelLoad, machines: Sequence[MachineSpeed], ways: Ways, total: int) -> str:
     count = len(machines)
     if not any((index, HOME) in ways for index in range(count)):
         return (
@@ -202,7 +228,31 @@ def _why_not(machines: Sequence[MachineSpeed], ways: Ways, total: int) -> str:
             return f"{machine.name} reaches none of the others; let their ports through"
     if not _orders(count, ways):
         return "no way leads through all the machines and home; let their ports through"
+    wanted = _best(load, [replace(each, disk_bytes=total) for each in machines], ways)
+    if wanted is not None:
+        return _disks_too_small(load, machines, wanted)
     return f"{_gib(total)} fit no split over these machines, each with a layer at least"
+
+
+def _disks_too_small(
+    load: ModelLoad, machines: Sequence[MachineSpeed], wanted: MeasuredSplit
+) -> str:
+    """Where the parts of a split that nothing else is in the way of do not fit."""
+    short = []
+    for index, start, end in zip(wanted.order, (0, *wanted.ends[:-1]), wanted.ends, strict=True):
+        need, machine = load.file_bytes(start, end), machines[index]
+        if need > machine.disk_bytes:
+            has = _megabytes(machine.disk_bytes)
+            short.append(f"{machine.name} needs {_megabytes(need)} and has {has}")
+    return (
+        f"the parts do not fit the machines' disks ({'; '.join(short)} free for parts): have old "
+        "ones removed by `pipeline-orch parts --remove-unused`, raise --disk there, choose a "
+        "smaller --dtype, or join another machine"
+    )
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"
 
 
 def _gib(num_bytes: int) -> str:

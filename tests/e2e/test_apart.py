@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tests.e2e.conftest import BIN, end
@@ -21,6 +22,7 @@ PROMPT = "Hello there, whoever is listening on this wire"
 WORDS = ("--text", PROMPT, "--max-tokens", "16", "--ignore-eos")
 NETWORK = "10.213.8"
 NEEDLE_BYTES = 16
+BLOCK_BYTES = 4 << 20
 ETH_P_ALL = 3
 ETHERNET_BYTES = 14
 TCP_SYN, TCP_ACK = 2, 16
@@ -62,7 +64,7 @@ class Capture:
         self._is_over = True
         self._thread.join()
         self._socket.close()
-        return bytes(self.seen)
+        return self.seen
 
 
 class Network:
@@ -101,6 +103,13 @@ class Network:
         os.chown(place.home, place.uid, place.uid)
         return place
 
+    def hide(self, place, gate):
+        """It can only dial out, and that to the gate; nothing that it says gets elsewhere."""
+        wire = ("-n", place.namespace, "addr")
+        self.ip(*wire, "flush", "dev", "eth0")
+        self.ip(*wire, "add", f"{place.host}/32", "dev", "eth0")
+        self.ip("-n", place.namespace, "route", "add", gate.host, "dev", "eth0")
+
     def command(self, place, program, *words):
         """As that place's user, who may read the program wherever it is, and own nothing else."""
         right = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
@@ -123,18 +132,23 @@ class Network:
     def run_python(self, place, program):
         subprocess.run(self.command(place, "python", "-c", program), check=True)
 
-    def offer(self, place):
+    def offer(self, place, *words):
         """A machine that offers itself, and its line."""
+        words = ("offer", "--yes", "--threads", "1", *words)
+        return self.start(place, "stage-worker", words, r"^VP1-\w+$")
+
+    def start(self, place, program, words, pattern):
+        """A process there, and what of its output fits the pattern."""
         log = self.directory / f"{place.namespace}.log"
         with log.open("w") as file:
             process = subprocess.Popen(
-                self.command(place, "stage-worker", "offer", "--yes", "--threads", "1"),
+                self.command(place, program, *words),
                 stdout=file, stderr=file, stdin=subprocess.DEVNULL,
                 env=self.environment(place), cwd=place.home,
             )  # fmt: skip
         self.processes.append(process)
         until = time.monotonic() + 60
-        while not (found := re.search(r"^VP1-\w+$", log.read_text(), re.MULTILINE)):
+        while not (found := re.search(pattern, log.read_text(), re.MULTILINE)):
             assert time.monotonic() < until, log.read_text()
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
@@ -180,10 +194,32 @@ def needles(data):
     return [data[i : i + NEEDLE_BYTES] for i in range(0, len(data) - NEEDLE_BYTES, step)]
 
 
+def found_in(seen, parts):
+    """Those of the parts, of four bytes at least, that lie anywhere in what was seen: in one pass.
+
+    There are thousands of parts, and machines that measure the ways between them fill gigabytes.
+    """
+    by_start = {}
+    for part in parts:
+        by_start.setdefault(part[:4], []).append(part)
+    pairs = np.array([tuple(start) for start in by_start], "u1").view("<u2").T
+    begins, goes_on = np.zeros((2, 1 << 16), bool)
+    begins[pairs[0]], goes_on[pairs[1]] = True, True
+    found, data = set(), np.frombuffer(seen, "u1")
+    for first in range(0, len(data) - 3, BLOCK_BYTES):
+        for start in (first, first + 1):  # at even places, and at odd ones
+            block = data[start : start + BLOCK_BYTES + 2]
+            words = block[: len(block) & ~1].view("<u2")
+            (near,) = np.nonzero(begins[words[:-1]])
+            for place in start + 2 * near[goes_on[words[near + 1]]]:
+                for part in by_start.get(bytes(seen[place : place + 4]), ()):
+                    if seen[place : place + len(part)] == part:
+                        found.add(part)
+    return found
+
+
 def activations_of(model_dir, token_ids):
     """Every row between two layers, as float32 and as bfloat16: any split sends some of them."""
-    import numpy as np
-
     from pipeline.models.config import load_config
     from pipeline.models.registry import load_shard
     from pipeline.protocol.batch import Segment
@@ -223,18 +259,46 @@ def secrets_of(model_dir, lines, text):
         yield "line", [payload[32:48], line.encode()[-60:]]
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_machines_apart_compute_what_one_does_and_tell_the_wire_nothing(network, tiny_model, count):
+@pytest.fixture
+def home(network, tiny_model):
+    """The place of the prompt, with the model."""
     home = network.places["home"]
-    model_dir = home.home / "model"
-    shutil.copytree(tiny_model, model_dir)
-    for path in (model_dir, *model_dir.iterdir()):
+    shutil.copytree(tiny_model, home.home / "model")
+    for path in (home.home / "model", *(home.home / "model").iterdir()):
         os.chown(path, home.uid, home.uid)
+    return home
+
+
+def test_a_machine_that_cannot_be_dialed_is_named_and_joined_through_a_relay(network, home):
+    gate, hidden = network.place("gate"), network.place("m0")
+    network.hide(hidden, gate)
+    join = ("join", "--model-dir", "model", "-o", "cluster.json", "--push")
+    refused = network.run(home, *join, network.offer(hidden))
+    assert refused.returncode == 1
+    (error,) = [line for line in refused.stderr.splitlines() if "error:" in line]
+    assert f"{hidden.host}:9000" in error
+    assert "can only dial out" in error
+    assert "`pipeline-relay` that reaches it" in error
+    end(network.processes[-1])
+    maps = [f"0.0.0.0:{7000 + i}={hidden.host}:{9000 + i}" for i in range(2)]
+    words = [word for each in maps for word in ("--map", each)]
+    network.start(gate, "pipeline-relay", words, r"relaying .*:7001 ->")
+    joined = network.run(home, *join, network.offer(hidden, "--address", f"{gate.host}:7000"))
+    assert joined.returncode == 0, joined.stderr
+    found = network.run(home, "--manifest", "cluster.json", *WORDS)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == alone(network, home)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_machines_apart_compute_what_one_does_and_tell_the_wire_nothing(
+    network, home, tiny_model, count
+):
+    model_dir = home.home / "model"
     machines = [network.place(f"m{index}") for index in range(count)]
     thief = network.place("thief")
     capture = Capture(network.interfaces())
     try:
-        # The search finds what does travel in the clear.
         said = b"what anybody on this wire can read"
         send = f"import socket; socket.socket(2, 2).sendto({said!r}, ({home.host!r}, 9))"
         network.run_python(thief, send)
@@ -251,14 +315,16 @@ def test_machines_apart_compute_what_one_does_and_tell_the_wire_nothing(network,
         assert "has been used already, by SHA256:" in copied.stderr
     finally:
         seen = capture.stop()
-    assert said in seen
     assert found.stdout == alone(network, home)
     assert len(seen) > 1_000_000
     # Home may be behind a NAT: it dials, and nobody dials it.
     assert capture.dialed == {machine.host for machine in machines}
+    names = {said: "said in the clear"}
     for name, parts in secrets_of(model_dir, lines, found.stdout):
         assert parts
-        assert not [part for part in parts if part in seen], name
+        names |= dict.fromkeys(parts, name)
+    # The search finds what does travel in the clear.
+    assert {names[part] for part in found_in(seen, names)} == {"said in the clear"}
     for machine in machines:
         state = machine.home / ".local" / "state" / "veilpipe"
         assert {path.stat().st_uid for path in state.iterdir()} == {machine.uid}

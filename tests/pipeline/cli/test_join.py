@@ -1,5 +1,6 @@
 """Joining, pushing and generating by commands, with machines in a thread of this process."""
 
+import re
 import socket
 import sys
 import threading
@@ -160,6 +161,25 @@ def test_from_lines_to_text_and_to_another_split(home, tmp_path, tiny_model, mon
     (error,) = errors(err)
     assert "cannot dial" in error
     assert "NAT" in error
+
+
+def test_a_disk_without_room_for_the_part_is_named_with_what_it_needs_and_has(home, tmp_path):
+    with Machines(tmp_path, ("a",)) as machines:
+        store = machines.found["a"].store
+        store._quota_bytes = 1000
+        code, out, err = home("join", machines.line("a"))
+        assert (code, out) == (2, "")
+        (error,) = errors(err)
+        assert re.search(rf"{machines.at('a')} needs \d+\.\d MB and has 0\.0 MB free", error)
+        assert not home.manifest.exists()
+        store._quota_bytes = 1 << 30
+        code, out, err = home("join", "--push")
+        assert code == 0, err[-3:]
+        assert " 1.0 GiB " in out.splitlines()[1]
+        # The very part that lies there needs no room.
+        store._quota_bytes = sum(part.num_bytes for part in store.parts())
+        code, _, err = home("join", "--push")
+        assert code == 0, err[-3:]
 
 
 def test_a_machine_whose_line_was_used_before_something_failed_is_counted_in_next(

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from typer.main import get_command
 
 from pipeline.agreement.identity import ORCHESTRATOR_KEY, own_identity
@@ -97,6 +98,7 @@ def test_a_unit_holds_no_line_that_somebody_slips_in(run, monkeypatch):
         (("serve", "--kernels", "fast"), "--kernels fast: use auto"),
         (("serve", "--disk", "-1"), "--disk -1"),
         (("offer", "--yes", "--address", "unix:/tmp/x"), "--address unix:/tmp/x: write HOST:PORT"),
+        (("offer", "--yes", "--address", "a.example:65535"), "stages connect at the next port"),
         (("join",), "missing --model-dir"),
         (("join", "--model-dir", "MODEL"), "give a line of `stage-worker offer`"),
         (("join", "VP1-ABCDEFGH", "--model-dir", "MODEL"), "mistyped or not whole"),
@@ -138,6 +140,18 @@ def test_one_machine_is_one_process(run, tmp_path):
         code, _, err = run("serve", "--listen", "127.0.0.1:0")
     assert code == 2
     assert "another `stage-worker` is this machine already" in err[-1]
+
+
+async def test_who_offers_a_machine_is_told_where_it_must_be_reached_and_by_what_it_can_be(capfd):
+    listening = SimpleNamespace(
+        own=X25519PrivateKey.generate(), software="1", let_in=lambda home: None
+    )
+    flags = SimpleNamespace(yes=True, qr=False)
+    machine._open_offer(listening, flags, TcpEndpoint("192.168.1.7", 9000))
+    told = capfd.readouterr().err
+    assert "home will dial 192.168.1.7:9000 and the next port" in told
+    assert "NAT" in told
+    assert "`pipeline-relay` that reaches it, and give that address as --address" in told
 
 
 def test_nobody_is_let_in_where_nobody_can_be_asked(run, monkeypatch):

@@ -1,17 +1,23 @@
 """What home finds out of its machines, and of the ways between them."""
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import trio
 
 from pipeline.agreement.identity import ORCHESTRATOR_KEY, own_identity
+from pipeline.cli.cluster_plan import ClusterPlan
+from pipeline.cli.shard_directories import parts_dir, stage_dir
 from pipeline.errors import InputError, SessionError
-from pipeline.machines.delivery import deliver
+from pipeline.machines.delivery import deliver, deliveries
 from pipeline.machines.measure import measure
 from pipeline.machines.survey import HOME, survey
-from tests.pipeline.conftest import reserve
-from tests.pipeline.machines.conftest import SOFTWARE
+from pipeline.machines.visitor import Address
+from tests.pipeline.conftest import Tap, reserve
+from tests.pipeline.machines.conftest import SOFTWARE, two_ports
 from tests.pipeline.machines.test_machine import (
     generate,
     machines,
@@ -57,6 +63,28 @@ async def test_machines_at_ipv6_addresses_are_joined_like_others(rig, tiny_model
         assert "[::1]:" in cluster.path.read_text()
         await deliver(rig.home, cluster.deliveries, quietly, quietly)
         assert await generate(rig, cluster) == reference(tiny_model)
+
+
+async def test_a_machine_is_reached_by_other_ports_that_are_carried_to_its_own(
+    rig, tiny_model, monkeypatch
+):
+    monkeypatch.setattr("pipeline.machines.visits.measure", partial(measure, seconds=0.05))
+    with ExitStack() as stack:
+        fronts = two_ports(stack, "127.0.0.1")
+        async with machines(rig, "a") as (machine,), trio.open_nursery() as nursery:
+            for front, behind in zip(fronts, (machine.control, machine.data_in), strict=True):
+                nursery.start_soon(Tap().serve, "carried", front, behind.endpoint)
+            place = Address(fronts[0].endpoint, machine.address.key)
+            cluster = ClusterPlan(tiny_model, rig.directory / "c.json", "float32", rig.home)
+            found = await survey([place], rig.home, 16, SOFTWARE, None, quietly)
+            manifest = cluster.write(found, cluster.split(found))
+            assert manifest.stages[0].endpoint.data_in.to_endpoint() == fronts[1].endpoint
+            directory = partial(stage_dir, parts_dir(cluster.output))
+            await deliver(
+                rig.home, deliveries(manifest, cluster.output, directory), quietly, quietly
+            )
+            assert await generate(rig, SimpleNamespace(manifest=manifest)) == reference(tiny_model)
+            nursery.cancel_scope.cancel()
 
 
 async def test_machines_that_do_not_reach_each_other_are_found_out(rig, monkeypatch):
