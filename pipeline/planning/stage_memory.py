@@ -82,11 +82,9 @@ def stage_memory(
 
 def _weights(manifest: Manifest, stage: StageSpec, model_dir: Path, precision: Precision) -> int:
     load = load_of(model_dir, stage.precision or precision)
-    held = sum(load.layer_bytes[stage.layer_start : stage.layer_end])
-    if not manifest.has_client_ends:
-        held += load.first_bytes if stage.layer_start == 0 else 0
-        held += load.last_bytes if stage.layer_end == manifest.total_layers else 0
-    return held
+    if manifest.has_client_ends:
+        return sum(load.layer_bytes[stage.layer_start : stage.layer_end])
+    return load.part_bytes(stage.layer_start, stage.layer_end)
 
 
 def _host(stage: StageSpec) -> object:
