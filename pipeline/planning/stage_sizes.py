@@ -16,6 +16,7 @@ class StageSizes(NamedTuple):
     """Bytes of one stage."""
 
     weights: int
+    widest_weights: int  # where kernels compute in float32, whatever the precision
     session: int  # keys and values, and what it has sent on, of so many texts of such a length
     steps: int  # what computing takes beside them
 
@@ -32,10 +33,12 @@ def stage_sizes(
     ends = NO_ENDS if manifest.has_client_ends else None
     layers = range(stage.layer_start, stage.layer_end)
     shard = outline(config, layers, stage.precision or "float32", ends)
+    widest = outline(config, layers, "float32", ends)
     is_last = stage_idx == len(manifest.stages) - 1
     sent_on = 0 if is_last else num_slots * max_seq_len * config.hidden_dim * 4  # float32
     return StageSizes(
         shard.num_weight_bytes,
+        widest.num_weight_bytes,
         shard.kv_bytes(num_slots, max_seq_len) + sent_on,
         shard.step_bytes(MAX_STEP_TOKENS),
     )

@@ -106,7 +106,7 @@ def render(manifest: Manifest, job: SlurmJob, needs: Sequence[StageNeeds]) -> st
             )
     nodes = _nodes(manifest, job)
     stages = [
-        shlex.join(["stage", node, str(each.memory_mib), *job.command(idx, each)]) + " &\n"
+        shlex.join(["stage", node, str(each.limit_mib), *job.command(idx, each)]) + " &\n"
         for idx, (node, each) in enumerate(zip(nodes, needs, strict=True))
     ]
     return _SCRIPT.format(
@@ -114,7 +114,7 @@ def render(manifest: Manifest, job: SlurmJob, needs: Sequence[StageNeeds]) -> st
         num_stages=len(nodes),
         nodes=",".join(nodes),
         threads=max(each.num_threads for each in needs),
-        memory=max(each.memory_mib for each in needs),
+        memory=max(each.limit_mib for each in needs),
         time=job.time,
         partition="" if job.partition is None else f"#SBATCH --partition={job.partition}\n",
         stages="".join(stages),

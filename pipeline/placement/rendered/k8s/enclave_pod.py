@@ -36,8 +36,13 @@ exit 1
 
 def enclave_memory_mib(needs: StageNeeds) -> int:
     """What the enclave of such a stage is given, in whole huge pages."""
-    image = _MEMORY_PER_IMAGE_BYTE * (_SYSTEM_BYTES + needs.weight_bytes)
-    pages = -(-(image + needs.session_bytes + needs.step_bytes) // (_HUGE_PAGE_MIB * MIB))
+    weights = max(
+        _MEMORY_PER_IMAGE_BYTE * needs.weight_bytes,
+        2 * needs.weight_bytes + needs.widest_weight_bytes,
+    )
+    system = _MEMORY_PER_IMAGE_BYTE * _SYSTEM_BYTES
+    total = system + weights + needs.session_bytes + needs.step_bytes
+    pages = -(-total // (_HUGE_PAGE_MIB * MIB))
     return pages * _HUGE_PAGE_MIB
 
 

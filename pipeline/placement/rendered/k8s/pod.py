@@ -24,7 +24,7 @@ def stage_pod(cluster: Cluster, stage: Spec, needs: StageNeeds) -> Spec:
     Its part comes from a volume that it cannot write; it is ready once that has the hashes of the
     manifest. Its key lies on the node, where it was made.
     """
-    resources = {"cpu": str(needs.num_threads), "memory": f"{needs.memory_mib}Mi"}
+    cpu = str(needs.num_threads)
     container: Spec = {
         "name": "stage",
         "image": cluster.image,
@@ -45,7 +45,10 @@ def stage_pod(cluster: Cluster, stage: Spec, needs: StageNeeds) -> Spec:
             {"name": "data", "containerPort": DATA_PORT},
             {"name": "health", "containerPort": HEALTH_PORT},
         ],
-        "resources": {"requests": resources, "limits": dict(resources)},
+        "resources": {
+            "requests": {"cpu": cpu, "memory": f"{needs.memory_mib}Mi"},
+            "limits": {"cpu": cpu, "memory": f"{needs.limit_mib}Mi"},
+        },
         "startupProbe": _probe("/livez", period=2, failures=60),
         "livenessProbe": _probe("/livez", period=10, failures=3),
         "readinessProbe": _probe("/readyz", period=2, failures=1),

@@ -57,4 +57,5 @@ def attested(fields):
 
 @pytest.fixture
 def needs():
-    return [StageNeeds((idx + 1) * 100 * MIB, 64 * MIB, 10 * MIB, 2) for idx in range(3)]
+    sizes = [(idx + 1) * 100 * MIB for idx in range(3)]
+    return [StageNeeds(size, 4 * size, 64 * MIB, 10 * MIB, 2) for size in sizes]

@@ -73,7 +73,7 @@ def test_each_stage_is_a_step_on_the_node_of_its_key(run, job, keyed, needs):
         at = words.index("stage-worker")
         step, worker = words[:at], words[at + 1 :]
         assert f"--nodelist=node{idx}" in step
-        assert f"--mem={needs[idx].memory_mib}M" in step
+        assert f"--mem={needs[idx].limit_mib}M" in step
         given = dict(each.partition("=")[::2] for each in worker)
         assert given.keys() <= known
         assert given["--stage-idx"] == str(idx)
@@ -86,7 +86,7 @@ def test_a_job_asks_for_a_node_for_each_stage_and_enough_of_each(job, keyed, nee
     found = directives(render(keyed, job(partition="cpu", time="1-00:00:00"), needs))
     assert found["nodes"] == "3"
     assert found["nodelist"] == "node0,node1,node2"
-    assert found["mem"] == f"{max(each.memory_mib for each in needs)}M"
+    assert found["mem"] == f"{max(each.limit_mib for each in needs)}M"
     assert found["cpus-per-task"] == "2"
     assert (found["partition"], found["time"]) == ("cpu", "1-00:00:00")
     assert "no-kill" in found  # a node that is lost ends no other stage
