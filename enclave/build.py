@@ -11,12 +11,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from enclave import cpio, eif, imports, native, rootfs
+from enclave import cpio, eif, imports, native, oci, rootfs
 from enclave.errors import BuildError
 
 PROJECT_ROOT: Final = Path(__file__).resolve().parent.parent
@@ -71,9 +71,12 @@ def system_ramdisk(system: System, cache: Path) -> Path:
     return path
 
 
-def code_closure(sources: Path = PROJECT_ROOT) -> imports.Closure:
-    """Return what a stage and init import of this project, and of others. Raises: BuildError."""
-    return imports.closure(sources, ROOTS, native.declared(sources))
+def code_closure(sources: Path = PROJECT_ROOT, roots: Sequence[str] = ROOTS) -> imports.Closure:
+    """Return what a stage and init, or other `roots`, import of this project, and of others.
+
+    Raises: BuildError.
+    """
+    return imports.closure(sources, roots, native.declared(sources))
 
 
 def compiled_modules(cache: Path, sources: Path = PROJECT_ROOT) -> dict[str, bytes]:
@@ -99,6 +102,15 @@ def code_ramdisk(compiled: Mapping[str, bytes], sources: Path = PROJECT_ROOT) ->
     """Return the ramdisk of init and what a stage imports of this project. Raises: BuildError."""
     files = code_closure(sources).files
     return b"".join(cpio.pack(rootfs.code_entries(sources, files, compiled)))
+
+
+def container_layers(cache: Path, sources: Path = PROJECT_ROOT) -> list[list[cpio.Entry]]:
+    """Return a container's layers: the system, and what its commands import. Raises: BuildError."""
+    ramdisk = system_ramdisk(find_system(cache, with_wheels=True), cache).read_bytes()
+    files = code_closure(sources, tuple(oci.COMMANDS.values())).files
+    code = rootfs.module_entries(sources, files, compiled_modules(cache, sources))
+    layers = (cpio.unpack(ramdisk), [*code, *oci.command_entries()])
+    return [list(cpio.complete(layer)) for layer in layers]
 
 
 def stage_ramdisk(directory: Path) -> bytes:

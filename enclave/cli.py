@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-from enclave import build, eif, signing
+from enclave import build, eif, oci, signing
 from enclave.emulator import Machine, run_until_stopped
 from enclave.errors import BuildError, EifError, EnclaveError
 from enclave.pin import pin, pinned
@@ -81,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--signing-certificate", type=Path)
     make.add_argument("-j", "--json", action="store_true")
     make.set_defaults(run=_build)
+
+    container = commands.add_parser("container", help="the same as a container image (OCI layout)")
+    container.add_argument("-o", "--output", type=Path, required=True, help="a new directory")
+    container.add_argument("--cache", type=Path)
+    container.add_argument("--name", default="veilpipe")
+    container.set_defaults(run=_container)
 
     boot = commands.add_parser("boot", help="boot an image under QEMU, until interrupted")
     boot.add_argument("image", type=Path)
@@ -157,6 +163,12 @@ def _build(options: argparse.Namespace) -> int:
     if options.manifest is not None:
         pin(options.manifest, options.stage, eif.measure(image))
     _print_report(_report(image), as_json=options.json)
+    return 0
+
+
+def _container(options: argparse.Namespace) -> int:
+    layers = build.container_layers(options.cache or build.default_cache())
+    print(f"{options.name}@{oci.write_layout(options.output, options.name, layers)}")
     return 0
 
 

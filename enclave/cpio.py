@@ -60,7 +60,7 @@ def pack(entries: Iterable[Entry]) -> Iterator[Buffer]:
 
     Raises: CpioError for a path that is empty, absolute, unclean, too long or given twice.
     """
-    for number, entry in enumerate(_complete(entries), start=1):
+    for number, entry in enumerate(complete(entries), start=1):
         yield _header(entry, number)
         yield entry.data
         yield b"\0" * (-len(entry.data) % 4)
@@ -89,8 +89,8 @@ def unpack(archive: Buffer) -> Iterator[Entry]:
         offset = data_end + -data_end % 4
 
 
-def _complete(entries: Iterable[Entry]) -> list[Entry]:
-    """Return the entries in archive order, with every parent directory."""
+def complete(entries: Iterable[Entry]) -> list[Entry]:
+    """Return the entries in archive order, with every parent directory. Raises: as `pack`."""
     by_path: dict[str, Entry] = {}
     for entry in entries:
         if entry.path in by_path:

@@ -68,12 +68,18 @@ def system_entries(debs: Iterable[Path], wheels: Iterable[Path]) -> list[cpio.En
 def code_entries(
     sources: Path, files: Iterable[Path], compiled: Mapping[str, bytes]
 ) -> list[cpio.Entry]:
-    """Return init, the project's `files` (relative to `sources`) and its compiled modules by name.
+    """Return init and what `module_entries` does. Raises: OSError when a file cannot be read."""
+    return [cpio.regular("init", _INIT, 0o755), *module_entries(sources, files, compiled)]
+
+
+def module_entries(
+    sources: Path, files: Iterable[Path], compiled: Mapping[str, bytes]
+) -> list[cpio.Entry]:
+    """Return the project's `files` (relative to `sources`) and its compiled modules by name.
 
     Raises: OSError when a file cannot be read.
     """
     return [
-        cpio.regular("init", _INIT, 0o755),
         *(
             cpio.regular(f"{SITE_PACKAGES}/{file.as_posix()}", (sources / file).read_bytes())
             for file in files

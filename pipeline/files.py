@@ -2,7 +2,9 @@
 
 import os
 import secrets
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +31,29 @@ def write_atomically(path: Path, text: str, *, is_private: bool = False) -> None
             file.write(text)
         os.fsync(descriptor)
         temporary.replace(path)
+
+
+@contextmanager
+def new_directory(output: Path) -> Iterator[Path]:
+    """A directory that appears as `output` when its content is complete, or not at all.
+
+    Raises InputError for one that is there and not empty, and where none can be written.
+    """
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise InputError(f"{output} exists and is not an empty directory; choose another")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror}") from error
+    try:
+        yield directory
+        directory.chmod(0o755)
+        directory.replace(output)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def check_writable(path: Path) -> None:

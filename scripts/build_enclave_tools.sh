@@ -3,10 +3,11 @@
 # packages of the base root file system and, to boot without AWS, QEMU's nitro-enclave machine (its
 # security module able to sign under a test root) and vhost-device-vsock.
 #
-#   scripts/build_enclave_tools.sh [--check|--image-only|--lock]
+#   scripts/build_enclave_tools.sh [--check|--image-only|--container-only|--lock]
 #
 # --check       say what is missing and leave with 1 if anything is
 # --image-only  only what images are made of, not what boots them: all that a build for AWS needs
+# --container-only  only what container images are made of, which have no kernel
 # --lock        pin the newest Debian packages and the wheels of constraints.txt, then stop
 #
 # Everything fetched is compared with a SHA-256 in enclave/recipes before it is used.
@@ -266,8 +267,9 @@ wanted="base toolchain kernel vsock qemu"
 case ${1:-} in
   '' | --check) ;;
   --image-only) wanted="base toolchain kernel" ;;
+  --container-only) wanted="base toolchain" ;;
   --lock) write_locks && exit 0 ;;
-  *) die "unknown option $1 (there are --check, --image-only and --lock)" ;;
+  *) die "unknown option $1 (there are --check, --image-only, --container-only and --lock)" ;;
 esac
 
 mkdir -p "$tools"

@@ -232,6 +232,8 @@ def test_no_runtime_module_needs_a_test_dependency():
         "h2", "httpx",
         # fetching models
         "huggingface_hub",
+        # objects for Kubernetes
+        "yaml",
         # pictures, where somebody wants one
         "matplotlib", "segno",
     }  # fmt: skip

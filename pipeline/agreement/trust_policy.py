@@ -225,6 +225,16 @@ def attested_verifier(
     return NitroVerifier(root or aws_root(), stage.measurements(), clock=_now)
 
 
+def require_pinned(manifest: Manifest) -> None:
+    """Refuse a manifest by which a stage would be refused, or would refuse everybody.
+
+    Raises PolicyError.
+    """
+    for stage in manifest.stages:
+        _require_pins(manifest, stage)
+        _require_what_a_stage_needs(manifest, stage.stage_idx)
+
+
 def _described_pins(manifest: Manifest) -> str:
     """Which measurements of which stages a manifest pins; empty where it pins none."""
     return "; ".join(

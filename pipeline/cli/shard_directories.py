@@ -16,6 +16,11 @@ def client_dir(model_dir: Path) -> Path:
     return _part(model_dir, "client")
 
 
+def has_parts(model_dir: Path) -> bool:
+    """Whether a directory is what `pipeline-orch shard` writes. Raises InputError."""
+    return stage_dir(model_dir, 0) != model_dir
+
+
 def parts_dir(manifest: Path) -> Path:
     """Where `pipeline-orch join` keeps what it has cut for the manifest at that path."""
     return manifest.with_suffix(".parts")

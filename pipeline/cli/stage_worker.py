@@ -15,6 +15,7 @@ from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.agreement.trust_policy import EnclaveTrust, KeyedTrust, Trust
 from pipeline.cli.compute_options import parse_cpus, precision_of
 from pipeline.cli.error_reporting import new_app, run_app
+from pipeline.cli.health import Health, answering
 from pipeline.cli.logs import configure_logging, held_back, tell_error
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.service_manager import ServiceManager
@@ -66,9 +67,11 @@ def serve(flags: WorkerFlags) -> None:
         log_format=flags.log_format,
         marks=flags.development.marks,
     )
-    with held_back() if flags.supervised else nullcontext():
-        prepared = _prepare(flags)
-    _run(*prepared, flags)
+    health = Health()
+    with nullcontext() if flags.health is None else answering(flags.health, health):
+        with held_back() if flags.supervised else nullcontext():
+            prepared = _prepare(flags)
+        _run(*prepared, flags, health)
 
 
 def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
@@ -166,12 +169,15 @@ def _trust(manifest: Manifest, stage_idx: int, flags: WorkerFlags) -> Trust:
     return EnclaveTrust.create(manifest, stage_idx)
 
 
-def _run(setup: StageSetup, control: Endpoint, data_in: Endpoint, flags: WorkerFlags) -> None:
+def _run(
+    setup: StageSetup, control: Endpoint, data_in: Endpoint, flags: WorkerFlags, health: Health
+) -> None:
     is_supervised = flags.supervised
     manager = ServiceManager({} if is_supervised else os.environ)
     worker: StageWorker | None = None
 
     async def leave() -> None:
+        health.is_ready = False
         manager.stopping()
         if worker is not None:
             await worker.leave()
@@ -198,6 +204,9 @@ def _run(setup: StageSetup, control: Endpoint, data_in: Endpoint, flags: WorkerF
             )
             async with open_tasks() as tasks:
                 tasks.start_soon(manager.keep_informed, lambda: True)
+                if flags.health is not None:
+                    health.is_ready = True
+                    tasks.start_soon(health.keep_turning)
                 if is_supervised:
                     Reporter().listening()
                     tasks.start_soon(_cancel_at_end_of_stdin, tasks.cancel_scope)

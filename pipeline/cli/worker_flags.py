@@ -75,6 +75,9 @@ class WorkerFlags(Settings):
     kv_memory: KvMemoryFlag = None
     store: KvStoreFlags
     times: StageTimes
+    health: Annotated[
+        Address | None, Flag("ADDR", "Answer /livez and /readyz there, in plain HTTP [nowhere].")
+    ] = None
     once: Annotated[bool, Flag(None, "Exit after the first session.")] = False
     supervised: Annotated[
         bool, Flag(None, "End with stdin, report on stdout: for supervisors.", is_by_hand=True)

@@ -216,6 +216,17 @@ def _as_stored(model_dir: Path, config: ModelConfig) -> ModelConfig:
     return config
 
 
+def outline(
+    config: ModelConfig, layer_range: range, precision: Precision, ends: Ends | None = None
+) -> ModelShard:
+    """A stage's sizes without its memory: weights, cache, steps. `ends` as for `load_shard`.
+
+    Raises ModelError for a range outside the model.
+    """
+    _check_range(config, layer_range.start, layer_range.stop, ends)
+    return _build(config, layer_range.start, layer_range.stop, Outline(), precision, ends=ends)
+
+
 def required_files(
     model_dir: Path, config: ModelConfig, layer_range: range, ends: Ends | None = None
 ) -> list[Path]:

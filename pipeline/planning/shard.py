@@ -3,16 +3,13 @@
 import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.agreement.manifest import ClientSpec, Manifest, StageSpec, dump_manifest
 from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, ManifestError
-from pipeline.files import is_file
+from pipeline.files import is_file, new_directory
 from pipeline.models.config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -85,7 +82,7 @@ def cut_model(
         raise InputError("--client-file: the manifest's split is stages, so no client has a part")
     config = _source_config(manifest, source)
     num_parts = len(manifest.stages) + manifest.has_client_ends
-    with _new_directory(output) as directory:
+    with new_directory(output) as directory:
         stages = []
         for stage in manifest.stages:
             path = directory / f"stage{stage.stage_idx}"
@@ -147,7 +144,7 @@ def cut_stage(
             else "the manifest's shards are rotated by another secret than the one given"
         )
     config = _source_config(manifest, source)
-    with _new_directory(output) as directory:
+    with new_directory(output) as directory:
         part = _stage_part(manifest, stage)._replace(weight_hashes=())
         digest = _write_weights(source, config, part, directory / SINGLE_FILE, progress)
         if stage.weight_hashes != (digest,):
@@ -242,23 +239,3 @@ def _enclave_command(stage: StageSpec) -> list[str]:
         *("--control-listen", f"vsock:any:{CONTROL_PORT}"),
         *("--data-in-listen", f"vsock:any:{DATA_PORT}"),
     ]
-
-
-@contextmanager
-def _new_directory(output: Path) -> Iterator[Path]:
-    """A directory that appears as `output` when its content is complete, or not at all."""
-    try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise InputError(f"{output} exists and is not an empty directory; choose another")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    except OSError as error:
-        raise InputError(f"cannot write {output}: {error.strerror}") from error
-    try:
-        yield directory
-        directory.chmod(0o755)
-        directory.replace(output)
-    except OSError as error:
-        raise InputError(f"cannot write {output}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)

@@ -1,15 +1,15 @@
 """Whether a plan's stages fit their machines: weights first, keys and values in what is left."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.agreement.manifest import Manifest, StageSpec
-from pipeline.dtypes import KV_DTYPES, Precision
+from pipeline.dtypes import Precision
 from pipeline.models.config import load_config
-from pipeline.planning.measured_split import load_of
+from pipeline.models.registry import outline
+from pipeline.models.shard_model import NO_ENDS
 
 # As stages do, which leave the rest to the system.
 USABLE_SHARE = 0.9
@@ -58,33 +58,27 @@ def stage_memory(
     `precision` is that of stages whose manifest leaves it open. Raises ModelError.
     """
     config = load_config(model_dir)
+    ends = NO_ENDS if manifest.has_client_ends else None
     is_kept_elsewhere = manifest.part is not None and manifest.part.kind == "attention"
+    shards = [
+        outline(config, range(each.layer_start, each.layer_end), each.precision or precision, ends)
+        for each in manifest.stages
+    ]
+    weights = [shard.num_weight_bytes for shard in shards]
     hosts = [_host(stage) for stage in manifest.stages]
-    crowd = Counter(hosts)
-    weights = [_weights(manifest, stage, model_dir, precision) for stage in manifest.stages]
     asked = [stage.kv_bytes or 0 for stage in manifest.stages]
     found = []
-    for index, stage in enumerate(manifest.stages):
-        layers = 0 if is_kept_elsewhere else stage.layer_end - stage.layer_start
-        element = KV_DTYPES[stage.precision or precision].itemsize
-        token_bytes = 2 * layers * config.num_kv_heads * config.head_dim * element
+    for index, shard in enumerate(shards):
         here = [each for each, host in enumerate(hosts) if host == hosts[index]]
-        kv_bytes, missing = stage.kv_bytes, 0
+        kv_bytes, missing = manifest.stages[index].kv_bytes, 0
         if index in machines:
             usable = math.floor(machines[index] * USABLE_SHARE)
             left = usable - sum(weights[each] + asked[each] for each in here)
             missing = max(0, -left)
-            sharing = crowd[hosts[index]] - sum(asked[each] > 0 for each in here)
-            kv_bytes = kv_bytes or max(0, left) // sharing
+            kv_bytes = kv_bytes or max(0, left) // sum(not asked[each] for each in here)
+        token_bytes = 0 if is_kept_elsewhere else shard.kv_bytes(1, 1)
         found.append(StageMemory(index, weights[index], token_bytes, kv_bytes, missing))
     return found
-
-
-def _weights(manifest: Manifest, stage: StageSpec, model_dir: Path, precision: Precision) -> int:
-    load = load_of(model_dir, stage.precision or precision)
-    if manifest.has_client_ends:
-        return sum(load.layer_bytes[stage.layer_start : stage.layer_end])
-    return load.part_bytes(stage.layer_start, stage.layer_end)
 
 
 def _host(stage: StageSpec) -> object:

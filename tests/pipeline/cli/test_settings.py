@@ -173,8 +173,8 @@ BY_HAND = {
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.
 COMMANDS_BY_HAND = {
-    "attest verify", "attest show", "keygen", "leakage", "masks make", "plan", "session forget",
-    "session list", "shard",
+    "attest verify", "attest show", "keygen", "leakage", "masks make", "place k8s", "place slurm",
+    "plan", "session forget", "session list", "shard",
 }  # fmt: skip
 
 
