@@ -197,7 +197,8 @@ def _run(setup: StageSetup, control: Endpoint, data_in: Endpoint, flags: WorkerF
             async with open_tasks() as tasks:
                 tasks.start_soon(manager.keep_informed, lambda: True)
                 if is_supervised:
-                    Reporter().listening()
+                    at = control_listener.endpoint, data_listener.endpoint
+                    Reporter().listening(*map(str, at))
                     tasks.start_soon(_cancel_at_end_of_stdin, tasks.cancel_scope)
                 await worker.serve(control_listener, data_listener, once=flags.once)
                 tasks.cancel_scope.cancel()

@@ -257,3 +257,27 @@ async def test_without_such_memory_workers_load_for_themselves(
         await until(lambda: told.exists() and "--flag-0" in told.read_text())
     assert "--weights-fd" not in told.read_text()
     assert caplog.text.count("event=weights_not_kept") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memory that can be sealed")
+async def test_one_that_is_ended_while_it_starts_a_worker_ends_quietly(monkeypatch):
+    start = trio.lowlevel.open_process
+
+    def is_open(fd):
+        try:
+            return bool(os.fstat(fd))
+        except OSError:
+            return False
+
+    async def start_too_late(command, *, pass_fds, **pipes):
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await until(lambda: not any(map(is_open, pass_fds)))
+            return await start(command, pass_fds=pass_fds, **pipes)
+
+    monkeypatch.setattr(worker_supervisor, "COMMAND", python(WORK))
+    monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 60.0)
+    monkeypatch.setattr(trio.lowlevel, "open_process", start_too_late)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            await Supervisor(None, lambda stage_idx: (), nursery).start(0)
