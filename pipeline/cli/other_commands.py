@@ -4,7 +4,15 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import attest, masks_command, models, preparation, session_command, stego
+from pipeline.cli import (
+    attest,
+    masks_command,
+    models,
+    place_command,
+    preparation,
+    session_command,
+    stego,
+)
 from pipeline.cli.chat_flags import ChatFlags
 from pipeline.cli.cluster_flags import JoinFlags, PartsFlags, PushFlags
 from pipeline.cli.leakage import leakage_command
@@ -21,6 +29,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("leakage")(leakage_command)
     app.add_typer(masks_command.app, name="masks")
     app.add_typer(models.app, name="models")
+    app.add_typer(place_command.app, name="place")
     app.command("pull")(models.pull_command)
     app.add_typer(session_command.app, name="session")
     app.add_typer(stego.app, name="stego")

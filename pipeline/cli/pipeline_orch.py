@@ -14,8 +14,8 @@ from pipeline.cli.settings import takes_flags
 
 # What `other_commands` adds. They are imported where one is named, or all are to be listed.
 OTHERS = (
-    "attest", "chat", "join", "keygen", "leakage", "masks", "models", "parts", "plan", "pull",
-    "push", "serve", "session", "shard", "stego", "top",
+    "attest", "chat", "join", "keygen", "leakage", "masks", "models", "parts", "place", "plan",
+    "pull", "push", "serve", "session", "shard", "stego", "top",
 )  # fmt: skip
 
 
