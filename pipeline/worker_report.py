@@ -5,6 +5,7 @@ import sys
 import time
 from contextlib import suppress
 from typing import NamedTuple
+from urllib.parse import quote, unquote
 
 # Between two lines about the same loading.
 PAUSE_SECONDS = 0.2
@@ -19,7 +20,10 @@ class Loaded(NamedTuple):
 
 
 class Listening(NamedTuple):
-    """It takes connections."""
+    """It takes connections, at these addresses."""
+
+    control: str
+    data_in: str
 
 
 class Failed(NamedTuple):
@@ -44,9 +48,9 @@ class Reporter:
             self._next = now + PAUSE_SECONDS
             _write(f"loaded {num_bytes} {of}")
 
-    def listening(self) -> None:
+    def listening(self, control: str, data_in: str) -> None:
         """It takes connections."""
-        _write("listening")
+        _write(f"listening {quote(control)} {quote(data_in)}")  # a path may hold a blank
 
 
 def report_failure(command: str, text: str, code: int) -> None:
@@ -61,8 +65,8 @@ def parse_report(line: bytes) -> Report | None:
     match what, rest.split():
         case "loaded", [done, total] if done.isdecimal() and total.isdecimal():
             return Loaded(int(done), int(total))
-        case "listening", []:
-            return Listening()
+        case "listening", [control, data_in]:
+            return Listening(unquote(control), unquote(data_in))
         case "failed", _:
             return Failed(rest)
     return None

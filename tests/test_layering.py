@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -63,6 +64,7 @@ ONLY = {
 HTTP_DOOR = "pipeline.gateway.http"
 DOORS_LISTENING = "pipeline.doors.listening"
 RUNPOD_DOOR = "pipeline.doors.runpod"
+RAY_ENGINE = "pipeline.placement.ray.engine"
 HTTP_LIBRARIES = {"hypercorn", "starlette", "h11", "wsproto"}
 MAX_LINES = 400
 # What other people's engines call. The pipeline does not know it, and it imports no engine before
@@ -214,6 +216,13 @@ def test_a_librarys_init_names_what_is_public(library):
     assert all(hasattr(importlib.import_module(library), name) for name in later)
 
 
+def test_an_engine_is_imported_by_who_speaks_with_it_and_when_it_does():
+    for module, path in MODULES.items():
+        at_once = ast.parse(path.read_text()).body
+        found = [ast.unparse(n) for n in at_once if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert not any(re.match(r"(import|from) ray\b", line) for line in found), module
+
+
 def test_workers_that_are_asked_import_no_torch():
     modules = "pipeline.scx.attention_worker, pipeline.scx.attention_parts"
     script = f"import sys, {modules}; print('torch' in sys.modules)"
@@ -241,5 +250,6 @@ def test_no_runtime_module_needs_a_test_dependency():
         roots = {name.partition(".")[0] for name in imports(path)}
         roots -= {"modal"} if module == MODAL_APP else set()
         roots -= {"runpod"} if module == RUNPOD_DOOR else set()
+        roots -= {"ray"} if module == RAY_ENGINE else set()
         roots -= {"transformers"} if module == ALTERS_MODELS else set()
         assert roots <= allowed | standard, f"{module} imports {roots - allowed - standard}"

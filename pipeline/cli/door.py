@@ -144,6 +144,7 @@ def _check(manifest: Manifest, shared: PipelineFlags) -> None:
         flag
         for flag, is_given in (
             ("--supervise", shared.supervise),
+            ("--place", shared.place is not None),
             ("--data-out-listen", shared.data_out_listen is not None),
             ("--data-out-port", shared.data_out_port is not None),
             ("--cid", bool(shared.cid)),

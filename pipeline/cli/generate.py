@@ -153,7 +153,7 @@ def _runner(
         source,
         shared,
         engine.scheduler.limits,
-        is_resumable=shared.supervise and not flags.exit_on_loss,
+        is_resumable=shared.starts_workers and not flags.exit_on_loss,
         patience_ms=PATIENCE_MS,
     )
     return lambda: access.run(work, engine.scheduler)

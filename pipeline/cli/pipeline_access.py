@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.cli.compute_options import SLOW_KERNELS
 from pipeline.cli.loading_bars import LoadingBars
 from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import PipelineFlags
-from pipeline.cli.shard_directories import stage_dir
+from pipeline.cli.placing import placing
 from pipeline.codecs.rotated_int8 import RotatedInt8
 from pipeline.engine.limits import Limits
 from pipeline.engine.tokenizer import Tokenizer
@@ -42,8 +42,6 @@ from pipeline.orchestrator.open_pipeline import (
 )
 from pipeline.orchestrator.outage import LAST_PAUSE_SECONDS, Watcher, outlast
 from pipeline.placement.base import Placement
-from pipeline.placement.by_hand import ByHand
-from pipeline.placement.worker_supervisor import Supervisor
 from pipeline.protocol.tide_window import MAX_TEXT, TideWindow
 from pipeline.tasks import open_tasks
 
@@ -121,16 +119,19 @@ class PipelineAccess:
     ) -> "PipelineAccess":
         """Check the flags and the protection the manifest gives. Raises InputError."""
         manifest = with_cids(source.manifest, flags.cids)
-        require_cids(manifest)
+        if flags.place is None:
+            require_cids(manifest)
         mode = mode_of(manifest)
         card = require_card(mode)
         if mode != PLAIN:  # for what that gives there are the warnings of `--dev` alone
             tell("pipeline-orch", f"mode {mode}: {card.protects}")
         given = flags.workers.given(has_client_ends=manifest.has_client_ends)
-        if given and not flags.supervise:
+        if given and not flags.starts_workers:
             raise InputError(
                 f"{given[0]} is for workers that are started here; give --supervise too"
             )
+        if flags.ray.given and flags.place is None:
+            raise InputError(f"{flags.ray.given[0]} is of a Ray cluster; give --place ray too")
         trust = _trust(manifest, flags)
         options = PipelineOptions(
             limits,
@@ -147,7 +148,7 @@ class PipelineAccess:
             manifest=manifest,
             trust=trust,
             options=options,
-            place=_placement(manifest, source, flags),
+            place=placing(manifest, source.path, source.model_dir, flags),
             # Of a worker that nobody trusts nobody expects that it stays.
             is_resumable=is_resumable or move is not None or manifest.part is not None,
             move=move,
@@ -264,32 +265,6 @@ def _tell_kernels(pipeline: Pipeline) -> None:
         )
 
 
-def _placement(
-    manifest: Manifest, source: ManifestSource, flags: PipelineFlags
-) -> Callable[[trio.Nursery], Placement]:
-    """How stages are placed, given tasks to watch over them. Raises InputError."""
-    cids, model_dir = flags.cids, source.model_dir
-    if not flags.supervise:
-        return lambda _: ByHand(manifest, source.path, cids)
-    if model_dir is None:
-        raise InputError("--supervise starts workers, which need --model-dir")
-    own = flags.workers.arguments(manifest)
-    shared = ["--manifest", str(source.path), "--core", manifest.core_hash().hex()]
-    shared += ["--log-format", flags.log_format, *flags.development.words()]
-
-    results_at = flags.results_at(manifest)
-    last = len(manifest.stages) - 1
-
-    def arguments(stage_idx: int) -> Sequence[str]:
-        # Where the manifest does not say it, the last worker has to be told where results go.
-        is_elsewhere = stage_idx == last and results_at is not None
-        target = ("--data-out-target", str(results_at)) if is_elsewhere else ()
-        model = ("--model-dir", str(stage_dir(model_dir, stage_idx)))
-        return (*shared, *model, *own[stage_idx], *target)
-
-    return lambda tasks: Supervisor(manifest, arguments, tasks)
-
-
 def _mover(
     source: ManifestSource,
     flags: PipelineFlags,
@@ -298,7 +273,7 @@ def _mover(
     """What has the model split anew, if that is wanted. Raises InputError where it cannot be."""
     if not flags.replan:
         return None
-    if flags.supervise or flags.identity is not None or mode_of(source.manifest) != PLAIN:
+    if flags.starts_workers or flags.identity is not None or mode_of(source.manifest) != PLAIN:
         raise InputError("--replan is for machines that this home has joined, and plain manifests")
     if source.model_dir is None:
         raise InputError("--replan cuts the model anew; give --model-dir, the whole of it")

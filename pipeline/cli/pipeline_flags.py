@@ -1,7 +1,7 @@
 """The flags of every command that drives a pipeline."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -9,6 +9,7 @@ from pipeline.agreement.manifest import Manifest
 from pipeline.cli.compute_options import WorkerOptions
 from pipeline.cli.development import Development
 from pipeline.cli.logs import LogFormat
+from pipeline.cli.ray_flags import RayOptions
 from pipeline.cli.settings import Address, Count, Finite, Flag, Settings
 from pipeline.cli.shared_options import DataOutPortFlag, LogFormatFlag, read_cids, results_address
 from pipeline.cli.time_flags import HandshakeTimeoutFlag, RequestTimeoutFlag
@@ -42,6 +43,11 @@ class PipelineFlags(Settings):
     supervise: Annotated[bool, Flag(None, "Start the workers here, and survive their death.")] = (
         False
     )
+    place: Annotated[
+        Literal["ray"] | None,
+        Flag("ray", "Have a cluster start the workers, and survive their and its nodes' death."),
+    ] = None
+    ray: RayOptions
     workers: WorkerOptions
     client_part: Annotated[
         Path | None,
@@ -75,6 +81,11 @@ class PipelineFlags(Settings):
     ] = False
     development: Development
     log_format: LogFormatFlag = LogFormat.TEXT
+
+    @property
+    def starts_workers(self) -> bool:
+        """Whether this command has its workers started, here or by a cluster."""
+        return self.supervise or self.place is not None
 
     @property
     def cids(self) -> dict[int, int]:

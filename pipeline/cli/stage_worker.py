@@ -208,7 +208,8 @@ def _run(
                     health.is_ready = True
                     tasks.start_soon(health.keep_turning)
                 if is_supervised:
-                    Reporter().listening()
+                    at = control_listener.endpoint, data_listener.endpoint
+                    Reporter().listening(*map(str, at))
                     tasks.start_soon(_cancel_at_end_of_stdin, tasks.cancel_scope)
                 await worker.serve(control_listener, data_listener, once=flags.once)
                 tasks.cancel_scope.cancel()

@@ -172,7 +172,7 @@ class _Trip:
         home = client_dir(flags.model_dir)
         source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
         access = PipelineAccess.create(
-            source, flags.pipeline, limits, is_resumable=flags.pipeline.supervise
+            source, flags.pipeline, limits, is_resumable=flags.pipeline.starts_workers
         )
 
         async def with_bar(pipeline: Pipeline) -> None:

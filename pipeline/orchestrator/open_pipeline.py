@@ -38,13 +38,10 @@ async def new_pipeline(
             f"{'not ' if options.ends.are_remote else ''}held here"
         )
     placement = placement or ByHand(manifest)
-    last = manifest.stages[-1].stage_idx
-    named = placement.where(last).data_out
-    listen_at = options.data_out_listen
-    if named is None and listen_at is not None:
+    named = placement.results_at
+    if named is None and options.data_out_listen is not None:
         raise InputError(FETCHES)
-    if named is not None and listen_at is None:
-        listen_at = named.to_endpoint()
+    listen_at = options.data_out_listen or named
     limits = options.limits.for_session(
         manifest.activation_spec.codec, has_client_ends=manifest.has_client_ends
     )

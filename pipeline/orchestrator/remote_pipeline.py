@@ -265,7 +265,9 @@ class Pipeline:
 
     async def _meet(self, stage_idx: int) -> None:
         """Open a missing stage's control channel, and watch it from then on."""
+        self._connector.absent.add(stage_idx)  # until there is somewhere to dial
         await self._placement.start(stage_idx)
+        self._connector.absent.discard(stage_idx)
         try:
             control = await self._connector.control(stage_idx)
         except (StageSilent, StageMismatch) as error:

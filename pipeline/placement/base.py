@@ -3,8 +3,10 @@
 from typing import NamedTuple, Protocol
 
 from pipeline.agreement.addresses import StageEndpoint
+from pipeline.agreement.manifest import Manifest
 from pipeline.errors import SessionError
 from pipeline.worker_report import Loaded
+from transport.dial_and_listen import Endpoint
 
 
 class Progress(NamedTuple):
@@ -26,13 +28,24 @@ class Placement(Protocol):
     """
 
     async def start(self, stage_idx: int) -> None:
-        """Have a stage run from now on, unless it does; nothing where others see to that."""
+        """Have a stage run from now on, unless it does; nothing where others see to that.
+
+        Returns once it is known where, as far as that is for a placement to find out.
+        """
         ...
 
     def where(self, stage_idx: int) -> StageEndpoint:
-        """A stage's addresses now, asked before each dial.
+        """A stage's addresses now, asked before each dial, and after `start`.
 
         Raises ManifestError where it has none.
+        """
+        ...
+
+    @property
+    def results_at(self) -> Endpoint | None:
+        """Where the last stage delivers its results; None: it is dialed for them.
+
+        Asked before any stage is started. Raises ManifestError.
         """
         ...
 
@@ -47,3 +60,9 @@ class Placement(Protocol):
     def problem(self, stage_idx: int) -> str | None:
         """Why a stage that is awaited cannot be started, if that is known."""
         ...
+
+
+def results_at(manifest: Manifest) -> Endpoint | None:
+    """Where a manifest has results delivered. Raises ManifestError where it is only a core."""
+    data_out = manifest.endpoint(len(manifest.stages) - 1).data_out
+    return None if data_out is None else data_out.to_endpoint()

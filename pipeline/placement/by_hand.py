@@ -9,7 +9,8 @@ from pipeline.agreement.addresses import StageEndpoint
 from pipeline.agreement.manifest import Manifest, load_manifest
 from pipeline.agreement.templates import with_cids
 from pipeline.errors import InputError, SessionError
-from pipeline.placement.base import Progress
+from pipeline.placement.base import Progress, results_at
+from transport.dial_and_listen import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,11 @@ class ByHand:
             self._seen = version
             self._reload()
         return self._manifest.endpoint(stage_idx)
+
+    @property
+    def results_at(self) -> Endpoint | None:
+        """Where the manifest says. Raises ManifestError when that is only a core."""
+        return results_at(self._manifest)
 
     def on_loss(self, error: SessionError) -> None:
         """Whoever runs it will notice."""

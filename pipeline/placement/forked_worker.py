@@ -99,6 +99,8 @@ class Forks:
         try:
             server, worker = self._request(arguments, handed)
         except OSError as error:
+            # Whoever cancels this gives up what is handed on as well, maybe before that.
+            await trio.lowlevel.checkpoint_if_cancelled()
             raise NotForked(1, f"no process can be started: {error.strerror}") from error
         self._workers = [each for each in self._workers if not each.is_closed.is_set()]
         self._workers.append(worker)

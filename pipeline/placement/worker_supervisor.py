@@ -18,10 +18,11 @@ from pipeline.errors import (
     StageSilent,
 )
 from pipeline.placement.attempts import Attempts
-from pipeline.placement.base import Progress
+from pipeline.placement.base import Progress, results_at
 from pipeline.placement.forked_worker import ForkedWorker, Forks, NotForked
 from pipeline.tasks import open_tasks
 from pipeline.worker_report import MAX_LINE_BYTES, Failed, Listening, Loaded, Report, parse_report
+from transport.dial_and_listen import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,15 @@ class Supervisor:
     """
 
     def __init__(
-        self, manifest: Manifest, arguments: Callable[[int], Sequence[str]], tasks: trio.Nursery
+        self,
+        manifest: Manifest,
+        arguments: Callable[[int], Sequence[str]],
+        tasks: trio.Nursery,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`arguments` of a stage follow `stage-worker --stage-idx I`.
+
+        `on_change` hears that a worker has begun, told something, or ended.
 
         `tasks` keep the processes running; cancelled, they end them. They raise InputError when a
         stage's first worker finds its input unusable.
@@ -53,6 +60,7 @@ class Supervisor:
         self._manifest = manifest
         self._arguments = arguments
         self._tasks = tasks
+        self._on_change = on_change
         self._kept: set[int] = set()
         self._forks = Forks()
         # Stages whose worker is about to be forked.
@@ -61,6 +69,8 @@ class Supervisor:
         self._attempts: dict[int, Attempts] = {}
         # How much of its weights each that loads has read.
         self._loaded: dict[int, Loaded] = {}
+        # Where those that listen do.
+        self._listening: dict[int, Listening] = {}
         # How far a stage had come when it last was silent in a handshake.
         self._silent_at: dict[int, Progress | None] = {}
         # Where the weights of each stage lie.
@@ -80,6 +90,15 @@ class Supervisor:
     def where(self, stage_idx: int) -> StageEndpoint:
         """Where the manifest says; workers listen there. Raises ManifestError."""
         return self._manifest.endpoint(stage_idx)
+
+    def listening(self, stage_idx: int) -> Listening | None:
+        """Where the stage's worker says that it listens, once it does."""
+        return self._listening.get(stage_idx)
+
+    @property
+    def results_at(self) -> Endpoint | None:
+        """Where the manifest says."""
+        return results_at(self._manifest)
 
     def on_loss(self, error: SessionError) -> None:
         """Make way for a successor of a stage that hangs, or has read another manifest.
@@ -128,7 +147,9 @@ class Supervisor:
                 raise InputError(f"the worker of stage {stage_idx} cannot start: {reason}")
             # What served it before is perhaps just being replaced by somebody.
             has_run = True
-            await trio.sleep(attempts.died(code, reason))
+            pause_seconds = attempts.died(code, reason)
+            self._on_change()
+            await trio.sleep(pause_seconds)
 
     async def _run_worker(self, stage_idx: int, attempts: Attempts) -> tuple[int, str | None]:
         """Its exit status, and what it said of that."""
@@ -142,6 +163,7 @@ class Supervisor:
             return error.code, error.reason
         self._processes[stage_idx] = process
         attempts.started(process.pid)
+        self._on_change()
         reason: str | None = None
 
         async def listen() -> None:
@@ -151,9 +173,11 @@ class Supervisor:
                     case Loaded():
                         self._loaded[stage_idx] = report
                     case Listening():
+                        self._listening[stage_idx] = report
                         attempts.listening()
                     case Failed(said):
                         reason = said
+                self._on_change()
 
         try:
             async with open_tasks() as tasks:
@@ -163,6 +187,7 @@ class Supervisor:
         finally:
             del self._processes[stage_idx]
             self._loaded.pop(stage_idx, None)
+            self._listening.pop(stage_idx, None)
             await _end(process)
         return code, reason
 

@@ -33,6 +33,12 @@ class Streams:
         """Return once each has some of its text."""
         self._has_begun.wait(120)
 
+    def ended_after(self, disturb):
+        """As `ended`, of texts that were disturbed once each had begun."""
+        self.wait_for_all()
+        disturb()
+        return self.ended()
+
     def ended(self):
         """The texts, and the longest that one of them was silent."""
         with self._pool:

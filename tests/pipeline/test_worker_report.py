@@ -18,10 +18,11 @@ from pipeline.worker_report import (
 def test_what_is_told_is_what_is_read(capfd):
     reporter = Reporter()
     reporter.loaded(1, 1 << 40)
-    reporter.listening()
+    reporter.listening("unix:/a b/c", "tcp:[::1]:5")
     report_failure("stage-worker", "m.json:\nno such  file", 2)
     lines = capfd.readouterr().out.encode().splitlines()
-    told = [Loaded(1, 1 << 40), Listening(), Failed("m.json: no such file")]
+    there = Listening("unix:/a b/c", "tcp:[::1]:5")
+    told = [Loaded(1, 1 << 40), there, Failed("m.json: no such file")]
     assert [parse_report(line) for line in lines] == told
 
 
@@ -38,7 +39,7 @@ def test_of_many_steps_few_are_told_and_the_last_always(capfd):
 @pytest.mark.parametrize(
     "line",
     [b"", b"ready", b"loaded", b"loaded 1", b"loaded a b", b"loaded -1 2", b"loaded 1 2 3",
-     b"listening now", b"\xff\xfe", b"loading 1 2"],
+     b"listening", b"listening now", b"\xff\xfe", b"loading 1 2"],
 )  # fmt: skip
 def test_any_other_line_is_none(line):
     assert parse_report(line) is None
@@ -56,4 +57,4 @@ def test_nobody_who_reads_is_no_error(monkeypatch):
     os.close(read_end)
     with open(write_end, "w") as stdout:  # noqa: PTH123 (a descriptor)
         monkeypatch.setattr("sys.stdout", stdout)
-        Reporter().listening()
+        Reporter().listening("tcp:h:1", "tcp:h:2")

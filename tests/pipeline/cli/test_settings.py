@@ -16,6 +16,7 @@ from pipeline.cli.generate_flags import GenerateFlags
 from pipeline.cli.linear_worker import LinearFlags
 from pipeline.cli.machine_flags import MachineFlags, OfferFlags
 from pipeline.cli.pipeline_flags import PipelineFlags
+from pipeline.cli.ray_flags import PlaceRayFlags
 from pipeline.cli.serve_flags import ServeFlags
 from pipeline.cli.settings import takes_flags
 from pipeline.cli.stego_flags import DecodeFlags, EncodeFlags, KeygenFlags
@@ -167,7 +168,8 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 # What is said where it is done: what gives up a protection, and what is of one run alone.
 BY_HAND = {
     "--allow-dial", "--cid", "--core", "--cors-origin", "--dev", "--help", "--ignore-measurements",
-    "--in", "--message", "--out", "--prompt", "--prompt-file", "--remove", "--remove-unused",
+    "--in", "--message", "--out", "--prompt", "--prompt-file", "--ray-network", "--ray-resource",
+    "--remove", "--remove-unused",
     "--stats-out", "--stop",
     "--supervised", "--system", "--text", "--text-file", "--weights-fd", "--yes",
 }  # fmt: skip
@@ -207,10 +209,10 @@ def test_every_option_of_every_command_has_its_variable_or_is_said_by_hand():
 ROLES = [
     ChatFlags, GenerateFlags, PipelineFlags, ServeFlags, TopFlags, WorkerFlags, EncodeFlags,
     DecodeFlags, KeygenFlags, MachineFlags, OfferFlags, JoinFlags, PushFlags, PartsFlags,
-    LinearFlags,
+    LinearFlags, PlaceRayFlags,
 ]  # fmt: skip
 NEEDED = {"manifest": "m", "model_dir": "d", "tokenizer": "t", "text": "x", "prompt": "x",
-          "out": "o", "stage_idx": "0"}  # fmt: skip
+          "out": "o", "output": "o", "stage_idx": "0"}  # fmt: skip
 
 
 def read(role, **given):

@@ -79,6 +79,10 @@ class Nomads:
             control=address(control), data_in=address(data_in), data_out=address(after)
         )
 
+    @property
+    def results_at(self):
+        return self.results
+
     def on_loss(self, error):
         self.lost.append(error)
 

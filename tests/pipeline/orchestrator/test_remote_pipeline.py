@@ -153,7 +153,7 @@ async def test_a_stage_that_comes_later_is_told_of_requests_under_way(joined, mo
         await trio.lowlevel.checkpoint()
 
     monkeypatch.setattr(joined, "_watch", control)
-    joined._connector = SimpleNamespace(control=control, pending={})
+    joined._connector = SimpleNamespace(control=control, pending={}, absent=set())
     joined._placement = SimpleNamespace(start=control)
     joined._manifest.stage = lambda idx: None
     await joined._meet(0)

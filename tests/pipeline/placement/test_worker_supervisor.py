@@ -1,5 +1,6 @@
 """Worker processes: what they do does not matter here."""
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 import trio
 
 from pipeline.errors import InputError, StageHung, StageMismatch, StageSilent
-from pipeline.placement import fork_server
+from pipeline.placement import fork_server, forked_worker
 from pipeline.placement.worker_supervisor import Supervisor
 
 needs_sealed_memory = pytest.mark.skipif(
@@ -152,7 +153,7 @@ async def test_a_worker_has_its_own_streams_and_nothing_of_others(supervisor, wo
 
 WATCH = """
 import sys, trio
-from pipeline.placement import fork_server
+from pipeline.placement import fork_server, forked_worker
 from pipeline.placement.worker_supervisor import Supervisor
 
 async def main():
@@ -270,7 +271,7 @@ async def test_how_much_a_worker_has_read_is_known_while_it_reads(supervisor, wo
 async def test_a_successor_with_unusable_input_is_tried_until_that_is_mended(
     supervisor, work, caplog
 ):
-    work(says("listening", code=None))
+    work(says("listening 127.0.0.1:1 127.0.0.1:2", code=None))
     await supervisor.start(0)
     first = await pid_other_than(supervisor, ())
     assert supervisor.problem(0) is None
@@ -278,7 +279,7 @@ async def test_a_successor_with_unusable_input_is_tried_until_that_is_mended(
     with caplog.at_level("INFO"):
         os.kill(first, signal.SIGKILL)
         await until(lambda: supervisor.problem(0) == "other weights")
-        work(says("listening", code=None))
+        work(says("listening 127.0.0.1:1 127.0.0.1:2", code=None))
         await until(lambda: supervisor.problem(0) is None)
     assert "event=worker_back" in caplog.text
     assert "error=other weights" in caplog.text
@@ -313,3 +314,15 @@ async def test_without_such_memory_workers_load_for_themselves(
         await until(lambda: told.exists() and "--flag-0" in told.read_text())
     assert "--weights-fd" not in told.read_text()
     assert caplog.text.count("event=weights_not_kept") == 1
+
+
+async def test_one_that_is_ended_while_it_starts_a_worker_ends_quietly(monkeypatch, caplog):
+    def start_too_late():
+        nursery.cancel_scope.cancel()
+        raise OSError(errno.EBADF, "what is handed on is closed already")
+
+    monkeypatch.setattr(forked_worker, "started", start_too_late)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            await Supervisor(None, lambda stage_idx: (), nursery).start(0)
+    assert not caplog.records

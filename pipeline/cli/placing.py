@@ -1,0 +1,47 @@
+"""Who runs the stages, by what the flags say: whoever has started them, this command, a cluster."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import trio
+
+from pipeline.agreement.manifest import Manifest
+from pipeline.cli.pipeline_flags import PipelineFlags
+from pipeline.cli.shard_directories import stage_dir
+from pipeline.errors import InputError
+from pipeline.placement.base import Placement
+from pipeline.placement.by_hand import ByHand
+from pipeline.placement.worker_supervisor import Supervisor
+
+
+def placing(
+    manifest: Manifest, path: Path, model_dir: Path | None, flags: PipelineFlags
+) -> Callable[[trio.Nursery], Placement]:
+    """How stages are placed, given tasks to watch over them. Raises InputError."""
+    if not flags.starts_workers:
+        return lambda _: ByHand(manifest, path, flags.cids)
+    if flags.supervise and flags.place is not None:
+        raise InputError("--supervise starts workers here, and --place elsewhere; give one")
+    if model_dir is None:
+        flag = "--supervise" if flags.supervise else "--place"
+        raise InputError(f"{flag} starts workers, which need --model-dir")
+    if flags.place is not None:
+        from pipeline.placement.ray.placement import RayPlacement
+
+        job = flags.ray.job(manifest, model_dir, flags)
+        return lambda tasks: RayPlacement(job, tasks)
+    own = flags.workers.arguments(manifest)
+    shared = ["--manifest", str(path), "--core", manifest.core_hash().hex()]
+    shared += ["--log-format", flags.log_format, *flags.development.words()]
+
+    results_at = flags.results_at(manifest)
+    last = len(manifest.stages) - 1
+
+    def arguments(stage_idx: int) -> Sequence[str]:
+        # Where the manifest does not say it, the last worker has to be told where results go.
+        is_elsewhere = stage_idx == last and results_at is not None
+        target = ("--data-out-target", str(results_at)) if is_elsewhere else ()
+        model = ("--model-dir", str(stage_dir(model_dir, stage_idx)))
+        return (*shared, *model, *own[stage_idx], *target)
+
+    return lambda tasks: Supervisor(manifest, arguments, tasks)
