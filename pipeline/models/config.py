@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from pipeline.errors import ModelError
-from pipeline.files import is_file
+from pipeline.gguf.model_files import has_model_file, read_model_file
 from pipeline.models.rope_config import Positions, RopeScaling, Scale, read_rope
 
 CONFIG_FILE = "config.json"
@@ -139,7 +139,7 @@ def load_config(model_dir: Path, expected_hash: str | None = None) -> ModelConfi
             f"{expected_hash}: fetch the model again, or plan a manifest for this one"
         )
     generation_path = model_dir / GENERATION_CONFIG_FILE
-    generation = _read_json(generation_path) if is_file(generation_path) else {}
+    generation = _read_json(generation_path) if has_model_file(generation_path) else {}
     return parse_config(raw, generation, path)
 
 
@@ -199,8 +199,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_bytes(path: Path, missing: str = "") -> bytes:
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
+        raw = read_model_file(path, MAX_CONFIG_BYTES)
     except OSError as error:
         raise ModelError(missing or f"cannot read {path}: {error.strerror}") from error
     if len(raw) > MAX_CONFIG_BYTES:

@@ -12,7 +12,7 @@ from pipeline.agreement.manifest import ClientSpec, Manifest, StageSpec, dump_ma
 from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, ManifestError
-from pipeline.files import is_file
+from pipeline.gguf.model_files import has_model_file, read_model_file
 from pipeline.models.config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -39,6 +39,7 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+MAX_TEXT_BYTES = 1 << 28
 # Where an enclave finds the directory written here.
 STAGE_ROOT = "/stage"
 
@@ -185,8 +186,9 @@ def _write_client(
 def _write_text_files(source: Source, directory: Path) -> None:
     (directory / CONFIG_FILE).write_bytes(source.config_json())
     for name in TEXT_FILES:
-        if is_file(source.model_dir / name):
-            shutil.copyfile(source.model_dir / name, directory / name)
+        if has_model_file(source.model_dir / name):
+            raw = read_model_file(source.model_dir / name, MAX_TEXT_BYTES)
+            (directory / name).write_bytes(raw)
 
 
 def _write_weights(
