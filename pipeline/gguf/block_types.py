@@ -57,7 +57,9 @@ def _column(values: HostArray) -> Floats:
 
 def _fifth_bits(words: Bytes) -> Bytes:
     """16 where a block's word [n, 4] has a bit of one weight, else 0: [n, 32]."""
-    return np.unpackbits(words, axis=1, bitorder="little") << 4
+    bits: Bytes = np.unpackbits(words, axis=1, bitorder="little")
+    bits <<= 4
+    return bits
 
 
 def _q4_0(blocks: Blocks) -> Floats:
@@ -87,7 +89,8 @@ def _q5_1(blocks: Blocks) -> Floats:
 
 
 def _q8_0(blocks: Blocks) -> Floats:
-    return np.multiply(blocks["qs"], _column(blocks["d"]), dtype=FLOAT32)
+    out: Floats = np.multiply(blocks["qs"], _column(blocks["d"]), dtype=FLOAT32)
+    return out
 
 
 def _scales_and_minima(blocks: Blocks) -> tuple[Floats, Floats]:
@@ -125,10 +128,10 @@ def _q6_k(blocks: Blocks) -> Floats:
     low = np.stack((nibbles & 0xF, nibbles >> 4), axis=2).reshape(-1, 2, 4, 32)
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     high = (blocks["qh"][:, :, None] >> shifts & 3) << 4
-    out = (low | high).astype(FLOAT32).reshape(-1, 16, 16)
+    out: Floats = (low | high).astype(FLOAT32).reshape(-1, 16, 16)
     out -= 32
-    scales = blocks["scales"] * _column(blocks["d"])
-    return np.multiply(out, scales[:, :, None], out=out)
+    out *= (blocks["scales"] * _column(blocks["d"]))[:, :, None]
+    return out
 
 
 _D, _M = ("d", "<f2"), ("m", "<f2")

@@ -86,22 +86,24 @@ class Metadata:
 
     def text(self, key: str) -> str | None:
         """A string, if it is there."""
-        return self._scalar(key, str)
+        value: str | None = self._scalar(key, str)
+        return value
 
     def flag(self, key: str) -> bool | None:
         """A boolean, if it is there."""
-        return self._scalar(key, bool)
+        value: bool | None = self._scalar(key, bool)
+        return value
 
     def number(self, key: str) -> float | None:
         """A finite number, if it is there."""
-        value = self._scalar(key, float, int)
+        value: float | None = self._scalar(key, float, int)
         if value is not None and not math.isfinite(value):
             raise CorruptGguf(f"its {key} is {value}")
         return value
 
     def size(self, key: str) -> int | None:
         """A whole number of at least 0, if it is there."""
-        value = self._scalar(key, int)
+        value: int | None = self._scalar(key, int)
         if value is not None and value < 0:
             raise CorruptGguf(f"its {key} is {value}")
         return value

@@ -7,11 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from pipeline.errors import ModelError
 from pipeline.gguf.model_files import has_model_file, read_model_file
 from pipeline.models.rope_config import Positions, RopeScaling, Scale, read_rope
+from pipeline.weights.packings.choice import Finder, read_quantization
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -50,6 +58,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     # Fingerprint of the secret rotation in the weights, if any (planning/rotated_weights.py).
     rotation: str | None = None
+    # How other programs packed the weights in files, if they did.
+    packing: Finder | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +81,9 @@ class LlamaConfig(ModelConfig):
     sliding_window: int | None
 
 
+Packed = Annotated[Any, AfterValidator(read_quantization)]
+
+
 class JsonFields(BaseModel):
     """What is read of every config.json, and refused."""
 
@@ -80,7 +93,7 @@ class JsonFields(BaseModel):
 
     vocab_size: Vocabulary
     eos_token_id: int | list[int] | None = None
-    quantization_config: None = None  # weights some other library packed are not ours to unpack
+    quantization_config: Packed = None
     residual_rotation: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 
@@ -155,7 +168,11 @@ def parse_config(raw: bytes, generation: dict[str, Any], path: Path) -> ModelCon
                 f"{path}: model_type {_shown(model_type)} is not supported: "
                 f"use a {', '.join(others)} or {last} model"
             )
-        return replace(read(fields, generation), rotation=fields.get("residual_rotation"))
+        return replace(
+            read(fields, generation),
+            rotation=fields.get("residual_rotation"),
+            packing=read_quantization(fields.get("quantization_config")),
+        )
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -90,17 +90,24 @@ def _as_stored(
 ) -> "list[_Kept | _KeptInt8]":
     model_dir, arena = source.model_dir, Arena()
     planned = required_tensors(model_dir, config, part.layers, part.ends)
-    packed = {name: each for name, each in packed_weights(model_dir).items() if name in planned}
+    known = packed_weights(model_dir, config.packing)
+    packed = {name: known[name] for name in planned if name in known}
     if packed and part.precision in {None, "float32"}:
         return _as_packed(source, {*planned}, packed, part, progress)
-    stored = stored_tensors(model_dir)
+    stored = stored_tensors(model_dir, config.packing)
     kept = {
         name: _keep(stored[name], sink, part.precision, model_dir, arena)
         for name, sink in planned.items()
         if name in stored  # load_tensors names what is missing
     }
     sinks = {**planned, **{name: each.sink for name, each in kept.items()}}
-    load_tensors(model_dir, sinks, expected_hashes=part.weight_hashes or None, progress=progress)
+    load_tensors(
+        model_dir,
+        sinks,
+        expected_hashes=part.weight_hashes or None,
+        progress=progress,
+        packing=config.packing,
+    )
     return list(kept.values())
 
 
@@ -157,7 +164,7 @@ def _rotate(
     names, stream = family_of(config).NAMES, family_of(config).STREAM
     if stream is None:
         raise ModelError(f"the weights of {config.architecture} models cannot be rotated")
-    if packed_weights(source.model_dir):
+    if packed_weights(source.model_dir, config.packing):
         raise ModelError(
             f"the weights of {source.model_dir} are packed in a few bits, which a rotation would "
             "undo: rotate the model that they were made of"

@@ -32,7 +32,7 @@ from pipeline.weights.checkpoint_header import (
 from pipeline.weights.checkpoint_index import INDEX_FILE, SINGLE_FILE, read_index
 from pipeline.weights.headers import read_any_header
 from pipeline.weights.packings.base import PackedWeight
-from pipeline.weights.packings.choice import find_packed
+from pipeline.weights.packings.choice import Finder, find_packed
 from pipeline.weights.quantization import SCALE_SUFFIX
 from pipeline.weights.read_ahead import PLACES, run_ahead
 from pipeline.weights.tensor_sinks import ROWS_TOGETHER, Sink
@@ -90,20 +90,20 @@ def hash_files(paths: Sequence[Path], progress: Progress | None = None) -> list[
     return digests
 
 
-def stored_names(model_dir: Path) -> Collection[str]:
+def stored_names(model_dir: Path, packing: Finder | None = None) -> Collection[str]:
     """The name of every tensor of the model's, packed ones by what they are. Raises ModelError."""
     files = _names_in_files(model_dir)
-    packed = find_packed(files)
+    packed = find_packed(files, packing)
     return files - _parts(packed) | packed.keys()
 
 
-def stored_tensors(model_dir: Path) -> Mapping[str, StoredTensor]:
+def stored_tensors(model_dir: Path, packing: Finder | None = None) -> Mapping[str, StoredTensor]:
     """Every tensor of the model by name, read from the headers alone. Raises ModelError.
 
     A packed one is `PACKED`, has the shape of what it means, and spans as many bytes as its parts.
     """
     raw = tensors_in_files(model_dir)
-    packed = find_packed(raw)
+    packed = find_packed(raw, packing)
     parts = _parts(packed)
     found = {name: stored for name, stored in raw.items() if name not in parts}
     for name, weight in packed.items():
@@ -124,9 +124,9 @@ def tensors_in_files(model_dir: Path) -> Mapping[str, StoredTensor]:
     return found
 
 
-def packed_weights(model_dir: Path) -> Mapping[str, PackedWeight]:
+def packed_weights(model_dir: Path, packing: Finder | None = None) -> Mapping[str, PackedWeight]:
     """The model's packed weights by name. Raises ModelError."""
-    return find_packed(_names_in_files(model_dir))
+    return find_packed(_names_in_files(model_dir), packing)
 
 
 def _names_in_files(model_dir: Path) -> set[str]:
@@ -137,12 +137,15 @@ def _parts(packed: Mapping[str, PackedWeight]) -> set[str]:
     return {part for weight in packed.values() for part in weight.parts}
 
 
-def tensor_sizes(model_dir: Path) -> Mapping[str, int]:
+def tensor_sizes(model_dir: Path, packing: Finder | None = None) -> Mapping[str, int]:
     """Bytes per tensor name. Raises ModelError."""
-    return {name: each.end - each.start for name, each in stored_tensors(model_dir).items()}
+    stored = stored_tensors(model_dir, packing)
+    return {name: each.end - each.start for name, each in stored.items()}
 
 
-def stage_files(model_dir: Path, names: Collection[str]) -> list[Path]:
+def stage_files(
+    model_dir: Path, names: Collection[str], packing: Finder | None = None
+) -> list[Path]:
     """The files that hold `names`, sorted by name: what a stage reads and a manifest hashes.
 
     Raises ModelError where an index does not list one of them.
@@ -150,7 +153,7 @@ def stage_files(model_dir: Path, names: Collection[str]) -> list[Path]:
     files = _index(model_dir)
     if not files:
         return [_single(model_dir)]
-    packed = find_packed(files)
+    packed = find_packed(files, packing)
     listing = model_dir if is_file(model_dir) else model_dir / INDEX_FILE
     parts = {part for name in names for part in (packed[name].parts if name in packed else (name,))}
     for name in parts:
@@ -165,16 +168,19 @@ def load_tensors(
     *,
     expected_hashes: Sequence[str] | None,
     progress: Progress | None = None,
+    packing: Finder | None = None,
     is_as_packed: bool = False,
 ) -> None:
     """Fill `destinations` (name -> where it goes); packed weights come as the numbers they mean.
+
+    `packing` is the configuration's, here as everywhere in this module.
 
     With `expected_hashes`, one per file of `stage_files`, every byte of those files is hashed on
     the way; nothing may use the destinations before this returns. `is_as_packed`: names are those
     in the files, and nothing is unpacked. Raises ModelError.
     """
     required = {name for name, sink in destinations.items() if not sink.is_optional}
-    paths = stage_files(model_dir, required)
+    paths = stage_files(model_dir, required, packing)
     if expected_hashes is not None and len(expected_hashes) != len(paths):
         names = ", ".join(path.name for path in paths)
         raise ModelError(
@@ -182,7 +188,7 @@ def load_tensors(
             f"files ({names}) of {model_dir}: write the manifest again for this model"
         )
     if not is_as_packed:
-        destinations = _unpacked(model_dir, destinations, paths)
+        destinations = _unpacked(packed_weights(model_dir, packing), destinations, paths)
     _load_files(model_dir, paths, destinations, expected_hashes, _meter(paths, progress))
     for name, sink in destinations.items():
         if problem := sink.problem():
@@ -190,10 +196,9 @@ def load_tensors(
 
 
 def _unpacked(
-    model_dir: Path, destinations: Mapping[str, Sink], paths: Sequence[Path]
+    known: Mapping[str, PackedWeight], destinations: Mapping[str, Sink], paths: Sequence[Path]
 ) -> Mapping[str, Sink]:
     """By the names in the files."""
-    known = packed_weights(model_dir)
     packed = {name: known[name] for name in destinations if name in known}
     if not packed:
         return destinations

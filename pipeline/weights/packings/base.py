@@ -1,6 +1,6 @@
 """What a packing has to say of itself."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,15 @@ class Packing(Protocol):
         """The weights of rows of the tensor, from `first` on: [n * row_weights, ...]."""
 
 
+def check_shapes(sides: Mapping[str, StoredTensor], **expected: tuple[int, ...]) -> None:
+    """Raises CorruptPacking for a side of another shape."""
+    for name, shape in expected.items():
+        if sides[name].shape != shape:
+            raise CorruptPacking(
+                f"has {name} of shape {list(sides[name].shape)}, and its own means {list(shape)}"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A weight by the names of its tensors: rows of `main` are its own, `sides` are read first."""
@@ -49,3 +58,20 @@ class PackedWeight:
     def parts(self) -> tuple[str, ...]:
         """The names of all of its tensors."""
         return (self.main, *self.sides.values())
+
+
+def find_by_parts(
+    names: Collection[str],
+    main: str,
+    needed: Sequence[str],
+    optional: Sequence[str],
+    packing: Packing,
+) -> Iterator[PackedWeight]:
+    """Weights STEM.weight of tensors STEM.main, STEM.SIDE and so on."""
+    for name in names:
+        stem = name.removesuffix(f".{main}")
+        if stem == name or not all(f"{stem}.{side}" in names for side in needed):
+            continue
+        sides = [*needed, *(side for side in optional if f"{stem}.{side}" in names)]
+        found = {side: f"{stem}.{side}" for side in sides}
+        yield PackedWeight(f"{stem}.weight", name, found, packing)
