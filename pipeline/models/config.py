@@ -196,6 +196,18 @@ def rotated_json(raw: bytes, fingerprint: str) -> bytes:
     return (json.dumps(fields, indent=2) + "\n").encode()
 
 
+def unpacked_json(raw: bytes, path: Path) -> bytes:
+    """The config.json of the model whose weights are packed no more; itself if none were.
+
+    Raises ModelError naming `path`, which has `raw`.
+    """
+    fields = _parse_json(path, raw)
+    if fields.get("quantization_config") is None:
+        return raw
+    del fields["quantization_config"]
+    return (json.dumps(fields, indent=2) + "\n").encode()
+
+
 def hash_config(model_dir: Path) -> str:
     """SHA-256 of config.json as hex, what `load_config` compares. Raises ModelError."""
     return hashlib.sha256(read_config(model_dir)).hexdigest()

@@ -23,7 +23,14 @@ from pipeline.dtypes import (
 from pipeline.errors import ModelError
 from pipeline.kernels.conversion import choose_conversion
 from pipeline.kernels.huge_pages import Arena
-from pipeline.models.config import ModelConfig, as_rotated, read_config, rotated_json
+from pipeline.models.config import (
+    CONFIG_FILE,
+    ModelConfig,
+    as_rotated,
+    read_config,
+    rotated_json,
+    unpacked_json,
+)
 from pipeline.models.registry import (
     family_of,
     plan_tensors,
@@ -61,14 +68,20 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The model that is cut, and the rotation that its parts get, if any."""
+    """The model that is cut, and the rotation that its parts get, if any.
+
+    `is_unpacked`: none of them keeps packed weights as they are.
+    """
 
     model_dir: Path
     rotation: SecretRotation | None = None
+    is_unpacked: bool = False
 
     def config_json(self) -> bytes:
         """The config.json of its parts. Raises ModelError."""
         raw = read_config(self.model_dir)
+        if self.is_unpacked:
+            raw = unpacked_json(raw, self.model_dir / CONFIG_FILE)
         return raw if self.rotation is None else rotated_json(raw, self.rotation.fingerprint)
 
 

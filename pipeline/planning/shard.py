@@ -72,7 +72,6 @@ def cut_model(
     The source is held against the manifest's hashes where it has any. Returns the new manifest.
     Raises ModelError, InputError; nothing is left behind then.
     """
-    source = Source(model_dir, rotation)
     if manifest.rotation is not None:
         raise InputError("the manifest is of rotated shards; cut the model by its plain manifest")
     if rotation is not None and not manifest.has_client_ends:
@@ -84,6 +83,7 @@ def cut_model(
         manifest = _in_precision(manifest, precision)
     if in_one_file and not manifest.has_client_ends:
         raise InputError("--client-file: the manifest's split is stages, so no client has a part")
+    source = Source(model_dir, rotation, is_unpacked=_is_unpacked(manifest))
     config = _source_config(manifest, source)
     num_parts = len(manifest.stages) + manifest.has_client_ends
     with _new_directory(output) as directory:
@@ -124,6 +124,12 @@ def _in_precision(manifest: Manifest, precision: Precision) -> Manifest:
     return manifest.model_copy(update={"stages": stages, "client": client})
 
 
+def _is_unpacked(manifest: Manifest) -> bool:
+    """Whether each part is in a precision that packed weights have to become."""
+    parts = [*manifest.stages, *([] if manifest.client is None else [manifest.client])]
+    return all(part.precision in {"bfloat16", "int8"} for part in parts)
+
+
 def cut_stage(
     manifest: Manifest,
     stage_idx: int,
@@ -138,7 +144,8 @@ def cut_stage(
     pins: every stage carries the hashes of all, so they have to be known before the first image
     is built.
     """
-    stage, source = manifest.stage(stage_idx), Source(model_dir, rotation)
+    stage = manifest.stage(stage_idx)
+    source = Source(model_dir, rotation, is_unpacked=_is_unpacked(manifest))
     if manifest.rotation != (rotation and rotation.fingerprint):
         raise InputError(
             "the manifest's shards are not rotated, and a secret is given"
@@ -207,7 +214,7 @@ def _source_config(manifest: Manifest, source: Source) -> ModelConfig:
     Raises ModelError, ManifestError.
     """
     expected = manifest.config_hash
-    if manifest.rotation is not None and expected == _sha256(source.config_json()):
+    if expected == _sha256(source.config_json()):
         expected = hash_config(source.model_dir)
     config = load_config(source.model_dir, expected)
     if config.num_layers != manifest.total_layers:
