@@ -8,6 +8,8 @@ from pipeline.cli.compute_options import WorkerOptions, agreed_precision
 from pipeline.cli.progress import progress_bar
 from pipeline.codecs.gaussian_noise import KEY_BYTES, GaussianNoise
 from pipeline.errors import ModelError
+from pipeline.files import is_file
+from pipeline.gguf.model_files import is_gguf
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.models.older_client_part import client_weights
 from pipeline.models.registry import load_shard
@@ -31,7 +33,7 @@ def load_client_ends(manifest: Manifest, path: Path, options: WorkerOptions) -> 
         with progress_bar("loading embedding and head") as progress:
             shard = load_shard(
                 weights,
-                agreed_config(manifest, weights.parent if weights.is_file() else weights),
+                agreed_config(manifest, _config_of(weights)),
                 0,
                 0,
                 dtype=precision,
@@ -50,3 +52,8 @@ def load_client_ends(manifest: Manifest, path: Path, options: WorkerOptions) -> 
         width, key = manifest.activation_spec.hidden_dim, os.urandom(KEY_BYTES)
         noise = GaussianNoise(dp.sigma, dp.clip, width, key)
     return ClientEnds(shard, manifest.activation_spec.codec, noise)
+
+
+def _config_of(weights: Path) -> Path:
+    """What has the configuration of weights: they themselves, or their file's directory."""
+    return weights.parent if is_file(weights) and not is_gguf(weights) else weights

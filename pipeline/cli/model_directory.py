@@ -1,10 +1,12 @@
-"""Model directories as commands are told of them: by path, or by the name of a pulled model."""
+"""Models as commands are told of them: by path, or by the name of a pulled model."""
 
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator
+
+from pipeline.gguf.model_files import find_gguf, is_gguf
 
 
 def model_directory(given: Path) -> Path:
@@ -13,7 +15,7 @@ def model_directory(given: Path) -> Path:
     Raises InputError for one that has not been fetched whole.
     """
     if _exists(given):
-        return given  # whether it holds a model, whoever reads it will say
+        return find_gguf(given)  # whether it holds a model, whoever reads it will say
     try:
         # Not by a statement: an image carries what a stage's statements import, and needs no hub.
         pulled = import_module("pipeline.planning.pulled_models")
@@ -27,9 +29,9 @@ def tokenizer_file(given: Path) -> Path:
     """The tokenizer's file: itself, or that of a model. Raises InputError as there."""
     if given.suffix == ".json":
         return given
-    directory = model_directory(given)
+    model = model_directory(given)
     try:
-        return directory / "tokenizer.json" if directory.is_dir() else given
+        return model / "tokenizer.json" if is_gguf(model) or model.is_dir() else given
     except OSError:  # no name for a file: whoever opens it will say
         return given
 

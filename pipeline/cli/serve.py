@@ -29,7 +29,6 @@ from pipeline.cli.stego_model import new_service
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.limits import Limits
 from pipeline.errors import InputError, PipelineError, SessionError
-from pipeline.files import is_file
 from pipeline.gateway.auth import load_api_keys
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
 from pipeline.gateway.desk import Desk
@@ -44,6 +43,7 @@ from pipeline.gateway.sampling_defaults import OPENAI, load_sampling_defaults
 from pipeline.gateway.settings import GatewayConfig
 from pipeline.gateway.templates import ChatTemplate
 from pipeline.gateway.tool_families import family_of
+from pipeline.gguf.model_files import has_model_file
 from pipeline.models.config import CONFIG_FILE, load_config
 from pipeline.orchestrator.open_pipeline import Pipeline
 from pipeline.protocol.tide_window import TideWindow
@@ -65,7 +65,7 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     limits = _limits(flags, manifest, window)
     home = client_dir(model_or_parts(flags.model_dir, flags.manifest, "--model-dir"))
     tokenizer = GatewayTokenizer(home / "tokenizer.json")
-    if is_file(home / CONFIG_FILE):
+    if has_model_file(home / CONFIG_FILE):
         # Before the stages say it: requests may come first, and one with a token that the model
         # does not have would cost a stage.
         tokenizer.check_vocabulary(load_config(home, manifest.config_hash).vocab_size)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.engine.generation import Engine
-from pipeline.engine.tokenizer import Tokenizer
+from pipeline.engine.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
 from pipeline.errors import InputError
+from pipeline.gguf.model_files import read_model_file
 from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.models.config import load_config, read_config
 from pipeline.orchestrator.open_pipeline import Pipeline
@@ -89,6 +90,6 @@ def _sha256(data: bytes) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_model_file(path, MAX_TOKENIZER_BYTES)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error

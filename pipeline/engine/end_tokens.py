@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TokenizerError
-from pipeline.files import is_file
+from pipeline.gguf.model_files import has_model_file, read_model_file
 
 _WITH_IDS = ("config.json", "generation_config.json")
 _WITH_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -56,11 +56,10 @@ def _each(value: object) -> Iterator[object]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not is_file(path):
+    if not has_model_file(path):
         return {}
     try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
+        raw = read_model_file(path, _MAX_BYTES)
         if len(raw) > _MAX_BYTES:
             raise TokenizerError(f"{path} is larger than {_MAX_BYTES} bytes")
         fields = json.loads(raw)

@@ -11,7 +11,9 @@ from pipeline.engine.end_tokens import read_end_tokens
 from pipeline.engine.text_stream import REPLACEMENT, TextStream
 from pipeline.errors import PromptError, TokenizerError
 from pipeline.files import is_file
+from pipeline.gguf.model_files import is_gguf, read_model_file
 
+MAX_TOKENIZER_BYTES = 1 << 28  # the largest vocabularies there are take a tenth of it
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -20,12 +22,16 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         """Read the file. Raises InputError, mostly TokenizerError."""
-        if not is_file(path):
+        if not is_gguf(path.parent) and not is_file(path):
             raise TokenizerError(
                 f"no tokenizer at {path}; give the model directory's tokenizer.json"
             )
         try:
-            self._tokenizer = HfTokenizer.from_file(str(path))
+            raw = read_model_file(path, MAX_TOKENIZER_BYTES)
+        except OSError as error:
+            raise TokenizerError(f"cannot read {path}: {error.strerror}") from error
+        try:
+            self._tokenizer = HfTokenizer.from_buffer(raw)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path} is not a tokenizer.json: {error}") from error
         # Left behind by training, which wants batches of one length. A prompt is what it is.

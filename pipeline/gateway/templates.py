@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import PromptError, TokenizerError
-from pipeline.files import is_file
 from pipeline.gateway import template_renderer
 from pipeline.gateway.errors import unsupported
 from pipeline.gateway.kept_process import KeptProcess
+from pipeline.gguf.model_files import has_model_file, read_model_file
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class ChatTemplate:
         """
         config = _read_config(model_dir / TOKENIZER_CONFIG)
         file = model_dir / TEMPLATE_FILE
-        source = _read(file) if is_file(file) else _source(config.get("chat_template"))
+        source = _read(file) if has_model_file(file) else _source(config.get("chat_template"))
         if source is None:
             logger.warning(
                 "event=no_chat_template dir=%s detail=%r",
@@ -201,15 +201,16 @@ class _RenderProcess(KeptProcess):
 
 def _read(path: Path) -> str:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
+        raw = read_model_file(path, MAX_CONFIG_BYTES)
+        if len(raw) > MAX_CONFIG_BYTES:
             raise TokenizerError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
-        return path.read_text(encoding="utf-8")
+        return raw.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"cannot read {path}: {error}") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not is_file(path):
+    if not has_model_file(path):
         return {}
     try:
         config = json.loads(_read(path))

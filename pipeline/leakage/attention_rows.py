@@ -47,7 +47,7 @@ class LayerReaders:
         planned = required_tensors(model_dir, config, range(layer, layer + 1), NO_ENDS)
         arrays = [np.empty(planned[files[name]].shape, np.float32) for name in names]
         sinks = {files[name]: CopySink(each) for name, each in zip(names, arrays, strict=True)}
-        load_tensors(model_dir, sinks, expected_hashes=None)
+        load_tensors(model_dir, sinks, expected_hashes=None, packing=config.packing)
         return cls(config, *arrays)
 
     def keys_of(self, rows: Floats) -> Floats:

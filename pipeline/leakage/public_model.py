@@ -140,5 +140,5 @@ def _read(model_dir: Path, config: ModelConfig, names: Sequence[str]) -> Mapping
     planned = required_tensors(model_dir, config, layers, ends)
     arrays = {name: np.empty(planned[files[name]].shape, np.float32) for name in names}
     sinks = {files[name]: CopySink(array) for name, array in arrays.items()}
-    load_tensors(model_dir, sinks, expected_hashes=None)
+    load_tensors(model_dir, sinks, expected_hashes=None, packing=config.packing)
     return arrays

@@ -7,11 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from pipeline.errors import ModelError
-from pipeline.files import is_file
+from pipeline.gguf.model_files import has_model_file, read_model_file
 from pipeline.models.rope_config import Positions, RopeScaling, Scale, read_rope
+from pipeline.weights.packings.choice import Finder, read_quantization
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -50,6 +58,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     # Fingerprint of the secret rotation in the weights, if any (planning/rotated_weights.py).
     rotation: str | None = None
+    # How other programs packed the weights in files, if they did.
+    packing: Finder | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +81,9 @@ class LlamaConfig(ModelConfig):
     sliding_window: int | None
 
 
+Packed = Annotated[Any, AfterValidator(read_quantization)]
+
+
 class JsonFields(BaseModel):
     """What is read of every config.json, and refused."""
 
@@ -80,7 +93,7 @@ class JsonFields(BaseModel):
 
     vocab_size: Vocabulary
     eos_token_id: int | list[int] | None = None
-    quantization_config: None = None  # weights some other library packed are not ours to unpack
+    quantization_config: Packed = None
     residual_rotation: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 
@@ -139,7 +152,7 @@ def load_config(model_dir: Path, expected_hash: str | None = None) -> ModelConfi
             f"{expected_hash}: fetch the model again, or plan a manifest for this one"
         )
     generation_path = model_dir / GENERATION_CONFIG_FILE
-    generation = _read_json(generation_path) if is_file(generation_path) else {}
+    generation = _read_json(generation_path) if has_model_file(generation_path) else {}
     return parse_config(raw, generation, path)
 
 
@@ -155,7 +168,11 @@ def parse_config(raw: bytes, generation: dict[str, Any], path: Path) -> ModelCon
                 f"{path}: model_type {_shown(model_type)} is not supported: "
                 f"use a {', '.join(others)} or {last} model"
             )
-        return replace(read(fields, generation), rotation=fields.get("residual_rotation"))
+        return replace(
+            read(fields, generation),
+            rotation=fields.get("residual_rotation"),
+            packing=read_quantization(fields.get("quantization_config")),
+        )
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -179,6 +196,18 @@ def rotated_json(raw: bytes, fingerprint: str) -> bytes:
     return (json.dumps(fields, indent=2) + "\n").encode()
 
 
+def unpacked_json(raw: bytes, path: Path) -> bytes:
+    """The config.json of the model whose weights are packed no more; itself if none were.
+
+    Raises ModelError naming `path`, which has `raw`.
+    """
+    fields = _parse_json(path, raw)
+    if fields.get("quantization_config") is None:
+        return raw
+    del fields["quantization_config"]
+    return (json.dumps(fields, indent=2) + "\n").encode()
+
+
 def hash_config(model_dir: Path) -> str:
     """SHA-256 of config.json as hex, what `load_config` compares. Raises ModelError."""
     return hashlib.sha256(read_config(model_dir)).hexdigest()
@@ -199,8 +228,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_bytes(path: Path, missing: str = "") -> bytes:
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
+        raw = read_model_file(path, MAX_CONFIG_BYTES)
     except OSError as error:
         raise ModelError(missing or f"cannot read {path}: {error.strerror}") from error
     if len(raw) > MAX_CONFIG_BYTES:

@@ -182,7 +182,7 @@ def load_shard(
     if (
         config is not stored_config
         and shard.is_last
-        and not is_older_layout(stored_names(model_dir))
+        and not is_older_layout(stored_names(model_dir, config.packing))
     ):
         logger.warning(
             "event=own_head model=%s: config.json ties the head to the embedding, but there is "
@@ -197,6 +197,7 @@ def load_shard(
             {stored[name]: sink for name, sink in sinks.items()},
             expected_hashes=expected_hashes,
             progress=progress,
+            packing=config.packing,
         )
     return shard
 
@@ -207,7 +208,7 @@ def has_own_head(model_dir: Path, config: ModelConfig) -> bool:
     Merged and fine-tuned models do: what was trained is what is stored. Raises ModelError.
     """
     name = f"{family_of(config).NAMES.head}.weight"
-    return config.tie_word_embeddings and name in stored_names(model_dir)
+    return config.tie_word_embeddings and name in stored_names(model_dir, config.packing)
 
 
 def _as_stored(model_dir: Path, config: ModelConfig) -> ModelConfig:
@@ -231,7 +232,8 @@ def required_files(
     model_dir: Path, config: ModelConfig, layer_range: range, ends: Ends | None = None
 ) -> list[Path]:
     """The weight files a stage with these layers reads, sorted by name. Raises ModelError."""
-    return stage_files(model_dir, required_tensors(model_dir, config, layer_range, ends))
+    tensors = required_tensors(model_dir, config, layer_range, ends)
+    return stage_files(model_dir, tensors, config.packing)
 
 
 def required_tensors(
@@ -285,7 +287,7 @@ def layer_bytes(model_dir: Path, config: ModelConfig) -> tuple[int, tuple[int, .
     tensor that is missing, and for files that cannot be read.
     """
     config = _as_stored(model_dir, config)
-    sizes = tensor_sizes(model_dir)
+    sizes = tensor_sizes(model_dir, config.packing)
 
     def total(names: Iterable[str]) -> int:
         found = _names_in_files(model_dir, config, names).values()
@@ -378,7 +380,7 @@ def _stage_tensors(config: ModelConfig, layer_start: int, layer_end: int) -> lis
 
 def _names_in_files(model_dir: Path, config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
     """Our name -> the name in the files, which may carry the architecture's prefix."""
-    stored = stored_names(model_dir)
+    stored = stored_names(model_dir, config.packing)
     found = {name: name for name in names}
     if isinstance(config, GPT2Config) and any(name.startswith(GPT2_PREFIX) for name in stored):
         found = {n: n if n.startswith("lm_head.") else GPT2_PREFIX + n for n in found}

@@ -91,7 +91,7 @@ def load_of(model_dir: Path, precision: Precision) -> ModelLoad:
     """What a model's stages hold in that precision, by its files' headers. Raises ModelError."""
     config = load_config(model_dir)
     first, layers, last = layer_bytes(model_dir, config)
-    stored = stored_tensors(model_dir).values()
+    stored = stored_tensors(model_dir, config.packing).values()
     num_weights = sum(math.prod(each.shape) for each in stored)
     num_bytes = sum(each.end - each.start for each in stored)
     each_bytes = _WEIGHT_BYTES[precision]

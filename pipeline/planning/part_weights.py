@@ -13,7 +13,6 @@ import numpy as np
 from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.dtypes import (
     BFLOAT16,
-    FLOAT16,
     FLOAT32,
     INT8,
     STORED_DTYPES,
@@ -24,7 +23,14 @@ from pipeline.dtypes import (
 from pipeline.errors import ModelError
 from pipeline.kernels.conversion import choose_conversion
 from pipeline.kernels.huge_pages import Arena
-from pipeline.models.config import ModelConfig, as_rotated, read_config, rotated_json
+from pipeline.models.config import (
+    CONFIG_FILE,
+    ModelConfig,
+    as_rotated,
+    read_config,
+    rotated_json,
+    unpacked_json,
+)
 from pipeline.models.registry import (
     family_of,
     plan_tensors,
@@ -34,8 +40,15 @@ from pipeline.models.registry import (
 from pipeline.models.shard_model import Ends
 from pipeline.planning.rotated_weights import RotatedWeights
 from pipeline.progress import Progress
-from pipeline.weights.checkpoint import load_tensors, stored_tensors
-from pipeline.weights.checkpoint_header import StoredTensor
+from pipeline.weights.checkpoint import (
+    PACKED,
+    load_tensors,
+    packed_weights,
+    stored_tensors,
+    tensors_in_files,
+)
+from pipeline.weights.checkpoint_header import RAW_DTYPES, StoredTensor
+from pipeline.weights.packings.base import PackedWeight
 from pipeline.weights.quantization import GROUP, SCALE_SUFFIX, num_groups
 from pipeline.weights.read_ahead import run_ahead
 from pipeline.weights.tensor_sinks import FLOATS, CopySink, Sink, WeightSink
@@ -55,14 +68,20 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The model that is cut, and the rotation that its parts get, if any."""
+    """The model that is cut, and the rotation that its parts get, if any.
+
+    `is_unpacked`: none of them keeps packed weights as they are.
+    """
 
     model_dir: Path
     rotation: SecretRotation | None = None
+    is_unpacked: bool = False
 
     def config_json(self) -> bytes:
         """The config.json of its parts. Raises ModelError."""
         raw = read_config(self.model_dir)
+        if self.is_unpacked:
+            raw = unpacked_json(raw, self.model_dir / CONFIG_FILE)
         return raw if self.rotation is None else rotated_json(raw, self.rotation.fingerprint)
 
 
@@ -83,15 +102,55 @@ def _as_stored(
     source: Source, config: ModelConfig, part: Part, progress: Progress | None
 ) -> "list[_Kept | _KeptInt8]":
     model_dir, arena = source.model_dir, Arena()
-    stored = stored_tensors(model_dir)
     planned = required_tensors(model_dir, config, part.layers, part.ends)
+    known = packed_weights(model_dir, config.packing)
+    packed = {name: known[name] for name in planned if name in known}
+    if packed and part.precision in {None, "float32"}:
+        return _as_packed(source, {*planned}, packed, part, progress)
+    stored = stored_tensors(model_dir, config.packing)
     kept = {
         name: _keep(stored[name], sink, part.precision, model_dir, arena)
         for name, sink in planned.items()
         if name in stored  # load_tensors names what is missing
     }
     sinks = {**planned, **{name: each.sink for name, each in kept.items()}}
-    load_tensors(model_dir, sinks, expected_hashes=part.weight_hashes or None, progress=progress)
+    load_tensors(
+        model_dir,
+        sinks,
+        expected_hashes=part.weight_hashes or None,
+        progress=progress,
+        packing=config.packing,
+    )
+    return list(kept.values())
+
+
+def _as_packed(
+    source: Source,
+    planned: set[str],
+    packed: Mapping[str, PackedWeight],
+    part: Part,
+    progress: Progress | None,
+) -> "list[_Kept | _KeptInt8]":
+    """Packed weights by the tensors they are made of, and the others as they are stored."""
+    model_dir, arena = source.model_dir, Arena()
+    stored = tensors_in_files(model_dir)
+    names = planned - packed.keys()
+    names |= {part for weight in packed.values() for part in weight.parts}
+    kept = {
+        name: _Kept(stored[name], RAW_DTYPES[stored[name].dtype], arena)
+        for name in names
+        if name in stored and stored[name].dtype in RAW_DTYPES
+    }
+    for name in names - kept.keys():
+        what = f"is stored as {stored[name].dtype}" if name in stored else "is missing"
+        raise ModelError(f"{model_dir}: tensor {name} {what}: fetch the model again")
+    load_tensors(
+        model_dir,
+        {name: each.sink for name, each in kept.items()},
+        expected_hashes=part.weight_hashes or None,
+        progress=progress,
+        is_as_packed=True,
+    )
     return list(kept.values())
 
 
@@ -118,6 +177,11 @@ def _rotate(
     names, stream = family_of(config).NAMES, family_of(config).STREAM
     if stream is None:
         raise ModelError(f"the weights of {config.architecture} models cannot be rotated")
+    if packed_weights(source.model_dir, config.packing):
+        raise ModelError(
+            f"the weights of {source.model_dir} are packed in a few bits, which a rotation would "
+            "undo: rotate the model that they were made of"
+        )
     files = stored_as(source.model_dir, config, part.layers, part.ends)
     planned = required_tensors(source.model_dir, config, part.layers, part.ends)
     read = {own: np.empty(planned[name].shape, FLOAT32) for own, name in files.items()}
@@ -139,8 +203,8 @@ def save_tensors(tensors: Mapping[str, HostArray], path: Path) -> str:
 
     Returns its SHA-256 in hex: of what was meant to be written, so a disk that errs is found out.
     """
-    names = {dtype: name for name, dtype in STORED_DTYPES.items()}
-    order = (FLOAT32, BFLOAT16, FLOAT16, INT8)
+    names = {dtype: name for name, dtype in RAW_DTYPES.items()}
+    order = [RAW_DTYPES[name] for name in ("I64", "F32", "I32", "BF16", "F16", "I8", "U8")]
     sorted_tensors = sorted(tensors.items(), key=lambda each: (order.index(each[1].dtype), each[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -176,7 +240,8 @@ class _Kept:
     def __init__(self, stored: StoredTensor, dtype: ArrayDType, arena: Arena) -> None:
         self._name = stored.name
         target = arena.array(stored.shape, dtype)
-        self.sink: Sink = CopySink(target, fill=choose_conversion().fill)
+        dtypes = (stored.dtype, *FLOATS)
+        self.sink: Sink = CopySink(target, dtypes, fill=choose_conversion().fill)
 
     def tensors(self) -> Mapping[str, HostArray]:
         """What the shard stores, by name."""
@@ -225,12 +290,12 @@ def _keep(
     arena: Arena,
 ) -> _Kept | _KeptInt8:
     """Where a tensor of the source goes; float32 is kept as stored, being no less exact so."""
-    if stored.dtype not in FLOATS:
+    if stored.dtype not in {*FLOATS, PACKED}:
         raise ModelError(
             f"{model_dir}: tensor {stored.name} is stored as {stored.dtype}: "
             f"use weights in one of {', '.join(FLOATS)}"
         )
-    dtype = STORED_DTYPES[stored.dtype]
+    dtype = STORED_DTYPES.get(stored.dtype, FLOAT32)
     try:
         if isinstance(planned, WeightSink) and len(stored.shape) == 2:
             if precision == "int8":

@@ -10,6 +10,7 @@ from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, ManifestError
 from pipeline.files import is_file, new_directory
+from pipeline.gguf.model_files import has_model_file, read_model_file
 from pipeline.models.config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -36,6 +37,7 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+MAX_TEXT_BYTES = 1 << 28
 # Where an enclave finds the directory written here.
 STAGE_ROOT = "/stage"
 
@@ -68,7 +70,6 @@ def cut_model(
     The source is held against the manifest's hashes where it has any. Returns the new manifest.
     Raises ModelError, InputError; nothing is left behind then.
     """
-    source = Source(model_dir, rotation)
     if manifest.rotation is not None:
         raise InputError("the manifest is of rotated shards; cut the model by its plain manifest")
     if rotation is not None and not manifest.has_client_ends:
@@ -80,6 +81,7 @@ def cut_model(
         manifest = _in_precision(manifest, precision)
     if in_one_file and not manifest.has_client_ends:
         raise InputError("--client-file: the manifest's split is stages, so no client has a part")
+    source = Source(model_dir, rotation, is_unpacked=_is_unpacked(manifest))
     config = _source_config(manifest, source)
     num_parts = len(manifest.stages) + manifest.has_client_ends
     with new_directory(output) as directory:
@@ -120,6 +122,12 @@ def _in_precision(manifest: Manifest, precision: Precision) -> Manifest:
     return manifest.model_copy(update={"stages": stages, "client": client})
 
 
+def _is_unpacked(manifest: Manifest) -> bool:
+    """Whether each part is in a precision that packed weights have to become."""
+    parts = [*manifest.stages, *([] if manifest.client is None else [manifest.client])]
+    return all(part.precision in {"bfloat16", "int8"} for part in parts)
+
+
 def cut_stage(
     manifest: Manifest,
     stage_idx: int,
@@ -134,7 +142,8 @@ def cut_stage(
     pins: every stage carries the hashes of all, so they have to be known before the first image
     is built.
     """
-    stage, source = manifest.stage(stage_idx), Source(model_dir, rotation)
+    stage = manifest.stage(stage_idx)
+    source = Source(model_dir, rotation, is_unpacked=_is_unpacked(manifest))
     if manifest.rotation != (rotation and rotation.fingerprint):
         raise InputError(
             "the manifest's shards are not rotated, and a secret is given"
@@ -182,8 +191,9 @@ def _write_client(
 def _write_text_files(source: Source, directory: Path) -> None:
     (directory / CONFIG_FILE).write_bytes(source.config_json())
     for name in TEXT_FILES:
-        if is_file(source.model_dir / name):
-            shutil.copyfile(source.model_dir / name, directory / name)
+        if has_model_file(source.model_dir / name):
+            raw = read_model_file(source.model_dir / name, MAX_TEXT_BYTES)
+            (directory / name).write_bytes(raw)
 
 
 def _write_weights(
@@ -202,7 +212,7 @@ def _source_config(manifest: Manifest, source: Source) -> ModelConfig:
     Raises ModelError, ManifestError.
     """
     expected = manifest.config_hash
-    if manifest.rotation is not None and expected == _sha256(source.config_json()):
+    if expected == _sha256(source.config_json()):
         expected = hash_config(source.model_dir)
     config = load_config(source.model_dir, expected)
     if config.num_layers != manifest.total_layers:

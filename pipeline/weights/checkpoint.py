@@ -1,11 +1,12 @@
-"""Safetensors files read once, front to back: hashed, checked and copied in the same pass.
+"""Weight files read once, front to back: hashed, checked and copied in the same pass.
 
 The host owns the disk and may swap or rewrite a file between two reads. So each file is opened
-once, each byte is read once, and what was hashed is exactly what was copied. The format's source:
-https://github.com/huggingface/safetensors#format
+once, each byte is read once, and what was hashed is exactly what was copied. Of packed weights the
+scales are read before, and have to be the same then.
 """
 
 import hashlib
+import math
 import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,34 +17,48 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.dtypes import STORED_DTYPES, HostArray
+from pipeline.dtypes import HostArray, to_floats
 from pipeline.errors import ModelError
 from pipeline.files import is_file
+from pipeline.gguf.model_files import is_gguf
 from pipeline.progress import Meter, Progress
 from pipeline.weights.checkpoint_header import (
+    RAW_DTYPES,
     StoredTensor,
     fill,
     open_file,
-    read_header,
     read_into,
 )
 from pipeline.weights.checkpoint_index import INDEX_FILE, SINGLE_FILE, read_index
+from pipeline.weights.headers import read_any_header
+from pipeline.weights.packings.base import PackedWeight
+from pipeline.weights.packings.choice import Finder, find_packed
+from pipeline.weights.quantization import SCALE_SUFFIX
 from pipeline.weights.read_ahead import PLACES, run_ahead
 from pipeline.weights.tensor_sinks import ROWS_TOGETHER, Sink
+from pipeline.weights.unpacking import unpacking, weight_shape
 
+PACKED = "packed"  # the dtype of what is no single tensor of a dtype
 BLOCK_BYTES = 2 << 20  # read at a time: large enough for the disk, small beside any shard
 
 
 def weight_files(model_dir: Path) -> list[Path]:
     """The weight files of `model_dir`, sorted by name; raises ModelError when there are none."""
-    return sorted(set(_index(model_dir).values()) or {model_dir / SINGLE_FILE})
+    return sorted(set(_index(model_dir).values()) or {_single(model_dir)})
+
+
+def _single(model: Path) -> Path:
+    """The file of a model that has one."""
+    return model if is_gguf(model) else model / SINGLE_FILE
 
 
 def _index(model: Path) -> dict[str, Path]:
-    """Tensor name -> file; empty for a directory of one. Raises ModelError.
+    """Tensor name -> file; empty for a model of one. Raises ModelError.
 
-    `model` may be a file, which then comes before what its directory holds.
+    `model` may be a file: all of it, or what then comes before what its directory holds.
     """
+    if is_gguf(model):
+        return {}
     if not is_file(model):
         return read_index(model)
     beside = model.parent
@@ -57,7 +72,7 @@ def _names_of(path: Path) -> list[str]:
     if not is_file(path):
         return []
     with open_file(path) as file:
-        return [tensor.name for tensor in read_header(file, path).tensors]
+        return [tensor.name for tensor in read_any_header(file, path).tensors]
 
 
 def hash_files(paths: Sequence[Path], progress: Progress | None = None) -> list[str]:
@@ -75,40 +90,76 @@ def hash_files(paths: Sequence[Path], progress: Progress | None = None) -> list[
     return digests
 
 
-def stored_names(model_dir: Path) -> Collection[str]:
-    """Every tensor name in the model's files. Raises ModelError."""
-    return _index(model_dir).keys() or tensor_sizes(model_dir).keys()
+def stored_names(model_dir: Path, packing: Finder | None = None) -> Collection[str]:
+    """The name of every tensor of the model's, packed ones by what they are. Raises ModelError."""
+    files = _names_in_files(model_dir)
+    packed = find_packed(files, packing)
+    return files - _parts(packed) | packed.keys()
 
 
-def stored_tensors(model_dir: Path) -> Mapping[str, StoredTensor]:
-    """Every tensor of the model by name, read from the headers alone. Raises ModelError."""
+def stored_tensors(model_dir: Path, packing: Finder | None = None) -> Mapping[str, StoredTensor]:
+    """Every tensor of the model by name, read from the headers alone. Raises ModelError.
+
+    A packed one is `PACKED`, has the shape of what it means, and spans as many bytes as its parts.
+    """
+    raw = tensors_in_files(model_dir)
+    packed = find_packed(raw, packing)
+    parts = _parts(packed)
+    found = {name: stored for name, stored in raw.items() if name not in parts}
+    for name, weight in packed.items():
+        num_bytes = sum(raw[part].end - raw[part].start for part in weight.parts)
+        shape = weight_shape(model_dir, weight, raw)
+        found[name] = StoredTensor(name, PACKED, shape, 0, num_bytes)
+    return found
+
+
+def tensors_in_files(model_dir: Path) -> Mapping[str, StoredTensor]:
+    """Every tensor by its name in the files, the parts of packed ones too. Raises ModelError."""
     found = {}
     files = _index(model_dir) if is_file(model_dir) else {}
     for path in weight_files(model_dir):
         with open_file(path) as file:
-            tensors = read_header(file, path).tensors
+            tensors = read_any_header(file, path).tensors
         found.update({each.name: each for each in tensors if files.get(each.name, path) == path})
     return found
 
 
-def tensor_sizes(model_dir: Path) -> Mapping[str, int]:
+def packed_weights(model_dir: Path, packing: Finder | None = None) -> Mapping[str, PackedWeight]:
+    """The model's packed weights by name. Raises ModelError."""
+    return find_packed(_names_in_files(model_dir), packing)
+
+
+def _names_in_files(model_dir: Path) -> set[str]:
+    return set(_index(model_dir) or tensors_in_files(model_dir))
+
+
+def _parts(packed: Mapping[str, PackedWeight]) -> set[str]:
+    return {part for weight in packed.values() for part in weight.parts}
+
+
+def tensor_sizes(model_dir: Path, packing: Finder | None = None) -> Mapping[str, int]:
     """Bytes per tensor name. Raises ModelError."""
-    return {name: each.end - each.start for name, each in stored_tensors(model_dir).items()}
+    stored = stored_tensors(model_dir, packing)
+    return {name: each.end - each.start for name, each in stored.items()}
 
 
-def stage_files(model_dir: Path, names: Collection[str]) -> list[Path]:
+def stage_files(
+    model_dir: Path, names: Collection[str], packing: Finder | None = None
+) -> list[Path]:
     """The files that hold `names`, sorted by name: what a stage reads and a manifest hashes.
 
     Raises ModelError where an index does not list one of them.
     """
     files = _index(model_dir)
     if not files:
-        return [model_dir / SINGLE_FILE]
+        return [_single(model_dir)]
+    packed = find_packed(files, packing)
     listing = model_dir if is_file(model_dir) else model_dir / INDEX_FILE
-    for name in names:
+    parts = {part for name in names for part in (packed[name].parts if name in packed else (name,))}
+    for name in parts:
         if name not in files:
             raise ModelError(f"{listing} lists no tensor {name}: fetch it again")
-    return sorted({files[name] for name in names})
+    return sorted({files[name] for name in parts})
 
 
 def load_tensors(
@@ -117,23 +168,55 @@ def load_tensors(
     *,
     expected_hashes: Sequence[str] | None,
     progress: Progress | None = None,
+    packing: Finder | None = None,
+    is_as_packed: bool = False,
 ) -> None:
-    """Fill `destinations` (name in the files -> where it goes).
+    """Fill `destinations` (name -> where it goes); packed weights come as the numbers they mean.
+
+    `packing` is the configuration's, here as everywhere in this module.
 
     With `expected_hashes`, one per file of `stage_files`, every byte of those files is hashed on
-    the way; nothing may use the destinations before this returns. Raises ModelError.
+    the way; nothing may use the destinations before this returns. `is_as_packed`: names are those
+    in the files, and nothing is unpacked. Raises ModelError.
     """
     required = {name for name, sink in destinations.items() if not sink.is_optional}
-    paths = stage_files(model_dir, required)
+    paths = stage_files(model_dir, required, packing)
     if expected_hashes is not None and len(expected_hashes) != len(paths):
         names = ", ".join(path.name for path in paths)
         raise ModelError(
             f"{len(expected_hashes)} weight hashes are given, but the stage reads {len(paths)} "
             f"files ({names}) of {model_dir}: write the manifest again for this model"
         )
+    if not is_as_packed:
+        destinations = _unpacked(packed_weights(model_dir, packing), destinations, paths)
+    _load_files(model_dir, paths, destinations, expected_hashes, _meter(paths, progress))
+    for name, sink in destinations.items():
+        if problem := sink.problem():
+            raise ModelError(f"{model_dir}: tensor {name} {problem}")
+
+
+def _unpacked(
+    known: Mapping[str, PackedWeight], destinations: Mapping[str, Sink], paths: Sequence[Path]
+) -> Mapping[str, Sink]:
+    """By the names in the files."""
+    packed = {name: known[name] for name in destinations if name in known}
+    if not packed:
+        return destinations
+    # int8 of our own has scales of another shape.
+    gone = packed.keys() | {name + SCALE_SUFFIX for name in packed}
+    own = {name: sink for name, sink in destinations.items() if name not in gone}
+    return own | unpacking(packed, destinations, paths)
+
+
+def _load_files(
+    model_dir: Path,
+    paths: Sequence[Path],
+    destinations: Mapping[str, Sink],
+    expected_hashes: Sequence[str] | None,
+    meter: Meter,
+) -> None:
     files = _index(model_dir) if is_file(model_dir) else {}
-    missing = required
-    meter = _meter(paths, progress)
+    missing = {name for name, sink in destinations.items() if not sink.is_optional}
     for index, path in enumerate(paths):
         expected = None if expected_hashes is None else expected_hashes[index]
         here = {name: to for name, to in destinations.items() if files.get(name, path) == path}
@@ -143,9 +226,6 @@ def load_tensors(
             f"{model_dir}: tensor {min(missing)} is missing ({len(missing)} in all): "
             "the model is incomplete or of another architecture"
         )
-    for name, sink in destinations.items():
-        if problem := sink.problem():
-            raise ModelError(f"{model_dir}: tensor {name} {problem}")
 
 
 class _Block(NamedTuple):
@@ -162,7 +242,7 @@ def _load_file(
     """Copy what `destinations` wants from `path` and return the names found."""
     digest = None if expected_hash is None else hashlib.sha256()
     with open_file(path) as file:
-        header = read_header(file, path)
+        header = read_any_header(file, path)
         meter.add(len(header.raw))
         if digest is not None:
             digest.update(header.raw)
@@ -191,16 +271,16 @@ def _read_blocks(
     A block's memory is used again for that `PLACES` later.
     """
     buffers = deque(bytearray(BLOCK_BYTES) for _ in range(PLACES))
+    position = 0
     for stored in tensors:
-        num_bytes = stored.end - stored.start
-        is_wanted = stored.name in wanted
-        if not is_wanted and digest is None:
-            file.seek(num_bytes, os.SEEK_CUR)
-            meter.add(num_bytes)
-            continue
+        _pass_over(file, path, stored.start - position, digest, meter, buffers[0])
+        position, num_bytes = stored.end, stored.end - stored.start
         # What is only hashed is not read by its own rows, which may be as large as the disk.
-        row_bytes = num_bytes // max(1, stored.shape[0]) if is_wanted and stored.shape else 1
-        for first, size in _spans(num_bytes, max(1, row_bytes)):
+        if stored.name not in wanted:
+            _pass_over(file, path, num_bytes, digest, meter, buffers[0])
+            continue
+        row_bytes = num_bytes // max(1, stored.shape[0]) if stored.shape else num_bytes
+        for first, size in _spans(num_bytes, max(1, row_bytes), max(1, stored.pair_rows)):
             if size > len(buffers[0]):
                 buffers[0] = bytearray(size)
             data = memoryview(buffers[0])[:size]
@@ -208,20 +288,47 @@ def _read_blocks(
             if digest is not None:
                 digest.update(data)
             meter.add(size)
-            if is_wanted:
-                buffers.rotate(-1)
-                yield _Block(stored, first, data)
+            buffers.rotate(-1)
+            yield _Block(stored, first, data)
+    if digest is not None:  # a file may be padded
+        num_bytes = os.fstat(file.fileno()).st_size - file.tell()
+        _pass_over(file, path, num_bytes, digest, meter, buffers[0])
 
 
-def _spans(num_bytes: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+def _pass_over(
+    file: FileIO,
+    path: Path,
+    num_bytes: int,
+    digest: "hashlib._Hash | None",
+    meter: Meter,
+    buffer: bytearray,
+) -> None:
+    """Bytes that nobody wants; `buffer` is free for them."""
+    if digest is None:
+        file.seek(num_bytes, os.SEEK_CUR)
+        meter.add(num_bytes)
+        return
+    for start in range(0, num_bytes, len(buffer)):
+        data = memoryview(buffer)[: min(len(buffer), num_bytes - start)]
+        fill(file, path, data)
+        digest.update(data)
+        meter.add(len(data))
+
+
+def _spans(num_bytes: int, row_bytes: int, together: int) -> Iterator[tuple[int, int]]:
     """(first row, bytes) of blocks of whole rows, many at a time: kernels pack these together."""
-    rows = max(1, BLOCK_BYTES // row_bytes // ROWS_TOGETHER) * ROWS_TOGETHER
+    together = math.lcm(ROWS_TOGETHER, together)
+    rows = max(1, BLOCK_BYTES // row_bytes // together) * together
     for start in range(0, num_bytes, rows * row_bytes):
         yield start // row_bytes, min(rows * row_bytes, num_bytes - start)
 
 
 def _rows(stored: StoredTensor, block: memoryview) -> HostArray:
-    return np.frombuffer(block, STORED_DTYPES[stored.dtype]).reshape(-1, *stored.shape[1:])
+    rows = np.frombuffer(block, RAW_DTYPES[stored.dtype]).reshape(-1, *stored.shape[1:])
+    if stored.pair_rows:
+        pairs = rows.reshape(-1, stored.pair_rows // 2, 2, *stored.shape[1:])
+        rows = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+    return to_floats(rows) - np.float32(stored.added) if stored.added else rows
 
 
 def _check_fits(path: Path, stored: StoredTensor, destination: Sink) -> None:

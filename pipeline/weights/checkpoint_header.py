@@ -6,11 +6,16 @@ The format's source: https://github.com/huggingface/safetensors#format
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
+from pipeline.dtypes import STORED_DTYPES, ArrayDType
 from pipeline.errors import ModelError
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -22,24 +27,39 @@ ITEM_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
+# What of these is read.
+RAW_DTYPES: Mapping[str, ArrayDType] = MappingProxyType(
+    {
+        **STORED_DTYPES,
+        "U8": np.dtype(np.uint8),
+        "I32": np.dtype(np.int32),
+        "I64": np.dtype(np.int64),
+    }
+)
 # Sizes and offsets beyond any file; without a bound their product could take for ever.
 MAX_SIZE = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One entry of a file's header; `start` and `end` count from the end of the header."""
+    """One entry of a file's header; `start` and `end` count from the end of the header.
+
+    `pair_rows`: so many rows are a head whose rotary pairs lie side by side, not half a head apart.
+    `added`: to all its values. What is read of it has neither.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    pair_rows: int = 0
+    added: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A file's tensors in the order of their bytes; `raw` is the length field and the JSON."""
+    """A file's tensors in the order of their bytes; `raw` is all that comes before the first."""
 
     raw: bytes
     tensors: tuple[StoredTensor, ...]

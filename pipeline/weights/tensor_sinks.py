@@ -99,6 +99,10 @@ class CopySink:
             self._fill(self.target, rows[0])
         self.is_filled = True
 
+    def turned(self) -> "CopySink":
+        """Into the same array, by its columns."""
+        return CopySink(self.target.T, self.dtypes)
+
     def problem(self) -> str | None:
         """Nothing can be."""
         return None
@@ -154,6 +158,13 @@ class WeightSink:
             self.scales = CopySink(scales, ("BF16",), is_optional=True)
         self._dtype: ArrayDType | None = None
         self._came_before_scales = False
+
+    def turned(self) -> "WeightSink":
+        """Of the same outputs of the store, for rows that are the other way round."""
+        num_in, num_outputs = self.shape if self.is_in_out else self.shape[::-1]
+        return WeightSink(
+            self._store, self._first, num_outputs, num_in, is_in_out=not self.is_in_out
+        )
 
     def write(self, first: int, rows: HostArray) -> None:
         """Store the rows: outputs, or inputs of all of them."""

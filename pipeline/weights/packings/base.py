@@ -1,0 +1,77 @@
+"""What a packing has to say of itself."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.dtypes import Floats, HostArray
+from pipeline.weights.checkpoint_header import StoredTensor
+
+# Names of a weight's tensors below its own, such as `scales` -> what that holds.
+Sides = Mapping[str, HostArray]
+
+
+class CorruptPacking(Exception):
+    """Why tensors make no weight; always translated to ModelError with the file's name."""
+
+
+class Packing(Protocol):
+    """How a weight [out, in] lies in a tensor, with others beside it that say what it means."""
+
+    @property
+    def is_in_out(self) -> bool:
+        """Whether the tensor's rows are inputs, and not outputs."""
+
+    @property
+    def row_weights(self) -> int:
+        """How many rows of weights a row of the tensor has."""
+
+    def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, int]:
+        """(out, in) of the weight. Raises CorruptPacking for tensors that do not fit each other."""
+
+    def check(self, shape: tuple[int, int], sides: Sides) -> None:
+        """Raises CorruptPacking for sides by which a weight of that shape cannot be unpacked."""
+
+    def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:
+        """The weights of rows of the tensor, from `first` on: [n * row_weights, ...]."""
+
+
+def check_shapes(sides: Mapping[str, StoredTensor], **expected: tuple[int, ...]) -> None:
+    """Raises CorruptPacking for a side of another shape."""
+    for name, shape in expected.items():
+        if sides[name].shape != shape:
+            raise CorruptPacking(
+                f"has {name} of shape {list(sides[name].shape)}, and its own means {list(shape)}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight by the names of its tensors: rows of `main` are its own, `sides` are read first."""
+
+    name: str
+    main: str
+    sides: Mapping[str, str]
+    packing: Packing
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of all of its tensors."""
+        return (self.main, *self.sides.values())
+
+
+def find_by_parts(
+    names: Collection[str],
+    main: str,
+    needed: Sequence[str],
+    optional: Sequence[str],
+    packing: Packing,
+) -> Iterator[PackedWeight]:
+    """Weights STEM.weight of tensors STEM.main, STEM.SIDE and so on."""
+    for name in names:
+        stem = name.removesuffix(f".{main}")
+        if stem == name or not all(f"{stem}.{side}" in names for side in needed):
+            continue
+        sides = [*needed, *(side for side in optional if f"{stem}.{side}" in names)]
+        found = {side: f"{stem}.{side}" for side in sides}
+        yield PackedWeight(f"{stem}.weight", name, found, packing)

@@ -1,0 +1,53 @@
+"""GGUF's blocks: rows of outputs, each a whole number of blocks with their scales inside.
+
+The packed rows of weight NAME are a tensor of bytes called NAME.TYPE, such as
+`model.layers.0.mlp.up_proj.weight.Q4_K`: in a shard's safetensors, and here of a GGUF file.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from pipeline.dtypes import Floats, HostArray
+from pipeline.gguf.block_types import BLOCK_TYPES, unpack_rows
+from pipeline.weights.checkpoint_header import StoredTensor
+from pipeline.weights.packings.base import CorruptPacking, PackedWeight, Sides
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Rows of blocks of one type."""
+
+    type_name: str
+    is_in_out = False
+    row_weights = 1
+
+    def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, int]:
+        """As many blocks as fill a row."""
+        del sides
+        kind = BLOCK_TYPES[self.type_name]
+        if main.dtype != "U8" or len(main.shape) != 2 or main.shape[1] % kind.num_bytes:
+            raise CorruptPacking(
+                f"is {main.dtype} {list(main.shape)}, no rows of {self.type_name} blocks"
+            )
+        return main.shape[0], main.shape[1] // kind.num_bytes * kind.size
+
+    def check(self, shape: tuple[int, int], sides: Sides) -> None:
+        """There are none."""
+
+    def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:
+        """Each block by itself."""
+        del first, sides
+        return unpack_rows(BLOCK_TYPES[self.type_name], rows)
+
+
+def packed_name(name: str, type_name: str) -> str:
+    """What the rows of weight `name` are called that are blocks of a type."""
+    return f"{name}.{type_name}"
+
+
+def find_blocks(names: Collection[str]) -> Iterator[PackedWeight]:
+    """The weights among these tensors that are blocks."""
+    for name in names:
+        weight, _, type_name = name.rpartition(".")
+        if weight and type_name in BLOCK_TYPES:
+            yield PackedWeight(weight, name, {}, Blocks(type_name))

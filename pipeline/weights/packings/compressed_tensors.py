@@ -1,0 +1,122 @@
+"""compressed-tensors: W4A16 in words, and W8 as it is, both with scales for groups of inputs.
+
+Packed: `weight_packed` int32 [out, in / n], numbers above their least; `weight_scale` [out,
+groups]; `weight_shape`, [out, in] as numbers; where zeros are not in the middle
+`weight_zero_point`, int32 [out / n, groups]; with act-order `weight_g_idx` [in]. Not packed:
+`weight` int8 [out, in] and `weight_scale` [out, groups], [out, 1] or of one number. Activations are
+not rounded here, whatever they were meant to be.
+
+Source: compressed-tensors, `compressors/pack_quantized/base.py` and
+`quantization/lifecycle/forward.py`.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.dtypes import Floats, HostArray, to_floats
+from pipeline.weights.checkpoint_header import StoredTensor
+from pipeline.weights.packings.base import (
+    CorruptPacking,
+    PackedWeight,
+    Sides,
+    check_shapes,
+    find_by_parts,
+)
+from pipeline.weights.packings.words import (
+    WORD_BITS,
+    scaled,
+    unpack_columns,
+    unpack_rows_of_words,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWords:
+    """Weights in words; a `group_size` of None puts all inputs of an output together."""
+
+    bits: int
+    group_size: int | None
+    is_in_out = False
+    row_weights = 1
+
+    def find(self, names: Collection[str]) -> Iterator[PackedWeight]:
+        """The weights among these tensors that are packed so."""
+        needed, optional = ("weight_scale", "weight_shape"), ("weight_zero_point", "weight_g_idx")
+        yield from find_by_parts(names, "weight_packed", needed, optional, self)
+
+    def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, int]:
+        """By the words, if zeros and scales are of as many."""
+        if len(main.shape) != 2 or main.dtype != "I32":
+            raise CorruptPacking(f"is {main.dtype} {list(main.shape)}, no words of inputs")
+        per_word = WORD_BITS // self.bits
+        num_out, num_in = main.shape[0], main.shape[1] * per_word
+        groups = -(-num_in // (self.group_size or max(1, num_in)))
+        possible = {
+            "weight_scale": (num_out, groups),
+            "weight_shape": (2,),
+            "weight_zero_point": (-(-num_out // per_word), groups),
+            "weight_g_idx": (num_in,),
+        }
+        check_shapes(sides, **{name: possible[name] for name in sides})
+        return num_out, num_in
+
+    def check(self, shape: tuple[int, int], sides: Sides) -> None:
+        """The shape is the one that is told, and each input is of a group that there is."""
+        told = tuple(int(each) for each in sides["weight_shape"])
+        if told != shape:
+            raise CorruptPacking(f"has the shape {list(shape)}, and says that it is {list(told)}")
+        groups, count = sides.get("weight_g_idx"), sides["weight_scale"].shape[1]
+        if groups is not None and len(groups) and not 0 <= groups.min() <= groups.max() < count:
+            raise CorruptPacking(f"has inputs of groups that are not among its {count}")
+
+    def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:
+        """Outputs `first`.. of all inputs."""
+        numbers = unpack_columns(rows, self.bits)
+        groups = sides.get("weight_g_idx")
+        if groups is None:
+            groups = np.arange(numbers.shape[1]) // (self.group_size or max(1, numbers.shape[1]))
+        outputs = slice(first, first + len(rows))
+        scales = to_floats(sides["weight_scale"][outputs])[:, groups]
+        zeros: HostArray | int = 1 << (self.bits - 1)
+        if "weight_zero_point" in sides:
+            per_word = WORD_BITS // self.bits
+            words = sides["weight_zero_point"][first // per_word : -(-outputs.stop // per_word)]
+            # Blocks of rows start with a whole word.
+            zeros = unpack_rows_of_words(words, self.bits)[: len(rows)][:, groups]
+        return scaled(numbers, zeros, scales)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeBytes:
+    """Weights in int8, symmetric."""
+
+    is_in_out = False
+    row_weights = 1
+
+    def find(self, names: Collection[str]) -> Iterator[PackedWeight]:
+        """The weights among these tensors that have scales."""
+        yield from find_by_parts(names, "weight", ("weight_scale",), (), self)
+
+    def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, int]:
+        """The tensor's, if it is int8 and has scales for whole groups."""
+        if len(main.shape) != 2 or main.dtype != "I8":
+            raise CorruptPacking(f"is {main.dtype} {list(main.shape)}, no int8 matrix")
+        num_out, num_in = main.shape
+        scale = sides["weight_scale"].shape
+        is_for_outputs = len(scale) == 2 and scale[0] == num_out and scale[1] > 0
+        if scale not in {(), (1,), (1, 1)} and not (is_for_outputs and num_in % scale[1] == 0):
+            raise CorruptPacking(f"{[num_out, num_in]} has scales {list(scale)}")
+        return num_out, num_in
+
+    def check(self, shape: tuple[int, int], sides: Sides) -> None:
+        """Any numbers will do."""
+
+    def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:
+        """Outputs `first`.. of all inputs."""
+        scales = to_floats(sides["weight_scale"])
+        if scales.size == 1:
+            return scaled(rows, 0, scales.reshape(1, 1))
+        of_rows = scales[first : first + len(rows)]
+        return scaled(rows, 0, np.repeat(of_rows, rows.shape[1] // scales.shape[1], axis=1))

@@ -1,0 +1,94 @@
+"""GPTQ: a few bits in words of several inputs, with zeros and scales for groups of inputs.
+
+`qweight` int32 [in / n, out], `qzeros` int32 [groups, out / n], `scales` [groups, out], and `g_idx`
+[in], the group of each input, which is not its place over the group's size where inputs were
+quantised in another order than they lie in (act-order).
+
+The first version of the format stores a zero less one. Some symmetric checkpoints say that they are
+of the first, and store zeros as they are. Theirs are all in the middle: that tells.
+
+Source: GPTQModel, `gptqmodel/nn_modules/qlinear/torch.py` and `gptqmodel/utils/model.py`.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.dtypes import Floats, HostArray, to_floats
+from pipeline.weights.checkpoint_header import StoredTensor
+from pipeline.weights.packings.base import (
+    CorruptPacking,
+    PackedWeight,
+    Sides,
+    check_shapes,
+    find_by_parts,
+)
+from pipeline.weights.packings.words import (
+    WORD_BITS,
+    scaled,
+    unpack_columns,
+    unpack_rows_of_words,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gptq:
+    """All weights of a model; a `group_size` of None puts all inputs together."""
+
+    bits: int
+    group_size: int | None
+    is_symmetric: bool
+    is_second_version: bool
+    is_in_out = True
+
+    @property
+    def row_weights(self) -> int:
+        """Inputs in a word."""
+        return WORD_BITS // self.bits
+
+    def find(self, names: Collection[str]) -> Iterator[PackedWeight]:
+        """The weights among these tensors that are packed so."""
+        yield from find_by_parts(names, "qweight", ("qzeros", "scales"), ("g_idx",), self)
+
+    def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, int]:
+        """By the words, if zeros, scales and groups are of as many."""
+        if len(main.shape) != 2 or main.dtype != "I32":
+            raise CorruptPacking(f"is {main.dtype} {list(main.shape)}, no words of inputs")
+        num_in, num_out = main.shape[0] * self.row_weights, main.shape[1]
+        groups = -(-num_in // (self.group_size or max(1, num_in)))
+        words = -(-num_out // self.row_weights)
+        expected = {"qzeros": (groups, words), "scales": (groups, num_out)}
+        check_shapes(sides, **expected | ({"g_idx": (num_in,)} if "g_idx" in sides else {}))
+        return num_out, num_in
+
+    def check(self, shape: tuple[int, int], sides: Sides) -> None:
+        """Each input is of a group that there is."""
+        del shape
+        groups = sides.get("g_idx")
+        if groups is not None and len(groups):
+            lowest, highest = int(groups.min()), int(groups.max())
+            if lowest < 0 or highest >= len(sides["scales"]):
+                raise CorruptPacking(
+                    f"has inputs of group {lowest if lowest < 0 else highest}, and there are "
+                    f"{len(sides['scales'])}"
+                )
+
+    def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:
+        """Inputs of words `first`.. of all outputs."""
+        start, count = first * self.row_weights, len(rows) * self.row_weights
+        if "g_idx" in sides:
+            of_each = sides["g_idx"][start : start + count]
+        else:
+            of_each = np.arange(start, start + count) // (self.group_size or start + count)
+        near, groups = np.unique(of_each, return_inverse=True)
+        zeros = self._zeros(sides["qzeros"][near], rows.shape[1])[groups]
+        scales = to_floats(sides["scales"][near])[groups]
+        return scaled(unpack_rows_of_words(rows, self.bits), zeros, scales)
+
+    def _zeros(self, words: HostArray, num_out: int) -> HostArray:
+        stored = unpack_columns(words, self.bits)[:, :num_out]
+        middle = 1 << (self.bits - 1)
+        if self.is_second_version or (self.is_symmetric and bool((stored == middle).all())):
+            return stored
+        return (stored + 1) & ((1 << self.bits) - 1)  # a zero of 0 was stored as the last number

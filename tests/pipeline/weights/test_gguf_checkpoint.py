@@ -1,0 +1,203 @@
+"""A GGUF file is a model: what is computed of it is what its packed weights mean."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from pipeline.errors import ModelError
+from pipeline.models.config import load_config
+from pipeline.models.registry import load_shard
+from pipeline.planning.measured_split import load_of
+from pipeline.planning.plan import PlanOptions, plan
+from pipeline.planning.shard import cut_model, cut_stage
+from pipeline.weights import checkpoint
+from pipeline.weights.checkpoint import hash_files, load_tensors, stored_tensors, weight_files
+from pipeline.weights.tensor_sinks import CopySink
+from tests.pipeline.gguf_files import Types, write_gguf
+from tests.pipeline.oracles import Pipeline, randomise
+
+WIDE = {
+    "vocab_size": 101, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 96,
+    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDE)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, tie_word_embeddings=True)),
+    "llama-biases": lambda: LlamaForCausalLM(
+        LlamaConfig(**WIDE, attention_bias=True, mlp_bias=True)
+    ),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**WIDE | {"head_dim": 64})),
+}
+
+
+def mixture(name: str) -> Types:
+    """As llama.cpp's mixtures: types differ from tensor to tensor."""
+    kinds = {
+        "attn_q": Types.Q4_K, "attn_k": Types.Q5_0, "attn_v": Types.Q6_K,
+        "attn_output": Types.Q5_K, "ffn_gate": Types.Q4_1, "ffn_up": Types.Q5_1,
+        "ffn_down": Types.Q4_0, "token_embd": Types.Q8_0, "output": Types.BF16,
+    }  # fmt: skip
+    return kinds[name.split(".")[-2]]
+
+
+class Written:
+    """A model directory, the same as one GGUF file, and as the floats that this means."""
+
+    def __init__(self, root: Path, model, kind_of=mixture) -> None:
+        self.directory = root / "hf"
+        randomise(model).save_pretrained(self.directory)
+        self.path = root / "model.gguf"
+        self.meaning = write_gguf(self.directory, self.path, kind_of)
+        self.floats = root / "floats"
+        shutil.copytree(self.directory, self.floats)
+        save_file(self.meaning, self.floats / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    made = {}
+
+    def get(name: str) -> Written:
+        if name not in made:
+            torch.manual_seed(0)
+            made[name] = Written(tmp_path_factory.mktemp(name), MODELS[name]())
+        return made[name]
+
+    return get
+
+
+def logits(model: Path, dtype: str = "float32", *, kernels: str = "auto") -> torch.Tensor:
+    config = load_config(model)
+    hashes = hash_files(weight_files(model))
+    shard = load_shard(
+        model, config, 0, config.num_layers, dtype=dtype, kernels=kernels, expected_hashes=hashes
+    )
+    ids = torch.arange(3, 26)
+    return Pipeline([shard]).greedy(ids, 4)[1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("block_bytes", [1 << 12, 2 << 20])
+def test_every_tensor_is_its_formats_own_dequantisation(written, monkeypatch, name, block_bytes):
+    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", block_bytes)
+    model = written(name)
+    read = {key: np.empty(value.shape, np.float32) for key, value in model.meaning.items()}
+    assert stored_tensors(model.path).keys() == read.keys()
+    sinks = {key: CopySink(array) for key, array in read.items()}
+    load_tensors(model.path, sinks, expected_hashes=hash_files([model.path]))
+    for key, array in read.items():
+        np.testing.assert_array_equal(array, model.meaning[key], err_msg=key)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_configuration_is_that_of_the_model_it_was_made_of(written, name):
+    model = written(name)
+    own, theirs = load_config(model.path), load_config(model.directory)
+    assert own == theirs
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_shard_computes_as_one_of_the_unpacked_weights(written, name, dtype):
+    model = written(name)
+    assert torch.equal(logits(model.path, dtype), logits(model.floats, dtype))
+
+
+def test_a_shard_computes_so_on_torch(written):
+    model = written("llama")
+    assert torch.equal(logits(model.path, kernels="torch"), logits(model.floats, kernels="torch"))
+
+
+def test_stages_of_one_file_pin_and_read_it_whole(written):
+    model = written("llama-tied")
+    manifest = plan(model.path, PlanOptions(2))
+    digest = hashlib.sha256(model.path.read_bytes()).hexdigest()
+    assert [stage.weight_hashes for stage in manifest.stages] == [(digest,)] * 2
+    config = load_config(model.path, manifest.config_hash)
+    shards = [
+        load_shard(
+            model.path, config, stage.layer_start, stage.layer_end,
+            expected_hashes=stage.weight_hashes,
+        )
+        for stage in manifest.stages
+    ]  # fmt: skip
+    assert torch.equal(Pipeline(shards).greedy(torch.arange(3, 26), 4)[1], logits(model.floats))
+
+
+@pytest.mark.parametrize("at", [10, 200, -1])
+def test_any_changed_byte_fails_the_hash(written, tmp_path, at):
+    model = written("llama-tied")
+    hashes = hash_files([model.path])
+    raw = bytearray(model.path.read_bytes())
+    raw[len(raw) // 2 if at == 200 else at] ^= 1
+    path = tmp_path / "model.gguf"
+    path.write_bytes(raw)
+    with pytest.raises(ModelError):
+        load_shard(path, load_config(model.path), 0, 2, expected_hashes=hashes)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2"])
+def test_a_cut_model_keeps_its_weights_packed(written, tmp_path, name):
+    model = written(name)
+    manifest = plan(model.path, PlanOptions(2))
+    pinned = cut_model(manifest, model.path, tmp_path / "cut")
+    parts = [tmp_path / "cut" / f"stage{index}" for index in range(2)]
+    stored = load_file(parts[0] / "model.safetensors")
+    assert stored["model.layers.0.self_attn.q_proj.weight.Q4_K"].shape == (
+        WIDE["num_attention_heads"] * load_config(model.path).head_dim, 144,
+    )  # fmt: skip
+    size = sum((part / "model.safetensors").stat().st_size for part in parts)
+    assert size < 1.3 * model.path.stat().st_size  # a tied embedding is in both
+    shards = [
+        load_shard(
+            part, load_config(part, pinned.config_hash), stage.layer_start, stage.layer_end,
+            expected_hashes=stage.weight_hashes,
+        )
+        for part, stage in zip(parts, pinned.stages, strict=True)
+    ]  # fmt: skip
+    assert torch.equal(Pipeline(shards).greedy(torch.arange(3, 26), 4)[1], logits(model.floats))
+    cut_stage(pinned, 1, model.path, tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        parts[1] / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_a_model_cut_in_a_precision_holds_what_its_stages_compute_with(
+    written, tmp_path, precision
+):
+    model = written("llama")
+    manifests = [plan(path, PlanOptions(1)) for path in (model.path, model.floats)]
+    for manifest, path in zip(manifests, (model.path, model.floats), strict=True):
+        cut_model(manifest, path, tmp_path / path.name, precision)
+    parts = [tmp_path / path.name / "stage0" for path in (model.path, model.floats)]
+    cut = [load_torch_file(part / "model.safetensors") for part in parts]
+    assert cut[0].keys() == cut[1].keys()
+    weight = cut[0]["model.layers.0.mlp.up_proj.weight"]
+    assert weight.dtype == (torch.int8 if precision == "int8" else torch.bfloat16)
+    assert torch.equal(*(logits(part, precision) for part in parts))
+
+
+def test_what_a_model_takes_is_counted_by_its_packed_bytes(written):
+    model = written("llama")
+    packed, floats = (load_of(path, "int8") for path in (model.path, model.floats))
+    for own, other in zip(packed.layer_bytes, floats.layer_bytes, strict=True):
+        assert own == pytest.approx(other, rel=0.5)
+    assert sum(checkpoint.tensor_sizes(model.path).values()) < model.path.stat().st_size
+
+
+def test_weights_of_other_shapes_than_the_configuration_means_are_refused(written, tmp_path):
+    model = written("llama")
+    fields = json.loads((model.directory / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"intermediate_size": 768}))
+    with pytest.raises(ModelError, match=r"has shape .*512.*, config.json means .*768"):
+        load_shard(model.path, load_config(tmp_path), 0, 2, expected_hashes=None)
