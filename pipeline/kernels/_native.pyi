@@ -246,6 +246,26 @@ def layer_norm(
 def rms_norm(x: Address, weight: Address, y: Address, rows: int, size: int, eps: float, /) -> None:
     """Set y = x / sqrt(mean square + eps) * weight, [rows, size]; y may be x."""
 
+def add_rms_norm(
+    x: Address, weight: Address, y: Address, rows: int, size: int, eps: float, /
+) -> None:
+    """Add x / sqrt(mean square + eps) * weight to y, [rows, size]."""
+
+def rms_norm_within(
+    x: Address,
+    row_stride: int,
+    rows: int,
+    count: int,
+    size: int,
+    weight: Address,
+    eps: float,
+    /,
+) -> None:
+    """The same as `rms_norm`, in place, of each of the first count * size elements of a row.
+
+    row_stride in elements.
+    """
+
 def slide(
     keys: Address,
     values: Address,
@@ -272,17 +292,25 @@ def rope(
     rows: int,
     num_heads: int,
     head_dim: int,
+    num_dims: int,
     cosines: Address,
     signed_sines: Address,
     /,
 ) -> None:
     """Rotate, in place, the first num_heads heads of each row of x; row_stride in elements.
 
-    cosines, signed_sines: [rows, head_dim], the first half of the sines negated.
+    Of a head the first num_dims elements: cosines, signed_sines: [rows, num_dims], the first half
+    of the sines negated.
     """
 
 def silu_mul(gate_up: Address, y: Address, rows: int, inner: int, /) -> None:
     """Set y [rows, inner] = silu(gate_up[:, :inner]) * gate_up[:, inner:]."""
+
+def gelu_mul(gate_up: Address, y: Address, rows: int, inner: int, /) -> None:
+    """Set y [rows, inner] = gelu(gate_up[:, :inner]) * gate_up[:, inner:], gelu by tanh."""
+
+def scale(x: Address, count: int, factor: float, /) -> None:
+    """Multiply elements by a factor, in place."""
 
 def attend(
     qkv: Address,

@@ -23,18 +23,17 @@ from pipeline.kernels import _native
 from pipeline.kernels.base import (
     Activation,
     Attention,
-    Compute,
     DecodeStep,
-    Finish,
     HeadShape,
     KernelLinear,
     Kernels,
     Linear,
     LinearSpec,
     Norm,
+    RMSNorm,
+    StepWork,
 )
 from pipeline.kernels.huge_pages import Arena, aligned
-from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import Slide
 from pipeline.kernels.native_step import NativeAttention, NativeStep, spans_of
 from pipeline.kernels.runtime import overwrite_freed_blocks, return_large_blocks
@@ -181,13 +180,24 @@ class LayerNorm(Norm):
         return out
 
 
-class RMSNorm(Norm):
+class NativeRMSNorm(RMSNorm):
     """Rows over their root mean square, scaled."""
 
     def __call__(self, x: Floats, out: Floats) -> Floats:
         """[rows, size] -> out [rows, size]."""
         _native.rms_norm(x, self.weight, out, len(x), self.size, self.eps)
         return out
+
+    def add(self, x: Floats, out: Floats) -> Floats:
+        """[rows, size], added to out [rows, size]."""
+        _native.add_rms_norm(x, self.weight, out, len(x), self.size, self.eps)
+        return out
+
+    def within(self, rows: Floats) -> None:
+        """In place, of each `size` columns."""
+        count = rows.shape[1] // self.size
+        stride = _strides(rows)[0]
+        _native.rms_norm_within(rows, stride, len(rows), count, self.size, self.weight, self.eps)
 
 
 class NativeKernels(Kernels):
@@ -236,21 +246,13 @@ class NativeKernels(Kernels):
         """Rows centred, over their deviation, scaled and shifted."""
         return LayerNorm(self, size, eps, bias=True)
 
-    def rms_norm(self, size: int, eps: float) -> Norm:
+    def rms_norm(self, size: int, eps: float) -> RMSNorm:
         """Rows over their root mean square, scaled."""
-        return RMSNorm(self, size, eps, bias=False)
+        return NativeRMSNorm(self, size, eps, bias=False)
 
-    def decode_step(
-        self,
-        compute: Compute,
-        finish: Finish | None,
-        batch: Batch,
-        width: int | None,
-        shape: HeadShape,
-        cache: KVCache,
-    ) -> DecodeStep:
+    def decode_step(self, work: StepWork, batch: Batch) -> DecodeStep:
         """A recorded step."""
-        return NativeStep(compute, finish, batch, width, shape, cache)
+        return NativeStep(work, batch)
 
     def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
         """A step's attention."""
@@ -301,6 +303,7 @@ class NativeKernels(Kernels):
             len(qkv),
             shape.num_heads + shape.num_kv_heads,
             shape.head_dim,
+            cos.shape[1],
             cos,
             sin,
         )
@@ -309,6 +312,15 @@ class NativeKernels(Kernels):
         """silu(gate) * up."""
         _native.silu_mul(gate_up, out, len(out), out.shape[1])
         return out
+
+    def gelu_mul(self, gate_up: Floats, out: Floats) -> Floats:
+        """gelu(gate) * up."""
+        _native.gelu_mul(gate_up, out, len(out), out.shape[1])
+        return out
+
+    def scale(self, rows: Floats, factor: float) -> None:
+        """Multiply rows in place."""
+        _native.scale(rows, rows.size, factor)
 
     def argmax(self, logits: Floats) -> HostArray:
         """Index of the first greatest of each row."""

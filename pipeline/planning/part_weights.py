@@ -24,7 +24,8 @@ from pipeline.dtypes import (
 from pipeline.errors import ModelError
 from pipeline.kernels.conversion import choose_conversion
 from pipeline.kernels.huge_pages import Arena
-from pipeline.models.config import ModelConfig, as_rotated, read_config, rotated_json
+from pipeline.models.config import as_rotated, read_config, rotated_json
+from pipeline.models.model_config import ModelConfig
 from pipeline.models.registry import (
     family_of,
     plan_tensors,
@@ -115,9 +116,12 @@ def _rotate(
     part: Part,
     progress: Progress | None,
 ) -> Iterator[tuple[str, HostArray]]:
-    names, stream = family_of(config).NAMES, family_of(config).STREAM
+    names, stream = family_of(config).names, family_of(config).stream
     if stream is None:
-        raise ModelError(f"the weights of {config.architecture} models cannot be rotated")
+        raise ModelError(
+            f"the weights of {config.architecture} models cannot be rotated: what lies between "
+            "rows of the stream and linears, norms behind a branch or a router, is no rotation's"
+        )
     files = stored_as(source.model_dir, config, part.layers, part.ends)
     planned = required_tensors(source.model_dir, config, part.layers, part.ends)
     read = {own: np.empty(planned[name].shape, FLOAT32) for own, name in files.items()}

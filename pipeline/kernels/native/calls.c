@@ -190,19 +190,48 @@ static refusal_t run_rms_norm(const int64_t *a) {
 }
 const call_t call_rms_norm = {"pppnnf", run_rms_norm, NULL};
 
-static refusal_t run_rope(const int64_t *a) {
-    if (a[4] % 2 || a[4] == 0) REFUSE("head_dim is even", a[4]);
-    if (a[3] > a[1] / a[4]) REFUSE("heads exceed a row", a[3]);
-    rope(at(a[0]), (size_t)a[1], (size_t)a[2], (size_t)a[3], (size_t)a[4], at(a[5]), at(a[6]));
+static refusal_t run_add_rms_norm(const int64_t *a) {
+    if (a[4] < 1) REFUSE("size", a[4]);
+    add_rms_norm(at(a[0]), at(a[1]), at(a[2]), (size_t)a[3], (size_t)a[4], float_of(a[5]));
     return DONE;
 }
-const call_t call_rope = {"pnnnnpp", run_rope, NULL};
+const call_t call_add_rms_norm = {"pppnnf", run_add_rms_norm, NULL};
+
+static refusal_t run_rms_norm_within(const int64_t *a) {
+    if (a[4] < 1) REFUSE("size", a[4]);
+    if (a[3] > a[1] / a[4]) REFUSE("what is normed exceeds a row", a[3]);
+    rms_norm_within(at(a[0]), (size_t)a[1], (size_t)a[2], (size_t)a[3], (size_t)a[4], at(a[5]),
+                    float_of(a[6]));
+    return DONE;
+}
+const call_t call_rms_norm_within = {"snnnnpf", run_rms_norm_within, NULL};
+
+static refusal_t run_rope(const int64_t *a) {
+    if (a[4] == 0 || a[3] > a[1] / a[4]) REFUSE("heads exceed a row", a[3]);
+    if (a[5] % 2 || a[5] == 0 || a[5] > a[4]) REFUSE("turned dimensions are pairs of a head", a[5]);
+    rope(at(a[0]), (size_t)a[1], (size_t)a[2], (size_t)a[3], (size_t)a[4], (size_t)a[5], at(a[6]),
+         at(a[7]));
+    return DONE;
+}
+const call_t call_rope = {"pnnnnnpp", run_rope, NULL};
 
 static refusal_t run_silu_mul(const int64_t *a) {
     silu_mul(at(a[0]), at(a[1]), (size_t)a[2], (size_t)a[3]);
     return DONE;
 }
 const call_t call_silu_mul = {"ppnn", run_silu_mul, NULL};
+
+static refusal_t run_gelu_mul(const int64_t *a) {
+    gelu_mul(at(a[0]), at(a[1]), (size_t)a[2], (size_t)a[3]);
+    return DONE;
+}
+const call_t call_gelu_mul = {"ppnn", run_gelu_mul, NULL};
+
+static refusal_t run_scale(const int64_t *a) {
+    scale(at(a[0]), (size_t)a[1], float_of(a[2]));
+    return DONE;
+}
+const call_t call_scale = {"pnf", run_scale, NULL};
 
 /* Shapes and spans that can be. */
 static refusal_t check_attention(const int64_t *a, const span_t *spans) {

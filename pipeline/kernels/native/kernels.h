@@ -149,9 +149,15 @@ void slide(const slide_t *job); /* the rest moves down */
 void layer_norm(const float *x, const float *weight, const float *bias, float *y, size_t rows,
                 size_t size, float eps);
 void rms_norm(const float *x, const float *weight, float *y, size_t rows, size_t size, float eps);
+void add_rms_norm(const float *x, const float *weight, float *y, size_t rows, size_t size,
+                  float eps); /* y += */
+void rms_norm_within(float *x, size_t row_stride, size_t rows, size_t count, size_t size,
+                     const float *weight, float eps);
 void rope(float *x, size_t row_stride, size_t rows, size_t num_heads, size_t head_dim,
-          const float *cosines, const float *signed_sines);
+          size_t num_dims, const float *cosines, const float *signed_sines);
 void silu_mul(const float *gate_up, float *y, size_t rows, size_t inner);
+void gelu_mul(const float *gate_up, float *y, size_t rows, size_t inner);
+void scale(float *x, size_t count, float factor);
 void argmax(const float *x, size_t rows, size_t n, int64_t *out);
 
 /* ring.c: y[rows, num_out] = x[rows, num_in] B, in Z_2^64 */
