@@ -170,6 +170,22 @@ def rope_of(
     )
 
 
+def ropes_by_type(
+    raw: DecoderJson, *, theta: float, window_theta: float
+) -> tuple[dict[bool, Rope], int]:
+    """The same where layers with a window are turned otherwise; `rope_scaling` is the others'.
+
+    Both thetas: where the file says none.
+    """
+    given, plain = raw.rope_parameters or {}, {"rope_type": "default"}
+    if given and not given.keys() & {FULL, SLIDING}:
+        raise ModelError("config.json: rope_parameters are given for no type of layer")
+    full = dict(given.get(FULL) or {}) | dict(raw.rope_scaling or {})
+    others, max_positions = rope_of(raw, full or plain, theta=raw.rope_theta or theta)
+    own, _ = rope_of(raw, given.get(SLIDING) or plain, theta=window_theta)
+    return {True: own, False: others}, max_positions
+
+
 def head_dim(raw: DecoderJson) -> int:
     """Dimensions of a head. Raises ModelError."""
     names = "hidden_size/num_attention_heads"

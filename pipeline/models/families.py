@@ -9,6 +9,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": gpt2.FAMILY,
     "llama": llama.FAMILY,
     "mistral": mistral.MISTRAL,
+    "ministral": mistral.MINISTRAL,
     "qwen2": qwen.QWEN2,
     "qwen3": qwen.QWEN3,
 }

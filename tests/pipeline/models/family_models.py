@@ -47,6 +47,9 @@ FAMILIES: dict[str, tuple[str, list[dict]]] = {
         UNTIED | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}]),
     "mistral": ("Mistral", [WIDE | {"sliding_window": None, "rope_parameters": YARN},
         NO_GROUPS | TIED | {"sliding_window": 9}, {"sliding_window": 200}]),
+    "ministral": ("Ministral", [WIDE | TYPES | {"sliding_window": 7},
+        NO_GROUPS | TIED | {"sliding_window": 9},
+        {"sliding_window": 7, "layer_types": ["full_attention"] * 3}]),
 }  # fmt: skip
 NO_HEAD_DIM = ("olmo2", "olmo3", "phi3")
 CASES = [f"{family}-{index}" for family in FAMILIES for index in range(3)]
