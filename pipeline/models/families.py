@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pipeline.models import gpt2, llama, mistral, qwen
+from pipeline.models import gpt2, llama, mistral, olmo, qwen
 from pipeline.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -12,6 +12,8 @@ FAMILIES: dict[str, Family] = {
     "ministral": mistral.MINISTRAL,
     "qwen2": qwen.QWEN2,
     "qwen3": qwen.QWEN3,
+    "olmo2": olmo.OLMO2,
+    "olmo3": olmo.OLMO3,
 }
 
 _CAPS = "soft caps on attention and logits"

@@ -50,6 +50,10 @@ FAMILIES: dict[str, tuple[str, list[dict]]] = {
     "ministral": ("Ministral", [WIDE | TYPES | {"sliding_window": 7},
         NO_GROUPS | TIED | {"sliding_window": 9},
         {"sliding_window": 7, "layer_types": ["full_attention"] * 3}]),
+    "olmo2": ("Olmo2", [{}, NO_GROUPS | TIED | {"attention_bias": True},
+        {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}]),
+    "olmo3": ("Olmo3", [TYPES | {"sliding_window": 7}, NO_GROUPS | TIED | {"sliding_window": 9},
+        {"num_hidden_layers": 4, "sliding_window": 7, "rope_parameters": YARN}]),
 }  # fmt: skip
 NO_HEAD_DIM = ("olmo2", "olmo3", "phi3")
 CASES = [f"{family}-{index}" for family in FAMILIES for index in range(3)]
