@@ -54,6 +54,9 @@ FAMILIES: dict[str, tuple[str, list[dict]]] = {
         {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}]),
     "olmo3": ("Olmo3", [TYPES | {"sliding_window": 7}, NO_GROUPS | TIED | {"sliding_window": 9},
         {"num_hidden_layers": 4, "sliding_window": 7, "rope_parameters": YARN}]),
+    "phi3": ("Phi3", [{"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+        NO_GROUPS | TIED | {"sliding_window": 9},
+        {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}]),
 }  # fmt: skip
 NO_HEAD_DIM = ("olmo2", "olmo3", "phi3")
 CASES = [f"{family}-{index}" for family in FAMILIES for index in range(3)]

@@ -96,7 +96,7 @@ def test_a_recorded_step_gives_the_bits_of_the_calls_one_by_one(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("case", ["qwen3-0"])
+@pytest.mark.parametrize("case", ["phi3-0"])
 def test_in_fewer_bits_the_kernels_agree(make_case, make_pipeline, token_ids, native, case, dtype):
     """The same rounded weights: what differs is how rows are rounded on their way."""
     batch = [Segment(0, 0, len(token_ids))]
@@ -108,3 +108,16 @@ def test_in_fewer_bits_the_kernels_agree(make_case, make_pipeline, token_ids, na
     ]
     correlation = torch.corrcoef(torch.stack([each.flatten() for each in found]))[0, 1]
     assert correlation > 0.99
+
+
+def test_a_session_that_is_short_turns_heads_as_the_model_was_made(
+    make_case, make_pipeline, token_ids, kernels
+):
+    """LongRoPE: transformers takes its short factors up to the original length, here 32."""
+    own = make_case("phi3-2").computing_with(kernels)
+    prompt, batch = token_ids[:20], [Segment(0, 0, 20)]
+    expected = own.logits(prompt)
+    short = make_pipeline(own.split(1), max_seq=32).logits(prompt, batch)
+    longer = make_pipeline(own.split(1), max_seq=64).logits(prompt, batch)
+    assert (short - expected).abs().max() <= TOLERANCE
+    assert (longer - expected).abs().max() > 100 * TOLERANCE
