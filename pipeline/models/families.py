@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pipeline.models import gpt2, llama, mistral, olmo, phi, qwen
+from pipeline.models import gemma, gpt2, llama, mistral, olmo, phi, qwen
 from pipeline.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -15,6 +15,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": olmo.OLMO2,
     "olmo3": olmo.OLMO3,
     "phi3": phi.FAMILY,
+    "gemma3_text": gemma.FAMILY,
 }
 
 _CAPS = "soft caps on attention and logits"

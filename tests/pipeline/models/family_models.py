@@ -57,6 +57,13 @@ FAMILIES: dict[str, tuple[str, list[dict]]] = {
     "phi3": ("Phi3", [{"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
         NO_GROUPS | TIED | {"sliding_window": 9},
         {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}]),
+    "gemma3_text": ("Gemma3Text", [
+        WIDE | TYPES | {"sliding_window": 7, "query_pre_attn_scalar": 24},
+        NO_GROUPS | UNTIED | {"sliding_window": 9, "query_pre_attn_scalar": 16},
+        {"num_hidden_layers": 6, "sliding_window": 5, "num_key_value_heads": 1,
+         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0,
+                                                "rope_theta": 5000.0},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}}]),
 }  # fmt: skip
 NO_HEAD_DIM = ("olmo2", "olmo3", "phi3")
 CASES = [f"{family}-{index}" for family in FAMILIES for index in range(3)]
