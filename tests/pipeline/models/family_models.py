@@ -64,6 +64,15 @@ FAMILIES: dict[str, tuple[str, list[dict]]] = {
          "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0,
                                                 "rope_theta": 5000.0},
                              "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}}]),
+    "mixtral": ("Mixtral", [WIDE | {"num_local_experts": 4}, NO_GROUPS | TIED | {
+        "num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 9},
+        {"num_local_experts": 8, "num_experts_per_tok": 3}]),
+    "qwen3_moe": ("Qwen3Moe", [
+        WIDE | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+        NO_GROUPS | TIED | {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True,
+                            "moe_intermediate_size": 32, "mlp_only_layers": [1]},
+        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+         "decoder_sparse_step": 2}]),
 }  # fmt: skip
 NO_HEAD_DIM = ("olmo2", "olmo3", "phi3")
 CASES = [f"{family}-{index}" for family in FAMILIES for index in range(3)]
