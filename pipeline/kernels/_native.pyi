@@ -238,6 +238,30 @@ def linear(
     may be `y` itself; `x` may not overlap `y`.
     """
 
+def experts(
+    kind: int,
+    table: Address,
+    num_experts: int,
+    num_chosen: int,
+    are_normalised: int,
+    is_gelu: int,
+    x: Address,
+    logits: Address,
+    rows: int,
+    hidden: int,
+    inner: int,
+    out: Address,
+    residual: Address,
+    /,
+) -> None:
+    """Set out = residual + sum of share * down(gate(x) * up(x)) over the experts of each row.
+
+    Of logits [rows, num_experts] the num_chosen greatest say which, the first of equals; shares are
+    their softmax, or that of those chosen alone. table: int64 [num_experts, 2], addresses of packed
+    weights gate_up [2 * inner, hidden] and down [hidden, inner]; x, out, residual [rows, hidden].
+    `residual` may be `out`, `x` may be neither. Raises ValueError where memory is short.
+    """
+
 def layer_norm(
     x: Address, weight: Address, bias: Address, y: Address, rows: int, size: int, eps: float, /
 ) -> None:

@@ -7,7 +7,7 @@ with, they make (`empty`, `zeros`, `to_device`), C-contiguous: numpy's arrays un
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -155,6 +155,27 @@ class RMSNorm(Norm):
     @abstractmethod
     def within(self, rows: Array) -> None:
         """In place, of each `size` columns of rows [n, a multiple of it], which may be a view."""
+
+
+class ExpertMLPs(Protocol):
+    """Gated MLPs side by side, and what sends rows through some of them, as one operation."""
+
+    def __call__(self, x: Array, logits: Array, out: Array, residual: Array | None) -> None:
+        """What those chosen make of rows [n, hidden], and the residual, into out [n, hidden].
+
+        Shapes: logits [n, experts]; `residual` may be `out`.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How many experts logits choose of a row, and how much each counts."""
+
+    num_chosen: int
+    # Whether shares are a softmax of the logits of those chosen, or of all logits.
+    are_normalised: bool
+    # Whether gates are gelu's, else silu's.
+    is_gelu: bool = False
 
 
 class Attention(Protocol):
@@ -317,6 +338,13 @@ class Kernels(ABC):
     @abstractmethod
     def linear(self, spec: LinearSpec) -> Linear:
         """An empty linear layer. Raises InputError for a precision without a product."""
+
+    def experts(
+        self, linears: Sequence[tuple[Linear, Linear]], routing: Routing
+    ) -> ExpertMLPs | None:
+        """MLPs of these linears, gate_up and down of each; None where they are no one operation."""
+        del linears, routing
+        return None
 
     @abstractmethod
     def layer_norm(self, size: int, eps: float) -> Norm:

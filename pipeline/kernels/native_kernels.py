@@ -4,7 +4,7 @@ Here a row's result depends on that row and its own cache alone, bit for bit: no
 come with it, nor on where a prompt is cut into steps, nor on the number of threads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from pipeline.kernels.base import (
     Activation,
     Attention,
     DecodeStep,
+    ExpertMLPs,
     HeadShape,
     KernelLinear,
     Kernels,
@@ -31,6 +32,7 @@ from pipeline.kernels.base import (
     LinearSpec,
     Norm,
     RMSNorm,
+    Routing,
     StepWork,
 )
 from pipeline.kernels.huge_pages import Arena, aligned
@@ -103,15 +105,15 @@ class NativeLinear(KernelLinear):
 
     def __init__(self, kernels: "NativeKernels", spec: LinearSpec) -> None:
         super().__init__(kernels, spec)
-        self._kind = _kind(spec.precision)
-        num_bytes = _native.packed_bytes(self._kind, spec.num_in, spec.num_out)
+        self.kind = _kind(spec.precision)
+        num_bytes = _native.packed_bytes(self.kind, spec.num_in, spec.num_out)
         self._packed = kernels.arena.take(num_bytes)
         self._activation = ACTIVATIONS[spec.activation]
 
     def __call__(self, x: Floats, out: Floats, residual: Floats | None = None) -> Floats:
         """[rows, in] -> out [rows, out]."""
         _native.linear(
-            self._kind,
+            self.kind,
             self._packed,
             self.bias,
             x,
@@ -127,7 +129,7 @@ class NativeLinear(KernelLinear):
     def gather(self, ids: HostArray, out: Floats) -> None:
         """Weights of the outputs `ids`, [n, in]."""
         _native.gather(
-            self._kind,
+            self.kind,
             self._packed,
             self.num_in,
             self.num_out,
@@ -140,7 +142,7 @@ class NativeLinear(KernelLinear):
         self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
     ) -> None:
         """Pack outputs first.., [n, in] as a file holds them, int8 with its scales."""
-        if self._kind == KINDS[self.precision][0]:
+        if self.kind == KINDS[self.precision][0]:
             self._pack(first, first_in, outputs, scales)
             return
         for at, piece, own in in_precision(self.precision, first, outputs, scales):
@@ -155,12 +157,48 @@ class NativeLinear(KernelLinear):
         if scales is not None:
             _native.pack_int8(*packed, outputs, *strides, scales, _strides(scales)[0], *where)
             return
-        _native.pack(self._kind, *packed, STORED[outputs.dtype], outputs, *strides, *where)
+        _native.pack(self.kind, *packed, STORED[outputs.dtype], outputs, *strides, *where)
+
+    @property
+    def address(self) -> int:
+        """Of the packed weights."""
+        found: int = self._packed.ctypes.data
+        return found
 
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
         return self._packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class NativeExperts:
+    """MLPs of linears that are all packed here, alike."""
+
+    def __init__(
+        self, linears: Sequence[tuple[NativeLinear, NativeLinear]], routing: Routing
+    ) -> None:
+        self._linears = linears  # whose weights the table points to
+        self._table = np.array([[each.address for each in pair] for pair in linears], np.int64)
+        self._routing = routing
+
+    def __call__(self, x: Floats, logits: Floats, out: Floats, residual: Floats | None) -> None:
+        """What those chosen make of rows, and the residual, into out."""
+        routing, (gate_up, down) = self._routing, self._linears[0]
+        _native.experts(
+            gate_up.kind,
+            self._table,
+            len(self._linears),
+            routing.num_chosen,
+            routing.are_normalised,
+            routing.is_gelu,
+            x,
+            logits,
+            len(x),
+            gate_up.num_in,
+            down.num_in,
+            out,
+            residual,
+        )
 
 
 class LayerNorm(Norm):
@@ -241,6 +279,17 @@ class NativeKernels(Kernels):
     def linear(self, spec: LinearSpec) -> Linear:
         """An empty linear layer."""
         return NativeLinear(self, spec)
+
+    def experts(
+        self, linears: Sequence[tuple[Linear, Linear]], routing: Routing
+    ) -> ExpertMLPs | None:
+        """MLPs of these linears, where all are such as are made here."""
+        own = [
+            (gate_up, down)
+            for gate_up, down in linears
+            if isinstance(gate_up, NativeLinear) and isinstance(down, NativeLinear)
+        ]
+        return NativeExperts(own, routing) if len(own) == len(linears) else None
 
     def layer_norm(self, size: int, eps: float) -> Norm:
         """Rows centred, over their deviation, scaled and shifted."""

@@ -17,7 +17,7 @@ from pipeline.dtypes import (
     from_floats,
     to_floats,
 )
-from pipeline.kernels.base import HeadShape, Kernels, LinearSpec, Norm
+from pipeline.kernels.base import HeadShape, Kernels, LinearSpec, Norm, Routing
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.protocol.batch import Segment
 from pipeline.weights.quantization import dequantise, quantise
@@ -118,9 +118,40 @@ def _rest(kernels: Kernels) -> dict[str, tuple[HostArray, HostArray]]:
         "rotation": (rotated, _rotated(qkv, cos, sin)),
         "rotation in part": (partly, _rotated(qkv, *some)),
     }
+    routed = _routed(kernels)
+    if routed is not None:
+        results["experts"] = routed
     for dtype in sorted(set(KV_DTYPES.values()), key=str):
         results[f"attention in {dtype}"] = (_attended(kernels, qkv, dtype), _attention(qkv, dtype))
     return {name: (kernels.to_host(found)[0], each) for name, (found, each) in results.items()}
+
+
+def _routed(kernels: Kernels) -> tuple[Array, HostArray] | None:
+    """Two of three experts for each of five rows, by logits that they begin with."""
+    weights = [(_wave(48, 32) / (4 + at), _wave(32, 24) / (3 + at)) for at in range(3)]
+    pairs = []
+    for pair in weights:
+        linears = [
+            kernels.linear(LinearSpec(*each.shape[::-1], bias=False, precision="float32"))
+            for each in pair
+        ]
+        for linear, each in zip(linears, pair, strict=True):
+            linear.sinks("")[".weight"].write(0, each)
+        pairs.append((linears[0], linears[1]))
+    experts = kernels.experts(pairs, Routing(num_chosen=2, are_normalised=True))
+    if experts is None:
+        return None
+    x = _wave(5, 32)
+    logits, out = np.ascontiguousarray(x[:, :3]), kernels.to_device(x.copy())
+    experts(kernels.to_device(x), kernels.to_device(logits), out, out)
+    expected = x.astype(np.float64)
+    for row, own in enumerate(logits):
+        chosen = np.argsort(-own)[:2]
+        shares = np.exp(own[chosen]) / np.exp(own[chosen]).sum()
+        for share, (gate_up, down) in zip(shares, [weights[each] for each in chosen], strict=True):
+            gate, up = np.split(gate_up @ x[row], 2)
+            expected[row] += share * (down @ (gate / (1 + np.exp(-gate)) * up))
+    return out, expected
 
 
 def _normed(kernels: Kernels, norm: Norm, x: Floats) -> Array:

@@ -33,6 +33,9 @@ STREAM = ResidualStream(
 class MLP(Protocol):
     """What comes behind attention."""
 
+    # Whether it is the same calls whatever the rows.
+    is_fixed: bool
+
     def sinks(self) -> dict[str, Sink]:
         """Sinks of its tensors, by their names below the layer's prefix."""
 
@@ -46,6 +49,8 @@ class MLP(Protocol):
 
 class GatedMLP:
     """down(gate(x) * up(x))."""
+
+    is_fixed = True
 
     def __init__(self, config: DecoderConfig, make: LayerMaker) -> None:
         hidden, inner = config.hidden_dim, config.intermediate_size
@@ -172,11 +177,11 @@ class DecoderShard(Shard):
 
     def __init__(self, config: DecoderConfig, spec: ShardSpec) -> None:
         super().__init__(config, spec, NAMES, is_gated=True)
-        self.has_fixed_steps = config.experts is None
         self.layers = [
             DecoderLayer(config, index, config.shape(index).heads, make)
             for index, make in zip(spec.layers, self.layer_makers(), strict=True)
         ]
+        self.has_fixed_steps = all(layer.mlp.is_fixed for layer in self.layers)
         self.norm: Norm | None = None
         if self.is_last:
             self.norm = self._make.rms_norm(config.hidden_dim, config.norm_eps, config.gain)

@@ -1,8 +1,8 @@
 """An MLP made of experts, of which each row passes through those that a router chooses for it.
 
-Which these are depends on the row, so kernels cannot record a step; a row's result does not depend
-on the rows beside it: its shares are its own, and what its experts make of it is added up in their
-order.
+Where kernels have no operation for all of that, what they would record depends on the rows. A row's
+result does not depend on the rows beside it: its shares are its own, and what its experts make of
+it is added up in their order.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.dtypes import FLOAT32, Array, Floats, HostArray
-from pipeline.kernels.base import Linear
+from pipeline.kernels.base import Linear, Routing
 from pipeline.models.decoder_config import DecoderConfig, Experts
 from pipeline.models.layer_parts import LayerMaker
 from pipeline.models.workspace import Block
@@ -53,6 +53,9 @@ class RoutedMLP:
             gate_up = make.linear(f"{prefix}gate_up_proj", hidden, 2 * self._inner, bias=False)
             down = make.linear(prefix + experts.down, self._inner, hidden, bias=False)
             self.experts.append((gate_up, down))
+        routing = Routing(experts.num_chosen, experts.are_normalised, config.gate != "silu")
+        self._at_once = kernels.experts(self.experts, routing)
+        self.is_fixed = self._at_once is not None
 
     def sinks(self) -> dict[str, Sink]:
         """Sinks of its tensors, by their names below the layer's prefix."""
@@ -70,6 +73,9 @@ class RoutedMLP:
         del block  # its room is for one MLP's rows
         kernels, count = self._kernels, len(rows)
         logits = self.router(rows, kernels.empty(count, self._experts.num_experts))
+        if self._at_once is not None:
+            self._at_once(rows, logits, out, residual)
+            return
         total = kernels.empty(*rows.shape)
         total[...] = 0
         for expert, chosen, shares in route(kernels.to_host(logits)[0], self._experts):

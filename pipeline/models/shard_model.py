@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -88,7 +88,7 @@ class Shard(ABC):
     """A range of a decoder's layers, with the embedding first and the head last."""
 
     # Whether all of a step is a fixed sequence of calls, which kernels may record.
-    has_fixed_steps: ClassVar[bool] = True
+    has_fixed_steps: bool = True
 
     def __init__(
         self,

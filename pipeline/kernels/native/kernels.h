@@ -116,6 +116,24 @@ rows_fn tile_rows(int is_half, size_t rows, size_t blocks);
 
 void linear(const weight_t *weight, const product_t *product);
 
+/* experts.c */
+typedef struct {
+    const void *gate_up, *down; /* packed: [2 * inner, hidden], [hidden, inner] */
+} expert_t;
+
+typedef struct {
+    int kind;
+    const expert_t *experts;
+    size_t num_experts, num_chosen;
+    int are_normalised, is_gelu; /* whether shares of those chosen add up to 1; which gate */
+    const float *x, *logits;     /* [rows, hidden], [rows, num_experts] */
+    size_t rows, hidden, inner;
+    float *out;            /* [rows, hidden] */
+    const float *residual; /* may be `out`, or NULL */
+} experts_t;
+
+int experts(const experts_t *job); /* 0 where there is no memory for what lies between */
+
 /* attention.c, attention_cache.c */
 enum { MAX_HEAD_DIM = 512 };
 
