@@ -238,6 +238,30 @@ def linear(
     may be `y` itself; `x` may not overlap `y`.
     """
 
+def experts(
+    kind: int,
+    table: Address,
+    num_experts: int,
+    num_chosen: int,
+    are_normalised: int,
+    is_gelu: int,
+    x: Address,
+    logits: Address,
+    rows: int,
+    hidden: int,
+    inner: int,
+    out: Address,
+    residual: Address,
+    /,
+) -> None:
+    """Set out = residual + sum of share * down(gate(x) * up(x)) over the experts of each row.
+
+    Of logits [rows, num_experts] the num_chosen greatest say which, the first of equals; shares are
+    their softmax, or that of those chosen alone. table: int64 [num_experts, 2], addresses of packed
+    weights gate_up [2 * inner, hidden] and down [hidden, inner]; x, out, residual [rows, hidden].
+    `residual` may be `out`, `x` may be neither. Raises ValueError where memory is short.
+    """
+
 def layer_norm(
     x: Address, weight: Address, bias: Address, y: Address, rows: int, size: int, eps: float, /
 ) -> None:
@@ -245,6 +269,26 @@ def layer_norm(
 
 def rms_norm(x: Address, weight: Address, y: Address, rows: int, size: int, eps: float, /) -> None:
     """Set y = x / sqrt(mean square + eps) * weight, [rows, size]; y may be x."""
+
+def add_rms_norm(
+    x: Address, weight: Address, y: Address, rows: int, size: int, eps: float, /
+) -> None:
+    """Add x / sqrt(mean square + eps) * weight to y, [rows, size]."""
+
+def rms_norm_within(
+    x: Address,
+    row_stride: int,
+    rows: int,
+    count: int,
+    size: int,
+    weight: Address,
+    eps: float,
+    /,
+) -> None:
+    """The same as `rms_norm`, in place, of each of the first count * size elements of a row.
+
+    row_stride in elements.
+    """
 
 def slide(
     keys: Address,
@@ -272,17 +316,25 @@ def rope(
     rows: int,
     num_heads: int,
     head_dim: int,
+    num_dims: int,
     cosines: Address,
     signed_sines: Address,
     /,
 ) -> None:
     """Rotate, in place, the first num_heads heads of each row of x; row_stride in elements.
 
-    cosines, signed_sines: [rows, head_dim], the first half of the sines negated.
+    Of a head the first num_dims elements: cosines, signed_sines: [rows, num_dims], the first half
+    of the sines negated.
     """
 
 def silu_mul(gate_up: Address, y: Address, rows: int, inner: int, /) -> None:
     """Set y [rows, inner] = silu(gate_up[:, :inner]) * gate_up[:, inner:]."""
+
+def gelu_mul(gate_up: Address, y: Address, rows: int, inner: int, /) -> None:
+    """Set y [rows, inner] = gelu(gate_up[:, :inner]) * gate_up[:, inner:], gelu by tanh."""
+
+def scale(x: Address, count: int, factor: float, /) -> None:
+    """Multiply elements by a factor, in place."""
 
 def attend(
     qkv: Address,

@@ -7,13 +7,13 @@ with, they make (`empty`, `zeros`, `to_device`), C-contiguous: numpy's arrays un
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from pipeline.dtypes import FLOAT32, Array, ArrayDType, Floats, HostArray, Precision
+from pipeline.dtypes import FLOAT32, Array, ArrayDType, Floats, HostArray, Precision, to_floats
 from pipeline.kernels.host_memory import available_bytes
 from pipeline.kernels.huge_pages import give_back, reserve
 from pipeline.kernels.kv_cache import KVCache
@@ -96,8 +96,26 @@ class KernelLinear(ABC):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What a norm multiplies by, of what a checkpoint stores: (stored + shift) * scale."""
+
+    shift: float = 0.0
+    scale: float = 1.0
+
+    def of(self, stored: HostArray) -> Floats:
+        """In float32."""
+        gain: Floats = (to_floats(stored) + np.float32(self.shift)) * np.float32(self.scale)
+        return gain
+
+
+AS_STORED = Gain()
+
+
 class Norm(ABC):
     """Normalises rows; `bias` is None for RMSNorm."""
+
+    gain: Gain = AS_STORED
 
     def __init__(self, kernels: "Kernels", size: int, eps: float, *, bias: bool) -> None:
         self.size, self.eps = size, eps
@@ -117,10 +135,47 @@ class Norm(ABC):
 
     def sinks(self, name: str) -> dict[str, Sink]:
         """Sinks of checkpoint norm `name`."""
-        found: dict[str, Sink] = {f"{name}.weight": CopySink(self.weight, fill=self._fill)}
+        fill = self._fill if self.gain == AS_STORED else self._fill_gains
+        found: dict[str, Sink] = {f"{name}.weight": CopySink(self.weight, fill=fill)}
         if self.bias is not None:
             found[f"{name}.bias"] = CopySink(self.bias, fill=self._fill)
         return found
+
+    def _fill_gains(self, target: Array, stored: HostArray) -> None:
+        self._fill(target, self.gain.of(stored))
+
+
+class RMSNorm(Norm):
+    """Rows over their root mean square, scaled."""
+
+    @abstractmethod
+    def add(self, x: Array, out: Array) -> Array:
+        """[rows, size], added to out [rows, size]."""
+
+    @abstractmethod
+    def within(self, rows: Array) -> None:
+        """In place, of each `size` columns of rows [n, a multiple of it], which may be a view."""
+
+
+class ExpertMLPs(Protocol):
+    """Gated MLPs side by side, and what sends rows through some of them, as one operation."""
+
+    def __call__(self, x: Array, logits: Array, out: Array, residual: Array | None) -> None:
+        """What those chosen make of rows [n, hidden], and the residual, into out [n, hidden].
+
+        Shapes: logits [n, experts]; `residual` may be `out`.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How many experts logits choose of a row, and how much each counts."""
+
+    num_chosen: int
+    # Whether shares are a softmax of the logits of those chosen, or of all logits.
+    are_normalised: bool
+    # Whether gates are gelu's, else silu's.
+    is_gelu: bool = False
 
 
 class Attention(Protocol):
@@ -140,7 +195,7 @@ class HeadShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    window: int
+    window: int = 0
 
     @property
     def qkv_width(self) -> int:
@@ -148,11 +203,27 @@ class HeadShape:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
-# A shard's layers: inputs, the position of each row, a bound above all positions, the attention.
-Compute = Callable[[Array, Array, int, Attention], Array]
+# A step's attention in layers whose heads have that shape.
+Attend = Callable[[HeadShape], Attention]
+# A shard's layers: inputs, the position of each row, a bound above all positions, what attends.
+Compute = Callable[[Array, Array, int, Attend], Array]
 # A model's end: its layers' result to each row's greedy token and its logits.
 Finish = Callable[[Array], tuple[Array, Array]]
 Rows = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What is computed in a step, over a cache: all that kernels need to run it, or record it."""
+
+    compute: Compute
+    cache: KVCache
+    # A model's end: makes tokens of rows.
+    finish: Finish | None = None
+    # Of rows coming in; None for token ids.
+    width: int | None = None
+    # Whether all of it is the kernels' own, so that it may be recorded.
+    is_recordable: bool = True
 
 
 class FramePlace(NamedTuple):
@@ -205,39 +276,18 @@ class Kernels(ABC):
     # Whether there is a `decode_step`.
     has_decode_steps: ClassVar[bool] = False
 
-    def run(
-        self,
-        compute: Compute,
-        inputs: HostArray,
-        batch: Batch,
-        shape: HeadShape,
-        cache: KVCache,
-        *,
-        may_record: bool = True,
-    ) -> Array:
-        """A step from the host's inputs to `compute`'s result, where these kernels compute.
-
-        `may_record`: whether `compute` is theirs alone, so that it may be recorded.
-        """
-        del may_record
+    def run(self, work: StepWork, inputs: HostArray, batch: Batch) -> Array:
+        """A step from the host's inputs to the work's result, where these kernels compute."""
         end = max(segment.position + segment.num_tokens for segment in batch)
-        attention = self.attention(batch, shape, cache.capacity)
+
+        def attend(shape: HeadShape) -> Attention:
+            return self.attention(batch, shape, work.cache.capacity)
+
         positions = self.to_device(batch_positions(batch))
-        return compute(self.to_device(inputs), positions, end, attention)
+        return work.compute(self.to_device(inputs), positions, end, attend)
 
-    def decode_step(
-        self,
-        compute: Compute,
-        finish: Finish | None,
-        batch: Batch,
-        width: int | None,
-        shape: HeadShape,
-        cache: KVCache,
-    ) -> DecodeStep:
-        """The steps of batches like this one over a cache, for kernels that have them.
-
-        `width` is that of the rows coming in, None for token ids; `finish` makes tokens of rows.
-        """
+    def decode_step(self, work: StepWork, batch: Batch) -> DecodeStep:
+        """The steps of batches like this one, for kernels that have them."""
         raise NotImplementedError
 
     def wipe(self) -> None:  # noqa: B027 - by default there is nothing
@@ -289,12 +339,19 @@ class Kernels(ABC):
     def linear(self, spec: LinearSpec) -> Linear:
         """An empty linear layer. Raises InputError for a precision without a product."""
 
+    def experts(
+        self, linears: Sequence[tuple[Linear, Linear]], routing: Routing
+    ) -> ExpertMLPs | None:
+        """MLPs of these linears, gate_up and down of each; None where they are no one operation."""
+        del linears, routing
+        return None
+
     @abstractmethod
     def layer_norm(self, size: int, eps: float) -> Norm:
         """Rows centred, over their deviation, scaled and shifted."""
 
     @abstractmethod
-    def rms_norm(self, size: int, eps: float) -> Norm:
+    def rms_norm(self, size: int, eps: float) -> RMSNorm:
         """Rows over their root mean square, scaled."""
 
     @abstractmethod
@@ -329,14 +386,23 @@ class Kernels(ABC):
 
     @abstractmethod
     def rope(self, qkv: Array, shape: HeadShape, cos: Array, sin: Array) -> None:
-        """Rotate queries and keys in place: each (j, j + head_dim/2) pair by its row's angle.
+        """Rotate queries and keys in place: each (j, j + n/2) pair by its row's angle.
 
-        Shapes: cos, sin [rows, head_dim], the first half of sin negated.
+        Shapes: cos, sin [rows, n], the first half of sin negated; of a head's dimensions those
+        from the n-th on stay as they are.
         """
 
     @abstractmethod
     def silu_mul(self, gate_up: Array, out: Array) -> Array:
         """silu(gate) * up: [rows, 2 * inner] -> out [rows, inner]."""
+
+    @abstractmethod
+    def gelu_mul(self, gate_up: Array, out: Array) -> Array:
+        """gelu(gate) * up, by tanh: [rows, 2 * inner] -> out [rows, inner]."""
+
+    @abstractmethod
+    def scale(self, rows: Array, factor: float) -> None:
+        """Multiply contiguous rows in place."""
 
     @abstractmethod
     def argmax(self, logits: Array) -> Array:

@@ -64,7 +64,6 @@ class StaticStep:
         self,
         compute: Compute,
         example: HostArray,
-        shape: HeadShape,
         *,
         rows: int,
         context: int,
@@ -81,8 +80,8 @@ class StaticStep:
 
         def step() -> torch.Tensor:
             slots, positions = self._places
-            attention = DecodeAttention(slots, positions, context, shape)
-            result: torch.Tensor = compute(self._inputs, positions, context, attention)
+            attend = partial(DecodeAttention, slots, positions, context)
+            result: torch.Tensor = compute(self._inputs, positions, context, attend)
             return result
 
         self._step = recorder.record(step)

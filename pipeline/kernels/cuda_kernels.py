@@ -24,14 +24,13 @@ from pipeline.dtypes import PRECISIONS, Array, HostArray
 from pipeline.errors import InputError
 from pipeline.kernels.base import (
     Attention,
-    Compute,
     HeadShape,
     KernelLinear,
     Linear,
     LinearSpec,
+    StepWork,
 )
 from pipeline.kernels.cuda_graphs import Recorder, StaticStep
-from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.torch_attention import TorchAttention
 from pipeline.kernels.torch_kernels import (
     ACTIVATIONS,
@@ -135,29 +134,19 @@ class CudaKernels(TorchKernels):
         with self.device:  # where masks are made
             return TorchAttention(batch, shape)
 
-    def run(
-        self,
-        compute: Compute,
-        inputs: HostArray,
-        batch: Batch,
-        shape: HeadShape,
-        cache: KVCache,
-        *,
-        may_record: bool = True,
-    ) -> Array:
+    def run(self, work: StepWork, inputs: HostArray, batch: Batch) -> Array:
         """A step from the host's inputs to rows on the device; recorded if all are decoding."""
-        if not may_record or any(segment.num_tokens != 1 for segment in batch):
-            return super().run(compute, inputs, batch, shape, cache)
-        rows = _bucket(len(batch))
+        if not work.is_recordable or any(segment.num_tokens != 1 for segment in batch):
+            return super().run(work, inputs, batch)
+        cache, rows = work.cache, _bucket(len(batch))
         longest = max(segment.position for segment in batch) + 1
         context = min(max(_bucket(longest), MIN_CONTEXT), cache.capacity)
         recorder = cache.recordings.get(GRAPHS, partial(Recorder, self.device))
         step = recorder.steps.get((rows, context))
         if step is None:
             step = recorder.steps[rows, context] = StaticStep(
-                compute,
+                work.compute,
                 inputs,
-                shape,
                 rows=rows,
                 context=context,
                 scratch=cache.num_slots,

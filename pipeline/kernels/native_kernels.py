@@ -4,7 +4,7 @@ Here a row's result depends on that row and its own cache alone, bit for bit: no
 come with it, nor on where a prompt is cut into steps, nor on the number of threads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -23,18 +23,19 @@ from pipeline.kernels import _native
 from pipeline.kernels.base import (
     Activation,
     Attention,
-    Compute,
     DecodeStep,
-    Finish,
+    ExpertMLPs,
     HeadShape,
     KernelLinear,
     Kernels,
     Linear,
     LinearSpec,
     Norm,
+    RMSNorm,
+    Routing,
+    StepWork,
 )
 from pipeline.kernels.huge_pages import Arena, aligned
-from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import Slide
 from pipeline.kernels.native_step import NativeAttention, NativeStep, spans_of
 from pipeline.kernels.runtime import overwrite_freed_blocks, return_large_blocks
@@ -104,15 +105,15 @@ class NativeLinear(KernelLinear):
 
     def __init__(self, kernels: "NativeKernels", spec: LinearSpec) -> None:
         super().__init__(kernels, spec)
-        self._kind = _kind(spec.precision)
-        num_bytes = _native.packed_bytes(self._kind, spec.num_in, spec.num_out)
+        self.kind = _kind(spec.precision)
+        num_bytes = _native.packed_bytes(self.kind, spec.num_in, spec.num_out)
         self._packed = kernels.arena.take(num_bytes)
         self._activation = ACTIVATIONS[spec.activation]
 
     def __call__(self, x: Floats, out: Floats, residual: Floats | None = None) -> Floats:
         """[rows, in] -> out [rows, out]."""
         _native.linear(
-            self._kind,
+            self.kind,
             self._packed,
             self.bias,
             x,
@@ -128,7 +129,7 @@ class NativeLinear(KernelLinear):
     def gather(self, ids: HostArray, out: Floats) -> None:
         """Weights of the outputs `ids`, [n, in]."""
         _native.gather(
-            self._kind,
+            self.kind,
             self._packed,
             self.num_in,
             self.num_out,
@@ -141,7 +142,7 @@ class NativeLinear(KernelLinear):
         self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
     ) -> None:
         """Pack outputs first.., [n, in] as a file holds them, int8 with its scales."""
-        if self._kind == KINDS[self.precision][0]:
+        if self.kind == KINDS[self.precision][0]:
             self._pack(first, first_in, outputs, scales)
             return
         for at, piece, own in in_precision(self.precision, first, outputs, scales):
@@ -156,12 +157,48 @@ class NativeLinear(KernelLinear):
         if scales is not None:
             _native.pack_int8(*packed, outputs, *strides, scales, _strides(scales)[0], *where)
             return
-        _native.pack(self._kind, *packed, STORED[outputs.dtype], outputs, *strides, *where)
+        _native.pack(self.kind, *packed, STORED[outputs.dtype], outputs, *strides, *where)
+
+    @property
+    def address(self) -> int:
+        """Of the packed weights."""
+        found: int = self._packed.ctypes.data
+        return found
 
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
         return self._packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class NativeExperts:
+    """MLPs of linears that are all packed here, alike."""
+
+    def __init__(
+        self, linears: Sequence[tuple[NativeLinear, NativeLinear]], routing: Routing
+    ) -> None:
+        self._linears = linears  # whose weights the table points to
+        self._table = np.array([[each.address for each in pair] for pair in linears], np.int64)
+        self._routing = routing
+
+    def __call__(self, x: Floats, logits: Floats, out: Floats, residual: Floats | None) -> None:
+        """What those chosen make of rows, and the residual, into out."""
+        routing, (gate_up, down) = self._routing, self._linears[0]
+        _native.experts(
+            gate_up.kind,
+            self._table,
+            len(self._linears),
+            routing.num_chosen,
+            routing.are_normalised,
+            routing.is_gelu,
+            x,
+            logits,
+            len(x),
+            gate_up.num_in,
+            down.num_in,
+            out,
+            residual,
+        )
 
 
 class LayerNorm(Norm):
@@ -181,13 +218,24 @@ class LayerNorm(Norm):
         return out
 
 
-class RMSNorm(Norm):
+class NativeRMSNorm(RMSNorm):
     """Rows over their root mean square, scaled."""
 
     def __call__(self, x: Floats, out: Floats) -> Floats:
         """[rows, size] -> out [rows, size]."""
         _native.rms_norm(x, self.weight, out, len(x), self.size, self.eps)
         return out
+
+    def add(self, x: Floats, out: Floats) -> Floats:
+        """[rows, size], added to out [rows, size]."""
+        _native.add_rms_norm(x, self.weight, out, len(x), self.size, self.eps)
+        return out
+
+    def within(self, rows: Floats) -> None:
+        """In place, of each `size` columns."""
+        count = rows.shape[1] // self.size
+        stride = _strides(rows)[0]
+        _native.rms_norm_within(rows, stride, len(rows), count, self.size, self.weight, self.eps)
 
 
 class NativeKernels(Kernels):
@@ -232,25 +280,28 @@ class NativeKernels(Kernels):
         """An empty linear layer."""
         return NativeLinear(self, spec)
 
+    def experts(
+        self, linears: Sequence[tuple[Linear, Linear]], routing: Routing
+    ) -> ExpertMLPs | None:
+        """MLPs of these linears, where all are such as are made here."""
+        own = [
+            (gate_up, down)
+            for gate_up, down in linears
+            if isinstance(gate_up, NativeLinear) and isinstance(down, NativeLinear)
+        ]
+        return NativeExperts(own, routing) if len(own) == len(linears) else None
+
     def layer_norm(self, size: int, eps: float) -> Norm:
         """Rows centred, over their deviation, scaled and shifted."""
         return LayerNorm(self, size, eps, bias=True)
 
-    def rms_norm(self, size: int, eps: float) -> Norm:
+    def rms_norm(self, size: int, eps: float) -> RMSNorm:
         """Rows over their root mean square, scaled."""
-        return RMSNorm(self, size, eps, bias=False)
+        return NativeRMSNorm(self, size, eps, bias=False)
 
-    def decode_step(
-        self,
-        compute: Compute,
-        finish: Finish | None,
-        batch: Batch,
-        width: int | None,
-        shape: HeadShape,
-        cache: KVCache,
-    ) -> DecodeStep:
+    def decode_step(self, work: StepWork, batch: Batch) -> DecodeStep:
         """A recorded step."""
-        return NativeStep(compute, finish, batch, width, shape, cache)
+        return NativeStep(work, batch)
 
     def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
         """A step's attention."""
@@ -301,6 +352,7 @@ class NativeKernels(Kernels):
             len(qkv),
             shape.num_heads + shape.num_kv_heads,
             shape.head_dim,
+            cos.shape[1],
             cos,
             sin,
         )
@@ -309,6 +361,15 @@ class NativeKernels(Kernels):
         """silu(gate) * up."""
         _native.silu_mul(gate_up, out, len(out), out.shape[1])
         return out
+
+    def gelu_mul(self, gate_up: Floats, out: Floats) -> Floats:
+        """gelu(gate) * up."""
+        _native.gelu_mul(gate_up, out, len(out), out.shape[1])
+        return out
+
+    def scale(self, rows: Floats, factor: float) -> None:
+        """Multiply rows in place."""
+        _native.scale(rows, rows.size, factor)
 
     def argmax(self, logits: Floats) -> HostArray:
         """Index of the first greatest of each row."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.dtypes import FLOAT32, Floats, HostArray
 from pipeline.kernels import _native
-from pipeline.kernels.base import Compute, Finish, FramePlace, HeadShape, Rows, Serve
+from pipeline.kernels.base import FramePlace, HeadShape, Rows, Serve, StepWork
 from pipeline.kernels.huge_pages import aligned
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.protocol.batch import Batch
@@ -64,30 +64,22 @@ class NativeAttention:
 class NativeStep:
     """A step of so many requests over one cache; its program keeps the memory it works on."""
 
-    def __init__(
-        self,
-        compute: Compute,
-        finish: Finish | None,
-        batch: Batch,
-        width: int | None,
-        shape: HeadShape,
-        cache: KVCache,
-    ) -> None:
-        """Record it for batches like this; `width` of the rows coming in, None for token ids."""
-        count, spans = len(batch), spans_of(batch)
-        attention = NativeAttention(spans, shape, cache.capacity)
+    def __init__(self, work: StepWork, batch: Batch) -> None:
+        """Record it for batches like this."""
+        count, spans, cache = len(batch), spans_of(batch), work.cache
+        attend = partial(NativeAttention, spans, max_seq_len=cache.capacity)
         self.logits: Floats | None = None
         self._program = _native.Program()
         with self._program:
-            if width is None:
+            if work.width is None:
                 rows = np.empty(count, np.uint32)
                 inputs = np.empty(count, np.int64)
                 _native.widen(rows, inputs, count)
             else:
-                rows = inputs = aligned(np.empty, (count, width), FLOAT32)
-            outputs = compute(inputs, spans[:, POSITION], cache.ledger.max_rows, attention)
-            if finish is not None:
-                chosen, self.logits = finish(outputs)
+                rows = inputs = aligned(np.empty, (count, work.width), FLOAT32)
+            outputs = work.compute(inputs, spans[:, POSITION], cache.ledger.max_rows, attend)
+            if work.finish is not None:
+                chosen, self.logits = work.finish(outputs)
                 outputs = np.empty(count, np.uint32)
                 _native.narrow(chosen, outputs, count)
         self._program.connect(spans, count, rows, rows.nbytes, outputs, outputs.nbytes)

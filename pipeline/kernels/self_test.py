@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from pipeline.dtypes import (
     from_floats,
     to_floats,
 )
-from pipeline.kernels.base import HeadShape, Kernels, LinearSpec, Norm
+from pipeline.kernels.base import HeadShape, Kernels, LinearSpec, Norm, Routing
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.protocol.batch import Segment
 from pipeline.weights.quantization import dequantise, quantise
@@ -25,6 +26,8 @@ from pipeline.weights.quantization import dequantise, quantise
 TOLERANCES: dict[Precision, float] = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 3e-2}
 EPS = 1e-5
 SHAPE = HeadShape(num_heads=4, num_kv_heads=2, head_dim=32, window=0)
+PART = 20  # dimensions of a head that turn, where not all do
+AnyNorm = TypeVar("AnyNorm", bound=Norm)
 
 
 def first_difference(
@@ -70,20 +73,38 @@ def _products(kernels: Kernels, precision: Precision) -> tuple[HostArray, HostAr
     else:
         rounded = to_floats(from_floats(weight, PRECISIONS[precision]))
     y = x @ rounded.T + bias
-    y *= 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+    y = _gelu(y)
     return np.concatenate(kernels.to_host(several, one)), np.concatenate((y + residual, y[1:2]))
+
+
+def _gelu(x: Floats) -> Floats:
+    found: Floats = x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return found
 
 
 def _rest(kernels: Kernels) -> dict[str, tuple[HostArray, HostArray]]:
     """What lies between the products, on small rows: found and expected."""
     x = _wave(5, 64)
-    gates = kernels.silu_mul(kernels.to_device(x), kernels.empty(5, 32))
+    gate, up = x[:, :32], x[:, 32:]
+    silu = kernels.silu_mul(kernels.to_device(x), kernels.empty(5, 32))
+    gelu = kernels.gelu_mul(kernels.to_device(x), kernels.empty(5, 32))
+    scaled = kernels.to_device(x.copy())
+    kernels.scale(scaled, 2.5)
     qkv, angles = _wave(5, SHAPE.qkv_width), _wave(5, SHAPE.head_dim)
     cos, sin = np.cos(angles), np.sin(angles)
-    rotated = kernels.to_device(qkv.copy())
+    rotated, partly, within = (kernels.to_device(qkv.copy()) for _ in range(3))
     kernels.rope(rotated, SHAPE, kernels.to_device(cos), kernels.to_device(sin))
+    some = [np.ascontiguousarray(each[:, :PART]) for each in (cos, sin)]
+    kernels.rope(partly, SHAPE, *map(kernels.to_device, some))
+    added = kernels.to_device(x.copy())
+    _filled(kernels.rms_norm(64, EPS)).add(kernels.to_device(x), added)
+    _filled(kernels.rms_norm(SHAPE.head_dim, EPS)).within(within[:, : 2 * SHAPE.head_dim])
+    heads = qkv[:, : 2 * SHAPE.head_dim].reshape(-1, SHAPE.head_dim)
+    normed = (_over_deviation(heads) * _wave(SHAPE.head_dim)).reshape(5, -1)
     results = {
-        "silu": (gates, x[:, :32] / (1 + np.exp(-x[:, :32])) * x[:, 32:]),
+        "silu": (silu, gate / (1 + np.exp(-gate)) * up),
+        "gelu": (gelu, _gelu(gate) * up),
+        "scaling": (scaled, x * np.float32(2.5)),
         "LayerNorm": (
             _normed(kernels, kernels.layer_norm(64, EPS), x),
             _over_deviation(x - x.mean(-1, keepdims=True)) * _wave(64) + _wave(64),
@@ -92,17 +113,55 @@ def _rest(kernels: Kernels) -> dict[str, tuple[HostArray, HostArray]]:
             _normed(kernels, kernels.rms_norm(64, EPS), x),
             _over_deviation(x) * _wave(64),
         ),
+        "added RMSNorm": (added, x + _over_deviation(x) * _wave(64)),
+        "RMSNorm of heads": (within, np.hstack((normed, qkv[:, 2 * SHAPE.head_dim :]))),
         "rotation": (rotated, _rotated(qkv, cos, sin)),
+        "rotation in part": (partly, _rotated(qkv, *some)),
     }
+    routed = _routed(kernels)
+    if routed is not None:
+        results["experts"] = routed
     for dtype in sorted(set(KV_DTYPES.values()), key=str):
         results[f"attention in {dtype}"] = (_attended(kernels, qkv, dtype), _attention(qkv, dtype))
     return {name: (kernels.to_host(found)[0], each) for name, (found, each) in results.items()}
 
 
+def _routed(kernels: Kernels) -> tuple[Array, HostArray] | None:
+    """Two of three experts for each of five rows, by logits that they begin with."""
+    weights = [(_wave(48, 32) / (4 + at), _wave(32, 24) / (3 + at)) for at in range(3)]
+    pairs = []
+    for pair in weights:
+        linears = [
+            kernels.linear(LinearSpec(*each.shape[::-1], bias=False, precision="float32"))
+            for each in pair
+        ]
+        for linear, each in zip(linears, pair, strict=True):
+            linear.sinks("")[".weight"].write(0, each)
+        pairs.append((linears[0], linears[1]))
+    experts = kernels.experts(pairs, Routing(num_chosen=2, are_normalised=True))
+    if experts is None:
+        return None
+    x = _wave(5, 32)
+    logits, out = np.ascontiguousarray(x[:, :3]), kernels.to_device(x.copy())
+    experts(kernels.to_device(x), kernels.to_device(logits), out, out)
+    expected = x.astype(np.float64)
+    for row, own in enumerate(logits):
+        chosen = np.argsort(-own)[:2]
+        shares = np.exp(own[chosen]) / np.exp(own[chosen]).sum()
+        for share, (gate_up, down) in zip(shares, [weights[each] for each in chosen], strict=True):
+            gate, up = np.split(gate_up @ x[row], 2)
+            expected[row] += share * (down @ (gate / (1 + np.exp(-gate)) * up))
+    return out, expected
+
+
 def _normed(kernels: Kernels, norm: Norm, x: Floats) -> Array:
+    return _filled(norm)(kernels.to_device(x), kernels.empty(*x.shape))
+
+
+def _filled(norm: AnyNorm) -> AnyNorm:
     for sink in norm.sinks("").values():
-        sink.write(0, _wave(64))
-    return norm(kernels.to_device(x), kernels.empty(*x.shape))
+        sink.write(0, _wave(norm.size))
+    return norm
 
 
 def _over_deviation(x: Floats) -> HostArray:
@@ -112,9 +171,10 @@ def _over_deviation(x: Floats) -> HostArray:
 
 def _rotated(qkv: Floats, cos: Floats, sin: Floats) -> Floats:
     """Queries and keys by their row's angles, values as they are."""
+    num_dims = cos.shape[1]
     heads = qkv.reshape(len(qkv), -1, SHAPE.head_dim).copy()
-    turned = heads[:, : SHAPE.num_heads + SHAPE.num_kv_heads]
-    swapped = np.roll(turned, SHAPE.head_dim // 2, -1)
+    turned = heads[:, : SHAPE.num_heads + SHAPE.num_kv_heads, :num_dims]
+    swapped = np.roll(turned, num_dims // 2, -1)
     turned[:] = turned * cos[:, None] + swapped * sin[:, None]
     return heads.reshape(qkv.shape)
 

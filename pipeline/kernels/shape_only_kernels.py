@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pipeline.dtypes import FLOAT32, PRECISIONS, ArrayDType, HostArray
-from pipeline.kernels.base import KernelLinear, Kernels, Linear, LinearSpec, Norm
+from pipeline.kernels.base import KernelLinear, Kernels, Linear, LinearSpec, Norm, RMSNorm
 
 
 def _never(self: object, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ANN401
@@ -25,10 +25,10 @@ class OutlineLinear(KernelLinear):
         return weights + (0 if self.bias is None else int(self.bias.nbytes))
 
 
-class OutlineNorm(Norm):
+class OutlineNorm(RMSNorm):
     """The size of a norm."""
 
-    __call__ = _never
+    __call__ = add = within = _never
 
 
 class Outline(Kernels):
@@ -37,7 +37,7 @@ class Outline(Kernels):
     name = "none"
     key_block = 1
     is_row_exact = False
-    attention = slide = copy = lookup = rope = silu_mul = argmax = fill = _never
+    attention = slide = copy = lookup = rope = silu_mul = gelu_mul = scale = argmax = fill = _never
 
     def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
         """One number, seen as an array of any size."""
@@ -51,6 +51,6 @@ class Outline(Kernels):
         """A norm's size."""
         return OutlineNorm(self, size, eps, bias=True)
 
-    def rms_norm(self, size: int, eps: float) -> Norm:
+    def rms_norm(self, size: int, eps: float) -> RMSNorm:
         """A norm's size."""
         return OutlineNorm(self, size, eps, bias=False)

@@ -36,6 +36,7 @@ from pipeline.kernels.base import (
     Linear,
     LinearSpec,
     Norm,
+    RMSNorm,
 )
 from pipeline.kernels.kv_storage import Slide
 from pipeline.kernels.runtime import (
@@ -154,12 +155,24 @@ class LayerNorm(Norm):
         return out.copy_(F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps))
 
 
-class RMSNorm(Norm):
+class TorchRMSNorm(RMSNorm):
     """Rows over their root mean square, scaled."""
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """[rows, size] -> out [rows, size]."""
-        return out.copy_(F.rms_norm(x, (self.size,), self.weight, self.eps))
+        return out.copy_(self._of(x))
+
+    def add(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """[rows, size], added to out [rows, size]."""
+        return out.add_(self._of(x))
+
+    def within(self, rows: torch.Tensor) -> None:
+        """In place, of each `size` columns."""
+        each = rows.unflatten(1, (-1, self.size))
+        each.copy_(self._of(each))
+
+    def _of(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (self.size,), self.weight, self.eps)
 
 
 class TorchKernels(Kernels):
@@ -217,9 +230,9 @@ class TorchKernels(Kernels):
         """Rows centred, over their deviation, scaled and shifted."""
         return LayerNorm(self, size, eps, bias=True)
 
-    def rms_norm(self, size: int, eps: float) -> Norm:
+    def rms_norm(self, size: int, eps: float) -> RMSNorm:
         """Rows over their root mean square, scaled."""
-        return RMSNorm(self, size, eps, bias=False)
+        return TorchRMSNorm(self, size, eps, bias=False)
 
     def attention(self, batch: Batch, shape: HeadShape, max_seq_len: int) -> Attention:
         """A step's attention."""
@@ -269,15 +282,25 @@ class TorchKernels(Kernels):
         self, qkv: torch.Tensor, shape: HeadShape, cos: torch.Tensor, sin: torch.Tensor
     ) -> None:
         """Rotate queries and keys in place."""
-        num_rotated = shape.num_heads + shape.num_kv_heads
-        heads = qkv.view(qkv.shape[0], -1, shape.head_dim)[:, :num_rotated]
-        swapped = heads.roll(shape.head_dim // 2, -1)
+        num_rotated, num_dims = shape.num_heads + shape.num_kv_heads, cos.shape[1]
+        heads = qkv.view(qkv.shape[0], -1, shape.head_dim)[:, :num_rotated, :num_dims]
+        swapped = heads.roll(num_dims // 2, -1)
         heads.mul_(cos.unsqueeze(1)).addcmul_(swapped, sin.unsqueeze(1))
 
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up."""
         inner = out.shape[1]
         return torch.mul(F.silu(gate_up[:, :inner]), gate_up[:, inner:], out=out)
+
+    def gelu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """gelu(gate) * up."""
+        inner = out.shape[1]
+        gate = F.gelu(gate_up[:, :inner], approximate="tanh")
+        return torch.mul(gate, gate_up[:, inner:], out=out)
+
+    def scale(self, rows: torch.Tensor, factor: float) -> None:
+        """Multiply rows in place."""
+        rows.mul_(factor)
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """Index of the first greatest of each row."""

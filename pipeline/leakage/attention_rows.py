@@ -11,9 +11,12 @@ import numpy as np
 
 from pipeline.dtypes import Floats
 from pipeline.errors import InputError
-from pipeline.models.config import LlamaConfig, ModelConfig
+from pipeline.models.decoder import STREAM
+from pipeline.models.decoder_config import DecoderConfig
+from pipeline.models.model_config import ModelConfig
 from pipeline.models.registry import family_of, required_tensors, stored_as
 from pipeline.models.rope import rope_frequencies
+from pipeline.models.rope_config import Rope
 from pipeline.models.shard_model import NO_ENDS
 from pipeline.scx.codec import LayerCodec
 from pipeline.scx.keys import KeyGenerator
@@ -28,7 +31,8 @@ KEYS, VALUES = "self_attn.k_proj", "self_attn.v_proj"
 class LayerReaders:
     """What a layer reads rows by: [KV heads, tokens, head_dim] of rows [tokens, hidden]."""
 
-    config: LlamaConfig
+    config: DecoderConfig
+    rope: Rope
     gain: Floats
     keys: Floats  # [KV heads * head_dim, hidden]
     values: Floats
@@ -36,19 +40,21 @@ class LayerReaders:
     @classmethod
     def load(cls, model_dir: Path, config: ModelConfig, layer: int) -> "LayerReaders":
         """Raises InputError for other families, ModelError."""
-        if not isinstance(config, LlamaConfig) or config.qkv_bias:
+        rope = config.shape(layer).rope
+        is_plain = isinstance(config, DecoderConfig) and family_of(config).stream is STREAM
+        if not is_plain or config.qkv_bias or config.qk_norm is not None or rope is None:
             raise InputError(
                 f"{config.architecture}: encoded rows are measured of Llama-like models without "
-                "biases"
+                "biases and norms of queries and keys"
             )
-        names = [f"{family_of(config).NAMES.layers}.{layer}.{each}.weight"
+        names = [f"{family_of(config).names.layers}.{layer}.{each}.weight"
                  for each in (NORM, KEYS, VALUES)]  # fmt: skip
         files = stored_as(model_dir, config, range(layer, layer + 1), NO_ENDS)
         planned = required_tensors(model_dir, config, range(layer, layer + 1), NO_ENDS)
         arrays = [np.empty(planned[files[name]].shape, np.float32) for name in names]
         sinks = {files[name]: CopySink(each) for name, each in zip(names, arrays, strict=True)}
         load_tensors(model_dir, sinks, expected_hashes=None, packing=config.packing)
-        return cls(config, *arrays)
+        return cls(config, rope.within(config.max_positions), *arrays)
 
     def keys_of(self, rows: Floats) -> Floats:
         """Before RoPE."""
@@ -60,7 +66,7 @@ class LayerReaders:
 
     def turned(self, keys: Floats, positions: Sequence[int] | np.ndarray) -> Floats:
         """Keys at positions, one of each or the same of all, as they are cached."""
-        angles = np.outer(positions, rope_frequencies(self.config).astype(np.float64))
+        angles = np.outer(positions, rope_frequencies(self.rope).astype(np.float64))
         cos, sin = (
             np.hstack((each, each)).astype(np.float32) for each in (np.cos(angles), np.sin(angles))
         )

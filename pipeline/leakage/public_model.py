@@ -14,8 +14,9 @@ import numpy as np
 from pipeline.dtypes import Floats
 from pipeline.errors import ModelError
 from pipeline.kernels.kv_cache import KVCache
-from pipeline.models.config import ModelConfig, load_config
+from pipeline.models.config import load_config
 from pipeline.models.layer_parts import OWN, LayerParts
+from pipeline.models.model_config import ModelConfig
 from pipeline.models.registry import (
     ModelShard,
     family_of,
@@ -67,7 +68,7 @@ class PublicModel:
             for index, (start, end) in enumerate(itertools.pairwise(cuts))
         )
         family = family_of(config)
-        names, stream = family.NAMES, family.STREAM
+        names, stream = family.names, family.stream
         if stream is None:
             raise ModelError(f"what reads the rows of {config.architecture} models is not known")
         norm, linears = next(iter(stream.readers.items()))

@@ -1,22 +1,81 @@
 """GPT-2. Attribute names are the checkpoint's; its Conv1D weights are stored [in, out]."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from pipeline.dtypes import Array, Precision
-from pipeline.kernels.base import Activation, Kernels, Norm
-from pipeline.models.config import GPT2Config
-from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts
+from pipeline.dtypes import Array
+from pipeline.kernels.base import Activation, Norm
+from pipeline.models.family import Family
+from pipeline.models.layer_parts import LayerMaker
+from pipeline.models.model_config import (
+    Epsilon,
+    Fields,
+    Heads,
+    Inner,
+    JsonFields,
+    ModelConfig,
+    NumLayers,
+    Width,
+    eos_token_ids_of,
+    head_dim_of,
+)
 from pipeline.models.residual import ResidualStream
-from pipeline.models.shard_model import Ends, Layer, Names, Shard
+from pipeline.models.rope_config import Positions
+from pipeline.models.shard_model import Layer, Names, Shard, ShardSpec
 from pipeline.models.workspace import ForwardPass
 from pipeline.weights.tensor_sinks import CopySink, Sink
 
+NAMES = Names(embedding="wte", layers="h", norm="ln_f", head="lm_head")
 ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu": "gelu",
     "relu": "relu",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GPT2Config(ModelConfig):
+    """GPT-2: learned positions, LayerNorm, one activation between two linears."""
+
+    activation_function: str
+
+
+class GPT2Json(JsonFields):
+    """Its config.json."""
+
+    n_layer: NumLayers
+    n_embd: Width
+    n_head: Heads
+    n_positions: Positions
+    n_inner: Inner | None = None
+    layer_norm_epsilon: Epsilon = 1e-5
+    activation_function: Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"] = "gelu_new"
+    tie_word_embeddings: bool = True
+    scale_attn_weights: Literal[True] = True
+    scale_attn_by_inverse_layer_idx: Literal[False] = False
+    add_cross_attention: Literal[False] = False
+
+
+def read(fields: Fields, generation: Fields) -> GPT2Config:
+    """The configuration that a config.json says. Raises ModelError, ValidationError."""
+    raw = GPT2Json.model_validate(fields)
+    return GPT2Config(
+        architecture="gpt2",
+        num_layers=raw.n_layer,
+        hidden_dim=raw.n_embd,
+        num_heads=raw.n_head,
+        num_kv_heads=raw.n_head,
+        head_dim=head_dim_of(raw.n_embd, raw.n_head, "n_embd/n_head"),
+        vocab_size=raw.vocab_size,
+        max_positions=raw.n_positions,
+        eos_token_ids=eos_token_ids_of(raw.eos_token_id, generation.get("eos_token_id")),
+        intermediate_size=raw.n_inner or 4 * raw.n_embd,
+        norm_eps=raw.layer_norm_epsilon,
+        tie_word_embeddings=raw.tie_word_embeddings,
+        activation_function=raw.activation_function,
+    )
 
 
 class GPT2Layer:
@@ -66,37 +125,10 @@ class GPT2Layer:
 class GPT2Shard(Shard):
     """A range of GPT-2's layers."""
 
-    NAMES = Names(embedding="wte", layers="h", norm="ln_f", head="lm_head")
-    STREAM = ResidualStream(
-        readers={"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
-        writers=("attn.c_proj", "mlp.c_proj"),
-        is_centred=True,
-        is_in_out=True,
-        positions="wpe.weight",
-    )
-
-    def __init__(
-        self,
-        config: GPT2Config,
-        layer_start: int,
-        layer_end: int,
-        *,
-        kernels: Kernels,
-        precision: Precision,
-        parts: LayerParts = OWN,
-        ends: Ends | None = None,
-    ) -> None:
-        super().__init__(
-            config,
-            layer_start,
-            layer_end,
-            kernels=kernels,
-            precision=precision,
-            parts=parts,
-            ends=ends,
-            is_gated=False,
-            has_head_bias=config.rotation is not None,
-        )
+    def __init__(self, config: GPT2Config, spec: ShardSpec) -> None:
+        is_rotated = config.rotation is not None
+        super().__init__(config, spec, NAMES, is_gated=False, has_head_bias=is_rotated)
+        kernels = spec.kernels
         self.wpe: Array | None = None
         if self.is_first:
             self.wpe = kernels.weights(config.max_positions, config.hidden_dim)
@@ -124,7 +156,21 @@ class GPT2Shard(Shard):
     def _norm(self) -> Norm | None:
         return self.ln_f
 
-    def _place(self, hidden: Array, positions: Array, end: int) -> None:
-        del end
+    def _place(self, hidden: Array, positions: Array) -> None:
         if self.wpe is not None:
             self.kernels.lookup(self.wpe, positions, hidden, adds=True)
+
+
+FAMILY = Family(
+    read=read,
+    build=GPT2Shard,
+    names=NAMES,
+    stream=ResidualStream(
+        readers={"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
+        writers=("attn.c_proj", "mlp.c_proj"),
+        is_centred=True,
+        is_in_out=True,
+        positions="wpe.weight",
+    ),
+    prefix="transformer.",
+)

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from pipeline.dtypes import HostArray, Precision
-from pipeline.kernels.base import Activation, Attention, Kernels, Linear, LinearSpec, Norm
+from pipeline.kernels.base import (
+    AS_STORED,
+    Activation,
+    Attention,
+    Gain,
+    Kernels,
+    Linear,
+    LinearSpec,
+    Norm,
+    RMSNorm,
+)
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV
 from pipeline.protocol.batch import Batch
@@ -37,6 +47,8 @@ class LayerParts:
     are_row_exact: ClassVar[bool] = True
     # Whether keys and values lie in the kernels' memory: without, a session reserves none.
     are_cached_here: ClassVar[bool] = True
+    # Whether somebody sees which linears a row meets.
+    are_watched: ClassVar[bool] = False
     # What runs the halves of a step side by side, where that gains anything: where layers wait.
     overlap: Overlap | None = None
 
@@ -100,6 +112,8 @@ class LayerMaker:
         """Rows centred, over their deviation, scaled and shifted."""
         return self.kernels.layer_norm(size, eps)
 
-    def rms_norm(self, size: int, eps: float) -> Norm:
-        """Rows over their root mean square, scaled."""
-        return self.kernels.rms_norm(size, eps)
+    def rms_norm(self, size: int, eps: float, gain: Gain = AS_STORED) -> RMSNorm:
+        """Rows over their root mean square, scaled by what stored gains become."""
+        norm = self.kernels.rms_norm(size, eps)
+        norm.gain = gain
+        return norm

@@ -13,7 +13,7 @@ from pipeline.errors import InputError, MessageError, ModelError
 from pipeline.kernels.base import Kernels, Rows
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.shape_only_kernels import Outline
-from pipeline.models.config import ModelConfig
+from pipeline.models.model_config import ModelConfig
 from pipeline.protocol.batch import Batch, num_tokens
 from pipeline.protocol.tide_window import TideWindow
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from pipeline.dtypes import Array, Floats, HostArray, Precision
 from pipeline.errors import ModelError
@@ -15,13 +15,12 @@ from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.kernels.shape_only_kernels import Outline
-from pipeline.models.config import GPT2Config, LlamaConfig, ModelConfig
-from pipeline.models.gpt2 import GPT2Shard
+from pipeline.models.families import FAMILIES
+from pipeline.models.family import Family
 from pipeline.models.layer_parts import OWN, LayerParts
-from pipeline.models.llama import LlamaShard
+from pipeline.models.model_config import ModelConfig
 from pipeline.models.older_client_part import HEAD, is_older_layout, names_in_file, older_name
-from pipeline.models.residual import ResidualStream
-from pipeline.models.shard_model import BOTH_ENDS, Ends, Names, Shard
+from pipeline.models.shard_model import BOTH_ENDS, Ends, Shard, ShardSpec
 from pipeline.progress import Progress
 from pipeline.protocol.batch import Batch
 from pipeline.protocol.tide_window import TideWindow
@@ -32,43 +31,6 @@ from pipeline.weights.tensor_sinks import Sink
 logger = logging.getLogger(__name__)
 
 Tensor = TypeVar("Tensor")
-
-
-class Family(Protocol):
-    """A shard's class."""
-
-    @property
-    def NAMES(self) -> Names:  # noqa: N802 - a constant of the class
-        """Where its checkpoints keep what every decoder has."""
-
-    @property
-    def STREAM(self) -> ResidualStream | None:  # noqa: N802 - a constant of the class
-        """What touches its residual stream; None where that cannot be rotated in the weights."""
-
-    def __call__(
-        self,
-        config: Any,  # noqa: ANN401 - of the family's own class
-        layer_start: int,
-        layer_end: int,
-        *,
-        kernels: Kernels,
-        precision: Precision,
-        parts: LayerParts = OWN,
-        ends: Ends | None = None,
-    ) -> Shard:
-        """Allocate its memory."""
-
-    @property
-    def layers_take_ids(self) -> bool:
-        """Whether its layers take the token ids once more."""
-
-
-# What serves a model, by what its configuration became.
-FAMILIES: dict[type[ModelConfig], Family] = {
-    GPT2Config: GPT2Shard,
-    LlamaConfig: LlamaShard,
-}
-GPT2_PREFIX = "transformer."  # some checkpoints carry it, the hub's own gpt2 does not
 
 
 class ModelShard(Protocol):
@@ -175,7 +137,8 @@ def load_shard(
                 "precision": precision,
             },
         )
-    shard = _allocate(config, layer_start, layer_end, chosen, precision, parts, ends)
+    spec = ShardSpec(range(layer_start, layer_end), chosen, precision, parts, ends)
+    shard = _allocate(config, spec)
     if kept is not None and kept.is_found:
         kept.check_layout()
         return shard
@@ -207,7 +170,7 @@ def has_own_head(model_dir: Path, config: ModelConfig) -> bool:
 
     Merged and fine-tuned models do: what was trained is what is stored. Raises ModelError.
     """
-    name = f"{family_of(config).NAMES.head}.weight"
+    name = f"{family_of(config).names.head}.weight"
     return config.tie_word_embeddings and name in stored_names(model_dir, config.packing)
 
 
@@ -265,15 +228,16 @@ def plan_tensors(
     `ends` as for `load_shard`. Raises ModelError for a range outside the model.
     """
     _check_range(config, layer_range.start, layer_range.stop, ends)
-    return _plan(config, layer_range.start, layer_range.stop, ends).destinations()
+    return _plan(config, layer_range, ends).destinations()
 
 
 def in_older_layout(config: ModelConfig, ends: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a model's ends by the older layout's names, a tied head written out."""
-    names = family_of(config).NAMES
+    family = family_of(config)
+    names = family.names
     found, heads = {}, {}
     for stored, tensor in ends.items():
-        name = stored.removeprefix(GPT2_PREFIX)
+        name = stored.removeprefix(family.prefix)
         found[older_name(names, name)] = tensor
         if name.startswith(f"{names.embedding}."):
             heads[HEAD + name.removeprefix(names.embedding)] = tensor
@@ -315,75 +279,59 @@ def _check_range(config: ModelConfig, layer_start: int, layer_end: int, ends: En
         )
 
 
-def _allocate(
-    config: ModelConfig,
-    layer_start: int,
-    layer_end: int,
-    kernels: Kernels,
-    precision: Precision,
-    parts: LayerParts,
-    ends: Ends | None,
-) -> Shard:
+def _allocate(config: ModelConfig, spec: ShardSpec) -> Shard:
     try:
-        return _build(config, layer_start, layer_end, kernels, precision, parts, ends)
+        return _build(config, spec)
     except (RuntimeError, MemoryError, ValueError) as error:  # what torch, Python, numpy call it
-        planned = _plan(config, layer_start, layer_end, ends)
+        planned = _plan(config, spec.layers, spec.ends)
         raise ModelError(
-            f"layers {layer_start}..{layer_end} of this config.json need "
+            f"layers {spec.layers.start}..{spec.layers.stop} of this config.json need "
             f"{planned.num_weight_bytes} bytes of memory in float32, more than this machine gives"
         ) from error
 
 
-def _build(
-    config: ModelConfig,
-    layer_start: int,
-    layer_end: int,
-    kernels: Kernels,
-    precision: Precision,
-    parts: LayerParts = OWN,
-    ends: Ends | None = None,
-) -> Shard:
+def _build(config: ModelConfig, spec: ShardSpec) -> Shard:
     family = family_of(config)
-    if ends is not None and family.layers_take_ids:
+    if spec.ends is not None and family.layers_take_ids:
         raise ModelError(
             f"{config.architecture}: its layers take the token ids once more (per-layer inputs), "
             "which stages are not to see where the split is client: use split stages"
         )
-    return family(
-        config,
-        layer_start,
-        layer_end,
-        kernels=kernels,
-        precision=precision,
-        parts=parts,
-        ends=ends,
-    )
+    if family.is_routed and spec.parts.are_watched:
+        raise ModelError(
+            f"{config.architecture}: a row meets the experts that are chosen for it, and which "
+            "these are would tell whoever multiplies by them of its token: serve it without a "
+            "linear worker"
+        )
+    return family.build(config, spec)
 
 
 def family_of(config: ModelConfig) -> Family:
     """What serves a model. Raises ModelError."""
-    family = FAMILIES.get(type(config))
+    family = FAMILIES.get(config.architecture)
     if family is None:
         raise ModelError(f"architecture {config.architecture!r} is not supported")
     return family
 
 
-def _plan(config: ModelConfig, layer_start: int, layer_end: int, ends: Ends | None = None) -> Shard:
+def _plan(config: ModelConfig, layers: range, ends: Ends | None = None) -> Shard:
     """The shard's shapes without their memory."""
-    return _build(config, layer_start, layer_end, Outline(), "float32", ends=ends)
+    return _build(config, ShardSpec(layers, Outline(), "float32", ends=ends))
 
 
 def _stage_tensors(config: ModelConfig, layer_start: int, layer_end: int) -> list[str]:
     """Names a stage loads; an empty range at either end means that end's embedding or head."""
-    return list(_plan(config, layer_start, layer_end).destinations())
+    return list(_plan(config, range(layer_start, layer_end)).destinations())
 
 
 def _names_in_files(model_dir: Path, config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
     """Our name -> the name in the files, which may carry the architecture's prefix."""
     stored = stored_names(model_dir, config.packing)
     found = {name: name for name in names}
-    if isinstance(config, GPT2Config) and any(name.startswith(GPT2_PREFIX) for name in stored):
-        found = {n: n if n.startswith("lm_head.") else GPT2_PREFIX + n for n in found}
+    family = family_of(config)
+    if family.prefix and any(name.startswith(family.prefix) for name in stored):
+        head = f"{family.names.head}."
+        found = {n: n if n.startswith(head) else family.prefix + n for n in found}
     if is_older_layout(stored):
-        found = names_in_file(family_of(config).NAMES, found, stored)
+        found = names_in_file(family.names, found, stored)
     return found

@@ -5,28 +5,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from pipeline.dtypes import FLOAT32, KV_DTYPES, Array, Floats, HostArray, Precision
 from pipeline.errors import InputError, MessageError
 from pipeline.kernels.base import (
-    Attention,
+    Attend,
     DecodeStep,
     HeadShape,
     Kernels,
     Linear,
     Norm,
     Rows,
+    StepWork,
     batch_positions,
 )
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV, kv_bytes
-from pipeline.models.config import ModelConfig
 from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts, Overlap
+from pipeline.models.model_config import ModelConfig
 from pipeline.models.own_embedding import Embedding
-from pipeline.models.residual import ResidualStream
+from pipeline.models.rope import Angles
+from pipeline.models.window_check import check_window
 from pipeline.models.workspace import ForwardPass, Room, round_up
 from pipeline.protocol.batch import Batch, Segment, first_rows, num_tokens
 from pipeline.protocol.tide_window import TideWindow
@@ -70,60 +72,64 @@ class Ends(NamedTuple):
 NO_ENDS, BOTH_ENDS = Ends(embedding=False, head=False), Ends(embedding=True, head=True)
 
 
-class Shard(ABC):
-    """Layers layer_start..layer_end of a decoder, with the embedding first and the head last."""
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """Which part of a model is held, what computes it and in which precision."""
 
-    NAMES: ClassVar[Names]
-    # None where the stream cannot be rotated in the weights.
-    STREAM: ClassVar[ResidualStream | None] = None
-    # By how many radians a position turns queries and keys of all layers, [head_dim / 2]; None
-    # where positions are told otherwise.
-    frequencies: Floats | None = None
-    # Whether layers take the token ids once more: then whoever computes them has to be told these.
-    layers_take_ids: ClassVar[bool] = False
+    layers: range
+    kernels: Kernels
+    precision: Precision
+    parts: LayerParts = OWN
+    # None: those that the range of layers reaches.
+    ends: Ends | None = None
+
+
+class Shard(ABC):
+    """A range of a decoder's layers, with the embedding first and the head last."""
+
+    # Whether all of a step is a fixed sequence of calls, which kernels may record.
+    has_fixed_steps: bool = True
 
     def __init__(
         self,
         config: ModelConfig,
-        layer_start: int,
-        layer_end: int,
+        spec: ShardSpec,
+        names: Names,
         *,
-        kernels: Kernels,
-        precision: Precision,
-        parts: LayerParts,
         is_gated: bool,
-        window: int | None = None,
         has_head_bias: bool = False,
-        ends: Ends | None = None,
     ) -> None:
-        """`ends`: None holds those that the range of layers reaches."""
         self.config: ModelConfig = config
-        self.layer_start = layer_start
-        self.layer_end = layer_end
-        own = Ends(layer_start == 0, layer_end == config.num_layers) if ends is None else ends
-        self.is_first, self.is_last = own.embedding, own.head
-        self.kernels = kernels
-        self.precision: Precision = precision
-        self.heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, window or 0)
-        self.parts = parts
-        self._make = LayerMaker(kernels, precision, parts)
-        self._kv_dtype = KV_DTYPES[precision]
+        self.names = names
+        self.layer_start, self.layer_end = spec.layers.start, spec.layers.stop
+        reached = Ends(self.layer_start == 0, self.layer_end == config.num_layers)
+        self.is_first, self.is_last = reached if spec.ends is None else spec.ends
+        self.kernels = kernels = spec.kernels
+        self.precision: Precision = spec.precision
+        self.parts = spec.parts
+        shapes = [config.shape(index) for index in spec.layers]
+        # The different ones, and which of them each layer has.
+        self._shapes = list(dict.fromkeys(shapes))
+        self._shape_of = [self._shapes.index(each) for each in shapes]
+        ropes = [each.rope for each in self._shapes]
+        self._angles = Angles(ropes, kernels, config.head_dim, config.max_positions)
+        self._make = LayerMaker(kernels, spec.precision, spec.parts)
+        self._kv_dtype = KV_DTYPES[spec.precision]
         size, hidden, inner = config.vocab_size, config.hidden_dim, config.intermediate_size
         self._head = (
-            self._make.linear(self.NAMES.head, hidden, size, bias=has_head_bias)
+            self._make.linear(names.head, hidden, size, bias=has_head_bias)
             if self.is_last
             else None
         )
         # where embedding and head are one matrix in one stage it is held once, as the head
         is_shared = self.is_first and self.is_last and config.tie_word_embeddings
         self._embedding = (
-            Embedding(size, hidden, kernels=kernels, precision=precision)
+            Embedding(size, hidden, kernels=kernels, precision=spec.precision)
             if self.is_first and not is_shared
             else None
         )
-        self._new_room = partial(
-            Room, kernels, self.heads, hidden, inner, 2 * inner if is_gated else 0
-        )
+        heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
+        self._new_room = partial(Room, kernels, heads, hidden, inner, 2 * inner if is_gated else 0)
         self._room = self._new_room()
         # The same layers with room of their own, for halves of a step side by side.
         self._others: list[Shard] = []
@@ -139,23 +145,22 @@ class Shard(ABC):
     def _norm(self) -> Norm | None:
         """The norm in front of the head, on the last stage."""
 
-    @abstractmethod
-    def _place(self, hidden: Array, positions: Array, end: int) -> tuple[Array, Array] | None:
-        """Tell rows where they stand, all below `end`.
-
-        Adds learned positions to embedded rows, or returns rotary (cos, signed sin) for every
-        layer, each [rows, head_dim].
-        """
+    def _place(self, hidden: Array, positions: Array) -> None:  # noqa: B027 - by default there is nothing
+        """Tell embedded rows where they stand, where layers are not told so by rotary angles."""
 
     def layer_makers(self) -> Iterator[LayerMaker]:
         """What makes each of this shard's layers, first to last."""
         for index in range(self.layer_start, self.layer_end):
-            yield replace(self._make, prefix=f"{self.NAMES.layers}.{index}.")
+            yield replace(self._make, prefix=f"{self.names.layers}.{index}.")
 
     @property
     def has_decode_steps(self) -> bool:
         """Whether `decode` may be called: whether kernels can record all of a step."""
-        return self.kernels.has_decode_steps and self.parts.are_recordable
+        return self.kernels.has_decode_steps and self._is_recordable
+
+    @property
+    def _is_recordable(self) -> bool:
+        return self.has_fixed_steps and self.parts.are_recordable
 
     @property
     def is_row_exact(self) -> bool:
@@ -165,7 +170,7 @@ class Shard(ABC):
     def destinations(self) -> Mapping[str, Sink]:
         """Tensor name in the checkpoint (unprefixed) -> where it goes."""
         found: dict[str, Sink] = {}
-        names = self.NAMES
+        names = self.names
         if self._embedding is not None:
             found |= self._embedding.sinks(f"{names.embedding}.weight")
         if self._head is not None:
@@ -200,23 +205,10 @@ class Shard(ABC):
         return self._room.num_bytes(num_rows) + logits * FLOAT32.itemsize
 
     def check_window(self, window: TideWindow) -> None:
-        """Raises InputError saying why this model cannot be served so, if it cannot.
-
-        A row that stays has to be told another position, and sinks have to be in sight.
-        """
-        if self.frequencies is None:
-            raise InputError(
-                f"{self.config.architecture} has no rotary positions that all layers share: the "
-                "keys that a window keeps could not be told other positions"
-            )
+        """Raises InputError saying why this model cannot be served so, if it cannot."""
         if not self.parts.attend_in_cache:
             raise InputError("a window moves cached keys, which what attends here does not know of")
-        longest = self.heads.window or self.config.max_positions
-        if window.size > longest:
-            whose = "own window" if self.heads.window else "context"
-            raise InputError(
-                f"a window of {window.size} positions is more than the model's {whose}, {longest}"
-            )
+        check_window(window, self.config, self._angles.frequencies(window.size))
 
     def new_cache(
         self, num_slots: int, max_seq_len: int, window: TideWindow | None = None
@@ -234,8 +226,9 @@ class Shard(ABC):
             scratch_slots=self.kernels.scratch_slots,
             dtype=self._kv_dtype,
             window=window,
-            frequencies=self.frequencies,
+            frequencies=None if window is None else self._angles.frequencies(window.size),
         )
+        self._angles.prepare(max_seq_len)
         self.parts.prepare(self)
         return self.parts.cache(own, num_slots, max_seq_len)
 
@@ -295,10 +288,9 @@ class Shard(ABC):
     def _forward(self, inputs: HostArray, part: Batch, cache: KVCache) -> Array:
         """A step, or a part of one, for which each slot drops rows before it or not at all."""
         placed = cache.place(part)
-        compute = partial(self._compute, cache.keys, cache.values, placed)
-        hidden = self.kernels.run(
-            compute, inputs, placed, self.heads, cache, may_record=self.parts.are_recordable
-        )
+        compute = partial(self._compute, cache.keys, cache.values, placed, cache.ledger.max_rows)
+        work = StepWork(compute, cache, is_recordable=self._is_recordable)
+        hidden = self.kernels.run(work, inputs, placed)
         cache.advance(part)
         return hidden
 
@@ -321,44 +313,56 @@ class Shard(ABC):
 
     def _decode_step(self, batch: Batch, cache: KVCache) -> DecodeStep:
         # not the cache itself: what is kept there would keep it
-        compute = partial(self._compute, cache.keys, cache.values, batch)
+        compute = partial(self._compute, cache.keys, cache.values, batch, cache.ledger.max_rows)
         finish = self.results if self.is_last else None
         width = None if self.is_first else self.config.hidden_dim
-        return self.kernels.decode_step(compute, finish, batch, width, self.heads, cache)
+        return self.kernels.decode_step(StepWork(compute, cache, finish, width), batch)
 
     def _compute(
         self,
         keys: Sequence[Array],
         values: Sequence[Array],
         batch: Batch,
+        num_positions: int,
         inputs: Array,
         positions: Array,
         end: int,
-        attention: Attention,
+        attend: Attend,
     ) -> Array:
-        """Rows through all layers, where the kernels compute; all positions are below `end`."""
-        rows = positions.shape[0]
-        hidden = self.kernels.empty(rows, self.config.hidden_dim)
+        """Rows through all layers, where the kernels compute.
+
+        All positions are below `end`, and those of the session below `num_positions`.
+        """
+        hidden = self.kernels.empty(positions.shape[0], self.config.hidden_dim)
         if self.is_first:
-            (self._embedding or self._tied_head()).gather(inputs, hidden)
+            self._embed(inputs, positions, hidden)
         else:
             self.kernels.copy(inputs, hidden)
-        step = self._room.forward_pass(hidden, attention, self._place(hidden, positions, end))
-        layers = enumerate(zip(self._layers, keys, values, strict=True), self.layer_start)
-        for index, (layer, own_keys, own_values) in layers:
-            attend = self.parts.attention(index, batch, attention)
-            own = step if attend is attention else replace(step, attention=attend)
+        angles = self._angles.rows(num_positions, positions, end)
+        steps = [
+            self._room.forward_pass(hidden, attend(shape.heads), each)
+            for shape, each in zip(self._shapes, angles, strict=True)
+        ]
+        layers = zip(self._layers, self._shape_of, keys, values, strict=True)
+        for index, (layer, shape, own_keys, own_values) in enumerate(layers, self.layer_start):
+            step = steps[shape]
+            attention = self.parts.attention(index, batch, step.attention)
+            own = step if attention is step.attention else replace(step, attention=attention)
             layer(hidden, own, own_keys, own_values)
         return hidden
+
+    def _embed(self, token_ids: Array, positions: Array, out: Array) -> None:
+        (self._embedding or self._tied_head()).gather(token_ids, out)
+        if self.config.embedding_scale != 1:
+            self.kernels.scale(out, self.config.embedding_scale)
+        self._place(out, positions)
 
     def embed(self, token_ids: HostArray, batch: Batch) -> Array:
         """Rows as layers take them: [rows] int64 ids of the vocabulary -> [rows, hidden]."""
         kernels = self.kernels
         hidden = kernels.empty(len(token_ids), self.config.hidden_dim)
-        (self._embedding or self._tied_head()).gather(kernels.to_device(token_ids), hidden)
-        if self.frequencies is None:
-            end = max(segment.position + segment.num_tokens for segment in batch)
-            self._place(hidden, kernels.to_device(batch_positions(batch)), end)
+        positions = kernels.to_device(batch_positions(batch))
+        self._embed(kernels.to_device(token_ids), positions, hidden)
         return hidden
 
     def logits(self, hidden: Array) -> Array:

@@ -15,13 +15,15 @@ class Block(NamedTuple):
     normed: Array  # [rows, hidden]
     inner: Array  # [rows, intermediate]
     gate_up: Array  # [rows, 2 * intermediate] where the MLP has a gate
+    branch: Array  # [rows, hidden]: what an MLP makes of them, where that is normed once more
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardPass:
     """What all layers of one forward share: attention, rotary angles, room for what passes by.
 
-    What is not needed at the same time shares memory: `normed` with `mixed`, `qkv` with `gate_up`.
+    What is not needed at the same time shares memory: `normed` with `mixed`, `qkv` with `gate_up`
+    and with `branch`.
     """
 
     attention: Attention
@@ -29,6 +31,7 @@ class ForwardPass:
     normed: Array  # [rows, hidden]
     qkv: Array  # [rows, (heads + 2 kv_heads) * head_dim]
     mixed: Array  # [rows, heads * head_dim]
+    branch: Array  # [rows, hidden]: what attention makes of rows, where that is normed once more
     blocks: Sequence[Block]  # all rows of `hidden`
 
 
@@ -41,7 +44,7 @@ class Room:
         """Widths of rows: between layers, within an MLP, and before its gate (0 without one)."""
         self._kernels = kernels
         self._hidden, self._inner, self._gate_up = hidden, inner, gate_up
-        self._mixed, self._qkv = heads.num_heads * heads.head_dim, heads.qkv_width
+        self._mixed, self._qkv = heads.num_heads * heads.head_dim, max(heads.qkv_width, hidden)
         self._buffers: tuple[Array, ...] = ()
         self._rows = 0
 
@@ -68,6 +71,7 @@ class Room:
                     _rows(rowwise, count, width),
                     _rows(inner, count, self._inner),
                     _rows(wide, count, self._gate_up),
+                    _rows(wide, count, width),
                 )
             )
         return ForwardPass(
@@ -76,6 +80,7 @@ class Room:
             _rows(rowwise, rows, width),
             _rows(wide, rows, self._qkv),
             _rows(rowwise, rows, self._mixed),
+            _rows(wide, rows, width),
             blocks,
         )
 

@@ -22,6 +22,8 @@ from pipeline.remote_parts.wire import PartRefusal
 class LinearParts(RemoteParts):
     """Asks for products, of all linears but the head: that stays with the embedding."""
 
+    are_watched: ClassVar[bool] = True
+
     def __init__(self) -> None:
         super().__init__(LIMITS)
 

@@ -128,6 +128,7 @@ class HeldParts(LayerParts):
     """Makes linears that hold their weights in fixed point; all but the head."""
 
     are_recordable: ClassVar[bool] = False
+    are_watched: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.linears: list[HeldLinear] = []

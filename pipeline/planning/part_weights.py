@@ -25,12 +25,12 @@ from pipeline.kernels.conversion import choose_conversion
 from pipeline.kernels.huge_pages import Arena
 from pipeline.models.config import (
     CONFIG_FILE,
-    ModelConfig,
     as_rotated,
     read_config,
     rotated_json,
     unpacked_json,
 )
+from pipeline.models.model_config import ModelConfig
 from pipeline.models.registry import (
     family_of,
     plan_tensors,
@@ -174,9 +174,12 @@ def _rotate(
     part: Part,
     progress: Progress | None,
 ) -> Iterator[tuple[str, HostArray]]:
-    names, stream = family_of(config).NAMES, family_of(config).STREAM
+    names, stream = family_of(config).names, family_of(config).stream
     if stream is None:
-        raise ModelError(f"the weights of {config.architecture} models cannot be rotated")
+        raise ModelError(
+            f"the weights of {config.architecture} models cannot be rotated: what lies between "
+            "rows of the stream and linears, norms behind a branch or a router, is no rotation's"
+        )
     if packed_weights(source.model_dir, config.packing):
         raise ModelError(
             f"the weights of {source.model_dir} are packed in a few bits, which a rotation would "

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 from pipeline.agreement.manifest import ClientSpec, Manifest, StageSpec, dump_manifest
 from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError, ManifestError
-from pipeline.files import is_file, new_directory
+from pipeline.files import new_directory
 from pipeline.gguf.model_files import has_model_file, read_model_file
 from pipeline.models.config import (
     CONFIG_FILE,

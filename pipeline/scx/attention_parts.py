@@ -19,8 +19,8 @@ from pipeline.errors import InputError, MessageError, SessionError
 from pipeline.kernels.base import Attention, HeadShape, Kernels, Linear, LinearSpec
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV
-from pipeline.models.config import LlamaConfig, ModelConfig
 from pipeline.models.layer_parts import Reader
+from pipeline.models.model_config import ModelConfig
 from pipeline.protocol.batch import Batch, Segment, first_rows
 from pipeline.remote_parts.parts import RemoteParts, SessionSize
 from pipeline.remote_parts.wire import PartRefusal, to_array, to_tensor
@@ -70,7 +70,7 @@ class AttentionParts(RemoteParts):
         layers: range | None = None,
     ) -> None:
         super().__init__(ANSWER_LIMITS)
-        window = config.sliding_window if isinstance(config, LlamaConfig) else None
+        window = config.window
         if window is not None and window < config.max_positions:
             raise InputError(
                 f"layers of this model look back {window} tokens only, which whoever holds encoded "

@@ -13,8 +13,8 @@ import numpy as np
 from pipeline.dtypes import FLOAT32, Array, HostArray
 from pipeline.errors import PartRefused, SessionRefused
 from pipeline.kernels.base import Attention, Kernels, Linear, LinearSpec
-from pipeline.models.config import ModelConfig
 from pipeline.models.layer_parts import LayerParts
+from pipeline.models.model_config import ModelConfig
 from pipeline.protocol.batch import Batch
 from pipeline.protocol.step_limits import SessionLimits
 from pipeline.remote_parts.wire import Message, PartRefusal

@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.dtypes import Array, Floats
 from pipeline.errors import RequestFailed
 from pipeline.kernels.base import Kernels
-from pipeline.models.config import ModelConfig
+from pipeline.models.model_config import ModelConfig
 from pipeline.protocol.last_stage_inputs import Asked
 from pipeline.protocol.result_kinds import NO_TOKEN, Result, Want
 from pipeline.protocol.step_header import StepHeader

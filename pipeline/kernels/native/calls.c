@@ -176,6 +176,29 @@ static int64_t product_work(int64_t rows, int64_t num_in, int64_t num_out) {
 static int64_t linear_work(const int64_t *a) { return product_work(a[5], a[6], a[7]); }
 const call_t call_linear = {"nppppnnnnp", run_linear, linear_work};
 
+static refusal_t run_experts(const int64_t *a) {
+    const expert_t *table = at(a[1]);
+    if (a[2] < 1 || a[2] > LARGEST) REFUSE("experts", a[2]);
+    if (a[3] < 1 || a[3] > a[2]) REFUSE("experts chosen", a[3]);
+    if (a[10] > LARGEST / 2) REFUSE("inner", a[10]);
+    for (int64_t i = 0; i < a[2]; i++) {
+        CHECK(check_weight(a[0], (int64_t)(uintptr_t)table[i].gate_up, a[9], 2 * a[10]));
+        CHECK(check_weight(a[0], (int64_t)(uintptr_t)table[i].down, a[10], a[9]));
+    }
+    if (a[8] == 0) return DONE;
+    experts_t job = {(int)a[0], table, (size_t)a[2], (size_t)a[3], a[4] != 0, a[5] != 0,
+                     at(a[6]), at(a[7]), (size_t)a[8], (size_t)a[9], (size_t)a[10],
+                     at(a[11]), at(a[12])};
+    if (!experts(&job)) REFUSE("rows, for which there is no memory", a[8]);
+    return DONE;
+}
+
+static int64_t experts_work(const int64_t *a) {
+    int64_t one = product_work(a[3], a[9], a[10]);
+    return one > INT64_MAX / 3 ? INT64_MAX : product_work(a[8], one, 3);
+}
+const call_t call_experts = {"npnnnnppnnnpp", run_experts, experts_work};
+
 static refusal_t run_layer_norm(const int64_t *a) {
     if (a[5] < 1) REFUSE("size", a[5]);
     layer_norm(at(a[0]), at(a[1]), at(a[2]), at(a[3]), (size_t)a[4], (size_t)a[5], float_of(a[6]));
@@ -190,19 +213,48 @@ static refusal_t run_rms_norm(const int64_t *a) {
 }
 const call_t call_rms_norm = {"pppnnf", run_rms_norm, NULL};
 
-static refusal_t run_rope(const int64_t *a) {
-    if (a[4] % 2 || a[4] == 0) REFUSE("head_dim is even", a[4]);
-    if (a[3] > a[1] / a[4]) REFUSE("heads exceed a row", a[3]);
-    rope(at(a[0]), (size_t)a[1], (size_t)a[2], (size_t)a[3], (size_t)a[4], at(a[5]), at(a[6]));
+static refusal_t run_add_rms_norm(const int64_t *a) {
+    if (a[4] < 1) REFUSE("size", a[4]);
+    add_rms_norm(at(a[0]), at(a[1]), at(a[2]), (size_t)a[3], (size_t)a[4], float_of(a[5]));
     return DONE;
 }
-const call_t call_rope = {"pnnnnpp", run_rope, NULL};
+const call_t call_add_rms_norm = {"pppnnf", run_add_rms_norm, NULL};
+
+static refusal_t run_rms_norm_within(const int64_t *a) {
+    if (a[4] < 1) REFUSE("size", a[4]);
+    if (a[3] > a[1] / a[4]) REFUSE("what is normed exceeds a row", a[3]);
+    rms_norm_within(at(a[0]), (size_t)a[1], (size_t)a[2], (size_t)a[3], (size_t)a[4], at(a[5]),
+                    float_of(a[6]));
+    return DONE;
+}
+const call_t call_rms_norm_within = {"snnnnpf", run_rms_norm_within, NULL};
+
+static refusal_t run_rope(const int64_t *a) {
+    if (a[4] == 0 || a[3] > a[1] / a[4]) REFUSE("heads exceed a row", a[3]);
+    if (a[5] % 2 || a[5] == 0 || a[5] > a[4]) REFUSE("turned dimensions are pairs of a head", a[5]);
+    rope(at(a[0]), (size_t)a[1], (size_t)a[2], (size_t)a[3], (size_t)a[4], (size_t)a[5], at(a[6]),
+         at(a[7]));
+    return DONE;
+}
+const call_t call_rope = {"pnnnnnpp", run_rope, NULL};
 
 static refusal_t run_silu_mul(const int64_t *a) {
     silu_mul(at(a[0]), at(a[1]), (size_t)a[2], (size_t)a[3]);
     return DONE;
 }
 const call_t call_silu_mul = {"ppnn", run_silu_mul, NULL};
+
+static refusal_t run_gelu_mul(const int64_t *a) {
+    gelu_mul(at(a[0]), at(a[1]), (size_t)a[2], (size_t)a[3]);
+    return DONE;
+}
+const call_t call_gelu_mul = {"ppnn", run_gelu_mul, NULL};
+
+static refusal_t run_scale(const int64_t *a) {
+    scale(at(a[0]), (size_t)a[1], float_of(a[2]));
+    return DONE;
+}
+const call_t call_scale = {"pnf", run_scale, NULL};
 
 /* Shapes and spans that can be. */
 static refusal_t check_attention(const int64_t *a, const span_t *spans) {

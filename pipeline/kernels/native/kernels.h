@@ -116,6 +116,24 @@ rows_fn tile_rows(int is_half, size_t rows, size_t blocks);
 
 void linear(const weight_t *weight, const product_t *product);
 
+/* experts.c */
+typedef struct {
+    const void *gate_up, *down; /* packed: [2 * inner, hidden], [hidden, inner] */
+} expert_t;
+
+typedef struct {
+    int kind;
+    const expert_t *experts;
+    size_t num_experts, num_chosen;
+    int are_normalised, is_gelu; /* whether shares of those chosen add up to 1; which gate */
+    const float *x, *logits;     /* [rows, hidden], [rows, num_experts] */
+    size_t rows, hidden, inner;
+    float *out;            /* [rows, hidden] */
+    const float *residual; /* may be `out`, or NULL */
+} experts_t;
+
+int experts(const experts_t *job); /* 0 where there is no memory for what lies between */
+
 /* attention.c, attention_cache.c */
 enum { MAX_HEAD_DIM = 512 };
 
@@ -149,9 +167,15 @@ void slide(const slide_t *job); /* the rest moves down */
 void layer_norm(const float *x, const float *weight, const float *bias, float *y, size_t rows,
                 size_t size, float eps);
 void rms_norm(const float *x, const float *weight, float *y, size_t rows, size_t size, float eps);
+void add_rms_norm(const float *x, const float *weight, float *y, size_t rows, size_t size,
+                  float eps); /* y += */
+void rms_norm_within(float *x, size_t row_stride, size_t rows, size_t count, size_t size,
+                     const float *weight, float eps);
 void rope(float *x, size_t row_stride, size_t rows, size_t num_heads, size_t head_dim,
-          const float *cosines, const float *signed_sines);
+          size_t num_dims, const float *cosines, const float *signed_sines);
 void silu_mul(const float *gate_up, float *y, size_t rows, size_t inner);
+void gelu_mul(const float *gate_up, float *y, size_t rows, size_t inner);
+void scale(float *x, size_t count, float factor);
 void argmax(const float *x, size_t rows, size_t n, int64_t *out);
 
 /* ring.c: y[rows, num_out] = x[rows, num_in] B, in Z_2^64 */

@@ -7,7 +7,7 @@ typedef struct pointwise {
     void (*run)(const struct pointwise *job, size_t row);
     const float *x, *weight, *bias;
     float *y;
-    size_t rows, size, num_heads, row_stride, num_chunks;
+    size_t rows, size, num_heads, head_dim, row_stride, num_chunks;
     float eps;
 } pointwise_t;
 
@@ -55,16 +55,30 @@ static void layer_norm_row(const pointwise_t *job, size_t row) {
     }
 }
 
-static void rms_norm_row(const pointwise_t *job, size_t row) {
-    const float *x = job->x + row * job->size;
-    float *y = job->y + row * job->size;
+INLINE void rms_norm_of(const pointwise_t *job, const float *x, float *y, int adds) {
     float mean_square = sum_of_squares(x, job->size, 0) / (float)job->size;
     __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(mean_square + job->eps));
     for (size_t i = 0; i < job->size; i += 16) {
         __mmask16 mask = lanes(job->size - i);
         __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor);
         scaled = _mm512_mul_ps(scaled, _mm512_maskz_loadu_ps(mask, job->weight + i));
+        if (adds) scaled = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y + i), scaled);
         _mm512_mask_storeu_ps(y + i, mask, scaled);
+    }
+}
+
+static void rms_norm_row(const pointwise_t *job, size_t row) {
+    rms_norm_of(job, job->x + row * job->size, job->y + row * job->size, 0);
+}
+
+static void add_rms_norm_row(const pointwise_t *job, size_t row) {
+    rms_norm_of(job, job->x + row * job->size, job->y + row * job->size, 1);
+}
+
+static void rms_norm_within_row(const pointwise_t *job, size_t row) {
+    for (size_t i = 0; i < job->num_heads; i++) {
+        float *x = job->y + row * job->row_stride + i * job->size;
+        rms_norm_of(job, x, x, 0);
     }
 }
 
@@ -79,7 +93,19 @@ void rms_norm(const float *x, const float *weight, float *y, size_t rows, size_t
                       .size = size, .eps = eps});
 }
 
-/* Here weight and bias are the cosines and the signed sines, size is head_dim. */
+void add_rms_norm(const float *x, const float *weight, float *y, size_t rows, size_t size,
+                  float eps) {
+    run((pointwise_t){.run = add_rms_norm_row, .x = x, .weight = weight, .y = y, .rows = rows,
+                      .size = size, .eps = eps});
+}
+
+void rms_norm_within(float *x, size_t row_stride, size_t rows, size_t count, size_t size,
+                     const float *weight, float eps) {
+    run((pointwise_t){.run = rms_norm_within_row, .y = x, .weight = weight, .rows = rows,
+                      .size = size, .num_heads = count, .row_stride = row_stride, .eps = eps});
+}
+
+/* Here weight and bias are the cosines and the signed sines, size is how much of a head turns. */
 static void rope_row(const pointwise_t *job, size_t row) {
     size_t half = job->size / 2;
     const float *cosines = job->weight + row * job->size, *sines = job->bias + row * job->size;
@@ -90,7 +116,7 @@ static void rope_row(const pointwise_t *job, size_t row) {
         __m512 sin_a = _mm512_maskz_loadu_ps(mask, sines + j);
         __m512 sin_b = _mm512_maskz_loadu_ps(mask, sines + half + j);
         for (size_t head = 0; head < job->num_heads; head++) {
-            float *low = job->y + row * job->row_stride + head * job->size + j;
+            float *low = job->y + row * job->row_stride + head * job->head_dim + j;
             float *high = low + half;
             __m512 a = _mm512_maskz_loadu_ps(mask, low), b = _mm512_maskz_loadu_ps(mask, high);
             _mm512_mask_storeu_ps(low, mask, _mm512_fmadd_ps(a, cos_a, _mm512_mul_ps(b, sin_a)));
@@ -100,25 +126,42 @@ static void rope_row(const pointwise_t *job, size_t row) {
 }
 
 void rope(float *x, size_t row_stride, size_t rows, size_t num_heads, size_t head_dim,
-          const float *cosines, const float *signed_sines) {
+          size_t num_dims, const float *cosines, const float *signed_sines) {
     run((pointwise_t){.run = rope_row, .y = x, .weight = cosines, .bias = signed_sines,
-                      .rows = rows, .size = head_dim, .num_heads = num_heads,
-                      .row_stride = row_stride});
+                      .rows = rows, .size = num_dims, .num_heads = num_heads,
+                      .head_dim = head_dim, .row_stride = row_stride});
 }
 
-static void silu_mul_row(const pointwise_t *job, size_t row) {
+INLINE void gated_row(const pointwise_t *job, size_t row, int is_gelu) {
     const float *gate = job->x + row * 2 * job->size, *up = gate + job->size;
     float *y = job->y + row * job->size;
     for (size_t i = 0; i < job->size; i += 16) {
         __mmask16 mask = lanes(job->size - i);
-        __m512 g = silu_ps(_mm512_maskz_loadu_ps(mask, gate + i));
+        __m512 g = _mm512_maskz_loadu_ps(mask, gate + i);
+        g = is_gelu ? gelu_tanh_ps(g) : silu_ps(g);
         _mm512_mask_storeu_ps(y + i, mask,
                               _mm512_mul_ps(g, _mm512_maskz_loadu_ps(mask, up + i)));
     }
 }
 
+static void silu_mul_row(const pointwise_t *job, size_t row) { gated_row(job, row, 0); }
+
+static void gelu_mul_row(const pointwise_t *job, size_t row) { gated_row(job, row, 1); }
+
 void silu_mul(const float *gate_up, float *y, size_t rows, size_t inner) {
     run((pointwise_t){.run = silu_mul_row, .x = gate_up, .y = y, .rows = rows, .size = inner});
+}
+
+void gelu_mul(const float *gate_up, float *y, size_t rows, size_t inner) {
+    run((pointwise_t){.run = gelu_mul_row, .x = gate_up, .y = y, .rows = rows, .size = inner});
+}
+
+void scale(float *x, size_t count, float factor) {
+    const __m512 by = _mm512_set1_ps(factor);
+    for (size_t i = 0; i < count; i += 16) {
+        __mmask16 mask = lanes(count - i);
+        _mm512_mask_storeu_ps(x + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), by));
+    }
 }
 
 void argmax(const float *x, size_t rows, size_t n, int64_t *out) {

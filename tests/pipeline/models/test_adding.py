@@ -11,14 +11,17 @@ from safetensors.numpy import save_file
 
 from pipeline.codecs.registry import make_codec
 from pipeline.errors import ModelError
-from pipeline.models import config, registry, shard_model
+from pipeline.models import shard_model
 from pipeline.models.config import load_config
+from pipeline.models.families import FAMILIES
 from pipeline.models.registry import load_shard, required_tensors
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.step_limits import SessionLimits, token_ids_from_wire, token_ids_to_wire
 from pipeline.stage.step_executor import StageCore
+from tests.pipeline.models.family_models import make_model
+from tests.pipeline.oracles import randomise
 from tests.pipeline.pages import written_down
 
 PAGE = Path(shard_model.__file__).with_name("ADDING.md")
@@ -36,8 +39,8 @@ FIELDS = {
 
 @pytest.fixture
 def family(monkeypatch):
-    monkeypatch.setattr(config, "READERS", dict(config.READERS))
-    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
+    for name in ("normed", "plain"):  # what the page adds is gone behind a test
+        monkeypatch.setitem(FAMILIES, name, None)
     return written_down(PAGE, "plain")
 
 
@@ -130,6 +133,17 @@ def reference(directory, count=8):
 @pytest.mark.parametrize("bounds", [(), (1,), (1, 2)], ids=str)
 def test_the_pages_family_says_what_its_model_says(directory, kernels, bounds):
     assert generate(directory, bounds, kernels) == reference(directory)
+
+
+@pytest.mark.usefixtures("family")
+def test_a_family_that_is_nearly_llama_is_a_reader(tmp_path, kernels):
+    qwen = randomise(make_model("qwen3-0"))
+    qwen.save_pretrained(tmp_path)
+    expected = generate(tmp_path, (), kernels)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"model_type": "normed"}))
+    assert load_config(tmp_path).architecture == "normed"
+    assert generate(tmp_path, (1,), kernels) == expected
 
 
 def test_a_stage_of_it_loads_its_own_layers_alone(directory):

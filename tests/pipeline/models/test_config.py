@@ -5,7 +5,8 @@ import json
 import pytest
 
 from pipeline.errors import ModelError
-from pipeline.models.config import LlamaConfig, load_config
+from pipeline.models.config import load_config
+from pipeline.models.decoder_config import DecoderConfig
 from pipeline.models.registry import layer_bytes, load_shard
 
 LLAMA = {
@@ -41,9 +42,10 @@ def load(tmp_path):
 
 def test_defaults_follow_from_what_is_given(load):
     config = load(LLAMA)
-    assert isinstance(config, LlamaConfig)
+    assert isinstance(config, DecoderConfig)
     assert (config.head_dim, config.num_kv_heads) == (8, 4)
-    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    rope = config.shape(1).rope
+    assert (rope.theta, rope.num_dims, rope.scaling) == (10000.0, 8, None)
 
 
 @pytest.mark.parametrize(
@@ -77,9 +79,9 @@ def test_the_older_spelling_of_rope_scaling_means_the_same(load):
         (LLAMA | {"num_attention_heads": 5}, "32/5"),
         (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads=3"),
         (LLAMA | {"head_dim": 7}, "head_dim=7 is odd"),
-        (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_type='yarn'"),
+        (LLAMA | {"rope_scaling": {"rope_type": "spiral", "factor": 2}}, "rope_type='spiral'"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config"),
-        (LLAMA | {"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+        (LLAMA | {"sliding_window": 8}, "sliding_window=8"),
         (GPT2 | {"activation_function": "swish"}, "activation_function='swish'"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         (GPT2 | {"n_head": 5}, "32/5"),

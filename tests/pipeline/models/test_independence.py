@@ -87,7 +87,7 @@ def test_a_long_prompt_leaves_no_room_for_all_its_rows_in_an_mlp(exact, monkeypa
     shard.forward(np.zeros(128, np.int64), [Segment(0, 0, 128)], shard.new_cache(1, 128))
     width, inner = exact.config.hidden_dim, exact.config.intermediate_size
     room = sum(each.size for each in shard._room._buffers)
-    assert room < 128 * (width + shard.heads.qkv_width + inner)
+    assert room < 128 * (width + exact.config.shape(0).heads.qkv_width + inner)
 
 
 def test_a_prefill_in_any_chunks_equals_token_by_token(exact, make_pipeline, dtype, token_ids):

@@ -11,6 +11,7 @@ from pipeline.kernels.cuda_kernels import CudaKernels
 from pipeline.models.gpt2 import GPT2Shard
 from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.models.registry import load_shard
+from pipeline.models.shard_model import ShardSpec
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
@@ -139,7 +140,7 @@ def replaced(family, make_oracle, kernels, make_pipeline):
                 kernels=kernels, parts=parts[-1], expected_hashes=None,
             )
         )  # fmt: skip
-        parts[-1].heads = stages[-1].heads
+        parts[-1].heads = stages[-1].config.shape(0).heads
     return make_pipeline(stages), parts
 
 
@@ -198,7 +199,7 @@ def test_on_a_gpu_only_its_own_is_recorded(
 ):
     config = make_oracle("gpt2").config
     kernels = CudaKernels(torch.device("cpu"))
-    shard = GPT2Shard(config, 0, 2, kernels=kernels, precision="float32", parts=parts)
+    shard = GPT2Shard(config, ShardSpec(range(2), kernels, "float32", parts))
     pipeline = make_pipeline([shard])
     pipeline.hidden(token_ids[:1], [Segment(0, 0, 1)])
     assert bool(pipeline.caches[0].recordings.keys()) == are_recorded

@@ -70,7 +70,7 @@ def test_kept_keys_are_turned_as_float64_would_and_values_only_move(oracle, dtyp
         cache,
     )
     before, beside = cache.export(1, range(slide.held)), cache.export(2, range(slide.held))
-    frequencies = rope_frequencies(oracle.config).astype(np.float64)
+    frequencies = rope_frequencies(oracle.config.shape(0).rope).astype(np.float64)
     angles = map(shard.kernels.to_device, turn_of(slide.num_dropped, frequencies))
     cache.storage.slide(slide, *angles)
     left, end = slide.num_kept + slide.num_dropped, slide.held - slide.num_dropped

@@ -118,7 +118,7 @@ def cuts(family, make_oracle, tmp_path_factory):
 
 def before_rotation(rows, config):
     """Plain rows in double precision as rotated weights start from: LayerNorm's are centred."""
-    mean = rows.mean(axis=1, keepdims=True) if family_of(config).STREAM.is_centred else 0.0
+    mean = rows.mean(axis=1, keepdims=True) if family_of(config).stream.is_centred else 0.0
     return (rows - mean).astype(float)
 
 

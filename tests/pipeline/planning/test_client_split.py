@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.agreement.manifest import load_manifest, parse_manifest
 from pipeline.errors import InputError, ModelError
-from pipeline.models import registry
-from pipeline.models.gpt2 import GPT2Shard
+from pipeline.models.families import FAMILIES
 from pipeline.models.older_client_part import CLIENT_FILE, client_weights
 from pipeline.models.registry import load_shard, required_tensors
 from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
@@ -161,13 +161,9 @@ def test_there_is_no_file_for_a_client_that_has_no_part(make_oracle, tmp_path): 
         cut_model(plan(directory, PlanOptions(2)), directory, tmp_path / "out", in_one_file=True)
 
 
-class PerLayerInputs(GPT2Shard):
-    layers_take_ids = True
-
-
 def test_a_model_whose_layers_take_token_ids_again_is_refused(make_oracle, monkeypatch):  # noqa: F811
     oracle = make_oracle("gpt2")
-    monkeypatch.setitem(registry.FAMILIES, type(oracle.config), PerLayerInputs)
+    monkeypatch.setitem(FAMILIES, "gpt2", replace(FAMILIES["gpt2"], layers_take_ids=True))
     plan(oracle.directory, PlanOptions(2))
     with pytest.raises(ModelError, match="token ids once more"):
         planned(oracle)

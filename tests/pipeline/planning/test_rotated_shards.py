@@ -2,6 +2,7 @@
 
 import json
 import stat
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from safetensors.numpy import load_file
 from pipeline.agreement.manifest import load_manifest, parse_manifest
 from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.errors import InputError, ManifestError, ModelError
-from pipeline.models import llama
 from pipeline.models.config import load_config
+from pipeline.models.families import FAMILIES
 from pipeline.models.registry import load_shard
 from pipeline.models.shard_model import BOTH_ENDS
 from pipeline.planning.plan import PlanOptions, plan
@@ -109,8 +110,8 @@ def test_what_is_not_to_be_rotated_is_refused(source, planned, tmp_path, monkeyp
     for rotation in (ROTATION, None):
         with pytest.raises(InputError, match="of rotated shards"):
             cut_model(pinned, source, out, rotation=rotation)
-    monkeypatch.setattr(llama.LlamaShard, "STREAM", None)
-    monkeypatch.setattr("pipeline.models.gpt2.GPT2Shard.STREAM", None)
+    for name, family in FAMILIES.items():
+        monkeypatch.setitem(FAMILIES, name, replace(family, stream=None))
     with pytest.raises(ModelError, match="cannot be rotated"):
         cut_model(planned, source, out, rotation=ROTATION)
     assert not out.exists()

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from pipeline.codecs.secret_rotation import SecretRotation
-from pipeline.models.gpt2 import GPT2Shard
-from pipeline.models.llama import LlamaShard
+from pipeline.models import families
 from pipeline.planning.rotated_weights import RotatedWeights
 from tests.pipeline.oracles import FAMILIES, NUM_LAYERS, randomise
 
@@ -30,12 +29,12 @@ def exact(model):
 def rotated(model):
     """The same model with rotated weights, and what it calls its norms replaced where need be."""
     base, family = model.base_model_prefix, model.config.model_type
-    shard = GPT2Shard if family == "gpt2" else LlamaShard
+    own = families.FAMILIES[family]
     tensors = {
         name.removeprefix("transformer."): tensor.detach().numpy()
         for name, tensor in model.state_dict().items()
     }
-    weights = RotatedWeights(shard.NAMES, shard.STREAM, ROTATION, np.dtype(np.float64))
+    weights = RotatedWeights(own.names, own.stream, ROTATION, np.dtype(np.float64))
     found = dict(weights.ends(tensors))
     for index in range(NUM_LAYERS):
         found |= weights.layer(tensors, index)

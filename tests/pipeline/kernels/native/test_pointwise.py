@@ -92,11 +92,60 @@ def test_rope_rotates_the_leading_heads_only(native, head_dim):
     expected = wide * cosines + wide.roll(head_dim // 2, -1) * sines
     before = x.clone()
     native.rope(
-        x.data_ptr(), heads * head_dim, rows, rotated, head_dim,
+        x.data_ptr(), heads * head_dim, rows, rotated, head_dim, head_dim,
         cosines.data_ptr(), sines.data_ptr(),
     )  # fmt: skip
     assert (x[:, :rotated] - expected).abs().max() <= 1e-6
     assert x[:, rotated:].equal(before[:, rotated:])
+
+
+@pytest.mark.parametrize("num_dims", [2, 12, 32, 48, 62])
+def test_rope_leaves_the_rest_of_a_head_as_it_is(native, num_dims):
+    rows, heads, head_dim = 5, 4, 64
+    x = normal(rows, heads, head_dim)
+    angles = normal(rows, 1, num_dims // 2, seed=1)
+    cosines = torch.cat([angles.cos(), angles.cos()], -1)
+    sines = torch.cat([-angles.sin(), angles.sin()], -1)
+    wide = x[..., :num_dims].double()
+    expected = wide * cosines + wide.roll(num_dims // 2, -1) * sines
+    before = x.clone()
+    native.rope(
+        x.data_ptr(), heads * head_dim, rows, heads, head_dim, num_dims,
+        cosines.data_ptr(), sines.data_ptr(),
+    )  # fmt: skip
+    assert (x[..., :num_dims] - expected).abs().max() <= 1e-6
+    assert x[..., num_dims:].equal(before[..., num_dims:])
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 48, 130])
+def test_rms_norms_in_place_and_added_are_those_of_their_own(native, size):
+    rows, count, stride = 5, 3, 3 * size + 7
+    x, weight, y = normal(rows, stride), normal(size, seed=1), normal(rows * count, size, seed=2)
+    each = x[:, : count * size].reshape(-1, size).contiguous()
+    expected = rms_norm(native, each, weight)
+    before, added = x.clone(), y.clone()
+    native.rms_norm_within(x.data_ptr(), stride, rows, count, size, weight.data_ptr(), 1e-6)
+    assert x[:, : count * size].reshape(-1, size).equal(expected)
+    assert x[:, count * size :].equal(before[:, count * size :])
+    native.add_rms_norm(each.data_ptr(), weight.data_ptr(), y.data_ptr(), *each.shape, 1e-6)
+    assert y.equal(added + expected)
+
+
+@pytest.mark.parametrize("inner", [1, 16, 100])
+def test_gelu_gates_are_torchs(native, inner):
+    gate_up, y = 3 * normal(4, 2 * inner), torch.empty(4, inner)
+    native.gelu_mul(gate_up.data_ptr(), y.data_ptr(), 4, inner)
+    gate, up = gate_up.double().chunk(2, -1)
+    assert (y - F.gelu(gate, approximate="tanh") * up).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 33])
+def test_scaling_ends_where_it_is_told(native, count):
+    x = normal(count + 3)
+    before = x.clone()
+    native.scale(x.data_ptr(), count, 2.5)
+    assert x[:count].equal(before[:count] * 2.5)
+    assert x[count:].equal(before[count:])
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 50257])
@@ -127,10 +176,17 @@ def test_argmax_of_what_is_no_number_is_none_wherever_it_stands(native, n, bad):
 
 
 def test_impossible_shapes_are_refused(native):
-    with pytest.raises(ValueError, match="even"):
-        native.rope(0, 30, 1, 1, 15, 0, 0)
-    with pytest.raises(ValueError, match="heads exceed"):
-        native.rope(0, 32, 1, 3, 16, 0, 0)
+    for num_dims in (0, 15, 18):
+        with pytest.raises(ValueError, match="pairs of a head"):
+            native.rope(0, 32, 1, 1, 16, num_dims, 0, 0)
+    for head_dim in (0, 16):
+        with pytest.raises(ValueError, match="heads exceed"):
+            native.rope(0, 32, 1, 3, head_dim, 16, 0, 0)
+    with pytest.raises(ValueError, match="exceeds a row"):
+        native.rms_norm_within(0, 32, 1, 3, 16, 0, 1e-5)
+    for size_first in (native.add_rms_norm, native.rms_norm):
+        with pytest.raises(ValueError, match="size"):
+            size_first(0, 0, 0, 1, 0, 1e-5)
     with pytest.raises(ValueError, match="size"):
         native.rms_norm(0, 0, 0, 1, 0, 1e-5)
     with pytest.raises(ValueError, match="num_threads"):
