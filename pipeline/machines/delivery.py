@@ -34,7 +34,7 @@ def machines_of(manifest: Manifest) -> list[Address]:
     """Each stage's machine. Raises InputError where the manifest is not of one's own machines."""
     found = []
     for stage in manifest.stages:
-        endpoint = stage.endpoint and stage.endpoint.control.to_endpoint()
+        endpoint = None if stage.endpoint is None else stage.endpoint.control.to_endpoint()
         if len(stage.machine_keys) != 1 or not is_place(endpoint):
             raise InputError(
                 f"stage {stage.stage_idx} names no machine of your own, by key and address; "
