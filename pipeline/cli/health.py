@@ -7,6 +7,7 @@ is yes or no, and no number of connections keeps the next one from being answere
 
 import logging
 import math
+import queue
 import socket
 import threading
 import time
@@ -83,20 +84,17 @@ def answering(endpoint: Endpoint, health: Health) -> Iterator[Listener]:
     """Whoever asks there is answered meanwhile. Raises EndpointError where it cannot listen."""
     with listen(endpoint) as listener:
         stopping = trio.CancelScope()
-        has_begun = threading.Event()
+        begun: queue.SimpleQueue[trio.lowlevel.TrioToken] = queue.SimpleQueue()
 
         async def main() -> None:
-            nonlocal token
-            token = trio.lowlevel.current_trio_token()
-            has_begun.set()
+            begun.put(trio.lowlevel.current_trio_token())
             with stopping:
                 await _answer_all(listener, health)
 
-        token: trio.lowlevel.TrioToken
         # Nothing that goes wrong in here shall keep a worker that has ended.
         thread = threading.Thread(target=trio.run, args=(main,), name="health", daemon=True)
         thread.start()
-        has_begun.wait()
+        token = begun.get()
         logger.info("event=health_answered address=%s", listener.endpoint)
         try:
             yield listener

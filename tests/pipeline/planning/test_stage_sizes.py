@@ -21,9 +21,8 @@ def test_weights_and_caches_are_those_of_loaded_stages(tiny_model, precision):
             dtype=precision, kernels="torch", expected_hashes=None,
         )  # fmt: skip
         found = stage_sizes(manifest, stage.stage_idx, tiny_model, 3, 100)
-        # torch's kernels compute in float32, on any processor.
-        assert found.widest_weights == shard.num_weight_bytes
-        assert found.weights <= found.widest_weights
+        # torch's kernels hold matrices in float32, whatever the precision.
+        assert found.weights <= shard.num_weight_bytes <= found.widest_weights
         assert (found.weights == found.widest_weights) == (precision == "float32")
         sent_on = 0 if stage.stage_idx else np.empty((3, 100, 64), np.float32).nbytes
         assert found.session == shard.kv_bytes(3, 100) + sent_on

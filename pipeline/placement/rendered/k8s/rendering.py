@@ -1,5 +1,6 @@
 """A manifest as files for `kubectl apply`, and the one that an orchestrator then loads."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def write(
     rendered = render(manifest, cluster, needs)
     with new_directory(output) as directory:
         for name, objects in rendered.items():
-            text = yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+            # Copied, or what is said twice would be a reference, which people do not write.
+            apart = json.loads(json.dumps(objects))
+            text = yaml.safe_dump_all(apart, sort_keys=False, allow_unicode=True)
             (directory / f"{name}.yaml").write_text(text)
         (directory / ORCHESTRATOR_DIRECTORY).mkdir()
         placed = directory / ORCHESTRATOR_DIRECTORY / MANIFEST_FILE
@@ -64,12 +67,3 @@ def _config_map(manifest: Manifest, cluster: Cluster) -> dict[str, object]:
         "metadata": cluster.metadata(cluster.name),
         "data": {MANIFEST_FILE: text},
     }
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what is said twice twice, as people do."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        """Always."""
-        del data
-        return True

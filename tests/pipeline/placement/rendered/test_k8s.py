@@ -368,6 +368,7 @@ def test_orchestrators_and_workers_have_the_same_core_and_find_each_other(
     assert found.core_hash() == manifest.core_hash()
     (config,) = yaml.safe_load_all((tmp_path / "out/manifest.yaml").read_text())
     assert parse_manifest(config["data"]["manifest.json"]) == found
+    assert not [path for path in written if "&id" in path.read_text()]
     objects = [each for path in written for each in yaml.safe_load_all(path.read_text())]
     hosts = {f"{each['metadata']['name']}.llm.svc" for each in of_kind(objects, "Service")}
     assert {each.endpoint.control.to_endpoint().host for each in found.stages} == hosts
