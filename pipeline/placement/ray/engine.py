@@ -117,6 +117,8 @@ class RayEngine:
         except ray.exceptions.ActorDiedError as error:
             self.keep(stage_idx)
             raise EngineError(first_line(error)) from error
+        except ray.exceptions.ActorUnavailableError as error:
+            raise EngineError("its keeper is gone, or the node that had it") from error
         except ray.exceptions.RayError as error:
             raise EngineError(first_line(error)) from error
         return int(version), str(kept)
