@@ -81,7 +81,7 @@ class RayEngine:
             bundles = [dict(job.needs) for _ in job.arguments]
             self._group = ray.util.placement_group(bundles, strategy=job.strategy, name="veilpipe")
         except Exception as error:  # Ray's own have no root in common
-            raise EngineUnusable(f"Ray at {job.address}: {first_line(error)}") from error
+            raise EngineUnusable(first_line(error)) from error
         self._ray = ray
 
     def keep(self, stage_idx: int) -> None:

@@ -213,7 +213,9 @@ async def test_a_successor_with_unusable_input_is_tried_until_that_is_mended(
     with caplog.at_level("INFO"):
         os.kill(first, signal.SIGKILL)
         await until(lambda: supervisor.problem(0) == "other weights")
-        monkeypatch.setattr(worker_supervisor, "COMMAND", says("listening tcp:h:1 tcp:h:2", code=None))
+        monkeypatch.setattr(
+            worker_supervisor, "COMMAND", says("listening tcp:h:1 tcp:h:2", code=None)
+        )
         await until(lambda: supervisor.problem(0) is None)
     assert "event=worker_back" in caplog.text
     assert "error=other weights" in caplog.text
