@@ -188,7 +188,7 @@ def outline(
     Raises ModelError for a range outside the model.
     """
     _check_range(config, layer_range.start, layer_range.stop, ends)
-    return _build(config, layer_range.start, layer_range.stop, Outline(), precision, ends=ends)
+    return _build(config, ShardSpec(layer_range, Outline(), precision, ends=ends))
 
 
 def required_files(

@@ -13,10 +13,10 @@ from pipeline.gguf.model_files import has_model_file, read_model_file
 from pipeline.models.config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
-    ModelConfig,
     hash_config,
     load_config,
 )
+from pipeline.models.model_config import ModelConfig
 from pipeline.models.older_client_part import CLIENT_FILE
 from pipeline.models.registry import in_older_layout
 from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
@@ -123,7 +123,8 @@ def _in_precision(manifest: Manifest, precision: Precision) -> Manifest:
 
 def _is_unpacked(manifest: Manifest) -> bool:
     """Whether each part is in a precision that packed weights have to become."""
-    parts = [*manifest.stages, *([] if manifest.client is None else [manifest.client])]
+    parts: list[StageSpec | ClientSpec] = [*manifest.stages]
+    parts += [] if manifest.client is None else [manifest.client]
     return all(part.precision in {"bfloat16", "int8"} for part in parts)
 
 

@@ -21,7 +21,8 @@ TUNED = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
-MEMORY = 100 << 20  # of each node's object store, which nobody uses
+# Of each node: nobody uses its object store.
+HERE = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 << 20}
 
 
 class RayNodes:
@@ -68,7 +69,7 @@ def main():
     os.dup2(2, 1)
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "object_store_memory": MEMORY, "include_dashboard": False},
+        head_node_args={**HERE, "num_cpus": 0, "include_dashboard": False},
     )
     pid = cluster.head_node.all_processes["gcs_server"][0].process.pid
     print(json.dumps({"address": cluster.address, "gcs": pid}), file=out)
@@ -76,9 +77,7 @@ def main():
     for line in sys.stdin:
         nodes = [node for node in nodes if is_alive(node)]
         while len(nodes) < int(line):
-            nodes.append(
-                cluster.add_node(num_cpus=int(sys.argv[1]), object_store_memory=MEMORY, wait=False)
-            )
+            nodes.append(cluster.add_node(**HERE, num_cpus=int(sys.argv[1])))
         print(json.dumps([raylet_of(node).pid for node in nodes]), file=out)
     cluster.shutdown()
 

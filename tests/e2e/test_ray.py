@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 NUM_CLIENTS = 8
-NUM_LOSSES = 7  # of each kind
+NUM_LOSSES = 4  # of each kind
 PLACED = re.compile(r"event=stage_placed stage=(\d) node=\S+ pid=(\d+) keeper_pid=(\d+)")
 
 

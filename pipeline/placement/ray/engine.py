@@ -81,7 +81,7 @@ class RayEngine:
             bundles = [dict(job.needs) for _ in job.arguments]
             self._group = ray.util.placement_group(bundles, strategy=job.strategy, name="veilpipe")
         except Exception as error:  # Ray's own have no root in common
-            raise EngineUnusable(f"Ray at {job.address}: {first_line(error)}") from error
+            raise EngineUnusable(first_line(error)) from error
         self._ray = ray
 
     def keep(self, stage_idx: int) -> None:
@@ -117,6 +117,8 @@ class RayEngine:
         except ray.exceptions.ActorDiedError as error:
             self.keep(stage_idx)
             raise EngineError(first_line(error)) from error
+        except ray.exceptions.ActorUnavailableError as error:
+            raise EngineError("its keeper is gone, or the node that had it") from error
         except ray.exceptions.RayError as error:
             raise EngineError(first_line(error)) from error
         return int(version), str(kept)

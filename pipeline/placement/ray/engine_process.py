@@ -41,30 +41,28 @@ class EngineService:
         self._tell = tell
         # What was last told of the cluster.
         self._cluster: Cluster | None = None
+        self._is_connected = trio.Event()
 
     async def serve(self, orders: AsyncIterator[bytes]) -> None:
         """Until there are no more orders; then nothing is left of what they have started."""
         try:
-            await in_thread(self._engine.connect)
-        except EngineUnusable as error:
-            self._tell(Cluster(reason=cut(str(error)), is_unusable=True))
-            return
-        try:
             async with open_tasks() as tasks:
-                tasks.start_soon(self._check)
+                tasks.start_soon(self._watch, tasks.cancel_scope)
                 async for line in orders:
-                    self._obey(line, tasks)
+                    tasks.start_soon(self._obey, line)
                 tasks.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._engine.close)
 
-    def _obey(self, line: bytes, tasks: trio.Nursery) -> None:
-        match parse_order(line):
+    async def _obey(self, line: bytes) -> None:
+        order = parse_order(line)
+        await self._is_connected.wait()
+        match order:
             case Start(stage_idx=idx):
-                tasks.start_soon(self._follow, idx)
+                await self._follow(idx)
             case Lose(stage_idx=idx, kind=kind):
-                tasks.start_soon(partial(in_thread, self._engine.lose, idx, kind))
+                await in_thread(self._engine.lose, idx, kind)
 
     async def _follow(self, stage_idx: int) -> None:
         """Have the stage kept, and pass on what its keepers say."""
@@ -81,21 +79,33 @@ class EngineService:
             else:
                 self._tell(Report(stage_idx=stage_idx, kept=kept))
 
-    async def _check(self) -> None:
+    async def _watch(self, scope: trio.CancelScope) -> None:
+        """Connect, and tell whether the cluster answers from then on."""
+        try:
+            await self._ask(self._engine.connect)
+        except EngineUnusable as error:
+            self._tell(Cluster(reason=cut(str(error)), is_unusable=True))
+            scope.cancel()
+            return
+        self._is_connected.set()
         while True:
-            async with open_tasks() as tasks:
-                tasks.start_soon(self._note_silence)
-                try:
-                    await in_thread(self._engine.check)
-                    self._note(None)
-                except EngineError as error:
-                    self._note(cut(str(error)))
-                tasks.cancel_scope.cancel()
+            try:
+                await self._ask(self._engine.check)
+                self._note(None)
+            except EngineError as error:
+                self._note(cut(str(error)))
             await trio.sleep(CHECK_SECONDS)
+
+    async def _ask(self, call: Callable[[], None]) -> None:
+        """Raises what the call does; tells of it where that takes long."""
+        async with open_tasks() as tasks:
+            tasks.start_soon(self._note_silence)
+            await in_thread(call)
+            tasks.cancel_scope.cancel()
 
     async def _note_silence(self) -> None:
         await trio.sleep(SILENT_SECONDS)
-        self._note(f"the cluster's head has not answered for {SILENT_SECONDS:g} s")
+        self._note(f"its head has not answered for {SILENT_SECONDS:g} s")
 
     def _note(self, reason: str | None) -> None:
         found = Cluster(reason=reason)

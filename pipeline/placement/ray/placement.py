@@ -198,6 +198,8 @@ class RayPlacement:
                 raise MessageError("what speaks with Ray speaks of a stage that there is not")
 
     def _hear_of_cluster(self, reason: str | None, *, is_unusable: bool) -> None:
+        if reason is not None:
+            reason = f"Ray at {self._job.address}: {reason}"
         if is_unusable and not self._has_answered:
             raise InputError(f"stages cannot be placed: {reason}")
         if reason is not None:

@@ -97,5 +97,6 @@ def test_a_part_of_a_model_elsewhere_is_not_for_a_cluster(manifest, tiny_model):
     raw["stages"] = [{**raw["stages"][0], "layer_end": 4}]
     raw["part"] = {"kind": "attention", "address": {"type": "tcp", "addr": "h:1"}}
     alone = build_manifest(raw, "test")
+    options = RayOptions()
     with pytest.raises(InputError, match="the manifest's part"):
-        RayOptions().job(alone, tiny_model, flags())
+        options.job(alone, tiny_model, flags(ray=options))

@@ -3,7 +3,7 @@
 Run in place of the process that speaks with Ray. A job's address is a directory, in which a test
 says what befalls the cluster: a file `node-I` is the loss of the node of stage I, `crash` this
 process's own death, `unusable` that there is no such cluster, `full` that no node has room, and
-`silent` that the head answers nothing while it is there.
+`unreachable` and `silent` that the head answers nothing, at first or later, while they are there.
 """
 
 import os
@@ -28,6 +28,7 @@ class LocalEngine:
     def connect(self):
         if (self.events / "unusable").exists():
             raise EngineUnusable("no such cluster")
+        self.wait_for_the_end_of("unreachable")
 
     def keep(self, stage_idx):
         if not self.is_full():
@@ -51,8 +52,7 @@ class LocalEngine:
         self.keepers[stage_idx].lose(kind)
 
     def check(self):
-        while (self.events / "silent").exists():
-            time.sleep(0.01)
+        self.wait_for_the_end_of("silent")
 
     def close(self):
         for keeper in self.keepers.values():
@@ -60,6 +60,10 @@ class LocalEngine:
 
     def is_full(self):
         return (self.events / "full").exists()
+
+    def wait_for_the_end_of(self, name):
+        while (self.events / name).exists():
+            time.sleep(0.01)
 
     def happens(self, name):
         """Once, and to whoever sees it first."""

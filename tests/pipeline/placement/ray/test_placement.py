@@ -86,12 +86,26 @@ async def test_a_head_that_is_silent_is_told_and_the_stages_stay(home, caplog):
     with caplog.at_level("INFO"):
         home.happens("silent")
         await until(lambda: count(caplog, "event=cluster_away"))
-        assert "head has not answered" in home.placement.problem(0)
+        assert "its head has not answered" in home.placement.problem(0)
         assert [await home.who(idx) for idx in range(2)] == pids
         (home.directory / "silent").unlink()
         await until(lambda: count(caplog, "event=cluster_back"))
     assert home.placement.problem(0) is None
     assert [await home.who(idx) for idx in range(2)] == pids
+
+
+async def test_a_cluster_that_does_not_answer_at_all_is_told_and_waited_for(
+    tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "unreachable").touch()
+    with trio.fail_after(120):
+        async with RayHome.open(tmp_path, monkeypatch) as home, trio.open_nursery() as nursery:
+            nursery.start_soon(home.placement.start, 0)
+            said = f"Ray at {tmp_path}: its head has not answered"
+            await until(lambda: said in (home.placement.problem(0) or ""))
+            (tmp_path / "unreachable").unlink()
+            await until(lambda: home.placement.problem(0) is None)
+    assert count(caplog, "event=cluster_away") == 1
 
 
 async def test_what_speaks_with_the_cluster_may_crash_and_the_stages_come_back(
@@ -109,7 +123,7 @@ async def test_what_speaks_with_the_cluster_may_crash_and_the_stages_come_back(
 @pytest.mark.parametrize(
     ("event", "more", "said"),
     [
-        ("unusable", (), "stages cannot be placed: no such cluster"),
+        ("unusable", (), "stages cannot be placed: Ray at .*: no such cluster"),
         (None, ("--refuse", "x"), "stage 0 cannot start: no weights here .on node 127.0.0.1."),
     ],
     ids=["cluster", "worker"],
@@ -127,8 +141,9 @@ async def test_a_cluster_that_has_answered_is_awaited_when_it_is_gone(home, monk
     pids = await started(home)
     home.happens("unusable")
     home.happens("crash")
-    await until(lambda: count(caplog, "event=placing_failed error=no such cluster"))
-    assert home.placement.problem(0) == "no such cluster"
+    said = f"Ray at {home.directory}: no such cluster"
+    await until(lambda: count(caplog, f"event=placing_failed error={said}"))
+    assert home.placement.problem(0) == said
     (home.directory / "unusable").unlink()
     await home.other_than(0, *pids)
 
