@@ -43,8 +43,15 @@ with atheris.instrument_imports(
     )
     from pipeline.protocol.result_kinds import Result, Want
 with atheris.instrument_imports(
-    include=["pipeline.weights.checkpoint_header", "pipeline.models.config"]
+    include=[
+        "pipeline.weights.checkpoint_header",
+        "pipeline.weights.packings",
+        "pipeline.models.config",
+        "pipeline.gguf",
+    ]
 ):
+    import fuzz_checkpoints
+
     from pipeline.models import config
     from pipeline.weights import checkpoint_header
 
@@ -52,9 +59,11 @@ from command_line import Parser, whole
 
 from pipeline.codecs.registry import make_codec
 from pipeline.errors import ManifestError, MessageError, ModelError, RequestFailed
+from pipeline.gguf.header import CorruptGguf
 from pipeline.protocol.batch import Segment
 from pipeline.sampling.draw import Draw, draw
 from pipeline.sampling.params import SamplingParams
+from pipeline.weights.packings.base import CorruptPacking
 from transport.tensor_frames import DType, Tensor, TensorSpec
 
 LIMITS = step_limits.SessionLimits(
@@ -252,12 +261,20 @@ def make_decoder(name: str) -> Decoder:
             return Decoder(
                 decode_header, (checkpoint_header.CorruptHeader,), seeds, names_in(seeds)
             )
+        case "gguf":
+            seeds = fuzz_checkpoints.gguf_seeds()
+            words = [b"tokenizer.ggml.token_type"]
+            return Decoder(fuzz_checkpoints.decode_gguf, (CorruptGguf,), seeds, words)
+        case "packed":
+            seeds = fuzz_checkpoints.packed_seeds()
+            errors = (CorruptPacking, checkpoint_header.CorruptHeader)
+            return Decoder(fuzz_checkpoints.decode_packed, errors, seeds, names_in(seeds))
         case _:
             seeds = config_seeds()
             return Decoder(decode_config, (ModelError,), seeds, names_in(seeds))
 
 
-DECODERS = ("message", "step", "asked", "manifest", "header", "config")
+DECODERS = ("message", "step", "asked", "manifest", "header", "gguf", "packed", "config")
 
 
 def fuzz(name: str, num_runs: int, seed: int, directory: Path) -> None:

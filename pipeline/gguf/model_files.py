@@ -124,7 +124,7 @@ def _made_of(model: Path, name: str, state: tuple[int, ...]) -> bytes | None:
         raise ModelError(f"{model} cannot be used: {error}") from error
     if fields is None:
         return None
-    return (json.dumps(fields, ensure_ascii=False, indent=1) + "\n").encode()
+    return json.dumps(fields, ensure_ascii=False).encode()
 
 
 def _config(head: GgufHead, file: FileIO) -> Mapping[str, object]:

