@@ -16,10 +16,10 @@ from pipeline.files import is_file
 from pipeline.models.config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
-    ModelConfig,
     hash_config,
     load_config,
 )
+from pipeline.models.model_config import ModelConfig
 from pipeline.models.older_client_part import CLIENT_FILE
 from pipeline.models.registry import in_older_layout
 from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
