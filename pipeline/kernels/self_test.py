@@ -132,7 +132,7 @@ def _routed(kernels: Kernels) -> tuple[Array, HostArray] | None:
     pairs = []
     for pair in weights:
         linears = [
-            kernels.linear(LinearSpec(*each.shape[::-1], bias=False, precision="float32"))
+            kernels.linear(LinearSpec(each.shape[1], len(each), bias=False, precision="float32"))
             for each in pair
         ]
         for linear, each in zip(linears, pair, strict=True):

@@ -168,7 +168,7 @@ class TorchRMSNorm(RMSNorm):
 
     def within(self, rows: torch.Tensor) -> None:
         """In place, of each `size` columns."""
-        each = rows.unflatten(1, (-1, self.size))
+        each = rows.view(rows.shape[0], -1, self.size)
         each.copy_(self._of(each))
 
     def _of(self, x: torch.Tensor) -> torch.Tensor:

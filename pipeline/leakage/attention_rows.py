@@ -41,8 +41,13 @@ class LayerReaders:
     def load(cls, model_dir: Path, config: ModelConfig, layer: int) -> "LayerReaders":
         """Raises InputError for other families, ModelError."""
         rope = config.shape(layer).rope
-        is_plain = isinstance(config, DecoderConfig) and family_of(config).stream is STREAM
-        if not is_plain or config.qkv_bias or config.qk_norm is not None or rope is None:
+        if (
+            not isinstance(config, DecoderConfig)
+            or family_of(config).stream is not STREAM
+            or config.qkv_bias
+            or config.qk_norm is not None
+            or rope is None
+        ):
             raise InputError(
                 f"{config.architecture}: encoded rows are measured of Llama-like models without "
                 "biases and norms of queries and keys"

@@ -26,7 +26,7 @@ from pipeline.models.model_config import (
     head_dim_of,
     shown,
 )
-from pipeline.models.rope_config import Positions, Rope, Scale, read_rope
+from pipeline.models.rope_config import Positions, Rope, Scale, Share, read_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # What lets how much of an MLP's rows through.
@@ -114,7 +114,7 @@ class DecoderJson(JsonFields):
     rope_parameters: dict[str, Any] | None = None
     hidden_act: Literal["silu"] = "silu"
     original_max_position_embeddings: Positions | None = None
-    partial_rotary_factor: Literal[1] | None = None
+    partial_rotary_factor: Share | None = None
     layer_types: LayerTypes | None = None
     sliding_window: Positions | None = None
     tie_word_embeddings: bool = False

@@ -30,7 +30,6 @@ THETA, LOCAL_THETA = 1e6, 1e4  # of layers that look back to the start, and of t
 class GemmaJson(DecoderJson):
     """Its config.json."""
 
-    hidden_act: str = "gelu_pytorch_tanh"  # older files say gelu there, and mean the other
     hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
     num_attention_heads: Heads = 8
     num_key_value_heads: Heads = 4
@@ -49,7 +48,8 @@ class GemmaJson(DecoderJson):
 
 def read(fields: Fields, generation: Fields) -> DecoderConfig:
     """The configuration that a config.json says. Raises ModelError, ValidationError."""
-    raw = GemmaJson.model_validate(fields)
+    # older files have gelu there, and mean what the newer field says
+    raw = GemmaJson.model_validate({name: fields[name] for name in fields if name != "hidden_act"})
     local_theta = raw.rope_local_base_freq or LOCAL_THETA
     ropes, _ = ropes_by_type(raw, theta=THETA, window_theta=local_theta)
     windows = layers_of(raw, lambda layer: (layer + 1) % raw.sliding_window_pattern != 0)

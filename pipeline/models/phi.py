@@ -13,7 +13,7 @@ from pipeline.models.decoder_config import (
 )
 from pipeline.models.family import Family
 from pipeline.models.model_config import Epsilon, Fields
-from pipeline.models.rope_config import Positions, Share
+from pipeline.models.rope_config import Positions
 
 LONG = "longrope"
 OLDER_NAMES = ("su", "yarn")  # of it, in this family's files
@@ -24,7 +24,6 @@ class PhiJson(DecoderJson):
 
     rms_norm_eps: Epsilon = 1e-5
     original_max_position_embeddings: Positions = 4096
-    partial_rotary_factor: Share | None = None
 
 
 def read(fields: Fields, generation: Fields) -> DecoderConfig:

@@ -109,7 +109,8 @@ def rope_frequencies(rope: Rope) -> Floats:
         case Linear(factor=factor):
             return frequencies / np.float32(factor)
         case Stretched(factors=factors):
-            return np.reciprocal(np.asarray(factors, FLOAT32) * wavelengths)
+            stretched: Floats = np.reciprocal(np.asarray(factors, FLOAT32) * wavelengths)
+            return stretched
         case Llama3() as scaling:
             return _llama3_frequencies(frequencies, scaling)
         case Yarn() as scaling:

@@ -159,8 +159,10 @@ def read_rope(
     ValidationError for a value that cannot be.
     """
     fields = _only([_flat(each, theta or DEFAULT_THETA) for each in spellings if each])
+    if part is not None:
+        fields = {"partial_rotary_factor": part} | dict(fields)
     raw = (_Partial if may_be_partial else _Whole).model_validate(fields)
-    num_dims = int(head_dim * (raw.partial_rotary_factor or part or 1))
+    num_dims = int(head_dim * (raw.partial_rotary_factor or 1))
     if num_dims % 2 or num_dims == 0:
         raise ModelError(
             f"config.json: {num_dims} of head_dim={head_dim} is odd or nothing; rotary positions "
