@@ -64,7 +64,7 @@ def _start() -> ForkServer:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # which it inherits
         try:
             process = subprocess.Popen(  # noqa: S603 - no shell, and none of its words is given
-                COMMAND, stdin=theirs, stdout=subprocess.DEVNULL
+                COMMAND, stdin=theirs.fileno(), stdout=subprocess.DEVNULL
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
