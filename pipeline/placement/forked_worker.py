@@ -116,8 +116,14 @@ class Forks:
         """End what they are forks of, once whoever got them has closed them all."""
         for worker in self._workers:
             await worker.is_closed.wait()
-        if self._server is not None:
-            self._bury(self._server)
+        server = self._server
+        if server is None:
+            return
+        if self._workers and all(worker.pid for worker in self._workers):
+            # All have ended; and it alone can see to it that nothing is left of them.
+            server.requests.close()
+            server.process.wait()
+        self._bury(server)
 
     def _request(
         self, arguments: Sequence[str], handed: Sequence[int]

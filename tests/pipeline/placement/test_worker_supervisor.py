@@ -116,6 +116,22 @@ async def test_what_cannot_even_be_imported_is_told_of_and_tried_again(
     await pid_other_than(supervisor, ())
 
 
+async def test_nothing_is_left_of_workers_that_are_not_to_run_any_more(work):
+    async with trio.open_nursery() as nursery:
+        supervisor = Supervisor(None, lambda stage_idx: (), nursery)
+        for stage_idx in range(2):
+            await supervisor.start(stage_idx)
+        await until(lambda: None not in (supervisor.pid(0), supervisor.pid(1)))
+        pids = supervisor.pid(0), supervisor.pid(1), supervisor._forks.pid
+        nursery.cancel_scope.cancel()
+    assert not any(map(is_left, pids))
+
+
+def is_left(pid):
+    """Also where it has ended, and nobody has waited for it."""
+    return Path(f"/proc/{pid}").exists()
+
+
 async def test_signals_end_workers_and_not_what_they_are_forks_of(supervisor):
     await supervisor.start(0)
     first, server = await pid_other_than(supervisor, ()), supervisor._forks.pid
