@@ -123,9 +123,10 @@ def _in_precision(manifest: Manifest, precision: Precision) -> Manifest:
 
 def _is_unpacked(manifest: Manifest) -> bool:
     """Whether each part is in a precision that packed weights have to become."""
-    parts: list[StageSpec | ClientSpec] = [*manifest.stages]
-    parts += [] if manifest.client is None else [manifest.client]
-    return all(part.precision in {"bfloat16", "int8"} for part in parts)
+    precisions = {stage.precision for stage in manifest.stages}
+    if manifest.client is not None:
+        precisions.add(manifest.client.precision)
+    return precisions <= {"bfloat16", "int8"}
 
 
 def cut_stage(

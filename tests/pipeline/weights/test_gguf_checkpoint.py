@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import ModelError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
@@ -201,3 +202,21 @@ def test_weights_of_other_shapes_than_the_configuration_means_are_refused(writte
     (tmp_path / "config.json").write_text(json.dumps(fields | {"intermediate_size": 768}))
     with pytest.raises(ModelError, match=r"has shape .*512.*, config.json means .*768"):
         load_shard(model.path, load_config(tmp_path), 0, 2, expected_hashes=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Types.Q8_0, Types.F16])
+def test_smollm2_as_one_file_says_what_its_unpacked_weights_say(smollm2_dir, tmp_path, kind):
+    path, floats = tmp_path / "model.gguf", tmp_path / "floats"
+    meaning = write_gguf(smollm2_dir, path, lambda _: kind, tokenizer=True)
+    shutil.copytree(smollm2_dir, floats)
+    save_file(meaning, floats / "model.safetensors")
+    ids = Tokenizer(path / "tokenizer.json").encode("The capital of France is")
+    assert ids == Tokenizer(smollm2_dir / "tokenizer.json").encode("The capital of France is")
+    found = []
+    for model in (path, floats):
+        config = load_config(model)
+        shard = load_shard(model, config, 0, config.num_layers, expected_hashes=None)
+        found.append(Pipeline([shard]).greedy(torch.tensor(ids), 16))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
