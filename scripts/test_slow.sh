@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The suites that take minutes: full parity with transformers, a million-input fuzz of every decoder,
-# enclave images under QEMU, the page in a browser, released clients.
-# Usage: test_slow.sh [parity] [fuzz] [enclave] [page] [clients]     (default: all)
+# enclave images under QEMU, the page in a browser, released clients, stages placed by Slurm.
+# Usage: test_slow.sh [parity] [fuzz] [enclave] [page] [clients] [slurm]     (default: all)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
-[ $# -gt 0 ] || set -- parity fuzz enclave page clients
+[ $# -gt 0 ] || set -- parity fuzz enclave page clients slurm
 for suite in "$@"; do
   echo "test_slow: $suite" >&2
   case $suite in
@@ -19,6 +19,7 @@ for suite in "$@"; do
     enclave) bash scripts/test_enclave.sh ;;
     page) bash scripts/test_page.sh ;;
     clients) bash scripts/test_clients.sh ;;
-    *) echo "test_slow: error: no suite '$suite'; choose parity, fuzz, enclave, page, clients" >&2; exit 2 ;;
+    slurm) bash scripts/test_slurm.sh ;;
+    *) echo "test_slow: error: no suite '$suite'; choose parity, fuzz, enclave, page, clients, slurm" >&2; exit 2 ;;
   esac
 done
