@@ -243,9 +243,9 @@ def _kind_of(error: StageLost | StageMismatch) -> LossKind | None:
 
 
 def _environment(environment: Mapping[str, str]) -> Mapping[str, str]:
-    """Nothing that this process was told in confidence; and Ray is to show, and ask for, a token.
+    """Nothing that this process was told in confidence; and Ray's token is always shown.
 
-    Attack: without one, whoever reaches a node's ports runs what he likes beside a stage's key.
+    Attack: where a cluster asks for none, whoever reaches a node runs what he likes beside its key.
     """
     kept = {
         name: value
