@@ -18,6 +18,7 @@ from pipeline.kernels.host_memory import available_bytes
 from pipeline.kernels.huge_pages import give_back, reserve
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import Slide
+from pipeline.kernels.routing import ExpertMLPs, Routing
 from pipeline.protocol.batch import Batch
 from pipeline.weights.quantization import quantise
 from pipeline.weights.tensor_sinks import CopySink, Fill, Sink, fill_array, linear_sinks
@@ -155,27 +156,6 @@ class RMSNorm(Norm):
     @abstractmethod
     def within(self, rows: Array) -> None:
         """In place, of each `size` columns of rows [n, a multiple of it], which may be a view."""
-
-
-class ExpertMLPs(Protocol):
-    """Gated MLPs side by side, and what sends rows through some of them, as one operation."""
-
-    def __call__(self, x: Array, logits: Array, out: Array, residual: Array | None) -> None:
-        """What those chosen make of rows [n, hidden], and the residual, into out [n, hidden].
-
-        Shapes: logits [n, experts]; `residual` may be `out`.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """How many experts logits choose of a row, and how much each counts."""
-
-    num_chosen: int
-    # Whether shares are a softmax of the logits of those chosen, or of all logits.
-    are_normalised: bool
-    # Whether gates are gelu's, else silu's.
-    is_gelu: bool = False
 
 
 class Attention(Protocol):

@@ -24,7 +24,6 @@ from pipeline.kernels.base import (
     Activation,
     Attention,
     DecodeStep,
-    ExpertMLPs,
     HeadShape,
     KernelLinear,
     Kernels,
@@ -32,12 +31,12 @@ from pipeline.kernels.base import (
     LinearSpec,
     Norm,
     RMSNorm,
-    Routing,
     StepWork,
 )
 from pipeline.kernels.huge_pages import Arena, aligned
 from pipeline.kernels.kv_storage import Slide
 from pipeline.kernels.native_step import NativeAttention, NativeStep, spans_of
+from pipeline.kernels.routing import ExpertMLPs, Routing
 from pipeline.kernels.runtime import overwrite_freed_blocks, return_large_blocks
 from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.protocol.batch import Batch

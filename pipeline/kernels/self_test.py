@@ -17,8 +17,9 @@ from pipeline.dtypes import (
     from_floats,
     to_floats,
 )
-from pipeline.kernels.base import HeadShape, Kernels, LinearSpec, Norm, Routing
+from pipeline.kernels.base import HeadShape, Kernels, LinearSpec, Norm
 from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.routing import Routing
 from pipeline.protocol.batch import Segment
 from pipeline.weights.quantization import dequantise, quantise
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.dtypes import FLOAT32, Array, Floats, HostArray
-from pipeline.kernels.base import Linear, Routing
+from pipeline.kernels.base import Linear
+from pipeline.kernels.routing import Routing
 from pipeline.models.decoder_config import DecoderConfig, Experts
 from pipeline.models.layer_parts import LayerMaker
 from pipeline.models.workspace import Block

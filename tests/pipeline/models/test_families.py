@@ -40,7 +40,8 @@ def test_greedy_tokens_are_those_of_transformers_in_every_split(
     expected = own.logits(text)[len(token_ids) - 1 : -1]
     assert tokens == expected.argmax(-1).tolist()
     assert (logits - expected).abs().max() <= TOLERANCE
-    for at in range(1, own.config.num_layers):
+    are_all_split = kernels != "torch" or case in FIRST  # how rows are cut is no configuration's
+    for at in range(1, own.config.num_layers if are_all_split else 1):
         split = make_pipeline(own.split(at)).greedy(token_ids, NUM_TOKENS)
         assert split[0] == tokens, at
         assert torch.equal(split[1], logits), at

@@ -90,7 +90,7 @@ def test_every_mixture_is_another():
 
 
 def test_a_row_that_holds_no_number_is_no_numbers_and_leaves_the_others_alone(tiny_model, multiply):
-    linear = load(tiny_model, NearParts(multiply)).layers[0].self_attn_o_proj
+    linear = load(tiny_model, NearParts(multiply)).layers[0].o_proj
     rows = np.random.default_rng(0).standard_normal((10, linear.num_in)).astype(np.float32)
     expected = linear(rows, np.empty((10, linear.num_out), np.float32)).copy()
     rows[3, 5] = np.nan

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.kernels.base import LinearSpec, Routing
+from pipeline.kernels.base import LinearSpec
+from pipeline.kernels.routing import Routing
 
 HIDDEN, INNER, NUM = 40, 24, 7
 
