@@ -76,7 +76,7 @@ class Metadata:
         self._values: dict[str, Scalar | _Array] = {}
 
     def add(self, key: str, value: Scalar | _Array) -> None:
-        """One more; keys are unique."""
+        """One more; keys are unique. Raises CorruptGguf."""
         if key in self._values:
             raise CorruptGguf(f"its key {key[:80]!r} appears twice")
         self._values[key] = value
@@ -95,14 +95,14 @@ class Metadata:
         return value
 
     def number(self, key: str) -> float | None:
-        """A finite number, if it is there."""
+        """A finite number, if it is there. Raises CorruptGguf."""
         value: float | None = self._scalar(key, float, int)
         if value is not None and not math.isfinite(value):
             raise CorruptGguf(f"its {key} is {value}")
         return value
 
     def size(self, key: str) -> int | None:
-        """A whole number of at least 0, if it is there."""
+        """A whole number of at least 0, if it is there. Raises CorruptGguf."""
         value: int | None = self._scalar(key, int)
         if value is not None and value < 0:
             raise CorruptGguf(f"its {key} is {value}")

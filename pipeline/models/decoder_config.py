@@ -140,7 +140,7 @@ def layers_of(raw: DecoderJson, default: Callable[[int], bool]) -> list[bool]:
 
 
 def all_or_none(raw: DecoderJson) -> list[bool]:
-    """The same of families whose layers have all the same window, or none."""
+    """The same of families whose layers have all the same window, or none. Raises ModelError."""
     if len(set(raw.layer_types or ())) > 1:
         raise ModelError(
             f"config.json: layer_types={shown(sorted(set(raw.layer_types or ())))} is not "
@@ -175,7 +175,7 @@ def ropes_by_type(
 ) -> tuple[dict[bool, Rope], int]:
     """The same where layers with a window are turned otherwise; `rope_scaling` is the others'.
 
-    Both thetas: where the file says none.
+    Both thetas: where the file says none. Raises ModelError.
     """
     given, plain = raw.rope_parameters or {}, {"rope_type": "default"}
     if given and not given.keys() & {FULL, SLIDING}:

@@ -99,7 +99,10 @@ class Angles:
 
 
 def rope_frequencies(rope: Rope) -> Floats:
-    """Radians per position of each pair of dimensions, [num_dims / 2]."""
+    """Radians per position of each pair of dimensions, [num_dims / 2].
+
+    Raises AssertionError for LongRope's, which is that of no session: see `Rope.within`.
+    """
     exponents = np.arange(0, rope.num_dims, 2, dtype=FLOAT32) / np.float32(rope.num_dims)
     wavelengths = np.power(rope.theta, exponents.astype(np.float64)).astype(FLOAT32)
     frequencies: Floats = np.reciprocal(wavelengths)
@@ -115,7 +118,7 @@ def rope_frequencies(rope: Rope) -> Floats:
             return _llama3_frequencies(frequencies, scaling)
         case Yarn() as scaling:
             return _yarn_frequencies(frequencies, scaling, rope)
-    raise AssertionError("LongRope is that of no session: see `Rope.within`")
+    raise AssertionError(rope)
 
 
 def _llama3_frequencies(frequencies: Floats, scaling: Llama3) -> Floats:

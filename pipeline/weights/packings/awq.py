@@ -38,7 +38,7 @@ class Awq:
         yield from find_by_parts(names, "qweight", ("qzeros", "scales"), (), self)
 
     def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, int]:
-        """By the words, if zeros and scales are of as many."""
+        """By the words, if zeros and scales are of as many. Raises CorruptPacking."""
         if len(main.shape) != 2 or main.dtype != "I32":
             raise CorruptPacking(f"is {main.dtype} {list(main.shape)}, no words of eight outputs")
         num_in, num_words = main.shape

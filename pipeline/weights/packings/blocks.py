@@ -22,7 +22,7 @@ class Blocks:
     row_weights = 1
 
     def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, int]:
-        """As many blocks as fill a row."""
+        """As many blocks as fill a row. Raises CorruptPacking."""
         del sides
         kind = BLOCK_TYPES[self.type_name]
         if main.dtype != "U8" or len(main.shape) != 2 or main.shape[1] % kind.num_bytes:

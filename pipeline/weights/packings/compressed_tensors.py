@@ -47,7 +47,7 @@ class PackedWords:
         yield from find_by_parts(names, "weight_packed", needed, optional, self)
 
     def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, int]:
-        """By the words, if zeros and scales are of as many."""
+        """By the words, if zeros and scales are of as many. Raises CorruptPacking."""
         if len(main.shape) != 2 or main.dtype != "I32":
             raise CorruptPacking(f"is {main.dtype} {list(main.shape)}, no words of inputs")
         per_word = WORD_BITS // self.bits
@@ -63,7 +63,7 @@ class PackedWords:
         return num_out, num_in
 
     def check(self, shape: tuple[int, int], sides: Sides) -> None:
-        """The shape is the one that is told, and each input is of a group that there is."""
+        """Shape as told, and each input of a group that there is. Raises CorruptPacking."""
         told = tuple(int(each) for each in sides["weight_shape"])
         if told != shape:
             raise CorruptPacking(f"has the shape {list(shape)}, and says that it is {list(told)}")
@@ -100,7 +100,7 @@ class WholeBytes:
         yield from find_by_parts(names, "weight", ("weight_scale",), (), self)
 
     def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, int]:
-        """The tensor's, if it is int8 and has scales for whole groups."""
+        """The tensor's, if it is int8 with scales for whole groups. Raises CorruptPacking."""
         if len(main.shape) != 2 or main.dtype != "I8":
             raise CorruptPacking(f"is {main.dtype} {list(main.shape)}, no int8 matrix")
         num_out, num_in = main.shape

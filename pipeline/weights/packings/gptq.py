@@ -52,7 +52,7 @@ class Gptq:
         yield from find_by_parts(names, "qweight", ("qzeros", "scales"), ("g_idx",), self)
 
     def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, int]:
-        """By the words, if zeros, scales and groups are of as many."""
+        """By the words, if zeros, scales and groups are as many. Raises CorruptPacking."""
         if len(main.shape) != 2 or main.dtype != "I32":
             raise CorruptPacking(f"is {main.dtype} {list(main.shape)}, no words of inputs")
         num_in, num_out = main.shape[0] * self.row_weights, main.shape[1]
@@ -63,7 +63,7 @@ class Gptq:
         return num_out, num_in
 
     def check(self, shape: tuple[int, int], sides: Sides) -> None:
-        """Each input is of a group that there is."""
+        """Each input is of a group that there is. Raises CorruptPacking."""
         del shape
         groups = sides.get("g_idx")
         if groups is not None and len(groups):
