@@ -47,10 +47,11 @@ stage() {{
   done
 }}
 
+children=()
 {stages}
 # Until the last of them has ended; the job has failed if one of them has.
 failed=0
-for child in $(jobs -p); do
+for child in "${{children[@]}}"; do
   wait "$child" || failed=$?
 done
 exit "$failed"
@@ -106,7 +107,8 @@ def render(manifest: Manifest, job: SlurmJob, needs: Sequence[StageNeeds]) -> st
             )
     nodes = _nodes(manifest, job)
     stages = [
-        shlex.join(["stage", node, str(each.limit_mib), *job.command(idx, each)]) + " &\n"
+        shlex.join(["stage", node, str(each.limit_mib), *job.command(idx, each)])
+        + " &\nchildren+=($!)\n"
         for idx, (node, each) in enumerate(zip(nodes, needs, strict=True))
     ]
     return _SCRIPT.format(
