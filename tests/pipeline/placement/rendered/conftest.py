@@ -3,6 +3,7 @@
 import pytest
 
 from pipeline.agreement.manifest import build_manifest
+from pipeline.placement.rendered.k8s.cluster import Cluster
 from pipeline.placement.rendered.stage_needs import MIB, StageNeeds
 
 
@@ -59,3 +60,14 @@ def attested(fields):
 def needs():
     sizes = [(idx + 1) * 100 * MIB for idx in range(3)]
     return [StageNeeds(size, 4 * size, 64 * MIB, 10 * MIB, 2) for size in sizes]
+
+
+@pytest.fixture
+def cluster():
+    def make(kind="leaderworkerset", **changes):
+        if kind == "enclaves":
+            changes = {"enclave_image": "registry/nitro-cli:1"} | changes
+            kind = "statefulset"
+        return Cluster(image="registry/veilpipe:1", kind=kind, name="vp", **changes)
+
+    return make
