@@ -1,5 +1,6 @@
 """A stage whose orchestrator holds the ends of the model takes rows, returns rows, and no token."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,7 +124,10 @@ def test_a_stage_keeps_what_it_sent_where_there_is_one_behind_it(tiny_model, idx
     layers = (idx * 2, idx * 2 + 2)
     shard = load_shard(tiny_model, config, *layers, ends=NO_ENDS, expected_hashes=None)
     manifest = SimpleNamespace(stages=(None, None))
-    setup = SimpleNamespace(shard=shard, max_kv_bytes=1 << 30, stage_idx=idx, manifest=manifest)
+    setup = SimpleNamespace(
+        shard=shard, max_kv_bytes=1 << 30, stage_idx=idx, manifest=manifest,
+        while_replaying=nullcontext,
+    )  # fmt: skip
     assert (new_core(setup, LIMITS).log is None) is (idx == 1)
 
 
