@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from pipeline.agreement.manifest import build_manifest, dump_manifest
-from pipeline.placement import worker_supervisor
+from pipeline.placement import fork_server
 from pipeline.placement.by_hand import ByHand
 from pipeline.placement.ray import placement as ray_placement
 from pipeline.placement.ray.messages import Job
@@ -96,8 +96,7 @@ class SupervisedHome(Home):
     @classmethod
     @asynccontextmanager
     async def open(cls, directory, monkeypatch):
-        monkeypatch.setattr(worker_supervisor, "COMMAND", WORKER)
-        monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 600.0)
+        monkeypatch.setattr(fork_server, "COMMAND", WORKER)
         manifest = manifest_at(directory)
         async with trio.open_nursery() as nursery:
             yield cls(Supervisor(manifest, lambda idx: listening_at(manifest, idx), nursery))

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.placement import worker_supervisor
+from pipeline.placement import fork_server
 from pipeline.placement.ray import engine_process
 from pipeline.placement.ray.engine import EngineError, EngineUnusable
 from pipeline.placement.ray.keeper import StageKeeper
@@ -75,8 +75,7 @@ class LocalEngine:
 
 
 def main():
-    worker_supervisor.COMMAND = (sys.executable, "-S", str(STUB))
-    worker_supervisor.QUIET_SECONDS = 600.0
+    fork_server.COMMAND = (sys.executable, "-S", str(STUB))
     engine_process.CHECK_SECONDS = 0.05
     engine_process.SILENT_SECONDS = 0.2
     engine_process.run(LocalEngine)

@@ -1,21 +1,15 @@
 """A worker that computes nothing: it listens, and tells whoever connects which process it is."""
 
 import itertools
-import json
 import os
 import select
 import socket
 import sys
+from pathlib import Path
 
 
 def main():
     words = sys.argv[1:]
-    if words == ["--standby"]:
-        print("ready", flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        words = json.loads(line)
     given = dict(itertools.pairwise(words))
     if "--refuse" in words:
         print("failed no weights here", flush=True)
@@ -55,4 +49,9 @@ def named(listener):
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:  # it is what workers are forks of
+        sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+        from pipeline.placement.fork_server import fork_for_requests
+
+        sys.argv[1:] = fork_for_requests()
     main()

@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 
 from pipeline.agreement.manifest import load_manifest
-from pipeline.placement import worker_supervisor
+from pipeline.placement import fork_server
 from pipeline.placement.ray import keeper as keeper_module
 from pipeline.placement.ray.keeper import StageKeeper
-from tests.pipeline.placement.conftest import WORKER, manifest_at
+from tests.pipeline.placement.conftest import ROOT, WORKER, manifest_at
 
-TOLD = """
+TOLD = f"""
 import json, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pipeline.placement.fork_server import fork_for_requests
+sys.argv[1:] = fork_for_requests()
 given = dict(zip(sys.argv, sys.argv[1:]))
 pathlib.Path(given["--told"]).write_text(json.dumps([sys.argv, open(given["--manifest"]).read()]))
 sys.stdin.read()
@@ -28,8 +31,7 @@ def keep(monkeypatch, tmp_path):
     keepers = []
 
     def keep(command, *arguments):
-        monkeypatch.setattr(worker_supervisor, "COMMAND", command)
-        monkeypatch.setattr(worker_supervisor, "QUIET_SECONDS", 600.0)
+        monkeypatch.setattr(fork_server, "COMMAND", command)
         core = json.dumps(manifest_at(tmp_path).core())
         keepers.append(StageKeeper(1, core, arguments, "127.0.0.1"))
         return keepers[-1]
