@@ -1,7 +1,6 @@
 """A worker that computes nothing: it listens, and tells whoever connects which process it is."""
 
 import itertools
-import json
 import os
 import select
 import socket
@@ -10,12 +9,6 @@ import sys
 
 def main():
     words = sys.argv[1:]
-    if words == ["--standby"]:
-        print("ready", flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        words = json.loads(line)
     given = dict(itertools.pairwise(words))
     if "--refuse" in words:
         print("failed no weights here", flush=True)
