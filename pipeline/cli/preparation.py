@@ -163,12 +163,13 @@ def plan_command(
     with progress_bar("hashing weights") as progress:
         manifest = plan(model_dir, options, progress)
     text = dump_manifest(manifest)
-    tell_memory(manifest, model_dir, sizes)
     if output is None:
         sys.stdout.write(text)
-        return
-    write_atomically(output, text)
-    tell("pipeline-orch", f"wrote {output}")
+        sys.stdout.flush()
+    else:
+        write_atomically(output, text)
+        tell("pipeline-orch", f"wrote {output}")
+    tell_memory(manifest, model_dir, sizes)
 
 
 def _home_layers(text: str) -> tuple[int, int]:
