@@ -106,12 +106,10 @@ fi
 # Whoever is asked for a part of the layers' work may go at any time: another begins with nothing.
 : >"$run_dir/part.log"
 keep_part_worker() {
-  local child
-  trap 'kill -TERM "$child" 2>/dev/null; exit 0' TERM
+  trap 'kill -TERM $(jobs -p) 2>/dev/null; exit 0' TERM # it may come before one has a name
   while :; do
     stage-worker "$@" --manifest "$manifest" --dev >>"$run_dir/part.log" 2>&1 &
-    child=$!
-    wait "$child" || true
+    wait $! || true
     sleep 0.2
   done
 }

@@ -8,6 +8,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$(realpath -m "${VEILPIPE_VENV:-$root/.venv}")
 
 die() { echo "setup: error: $*" >&2; exit 2; }
+trap 'exit 130' INT # or pip would seem to have failed
+trap 'exit 143' TERM
 
 find_python() {
   local candidate

@@ -296,7 +296,7 @@ def show_recoveries(losses: list[Loss]) -> None:
 async def check_end(serving: Serving, server: Server, args, settled) -> list[str]:
     """What is left behind, once all requests have ended."""
     problems = []
-    await trio.sleep(4)  # two health answers, and a spare worker that is on its way
+    await trio.sleep(4)  # two health answers
     view = await pipeline_view(server)
     used = [stage["figures"]["slots_in_use"] for stage in view["stages"] if stage["figures"]]
     engine = view["engine"]

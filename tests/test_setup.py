@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import venv
 from importlib.util import cache_from_source
@@ -36,6 +37,37 @@ def run(checkout):
         ["bash", checkout / "scripts/setup.sh"], env=environment, check=True, timeout=60,
         stdout=subprocess.PIPE,
     )  # fmt: skip
+
+
+PIP = """#!/bin/bash
+case "$*" in
+  *pip*) trap 'exit 1' INT TERM; echo >&"$BEGUN"; while :; do sleep 0.1; done ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_being_interrupted_is_no_failure_of_what_installs(checkout, number):
+    (checkout / "scripts/locks/bench.lock").touch()
+    python = checkout / ".venv/bin/python"
+    python.unlink()
+    python.write_text(PIP)
+    python.chmod(0o755)
+    reading, writing = os.pipe()
+    environment = {**os.environ, "BEGUN": str(writing)}
+    environment.pop("VEILPIPE_VENV", None)
+    with subprocess.Popen(
+        ["env", "--default-signal=INT", "bash", checkout / "scripts/setup.sh", "bench"],
+        env=environment, pass_fds=[writing], start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as setup:  # fmt: skip
+        os.close(writing)
+        assert os.read(reading, 1)
+        os.killpg(setup.pid, number)
+        _, said = setup.communicate()
+    os.close(reading)
+    assert setup.returncode == 128 + number
+    assert "error" not in said
 
 
 def test_bytecode_is_there_and_that_of_the_source(checkout):

@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import StrEnum
 from logging.handlers import MemoryHandler
@@ -164,7 +164,7 @@ def tell(command: str, text: str) -> None:
     if logs_json():
         logger.info("event=progress command=%s detail=%s", command, text)
     else:
-        print(f"{command}: {_words(_marks())}{printable(text)}", file=sys.stderr)
+        _print(f"{command}: {_words(_marks())}{printable(text)}")
 
 
 def tell_error(command: str, text: str, code: int) -> None:
@@ -172,7 +172,13 @@ def tell_error(command: str, text: str, code: int) -> None:
     if logs_json():
         logger.error("event=failed command=%s code=%d error=%s", command, code, text)
     else:
-        print(f"{command}: error: {printable(text)}", file=sys.stderr)
+        _print(f"{command}: error: {printable(text)}")
+
+
+def _print(line: str) -> None:
+    """As loggers do: where stderr is a file on a disk that is full, or closed, work goes on."""
+    with suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def logs_json() -> bool:

@@ -17,7 +17,7 @@ GIB = 1 << 30
 def machine_sizes(text: str, num_stages: int) -> list[int]:
     """Bytes of each stage's machine, in GiB as a flag says them. Raises InputError."""
     given = text.split(",")
-    if not all(re.fullmatch(r" *\d{1,6}(\.\d{1,6})? *", each) for each in given):
+    if not all(re.fullmatch(r" *[0-9]{1,6}(\.[0-9]{1,6})? *", each) for each in given):
         raise InputError(f"--memory {text[:80]!r}: give GiB, one number or one for each stage")
     if len(given) not in (1, num_stages):
         raise InputError(f"--memory has {len(given)} machines for {num_stages} stages")

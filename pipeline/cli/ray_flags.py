@@ -140,7 +140,12 @@ class PlaceRayFlags(Settings):
     manifest: ManifestFlag
     model_dir: Annotated[ModelDir, Flag("DIR", "The workers' model, on every node.")]
     output: Annotated[
-        Path, Flag("FILE", "Write the manifest here with the addresses of stages, as they move.")
+        Path,
+        Flag(
+            "FILE",
+            "Write the manifest here with the addresses of stages, as they move.",
+            ("--output", "--out", "-o"),
+        ),
     ]
     ray: RayOptions
     workers: WorkerOptions

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+from pydantic import Field
+
 from pipeline.cli.compute_options import (
     CPUS_HELP,
     DeviceFlag,
@@ -86,7 +88,9 @@ class WorkerFlags(Settings):
         str | None, Flag("HASH", "The core that is served: for supervisors.", is_by_hand=True)
     ] = None
     weights_fd: Annotated[
-        int | None, Flag("FD", "Sealed memory for weights: for supervisors.", is_by_hand=True)
+        int | None,
+        Field(ge=0, le=(1 << 31) - 1),
+        Flag("FD", "Sealed memory for weights: for supervisors.", is_by_hand=True),
     ] = None
     development: Development
     quiet: QuietFlag = False

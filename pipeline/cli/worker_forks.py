@@ -4,12 +4,13 @@ import os
 import sys
 
 from pipeline.cli.entry import importing, leave_on_signals, settle_libraries
-from pipeline.placement.fork_server import fork_for_requests
+from pipeline.placement.fork_server import end_with, fork_for_requests
 
 
 def main() -> None:
     """Import, then fork for every request; in the forks, run `stage-worker`."""
     leave_on_signals()
+    end_with(os.getppid())  # until there can be forks; before that it would not look up
     # Threads that exist when it forks would be missing in the forks.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     settle_libraries()

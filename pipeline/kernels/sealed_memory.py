@@ -52,6 +52,9 @@ class SealedMemory:
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise InputError(f"descriptor {fd} is memory of another user")
         self.is_sealed = seals & _SEALED == _SEALED
+        # As every file in /dev/shm: it would be overwritten, and could not be sealed.
+        if seals & _SEAL_SEAL and not self.is_sealed:
+            raise InputError(f"descriptor {fd} is no memory that can be sealed")
         self._end = HEADER_BYTES
         self._prepared = 0  # address up to which the last chunk is
         self._chunks: list[tuple[int, int, int]] = []  # address, offset, bytes

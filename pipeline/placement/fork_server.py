@@ -72,11 +72,22 @@ def _start() -> ForkServer:
     return ForkServer(process, ours)
 
 
+def end_with(parent: int) -> None:
+    """Have this process killed when its parent ends, where the system does that.
+
+    One that hangs or imports does not see the end of its stdin.
+    """
+    _set_death_signal(signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before that
+        os._exit(0)
+
+
 def fork_for_requests() -> list[str]:
     """Serve as that process, all imported; returns in the forks alone, each with its arguments.
 
     Numbers of the descriptors that a request hands to a worker, in turn, follow its arguments.
     """
+    _set_death_signal(0)  # forks are given their time
     with socket.socket(fileno=os.dup(0)) as requests, open(os.devnull) as nothing:  # noqa: PTH123
         os.dup2(nothing.fileno(), 0)
         return _Forks(requests).serve()
@@ -131,7 +142,7 @@ class _Forks:
             return None
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        _end_with(parent)
+        end_with(parent)
         _close(self._woken, self._wake, *self._running, *self._ended)
         os.dup2(stdin, 0)
         os.dup2(stdout, 1)
@@ -179,15 +190,10 @@ def _receive(requests: socket.socket) -> tuple[list[str], list[int]] | None:
     return json.loads(line), descriptors
 
 
-def _end_with(parent: int) -> None:
-    """Have this process killed when its parent ends, where the system does that.
-
-    One that hangs does not see the end of its stdin.
-    """
+def _set_death_signal(number: int) -> None:
+    """Of the end of the thread that started this process."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended before that
-        os._exit(0)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _tell(status: int, line: str) -> None:

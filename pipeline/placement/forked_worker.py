@@ -4,12 +4,13 @@ import json
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
 import trio
 
-from pipeline.placement.fork_server import ForkServer, started
+from pipeline.placement.fork_server import LEAVE_SECONDS, ForkServer, started
 
 
 class NotForked(Exception):
@@ -112,6 +113,11 @@ class Forks:
             raise
         return worker
 
+    def kill(self) -> None:
+        """End what they are forks of at once, and all of them with it."""
+        if self._server is not None:
+            self._server.process.kill()
+
     async def aclose(self) -> None:
         """End what they are forks of, once whoever got them has closed them all."""
         for worker in self._workers:
@@ -122,7 +128,8 @@ class Forks:
         if self._workers and all(worker.pid for worker in self._workers):
             # All have ended; and it alone can see to it that nothing is left of them.
             server.requests.close()
-            server.process.wait()
+            with suppress(subprocess.TimeoutExpired):  # it hangs
+                server.process.wait(2 * LEAVE_SECONDS)
         self._bury(server)
 
     def _request(

@@ -188,7 +188,7 @@ class Supervisor:
             del self._processes[stage_idx]
             self._loaded.pop(stage_idx, None)
             self._listening.pop(stage_idx, None)
-            await _end(process)
+            await self._end(process)
         return code, reason
 
     async def _start(self, stage_idx: int, arguments: Sequence[str]) -> ForkedWorker:
@@ -200,6 +200,16 @@ class Supervisor:
             return await self._forks.start([*arguments, "--weights-fd"], fd)
         finally:
             self._starting.discard(stage_idx)
+
+    async def _end(self, process: ForkedWorker) -> None:
+        with trio.CancelScope(shield=True):
+            # At last what tells of its end: if that hangs it is killed, and the worker with it.
+            for end in (process.terminate, process.kill, self._forks.kill):
+                if process.returncode is None:
+                    end()
+                    with trio.move_on_after(STOP_SECONDS):
+                        await process.wait()
+        process.close()
 
     async def _hold(self) -> None:
         try:
@@ -221,18 +231,6 @@ def _new_memory(name: str, *, is_first: bool) -> int | None:
         return None
     os.fchmod(fd, 0o600)
     return fd
-
-
-async def _end(process: ForkedWorker) -> None:
-    with trio.CancelScope(shield=True):
-        if process.returncode is None:
-            process.terminate()
-            with trio.move_on_after(STOP_SECONDS):
-                await process.wait()
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    process.close()
 
 
 async def _reports(process: ForkedWorker) -> AsyncIterator[Report]:

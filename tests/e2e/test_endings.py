@@ -34,6 +34,18 @@ def test_output_that_cannot_be_written_is_one_line(cluster, redirection, argumen
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
+def test_a_command_whose_lines_cannot_be_written_ends_as_with_them(cluster, redirection):
+    def code(*arguments):
+        return subprocess.run(
+            ["sh", "-c", f'"$@" {redirection}', "sh", BIN / "pipeline-orch", *arguments],
+            stdout=subprocess.DEVNULL, env=cluster.environment, timeout=900, check=False,
+        ).returncode  # fmt: skip
+
+    assert code("--nonsense") == 2
+    assert code("plan", "--stages", "2", "--model-dir", cluster.model_dir) == 0
+
+
 def test_a_worker_needs_no_output_to_say_what_is_wrong(cluster):
     result = subprocess.run(
         ["sh", "-c", '"$@" >&-', "sh", BIN / "stage-worker", "--stage-idx", "0",

@@ -81,6 +81,8 @@ class SlurmJob:
         for flag, text in [*checked, *(("--nodes", node) for node in self.nodes)]:
             if text is not None and not _NAME.fullmatch(text):
                 raise InputError(f"{flag} {text[:80]!r}: give letters, digits, dots and dashes")
+        if not self.worker:
+            raise InputError("--worker is empty; name the command on the nodes")
         if not _TIME.fullmatch(self.time):
             raise InputError(f"--time {self.time[:80]!r}: give minutes, HH:MM:SS or D-HH:MM:SS")
 

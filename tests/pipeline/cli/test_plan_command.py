@@ -71,7 +71,7 @@ def test_memory_for_keys_and_values_is_in_the_manifest_where_it_is_given(planned
     assert all("kv_bytes" not in each for each in planned()["stages"])
 
 
-@pytest.mark.parametrize("value", ["", "x", "1,2,3", "-1", "1,", "nan", "1e3"])
+@pytest.mark.parametrize("value", ["", "x", "1,2,3", "-1", "1,", "nan", "1e3", "\u0663"])
 def test_machines_of_no_known_memory_are_refused_in_one_line(planned, value):
     err = planned("--memory", value)
     assert err.startswith("pipeline-orch: error: --memory")

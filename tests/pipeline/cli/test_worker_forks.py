@@ -81,6 +81,31 @@ def test_it_ends_quietly_when_nobody_asks_any_more(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+STARTS = """
+import os, sys
+from pipeline.placement import fork_server
+fork_server.COMMAND = (sys.executable, "-c", sys.argv[1])
+server = fork_server.started()
+os.read(server.requests.fileno(), 1)  # it has begun
+"""
+# In place of imports that take so long.
+IMPORTS = """
+import os, time
+from pipeline.cli import worker_forks
+def settle_libraries():
+    os.write(0, b"x")
+    time.sleep(1e6)
+worker_forks.settle_libraries = settle_libraries
+worker_forks.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not tell of a parent's end")
+def test_it_ends_with_its_parent_while_it_imports():
+    command = [sys.executable, "-c", STARTS, IMPORTS]
+    subprocess.run(command, capture_output=True, check=True, timeout=60)  # while one holds stderr
+
+
 def test_a_command_that_fails_before_it_asks_leaves_none_behind():
     command = [Path(sys.executable).with_name("pipeline-orch"), "--supervise", "--nonsense"]
     found = subprocess.run(command, capture_output=True, text=True)  # until nobody holds stderr

@@ -147,6 +147,12 @@ def test_another_user_gets_at_nothing(model, fd):
 def test_what_cannot_be_sealed_or_is_anothers_is_refused(tmp_path, fd, monkeypatch):
     with (tmp_path / "file").open("wb") as file, pytest.raises(InputError, match="sealed"):
         SealedMemory(file.fileno())
+    kept = os.memfd_create("as a file in /dev/shm")
+    os.write(kept, b"somebody's")
+    with pytest.raises(InputError, match="sealed"):
+        SealedMemory(kept)
+    assert os.pread(kept, 80, 0) == b"somebody's"
+    os.close(kept)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(InputError, match="another user"):
         SealedMemory(fd)

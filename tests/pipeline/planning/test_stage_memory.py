@@ -48,7 +48,8 @@ def test_a_machine_that_is_too_small_is_told_of_by_what_it_lacks(tiny_model):
     stage = needs(tiny_model, TWO, {0: 1000})[0]
     assert stage.missing_bytes == stage.weight_bytes - int(USABLE_SHARE * 1000)
     assert stage.kv_bytes == 0
-    assert "too small" in stage.told(64)
+    assert f"{stage.missing_bytes / 1e6:.2g} MB too small" in stage.told(64)
+    assert "its machine is 2.5 GB too small" in stage._replace(missing_bytes=25 * 10**8).told(64)
 
 
 @pytest.mark.parametrize(("context", "is_short"), [(1, False), (1 << 40, True)])

@@ -133,6 +133,7 @@ def test_nodes_may_be_called_otherwise_than_hosts(job, keyed, needs):
         ({"name": "a b"}, "--name 'a b'"),
         ({"name": "x\n#SBATCH --wrap=id"}, "--name"),
         ({"partition": "p;id"}, "--partition 'p;id'"),
+        ({"worker": ""}, "--worker is empty"),
         ({"time": "soon"}, "--time 'soon'"),
         ({"time": "1:00\n"}, "--time"),
     ],
