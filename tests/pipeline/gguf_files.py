@@ -121,9 +121,10 @@ def describe(writer: gguf.GGUFWriter, config: dict) -> None:
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config.get("rope_parameters") or config
-    rope = rope.get("full_attention", rope)
     if config["model_type"] == "gemma3_text":
         writer.add_sliding_window(config["sliding_window"])
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
     writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
     writer.add_rope_dimension_count(head_dim)
     writer.add_bos_token_id(config["bos_token_id"])

@@ -53,6 +53,10 @@ MODELS = {
             **WIDE | {"num_hidden_layers": 6, "intermediate_size": 256},
             query_pre_attn_scalar=96,
             sliding_window=7,
+            rope_parameters={
+                "full_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
         )
     ),
 }
