@@ -19,7 +19,6 @@ Number = TypeVar("Number", int, float)
 
 ARCHITECTURE_KEY = "general.architecture"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-MAX_LAYERS = 9999  # as many as a tensor's name has digits for
 # What the frequencies of llama3's scaling are divided by; it is no weight.
 ROPE_FACTORS = "rope_freqs.weight"
 _LAYER = re.compile(r"blk\.(\d{1,4})\.([a-z_]+)\.(weight|bias)")
@@ -53,6 +52,11 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# What would change the result and is not computed, where it is not 0.
+_NOT_COMPUTED = (
+    "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias", "attn_logit_softcapping",
+    "final_logit_softcapping", "embedding_scale", "residual_scale", "logit_scale",
+)  # fmt: skip
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -138,6 +142,9 @@ def _architecture(metadata: Metadata) -> Architecture:
         raise CorruptGguf(f"it is one of {num_parts} parts: merge them with llama-gguf-split")
     if metadata.size(f"{name}.expert_count"):
         raise CorruptGguf(f"it is a mixture of experts, which {name} models are not read as")
+    for key in _NOT_COMPUTED:
+        if value := metadata.number(f"{name}.{key}"):
+            raise CorruptGguf(f"its {name}.{key} is {value}, which is not computed")
     return ARCHITECTURES[name]
 
 
@@ -248,20 +255,16 @@ def _gemma3(head: GgufHead, fields: Fields) -> Fields:
     # The attention's scale is in no metadata: llama.cpp, too, tells the one exception by its depth.
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     depth = fields["num_hidden_layers"]
-    window = head.metadata.size("gemma3.attention.sliding_window")
-    if window is None or depth > MAX_LAYERS:
-        raise CorruptGguf(f"it has {depth} layers, and a sliding window of {window}")
-    kinds = ["full_attention" if index % 6 == 5 else "sliding_attention" for index in range(depth)]
+    metadata = head.metadata
+    theta = metadata.number("gemma3.rope.freq_base_swa")
     return {
         "model_type": "gemma3_text",
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "query_pre_attn_scalar": hidden // heads if depth == 62 else fields["head_dim"],
-        "sliding_window": window,
-        "layer_types": kinds,
-        "rope_local_base_freq": 10000.0,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
+        "sliding_window": _needed(metadata, "attention.sliding_window", metadata.size),
+        "sliding_window_pattern": metadata.size("gemma3.attention.sliding_window_pattern") or 6,
+        "rope_local_base_freq": 10000.0 if theta is None else _decimal(theta),
     }
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import ModelError
-from pipeline.gguf.model_files import has_model_file, read_model_file
+from pipeline.files import is_file
+from pipeline.gguf.model_files import SUFFIX, has_model_file, read_model_file
 from pipeline.models.families import FAMILIES, why_missing
 from pipeline.models.model_config import ModelConfig, shown
 from pipeline.weights.packings.choice import read_quantization
@@ -95,11 +96,18 @@ def hash_config(model_dir: Path) -> str:
 
 def read_config(model_dir: Path) -> bytes:
     """The bytes of config.json. Raises ModelError."""
-    missing = (
-        f"no {CONFIG_FILE} in {model_dir}: is it a model directory? "
+    return _read_bytes(model_dir / CONFIG_FILE, _why_no_model(model_dir))
+
+
+def _why_no_model(path: Path) -> str:
+    if is_file(path):
+        return f"{path} is no model: of files, those are read whose names end with {SUFFIX}"
+    if path.suffix == SUFFIX:
+        return f"there is no file {path}"
+    return (
+        f"no {CONFIG_FILE} in {path}: is it a model directory? "
         "By name a model is found once it has been fetched: pipeline-orch pull"
     )
-    return _read_bytes(model_dir / CONFIG_FILE, missing)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

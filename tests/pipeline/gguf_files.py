@@ -16,16 +16,22 @@ NAMES = {
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
+GEMMA_NAMES = NAMES | {
+    "pre_feedforward_layernorm": "ffn_norm", "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+ARCHITECTURES = {"gemma3_text": "gemma3"}  # where the name is not that of checkpoints
 ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str) -> str:
     """What a tensor of a checkpoint is called there."""
     stem, _, kind = name.rpartition(".")
     if stem in ENDS:
         return f"{ENDS[stem]}.{kind}"
     _, _, layer, rest = stem.split(".", 3)
-    return f"blk.{layer}.{NAMES[rest]}.{kind}"
+    names = GEMMA_NAMES if architecture == "gemma3" else NAMES
+    return f"blk.{layer}.{names[rest]}.{kind}"
 
 
 def paired(array: np.ndarray, num_heads: int) -> np.ndarray:
@@ -69,7 +75,7 @@ def write_gguf(
     `kind_of` a tensor's name there; vectors stay in float32.
     """
     config = json.loads((model_dir / "config.json").read_text())
-    architecture = config["model_type"]
+    architecture = ARCHITECTURES.get(config["model_type"], config["model_type"])
     writer = gguf.GGUFWriter(path, architecture)
     describe(writer, config)
     if tokenizer:
@@ -81,14 +87,15 @@ def write_gguf(
     }
     meaning = {}
     for seed, (name, tensor) in enumerate(load_file(model_dir / "model.safetensors").items()):
-        new, array = gguf_name(name), tensor.float().numpy()
+        new, array = gguf_name(name, architecture), tensor.float().numpy()
         if new.startswith("output.") and config["tie_word_embeddings"]:
             continue
         kind = kind_of(new) if array.ndim == 2 else Types.F32
+        added = np.float32(1 if architecture == "gemma3" and array.ndim == 1 else 0)
         count = heads.get(new.split(".")[-2]) if architecture == "llama" else None
-        rows = pack(array if count is None else paired(array, count), kind, seed)
+        rows = pack((array if count is None else paired(array, count)) + added, kind, seed)
         writer.add_tensor(new, rows, raw_dtype=kind)
-        values = gguf.quants.dequantize(rows, kind)
+        values = gguf.quants.dequantize(rows, kind) - added
         if count is not None:
             pairs = values.reshape(count, len(values) // count // 2, 2, *values.shape[1:])
             values = pairs.swapaxes(1, 2).reshape(values.shape)
@@ -114,6 +121,10 @@ def describe(writer: gguf.GGUFWriter, config: dict) -> None:
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config.get("rope_parameters") or config
+    if config["model_type"] == "gemma3_text":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
     writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
     writer.add_rope_dimension_count(head_dim)
     writer.add_bos_token_id(config["bos_token_id"])

@@ -1,4 +1,4 @@
-"""A published file of mixed types, read as llama.cpp's own package reads it."""
+"""A published file of mixed types, read as llama.cpp's own package reads it, and run."""
 
 import hashlib
 import subprocess
@@ -10,11 +10,17 @@ from io import FileIO
 import gguf
 import numpy as np
 import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.gguf.model_files import read_head, read_model_file
+from pipeline.models.config import load_config
+from pipeline.models.registry import load_shard
+from pipeline.planning.plan import PlanOptions, plan
 from pipeline.weights.checkpoint import load_tensors, stored_tensors
 from pipeline.weights.tensor_sinks import CopySink
+from tests.pipeline.oracles import Pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -92,3 +98,72 @@ def test_its_tokenizer_spells_text_as_the_models_own(gemma):
     assert tokenizer.encode("<start_of_turn>user\n") == (2, 105, 2364, 107)
     for text in ("naïve café 漢字 🙂", "\u0000\u0001 ʬ ꙮ", "a\n\n\nb   c"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# Its published config.json, where that is not what transformers has by default.
+PUBLISHED = Gemma3TextConfig(
+    vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18,
+    num_attention_heads=4, num_key_value_heads=1, head_dim=256, max_position_embeddings=32768,
+    sliding_window=512, query_pre_attn_scalar=256,
+)  # fmt: skip
+PROMPTS = (
+    "The capital of France is", "Once upon a time", "def fibonacci(n):", "1, 2, 3, 4, 5,",
+    "Water boils at", "The opposite of hot is", "import numpy as", "Dear Sir or Madam,",
+    "The cat sat on the", "Shakespeare wrote", "In 1969, the first", "Bonjour, je m'appelle",
+    "Die Hauptstadt von Deutschland ist", "<start_of_turn>user\nHi<end_of_turn>\n",
+    "To be or not to be, that is", "2 + 2 =", "The three primary colours are red,", "漢字は",
+    "A triangle has", "<html><head><title>",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoded(gemma):
+    """A text as the model is given it."""
+    tokenizer = Tokenizer(gemma / "tokenizer.json")
+    return lambda text: torch.tensor(tokenizer.encode(text))
+
+
+@pytest.fixture(scope="module")
+def whole(gemma):
+    """The model in one process."""
+    config = load_config(gemma)
+    return load_shard(gemma, config, 0, config.num_layers, expected_hashes=None)
+
+
+def test_its_logits_are_those_that_transformers_has_of_its_weights(gemma, whole, encoded):
+    stored = stored_tensors(gemma)
+    arrays = {name: np.empty(each.shape, np.float32) for name, each in stored.items()}
+    load_tensors(gemma, {n: CopySink(each) for n, each in arrays.items()}, expected_hashes=None)
+    weights = {name: torch.from_numpy(each) for name, each in arrays.items()}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    oracle = Gemma3ForCausalLM(PUBLISHED).eval()
+    oracle.load_state_dict(weights, assign=True)
+    years = " ".join(f"In {1900 + year} there were {year} of them." for year in range(60))
+    for text in (PROMPTS[0], years):  # the second is longer than the window
+        ids = encoded(text)
+        tokens, logits = Pipeline([whole], max_seq=1024).greedy(ids, 8)
+        seen = torch.cat([ids, torch.tensor(tokens[:-1])])
+        with torch.no_grad():
+            expected = oracle(seen[None], logits_to_keep=8).logits[0]
+        assert expected.argmax(-1).tolist() == tokens
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
+    assert len(ids) > PUBLISHED.sliding_window
+
+
+def test_one_two_and_three_stages_say_the_same(gemma, whole, encoded):
+    config = load_config(gemma)
+
+    def said(shards):
+        return [Pipeline(shards).greedy(encoded(text), 4) for text in PROMPTS]
+
+    expected = said([whole])
+    assert len({tuple(tokens) for tokens, _ in expected}) > len(PROMPTS) // 2
+    for num_stages in (2, 3):
+        stages = plan(gemma, PlanOptions(num_stages)).stages
+        shards = [
+            load_shard(gemma, config, each.layer_start, each.layer_end, expected_hashes=None)
+            for each in stages
+        ]
+        for (tokens, logits), (own, own_logits) in zip(expected, said(shards), strict=True):
+            assert own == tokens
+            assert torch.equal(own_logits, logits)

@@ -27,6 +27,10 @@ def size_value(key: str, value: int) -> bytes:
     return string(key) + struct.pack("<II", 4, value)
 
 
+def float_value(key: str, value: float) -> bytes:
+    return string(key) + struct.pack("<If", 6, value)
+
+
 def texts_value(key: str, values: list[str]) -> bytes:
     head = string(key) + struct.pack("<IIQ", 9, 8, len(values))
     return head + b"".join(string(value) for value in values)

@@ -18,7 +18,7 @@ from pipeline.gguf.model_files import find_gguf, has_model_file, read_model_file
 from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 from pipeline.models.config import hash_config, load_config
 from pipeline.models.registry import load_shard
-from tests.pipeline.gguf.test_header import entry, gguf_file, size_value, text_value
+from tests.pipeline.gguf.test_header import entry, float_value, gguf_file, size_value, text_value
 from tests.pipeline.gguf_files import Types, write_gguf
 from tests.pipeline.oracles import randomise
 
@@ -259,6 +259,10 @@ REFUSED = {
     ),
     "no embedding": (gguf_file([], [text_value("general.architecture", "llama")], b""), "missing"),
     "a mixture of experts": (llama_file(size_value("llama.expert_count", 8)), "mixture of experts"),
+    "a softcap": (
+        llama_file(float_value("llama.final_logit_softcapping", 30.0)),
+        r"llama\.final_logit_softcapping is 30\.0, which is not computed",
+    ),
     "a part of a model": (llama_file(size_value("split.count", 3)), "one of 3 parts"),
     "no GGUF": (b"no such thing", "no GGUF file"),
     "a cut file": (llama_file()[:40], "truncated"),
@@ -274,6 +278,16 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, name):
         load_config(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_model_is_told_from_what_is_not_there(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"is no model: of files, those .* end with \.gguf"):
+        load_config(tmp_path / "model.bin")
+    with pytest.raises(ModelError, match=r"there is no file .*model\.gguf"):
+        load_config(tmp_path / "model.gguf")
+    with pytest.raises(ModelError, match="is it a model directory"):
+        load_config(tmp_path / "model")
 
 
 BAD_TOKENIZERS = {

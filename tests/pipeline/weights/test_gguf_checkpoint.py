@@ -10,7 +10,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import ModelError
@@ -37,6 +46,19 @@ MODELS = {
         LlamaConfig(**WIDE, attention_bias=True, mlp_bias=True)
     ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**WIDE | {"head_dim": 64})),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**WIDE)),
+    # as many layers as until the first without a window, which is shorter than the prompt
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **WIDE | {"num_hidden_layers": 6, "intermediate_size": 256},
+            query_pre_attn_scalar=96,
+            sliding_window=7,
+            rope_parameters={
+                "full_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        )
+    ),
 }
 
 

@@ -19,7 +19,7 @@ from pipeline.weights.tensor_sinks import CopySink
 from tests.pipeline.oracles import Pipeline, randomise
 
 SHAPE = {
-    "vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+    "vocab_size": 101, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -166,11 +166,11 @@ KINDS = {
 class Packed:
     """A tiny Llama whose layers' matrices are packed, and the same in floats."""
 
-    def __init__(self, root: Path, kind: str) -> None:
+    def __init__(self, root: Path, kind: str, **fields) -> None:
         config, make = KINDS[kind]
         torch.manual_seed(0)
         self.directory, self.floats = root / "packed", root / "floats"
-        model = randomise(LlamaForCausalLM(LlamaConfig(**SHAPE)))
+        model = randomise(LlamaForCausalLM(LlamaConfig(**SHAPE | fields)))
         for directory in (self.directory, self.floats):
             model.save_pretrained(directory)
         tensors = load_file(self.floats / "model.safetensors")
