@@ -1,6 +1,7 @@
 """Stages on the nodes of a Ray cluster: workers, their keepers and whole nodes die under load."""
 
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -8,13 +9,16 @@ import re
 import signal
 import statistics
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.ray_nodes import RayNodes
-from tests.e2e.test_many_losses import Streams
+from tests.e2e.test_many_losses import pieces
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +26,8 @@ pytestmark = [
 ]
 
 NUM_CLIENTS = 8
-NUM_LOSSES = 4  # of each kind
+KINDS = ["worker", "keeper", "raylet", "node"]
+NUM_LOSSES = 5  # of each kind
 PLACED = re.compile(r"event=stage_placed stage=(\d) node=\S+ pid=(\d+) keeper_pid=(\d+)")
 
 
@@ -52,48 +57,112 @@ def placed(server):
     return {int(idx): (int(pid), int(keeper)) for idx, pid, keeper in PLACED.findall(server.log())}
 
 
+class Clients:
+    """Each asks for its text again and again."""
+
+    def __init__(self, server, num_clients):
+        self._server = server
+        self._pieces = threading.Semaphore(0)
+        self._is_over = threading.Event()
+        self._pool = ThreadPoolExecutor(num_clients)
+        self._runs = [self._pool.submit(self._run, index) for index in range(num_clients)]
+
+    def wait_for(self, num_pieces):
+        """Return once there are so many more, of all texts together."""
+        for _ in range(num_pieces):
+            assert self._pieces.acquire(timeout=120)
+
+    def ended(self):
+        """Once all have their whole text: each one's texts, and the longest that any waited."""
+        self._is_over.set()
+        with self._pool:
+            found = [run.result(300) for run in self._runs]
+        return [texts for texts, _ in found], max(silence for _, silence in found)
+
+    def _run(self, index):
+        texts, times = set(), []
+        while not (texts and self._is_over.is_set()):
+            text = ""
+            for piece in pieces(self._server, index):
+                text += piece
+                times.append(time.monotonic())
+                self._pieces.release()
+            texts.add(text)
+        return texts, max(after - before for before, after in itertools.pairwise(times))
+
+
 def parent_of(pid):
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
-
-
-def victim(kind, pids):
-    worker, keeper = pids
-    return {"worker": worker, "keeper": keeper, "node": parent_of(keeper)}[kind]
-
-
-@pytest.mark.parametrize("kind", ["worker", "keeper", "node"])
-def test_losses_under_load_change_no_text(serve, nodes, kind, capsys):
-    server = serve("--max-batch", str(NUM_CLIENTS))
-    draw = random.Random(kind)
-    expected, _ = Streams(server, NUM_CLIENTS).ended_after(lambda: None)
-    silences = []
-    for count in range(NUM_LOSSES):
-        before = placed(server)
-        stage = count % 2
-
-        def lose(stage=stage, before=before):
-            time.sleep(draw.uniform(0, 0.5))
-            os.kill(victim(kind, before[stage]), signal.SIGKILL)
-
-        texts, silence = Streams(server, NUM_CLIENTS).ended_after(lose)
-        assert texts == expected
-        silences.append(silence)
-        server.wait_for(lambda: placed(server)[stage] != before[stage])  # noqa: B023 - now
-        server.wait_for(server.is_ready)
-        nodes.have(3)
-    with capsys.disabled():
-        print(f"\n{kind}: {NUM_LOSSES} losses, median {statistics.median(silences):.2f} s, "
-              f"longest {max(silences):.2f} s")  # fmt: skip
-    pids = {pid for pids in placed(server).values() for pid in pids}
-    server.stop()
-    assert not any(map(is_running, pids))
+    """None once it has ended itself."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in "ZX" else int(parent)
 
 
 def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except FileNotFoundError:
-        return False
+    return parent_of(pid) is not None
+
+
+def descendants(pid):
+    """Of a process, with itself."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            found += map(int, task.read_text().split())
+    return found
+
+
+def settled(server, raylets):
+    """Of each stage its worker, keeper and raylet, all of which run, once they serve."""
+
+    def found():
+        stages = {idx: (*pids, parent_of(pids[1])) for idx, pids in placed(server).items()}
+        is_whole = all(
+            is_running(worker) and raylet in raylets for worker, _, raylet in stages.values()
+        )
+        return stages if is_whole and server.is_ready() else None
+
+    return server.wait_for(found)
+
+
+def has_moved(server, stage, worker, keeper):
+    """A worker may outlive its raylet, and serve on beside its successor."""
+    return placed(server)[stage] != (worker, keeper) and not is_running(worker)
+
+
+def victims(kind, worker, keeper, raylet):
+    """A node is lost with all that runs on it."""
+    return {"worker": [worker], "keeper": [keeper], "raylet": [raylet],
+            "node": descendants(raylet)}[kind]  # fmt: skip
+
+
+def test_losses_under_load_change_no_text(serve, nodes, capsys):
+    server = serve("--max-batch", str(NUM_CLIENTS))
+    draw = random.Random(0)
+    expected, _ = Clients(server, NUM_CLIENTS).ended()
+    silences = {kind: [] for kind in KINDS}
+    kinds = KINDS * NUM_LOSSES
+    draw.shuffle(kinds)
+    for kind in kinds:
+        before = settled(server, nodes.have(3))
+        stage = draw.choice(sorted(before))
+        clients = Clients(server, NUM_CLIENTS)
+        clients.wait_for(draw.randrange(5, 150) * NUM_CLIENTS)
+        for pid in victims(kind, *before[stage]):
+            with suppress(ProcessLookupError):  # it has followed another
+                os.kill(pid, signal.SIGKILL)
+        server.wait_for(lambda: has_moved(server, stage, *before[stage][:2]))  # noqa: B023 - now
+        texts, silence = clients.ended()
+        assert texts == expected
+        silences[kind].append(silence)
+    with capsys.disabled():
+        for kind, found in silences.items():
+            print(f"\n{kind}: {len(found)} losses, median {statistics.median(found):.2f} s, "
+                  f"longest {max(found):.2f} s", end="")  # fmt: skip
+    pids = {pid for pids in placed(server).values() for pid in pids}
+    server.stop()
+    assert not any(map(is_running, pids))
 
 
 def refused(cluster, nodes, *flags, **environment):
