@@ -31,9 +31,9 @@ _PATH = "/pipeline"
 _ANSWER_SECONDS = 5.0
 _MAX_ANSWER_BYTES = 1 << 20
 # Wide enough for every column where there is no terminal to ask.
-_PLAIN_WIDTH = 142
+_PLAIN_WIDTH = 170
 _GAP = 2  # between columns
-_TEXTUAL = frozenset({"layers", "kernels", "state", "attested"})
+_TEXTUAL = frozenset({"layers", "kernels", "state", "attested", "address"})
 _STATE_STYLES = {"ready": "green", "connecting": "yellow", "down": "bold red"}
 
 
@@ -262,6 +262,7 @@ def _stage_cells(stage: StageView, room: int) -> dict[str, Text]:
         **_step_cells(rates),
         "attested": _attested(stage),
         "handshake": Text("-" if age is None else _age(age)),
+        "address": Text("-" if stage.address is None else printable(stage.address)),
     }
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import trio
 from prometheus_client import Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,6 +46,8 @@ class StageView(_View):
     precision: str
     kernels: str | None = None
     state: Literal["down", "connecting", "ready"]
+    # Where its control channel was dialed: what runs stages may move them.
+    address: str | None = None
     # What the handshake proved: "nitro", "dev" or "key_only", and the image's measurement (PCR 0).
     evidence: str | None = None
     # Whether the manifest pins measurements of it and nothing compares them: in development only.
@@ -142,6 +144,7 @@ def _stage_view(spec: StageSpec, stage: RemoteStage | None, *, ignores: bool) ->
             "precision": stage.precision or view.precision,
             "kernels": stage.kernels,
             "state": "ready" if stage.is_ready else "connecting",
+            "address": stage.address,
             "evidence": attested.kind.name.lower(),
             "measurement": None if measurement is None else measurement.hex(),
             "handshake_age_seconds": trio.current_time() - stage.connected_at,
@@ -244,6 +247,7 @@ _STAGE_COUNTERS = (
 def _stage_metrics(views: Sequence[StageView]) -> Iterator[Metric]:
     """Counters restart with their worker, as Prometheus expects."""
     up = GaugeMetricFamily("veilpipe_stage_up", "Whether a stage is ready.", labels=["stage"])
+    info = InfoMetricFamily("veilpipe_stage", "Where a stage was found.", labels=["stage"])
     uptime = GaugeMetricFamily(
         "veilpipe_stage_uptime_seconds", "Since a stage's worker started.", labels=["stage"]
     )
@@ -255,11 +259,13 @@ def _stage_metrics(views: Sequence[StageView]) -> Iterator[Metric]:
     told = [(str(view.stage_idx), view.figures) for view in views if view.figures is not None]
     for view in views:
         up.add_metric([str(view.stage_idx)], view.state == "ready")
+        if view.address is not None:
+            info.add_metric([str(view.stage_idx)], {"address": view.address})
     for stage, figures in told:
         uptime.add_metric([stage], figures.uptime_ns * NS)
         for part in ("compute", "crypto", "wire"):
             busy.add_metric([stage, part], getattr(figures, f"{part}_ns") * NS)
-    yield from (up, uptime, busy)
+    yield from (up, info, uptime, busy)
     for family, rows in (
         (GaugeMetricFamily, _STAGE_GAUGES),
         (CounterMetricFamily, _STAGE_COUNTERS),

@@ -279,7 +279,8 @@ class Pipeline:
 
         is_last = stage_idx == len(self._manifest.stages) - 1
         expected = Expectation(self._manifest.stage(stage_idx), is_last)
-        stage = RemoteStage(expected, control, on_waiting, self._losses.fail)
+        address = str(self._placement.where(stage_idx).control.to_endpoint())
+        stage = RemoteStage(expected, control, on_waiting, self._losses.fail, address)
         stage.note(self._started.values())
         self._stages[stage_idx] = stage
         del self._away[stage_idx]

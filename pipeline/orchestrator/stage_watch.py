@@ -61,9 +61,14 @@ class RemoteStage:
         control: ControlLink,
         on_waiting: Callable[[str], None],
         on_broken: Callable[[LinkLost], None],
+        address: str = "",
     ) -> None:
-        """The callbacks hear what the stage waits for, and of links that it says are broken."""
+        """The callbacks hear what the stage waits for, and of links that it says are broken.
+
+        `address`: where it was found, for whoever watches.
+        """
         self.idx = expected.spec.stage_idx
+        self.address = address
         self.keeps_activations = False
         self._expected = expected
         self._control = control

@@ -20,6 +20,8 @@ TUNED = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # Without it Ray takes 127.0.0.1 for this machine's other address, where no head listens.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 # Of each node: nobody uses its object store.
 HERE = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 << 20}
@@ -58,6 +60,7 @@ class RayNodes:
     def stop(self):
         self.process.stdin.close()
         self.process.wait(60)
+        self.process.stdout.close()
         shutil.rmtree(self.environment["RAY_TMPDIR"], ignore_errors=True)
         self.log.close()
 

@@ -33,12 +33,6 @@ class Streams:
         """Return once each has some of its text."""
         self._has_begun.wait(120)
 
-    def ended_after(self, disturb):
-        """As `ended`, of texts that were disturbed once each had begun."""
-        self.wait_for_all()
-        disturb()
-        return self.ended()
-
     def ended(self):
         """The texts, and the longest that one of them was silent."""
         with self._pool:
@@ -47,21 +41,25 @@ class Streams:
 
     def _run(self, index):
         text, times = "", []
-        wish = self._server.wish(
-            f"Request number {index} says hello", NUM_TOKENS, stream=True, seed=index,
-            temperature=0.9 if index % 2 else 0,
-        )  # fmt: skip
-        url = f"{self._server.url}/v1/completions"
-        with httpx.stream("POST", url, json=wish, timeout=120) as answer:
-            assert answer.status_code == 200
-            for line in answer.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                times.append(time.monotonic())
-                text += "".join(each["text"] for each in json.loads(line[6:])["choices"])
-                if len(times) == 5:
-                    self._has_begun.wait(120)
+        for piece in pieces(self._server, index):
+            times.append(time.monotonic())
+            text += piece
+            if len(times) == 5:
+                self._has_begun.wait(120)
         return text, max(after - before for before, after in itertools.pairwise(times))
+
+
+def pieces(server, index):
+    """A text as it arrives."""
+    wish = server.wish(
+        f"Request number {index} says hello", NUM_TOKENS, stream=True, seed=index,
+        temperature=0.9 if index % 2 else 0,
+    )  # fmt: skip
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=wish, timeout=120) as answer:
+        assert answer.status_code == 200
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                yield "".join(each["text"] for each in json.loads(line[6:])["choices"])
 
 
 @pytest.mark.parametrize("num_requests", [1, 8])

@@ -1,6 +1,7 @@
 """Stages on the nodes of a Ray cluster: workers, their keepers and whole nodes die under load."""
 
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -8,13 +9,16 @@ import re
 import signal
 import statistics
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.ray_nodes import RayNodes
-from tests.e2e.test_many_losses import Streams
+from tests.e2e.test_many_losses import pieces
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +26,8 @@ pytestmark = [
 ]
 
 NUM_CLIENTS = 8
-NUM_LOSSES = 4  # of each kind
+KINDS = ["worker", "keeper", "raylet", "node"]
+NUM_LOSSES = 5  # of each kind
 PLACED = re.compile(r"event=stage_placed stage=(\d) node=\S+ pid=(\d+) keeper_pid=(\d+)")
 
 
@@ -52,73 +57,145 @@ def placed(server):
     return {int(idx): (int(pid), int(keeper)) for idx, pid, keeper in PLACED.findall(server.log())}
 
 
+class Clients:
+    """Each asks for its text again and again."""
+
+    def __init__(self, server, num_clients):
+        self._server = server
+        self._pieces = threading.Semaphore(0)
+        self._is_over = threading.Event()
+        self._pool = ThreadPoolExecutor(num_clients)
+        self._runs = [self._pool.submit(self._run, index) for index in range(num_clients)]
+
+    def wait_for(self, num_pieces):
+        """Return once there are so many more, of all texts together."""
+        for _ in range(num_pieces):
+            assert self._pieces.acquire(timeout=120)
+
+    def ended(self):
+        """Once all have their whole text: each one's texts, and the longest that any waited."""
+        self._is_over.set()
+        with self._pool:
+            found = [run.result(300) for run in self._runs]
+        return [texts for texts, _ in found], max(silence for _, silence in found)
+
+    def _run(self, index):
+        texts, times = set(), []
+        while not (texts and self._is_over.is_set()):
+            text = ""
+            for piece in pieces(self._server, index):
+                text += piece
+                times.append(time.monotonic())
+                self._pieces.release()
+            texts.add(text)
+        return texts, max(after - before for before, after in itertools.pairwise(times))
+
+
 def parent_of(pid):
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+    """None once it has ended itself."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in "ZX" else int(parent)
 
 
-def victim(kind, pids):
-    worker, keeper = pids
-    return {"worker": worker, "keeper": keeper, "node": parent_of(keeper)}[kind]
+def is_running(pid):
+    return parent_of(pid) is not None
 
 
-@pytest.mark.parametrize("kind", ["worker", "keeper", "node"])
-def test_losses_under_load_change_no_text(serve, nodes, kind, capsys):
+def descendants(pid):
+    """Of a process, with itself."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            found += map(int, task.read_text().split())
+    return found
+
+
+def settled(server, raylets):
+    """Of each stage its worker, keeper and raylet, all of which run, once they serve."""
+
+    def found():
+        stages = {idx: (*pids, parent_of(pids[1])) for idx, pids in placed(server).items()}
+        is_whole = all(
+            is_running(worker) and raylet in raylets for worker, _, raylet in stages.values()
+        )
+        return stages if is_whole and server.is_ready() else None
+
+    return server.wait_for(found)
+
+
+def has_moved(server, stage, worker, keeper):
+    """A worker may outlive its raylet, and serve on beside its successor."""
+    return placed(server)[stage] != (worker, keeper) and not is_running(worker)
+
+
+def victims(kind, worker, keeper, raylet):
+    """A node is lost with all that runs on it."""
+    return {"worker": [worker], "keeper": [keeper], "raylet": [raylet],
+            "node": descendants(raylet)}[kind]  # fmt: skip
+
+
+def test_losses_under_load_change_no_text(serve, nodes, capsys):
     server = serve("--max-batch", str(NUM_CLIENTS))
-    draw = random.Random(kind)
-    expected, _ = Streams(server, NUM_CLIENTS).ended_after(lambda: None)
-    silences = []
-    for count in range(NUM_LOSSES):
-        before = placed(server)
-        stage = count % 2
-
-        def lose(stage=stage, before=before):
-            time.sleep(draw.uniform(0, 0.5))
-            os.kill(victim(kind, before[stage]), signal.SIGKILL)
-
-        texts, silence = Streams(server, NUM_CLIENTS).ended_after(lose)
+    draw = random.Random(0)
+    expected, _ = Clients(server, NUM_CLIENTS).ended()
+    silences = {kind: [] for kind in KINDS}
+    kinds = KINDS * NUM_LOSSES
+    draw.shuffle(kinds)
+    for kind in kinds:
+        before = settled(server, nodes.have(3))
+        stage = draw.choice(sorted(before))
+        clients = Clients(server, NUM_CLIENTS)
+        clients.wait_for(draw.randrange(5, 150) * NUM_CLIENTS)
+        for pid in victims(kind, *before[stage]):
+            with suppress(ProcessLookupError):  # it has followed another
+                os.kill(pid, signal.SIGKILL)
+        server.wait_for(lambda: has_moved(server, stage, *before[stage][:2]))  # noqa: B023 - now
+        texts, silence = clients.ended()
         assert texts == expected
-        silences.append(silence)
-        server.wait_for(lambda: placed(server)[stage] != before[stage])  # noqa: B023 - now
-        server.wait_for(server.is_ready)
-        nodes.have(3)
+        silences[kind].append(silence)
     with capsys.disabled():
-        print(f"\n{kind}: {NUM_LOSSES} losses, median {statistics.median(silences):.2f} s, "
-              f"longest {max(silences):.2f} s")  # fmt: skip
+        for kind, found in silences.items():
+            print(f"\n{kind}: {len(found)} losses, median {statistics.median(found):.2f} s, "
+                  f"longest {max(found):.2f} s", end="")  # fmt: skip
     pids = {pid for pids in placed(server).values() for pid in pids}
     server.stop()
     assert not any(map(is_running, pids))
 
 
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def refused(cluster, nodes, *flags, **environment):
-    """How a server ends whose cluster cannot be had: its one line."""
-    cluster.environment = {**nodes.environment, **environment}
-    words = ["serve", "--manifest", cluster.manifest, "--model-dir", cluster.model_dir, "--dev"]
-    place = ["--place", "ray", "--ray-address", nodes.address, "--connect-timeout", "5"]
-    found = cluster.orch_command(*words, "--port", "0", *place, "--exit-on-loss", *flags)
-    assert found.returncode != 0
-    (line,) = [line for line in found.stderr.splitlines() if "error:" in line and "orch" in line]
-    return line
+def told(words, cluster, nodes, *flags, **environment):
+    """The line with these words that a server says, and how it ends if nobody ends it."""
+    command = [cluster.bin / "pipeline-orch", "serve", "--manifest", cluster.manifest,
+               "--model-dir", cluster.model_dir, "--dev", "--port", "0", "--place", "ray",
+               "--ray-address", nodes.address, *flags]  # fmt: skip
+    with subprocess.Popen(
+        command, env={**nodes.environment, **environment}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if words in line:
+                break
+        else:
+            raise AssertionError(lines)
+        assert "Traceback" not in "".join(lines)
+        if "pipeline-orch: error:" in line:
+            return process.wait()
+        process.terminate()
+        return None
 
 
 def test_what_cannot_be_had_is_said_in_one_line(cluster, nodes):
     cluster.plan(2)
-    line = refused(cluster, nodes, RAY_AUTH_TOKEN="w" * 40)
-    assert "oken" in line
-    line = refused(cluster, nodes, "--ray-address", "127.0.0.1:1")
-    assert "127.0.0.1:1" in line
-    line = refused(cluster, nodes, "--ray-cpus", "64")
-    assert "takes CPU 64 of one node, and the 4 nodes have CPU 2 at most" in line
-    line = refused(cluster, nodes, "--ray-resource", "nitro=1")
-    assert "nitro 0 at most" in line
-    line = refused(cluster, nodes, "--model-dir", cluster.directory / "elsewhere")
-    assert "elsewhere" in line
+    words = f"Ray at {nodes.address}: Failed to connect to Ray cluster at {nodes.address}: nothing"
+    assert told(words, cluster, nodes, RAY_AUTH_TOKEN="w" * 40) == 2
+    words = "a stage takes CPU 64 of one node, and the 4 nodes have CPU 2 at most"
+    assert told(words, cluster, nodes, "--ray-cpus", "64") is None
+    assert told("nitro 0 at most", cluster, nodes, "--ray-resource", "nitro=1") is None
+    assert told("elsewhere", cluster, nodes, "--model-dir", cluster.directory / "elsewhere") == 2
+    assert told("127.0.0.1:1: ", cluster, nodes, "--ray-address", "127.0.0.1:1") is None
 
 
 def test_stages_that_are_placed_serve_whoever_reads_where_they_are(cluster, nodes):

@@ -1,10 +1,11 @@
 """What is asked of an engine that runs keepers, and Ray as one."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from pipeline.errors import PipelineError
-from pipeline.placement.ray.keeper import StageKeeper
+from pipeline.placement.ray.keeper import StageKeeper, end_with
 from pipeline.placement.ray.messages import Job, LossKind
 from pipeline.placement.ray.shortage import shortage
 
@@ -80,6 +81,11 @@ class RayEngine:
             ray.init(address=job.address, log_to_driver=False, logging_level="ERROR")
             bundles = [dict(job.needs) for _ in job.arguments]
             self._group = ray.util.placement_group(bundles, strategy=job.strategy, name="veilpipe")
+        except ConnectionError as error:  # Ray says the same of both
+            raise EngineUnusable(
+                f"{first_line(error)}: nothing answers there, or it asks for another token than "
+                "RAY_AUTH_TOKEN or ~/.ray/auth_token has"
+            ) from error
         except Exception as error:  # Ray's own have no root in common
             raise EngineUnusable(first_line(error)) from error
         self._ray = ray
@@ -163,6 +169,7 @@ class RayKeeper(StageKeeper):
         import ray  # noqa: PLC0415
 
         super().__init__(stage_idx, core, arguments, ray.util.get_node_ip_address())
+        end_with(os.pidfd_open(os.getppid()), self.stop)
 
 
 def first_line(error: Exception) -> str:

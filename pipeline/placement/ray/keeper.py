@@ -1,7 +1,9 @@
 """On a node: what keeps a stage's worker running there, and tells of it."""
 
 import os
+import select
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -21,6 +23,8 @@ PULSE_SECONDS = 1.0
 UNUSABLE_SECONDS = 8.0
 # Longer than a supervisor gives its workers.
 STOP_SECONDS = 8.0
+# A worker that is cut off from the engine serves on until another can have taken its place.
+LINGER_SECONDS = 10.0
 
 
 class StageKeeper:
@@ -129,6 +133,21 @@ class StageKeeper:
                 self._kept = kept
                 self._version += 1
                 self._changed.notify_all()
+
+
+def end_with(parent: int, stop: Callable[[], None]) -> None:
+    """Have this process end some time after the one whose pidfd `parent` is.
+
+    Ray leaves actors behind whose raylet is lost, and with them workers that nobody knows of.
+    """
+
+    def end() -> None:
+        select.select([parent], [], [])
+        time.sleep(LINGER_SECONDS)
+        stop()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _loss(kind: LossKind, stage_idx: int) -> StageHung | StageSilent | StageMismatch:

@@ -47,6 +47,7 @@ VIEW = PipelineView(
         StageView(
             stage_idx=0, layer_start=0, layer_end=15, precision="float32", state="ready",
             kernels="native", evidence="nitro", measurement="ab12" * 24, handshake_age_seconds=4000,
+            address="tcp:10.0.0.7:9000",
             figures=FIGURES, rates=RATES,
         ),
         StageView(stage_idx=1, layer_start=15, layer_end=30, precision="int8", state="down"),
@@ -61,7 +62,7 @@ def shown(view, width=142, problem=""):
 
 
 def test_a_row_tells_all_of_a_stage_and_dashes_stand_for_the_unknown():
-    lines = shown(VIEW)
+    lines = shown(VIEW, 170)
     assert lines[0].split("  ") == [
         "smollm2", "ready", "running 3/8", "waiting 2", "61.2 tokens/s",
         "failovers 1 (last took 0.75 s)",
@@ -69,8 +70,8 @@ def test_a_row_tells_all_of_a_stage_and_dashes_stand_for_the_unknown():
     assert "first token p50 120.0 p95 300.0 ms" in lines[1]
     assert "between tokens -" in lines[1]
     first = "0 0-14 float32 native ready 41% 3 512 tok 6% 51.2 kB 22.25 20.50 0.25 1.50"
-    assert " ".join(lines[-2].split()) == f"{first} nitro ab12ab12ab12 67 min"
-    assert " ".join(lines[-1].split()) == "1 15-29 int8 - down - - - - - - - - - -"
+    assert " ".join(lines[-2].split()) == f"{first} nitro ab12ab12ab12 67 min tcp:10.0.0.7:9000"
+    assert " ".join(lines[-1].split()) == "1 15-29 int8 - down - - - - - - - - - - -"
 
 
 def test_slots_that_idle_explain_what_kv_memory_holds_while_nobody_runs():
@@ -94,7 +95,7 @@ def test_nothing_is_cut_off_in_a_narrow_terminal(width):
     assert max(map(len, lines)) <= width
     words = " ".join(lines).split()
     assert "…" not in "".join(words)
-    assert set(words) >= {"22.25", "ab12ab12ab12", "down", "51.2", "6%"}
+    assert set(words) >= {"22.25", "ab12ab12ab12", "down", "51.2", "6%", "tcp:10.0.0.7:9000"}
 
 
 @pytest.mark.parametrize("width", [1, 10, 30])

@@ -46,7 +46,7 @@ def stage(idx, past=BEFORE, now=AFTER, is_ready=True):
     return SimpleNamespace(
         idx=idx, peer=SimpleNamespace(attested=attested), connected_at=0.0, is_ready=is_ready,
         past_figures=past, figures=now, precision="int8" if is_ready else None,
-        kernels="torch" if is_ready else None,
+        kernels="torch" if is_ready else None, address=f"tcp:10.0.0.{idx}:9000",
     )  # fmt: skip
 
 
@@ -98,6 +98,7 @@ async def test_rates_are_what_changed_between_two_answers(overview):
     first, second = overview.overview.stages()
     assert (first.state, first.precision, first.kernels) == ("ready", "int8", "torch")
     assert first.measurement == "01" * 48
+    assert (first.address, second.address) == ("tcp:10.0.0.0:9000", "tcp:10.0.0.1:9000")
     assert first.rates.load == 0.5
     assert first.rates.steps_per_second == 20
     assert first.rates.tokens_per_second == 40
@@ -127,6 +128,7 @@ async def test_prometheus_gets_the_same_figures(overview):
     assert value("veilpipe_stage_sent_bytes_total", {"stage": "0"}) == 3000
     assert value("veilpipe_stage_kv_tokens", {"stage": "0"}) == 77
     assert value("veilpipe_stage_handshakes_total", {"stage": "1"}) == 4
+    assert value("veilpipe_stage_info", {"stage": "1", "address": "tcp:10.0.0.1:9000"}) == 1
     assert value("veilpipe_waiting_requests") == 2
     assert value("veilpipe_failovers_total") == 1
     assert value("veilpipe_last_recovery_seconds") == 0.75
@@ -141,7 +143,7 @@ async def test_prometheus_gets_the_same_figures(overview):
     assert value("veilpipe_stage_up", {"stage": "1"}) == 0
     assert value("veilpipe_stage_steps_total", {"stage": "1"}) is None
     labels = {label for family in families.values() for s in family.samples for label in s.labels}
-    assert labels == {"stage", "part"}
+    assert labels == {"stage", "part", "address"}
 
 
 async def test_the_server_shows_it_beside_its_own_latencies(start_gateway, connect, overview):

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -95,3 +97,21 @@ def test_stopped_it_leaves_no_process(keep):
     assert not Path(f"/proc/{pid}").exists()
     keeper.stop()  # once more is nothing
     keeper.lose("hung")
+
+
+ORPHAN = """
+import os, subprocess, threading
+from pipeline.placement.ray import keeper
+keeper.LINGER_SECONDS = 0
+parent = subprocess.Popen(["sleep", "600"])
+keeper.end_with(os.pidfd_open(parent.pid), lambda: print("stopped", flush=True))
+print(parent.pid, flush=True)
+threading.Event().wait()
+"""
+
+
+def test_a_keeper_ends_its_worker_and_itself_after_the_process_that_started_it():
+    with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True) as it:
+        os.kill(int(it.stdout.readline()), signal.SIGKILL)
+        assert it.stdout.read() == "stopped\n"
+    assert it.returncode == 1
