@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from http import HTTPStatus
 
 import trio
 
@@ -61,20 +60,20 @@ def answer(request: bytes, health: Health) -> bytes | None:
         return None
     words = head.partition(b"\r\n")[0].split(b" ")
     if not end or len(words) != 3 or not words[2].startswith(b"HTTP/1."):
-        return _response(HTTPStatus.BAD_REQUEST)
+        return _response("400 Bad Request")
     method, target, _ = words
     if method not in {b"GET", b"HEAD"}:
-        return _response(HTTPStatus.METHOD_NOT_ALLOWED, "Allow: GET, HEAD\r\n")
+        return _response("405 Method Not Allowed", "Allow: GET, HEAD\r\n")
     found = {ALIVE: health.is_alive, READY: health.is_ready}.get(target.partition(b"?")[0])
     if found is None:
-        return _response(HTTPStatus.NOT_FOUND)
-    return _response(HTTPStatus.OK if found else HTTPStatus.SERVICE_UNAVAILABLE)
+        return _response("404 Not Found")
+    return _response("200 OK" if found else "503 Service Unavailable")
 
 
-def _response(status: HTTPStatus, header: str = "") -> bytes:
+def _response(status: str, header: str = "") -> bytes:
     """Without a body, as to a HEAD: the status says all."""
     return (
-        f"HTTP/1.1 {status.value} {status.phrase}\r\n{header}"
+        f"HTTP/1.1 {status}\r\n{header}"
         "Content-Length: 0\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
     ).encode()
 

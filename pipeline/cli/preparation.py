@@ -168,8 +168,9 @@ def plan_command(
         sys.stdout.flush()
     else:
         write_atomically(output, text)
-        tell("pipeline-orch", f"wrote {output}")
     tell_memory(manifest, model_dir, sizes)
+    if output is not None:
+        tell("pipeline-orch", f"wrote {output}")
 
 
 def _home_layers(text: str) -> tuple[int, int]:

@@ -72,5 +72,7 @@ def test_a_terminal_that_can_only_print_is_shown_none(plan):
 def test_no_pipe_or_file_is_given_any(plan):
     result = subprocess.run(plan, capture_output=True, text=True, timeout=90)
     assert result.returncode == 0
-    assert result.stderr.startswith("pipeline-orch: wrote ")
-    assert len(result.stderr.splitlines()) == 1
+    *stages, written = result.stderr.splitlines()
+    assert written.startswith("pipeline-orch: wrote ")
+    assert all(line.startswith("pipeline-orch: stage ") for line in stages)
+    assert "\r" not in result.stderr
