@@ -29,7 +29,11 @@ from transport.errors import EndpointError
 def plan_command(
     model_dir: Annotated[
         Path,
-        typer.Option(metavar="DIR|NAME", callback=model_option, help="config.json and weights."),
+        typer.Option(
+            metavar="DIR|NAME",
+            callback=model_option,
+            help="config.json and weights, or a GGUF file.",
+        ),
     ],
     stages: Annotated[int, typer.Option(min=1, max=256, metavar="N", help="How many stages.")],
     output: Annotated[
