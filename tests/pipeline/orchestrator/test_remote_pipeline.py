@@ -7,6 +7,7 @@ import pytest
 import trio
 
 import pipeline.orchestrator.step_link
+from pipeline.agreement.addresses import StageEndpoint
 from pipeline.engine.limits import Limits
 from pipeline.engine.step import Step
 from pipeline.errors import MessageError, StageLost
@@ -143,6 +144,11 @@ async def test_a_stage_that_is_lost_keeps_nobody_from_being_told(joined):
     assert last.told == [start, done]
 
 
+AT = StageEndpoint.model_validate(
+    {name: {"type": "tcp", "addr": "h:1"} for name in ("control", "data_in")}
+)
+
+
 async def test_a_stage_that_comes_later_is_told_of_requests_under_way(joined, monkeypatch):
     await joined.notify([Start(request_id=i, slot=i) for i in range(3)])
     await joined.notify([Done(request_id=0), Abort(request_id=2)])
@@ -154,7 +160,7 @@ async def test_a_stage_that_comes_later_is_told_of_requests_under_way(joined, mo
 
     monkeypatch.setattr(joined, "_watch", control)
     joined._connector = SimpleNamespace(control=control, pending={}, absent=set())
-    joined._placement = SimpleNamespace(start=control)
+    joined._placement = SimpleNamespace(start=control, where=lambda _: AT)
     joined._manifest.stage = lambda idx: None
     await joined._meet(0)
     await met.tell()
