@@ -1,5 +1,6 @@
 """What several suites share: a tiny model, and how a relay tells where a record ends."""
 
+import logging
 import shutil
 import signal
 import sys
@@ -15,6 +16,14 @@ def _drawn_alike():
     """What a test draws of torch is the same whichever ran before it."""
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logged_alike():
+    """What is logged does not depend on which test ran before: commands say how much, for good."""
+    before = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(before)
 
 
 @pytest.fixture(scope="session")
