@@ -71,6 +71,7 @@ def test_only_the_dead_are_replaced_and_every_text_is_the_undisturbed_one(cluste
             assert replays(cluster, idx) == replayed[idx], (dead, idx)
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_is_replaced_by_itself_once_it_goes_on(cluster, serve):
     server = serve(3, "--hang-timeout", "5")
     expected = undisturbed(server)
@@ -116,6 +117,7 @@ def test_a_relay_cut_for_seconds_costs_no_stage_and_no_state(cluster, serve):
     assert cluster.log(1).count("event=rewound") >= 1
 
 
+@pytest.mark.slow
 def test_a_link_on_which_nothing_moves_any_more_is_made_anew(cluster, serve):
     """Its ends see no error, and every stage answers: only the steps under way do not move."""
     with relayed(cluster, serve, "--hang-timeout", "5") as (relay, _, server):
