@@ -139,6 +139,7 @@ def test_a_signal_while_a_worker_loads_ends_it_quietly(cluster, number):
     assert "error" not in cluster.log(0)
 
 
+@pytest.mark.slow  # what it reads is a pipe, and who reads how often may leave it waiting
 def test_a_shard_that_is_interrupted_leaves_nothing_behind(cluster):
     cluster.plan(1)
     config = cluster.model_dir / "config.json"
