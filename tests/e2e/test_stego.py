@@ -72,7 +72,7 @@ def test_a_message_comes_back_over_http(stego):
     wish = {"prompt": PROMPT, "passphrase": "correct horse"}
 
     def post(what, **body):
-        return httpx.post(f"{server.url}/v1/stego/{what}", json=wish | body, timeout=60)
+        return httpx.post(f"{server.url}/v1/stego/{what}", json=wish | body, timeout=300)
 
     answer = post("encode", message="grüße").raise_for_status().json()
     assert post("decode", text=answer["text"]).raise_for_status().json()["message"] == "grüße"
