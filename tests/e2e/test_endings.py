@@ -18,11 +18,19 @@ BIN = Path(sys.executable).parent
 SHELL = {"full": '"$@" >/dev/full', "closed": '"$@" >&-'}
 
 
-@pytest.mark.parametrize("redirection", SHELL.values(), ids=SHELL)
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["plan", "--stages", "2", "--model-dir"]], ids=["help", "plan"]
+    ("arguments", "redirection"),
+    [
+        (["--help"], SHELL["full"]),
+        (["plan", "--stages", "2", "--model-dir"], SHELL["closed"]),
+        pytest.param(["--help"], SHELL["closed"], marks=pytest.mark.slow),
+        pytest.param(
+            ["plan", "--stages", "2", "--model-dir"], SHELL["full"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=["help-full", "plan-closed", "help-closed", "plan-full"],
 )
-def test_output_that_cannot_be_written_is_one_line(cluster, redirection, arguments):
+def test_output_that_cannot_be_written_is_one_line(cluster, arguments, redirection):
     if arguments[-1] == "--model-dir":
         arguments = [*arguments, cluster.model_dir]
     result = subprocess.run(
@@ -187,7 +195,7 @@ def opened_for(process, pipe):
 MODES = {"plain": {}, "dp": {"split": "client", "noise": (1e-9, 10.0)}}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["plain", pytest.param("dp", marks=pytest.mark.slow)])
 def test_sessions_that_end_as_they_should_break_no_link(cluster, mode):
     """Neither a prompt that is done nor a server that is stopped, in any stage's eyes."""
     cluster.plan(2, **MODES[mode])

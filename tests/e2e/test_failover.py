@@ -50,11 +50,18 @@ def replays(cluster, idx):
     return cluster.log(idx).count("event=replayed")
 
 
-def test_only_the_dead_are_replaced_and_every_text_is_the_undisturbed_one(cluster, serve):
+@pytest.mark.parametrize(
+    "victims",
+    [
+        [{0}, {1}, {1, 2}, {0, 1, 2}],
+        pytest.param([{2}, {0, 1}, {0, 2}], marks=pytest.mark.slow),
+    ],
+    ids=["some", "others"],
+)
+def test_only_the_dead_are_replaced_and_every_text_is_the_undisturbed_one(cluster, serve, victims):
     server = serve(3)
     expected = undisturbed(server)
     begun, replayed = [1, 1, 1], [0, 0, 0]
-    victims = [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 2}, {0, 1, 2}]
     for count, dead in enumerate(victims, start=1):
         with completing(server, cluster.workers[min(dead)].pid) as texts:
             for idx in dead:

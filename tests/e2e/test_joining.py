@@ -35,7 +35,10 @@ def move(cluster, idx):
     return ("--control-listen", control["addr"], "--data-in-listen", data_in["addr"])
 
 
-@pytest.mark.parametrize("idx", [0, 1, 2])
+# tests/pipeline/orchestrator/test_moving.py has all of them, in one process.
+@pytest.mark.parametrize(
+    "idx", [1, *(pytest.param(each, marks=pytest.mark.slow) for each in (0, 2))]
+)
 def test_a_stage_that_comes_back_elsewhere_is_found_once_the_manifest_says_so(cluster, idx):
     cluster.plan(3)
     for each in range(3):

@@ -63,6 +63,7 @@ def test_a_message_comes_back_by_the_commands_over_other_stages(stego):
         assert PROMPT.encode() not in output
 
 
+@pytest.mark.slow  # tests/pipeline/gateway/http/test_stego.py has it without processes
 @pytest.mark.skipif(why_not_native() is not None, reason="no native kernels")
 def test_a_message_comes_back_over_http(stego):
     stego.end_workers()
