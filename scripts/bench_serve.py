@@ -12,6 +12,7 @@ import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import trio
 from command_line import Parser, not_negative, positive, run_main, whole
@@ -237,5 +238,9 @@ def _write(path: Path, write) -> None:
         raise BenchError(f"cannot write {path}: {one_line(error)}") from error
 
 
-if __name__ == "__main__":
+def main() -> NoReturn:
     run_main("bench_serve", lambda: bench(parse_arguments()))
+
+
+if __name__ == "__main__":
+    main()

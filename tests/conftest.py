@@ -4,8 +4,19 @@ import logging
 import shutil
 import signal
 import sys
+from contextlib import suppress
 
 import pytest
+
+# What is drawn is drawn alike in every run, and how long it takes fails nothing: scripts/fuzz_* and
+# --hypothesis-profile=default look further. In the environment of clients it is not installed.
+with suppress(ModuleNotFoundError):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "alike", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("alike")
 
 # Whoever runs the tests in the background of a shell has this ignored, by all they start as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)

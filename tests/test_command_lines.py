@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import Ports
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 MODEL = ("--model-dir", "MODEL")
 
@@ -100,18 +102,30 @@ def test_a_benchmark_that_cannot_be_meant(refuse, script, arguments, words):
     assert words in refuse(script, *arguments)
 
 
-@pytest.mark.parametrize("before", ["exec", "trap '' INT; exec"], ids=["foreground", "background"])
-def test_ending_a_soak_ends_what_it_has_started(tiny_model, tmp_path, before):
-    port = 10_000 + 20 * (os.getpid() % 400)  # none that other tests claim
+@pytest.fixture
+def base_port():
+    ports = Ports(20)
+    yield ports.base
+    ports.release()
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param("exec", id="foreground"),
+        pytest.param("trap '' INT; exec", id="background", marks=pytest.mark.slow),
+    ],
+)
+def test_ending_a_soak_ends_what_it_has_started(tiny_model, tmp_path, base_port, before):
     command = [
         "sh", "-c", f'{before} "$0" "$@"',
         sys.executable, SCRIPTS / "soak.py", "--model-dir", tiny_model, "--stages", "1",
-        "--base-port", str(port),
+        "--base-port", str(base_port),
     ]  # fmt: skip
     environment = {**os.environ, "TMPDIR": str(tmp_path), "VEILPIPE_DEV_DIR": str(tmp_path / "dev")}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     logs = []
-    for _ in range(600):
+    for _ in range(6000):
         logs = [
             path for path in tmp_path.glob("*/serve.log") if "worker_started" in path.read_text()
         ]
@@ -122,6 +136,6 @@ def test_ending_a_soak_ends_what_it_has_started(tiny_model, tmp_path, before):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 1
     process.terminate()
-    assert process.wait(20) == 130
+    assert process.wait(300) == 130
     assert not Path(f"/proc/{children[0]}").exists()
     assert not list(tmp_path.glob("*/serve.log"))

@@ -7,11 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.sources import ROOT, parsed
+
 # Whatever a command of the project imports first: of itself, of others, of Python.
 MODULES = ("enclave", "pipeline", "transport", "typer", "trio", "torch", "numpy", "json", "random",
            "socket", "pathlib", "argparse", "pip", "_native")  # fmt: skip
@@ -91,33 +92,35 @@ def test_building_images_runs_nothing_there(hostile, tmp_path):
     assert is_untouched(hostile)
 
 
-def python_sources():
-    for room in ("pipeline", "transport", "enclave", "scripts"):
-        yield from sorted((ROOT / room).rglob("*.py"))
-
-
-@pytest.mark.parametrize(
-    "path", list(python_sources()), ids=lambda path: str(path.relative_to(ROOT))
-)
-def test_every_python_that_is_started_keeps_off_the_directory(path):
-    """After sys.executable comes the path of a script, or -P or -I before any -c or -m."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def starts(path):
+    """What follows sys.executable in each command of a module: the word, or None for a path."""
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.List | ast.Tuple):
-            words = [each.value if isinstance(each, ast.Constant) else None for each in node.elts]
-            names = [ast.unparse(each) for each in node.elts]
-            for at, name in enumerate(names[:-1]):
-                if name == "sys.executable":
-                    assert words[at + 1] in {None, "-P", "-I"}, f"line {node.lineno}"
+            for this, following in pairwise(node.elts):
+                if isinstance(this, ast.Attribute) and ast.unparse(this) == "sys.executable":
+                    word = following.value if isinstance(following, ast.Constant) else None
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", word
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted([*(ROOT / "scripts").rglob("*.sh"), ROOT / "scripts/check", ROOT / ".ci/run"]),
-    ids=lambda path: path.name,
-)
-def test_every_python_of_a_script_keeps_off_the_directory(path):
-    code = re.sub(r"(?m)^\s*#.*", "", path.read_text())
+def test_every_python_that_is_started_keeps_off_the_directory():
+    """After sys.executable comes the path of a script, or -P or -I before any -c or -m."""
+    rooms = ("pipeline", "transport", "enclave", "scripts")
+    found = [
+        each for room in rooms for path in (ROOT / room).rglob("*.py") for each in starts(path)
+    ]
+    assert found
+    assert not [place for place, word in found if word not in {None, "-P", "-I"}]
+
+
+def test_every_python_of_a_script_keeps_off_the_directory():
+    scripts = [*(ROOT / "scripts").rglob("*.sh"), ROOT / "scripts/check", ROOT / ".ci/run"]
     python = r"(?<![\w-])(?:python3?|candidate)\"?"
-    started = re.findall(python + r"((?: +-(?!-)\w*)+)", code)
-    for flags in started:
-        assert re.match(r" +-(I|P)", flags), flags
+    started = {
+        (path.name, flags)
+        for path in scripts
+        for flags in re.findall(
+            python + r"((?: +-(?!-)\w*)+)", re.sub(r"(?m)^\s*#.*", "", path.read_text())
+        )
+    }
+    assert started
+    assert not {each for each in started if not re.match(r" +-(I|P)", each[1])}

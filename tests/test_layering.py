@@ -5,16 +5,17 @@ import importlib
 import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.sources import ROOT, parsed
+
 PACKAGES = ("transport", "pipeline", "enclave")
 
 # What each room of `pipeline` may import beside `transport` and the modules that lie before all
-# rooms (errors, dtypes, tasks, files, progress). An enclave's image carries what a stage imports.
+# rooms (errors, dtypes, tasks, files, progress, units). An enclave's image carries what a stage imports.
 ROOMS = {
     "codecs": set(),
     "sampling": set(),
@@ -99,41 +100,50 @@ def room_of(module):
     return parts[1] if parts[0] == "pipeline" and parts[1:2] and parts[1] in ROOMS else None
 
 
+@cache
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    found = set()
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(found)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_package_imports_no_other_that_is_forbidden_to_it(module):
-    package = module.partition(".")[0]
-    found = {name.partition(".")[0] for name in imports(MODULES[module])}
-    found -= {"transformers"} if module == ALTERS_MODELS else set()
-    assert not found & FORBIDDEN[package]
+def imports_at_once(path):
+    """The lines of a module that import, whenever it is imported itself."""
+    body = parsed(path).body
+    return [ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def test_a_package_imports_no_other_that_is_forbidden_to_it():
+    for module, path in MODULES.items():
+        package = module.partition(".")[0]
+        found = {name.partition(".")[0] for name in imports(path)}
+        found -= {"transformers"} if module == ALTERS_MODELS else set()
+        assert not found & FORBIDDEN[package], module
 
 
 def test_what_is_altered_is_imported_when_it_is():
-    at_once = ast.parse(MODULES[ALTERS_MODELS].read_text()).body
-    found = [ast.unparse(node) for node in at_once if isinstance(node, ast.Import | ast.ImportFrom)]
+    found = imports_at_once(MODULES[ALTERS_MODELS])
     assert found
     assert not [line for line in found if "transformers" in line]
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module)])
-def test_a_module_imports_only_from_rooms_below_its_own(module):
-    room = room_of(module)
-    for name in imports(MODULES[module]):
-        other = room_of(name)
-        if other in {None, room}:
-            continue
-        assert other in ROOMS[room], f"{module} imports {name}: {room} must not know {other}"
-        only = ONLY.get((room, other))
-        assert only is None or name.startswith(only), f"{module} imports {name}, not {only}"
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_module_imports_only_from_rooms_below_its_own(room):
+    within = [module for module in MODULES if room_of(module) == room]
+    assert within
+    for module in within:
+        for name in imports(MODULES[module]):
+            other = room_of(name)
+            if other in {None, room}:
+                continue
+            assert other in ROOMS[room], f"{module} imports {name}: {room} must not know {other}"
+            only = ONLY.get((room, other))
+            assert only is None or name.startswith(only), f"{module} imports {name}, not {only}"
 
 
 def test_only_adapters_know_how_other_engines_call():
@@ -157,9 +167,7 @@ def test_only_the_http_door_speaks_http():
 
 def test_grammars_are_compiled_by_who_serves_them_and_loaded_when_they_are_asked_for():
     for module, path in MODULES.items():
-        at_once = ast.parse(path.read_text()).body
-        found = [ast.unparse(n) for n in at_once if isinstance(n, ast.Import | ast.ImportFrom)]
-        if any("llguidance" in line for line in found):
+        if any("llguidance" in line for line in imports_at_once(path)):
             assert module == "pipeline.gateway.grammar_checker"  # a script
         if "llguidance" in {name.partition(".")[0] for name in imports(path)}:
             assert room_of(module) == "gateway"
@@ -196,14 +204,14 @@ def test_no_import_goes_round_in_a_circle():
 def test_an_init_holds_its_rooms_story_and_nothing_else():
     for module, path in MODULES.items():
         if path.name == "__init__.py" and module not in LIBRARIES:
-            body = ast.parse(path.read_text()).body
+            body = parsed(path).body
             assert len(body) == 1, f"{module} runs code"
             assert isinstance(body[0], ast.Expr), f"{module} runs code"
 
 
 @pytest.mark.parametrize("library", sorted(LIBRARIES))
 def test_a_librarys_init_names_what_is_public(library):
-    story, *body = ast.parse(MODULES[library].read_text()).body
+    story, *body = parsed(MODULES[library]).body
     assert isinstance(story, ast.Expr)
     (names,) = (
         node
@@ -219,8 +227,7 @@ def test_a_librarys_init_names_what_is_public(library):
 
 def test_an_engine_is_imported_by_who_speaks_with_it_and_when_it_does():
     for module, path in MODULES.items():
-        at_once = ast.parse(path.read_text()).body
-        found = [ast.unparse(n) for n in at_once if isinstance(n, ast.Import | ast.ImportFrom)]
+        found = imports_at_once(path)
         assert not any(re.match(r"(import|from) ray\b", line) for line in found), module
 
 

@@ -65,6 +65,7 @@ def test_locks_hold_whatever_is_required_by_what_they_hold(extra):
                     pass
 
 
+@pytest.mark.slow  # pip has an environment to make
 def test_a_wheel_that_differs_from_the_locked_one_is_not_installed(tmp_path):
     scripts, wheels = tmp_path / "checkout/scripts", tmp_path / "wheels"
     (scripts / "locks").mkdir(parents=True)

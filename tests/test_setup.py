@@ -34,7 +34,7 @@ def run(checkout):
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("VEILPIPE_VENV", None)
     subprocess.run(
-        ["bash", checkout / "scripts/setup.sh"], env=environment, check=True, timeout=60,
+        ["bash", checkout / "scripts/setup.sh"], env=environment, check=True, timeout=300,
         stdout=subprocess.PIPE,
     )  # fmt: skip
 

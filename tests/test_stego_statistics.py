@@ -27,7 +27,9 @@ def contexts(statistics):
     return statistics.contexts_of(statistics.synthetic_logits(300, 400, seed=1), params)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("range", 40_000), ("fimec", 8000)])
+@pytest.mark.parametrize(
+    ("name", "steps"), [("range", 40_000), pytest.param("fimec", 8000, marks=pytest.mark.slow)]
+)
 def test_a_codecs_tokens_are_distributed_as_sampled_ones(
     statistics, contexts, monkeypatch, name, steps
 ):

@@ -29,6 +29,7 @@ from pipeline.machines.survey import Survey
 from pipeline.machines.visitor import Address, MachineRefuses, address_of, pairing, visiting
 from pipeline.models.config import load_config
 from pipeline.planning.measured_split import MeasuredSplit
+from pipeline.units import GIB
 
 tell = partial(tell_as, "pipeline-orch")
 
@@ -139,8 +140,8 @@ def _show(found: Survey, split: MeasuredSplit) -> None:
                 f"{start}-{end - 1}",
                 machine.description.kernels,
                 str(machine.description.cores),
-                f"{machine.description.memory_bytes / (1 << 30):.1f} GiB",
-                f"{machine.description.disk_bytes / (1 << 30):.1f} GiB",
+                f"{machine.description.memory_bytes / GIB:.1f} GiB",
+                f"{machine.description.disk_bytes / GIB:.1f} GiB",
                 f"{machine.measured.bytes_per_second / 1e9:.1f} GB/s",
                 f"{machine.measured.flops / 1e9:.0f} GFLOP/s",
                 f"{split.stage_seconds[stage] * 1e3:.2f} ms",

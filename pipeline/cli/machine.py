@@ -37,11 +37,11 @@ from pipeline.machines.reception import receive_all
 from pipeline.machines.served_stage import Compute
 from pipeline.machines.visitor import address_of
 from pipeline.tasks import open_tasks
+from pipeline.units import GIB
 from transport.dial_and_listen import Listener, TcpEndpoint, listen
 
 logger = logging.getLogger(__name__)
 
-GIB = 1 << 30
 PARTS_DIRECTORY = "parts"
 LOCK_FILE = "machine.lock"
 YES = {"y", "yes"}

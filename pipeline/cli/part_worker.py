@@ -24,13 +24,13 @@ from pipeline.cli.signals import run_until_signalled
 from pipeline.errors import InputError
 from pipeline.remote_parts.parts import part_link
 from pipeline.remote_parts.serving import PartHandler, PartServer
+from pipeline.units import GIB
 from transport.dial_and_listen import listen
 from transport.handshake import Role, RoleKind
 from transport.tensor_frames import FrameLimits
 
 logger = logging.getLogger(__name__)
 
-GIB = 1 << 30
 
 IdentityFlag = Annotated[Path | None, Flag("FILE", "This worker's key [the machine's].")]
 

@@ -9,9 +9,8 @@ from pipeline.cli.logs import tell
 from pipeline.errors import InputError
 from pipeline.gateway.auth import is_local_name
 from pipeline.kernels.host_memory import available_bytes
+from pipeline.units import GIB
 from transport.dial_and_listen import TcpEndpoint
-
-GIB = 1 << 30
 
 
 def machine_sizes(text: str, num_stages: int) -> list[int]:

@@ -17,11 +17,12 @@ from pipeline.agreement.manifest import (
 )
 from pipeline.cli.logs import tell
 from pipeline.cli.model_directory import model_option
-from pipeline.cli.planned_memory import GIB, machine_sizes, tell_memory
+from pipeline.cli.planned_memory import machine_sizes, tell_memory
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.shared_options import ManifestOption
 from pipeline.errors import InputError
 from pipeline.files import check_writable, write_atomically
+from pipeline.units import GIB
 from transport.dial_and_listen import Endpoint, parse_endpoint
 from transport.errors import EndpointError
 

@@ -19,8 +19,8 @@ from pipeline.cli.shard_directories import stage_dir
 from pipeline.cli.shared_options import LogFormatFlag, ManifestFlag, VerboseFlag
 from pipeline.errors import InputError
 from pipeline.placement.ray.messages import Job, Strategy
+from pipeline.units import GIB
 
-GIB = 1 << 30
 # Where stages may dial each other: networks that are somebody's own, and not where clouds tell
 # machines their secrets (169.254.0.0/16).
 OWN_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "127.0.0.0/8",

@@ -34,12 +34,12 @@ from pipeline.stage.model_config import load_stage
 from pipeline.stage.worker import StageWorker
 from pipeline.stage.worker_setup import PartsSession, StageSetup
 from pipeline.tasks import open_tasks
+from pipeline.units import GIB
 from pipeline.worker_report import Reporter, report_failure
 from transport.dial_and_listen import Endpoint, listen
 
 logger = logging.getLogger(__name__)
 
-GIB = 1 << 30
 
 app = new_app()
 

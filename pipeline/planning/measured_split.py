@@ -12,6 +12,7 @@ from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 from pipeline.models.config import load_config
 from pipeline.models.registry import layer_bytes
+from pipeline.units import GIB
 from pipeline.weights.checkpoint import stored_tensors
 
 # All orders of so many machines are tried; of more, those that go on to the nearest.
@@ -256,4 +257,4 @@ def _megabytes(num_bytes: int) -> str:
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 30):.2f} GiB"
+    return f"{num_bytes / GIB:.2f} GiB"

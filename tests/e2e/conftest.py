@@ -138,7 +138,7 @@ class Server:
     def wait_for_log(self, text, count):
         self.wait_for(lambda: self.log().count(text) >= count)
 
-    def get(self, path, timeout=60):
+    def get(self, path, timeout=300):
         return httpx.get(f"{self.url}{path}", headers=self.headers, timeout=timeout)
 
     def post(self, body, path="/v1/completions"):
@@ -202,7 +202,7 @@ class Cluster:
 
     def start_worker(self, idx, *extra, manifest=None, within=()):
         if idx in self.workers:
-            self.workers[idx].wait(30)
+            self.workers[idx].wait(300)
         log = self.directory / f"stage{idx}.log"
         with log.open("ab") as file:
             process = self.popen(

@@ -50,7 +50,7 @@ class Parent:
     def close(self):
         """End it; forks that run go on."""
         self._socket.close()
-        self._process.wait(10)
+        self._process.wait(300)
 
     def _ask(self, request, descriptors=()):
         with self._lock:

@@ -31,7 +31,7 @@ def end(process):
     process.send_signal(signal.SIGCONT)
     process.terminate()
     try:
-        return process.wait(30)
+        return process.wait(300)
     except subprocess.TimeoutExpired:
         process.kill()
         raise AssertionError(f"{process.args} did not end on SIGTERM") from None

@@ -59,7 +59,7 @@ class RayNodes:
 
     def stop(self):
         self.process.stdin.close()
-        self.process.wait(60)
+        self.process.wait(300)
         self.process.stdout.close()
         shutil.rmtree(self.environment["RAY_TMPDIR"], ignore_errors=True)
         self.log.close()

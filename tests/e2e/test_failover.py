@@ -50,11 +50,18 @@ def replays(cluster, idx):
     return cluster.log(idx).count("event=replayed")
 
 
-def test_only_the_dead_are_replaced_and_every_text_is_the_undisturbed_one(cluster, serve):
+@pytest.mark.parametrize(
+    "victims",
+    [
+        [{0}, {1}, {1, 2}, {0, 1, 2}],
+        pytest.param([{2}, {0, 1}, {0, 2}], marks=pytest.mark.slow),
+    ],
+    ids=["some", "others"],
+)
+def test_only_the_dead_are_replaced_and_every_text_is_the_undisturbed_one(cluster, serve, victims):
     server = serve(3)
     expected = undisturbed(server)
     begun, replayed = [1, 1, 1], [0, 0, 0]
-    victims = [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 2}, {0, 1, 2}]
     for count, dead in enumerate(victims, start=1):
         with completing(server, cluster.workers[min(dead)].pid) as texts:
             for idx in dead:
@@ -169,7 +176,7 @@ def test_a_stage_that_stays_away_is_awaited_and_served_again_when_it_is_back(clu
         cluster.workers[1].kill()
         assert waiting.result().status_code == 503
     for _ in range(2):
-        refused = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        refused = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
         assert "stage 1" in refused.json()["error"]["message"]
         health = server.get("/health")
@@ -187,7 +194,7 @@ def test_a_stage_that_stays_away_is_awaited_and_served_again_when_it_is_back(clu
 def test_a_stage_that_stays_away_ends_a_server_that_is_to_exit_with_one_line(cluster, serve):
     server = serve(2, "--connect-timeout", "2", "--exit-on-loss")
     cluster.workers[1].kill()
-    assert server.process.wait(30) == 1
+    assert server.process.wait(300) == 1
     (line,) = [line for line in server.log().splitlines() if "error:" in line and "orch" in line]
     assert "gave up after 2 s" in line
     assert "stage 1" in line
@@ -229,7 +236,7 @@ def test_verified_weights_outlive_a_worker_and_the_file_they_came_from(cluster, 
         expect_the_same_whoever_dies(server, expected)
     server.stop()
     server = cluster.begin_to_serve("--supervise", "--dtype", precision)
-    assert server.process.wait(60) != 0
+    assert server.process.wait(300) != 0
     assert f"{path.name} has SHA-256" in server.log()
 
 
@@ -241,7 +248,7 @@ def silent_crowd(cluster, number):
         for name in ("control", "data_in"):
             host, _, port = stage["endpoint"][name]["addr"].rpartition(":")
             for _ in range(number):
-                crowd.enter_context(socket.create_connection((host, int(port)), timeout=10))
+                crowd.enter_context(socket.create_connection((host, int(port)), timeout=300))
     return crowd
 
 

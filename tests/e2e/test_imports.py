@@ -51,7 +51,7 @@ def start(cluster):
 
 def ended(process):
     """What it has imported, and its memory in kilobytes, once it has ended as it should."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     kilobytes, _, names = err.split("kilobytes:")[1].partition("imported:")
     return names.split(), int(kilobytes)

@@ -71,6 +71,7 @@ def test_a_text_is_told_what_it_amounts_to_and_ends_where_the_bound_does(cluster
     assert len("Hello") < len(part.stdout) < len(expected.stdout)
 
 
+@pytest.mark.slow  # tests/pipeline/orchestrator/test_noisy_rows.py has losses at any step
 def test_a_stage_killed_in_the_middle_costs_neither_text_nor_budget(cluster):
     cluster.plan(3, **QUIET)
     for idx in range(3):

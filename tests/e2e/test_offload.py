@@ -104,7 +104,7 @@ class Home:
         self.cluster.workers["linear"].kill()
         self.cluster.workers["linear"].wait()
         self.start_linear()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         return (read + out).decode(), err.decode()
 
@@ -124,7 +124,7 @@ def plain_text(cluster):
     worker = cluster.start_worker(0, "--once")
     result = cluster.orch(PROMPT, "--max-tokens", str(NUM_TOKENS), "--ignore-eos")
     assert result.returncode == 0, result.stderr
-    worker.wait(30)
+    worker.wait(300)
     return result.stdout
 
 

@@ -82,7 +82,7 @@ def test_the_older_commands_generate_over_the_older_manifests(cluster, model, st
     finally:
         for worker in workers:
             worker.terminate()
-            worker.wait(30)
+            worker.wait(300)
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"x{SAYS}\n"
 
@@ -114,7 +114,7 @@ def test_templates_for_enclaves_run_with_the_cids_that_launching_decides(cluster
     finally:
         for each in running:
             each.terminate()
-            each.wait(30)
+            each.wait(300)
     assert process.returncode == 0, stderr
     assert stdout == f"x{SAYS}\n".encode()
 

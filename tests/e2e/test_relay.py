@@ -44,7 +44,7 @@ def test_a_stage_that_comes_up_behind_its_relay_is_waited_for(cluster, relayed):
         time.sleep(3)  # the relay answers for a stage that is not there
         assert orchestrator.poll() is None
         cluster.start_worker(0, *cluster.listen)
-        stdout, stderr = orchestrator.communicate(timeout=60)
+        stdout, stderr = orchestrator.communicate(timeout=300)
     assert orchestrator.returncode == 0, stderr
     assert stdout.startswith(b"Hello there")
     assert stderr.count(b"waiting for stage 0's control channel") == 1

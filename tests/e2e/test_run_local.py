@@ -48,7 +48,7 @@ def generate_and_kill_a_worker(directory, model, base_port, num_bytes, *flags):
     os.kill(int(started[-1]), signal.SIGKILL)
     with process.stdout as stdout:
         text = begun + stdout.read()
-    return process.wait(60), text, log.read_text()
+    return process.wait(300), text, log.read_text()
 
 
 def test_a_worker_that_dies_is_replaced_unless_its_loss_is_to_end_it(

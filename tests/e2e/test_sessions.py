@@ -92,7 +92,7 @@ def test_after_a_restart_a_chat_goes_on_from_what_was_stored_for_one_client_at_a
         thread, found = in_background(filed.turn, TEXT, max_tokens=8)
         server.wait_for(server.num_taken)
         body = server.wish(TEXT, 5, session="chat")
-        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "session_in_use")
     thread.join(300)
     assert len(found) == 1

@@ -63,6 +63,7 @@ def test_a_message_comes_back_by_the_commands_over_other_stages(stego):
         assert PROMPT.encode() not in output
 
 
+@pytest.mark.slow  # tests/pipeline/gateway/http/test_stego.py has it without processes
 @pytest.mark.skipif(why_not_native() is not None, reason="no native kernels")
 def test_a_message_comes_back_over_http(stego):
     stego.end_workers()
@@ -72,7 +73,7 @@ def test_a_message_comes_back_over_http(stego):
     wish = {"prompt": PROMPT, "passphrase": "correct horse"}
 
     def post(what, **body):
-        return httpx.post(f"{server.url}/v1/stego/{what}", json=wish | body, timeout=60)
+        return httpx.post(f"{server.url}/v1/stego/{what}", json=wish | body, timeout=300)
 
     answer = post("encode", message="grüße").raise_for_status().json()
     assert post("decode", text=answer["text"]).raise_for_status().json()["message"] == "grüße"

@@ -66,7 +66,7 @@ def expect_problem(server):
     awaited = server.wait_for(lambda: what_is_wrong(server.get("/health").json()))
     assert awaited["stage"] == 1
     assert "cannot start" in awaited["problem"]
-    refused = httpx.post(f"{server.url}/v1/completions", json=server.wish("Hello", 8), timeout=60)
+    refused = httpx.post(f"{server.url}/v1/completions", json=server.wish("Hello", 8), timeout=300)
     assert refused.status_code == 503
     assert awaited["problem"] in refused.json()["error"]["message"]
     told = [line.get("error") or "" for line in server.events("worker_died")]

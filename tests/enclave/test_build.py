@@ -102,18 +102,26 @@ def test_edits_of_what_no_stage_imports_leave_the_ramdisk_as_it_was(clone: Path)
     assert build.code_ramdisk(_COMPILED, clone) == before
 
 
-def test_an_edit_of_what_a_stage_imports_changes_the_ramdisk(
+def test_an_edit_of_what_a_stage_imports_changes_the_ramdisk_there_and_nowhere_else(
     clone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, closure = build.code_ramdisk(_COMPILED, clone), build.code_closure(clone)
+    closure = build.code_closure(clone)
     monkeypatch.setattr(build, "code_closure", lambda _: closure)  # the edits import nothing
-    for file in {file.parent: file for file in closure.files}.values():
-        path = clone / file
-        original = path.read_text()
-        _append(path)
-        assert build.code_ramdisk(_COMPILED, clone) != before, file
-        path.write_text(original)
-    assert build.code_ramdisk({**_COMPILED, "pipeline.kernels._native": b"other"}, clone) != before
+
+    def packed(compiled: dict[str, bytes]) -> dict[str, bytes]:
+        ramdisk = build.code_ramdisk(compiled, clone)
+        return {entry.path: bytes(entry.data) for entry in cpio.unpack(ramdisk)}
+
+    before = packed(_COMPILED)
+    edited = {file.parent: file for file in closure.files}.values()
+    for file in edited:
+        _append(clone / file)
+    after = packed({**_COMPILED, "pipeline.kernels._native": b"other"})
+    assert before.keys() == after.keys()
+    assert {path for path in before if before[path] != after[path]} == {
+        f"{rootfs.SITE_PACKAGES}/{path}"
+        for path in (*edited, f"pipeline/kernels/_native{rootfs.MODULE_SUFFIX}")
+    }
 
 
 def test_what_lies_about_in_a_checkout_is_not_packed(clone: Path) -> None:

@@ -51,7 +51,7 @@ def test_archive_does_not_depend_on_the_order_given() -> None:
 def test_cpio_program_extracts_the_archive(tmp_path: Path) -> None:
     entries = [entry for entry in _ENTRIES if not stat.S_ISCHR(entry.mode)]
     subprocess.run(
-        ["cpio", "-idm", "--quiet"], input=_pack(entries), cwd=tmp_path, check=True, timeout=30
+        ["cpio", "-idm", "--quiet"], input=_pack(entries), cwd=tmp_path, check=True, timeout=300
     )
     assert (tmp_path / "bin/sh").readlink() == Path("init")
     assert (tmp_path / "bin/init").read_bytes() == b"#!/bin/sh\n"

@@ -145,7 +145,7 @@ def test_any_bytes_raise_eif_error(data: bytes) -> None:
         eif.unpack(data)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.data())
 def test_damage_under_a_fitting_crc_reads_or_raises_eif_error(
     image: eif.Image, data: st.DataObject

@@ -49,7 +49,7 @@ def test_status_of_the_command_comes_back_and_orphans_are_collected(argv: str, s
     script = f"import sys; from enclave import init; sys.exit(init._run({command}))"
     root = Path(init.__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=root, timeout=30, check=False, capture_output=True
+        [sys.executable, "-c", script], cwd=root, timeout=300, check=False, capture_output=True
     )
     assert done.returncode == status, done.stderr
 
@@ -57,7 +57,7 @@ def test_status_of_the_command_comes_back_and_orphans_are_collected(argv: str, s
 def test_init_needs_the_standard_library_alone() -> None:
     root = Path(init.__file__).parent.parent
     script = f"import sys; sys.path.insert(0, {str(root)!r}); import enclave.init"
-    subprocess.run([sys.executable, "-I", "-S", "-c", script], check=True, timeout=30)
+    subprocess.run([sys.executable, "-I", "-S", "-c", script], check=True, timeout=300)
 
 
 @pytest.mark.skipif(nsm.DEVICE.exists(), reason="this machine has a security module")

@@ -256,7 +256,7 @@ def test_a_link_that_cannot_be_is_misuse(toy, make):
         make(toy)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(message=st.binary(max_size=400))
 def test_arbitrary_messages_raise_protocol_errors_only(toy, message):
     awaiting_reply, hello = handshake.initiate(toy.link(), toy.credentials())

@@ -138,7 +138,7 @@ def test_a_file_that_is_no_manifest_is_named(write, tmp_path):
 
 def relay(*arguments):
     command = [sys.executable, "-m", "transport.relay_cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_the_command_ends_with_one_clear_line(manifest, write):

@@ -81,7 +81,7 @@ def test_frames_of_every_layout_survive_one_after_the_other(toy, sizes):
         assert pipe.receiver.is_idle
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.sampled_from([0, 1, 15, 16, 3072, 70_000, 300_000]), max_size=4),
     max_read=st.sampled_from([1000, 4096, 100_000, 1 << 20]),
@@ -239,7 +239,6 @@ def test_arbitrary_heads_raise_protocol_errors_only(toy, plain):
     assert layout.storage_bytes <= toy.LIMITS.max_tensor_bytes + len(plain) + 16 * 8
 
 
-@settings(deadline=None)
 @given(
     records=st.lists(
         st.tuples(st.sampled_from(list(RecordKind)), st.binary(min_size=1, max_size=100)),

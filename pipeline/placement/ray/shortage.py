@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-Resources = Mapping[str, float]
+from pipeline.units import GIB
 
-GIB = 1 << 30
+Resources = Mapping[str, float]
 
 
 def shortage(

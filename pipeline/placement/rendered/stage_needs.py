@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from pipeline.units import GIB
+
 MIB = 1 << 20
-GIB = 1 << 30
 # Python, the libraries and the kernels' own buffers; torch alone takes half of it.
 PROCESS_BYTES = 768 * MIB
 # Of weights, while they are read and converted, and for what counting leaves out (scales, tables).

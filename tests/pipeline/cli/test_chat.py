@@ -82,7 +82,7 @@ def test_leaving_ends_what_runs_behind():
 
     background = Background(PipelineEngine(Limits(1, 16)), run)
     with background:
-        background.is_settled.wait(10)
+        background.is_settled.wait(300)
         background.check()
     assert ended
 
@@ -97,10 +97,10 @@ def test_whoever_waits_or_asks_later_hears_why_the_pipeline_has_failed():
 
     background = Background(PipelineEngine(Limits(1, 16)), run)
     with background:
-        background.is_settled.wait(10)
+        background.is_settled.wait(300)
         background.submit(GENERATION, heard.append)
         background._call(goes_on.set)
-        background._thread.join(10)
+        background._thread.join(300)
         with pytest.raises(SessionError, match="stage 1 is lost"):
             background.submit(GENERATION, heard.append)
     assert [str(event) for event in heard] == ["stage 1 is lost"]
@@ -112,7 +112,7 @@ def test_a_pipeline_that_never_stands_is_told():
 
     background = Background(PipelineEngine(Limits(1, 16)), run)
     with background:
-        assert background.is_settled.wait(10)
+        assert background.is_settled.wait(300)
         with pytest.raises(SessionError, match="gave up on stage 0"):
             background.check()
 

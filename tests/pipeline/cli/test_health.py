@@ -33,7 +33,7 @@ def status(reply):
 
 
 def ask(address, path, method="GET"):
-    connection = http.client.HTTPConnection(address.host, address.port, timeout=60)
+    connection = http.client.HTTPConnection(address.host, address.port, timeout=300)
     try:
         connection.request(method, path)
         reply = connection.getresponse()
@@ -147,7 +147,7 @@ import trio
 import pipeline.cli.stage_worker as command
 
 def ask(path):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     connection.request("GET", path)
     return connection.getresponse().status
 

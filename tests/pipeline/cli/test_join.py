@@ -56,7 +56,7 @@ class Machines:
 
     def __enter__(self):
         self._thread.start()
-        assert self._is_up.wait(60)
+        assert self._is_up.wait(300)
         return self
 
     def __exit__(self, *_):
@@ -70,7 +70,7 @@ class Machines:
         machine = self.found[name]
         held = [listener._sock.dup() for listener in (machine.control, machine.data_in)]
         self._token.run_sync_soon(self._scopes[name].cancel)
-        assert self._ended[name].wait(60)
+        assert self._ended[name].wait(300)
         for sock in held:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
             sock.shutdown(socket.SHUT_RDWR)

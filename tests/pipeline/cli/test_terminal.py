@@ -56,7 +56,7 @@ SAY = "from pipeline.cli.terminal import write_text; write_text({text!r})"
 
 def run(text, stdout):
     command = [sys.executable, "-c", SAY.format(text=text)]
-    return subprocess.run(command, stdout=stdout, check=True, timeout=60)
+    return subprocess.run(command, stdout=stdout, check=True, timeout=300)
 
 
 def test_a_pipe_gets_the_very_bytes_and_a_terminal_does_not():

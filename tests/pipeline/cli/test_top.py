@@ -244,7 +244,7 @@ def test_a_key_leaves_it_and_the_terminal_is_as_it_was(server, term, key):
             process.send_signal(signal.SIGINT)
         else:
             os.write(leader, key)
-        assert process.wait(30) == 0
+        assert process.wait(300) == 0
         assert termios.tcgetattr(leader)[3] == before[3]
         seen = read_until(leader, lambda seen: False)
     assert b"Traceback" not in seen
@@ -259,7 +259,7 @@ def test_a_reader_that_leaves_ends_it_quietly(server):
     )
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(30) == 141
+    assert process.wait(300) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
 

@@ -77,7 +77,7 @@ def test_it_ends_quietly_when_nobody_asks_any_more(capfd):
     assert early.process.pid != other.process.pid
     for each in (early, other):
         each.requests.close()
-        assert each.process.wait(60) == 0
+        assert each.process.wait(300) == 0
     assert capfd.readouterr() == ("", "")
 
 
@@ -103,7 +103,7 @@ worker_forks.main()
 @pytest.mark.skipif(sys.platform != "linux", reason="others do not tell of a parent's end")
 def test_it_ends_with_its_parent_while_it_imports():
     command = [sys.executable, "-c", STARTS, IMPORTS]
-    subprocess.run(command, capture_output=True, check=True, timeout=60)  # while one holds stderr
+    subprocess.run(command, capture_output=True, check=True, timeout=300)  # while one holds stderr
 
 
 def test_a_command_that_fails_before_it_asks_leaves_none_behind():

@@ -60,7 +60,7 @@ async def test_a_cancelled_call_stops_the_work_and_the_next_one_is_answered(serv
             while not served.door.requests:  # noqa: ASYNC110
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
-        with trio.fail_after(10):
+        with trio.fail_after(120):
             while not served.door.num_cancelled:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         served.door.before = None
@@ -115,7 +115,7 @@ async def test_what_is_no_door_is_one_clear_error(kind, answer):
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.serve_listeners, speak, listeners)
         async with connect(f"{kind}://127.0.0.1:{port}", is_dev=True) as door:
-            with trio.fail_after(10), pytest.raises(SessionError, match=r"^[^\n]*door at[^\n]*$"):
+            with trio.fail_after(120), pytest.raises(SessionError, match=r"^[^\n]*door at[^\n]*$"):
                 await door.infer(REQUEST)
         nursery.cancel_scope.cancel()
 

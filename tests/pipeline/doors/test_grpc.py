@@ -42,7 +42,7 @@ async def call(port, body, method="Infer", tls_ca=None, **arguments):
     def run():
         with channel_to(port, tls_ca) as channel:
             try:
-                return channel.unary_unary(SERVICE + method)(body, timeout=20, **arguments)
+                return channel.unary_unary(SERVICE + method)(body, timeout=300, **arguments)
             except grpc.RpcError as error:
                 return error
 
@@ -89,7 +89,7 @@ async def test_calls_of_one_connection_run_side_by_side(serve_door):
         def run():
             with channel_to(served.grpc) as channel:
                 infer = channel.unary_unary(f"{SERVICE}Infer")
-                calls = [infer.future(encoded(b"%d" % i), timeout=20) for i in range(8)]
+                calls = [infer.future(encoded(b"%d" % i), timeout=300) for i in range(8)]
                 return [bytes(decode_infer_response_untrusted(c.result()).output) for c in calls]
 
         assert await trio.to_thread.run_sync(run) == [b"%d" % i for i in range(8)]
@@ -130,11 +130,12 @@ async def test_a_deadline_stops_the_work(serve_door):
         def run():
             with channel_to(served.grpc) as channel:
                 with pytest.raises(grpc.RpcError) as caught:
-                    channel.unary_unary(f"{SERVICE}Infer")(encoded(), timeout=3)
+                    channel.unary_unary(f"{SERVICE}Infer")(encoded(), timeout=1)
                 return caught.value.code()
 
-        assert await trio.to_thread.run_sync(run) is grpc.StatusCode.DEADLINE_EXCEEDED
-        await until(lambda: served.door.num_cancelled == 1)
+        while not served.door.requests:  # on a busy machine one may not come as far in its time
+            assert await trio.to_thread.run_sync(run) is grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: served.door.num_cancelled == len(served.door.requests))
 
 
 async def test_a_cancelled_call_stops_the_work_and_no_other(serve_door):
@@ -146,9 +147,9 @@ async def test_a_cancelled_call_stops_the_work_and_no_other(serve_door):
             with channel_to(served.grpc) as channel:
                 infer = channel.unary_unary(f"{SERVICE}Infer")
                 pending = infer.future(encoded(b"one"))
-                assert began.wait(20)
+                assert began.wait(300)
                 pending.cancel()
-                return infer(encoded(b"two"), timeout=20)
+                return infer(encoded(b"two"), timeout=300)
 
         async with trio.open_nursery() as nursery:
 
@@ -198,6 +199,6 @@ async def test_a_large_message_arrives_whole_and_a_larger_one_is_refused(serve_d
 
 
 async def until(condition):
-    with trio.fail_after(10):
+    with trio.fail_after(120):
         while not condition():  # noqa: ASYNC110
             await trio.sleep(0.01)

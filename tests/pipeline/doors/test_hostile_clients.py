@@ -38,7 +38,7 @@ class Raw:
 
     async def until(self, kind, stream_id=None):
         """The first event of that kind; None if the connection ends before."""
-        with trio.fail_after(10):
+        with trio.fail_after(120):
             while True:
                 for event in self.events:
                     is_its = stream_id in {None, getattr(event, "stream_id", None)}
@@ -69,7 +69,7 @@ async def raw(serve_door):
 async def others_are_served(served):
     served.door.before = served.door.fault = None
     async with open_grpc_door("127.0.0.1", served.grpc, None) as door:
-        with trio.fail_after(10):
+        with trio.fail_after(120):
             assert bytes((await door.infer(REQUEST)).output) == b"sealed"
 
 
@@ -210,7 +210,7 @@ async def test_bodies_of_all_calls_together_are_bounded(serve_door, monkeypatch)
 
 async def read_all(stream):
     data = b""
-    with trio.fail_after(10):
+    with trio.fail_after(120):
         try:
             while chunk := await stream.receive_some(65536):
                 data += chunk
@@ -220,6 +220,6 @@ async def read_all(stream):
 
 
 async def until(condition):
-    with trio.fail_after(10):
+    with trio.fail_after(120):
         while not condition():  # noqa: ASYNC110
             await trio.sleep(0.01)

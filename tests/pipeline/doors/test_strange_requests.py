@@ -41,7 +41,8 @@ REQUESTS = st.builds(
 
 
 @settings(
-    max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(st.tuples(REQUESTS, st.booleans(), st.booleans()), min_size=5, max_size=20))
 def test_strange_requests_are_refused_in_one_line(model, strange):

@@ -12,17 +12,42 @@ SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "bench_serve.py"
 
 
 @pytest.fixture
-def bench(tmp_path):
-    """Runs the script: (exit code, stdout, stderr)."""
+def key(tmp_path):
     key = tmp_path / "key"
     key.write_text("sk-test-0123456789\n")
+    return key
 
-    async def run(url, *arguments, key_file=key):
-        command = [sys.executable, SCRIPT, "--url", url, "--api-key-file", key_file, *arguments]
+
+@pytest.fixture
+def bench_script(key):
+    """Runs the script as a user does: (exit code, stdout, stderr)."""
+
+    async def run(url, *arguments):
+        command = [sys.executable, SCRIPT, "--url", url, "--api-key-file", key, *arguments]
         done = await trio.run_process(
             [str(word) for word in command], capture_stdout=True, capture_stderr=True, check=False
         )
         return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    return run
+
+
+@pytest.fixture
+def bench(key, monkeypatch, capsys):
+    """Runs the script in this process: (exit code, stdout, stderr)."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench_serve
+
+    def main():
+        with pytest.raises(SystemExit) as caught:
+            bench_serve.main()
+        return caught.value.code
+
+    async def run(url, *arguments, key_file=key):
+        words = ["bench_serve.py", "--url", url, "--api-key-file", key_file, *arguments]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        capsys.readouterr()
+        return (await trio.to_thread.run_sync(main), *capsys.readouterr())
 
     return run
 
@@ -33,12 +58,12 @@ def bench(tmp_path):
     ids=["clients' completions", "chats at a rate"],
 )
 async def test_it_counts_tokens_and_measures_what_lies_between(
-    start_gateway, make_engine, bench, tmp_path, arrivals, api
+    start_gateway, make_engine, bench_script, tmp_path, arrivals, api
 ):
     engine = make_engine(seconds=0.02, repeats=True)
     out = tmp_path / "out.json"
     async with start_gateway(engine) as gateway:
-        code, shown, err = await bench(
+        code, shown, err = await bench_script(
             gateway.url, *arrivals, *api, "--requests", 6, "--max-tokens", "5,10", "--seed", 3,
             "--warmup", 1, "--prompt-tokens", "3-9", "--json", out,
         )  # fmt: skip
@@ -132,12 +157,12 @@ def test_lengths_that_are_none_are_refused(monkeypatch, capsys):
 
 
 async def test_a_picture_is_drawn_or_the_missing_package_named(
-    start_gateway, make_engine, bench, tmp_path, monkeypatch
+    start_gateway, make_engine, bench_script, tmp_path, monkeypatch
 ):
     pytest.importorskip("matplotlib", reason="the optional dependency of pictures")
     path = tmp_path / "x.png"
     async with start_gateway(make_engine(repeats=True)) as gateway:
-        code, _, err = await bench(gateway.url, "--requests", 2, "--plot", path)
+        code, _, err = await bench_script(gateway.url, "--requests", 2, "--plot", path)
         assert code == 0, err
         assert path.read_bytes().startswith(b"\x89PNG")
         hidden = tmp_path / "hidden"
@@ -145,6 +170,6 @@ async def test_a_picture_is_drawn_or_the_missing_package_named(
         (hidden / "matplotlib.py").write_text("raise ImportError")
         before = [entry for entry in sys.path if entry]
         monkeypatch.setenv("PYTHONPATH", ":".join([str(hidden), *before]))
-        code, _, err = await bench(gateway.url, "--requests", 2, "--plot", path)
+        code, _, err = await bench_script(gateway.url, "--requests", 2, "--plot", path)
     assert (code, err.count("\n")) == (2, 1)
     assert "veilpipe[bench]" in err

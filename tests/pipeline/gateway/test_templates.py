@@ -115,7 +115,14 @@ def test_a_rendering_after_its_process_has_been_killed_is_served():
     template.close()
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+# What computes is ended after two seconds: loops, and a single call of C, are enough of those here.
+ENDED_LIKE_THOSE = {"tree", "sums", "sorting", "lorem ipsum", "json", "a date"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ENDED_LIKE_THOSE)) for name in HOSTILE],
+)
 def test_a_hostile_template_costs_seconds_and_megabytes_at_most(name):
     template = compiled(HOSTILE[name])
     before = resource.getrusage(resource.RUSAGE_SELF)

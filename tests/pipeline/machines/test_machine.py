@@ -159,7 +159,7 @@ async def test_a_push_that_is_cut_goes_on_where_it_was(rig, monkeypatch):
             async with visiting(machine.address, rig.home) as visit:
                 await visit.put(digest, path, cut_after_two)
         assert machine.store.parts() == []
-        with trio.fail_after(10):
+        with trio.fail_after(120):
             await until(lambda: not machine.store._coming)
         async with visiting(machine.address, rig.home) as visit:
             assert await visit.put(digest, path) == 3 << 20

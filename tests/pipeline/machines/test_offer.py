@@ -18,7 +18,7 @@ async def yes(_):
 
 
 async def join(rig, line, software=SOFTWARE, own=None):
-    with trio.fail_after(10):
+    with trio.fail_after(120):
         async with pairing(line, own or rig.home) as visit:
             await visit.join(software)
 

@@ -42,11 +42,11 @@ async def test_a_survey_tells_what_machines_have_and_how_far_they_are(rig, monke
             await survey(addresses, stranger, 16, SOFTWARE, home, quietly)
     assert set(found.ways) == {(0, 1), (1, 0), (0, HOME), (1, HOME), (HOME, 0), (HOME, 1)}
     for way in found.ways.values():
-        assert 0 < way.round_trip_seconds < 1
-        assert way.bytes_per_second > 1e6
+        assert 0 < way.round_trip_seconds < 60
+        assert way.bytes_per_second > 1e3
     for machine in found.machines:
-        assert machine.measured.bytes_per_second > 1e8
-        assert machine.measured.flops > 1e8
+        assert machine.measured.bytes_per_second > 1e6
+        assert machine.measured.flops > 1e6
         assert machine.description.memory_bytes > 1 << 20
         assert machine.home == home
 

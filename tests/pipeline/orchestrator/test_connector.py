@@ -48,7 +48,7 @@ async def test_a_stage_is_absent_until_it_takes_a_connection_and_looked_for_wher
         with pytest.raises(StageSilent, match="stage 0's control channel at"):
             await connector.control(0)
 
-    with trio.fail_after(10), listen(LOOPBACK) as elsewhere:
+    with trio.fail_after(120), listen(LOOPBACK) as elsewhere:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(meet)
             while placement.num_asked < 3:  # noqa: ASYNC110 - there is no event for it

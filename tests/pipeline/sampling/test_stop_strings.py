@@ -48,7 +48,7 @@ def test_text_ends_just_before_the_stop_string(pieces, stops, expected, is_stopp
     assert ("".join(emitted), stopped) == (expected, is_stopped)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(TEXT, STOPS, st.data())
 def test_pieces_make_no_difference(text, stops, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
@@ -57,7 +57,7 @@ def test_pieces_make_no_difference(text, stops, data):
     assert ("".join(emitted), is_stopped) == reference(text, stops)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(TEXT, STOPS)
 def test_nothing_is_emitted_early_and_nothing_held_needlessly(text, stops):
     checker = StopChecker(stops)
@@ -118,7 +118,7 @@ def mixed_reference(pieces, stops):
     return shown, False
 
 
-@settings(max_examples=500)
+@settings(max_examples=100)
 @given(MIXED, MIXED_STOPS)
 def test_a_stop_string_with_a_special_token_matches_though_none_is_shown(pieces, stops):
     checker = StopChecker(stops, SPECIALS)

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.codecs.registry import make_codec
 from pipeline.kernels.kernel_selection import why_not_native
@@ -41,6 +39,10 @@ PROMPT = 70
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A random Llama whose every row takes more than 1 KiB: below, glibc does not overwrite."""
+    # Not at once: what the process imports is looked through as well.
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     directory = tmp_path_factory.mktemp("wide")
     torch.manual_seed(3)
     config = LlamaConfig(

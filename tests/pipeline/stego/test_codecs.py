@@ -35,7 +35,7 @@ def steady(seed=0, **kwargs):
 
 @every_codec
 @given(payload=payloads, key=st.binary(min_size=32, max_size=32), data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_bytes_come_back_whatever_the_distributions(codec, payload, key, data):
     # any distributions first, then such as let every message end
     first = data.draw(st.lists(any_weights, max_size=20))

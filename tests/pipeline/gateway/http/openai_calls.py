@@ -14,7 +14,7 @@ async def with_client(gateway, use, key=KEY):
 
     def run():
         with openai.OpenAI(
-            base_url=f"{gateway.url}/v1", api_key=key, max_retries=0, timeout=60
+            base_url=f"{gateway.url}/v1", api_key=key, max_retries=0, timeout=300
         ) as client:
             return use(client)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import trio
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
@@ -70,7 +70,7 @@ async def call(app, path, body):
 def test_no_body_is_a_defect(make_desk, make_engine, path):
     seen = set()
 
-    @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=80)
     @example(json.dumps(PLAIN_CHAT).encode())
     @example(json.dumps(PLAIN_TEXT).encode())
     @given(st.one_of(BODIES.map(lambda body: json.dumps(body).encode()), st.binary(max_size=40)))

@@ -148,7 +148,7 @@ def test_a_row_is_the_same_bits_alone_and_in_company(native, packed, num_in, num
         assert weight.linear(x[200 - rows :], bias, 1).equal(alone[200 - rows :]), rows
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     num_in=st.integers(1, 300),
     num_out=st.integers(1, 150),

@@ -1,0 +1,3 @@
+"""What people count memory in."""
+
+GIB = 1 << 30
