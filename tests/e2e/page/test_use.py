@@ -134,16 +134,22 @@ def test_an_answer_goes_on_when_a_stage_is_killed_in_mid_sentence(visit, server)
 
 
 VIEW = (
-    "{is_ready: %s, engine: {num_failovers: %d, num_running: %d, recovery_seconds: 6}, stages: %s}"
+    "{is_ready: %s, engine: {num_failovers: %d, num_running: %d, recovery_seconds: 6}, "
+    "replicas: [{replica: 0}], stages: %s}"
 )
 
 
-def stages(*each):
+def stages(*each, replica=0):
     parts = [
-        f"{{stage_idx: {i}, state: '{state}', handshake_age_seconds: {age}}}"
+        f"{{replica: {replica}, stage_idx: {i}, state: '{state}', handshake_age_seconds: {age}}}"
         for i, (state, age) in enumerate(each)
     ]
     return f"[{', '.join(parts)}]"
+
+
+def of_two(view):
+    """The same of two pipelines; only one of them has stages that are told of."""
+    return view.replace("[{replica: 0}]", "[{replica: 0}, {replica: 1}]")
 
 
 WHOLE = VIEW % ("true", 0, 2, stages(("ready", 90), ("ready", 90), ("ready", 90)))
@@ -170,6 +176,11 @@ WHOLE = VIEW % ("true", 0, 2, stages(("ready", 90), ("ready", 90), ("ready", 90)
             WHOLE,
             VIEW % ("true", 1, 2, stages(("ready", 91), ("ready", 5), ("ready", 91))),
             ["Stage 1 was lost and is back: 6.00 s; 2 answers went on."],
+        ),
+        (
+            of_two(VIEW % ("true", 0, 2, stages(("ready", 90), replica=1))),
+            of_two(VIEW % ("true", 1, 2, stages(("ready", 5), replica=1))),
+            ["Stage 0 of replica 1 was lost and is back: 6.00 s; 2 answers went on."],
         ),
         (
             WHOLE,
@@ -202,6 +213,7 @@ def test_the_picture_shows_what_the_server_tells(visit, server):
             layers,
             "int8",
             stage["kernels"],
+            f"at {stage['address']}",
             "ready",
             "Development evidence",
             "KV cache",
