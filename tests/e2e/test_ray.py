@@ -1,7 +1,6 @@
 """Stages on the nodes of a Ray cluster: workers, their keepers and whole nodes die under load."""
 
 import importlib.util
-import itertools
 import json
 import os
 import random
@@ -9,16 +8,13 @@ import re
 import signal
 import statistics
 import subprocess
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.lasting_clients import Clients
 from tests.e2e.ray_nodes import RayNodes
-from tests.e2e.test_many_losses import pieces
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,40 +51,6 @@ def serve(cluster, nodes):
 def placed(server):
     """Of each stage its worker and its keeper now."""
     return {int(idx): (int(pid), int(keeper)) for idx, pid, keeper in PLACED.findall(server.log())}
-
-
-class Clients:
-    """Each asks for its text again and again."""
-
-    def __init__(self, server, num_clients):
-        self._server = server
-        self._pieces = threading.Semaphore(0)
-        self._is_over = threading.Event()
-        self._pool = ThreadPoolExecutor(num_clients)
-        self._runs = [self._pool.submit(self._run, index) for index in range(num_clients)]
-
-    def wait_for(self, num_pieces):
-        """Return once there are so many more, of all texts together."""
-        for _ in range(num_pieces):
-            assert self._pieces.acquire(timeout=120)
-
-    def ended(self):
-        """Once all have their whole text: each one's texts, and the longest that any waited."""
-        self._is_over.set()
-        with self._pool:
-            found = [run.result(300) for run in self._runs]
-        return [texts for texts, _ in found], max(silence for _, silence in found)
-
-    def _run(self, index):
-        texts, times = set(), []
-        while not (texts and self._is_over.is_set()):
-            text = ""
-            for piece in pieces(self._server, index):
-                text += piece
-                times.append(time.monotonic())
-                self._pieces.release()
-            texts.add(text)
-        return texts, max(after - before for before, after in itertools.pairwise(times))
 
 
 def parent_of(pid):
