@@ -127,6 +127,20 @@ def test_losses_under_load_change_no_text(serve, nodes, capsys):
     assert not any(map(is_running, pids))
 
 
+def test_texts_go_on_without_the_head(serve, nodes):
+    server = serve("--max-batch", str(NUM_CLIENTS))
+    expected, _ = Clients(server, NUM_CLIENTS).ended()
+    clients = Clients(server, NUM_CLIENTS)
+    clients.wait_for(10 * NUM_CLIENTS)
+    os.kill(nodes.head["gcs"], signal.SIGKILL)
+    server.wait_for(lambda: re.search("event=(cluster_away|placing_failed)", server.log()))
+    texts, _ = clients.ended()
+    assert texts == expected
+    assert server.log().count("event=placing_failed") <= 2
+    assert "Traceback" not in server.log()
+    server.stop()
+
+
 def told(words, cluster, nodes, *flags, **environment):
     """The line with these words that a server says, and how it ends if nobody ends it."""
     command = [cluster.bin / "pipeline-orch", "serve", "--manifest", cluster.manifest,
