@@ -139,6 +139,25 @@ def test_texts_go_on_without_the_head(serve, nodes):
     server.stop()
 
 
+def test_pipelines_on_a_cluster_are_renewed_while_clients_go_on(serve):
+    server = serve("--replicas", "2", "--max-batch", "4", "--threads", "1")
+
+    def are_ready():
+        return [each["state"] for each in server.pipeline()["replicas"]] == ["ready"] * 2
+
+    server.wait_for(are_ready)
+    expected, _ = Clients(server, NUM_CLIENTS).ended()
+    assert all(each["num_tokens"] for each in server.pipeline()["replicas"])
+    clients = Clients(server, NUM_CLIENTS)
+    clients.wait_for(10 * NUM_CLIENTS)
+    server.process.send_signal(signal.SIGUSR1)
+    server.wait_for(lambda: server.log().count("event=replica_renewed") == 2)
+    assert server.wait_for(are_ready)
+    texts, _ = clients.ended()
+    assert texts == expected
+    server.stop()
+
+
 def told(words, cluster, nodes, *flags, **environment):
     """The line with these words that a server says, and how it ends if nobody ends it."""
     command = [cluster.bin / "pipeline-orch", "serve", "--manifest", cluster.manifest,

@@ -226,6 +226,27 @@ def test_the_picture_shows_what_the_server_tells(visit, server):
     answered(page)
 
 
+SHOW_TWO = """async () => {
+  const { Picture } = await import("/page/stages.js");
+  const view = await (await fetch("/pipeline")).json();
+  const other = (each) => ({ ...each, replica: 1 });
+  view.replicas.push({ ...other(view.replicas[0]), state: "draining", num_running: 3 });
+  view.stages.push(...view.stages.map((stage) => ({ ...other(stage), address: "tcp:10.0.0.9:1" })));
+  new Picture().show(view);
+  const shown = document.querySelectorAll("#flow > .card[data-stage], #flow > .head");
+  return [...shown].map((each) => each.innerText);
+}"""
+
+
+def test_stages_of_several_pipelines_stand_below_their_own(visit, server):
+    found = ready(visit(server)).evaluate(SHOW_TWO)
+    names = ["Replica 0", "Stage 0", "Stage 1", "Replica 1", "Stage 0", "Stage 1"]
+    assert [text.splitlines()[0] for text in found] == names
+    assert "draining" in found[3]
+    assert "running 3" in found[3]
+    assert ["at tcp:10.0.0.9:1" in text for text in found] == [False] * 4 + [True] * 2
+
+
 def test_a_phone_shows_one_thing_at_a_time_and_nothing_is_cut_off(visit, server):
     page = ready(visit(server, viewport=PHONE, has_touch=True, color_scheme="dark"))
     page.fill("#prompt", STORY)
