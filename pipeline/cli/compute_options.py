@@ -55,19 +55,26 @@ class WorkerOptions(Settings):
         flags = self._flags(self.cpus)
         return [name for name, value in flags if value is not None and name not in shared]
 
-    def arguments(self, manifest: Manifest) -> Sequence[Sequence[str]]:
-        """What each stage's worker gets. Raises InputError for what no worker could start with."""
+    def arguments(
+        self, manifest: Manifest, replica: int = 0, num_replicas: int = 1
+    ) -> Sequence[Sequence[str]]:
+        """What each stage's worker gets, in one of several pipelines.
+
+        Raises InputError for what no worker could start with.
+        """
         self._check(manifest)
         num_stages = len(manifest.stages)
+        num_workers = num_stages * num_replicas
         parts = [None] if self.cpus is None else self.cpus.split("/")
-        if len(parts) not in {1, num_stages}:
+        if len(parts) not in {1, num_stages, num_workers}:
+            counts = " or ".join(map(str, dict.fromkeys((num_stages, num_workers))))
             raise InputError(
-                f"--cpus {self.cpus}: expected one list of CPUs, or {num_stages} between slashes"
+                f"--cpus {self.cpus}: expected one list of CPUs, or {counts} between slashes"
             )
         for part in parts:
             if part is not None:
                 parse_cpus(part, self.threads)
-        each = parts if len(parts) == num_stages else parts * num_stages
+        each = (parts * num_workers)[replica * num_stages :][:num_stages]
         return [
             [
                 word

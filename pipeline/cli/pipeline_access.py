@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.cli.compute_options import SLOW_KERNELS
 from pipeline.cli.loading_bars import LoadingBars
 from pipeline.cli.logs import tell
 from pipeline.cli.pipeline_flags import PipelineFlags
-from pipeline.cli.placing import placing
+from pipeline.cli.placing import ALONE, Replica, placing
 from pipeline.codecs.rotated_int8 import RotatedInt8
 from pipeline.engine.limits import Limits
 from pipeline.engine.tokenizer import Tokenizer
@@ -106,6 +106,8 @@ class PipelineAccess:
     is_resumable: bool
     # Has the model split over the machines that are left; None where that is not wanted.
     move: Callable[[], Awaitable["PipelineAccess"]] | None = None
+    # Whether a terminal shows how far its stages have loaded: there is one place for that.
+    shows_loading: bool = True
 
     @classmethod
     def create(
@@ -116,6 +118,7 @@ class PipelineAccess:
         *,
         is_resumable: bool,
         patience_ms: int = 0,
+        replica: Replica = ALONE,
     ) -> "PipelineAccess":
         """Check the flags and the protection the manifest gives. Raises InputError."""
         manifest = with_cids(source.manifest, flags.cids)
@@ -148,11 +151,29 @@ class PipelineAccess:
             manifest=manifest,
             trust=trust,
             options=options,
-            place=placing(manifest, source.path, source.model_dir, flags),
+            place=placing(manifest, source.path, source.model_dir, flags, replica),
             # Of a worker that nobody trusts nobody expects that it stays.
             is_resumable=is_resumable or move is not None or manifest.part is not None,
             move=move,
         )
+
+    @classmethod
+    def replicas(
+        cls, source: ManifestSource, flags: PipelineFlags, limits: Limits, count: int
+    ) -> Sequence["PipelineAccess"]:
+        """As many, each to stages of its own, and all as `create` has them. Raises InputError."""
+        if count > 1 and source.manifest.dp is not None:
+            raise InputError("--replicas: what noisy rows tell is counted for one pipeline alone")
+        first = cls.create(source, flags, limits, is_resumable=True, replica=Replica(0, count))
+        return [first, *(first._beside(source, flags, Replica(i, count)) for i in range(1, count))]
+
+    def _beside(
+        self, source: ManifestSource, flags: PipelineFlags, replica: Replica
+    ) -> "PipelineAccess":
+        place = placing(self.manifest, source.path, source.model_dir, flags, replica)
+        # What holds the ends of the model has room for one step, of one pipeline.
+        options = replace(self.options, ends=_ends(source, flags))
+        return replace(self, place=place, options=options, shows_loading=False)
 
     async def run(
         self,
@@ -216,7 +237,8 @@ class PipelineAccess:
         async with open_tasks() as tasks:
             placement = self.place(tasks)
             bars = LoadingBars(placement, len(self.manifest.stages))
-            tasks.start_soon(bars.follow)
+            if self.shows_loading:
+                tasks.start_soon(bars.follow)
 
             async def loaded_and_work(pipeline: Pipeline) -> None:
                 bars.end()

@@ -1,6 +1,7 @@
 """Who runs the stages, by what the flags say: whoever has started them, this command, a cluster."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -11,14 +12,34 @@ from pipeline.cli.shard_directories import stage_dir
 from pipeline.errors import InputError
 from pipeline.placement.base import Placement
 from pipeline.placement.by_hand import ByHand
+from pipeline.placement.free_ports import HOST, FreePortSupervisor
 from pipeline.placement.worker_supervisor import Supervisor
 
 
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """Which of how many pipelines it is that have stages of the same manifest."""
+
+    idx: int = 0
+    of: int = 1
+
+
+ALONE = Replica()
+
+
 def placing(
-    manifest: Manifest, path: Path, model_dir: Path | None, flags: PipelineFlags
+    manifest: Manifest,
+    path: Path,
+    model_dir: Path | None,
+    flags: PipelineFlags,
+    replica: Replica = ALONE,
 ) -> Callable[[trio.Nursery], Placement]:
     """How stages are placed, given tasks to watch over them. Raises InputError."""
     if not flags.starts_workers:
+        if replica.of > 1:
+            raise InputError(
+                "--replicas has the workers of each pipeline started; give --supervise or --place"
+            )
         return lambda _: ByHand(manifest, path, flags.cids)
     if flags.supervise and flags.place is not None:
         raise InputError("--supervise starts workers here, and --place elsewhere; give one")
@@ -28,9 +49,9 @@ def placing(
     if flags.place is not None:
         from pipeline.placement.ray.placement import RayPlacement
 
-        job = flags.ray.job(manifest, model_dir, flags)
+        job = flags.ray.job(manifest, model_dir, flags, replica.of)
         return lambda tasks: RayPlacement(job, tasks)
-    own = flags.workers.arguments(manifest)
+    own = flags.workers.arguments(manifest, replica.idx, replica.of)
     shared = ["--manifest", str(path), "--core", manifest.core_hash().hex()]
     shared += ["--log-format", flags.log_format, *flags.development.words()]
 
@@ -44,4 +65,11 @@ def placing(
         model = ("--model-dir", str(stage_dir(model_dir, stage_idx)))
         return (*shared, *model, *own[stage_idx], *target)
 
-    return lambda tasks: Supervisor(manifest, arguments, tasks)
+    if replica.of == 1:
+        return lambda tasks: Supervisor(manifest, arguments, tasks)
+    if results_at is not None:
+        raise InputError(
+            "--replicas has each last stage dialed for its results; none arrive at an address here"
+        )
+    shared += ["--pipelines", str(replica.of), "--allow-dial", HOST]
+    return lambda tasks: FreePortSupervisor(manifest, arguments, tasks)

@@ -86,8 +86,17 @@ class RayOptions(Settings):
         """The flags that were set."""
         return [f"--{name.replace('_', '-')}" for name, value in self if value not in (None, ())]
 
-    def job(self, manifest: Manifest, model_dir: Path, worker_flags: "WorkersToPlace") -> Job:
-        """What the cluster is to run; `model_dir` is a path on its nodes. Raises InputError."""
+    def job(
+        self,
+        manifest: Manifest,
+        model_dir: Path,
+        worker_flags: "WorkersToPlace",
+        num_replicas: int = 1,
+    ) -> Job:
+        """What the cluster is to run; `model_dir` is a path on its nodes. Raises InputError.
+
+        `num_replicas`: how many such jobs it gets.
+        """
         if manifest.part is not None:
             raise InputError("the manifest's part has an address, which Ray's workers do not get")
         workers = worker_flags.workers
@@ -100,6 +109,8 @@ class RayOptions(Settings):
         shared = [word for network in networks for word in ("--allow-dial", network)]
         shared += ["--log-format", worker_flags.log_format.value]
         shared += worker_flags.development.words()
+        if num_replicas > 1:
+            shared += ["--pipelines", str(num_replicas)]
         return Job(
             address=self.ray_address or "auto",
             strategy=self.ray_strategy or "SPREAD",

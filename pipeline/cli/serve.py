@@ -1,8 +1,8 @@
-"""Serving: an OpenAI-compatible API on the user's machine, in front of one pipeline."""
+"""Serving: an OpenAI-compatible API on the user's machine, in front of pipelines."""
 
 import logging
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,18 @@ from pipeline.cli.pipeline_access import (
 )
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.privacy_bound import privacy_budget
+from pipeline.cli.replica import Replica, run_all
 from pipeline.cli.serve_flags import ServeFlags
 from pipeline.cli.service import Service
 from pipeline.cli.service_manager import ServiceManager
 from pipeline.cli.shard_directories import client_dir, model_or_parts
 from pipeline.cli.signals import run_until_signalled
 from pipeline.cli.stego_model import new_service
+from pipeline.codecs.privacy_budget import PrivacyBudget
 from pipeline.engine.engine import PipelineEngine
+from pipeline.engine.idle_prefixes import PrefixOptions
 from pipeline.engine.limits import Limits
+from pipeline.engine.replicas import Replicas
 from pipeline.errors import InputError, PipelineError, SessionError
 from pipeline.gateway.auth import load_api_keys
 from pipeline.gateway.chat_tokenizer import GatewayTokenizer
@@ -60,8 +64,7 @@ _OTHER_FILES = 128
 def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     """Serve until stopped. Raises PipelineError, or typer.Exit after a signal."""
     _allow_open_files(flags.limits.max_connections + _OTHER_FILES)
-    manifest = load_manifest(flags.manifest)
-    window = pipeline_flags.tide_window
+    manifest, window = load_manifest(flags.manifest), pipeline_flags.tide_window
     limits = _limits(flags, manifest, window)
     home = client_dir(model_or_parts(flags.model_dir, flags.manifest, "--model-dir"))
     tokenizer = GatewayTokenizer(home / "tokenizer.json")
@@ -71,21 +74,18 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         tokenizer.check_vocabulary(load_config(home, manifest.config_hash).vocab_size)
     config = _config(flags, pipeline_flags.request_timeout, manifest, home, tokenizer, limits)
     source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
-    access = PipelineAccess.create(source, pipeline_flags, limits, is_resumable=True)
+    accesses = PipelineAccess.replicas(source, pipeline_flags, limits, flags.replicas)
     budget = privacy_budget(manifest, pipeline_flags.dp_epsilon, pipeline_flags.dp_delta)
-    if budget is not None:
-        logger.info("event=privacy_budget detail=%r", budget.describe(budget.max_rows))
-    engine = PipelineEngine(limits, budget, flags.prefixes)
+    replicas = _replicas(len(accesses), limits, budget, flags.prefixes)
+    engine = Replicas(replicas)
     registry = CollectorRegistry()
     sessions = _sessions(flags, manifest, window)
     desk = Desk(config, engine, tokenizer, GatewayMetrics(registry), sessions)
-    service = Service(desk, engine)
+    service = Service(desk, replicas)
     overview = Overview(
         manifest,
         limits,
-        lambda: engine.stats,
-        lambda: engine.max_seq_len,
-        service.stages,
+        replicas,
         ignores_measurements=pipeline_flags.development.ignore_measurements,
     )
     stego: StegoService | None = None
@@ -96,16 +96,16 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
         listeners = await listen(config)
         url = ""
 
-        async def work(pipeline: Pipeline) -> None:
+        async def work(replica: Replica, pipeline: Pipeline) -> None:
             nonlocal stego
             tokenizer.check_vocabulary(pipeline.vocab_size)
             if stego is None:
                 stego = new_service(engine, tokenizer, manifest, home, pipeline, window)
                 logger.info("event=serving url=%s model=%s", url, config.served_model_name)
-            engine.allow_reuse(pipeline.is_row_exact)
+            replica.engine.allow_reuse(pipeline.is_row_exact)
             overview.specs = pipeline.manifest.stages
-            service.open(pipeline)
-            await engine.run(pipeline)
+            replica.open()
+            await replica.engine.run(pipeline)
 
         async with open_tasks() as tasks:
             tasks.start_soon(manager.keep_informed, lambda: service.readiness().is_ready)
@@ -122,8 +122,9 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
                     page=() if flags.no_page else page_routes(),
                 )
             )
+            tasks.start_soon(service.renew_when_told, engine.wait_idle)
             try:
-                await access.run(work, engine.scheduler, service, outlasts=not flags.exit_on_loss)
+                await run_all(replicas, accesses, work, outlasts=not flags.exit_on_loss)
             except PipelineError as error:
                 await service.fail(SessionError(str(error)))
                 raise
@@ -135,6 +136,15 @@ def serve(flags: ServeFlags, pipeline_flags: PipelineFlags) -> None:
     number = run_until_signalled(run, leave)
     if number is not None:
         raise typer.Exit(0)
+
+
+def _replicas(
+    count: int, limits: Limits, budget: PrivacyBudget | None, prefixes: PrefixOptions
+) -> Sequence[Replica]:
+    """Pipelines to be, each with an engine before it."""
+    if budget is not None:
+        logger.info("event=privacy_budget detail=%r", budget.describe(budget.max_rows))
+    return [Replica(idx, PipelineEngine(limits, budget, prefixes)) for idx in range(count)]
 
 
 def _config(

@@ -54,7 +54,12 @@ class ServeFlags(Settings):
         tuple[str, ...],
         Flag("ORIGIN", "Pages of it may use this API; may be repeated.", is_by_hand=True),
     ] = ()
-    max_batch: Annotated[int, Field(ge=1, le=1024), Flag("N", "Requests served at once.")] = 16
+    replicas: Annotated[
+        int, Field(ge=1, le=64), Flag("N", "Pipelines, each with workers of its own.")
+    ] = 1
+    max_batch: Annotated[
+        int, Field(ge=1, le=1024), Flag("N", "Requests that a pipeline serves at once.")
+    ] = 16
     chunk_tokens: Annotated[Count, Flag("N", "Prompt tokens in one step at most.")] = 128
     max_gap: Annotated[
         Finite,

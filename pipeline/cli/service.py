@@ -1,83 +1,118 @@
-"""A server's life before a pipeline that comes and goes: what clients and probes hear meanwhile."""
+"""A server's life before pipelines that come and go: what clients and probes hear meanwhile."""
 
-from collections.abc import Iterator, Sequence
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import trio
 
-from pipeline.engine.engine import PipelineEngine
+from pipeline.cli.replica import Replica
 from pipeline.errors import ServerLeaving, SessionError
 from pipeline.gateway.desk import Desk
 from pipeline.gateway.errors import ApiError, from_pipeline, leaving, unavailable
 from pipeline.gateway.readiness import Awaited, Phase, Readiness
 from pipeline.orchestrator.remote_pipeline import Pipeline
-from pipeline.orchestrator.stage_watch import RemoteStage
+
+logger = logging.getLogger(__name__)
 
 # When clients that were refused for want of a stage may ask again.
 RETRY_SECONDS = 10
 # What workers say of it names files: that is for the log alone.
 CANNOT_START = "its worker cannot start; the server's log says why"
+# Phases of pipelines that may serve whoever asks now, the nearest to that first.
+_NEAREST = (Phase.READY, Phase.RECOVERING, Phase.STARTING, Phase.AWAY)
 # For the answers of those who wait when the pipeline has failed for good, or time is up.
 LAST_ANSWER_SECONDS = 5.0
 
 
 class Service:
-    """What a pipeline's fate means for a desk, its engine and whoever probes them."""
+    """What the fate of its pipelines means for a desk, and whoever probes them."""
 
-    def __init__(self, desk: Desk, engine: PipelineEngine) -> None:
+    def __init__(self, desk: Desk, replicas: Sequence[Replica]) -> None:
         self._desk = desk
-        self._engine = engine
-        self._pipeline: Pipeline | None = None
-        self._phase = Phase.STARTING
-
-    def made(self, pipeline: Pipeline) -> None:
-        """Hear of the pipeline before it is connected."""
-        self._pipeline = pipeline
-
-    def open(self, pipeline: Pipeline) -> None:
-        """It stands, for the first time or again: take orders."""
-        if self._phase is not Phase.LEAVING:
-            self._phase = Phase.READY
-            self._desk.open(pipeline.vocab_size)
-
-    def away(self, error: SessionError) -> None:
-        """It could not be mended in time: whoever waits is told so, and whoever comes."""
-        if self._phase is not Phase.LEAVING:
-            self._phase = Phase.AWAY
-            self._desk.close(self._refusal)
-        self._engine.drop_all(error)
+        self._replicas = replicas
+        self._has_ended = False
+        self._changed = trio.lowlevel.ParkingLot()
+        for replica in replicas:
+            replica.on_change = self._look
 
     async def fail(self, error: SessionError) -> None:
-        """It never will; return when whoever waits for an answer has one, or had the time."""
-        self._engine.fail(error)
+        """Nobody will be served; return when whoever waits has an answer, or had the time."""
+        self._has_ended = True
         self._desk.close(lambda: from_pipeline(error))
+        for replica in self._replicas:
+            replica.engine.fail(error)
         await self._wait_for_last_answers()
 
     async def leave(self, grace_seconds: float) -> None:
         """Take no more orders; return when those under way have ended, or had the time."""
-        self._phase = Phase.LEAVING
+        self._has_ended = True
         self._desk.close(leaving)
         with trio.move_on_after(grace_seconds):
             await self._desk.wait_idle()
-            await self._engine.wait_saved()
-        self._engine.fail(ServerLeaving("the server is stopping"))
+            for replica in self._replicas:
+                await replica.engine.wait_saved()
+        for replica in self._replicas:
+            replica.engine.fail(ServerLeaving("the server is stopping"))
         await self._wait_for_last_answers()
 
-    def stages(self) -> Sequence[RemoteStage]:
-        """Those that are there."""
-        return () if self._pipeline is None else self._pipeline.stages
+    async def renew_when_told(self, wait_idle: Callable[[int], Awaitable[None]]) -> None:
+        """`renew` at each SIGUSR1."""
+        with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+            async for _ in signals:
+                await self.renew(wait_idle)
+
+    async def renew(self, wait_idle: Callable[[int], Awaitable[None]]) -> None:
+        """Replace the stages of one pipeline after the other, each while another one serves.
+
+        `wait_idle` of a pipeline's number returns once it has no request.
+        """
+        if len(self._replicas) == 1:
+            logger.warning(
+                "event=not_renewed detail=%r", "nobody would serve meanwhile; give --replicas 2"
+            )
+            return
+        for replica in self._replicas:
+            while not any(each.is_open for each in self._replicas if each is not replica):
+                await self._changed.park()
+            await replica.renew(partial(wait_idle, replica.idx))
 
     def readiness(self) -> Readiness:
-        """What probes are told now."""
-        pipeline, phase = self._pipeline, self._phase
-        if pipeline is None:
-            return Readiness(phase)
-        if phase is Phase.READY and not pipeline.is_joined:
-            phase = Phase.RECOVERING
-        return Readiness(phase, tuple(_awaited(pipeline)))
+        """What probes are told now: as much as the pipeline that is nearest to it can do."""
+        phases = {replica.phase for replica in self._replicas}
+        # One is drained only while there is another.
+        phase = Phase.LEAVING if self._has_ended else next(p for p in _NEAREST if p in phases)
+        is_alone = len(self._replicas) == 1
+        awaited = [
+            replace(each, replica=None if is_alone else replica.idx)
+            for replica in self._replicas
+            if replica.pipeline is not None
+            for each in _awaited(replica.pipeline)
+        ]
+        return Readiness(phase, tuple(awaited))
+
+    def _look(self) -> None:
+        """Take orders from the first pipeline that stands on, until there is none."""
+        self._changed.unpark_all()
+        if self._has_ended:
+            return
+        sizes = [
+            replica.pipeline.vocab_size
+            for replica in self._replicas
+            if replica.is_open and replica.pipeline is not None
+        ]
+        if sizes:
+            self._desk.open(min(sizes))
+        elif any(replica.phase is Phase.AWAY for replica in self._replicas):
+            self._desk.close(self._refusal)
 
     def _refusal(self) -> ApiError:
         awaited = ", ".join(
-            f"stage {each.stage}" + (f" ({each.problem})" if each.problem else "")
+            f"stage {each.stage}"
+            + ("" if each.replica is None else f" of replica {each.replica}")
+            + (f" ({each.problem})" if each.problem else "")
             for each in self.readiness().awaited
         )
         return unavailable(f"The pipeline waits for {awaited or 'its stages'}.", RETRY_SECONDS)

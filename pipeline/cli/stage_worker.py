@@ -126,6 +126,7 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
         num_threads=num_threads,
         device=flags.device or "cpu",
         max_kv_bytes=None if flags.kv_memory is None else int(flags.kv_memory * GIB),
+        num_pipelines=flags.pipelines,
         data_out=data_out,
         patience_ms=PATIENCE_MS,
         allow_dial=networks,

@@ -25,7 +25,8 @@ from pipeline.cli.compute_options import SLOW_KERNELS
 from pipeline.cli.logs import printable
 from pipeline.errors import InputError, PipelineError
 from pipeline.gateway.auth import load_api_keys
-from pipeline.gateway.pipeline_status import PipelineView, StageRates, StageView
+from pipeline.gateway.pipeline_status import PipelineView, ReplicaView, StageRates, StageView
+from pipeline.gateway.readiness import Phase
 
 _PATH = "/pipeline"
 _ANSWER_SECONDS = 5.0
@@ -176,6 +177,8 @@ def render(view: PipelineView, width: int, problem: str = "") -> Group:
     lines = [_summary(view), _latencies(view)]
     if problem:
         lines.append(Text(f"not current: {printable(problem)}", style="bold red"))
+    if len(view.replicas) > 1:
+        lines.append(_replicas(view.replicas))
     return Group(*lines, *_stage_tables(view, width))
 
 
@@ -200,6 +203,15 @@ def _summary(view: PipelineView) -> Text:
     return text
 
 
+def _replicas(replicas: Sequence[ReplicaView]) -> Text:
+    text = Text("replicas")
+    for each in replicas:
+        text.append(f"  {each.replica}: ")
+        text.append(each.state, style="green" if each.state is Phase.READY else "yellow")
+        text.append(f" {each.num_running} running {each.num_waiting} waiting")
+    return text
+
+
 def _latencies(view: PipelineView) -> Text:
     latency = view.latency
 
@@ -215,14 +227,20 @@ def _stage_tables(view: PipelineView, width: int) -> list[Table]:
     """One row a stage; as many tables, one below the other, as it takes for all to fit."""
     engine = view.engine
     room = engine.pool_tokens or engine.max_batch * (engine.window or engine.max_seq_len)
-    rows = [_stage_cells(stage, room) for stage in view.stages]
+    num_replicas = max(1, len(view.replicas))
+    rows = [
+        ({"replica": Text(str(stage.replica))} if num_replicas > 1 else {})
+        | _stage_cells(stage, room // num_replicas)
+        for stage in view.stages
+    ]
     if not rows:
         return []
-    first, *names = rows[0]
-    parts = [[first]]
-    for name in names:
-        if len(parts[-1]) > 1 and _table_width([*parts[-1], name], rows) > width:
-            parts.append([first])
+    names = list(rows[0])
+    first = names[: names.index("stage") + 1]  # what tells rows apart, in each part
+    parts = [list(first)]
+    for name in names[len(first) :]:
+        if len(parts[-1]) > len(first) and _table_width([*parts[-1], name], rows) > width:
+            parts.append(list(first))
         parts[-1].append(name)
     return [_table(part, rows) for part in parts]
 

@@ -92,6 +92,11 @@ class WorkerFlags(Settings):
         Field(ge=0, le=(1 << 31) - 1),
         Flag("FD", "Sealed memory for weights: for supervisors.", is_by_hand=True),
     ] = None
+    pipelines: Annotated[
+        int,
+        Field(ge=1, le=1024),
+        Flag("N", "Alike pipelines that share this machine: for supervisors.", is_by_hand=True),
+    ] = 1
     development: Development
     quiet: QuietFlag = False
     verbose: VerboseFlag = False

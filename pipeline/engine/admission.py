@@ -95,6 +95,14 @@ class Admission:
             if each.state not in running
         )
 
+    def num_held(
+        self, salt: bytes | None, wanted: Sequence[int], others: Collection[RequestState]
+    ) -> int:
+        """How many of a prompt's tokens a slot holds, or will once those of `others` are read."""
+        if salt is None or not (self.is_row_exact and self.idle.max_tokens):
+            return 0
+        return max(self.idle.longest(salt, wanted)[1], _leader(salt, wanted, others)[1])
+
     @property
     def num_idle(self) -> int:
         """Rows of what nobody owns."""

@@ -1,7 +1,8 @@
 """What an engine says of itself."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +30,16 @@ class EngineStats:
     pool_tokens: int = 0
     held_tokens: int = 0
     num_given_way: int = 0
+
+
+def together(stats: Sequence[EngineStats]) -> EngineStats:
+    """What several engines do as one: sums, and the latest recovery that took longest."""
+    home_times: Counter[str] = Counter()
+    for each in stats:
+        home_times.update(each.home_times)
+    named = {field.name for field in fields(EngineStats)} - {"home_times", "recovery_seconds"}
+    return EngineStats(
+        **{name: sum(getattr(each, name) for each in stats) for name in named},
+        home_times=dict(home_times),
+        recovery_seconds=max(each.recovery_seconds for each in stats),
+    )

@@ -4,7 +4,7 @@ Who is alone gets all. Otherwise nobody has to wait because another has asked fo
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from operator import attrgetter
 
 from pipeline.engine.request import RequestState
@@ -25,6 +25,9 @@ class WaitingLine:
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._states
+
+    def __iter__(self) -> Iterator[RequestState]:
+        return iter(self._states.values())
 
     def get(self, request_id: int) -> RequestState | None:
         """The one of this number, if it waits."""

@@ -1,7 +1,7 @@
 """Who waits and who runs: who comes next, who has to give way, and who is given up. Pure."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pipeline.engine.admission import Admission
 from pipeline.engine.fair_shares import WaitingLine, first_to_give_way, owes_a_slot
@@ -57,6 +57,11 @@ class Roster:
         """Rows that stages hold once all that is known has been sent."""
         running, admission = self.running.values(), self.admission
         return self.pool.held(running) + admission.num_transferred(running) + admission.num_idle
+
+    def num_shared(self, salt: bytes | None, prompt_ids: Sequence[int]) -> int:
+        """How many tokens of a prompt would not have to be computed for whoever has this salt."""
+        others = (*self.running.values(), *self.waiting)
+        return self.admission.num_held(salt, prompt_ids, others)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises PromptError when it can never be served."""

@@ -28,6 +28,11 @@ class SlotStages(Protocol):
 class StoredText(Protocol):
     """One session, in use by one request."""
 
+    @property
+    def session_id(self) -> bytes:
+        """What no other session is called by."""
+        ...
+
     def held(self) -> AbstractAsyncContextManager[None]:
         """No other request has it meanwhile, of any process. Raises SessionInUse."""
         ...

@@ -1,8 +1,8 @@
-"""What a pipeline looks like to whoever watches it: sizes and times, never content."""
+"""What pipelines look like to whoever watches it: sizes and times, never content."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import trio
 from prometheus_client import Metric
@@ -11,9 +11,10 @@ from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.agreement.manifest import Manifest, StageSpec
-from pipeline.engine.engine_stats import EngineStats
+from pipeline.engine.engine_stats import EngineStats, together
 from pipeline.engine.limits import Limits
 from pipeline.gateway.metrics import LatencyView
+from pipeline.gateway.readiness import Phase
 from pipeline.orchestrator.stage_watch import RemoteStage
 from pipeline.protocol.messages import StageFigures
 
@@ -41,6 +42,8 @@ class StageView(_View):
     """One stage. What it has not told, for want of a session, is None."""
 
     stage_idx: int
+    # Which pipeline's, of those with stages of the same manifest.
+    replica: int = 0
     layer_start: int
     layer_end: int
     precision: str
@@ -68,61 +71,113 @@ class EngineView(EngineStats):
     window: int = 0
 
 
+class ReplicaView(_View):
+    """One of the pipelines behind a server."""
+
+    replica: int
+    state: Phase
+    num_running: int
+    num_waiting: int
+    num_tokens: int
+
+
 class PipelineView(_View):
-    """Everything `pipeline-orch top` shows: the answer of /pipeline."""
+    """Everything `pipeline-orch top` shows: the answer of /pipeline. `engine`: all together."""
 
     model: str
     is_ready: bool
     engine: EngineView
     latency: LatencyView
-    stages: tuple[StageView, ...] = Field(max_length=256)
+    replicas: tuple[ReplicaView, ...] = Field((), max_length=64)
+    stages: tuple[StageView, ...] = Field(max_length=64 * 256)
+
+
+class Watched(Protocol):
+    """One pipeline, and the engine before it."""
+
+    @property
+    def idx(self) -> int:
+        """Which of them."""
+        ...
+
+    @property
+    def phase(self) -> Phase:
+        """How far it is from computing a token."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """Its engine's counters."""
+        ...
+
+    @property
+    def max_seq_len(self) -> int:
+        """What a request may have, the stages' memory allowing."""
+        ...
+
+    @property
+    def stages(self) -> Sequence[RemoteStage]:
+        """Those of the session that stands, or nothing."""
+        ...
 
 
 class Overview(Collector):
-    """Looks at a running pipeline when asked; costs nothing otherwise."""
+    """Looks at running pipelines when asked; costs nothing otherwise."""
 
     def __init__(
         self,
         manifest: Manifest,
         limits: Limits,
-        stats: Callable[[], EngineStats],
-        max_seq_len: Callable[[], int],
-        stages: Callable[[], Sequence[RemoteStage]],
+        replicas: Sequence[Watched],
         *,
         ignores_measurements: bool = False,
     ) -> None:
-        """`stages` gives those of the session that stands, or nothing.
-
-        `max_seq_len`: what a request may have, the stages' memory allowing.
-        """
         # Of the manifest that is served now: with `--replan` another one comes after a loss.
         self.specs = manifest.stages
         self._limits = limits
-        self._stats = stats
-        self._max_seq_len = max_seq_len
-        self._stages = stages
+        self._replicas = replicas
         self._ignores_measurements = ignores_measurements
 
     def engine(self) -> EngineView:
-        """What the engine does now, and has done."""
+        """What all engines together do now, and have done."""
         return EngineView(
-            max_batch=self._limits.num_slots,
-            max_seq_len=self._max_seq_len(),
+            max_batch=self._limits.num_slots * len(self._replicas),
+            max_seq_len=min(replica.max_seq_len for replica in self._replicas),
             window=0 if self._limits.window is None else self._limits.window.size,
-            **asdict(self._stats()),
+            **asdict(together([replica.stats for replica in self._replicas])),
+        )
+
+    def replicas(self) -> tuple[ReplicaView, ...]:
+        """Every pipeline."""
+        return tuple(
+            ReplicaView(
+                replica=replica.idx,
+                state=replica.phase,
+                num_running=replica.stats.num_running,
+                num_waiting=replica.stats.num_waiting,
+                num_tokens=replica.stats.num_tokens,
+            )
+            for replica in self._replicas
         )
 
     def stages(self) -> tuple[StageView, ...]:
-        """Every stage of the manifest."""
-        connected = {stage.idx: stage for stage in self._stages()}
+        """Every stage of the manifest, of every pipeline."""
         return tuple(
-            _stage_view(spec, connected.get(spec.stage_idx), ignores=self._ignores_measurements)
-            for spec in self.specs
+            view.model_copy(update={"replica": replica.idx})
+            for replica in self._replicas
+            for view in self._stages_of(replica)
         )
+
+    def _stages_of(self, replica: Watched) -> Iterator[StageView]:
+        connected = {stage.idx: stage for stage in replica.stages}
+        for spec in self.specs:
+            stage = connected.get(spec.stage_idx)
+            yield _stage_view(spec, stage, ignores=self._ignores_measurements)
 
     def collect(self) -> Iterator[Metric]:
         """The same for Prometheus; called at every scrape."""
         yield from _engine_metrics(self.engine())
+        yield from _replica_metrics(self.replicas())
         yield from _stage_metrics(self.stages())
 
 
@@ -226,6 +281,25 @@ def _engine_metrics(view: EngineView) -> Iterator[Metric]:
     yield home
 
 
+def _replica_metrics(views: Sequence[ReplicaView]) -> Iterator[Metric]:
+    rows = (
+        ("up", "Whether a pipeline takes requests.", lambda view: view.state is Phase.READY),
+        ("running_requests", "A pipeline's requests that own a slot.", lambda v: v.num_running),
+        ("waiting_requests", "Its requests that wait for one.", lambda view: view.num_waiting),
+    )
+    for name, text, figure in rows:
+        gauge = GaugeMetricFamily(f"veilpipe_replica_{name}", text, labels=["replica"])
+        for view in views:
+            gauge.add_metric([str(view.replica)], figure(view))
+        yield gauge
+    tokens = CounterMetricFamily(
+        "veilpipe_replica_tokens", "Tokens that a pipeline's requests got.", labels=["replica"]
+    )
+    for view in views:
+        tokens.add_metric([str(view.replica)], view.num_tokens)
+    yield tokens
+
+
 # Metric, its help, and the figure it shows.
 _STAGE_GAUGES = (
     ("slots", "Requests a stage has room for.", "num_slots"),
@@ -246,32 +320,34 @@ _STAGE_COUNTERS = (
 
 def _stage_metrics(views: Sequence[StageView]) -> Iterator[Metric]:
     """Counters restart with their worker, as Prometheus expects."""
-    up = GaugeMetricFamily("veilpipe_stage_up", "Whether a stage is ready.", labels=["stage"])
-    info = InfoMetricFamily("veilpipe_stage", "Where a stage was found.", labels=["stage"])
+    whose = ["replica", "stage"]
+    up = GaugeMetricFamily("veilpipe_stage_up", "Whether a stage is ready.", labels=whose)
+    info = InfoMetricFamily("veilpipe_stage", "Where a stage was found.", labels=whose)
     uptime = GaugeMetricFamily(
-        "veilpipe_stage_uptime_seconds", "Since a stage's worker started.", labels=["stage"]
+        "veilpipe_stage_uptime_seconds", "Since a stage's worker started.", labels=whose
     )
     busy = CounterMetricFamily(
         "veilpipe_stage_busy_seconds",
         "Time a stage spent: compute, crypto (ChaCha20-Poly1305), wire (socket calls, no waiting).",
-        labels=["stage", "part"],
+        labels=[*whose, "part"],
     )
-    told = [(str(view.stage_idx), view.figures) for view in views if view.figures is not None]
-    for view in views:
-        up.add_metric([str(view.stage_idx)], view.state == "ready")
+    named = [([str(view.replica), str(view.stage_idx)], view) for view in views]
+    told = [(stage, view.figures) for stage, view in named if view.figures is not None]
+    for stage, view in named:
+        up.add_metric(stage, view.state == "ready")
         if view.address is not None:
-            info.add_metric([str(view.stage_idx)], {"address": view.address})
+            info.add_metric(stage, {"address": view.address})
     for stage, figures in told:
-        uptime.add_metric([stage], figures.uptime_ns * NS)
+        uptime.add_metric(stage, figures.uptime_ns * NS)
         for part in ("compute", "crypto", "wire"):
-            busy.add_metric([stage, part], getattr(figures, f"{part}_ns") * NS)
+            busy.add_metric([*stage, part], getattr(figures, f"{part}_ns") * NS)
     yield from (up, info, uptime, busy)
     for family, rows in (
         (GaugeMetricFamily, _STAGE_GAUGES),
         (CounterMetricFamily, _STAGE_COUNTERS),
     ):
         for name, text, field in rows:
-            metric = family(f"veilpipe_stage_{name}", text, labels=["stage"])
+            metric = family(f"veilpipe_stage_{name}", text, labels=whose)
             for stage, figures in told:
-                metric.add_metric([stage], getattr(figures, field))
+                metric.add_metric(stage, getattr(figures, field))
             yield metric

@@ -11,6 +11,7 @@ class Phase(StrEnum):
     READY = "ready"
     RECOVERING = "recovering"  # a stage is lost and being replaced; requests wait for that
     AWAY = "away"  # it has been for too long: requests are refused until it is back
+    DRAINING = "draining"  # of one pipeline of several: what runs is finished, others take more
     LEAVING = "leaving"  # told to stop: what runs is finished, and no more is taken
 
 
@@ -24,6 +25,8 @@ class Awaited:
     loaded_bytes: int | None = None
     total_bytes: int | None = None
     problem: str | None = None
+    # Which pipeline's it is, where there are several.
+    replica: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

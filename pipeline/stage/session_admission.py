@@ -35,7 +35,8 @@ def with_memory(setup: StageSetup) -> StageSetup:
         return replace(setup, max_kv_bytes=planned)
     free = free_kv_bytes(setup.shard)
     if setup.shard.kernels.is_host:
-        free //= num_on_this_machine(setup.manifest, setup.stage_idx)
+        num_here = num_on_this_machine(setup.manifest, setup.stage_idx)
+        free //= num_here * setup.num_pipelines
     return replace(setup, max_kv_bytes=free)
 
 

@@ -68,6 +68,8 @@ class StageSetup:
     parts_session: PartsSession | None = None
     # What steps are computed within that others wait for: `kernels.runtime.all_cpus`, or nothing.
     while_replaying: Callable[[], AbstractContextManager[None]] = nullcontext
+    # How many pipelines like this one have their stages on this machine, and share what is free.
+    num_pipelines: int = 1
 
     @property
     def role(self) -> Role:

@@ -1,7 +1,6 @@
 """Stages on the nodes of a Ray cluster: workers, their keepers and whole nodes die under load."""
 
 import importlib.util
-import itertools
 import json
 import os
 import random
@@ -9,16 +8,13 @@ import re
 import signal
 import statistics
 import subprocess
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.lasting_clients import Clients
 from tests.e2e.ray_nodes import RayNodes
-from tests.e2e.test_many_losses import pieces
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,40 +51,6 @@ def serve(cluster, nodes):
 def placed(server):
     """Of each stage its worker and its keeper now."""
     return {int(idx): (int(pid), int(keeper)) for idx, pid, keeper in PLACED.findall(server.log())}
-
-
-class Clients:
-    """Each asks for its text again and again."""
-
-    def __init__(self, server, num_clients):
-        self._server = server
-        self._pieces = threading.Semaphore(0)
-        self._is_over = threading.Event()
-        self._pool = ThreadPoolExecutor(num_clients)
-        self._runs = [self._pool.submit(self._run, index) for index in range(num_clients)]
-
-    def wait_for(self, num_pieces):
-        """Return once there are so many more, of all texts together."""
-        for _ in range(num_pieces):
-            assert self._pieces.acquire(timeout=120)
-
-    def ended(self):
-        """Once all have their whole text: each one's texts, and the longest that any waited."""
-        self._is_over.set()
-        with self._pool:
-            found = [run.result(300) for run in self._runs]
-        return [texts for texts, _ in found], max(silence for _, silence in found)
-
-    def _run(self, index):
-        texts, times = set(), []
-        while not (texts and self._is_over.is_set()):
-            text = ""
-            for piece in pieces(self._server, index):
-                text += piece
-                times.append(time.monotonic())
-                self._pieces.release()
-            texts.add(text)
-        return texts, max(after - before for before, after in itertools.pairwise(times))
 
 
 def parent_of(pid):
@@ -137,14 +99,13 @@ def victims(kind, worker, keeper, raylet):
             "node": descendants(raylet)}[kind]  # fmt: skip
 
 
-def test_losses_under_load_change_no_text(serve, nodes, capsys):
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_under_load_change_no_text(serve, nodes, capsys, kind):
     server = serve("--max-batch", str(NUM_CLIENTS))
-    draw = random.Random(0)
+    draw = random.Random(kind)
     expected, _ = Clients(server, NUM_CLIENTS).ended()
-    silences = {kind: [] for kind in KINDS}
-    kinds = KINDS * NUM_LOSSES
-    draw.shuffle(kinds)
-    for kind in kinds:
+    silences = []
+    for _ in range(NUM_LOSSES):
         before = settled(server, nodes.have(3))
         stage = draw.choice(sorted(before))
         clients = Clients(server, NUM_CLIENTS)
@@ -155,14 +116,46 @@ def test_losses_under_load_change_no_text(serve, nodes, capsys):
         server.wait_for(lambda: has_moved(server, stage, *before[stage][:2]))  # noqa: B023 - now
         texts, silence = clients.ended()
         assert texts == expected
-        silences[kind].append(silence)
+        silences.append(silence)
     with capsys.disabled():
-        for kind, found in silences.items():
-            print(f"\n{kind}: {len(found)} losses, median {statistics.median(found):.2f} s, "
-                  f"longest {max(found):.2f} s", end="")  # fmt: skip
+        print(f"\n{kind}: {len(silences)} losses, median {statistics.median(silences):.2f} s, "
+              f"longest {max(silences):.2f} s", end="")  # fmt: skip
     pids = {pid for pids in placed(server).values() for pid in pids}
     server.stop()
     assert not any(map(is_running, pids))
+
+
+def test_texts_go_on_without_the_head(serve, nodes):
+    server = serve("--max-batch", str(NUM_CLIENTS))
+    expected, _ = Clients(server, NUM_CLIENTS).ended()
+    clients = Clients(server, NUM_CLIENTS)
+    clients.wait_for(10 * NUM_CLIENTS)
+    os.kill(nodes.head["gcs"], signal.SIGKILL)
+    server.wait_for(lambda: re.search("event=(cluster_away|placing_failed)", server.log()))
+    texts, _ = clients.ended()
+    assert texts == expected
+    assert server.log().count("event=placing_failed") <= 2
+    assert "Traceback" not in server.log()
+    server.stop()
+
+
+def test_pipelines_on_a_cluster_are_renewed_while_clients_go_on(serve):
+    server = serve("--replicas", "2", "--max-batch", "4", "--threads", "1")
+
+    def are_ready():
+        return [each["state"] for each in server.pipeline()["replicas"]] == ["ready"] * 2
+
+    server.wait_for(are_ready)
+    expected, _ = Clients(server, NUM_CLIENTS).ended()
+    assert all(each["num_tokens"] for each in server.pipeline()["replicas"])
+    clients = Clients(server, NUM_CLIENTS)
+    clients.wait_for(10 * NUM_CLIENTS)
+    server.process.send_signal(signal.SIGUSR1)
+    server.wait_for(lambda: server.log().count("event=replica_renewed") == 2)
+    assert server.wait_for(are_ready)
+    texts, _ = clients.ended()
+    assert texts == expected
+    server.stop()
 
 
 def told(words, cluster, nodes, *flags, **environment):

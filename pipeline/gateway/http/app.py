@@ -234,12 +234,13 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
 
 def _pipeline_route(desk: Desk, overview: Overview, readiness: Callable[[], Readiness]) -> Route:
     async def show(_: Request) -> Response:
-        """How the pipeline stands: its engine, latencies, and stages."""
+        """How the pipelines stand: engines, latencies, and stages."""
         view = PipelineView(
             model=desk.config.served_model_name,
             is_ready=readiness().is_ready,
             engine=overview.engine(),
             latency=desk.metrics.recent.view(trio.current_time()),
+            replicas=overview.replicas(),
             stages=overview.stages(),
         )
         return JSONResponse(view.model_dump())

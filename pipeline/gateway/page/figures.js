@@ -47,7 +47,7 @@ export function changes(before, now, seconds) {
     // Whoever is new has shaken hands since the loss; the others kept their connections.
     const since = recovery_seconds + seconds + SLACK;
     const fresh = now.stages.filter((stage) => stage.handshake_age_seconds !== null && stage.handshake_age_seconds < since);
-    const who = fresh.length ? named(fresh, "was", "were") : "A connection was";
+    const who = fresh.length ? named(now, fresh, "was", "were") : "A connection was";
     const is = fresh.length > 1 ? "are" : "is";
     const kept = num_running ? `; ${count(num_running, "answer")} went on` : "";
     told.push({ kind: "failover", text: `${who} lost and ${is} back: ${recovery_seconds.toFixed(2)} s${kept}.` });
@@ -57,23 +57,28 @@ export function changes(before, now, seconds) {
   return told;
 }
 
+// What tells a stage from all others, of every pipeline.
+export const key = (stage) => `${stage.replica}.${stage.stage_idx}`;
+
 // Those that have left. Stages that are still there go back a few tokens, and are not ready either.
 function gone(before, now) {
-  const ages = new Map(before.stages.map((stage) => [stage.stage_idx, stage.handshake_age_seconds]));
-  const isNew = (stage) => stage.state === "down" || stage.handshake_age_seconds < ages.get(stage.stage_idx);
+  const ages = new Map(before.stages.map((stage) => [key(stage), stage.handshake_age_seconds]));
+  const isNew = (stage) => stage.state === "down" || stage.handshake_age_seconds < ages.get(key(stage));
   const found = now.stages.filter(isNew);
-  return found.length ? `${named(found, "is", "are")} away` : "A connection is lost";
+  return found.length ? `${named(now, found, "is", "are")} away` : "A connection is lost";
 }
 
-function named(stages, one, several) {
-  const numbers = stages.map((stage) => stage.stage_idx).join(", ");
+function named(view, stages, one, several) {
+  const isAlone = view.replicas.length === 1;
+  const name = (stage) => (isAlone ? `${stage.stage_idx}` : `${stage.stage_idx} of replica ${stage.replica}`);
+  const numbers = stages.map(name).join(", ");
   return stages.length === 1 ? `Stage ${numbers} ${one}` : `Stages ${numbers} ${several}`;
 }
 
 export function trouble(view) {
   if (view.is_ready) return "";
   const away = view.stages.filter((stage) => stage.state === "down");
-  return away.length ? `${named(away, "is", "are")} away` : "The pipeline is being mended";
+  return away.length ? `${named(view, away, "is", "are")} away` : "The pipeline is being mended";
 }
 
 export const count = (number, what) => `${number} ${what}${Number(number) === 1 ? "" : "s"}`;

@@ -1,7 +1,7 @@
 // The picture: from this server through the stages and back, and what each of them does and proved.
 
 import { element, find, say } from "./elements.js";
-import { age, bytes, count, ms, percent, proof } from "./figures.js";
+import { age, bytes, count, key, ms, percent, proof } from "./figures.js";
 
 const NUM_HUES = 6;
 const PARTS = ["compute", "crypto", "wire"];
@@ -10,16 +10,19 @@ const STATES = { ready: "ready", connecting: "connecting", down: "away" };
 export class Picture {
   constructor() {
     this._cards = new Map();
+    this._heads = new Map();
     this._home = null;
   }
 
   show(view) {
-    const layout = view.stages.map((stage) => `${stage.stage_idx}:${stage.layer_start}-${stage.layer_end}`).join();
+    const layout = view.stages.map((stage) => `${key(stage)}:${stage.layer_start}-${stage.layer_end}`).join();
     if (layout !== this._layout) this._build(view, layout);
     const slotTokens = view.engine.window || view.engine.max_seq_len;
-    for (const stage of view.stages) this._cards.get(stage.stage_idx).show(stage, slotTokens);
+    for (const stage of view.stages) this._cards.get(key(stage)).show(stage, slotTokens);
+    for (const replica of view.replicas) this._heads.get(replica.replica)?.show(replica);
     for (const cell of find("ribbon").children) {
-      cell.dataset.state = view.stages[Number(cell.dataset.at)].state;
+      const states = view.stages.filter((stage) => stage.stage_idx === Number(cell.dataset.at)).map((stage) => stage.state);
+      cell.dataset.state = states.includes("ready") ? "ready" : states[0];
     }
     const isBusy = view.engine.num_running > 0 && view.is_ready;
     find("flow").dataset.busy = String(isBusy);
@@ -29,23 +32,32 @@ export class Picture {
   _build(view, layout) {
     this._layout = layout;
     const ribbon = find("ribbon");
-    const total = view.stages.at(-1)?.layer_end ?? 0;
+    const first = view.stages.filter((stage) => stage.replica === 0);
+    const total = first.at(-1)?.layer_end ?? 0;
     ribbon.replaceChildren();
-    view.stages.forEach((stage, at) => {
+    first.forEach((stage, at) => {
       const cell = element("span", { data: { at: String(at), hue: String(at % NUM_HUES) } });
       cell.style.flexGrow = String(stage.layer_end - stage.layer_start);
       ribbon.append(cell);
     });
-    ribbon.setAttribute("aria-label", `${count(total, "layer")} over ${count(view.stages.length, "stage")}`);
+    ribbon.setAttribute("aria-label", `${count(total, "layer")} over ${count(first.length, "stage")}`);
     this._home = new Home();
     const flow = find("flow");
     flow.replaceChildren(this._home.node);
     this._cards.clear();
-    view.stages.forEach((stage, at) => {
-      const card = new Card(stage, at);
-      this._cards.set(stage.stage_idx, card);
-      flow.append(wire(), card.node);
-    });
+    this._heads.clear();
+    for (const { replica } of view.replicas) {
+      if (view.replicas.length > 1) {
+        const head = new Head(replica);
+        this._heads.set(replica, head);
+        flow.append(head.node);
+      }
+      for (const stage of view.stages.filter((each) => each.replica === replica)) {
+        const card = new Card(stage, stage.stage_idx);
+        this._cards.set(key(stage), card);
+        flow.append(wire(), card.node);
+      }
+    }
     flow.append(wire(), element("li", { className: "card home end" }, element("p", {}, "Tokens come back to this server.")));
   }
 }
@@ -76,6 +88,26 @@ class Home {
   }
 }
 
+// One pipeline of several, above its stages.
+class Head {
+  constructor(replica) {
+    this._state = element("span", { className: "pill" });
+    this._figures = element("p", { className: "muted" });
+    this.node = element(
+      "li",
+      { className: "head", data: { head: String(replica) } },
+      element("div", { className: "row" }, element("h3", {}, `Replica ${replica}`), this._state),
+      this._figures,
+    );
+  }
+
+  show(replica) {
+    this._state.dataset.state = replica.state;
+    say(this._state, replica.state);
+    say(this._figures, `running ${replica.num_running} · waiting ${replica.num_waiting}`);
+  }
+}
+
 // How this page reaches the server: the one link that the pipeline's own encryption is not on.
 function reachable() {
   const isLocal = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
@@ -87,6 +119,7 @@ class Card {
   constructor(stage, at) {
     this._state = element("span", { className: "pill" });
     this._what = element("p", { className: "muted" });
+    this._where = element("p", { className: "muted" });
     this._load = new Meter("Load");
     this._kv = new Meter("KV cache");
     this._step = new Split("A step");
@@ -96,9 +129,10 @@ class Card {
     this._mark = element("code");
     this.node = element(
       "li",
-      { className: "card", data: { hue: String(at % NUM_HUES), stage: String(stage.stage_idx) } },
+      { className: "card", data: { hue: String(at % NUM_HUES), stage: String(stage.stage_idx), replica: String(stage.replica) } },
       element("div", { className: "row" }, element("h3", {}, `Stage ${stage.stage_idx}`), this._state),
       this._what,
+      this._where,
       this._load.node,
       this._kv.node,
       this._step.node,
@@ -114,6 +148,8 @@ class Card {
     const last = stage.layer_end - 1;
     const layers = stage.layer_start === last ? `layer ${last}` : `layers ${stage.layer_start}–${last}`;
     say(this._what, [layers, stage.precision, stage.kernels && `${stage.kernels} kernels`].filter(Boolean).join(" · "));
+    say(this._where, stage.address ? `at ${stage.address}` : "");
+    this._where.hidden = !stage.address;
     this._load.show(rates && rates.load, rates && `${percent(rates.load)}, batch ${figures.last_batch}`);
     const room = figures ? figures.num_slots * slotTokens : 0;
     const share = room ? figures.kv_tokens / room : null;

@@ -1,6 +1,7 @@
 """What is asked of an engine that runs keepers, and Ray as one."""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -70,11 +71,14 @@ class RayEngine:
         """Join the cluster. Raises EngineUnusable."""
         try:
             import ray  # noqa: PLC0415  (not everybody has it)
-        except ImportError as error:
+
+            ray.__version__  # noqa: B018  (what a removed one leaves behind imports as well)
+        except (ImportError, AttributeError) as error:
             raise EngineUnusable(
                 "Ray is not installed here; `pip install 'veilpipe[ray]'` has it"
             ) from error
-        if tuple(map(int, ray.__version__.split(".")[:2])) < OLDEST:
+        version = re.match(r"(\d+)\.(\d+)", ray.__version__)
+        if version is None or (int(version[1]), int(version[2])) < OLDEST:
             raise EngineUnusable(f"Ray {ray.__version__} asks for no token; install 2.52 or newer")
         job = self._job
         try:

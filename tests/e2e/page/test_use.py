@@ -134,16 +134,22 @@ def test_an_answer_goes_on_when_a_stage_is_killed_in_mid_sentence(visit, server)
 
 
 VIEW = (
-    "{is_ready: %s, engine: {num_failovers: %d, num_running: %d, recovery_seconds: 6}, stages: %s}"
+    "{is_ready: %s, engine: {num_failovers: %d, num_running: %d, recovery_seconds: 6}, "
+    "replicas: [{replica: 0}], stages: %s}"
 )
 
 
-def stages(*each):
+def stages(*each, replica=0):
     parts = [
-        f"{{stage_idx: {i}, state: '{state}', handshake_age_seconds: {age}}}"
+        f"{{replica: {replica}, stage_idx: {i}, state: '{state}', handshake_age_seconds: {age}}}"
         for i, (state, age) in enumerate(each)
     ]
     return f"[{', '.join(parts)}]"
+
+
+def of_two(view):
+    """The same of two pipelines; only one of them has stages that are told of."""
+    return view.replace("[{replica: 0}]", "[{replica: 0}, {replica: 1}]")
 
 
 WHOLE = VIEW % ("true", 0, 2, stages(("ready", 90), ("ready", 90), ("ready", 90)))
@@ -170,6 +176,11 @@ WHOLE = VIEW % ("true", 0, 2, stages(("ready", 90), ("ready", 90), ("ready", 90)
             WHOLE,
             VIEW % ("true", 1, 2, stages(("ready", 91), ("ready", 5), ("ready", 91))),
             ["Stage 1 was lost and is back: 6.00 s; 2 answers went on."],
+        ),
+        (
+            of_two(VIEW % ("true", 0, 2, stages(("ready", 90), replica=1))),
+            of_two(VIEW % ("true", 1, 2, stages(("ready", 5), replica=1))),
+            ["Stage 0 of replica 1 was lost and is back: 6.00 s; 2 answers went on."],
         ),
         (
             WHOLE,
@@ -202,6 +213,7 @@ def test_the_picture_shows_what_the_server_tells(visit, server):
             layers,
             "int8",
             stage["kernels"],
+            f"at {stage['address']}",
             "ready",
             "Development evidence",
             "KV cache",
@@ -212,6 +224,27 @@ def test_the_picture_shows_what_the_server_tells(visit, server):
     page.click("[data-stage='0'] summary")
     assert "whoever runs the machine can read along" in page.inner_text("[data-stage='0']")
     answered(page)
+
+
+SHOW_TWO = """async () => {
+  const { Picture } = await import("/page/stages.js");
+  const view = await (await fetch("/pipeline")).json();
+  const other = (each) => ({ ...each, replica: 1 });
+  view.replicas.push({ ...other(view.replicas[0]), state: "draining", num_running: 3 });
+  view.stages.push(...view.stages.map((stage) => ({ ...other(stage), address: "tcp:10.0.0.9:1" })));
+  new Picture().show(view);
+  const shown = document.querySelectorAll("#flow > .card[data-stage], #flow > .head");
+  return [...shown].map((each) => each.innerText);
+}"""
+
+
+def test_stages_of_several_pipelines_stand_below_their_own(visit, server):
+    found = ready(visit(server)).evaluate(SHOW_TWO)
+    names = ["Replica 0", "Stage 0", "Stage 1", "Replica 1", "Stage 0", "Stage 1"]
+    assert [text.splitlines()[0] for text in found] == names
+    assert "draining" in found[3]
+    assert "running 3" in found[3]
+    assert ["at tcp:10.0.0.9:1" in text for text in found] == [False] * 4 + [True] * 2
 
 
 def test_a_phone_shows_one_thing_at_a_time_and_nothing_is_cut_off(visit, server):

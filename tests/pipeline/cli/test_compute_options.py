@@ -32,6 +32,17 @@ def test_each_stage_has_its_own_cpus_where_lists_are_given(manifest):
     assert WorkerOptions(cpus="0-1").arguments(manifest) == [["--cpus", "0-1"]] * 2
 
 
+def test_each_of_several_pipelines_has_its_own_cpus_where_there_are_lists_for_all(manifest):
+    def cpus(text, replica):
+        return [words[1] for words in WorkerOptions(cpus=text).arguments(manifest, replica, 2)]
+
+    assert [cpus("0/1/2/3", idx) for idx in range(2)] == [["0", "1"], ["2", "3"]]
+    assert [cpus("0/1", idx) for idx in range(2)] == [["0", "1"]] * 2
+    assert [cpus("0", idx) for idx in range(2)] == [["0", "0"]] * 2
+    with pytest.raises(InputError, match="one list of CPUs, or 2 or 4 between slashes"):
+        cpus("0/1/2", 0)
+
+
 @pytest.mark.parametrize("cpus", ["0/1/2", "0/", "0-", "a", "", "1-0", "0,0/1"])
 def test_cpus_that_are_none_are_refused_before_anything_is_started(manifest, cpus):
     with pytest.raises(InputError, match="--cpus"):

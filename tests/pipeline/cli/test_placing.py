@@ -53,6 +53,12 @@ def refused(manifest, tiny_model, tmp_path, monkeypatch, capfd):
         (("--place", "ray", "--kv-store", "redis://:secret@h"), "--kv-store is not for stages"),
         (("--place", "ray", "--replan"), "--replan is for machines that this home has joined"),
         (("--place", "ray", "--data-out-port", "5"), "none arrive at an address here"),
+        (("--replicas", "2"), "--replicas has the workers of each pipeline started; give"),
+        (("--replicas", "0", "--supervise"), "--replicas 0: "),
+        (("--replicas", "65", "--supervise"), "--replicas 65: "),
+        (("--replicas", "2", "--supervise", "--data-out-port", "5"), "none arrive at an address"),
+        (("--replicas", "2", "--supervise", "--cpus", "0/1/2"), "or 2 or 4 between slashes"),
+        (("--replicas", "2", "--supervise", "--replan"), "--replan is for machines that this"),
     ],
 )
 def test_what_cannot_be_placed_so_is_one_line(refused, flags, said):
@@ -90,6 +96,16 @@ def test_a_cluster_is_told_what_workers_need_and_no_address(manifest, tiny_model
         assert [words[i + 1] for i, word in enumerate(words) if word == "--allow-dial"] == [
             *OWN_NETWORKS
         ]
+
+
+def test_workers_of_several_pipelines_are_told_that_they_share_a_machine(manifest, tiny_model):
+    job = RayOptions().job(manifest, tiny_model, flags(ray=RayOptions()), 3)
+    for words in job.arguments:
+        assert dict(itertools.pairwise(words))["--pipelines"] == "3"
+    assert (
+        "--pipelines"
+        not in RayOptions().job(manifest, tiny_model, flags(ray=RayOptions())).arguments[0]
+    )
 
 
 def test_a_part_of_a_model_elsewhere_is_not_for_a_cluster(manifest, tiny_model):

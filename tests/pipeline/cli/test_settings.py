@@ -168,8 +168,8 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 # What is said where it is done: what gives up a protection, and what is of one run alone.
 BY_HAND = {
     "--allow-dial", "--cid", "--core", "--cors-origin", "--dev", "--help", "--ignore-measurements",
-    "--in", "--message", "--out", "--prompt", "--prompt-file", "--ray-network", "--ray-resource",
-    "--remove", "--remove-unused",
+    "--in", "--message", "--out", "--pipelines", "--prompt", "--prompt-file", "--ray-network",
+    "--ray-resource", "--remove", "--remove-unused",
     "--stats-out", "--stop",
     "--supervised", "--system", "--text", "--text-file", "--weights-fd", "--yes",
 }  # fmt: skip

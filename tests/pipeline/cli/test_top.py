@@ -21,7 +21,14 @@ from rich.console import Console
 from pipeline.cli.top import ServerAddress, render
 from pipeline.errors import InputError, PipelineError
 from pipeline.gateway.metrics import LatencyView
-from pipeline.gateway.pipeline_status import EngineView, PipelineView, StageRates, StageView
+from pipeline.gateway.pipeline_status import (
+    EngineView,
+    PipelineView,
+    ReplicaView,
+    StageRates,
+    StageView,
+)
+from pipeline.gateway.readiness import Phase
 from pipeline.protocol.messages import StageFigures
 
 FIGURES = StageFigures(
@@ -104,6 +111,24 @@ def test_every_figure_has_its_place_in_the_narrowest_terminal(width):
     assert max(map(len, lines)) <= width
     if width == 30:
         assert {"22.25", "67", "51.2", "down"} <= set(" ".join(lines).split())
+
+
+def test_several_pipelines_are_told_apart_row_by_row():
+    views = [VIEW.stages[0], VIEW.stages[1].model_copy(update={"replica": 1})]
+    told = [
+        ReplicaView(replica=idx, state=state, num_running=idx, num_waiting=3, num_tokens=9)
+        for idx, state in enumerate((Phase.READY, Phase.DRAINING))
+    ]
+    lines = shown(VIEW.model_copy(update={"replicas": told, "stages": views}), 180)
+    assert lines[2] == "replicas  0: ready 0 running 3 waiting  1: draining 1 running 3 waiting"
+    assert lines[3].split()[:3] == ["replica", "stage", "layers"]
+    # The room of one of them.
+    assert " ".join(lines[-2].split()).startswith("0 0 0-14 float32 native ready 41% 3 512 tok 12%")
+    assert lines[-1].split()[:3] == ["1", "1", "15-29"]
+    narrow = shown(VIEW.model_copy(update={"replicas": told, "stages": views}), 60)
+    heads = [line.split()[:2] for line in narrow if "stage" in line]
+    assert len(heads) > 1
+    assert all(head == ["replica", "stage"] for head in heads)
 
 
 def test_a_pipeline_without_stages_has_no_table():

@@ -1,5 +1,6 @@
 """What /pipeline and /metrics say of the stages."""
 
+import dataclasses
 import json
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from pipeline.engine.engine_stats import EngineStats
 from pipeline.engine.limits import Limits
 from pipeline.gateway.metrics import RecentTokens
 from pipeline.gateway.pipeline_status import EngineView, Overview, PipelineView
+from pipeline.gateway.readiness import Phase
 from pipeline.protocol.messages import StageFigures
 from transport.attestation.evidence_binding import Attested, EvidenceKind
 
@@ -50,10 +52,19 @@ def stage(idx, past=BEFORE, now=AFTER, is_ready=True):
     )  # fmt: skip
 
 
+def stage_at(idx, **more):
+    """The labels of one."""
+    return {"replica": "0", "stage": str(idx), **more}
+
+
+def replica(idx=0, stages=(), stats=STATS, phase=Phase.READY):
+    return SimpleNamespace(idx=idx, phase=phase, stats=stats, max_seq_len=100 + idx, stages=stages)
+
+
 @pytest.fixture
 def overview(manifest_of_two):
     stages = []
-    overview = Overview(manifest_of_two, Limits(8, 128), lambda: STATS, lambda: 100, lambda: stages)
+    overview = Overview(manifest_of_two, Limits(8, 128), [replica(stages=stages)])
     return SimpleNamespace(overview=overview, stages=stages)
 
 
@@ -77,9 +88,7 @@ async def test_a_stage_whose_pins_nothing_compares_says_so_whatever_its_state(ma
     pinned = manifest_of_two.stage(1).model_copy(update={"expected_measurements": {0: "ab" * 48}})
     manifest = manifest_of_two.model_copy(update={"stages": (manifest_of_two.stage(0), pinned)})
     for ignores in (False, True):
-        overview = Overview(
-            manifest, Limits(8, 128), lambda: STATS, lambda: 128, list, ignores_measurements=ignores
-        )
+        overview = Overview(manifest, Limits(8, 128), [replica()], ignores_measurements=ignores)
         first, second = overview.stages()
         assert (first.ignores_measurements, second.ignores_measurements) == (False, ignores)
 
@@ -123,12 +132,12 @@ async def test_prometheus_gets_the_same_figures(overview):
     text = generate_latest(registry).decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     value = registry.get_sample_value
-    assert value("veilpipe_stage_busy_seconds_total", {"stage": "1", "part": "compute"}) == 1.0
-    assert value("veilpipe_stage_busy_seconds_total", {"stage": "0", "part": "wire"}) == 0.2
-    assert value("veilpipe_stage_sent_bytes_total", {"stage": "0"}) == 3000
-    assert value("veilpipe_stage_kv_tokens", {"stage": "0"}) == 77
-    assert value("veilpipe_stage_handshakes_total", {"stage": "1"}) == 4
-    assert value("veilpipe_stage_info", {"stage": "1", "address": "tcp:10.0.0.1:9000"}) == 1
+    assert value("veilpipe_stage_busy_seconds_total", stage_at(1, part="compute")) == 1.0
+    assert value("veilpipe_stage_busy_seconds_total", stage_at(0, part="wire")) == 0.2
+    assert value("veilpipe_stage_sent_bytes_total", stage_at(0)) == 3000
+    assert value("veilpipe_stage_kv_tokens", stage_at(0)) == 77
+    assert value("veilpipe_stage_handshakes_total", stage_at(1)) == 4
+    assert value("veilpipe_stage_info", stage_at(1, address="tcp:10.0.0.1:9000")) == 1
     assert value("veilpipe_waiting_requests") == 2
     assert value("veilpipe_failovers_total") == 1
     assert value("veilpipe_last_recovery_seconds") == 0.75
@@ -139,11 +148,41 @@ async def test_prometheus_gets_the_same_figures(overview):
     assert value("veilpipe_held_tokens") == 400
     assert value("veilpipe_requests_given_way_total") == 6
     overview.stages.pop()
-    assert value("veilpipe_stage_up", {"stage": "0"}) == 1
-    assert value("veilpipe_stage_up", {"stage": "1"}) == 0
-    assert value("veilpipe_stage_steps_total", {"stage": "1"}) is None
+    assert value("veilpipe_stage_up", stage_at(0)) == 1
+    assert value("veilpipe_stage_up", stage_at(1)) == 0
+    assert value("veilpipe_stage_steps_total", stage_at(1)) is None
     labels = {label for family in families.values() for s in family.samples for label in s.labels}
-    assert labels == {"stage", "part", "address"}
+    assert labels == {"replica", "stage", "part", "address"}
+
+
+async def test_each_pipelines_stages_are_told_apart_and_engines_are_shown_as_one(manifest_of_two):
+    second = dataclasses.replace(STATS, num_running=5, num_tokens=7, recovery_seconds=2.0)
+    replicas = [
+        replica(0, [stage(0), stage(1)]),
+        replica(1, [stage(1)], second, Phase.DRAINING),
+    ]
+    overview = Overview(manifest_of_two, Limits(8, 128), replicas)
+    assert [(each.replica, each.stage_idx, each.state) for each in overview.stages()] == [
+        (0, 0, "ready"), (0, 1, "ready"), (1, 0, "down"), (1, 1, "ready"),
+    ]  # fmt: skip
+    engine = overview.engine()
+    assert (engine.max_batch, engine.max_seq_len) == (16, 100)
+    assert (engine.num_running, engine.num_waiting, engine.num_tokens) == (8, 4, 87)
+    assert (engine.recovery_seconds, engine.home_times["embed"]) == (2.0, 2 * SECOND)
+    assert [(each.state, each.num_running, each.num_tokens) for each in overview.replicas()] == [
+        ("ready", 3, 80), ("draining", 5, 7),
+    ]  # fmt: skip
+    registry = CollectorRegistry()
+    registry.register(overview)
+    value = registry.get_sample_value
+    at = {"replica": "1", "stage": "1"}
+    assert value("veilpipe_stage_info", {**at, "address": "tcp:10.0.0.1:9000"}) == 1
+    assert value("veilpipe_stage_up", {"replica": "1", "stage": "0"}) == 0
+    assert value("veilpipe_stage_kv_tokens", at) == 77
+    assert [value("veilpipe_replica_up", {"replica": idx}) for idx in "01"] == [1, 0]
+    assert value("veilpipe_replica_running_requests", {"replica": "1"}) == 5
+    assert value("veilpipe_replica_waiting_requests", {"replica": "0"}) == 2
+    assert value("veilpipe_replica_tokens_total", {"replica": "1"}) == 7
 
 
 async def test_the_server_shows_it_beside_its_own_latencies(start_gateway, connect, overview):
@@ -165,7 +204,7 @@ async def test_the_server_shows_it_beside_its_own_latencies(start_gateway, conne
     assert [each.state for each in view.stages] == ["ready", "down"]
     assert view.engine.num_waiting == 2
     assert view.latency.ttft_p50_seconds > 0
-    assert b'veilpipe_stage_up{stage="0"} 1.0' in metrics
+    assert b'veilpipe_stage_up{replica="0",stage="0"} 1.0' in metrics
     assert b"veilpipe_ttft_seconds_bucket" in metrics
     # Nothing of the request, nothing of the user.
     assert "Hi" not in json.dumps(json.loads(body))

@@ -13,6 +13,7 @@ import trio
 from pipeline.agreement.manifest import build_manifest, dump_manifest
 from pipeline.placement import fork_server
 from pipeline.placement.by_hand import ByHand
+from pipeline.placement.free_ports import FreePortSupervisor
 from pipeline.placement.ray import placement as ray_placement
 from pipeline.placement.ray.messages import Job
 from pipeline.placement.ray.placement import RayPlacement
@@ -103,6 +104,18 @@ class SupervisedHome(Home):
             nursery.cancel_scope.cancel()
 
 
+class HomeBesideOthers(Home):
+    """Supervised, wherever there is room: others may listen where the manifest says."""
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, directory, monkeypatch):
+        monkeypatch.setattr(fork_server, "COMMAND", WORKER)
+        async with trio.open_nursery() as nursery:
+            yield cls(FreePortSupervisor(manifest_at(directory), lambda _: (), nursery))
+            nursery.cancel_scope.cancel()
+
+
 class HomeByHand(Home):
     """Somebody starts each worker where it was not before, and corrects the manifest's file."""
 
@@ -172,7 +185,10 @@ class RayHome(Home):
         (self.directory / name).touch()
 
 
-HOMES = {"supervised": SupervisedHome, "by hand": HomeByHand, "ray": RayHome}
+HOMES = {
+    "supervised": SupervisedHome, "beside others": HomeBesideOthers, "by hand": HomeByHand,
+    "ray": RayHome,
+}  # fmt: skip
 
 
 @pytest.fixture(params=HOMES)

@@ -5,6 +5,7 @@ import os
 import select
 import socket
 import sys
+import time
 from pathlib import Path
 
 
@@ -16,6 +17,8 @@ def main():
         raise SystemExit(2)
     listeners = [bound(given[flag]) for flag in ("--control-listen", "--data-in-listen")]
     print("loaded 1 2", flush=True)
+    while (awaited := given.get("--load-until")) and not os.path.exists(awaited):  # noqa: PTH110
+        time.sleep(0.01)
     print("listening", *map(named, listeners), flush=True)
     while True:
         for each in select.select([*listeners, sys.stdin], [], [])[0]:

@@ -186,6 +186,8 @@ def test_a_stage_takes_its_share_of_what_is_free_when_a_session_begins(setup, mo
     num_stages = len(setup.manifest.stages)
     assert with_memory(nothing_said).max_kv_bytes == (1 << 22) // num_stages
     assert with_memory(setup) is setup
+    beside_others = replace(nothing_said, num_pipelines=4)
+    assert with_memory(beside_others).max_kv_bytes == (1 << 22) // (4 * num_stages)
 
 
 def test_a_stage_takes_what_its_manifest_sets_aside_unless_it_is_told(setup):

@@ -26,8 +26,16 @@ _MAX_NAME = 40
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _SUBDOMAIN = re.compile(rf"{_LABEL.pattern}(\.{_LABEL.pattern})*")
 _MAX_SUBDOMAIN = 253
-# A repository, and maybe a tag and a digest.
-_IMAGE = re.compile(r"[a-z0-9][\w./:-]*(@sha256:[0-9a-f]{64})?", re.ASCII)
+# Of an image: [HOST[:PORT]/]PATH[:TAG][@DIGEST]. Source: github.com/distribution/reference.
+_HOST = r"([a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"
+_DOMAIN = rf"({_HOST}(\.{_HOST})*|\[[0-9a-fA-F:]+\])(:[0-9]+)?"
+_COMPONENT = r"[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(
+    rf"(?P<name>({_DOMAIN}/)?{_COMPONENT}(/{_COMPONENT})*)"
+    r"(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?",
+    re.ASCII,
+)
+_MAX_IMAGE_NAME = 255
 _PART = r"(?!\.\.?(?:/|$))[\w.-]+"  # of a path, which leads nowhere back
 _PATH = re.compile(rf"(/{_PART})+", re.ASCII)
 _FILE = re.compile(rf"{_PART}(/{_PART})*", re.ASCII)
@@ -75,8 +83,8 @@ class Cluster:
             raise InputError(
                 "--image is empty; name the image that `python -m enclave container` makes"
             )
-        _check("--image", self.image, _IMAGE, "REPOSITORY[:TAG][@sha256:DIGEST]")
-        _check("--enclave-image", self.enclave_image, _IMAGE, "REPOSITORY[:TAG][@sha256:DIGEST]")
+        _check_image("--image", self.image)
+        _check_image("--enclave-image", self.enclave_image)
         _check("--keys-path", self.keys_path, _PATH, "an absolute path")
         _check("--enclave-seccomp", self.enclave_seccomp, _FILE, "a file's name")
         assert self.cidrs is not None  # raises InputError for what is no network
@@ -159,6 +167,14 @@ def selector(labels: Mapping[str, str]) -> dict[str, object]:
 def _check(flag: str, text: str | None, pattern: re.Pattern[str], expected: str) -> None:
     if text is not None and not pattern.fullmatch(text):
         _refuse(flag, text, expected)
+
+
+def _check_image(flag: str, text: str | None) -> None:
+    expected = "[HOST[:PORT]/]PATH[:TAG][@sha256:DIGEST]"
+    _check(flag, text, _IMAGE, expected)
+    match = _IMAGE.fullmatch(text or "")
+    if match is not None and len(match["name"]) > _MAX_IMAGE_NAME:
+        _refuse(flag, match["name"], f"{_MAX_IMAGE_NAME} characters at most, without the tag")
 
 
 def _refuse(flag: str, text: str, expected: str) -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import trio
 
-from pipeline.errors import InputError, StageLost
+from pipeline.errors import InputError, ManifestError, StageLost
 from pipeline.placement.ray import placement as ray_placement
 from pipeline.placement.ray.messages import Away, Cluster, Kept, Report, line_of
 from pipeline.placement.ray.placement import RayPlacement, _environment
@@ -61,6 +61,28 @@ async def test_a_stage_that_is_away_is_waited_for_by_who_starts_it(home):
     (home.directory / "full").unlink()
     await home.placement.start(1)
     assert home.placement.problem(1) is None
+
+
+async def test_a_node_that_vanishes_while_it_loads_is_replaced_by_another(
+    tmp_path, monkeypatch, caplog
+):
+    is_read = tmp_path / "read"
+    with trio.fail_after(120):
+        async with RayHome.open(tmp_path, monkeypatch, "--load-until", str(is_read)) as home:
+            placement = home.placement
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(placement.start, 0)
+                await until(lambda: placement.progress(0) and placement.progress(0).loaded)
+                life = placement.progress(0).life
+                with pytest.raises(ManifestError, match="has not been placed yet"):
+                    placement.where(0)
+                home.happens("node-0")
+                await until(
+                    lambda: count(caplog, "event=stage_away stage=0 error=the node is gone")
+                )
+                is_read.touch()
+            assert await home.other_than(0)
+            assert placement.progress(0).life > life
 
 
 async def test_what_cannot_be_placed_is_said_once_however_long_it_lasts(home, caplog):

@@ -27,7 +27,19 @@ from pipeline.placement.rendered.k8s.rendering import render
         ({"image": ""}, "--image is empty"),
         ({"image": "a b"}, "--image 'a b'"),
         ({"image": "a@sha256:12"}, "--image"),
+        ({"image": "a:b:c"}, "--image 'a:b:c'"),
+        ({"image": "a:"}, "--image 'a:'"),
+        ({"image": "a:" + "t" * 129}, "--image"),
+        ({"image": "registry:port/a"}, "--image 'registry:port/a'"),
+        ({"image": "registry/a/"}, "--image 'registry/a/'"),
+        ({"image": "registry//a"}, "--image 'registry//a'"),
+        ({"image": "registry/A"}, "--image 'registry/A'"),
+        ({"image": "registry/a..b"}, "--image 'registry/a..b'"),
+        ({"image": "-a/b"}, "--image '-a/b'"),
+        ({"image": "a\n"}, "--image"),
+        ({"image": "a/" * 127 + "ab"}, "255 characters at most"),
         ({"enclave_image": "a b"}, "--enclave-image 'a b'"),
+        ({"enclave_image": "a:b:c"}, "--enclave-image 'a:b:c'"),
         ({"keys_path": "keys"}, "--keys-path 'keys'"),
         ({"keys_path": "/a/../b"}, "--keys-path"),
         ({"enclave_seccomp": "../x"}, "--enclave-seccomp"),
@@ -41,6 +53,18 @@ def test_names_that_a_cluster_would_not_take_are_one_line(changes, words):
         Cluster(**{"image": "registry/veilpipe:1"} | changes)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "veilpipe", "veilpipe:1.2_rc-3", "registry:5000/team/veilpipe", "localhost/a__b-c.d:1",
+        "123456789012.dkr.ecr.eu-west-1.amazonaws.com/veilpipe@sha256:" + "a" * 64,
+        "[fd00::1]:5000/a:1@sha256:" + "0" * 64, "Registry.example/a",
+    ],
+)  # fmt: skip
+def test_images_are_named_as_registries_name_them(image):
+    assert Cluster(image=image).image == image
 
 
 def test_a_manifest_that_no_cluster_could_hold_is_refused(cluster, fields, needs):
