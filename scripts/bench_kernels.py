@@ -82,7 +82,7 @@ def attention(layers, heads, head_dim, rows, start, dtype):
         for cache in caches:
             _native.attend(
                 qkv.data_ptr(), qkv.shape[1], out.data_ptr(), cache[0].data_ptr(), cache[1].data_ptr(),
-                spans.data_ptr(), 1, heads, heads, head_dim, max_seq, 0, dtype.itemsize,
+                spans.data_ptr(), 1, heads, heads, head_dim, max_seq, 0, dtype.itemsize, 0,
             )  # fmt: skip
 
     return run, sum(cache.nbytes for cache in caches)

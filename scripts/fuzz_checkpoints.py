@@ -58,7 +58,8 @@ def decode_packed(data: bytes) -> None:
 def unpack_zeros(weight: PackedWeight, stored: Mapping[str, StoredTensor]) -> None:
     sides = {key: stored[part] for key, part in weight.sides.items()}
     main = stored[weight.main]
-    num_out, num_in = weight.packing.shape(main, sides)
+    shape = weight.packing.shape(main, sides)
+    num_out, num_in = math.prod(shape[:-1]), shape[-1]
     if any(each.end - each.start > 1 << 16 for each in (main, *sides.values())):
         return
     dtypes = checkpoint_header.RAW_DTYPES
@@ -67,8 +68,8 @@ def unpack_zeros(weight: PackedWeight, stored: Mapping[str, StoredTensor]) -> No
     values = {key: np.zeros(each.shape, dtypes[each.dtype]) for key, each in sides.items()}
     if "weight_shape" in values:
         values["weight_shape"] = np.array([num_out, num_in])
-    weight.packing.check((num_out, num_in), values)
-    rows = np.zeros(main.shape, dtypes[main.dtype])
+    weight.packing.check(shape, values)
+    rows = np.zeros(checkpoint_header.as_rows(main.shape), dtypes[main.dtype])
     if num_out * num_in:
         with np.errstate(all="ignore"):
             found = weight.packing.unpack(0, rows, values)
@@ -155,6 +156,10 @@ def packed_seeds() -> list[bytes]:
         (
             {**whole, "format": "int-quantized"},
             {"weight": ("I8", (4, 16)), "weight_scale": (halves, (4, 1))},
+        ),
+        (
+            {"quant_method": "mxfp4"},
+            {"stack_blocks": ("U8", (2, 4, 3, 16)), "stack_scales": ("U8", (2, 4, 3))},
         ),
         (None, {"weight.Q4_K": ("U8", (2, 288))}),
     ]  # fmt: skip

@@ -244,7 +244,9 @@ def experts(
     num_experts: int,
     num_chosen: int,
     are_normalised: int,
-    is_gelu: int,
+    gate: int,
+    alpha: float,
+    limit: float,
     x: Address,
     logits: Address,
     rows: int,
@@ -257,9 +259,11 @@ def experts(
     """Set out = residual + sum of share * down(gate(x) * up(x)) over the experts of each row.
 
     Of logits [rows, num_experts] the num_chosen greatest say which, the first of equals; shares are
-    their softmax, or that of those chosen alone. table: int64 [num_experts, 2], addresses of packed
-    weights gate_up [2 * inner, hidden] and down [hidden, inner]; x, out, residual [rows, hidden].
-    `residual` may be `out`, `x` may be neither. Raises ValueError where memory is short.
+    their softmax, or that of those chosen alone. gate: 0 silu, 1 gelu (tanh), 2 `clamped_mul`'s, by
+    alpha and limit. table: int64 [num_experts, 4], addresses of packed weights gate_up
+    [2 * inner, hidden] and down [hidden, inner], and of their biases, 0 for none; x, out, residual
+    [rows, hidden]. `residual` may be `out`, `x` may be neither. Raises ValueError where memory is
+    short.
     """
 
 def layer_norm(
@@ -333,6 +337,14 @@ def silu_mul(gate_up: Address, y: Address, rows: int, inner: int, /) -> None:
 def gelu_mul(gate_up: Address, y: Address, rows: int, inner: int, /) -> None:
     """Set y [rows, inner] = gelu(gate_up[:, :inner]) * gate_up[:, inner:], gelu by tanh."""
 
+def clamped_mul(
+    gate_up: Address, y: Address, rows: int, inner: int, alpha: float, limit: float, /
+) -> None:
+    """Set y [rows, inner] = g sigmoid(alpha g) (1 + u), both from gate_up [rows, 2 * inner].
+
+    g = min(gate_up[:, :inner], limit), u = gate_up[:, inner:] within +-limit.
+    """
+
 def scale(x: Address, count: int, factor: float, /) -> None:
     """Multiply elements by a factor, in place."""
 
@@ -350,6 +362,7 @@ def attend(
     max_seq: int,
     window: int,
     itemsize: int,
+    sinks: Address,
     /,
 ) -> None:
     """Append the rows' keys and values to the cache, then attend each span to its own slot.
@@ -360,8 +373,9 @@ def attend(
     its own included; 0 for all. keys [slots, max_seq / 16, kv_heads, head_dim, 16], values
     [slots, max_seq / 16, kv_heads, 16, head_dim]; max_seq is a multiple of 16. Of a slot only
     positions below start are read. itemsize: 4 for keys and values in float32, 2 for IEEE halves,
-    which take what exceeds them as their greatest; sums are float32's. Raises ValueError for spans
-    that leave the context.
+    which take what exceeds them as their greatest; sums are float32's. sinks: 0, or a score of each
+    head, [num_heads], that takes its share and gives nothing. Raises ValueError for spans that
+    leave the context.
     """
 
 def argmax(x: Address, rows: int, n: int, out: Address, /) -> None:

@@ -13,7 +13,8 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from pipeline.dtypes import FLOAT32, Array, ArrayDType, Floats, HostArray, Precision, to_floats
+from pipeline.dtypes import FLOAT32, Array, ArrayDType, Floats, HostArray, Precision
+from pipeline.kernels.gains import AS_STORED, Gain
 from pipeline.kernels.host_memory import available_bytes
 from pipeline.kernels.huge_pages import give_back, reserve
 from pipeline.kernels.kv_cache import KVCache
@@ -97,22 +98,6 @@ class KernelLinear(ABC):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Gain:
-    """What a norm multiplies by, of what a checkpoint stores: (stored + shift) * scale."""
-
-    shift: float = 0.0
-    scale: float = 1.0
-
-    def of(self, stored: HostArray) -> Floats:
-        """In float32."""
-        gain: Floats = (to_floats(stored) + np.float32(self.shift)) * np.float32(self.scale)
-        return gain
-
-
-AS_STORED = Gain()
-
-
 class Norm(ABC):
     """Normalises rows; `bias` is None for RMSNorm."""
 
@@ -161,10 +146,13 @@ class RMSNorm(Norm):
 class Attention(Protocol):
     """One step's attention: which rows belong to which slot. Made once, called by every layer."""
 
-    def __call__(self, qkv: Array, keys: Array, values: Array, out: Array) -> Array:
+    def __call__(
+        self, qkv: Array, keys: Array, values: Array, out: Array, sinks: Array | None = None
+    ) -> Array:
         """Append k and v of each row to the layer's cache, then attend.
 
         Shapes: qkv [rows, (heads + 2 kv_heads) * head_dim]; returns out [rows, heads * head_dim].
+        `sinks`: a score of each head, [heads], that takes its share and gives nothing.
         """
 
 
@@ -379,6 +367,10 @@ class Kernels(ABC):
     @abstractmethod
     def gelu_mul(self, gate_up: Array, out: Array) -> Array:
         """gelu(gate) * up, by tanh: [rows, 2 * inner] -> out [rows, inner]."""
+
+    @abstractmethod
+    def clamped_mul(self, gate_up: Array, out: Array, alpha: float, limit: float) -> Array:
+        """As `Gate` has it of what is clamped: [rows, 2 * inner] -> out [rows, inner]."""
 
     @abstractmethod
     def scale(self, rows: Array, factor: float) -> None:

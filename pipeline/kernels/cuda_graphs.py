@@ -7,6 +7,7 @@ of the cache that belongs to nobody.
 Source: "CUDA Graphs" and "CUDA semantics" in torch's documentation.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from pipeline.dtypes import HostArray
 from pipeline.kernels.base import Compute, HeadShape
-from pipeline.kernels.torch_attention import to_cache
+from pipeline.kernels.torch_attention import attend_with_sinks, to_cache
 from pipeline.kernels.torch_kernels import to_tensor
 from pipeline.protocol.batch import Batch
 
@@ -38,7 +39,12 @@ class DecodeAttention:
         self._is_seen = is_seen[:, None, None]  # [rows, 1, 1, context]
 
     def __call__(
-        self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
+        self,
+        qkv: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Append k and v of each row to its slot, then attend."""
         shape, rows = self._shape, qkv.shape[0]
@@ -47,12 +53,20 @@ class DecodeAttention:
         new_keys, new_values = heads[:, shape.num_heads : values_from], heads[:, values_from:]
         keys[self._slots, :, self._positions] = to_cache(new_keys, keys)
         values[self._slots, :, self._positions] = to_cache(new_values, values)
+        seen_keys, seen_values = (
+            each[:, :, : self._context].index_select(0, self._slots).float()
+            for each in (keys, values)
+        )
+        queries = heads[:, : shape.num_heads]
+        if sinks is not None:
+            hidden = torch.zeros_like(self._is_seen, dtype=torch.float32)
+            hidden = hidden.masked_fill(~self._is_seen, -math.inf)
+            mixed = attend_with_sinks(queries.unsqueeze(2), seen_keys, seen_values, hidden, sinks)
+            return out.copy_(mixed.reshape(rows, -1))
+        # the heads of a group are rows over the same keys: [rows, kv_heads, group, head_dim]
+        grouped = queries.reshape(rows, shape.num_kv_heads, -1, shape.head_dim)
         mixed = F.scaled_dot_product_attention(
-            # the heads of a group are rows over the same keys: [rows, kv_heads, group, head_dim]
-            heads[:, : shape.num_heads].reshape(rows, shape.num_kv_heads, -1, shape.head_dim),
-            keys[:, :, : self._context].index_select(0, self._slots).float(),
-            values[:, :, : self._context].index_select(0, self._slots).float(),
-            attn_mask=self._is_seen,
+            grouped, seen_keys, seen_values, attn_mask=self._is_seen
         )
         return out.copy_(mixed.reshape(rows, -1))
 

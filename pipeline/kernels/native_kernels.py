@@ -56,6 +56,7 @@ STORED: Mapping[ArrayDType, int] = {
     FLOAT16: _native.STORED_F16,
 }
 ACTIVATIONS: Mapping[Activation, int] = {"none": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+GATES = {"silu": 0, "gelu_tanh": 1, "clamped": 2}
 KEY_BLOCK = 16
 
 
@@ -165,6 +166,11 @@ class NativeLinear(KernelLinear):
         return found
 
     @property
+    def bias_address(self) -> int:
+        """Of the bias; 0 where there is none."""
+        return 0 if self.bias is None else int(self.bias.ctypes.data)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes held."""
         return self._packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
@@ -177,7 +183,10 @@ class NativeExperts:
         self, linears: Sequence[tuple[NativeLinear, NativeLinear]], routing: Routing
     ) -> None:
         self._linears = linears  # whose weights the table points to
-        self._table = np.array([[each.address for each in pair] for pair in linears], np.int64)
+        self._table = np.array(
+            [[*(a.address for a in pair), *(a.bias_address for a in pair)] for pair in linears],
+            np.int64,
+        )
         self._routing = routing
 
     def __call__(self, x: Floats, logits: Floats, out: Floats, residual: Floats | None) -> None:
@@ -189,7 +198,9 @@ class NativeExperts:
             len(self._linears),
             routing.num_chosen,
             routing.are_normalised,
-            routing.is_gelu,
+            GATES[routing.gate.kind],
+            routing.gate.alpha,
+            routing.gate.limit,
             x,
             logits,
             len(x),
@@ -364,6 +375,11 @@ class NativeKernels(Kernels):
     def gelu_mul(self, gate_up: Floats, out: Floats) -> Floats:
         """gelu(gate) * up."""
         _native.gelu_mul(gate_up, out, len(out), out.shape[1])
+        return out
+
+    def clamped_mul(self, gate_up: Floats, out: Floats, alpha: float, limit: float) -> Floats:
+        """As `Gate` has it of what is clamped."""
+        _native.clamped_mul(gate_up, out, len(out), out.shape[1], alpha, limit)
         return out
 
     def scale(self, rows: Floats, factor: float) -> None:

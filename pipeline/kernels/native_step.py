@@ -55,9 +55,16 @@ class NativeAttention:
             shape.window,
         )
 
-    def __call__(self, qkv: Floats, keys: Floats, values: Floats, out: Floats) -> Floats:
+    def __call__(
+        self,
+        qkv: Floats,
+        keys: Floats,
+        values: Floats,
+        out: Floats,
+        sinks: Floats | None = None,
+    ) -> Floats:
         """Append k and v of each row to its slot, then attend."""
-        _native.attend(qkv, self._width, out, keys, values, *self._shape, keys.itemsize)
+        _native.attend(qkv, self._width, out, keys, values, *self._shape, keys.itemsize, sinks)
         return out
 
 

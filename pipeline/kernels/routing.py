@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.dtypes import Array
+from pipeline.kernels.gates import SILU, Gate
 
 
 class ExpertMLPs(Protocol):
@@ -23,5 +24,4 @@ class Routing:
     num_chosen: int
     # Whether shares are a softmax of the logits of those chosen, or of all logits.
     are_normalised: bool
-    # Whether gates are gelu's, else silu's.
-    is_gelu: bool = False
+    gate: Gate = SILU

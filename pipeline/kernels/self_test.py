@@ -7,6 +7,7 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.dtypes import (
+    FLOAT32,
     KV_DTYPES,
     PRECISIONS,
     Array,
@@ -27,6 +28,7 @@ from pipeline.weights.quantization import dequantise, quantise
 TOLERANCES: dict[Precision, float] = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 3e-2}
 EPS = 1e-5
 SHAPE = HeadShape(num_heads=4, num_kv_heads=2, head_dim=32, window=0)
+ALPHA, LIMIT = 1.702, 0.7
 PART = 20  # dimensions of a head that turn, where not all do
 AnyNorm = TypeVar("AnyNorm", bound=Norm)
 
@@ -83,12 +85,19 @@ def _gelu(x: Floats) -> Floats:
     return found
 
 
+def _clamped(gate: Floats, up: Floats) -> Floats:
+    gate = np.minimum(gate, LIMIT)
+    found: Floats = gate / (1 + np.exp(-ALPHA * gate)) * (1 + np.clip(up, -LIMIT, LIMIT))
+    return found
+
+
 def _rest(kernels: Kernels) -> dict[str, tuple[HostArray, HostArray]]:
     """What lies between the products, on small rows: found and expected."""
     x = _wave(5, 64)
     gate, up = x[:, :32], x[:, 32:]
     silu = kernels.silu_mul(kernels.to_device(x), kernels.empty(5, 32))
     gelu = kernels.gelu_mul(kernels.to_device(x), kernels.empty(5, 32))
+    clamped = kernels.clamped_mul(kernels.to_device(x), kernels.empty(5, 32), ALPHA, LIMIT)
     scaled = kernels.to_device(x.copy())
     kernels.scale(scaled, 2.5)
     qkv, angles = _wave(5, SHAPE.qkv_width), _wave(5, SHAPE.head_dim)
@@ -105,6 +114,7 @@ def _rest(kernels: Kernels) -> dict[str, tuple[HostArray, HostArray]]:
     results = {
         "silu": (silu, gate / (1 + np.exp(-gate)) * up),
         "gelu": (gelu, _gelu(gate) * up),
+        "clamped gate": (clamped, _clamped(gate, up)),
         "scaling": (scaled, x * np.float32(2.5)),
         "LayerNorm": (
             _normed(kernels, kernels.layer_norm(64, EPS), x),
@@ -123,7 +133,13 @@ def _rest(kernels: Kernels) -> dict[str, tuple[HostArray, HostArray]]:
     if routed is not None:
         results["experts"] = routed
     for dtype in sorted(set(KV_DTYPES.values()), key=str):
-        results[f"attention in {dtype}"] = (_attended(kernels, qkv, dtype), _attention(qkv, dtype))
+        found, expected = _attended(kernels, qkv, dtype), _attention(qkv, dtype)
+        results[f"attention in {dtype}"] = (found, expected)
+    sinks = _wave(SHAPE.num_heads)
+    results["attention with sinks"] = (
+        _attended(kernels, qkv, FLOAT32, sinks),
+        _attention(qkv, FLOAT32, sinks),
+    )
     return {name: (kernels.to_host(found)[0], each) for name, (found, each) in results.items()}
 
 
@@ -180,7 +196,9 @@ def _rotated(qkv: Floats, cos: Floats, sin: Floats) -> Floats:
     return heads.reshape(qkv.shape)
 
 
-def _attended(kernels: Kernels, qkv: Floats, dtype: ArrayDType) -> Array:
+def _attended(
+    kernels: Kernels, qkv: Floats, dtype: ArrayDType, sinks: Floats | None = None
+) -> Array:
     """Two requests side by side: three rows of the second, then one of each."""
     cache = KVCache(
         kernels,
@@ -198,11 +216,12 @@ def _attended(kernels: Kernels, qkv: Floats, dtype: ArrayDType) -> Array:
         last = first + sum(segment.num_tokens for segment in batch)
         attention = kernels.attention(batch, SHAPE, cache.capacity)
         rows = kernels.to_device(qkv[first:last])
-        attention(rows, cache.keys[0], cache.values[0], out[first:last])
+        own = None if sinks is None else kernels.to_device(sinks)
+        attention(rows, cache.keys[0], cache.values[0], out[first:last], own)
     return out
 
 
-def _attention(qkv: Floats, dtype: ArrayDType) -> HostArray:
+def _attention(qkv: Floats, dtype: ArrayDType, sinks: Floats | None = None) -> HostArray:
     """The same: what each of these rows sees, and the values there in the proportion they match."""
     queries, keys, values = np.split(
         qkv.reshape(5, -1, SHAPE.head_dim),
@@ -215,5 +234,6 @@ def _attention(qkv: Floats, dtype: ArrayDType) -> HostArray:
     for row, seen in enumerate(([0], [0, 1], [0, 1, 2], [3], [0, 1, 2, 4])):
         seen_keys, seen_values = (each[seen].repeat(group, 1) for each in (keys, values))
         matches = np.exp((seen_keys * queries[row]).sum(-1) / math.sqrt(SHAPE.head_dim))
-        out[row] = (seen_values * (matches / matches.sum(0))[..., None]).sum(0)
+        rest = 0 if sinks is None else np.exp(sinks)
+        out[row] = (seen_values * (matches / (matches.sum(0) + rest))[..., None]).sum(0)
     return out.reshape(5, -1)

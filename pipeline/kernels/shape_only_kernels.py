@@ -37,7 +37,8 @@ class Outline(Kernels):
     name = "none"
     key_block = 1
     is_row_exact = False
-    attention = slide = copy = lookup = rope = silu_mul = gelu_mul = scale = argmax = fill = _never
+    attention = slide = copy = lookup = rope = scale = argmax = fill = _never
+    silu_mul = gelu_mul = clamped_mul = _never
 
     def empty(self, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
         """One number, seen as an array of any size."""

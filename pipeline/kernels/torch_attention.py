@@ -39,7 +39,12 @@ class TorchAttention:
         self._spans = _make_spans(batch, shape.window)
 
     def __call__(
-        self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
+        self,
+        qkv: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Append k and v of each row to its slot, then attend."""
         shape = self._shape
@@ -60,6 +65,7 @@ class TorchAttention:
                 slot_keys[:, span.first : span.end].unsqueeze(0).float(),
                 slot_values[:, span.first : span.end].unsqueeze(0).float(),
                 span,
+                sinks,
             )
         return out
 
@@ -100,10 +106,21 @@ def _mask(start: int, end: int, first: int, window: int) -> torch.Tensor:
 
 
 def _attend_span(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    span: Span,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Shapes: queries [count, heads, head_dim]; keys, values [1, kv_heads, seen, head_dim]."""
     count, num_heads, head_dim = queries.shape
+    if sinks is not None:
+        hidden = span.mask
+        if span.is_causal:
+            hidden = _mask(span.start, span.end, span.first, 0).to(queries.device)
+        heads = queries.transpose(0, 1).unsqueeze(0)
+        mixed = attend_with_sinks(heads, keys, values, hidden, sinks)
+        return mixed[0].transpose(0, 1).reshape(count, num_heads * head_dim)
     num_kv_heads = keys.shape[1]
     if count == 1:
         # the heads of a group are rows over the same keys: [1, kv_heads, group, head_dim]
@@ -119,3 +136,24 @@ def _attend_span(
         enable_gqa=num_heads != num_kv_heads,
     )
     return mixed[0].transpose(0, 1).reshape(count, num_heads * head_dim)
+
+
+def attend_with_sinks(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """Attention in which each head's sink takes a share as well.
+
+    Shapes: queries [n, heads, count, head_dim]; keys, values [n, kv_heads, seen, head_dim]; mask,
+    added to scores, as these or broadcast to them; sinks [heads]; returns as queries.
+    """
+    group = queries.shape[1] // keys.shape[1]
+    keys, values = (each.repeat_interleave(group, 1) for each in (keys, values))
+    scores = queries @ keys.mT / math.sqrt(queries.shape[-1])
+    if mask is not None:
+        scores = scores + mask
+    ends = sinks[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat((scores, ends), -1).softmax(-1)[..., :-1] @ values

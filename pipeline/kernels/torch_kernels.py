@@ -298,6 +298,15 @@ class TorchKernels(Kernels):
         gate = F.gelu(gate_up[:, :inner], approximate="tanh")
         return torch.mul(gate, gate_up[:, inner:], out=out)
 
+    def clamped_mul(
+        self, gate_up: torch.Tensor, out: torch.Tensor, alpha: float, limit: float
+    ) -> torch.Tensor:
+        """As `Gate` has it of what is clamped."""
+        inner = out.shape[1]
+        gate = gate_up[:, :inner].clamp(max=limit)
+        up = gate_up[:, inner:].clamp(-limit, limit)
+        return torch.mul(gate * torch.sigmoid(alpha * gate), 1 + up, out=out)
+
     def scale(self, rows: torch.Tensor, factor: float) -> None:
         """Multiply rows in place."""
         rows.mul_(factor)

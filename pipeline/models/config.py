@@ -13,7 +13,7 @@ from pipeline.files import is_file
 from pipeline.gguf.model_files import SUFFIX, has_model_file, read_model_file
 from pipeline.models.families import FAMILIES, why_missing
 from pipeline.models.model_config import ModelConfig, shown
-from pipeline.weights.packings.choice import read_quantization
+from pipeline.weights.packings.choice import read_quantization, stays_packed
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -78,12 +78,16 @@ def rotated_json(raw: bytes, fingerprint: str) -> bytes:
 
 
 def unpacked_json(raw: bytes, path: Path) -> bytes:
-    """The config.json of the model whose weights are packed no more; itself if none were.
+    """The config.json of the model whose weights are packed no more; itself if none were, or stay.
 
     Raises ModelError naming `path`, which has `raw`.
     """
     fields = _parse_json(path, raw)
-    if fields.get("quantization_config") is None:
+    try:
+        packing = read_quantization(fields.get("quantization_config"))
+    except ValueError as error:
+        raise ModelError(f"{path}: quantization_config: {error}") from error
+    if packing is None or stays_packed(packing):
         return raw
     del fields["quantization_config"]
     return (json.dumps(fields, indent=2) + "\n").encode()

@@ -15,7 +15,7 @@ from pipeline.models.residual import ResidualStream
 from pipeline.models.routed_mlp import RoutedMLP
 from pipeline.models.shard_model import Layer, Names, Shard, ShardSpec
 from pipeline.models.workspace import Block, ForwardPass
-from pipeline.weights.tensor_sinks import Sink
+from pipeline.weights.tensor_sinks import CopySink, Sink
 
 NAMES = Names(
     embedding="model.embed_tokens", layers="model.layers", norm="model.norm", head="lm_head"
@@ -56,7 +56,7 @@ class GatedMLP:
         hidden, inner = config.hidden_dim, config.intermediate_size
         bias = config.mlp_bias
         self._inner, self._is_fused = inner, config.is_fused
-        self._gate = make.kernels.silu_mul if config.gate == "silu" else make.kernels.gelu_mul
+        self._gate = make.gate(config.gate)
         self.gate_up_proj = make.linear("mlp.gate_up_proj", hidden, 2 * inner, bias=bias)
         self.down_proj = make.linear("mlp.down_proj", inner, hidden, bias=bias)
 
@@ -111,6 +111,9 @@ class DecoderLayer:
             sizes = (self._width, self._kv_width) if is_whole else (heads.head_dim,) * 2
             self._q_norm = norm("self_attn.q_norm", sizes[0], config.query_scale)
             self._k_norm = norm("self_attn.k_norm", sizes[1])
+        self._sinks: Array | None = None
+        if config.has_sinks:
+            self._sinks = make.kernels.weights(heads.num_heads)
         self.o_proj = make.linear("self_attn.o_proj", self._width, hidden, bias=config.output_bias)
         self._after_attention = norm(names.after_attention)
         self._before_mlp = norm(names.before_mlp)
@@ -124,6 +127,8 @@ class DecoderLayer:
         found = self.o_proj.sinks("self_attn.o_proj") | self.mlp.sinks()
         for name, norm in self._norms.items():
             found |= norm.sinks(name)
+        if self._sinks is not None:
+            found["self_attn.sinks"] = CopySink(self._sinks, fill=self._kernels.fill)
         if self._is_fused:
             return found | self.qkv_proj.sinks("self_attn.qkv_proj")
         return (
@@ -138,7 +143,7 @@ class DecoderLayer:
         before, after = self._before_attention, self._after_attention
         rows = hidden if before is None else before(hidden, step.normed)
         qkv = self._turned(self.qkv_proj(rows, step.qkv), step)
-        mixed = step.attention(qkv, keys, values, step.mixed)
+        mixed = step.attention(qkv, keys, values, step.mixed, self._sinks)
         if after is None:
             self.o_proj(mixed, hidden, residual=hidden)
         else:
@@ -169,7 +174,8 @@ class DecoderLayer:
     def num_bytes(self) -> int:
         """Bytes of weights held."""
         linears = self.qkv_proj.num_bytes + self.o_proj.num_bytes + self.mlp.num_bytes
-        return linears + sum(each.num_bytes for each in self._norms.values())
+        sinks = 0 if self._sinks is None else int(self._sinks.nbytes)
+        return linears + sinks + sum(each.num_bytes for each in self._norms.values())
 
 
 class DecoderShard(Shard):

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pipeline.errors import ModelError
-from pipeline.kernels.base import AS_STORED, Gain, HeadShape
+from pipeline.kernels.base import HeadShape
+from pipeline.kernels.gains import AS_STORED, Gain
+from pipeline.kernels.gates import SILU, Gate
 from pipeline.models.model_config import (
     Epsilon,
     Fields,
@@ -29,8 +31,6 @@ from pipeline.models.model_config import (
 from pipeline.models.rope_config import Positions, Rope, Scale, Share, read_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-# What lets how much of an MLP's rows through.
-Gate = Literal["silu", "gelu_tanh"]
 LayerTypes = Annotated[list[Literal["full_attention", "sliding_attention"]], Field(min_length=1)]
 
 
@@ -55,7 +55,12 @@ class Experts:
     are_normalised: bool
     # Layers that have them; the others have one MLP.
     layers: frozenset[int]
+    # Whether they and their router have biases.
+    has_bias: bool = False
+    # Whether a checkpoint has all gates and ups, in turn, as one tensor, and all downs.
+    are_stacked: bool = False
     block: str = "mlp"
+    router: str = "gate"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -77,7 +82,7 @@ class DecoderConfig(ModelConfig):
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    gate: Gate = "silu"
+    gate: Gate = SILU
     norms: NormNames = NormNames()
     # What stored gains of norms are to become.
     gain: Gain = AS_STORED

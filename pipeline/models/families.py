@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pipeline.models import gemma, gpt2, llama, mistral, olmo, phi, qwen
+from pipeline.models import gemma, gpt2, gpt_oss, llama, mistral, olmo, phi, qwen
 from pipeline.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -18,6 +18,7 @@ FAMILIES: dict[str, Family] = {
     "olmo3": olmo.OLMO3,
     "phi3": phi.FAMILY,
     "gemma3_text": gemma.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
 }
 
 _CAPS = "soft caps on attention and logits"
@@ -31,7 +32,6 @@ MISSING: Mapping[str, str] = {
     "gemma3": _VISION + " (gemma3_text)",
     "gemma3n": "per-layer inputs and shared keys and values are not computed",
     "gemma4": "per-layer inputs and shared keys and values are not computed",
-    "gpt_oss": "attention sinks, clamped gates and MXFP4 weights are not computed",
     "mistral3": _VISION,
     "ministral3": "queries that grow with their position are not computed",
     "llama4": "attention in chunks and layers without positions are not computed",

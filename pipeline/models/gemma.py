@@ -4,7 +4,8 @@ import math
 from dataclasses import replace
 from typing import Literal
 
-from pipeline.kernels.base import Gain
+from pipeline.kernels.gains import Gain
+from pipeline.kernels.gates import GELU
 from pipeline.models.decoder import NAMES, DecoderShard
 from pipeline.models.decoder_config import (
     DecoderConfig,
@@ -61,7 +62,7 @@ def read(fields: Fields, generation: Fields) -> DecoderConfig:
         gain=Gain(shift=1.0),
         qk_norm="head",
         query_scale=math.sqrt(raw.head_dim / raw.query_pre_attn_scalar),
-        gate="gelu_tanh",
+        gate=GELU,
         embedding_scale=math.sqrt(raw.hidden_size),
     )
 

@@ -7,20 +7,21 @@ a value handed to the shard, and no architecture knows of it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
-from pipeline.dtypes import HostArray, Precision
+from pipeline.dtypes import Array, HostArray, Precision
 from pipeline.kernels.base import (
-    AS_STORED,
     Activation,
     Attention,
-    Gain,
     Kernels,
     Linear,
     LinearSpec,
     Norm,
     RMSNorm,
 )
+from pipeline.kernels.gains import AS_STORED, Gain
+from pipeline.kernels.gates import Gate
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV
 from pipeline.protocol.batch import Batch
@@ -107,6 +108,17 @@ class LayerMaker:
         """The linear `name`, to be filled."""
         spec = LinearSpec(num_in, num_out, bias, self.precision, activation)
         return self.parts.linear(self.prefix + name, spec, self.kernels)
+
+    def gate(self, gate: Gate) -> Callable[[Array, Array], Array]:
+        """What makes inner rows [n, inner] of [n, 2 * inner]."""
+        kernels = self.kernels
+        match gate.kind:
+            case "silu":
+                return kernels.silu_mul
+            case "gelu_tanh":
+                return kernels.gelu_mul
+            case "clamped":
+                return partial(kernels.clamped_mul, alpha=gate.alpha, limit=gate.limit)
 
     def layer_norm(self, size: int, eps: float) -> Norm:
         """Rows centred, over their deviation, scaled and shifted."""

@@ -58,6 +58,8 @@ class ModelConfig:
     packing: Finder | None = None
     # What embedded rows are multiplied by.
     embedding_scale: float = 1.0
+    # Whether each head has a score that takes its share of attention and gives nothing.
+    has_sinks: bool = False
 
     def shape(self, layer: int) -> LayerShape:
         """That of a layer of the model."""

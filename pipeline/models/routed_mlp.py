@@ -17,6 +17,7 @@ from pipeline.models.decoder_config import DecoderConfig, Experts
 from pipeline.models.layer_parts import LayerMaker
 from pipeline.models.workspace import Block
 from pipeline.weights.tensor_sinks import Sink
+from pipeline.weights.tensor_stacks import BiasStackSink, StackSink
 
 
 def route(logits: Floats, experts: Experts) -> Iterator[tuple[int, HostArray, Floats]]:
@@ -44,29 +45,54 @@ class RoutedMLP:
         self._experts = experts = config.experts
         hidden, self._inner = config.hidden_dim, experts.intermediate_size
         self._kernels = kernels = make.kernels
-        self._gate = kernels.silu_mul if config.gate == "silu" else kernels.gelu_mul
+        self._gate = make.gate(config.gate)
         # a small matrix, whose errors would send rows to other experts
         exact = replace(make, precision="float32")
-        self.router = exact.linear(f"{experts.block}.gate", hidden, experts.num_experts, bias=False)
+        bias = experts.has_bias
+        self.router = exact.linear(
+            f"{experts.block}.{experts.router}", hidden, experts.num_experts, bias=bias
+        )
         self.experts: list[tuple[Linear, Linear]] = []
         for index in range(experts.num_experts):
             prefix = f"{experts.block}.experts.{index}."
-            gate_up = make.linear(f"{prefix}gate_up_proj", hidden, 2 * self._inner, bias=False)
-            down = make.linear(prefix + experts.down, self._inner, hidden, bias=False)
+            gate_up = make.linear(f"{prefix}gate_up_proj", hidden, 2 * self._inner, bias=bias)
+            down = make.linear(prefix + experts.down, self._inner, hidden, bias=bias)
             self.experts.append((gate_up, down))
-        routing = Routing(experts.num_chosen, experts.are_normalised, config.gate != "silu")
+        routing = Routing(experts.num_chosen, experts.are_normalised, config.gate)
         self._at_once = kernels.experts(self.experts, routing)
         self.is_fixed = self._at_once is not None
 
     def sinks(self) -> dict[str, Sink]:
         """Sinks of its tensors, by their names below the layer's prefix."""
         names = self._experts
-        found = self.router.sinks(f"{names.block}.gate")
+        found = self.router.sinks(f"{names.block}.{names.router}")
+        if names.are_stacked:
+            return found | self._stacks()
         for index, (gate_up, down) in enumerate(self.experts):
             prefix = f"{names.block}.experts.{index}."
             found |= gate_up.sinks(prefix + names.gate, 0, self._inner)
             found |= gate_up.sinks(prefix + names.up, self._inner)
             found |= down.sinks(prefix + names.down)
+        return found
+
+    def _stacks(self) -> dict[str, Sink]:
+        """Of tensors with all gates and ups in turn, and all downs, a bias of each beside them."""
+        inner, found = self._inner, dict[str, Sink]()
+        gate_ups = [
+            [
+                gate_up.sinks("", 0, inner, is_in_out=True),
+                gate_up.sinks("", inner, is_in_out=True),
+            ]
+            for gate_up, _ in self.experts
+        ]
+        downs = [[down.sinks("", is_in_out=True)] for _, down in self.experts]
+        for name, linears in (("gate_up_proj", gate_ups), (self._experts.down, downs)):
+            prefix = f"{self._experts.block}.experts.{name}"
+            weights = [[part[".weight"] for part in parts] for parts in linears]
+            found[prefix] = StackSink.of(weights)
+            if self._experts.has_bias:
+                biases = [[part[".bias"] for part in parts] for parts in linears]
+                found[f"{prefix}_bias"] = BiasStackSink(biases)
         return found
 
     def __call__(self, rows: Array, block: Block, out: Array, residual: Array | None) -> None:

@@ -49,9 +49,11 @@ from pipeline.weights.checkpoint import (
 )
 from pipeline.weights.checkpoint_header import RAW_DTYPES, StoredTensor
 from pipeline.weights.packings.base import PackedWeight
+from pipeline.weights.packings.choice import stays_packed
 from pipeline.weights.quantization import GROUP, SCALE_SUFFIX, num_groups
 from pipeline.weights.read_ahead import run_ahead
 from pipeline.weights.tensor_sinks import FLOATS, CopySink, Sink, WeightSink
+from pipeline.weights.tensor_stacks import StackSink
 
 HEADER_ALIGNMENT = 8  # of a safetensors file, so that its tensors are aligned
 BLOCK_BYTES = 2 << 20  # hashed at a time, while those before are written
@@ -102,14 +104,15 @@ def _as_stored(
     source: Source, config: ModelConfig, part: Part, progress: Progress | None
 ) -> "list[_Kept | _KeptInt8]":
     model_dir, arena = source.model_dir, Arena()
-    planned = required_tensors(model_dir, config, part.layers, part.ends)
+    precision = part.precision or "float32"
+    planned = required_tensors(model_dir, config, part.layers, part.ends, precision)
     known = packed_weights(model_dir, config.packing)
     packed = {name: known[name] for name in planned if name in known}
-    if packed and part.precision in {None, "float32"}:
-        return _as_packed(source, {*planned}, packed, part, progress)
+    if packed and (part.precision in {None, "float32"} or stays_packed(config.packing)):
+        return _as_packed(source, planned, packed, part, progress)
     stored = stored_tensors(model_dir, config.packing)
     kept = {
-        name: _keep(stored[name], sink, part.precision, model_dir, arena)
+        name: _keep(stored[name], sink, model_dir, arena)
         for name, sink in planned.items()
         if name in stored  # load_tensors names what is missing
     }
@@ -126,24 +129,24 @@ def _as_stored(
 
 def _as_packed(
     source: Source,
-    planned: set[str],
+    planned: Mapping[str, Sink],
     packed: Mapping[str, PackedWeight],
     part: Part,
     progress: Progress | None,
 ) -> "list[_Kept | _KeptInt8]":
-    """Packed weights by the tensors they are made of, and the others as they are stored."""
+    """Packed weights by the tensors they are made of, and the others in the part's precision."""
     model_dir, arena = source.model_dir, Arena()
     stored = tensors_in_files(model_dir)
-    names = planned - packed.keys()
-    names |= {part for weight in packed.values() for part in weight.parts}
-    kept = {
-        name: _Kept(stored[name], RAW_DTYPES[stored[name].dtype], arena)
-        for name in names
-        if name in stored and stored[name].dtype in RAW_DTYPES
-    }
-    for name in names - kept.keys():
-        what = f"is stored as {stored[name].dtype}" if name in stored else "is missing"
-        raise ModelError(f"{model_dir}: tensor {name} {what}: fetch the model again")
+    parts = {part for weight in packed.values() for part in weight.parts}
+    kept: dict[str, _Kept | _KeptInt8] = {}
+    needed = {name for name, sink in planned.items() if not sink.is_optional}
+    for name in parts | (needed - packed.keys()):
+        if name not in stored:
+            raise ModelError(f"{model_dir}: tensor {name} is missing: fetch the model again")
+        if name in parts:
+            kept[name] = _Kept(stored[name], RAW_DTYPES[stored[name].dtype], arena)
+        else:
+            kept[name] = _keep(stored[name], planned[name], model_dir, arena)
     load_tensors(
         model_dir,
         {name: each.sink for name, each in kept.items()},
@@ -158,11 +161,12 @@ def _rotated(
     source: Source, config: ModelConfig, part: Part, progress: Progress | None
 ) -> "list[_Kept | _KeptInt8]":
     assert source.rotation is not None
-    planned = plan_tensors(as_rotated(config, source.rotation.fingerprint), part.layers, part.ends)
+    rotated, precision = as_rotated(config, source.rotation.fingerprint), part.precision
+    planned = plan_tensors(rotated, part.layers, part.ends, precision or "float32")
     kept, arena = [], Arena()
     for name, tensor in _rotate(source, source.rotation, config, part, progress):
         stored = StoredTensor(name, "F32", tensor.shape, 0, tensor.nbytes)
-        kept.append(_keep(stored, planned[name], part.precision, source.model_dir, arena))
+        kept.append(_keep(stored, planned[name], source.model_dir, arena))
         kept[-1].sink.write(0, tensor)
     return kept
 
@@ -285,13 +289,7 @@ class _KeptInt8:
         return {self._name: values, self._name + SCALE_SUFFIX: self._scales}
 
 
-def _keep(
-    stored: StoredTensor,
-    planned: Sink,
-    precision: Precision | None,
-    model_dir: Path,
-    arena: Arena,
-) -> _Kept | _KeptInt8:
+def _keep(stored: StoredTensor, planned: Sink, model_dir: Path, arena: Arena) -> _Kept | _KeptInt8:
     """Where a tensor of the source goes; float32 is kept as stored, being no less exact so."""
     if stored.dtype not in {*FLOATS, PACKED}:
         raise ModelError(
@@ -301,10 +299,12 @@ def _keep(
     dtype = STORED_DTYPES.get(stored.dtype, FLOAT32)
     try:
         if isinstance(planned, WeightSink) and len(stored.shape) == 2:
-            if precision == "int8":
+            if planned.precision == "int8":
                 return _KeptInt8(stored, arena, is_in_out=planned.is_in_out)
-            if precision == "bfloat16":
+            if planned.precision == "bfloat16":
                 dtype = BFLOAT16
+        elif isinstance(planned, StackSink) and planned.precision == "bfloat16":
+            dtype = BFLOAT16
         return _Kept(stored, dtype, arena)
     except (ValueError, MemoryError) as error:
         raise ModelError(

@@ -57,7 +57,7 @@ class Encoding:
 class AttentionParts(RemoteParts):
     """Attention over rows that a worker holds, for a shard of all layers, or of these.
 
-    Raises InputError for a model whose layers do not look back to the start.
+    Raises InputError for a model whose layers do not look back to the start, or have sinks.
     """
 
     are_row_exact = False
@@ -75,6 +75,10 @@ class AttentionParts(RemoteParts):
             raise InputError(
                 f"layers of this model look back {window} tokens only, which whoever holds encoded "
                 "rows does not know of"
+            )
+        if config.has_sinks:
+            raise InputError(
+                "heads of this model have sinks, which whoever holds encoded rows does not know of"
             )
         self.heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, 0)
         self._layers = layers or range(config.num_layers)
@@ -236,8 +240,11 @@ class _Asking:
         self._layer = layer
         self._batch = batch
 
-    def __call__(self, qkv: Array, keys: Array, values: Array, out: Array) -> Array:
+    def __call__(
+        self, qkv: Array, keys: Array, values: Array, out: Array, sinks: Array | None = None
+    ) -> Array:
         """Send what is new, and attend to that and to what was held before."""
+        assert sinks is None, "models with these are refused"
         del keys, values
         parts, heads = self._parts, self._parts.heads
         rows = parts.to_host(qkv)

@@ -141,7 +141,9 @@ class _Encoded:
         self._layer = layer
         self._own = own
 
-    def __call__(self, qkv: Array, keys: Array, values: Array, out: Array) -> Array:
+    def __call__(
+        self, qkv: Array, keys: Array, values: Array, out: Array, sinks: Array | None = None
+    ) -> Array:
         """As the kernels', with K' = K R, q' = q R and V' = V S: out = (out' of these) S^-1."""
         by_keys, by_values, back = self._parts.matrices(self._layer)
         heads, groups, width = self._parts.shape
@@ -149,7 +151,7 @@ class _Encoded:
         _turn(qkv[:, : split[0]], by_keys, groups)
         _turn(qkv[:, split[0] : split[1]], by_keys, 1)
         _turn(qkv[:, split[1] :], by_values, 1)
-        found = self._own(qkv, keys, values, out)
+        found = self._own(qkv, keys, values, out, sinks)
         _turn(found, back, groups)
         return found
 

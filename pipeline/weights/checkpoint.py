@@ -25,6 +25,7 @@ from pipeline.progress import Meter, Progress
 from pipeline.weights.checkpoint_header import (
     RAW_DTYPES,
     StoredTensor,
+    as_rows,
     fill,
     open_file,
     read_into,
@@ -279,8 +280,7 @@ def _read_blocks(
         if stored.name not in wanted:
             _pass_over(file, path, num_bytes, digest, meter, buffers[0])
             continue
-        row_bytes = num_bytes // max(1, stored.shape[0]) if stored.shape else num_bytes
-        for first, size in _spans(num_bytes, max(1, row_bytes), max(1, stored.pair_rows)):
+        for first, size in _spans(stored, num_bytes):
             if size > len(buffers[0]):
                 buffers[0] = bytearray(size)
             data = memoryview(buffers[0])[:size]
@@ -315,16 +315,23 @@ def _pass_over(
         meter.add(len(data))
 
 
-def _spans(num_bytes: int, row_bytes: int, together: int) -> Iterator[tuple[int, int]]:
-    """(first row, bytes) of blocks of whole rows, many at a time: kernels pack these together."""
-    together = math.lcm(ROWS_TOGETHER, together)
-    rows = max(1, BLOCK_BYTES // row_bytes // together) * together
-    for start in range(0, num_bytes, rows * row_bytes):
-        yield start // row_bytes, min(rows * row_bytes, num_bytes - start)
+def _spans(stored: StoredTensor, num_bytes: int) -> Iterator[tuple[int, int]]:
+    """(first row, bytes) of blocks of whole rows, many at a time: kernels pack these together.
+
+    Of a stack, those of one matrix at a time.
+    """
+    num_rows = as_rows(stored.shape)[0] if stored.shape else 1
+    row_bytes = max(1, num_bytes // max(1, num_rows))
+    of_matrix = num_bytes // max(1, stored.shape[0]) if len(stored.shape) > 2 else num_bytes
+    together = math.lcm(ROWS_TOGETHER, max(1, stored.pair_rows))
+    most = max(1, BLOCK_BYTES // row_bytes // together) * together * row_bytes
+    for matrix in range(0, num_bytes, max(1, of_matrix)):
+        for start in range(matrix, matrix + of_matrix, most):
+            yield start // row_bytes, min(most, matrix + of_matrix - start)
 
 
 def _rows(stored: StoredTensor, block: memoryview) -> HostArray:
-    rows = np.frombuffer(block, RAW_DTYPES[stored.dtype]).reshape(-1, *stored.shape[1:])
+    rows = np.frombuffer(block, RAW_DTYPES[stored.dtype]).reshape(-1, *as_rows(stored.shape)[1:])
     if stored.pair_rows:
         pairs = rows.reshape(-1, stored.pair_rows // 2, 2, *stored.shape[1:])
         rows = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

@@ -6,7 +6,7 @@ The format's source: https://github.com/huggingface/safetensors#format
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -55,6 +55,11 @@ class StoredTensor:
     end: int
     pair_rows: int = 0
     added: float = 0.0
+
+
+def as_rows(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape in which a tensor comes: a stack of matrices as the rows of all of them."""
+    return (shape[0] * shape[1], math.prod(shape[2:])) if len(shape) > 2 else tuple(shape)
 
 
 @dataclass(frozen=True, slots=True)

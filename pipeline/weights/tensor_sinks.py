@@ -52,7 +52,8 @@ class Sink(Protocol):
     def write(self, first: int, rows: HostArray) -> None:
         """Take rows first..first+len(rows), [n, *shape[1:]]; `rows` is reused afterwards.
 
-        `first` is a multiple of `ROWS_TOGETHER`.
+        `first` is a multiple of `ROWS_TOGETHER`. A stack of matrices comes as the rows of all of
+        them, [n, the rest], those of one at a time: `first` is such a multiple of its own rows.
         """
 
     def problem(self) -> str | None:
@@ -93,7 +94,11 @@ class CopySink:
 
     def write(self, first: int, rows: HostArray) -> None:
         """Copy the rows to their place."""
-        if self.shape:
+        if len(self.shape) > 2:
+            matrix, at = divmod(first, self.shape[1])
+            own = self.target[matrix][at : at + len(rows)]
+            self._fill(own, rows.reshape(own.shape))
+        elif self.shape:
             self._fill(self.target[first : first + len(rows)], rows)
         else:
             self._fill(self.target, rows[0])
@@ -101,7 +106,7 @@ class CopySink:
 
     def turned(self) -> "CopySink":
         """Into the same array, by its columns."""
-        return CopySink(self.target.T, self.dtypes)
+        return CopySink(self.target.mT, self.dtypes)
 
     def problem(self) -> str | None:
         """Nothing can be."""
@@ -150,6 +155,7 @@ class WeightSink:
         self._first = first
         self.is_in_out = is_in_out
         self.shape = (num_in, num_outputs) if is_in_out else (num_outputs, num_in)
+        self.precision = store.precision
         self.dtypes: Collection[str] = FLOATS
         self.scales: CopySink | None = None
         if store.precision == "int8":

@@ -13,10 +13,17 @@ import numpy as np
 
 from pipeline.dtypes import FLOAT32, HostArray
 from pipeline.errors import ModelError
-from pipeline.weights.checkpoint_header import RAW_DTYPES, StoredTensor, fill, open_file
+from pipeline.weights.checkpoint_header import (
+    RAW_DTYPES,
+    StoredTensor,
+    as_rows,
+    fill,
+    open_file,
+)
 from pipeline.weights.headers import read_any_header
 from pipeline.weights.packings.base import CorruptPacking, PackedWeight, Sides
-from pipeline.weights.tensor_sinks import PIECE_BYTES, ROWS_TOGETHER, CopySink, Sink, WeightSink
+from pipeline.weights.tensor_sinks import PIECE_BYTES, ROWS_TOGETHER, CopySink, Sink
+from pipeline.weights.tensor_stacks import MatrixSink
 
 MAX_SIDE_BYTES = 1 << 30  # scales for each group of the largest matrices are a hundredth of it
 
@@ -36,7 +43,7 @@ class UnpackingSink:
     def write(self, first: int, rows: HostArray) -> None:
         """Unpack so many at a time that they stay in the cache."""
         each = self._packing.row_weights
-        most = PIECE_BYTES // max(1, FLOAT32.itemsize * self._to.shape[1] * each)
+        most = PIECE_BYTES // max(1, FLOAT32.itemsize * self._to.shape[-1] * each)
         size = max(1, most // ROWS_TOGETHER) * ROWS_TOGETHER
         for at in range(0, len(rows), size):
             weights = self._packing.unpack(first + at, rows[at : at + size], self._sides)
@@ -53,7 +60,7 @@ class _Expected:
     is_optional = False
 
     def __init__(self, tensor: HostArray, dtype: str) -> None:
-        self._tensor = tensor
+        self._tensor = tensor.reshape(as_rows(tensor.shape))
         self.shape = tensor.shape
         self.dtypes: Collection[str] = (dtype,)
         self._is_another = False
@@ -100,8 +107,11 @@ def unpacking(
 
 def weight_shape(
     path: Path, weight: PackedWeight, stored: Mapping[str, StoredTensor]
-) -> tuple[int, int]:
-    """[out, in] of a weight by its tensors' entries. Raises ModelError naming `path`."""
+) -> tuple[int, ...]:
+    """[out, in] of a weight by its tensors' entries, [n, out, in] of a stack.
+
+    Raises ModelError naming `path`.
+    """
     sides = {key: stored[part] for key, part in weight.sides.items()}
     try:
         return weight.packing.shape(stored[weight.main], sides)
@@ -110,13 +120,13 @@ def weight_shape(
 
 
 def _oriented(to: Sink, *, is_in_out: bool) -> Sink:
-    assert isinstance(to, WeightSink | CopySink), "nothing else takes a matrix"
-    is_turned = is_in_out != (isinstance(to, WeightSink) and to.is_in_out)
+    assert isinstance(to, MatrixSink), "nothing else takes a matrix"
+    is_turned = is_in_out != (not isinstance(to, CopySink) and to.is_in_out)
     return to.turned() if is_turned else to
 
 
 def _check_shape(
-    path: Path, name: str, shape: tuple[int, int], to: Sink, *, is_in_out: bool
+    path: Path, name: str, shape: tuple[int, ...], to: Sink, *, is_in_out: bool
 ) -> None:
     wanted = to.shape[::-1] if is_in_out else to.shape
     if shape != wanted:

@@ -1,6 +1,10 @@
 // llama.cpp as a contender: the protocol of protocol.py, spoken by a program of libllama.
 //
-//   llama_cpp MODEL.gguf THREADS [RPC_SERVER,RPC_SERVER...]
+//   llama_cpp MODEL.gguf THREADS [--plain | RPC_SERVER,RPC_SERVER...]
+//
+// --plain: weights stay as they are in the file, not repacked for what this CPU says that it has:
+// some virtual machines announce AMX and do not have it. `logits FILE ID ID ...` writes those of the
+// next token after each, as float32 [tokens, vocabulary].
 //
 // As llama-bench does, it decodes with the library's defaults; greedy choice is its own loop.
 
@@ -8,6 +12,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <iostream>
 #include <memory>
 #include <sstream>
@@ -85,6 +90,26 @@ class Contender {
     Contender(llama_model * model, int num_threads)
         : model_(model), num_threads_(num_threads),
           vocab_size_(llama_vocab_n_tokens(llama_model_get_vocab(model))) {}
+
+    // Of the next token after each of a text, as float32 [tokens, vocabulary] into a file.
+    void write_logits(const std::string & path, const std::vector<llama_token> & text) {
+        const int length = static_cast<int>(text.size());
+        const Context context = new_context(model_, num_threads_, 1, length + 1);
+        llama_batch batch = llama_batch_init(length, 0, 1);
+        for (int i = 0; i < length; ++i) {
+            add(batch, text[i], i, 0, true);
+        }
+        decode(context.get(), batch);
+        std::ofstream file(path, std::ios::binary);
+        for (int i = 0; i < length; ++i) {
+            const char * row = reinterpret_cast<const char *>(llama_get_logits_ith(context.get(), i));
+            file.write(row, static_cast<std::streamsize>(vocab_size_ * sizeof(float)));
+        }
+        llama_batch_free(batch);
+        if (!file.flush()) {
+            die("cannot write " + path);
+        }
+    }
 
     // One sequence per row of `rows`, all with the same prompt; a time per generated step.
     Result generate(int rows, int steps, const std::vector<llama_token> & prompt) {
@@ -195,15 +220,18 @@ void print(const Result & result) {
 
 int main(int argc, char ** argv) {
     if (argc < 3) {
-        die("usage: llama_cpp MODEL.gguf THREADS [SERVERS]");
+        die("usage: llama_cpp MODEL.gguf THREADS [--plain | SERVERS]");
     }
     llama_log_set(on_log, nullptr);
     ggml_backend_load_all();
-    if (argc > 3) {
-        use_servers(argv[3]);
+    const std::string servers = argc > 3 ? argv[3] : "";
+    const bool is_plain = servers == "--plain";
+    if (!servers.empty() && !is_plain) {
+        use_servers(servers);
     }
     llama_model_params params = llama_model_default_params();
-    params.n_gpu_layers = argc > 3 ? 99 : 0;
+    params.n_gpu_layers = servers.empty() || is_plain ? 0 : 99;
+    params.use_extra_bufts = !is_plain;
     llama_model * model = llama_model_load_from_file(argv[1], params);
     if (model == nullptr) {
         die("cannot load the model");
@@ -213,15 +241,25 @@ int main(int argc, char ** argv) {
     for (std::string line; std::getline(std::cin, line);) {
         std::stringstream words(line);
         std::string verb;
+        std::string path;
         int rows = 1;
         int steps = 1;
-        words >> verb >> rows >> steps;
-        if (verb != "generate") {
+        words >> verb;
+        if (verb == "logits") {
+            words >> path;
+        } else if (verb == "generate") {
+            words >> rows >> steps;
+        } else {
             die("unknown request " + verb);
         }
         std::vector<llama_token> prompt;
         for (llama_token token; words >> token;) {
             prompt.push_back(token);
+        }
+        if (verb == "logits") {
+            contender.write_logits(path, prompt);
+            std::cout << "{}" << std::endl;
+            continue;
         }
         print(contender.generate(rows, steps, prompt));
     }

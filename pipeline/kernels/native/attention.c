@@ -61,9 +61,17 @@ static void score(const job_t *job, const part_t *part, const tile_t *tile) {
     }
 }
 
-/* Scores of one query to unnormalised weights, zero where it does not look; returns their sum. */
+/* A score that no position has, as scores are before they are scaled: of a head's sink. */
+static float sink_of(const job_t *job, size_t head) {
+    const float *sinks = job->shape->sinks;
+    if (!sinks) return -__builtin_inff();
+    return sinks[head] / job->scale;
+}
+
+/* Scores of one query to unnormalised weights, zero where it does not look; returns their sum, with
+ * the sink's. */
 static float weigh(const job_t *job, const tile_t *tile, float *scores, size_t oldest,
-                   size_t newest) {
+                   size_t newest, float sink) {
     const __m512 scale = _mm512_set1_ps(job->scale);
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i low = _mm512_set1_epi32((int)(oldest - tile->first_block * BLOCK));
@@ -74,7 +82,8 @@ static float weigh(const job_t *job, const tile_t *tile, float *scores, size_t o
         __mmask16 seen = _mm512_cmpge_epi32_mask(here, low) & _mm512_cmple_epi32_mask(here, high);
         greatest = _mm512_mask_max_ps(greatest, seen, greatest, _mm512_loadu_ps(scores + at));
     }
-    greatest = _mm512_set1_ps(_mm512_reduce_max_ps(greatest));
+    float most = _mm512_reduce_max_ps(greatest);
+    greatest = _mm512_set1_ps(sink > most ? sink : most);
     for (size_t at = 0; at < tile->num_blocks * BLOCK; at += BLOCK) {
         __m512i here = _mm512_add_epi32(lane, _mm512_set1_epi32((int)at));
         __mmask16 seen = _mm512_cmpge_epi32_mask(here, low) & _mm512_cmple_epi32_mask(here, high);
@@ -83,7 +92,8 @@ static float weigh(const job_t *job, const tile_t *tile, float *scores, size_t o
         _mm512_storeu_ps(scores + at, weight);
         sum = _mm512_add_ps(sum, weight);
     }
-    return _mm512_reduce_add_ps(sum);
+    __m512 rest = _mm512_sub_ps(_mm512_set1_ps(sink), greatest); /* nothing beside 1 without one */
+    return _mm512_reduce_add_ps(sum) + _mm512_cvtss_f32(exp_ps(_mm512_mul_ps(rest, scale)));
 }
 
 /* mixed[count][head_dim] (+)= one block's weights times its values, of positions first..end. */
@@ -138,7 +148,8 @@ static void attend_tile(const job_t *job, const part_t *part, tile_t tile) {
     for (size_t i = 0; i < tile.count; i++) {
         size_t position = position_of(job, part, tile.first + i);
         sums[i] = weigh(job, &tile, tile.scores + i * tile.stride, oldest_seen(job, position),
-                        position);
+                        position,
+                        sink_of(job, part->kv_head * job->group + (tile.first + i) % job->group));
     }
     mix(job, part, &tile);
     if (tile.count > 1 && has_nan(tile.mixed, tile.count * head_dim)) {
@@ -248,7 +259,8 @@ static void attend_row(const job_t *job, part_t part, size_t num_heads) {
     float *sums = tile.mixed + num_queries * head_dim;
     score_row(job, part, &tile, num_heads);
     for (size_t i = 0; i < num_queries; i++) {
-        sums[i] = weigh(job, &tile, tile.scores + i * tile.stride, oldest, newest);
+        sums[i] = weigh(job, &tile, tile.scores + i * tile.stride, oldest, newest,
+                        sink_of(job, part.kv_head * job->group + i));
     }
     mix_row(job, part, &tile, num_heads);
     float *out = job->shape->out + offset_of(job, &part, 0, job->shape->num_heads * head_dim);

@@ -180,24 +180,29 @@ static refusal_t run_experts(const int64_t *a) {
     const expert_t *table = at(a[1]);
     if (a[2] < 1 || a[2] > LARGEST) REFUSE("experts", a[2]);
     if (a[3] < 1 || a[3] > a[2]) REFUSE("experts chosen", a[3]);
-    if (a[10] > LARGEST / 2) REFUSE("inner", a[10]);
+    if (a[5] >= NUM_GATES) REFUSE("gate", a[5]);
+    if (a[12] > LARGEST / 2) REFUSE("inner", a[12]);
     for (int64_t i = 0; i < a[2]; i++) {
-        CHECK(check_weight(a[0], (int64_t)(uintptr_t)table[i].gate_up, a[9], 2 * a[10]));
-        CHECK(check_weight(a[0], (int64_t)(uintptr_t)table[i].down, a[10], a[9]));
+        CHECK(check_weight(a[0], (int64_t)(uintptr_t)table[i].gate_up, a[11], 2 * a[12]));
+        CHECK(check_weight(a[0], (int64_t)(uintptr_t)table[i].down, a[12], a[11]));
     }
-    if (a[8] == 0) return DONE;
-    experts_t job = {(int)a[0], table, (size_t)a[2], (size_t)a[3], a[4] != 0, a[5] != 0,
-                     at(a[6]), at(a[7]), (size_t)a[8], (size_t)a[9], (size_t)a[10],
-                     at(a[11]), at(a[12])};
-    if (!experts(&job)) REFUSE("rows, for which there is no memory", a[8]);
+    if (a[10] == 0) return DONE;
+    experts_t job = {
+        .kind = (int)a[0], .experts = table, .num_experts = (size_t)a[2],
+        .num_chosen = (size_t)a[3], .are_normalised = a[4] != 0, .gate = (int)a[5],
+        .alpha = float_of(a[6]), .limit = float_of(a[7]), .x = at(a[8]), .logits = at(a[9]),
+        .rows = (size_t)a[10], .hidden = (size_t)a[11], .inner = (size_t)a[12],
+        .out = at(a[13]), .residual = at(a[14]),
+    };
+    if (!experts(&job)) REFUSE("rows, for which there is no memory", a[10]);
     return DONE;
 }
 
 static int64_t experts_work(const int64_t *a) {
-    int64_t one = product_work(a[3], a[9], a[10]);
-    return one > INT64_MAX / 3 ? INT64_MAX : product_work(a[8], one, 3);
+    int64_t one = product_work(a[3], a[11], a[12]);
+    return one > INT64_MAX / 3 ? INT64_MAX : product_work(a[10], one, 3);
 }
-const call_t call_experts = {"npnnnnppnnnpp", run_experts, experts_work};
+const call_t call_experts = {"npnnnnffppnnnpp", run_experts, experts_work};
 
 static refusal_t run_layer_norm(const int64_t *a) {
     if (a[5] < 1) REFUSE("size", a[5]);
@@ -250,6 +255,12 @@ static refusal_t run_gelu_mul(const int64_t *a) {
 }
 const call_t call_gelu_mul = {"ppnn", run_gelu_mul, NULL};
 
+static refusal_t run_clamped_mul(const int64_t *a) {
+    clamped_mul(at(a[0]), at(a[1]), (size_t)a[2], (size_t)a[3], float_of(a[4]), float_of(a[5]));
+    return DONE;
+}
+const call_t call_clamped_mul = {"ppnnff", run_clamped_mul, NULL};
+
 static refusal_t run_scale(const int64_t *a) {
     scale(at(a[0]), (size_t)a[1], float_of(a[2]));
     return DONE;
@@ -292,6 +303,7 @@ static refusal_t run_attend(const int64_t *a) {
         .values = at(a[4]), .spans = spans, .num_spans = (size_t)a[6],
         .num_heads = (size_t)a[7], .num_kv_heads = (size_t)a[8], .head_dim = (size_t)a[9],
         .max_seq = (size_t)a[10], .window = (size_t)a[11], .is_half = a[12] == sizeof(uint16_t),
+        .sinks = at(a[13]),
     };
     attend(&shape);
     return DONE;
@@ -306,7 +318,7 @@ static int64_t attend_work(const int64_t *a) {
     }
     return work;
 }
-const call_t call_attend = {"pnppppnnnnnnn", run_attend, attend_work};
+const call_t call_attend = {"pnppppnnnnnnnp", run_attend, attend_work};
 
 static refusal_t run_slide(const int64_t *a) {
     int64_t max_seq = a[5], kept = a[6], dropped = a[7], held = a[8];

@@ -7,7 +7,7 @@
 
 #include "kernels.h"
 
-enum { MAX_ARGS = 13 };
+enum { MAX_ARGS = 15 };
 
 /* Why sizes cannot be, and the one to blame; `what` is NULL for a call that was computed. */
 typedef struct {
@@ -26,7 +26,7 @@ typedef struct {
 #define CALLS(X)                                                                                  \
     X(pack) X(pack_int8) X(quantise) X(convert) X(unpack) X(gather) X(lookup) X(copy) X(linear)    \
     X(layer_norm) X(rms_norm) X(add_rms_norm) X(rms_norm_within) X(rope) X(silu_mul) X(gelu_mul)  \
-    X(scale) X(experts) X(attend) X(slide) X(argmax) X(widen) X(narrow) X(ring_product)
+    X(clamped_mul) X(scale) X(experts) X(attend) X(slide) X(argmax) X(widen) X(narrow) X(ring_product)
 #define DECLARE(NAME) extern const call_t call_##NAME;
 CALLS(DECLARE)
 

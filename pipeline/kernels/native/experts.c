@@ -84,6 +84,16 @@ static void add_rows(const experts_t *job, const room_t *room, size_t expert, si
     }
 }
 
+static void let_through(const experts_t *job, const room_t *room, size_t count) {
+    switch (job->gate) {
+    case GATE_GELU_TANH: gelu_mul(room->wide, room->inner, count, job->inner); break;
+    case GATE_CLAMPED:
+        clamped_mul(room->wide, room->inner, count, job->inner, job->alpha, job->limit);
+        break;
+    default: silu_mul(room->wide, room->inner, count, job->inner);
+    }
+}
+
 static void pass(const experts_t *job, const room_t *room, size_t expert) {
     size_t count = 0;
     for (size_t row = 0; row < job->rows; row++) {
@@ -92,11 +102,12 @@ static void pass(const experts_t *job, const room_t *room, size_t expert) {
     if (!count) return;
     gather_rows(job, room, count);
     weight_t gate_up = {job->kind, job->experts[expert].gate_up, job->hidden, 2 * job->inner};
-    linear(&gate_up, &(product_t){.x = room->x, .y = room->wide, .rows = count});
-    if (job->is_gelu) gelu_mul(room->wide, room->inner, count, job->inner);
-    else silu_mul(room->wide, room->inner, count, job->inner);
+    linear(&gate_up, &(product_t){.x = room->x, .y = room->wide, .rows = count,
+                                  .bias = job->experts[expert].gate_up_bias});
+    let_through(job, room, count);
     weight_t down = {job->kind, job->experts[expert].down, job->inner, job->hidden};
-    linear(&down, &(product_t){.x = room->inner, .y = room->y, .rows = count});
+    linear(&down, &(product_t){.x = room->inner, .y = room->y, .rows = count,
+                               .bias = job->experts[expert].down_bias});
     add_rows(job, room, expert, count);
 }
 

@@ -15,6 +15,7 @@
 
 enum kind { KIND_F32, KIND_BF16, KIND_I8, NUM_KINDS };
 enum activation { ACT_NONE, ACT_GELU_TANH, ACT_GELU_ERF, ACT_RELU, NUM_ACTIVATIONS };
+enum gate { GATE_SILU, GATE_GELU_TANH, GATE_CLAMPED, NUM_GATES };
 enum { VECTOR = 64 };             /* bytes */
 enum { BLOCK = 16 };              /* outputs side by side in a packed weight */
 enum { GROUP = 32, SUPER = 64 }; /* int8: inputs that share a scale; inputs padded to */
@@ -119,13 +120,16 @@ void linear(const weight_t *weight, const product_t *product);
 /* experts.c */
 typedef struct {
     const void *gate_up, *down; /* packed: [2 * inner, hidden], [hidden, inner] */
+    const float *gate_up_bias, *down_bias; /* or NULL */
 } expert_t;
 
 typedef struct {
     int kind;
     const expert_t *experts;
     size_t num_experts, num_chosen;
-    int are_normalised, is_gelu; /* whether shares of those chosen add up to 1; which gate */
+    int are_normalised; /* whether shares of those chosen add up to 1 */
+    int gate;
+    float alpha, limit; /* GATE_CLAMPED's */
     const float *x, *logits;     /* [rows, hidden], [rows, num_experts] */
     size_t rows, hidden, inner;
     float *out;            /* [rows, hidden] */
@@ -149,6 +153,7 @@ typedef struct {
     int is_half; /* keys and values: IEEE halves, else float32 */
     const span_t *spans;
     size_t num_spans, num_heads, num_kv_heads, head_dim, max_seq, window;
+    const float *sinks; /* a score of each head that takes its share and gives nothing, or NULL */
 } attention_t;
 
 void attend(const attention_t *attention);
@@ -175,6 +180,8 @@ void rope(float *x, size_t row_stride, size_t rows, size_t num_heads, size_t hea
           size_t num_dims, const float *cosines, const float *signed_sines);
 void silu_mul(const float *gate_up, float *y, size_t rows, size_t inner);
 void gelu_mul(const float *gate_up, float *y, size_t rows, size_t inner);
+void clamped_mul(const float *gate_up, float *y, size_t rows, size_t inner, float alpha,
+                 float limit);
 void scale(float *x, size_t count, float factor);
 void argmax(const float *x, size_t rows, size_t n, int64_t *out);
 

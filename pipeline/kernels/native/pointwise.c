@@ -8,7 +8,7 @@ typedef struct pointwise {
     const float *x, *weight, *bias;
     float *y;
     size_t rows, size, num_heads, head_dim, row_stride, num_chunks;
-    float eps;
+    float eps, alpha, limit;
 } pointwise_t;
 
 static void run_rows(void *opaque, size_t chunk) {
@@ -154,6 +154,29 @@ void silu_mul(const float *gate_up, float *y, size_t rows, size_t inner) {
 
 void gelu_mul(const float *gate_up, float *y, size_t rows, size_t inner) {
     run((pointwise_t){.run = gelu_mul_row, .x = gate_up, .y = y, .rows = rows, .size = inner});
+}
+
+/* g sigmoid(alpha g) (1 + u), of g up to the limit, and u within it on both sides. */
+static void clamped_mul_row(const pointwise_t *job, size_t row) {
+    const float *gate = job->x + row * 2 * job->size, *up = gate + job->size;
+    float *y = job->y + row * job->size;
+    const __m512 alpha = _mm512_set1_ps(job->alpha), inverse = _mm512_set1_ps(1 / job->alpha);
+    const __m512 most = _mm512_set1_ps(job->limit), least = _mm512_set1_ps(-job->limit);
+    for (size_t i = 0; i < job->size; i += 16) {
+        __mmask16 mask = lanes(job->size - i);
+        /* the second where one is no number */
+        __m512 g = _mm512_min_ps(most, _mm512_maskz_loadu_ps(mask, gate + i));
+        __m512 u = _mm512_min_ps(most, _mm512_maskz_loadu_ps(mask, up + i));
+        u = _mm512_max_ps(least, u);
+        g = _mm512_mul_ps(silu_ps(_mm512_mul_ps(g, alpha)), inverse);
+        _mm512_mask_storeu_ps(y + i, mask, _mm512_fmadd_ps(g, u, g));
+    }
+}
+
+void clamped_mul(const float *gate_up, float *y, size_t rows, size_t inner, float alpha,
+                 float limit) {
+    run((pointwise_t){.run = clamped_mul_row, .x = gate_up, .y = y, .rows = rows, .size = inner,
+                      .alpha = alpha, .limit = limit});
 }
 
 void scale(float *x, size_t count, float factor) {

@@ -46,7 +46,7 @@ class Awq:
         check_shapes(sides, qzeros=(groups, num_words), scales=(groups, PER_WORD * num_words))
         return PER_WORD * num_words, num_in
 
-    def check(self, shape: tuple[int, int], sides: Sides) -> None:
+    def check(self, shape: tuple[int, ...], sides: Sides) -> None:
         """Any numbers will do."""
 
     def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:

@@ -16,7 +16,10 @@ class CorruptPacking(Exception):
 
 
 class Packing(Protocol):
-    """How a weight [out, in] lies in a tensor, with others beside it that say what it means."""
+    """How a weight [out, in] lies in a tensor, with others beside it that say what it means.
+
+    Or a stack of them, [n, out, in]: its tensor's rows are those of all of them.
+    """
 
     @property
     def is_in_out(self) -> bool:
@@ -26,10 +29,10 @@ class Packing(Protocol):
     def row_weights(self) -> int:
         """How many rows of weights a row of the tensor has."""
 
-    def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, int]:
+    def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, ...]:
         """(out, in) of the weight. Raises CorruptPacking for tensors that do not fit each other."""
 
-    def check(self, shape: tuple[int, int], sides: Sides) -> None:
+    def check(self, shape: tuple[int, ...], sides: Sides) -> None:
         """Raises CorruptPacking for sides by which a weight of that shape cannot be unpacked."""
 
     def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:

@@ -31,7 +31,7 @@ class Blocks:
             )
         return main.shape[0], main.shape[1] // kind.num_bytes * kind.size
 
-    def check(self, shape: tuple[int, int], sides: Sides) -> None:
+    def check(self, shape: tuple[int, ...], sides: Sides) -> None:
         """There are none."""
 
     def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:

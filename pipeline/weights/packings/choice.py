@@ -10,9 +10,10 @@ from pipeline.weights.packings.base import PackedWeight
 from pipeline.weights.packings.blocks import find_blocks
 from pipeline.weights.packings.compressed_tensors import PackedWords, WholeBytes
 from pipeline.weights.packings.gptq import Gptq
+from pipeline.weights.packings.mxfp4 import Mxfp4
 
 MAX_GROUP_SIZE = 1 << 20
-SUPPORTED = "awq, gptq and compressed-tensors are"
+SUPPORTED = "awq, gptq, compressed-tensors and mxfp4 are"
 
 
 class Finder(Protocol):
@@ -63,6 +64,14 @@ def find_packed(names: Collection[str], finder: Finder | None = None) -> dict[st
     return found if finder is None else found | {each.name: each for each in finder.find(names)}
 
 
+def stays_packed(finder: Finder | None) -> bool:
+    """Whether a shard in any precision holds these weights as they are.
+
+    They take less than in any of ours, and what a stage makes of them is the same.
+    """
+    return isinstance(finder, Mxfp4)
+
+
 def read_quantization(fields: object) -> Finder | None:
     """What a config.json's `quantization_config` means; None where there is none.
 
@@ -73,7 +82,12 @@ def read_quantization(fields: object) -> Finder | None:
     if not isinstance(fields, dict):
         raise ValueError("it is no object")
     method = fields.get("quant_method")
-    readers = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors}
+    readers = {
+        "awq": _awq,
+        "gptq": _gptq,
+        "compressed-tensors": _compressed_tensors,
+        "mxfp4": _mxfp4,
+    }
     if not isinstance(method, str) or method not in readers:
         kind = fields.get("bnb_4bit_quant_type")
         name = str(method) if kind is None else f"{method} {kind}"
@@ -84,6 +98,11 @@ def read_quantization(fields: object) -> Finder | None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{where}: {first['msg']}") from error
+
+
+def _mxfp4(fields: dict[str, Any]) -> Finder:
+    del fields  # which modules are packed is seen by their tensors
+    return Mxfp4()
 
 
 def _awq(fields: dict[str, Any]) -> Finder:

@@ -62,7 +62,7 @@ class PackedWords:
         check_shapes(sides, **{name: possible[name] for name in sides})
         return num_out, num_in
 
-    def check(self, shape: tuple[int, int], sides: Sides) -> None:
+    def check(self, shape: tuple[int, ...], sides: Sides) -> None:
         """Shape as told, and each input of a group that there is. Raises CorruptPacking."""
         told = tuple(int(each) for each in sides["weight_shape"])
         if told != shape:
@@ -110,7 +110,7 @@ class WholeBytes:
             raise CorruptPacking(f"{[num_out, num_in]} has scales {list(scale)}")
         return num_out, num_in
 
-    def check(self, shape: tuple[int, int], sides: Sides) -> None:
+    def check(self, shape: tuple[int, ...], sides: Sides) -> None:
         """Any numbers will do."""
 
     def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:

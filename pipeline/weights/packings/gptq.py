@@ -62,7 +62,7 @@ class Gptq:
         check_shapes(sides, **expected | ({"g_idx": (num_in,)} if "g_idx" in sides else {}))
         return num_out, num_in
 
-    def check(self, shape: tuple[int, int], sides: Sides) -> None:
+    def check(self, shape: tuple[int, ...], sides: Sides) -> None:
         """Each input is of a group that there is. Raises CorruptPacking."""
         del shape
         groups = sides.get("g_idx")

@@ -1,11 +1,14 @@
 """A published file of mixed types, read as llama.cpp's own package reads it, and run."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import zipfile
 from collections import Counter
 from io import FileIO
+from pathlib import Path
+from pydoc_data.topics import topics
 
 import gguf
 import numpy as np
@@ -18,8 +21,10 @@ from pipeline.gguf.model_files import read_head, read_model_file
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.planning.plan import PlanOptions, plan
+from pipeline.protocol.batch import Segment
 from pipeline.weights.checkpoint import load_tensors, stored_tensors
 from pipeline.weights.tensor_sinks import CopySink
+from tests.pipeline.models.test_families import side_by_side
 from tests.pipeline.oracles import Pipeline
 
 pytestmark = pytest.mark.slow
@@ -150,20 +155,53 @@ def test_its_logits_are_those_that_transformers_has_of_its_weights(gemma, whole,
     assert len(ids) > PUBLISHED.sliding_window
 
 
-def test_one_two_and_three_stages_say_the_same(gemma, whole, encoded):
-    config = load_config(gemma)
+def test_one_two_and_three_stages_say_the_same(gemma, encoded):
+    """In int8, which reads a quarter of the bytes: all prompts side by side, each with a slot."""
+    config, prompts = load_config(gemma), [encoded(text) for text in PROMPTS]
 
-    def said(shards):
-        return [Pipeline(shards).greedy(encoded(text), 4) for text in PROMPTS]
-
-    expected = said([whole])
-    assert len({tuple(tokens) for tokens, _ in expected}) > len(PROMPTS) // 2
-    for num_stages in (2, 3):
-        stages = plan(gemma, PlanOptions(num_stages)).stages
+    def said(num_stages):
         shards = [
-            load_shard(gemma, config, each.layer_start, each.layer_end, expected_hashes=None)
-            for each in stages
-        ]
-        for (tokens, logits), (own, own_logits) in zip(expected, said(shards), strict=True):
-            assert own == tokens
-            assert torch.equal(own_logits, logits)
+            load_shard(
+                gemma, config, each.layer_start, each.layer_end, dtype="int8",
+                expected_hashes=None,
+            )
+            for each in plan(gemma, PlanOptions(num_stages)).stages
+        ]  # fmt: skip
+        return side_by_side(Pipeline(shards, len(prompts), 64), prompts, 4)
+
+    expected = said(1)
+    assert len({tuple(each.argmax(-1).tolist()) for each in expected}) > len(PROMPTS) // 2
+    for num_stages in (2, 3):
+        assert torch.equal(said(num_stages), expected)
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(gemma, tmp_path_factory):
+    """Token ids -> the logits that llama.cpp has behind each of them."""
+    script = Path(__file__).parents[3] / "scripts" / "build_llama_cpp.sh"
+    if subprocess.run(["bash", script, "--check"], capture_output=True, check=False).returncode:
+        pytest.skip("llama.cpp is not built: run scripts/build_llama_cpp.sh")
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("VEILPIPE_BENCH_CACHE") or Path(caches, "veilpipe", "bench")
+    path = tmp_path_factory.mktemp("llama_cpp") / "logits"
+
+    def logits(ids):
+        subprocess.run(
+            [Path(cache, "llama_cpp"), gemma, "2", "--plain"],
+            input=f"logits {path} {' '.join(map(str, ids.tolist()))}\n",
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return torch.from_numpy(np.fromfile(path, np.float32).reshape(len(ids), -1))
+
+    return logits
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_it_expects_what_llama_cpp_expects_of_the_same_file(gemma, llama_cpp, encoded, dtype):
+    """KL 0.006 and 0.008 were measured: llama.cpp rounds rows to 8 bits, we do in int8 alone."""
+    config, ids = load_config(gemma), encoded("\n\n".join(topics.values())[:1500])[:257]
+    shard = load_shard(gemma, config, 0, config.num_layers, dtype=dtype, expected_hashes=None)
+    own = Pipeline([shard], max_seq=272).logits(ids, [Segment(0, 0, len(ids))]).log_softmax(-1)
+    theirs = llama_cpp(ids).log_softmax(-1)
+    assert len(ids) == 257
+    assert (theirs.exp() * (theirs - own)).sum(-1).mean() <= 0.01

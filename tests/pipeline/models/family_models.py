@@ -73,6 +73,15 @@ FAMILIES: dict[str, tuple[str, list[dict]]] = {
                             "moe_intermediate_size": 32, "mlp_only_layers": [1]},
         {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
          "decoder_sparse_step": 2}]),
+    "gpt_oss": ("GptOss", [
+        WIDE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7,
+                "rope_parameters": YARN},
+        NO_GROUPS | TIED | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 9,
+                            "swiglu_limit": 0.5, "swiglu_alpha": 0.7,
+                            "rope_parameters": YARN | {"truncate": False}},
+        {"hidden_size": 96, "num_attention_heads": 14, "num_local_experts": 8,
+         "num_experts_per_tok": 4, "attention_bias": False, "rope_parameters": None,
+         "layer_types": ["full_attention"] * 3}]),
 }  # fmt: skip
 NO_HEAD_DIM = ("olmo2", "olmo3", "phi3")
 CASES = [f"{family}-{index}" for family in FAMILIES for index in range(3)]

@@ -32,7 +32,7 @@ from tests.pipeline.oracles import randomise
 PAGE = Path(families.__file__).with_name("MODES.md")
 # Which of the tests' models stands for a row of the page.
 ORACLES = {"gpt2": "gpt2", "llama": "llama-untied-gqa", "qwen2": "qwen2-qkv-bias"}
-OTHERS = {"mistral, with a window": "mistral-1"}
+OTHERS = {"mistral, with a window": "mistral-1", "gpt_oss, without a window": "gpt_oss-2"}
 IDS = np.random.default_rng(2).integers(3, 101, 21)
 SIZES = SimpleNamespace(num_slots=1, max_seq_len=32)
 

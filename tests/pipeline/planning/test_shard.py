@@ -74,22 +74,34 @@ def test_a_shard_in_its_precision_computes_as_one_converted_at_load(model_dir, t
         rows = found[0]
 
 
-def test_an_int8_shard_of_a_gpt2_with_a_head_of_its_own_loads(tmp_path):
-    """Its head is the one matrix that has no prefix in the file, and neither have its scales."""
+def tiny_gpt2_with_its_own_head():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
         vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=32, bos_token_id=1,
         eos_token_id=2, tie_word_embeddings=False,
     )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def tiny_experts():
+    from tests.pipeline.models.family_models import make_model
+
+    return make_model("qwen3_moe-0")
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2_with_its_own_head, tiny_experts])
+def test_an_int8_shard_loads_and_computes_as_one_converted_at_load(tmp_path, make):
+    """Of a head without a prefix in the file, as its scales; of a router that stays exact."""
     source = tmp_path / "model"
-    GPT2LMHeadModel(config).save_pretrained(source)
+    make().save_pretrained(source)
     cut_model(plan(source, PlanOptions(1)), source, tmp_path / "out", "int8")
     logits = []
     for directory in (source, tmp_path / "out" / "stage0"):
         shard = load_shard(
-            directory, load_config(directory), 0, 2, dtype="int8", expected_hashes=None
-        )
+            directory, config := load_config(directory), 0, config.num_layers, dtype="int8",
+            expected_hashes=None,
+        )  # fmt: skip
         hidden = shard.forward(np.arange(5), [Segment(0, 0, 5)], shard.new_cache(1, 16))
         logits += shard.kernels.to_host(shard.logits(hidden))
     np.testing.assert_array_equal(*logits)

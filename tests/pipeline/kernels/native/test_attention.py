@@ -25,10 +25,19 @@ class Attention:
     """A cache of `num_slots` and the calls on it; its memory starts as NaN."""
 
     def __init__(
-        self, native, dtype, heads, kv_heads, head_dim, max_seq=128, num_slots=2, window=0
+        self,
+        native,
+        dtype,
+        heads,
+        kv_heads,
+        head_dim,
+        max_seq=128,
+        num_slots=2,
+        window=0,
+        sinks=None,
     ):
         self.native, self.window, self.max_seq = native, window, max_seq
-        self.shape = (heads, kv_heads, head_dim)
+        self.shape, self.sinks = (heads, kv_heads, head_dim), sinks
         self.width = (heads + 2 * kv_heads) * head_dim
         size = num_slots, kv_heads, max_seq, head_dim
         self.keys, self.values = (torch.full(size, torch.nan, dtype=dtype) for _ in range(2))
@@ -41,6 +50,7 @@ class Attention:
             qkv.data_ptr(), qkv.stride(0), out.data_ptr(), self.keys.data_ptr(),
             self.values.data_ptr(), table.data_ptr(), len(spans), heads, kv_heads, head_dim,
             self.max_seq, self.window, self.keys.itemsize,
+            0 if self.sinks is None else self.sinks.data_ptr(),
         )  # fmt: skip
         return out
 
@@ -54,7 +64,11 @@ class Attention:
         scores = q @ k.transpose(1, 2) / head_dim**0.5
         distance = torch.arange(rows)[:, None] - torch.arange(rows)[None]
         hidden = (distance < 0) | ((distance >= self.window) if self.window else False)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if self.sinks is not None:
+            ends = self.sinks.double()[:, None, None].expand(heads, rows, 1)
+            scores = torch.cat([scores, ends], -1)
+        weights = scores.softmax(-1)[..., :rows]
         return (weights @ v).transpose(0, 1).flatten(1)
 
 
@@ -86,6 +100,28 @@ def test_chunks_company_and_threads_change_no_bit(native, make, shape, window, t
     assert both.equal(torch.cat([expected[:50], expected[37:99]]))
     last = mixed(torch.cat([qkv[99:], qkv[50:51]]), (1, 0, 1, 99), (0, 1, 1, 50))
     assert last.equal(torch.cat([expected[99:], expected[50:51]]))
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 32), (6, 6, 16), (16, 2, 16)])
+@pytest.mark.parametrize("window", [0, 20])
+def test_sinks_take_their_share_of_every_row_however_it_comes(make, shape, window):
+    """More heads share keys in the last shape than a single row's own way takes."""
+    sinks = 3 * normal(shape[0], seed=1)
+    attention = make(*shape, window=window, sinks=sinks)
+    qkv = normal(100, attention.width)
+    found = attention(qkv, (1, 0, 100, 0))
+    assert (found - attention.expected(qkv)).abs().max() <= 2e-6
+    by_token = [attention(qkv[i : i + 1], (0, 0, 1, i)) for i in range(100)]
+    assert torch.cat(by_token).equal(found)
+
+
+@pytest.mark.parametrize("score", [-1e30, -200.0, 200.0, 1e30])
+def test_a_sink_far_from_all_scores_is_all_or_nothing(make, score):
+    sinks = torch.full((2,), score)
+    attention, plain = make(2, 1, 16, sinks=sinks), make(2, 1, 16)
+    qkv = normal(40, attention.width)
+    found, expected = (each(qkv, (0, 0, 40, 0)) for each in (attention, plain))
+    assert found.equal(expected) if score < 0 else found.abs().max() <= 1e-30
 
 
 def test_a_long_context_matches_float64_and_its_chunks(make):

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 
 from pipeline.kernels.base import LinearSpec
+from pipeline.kernels.gates import GELU, SILU, Gate
 from pipeline.kernels.routing import Routing
 
 HIDDEN, INNER, NUM = 40, 24, 7
+CLAMPED = Gate("clamped", 1.702, 0.8)
 
 
-@pytest.fixture(scope="module")
-def made(native):
+@pytest.fixture(scope="module", params=[False, True], ids=["bare", "biased"])
+def made(native, request):
     from pipeline.kernels.native_kernels import NativeKernels
 
     kernels, random = NativeKernels(), np.random.default_rng(0)
@@ -18,9 +20,16 @@ def made(native):
     for _ in range(NUM):
         shapes = (2 * INNER, HIDDEN), (HIDDEN, INNER)
         own = [random.standard_normal(each).astype(np.float32) / 4 for each in shapes]
-        linears = [kernels.linear(LinearSpec(*each.shape[::-1], False, "float32")) for each in own]
-        for linear, each in zip(linears, own, strict=True):
-            linear.sinks("")[".weight"].write(0, each)
+        own += [random.standard_normal(each[0]).astype(np.float32) for each in shapes]
+        linears = [
+            kernels.linear(LinearSpec(*each.shape[::-1], request.param, "float32"))
+            for each in own[:2]
+        ]
+        for linear, *each in zip(linears, own[:2], own[2:], strict=True):
+            for sink, rows in zip(linear.sinks("").values(), each, strict=False):
+                sink.write(0, rows)
+        if not request.param:
+            own[2:] = [np.zeros_like(each) for each in own[2:]]
         pairs.append(tuple(linears))
         weights.append(own)
     return kernels, pairs, weights
@@ -48,19 +57,28 @@ def reference(made, routing, x, logits):
         scores = np.exp(own - own.max())
         shares = scores / (scores[chosen] if routing.are_normalised else scores).sum()
         for each in chosen:
-            gate_up, down = made[2][each]
-            gate, up = np.split(gate_up.astype(np.float64) @ x[row], 2)
-            turn = 2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3) if routing.is_gelu else gate
-            out[row] += shares[each] * (down @ (gate / (1 + np.exp(-turn)) * up))
+            gate_up, down, *biases = made[2][each]
+            gate, up = np.split(gate_up.astype(np.float64) @ x[row] + biases[0], 2)
+            out[row] += shares[each] * (down @ let_through(routing.gate, gate, up) + biases[1])
     return out
+
+
+def let_through(kind, gate, up):
+    turn = gate
+    if kind == CLAMPED:
+        gate, up = np.minimum(gate, kind.limit), 1 + np.clip(up, -kind.limit, kind.limit)
+        turn = kind.alpha * gate
+    elif kind == GELU:
+        turn = 2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
+    return gate / (1 + np.exp(-turn)) * up
 
 
 @pytest.mark.parametrize("num_chosen", [1, 2, NUM])
 @pytest.mark.parametrize("are_normalised", [False, True])
-@pytest.mark.parametrize("is_gelu", [False, True])
+@pytest.mark.parametrize("gate", [SILU, GELU, CLAMPED], ids=lambda gate: gate.kind)
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_they_are_what_float64_makes_of_them(made, num_chosen, are_normalised, is_gelu, count):
-    routing, (x, logits) = Routing(num_chosen, are_normalised, is_gelu), rows(count)
+def test_they_are_what_float64_makes_of_them(made, num_chosen, are_normalised, gate, count):
+    routing, (x, logits) = Routing(num_chosen, are_normalised, gate), rows(count)
     expected = reference(made, routing, x, logits)
     assert np.abs(compute(made, routing, x, logits) - expected).max() <= 1e-5
     assert np.abs(compute(made, routing, x, logits, x) - (x + expected)).max() <= 1e-5
@@ -94,16 +112,21 @@ def test_what_is_no_number_stays_in_its_row(made):
 
 
 def test_impossible_sizes_are_refused(native, made):
-    table = np.zeros((2, 2), np.int64)
+    table = np.zeros((2, 4), np.int64)
     x = np.zeros((1, 16), np.float32)
 
-    def call(num_experts=2, num_chosen=1, hidden=16, inner=16):
-        native.experts(0, table, num_experts, num_chosen, 0, 0, x, x, 0, hidden, inner, x, None)
+    def call(num_experts=2, num_chosen=1, hidden=16, inner=16, gate=0):
+        shape = (0, hidden, inner)
+        native.experts(
+            0, table, num_experts, num_chosen, 0, gate, 1.0, 1.0, x, x, *shape, x, None
+        )  # fmt: skip
 
     call()
     for wrong in ({"num_experts": 0}, {"num_chosen": 0}, {"num_chosen": 3}):
         with pytest.raises(ValueError, match="experts"):
             call(**wrong)
+    with pytest.raises(ValueError, match="gate"):
+        call(gate=3)
     with pytest.raises(ValueError, match="num_in"):
         call(hidden=0)
     with pytest.raises(ValueError, match="num_out"):

@@ -139,6 +139,23 @@ def test_gelu_gates_are_torchs(native, inner):
     assert (y - F.gelu(gate, approximate="tanh") * up).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("inner", [1, 16, 100])
+def test_clamped_gates_are_those_of_float64(native, inner):
+    gate_up, y = 6 * normal(4, 2 * inner), torch.empty(4, inner)
+    native.clamped_mul(gate_up.data_ptr(), y.data_ptr(), 4, inner, 1.702, 7.0)
+    gate, up = gate_up.double().chunk(2, -1)
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    assert (y - gate * torch.sigmoid(1.702 * gate) * (up + 1)).abs().max() <= 1e-5
+
+
+def test_a_clamped_gate_keeps_what_is_no_number(native):
+    """A limit must not make a number of what went wrong before."""
+    gate_up, y = torch.ones(2, 4), torch.empty(2, 2)
+    gate_up[0, 0], gate_up[1, 3] = torch.nan, torch.nan
+    native.clamped_mul(gate_up.data_ptr(), y.data_ptr(), 2, 2, 1.702, 7.0)
+    assert y.isnan().tolist() == [[True, False], [False, True]]
+
+
 @pytest.mark.parametrize("count", [0, 1, 16, 33])
 def test_scaling_ends_where_it_is_told(native, count):
     x = normal(count + 3)

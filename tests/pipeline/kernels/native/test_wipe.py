@@ -32,7 +32,7 @@ for line in sys.stdin:
         for _ in range(50):  # so that both threads come to it
             x[:] = qkv[:] = float(sys.argv[2])
             _native.linear(kind, packed, None, x, y, rows, size, size, 0, None)
-            _native.attend(qkv, 3 * size, mixed, keys, values, spans, 1, 8, 8, 64, rows, 0, 4)
+            _native.attend(qkv, 3 * size, mixed, keys, values, spans, 1, 8, 8, 64, rows, 0, 4, 0)
         for each in (x, y, qkv, mixed, keys, values):
             each[:] = 0
     else:
