@@ -10,6 +10,7 @@ with other keys, from their tokens.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.random import default_rng
@@ -60,6 +61,7 @@ class AttentionParts(RemoteParts):
     Raises InputError for a model whose layers do not look back to the start.
     """
 
+    are_calls = True
     are_row_exact = False
     are_cached_here = False
 
@@ -203,16 +205,11 @@ class AttentionParts(RemoteParts):
             raise AnswerRefused("an answer about encoded rows has another shape")
         return arrays[0], arrays[1]
 
-    def to_host(self, array: Array) -> HostArray:
-        """Rows where they can be encoded."""
+    @property
+    def kernels(self) -> Kernels:
+        """What layers are computed with."""
         assert self._kernels is not None, "layers are made before they compute"
-        (rows,) = self._kernels.to_host(array)
-        return rows
-
-    def to_device(self, array: HostArray) -> Array:
-        """Rows where the next layer computes."""
-        assert self._kernels is not None, "layers are made before they compute"
-        return self._kernels.to_device(array)
+        return self._kernels
 
     def _new_keys(self) -> KeyGenerator:
         return KeyGenerator(
@@ -239,8 +236,12 @@ class _Asking:
     def __call__(self, qkv: Array, keys: Array, values: Array, out: Array) -> Array:
         """Send what is new, and attend to that and to what was held before."""
         del keys, values
+        self._parts.kernels.call(partial(self._attend, qkv, out))
+        return out
+
+    def _attend(self, qkv: Array, out: Array) -> None:
         parts, heads = self._parts, self._parts.heads
-        rows = parts.to_host(qkv)
+        (rows,) = parts.kernels.to_host(qkv)
         width, num_groups = heads.head_dim, heads.num_heads // heads.num_kv_heads
         split = rows.reshape(len(rows), -1, width).transpose(1, 0, 2)  # [heads, rows, head_dim]
         texts = [
@@ -261,8 +262,7 @@ class _Asking:
         parted = [each.reshape(shape) for each in outputs]
         mixed = parted[0] if len(parted) == 1 else np.concatenate(parted, 1)
         mixed = mixed.transpose(1, 0, 2, 3).reshape(len(rows), -1)
-        out[...] = parts.to_device(np.ascontiguousarray(mixed, FLOAT32))
-        return out
+        out[...] = parts.kernels.to_device(np.ascontiguousarray(mixed, FLOAT32))
 
 
 class _Text:

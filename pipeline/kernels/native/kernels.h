@@ -163,6 +163,16 @@ typedef struct {
 
 void slide(const slide_t *job); /* the rest moves down */
 
+/* turn.c: of each row [num_heads][num_groups][width], times `factor`, times the head's matrix */
+typedef struct {
+    float *rows;
+    size_t row_stride, num_rows, num_heads, num_groups, width;
+    const float *matrices; /* [num_heads][width][width] */
+    float factor;
+} turn_t;
+
+void turn_heads(const turn_t *turn);
+
 /* pointwise.c */
 void layer_norm(const float *x, const float *weight, const float *bias, float *y, size_t rows,
                 size_t size, float eps);
