@@ -293,6 +293,25 @@ def rms_norm_within(
     row_stride in elements.
     """
 
+def attend_rows(
+    queries: Address,
+    keys: Address,
+    values: Address,
+    head_stride: int,
+    num_heads: int,
+    num_queries: int,
+    num_rows: int,
+    width: int,
+    outputs: Address,
+    log_sums: Address,
+    /,
+) -> None:
+    """Attend to rows that lie one after the other; queries come scaled.
+
+    Shapes: queries and outputs [heads, queries, width]; keys and values [heads, rows, width], of
+    which a head's come `head_stride` elements behind another's; log_sums [heads, queries] float64.
+    """
+
 def slide(
     keys: Address,
     values: Address,

@@ -384,9 +384,7 @@ class Kernels(ABC):
     def scale(self, rows: Array, factor: float) -> None:
         """Multiply contiguous rows in place."""
 
-    def turn(
-        self, rows: Array, matrices: Array, num_groups: int = 1, factor: float = 1.0
-    ) -> None:
+    def turn(self, rows: Array, matrices: Array, num_groups: int = 1, factor: float = 1.0) -> None:
         """Multiply each head's part of rows by `factor`, and by that head's matrix, in place.
 
         Shapes: rows [n, heads * groups * width], may be a view; matrices [heads, width, width].

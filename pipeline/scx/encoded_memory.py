@@ -123,8 +123,15 @@ class _Here:
     def __init__(self, worker: AttentionWorker) -> None:
         self._worker = worker
 
-    def ask(self, header: bytes, tensors: tuple[Tensor, ...] = ()) -> Message:
+    def ask(
+        self,
+        header: bytes,
+        tensors: tuple[Tensor, ...] = (),
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Message:
         """Raises PartRefused."""
+        if meanwhile is not None:
+            meanwhile()
         try:
             return self._worker.answer(header, tensors)
         except PartRefusal as error:

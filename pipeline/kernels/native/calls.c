@@ -327,6 +327,23 @@ static int64_t attend_work(const int64_t *a) {
 }
 const call_t call_attend = {"pnppppnnnnnnn", run_attend, attend_work};
 
+static refusal_t run_attend_rows(const int64_t *a) {
+    if (a[7] < BLOCK || a[7] % BLOCK || a[7] > MAX_HEAD_DIM) {
+        REFUSE("width is a multiple of 16 up to 512", a[7]);
+    }
+    if (a[6] < 1 || a[6] > LARGEST) REFUSE("rows", a[6]);
+    if (a[3] < a[6] * a[7]) REFUSE("rows exceed a head", a[6]);
+    held_rows_t held = {at(a[0]), at(a[1]), at(a[2]), (size_t)a[3], (size_t)a[4], (size_t)a[5],
+                        (size_t)a[6], (size_t)a[7], at(a[8]), at(a[9])};
+    attend_rows(&held);
+    return DONE;
+}
+
+static int64_t attend_rows_work(const int64_t *a) {
+    return product_work(a[4], a[5], a[6] < LARGEST && a[7] < LARGEST ? a[6] * a[7] : INT64_MAX);
+}
+const call_t call_attend_rows = {"pssnnnnnpp", run_attend_rows, attend_rows_work};
+
 static refusal_t run_slide(const int64_t *a) {
     int64_t max_seq = a[5], kept = a[6], dropped = a[7], held = a[8];
     if (a[2] != sizeof(float) && a[2] != sizeof(uint16_t)) {
