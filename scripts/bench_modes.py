@@ -1,7 +1,8 @@
 """Measure modes with an untrusted worker or stages beside two plain stages, round by round.
 
 Every round has each mode say as many tokens behind a context; ratios to plain two stages are taken
-within a round, and medians over rounds are printed.
+within a round, and medians over rounds are printed. For `scx` also what as many round trips alone
+would take between two processes that compute nothing.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import trio
+from bare_trips import median_trip_ms
 from bench import free_base_port, machine, measure
 from command_line import Parser, run_main, unwind_on_sigterm, whole, wholes
 
@@ -142,6 +144,23 @@ def table(latencies: Latencies) -> str:
     return "\n".join(lines)
 
 
+async def trips(args: argparse.Namespace, latencies: Latencies) -> str:
+    """What a token would take at least with a question a layer, beside what it takes."""
+    config = load_config(args.model_dir)
+    with tempfile.TemporaryDirectory() as directory:
+        _, manifest = planned(Path(directory), args.model_dir, "scx")
+        trip_ms = await median_trip_ms(manifest, config)
+    lines = [f"a round trip of a question's bytes alone takes {trip_ms:.3f} ms (median)"]
+    for context in args.contexts:
+        least = [1 + config.num_layers * trip_ms / base for base in latencies[PLAIN, context]]
+        lines.append(
+            f"context {context}: plain two stages and {config.num_layers} of these take "
+            f"{statistics.median(least):.3f} times plain; plus 10 %: "
+            f"{1.1 * statistics.median(least):.3f}"
+        )
+    return "\n".join(lines)
+
+
 def modes(text: str) -> list[str]:
     known = [name for name in MODES if name != PLAIN]
     found = text.split(",")
@@ -168,6 +187,8 @@ def main() -> None:
     print(f"{machine()}; {args.model_dir.name}, float32, {args.threads} threads a process;")
     print(f"medians of {args.rounds} interleaved rounds of {args.tokens} tokens\n")
     print(table(latencies))
+    if "scx" in args.modes:
+        print(f"\n{trio.run(trips, args, latencies)}")
 
 
 if __name__ == "__main__":

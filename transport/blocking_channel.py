@@ -5,16 +5,51 @@ has been made as any other is taken over, and read and written in the calling th
 while another receives.
 """
 
+import select
 import socket
 from contextlib import suppress
+from time import monotonic
 
+from transport.compiled_records import Inlet, Outlet
 from transport.errors import ConnectionLost, TransportError
 from transport.frame_stream import FrameReceiver, FrameSender
-from transport.handshake import Peer
-from transport.tensor_frames import Frame
+from transport.handshake import Peer, Session
+from transport.record_counters import WireTally
+from transport.records import OVERHEAD_BYTES
+from transport.tensor_frames import INLINE_BYTES, Frame, encode_frame
 
 # For the last record to a peer that may not be reading.
 _GOODBYE_SECONDS = 1.0
+
+
+class _BlockingWire(WireTally):
+    """A socket as inlets and outlets see it."""
+
+    __slots__ = ("_sock",)
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.fd = sock.fileno()
+        self.bytes_sent = self.bytes_received = self.send_ns = self.recv_ns = 0
+
+    def has_come(self, patience_ms: int) -> bool:
+        """Wait that long at most; whether there is something to receive."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        return bool(poll.poll(patience_ms))
+
+    def try_receive(self, into: memoryview) -> int:
+        """Receive what has come. Raises: EOFError at the end, OSError."""
+        count = self._sock.recv_into(into)
+        if count == 0:
+            raise EOFError
+        self.bytes_received += count
+        return count
+
+    def send_all(self, data: memoryview) -> None:
+        """Send all of it. Raises: OSError."""
+        self._sock.sendall(data)
+        self.bytes_sent += len(data)
 
 
 class BlockingChannel:
@@ -26,27 +61,46 @@ class BlockingChannel:
     def __init__(
         self,
         sock: socket.socket,
+        session: Session,
         sender: FrameSender,
         receiver: FrameReceiver,
-        peer: Peer,
         patience_seconds: float,
     ) -> None:
         """Use `SecureChannel.taken_over`."""
         sock.settimeout(patience_seconds)
-        self.peer = peer
-        self.bytes_sent = self.bytes_received = 0
+        self.peer: Peer = session.peer
         self._sock = sock
+        self._wire = wire = _BlockingWire(sock)
         self._sender = sender
         self._receiver = receiver
+        self._inlet = Inlet(wire, receiver.reader, session.opener, receiver.buffer)
+        self._outlet = Outlet(wire, session.sealer, INLINE_BYTES + OVERHEAD_BYTES)
         self._patience_seconds = patience_seconds
+
+    @property
+    def bytes_sent(self) -> int:
+        """As they are on the wire."""
+        return self._wire.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        """As they are on the wire."""
+        return self._wire.bytes_received
 
     def send(self, frame: Frame) -> None:
         """Send one frame. Raises: MisuseError for one that cannot travel, ConnectionLost."""
-        data, pieces = self._sender.begin(frame)
+        plain, pieces = encode_frame(frame)
         try:
-            self._write(data)
+            if pieces:
+                rest, pieces = self._sender.begin(frame)
+            else:
+                head = memoryview(plain)
+                sealed = self._outlet.send(head)
+                rest = self._sender.seal_head(head) if sealed is None else sealed
+            if rest:
+                self._wire.send_all(rest)
             for piece in pieces:
-                self._write(self._sender.seal_piece(piece))
+                self._wire.send_all(self._sender.seal_piece(piece))
         except OSError as error:
             raise self._lost(error) from error
 
@@ -57,20 +111,32 @@ class BlockingChannel:
         """
         receiver = self._receiver
         try:
+            if receiver.is_idle:
+                self._wait()
             frame = receiver.next_frame_untrusted()
             while frame is None:
-                count = 0 if receiver.is_ended else self._sock.recv_into(receiver.space())
-                if count == 0:
-                    raise ConnectionLost("the peer ended the connection")
-                self.bytes_received += count
-                receiver.wrote(count)
+                if receiver.is_ended:
+                    raise EOFError
+                receiver.wrote(self._wire.try_receive(receiver.space()))
                 frame = receiver.next_frame_untrusted()
+        except EOFError as error:
+            self.interrupt()
+            raise ConnectionLost("the peer ended the connection") from error
         except OSError as error:
             raise self._lost(error) from error
         except TransportError:
             self.interrupt()
             raise
         return frame
+
+    def _wait(self) -> None:
+        """Until something has come. Raises: EOFError, OSError."""
+        until = monotonic() + self._patience_seconds
+        while self._receiver.is_idle:  # a signal may have cut it short
+            left_ms = int(1000 * (until - monotonic()))
+            if left_ms < 0:
+                raise TimeoutError
+            self._receiver.peek(self._inlet.receive(left_ms))
 
     def interrupt(self) -> None:
         """End it for both sides; whoever waits in another thread is told at once."""
@@ -81,14 +147,10 @@ class BlockingChannel:
         """Tell the peer that nothing follows, if it still reads, and close the socket."""
         try:
             self._sock.settimeout(_GOODBYE_SECONDS)
-            self._write(self._sender.close())
+            self._wire.send_all(self._sender.close())
         except OSError:
             pass  # the peer has gone already, and learns nothing from us
         self._sock.close()
-
-    def _write(self, data: memoryview) -> None:
-        self._sock.sendall(data)
-        self.bytes_sent += len(data)
 
     def _lost(self, error: OSError) -> ConnectionLost:
         # Half a record must never be followed by another: the channel ends here.

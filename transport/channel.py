@@ -43,6 +43,7 @@ class SecureChannel(trio.abc.Channel[Frame]):
     def __init__(self, wire: Wire, session: Session, limits: FrameLimits) -> None:
         """Use `connect_channel` or `accept_channel`."""
         self.peer: Peer = session.peer
+        self._session = session
         self.handshake_hash = session.handshake_hash
         self._wire = wire
         self._sealer = session.sealer
@@ -233,7 +234,7 @@ class SecureChannel(trio.abc.Channel[Frame]):
         if self._wire.is_closed or self._is_sending or self._is_receiving:
             raise self._unusable()
         sock = self._wire.give_up()
-        return BlockingChannel(sock, self._sender, self._receiver, self.peer, patience_seconds)
+        return BlockingChannel(sock, self._session, self._sender, self._receiver, patience_seconds)
 
     async def aclose(self) -> None:
         """Tell the peer that nothing follows, then close the socket.

@@ -10,7 +10,7 @@ prompt is cut into chunks, and whatever the number of threads. Raises ValueError
 cannot be, misaligned packed weights, and kinds this CPU cannot run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol, Self
 
 import numpy.typing as npt
@@ -56,10 +56,13 @@ def wipe() -> None:
     No other thread may be computing. Not recorded.
     """
 
+def call(callable: Callable[[], object], /) -> None:
+    """Call it. Of what it returns nothing is kept; what it raises ends a program's run."""
+
 class Program:
     """Calls of this module, recorded once and then made by one call.
 
-    Within `with program:` this thread's calls (but those above) are recorded and not made. `run`
+    Within `with program:` this thread's calls (of those above `call` alone) are recorded and not made. `run`
     makes them with the same addresses and sizes; what lies at the addresses may have changed. The
     program keeps the arrays it was recorded with; for ints the caller has to.
     """
@@ -69,7 +72,7 @@ class Program:
     def run(self) -> None:
         """Make the calls, in their order, other Python threads running meanwhile.
 
-        Raises ValueError as the first call that does, which ends it.
+        Raises as the first call that does, which ends it: ValueError but for what `call` calls.
         """
 
     def connect(
@@ -112,7 +115,7 @@ class Program:
         The frame's segments must continue slots of those lengths, of one token each; all have to
         want `want` if that is not 0. The header goes on with the time spent here as one timing
         more. Returns nanoseconds of computing, -1 for any other frame, and if a call is refused.
-        Raises ValueError for forms of other steps.
+        Raises ValueError for forms of other steps, and what `call` calls.
         """
 
 def packed_bytes(kind: int, num_in: int, num_out: int, /) -> int:
@@ -294,6 +297,25 @@ def rms_norm_within(
     row_stride in elements.
     """
 
+def attend_rows(
+    queries: Address,
+    keys: Address,
+    values: Address,
+    head_stride: int,
+    num_heads: int,
+    num_queries: int,
+    num_rows: int,
+    width: int,
+    outputs: Address,
+    log_sums: Address,
+    /,
+) -> None:
+    """Attend to rows that lie one after the other; queries come scaled.
+
+    Shapes: queries and outputs [heads, queries, width]; keys and values [heads, rows, width], of
+    which a head's come `head_stride` elements behind another's; log_sums [heads, queries] float64.
+    """
+
 def slide(
     keys: Address,
     values: Address,
@@ -347,6 +369,22 @@ def clamped_mul(
 
 def scale(x: Address, count: int, factor: float, /) -> None:
     """Multiply elements by a factor, in place."""
+
+def turn_heads(
+    rows: Address,
+    row_stride: int,
+    num_rows: int,
+    num_heads: int,
+    num_groups: int,
+    width: int,
+    matrices: Address,
+    factor: float,
+    /,
+) -> None:
+    """Each head's part of rows, times `factor`, times that head's matrix, in place.
+
+    Shapes: rows [n, heads * groups * width], may come with strides; matrices [heads, width, width].
+    """
 
 def attend(
     qkv: Address,

@@ -173,8 +173,8 @@ class HeadShape:
 
 # A step's attention in layers whose heads have that shape.
 Attend = Callable[[HeadShape], Attention]
-# A shard's layers: inputs, the position of each row, a bound above all positions, what attends.
-Compute = Callable[[Array, Array, int, Attend], Array]
+# A shard's layers: whose rows, inputs, each one's position, a bound above all of these, what attends.
+Compute = Callable[[Batch, Array, Array, int, Attend], Array]
 # A model's end: its layers' result to each row's greedy token and its logits.
 Finish = Callable[[Array], tuple[Array, Array]]
 Rows = bytes | bytearray | memoryview
@@ -252,7 +252,7 @@ class Kernels(ABC):
             return self.attention(batch, shape, work.cache.capacity)
 
         positions = self.to_device(batch_positions(batch))
-        return work.compute(self.to_device(inputs), positions, end, attend)
+        return work.compute(batch, self.to_device(inputs), positions, end, attend)
 
     def decode_step(self, work: StepWork, batch: Batch) -> DecodeStep:
         """The steps of batches like this one, for kernels that have them."""
@@ -375,6 +375,19 @@ class Kernels(ABC):
     @abstractmethod
     def scale(self, rows: Array, factor: float) -> None:
         """Multiply contiguous rows in place."""
+
+    def turn(self, rows: Array, matrices: Array, num_groups: int = 1, factor: float = 1.0) -> None:
+        """Multiply each head's part of rows by `factor`, and by that head's matrix, in place.
+
+        Shapes: rows [n, heads * groups * width], may be a view; matrices [heads, width, width].
+        """
+        heads, width, _ = matrices.shape
+        parted = rows.reshape(len(rows), heads, num_groups, width) * factor
+        rows[...] = (parted @ matrices).reshape(rows.shape)
+
+    def call(self, callable_: Callable[[], None]) -> None:
+        """Call what is no kernel, within a step: kernels with a `decode_step` may record it."""
+        callable_()
 
     @abstractmethod
     def argmax(self, logits: Array) -> Array:

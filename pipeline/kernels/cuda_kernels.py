@@ -145,7 +145,7 @@ class CudaKernels(TorchKernels):
         step = recorder.steps.get((rows, context))
         if step is None:
             step = recorder.steps[rows, context] = StaticStep(
-                work.compute,
+                partial(work.compute, batch),
                 inputs,
                 rows=rows,
                 context=context,

@@ -4,7 +4,7 @@ Here a row's result depends on that row and its own cache alone, bit for bit: no
 come with it, nor on where a prompt is cut into steps, nor on the number of threads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -385,6 +385,18 @@ class NativeKernels(Kernels):
     def scale(self, rows: Floats, factor: float) -> None:
         """Multiply rows in place."""
         _native.scale(rows, rows.size, factor)
+
+    def turn(
+        self, rows: Floats, matrices: Floats, num_groups: int = 1, factor: float = 1.0
+    ) -> None:
+        """Each head's part of rows by that head's matrix, in place."""
+        heads, width, _ = matrices.shape
+        stride = _strides(rows)[0]
+        _native.turn_heads(rows, stride, len(rows), heads, num_groups, width, matrices, factor)
+
+    def call(self, callable_: Callable[[], None]) -> None:
+        """Call it, or record that it is to be called."""
+        _native.call(callable_)
 
     def argmax(self, logits: Floats) -> HostArray:
         """Index of the first greatest of each row."""

@@ -11,7 +11,9 @@ The recorded calls are those that any other step makes, so a row's bits are the 
 """
 
 from array import array
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +22,7 @@ from pipeline.kernels import _native
 from pipeline.kernels.base import FramePlace, HeadShape, Rows, Serve, StepWork
 from pipeline.kernels.huge_pages import aligned
 from pipeline.kernels.kv_cache import KVCache
-from pipeline.protocol.batch import Batch
+from pipeline.protocol.batch import Batch, Segment
 
 # A span is the rows of one slot: (slot, first row, number of rows, first position).
 SPAN = 4
@@ -68,6 +70,22 @@ class NativeAttention:
         return out
 
 
+class _Placed(Sequence[Segment]):
+    """The batch of whichever step is made: what is recorded lasts longer than one."""
+
+    def __init__(self, spans: HostArray) -> None:
+        self._spans = spans
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - as the base class's, in one
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        slot, _, count, position = self._spans[index].tolist()
+        return Segment(slot, position, count)
+
+
 class NativeStep:
     """A step of so many requests over one cache; its program keeps the memory it works on."""
 
@@ -84,7 +102,9 @@ class NativeStep:
                 _native.widen(rows, inputs, count)
             else:
                 rows = inputs = aligned(np.empty, (count, work.width), FLOAT32)
-            outputs = work.compute(inputs, spans[:, POSITION], cache.ledger.max_rows, attend)
+            outputs = work.compute(
+                _Placed(spans), inputs, spans[:, POSITION], cache.ledger.max_rows, attend
+            )
             if work.finish is not None:
                 chosen, self.logits = work.finish(outputs)
                 outputs = np.empty(count, np.uint32)

@@ -1,7 +1,7 @@
 """What encoded keys and values cost, in predictions and in time, in one process."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -34,8 +34,15 @@ class Near:
         self._worker = AttentionWorker(AttentionMemory(None))
         self.num_asked = self.num_bytes = 0
 
-    def ask(self, header: bytes, tensors: tuple[Tensor, ...] = ()) -> Message:
+    def ask(
+        self,
+        header: bytes,
+        tensors: tuple[Tensor, ...] = (),
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Message:
         """Ask at once."""
+        if meanwhile is not None:
+            meanwhile()
         answered, back = self._worker.answer(header, tensors)
         self.num_asked += 1
         self.num_bytes += len(header) + len(answered)

@@ -43,6 +43,8 @@ class LayerParts:
 
     # Whether all of a step is the kernels' own, so that they may record it and make it in one call.
     are_recordable: ClassVar[bool] = True
+    # Whether what is not theirs goes through `Kernels.call`, which some of them record as well.
+    are_calls: ClassVar[bool] = False
     # Whether a row depends on itself and its own cache alone, bit for bit, where it does for the
     # kernels' own.
     are_row_exact: ClassVar[bool] = True
@@ -65,8 +67,8 @@ class LayerParts:
     def attention(self, layer: int, batch: Batch, own: Attention) -> Attention:
         """What attends in a layer of the model, for a step with the rows of `batch`.
 
-        `own` is the kernels', which appends to the cache as well. Of steps that are recorded nobody
-        asks: see `are_recordable`.
+        `own` is the kernels', which appends to the cache as well. Of a step that is recorded this
+        is asked once: `batch` then is of whichever step is made.
         """
         del layer, batch
         return own

@@ -201,6 +201,11 @@ class OwnShard:
         is_sound = ~np.isnan(logits).any(axis=1) & np.isfinite(logits.max(axis=1))
         return np.where(is_sound, greatest, -1), logits
 
+    def decodes(self, count: int) -> bool:
+        """Of kernels that can record all of a step."""
+        del count
+        return False
+
     def decode(self, rows: Rows, batch: Batch, cache: KVCache) -> tuple[bytearray, Floats | None]:
         """Of kernels that can record all of a step."""
         raise NotImplementedError("has_decode_steps is false")

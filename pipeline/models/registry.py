@@ -46,7 +46,10 @@ class ModelShard(Protocol):
 
     @property
     def has_decode_steps(self) -> bool:
-        """Whether `decode` may be called."""
+        """Whether kernels can record all of a step."""
+
+    def decodes(self, count: int) -> bool:
+        """Whether `decode` may be called for so many segments."""
 
     @property
     def is_row_exact(self) -> bool:

@@ -160,7 +160,13 @@ class Shard(ABC):
 
     @property
     def _is_recordable(self) -> bool:
-        return self.has_fixed_steps and self.parts.are_recordable
+        parts = self.parts
+        is_fixed = parts.are_recordable or (parts.are_calls and self.kernels.has_decode_steps)
+        return self.has_fixed_steps and is_fixed
+
+    def decodes(self, count: int) -> bool:
+        """Whether `decode` may be called for so many segments."""
+        return self.has_decode_steps and (count == 1 or self.parts.overlap is None)
 
     @property
     def is_row_exact(self) -> bool:
@@ -288,7 +294,7 @@ class Shard(ABC):
     def _forward(self, inputs: HostArray, part: Batch, cache: KVCache) -> Array:
         """A step, or a part of one, for which each slot drops rows before it or not at all."""
         placed = cache.place(part)
-        compute = partial(self._compute, cache.keys, cache.values, placed, cache.ledger.max_rows)
+        compute = partial(self._compute, cache.keys, cache.values, cache.ledger.max_rows)
         work = StepWork(compute, cache, is_recordable=self._is_recordable)
         hidden = self.kernels.run(work, inputs, placed)
         cache.advance(part)
@@ -297,7 +303,7 @@ class Shard(ABC):
     def decode(self, rows: Rows, batch: Batch, cache: KVCache) -> tuple[bytearray, Floats | None]:
         """Run a step of one token for each segment from the wire to the wire.
 
-        Only where `has_decode_steps`. Shapes: rows U32 [n] token ids on the first stage,
+        Only where it `decodes` so many. Shapes: rows U32 [n] token ids on the first stage,
         else F32 [n, hidden]; returns such rows, and from the last stage U32 [n] greedy tokens, with
         logits that the next step overwrites. Raises MessageError when the batch does not fit the
         cache, ValueError when the rows do not fit the batch or an id the vocabulary.
@@ -313,7 +319,7 @@ class Shard(ABC):
 
     def _decode_step(self, batch: Batch, cache: KVCache) -> DecodeStep:
         # not the cache itself: what is kept there would keep it
-        compute = partial(self._compute, cache.keys, cache.values, batch, cache.ledger.max_rows)
+        compute = partial(self._compute, cache.keys, cache.values, cache.ledger.max_rows)
         finish = self.results if self.is_last else None
         width = None if self.is_first else self.config.hidden_dim
         return self.kernels.decode_step(StepWork(compute, cache, finish, width), batch)
@@ -322,8 +328,8 @@ class Shard(ABC):
         self,
         keys: Sequence[Array],
         values: Sequence[Array],
-        batch: Batch,
         num_positions: int,
+        batch: Batch,
         inputs: Array,
         positions: Array,
         end: int,

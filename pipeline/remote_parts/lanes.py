@@ -7,7 +7,7 @@ waits for an answer, and there only.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock
 from typing import TypeVar
 
@@ -36,12 +36,13 @@ class Lanes:
                 raise failure
         return [first, *(each.result() for each in others)]
 
-    @contextmanager
-    def away(self) -> Iterator[None]:
+    def away(self) -> AbstractContextManager[None]:
         """Let others compute meanwhile; for whoever waits in the midst of a work."""
-        if not self._baton.locked():  # a lone step has nobody to hand over to
-            yield
-            return
+        # a lone step has nobody to hand over to
+        return self._handed_over() if self._baton.locked() else nullcontext()
+
+    @contextmanager
+    def _handed_over(self) -> Iterator[None]:
         self._baton.release()
         try:
             yield

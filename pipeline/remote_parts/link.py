@@ -1,5 +1,6 @@
 """The asking side: one question and its answer at a time, or two of lanes that take turns."""
 
+from collections.abc import Callable
 from threading import Condition
 
 from pipeline.errors import PartLost, PartRefused
@@ -36,14 +37,21 @@ class PartLink:
         """Bytes sent and received so far, as they are on the wire."""
         return self._channel.bytes_sent, self._channel.bytes_received
 
-    def ask(self, header: bytes, tensors: tuple[Tensor, ...] = ()) -> Message:
-        """Ask, and wait for the answer, which is the caller's own.
+    def ask(
+        self,
+        header: bytes,
+        tensors: tuple[Tensor, ...] = (),
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Message:
+        """Ask, and wait for the answer, which is the caller's own; `meanwhile` is called meanwhile.
 
         Raises PartLost where there is none, PartRefused for one that says no.
         """
         turn, self._num_asked = self._num_asked, self._num_asked + 1
         try:
             self._channel.send(Frame(FrameKind.DATA, header, tensors))
+            if meanwhile is not None:
+                meanwhile()
             with self._lanes.away():
                 frame = self._receive(turn)
         except TransportError as error:

@@ -35,7 +35,12 @@ def part_link(manifest: Manifest) -> Link:
 class Asked(Protocol):
     """Whoever answers: a `PartLink`, or a worker in this process."""
 
-    def ask(self, header: bytes, tensors: tuple[Tensor, ...] = ()) -> Message:
+    def ask(
+        self,
+        header: bytes,
+        tensors: tuple[Tensor, ...] = (),
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Message:
         """See `PartLink.ask`."""
         ...
 

@@ -88,8 +88,12 @@ class PartServer:
         reason = "closed"
         try:
             channel.wait_in_place(PATIENCE_MS)
-            async for frame in channel:
+            while True:
+                await channel.peek()  # one compiled call, where all of a question has come
+                frame = await channel.receive()
                 await channel.send(answer_frame(*handler.answer(frame.header, frame.tensors)))
+        except trio.EndOfChannel:
+            pass  # who asked has no more questions
         except PartRefusal as error:
             reason = str(error)
             await self._refuse(channel, reason)

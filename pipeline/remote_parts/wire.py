@@ -49,9 +49,11 @@ def read_answer_untrusted(frame: Frame) -> Message:
 
 def to_tensor(array: HostArray) -> Tensor:
     """An array of one of the kinds above, as it travels; contiguous ones are not copied."""
-    dtype = array.dtype.newbyteorder("<")
-    plain = np.ascontiguousarray(array, dtype)
-    spec = TensorSpec(_WIRE_DTYPES[dtype], plain.shape)
+    name = _WIRE_DTYPES.get(array.dtype)
+    if name is None:
+        name = _WIRE_DTYPES[array.dtype.newbyteorder("<")]
+    plain = np.ascontiguousarray(array, _ARRAY_DTYPES[name])
+    spec = TensorSpec(name, plain.shape)
     return Tensor(spec, memoryview(plain.reshape(-1).view(np.uint8).data))
 
 

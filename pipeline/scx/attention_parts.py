@@ -10,6 +10,7 @@ with other keys, from their tokens.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.random import default_rng
@@ -60,6 +61,7 @@ class AttentionParts(RemoteParts):
     Raises InputError for a model whose layers do not look back to the start, or have sinks.
     """
 
+    are_calls = True
     are_row_exact = False
     are_cached_here = False
 
@@ -141,7 +143,7 @@ class AttentionParts(RemoteParts):
                 each: HeldRows(self._codec(keys, each), self._answers) for each in self._layers
             }
         held = self._held[slot][layer]
-        if not is_new and held.num_segments > _MAX_SEGMENTS:
+        if self._encoding.is_one_time and not is_new and held.num_segments > _MAX_SEGMENTS:
             codec = self._codec(self._new_keys(), layer)
             try:
                 held = self._held[slot][layer] = held.renew(codec, self._fetched(slot, layer))
@@ -188,10 +190,7 @@ class AttentionParts(RemoteParts):
     def ask(
         self, layer: int, spans: list[Span], rows: list[EncodedRows], queries: list[HostArray]
     ) -> tuple[HostArray, HostArray]:
-        """One question of a layer: [KV heads, all queries, width], and their log-sums.
-
-        Raises AnswerRefused for an answer to something else, PartLost, PartRefused.
-        """
+        """One question of a layer: [KV heads, all queries, width], and their log-sums. See `say`."""
         nothing = np.empty((self.heads.num_kv_heads, 0, rows[0].keys.shape[2]), FLOAT32)
         # [KV heads, queries, segments, width] each
         flat = [each.reshape(len(each), -1, each.shape[-1]) for each in queries]
@@ -200,23 +199,32 @@ class AttentionParts(RemoteParts):
             np.concatenate(each, 1) if len(each) > 1 else each[0]
             for each in ([part.keys for part in rows], [part.values for part in rows])
         )
-        tensors = tuple(to_tensor(each) for each in (keys, values, asked))
-        _, answered = self.link.ask(attend_bytes(layer, spans), tensors)
+        return self.say(layer, spans, (keys, values, asked))
+
+    def say(
+        self,
+        layer: int,
+        spans: list[Span],
+        rows: tuple[HostArray, HostArray, HostArray],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> tuple[HostArray, HostArray]:
+        """New keys, new values and queries -> outputs of the queries, and their log-sums.
+
+        Raises AnswerRefused for an answer to something else, PartLost, PartRefused.
+        """
+        asked = rows[2]
+        tensors = tuple(to_tensor(each) for each in rows)
+        _, answered = self.link.ask(attend_bytes(layer, spans), tensors, meanwhile)
         arrays = _arrays(answered)
         if [each.shape for each in arrays] != [asked.shape, asked.shape[:2]]:
             raise AnswerRefused("an answer about encoded rows has another shape")
         return arrays[0], arrays[1]
 
-    def to_host(self, array: Array) -> HostArray:
-        """Rows where they can be encoded."""
+    @property
+    def kernels(self) -> Kernels:
+        """What layers are computed with."""
         assert self._kernels is not None, "layers are made before they compute"
-        (rows,) = self._kernels.to_host(array)
-        return rows
-
-    def to_device(self, array: HostArray) -> Array:
-        """Rows where the next layer computes."""
-        assert self._kernels is not None, "layers are made before they compute"
-        return self._kernels.to_device(array)
+        return self._kernels
 
     def _new_keys(self) -> KeyGenerator:
         return KeyGenerator(
@@ -246,8 +254,18 @@ class _Asking:
         """Send what is new, and attend to that and to what was held before."""
         assert sinks is None, "models with these are refused"
         del keys, values
+        self._parts.kernels.call(partial(self._attend, qkv, out))
+        return out
+
+    def _attend(self, qkv: Array, out: Array) -> None:
         parts, heads = self._parts, self._parts.heads
-        rows = parts.to_host(qkv)
+        slot, position, _ = self._batch[0]
+        if position and len(qkv) == 1 and isinstance(qkv, np.ndarray):
+            held = parts.held(slot, self._layer, is_new=False)
+            if held.codec.turns is not None:
+                self._attend_row(slot, held, qkv, out)
+                return
+        (rows,) = parts.kernels.to_host(qkv)
         width, num_groups = heads.head_dim, heads.num_heads // heads.num_kv_heads
         split = rows.reshape(len(rows), -1, width).transpose(1, 0, 2)  # [heads, rows, head_dim]
         texts = [
@@ -268,8 +286,34 @@ class _Asking:
         parted = [each.reshape(shape) for each in outputs]
         mixed = parted[0] if len(parted) == 1 else np.concatenate(parted, 1)
         mixed = mixed.transpose(1, 0, 2, 3).reshape(len(rows), -1)
-        out[...] = parts.to_device(np.ascontiguousarray(mixed, FLOAT32))
-        return out
+        out[...] = parts.kernels.to_device(np.ascontiguousarray(mixed, FLOAT32))
+
+    def _attend_row(self, slot: int, held: HeldRows, qkv: HostArray, out: HostArray) -> None:
+        """The same for a row behind others, which products alone encode: that is mostly so."""
+        heads, turn = self._parts.heads, self._parts.kernels.turn
+        width, kv_heads = heads.head_dim, heads.num_kv_heads
+        num_groups = heads.num_heads // kv_heads
+        keys_from, values_from = heads.num_heads * width, (heads.num_heads + kv_heads) * width
+        assert held.codec.turns is not None, "asked before"
+        by_keys, by_values, back = held.codec.turns
+        turn(qkv[:, :keys_from], by_keys, num_groups, width**-0.5)
+        turn(qkv[:, keys_from:values_from], by_keys)
+        turn(qkv[:, values_from:], by_values)
+        queries, keys, values = (
+            each.reshape(kv_heads, -1, width)
+            for each in (
+                qkv[0, :keys_from], qkv[0, keys_from:values_from], qkv[0, values_from:],
+            )
+        )  # fmt: skip
+        rows = EncodedRows(keys, values)
+        num_held = held.receipt.num_rows
+        span = Span(slot, num_held, 1, num_groups, (num_held + 1,))
+        outputs, log_sums = self._parts.say(
+            self._layer, [span], (keys, values, queries), partial(held.add, rows)
+        )
+        held.check(Answer(outputs[:, :, None], log_sums[:, :, None]))
+        out[0] = outputs.reshape(-1)
+        turn(out, back, num_groups)
 
 
 class _Text:

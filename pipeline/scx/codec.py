@@ -13,7 +13,6 @@ sum of exponentials and b that of the decoys, o = (o_all - e^(b-a) o_decoys) / (
 
 import hashlib
 import hmac
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -133,6 +132,17 @@ class LayerCodec:
         real = np.s_[:, self.num_decoys :, : self._keys.head_dim]
         return keys[real], values[real]
 
+    @cached_property
+    def turns(self) -> tuple[HostArray, HostArray, HostArray] | None:
+        """R, S and its transpose, where these are all that a lone row takes; else None."""
+        keys = self._keys
+        is_more = self.num_decoys or keys.noise_dim or keys.one_time or not keys.dense
+        if is_more or self._dtype != FLOAT32:
+            return None
+        first = self._first_matrices
+        back = np.ascontiguousarray(first["values"].mT)
+        return first["keys"], first["values"], back
+
     # What home keeps
 
     def seal(self, rows: EncodedRows, num_padding: int = 0) -> Receipt:
@@ -145,12 +155,9 @@ class LayerCodec:
     def extend(self, receipt: Receipt, more: EncodedRows) -> Receipt:
         """The receipt of a cache that has been followed by what `append` returned."""
         before, count = receipt.num_rows, more.num_rows
-        return replace(
-            receipt,
-            num_rows=before + count,
-            digest=self._link(receipt.digest, more),
-            chunks=(*receipt.chunks, (before, count)) if count > 1 else receipt.chunks,
-        )
+        digest = self._link(receipt.digest, more)
+        chunks = (*receipt.chunks, (before, count)) if count > 1 else receipt.chunks
+        return Receipt(receipt.num_first, before + count, digest, receipt.num_padding, chunks)
 
     def check(self, rows: EncodedRows, receipt: Receipt) -> None:
         """Raise CacheRefused unless these are the rows that the receipt is of."""

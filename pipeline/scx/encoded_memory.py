@@ -30,7 +30,6 @@ _NO_KEYS = "the orchestrator hands over no keys to encode with"
 class EncodedMemory(LayerParts):
     """The kernels' own attention, over rows that are encoded before they are cached."""
 
-    are_recordable = False
     are_row_exact = False
 
     def __init__(self, config: ModelConfig) -> None:
@@ -86,14 +85,13 @@ class EncodedMemory(LayerParts):
         return found
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """KV heads, heads that share one, width of each."""
-        config = self._config
-        return config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim
+    def kernels(self) -> Kernels:
+        """What layers are computed with."""
+        assert self._kernels is not None, "layers are made before they compute"
+        return self._kernels
 
     def _to_device(self, matrices: HostArray) -> Array:
-        assert self._kernels is not None, "layers are made before they compute"
-        return self._kernels.to_device(np.ascontiguousarray(matrices, FLOAT32))
+        return self.kernels.to_device(np.ascontiguousarray(matrices, FLOAT32))
 
 
 class EncodedRowByRow(AttentionParts):
@@ -125,8 +123,15 @@ class _Here:
     def __init__(self, worker: AttentionWorker) -> None:
         self._worker = worker
 
-    def ask(self, header: bytes, tensors: tuple[Tensor, ...] = ()) -> Message:
+    def ask(
+        self,
+        header: bytes,
+        tensors: tuple[Tensor, ...] = (),
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Message:
         """Raises PartRefused."""
+        if meanwhile is not None:
+            meanwhile()
         try:
             return self._worker.answer(header, tensors)
         except PartRefusal as error:
@@ -146,18 +151,13 @@ class _Encoded:
     ) -> Array:
         """As the kernels', with K' = K R, q' = q R and V' = V S: out = (out' of these) S^-1."""
         by_keys, by_values, back = self._parts.matrices(self._layer)
-        heads, groups, width = self._parts.shape
-        split = heads * groups * width, (heads * groups + heads) * width
-        _turn(qkv[:, : split[0]], by_keys, groups)
-        _turn(qkv[:, split[0] : split[1]], by_keys, 1)
-        _turn(qkv[:, split[1] :], by_values, 1)
+        turn = self._parts.kernels.turn
+        heads, width, _ = by_keys.shape
+        keys_from, values_from = out.shape[1], out.shape[1] + heads * width
+        groups = keys_from // (heads * width)
+        turn(qkv[:, :keys_from], by_keys, groups)
+        turn(qkv[:, keys_from:values_from], by_keys)
+        turn(qkv[:, values_from:], by_values)
         found = self._own(qkv, keys, values, out, sinks)
-        _turn(found, back, groups)
+        turn(found, back, groups)
         return found
-
-
-def _turn(rows: Array, matrices: Array, groups: int) -> None:
-    """Each head's part of [rows, heads * groups * width] by that head's matrix, in place."""
-    heads, width, _ = matrices.shape
-    parted = rows.reshape(len(rows), heads, groups, width)
-    rows[...] = (parted @ matrices).reshape(rows.shape)

@@ -93,14 +93,20 @@ class HeldRows:
     def _encoded(self, keys: HostArray, values: HostArray) -> EncodedRows:
         if not self.receipts:
             rows = self.codec.encode(keys, values)
-            self.receipts.append(self.codec.seal(rows))
         else:
             rows = self.codec.append(keys, values, self.receipt)
+        self.add(rows)
+        return rows
+
+    def add(self, rows: EncodedRows) -> None:
+        """Know of encoded rows behind those that are held."""
+        if not self.receipts:
+            self.receipts.append(self.codec.seal(rows))
+        else:
             self.receipts.append(self.codec.extend(self.receipt, rows))
             del self.receipts[:-_TAKEN_BACK]
         norms = np.einsum("hrw,hrw->hr", rows.values, rows.values)
         self.longest = max(self.longest, math.sqrt(float(norms.max())))
-        return rows
 
     def take_back(self, num_rows: int) -> bool:
         """Know of the first rows only; false where those have come in one step with others."""
@@ -121,6 +127,8 @@ class HeldRows:
                 "an answer about encoded rows is longer than any of them: "
                 "the attention worker does not compute attention"
             )
+        if not np.isfinite(answer.log_sums).all():
+            raise AnswerRefused("an answer about encoded rows has sums that are not finite")
         self.answers.note(answer)
 
 

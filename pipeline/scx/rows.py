@@ -7,6 +7,7 @@ import numpy as np
 
 from pipeline.dtypes import HostArray
 from pipeline.scx.errors import ScxError
+from pipeline.scx.products import attend_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +93,7 @@ def attend(asked: HostArray, rows: EncodedRows, segments: Sequence[tuple[int, in
     outputs = np.empty_like(asked)
     log_sums = np.empty(asked.shape[:3])
     for at, (start, stop) in enumerate(segments):
-        scores = asked[:, :, at] @ rows.keys[:, start:stop].mT
-        top = scores.max(-1, keepdims=True)
-        weights = np.exp(scores - top)
-        sums = weights.sum(-1, keepdims=True)
-        outputs[:, :, at] = weights @ rows.values[:, start:stop] / sums
-        log_sums[:, :, at] = (top.astype(np.float64) + np.log(sums.astype(np.float64)))[..., 0]
+        queries = np.ascontiguousarray(asked[:, :, at])
+        seen = rows.keys[:, start:stop], rows.values[:, start:stop]
+        outputs[:, :, at], log_sums[:, :, at] = attend_to(queries, *seen)
     return Answer(outputs, log_sums)

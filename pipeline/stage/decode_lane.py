@@ -48,7 +48,8 @@ class Lane:
         count = len(header.segments)
         is_decoding = header.kind is StepKind.STEP and header.num_tokens == count
         is_full = len(self._known) == MAX_RECORDINGS
-        if count in self._known or is_full or not (is_decoding and self._core.decodes_in_place):
+        can_serve = is_decoding and self._core.decodes_in_place and self._core.shard.decodes(count)
+        if count in self._known or is_full or not can_serve:
             return
         self._known.add(count)
         try:

@@ -215,7 +215,7 @@ class StageCore:
     def _is_decoding(self, header: StepHeader) -> bool:
         """Whether it is a step for `decode`, which has no rows to return from before the head."""
         return (
-            self.shard.has_decode_steps
+            self.shard.decodes(len(header.segments))
             and header.kind is StepKind.STEP
             and header.num_tokens == len(header.segments)
             and not (self.shard.is_last and Want.HIDDEN in header.wants)

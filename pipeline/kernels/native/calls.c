@@ -267,6 +267,25 @@ static refusal_t run_scale(const int64_t *a) {
 }
 const call_t call_scale = {"pnf", run_scale, NULL};
 
+static refusal_t run_turn_heads(const int64_t *a) {
+    if (a[5] < BLOCK || a[5] % BLOCK || a[5] > MAX_HEAD_DIM) {
+        REFUSE("width is a multiple of 16 up to 512", a[5]);
+    }
+    if (a[3] < 1 || a[3] > LARGEST) REFUSE("heads", a[3]);
+    if (a[4] < 1 || a[4] > a[1] / a[5] / a[3]) REFUSE("heads exceed a row", a[4]);
+    if (a[2] == 0) return DONE;
+    turn_t job = {at(a[0]), (size_t)a[1], (size_t)a[2], (size_t)a[3], (size_t)a[4], (size_t)a[5],
+                  at(a[6]), float_of(a[7])};
+    turn_heads(&job);
+    return DONE;
+}
+
+static int64_t turn_heads_work(const int64_t *a) {
+    int64_t one = product_work(a[5], a[3], a[4]);
+    return one > INT64_MAX / LARGEST ? INT64_MAX : product_work(a[2], one, a[5]);
+}
+const call_t call_turn_heads = {"snnnnnpf", run_turn_heads, turn_heads_work};
+
 /* Shapes and spans that can be. */
 static refusal_t check_attention(const int64_t *a, const span_t *spans) {
     int64_t heads = a[7], kv_heads = a[8], head_dim = a[9], max_seq = a[10];
@@ -319,6 +338,23 @@ static int64_t attend_work(const int64_t *a) {
     return work;
 }
 const call_t call_attend = {"pnppppnnnnnnnp", run_attend, attend_work};
+
+static refusal_t run_attend_rows(const int64_t *a) {
+    if (a[7] < BLOCK || a[7] % BLOCK || a[7] > MAX_HEAD_DIM) {
+        REFUSE("width is a multiple of 16 up to 512", a[7]);
+    }
+    if (a[6] < 1 || a[6] > LARGEST) REFUSE("rows", a[6]);
+    if (a[3] < a[6] * a[7]) REFUSE("rows exceed a head", a[6]);
+    held_rows_t held = {at(a[0]), at(a[1]), at(a[2]), (size_t)a[3], (size_t)a[4], (size_t)a[5],
+                        (size_t)a[6], (size_t)a[7], at(a[8]), at(a[9])};
+    attend_rows(&held);
+    return DONE;
+}
+
+static int64_t attend_rows_work(const int64_t *a) {
+    return product_work(a[4], a[5], a[6] < LARGEST && a[7] < LARGEST ? a[6] * a[7] : INT64_MAX);
+}
+const call_t call_attend_rows = {"pssnnnnnpp", run_attend_rows, attend_rows_work};
 
 static refusal_t run_slide(const int64_t *a) {
     int64_t max_seq = a[5], kept = a[6], dropped = a[7], held = a[8];

@@ -26,7 +26,8 @@ typedef struct {
 #define CALLS(X)                                                                                  \
     X(pack) X(pack_int8) X(quantise) X(convert) X(unpack) X(gather) X(lookup) X(copy) X(linear)    \
     X(layer_norm) X(rms_norm) X(add_rms_norm) X(rms_norm_within) X(rope) X(silu_mul) X(gelu_mul)  \
-    X(clamped_mul) X(scale) X(experts) X(attend) X(slide) X(argmax) X(widen) X(narrow) X(ring_product)
+    X(clamped_mul) X(scale) X(turn_heads) X(experts) X(attend) X(attend_rows) X(slide) X(argmax)    \
+    X(widen) X(narrow) X(ring_product)
 #define DECLARE(NAME) extern const call_t call_##NAME;
 CALLS(DECLARE)
 
@@ -38,6 +39,8 @@ refusal_t check_weight(int64_t kind, int64_t packed, int64_t num_in, int64_t num
 PyObject *refuse(refusal_t refusal); /* raises ValueError */
 /* Makes the call, or adds it to the program that this thread records. */
 PyObject *make_call(const call_t *call, PyObject *const *args, Py_ssize_t given);
+/* The same for a callable without arguments. */
+PyObject *make_python_call(PyObject *callable);
 extern PyTypeObject program_type;
 
 #endif

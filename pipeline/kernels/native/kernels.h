@@ -168,6 +168,27 @@ typedef struct {
 
 void slide(const slide_t *job); /* the rest moves down */
 
+/* attend_rows.c */
+typedef struct {
+    const float *queries, *keys, *values; /* [num_heads][num_queries][width]; of a head num_rows */
+    size_t head_stride;                   /* of keys and of values, elements */
+    size_t num_heads, num_queries, num_rows, width;
+    float *outputs; /* as queries */
+    double *log_sums;
+} held_rows_t;
+
+void attend_rows(const held_rows_t *held);
+
+/* turn.c: of each row [num_heads][num_groups][width], times `factor`, times the head's matrix */
+typedef struct {
+    float *rows;
+    size_t row_stride, num_rows, num_heads, num_groups, width;
+    const float *matrices; /* [num_heads][width][width] */
+    float factor;
+} turn_t;
+
+void turn_heads(const turn_t *turn);
+
 /* pointwise.c */
 void layer_norm(const float *x, const float *weight, const float *bias, float *y, size_t rows,
                 size_t size, float eps);

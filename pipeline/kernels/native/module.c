@@ -71,10 +71,16 @@ static PyObject *py_features(PyObject *self, PyObject *none) {
     }
 CALLS(FUNCTION)
 
+static PyObject *py_call(PyObject *self, PyObject *callable) {
+    (void)self;
+    return make_python_call(callable);
+}
+
 #define FAST(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL},
 static PyMethodDef methods[] = {
     {"features", py_features, METH_NOARGS, NULL},
     {"wipe", py_wipe, METH_NOARGS, NULL},
+    {"call", py_call, METH_O, NULL},
     FAST(set_num_threads)
     FAST(packed_bytes)
     CALLS(FAST) {NULL, NULL, 0, NULL},

@@ -2,7 +2,7 @@
  *
  * A program is the arguments of its calls, as they were when it was recorded. Between two runs only
  * the memory behind its addresses changes, so every run checks again what is read from there. It
- * keeps the arrays it was given. A decode step is one that is connected: its rows come in as bytes,
+ * keeps the arrays it was given. Among its calls may be some of Python's. A decode step is one that is connected: its rows come in as bytes,
  * go to the slots of a batch, and leave as bytes.
  */
 #include "program.h"
@@ -15,7 +15,10 @@
 
 static _Thread_local program_t *recording;
 
+#define RAISED ((refusal_t){"an exception", 0})
+
 PyObject *refuse(refusal_t refusal) {
+    if (PyErr_Occurred()) return NULL; /* whoever was called has said why */
     return PyErr_Format(PyExc_ValueError, "%s: %lld", refusal.what, (long long)refusal.value);
 }
 
@@ -71,16 +74,24 @@ static int keep(program_t *program, const char *signature, PyObject *const *args
     return 1;
 }
 
-static PyObject *record(program_t *program, const entry_t *entry, PyObject *const *args) {
+/* Returns 0 with an exception. */
+static int append(program_t *program, const entry_t *entry) {
     if (program->num_entries == program->room) {
         size_t room = program->room ? 2 * program->room : 64;
         entry_t *entries = PyMem_Realloc(program->entries, room * sizeof *entries);
-        if (!entries) return PyErr_NoMemory();
+        if (!entries) {
+            PyErr_NoMemory();
+            return 0;
+        }
         program->entries = entries;
         program->room = room;
     }
-    if (!keep(program, entry->call->signature, args)) return NULL;
     program->entries[program->num_entries++] = *entry;
+    return 1;
+}
+
+static PyObject *record(program_t *program, const entry_t *entry, PyObject *const *args) {
+    if (!keep(program, entry->call->signature, args) || !append(program, entry)) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -94,6 +105,22 @@ PyObject *make_call(const call_t *call, PyObject *const *args, Py_ssize_t given)
     if (released) PyEval_RestoreThread(released);
     if (refusal.what) return refuse(refusal);
     Py_RETURN_NONE;
+}
+
+PyObject *make_python_call(PyObject *callable) {
+    if (!recording) return PyObject_CallNoArgs(callable);
+    entry_t entry = {.args = {(int64_t)(uintptr_t)callable}};
+    if (PyList_Append(recording->kept, callable) || !append(recording, &entry)) return NULL;
+    Py_RETURN_NONE;
+}
+
+static refusal_t run_entry(const entry_t *entry) {
+    if (entry->call) return entry->call->run(entry->args);
+    PyGILState_STATE state = PyGILState_Ensure();
+    PyObject *result = PyObject_CallNoArgs((PyObject *)(uintptr_t)entry->args[0]);
+    Py_XDECREF(result);
+    PyGILState_Release(state);
+    return result ? (refusal_t){NULL, 0} : RAISED;
 }
 
 static PyObject *program_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
@@ -133,7 +160,7 @@ refusal_t make_calls(const program_t *program) {
     refusal_t refusal = {NULL, 0};
     Py_BEGIN_ALLOW_THREADS
     for (size_t i = 0; i < program->num_entries && !refusal.what; i++) {
-        refusal = program->entries[i].call->run(program->entries[i].args);
+        refusal = run_entry(program->entries + i);
     }
     Py_END_ALLOW_THREADS
     return refusal;

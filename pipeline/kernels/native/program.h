@@ -7,7 +7,7 @@
 #if defined(VEILPIPE_X86)
 
 typedef struct {
-    const call_t *call;
+    const call_t *call; /* NULL for the callable at args[0], which is kept */
     int64_t args[MAX_ARGS];
 } entry_t;
 
@@ -24,7 +24,8 @@ typedef struct {
 
 /* program.c */
 int may_run(void); /* returns 0 with an exception where calls are recorded now */
-refusal_t make_calls(const program_t *program); /* all, other Python threads running meanwhile */
+refusal_t make_calls(const program_t *program); /* all, other Python threads running meanwhile; a
+                                                 * callable may leave an exception and its refusal */
 
 /* frame_step.c */
 PyObject *program_serve(PyObject *self, PyObject *const *args, Py_ssize_t given);
