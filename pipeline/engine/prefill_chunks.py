@@ -5,22 +5,27 @@ from operator import attrgetter
 
 from pipeline.engine.request import RequestState
 
-# A chunk smaller than this takes nearly as long: a stage reads all its weights for each.
+# A chunk smaller than this takes nearly as long, if nothing better is known: a stage reads all its
+# weights for each.
 MIN_CHUNK_TOKENS = 64
+# While the first chunk is in the first stage all others wait, and so does the first for the last
+# one: each such wait is a small part of the whole.
+PARTS = 8
 
 
 def cut_prompts(
-    left: Sequence[RequestState], num_idle: int, chunk_tokens: int
+    left: Sequence[RequestState], num_steps: int, least: int, most: int
 ) -> list[tuple[RequestState, int]]:
-    """Chunks of prompts, `chunk_tokens` at most: `num_idle` stages' share of all that is left.
+    """Chunks of prompts for one of `num_steps` under way at once: of `least` to `most` tokens.
 
     The shortest go first, for they are soon done; but half is for the oldest, which would else
     wait for as long as shorter ones keep coming.
     """
     if not left:
         return []
-    share = -(-sum(state.num_prompt_left for state in left) // num_idle)
-    budget = min(max(share, MIN_CHUNK_TOKENS), chunk_tokens)
+    num_left = sum(state.num_prompt_left for state in left)
+    share = -(-num_left // max(1, PARTS * (num_steps - 1)))
+    budget = min(max(share, least), most)
     oldest = left[0]
     chunks = {oldest.slot: min(oldest.num_prompt_left, -(-budget // 2))}
     budget -= chunks[oldest.slot]

@@ -201,7 +201,8 @@ class Scheduler:
             self._in_flight.append(step)
             self._next_step += 1
             if step.header.kind is StepKind.STEP:
-                self._pace.sent(step.header.step, step.num_read, self._clock())
+                tokens = step.header.num_tokens
+                self._pace.sent(step.header.step, tokens, step.num_read, self._clock())
         return step
 
     def follow_up(self) -> FollowUp | None:
@@ -329,22 +330,22 @@ class Scheduler:
 
     def _next_parts(self, num_under_way: int) -> list[tuple[RequestState, int]]:
         """Who takes part in the next step, with at most how many tokens."""
-        num_idle = self.limits.num_stages - num_under_way
+        num_steps = self.limits.num_stages
         suspect = self.roster.suspects.alone(self._running)
         if suspect is not None:
             state = self._running[suspect]
             alone = [(state, self._chunk_tokens((state,)))]
-            return alone if num_idle == self.limits.num_stages else []
+            return [] if num_under_way else alone
         running = self._running.values()
         left = [state for state in running if state.num_prompt_left and state.may_send]
-        most = self._chunk_tokens(left)
+        decoding, most = self._decoding(), self._chunk_tokens(left)
         if left and any(not state.num_prompt_left for state in running):
-            most = self._pace.num_tokens(most)
+            most = self._pace.num_tokens(most, len(decoding))
             # Where stages are far from each other more chunks keep them busy.
-            num_idle = self._pace.num_steps(most) - num_under_way
-        if num_idle <= 0:
+            num_steps = self._pace.num_steps(most)
+        if num_under_way >= num_steps:
             return []
-        return [*self._decoding(), *cut_prompts(left, num_idle, most)]
+        return [*decoding, *cut_prompts(left, num_steps, self._pace.least_tokens, most)]
 
     def _chunk_tokens(self, states: Sequence[RequestState]) -> int:
         """Most tokens of these one's prompts in a step."""

@@ -183,13 +183,15 @@ def test_nobody_starves_beside_prompts_that_want_one_token(num_stages, num_clien
     for client in range(num_clients):
         sim.scheduler.submit(Request(1 + client, (1,) * prompt_length, 1))
     next_id = 1 + num_clients
-    for _ in range(400):
+    num_steps = 400
+    for _ in range(num_steps):
         for event in sim.advance():
             if event.finish is not None:
                 sim.scheduler.submit(Request(next_id, (1,) * prompt_length, 1))
                 next_id += 1
-    assert sim.tokens[0] >= 400 / (4 * num_stages)
-    assert next_id > 50
+    assert sim.tokens[0] >= num_steps / (4 * num_stages)
+    chunks = -(-prompt_length // MIN_CHUNK_TOKENS)
+    assert next_id > num_steps / (4 * num_stages * chunks)
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
@@ -218,7 +220,7 @@ def test_a_prompt_is_cut_so_that_stages_work_on_it_together_but_not_into_crumbs(
     tokens = 4 * MIN_CHUNK_TOKENS
     for num_stages, expected in (
         (1, [tokens]),
-        (2, [tokens // 2] * 2),
+        (2, [MIN_CHUNK_TOKENS] * 2),
         (16, [MIN_CHUNK_TOKENS] * 4),
     ):
         scheduler = Scheduler(Limits(1, 10_000, num_stages=num_stages))
@@ -227,6 +229,14 @@ def test_a_prompt_is_cut_so_that_stages_work_on_it_together_but_not_into_crumbs(
         while (step := scheduler.next_step()) is not None:
             steps.append(step)
         assert [step.header.num_tokens for step in steps] == expected
+
+
+def test_a_prompt_keeps_no_stage_waiting_for_long_for_its_first_chunk_nor_its_last():
+    for num_stages in (2, 3, 5):
+        sim = simulation(1, num_stages)
+        sim.scheduler.submit(Request(0, (1,) * 4000, 1))
+        took = sim.run()
+        assert took <= 1.2 * sim.busy / num_stages
 
 
 def test_a_slot_is_cleared_at_once_however_much_is_under_way():

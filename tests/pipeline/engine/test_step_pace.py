@@ -93,23 +93,23 @@ def test_no_chunk_is_larger_than_it_may_be():
 
 def test_where_nothing_is_told_of_steps_chunks_are_as_large_as_they_may_be():
     pace = Pace(0.25, 2)
-    pace.sent(0, 100, 0.0)
+    pace.sent(0, 100, 100, 0.0)
     pace.came(0, (), 9.0)
-    assert pace.num_tokens(128) == 128
+    assert pace.num_tokens(128, 1) == 128
     assert pace.num_steps(128) == 2
 
 
 def test_of_prompts_nothing_is_known_at_first():
     pace = Pace(0.25, 2)
-    pace.sent(0, 0, 0.0)
+    pace.sent(0, 1, 0, 0.0)
     pace.came(0, (0.01, 0.01), 0.02)
-    assert pace.num_tokens(128) == FIRST_TOKENS
-    assert pace.num_tokens(16) == 16
+    assert pace.num_tokens(128, 1) == FIRST_TOKENS
+    assert pace.num_tokens(16, 1) == 16
 
 
 def test_what_was_lost_tells_nothing():
     pace = Pace(0.25, 2)
-    pace.sent(0, 0, 0.0)
+    pace.sent(0, 1, 0, 0.0)
     pace.forget()
     pace.came(0, (5.0, 5.0), 10.0)
     assert pace.target == 0.25
@@ -118,6 +118,6 @@ def test_what_was_lost_tells_nothing():
 def test_however_far_stages_are_no_more_is_under_way_than_they_can_hold():
     pace = Pace(0.25, 2)
     for number, num_read in enumerate((0, 64)):
-        pace.sent(number, num_read, 10.0 * number)
+        pace.sent(number, num_read + 1, num_read, 10.0 * number)
         pace.came(number, (0.001, 0.001), 10.0 * number + 9.0)
     assert pace.num_steps(16) == MOST_STEPS * 2
