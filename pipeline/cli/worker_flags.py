@@ -92,6 +92,11 @@ class WorkerFlags(Settings):
         Field(ge=0, le=(1 << 31) - 1),
         Flag("FD", "Sealed memory for weights: for supervisors.", is_by_hand=True),
     ] = None
+    session_fd: Annotated[
+        int | None,
+        Field(ge=0, le=(1 << 31) - 1),
+        Flag("FD", "Memory for keys and values: for supervisors.", is_by_hand=True),
+    ] = None
     development: Development
     quiet: QuietFlag = False
     verbose: VerboseFlag = False

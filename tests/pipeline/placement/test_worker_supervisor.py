@@ -148,7 +148,7 @@ import json, os, signal, sys
 numbers = os.listdir("/proc/self/fd")
 fds = [int(number) for number in numbers if os.path.exists("/proc/self/fd/" + number)]
 blocked = len(signal.pthread_sigmask(signal.SIG_BLOCK, []))
-weights = int(sys.argv[sys.argv.index("--weights-fd") + 1])
+memories = [int(sys.argv[sys.argv.index(flag) + 1]) for flag in ("--weights-fd", "--session-fd")]
 status = os.fstat(weights)
 found = [fds, blocked, weights, status.st_ino, status.st_mode & 0o777]
 open(TOLD, "a").write(json.dumps(found) + "\\n")
