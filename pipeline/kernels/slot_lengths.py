@@ -1,6 +1,6 @@
 """Which positions of each slot hold tokens: what a step may append to, and how far it may go."""
 
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Protocol
 
@@ -12,8 +12,8 @@ from pipeline.protocol.tide_window import TideWindow
 class Counts(Protocol):
     """What slots hold, where that outlives this process."""
 
-    held: MutableSequence[int]
-    written: MutableSequence[int]
+    held: "memoryview[int]"
+    written: "memoryview[int]"
 
 
 class SlotLedger:
@@ -53,7 +53,7 @@ class SlotLedger:
         self.held = [0] * num_slots
         self.rows = self.held if window is None else [0] * num_slots
         # Beyond what is held when a step failed half-way.
-        self._written: MutableSequence[int] = [0] * num_slots
+        self._written: list[int] | memoryview[int] = [0] * num_slots
         self._counts = counts
         if counts is not None:
             self._go_on_from(counts)

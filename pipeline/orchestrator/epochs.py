@@ -67,30 +67,36 @@ class Epochs:
         self._connector = connector
         self._listener = listener
         self._patience_ms = patience_ms
-        # Rebuilt, or gone on from what was found, and no result has come since that proves it.
+        # Rebuilt, and no result has come since that would prove it complete; or asked to go on from
+        # what is found, and not known to have done so.
         self._unproven: frozenset[int] = frozenset()
+        # Gone on, and no result has come since.
+        self._gone_on: frozenset[int] = frozenset()
         # The names of what stages hold, of those where it outlives the worker.
         self._kept: dict[int, bytes] = {}
 
     @property
     def is_unproven(self) -> bool:
         """Whether no result has come yet through what was rebuilt."""
-        return bool(self._unproven)
+        return bool(self._unproven | self._gone_on)
 
     def note_proof(self) -> None:
         """A result has come through all stages, and behind all replays."""
-        self._unproven = frozenset()
+        self._unproven = self._gone_on = frozenset()
 
     def plan(self, stages: Sequence[RemoteStage], *, is_whole: bool = False) -> ReplayPlan:
         """Who begins with nothing, which with `is_whole` all do, and who replays for them.
 
-        A new worker is to go on from what the one before it held, where that is kept.
+        A new worker is to go on from what the one before it held, where that is kept, and is not
+        perhaps why that one has died.
         """
         new = {stage.idx for stage in stages if not stage.has_begun}
-        lost = {stage.idx for stage in stages} if is_whole else new - self._kept.keys()
+        lost = new - (self._kept.keys() - self._gone_on)
+        lost = {stage.idx for stage in stages} if is_whole else lost
         keepers = {stage.idx for stage in stages if stage.keeps_activations}
         plan = plan_replay(lost | self._unproven, keepers)
         self._unproven = plan.rebuilt | new
+        self._gone_on |= new - plan.rebuilt
         return plan
 
     async def begin(
@@ -191,4 +197,5 @@ class Epochs:
         if asked is not None and name != asked:
             raise SessionError(f"stage {stage_idx} begins anew: what it held is gone")
         if asked is not None:
+            self._unproven -= {stage_idx}
             logger.info("event=went_on stage=%d", stage_idx)
