@@ -27,6 +27,7 @@ from pipeline.cli.worker_flags import WorkerFlags
 from pipeline.errors import InputError
 from pipeline.kernels.runtime import all_cpus, beside_a_reader, set_num_threads
 from pipeline.kernels.sealed_memory import SealedMemory
+from pipeline.kernels.session_memory import SessionMemory
 from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.stage.dial_policy import parse_networks
@@ -97,8 +98,9 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
     pinned = () if flags.cpus is None else parse_cpus(flags.cpus, flags.threads)
     num_threads = len(pinned) or flags.threads or 1
     set_num_threads(num_threads, pinned)
-    # Never in an enclave: what it holds has come through its own hands.
-    fd = flags.weights_fd if flags.development.dev else None
+    # Never in an enclave: what it holds has come through its own hands, and goes with it.
+    is_handed = flags.development.dev
+    fd, session_fd = (flags.weights_fd, flags.session_fd) if is_handed else (None, None)
     memory = None if fd is None else SealedMemory(fd)
     if flags.supervised and (memory is None or not memory.is_sealed):
         # However quiet a supervisor's workers are: what reads gigabytes is told once.
@@ -131,6 +133,7 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
         patience_ms=PATIENCE_MS,
         allow_dial=networks,
         times=flags.times.limits,
+        session_memory=None if session_fd is None else SessionMemory(session_fd),
         parts_session=parts_session,
         # A supervisor's other workers are here as well, and wait meanwhile.
         while_replaying=all_cpus if flags.supervised and flags.threads is None else nullcontext,

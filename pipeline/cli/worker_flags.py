@@ -97,6 +97,11 @@ class WorkerFlags(Settings):
         Field(ge=1, le=1024),
         Flag("N", "Alike pipelines that share this machine: for supervisors.", is_by_hand=True),
     ] = 1
+    session_fd: Annotated[
+        int | None,
+        Field(ge=0, le=(1 << 31) - 1),
+        Flag("FD", "Memory for keys and values: for supervisors.", is_by_hand=True),
+    ] = None
     development: Development
     quiet: QuietFlag = False
     verbose: VerboseFlag = False

@@ -94,12 +94,18 @@ def reserve(shape: tuple[int, ...], dtype: ArrayDType) -> HostArray:
 
 def give_back(array: HostArray) -> None:
     """Let the pages go that lie whole in what was `reserve`d and is zero; later they are zeros."""
-    assert array.flags.c_contiguous, "else others' positions lie between these"
-    first = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
-    num_bytes = (array.ctypes.data + array.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    first, num_bytes = whole_pages(array)
     if num_bytes > 0 and sys.platform == "linux":  # elsewhere it means something else
         address, size = ctypes.c_void_p(first), ctypes.c_size_t(num_bytes)
         _libc.madvise(address, size, mmap.MADV_DONTNEED)
+
+
+def whole_pages(array: HostArray) -> tuple[int, int]:
+    """Address and bytes of the pages that lie whole in a contiguous array; none: 0 or less."""
+    assert array.flags.c_contiguous, "else others' positions lie between these"
+    first = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = array.ctypes.data + array.nbytes
+    return first, (end - first) // mmap.PAGESIZE * mmap.PAGESIZE
 
 
 def _pages(num_bytes: int, *, is_huge: bool = False) -> npt.NDArray[np.uint8]:

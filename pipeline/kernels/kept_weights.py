@@ -13,7 +13,7 @@ from pipeline.kernels.sealed_memory import Record, SealedMemory
 logger = logging.getLogger(__name__)
 
 LAYOUT = "layout"
-VERSION = 1  # of how kernels pack weights, whatever the shapes
+VERSION = 1  # of how kernels lay out weights, keys and values, whatever the shapes
 
 
 class KeptWeights:
@@ -48,17 +48,26 @@ class KeptWeights:
         return hashlib.sha256(json.dumps(self._sizes).encode()).hexdigest()
 
 
+def native_layout(kernels: Kernels) -> Record | None:
+    """What all that native kernels keep depends on; None for others."""
+    if kernels.name != "native":
+        return None
+    from pipeline.kernels import _native  # noqa: PLC0415 (may be absent)
+
+    return {"features": list(_native.features()), "version": VERSION}
+
+
 def keep_weights(kernels: Kernels, memory: SealedMemory, meaning: Record) -> KeptWeights | None:
     """Have `kernels` hold the weights that `meaning` says there; None for kernels that cannot.
 
     None too for memory with others than these: they are left alone, and loaded as usual.
     """
-    if kernels.name != "native":
+    if (layout := native_layout(kernels)) is None:
         return None
-    from pipeline.kernels import _native, native_kernels  # noqa: PLC0415 (may be absent)
+    from pipeline.kernels import native_kernels  # noqa: PLC0415 (may be absent)
 
     assert isinstance(kernels, native_kernels.NativeKernels)
-    meaning = {**meaning, "features": list(_native.features()), "version": VERSION}
+    meaning = {**meaning, **layout}
     meaning = json.loads(json.dumps(meaning))  # as it comes back
     if memory.is_sealed:
         found = {**memory.record()}

@@ -10,6 +10,7 @@ from pipeline.dtypes import Array, ArrayDType, Floats
 from pipeline.errors import MessageError
 from pipeline.kernels.kv_storage import KVStorage, LayerKV, Memory, Slide, turn_of
 from pipeline.kernels.recording_cache import Recordings
+from pipeline.kernels.session_memory import KeptSlots
 from pipeline.kernels.slot_lengths import SlotLedger
 from pipeline.protocol.batch import Batch, Segment
 from pipeline.protocol.tide_window import TideWindow
@@ -18,7 +19,7 @@ from pipeline.protocol.tide_window import TideWindow
 class KVCache:
     """One request per slot; behind the slots lie `scratch_slots` that no request can name."""
 
-    __slots__ = ("_turn", "ledger", "recordings", "storage")
+    __slots__ = ("_turn", "kept", "ledger", "recordings", "storage")
 
     def __init__(
         self,
@@ -34,9 +35,14 @@ class KVCache:
         scratch_slots: int = 0,
         window: TideWindow | None = None,
         frequencies: Floats | None = None,
+        kept: KeptSlots | None = None,
     ) -> None:
-        """`frequencies`: by how much a position turns keys, which a window has to know."""
-        self.ledger = SlotLedger(num_slots, max_seq_len, window)
+        """`frequencies`: by how much a position turns keys, which a window has to know.
+
+        `kept`: where slots lie that outlive this process, with what they hold.
+        """
+        self.kept = kept
+        self.ledger = SlotLedger(num_slots, max_seq_len, window, kept)
         self._turn: tuple[Array, ...] | None = None
         if window is not None:
             assert frequencies is not None, "a window has been refused where keys do not turn"
@@ -50,6 +56,7 @@ class KVCache:
             head_dim=head_dim,
             key_block=key_block,
             dtype=dtype,
+            pages=kept,
         )
         self.recordings = Recordings()
 
@@ -119,6 +126,7 @@ class KVCache:
         """
         kept, written = self.ledger.truncate(slot, length)
         self.storage.zero(slot, kept, written)
+        self.ledger.zeroed(slot)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give an empty slot the first `length` tokens of another, where they are.
@@ -141,9 +149,13 @@ class KVCache:
 
     def release(self) -> None:
         """Zero what was used and give the memory back at once, whoever still refers to this."""
+        if self.kept is not None:
+            self.kept.forget()
         self.clear()
         self.recordings.clear()
         self.storage.release()
+        if self.kept is not None:
+            self.kept.release()
 
     def range_bytes(self, num_positions: int) -> int:
         """Bytes of what `export` gives for so many positions."""

@@ -48,6 +48,16 @@ class Memory(Protocol):
         """
 
 
+class Pages(Protocol):
+    """Where arrays of keys and values are had from, and go back to."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: ArrayDType) -> Array:
+        """As of `Memory`; where they outlive a process they hold what another has left."""
+
+    def give_back(self, array: Array) -> None:
+        """As of `Memory`."""
+
+
 class LayerKV(NamedTuple):
     """One layer's keys and values of some positions: [kv_heads, positions, head_dim] each."""
 
@@ -90,7 +100,7 @@ class KVStorage:
     touched: the operating system hands out zeroed pages as slots fill, and takes them back.
     """
 
-    __slots__ = ("_key_block", "_memory", "_row", "capacity", "dtype", "keys", "values")
+    __slots__ = ("_key_block", "_memory", "_pages", "_row", "capacity", "dtype", "keys", "values")
 
     def __init__(
         self,
@@ -103,15 +113,18 @@ class KVStorage:
         head_dim: int,
         key_block: int,
         dtype: ArrayDType,
+        pages: Pages | None = None,
     ) -> None:
+        """`pages`: where it lies instead, of a host."""
+        self._pages = pages = pages or memory
         self.capacity = capacity = _round_up(max_seq_len, key_block)
         values: tuple[int, ...] = (num_slots, num_kv_heads, capacity, head_dim)
         keys = values
         if key_block > 1:
             blocks = (num_slots, capacity // key_block, num_kv_heads)
             keys, values = (*blocks, head_dim, key_block), (*blocks, key_block, head_dim)
-        self.keys = [memory.zeros(keys, dtype) for _ in range(num_layers)]
-        self.values = [memory.zeros(values, dtype) for _ in range(num_layers)]
+        self.keys = [pages.zeros(keys, dtype) for _ in range(num_layers)]
+        self.values = [pages.zeros(values, dtype) for _ in range(num_layers)]
         self.dtype = dtype
         self._memory = memory
         self._key_block = key_block
@@ -200,7 +213,7 @@ class KVStorage:
                 for each in (keys, values):
                     each[slot, :, first:last] = 0
                     for rows in each[slot]:
-                        self._memory.give_back(rows[first:last])
+                        self._pages.give_back(rows[first:last])
             else:
                 keys[slot, first // block, :, :, first % block :] = 0
                 values[slot, first // block, :, first % block :] = 0
@@ -208,7 +221,7 @@ class KVStorage:
                     blocks = each[slot, first // block + 1 : -(-last // block)]
                     blocks[:] = 0
                     # With the one before where that is zero whole.
-                    self._memory.give_back(each[slot, -(-first // block) : -(-last // block)])
+                    self._pages.give_back(each[slot, -(-first // block) : -(-last // block)])
 
     def release(self) -> None:
         """Give the memory back, whoever still refers to this."""

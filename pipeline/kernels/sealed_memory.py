@@ -45,12 +45,11 @@ class SealedMemory:
         import fcntl  # noqa: PLC0415 - not everywhere
 
         self._fcntl, self._fd = fcntl.fcntl, fd
+        owned_file(fd)
         try:
-            status, seals = os.fstat(fd), self._fcntl(fd, _GET_SEALS)
+            seals = self._fcntl(fd, _GET_SEALS)
         except OSError as error:
             raise InputError(f"descriptor {fd} is no memory that can be sealed") from error
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise InputError(f"descriptor {fd} is memory of another user")
         self.is_sealed = seals & _SEALED == _SEALED
         # As every file in /dev/shm: it would be overwritten, and could not be sealed.
         if seals & _SEAL_SEAL and not self.is_sealed:
@@ -100,9 +99,7 @@ class SealedMemory:
 
     def seal(self, record: Record) -> None:
         """End the writing, and say what is here. Raises OSError, and then nothing is sealed."""
-        raw = json.dumps(record, sort_keys=True).encode()
-        assert len(raw) <= MAX_RECORD_BYTES, "a record is small"
-        os.pwrite(self._fd, len(raw).to_bytes(8, "little") + raw, 0)
+        write_record(self._fd, record)
         for address, offset, size in self._chunks:
             # in place: a seal against writing takes no mapping that could be written through
             _map(address, size, mmap.PROT_READ, mmap.MAP_PRIVATE | _MAP_FIXED, self._fd, offset)
@@ -111,15 +108,35 @@ class SealedMemory:
 
     def record(self) -> Record:
         """What was sealed. Raises InputError."""
-        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
-        raw = os.pread(self._fd, min(length, MAX_RECORD_BYTES), 8)
-        try:
-            found = json.loads(raw)
-        except ValueError as error:
-            raise InputError(
-                "the weights that were handed over do not say what they are"
-            ) from error
-        return found if isinstance(found, dict) else {}
+        return read_record(self._fd)
+
+
+def owned_file(fd: int) -> None:
+    """Raises InputError unless a descriptor is of a file of this user's own."""
+    try:
+        status = os.fstat(fd)
+    except OSError as error:
+        raise InputError(f"descriptor {fd} is no memory that can be sealed") from error
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        raise InputError(f"descriptor {fd} is memory of another user")
+
+
+def write_record(fd: int, record: Record) -> None:
+    """Say in front of memory what it holds. Raises OSError."""
+    raw = json.dumps(record, sort_keys=True).encode()
+    assert len(raw) <= MAX_RECORD_BYTES, "a record is small"
+    os.pwrite(fd, len(raw).to_bytes(8, "little") + raw, 0)
+
+
+def read_record(fd: int) -> Record:
+    """What memory is said to hold. Raises InputError."""
+    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+    raw = os.pread(fd, min(length, MAX_RECORD_BYTES), 8)
+    try:
+        found = json.loads(raw)
+    except ValueError as error:
+        raise InputError("the memory that was handed over does not say what it holds") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _grow(fd: int, size: int) -> None:

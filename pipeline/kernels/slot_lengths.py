@@ -2,10 +2,18 @@
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Protocol
 
 from pipeline.errors import MessageError
 from pipeline.protocol.batch import Batch, Segment
 from pipeline.protocol.tide_window import TideWindow
+
+
+class Counts(Protocol):
+    """What slots hold, where that outlives this process."""
+
+    held: "memoryview[int]"
+    written: "memoryview[int]"
 
 
 class SlotLedger:
@@ -15,9 +23,25 @@ class SlotLedger:
     are told where these lie.
     """
 
-    __slots__ = ("_written", "held", "max_rows", "max_seq_len", "max_total", "rows", "window")
+    __slots__ = (
+        "_counts",
+        "_written",
+        "held",
+        "max_rows",
+        "max_seq_len",
+        "max_total",
+        "rows",
+        "window",
+    )
 
-    def __init__(self, num_slots: int, max_seq_len: int, window: TideWindow | None = None) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        max_seq_len: int,
+        window: TideWindow | None = None,
+        counts: Counts | None = None,
+    ) -> None:
+        """`counts`: of slots that another process has filled; never under a window."""
         self.max_seq_len = max_seq_len
         self.window = window
         # Rows that all slots together may hold; None: as many as each has room for.
@@ -28,7 +52,17 @@ class SlotLedger:
         # same list. To be read and not changed: kernels keep these very lists.
         self.held = [0] * num_slots
         self.rows = self.held if window is None else [0] * num_slots
-        self._written = [0] * num_slots  # beyond what is held when a step failed half-way
+        # Beyond what is held when a step failed half-way.
+        self._written: list[int] | memoryview[int] = [0] * num_slots
+        self._counts = counts
+        if counts is not None:
+            self._go_on_from(counts)
+
+    def _go_on_from(self, counts: Counts) -> None:
+        self.held[:] = counts.held
+        self._written = counts.written
+        for slot, written in enumerate(counts.written):
+            self._written[slot] = min(written, self.max_rows)
 
     def reserve(self, batch: Batch) -> None:
         """Admit a step, or refuse one that would not append exactly behind what its slots hold.
@@ -112,6 +146,9 @@ class SlotLedger:
         """Count a computed step's tokens as held."""
         for slot, _, num_tokens in batch:
             self.held[slot] += num_tokens
+        if self._counts is not None:
+            for slot, _, _ in batch:
+                self._counts.held[slot] = self.held[slot]
         if self.window is not None:
             for slot, _, num_tokens in batch:
                 self.rows[slot] += num_tokens
@@ -136,8 +173,14 @@ class SlotLedger:
                 )
         written = self._written[slot]
         self.held[slot] = length
-        self.rows[slot] = self._written[slot] = kept
+        self.rows[slot] = kept
+        if self._counts is not None:
+            self._counts.held[slot] = length
         return kept, written
+
+    def zeroed(self, slot: int) -> None:
+        """Count what is behind the rows of `slot` as zeroed: who dies before has left some."""
+        self._written[slot] = self.rows[slot]
 
     def check_range(self, slot: int, positions: range) -> None:
         """Raises MessageError unless `slot` holds all of these consecutive positions."""

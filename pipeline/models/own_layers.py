@@ -12,6 +12,7 @@ from pipeline.dtypes import FLOAT32, Floats, HostArray, Precision
 from pipeline.errors import InputError, MessageError, ModelError
 from pipeline.kernels.base import Kernels, Rows
 from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.session_memory import KeptSlots
 from pipeline.kernels.shape_only_kernels import Outline
 from pipeline.models.model_config import ModelConfig
 from pipeline.protocol.batch import Batch, num_tokens
@@ -169,10 +170,15 @@ class OwnShard:
         raise InputError(f"a window of {window.size} positions: layers of one's own keep all")
 
     def new_cache(
-        self, num_slots: int, max_seq_len: int, window: TideWindow | None = None
+        self,
+        num_slots: int,
+        max_seq_len: int,
+        window: TideWindow | None = None,
+        kept: KeptSlots | None = None,
     ) -> KVCache:
         """A session's states. Raises MemoryError."""
         assert window is None, "check_window has refused it"
+        assert kept is None, "native kernels' alone are kept"
         return _States(self._executor, self.kernels, num_slots, max_seq_len)
 
     def forward(self, inputs: HostArray, batch: Batch, cache: KVCache) -> Floats:

@@ -14,6 +14,7 @@ from pipeline.kernels.kept_weights import keep_weights
 from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.sealed_memory import SealedMemory
+from pipeline.kernels.session_memory import KeptSlots
 from pipeline.kernels.shape_only_kernels import Outline
 from pipeline.models.families import FAMILIES
 from pipeline.models.family import Family
@@ -69,9 +70,13 @@ class ModelShard(Protocol):
         """Raises InputError saying why the model cannot be served so, if it cannot."""
 
     def new_cache(
-        self, num_slots: int, max_seq_len: int, window: TideWindow | None = None
+        self,
+        num_slots: int,
+        max_seq_len: int,
+        window: TideWindow | None = None,
+        kept: KeptSlots | None = None,
     ) -> KVCache:
-        """KV memory for this shard's layers."""
+        """KV memory for this shard's layers, with what `kept` slots hold."""
 
     def forward(self, inputs: HostArray, batch: Batch, cache: KVCache) -> Array:
         """[rows] int64 ids (first stage) or [rows, hidden] -> [rows, hidden].

@@ -24,6 +24,7 @@ from pipeline.kernels.base import (
 )
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV, kv_bytes
+from pipeline.kernels.session_memory import KeptSlots
 from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts, Overlap
 from pipeline.models.model_config import ModelConfig
 from pipeline.models.own_embedding import Embedding
@@ -217,9 +218,13 @@ class Shard(ABC):
         check_window(window, self.config, self._angles.frequencies(window.size))
 
     def new_cache(
-        self, num_slots: int, max_seq_len: int, window: TideWindow | None = None
+        self,
+        num_slots: int,
+        max_seq_len: int,
+        window: TideWindow | None = None,
+        kept: KeptSlots | None = None,
     ) -> KVCache:
-        """An empty cache for this shard's layers. Raises MemoryError."""
+        """A cache for this shard's layers, empty but for `kept` slots. Raises MemoryError."""
         own = partial(
             KVCache,
             self.kernels,
@@ -233,6 +238,7 @@ class Shard(ABC):
             dtype=self._kv_dtype,
             window=window,
             frequencies=None if window is None else self._angles.frequencies(window.size),
+            kept=kept,
         )
         self._angles.prepare(max_seq_len)
         self.parts.prepare(self)

@@ -1,7 +1,7 @@
 """The orchestrator's channels to the stages of a manifest: how each is opened, and where."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -102,8 +102,14 @@ class Connector:
         """Holds the last stage's answers against what may come."""
         return StepGate(self._limits, self._expect)
 
-    def init(self, stage_idx: int, epoch: bytes) -> Init:
-        """What opens a stage's session."""
+    def init(
+        self,
+        stage_idx: int,
+        epoch: bytes,
+        kept: bytes | None = None,
+        lengths: Sequence[int] = (),
+    ) -> Init:
+        """What opens a stage's session, which is to go on from what is `kept` by that name."""
         stages, spec = self._manifest.stages, self._manifest.activation_spec
         is_last = stage_idx == len(stages) - 1
         window = self._limits.window
@@ -117,6 +123,8 @@ class Connector:
             max_step_tokens=self._limits.max_step_tokens,
             window=0 if window is None else window.size,
             num_sinks=0 if window is None else window.num_sinks,
+            kept=kept,
+            lengths=None if kept is None else list(lengths),
             seed=os.urandom(32) if stage_idx in self._manifest.encoded_stages else None,
             data_out=self.data_out(stage_idx),
             upstream_measurements=stages[stage_idx - 1].measurements() if stage_idx else {},

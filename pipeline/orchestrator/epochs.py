@@ -1,7 +1,8 @@
 """From one loss to the next: every stage put where the work is certain to be, on new channels."""
 
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from pipeline.engine.step import Step
@@ -16,6 +17,8 @@ from pipeline.protocol.peer_connections import hang_up
 from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel
 from transport.dial_and_listen import Listener
+
+logger = logging.getLogger(__name__)
 
 
 class ReplaySource(Protocol):
@@ -64,24 +67,36 @@ class Epochs:
         self._connector = connector
         self._listener = listener
         self._patience_ms = patience_ms
-        # Rebuilt, and no result has come since that would prove it complete.
+        # Rebuilt, and no result has come since that would prove it complete; or asked to go on from
+        # what is found, and not known to have done so.
         self._unproven: frozenset[int] = frozenset()
+        # Gone on, and no result has come since.
+        self._gone_on: frozenset[int] = frozenset()
+        # The names of what stages hold, of those where it outlives the worker.
+        self._kept: dict[int, bytes] = {}
 
     @property
     def is_unproven(self) -> bool:
         """Whether no result has come yet through what was rebuilt."""
-        return bool(self._unproven)
+        return bool(self._unproven | self._gone_on)
 
     def note_proof(self) -> None:
         """A result has come through all stages, and behind all replays."""
-        self._unproven = frozenset()
+        self._unproven = self._gone_on = frozenset()
 
     def plan(self, stages: Sequence[RemoteStage], *, is_whole: bool = False) -> ReplayPlan:
-        """Who begins with nothing, which with `is_whole` all do, and who replays for them."""
-        new = {stage.idx for stage in stages if is_whole or not stage.has_begun}
+        """Who begins with nothing, which with `is_whole` all do, and who replays for them.
+
+        A new worker is to go on from what the one before it held, where that is kept, and is not
+        perhaps why that one has died.
+        """
+        new = {stage.idx for stage in stages if not stage.has_begun}
+        lost = new - (self._kept.keys() - self._gone_on)
+        lost = {stage.idx for stage in stages} if is_whole else lost
         keepers = {stage.idx for stage in stages if stage.keeps_activations}
-        plan = plan_replay(new | self._unproven, keepers)
-        self._unproven = plan.rebuilt
+        plan = plan_replay(lost | self._unproven, keepers)
+        self._unproven = plan.rebuilt | new
+        self._gone_on |= new - plan.rebuilt
         return plan
 
     async def begin(
@@ -92,10 +107,13 @@ class Epochs:
         Raises SessionError or StageLost naming the stage that is refused or lost.
         """
         epoch = os.urandom(16)
+        names: dict[int, bytes | None] = {}
         for stage in stages:
-            await stage.begin(self._opening(stage, epoch, lengths, plan))
+            opening = self._opening(stage, epoch, lengths, plan)
+            names[stage.idx] = opening.kept if isinstance(opening, Init) else None
+            await stage.begin(opening)
             await stage.tell()
-        return await self._join(stages, epoch, plan)
+        return await self._join(stages, epoch, plan, names)
 
     async def replay(self, link: StepLink, source: ReplaySource, plan: ReplayPlan) -> None:
         """Send what stage 0 has lost, if it has; stages do as much for those behind them."""
@@ -107,9 +125,11 @@ class Epochs:
     def _opening(
         self, stage: RemoteStage, epoch: bytes, lengths: Sequence[int], plan: ReplayPlan
     ) -> Init | Rewind:
-        if not stage.has_begun:
-            return self._connector.init(stage.idx, epoch)
         is_rebuilt = stage.idx in plan.rebuilt
+        if not stage.has_begun:
+            goes_on = any(lengths) and not is_rebuilt
+            kept = self._kept.get(stage.idx) if goes_on else None
+            return self._connector.init(stage.idx, epoch, kept, lengths)
         return Rewind(
             epoch=epoch,
             lengths=[0] * len(lengths) if is_rebuilt else list(lengths),
@@ -118,9 +138,16 @@ class Epochs:
         )
 
     async def _join(
-        self, stages: Sequence[RemoteStage], epoch: bytes, plan: ReplayPlan
+        self,
+        stages: Sequence[RemoteStage],
+        epoch: bytes,
+        plan: ReplayPlan,
+        names: Mapping[int, bytes | None],
     ) -> StepLink:
-        """Open this epoch's data channels, and wait until every stage has its own."""
+        """Open this epoch's data channels, and wait until every stage has its own.
+
+        `names`: of what stages are to go on from.
+        """
         gate = self._connector.new_gate()
         channels: dict[str, SecureChannel] = {}
 
@@ -135,8 +162,9 @@ class Epochs:
             for stage in stages:
                 what = f"stage {stage.idx}"
                 self._connector.pending.setdefault(what, f"{what} is not ready")
-                ready.append(await stage.ready())
+                ready.append(told := await stage.ready())
                 del self._connector.pending[what]
+                self._hear_kept(stage.idx, told.kept, names[stage.idx])
                 if stage.idx in plan.sources and not stage.keeps_activations:
                     # Its memory has been needed since it was asked; from now on that is known.
                     raise SessionError(f"{what} no longer keeps what it has sent")
@@ -157,3 +185,17 @@ class Epochs:
             self._patience_ms,
             self._ends,
         )
+
+    def _hear_kept(self, stage_idx: int, name: bytes | None, asked: bytes | None) -> None:
+        """Hear by which name a stage holds what it holds; `asked`: what it was to go on from.
+
+        Raises SessionError where that is gone; like all that is unproven it is rebuilt next.
+        """
+        self._kept.pop(stage_idx, None)
+        if name is not None:
+            self._kept[stage_idx] = name
+        if asked is not None and name != asked:
+            raise SessionError(f"stage {stage_idx} begins anew: what it held is gone")
+        if asked is not None:
+            self._unproven -= {stage_idx}
+            logger.info("event=went_on stage=%d", stage_idx)

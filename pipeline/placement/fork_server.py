@@ -6,7 +6,8 @@ key or activation has ever been in its memory. It has one thread, and runs no lo
 
 It takes requests from a socket, its stdin: a line, which is a worker's arguments, and with it
 descriptors: the worker's stdin and stdout, where its process id and then the status that it ends
-with are told, a line each, and what else is handed to it. It ends when nobody can make requests
+with are told, a line each, and what else is handed to it: an argument for each is its number on one
+side, and becomes that on the other. It ends when nobody can make requests
 any more, and its forks with it.
 """
 
@@ -83,10 +84,7 @@ def end_with(parent: int) -> None:
 
 
 def fork_for_requests() -> list[str]:
-    """Serve as that process, all imported; returns in the forks alone, each with its arguments.
-
-    Numbers of the descriptors that a request hands to a worker, in turn, follow its arguments.
-    """
+    """Serve as that process, all imported; returns in the forks alone, each with its arguments."""
     _set_death_signal(0)  # forks are given their time
     with socket.socket(fileno=os.dup(0)) as requests, open(os.devnull) as nothing:  # noqa: PTH123
         os.dup2(nothing.fileno(), 0)
@@ -125,7 +123,7 @@ class _Forks:
                 elif (arguments := self._fork(*found)) is not None:
                     return arguments
 
-    def _fork(self, arguments: list[str], descriptors: Sequence[int]) -> list[str] | None:
+    def _fork(self, arguments: list[str | int], descriptors: Sequence[int]) -> list[str] | None:
         """None in this process."""
         stdin, stdout, status, *handed = descriptors
         parent = os.getpid()
@@ -148,7 +146,8 @@ class _Forks:
         os.dup2(stdout, 1)
         _close(stdin, stdout, status)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED)
-        return [*arguments, *map(str, handed)]
+        numbers = iter(handed)
+        return [str(next(numbers)) if isinstance(each, int) else each for each in arguments]
 
     def _tell_ends(self) -> Iterator[int]:
         """Where the ends that have come have been told.
@@ -177,7 +176,7 @@ class _Forks:
         os._exit(0)
 
 
-def _receive(requests: socket.socket) -> tuple[list[str], list[int]] | None:
+def _receive(requests: socket.socket) -> tuple[list[str | int], list[int]] | None:
     """A request; None when there can be no more."""
     line, descriptors = b"", []
     while not line.endswith(b"\n"):

@@ -29,6 +29,8 @@ class ForkedWorker:
         """What is held open of its stdin, and read of its stdout and of its status."""
         self.pid = 0
         self.returncode: int | None = None
+        # Whether it is certain that it has ended.
+        self.is_gone = False
         self.stdout = trio.lowlevel.FdStream(stdout)
         self.is_closed = trio.Event()
         self._stdin = trio.lowlevel.FdStream(stdin)
@@ -46,8 +48,10 @@ class ForkedWorker:
     async def wait(self) -> int:
         """Its exit status, or minus the signal that ended it."""
         if self.returncode is None:
+            told = await self._read_line()
+            self.is_gone = bool(told)
             # Where nobody can tell any more, its server has been killed, and it was with that.
-            self.returncode = int(await self._read_line() or -signal.SIGKILL)
+            self.returncode = int(told or -signal.SIGKILL)
         return self.returncode
 
     def kill(self) -> None:
@@ -92,13 +96,13 @@ class Forks:
         """Of what workers are forks of: it is busy importing before the first can start."""
         return None if self._server is None else self._server.process.pid
 
-    async def start(self, arguments: Sequence[str], *handed: int) -> ForkedWorker:
-        """A worker with these arguments, behind which it finds the numbers of what it is handed.
+    async def start(self, arguments: Sequence[str | int]) -> ForkedWorker:
+        """A worker with these arguments; integers are descriptors that it is handed.
 
         Whoever gets it closes it. Raises NotForked.
         """
         try:
-            server, worker = self._request(arguments, handed)
+            server, worker = self._request(arguments)
         except OSError as error:
             # Whoever cancels this gives up what is handed on as well, maybe before that.
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -132,11 +136,10 @@ class Forks:
                 server.process.wait(2 * LEAVE_SECONDS)
         self._bury(server)
 
-    def _request(
-        self, arguments: Sequence[str], handed: Sequence[int]
-    ) -> tuple[ForkServer, ForkedWorker]:
+    def _request(self, arguments: Sequence[str | int]) -> tuple[ForkServer, ForkedWorker]:
         """Ask for one. Raises OSError."""
         line = json.dumps(arguments).encode() + b"\n"
+        handed = [each for each in arguments if isinstance(each, int)]
         ours, theirs = _open_pipes()
         with ExitStack() as undo:
             worker = ForkedWorker(*ours)

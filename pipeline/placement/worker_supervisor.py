@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -37,8 +38,10 @@ class Supervisor:
     """One worker process per stage, in this process's group.
 
     What a worker has loaded and verified is handed on to its successors, where this system has
-    memory that can be sealed: they map it and read nothing. And all are forks of one process, which
-    has imported everything: a successor is there sooner by what starting an interpreter takes.
+    memory that can be sealed: they map it and read nothing. So are keys and values of its session,
+    if it was killed: what ends by a fault of its own may have spoilt them. And all are forks of one
+    process, which has imported everything: a successor is there sooner by what starting an
+    interpreter takes.
 
     Workers say on stdout how far they are, and why they end (`pipeline.worker_report`).
     """
@@ -73,8 +76,9 @@ class Supervisor:
         self._listening: dict[int, Listening] = {}
         # How far a stage had come when it last was silent in a handshake.
         self._silent_at: dict[int, Progress | None] = {}
-        # Where the weights of each stage lie.
+        # Where the weights of each stage lie, and where its session's keys and values do.
         self._weights: dict[int, int] = {}
+        self._sessions: dict[int, int] = {}
         tasks.start_soon(self._hold)
 
     async def start(self, stage_idx: int) -> None:
@@ -85,6 +89,7 @@ class Supervisor:
             fd = _new_memory(f"veilpipe-stage{stage_idx}", is_first=len(self._kept) == 1)
             if fd is not None:
                 self._weights[stage_idx] = fd
+                self._renew_session(stage_idx)
             self._tasks.start_soon(self._keep, stage_idx)
 
     def where(self, stage_idx: int) -> StageEndpoint:
@@ -183,6 +188,8 @@ class Supervisor:
             async with open_tasks() as tasks:
                 tasks.start_soon(listen)
                 code = await process.wait()
+                if code != -signal.SIGKILL or not process.is_gone:
+                    self._renew_session(stage_idx)
                 tasks.cancel_scope.deadline = trio.current_time() + LAST_WORDS_SECONDS
         finally:
             del self._processes[stage_idx]
@@ -195,11 +202,21 @@ class Supervisor:
         """Raises NotForked."""
         self._starting.add(stage_idx)
         try:
-            if (fd := self._weights.get(stage_idx)) is None:
-                return await self._forks.start(arguments)
-            return await self._forks.start([*arguments, "--weights-fd"], fd)
+            handed: list[str | int] = []
+            for flag, fds in (("--weights-fd", self._weights), ("--session-fd", self._sessions)):
+                if (fd := fds.get(stage_idx)) is not None:
+                    handed += [flag, fd]
+            return await self._forks.start([*arguments, *handed])
         finally:
             self._starting.discard(stage_idx)
+
+    def _renew_session(self, stage_idx: int) -> None:
+        """Let go of what a session held; a worker that is not gone yet cannot reach the new."""
+        if (fd := self._sessions.pop(stage_idx, None)) is not None:
+            os.close(fd)
+        fd = _new_memory(f"veilpipe-session{stage_idx}", is_first=False)
+        if fd is not None:
+            self._sessions[stage_idx] = fd
 
     async def _end(self, process: ForkedWorker) -> None:
         with trio.CancelScope(shield=True):
@@ -215,7 +232,7 @@ class Supervisor:
         try:
             await trio.sleep_forever()
         finally:
-            for fd in self._weights.values():
+            for fd in (*self._weights.values(), *self._sessions.values()):
                 os.close(fd)
             with trio.CancelScope(shield=True):
                 await self._forks.aclose()

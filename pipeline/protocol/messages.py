@@ -24,6 +24,10 @@ MAX_CONTROL_BYTES = 64 << 10
 
 Count = Annotated[int, Field(ge=0, lt=1 << 64)]
 Epoch = Annotated[bytes, Field(min_length=16, max_length=16)]
+# Nobody can say it who has not been told it.
+Name = Annotated[bytes, Field(min_length=16, max_length=16)]
+# Tokens that each slot keeps.
+Lengths = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_SEGMENTS)]
 # Text of an endpoint, as `parse_endpoint` takes it.
 Address = Annotated[str, Field(max_length=1024)]
 Measurements = dict[
@@ -66,6 +70,10 @@ class Init(StrictMessage):
     # Of so many tokens a slot keeps `window`, the first `num_sinks` among them; 0: all.
     window: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     num_sinks: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    # What the slots of a worker before this one held, by its name, and how many tokens of each this
+    # one is to go on from, if they outlived that worker; else it begins with none.
+    kept: Name | None = None
+    lengths: Lengths | None = None
     # Of the keys by which a stage is to encode what it keeps; None: it is to keep it as it is.
     seed: Annotated[bytes, Field(min_length=32, max_length=32)] | None = None
     # Where to dial; None, of the last stage: the orchestrator comes for the results.
@@ -93,6 +101,8 @@ class Ready(StrictMessage):
     keeps_activations: bool
     # Whether its rows are the same, bit for bit, in steps of any size.
     is_row_exact: bool
+    # The name of what its slots hold, where that outlives its worker: a new one unless it goes on.
+    kept: Name | None = None
 
 
 class Waiting(StrictMessage):
@@ -184,9 +194,7 @@ class Rewind(StrictMessage):
 
     type: Literal["rewind"] = "rewind"
     epoch: Epoch
-    lengths: Annotated[
-        list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_SEGMENTS)
-    ]
+    lengths: Lengths
     data_out: Address | None = None
     replay_until: Annotated[int, Field(ge=1, lt=MAX_STAGES)] | None = None
 

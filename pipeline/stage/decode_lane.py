@@ -74,6 +74,7 @@ class Lane:
             compute_ns = forms.serve(frame, *meter.spent())
             if compute_ns < 0:
                 return
+            self._core.computed(frame[forms.inputs.header_start : forms.inputs.header_stop])
             try:
                 await self._downstream.send_form(forms.outputs)
             except TransportError as error:

@@ -87,7 +87,9 @@ class StageSession:
         self._control = control
         self._init = init
         self._limits = limits
-        self._core = new_core(setup, limits)
+        self._core = new_core(setup, limits, init.kept)
+        is_found = init.kept is not None and init.kept == self._core.name
+        self._core.go_on(init.lengths if is_found else None)
         # Not a method of this object: a reference back to it would keep the KV memory of an ended
         # session alive until the garbage collector comes by.
         expect = partial(
@@ -215,6 +217,7 @@ class StageSession:
             device=setup.device,
             keeps_activations=self._core.keeps_activations,
             is_row_exact=setup.shard.is_row_exact,
+            kept=self._core.name,
         )
 
     async def _serve_control(self, tasks: trio.Nursery) -> None:

@@ -34,6 +34,8 @@ def with_memory(setup: StageSetup) -> StageSetup:
     if (planned := setup.manifest.stage(setup.stage_idx).kv_bytes) is not None:
         return replace(setup, max_kv_bytes=planned)
     free = free_kv_bytes(setup.shard)
+    if setup.session_memory is not None:  # which is this stage's already
+        free += setup.session_memory.num_bytes
     if setup.shard.kernels.is_host:
         num_here = num_on_this_machine(setup.manifest, setup.stage_idx)
         free //= num_here * setup.num_pipelines
@@ -92,6 +94,8 @@ def check_init(message: Message, setup: StageSetup) -> tuple[Init, SessionLimits
         raise MessageError(f"the first control message is {message.type!r}, expected 'init'")
     if message.version != PROTOCOL_VERSION:
         raise SessionRefused(f"control protocol version {message.version}, not {PROTOCOL_VERSION}")
+    if len(message.lengths or ()) != (0 if message.kept is None else message.num_slots):
+        raise MessageError("init names what slots are to go on from, and not how far")
     spec = setup.manifest.activation_spec
     expected = _shape(setup.stage_idx, spec.dtype, spec.hidden_dim)
     found = _shape(message.stage_idx, message.activation_dtype, message.hidden_dim)

@@ -8,11 +8,12 @@ import numpy as np
 from pipeline.dtypes import Floats, HostArray
 from pipeline.errors import MessageError
 from pipeline.kernels.base import DecodeStep, FramePlace, Rows, Serve
+from pipeline.kernels.session_memory import KeptSlots
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.batch import Batch
 from pipeline.protocol.last_stage_inputs import NOTHING_ASKED, Asked, asked_from_wire
 from pipeline.protocol.result_kinds import Result, Want
-from pipeline.protocol.step_header import StepHeader, StepKind
+from pipeline.protocol.step_header import StepHeader, StepKind, decode_step
 from pipeline.protocol.step_limits import (
     CLEAR_SENTINEL,
     SessionLimits,
@@ -40,11 +41,14 @@ class StageCore:
         log: ActivationLog | None = None,
         max_bytes: int | None = None,
         while_replaying: Callable[[], AbstractContextManager[None]] = nullcontext,
+        kept: KeptSlots | None = None,
     ) -> None:
+        """`kept`: slots that outlive this process, and may hold what another has left: `go_on`."""
         self.shard = shard
         self._while_replaying = while_replaying
         self.limits = limits
-        self.cache = shard.new_cache(limits.num_slots, limits.max_seq_len, limits.window)
+        shape = limits.num_slots, limits.max_seq_len, limits.window
+        self.cache = shard.new_cache(*shape) if kept is None else shard.new_cache(*shape, kept)
         self.log = log
         self._row_bytes = self.cache.range_bytes(1)
         self._max_bytes = max_bytes
@@ -101,6 +105,8 @@ class StageCore:
         """Count what has been computed from frame to frame, and keep what has been laid out."""
         self.cache.reserve(segments)
         self.cache.advance(segments)
+        if self.cache.kept is not None:
+            self.cache.kept.note_away()
         if self.log is not None and not self.is_last:
             self._unkept = (step, segments, rows)
             self.keep()
@@ -182,6 +188,30 @@ class StageCore:
         self._catch_up = CatchUp(self.limits.max_step_tokens)
         for slot, length in enumerate(lengths):
             self._truncate(slot, length)
+
+    @property
+    def name(self) -> bytes | None:
+        """Of what its slots hold, where that outlives this process."""
+        return None if self.cache.kept is None else self.cache.kept.name
+
+    def go_on(self, lengths: Sequence[int] | None) -> None:
+        """Keep so many tokens per slot of what was found; None: begin with empty slots.
+
+        Slots are where another process was between two steps of theirs, as after any loss: what it
+        had begun and not counted is overwritten, or zeroed. Raises MessageError where they hold
+        fewer, which cannot be of the name they were asked for by.
+        """
+        if self.cache.kept is not None and (noted := self.cache.kept.noted):
+            held = self.cache.ledger.held
+            segments = decode_step(noted).segments
+            self.cache.advance([each for each in segments if held[each.slot] == each.position])
+            self.cache.kept.note_away()
+        self.rewind(lengths or [0] * self.limits.num_slots)
+
+    def computed(self, header: memoryview) -> None:
+        """Note a step that is computed, and `served` once what it gives is on its way."""
+        if self.cache.kept is not None:
+            self.cache.kept.note(header)
 
     def replay(self, until: int) -> Iterator[tuple[StepHeader, tuple[Tensor, ...]]]:
         """What was sent on before, once more. Raises MessageError when it has not been kept."""

@@ -11,6 +11,8 @@ from pipeline.codecs.base import ActivationCodec
 from pipeline.codecs.registry import make_codec
 from pipeline.dtypes import Precision
 from pipeline.errors import SessionRefused
+from pipeline.kernels.kept_weights import native_layout
+from pipeline.kernels.session_memory import KeptSlots, SessionMemory
 from pipeline.models.registry import ModelShard
 from pipeline.protocol.step_limits import SessionLimits
 from pipeline.protocol.time_limits import DEFAULT_TIMES, TimeLimits
@@ -64,6 +66,8 @@ class StageSetup:
     store: SlotStore | None = None
     # How long this worker waits for whom.
     times: TimeLimits = DEFAULT_TIMES
+    # Where keys and values outlive this worker, if anywhere.
+    session_memory: SessionMemory | None = None
     # What the parts of its layers need in a session, if anything.
     parts_session: PartsSession | None = None
     # What steps are computed within that others wait for: `kernels.runtime.all_cpus`, or nothing.
@@ -97,11 +101,12 @@ class StageSetup:
         return self.dial_policy.target(data_out)
 
 
-def new_core(setup: StageSetup, limits: SessionLimits) -> StageCore:
+def new_core(setup: StageSetup, limits: SessionLimits, name: bytes | None = None) -> StageCore:
     """KV memory for a session, and a log of what it sends on as long as that fits as well.
 
-    Not under a window: what it has dropped is computed again from the first token on, of which a
-    log without end would have to be kept. Raises SessionRefused.
+    `name`: of what another worker's slots held, which are these if they are found. No log under a
+    window: what it has dropped is computed again from the first token on, of which a log without
+    end would have to be kept. Raises SessionRefused.
     """
     shard = setup.shard
     slots, length, width = limits.num_slots, limits.max_seq_len, limits.codec.hidden_dim
@@ -110,9 +115,34 @@ def new_core(setup: StageSetup, limits: SessionLimits) -> StageCore:
     try:
         if not is_last and limits.window is None:
             log = ActivationLog(slots, length, width)
-        return StageCore(shard, limits, log, setup.max_kv_bytes, setup.while_replaying)
+        kept = _kept_slots(setup, limits, name)
+        return StageCore(shard, limits, log, setup.max_kv_bytes, setup.while_replaying, kept)
     except MemoryError as error:
         raise SessionRefused(
             f"{slots} slots of {length} positions have no addresses here ({error}); ask for less "
             "with --context or --max-batch"
         ) from error
+
+
+def _kept_slots(setup: StageSetup, limits: SessionLimits, name: bytes | None) -> KeptSlots | None:
+    """Slots that outlive this worker, where all that their rows follow from is pinned.
+
+    Not under a window, which moves rows in place, nor where parts of layers keep more than these.
+    """
+    if setup.session_memory is None or setup.parts_session is not None or limits.window is not None:
+        return None
+    layout = native_layout(setup.shard.kernels)
+    if layout is None or not setup.manifest.stage(setup.stage_idx).weight_hashes:
+        return None
+    shard, length = setup.shard, limits.max_seq_len
+    meaning = {
+        **layout,
+        "config": repr(shard.config),
+        "core": setup.manifest.core_hash().hex(),
+        "stage": setup.stage_idx,
+        "precision": setup.precision,
+        "max_seq_len": length,
+    }
+    size = shard.kv_bytes(limits.num_slots, length)
+    num_arrays = 2 * (shard.layer_end - shard.layer_start)
+    return setup.session_memory.begin(meaning, name, limits.num_slots, size, num_arrays)

@@ -169,7 +169,7 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 BY_HAND = {
     "--allow-dial", "--cid", "--core", "--cors-origin", "--dev", "--help", "--ignore-measurements",
     "--in", "--message", "--out", "--pipelines", "--prompt", "--prompt-file", "--ray-network",
-    "--ray-resource", "--remove", "--remove-unused",
+    "--ray-resource", "--remove", "--remove-unused", "--session-fd",
     "--stats-out", "--stop",
     "--supervised", "--system", "--text", "--text-file", "--weights-fd", "--yes",
 }  # fmt: skip

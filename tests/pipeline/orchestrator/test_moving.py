@@ -66,7 +66,10 @@ class Nomads:
             control, data_in = (stack.enter_context(listen(LOOPBACK)) for _ in range(2))
             self.at[idx] = control.endpoint, data_in.endpoint
             self.num_started[idx] += 1
-            await StageWorker(setup).serve(control, data_in)
+            await self.worker(setup).serve(control, data_in)
+
+    def worker(self, setup):
+        return StageWorker(setup)
 
     def move(self, idx):
         """End a worker; its successor listens at whichever ports are free."""

@@ -148,9 +148,9 @@ import json, os, signal, sys
 numbers = os.listdir("/proc/self/fd")
 fds = [int(number) for number in numbers if os.path.exists("/proc/self/fd/" + number)]
 blocked = len(signal.pthread_sigmask(signal.SIG_BLOCK, []))
-weights = int(sys.argv[sys.argv.index("--weights-fd") + 1])
-status = os.fstat(weights)
-found = [fds, blocked, weights, status.st_ino, status.st_mode & 0o777]
+memories = [int(sys.argv[sys.argv.index(flag) + 1]) for flag in ("--weights-fd", "--session-fd")]
+statuses = [os.fstat(memory) for memory in memories]
+found = [fds, blocked, memories, [[each.st_ino, each.st_mode & 0o777] for each in statuses]]
 open(TOLD, "a").write(json.dumps(found) + "\\n")
 """
 
@@ -162,8 +162,9 @@ async def test_a_worker_has_its_own_streams_and_nothing_of_others(supervisor, wo
     for stage_idx in range(3):
         await supervisor.start(stage_idx)
     await until(lambda: told.exists() and told.read_text().count("\n") == 3)
-    for fds, blocked, weights, *_ in map(json.loads, told.read_text().splitlines()):
-        assert {*fds} == {0, 1, 2, weights}
+    for fds, blocked, memories, _ in map(json.loads, told.read_text().splitlines()):
+        assert {*fds} == {0, 1, 2, *memories}
+        assert len({*memories}) == 2
         assert blocked == 0
 
 
@@ -311,9 +312,29 @@ async def test_a_successor_is_handed_the_memory_that_its_stage_had(supervisor, w
     supervisor.on_loss(StageHung(0, "it says nothing"))
     await pid_other_than(supervisor, (first,))
     await until(lambda: len(told.read_text().splitlines()) == 2)
-    before, after = (json.loads(line)[-2:] for line in told.read_text().splitlines())
+    before, after = (json.loads(line)[-1] for line in told.read_text().splitlines())
     assert before == after
-    assert before[1] == 0o600
+    assert [mode for _, mode in before] == [0o600] * 2
+
+
+@needs_sealed_memory
+@pytest.mark.parametrize("is_killed_with_its_parent", [False, True], ids=["its own", "uncertain"])
+async def test_what_a_session_held_outlives_no_fault_and_no_worker_that_may_still_run(
+    supervisor, work, tmp_path, is_killed_with_its_parent
+):
+    told = tmp_path / "told"
+    work(LOOK.replace("TOLD", repr(str(told))) + WORK)
+    await supervisor.start(0)
+    first = await pid_other_than(supervisor, ())
+    await until(lambda: told.exists() and told.read_text())
+    if is_killed_with_its_parent:
+        os.kill(supervisor._forks.pid, signal.SIGKILL)
+    else:
+        os.kill(first, signal.SIGSEGV)
+    await pid_other_than(supervisor, (first,))
+    await until(lambda: len(told.read_text().splitlines()) == 2)
+    before, after = (json.loads(line)[-1] for line in told.read_text().splitlines())
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False]
 
 
 async def test_without_such_memory_workers_load_for_themselves(
@@ -328,7 +349,7 @@ async def test_without_such_memory_workers_load_for_themselves(
     with caplog.at_level("INFO"):
         await supervisor.start(0)
         await until(lambda: told.exists() and "--flag-0" in told.read_text())
-    assert "--weights-fd" not in told.read_text()
+    assert "-fd" not in told.read_text()
     assert caplog.text.count("event=weights_not_kept") == 1
 
 
