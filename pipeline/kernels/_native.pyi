@@ -1,4 +1,4 @@
-"""Kernels in C for decode steps and prefill: CPUs with AVX-512; sources in native/.
+"""Kernels in C for decode steps and prefill: CPUs with AVX-512, AVX2 or NEON; sources in native/.
 
 Optional: installing without a C compiler leaves the module out, and everything runs without it.
 An `Address` is an array, or an int, of C-contiguous memory that the caller keeps alive; None or 0:
@@ -37,8 +37,21 @@ STORED_F16: Final = 3
 MAX_THREADS: Final = 256
 MAX_CPUS: Final = 1024  # CPUs are numbered below that
 
+def levels() -> tuple[str, ...]:
+    """The vector instructions this CPU has that there are kernels for, the fastest first; () none.
+
+    "avx512", "avxvnni" (AVX2, and what multiplies int8), "avx2", "neon". All take the same packed
+    weights. All give the same bits, but for BF16 with "bf16_dot".
+    """
+
+def use_level(level: str, /) -> None:
+    """Compute at that level from now on; no thread may be computing. The first is used if not told.
+
+    Raises ValueError for one that `levels` does not name.
+    """
+
 def features() -> tuple[str, ...]:
-    """What may be called here: "avx512" all but the kinds "bf16" BF16, "vnni" I8; () nothing.
+    """The level in use, then the kinds it computes with: "float32", "bfloat16", "int8"; () none.
 
     "bf16_dot": this CPU multiplies bf16 itself, faster than weights can be widened.
     """

@@ -3,14 +3,17 @@
 Never by a stopwatch: two workers on two equal machines must not differ in rounding.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 from pipeline.errors import InputError
 from pipeline.kernels.base import Kernels
 from pipeline.kernels.self_test import first_difference
 
-CHOICES = ("auto", "native", "torch")
+LEVELS = ("avx512", "avxvnni", "avx2", "neon")  # instructions native kernels are compiled for
+CHOICES = ("auto", "native", "torch", *(f"native-{level}" for level in LEVELS))
 NOT_BUILT = "the native kernels were not built with this installation"
 HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 512  # what the native attention takes
 
@@ -26,13 +29,12 @@ def choose_kernels(choice: str, head_dim: int, device: str = "cpu") -> Kernels:
         return _gpu(choice, device)
     if choice == "torch":
         return _torch("--kernels torch")
-    problem = why_not_native() or _why_not_heads(head_dim)
+    level = choice.partition("-")[2] or None
+    problem = why_not_native(level) or _why_not_heads(head_dim)
     if problem is None:
-        from pipeline.kernels.native_kernels import NativeKernels  # noqa: PLC0415 (may be absent)
-
-        return NativeKernels()
-    if choice == "native":
-        raise InputError(f"--kernels native: {problem}; leave the flag out to compute with torch")
+        return _native_kernels(level)
+    if choice != "auto":
+        raise InputError(f"--kernels {choice}: {problem}; leave the flag out to compute with torch")
     return _torch(problem)
 
 
@@ -88,18 +90,50 @@ def _why_not_heads(head_dim: int) -> str | None:
     return None
 
 
+def _native_kernels(level: str | None) -> Kernels:
+    """From now on this process computes at that level, or at the best that works."""
+    from pipeline.kernels import _native  # noqa: PLC0415 (may be absent)
+    from pipeline.kernels.native_kernels import NativeKernels  # noqa: PLC0415
+
+    _native.use_level(level or _best_of(_native.levels()))
+    return NativeKernels()
+
+
+def _best_of(levels: Sequence[str]) -> str:
+    """The first that computes rightly, else the first."""
+    return next((level for level in levels if why_not_native(level) is None), levels[0])
+
+
 @cache
-def why_not_native() -> str | None:
-    """What keeps the native kernels from being used here; None when nothing does."""
+def why_not_native(level: str | None = None) -> str | None:
+    """What keeps the native kernels from being used here, at a level or at any; None: nothing.
+
+    A process that computes at one that does not work is moved to one that does.
+    """
     try:
         from pipeline.kernels import _native  # noqa: PLC0415
     except ImportError:
         return NOT_BUILT
     if not _native.features():
-        return "this processor lacks the instructions they are written for (AVX-512)"
+        return "this processor lacks the instructions they are written for (AVX-512, AVX2, NEON)"
     try:
-        from pipeline.kernels.native_kernels import NativeKernels  # noqa: PLC0415
-
-        return first_difference(NativeKernels())
+        return _first_problem(_native, level)
     except (AttributeError, TypeError):  # a function missing, or taking other arguments
         return "they were built from other sources than these: run scripts/setup.sh"
+
+
+def _first_problem(native: ModuleType, level: str | None) -> str | None:
+    from pipeline.kernels.native_kernels import NativeKernels  # noqa: PLC0415 (may be absent)
+
+    levels, current = native.levels(), native.features()[0]
+    if level is None:
+        if why_not_native(current) is not None:
+            native.use_level(current := _best_of(levels))
+        return why_not_native(current)
+    if level not in levels:
+        return f"this processor lacks {level}, it has {', '.join(levels)}"
+    native.use_level(level)
+    try:
+        return first_difference(NativeKernels())
+    finally:
+        native.use_level(current)

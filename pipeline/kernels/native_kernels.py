@@ -43,11 +43,10 @@ from pipeline.protocol.batch import Batch
 from pipeline.weights.quantization import dequantise, num_groups
 from pipeline.weights.tensor_sinks import fill_array, in_precision
 
-# Precision -> kind of packed weight, and what the processor must have for it.
-KINDS: Mapping[Precision, tuple[int, str]] = {
-    "float32": (_native.F32, "avx512"),
-    "bfloat16": (_native.BF16, "bf16"),
-    "int8": (_native.I8, "vnni"),
+KINDS: Mapping[Precision, int] = {
+    "float32": _native.F32,
+    "bfloat16": _native.BF16,
+    "int8": _native.I8,
 }
 TABLES: Mapping[ArrayDType, int] = {FLOAT32: _native.F32, BFLOAT16: _native.BF16, INT8: _native.I8}
 STORED: Mapping[ArrayDType, int] = {
@@ -96,8 +95,7 @@ def quantise_into(outputs: HostArray, values: HostArray, scales: HostArray) -> N
 
 def _kind(precision: Precision) -> int:
     """The kind that holds a precision; float32 with its values where the processor lacks it."""
-    kind, feature = KINDS[precision]
-    return kind if feature in _native.features() else _native.F32
+    return KINDS[precision if precision in _native.features() else "float32"]
 
 
 class NativeLinear(KernelLinear):
@@ -142,7 +140,7 @@ class NativeLinear(KernelLinear):
         self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
     ) -> None:
         """Pack outputs first.., [n, in] as a file holds them, int8 with its scales."""
-        if self.kind == KINDS[self.precision][0]:
+        if self.kind == KINDS[self.precision]:
             self._pack(first, first_in, outputs, scales)
             return
         for at, piece, own in in_precision(self.precision, first, outputs, scales):

@@ -4,18 +4,18 @@
 
 #include <math.h>
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 /* Of one query with every row, and the greatest. */
 static float dot_rows(const held_rows_t *held, const float *query, const float *keys,
                       float *scores) {
     float greatest = -__builtin_inff();
     for (size_t row = 0; row < held->num_rows; row++, keys += held->width) {
-        __m512 sum = _mm512_setzero_ps();
+        f32x16 sum = f_zero();
         for (size_t i = 0; i < held->width; i += BLOCK) {
-            sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + i), _mm512_loadu_ps(keys + i), sum);
+            sum = f_fma(f_load(query + i), f_load(keys + i), sum);
         }
-        float score = _mm512_reduce_add_ps(sum);
+        float score = f_sum(sum);
         scores[row] = score;
         if (!(score <= greatest)) greatest = score; /* what is no number is not passed over */
     }
@@ -24,14 +24,14 @@ static float dot_rows(const held_rows_t *held, const float *query, const float *
 
 /* Scores to unnormalised weights; returns their sum. */
 static float exp_all(float *scores, size_t count, float greatest) {
-    __m512 sum = _mm512_setzero_ps(), most = _mm512_set1_ps(greatest);
+    f32x16 sum = f_zero(), most = f_set1(greatest);
     for (size_t i = 0; i < count; i += BLOCK) {
-        __mmask16 mask = lanes(count - i);
-        __m512 weight = exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + i), most));
-        _mm512_mask_storeu_ps(scores + i, mask, weight);
-        sum = _mm512_add_ps(sum, _mm512_maskz_mov_ps(mask, weight));
+        mask16 mask = lanes(count - i);
+        f32x16 weight = exp_ps(f_sub(f_load_some(mask, scores + i), most));
+        f_store_some(scores + i, mask, weight);
+        sum = f_add(sum, f_keep(mask, weight));
     }
-    return _mm512_reduce_add_ps(sum);
+    return f_sum(sum);
 }
 
 /* Some queries of a head: outputs [count][width], log-sums [count]. */

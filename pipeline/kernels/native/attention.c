@@ -12,7 +12,7 @@
 
 #include <string.h>
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 enum { QUERIES_PER_TASK = 48, CHUNKS_PER_THREAD = 2 };
 
@@ -22,24 +22,24 @@ typedef struct {
     size_t first_block, num_blocks; /* of 16 positions, seen by any of them */
     size_t stride;                  /* of scores */
     float *scores, *queries, *mixed;
-} tile_t;
+} queries_t;
 
-static size_t position_of(const job_t *job, const part_t *part, size_t query) {
+static size_t position_of(const step_t *job, const part_t *part, size_t query) {
     return (size_t)part->span->start + query / job->group;
 }
 
-static size_t oldest_seen(const job_t *job, size_t position) {
+static size_t oldest_seen(const step_t *job, size_t position) {
     size_t window = job->shape->window;
     return window && position + 1 > window ? position + 1 - window : 0;
 }
 
 /* The query's first element within a row-major [rows, stride] matrix of heads. */
-static size_t offset_of(const job_t *job, const part_t *part, size_t query, size_t stride) {
+static size_t offset_of(const step_t *job, const part_t *part, size_t query, size_t stride) {
     size_t row = (size_t)part->span->row_offset + query / job->group;
     return row * stride + (part->kv_head * job->group + query % job->group) * job->shape->head_dim;
 }
 
-static void score(const job_t *job, const part_t *part, const tile_t *tile) {
+static void score(const step_t *job, const part_t *part, const queries_t *tile) {
     size_t head_dim = job->shape->head_dim, block_bytes = job->block_bytes;
     for (size_t i = 0; i < tile->count; i++) {
         memcpy(tile->queries + i * head_dim,
@@ -48,7 +48,7 @@ static void score(const job_t *job, const part_t *part, const tile_t *tile) {
     }
     const char *keys = part->keys + tile->first_block * block_bytes;
     size_t block = 0;
-    for (size_t width = 4; width > 0; width /= 2) {
+    for (size_t width = widest(tile->count); width > 0; width /= 2) {
         size_t step = (tile->num_blocks - block) / width; /* long streams, as in linear.c */
         for (size_t i = 0; i < step; i++) {
             rows_fn run = tile_rows(job->shape->is_half, tile->count, width);
@@ -62,7 +62,7 @@ static void score(const job_t *job, const part_t *part, const tile_t *tile) {
 }
 
 /* A score that no position has, as scores are before they are scaled: of a head's sink. */
-static float sink_of(const job_t *job, size_t head) {
+static float sink_of(const step_t *job, size_t head) {
     const float *sinks = job->shape->sinks;
     if (!sinks) return -__builtin_inff();
     return sinks[head] / job->scale;
@@ -70,37 +70,38 @@ static float sink_of(const job_t *job, size_t head) {
 
 /* Scores of one query to unnormalised weights, zero where it does not look; returns their sum, with
  * the sink's. */
-static float weigh(const job_t *job, const tile_t *tile, float *scores, size_t oldest,
+static float weigh(const step_t *job, const queries_t *tile, float *scores, size_t oldest,
                    size_t newest, float sink) {
-    const __m512 scale = _mm512_set1_ps(job->scale);
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i low = _mm512_set1_epi32((int)(oldest - tile->first_block * BLOCK));
-    const __m512i high = _mm512_set1_epi32((int)(newest - tile->first_block * BLOCK));
-    __m512 greatest = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps();
+    const f32x16 scale = f_set1(job->scale);
+    static const int32_t numbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const i32x16 lane = i_load(numbers);
+    const i32x16 low = i_set1((int)(oldest - tile->first_block * BLOCK));
+    const i32x16 high = i_set1((int)(newest - tile->first_block * BLOCK));
+    f32x16 greatest = f_set1(-__builtin_inff()), sum = f_zero();
     for (size_t at = 0; at < tile->num_blocks * BLOCK; at += BLOCK) {
-        __m512i here = _mm512_add_epi32(lane, _mm512_set1_epi32((int)at));
-        __mmask16 seen = _mm512_cmpge_epi32_mask(here, low) & _mm512_cmple_epi32_mask(here, high);
-        greatest = _mm512_mask_max_ps(greatest, seen, greatest, _mm512_loadu_ps(scores + at));
+        i32x16 here = i_add(lane, i_set1((int)at));
+        mask16 seen = i_ge(here, low) & i_ge(high, here);
+        greatest = f_select(seen, f_max(greatest, f_load(scores + at)), greatest);
     }
-    float most = _mm512_reduce_max_ps(greatest);
-    greatest = _mm512_set1_ps(sink > most ? sink : most);
+    float most = f_greatest(greatest);
+    greatest = f_set1(sink > most ? sink : most);
     for (size_t at = 0; at < tile->num_blocks * BLOCK; at += BLOCK) {
-        __m512i here = _mm512_add_epi32(lane, _mm512_set1_epi32((int)at));
-        __mmask16 seen = _mm512_cmpge_epi32_mask(here, low) & _mm512_cmple_epi32_mask(here, high);
-        __m512 weight = _mm512_sub_ps(_mm512_loadu_ps(scores + at), greatest);
-        weight = _mm512_maskz_mov_ps(seen, exp_ps(_mm512_mul_ps(weight, scale)));
-        _mm512_storeu_ps(scores + at, weight);
-        sum = _mm512_add_ps(sum, weight);
+        i32x16 here = i_add(lane, i_set1((int)at));
+        mask16 seen = i_ge(here, low) & i_ge(high, here);
+        f32x16 weight = f_sub(f_load(scores + at), greatest);
+        weight = f_keep(seen, exp_ps(f_mul(weight, scale)));
+        f_store(scores + at, weight);
+        sum = f_add(sum, weight);
     }
-    __m512 rest = _mm512_sub_ps(_mm512_set1_ps(sink), greatest); /* nothing beside 1 without one */
-    return _mm512_reduce_add_ps(sum) + _mm512_cvtss_f32(exp_ps(_mm512_mul_ps(rest, scale)));
+    f32x16 rest = f_sub(f_set1(sink), greatest); /* nothing beside 1 without one */
+    return f_sum(sum) + f_first(exp_ps(f_mul(rest, scale)));
 }
 
 /* mixed[count][head_dim] (+)= one block's weights times its values, of positions first..end. */
-static void mix_block(const job_t *job, size_t count, float *mixed, const float *weights,
+static void mix_block(const step_t *job, size_t count, float *mixed, const float *weights,
                       size_t stride, const char *values, size_t first, size_t end, int adds) {
     size_t head_dim = job->shape->head_dim, step = BLOCK * job->number;
-    for (size_t b = 0, width = 4; b < head_dim / BLOCK; b += width) {
+    for (size_t b = 0, width = widest(count); b < head_dim / BLOCK; b += width) {
         while (width > head_dim / BLOCK - b) width /= 2;
         rows_fn run = tile_rows(job->shape->is_half, count, width);
         run(mixed + b * BLOCK, head_dim, BLOCK, (const char *)(weights + first),
@@ -110,7 +111,7 @@ static void mix_block(const job_t *job, size_t count, float *mixed, const float 
 }
 
 /* mixed[count][head_dim] = weights times values, from the oldest that any of the queries sees. */
-static void mix(const job_t *job, const part_t *part, const tile_t *tile) {
+static void mix(const step_t *job, const part_t *part, const queries_t *tile) {
     size_t oldest = oldest_seen(job, position_of(job, part, tile->first));
     size_t newest = position_of(job, part, tile->first + tile->count - 1);
     for (size_t i = 0; i < tile->num_blocks; i++) {
@@ -122,22 +123,22 @@ static void mix(const job_t *job, const part_t *part, const tile_t *tile) {
 }
 
 static int has_nan(const float *mixed, size_t count) {
-    __mmask16 found = 0;
+    mask16 found = 0;
     for (size_t i = 0; i < count; i += BLOCK) {
-        __m512 each = _mm512_loadu_ps(mixed + i);
-        found |= _mm512_cmp_ps_mask(each, each, _CMP_UNORD_Q);
+        f32x16 each = f_load(mixed + i);
+        found |= f_unordered(each, each);
     }
     return found != 0;
 }
 
 static void put(const float *mixed, float sum, size_t head_dim, float *out) {
-    __m512 factor = _mm512_set1_ps(1.0f / sum);
+    f32x16 factor = f_set1(1.0f / sum);
     for (size_t d = 0; d < head_dim; d += BLOCK) {
-        _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_loadu_ps(mixed + d), factor));
+        f_store(out + d, f_mul(f_load(mixed + d), factor));
     }
 }
 
-static void attend_tile(const job_t *job, const part_t *part, tile_t tile) {
+static void attend_tile(const step_t *job, const part_t *part, queries_t tile) {
     size_t head_dim = job->shape->head_dim;
     float *out = job->shape->out;
     tile.first_block = oldest_seen(job, position_of(job, part, tile.first)) / BLOCK;
@@ -155,7 +156,7 @@ static void attend_tile(const job_t *job, const part_t *part, tile_t tile) {
     if (tile.count > 1 && has_nan(tile.mixed, tile.count * head_dim)) {
         /* weighing nothing is not enough where values are infinite: see only one's own */
         for (size_t i = 0; i < tile.count; i++) {
-            tile_t single = tile;
+            queries_t single = tile;
             single.first += i;
             single.count = 1;
             attend_tile(job, part, single);
@@ -168,14 +169,14 @@ static void attend_tile(const job_t *job, const part_t *part, tile_t tile) {
     }
 }
 
-static void attend_part(const job_t *job, const part_t *part) {
+static void attend_part(const step_t *job, const part_t *part) {
     float queries[MAX_ATTENTION_ROWS * MAX_HEAD_DIM], mixed[MAX_ATTENTION_ROWS * MAX_HEAD_DIM];
     size_t first = part->task * QUERIES_PER_TASK, end = first + QUERIES_PER_TASK;
     size_t limit = num_queries(job, part->span);
     end = end < limit ? end : limit;
     size_t num_tiles = (end - first + MAX_ATTENTION_ROWS - 1) / MAX_ATTENTION_ROWS;
     size_t stride = ((size_t)(part->span->start + part->span->count) / BLOCK + 1) * BLOCK;
-    tile_t tile = {.queries = queries, .mixed = mixed, .stride = stride,
+    queries_t tile = {.queries = queries, .mixed = mixed, .stride = stride,
                    .scores = scratch(MAX_ATTENTION_ROWS * stride * sizeof(float))};
     for (size_t i = 0; i < num_tiles; i++) {
         tile.first = first + i * (end - first) / num_tiles;
@@ -184,11 +185,11 @@ static void attend_part(const job_t *job, const part_t *part) {
     }
 }
 
-static size_t num_tasks(const job_t *job, const span_t *span) {
+static size_t num_tasks(const step_t *job, const span_t *span) {
     return (num_queries(job, span) + QUERIES_PER_TASK - 1) / QUERIES_PER_TASK;
 }
 
-static part_t part_of_chunk(const job_t *job, size_t chunk) {
+static part_t part_of_chunk(const step_t *job, size_t chunk) {
     const span_t *span = job->shape->spans;
     size_t kv_heads = job->shape->num_kv_heads;
     while (chunk >= num_tasks(job, span) * kv_heads) {
@@ -199,13 +200,13 @@ static part_t part_of_chunk(const job_t *job, size_t chunk) {
 }
 
 static void attend_chunk(void *opaque, size_t chunk) {
-    const job_t *job = opaque;
+    const step_t *job = opaque;
     part_t part = part_of_chunk(job, chunk);
     attend_part(job, &part);
 }
 
 static void append_chunk(void *opaque, size_t chunk) {
-    const job_t *job = opaque;
+    const step_t *job = opaque;
     size_t kv_heads = job->shape->num_kv_heads;
     part_t part = part_of(job, job->shape->spans + chunk / kv_heads, chunk % kv_heads, 0);
     append_keys(job, &part);
@@ -214,7 +215,7 @@ static void append_chunk(void *opaque, size_t chunk) {
 
 /* Some heads of the only row of a span, from that of `part` on. They go through blocks of positions
  * together, as these lie in memory; keys and values are appended just before they are read. */
-static void score_row(const job_t *job, part_t part, const tile_t *tile, size_t num_heads) {
+static void score_row(const step_t *job, part_t part, const queries_t *tile, size_t num_heads) {
     size_t head_dim = job->shape->head_dim, last = tile->num_blocks - 1;
     const float *queries = job->shape->qkv + offset_of(job, &part, 0, job->shape->row_stride);
     const char *keys = part.keys + tile->first_block * job->block_bytes;
@@ -231,7 +232,7 @@ static void score_row(const job_t *job, part_t part, const tile_t *tile, size_t 
     }
 }
 
-static void mix_row(const job_t *job, part_t part, const tile_t *tile, size_t num_heads) {
+static void mix_row(const step_t *job, part_t part, const queries_t *tile, size_t num_heads) {
     size_t head_dim = job->shape->head_dim, last = tile->num_blocks - 1;
     size_t newest = position_of(job, &part, 0), oldest = oldest_seen(job, newest);
     const char *values = part.values + tile->first_block * job->block_bytes;
@@ -248,10 +249,10 @@ static void mix_row(const job_t *job, part_t part, const tile_t *tile, size_t nu
     }
 }
 
-static void attend_row(const job_t *job, part_t part, size_t num_heads) {
+static void attend_row(const step_t *job, part_t part, size_t num_heads) {
     size_t head_dim = job->shape->head_dim, num_queries = num_heads * job->group;
     size_t newest = position_of(job, &part, 0), oldest = oldest_seen(job, newest);
-    tile_t tile = {.first_block = oldest / BLOCK};
+    queries_t tile = {.first_block = oldest / BLOCK};
     tile.num_blocks = newest / BLOCK + 1 - tile.first_block;
     tile.stride = tile.num_blocks * BLOCK;
     tile.scores = scratch(num_queries * (tile.stride + head_dim + 1) * sizeof(float));
@@ -270,14 +271,14 @@ static void attend_row(const job_t *job, part_t part, size_t num_heads) {
 }
 
 static void row_chunk(void *opaque, size_t chunk) {
-    const job_t *job = opaque;
+    const step_t *job = opaque;
     size_t heads = job->shape->num_kv_heads, at = chunk % job->cut;
     size_t first = at * heads / job->cut, end = (at + 1) * heads / job->cut;
     attend_row(job, part_of(job, job->shape->spans + chunk / job->cut, first, 0), end - first);
 }
 
 void attend(const attention_t *shape) {
-    job_t job = {.shape = shape, .group = shape->num_heads / shape->num_kv_heads,
+    step_t job = {.shape = shape, .group = shape->num_heads / shape->num_kv_heads,
                  .scale = 1.0f / __builtin_sqrtf((float)shape->head_dim),
                  .number = shape->is_half ? sizeof(uint16_t) : sizeof(float)};
     job.head_bytes = shape->head_dim * BLOCK * job.number;

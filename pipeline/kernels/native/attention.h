@@ -4,7 +4,7 @@
 
 #include "tiles.h"
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 typedef struct {
     const attention_t *shape;
@@ -12,7 +12,7 @@ typedef struct {
     float scale;
     size_t cut;                            /* of single rows: the parts that heads are cut into */
     size_t number, head_bytes, block_bytes; /* of the cache: one number, a head's block, all heads' */
-} job_t;
+} step_t;
 
 /* A span's part for one key head. */
 typedef struct {
@@ -21,11 +21,11 @@ typedef struct {
     char *keys, *values; /* of the head's first block */
 } part_t;
 
-INLINE size_t num_queries(const job_t *job, const span_t *span) {
+INLINE size_t num_queries(const step_t *job, const span_t *span) {
     return (size_t)span->count * job->group;
 }
 
-INLINE part_t part_of(const job_t *job, const span_t *span, size_t kv_head, size_t task) {
+INLINE part_t part_of(const step_t *job, const span_t *span, size_t kv_head, size_t task) {
     const attention_t *shape = job->shape;
     size_t at = (size_t)span->slot * (shape->max_seq / BLOCK) * job->block_bytes +
                 kv_head * job->head_bytes;
@@ -33,8 +33,8 @@ INLINE part_t part_of(const job_t *job, const span_t *span, size_t kv_head, size
 }
 
 /* attention_cache.c: a part's new keys and values to where the cache has them */
-void append_keys(const job_t *job, const part_t *part);
-void append_values(const job_t *job, const part_t *part);
+void append_keys(const step_t *job, const part_t *part);
+void append_values(const step_t *job, const part_t *part);
 
 #endif
 #endif

@@ -3,37 +3,34 @@
 
 #include <string.h>
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 /* Where the row `i` of a span belongs, from a head's first block; `step` is that of positions. */
-static size_t place_of(const job_t *job, const part_t *part, size_t i, size_t step) {
+static size_t row_place(const step_t *job, const part_t *part, size_t i, size_t step) {
     size_t position = (size_t)part->span->start + i;
     return position / BLOCK * job->block_bytes + position % BLOCK * step * job->number;
 }
 
 /* The key of row `i` of a span; its value follows those of all heads. */
-static const float *key_of(const job_t *job, const part_t *part, size_t i) {
+static const float *key_of(const step_t *job, const part_t *part, size_t i) {
     const attention_t *shape = job->shape;
     return shape->qkv + ((size_t)part->span->row_offset + i) * shape->row_stride +
            (shape->num_heads + part->kv_head) * shape->head_dim;
 }
 
-/* The nearest halves, the greatest there are instead of infinities; what is no number stays so. */
-INLINE __m256i to_halves(__m512 x) {
-    const __m512 most = _mm512_set1_ps(65504.0f), least = _mm512_set1_ps(-65504.0f);
-    x = _mm512_max_ps(least, _mm512_min_ps(most, x));
-    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+/* The greatest halves there are instead of infinities; what is no number stays so. */
+INLINE f32x16 within_halves(f32x16 x) {
+    const f32x16 most = f_set1(65504.0f), least = f_set1(-65504.0f);
+    return f_max(least, f_min(most, x));
 }
 
-void append_keys(const job_t *job, const part_t *part) {
+void append_keys(const step_t *job, const part_t *part) {
     for (size_t i = 0; i < (size_t)part->span->count; i++) {
         const float *key = key_of(job, part, i);
-        char *to = part->keys + place_of(job, part, i, 1);
+        char *to = part->keys + row_place(job, part, i, 1);
         for (size_t d = 0; d < job->shape->head_dim; d += BLOCK) {
             uint16_t halves[BLOCK];
-            if (job->shape->is_half) {
-                _mm256_storeu_si256((__m256i *)halves, to_halves(_mm512_loadu_ps(key + d)));
-            }
+            if (job->shape->is_half) f_store_halves(halves, within_halves(f_load(key + d)));
             for (size_t j = 0; j < BLOCK; j++) {
                 size_t at = (d + j) * BLOCK;
                 if (job->shape->is_half) ((uint16_t *)to)[at] = halves[j];
@@ -43,18 +40,17 @@ void append_keys(const job_t *job, const part_t *part) {
     }
 }
 
-void append_values(const job_t *job, const part_t *part) {
+void append_values(const step_t *job, const part_t *part) {
     size_t head_dim = job->shape->head_dim;
     for (size_t i = 0; i < (size_t)part->span->count; i++) {
         const float *value = key_of(job, part, i) + job->shape->num_kv_heads * head_dim;
-        char *to = part->values + place_of(job, part, i, head_dim);
+        char *to = part->values + row_place(job, part, i, head_dim);
         if (!job->shape->is_half) {
             memcpy(to, value, head_dim * sizeof(float));
             continue;
         }
         for (size_t d = 0; d < head_dim; d += BLOCK) {
-            __m256i halves = to_halves(_mm512_loadu_ps(value + d));
-            _mm256_storeu_si256((__m256i *)(to + d * job->number), halves);
+            f_store_halves(to + d * job->number, within_halves(f_load(value + d)));
         }
     }
 }
@@ -62,20 +58,20 @@ void append_values(const job_t *job, const part_t *part) {
 /* Turns the keys of a few rows of one block, [head_dim, BLOCK], on their way to another place. */
 INLINE void turn(const slide_t *job, const char *from, char *to, size_t count, int is_half) {
     const size_t half = job->head_dim / 2, step = BLOCK * (is_half ? 2 : 4);
-    const __mmask16 mask = lanes(count);
+    const mask16 mask = lanes(count);
     for (size_t j = 0; j < half; j++) {
         const size_t at[] = {j * step, (j + half) * step};
-        const __m512 cosine = _mm512_set1_ps(job->cosines[j]), sine = _mm512_set1_ps(job->sines[j]);
-        __m512 x[2], y[2];
+        const f32x16 cosine = f_set1(job->cosines[j]), sine = f_set1(job->sines[j]);
+        f32x16 x[2], y[2];
         for (int i = 0; i < 2; i++) {
-            x[i] = is_half ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from + at[i]))
-                           : _mm512_maskz_loadu_ps(mask, from + at[i]);
+            x[i] = is_half ? f_load_some_halves(mask, from + at[i])
+                           : f_load_some(mask, from + at[i]);
         }
-        y[0] = _mm512_fmadd_ps(x[0], cosine, _mm512_mul_ps(x[1], sine));
-        y[1] = _mm512_fnmadd_ps(x[0], sine, _mm512_mul_ps(x[1], cosine));
+        y[0] = f_fma(x[0], cosine, f_mul(x[1], sine));
+        y[1] = f_fnma(x[0], sine, f_mul(x[1], cosine));
         for (int i = 0; i < 2; i++) {
-            if (is_half) _mm256_mask_storeu_epi16(to + at[i], mask, to_halves(y[i]));
-            else _mm512_mask_storeu_ps(to + at[i], mask, y[i]);
+            if (is_half) f_store_some_halves(to + at[i], mask, within_halves(y[i]));
+            else f_store_some(to + at[i], mask, y[i]);
         }
     }
 }

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 #define ALIGNMENT 64
 #define LARGEST ((int64_t)1 << 28) /* of any size: bytes of a weight fit 63 bits, so do products of two */
@@ -15,14 +15,6 @@
         if (refusal_.what) return refusal_;                                                       \
     } while (0)
 
-int has_avx512(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("fma");
-}
-
-int has_vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
-
 static void *at(int64_t address) { return (void *)(uintptr_t)address; }
 
 static float float_of(int64_t bits) {
@@ -33,7 +25,7 @@ static float float_of(int64_t bits) {
 
 /* A kind that runs here and sizes that can be. */
 refusal_t check_weight(int64_t kind, int64_t packed, int64_t num_in, int64_t num_out) {
-    if (kind >= NUM_KINDS || (kind == KIND_I8 && !has_vnni())) {
+    if (kind >= NUM_KINDS || !holds_kind((int)kind)) {
         REFUSE("no such kind of weight on this CPU", kind);
     }
     if (num_in < 1 || num_in > LARGEST) REFUSE("num_in", num_in);
@@ -69,7 +61,7 @@ static refusal_t run_pack(const int64_t *a) {
     CHECK(check_floats(a[4]));
     CHECK(check_place(a + 8, a[2], a[3]));
     matrix_t matrix = {(int)a[4], at(a[5]), (ptrdiff_t)a[6], (ptrdiff_t)a[7], (size_t)a[11]};
-    pack((int)a[0], at(a[1]), &matrix, place_of(a + 8, a[2]));
+    kernels->pack((int)a[0], at(a[1]), &matrix, place_of(a + 8, a[2]));
     return DONE;
 }
 const call_t call_pack = {"npnnnsnnnnnn", run_pack, always};
@@ -78,7 +70,7 @@ static refusal_t run_pack_int8(const int64_t *a) {
     CHECK(check_weight(KIND_I8, a[0], a[1], a[2]));
     CHECK(check_place(a + 8, a[1], a[2]));
     matrix_t matrix = {STORED_I8, at(a[3]), (ptrdiff_t)a[4], (ptrdiff_t)a[5], (size_t)a[11]};
-    pack_int8(at(a[0]), &matrix, at(a[6]), (ptrdiff_t)a[7], place_of(a + 8, a[1]));
+    kernels->pack_int8(at(a[0]), &matrix, at(a[6]), (ptrdiff_t)a[7], place_of(a + 8, a[1]));
     return DONE;
 }
 const call_t call_pack_int8 = {"pnnsnnsnnnnn", run_pack_int8, always};
@@ -88,7 +80,7 @@ static refusal_t run_quantise(const int64_t *a) {
     if (a[4] < 1 || a[4] > LARGEST) REFUSE("num_in", a[4]);
     if (a[5] > LARGEST) REFUSE("count", a[5]);
     matrix_t matrix = {(int)a[0], at(a[1]), (ptrdiff_t)a[2], (ptrdiff_t)a[3], (size_t)a[4]};
-    quantise(&matrix, (size_t)a[5], at(a[6]), at(a[7]));
+    kernels->quantise(&matrix, (size_t)a[5], at(a[6]), at(a[7]));
     return DONE;
 }
 const call_t call_quantise = {"nsnnnnpp", run_quantise, always};
@@ -96,7 +88,7 @@ const call_t call_quantise = {"nsnnnnpp", run_quantise, always};
 static refusal_t run_convert(const int64_t *a) {
     CHECK(check_floats(a[0]));
     if (a[2] != KIND_F32 && a[2] != KIND_BF16) REFUSE("no such format to convert to", a[2]);
-    convert((int)a[0], at(a[1]), (int)a[2], at(a[3]), (size_t)a[4]);
+    kernels->convert((int)a[0], at(a[1]), (int)a[2], at(a[3]), (size_t)a[4]);
     return DONE;
 }
 const call_t call_convert = {"npnpn", run_convert, always};
@@ -131,7 +123,7 @@ static refusal_t run_lookup(const int64_t *a) {
     if (a[4] < 1 || a[4] > LARGEST) REFUSE("width", a[4]);
     CHECK(check_ids(at(a[5]), a[6], a[7], a[3]));
     table_t table = {(int)a[0], at(a[1]), at(a[2]), (size_t)a[4]};
-    lookup(&table, at(a[5]), (size_t)a[6], (size_t)a[7], a[8] != 0, at(a[9]));
+    kernels->lookup(&table, at(a[5]), (size_t)a[6], (size_t)a[7], a[8] != 0, at(a[9]));
     return DONE;
 }
 const call_t call_lookup = {"nppnnsnnnp", run_lookup, NULL};
@@ -164,7 +156,7 @@ static refusal_t run_linear(const int64_t *a) {
     if (a[5] == 0) return DONE;
     weight_t weight = {(int)a[0], at(a[1]), (size_t)a[6], (size_t)a[7]};
     product_t product = {at(a[3]), at(a[4]), at(a[2]), at(a[9]), (size_t)a[5], (int)a[8]};
-    linear(&weight, &product);
+    kernels->linear(&weight, &product);
     return DONE;
 }
 
@@ -194,7 +186,7 @@ static refusal_t run_experts(const int64_t *a) {
         .rows = (size_t)a[10], .hidden = (size_t)a[11], .inner = (size_t)a[12],
         .out = at(a[13]), .residual = at(a[14]),
     };
-    if (!experts(&job)) REFUSE("rows, for which there is no memory", a[10]);
+    if (!kernels->experts(&job)) REFUSE("rows, for which there is no memory", a[10]);
     return DONE;
 }
 
@@ -206,21 +198,21 @@ const call_t call_experts = {"npnnnnffppnnnpp", run_experts, experts_work};
 
 static refusal_t run_layer_norm(const int64_t *a) {
     if (a[5] < 1) REFUSE("size", a[5]);
-    layer_norm(at(a[0]), at(a[1]), at(a[2]), at(a[3]), (size_t)a[4], (size_t)a[5], float_of(a[6]));
+    kernels->layer_norm(at(a[0]), at(a[1]), at(a[2]), at(a[3]), (size_t)a[4], (size_t)a[5], float_of(a[6]));
     return DONE;
 }
 const call_t call_layer_norm = {"ppppnnf", run_layer_norm, NULL};
 
 static refusal_t run_rms_norm(const int64_t *a) {
     if (a[4] < 1) REFUSE("size", a[4]);
-    rms_norm(at(a[0]), at(a[1]), at(a[2]), (size_t)a[3], (size_t)a[4], float_of(a[5]));
+    kernels->rms_norm(at(a[0]), at(a[1]), at(a[2]), (size_t)a[3], (size_t)a[4], float_of(a[5]));
     return DONE;
 }
 const call_t call_rms_norm = {"pppnnf", run_rms_norm, NULL};
 
 static refusal_t run_add_rms_norm(const int64_t *a) {
     if (a[4] < 1) REFUSE("size", a[4]);
-    add_rms_norm(at(a[0]), at(a[1]), at(a[2]), (size_t)a[3], (size_t)a[4], float_of(a[5]));
+    kernels->add_rms_norm(at(a[0]), at(a[1]), at(a[2]), (size_t)a[3], (size_t)a[4], float_of(a[5]));
     return DONE;
 }
 const call_t call_add_rms_norm = {"pppnnf", run_add_rms_norm, NULL};
@@ -228,7 +220,7 @@ const call_t call_add_rms_norm = {"pppnnf", run_add_rms_norm, NULL};
 static refusal_t run_rms_norm_within(const int64_t *a) {
     if (a[4] < 1) REFUSE("size", a[4]);
     if (a[3] > a[1] / a[4]) REFUSE("what is normed exceeds a row", a[3]);
-    rms_norm_within(at(a[0]), (size_t)a[1], (size_t)a[2], (size_t)a[3], (size_t)a[4], at(a[5]),
+    kernels->rms_norm_within(at(a[0]), (size_t)a[1], (size_t)a[2], (size_t)a[3], (size_t)a[4], at(a[5]),
                     float_of(a[6]));
     return DONE;
 }
@@ -237,32 +229,33 @@ const call_t call_rms_norm_within = {"snnnnpf", run_rms_norm_within, NULL};
 static refusal_t run_rope(const int64_t *a) {
     if (a[4] == 0 || a[3] > a[1] / a[4]) REFUSE("heads exceed a row", a[3]);
     if (a[5] % 2 || a[5] == 0 || a[5] > a[4]) REFUSE("turned dimensions are pairs of a head", a[5]);
-    rope(at(a[0]), (size_t)a[1], (size_t)a[2], (size_t)a[3], (size_t)a[4], (size_t)a[5], at(a[6]),
+    kernels->rope(at(a[0]), (size_t)a[1], (size_t)a[2], (size_t)a[3], (size_t)a[4], (size_t)a[5], at(a[6]),
          at(a[7]));
     return DONE;
 }
 const call_t call_rope = {"pnnnnnpp", run_rope, NULL};
 
 static refusal_t run_silu_mul(const int64_t *a) {
-    silu_mul(at(a[0]), at(a[1]), (size_t)a[2], (size_t)a[3]);
+    kernels->silu_mul(at(a[0]), at(a[1]), (size_t)a[2], (size_t)a[3]);
     return DONE;
 }
 const call_t call_silu_mul = {"ppnn", run_silu_mul, NULL};
 
 static refusal_t run_gelu_mul(const int64_t *a) {
-    gelu_mul(at(a[0]), at(a[1]), (size_t)a[2], (size_t)a[3]);
+    kernels->gelu_mul(at(a[0]), at(a[1]), (size_t)a[2], (size_t)a[3]);
     return DONE;
 }
 const call_t call_gelu_mul = {"ppnn", run_gelu_mul, NULL};
 
 static refusal_t run_clamped_mul(const int64_t *a) {
-    clamped_mul(at(a[0]), at(a[1]), (size_t)a[2], (size_t)a[3], float_of(a[4]), float_of(a[5]));
+    kernels->clamped_mul(at(a[0]), at(a[1]), (size_t)a[2], (size_t)a[3], float_of(a[4]),
+                         float_of(a[5]));
     return DONE;
 }
 const call_t call_clamped_mul = {"ppnnff", run_clamped_mul, NULL};
 
 static refusal_t run_scale(const int64_t *a) {
-    scale(at(a[0]), (size_t)a[1], float_of(a[2]));
+    kernels->scale(at(a[0]), (size_t)a[1], float_of(a[2]));
     return DONE;
 }
 const call_t call_scale = {"pnf", run_scale, NULL};
@@ -276,7 +269,7 @@ static refusal_t run_turn_heads(const int64_t *a) {
     if (a[2] == 0) return DONE;
     turn_t job = {at(a[0]), (size_t)a[1], (size_t)a[2], (size_t)a[3], (size_t)a[4], (size_t)a[5],
                   at(a[6]), float_of(a[7])};
-    turn_heads(&job);
+    kernels->turn_heads(&job);
     return DONE;
 }
 
@@ -324,7 +317,7 @@ static refusal_t run_attend(const int64_t *a) {
         .max_seq = (size_t)a[10], .window = (size_t)a[11], .is_half = a[12] == sizeof(uint16_t),
         .sinks = at(a[13]),
     };
-    attend(&shape);
+    kernels->attend(&shape);
     return DONE;
 }
 
@@ -347,7 +340,7 @@ static refusal_t run_attend_rows(const int64_t *a) {
     if (a[3] < a[6] * a[7]) REFUSE("rows exceed a head", a[6]);
     held_rows_t held = {at(a[0]), at(a[1]), at(a[2]), (size_t)a[3], (size_t)a[4], (size_t)a[5],
                         (size_t)a[6], (size_t)a[7], at(a[8]), at(a[9])};
-    attend_rows(&held);
+    kernels->attend_rows(&held);
     return DONE;
 }
 
@@ -368,14 +361,14 @@ static refusal_t run_slide(const int64_t *a) {
     if (kept > held || dropped > held - kept) REFUSE("more rows dropped than held", dropped);
     slide_t job = {at(a[0]), at(a[1]), a[2] == sizeof(uint16_t), (size_t)a[3], (size_t)a[4],
                    (size_t)kept, (size_t)dropped, (size_t)held, at(a[9]), at(a[10])};
-    slide(&job);
+    kernels->slide(&job);
     return DONE;
 }
 const call_t call_slide = {"ppnnnnnnnpp", run_slide, NULL};
 
 static refusal_t run_argmax(const int64_t *a) {
     if (a[2] < 1) REFUSE("n", a[2]);
-    argmax(at(a[0]), (size_t)a[1], (size_t)a[2], at(a[3]));
+    kernels->argmax(at(a[0]), (size_t)a[1], (size_t)a[2], at(a[3]));
     return DONE;
 }
 const call_t call_argmax = {"pnnp", run_argmax, NULL};
@@ -388,7 +381,7 @@ static refusal_t run_ring_product(const int64_t *a) {
     if (a[6] < 1 || a[6] > LARGEST) REFUSE("num_out", a[6]);
     ring_t ring = {a[0] == sizeof(uint64_t), at(a[1]), at(a[2]), at(a[3]),
                    (size_t)a[4], (size_t)a[5], (size_t)a[6]};
-    ring_product(&ring);
+    kernels->ring_product(&ring);
     return DONE;
 }
 

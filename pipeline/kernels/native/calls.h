@@ -31,8 +31,6 @@ typedef struct {
 #define DECLARE(NAME) extern const call_t call_##NAME;
 CALLS(DECLARE)
 
-int has_avx512(void);
-int has_vnni(void);
 refusal_t check_weight(int64_t kind, int64_t packed, int64_t num_in, int64_t num_out);
 
 /* program.c */

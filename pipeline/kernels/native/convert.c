@@ -1,7 +1,7 @@
 /* Weights in another format that stay in rows: tables, and what is written to files. */
 #include "stored_tiles.h"
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 typedef struct {
     matrix_t matrix;
@@ -19,18 +19,17 @@ INLINE void quantise_block(const int STORED, const quantise_job_t *job, size_t b
     do {
         tile_t tile;
         quads_t quads;
-        __m512i rows[16], found[SUPER / GROUP];
+        i32x16 rows[16], found[SUPER / GROUP];
         load(STORED, &source, &tile);
         quantise_tile(&tile, &quads, found);
-        for (size_t i = 0; i < 16; i++) rows[i] = _mm512_load_si512(quads.words[i]);
+        for (size_t i = 0; i < 16; i++) rows[i] = i_load(quads.words[i]);
         transpose_16(rows);
-        __mmask64 mask = inputs_of(source.num_in);
         for (size_t out = 0; out < source.end; out++) {
-            _mm512_mask_storeu_epi8(values + out * num_in, mask, rows[out]);
+            i_store_first_bytes(values + out * num_in, source.num_in, rows[out]);
         }
         for (size_t group = 0; group < SUPER / GROUP && group * GROUP < source.num_in; group++) {
             uint16_t each[BLOCK];
-            _mm256_storeu_si256((__m256i *)each, _mm512_cvtepi32_epi16(found[group]));
+            i_store_words(each, found[group]);
             for (size_t out = 0; out < source.end; out++) {
                 scales[out * num_groups + group] = each[out];
             }
@@ -67,13 +66,12 @@ INLINE void convert_run(const int STORED, const int KIND, const convert_job_t *j
                         size_t end) {
     const size_t size = STORED == STORED_F32 ? sizeof(float) : sizeof(uint16_t);
     for (size_t i = first; i < end; i += 16) {
-        __mmask16 mask = lanes(end - i);
-        __m512 values = floats_at(STORED, job->src + i * size, mask);
+        mask16 mask = lanes(end - i);
+        f32x16 values = floats_at(STORED, job->src + i * size, mask);
         if (KIND == KIND_F32) {
-            _mm512_mask_storeu_ps(job->dst + i * sizeof(float), mask, values);
+            f_store_some(job->dst + i * sizeof(float), mask, values);
         } else {
-            _mm256_mask_storeu_epi16(job->dst + i * sizeof(uint16_t), mask,
-                                     _mm512_cvtepi32_epi16(rounded(STORED, values)));
+            i_store_some_words(job->dst + i * sizeof(uint16_t), mask, rounded(STORED, values));
         }
     }
 }

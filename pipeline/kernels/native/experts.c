@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 typedef struct {
     float *shares, *x, *wide, *inner, *y;
@@ -44,13 +44,13 @@ static size_t next_of(const experts_t *job, const float *logits, const uint8_t *
 }
 
 static void choose(const experts_t *job, const float *logits, float *shares, uint8_t *is_chosen) {
-    const __m512 greatest = _mm512_set1_ps(logits[next_of(job, logits, is_chosen)]);
+    const f32x16 greatest = f_set1(logits[next_of(job, logits, is_chosen)]);
     float all = 0, chosen = 0;
     for (size_t i = 0; i < job->num_experts; i += 16) {
-        __mmask16 mask = lanes(job->num_experts - i);
-        __m512 each = exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, logits + i), greatest));
-        _mm512_mask_storeu_ps(shares + i, mask, each);
-        all += _mm512_mask_reduce_add_ps(mask, each);
+        mask16 mask = lanes(job->num_experts - i);
+        f32x16 each = exp_ps(f_sub(f_load_some(mask, logits + i), greatest));
+        f_store_some(shares + i, mask, each);
+        all += f_sum(f_keep(mask, each));
     }
     for (size_t i = 0; i < job->num_chosen; i++) {
         size_t best = next_of(job, logits, is_chosen);
@@ -74,12 +74,12 @@ static void add_rows(const experts_t *job, const room_t *room, size_t expert, si
     for (size_t i = 0; i < count; i++) {
         const float *from = room->y + i * job->hidden;
         float *to = job->out + room->rows[i] * job->hidden;
-        __m512 share = _mm512_set1_ps(room->shares[room->rows[i] * job->num_experts + expert]);
+        f32x16 share = f_set1(room->shares[room->rows[i] * job->num_experts + expert]);
         for (size_t at = 0; at < job->hidden; at += 16) {
-            __mmask16 mask = lanes(job->hidden - at);
-            __m512 sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, from + at), share,
-                                         _mm512_maskz_loadu_ps(mask, to + at));
-            _mm512_mask_storeu_ps(to + at, mask, sum);
+            mask16 mask = lanes(job->hidden - at);
+            f32x16 sum = f_fma(f_load_some(mask, from + at), share,
+                                         f_load_some(mask, to + at));
+            f_store_some(to + at, mask, sum);
         }
     }
 }

@@ -9,7 +9,7 @@
 #include <string.h>
 #include <time.h>
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 typedef struct {
     Py_buffer memory;

@@ -9,8 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define VEILPIPE_X86 1
+#if defined(__GNUC__) && (defined(__x86_64__) || (defined(__aarch64__) && defined(__AARCH64EL__)))
+#define VEILPIPE_SIMD 1
 #endif
 
 enum kind { KIND_F32, KIND_BF16, KIND_I8, NUM_KINDS };
@@ -93,12 +93,11 @@ typedef struct {
 enum { FETCHES = 18 };
 typedef void (*tile_fn)(float *acc, size_t acc_stride, size_t acc_block, const char *x,
                         const char *w, size_t block_stride, size_t num_k, int adds, share_t next);
-enum { MAX_TILE_ROWS = 16 };
 
 tile_fn tile_f32(size_t rows, size_t blocks);
 tile_fn tile_bf16(size_t rows, size_t blocks);
 tile_fn tile_i8(size_t rows, size_t blocks);
-int has_bf16_dot(void); /* whether the next three may be called */
+int has_bf16_dot(void); /* whether the next three, which AVX-512 alone has, may be called */
 tile_fn tile_bf16_dot(size_t rows, size_t blocks);
 size_t rounded_bytes(size_t num_in); /* of one row of x, as the next writes all of a tile's */
 void round_rows(const float *x, size_t num_in, size_t rows, void *panel);
@@ -230,5 +229,25 @@ typedef struct {
 /* out[i] (+)= table[ids[i * id_stride]] */
 void lookup(const table_t *table, const int64_t *ids, size_t id_stride, size_t count, int adds,
             float *out);
+
+/* levels.c: a level is a set of vector instructions for which all of these are compiled. */
+#define KERNELS(X)                                                                                 \
+    X(pack) X(pack_int8) X(quantise) X(convert) X(linear) X(experts) X(attend) X(attend_rows)      \
+    X(slide) X(layer_norm) X(rms_norm) X(add_rms_norm) X(rms_norm_within) X(rope) X(silu_mul)      \
+    X(gelu_mul) X(clamped_mul) X(scale) X(turn_heads) X(argmax) X(ring_product) X(lookup)
+#define POINTER(NAME) __typeof__(NAME) *NAME;
+typedef struct {
+    KERNELS(POINTER)
+} kernels_t;
+
+extern const kernels_t *kernels; /* those in use; NULL where no level is this CPU's */
+extern const kernels_t avx2_kernels;
+extern int has_byte_dot; /* AVX2: whether AVX-VNNI multiplies bytes */
+
+const char *level_name(size_t number); /* of those of this CPU, best first; NULL behind the last */
+const char *current_level(void);       /* the best at first */
+int use_level(const char *name);       /* 0 for none of this CPU */
+int holds_kind(int kind);              /* whether the current one computes with it */
+int rounds_rows(void);                 /* whether it multiplies BF16 by rows rounded to bf16 */
 
 #endif

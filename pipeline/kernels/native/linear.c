@@ -1,7 +1,7 @@
 /* y = activation(x W^T + bias) + residual, cut into tiles of rows x blocks of 16 outputs. */
 #include "tiles.h"
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 typedef struct {
     const weight_t *weight;
@@ -33,17 +33,17 @@ static void finish(const job_t *job, const float *acc, size_t acc_stride, size_t
     size_t num_out = job->weight->num_out;
     for (size_t b = 0; b < blocks; b++) {
         size_t out = (first_block + b * step) * BLOCK;
-        __mmask16 mask = lanes(num_out - out);
-        __m512 bias = product->bias ? _mm512_maskz_loadu_ps(mask, product->bias + out)
-                                    : _mm512_setzero_ps();
+        mask16 mask = lanes(num_out - out);
+        f32x16 bias = product->bias ? f_load_some(mask, product->bias + out)
+                                    : f_zero();
         for (size_t row = 0; row < rows; row++) {
             size_t at = (first_row + row) * num_out + out;
-            __m512 y = _mm512_add_ps(_mm512_loadu_ps(acc + row * acc_stride + b * BLOCK), bias);
+            f32x16 y = f_add(f_load(acc + row * acc_stride + b * BLOCK), bias);
             y = activate_ps(y, product->activation);
             if (product->residual) {
-                y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, product->residual + at));
+                y = f_add(y, f_load_some(mask, product->residual + at));
             }
-            _mm512_mask_storeu_ps(product->y + at, mask, y);
+            f_store_some(product->y + at, mask, y);
         }
     }
 }
@@ -125,15 +125,15 @@ static void prepare(job_t *job, prepare_fn prepare) {
  * of weights than memory serves best. */
 static size_t tile_width(int kind, size_t rows) {
     if (kind == KIND_I8) return rows > MAX_I8_SUMS / 2 ? 1 : 2;
-    if (rows == 1) return 8;
+    if (rows == 1) return MAX_WIDTH;
     return rows > MAX_SUMS / 2 ? 1 : rows > MAX_SUMS / 4 ? 2 : 4;
 }
 
-/* Into tiles of about equally many rows, and chunks. Up to 16 rows are one tile, which reads weights
- * once; of more, wide tiles read rows less often. */
+/* Into tiles of about equally many rows, and chunks. As many rows as a tile has are one, which reads
+ * weights once; of more, wide tiles read rows less often. */
 static void cut(job_t *job) {
     size_t rows = job->product->rows;
-    size_t max_tile_rows = rows <= MAX_TILE_ROWS ? MAX_TILE_ROWS : MAX_SUMS / 4;
+    size_t max_tile_rows = rows <= MAX_TILE_ROWS ? MAX_TILE_ROWS : WIDE_TILE_ROWS;
     if (job->weight->kind == KIND_I8) max_tile_rows = MAX_I8_SUMS;
     job->num_tiles = (rows + max_tile_rows - 1) / max_tile_rows;
     job->width = tile_width(job->weight->kind, (rows + job->num_tiles - 1) / job->num_tiles);
@@ -163,11 +163,13 @@ void linear(const weight_t *weight, const product_t *product) {
         job.x_row_bytes = quantised_bytes(num_in);
         job.find_tile = tile_i8;
         prepare(&job, quantise_rows);
+#if defined(LEVEL_AVX512)
     } else if (weight->kind == KIND_BF16 && has_bf16_dot()) {
         job.k_x_bytes = sizeof(uint16_t);
         job.x_row_bytes = rounded_bytes(num_in);
         job.find_tile = tile_bf16_dot;
         prepare(&job, round_rows);
+#endif
     } else if (product->rows > 1) {
         prepare(&job, interleave);
     }

@@ -1,7 +1,7 @@
 /* pipeline.kernels._native: what Python sees of the kernels. Described in pipeline/kernels/_native.pyi. */
 #include "calls.h"
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 static int64_t number(PyObject *arg) {
     int64_t value = PyLong_AsLongLong(arg);
@@ -48,20 +48,48 @@ static PyObject *py_packed_bytes(PyObject *self, PyObject *const *args, Py_ssize
     return PyLong_FromSize_t(packed_bytes((int)a[0], (size_t)a[1], (size_t)a[2]));
 }
 
+/* Adds a string. Returns 0 with an exception. */
+static int add_name(PyObject *list, const char *name) {
+    PyObject *string = PyUnicode_FromString(name);
+    int added = string != NULL && PyList_Append(list, string) == 0;
+    Py_XDECREF(string);
+    return added;
+}
+
+/* A tuple in place of a list, or NULL in place of one that could not be filled. */
+static PyObject *frozen(PyObject *list, int is_filled) {
+    PyObject *tuple = is_filled ? PyList_AsTuple(list) : NULL;
+    Py_XDECREF(list);
+    return tuple;
+}
+
+static PyObject *py_levels(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    PyObject *names = PyList_New(0);
+    int is_filled = names != NULL;
+    for (size_t i = 0; is_filled && level_name(i); i++) is_filled = add_name(names, level_name(i));
+    return frozen(names, is_filled);
+}
+
+static PyObject *py_use_level(PyObject *self, PyObject *name) {
+    (void)self;
+    const char *text = PyUnicode_AsUTF8(name);
+    if (!text) return NULL;
+    if (!use_level(text)) return PyErr_Format(PyExc_ValueError, "no level of this CPU: %s", text);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_features(PyObject *self, PyObject *none) {
     (void)self, (void)none;
-    if (!has_avx512()) return PyTuple_New(0);
-    const char *names[] = {"avx512", "bf16", NULL, NULL};
-    Py_ssize_t count = 2;
-    if (has_bf16_dot()) names[count++] = "bf16_dot";
-    if (has_vnni()) names[count++] = "vnni";
-    PyObject *features = PyTuple_New(count);
-    for (Py_ssize_t i = 0; features != NULL && i < count; i++) {
-        PyObject *name = PyUnicode_FromString(names[i]);
-        if (name == NULL) Py_CLEAR(features);
-        else PyTuple_SET_ITEM(features, i, name);
+    static const char *const kinds[NUM_KINDS] = {"float32", "bfloat16", "int8"};
+    PyObject *names = PyList_New(0);
+    int is_filled = names != NULL;
+    if (is_filled && current_level()) is_filled = add_name(names, current_level());
+    for (int kind = 0; is_filled && kind < NUM_KINDS; kind++) {
+        if (holds_kind(kind)) is_filled = add_name(names, kinds[kind]);
     }
-    return features;
+    if (is_filled && current_level() && rounds_rows()) is_filled = add_name(names, "bf16_dot");
+    return frozen(names, is_filled);
 }
 
 #define FUNCTION(NAME)                                                                            \
@@ -79,6 +107,8 @@ static PyObject *py_call(PyObject *self, PyObject *callable) {
 #define FAST(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL},
 static PyMethodDef methods[] = {
     {"features", py_features, METH_NOARGS, NULL},
+    {"levels", py_levels, METH_NOARGS, NULL},
+    {"use_level", py_use_level, METH_O, NULL},
     {"wipe", py_wipe, METH_NOARGS, NULL},
     {"call", py_call, METH_O, NULL},
     FAST(set_num_threads)
@@ -88,12 +118,13 @@ static PyMethodDef methods[] = {
 
 #else
 
-static PyObject *py_features(PyObject *self, PyObject *none) {
+static PyObject *py_nothing(PyObject *self, PyObject *none) {
     (void)self, (void)none;
     return PyTuple_New(0);
 }
 
-static PyMethodDef methods[] = {{"features", py_features, METH_NOARGS, NULL},
+static PyMethodDef methods[] = {{"features", py_nothing, METH_NOARGS, NULL},
+                                {"levels", py_nothing, METH_NOARGS, NULL},
                                 {NULL, NULL, 0, NULL}};
 #endif
 
@@ -102,7 +133,7 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "pipeline.kernels._na
                                     NULL, NULL, NULL, NULL};
 
 static int add_members(PyObject *native) {
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
     if (PyModule_AddType(native, &program_type)) return -1;
 #endif
     return PyModule_AddIntConstant(native, "F32", KIND_F32) ||
@@ -116,6 +147,9 @@ static int add_members(PyObject *native) {
 }
 
 PyMODINIT_FUNC PyInit__native(void) {
+#if defined(VEILPIPE_SIMD)
+    current_level(); /* decides for the best */
+#endif
     PyObject *native = PyModule_Create(&module);
     if (native != NULL && add_members(native)) Py_CLEAR(native);
     return native;

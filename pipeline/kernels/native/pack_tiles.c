@@ -6,55 +6,50 @@
  */
 #include "stored_tiles.h"
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
-INLINE void store_words(void *to, __mmask16 outputs, __m512i words) {
-    _mm512_mask_storeu_epi32(to, outputs, words);
-}
-
-static void store_super(super_t *super, const quads_t *quads, const __m512i *scales, size_t num_in,
-                        __mmask16 outputs) {
-    const __m512i flip = _mm512_set1_epi32((int)0x80808080); /* + 128 */
+static void store_super(super_t *super, const quads_t *quads, const i32x16 *scales, size_t num_in,
+                        mask16 outputs) {
+    const i32x16 flip = i_set1((int)0x80808080); /* + 128 */
     for (size_t group = 0; group * GROUP < num_in && group < SUPER / GROUP; group++) {
         for (size_t quad = group * GROUP / 4; quad < (group + 1) * GROUP / 4; quad++) {
-            __m512i word = _mm512_load_si512(quads->words[quad]);
-            store_words(super->weights[quad], outputs, _mm512_xor_si512(word, flip));
+            i32x16 word = i_load(quads->words[quad]);
+            i_store_some(super->weights[quad], outputs, i_xor(word, flip));
         }
-        _mm256_mask_storeu_epi16(super->scales[group], outputs,
-                                 _mm512_cvtepi32_epi16(scales[group]));
+        i_store_some_words(super->scales[group], outputs, scales[group]);
     }
 }
 
 /* Writes 64 inputs, or the `num_in` that are left, of a block's outputs. */
-typedef void (*pack_fn)(char *to, const tile_t *tile, size_t num_in, __mmask16 outputs);
+typedef void (*pack_fn)(char *to, const tile_t *tile, size_t num_in, mask16 outputs);
 
-static void pack_f32(char *to, const tile_t *tile, size_t num_in, __mmask16 outputs) {
+static void pack_f32(char *to, const tile_t *tile, size_t num_in, mask16 outputs) {
     for (size_t k = 0; k < SUPER && k < num_in; k++) {
-        store_words(to + k * VECTOR, outputs, _mm512_castps_si512(_mm512_load_ps(tile->values[k])));
+        i_store_some(to + k * VECTOR, outputs, i_of_bits(f_load(tile->values[k])));
     }
 }
 
 INLINE void pack_pairs(const int STORED, char *to, const tile_t *tile, size_t num_in,
-                       __mmask16 outputs) {
+                       mask16 outputs) {
     for (size_t k = 0; k < SUPER && k < num_in; k += 2) {
-        __m512i low = rounded(STORED, _mm512_load_ps(tile->values[k]));
-        __m512i high = rounded(STORED, _mm512_load_ps(tile->values[k + 1]));
-        store_words(to + k / 2 * VECTOR, outputs,
-                    _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        i32x16 low = rounded(STORED, f_load(tile->values[k]));
+        i32x16 high = rounded(STORED, f_load(tile->values[k + 1]));
+        i_store_some(to + k / 2 * VECTOR, outputs,
+                    i_or(low, i_shl(high, 16)));
     }
 }
 
-static void pack_bf16(char *to, const tile_t *tile, size_t num_in, __mmask16 outputs) {
+static void pack_bf16(char *to, const tile_t *tile, size_t num_in, mask16 outputs) {
     pack_pairs(STORED_F32, to, tile, num_in, outputs);
 }
 
-static void pack_exact_bf16(char *to, const tile_t *tile, size_t num_in, __mmask16 outputs) {
+static void pack_exact_bf16(char *to, const tile_t *tile, size_t num_in, mask16 outputs) {
     pack_pairs(STORED_BF16, to, tile, num_in, outputs);
 }
 
-static void pack_i8(char *to, const tile_t *tile, size_t num_in, __mmask16 outputs) {
+static void pack_i8(char *to, const tile_t *tile, size_t num_in, mask16 outputs) {
     quads_t quads;
-    __m512i scales[SUPER / GROUP];
+    i32x16 scales[SUPER / GROUP];
     quantise_tile(tile, &quads, scales);
     store_super((super_t *)to, &quads, scales, num_in, outputs);
 }
@@ -96,14 +91,14 @@ static void pack_int8_block(const pack_job_t *job, size_t block) {
                                 (ptrdiff_t)job->first_out * job->scale_stride;
     do {
         quads_t quads;
-        __m512i scales[SUPER / GROUP] = {0};
+        i32x16 scales[SUPER / GROUP] = {0};
         load_quads(&source, &quads);
         for (size_t group = 0; group < SUPER / GROUP && group * GROUP < source.num_in; group++) {
             uint32_t each[BLOCK] = {0};
             for (size_t out = source.first; out < source.end; out++) {
                 each[out] = of_output[(ptrdiff_t)out * job->scale_stride + (ptrdiff_t)group];
             }
-            scales[group] = _mm512_loadu_si512(each);
+            scales[group] = i_load(each);
         }
         store_super(super++, &quads, scales, source.num_in, outputs_of(&source));
         of_output += SUPER / GROUP;

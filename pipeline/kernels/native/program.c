@@ -9,7 +9,7 @@
 
 #include <string.h>
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 #define WORTH_RELEASING (1 << 23) /* multiplications after which other threads should get a turn */
 
@@ -38,7 +38,7 @@ static int is_address(char kind) { return kind == 'p' || kind == 's'; }
 /* Sets an exception and returns 0 for what the call does not take. */
 static int read_args(const call_t *call, PyObject *const *args, Py_ssize_t given, int64_t *into) {
     Py_ssize_t expected = (Py_ssize_t)strlen(call->signature);
-    if (!has_avx512()) {
+    if (!current_level()) {
         PyErr_SetString(PyExc_ValueError, "this CPU lacks what features() would name");
         return 0;
     }

@@ -4,7 +4,7 @@
 
 #include "calls.h"
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 typedef struct {
     const call_t *call; /* NULL for the callable at args[0], which is kept */

@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 /* [inputs, or words of them][outputs] */
 typedef struct {
@@ -17,53 +17,22 @@ typedef struct {
     _Alignas(VECTOR) uint32_t words[SUPER / 4][BLOCK];
 } quads_t;
 
-INLINE void transpose_16(__m512i rows[16]) {
-    __m512i a[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        rows[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-        rows[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-        rows[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-        rows[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) { /* 128 bits of rows i, i + 4, i + 8 and i + 12 */
-        a[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-        a[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-        a[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-        a[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        rows[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
-        rows[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
-        rows[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
-        rows[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
-    }
-}
-
 /* Of 16 numbers in a row those that `mask` has, as floats. */
-INLINE __m512 floats_at(const int STORED, const char *from, __mmask16 mask) {
-    if (STORED == STORED_F32) return _mm512_maskz_loadu_ps(mask, from);
-    __m256i halves = _mm256_maskz_loadu_epi16(mask, from);
-    if (STORED == STORED_F16) return _mm512_cvtph_ps(halves);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+INLINE f32x16 floats_at(const int STORED, const char *from, mask16 mask) {
+    if (STORED == STORED_F32) return f_load_some(mask, from);
+    if (STORED == STORED_F16) return f_load_some_halves(mask, from);
+    return f_of_bits(i_shl(i_load_some_words(mask, from), 16));
 }
 
 /* bf16 in the lower halves, nearest with ties to even; of what is not a number a quiet one, but
  * what was bf16 stays what it was. */
-INLINE __m512i rounded(const int STORED, __m512 values) {
-    __m512i bits = _mm512_castps_si512(values), upper = _mm512_srli_epi32(bits, 16);
+INLINE i32x16 rounded(const int STORED, f32x16 values) {
+    i32x16 bits = i_of_bits(values), upper = i_shr(bits, 16);
     if (STORED == STORED_BF16) return upper;
-    __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-    __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-    __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-    return _mm512_mask_set1_epi32(_mm512_srli_epi32(sum, 16), is_nan, 0x7fc0);
+    i32x16 odd = i_and(upper, i_set1(1));
+    i32x16 sum = i_add(i_add(bits, odd), i_set1(0x7fff));
+    mask16 is_nan = f_unordered(values, values);
+    return i_select(is_nan, i_set1(0x7fc0), i_shr(sum, 16));
 }
 
 INLINE size_t stored_bytes(int stored) {
@@ -77,41 +46,36 @@ typedef struct {
     size_t first, end, num_in;
 } source_t;
 
-/* Of 64 bytes the first so many. */
-INLINE __mmask64 inputs_of(size_t num_in) {
-    return num_in >= SUPER ? ~(__mmask64)0 : ((__mmask64)1 << num_in) - 1;
-}
-
-INLINE __mmask16 outputs_of(const source_t *source) {
-    return (__mmask16)(lanes(source->end) & ~lanes(source->first));
+INLINE mask16 outputs_of(const source_t *source) {
+    return (mask16)(lanes(source->end) & ~lanes(source->first));
 }
 
 /* Rows of 16 words each, and zeros for outputs that are not there, on end. */
 INLINE void load_rows(const int STORED, const source_t *source, size_t size, tile_t *tile) {
 #pragma GCC unroll 1
     for (size_t k = 0; k < SUPER; k += 16) {
-        __mmask16 mask = lanes(source->num_in > k ? source->num_in - k : 0);
-        __m512i rows[16];
+        mask16 mask = lanes(source->num_in > k ? source->num_in - k : 0);
+        i32x16 rows[16];
 #pragma GCC unroll 16
         for (size_t out = 0; out < BLOCK; out++) {
             const char *from = source->from + (ptrdiff_t)out * source->stride_out + k * size;
-            __mmask16 own = out >= source->first && out < source->end ? mask : 0;
-            rows[out] = _mm512_castps_si512(floats_at(STORED, from, own));
+            mask16 own = out >= source->first && out < source->end ? mask : 0;
+            rows[out] = i_of_bits(floats_at(STORED, from, own));
         }
         transpose_16(rows);
 #pragma GCC unroll 16
         for (size_t i = 0; i < 16; i++) {
-            _mm512_store_ps(tile->values[k + i], _mm512_castsi512_ps(rows[i]));
+            f_store(tile->values[k + i], f_of_bits(rows[i]));
         }
     }
 }
 
 INLINE void load_columns(const int STORED, const source_t *source, tile_t *tile) {
-    __mmask16 outputs = outputs_of(source);
+    mask16 outputs = outputs_of(source);
     for (size_t k = 0; k < SUPER; k++) {
         const char *from = source->from + (ptrdiff_t)k * source->stride_in;
-        __m512 values = floats_at(STORED, from, k < source->num_in ? outputs : 0);
-        _mm512_store_ps(tile->values[k], values);
+        f32x16 values = floats_at(STORED, from, k < source->num_in ? outputs : 0);
+        f_store(tile->values[k], values);
     }
 }
 
@@ -127,7 +91,7 @@ INLINE void load(const int STORED, const source_t *source, tile_t *tile) {
             int is_there = k < source->num_in && out >= source->first && out < source->end;
             const char *from = source->from + (ptrdiff_t)out * source->stride_out +
                                (ptrdiff_t)k * source->stride_in;
-            tile->values[k][out] = _mm512_cvtss_f32(floats_at(STORED, from, is_there ? 1 : 0));
+            tile->values[k][out] = f_first(floats_at(STORED, from, is_there ? 1 : 0));
         }
     }
 }
@@ -136,15 +100,14 @@ INLINE void load(const int STORED, const source_t *source, tile_t *tile) {
 INLINE void load_quads(const source_t *source, quads_t *quads) {
     size_t count = source->num_in < SUPER ? source->num_in : SUPER;
     if (source->stride_in == 1) {
-        __mmask64 mask = inputs_of(count);
-        __m512i rows[16];
+        i32x16 rows[16];
         for (size_t out = 0; out < BLOCK; out++) {
             const char *from = source->from + (ptrdiff_t)out * source->stride_out;
-            __mmask64 own = out >= source->first && out < source->end ? mask : 0;
-            rows[out] = _mm512_maskz_loadu_epi8(own, from);
+            int is_there = out >= source->first && out < source->end;
+            rows[out] = i_load_first_bytes(is_there ? count : 0, from);
         }
         transpose_16(rows);
-        for (size_t i = 0; i < 16; i++) _mm512_store_si512(quads->words[i], rows[i]);
+        for (size_t i = 0; i < 16; i++) i_store(quads->words[i], rows[i]);
         return;
     }
     memset(quads, 0, sizeof *quads);
@@ -159,44 +122,44 @@ INLINE void load_quads(const source_t *source, quads_t *quads) {
 
 /* What quantises 32 inputs of 16 outputs: each output's largest over 127, as the least bf16 that is
  * not below it. Where one is not a number, neither is the scale, and all levels are zeros. */
-INLINE __m512i scales_of(const float (*values)[BLOCK]) {
-    const __m512 smallest = _mm512_set1_ps(SMALLEST_SCALE);
-    __m512 greatest = _mm512_setzero_ps();
-    __mmask16 is_nan = 0;
+INLINE i32x16 scales_for(const float (*values)[BLOCK]) {
+    const f32x16 smallest = f_set1(SMALLEST_SCALE);
+    f32x16 greatest = f_zero();
+    mask16 is_nan = 0;
 #pragma GCC unroll 8
     for (size_t k = 0; k < GROUP; k++) {
-        __m512 value = _mm512_load_ps(values[k]);
-        greatest = _mm512_max_ps(greatest, _mm512_abs_ps(value));
-        is_nan |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+        f32x16 value = f_load(values[k]);
+        greatest = f_max(greatest, f_abs(value));
+        is_nan |= f_unordered(value, value);
     }
-    __m512i wanted = _mm512_castps_si512(_mm512_div_ps(greatest, _mm512_set1_ps(127)));
-    __m512i bits = _mm512_srli_epi32(_mm512_add_epi32(wanted, _mm512_set1_epi32(0xffff)), 16);
-    __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-    bits = _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(scales, smallest, _CMP_GE_OQ), bits);
-    return _mm512_mask_set1_epi32(bits, is_nan, 0x7fc0);
+    i32x16 wanted = i_of_bits(f_div(greatest, f_set1(127)));
+    i32x16 bits = i_shr(i_add(wanted, i_set1(0xffff)), 16);
+    f32x16 scales = f_of_bits(i_shl(bits, 16));
+    bits = i_keep(f_ge(scales, smallest), bits);
+    return i_select(is_nan, i_set1(0x7fc0), bits);
 }
 
-INLINE void quantise_tile(const tile_t *tile, quads_t *quads, __m512i scales[SUPER / GROUP]) {
-    const __m512 one = _mm512_set1_ps(1);
-    const __m512 most = _mm512_set1_ps(127), least = _mm512_set1_ps(-127);
+INLINE void quantise_tile(const tile_t *tile, quads_t *quads, i32x16 scales[SUPER / GROUP]) {
+    const f32x16 one = f_set1(1);
+    const f32x16 most = f_set1(127), least = f_set1(-127);
     for (size_t group = 0; group < SUPER / GROUP; group++) {
         const float(*values)[BLOCK] = tile->values + group * GROUP;
-        scales[group] = scales_of(values);
-        __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(scales[group], 16));
-        __mmask16 is_positive = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_GT_OQ);
-        __m512 inverse = _mm512_maskz_div_ps(is_positive, one, scale);
+        scales[group] = scales_for(values);
+        f32x16 scale = f_of_bits(i_shl(scales[group], 16));
+        mask16 is_positive = f_gt(scale, f_zero());
+        f32x16 inverse = f_keep(is_positive, f_div(one, scale));
         for (size_t quad = 0; quad < GROUP / 4; quad++) {
-            __m512i word = _mm512_setzero_si512();
+            i32x16 word = i_zero();
 #pragma GCC unroll 4
             for (int i = 3; i >= 0; i--) {
-                __m512 level = _mm512_mul_ps(_mm512_load_ps(values[quad * 4 + i]), inverse);
-                __mmask16 is_number = _mm512_cmp_ps_mask(level, level, _CMP_ORD_Q);
-                level = _mm512_max_ps(_mm512_min_ps(level, most), least);
-                __m512i whole = _mm512_maskz_cvtps_epi32(is_number, level);
-                whole = _mm512_and_si512(whole, _mm512_set1_epi32(0xff));
-                word = _mm512_or_si512(_mm512_slli_epi32(word, 8), whole);
+                f32x16 level = f_mul(f_load(values[quad * 4 + i]), inverse);
+                mask16 is_number = (mask16)~f_unordered(level, level);
+                level = f_max(f_min(level, most), least);
+                i32x16 whole = i_keep(is_number, i_of_f(level));
+                whole = i_and(whole, i_set1(0xff));
+                word = i_or(i_shl(word, 8), whole);
             }
-            _mm512_store_si512(quads->words[group * GROUP / 4 + quad], word);
+            i_store(quads->words[group * GROUP / 4 + quad], word);
         }
     }
 }

@@ -39,8 +39,10 @@ static struct {
           .wake = PTHREAD_COND_INITIALIZER};
 
 static inline void relax(void) {
-#if defined(VEILPIPE_X86)
+#if defined(__x86_64__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
 #endif
 }
 

@@ -8,38 +8,44 @@
 
 #include "simd.h"
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
-enum { MAX_SUMS = 24, MAX_WIDTH = 8 }; /* vectors of sums a tile has, blocks it covers */
-enum { MAX_I8_SUMS = 8, MAX_I8_WIDTH = 2 }; /* each has a float and two integer parts */
+/* Vectors of sums a tile has, blocks it covers, rows: of I8 each sum has two integer parts, too. */
+#if defined(LEVEL_AVX512)
+enum { MAX_SUMS = 24, MAX_WIDTH = 8, MAX_TILE_ROWS = 16, WIDE_TILE_ROWS = 6 };
+enum { MAX_I8_SUMS = 8, MAX_I8_WIDTH = 2 };
+#else
+enum { MAX_SUMS = 6, MAX_WIDTH = 4, MAX_TILE_ROWS = 6, WIDE_TILE_ROWS = 6 };
+enum { MAX_I8_SUMS = 4, MAX_I8_WIDTH = 2 };
+#endif
 
-INLINE void zero_sums(const int R, const int B, __m512 *sums) {
+INLINE void zero_sums(const int R, const int B, f32x16 *sums) {
 #pragma GCC unroll 24
-    for (int i = 0; i < R * B; i++) sums[i] = _mm512_setzero_ps();
+    for (int i = 0; i < R * B; i++) sums[i] = f_zero();
 }
 
-INLINE void load_sums(const int R, const int B, __m512 *sums, const float *acc, size_t acc_stride,
+INLINE void load_sums(const int R, const int B, f32x16 *sums, const float *acc, size_t acc_stride,
                       size_t acc_block) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
-            sums[r * B + b] = _mm512_loadu_ps(acc + r * acc_stride + b * acc_block);
+            sums[r * B + b] = f_load(acc + r * acc_stride + b * acc_block);
         }
     }
 }
 
 /* Sums replace what acc holds, or add to it. */
-INLINE void store_sums(const int R, const int B, const __m512 *sums, float *acc, size_t acc_stride,
+INLINE void store_sums(const int R, const int B, const f32x16 *sums, float *acc, size_t acc_stride,
                        size_t acc_block, int adds) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
             float *at = acc + r * acc_stride + b * acc_block;
-            __m512 sum = sums[r * B + b];
-            if (adds) sum = _mm512_add_ps(_mm512_loadu_ps(at), sum);
-            _mm512_storeu_ps(at, sum);
+            f32x16 sum = sums[r * B + b];
+            if (adds) sum = f_add(f_load(at), sum);
+            f_store(at, sum);
         }
     }
 }
@@ -52,17 +58,34 @@ enum { AHEAD = 16, AHEAD_OF_MANY = 64, MANY_ROWS = 7 };
 INLINE void fetch(const int R, const int B, const char *const *w, size_t at, size_t k_stride) {
 #pragma GCC unroll 8
     for (int b = 0; b < B; b++) {
-        _mm_prefetch(w[b] + at + (R < MANY_ROWS ? AHEAD : AHEAD_OF_MANY) * k_stride, _MM_HINT_T1);
+        fetch_far(w[b] + at + (R < MANY_ROWS ? AHEAD : AHEAD_OF_MANY) * k_stride);
     }
 }
 
 /* Each shape that there is: as many blocks as there are registers for, and what is left then. */
 #define UP_TO_4(DO, R) DO(R, 1) DO(R, 2) DO(R, 4)
 #define UP_TO_2(DO, R) DO(R, 1) DO(R, 2)
+#if defined(LEVEL_AVX512)
 #define ALL_SHAPES(DO)                                                                             \
     DO(1, 8) UP_TO_4(DO, 1) UP_TO_4(DO, 2) UP_TO_4(DO, 3) UP_TO_4(DO, 4) UP_TO_4(DO, 5)            \
     UP_TO_4(DO, 6) UP_TO_2(DO, 7) UP_TO_2(DO, 8) UP_TO_2(DO, 9) UP_TO_2(DO, 10) UP_TO_2(DO, 11)    \
     UP_TO_2(DO, 12) DO(13, 1) DO(14, 1) DO(15, 1) DO(16, 1)
+#define ATTENTION_SHAPES(DO)                                                                       \
+    UP_TO_4(DO, 1) UP_TO_4(DO, 2) UP_TO_4(DO, 3) UP_TO_4(DO, 4) UP_TO_4(DO, 5) UP_TO_4(DO, 6)
+#define I8_SHAPES(DO)                                                                              \
+    UP_TO_2(DO, 1) UP_TO_2(DO, 2) UP_TO_2(DO, 3) UP_TO_2(DO, 4) DO(5, 1) DO(6, 1) DO(7, 1) DO(8, 1)
+#else
+#define ALL_SHAPES(DO)                                                                             \
+    UP_TO_4(DO, 1) UP_TO_2(DO, 2) UP_TO_2(DO, 3) DO(4, 1) DO(5, 1) DO(6, 1)
+#define ATTENTION_SHAPES ALL_SHAPES
+#define I8_SHAPES(DO) UP_TO_2(DO, 1) UP_TO_2(DO, 2) DO(3, 1) DO(4, 1)
+#endif
+
+/* Blocks of attention's tiles. */
+INLINE size_t widest(size_t rows) {
+    if (rows * 4 <= MAX_SUMS) return 4;
+    return rows * 2 <= MAX_SUMS ? 2 : 1;
+}
 
 #endif
 #endif

@@ -2,7 +2,7 @@
 #define EXTRA_TARGET ",avx512bf16"
 #include "tiles.h"
 
-#if defined(VEILPIPE_X86)
+#if defined(LEVEL_AVX512)
 
 int has_bf16_dot(void) { return __builtin_cpu_supports("avx512bf16"); }
 

@@ -1,27 +1,27 @@
 /* Tiles of a product in float32: weights in float32, or in bf16 widened exactly on the way. */
 #include "tiles.h"
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
-INLINE void multiply(const int R, const int B, __m512 *sums, const char *x, const __m512 *w) {
+INLINE void multiply(const int R, const int B, f32x16 *sums, const char *x, const f32x16 *w) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-        __m512 xr = _mm512_set1_ps(((const float *)x)[r]);
+        f32x16 xr = f_set1(((const float *)x)[r]);
 #pragma GCC unroll 8
-        for (int b = 0; b < B; b++) sums[r * B + b] = _mm512_fmadd_ps(xr, w[b], sums[r * B + b]);
+        for (int b = 0; b < B; b++) sums[r * B + b] = f_fma(xr, w[b], sums[r * B + b]);
     }
 }
 
 INLINE void run_f32(const int R, const int B, float *acc, size_t acc_stride, size_t acc_block,
                     const char *x, const char *w_base, size_t block_stride, size_t num_k,
                     int adds) {
-    __m512 sums[MAX_SUMS], wide[MAX_WIDTH];
+    f32x16 sums[MAX_SUMS], wide[MAX_WIDTH];
     const char *w[MAX_WIDTH];
     spread(w, B, w_base, block_stride);
     zero_sums(R, B, sums);
     for (size_t k = 0, at = 0; k < num_k; k++, at += VECTOR, x += R * sizeof(float)) {
 #pragma GCC unroll 8
-        for (int b = 0; b < B; b++) wide[b] = _mm512_loadu_ps((const float *)(w[b] + at));
+        for (int b = 0; b < B; b++) wide[b] = f_load(w[b] + at);
         fetch(R, B, w, at, VECTOR);
         multiply(R, B, sums, x, wide);
     }
@@ -29,20 +29,20 @@ INLINE void run_f32(const int R, const int B, float *acc, size_t acc_stride, siz
 }
 
 /* Of each pair of inputs the even one is the low half, the odd one the high half of 32 bits. */
-INLINE void widen(const int B, __m512 *wide, const char *const *w, size_t at, const int is_odd) {
+INLINE void widen(const int B, f32x16 *wide, const char *const *w, size_t at, const int is_odd) {
 #pragma GCC unroll 8
     for (int b = 0; b < B; b++) {
-        __m512i pair = _mm512_loadu_si512(w[b] + at);
-        pair = is_odd ? _mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000))
-                      : _mm512_slli_epi32(pair, 16);
-        wide[b] = _mm512_castsi512_ps(pair);
+        i32x16 pair = i_load(w[b] + at);
+        pair = is_odd ? i_and(pair, i_set1((int)0xffff0000))
+                      : i_shl(pair, 16);
+        wide[b] = f_of_bits(pair);
     }
 }
 
 INLINE void run_bf16(const int R, const int B, float *acc, size_t acc_stride, size_t acc_block,
                      const char *x, const char *w_base, size_t block_stride, size_t num_k,
                      int adds) {
-    __m512 sums[MAX_SUMS], wide[MAX_WIDTH];
+    f32x16 sums[MAX_SUMS], wide[MAX_WIDTH];
     const char *w[MAX_WIDTH];
     size_t k = 0, at = 0;
     spread(w, B, w_base, block_stride);
@@ -72,6 +72,7 @@ INLINE void run_bf16(const int R, const int B, float *acc, size_t acc_stride, si
 #define BF16(R, B) TILE(bf16, R, B)
 ALL_SHAPES(F32)
 ALL_SHAPES(BF16)
+#undef TILE
 
 tile_fn tile_f32(size_t rows, size_t blocks) {
 #define F32_ENTRY(R, B) [R][B] = f32_##R##x##B,
@@ -91,7 +92,7 @@ enum { ROWS_AHEAD = 4096 }; /* bytes: of what most heads have for 16 positions, 
 INLINE void run_rows(const int IS_HALF, const int R, const int B, float *acc, size_t acc_stride, size_t acc_block,
                      const char *x_base, size_t x_stride, const char *w_base, size_t block_stride,
                      size_t k_stride, size_t num_k, int adds) {
-    __m512 sums[MAX_SUMS], wide[MAX_WIDTH];
+    f32x16 sums[MAX_SUMS], wide[MAX_WIDTH];
     const char *x[MAX_ATTENTION_ROWS], *w[MAX_WIDTH];
     spread(x, R, x_base, x_stride);
     spread(w, B, w_base, block_stride);
@@ -100,17 +101,16 @@ INLINE void run_rows(const int IS_HALF, const int R, const int B, float *acc, si
     for (size_t k = 0, at = 0; k < num_k; k++, at += k_stride) {
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
-            wide[b] = IS_HALF ? _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w[b] + at)))
-                              : _mm512_loadu_ps((const float *)(w[b] + at));
+            wide[b] = IS_HALF ? f_load_halves(w[b] + at) : f_load(w[b] + at);
         }
 #pragma GCC unroll 4
-        for (int b = 0; b < B; b++) _mm_prefetch(w[b] + at + ROWS_AHEAD, _MM_HINT_T1);
+        for (int b = 0; b < B; b++) fetch_far(w[b] + at + ROWS_AHEAD);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
-            __m512 xr = _mm512_set1_ps(((const float *)x[r])[k]);
+            f32x16 xr = f_set1(((const float *)x[r])[k]);
 #pragma GCC unroll 8
             for (int b = 0; b < B; b++) {
-                sums[r * B + b] = _mm512_fmadd_ps(xr, wide[b], sums[r * B + b]);
+                sums[r * B + b] = f_fma(xr, wide[b], sums[r * B + b]);
             }
         }
     }
@@ -126,8 +126,6 @@ INLINE void run_rows(const int IS_HALF, const int R, const int B, float *acc, si
     }
 #define FLOAT_ROWS(R, B) ROWS(float_rows, 0, R, B)
 #define HALF_ROWS(R, B) ROWS(half_rows, 1, R, B)
-#define ATTENTION_SHAPES(DO)                                                                       \
-    UP_TO_4(DO, 1) UP_TO_4(DO, 2) UP_TO_4(DO, 3) UP_TO_4(DO, 4) UP_TO_4(DO, 5) UP_TO_4(DO, 6)
 ATTENTION_SHAPES(FLOAT_ROWS)
 ATTENTION_SHAPES(HALF_ROWS)
 

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#if defined(VEILPIPE_X86)
+#if defined(VEILPIPE_SIMD)
 
 typedef struct {
     const turn_t *turn;

@@ -170,7 +170,7 @@ def test_any_shape_is_right_and_independent_of_rows_and_threads(
 
 
 def test_int8_is_as_near_as_eight_bits_with_shared_scales_get(native):
-    if "vnni" not in native.features():
+    if "int8" not in native.features():
         pytest.skip("int8 needs vnni")
     from_weight = normal(256, 768)
     x = normal(8, 768, seed=1)
