@@ -70,7 +70,7 @@ class Clients:
     def wait_for(self, num_pieces):
         """Return once there are so many more, of all texts together."""
         for _ in range(num_pieces):
-            assert self._pieces.acquire(timeout=120)
+            assert self._pieces.acquire(timeout=300)
 
     def ended(self):
         """Once all have their whole text: each one's texts, and the longest that any waited."""
