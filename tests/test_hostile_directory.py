@@ -36,7 +36,7 @@ def hostile(tmp_path):
 def run(*command, cwd, **environment):
     return subprocess.run(
         command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True,
-        timeout=120,
+        timeout=300,
     )  # fmt: skip
 
 

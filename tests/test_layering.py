@@ -15,7 +15,7 @@ from tests.sources import ROOT, parsed
 PACKAGES = ("transport", "pipeline", "enclave")
 
 # What each room of `pipeline` may import beside `transport` and the modules that lie before all
-# rooms (errors, dtypes, tasks, files, progress, units). An enclave's image carries what a stage imports.
+# rooms (errors, dtypes, tasks, files, progress, units). An image carries what a stage imports.
 ROOMS = {
     "codecs": set(),
     "sampling": set(),

@@ -83,7 +83,7 @@ def test_a_wheel_that_differs_from_the_locked_one_is_not_installed(tmp_path):
         wheel.writestr(f"{about}/RECORD", "")
     environment = {**os.environ, "VEILPIPE_VENV": str(tmp_path / "venv"), "PIP_NO_INDEX": "1"}
     done = subprocess.run(
-        ["bash", scripts / "setup.sh"], capture_output=True, text=True, timeout=120,
+        ["bash", scripts / "setup.sh"], capture_output=True, text=True, timeout=300,
         env={**environment, "PIP_FIND_LINKS": str(wheels)},
     )  # fmt: skip
     assert done.returncode == 2

@@ -85,14 +85,13 @@ def test_stages_that_never_come_up(orch, cluster):
     assert f"127.0.0.1:{cluster.base_port}" in line
 
 
-@pytest.mark.parametrize("garbage", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 70_000, b"\0\x20"])
-def test_a_worker_survives_strangers_and_still_serves(cluster, garbage):
+def test_a_worker_survives_strangers_and_still_serves(cluster):
     cluster.plan(1)
     cluster.start_worker(0)
     cluster.wait_for_log(0, "event=listening")
     strangers = []
     for port in (cluster.base_port, cluster.base_port + 1):
-        for _ in range(5):
+        for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 70_000, b"\0\x20") * 3:
             sock = socket.create_connection(("127.0.0.1", port))
             try:
                 sock.sendall(garbage)

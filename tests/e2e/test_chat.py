@@ -77,7 +77,7 @@ def piped(command, said, *extra, kills=None, log):
     if kills is not None:
         started = re.findall(rf"worker_started stage={kills} pid=(\d+)", log.read_text())
         os.kill(int(started[-1]), signal.SIGKILL)
-    rest, _ = process.communicate(timeout=90)
+    rest, _ = process.communicate(timeout=300)
     assert process.returncode == 0, log.read_text()
     return (first + rest).decode()
 

@@ -71,6 +71,7 @@ def test_shards_and_a_clients_part_are_all_that_each_side_needs(cluster, expecte
             assert cluster.workers[idx].wait(300) == 0
 
 
+@pytest.mark.slow  # tests/pipeline/orchestrator/test_client_frames.py mends losses in one process
 def test_a_stage_killed_in_the_middle_costs_no_text(cluster):
     """As with ordinary stages, whose texts are the same."""
     cluster.plan(3, split="client")

@@ -35,7 +35,7 @@ def test_output_that_cannot_be_written_is_one_line(cluster, arguments, redirecti
         arguments = [*arguments, cluster.model_dir]
     result = subprocess.run(
         ["sh", "-c", redirection, "sh", BIN / "pipeline-orch", *arguments],
-        capture_output=True, text=True, env=cluster.environment, timeout=90,
+        capture_output=True, text=True, env=cluster.environment, timeout=300,
     )  # fmt: skip
     assert result.returncode == 1
     assert result.stderr.startswith("pipeline-orch: error: cannot write to stdout: ")
@@ -58,7 +58,7 @@ def test_a_worker_needs_no_output_to_say_what_is_wrong(cluster):
     result = subprocess.run(
         ["sh", "-c", '"$@" >&-', "sh", BIN / "stage-worker", "--stage-idx", "0",
          "--manifest", "/nowhere.json", "--model-dir", "/nowhere"],
-        capture_output=True, text=True, env=cluster.environment, timeout=90,
+        capture_output=True, text=True, env=cluster.environment, timeout=300,
     )  # fmt: skip
     assert result.returncode == 2
     assert "/nowhere.json" in result.stderr

@@ -151,6 +151,7 @@ def test_a_restarted_orchestrator_is_served_at_once(cluster, serve):
     assert "busy" not in cluster.log(0) + cluster.log(1)
 
 
+@pytest.mark.slow  # who is rebuilt from whom is orchestrator/test_replay_plan.py's matter
 def test_a_stage_without_room_to_keep_activations_is_rebuilt_with_the_one_behind(cluster, serve):
     # Of 4 stages with a layer each: 4,194 tokens of keys and values, half of them with activations.
     server = serve(
@@ -254,6 +255,7 @@ def silent_crowd(cluster, number):
     return crowd
 
 
+@pytest.mark.slow  # that crowds keep nobody out is protocol/test_peer_connections.py's matter
 def test_a_crowd_of_silent_connections_costs_no_healthy_worker_its_life(cluster, serve):
     cluster.plan(2)
     server = cluster.serve("--context", "512", "--supervise")

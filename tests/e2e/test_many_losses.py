@@ -55,7 +55,7 @@ def pieces(server, index):
         f"Request number {index} says hello", NUM_TOKENS, stream=True, seed=index,
         temperature=0.9 if index % 2 else 0,
     )  # fmt: skip
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=wish, timeout=120) as answer:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=wish, timeout=300) as answer:
         assert answer.status_code == 200
         for line in answer.iter_lines():
             if line.startswith("data: {"):

@@ -59,7 +59,9 @@ def model(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize(
+    "stages", [3, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 2))]
+)
 def test_the_older_commands_generate_over_the_older_manifests(cluster, model, stages):
     cluster.plan(stages)  # claims ports, of which the last one is spare
     base, port = cluster.base_port, cluster.base_port + 10 * stages + 1
@@ -87,7 +89,9 @@ def test_the_older_commands_generate_over_the_older_manifests(cluster, model, st
     assert result.stdout == f"x{SAYS}\n"
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize(
+    "stages", [1, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 3))]
+)
 def test_templates_for_enclaves_run_with_the_cids_that_launching_decides(cluster, model, stages):
     manifest = MANIFESTS / f"manifest_{stages}stage_vsock.json"
     cids = [word for idx in range(stages) for word in ("--cid", f"{idx}={40 + idx}")]
@@ -109,7 +113,7 @@ def test_templates_for_enclaves_run_with_the_cids_that_launching_decides(cluster
             running.append(start(40 + idx, "stage-worker", *words))
         process = start(3, "pipeline-orch", *orchestrator)
         running.append(process)
-        stdout, stderr = process.communicate(timeout=90)
+        stdout, stderr = process.communicate(timeout=300)
         assert [each.poll() for each in running] == [None] * (stages + 1) + [process.returncode]
     finally:
         for each in running:

@@ -20,7 +20,7 @@ def unread(cluster):
         try:
             result = subprocess.run(
                 [cluster.bin / name, *arguments], stdout=writer, stderr=subprocess.PIPE,
-                text=True, env=cluster.environment, timeout=90, **options,
+                text=True, env=cluster.environment, timeout=300, **options,
             )  # fmt: skip
         finally:
             os.close(writer)
@@ -73,7 +73,7 @@ def test_a_terminal_is_shown_text_and_a_pipe_given_bytes_and_the_prompt_may_come
     def run(stdout):
         return subprocess.run(
             command, input=prompt, stdout=stdout, stderr=subprocess.PIPE,
-            env=cluster.environment, timeout=90, check=True,
+            env=cluster.environment, timeout=300, check=True,
         )  # fmt: skip
 
     assert run(subprocess.PIPE).stdout.startswith(prompt.removesuffix(b"\n"))

@@ -34,7 +34,7 @@ class OwnMachines:
         """What a command at home says: exit code, stdout, stderr."""
         return subprocess.run(
             [BIN / "pipeline-orch", *map(str, words)], capture_output=True, text=True,
-            env=self.environment(name), timeout=120, check=False,
+            env=self.environment(name), timeout=300, check=False,
         )  # fmt: skip
 
     def environment(self, name):

@@ -53,7 +53,7 @@ def server(cluster):
 
 def ask(server, **fields):
     body = {"prompt": "A list:", "max_tokens": 700, "response_format": FORM, **fields}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
     assert answer.status_code == 200, answer.text
     (choice,) = answer.json()["choices"]
     if choice["finish_reason"] == "stop":  # noise may take all tokens for one string
@@ -79,7 +79,7 @@ def test_texts_of_a_form_are_the_same_alone_together_and_through_a_loss(server, 
 
 
 def test_the_openai_client_parses_calls_and_streams(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client:
         chat = {"model": "model", "messages": [{"role": "user", "content": "Hi"}]}
         parsed = client.chat.completions.parse(**chat, response_format=Answer, n=3)
         assert all(isinstance(choice.message.parsed, Answer) for choice in parsed.choices)

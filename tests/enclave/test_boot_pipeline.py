@@ -106,7 +106,7 @@ def _prompt(model: Path) -> list[Any]:
 
 def _orch(*arguments: object) -> str:
     command = [_BIN / "pipeline-orch", *map(str, arguments)]
-    return subprocess.run(command, check=True, timeout=120, stdout=subprocess.PIPE).stdout.decode()
+    return subprocess.run(command, check=True, timeout=300, stdout=subprocess.PIPE).stdout.decode()
 
 
 def _free_base_port() -> int:
@@ -234,7 +234,7 @@ def _generate_locally(directory: Path, model: Path) -> bytes:
     with subprocess.Popen(worker, env=environment, stderr=subprocess.DEVNULL) as process:
         command = [_BIN / "pipeline-orch", *manifest, *_prompt(model)]
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, timeout=90)
+            done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
         finally:
             process.terminate()
     assert done.returncode == 0, done.stderr

@@ -188,7 +188,7 @@ def test_a_worker_is_alive_all_along_and_ready_between_loading_and_leaving(tiny_
     found = subprocess.run(
         [sys.executable, "-c", TOLD, f"--manifest={manifest}", "--stage-idx=0", "--dev",
          f"--model-dir={model}", "--health=127.0.0.1:0", *listens],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert found.stdout.splitlines() == [
         "begun 200 503", "loading 200 503", "serving 200 200", "leaving 200 503"

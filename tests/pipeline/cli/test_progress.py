@@ -22,7 +22,7 @@ def on_a_terminal(*command, term="xterm"):
     """What a terminal is shown that the command runs on, and its exit code."""
     result = subprocess.run(
         [sys.executable, "-c", ON_A_TERMINAL, *map(str, command)],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
         env=os.environ | {"TERM": term},
     )  # fmt: skip
     return result.stdout, result.returncode
@@ -52,7 +52,7 @@ def test_a_terminal_is_shown_how_far_attacks_are(tiny_model):
 
 
 def test_a_worker_shows_how_far_loading_is_unless_it_is_one_of_several(tiny_model, plan, tmp_path):
-    subprocess.run(plan, check=True, capture_output=True, timeout=90)
+    subprocess.run(plan, check=True, capture_output=True, timeout=300)
     worker = [
         WORKER, "--manifest", tmp_path / "m.json", "--stage-idx", "0", "--model-dir", tiny_model,
         "--control-listen", "0.0.0.1:1", "--dev",  # where nobody can listen, so that it ends
@@ -70,7 +70,7 @@ def test_a_terminal_that_can_only_print_is_shown_none(plan):
 
 
 def test_no_pipe_or_file_is_given_any(plan):
-    result = subprocess.run(plan, capture_output=True, text=True, timeout=90)
+    result = subprocess.run(plan, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0
     *stages, written = result.stderr.splitlines()
     assert written.startswith("pipeline-orch: wrote ")

@@ -50,7 +50,7 @@ def worker(model, tmp_path):
         arguments = ["--manifest", manifest, "--stage-idx", 0, "--model-dir", model, "--dev"]
         return subprocess.run(
             [sys.executable, "-c", TOLD, *map(str, arguments), *flags],
-            capture_output=True, text=True, timeout=90,
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
     return run

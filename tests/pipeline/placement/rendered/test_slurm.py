@@ -51,7 +51,7 @@ def run(tmp_path):
         environment = {"PATH": f"{programs}:{os.environ['PATH']}", "LOGS": str(tmp_path)}
         found = subprocess.run(
             ["bash", "-c", script], env=environment, capture_output=True, text=True,
-            timeout=120, check=False,
+            timeout=300, check=False,
         )  # fmt: skip
         assert found.stderr == ""
         calls = [(tmp_path / f"stage{idx}").read_text().splitlines() for idx in range(len(codes))]
