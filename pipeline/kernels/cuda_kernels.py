@@ -40,6 +40,7 @@ from pipeline.kernels.torch_kernels import (
     torch_matvec,
 )
 from pipeline.protocol.batch import Batch
+from pipeline.weights.int4 import Int4
 from pipeline.weights.tensor_sinks import in_precision
 
 # Shorter contexts share one graph: reading them costs less than recording more.
@@ -71,9 +72,11 @@ class CudaLinear(KernelLinear):
     """Weights as float32 or bfloat16 [in, out]; everything but the product is in float32."""
 
     def __init__(self, kernels: "CudaKernels", spec: LinearSpec) -> None:
-        """Raises InputError for int8."""
-        if spec.precision == "int8":
-            raise InputError("int8 weights have no kernel on a GPU: use bfloat16 or float32 there")
+        """Raises InputError for int8 and int4."""
+        if spec.precision in {"int8", "int4"}:
+            raise InputError(
+                f"{spec.precision} weights have no kernel on a GPU: use bfloat16 or float32 there"
+            )
         super().__init__(kernels, spec)
         dtype = PRECISIONS[spec.precision]
         self._weight = kernels.empty(spec.num_in, spec.num_out, dtype=dtype)
@@ -102,6 +105,10 @@ class CudaLinear(KernelLinear):
         for at, piece, own in in_precision(self.precision, first, outputs, scales):
             assert own is None, "int8 has been refused"
             held[:, at : at + len(piece)] = to_tensor(piece).t()
+
+    def put_int4(self, first: int, weights: Int4, *, first_in: int = 0) -> None:
+        """Never: it has been refused."""
+        raise NotImplementedError
 
     @property
     def num_bytes(self) -> int:

@@ -200,15 +200,19 @@ def required_files(
 
 
 def required_tensors(
-    model_dir: Path, config: ModelConfig, layer_range: range, ends: Ends | None = None
+    model_dir: Path,
+    config: ModelConfig,
+    layer_range: range,
+    ends: Ends | None = None,
+    precision: Precision = "float32",
 ) -> Mapping[str, Sink]:
     """The tensors a stage with these layers loads: name as in the files -> what it would go to.
 
-    `ends` as for `load_shard`. Raises ModelError for a range outside the model, and for files that
-    cannot be read.
+    `ends` as for `load_shard`; sinks are those of a stage in `precision`. Raises ModelError for a
+    range outside the model, and for files that cannot be read.
     """
     names = stored_as(model_dir, config, layer_range, ends)
-    sinks = plan_tensors(_as_stored(model_dir, config), layer_range, ends)
+    sinks = plan_tensors(_as_stored(model_dir, config), layer_range, ends, precision)
     return {names[name]: sink for name, sink in sinks.items()}
 
 
@@ -221,14 +225,18 @@ def stored_as(
 
 
 def plan_tensors(
-    config: ModelConfig, layer_range: range, ends: Ends | None = None
+    config: ModelConfig,
+    layer_range: range,
+    ends: Ends | None = None,
+    precision: Precision = "float32",
 ) -> Mapping[str, Sink]:
     """The tensors of layers and ends: name -> what it would go to.
 
-    `ends` as for `load_shard`. Raises ModelError for a range outside the model.
+    `ends` and `precision` as for `required_tensors`. Raises ModelError for a range outside the
+    model.
     """
     _check_range(config, layer_range.start, layer_range.stop, ends)
-    return _plan(config, layer_range, ends).destinations()
+    return _plan(config, layer_range, ends, precision).destinations()
 
 
 def in_older_layout(config: ModelConfig, ends: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -314,9 +322,14 @@ def family_of(config: ModelConfig) -> Family:
     return family
 
 
-def _plan(config: ModelConfig, layers: range, ends: Ends | None = None) -> Shard:
+def _plan(
+    config: ModelConfig,
+    layers: range,
+    ends: Ends | None = None,
+    precision: Precision = "float32",
+) -> Shard:
     """The shard's shapes without their memory."""
-    return _build(config, ShardSpec(layers, Outline(), "float32", ends=ends))
+    return _build(config, ShardSpec(layers, Outline(), precision, ends=ends))
 
 
 def _stage_tensors(config: ModelConfig, layer_start: int, layer_end: int) -> list[str]:

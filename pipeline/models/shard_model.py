@@ -20,10 +20,10 @@ from pipeline.kernels.base import (
     Norm,
     Rows,
     StepWork,
-    batch_positions,
 )
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV, kv_bytes
+from pipeline.kernels.positions import batch_positions
 from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts, Overlap
 from pipeline.models.model_config import ModelConfig
 from pipeline.models.own_embedding import Embedding
@@ -32,6 +32,7 @@ from pipeline.models.window_check import check_window
 from pipeline.models.workspace import ForwardPass, Room, round_up
 from pipeline.protocol.batch import Batch, Segment, first_rows, num_tokens
 from pipeline.protocol.tide_window import TideWindow
+from pipeline.weights.quantization import ends_precision
 from pipeline.weights.tensor_sinks import Sink
 
 LOGIT_ROWS = 64  # as many as are expected of a step
@@ -116,15 +117,18 @@ class Shard(ABC):
         self._make = LayerMaker(kernels, spec.precision, spec.parts)
         self._kv_dtype = KV_DTYPES[spec.precision]
         size, hidden, inner = config.vocab_size, config.hidden_dim, config.intermediate_size
+        at_ends = ends_precision(spec.precision)
         self._head = (
-            self._make.linear(names.head, hidden, size, bias=has_head_bias)
+            replace(self._make, precision=at_ends).linear(
+                names.head, hidden, size, bias=has_head_bias
+            )
             if self.is_last
             else None
         )
         # where embedding and head are one matrix in one stage it is held once, as the head
         is_shared = self.is_first and self.is_last and config.tie_word_embeddings
         self._embedding = (
-            Embedding(size, hidden, kernels=kernels, precision=spec.precision)
+            Embedding(size, hidden, kernels=kernels, precision=at_ends)
             if self.is_first and not is_shared
             else None
         )

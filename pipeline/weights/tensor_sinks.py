@@ -21,6 +21,7 @@ from pipeline.dtypes import (
     from_floats,
     to_floats,
 )
+from pipeline.weights.int4 import Int4, dequantise_int4, quantise_int4
 from pipeline.weights.quantization import GROUP, SCALE_SUFFIX, num_groups, quantise
 
 FLOATS = ("F32", "F16", "BF16")
@@ -122,11 +123,17 @@ class Store(Protocol):
         which is a multiple of `ROWS_TOGETHER`, or so many of them.
         """
 
+    def put_int4(self, first: int, weights: Int4, *, first_in: int = 0) -> None:
+        """The same of outputs that are in four bits already, if that is the store's precision."""
+
 
 def in_precision(
     precision: Precision, first: int, outputs: HostArray, scales: HostArray | None
 ) -> Iterator[tuple[int, HostArray, HostArray | None]]:
-    """What a store is given, in a precision; piece by piece: the first output, values, scales."""
+    """What a store is given, in a precision; piece by piece: the first output, values, scales.
+
+    Of int4 what it means.
+    """
     size = max(1, PIECE_BYTES // (FLOAT32.itemsize * outputs.shape[1]))
     for at in range(0, len(outputs), size):
         piece = outputs[at : at + size]
@@ -134,6 +141,8 @@ def in_precision(
             yield first + at, piece, scales[at : at + size]
         elif precision == "int8":
             yield first + at, *quantise(piece)
+        elif precision == "int4":
+            yield first + at, dequantise_int4(quantise_int4(piece)), None
         else:
             yield first + at, convert(piece, PRECISIONS[precision]), None
 
@@ -180,6 +189,24 @@ class WeightSink:
         else:
             own = None if scales is None else scales[:, first // GROUP : num_groups(last)]
             self._store.put(self._first, rows.T, own, first_in=first)
+
+    @property
+    def precision(self) -> Precision:
+        """The store's."""
+        return self._store.precision
+
+    @property
+    def num_in(self) -> int:
+        """Inputs of each output."""
+        return self.shape[0] if self.is_in_out else self.shape[1]
+
+    def write_int4(self, first: int, weights: Int4) -> None:
+        """The same for an int4 store, of rows in four bits; of inputs all three the other way."""
+        if not self.is_in_out:
+            self._store.put_int4(self._first + first, weights)
+        else:
+            turned = Int4(*(each.T for each in weights))
+            self._store.put_int4(self._first, turned, first_in=first)
 
     def problem(self) -> str | None:
         """An int8 tensor without its scales, or scales without one."""

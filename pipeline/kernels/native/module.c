@@ -102,6 +102,7 @@ static int add_members(PyObject *native) {
     return PyModule_AddIntConstant(native, "F32", KIND_F32) ||
            PyModule_AddIntConstant(native, "BF16", KIND_BF16) ||
            PyModule_AddIntConstant(native, "I8", KIND_I8) ||
+           PyModule_AddIntConstant(native, "I4", KIND_I4) ||
            PyModule_AddIntConstant(native, "STORED_F32", STORED_F32) ||
            PyModule_AddIntConstant(native, "STORED_BF16", STORED_BF16) ||
            PyModule_AddIntConstant(native, "STORED_F16", STORED_F16) ||

@@ -13,6 +13,11 @@
 enum { MAX_SUMS = 24, MAX_WIDTH = 8 }; /* vectors of sums a tile has, blocks it covers */
 enum { MAX_I8_SUMS = 8, MAX_I8_WIDTH = 2 }; /* each has a float and two integer parts */
 
+/* 64 inputs of R rows of x for I8 and I4, R of each number: int8 levels[SUPER / 4][R][4], float
+ * scales[SUPER / GROUP][R], and for each group of a row what makes up for weights being unsigned:
+ * I8 int32 -128 * the sum of levels, where sums start; I4 that sum as a float. */
+enum { LEVELS = SUPER, SCALES = SUPER / GROUP * sizeof(float), STARTS = SCALES };
+
 INLINE void zero_sums(const int R, const int B, __m512 *sums) {
 #pragma GCC unroll 24
     for (int i = 0; i < R * B; i++) sums[i] = _mm512_setzero_ps();

@@ -8,10 +8,6 @@
 
 #if defined(VEILPIPE_X86)
 
-/* 64 inputs of R rows of x, R of each number: int8 levels[SUPER / 4][R][4], float
- * scales[SUPER / GROUP][R], int32 starts[SUPER / GROUP][R], which are -128 * the sum of levels. */
-enum { LEVELS = SUPER, SCALES = SUPER / GROUP * sizeof(float), STARTS = SCALES };
-
 size_t quantised_bytes(size_t num_in) {
     return (num_in + SUPER - 1) / SUPER * (LEVELS + SCALES + STARTS);
 }

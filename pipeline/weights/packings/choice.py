@@ -10,6 +10,7 @@ from pipeline.weights.packings.base import PackedWeight
 from pipeline.weights.packings.blocks import find_blocks
 from pipeline.weights.packings.compressed_tensors import PackedWords, WholeBytes
 from pipeline.weights.packings.gptq import Gptq
+from pipeline.weights.packings.own import find_own
 
 MAX_GROUP_SIZE = 1 << 20
 SUPPORTED = "awq, gptq and compressed-tensors are"
@@ -59,7 +60,7 @@ class _CompressedTensors(_Fields):
 
 def find_packed(names: Collection[str], finder: Finder | None = None) -> dict[str, PackedWeight]:
     """The packed weights among these tensors, by the names of the weights."""
-    found = {each.name: each for each in find_blocks(names)}
+    found = {each.name: each for each in (*find_blocks(names), *find_own(names))}
     return found if finder is None else found | {each.name: each for each in finder.find(names)}
 
 

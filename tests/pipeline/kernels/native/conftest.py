@@ -11,9 +11,9 @@ def native():
     module.set_num_threads(1)
 
 
-@pytest.fixture(params=["F32", "BF16", "I8"])
+@pytest.fixture(params=["F32", "BF16", "I8", "I4"])
 def kind(request, native):
-    needs = {"F32": "avx512", "BF16": "bf16", "I8": "vnni"}[request.param]
+    needs = {"F32": "avx512", "BF16": "bf16", "I8": "vnni", "I4": "vnni"}[request.param]
     if needs not in native.features():
         pytest.skip(f"{request.param} needs {needs}")
     return getattr(native, request.param)
