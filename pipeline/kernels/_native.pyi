@@ -39,7 +39,7 @@ MAX_THREADS: Final = 256
 MAX_CPUS: Final = 1024  # CPUs are numbered below that
 
 def features() -> tuple[str, ...]:
-    """What may be called here: "avx512" all but the kinds "bf16" BF16, "vnni" I8 and I4; () nothing.
+    """What may be called here: "avx512" all but the kinds "bf16" BF16, "vnni" I8, I4; () nothing.
 
     "bf16_dot": this CPU multiplies bf16 itself, faster than weights can be widened.
     """

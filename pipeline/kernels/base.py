@@ -18,10 +18,8 @@ from pipeline.kernels.host_memory import available_bytes
 from pipeline.kernels.huge_pages import give_back, reserve
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import Slide
-from pipeline.kernels.positions import batch_positions
 from pipeline.kernels.routing import ExpertMLPs, Routing
 from pipeline.protocol.batch import Batch
-from pipeline.weights.int4 import Int4
 from pipeline.weights.quantization import quantise
 from pipeline.weights.tensor_sinks import CopySink, Fill, Sink, fill_array, linear_sinks
 
@@ -83,10 +81,6 @@ class KernelLinear(ABC):
 
         Or of their inputs those from `first_in` on that are there.
         """
-
-    @abstractmethod
-    def put_int4(self, first: int, weights: Int4, *, first_in: int = 0) -> None:
-        """The same of outputs that are in four bits already, of a layer that is to be."""
 
     @property
     @abstractmethod
@@ -396,3 +390,9 @@ class Kernels(ABC):
 
         -1 for a row that has a NaN, or whose greatest is infinite.
         """
+
+
+def batch_positions(batch: Batch) -> HostArray:
+    """Position of every row, [rows] int64."""
+    ranges = [np.arange(each.position, each.position + each.num_tokens) for each in batch]
+    return np.concatenate(ranges)

@@ -40,7 +40,6 @@ from pipeline.kernels.torch_kernels import (
     torch_matvec,
 )
 from pipeline.protocol.batch import Batch
-from pipeline.weights.int4 import Int4
 from pipeline.weights.tensor_sinks import in_precision
 
 # Shorter contexts share one graph: reading them costs less than recording more.
@@ -105,10 +104,6 @@ class CudaLinear(KernelLinear):
         for at, piece, own in in_precision(self.precision, first, outputs, scales):
             assert own is None, "int8 has been refused"
             held[:, at : at + len(piece)] = to_tensor(piece).t()
-
-    def put_int4(self, first: int, weights: Int4, *, first_in: int = 0) -> None:
-        """Never: it has been refused."""
-        raise NotImplementedError
 
     @property
     def num_bytes(self) -> int:

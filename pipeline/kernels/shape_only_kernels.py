@@ -16,7 +16,7 @@ def _never(self: object, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ANN401
 class OutlineLinear(KernelLinear):
     """The size of a matrix."""
 
-    __call__ = gather = put = put_int4 = _never
+    __call__ = gather = put = _never
 
     @property
     def num_bytes(self) -> int:

@@ -2,7 +2,6 @@
 
 from pipeline.dtypes import BFLOAT16, PRECISIONS, Array, HostArray, Precision
 from pipeline.kernels.base import Kernels
-from pipeline.weights.int4 import Int4
 from pipeline.weights.quantization import num_groups
 from pipeline.weights.tensor_sinks import Sink, weight_sinks
 
@@ -35,10 +34,6 @@ class Embedding:
         self._kernels.fill(self.weight[first:last], outputs)
         if self._scales is not None and scales is not None:
             self._kernels.fill(self._scales[first:last], scales)
-
-    def put_int4(self, first: int, weights: Int4, *, first_in: int = 0) -> None:
-        """Never: tables are in no such precision."""
-        raise NotImplementedError
 
     @property
     def num_bytes(self) -> int:

@@ -213,7 +213,7 @@ def required_tensors(
     """
     names = stored_as(model_dir, config, layer_range, ends)
     sinks = plan_tensors(_as_stored(model_dir, config), layer_range, ends, precision)
-    return {names[name]: sink for name, sink in sinks.items()}
+    return {own: sinks[name] for name, own in names.items()}
 
 
 def stored_as(

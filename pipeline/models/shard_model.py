@@ -20,10 +20,10 @@ from pipeline.kernels.base import (
     Norm,
     Rows,
     StepWork,
+    batch_positions,
 )
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV, kv_bytes
-from pipeline.kernels.positions import batch_positions
 from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts, Overlap
 from pipeline.models.model_config import ModelConfig
 from pipeline.models.own_embedding import Embedding

@@ -288,10 +288,6 @@ class _KeptInt8:
         else:
             own[...], own_scales[...] = outputs, scales
 
-    def put_int4(self, first: int, weights: Int4, *, first_in: int = 0) -> None:
-        """Never: that is for stores of it."""
-        raise NotImplementedError
-
     def tensors(self) -> Mapping[str, HostArray]:
         """What the shard stores, by name."""
         values = np.ascontiguousarray(self._values.T) if self._is_in_out else self._values

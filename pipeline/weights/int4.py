@@ -18,24 +18,22 @@ INT4_MAX = 15
 # The ends of a group's levels: those of its numbers, or some sixteenths nearer to 0.
 _SHRUNK = tuple(np.float32(each) / np.float32(16) for each in (16, 15, 14, 13))
 
-Halves = npt.NDArray[np.float16]
-
 
 class Int4(NamedTuple):
     """Weights [out, in], each level in a byte; scales and zeros [out, groups] float16."""
 
-    levels: npt.NDArray[np.uint8]
-    scales: Halves
-    zeros: Halves
+    levels: HostArray
+    scales: HostArray
+    zeros: HostArray
 
     @property
     def num_in(self) -> int:
         """Inputs of each output."""
-        return self.levels.shape[1]
+        return int(self.levels.shape[1])
 
-    def rows(self, first: int, last: int) -> "Int4":
-        """Outputs first..last."""
-        return Int4(*(each[first:last] for each in self))
+    def turned(self) -> "Int4":
+        """Where all three came the other way."""
+        return Int4(self.levels.T, self.scales.T, self.zeros.T)
 
 
 def quantise_int4(outputs: HostArray) -> Int4:
@@ -64,8 +62,8 @@ def quantise_int4(outputs: HostArray) -> Int4:
         scales[~is_number], zeros[~is_number] = np.nan, 0
         levels = _levels(numbers, to_floats(scales), to_floats(zeros))
     levels[:, ~is_number] = 0
-    levels = np.moveaxis(levels.astype(np.uint8), 0, 2)
-    return Int4(from_groups(levels, outputs.shape[1]), scales, zeros)
+    whole = np.moveaxis(levels.astype(np.uint8), 0, 2)
+    return Int4(from_groups(whole, outputs.shape[1]), scales, zeros)
 
 
 def dequantise_int4(weights: Int4) -> Floats:
@@ -96,7 +94,7 @@ def for_groups(sides: HostArray, group_size: int | None, num_in: int) -> HostArr
     return np.repeat(sides, each, axis=1)[:, : num_groups(num_in)]
 
 
-def _grid(low: Floats, high: Floats) -> tuple[Halves, Halves]:
+def _grid(low: Floats, high: Floats) -> tuple[HostArray, HostArray]:
     scales = ((high - low) / np.float32(INT4_MAX)).astype(FLOAT16)
     inverses = _inverses(to_floats(scales))
     return scales, ((0 - low) * inverses).astype(FLOAT16)
@@ -113,7 +111,7 @@ def _levels(numbers: Floats, scales: Floats, zeros: Floats) -> Floats:
     return np.clip(levels, 0, INT4_MAX, out=levels)
 
 
-def _error(numbers: Floats, scales: Halves, zeros: Halves) -> Floats:
+def _error(numbers: Floats, scales: HostArray, zeros: HostArray) -> Floats:
     """Squares summed from the first input on, as the native kernels do."""
     steps, starts = to_floats(scales), to_floats(zeros)
     off = _levels(numbers, steps, starts)

@@ -5,7 +5,7 @@ stage's peak memory is its own weights and one block.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -123,8 +123,13 @@ class Store(Protocol):
         which is a multiple of `ROWS_TOGETHER`, or so many of them.
         """
 
+
+@runtime_checkable
+class Int4Store(Store, Protocol):
+    """One that may be in int4."""
+
     def put_int4(self, first: int, weights: Int4, *, first_in: int = 0) -> None:
-        """The same of outputs that are in four bits already, if that is the store's precision."""
+        """Outputs first.. that are in four bits already, as `put`, if that is the precision."""
 
 
 def in_precision(
@@ -202,11 +207,11 @@ class WeightSink:
 
     def write_int4(self, first: int, weights: Int4) -> None:
         """The same for an int4 store, of rows in four bits; of inputs all three the other way."""
+        assert isinstance(self._store, Int4Store), "its precision says that it is"
         if not self.is_in_out:
             self._store.put_int4(self._first + first, weights)
         else:
-            turned = Int4(*(each.T for each in weights))
-            self._store.put_int4(self._first, turned, first_in=first)
+            self._store.put_int4(self._first, weights.turned(), first_in=first)
 
     def problem(self) -> str | None:
         """An int8 tensor without its scales, or scales without one."""
