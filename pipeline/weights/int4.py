@@ -8,7 +8,6 @@ zero, both float16. A zero need not be whole. So formats of four bits with group
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.dtypes import FLOAT16, FLOAT32, Floats, HostArray, to_floats
 from pipeline.weights.quantization import from_groups, in_groups, num_groups
@@ -73,18 +72,19 @@ def dequantise_int4(weights: Int4) -> Floats:
     return from_groups(found, weights.num_in)
 
 
-def pack_nibbles(levels: HostArray) -> npt.NDArray[np.uint8]:
+def pack_nibbles(levels: HostArray) -> HostArray:
     """[out, in], an even number of inputs -> [out, in / 2]: the first of two in the lower half."""
-    packed: npt.NDArray[np.uint8] = levels[:, 1::2] << 4
+    packed = levels[:, 1::2].copy()
+    packed <<= BITS
     packed |= levels[:, ::2]
     return packed
 
 
-def unpack_nibbles(packed: HostArray) -> npt.NDArray[np.uint8]:
+def unpack_nibbles(packed: HostArray) -> HostArray:
     """[out, in / 2] -> [out, in]."""
     levels = np.empty((len(packed), 2 * packed.shape[1]), np.uint8)
     levels[:, ::2] = packed & 15
-    levels[:, 1::2] = packed >> 4
+    levels[:, 1::2] = packed >> BITS
     return levels
 
 
