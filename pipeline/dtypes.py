@@ -20,15 +20,20 @@ FLOAT32: ArrayDType = np.dtype(np.float32)
 FLOAT16: ArrayDType = np.dtype(np.float16)
 BFLOAT16: ArrayDType = np.dtype(np.uint16)
 INT8: ArrayDType = np.dtype(np.int8)
+UINT8: ArrayDType = np.dtype(np.uint8)
 
 # What weights are held in.
-Precision = Literal["float32", "bfloat16", "int8"]
+Precision = Literal["float32", "bfloat16", "int8", "int4"]
 PRECISIONS: Mapping[Precision, ArrayDType] = MappingProxyType(
-    {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
+    {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8, "int4": UINT8}  # two in a byte
+)
+# Bytes that a weight takes in memory, with its share of scales and zeros.
+WEIGHT_BYTES: Mapping[Precision, float] = MappingProxyType(
+    {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0625, "int4": 0.625}
 )
 # What keys and values are cached in, for weights of a precision: on any kernels.
 KV_DTYPES: Mapping[Precision, ArrayDType] = MappingProxyType(
-    {"float32": FLOAT32, "bfloat16": FLOAT16, "int8": FLOAT16}
+    {"float32": FLOAT32, "bfloat16": FLOAT16, "int8": FLOAT16, "int4": FLOAT16}
 )
 # By their names in safetensors.
 STORED_DTYPES: Mapping[str, ArrayDType] = MappingProxyType(

@@ -20,7 +20,7 @@ SHAPES = {  # layers, [in, out] of a layer's products
     "gpt2": (12, [(768, 2304), (768, 768), (768, 3072), (3072, 768)]),
     "smollm2": (30, [(576, 960), (576, 576), (576, 3072), (1536, 576)]),
 }
-KINDS = {"f32": _native.F32, "bf16": _native.BF16, "i8": _native.I8}
+KINDS = {"f32": _native.F32, "bf16": _native.BF16, "i8": _native.I8, "i4": _native.I4}
 
 
 def native_products(kind, layers, shapes, rows):
@@ -36,7 +36,7 @@ def native_products(kind, layers, shapes, rows):
             packed = memory.ctypes.data
             stored = _native.STORED_BF16 if kind == _native.BF16 else _native.STORED_F32
             weights = stored, source.data_ptr(), num_in, 1
-            _native.pack(kind, packed, num_in, num_out, *weights, 0, num_out)
+            _native.pack(kind, packed, num_in, num_out, *weights, 0, num_out, 0, num_in)
             keep.append((memory, x, y))
             calls.append((kind, packed, 0, x.data_ptr(), y.data_ptr(), rows, num_in, num_out, 0, 0))
 

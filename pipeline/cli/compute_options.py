@@ -14,7 +14,7 @@ from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 
 DTypeFlag = Annotated[
-    str | None, Flag("TYPE", "Weights: float32, bfloat16, int8 [manifest's, else float32].")
+    str | None, Flag("TYPE", "Weights: float32, bfloat16, int8, int4 [manifest's, else float32].")
 ]
 KernelsFlag = Annotated[
     str | None, Flag("NAME", "Arithmetic: auto, native (-avx512, -avx2, -neon) or torch [auto].")

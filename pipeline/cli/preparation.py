@@ -68,7 +68,9 @@ def plan_command(
     ] = "F32",
     dtype: Annotated[
         str | None,
-        typer.Option(help="Weights of every stage: float32, bfloat16, int8 [as its worker says]."),
+        typer.Option(
+            help="Weights of every stage: float32, bfloat16, int8, int4 [as its worker says]."
+        ),
     ] = None,
     split: Annotated[
         str, typer.Option(help="Embedding and head: stages (first, last) or client (here).")
@@ -231,7 +233,7 @@ def shard_command(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Weights of every stage: float32, bfloat16, int8 [manifest's]."),
+        typer.Option(help="Weights of every stage: float32, bfloat16, int8, int4 [manifest's]."),
     ] = None,
     client_file: Annotated[
         bool, typer.Option("--client-file", help="Client's part as one client_weights.safetensors.")

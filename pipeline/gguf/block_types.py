@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dtypes import FLOAT32, Floats, HostArray
+from pipeline.dtypes import FLOAT16, FLOAT32, UINT8, ArrayDType, Floats, HostArray, to_floats
 
 Bytes = npt.NDArray[np.uint8]
 # Blocks [n], as records of the type's fields.
 Blocks = npt.NDArray[Any]
+
+# Levels [n, 32] uint8, scales and zeros [n] float16: weights are (level - zero) * scale.
+Int4Groups = tuple[Bytes, HostArray, HostArray]
+_MAX_ZERO = 1 << 14  # beyond that levels add less to a weight than halves tell apart
 
 _SUPER_BLOCK = 256  # weights that the K types put together
 
@@ -30,6 +34,8 @@ class BlockType:
     size: int
     layout: np.dtype[Any]
     unpack: Callable[[Blocks], Floats]
+    # Those of four bits: levels [groups, 32], and for each a scale and a zero (`weights.int4`).
+    int4: "Callable[[Blocks], Int4Groups] | None" = None
 
     @property
     def num_bytes(self) -> int:
@@ -41,10 +47,10 @@ class BlockType:
         return num_in // self.size * self.num_bytes
 
 
-def _halves(nibbles: Bytes, *shape: int) -> Floats:
+def _halves(nibbles: Bytes, *shape: int, dtype: ArrayDType = FLOAT32) -> HostArray:
     """Low halves of bytes [n, groups, width], then high ones, group by group: [n, *shape]."""
     groups, width = nibbles.shape[1:]
-    out: Floats = np.empty((len(nibbles), groups, 2, width), FLOAT32)
+    out = np.empty((len(nibbles), groups, 2, width), dtype)
     out[:, :, 0] = nibbles & 0xF
     out[:, :, 1] = nibbles >> 4
     return out.reshape(len(nibbles), *shape)
@@ -134,6 +140,35 @@ def _q6_k(blocks: Blocks) -> Floats:
     return out
 
 
+def _q4_0_groups(blocks: Blocks) -> Int4Groups:
+    scales = blocks["d"].astype(FLOAT16)
+    return _nibbles(blocks), scales, np.full_like(scales, 8)
+
+
+def _q4_1_groups(blocks: Blocks) -> Int4Groups:
+    return _of_minima(_nibbles(blocks), to_floats(blocks["d"]), -to_floats(blocks["m"]))
+
+
+def _q4_k_groups(blocks: Blocks) -> Int4Groups:
+    scales, minima = (each.reshape(-1) for each in _scales_and_minima(blocks))
+    return _of_minima(_nibbles(blocks), scales, minima)
+
+
+def _nibbles(blocks: Blocks) -> Bytes:
+    return _halves(blocks["qs"], -1, dtype=UINT8).reshape(-1, 32)
+
+
+def _of_minima(levels: Bytes, scales: Floats, minima: Floats) -> Int4Groups:
+    """Of weights level * scale - minimum."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        halves = scales.astype(FLOAT16)
+        zeros = minima / to_floats(halves)
+        is_flat = ~(np.abs(zeros) < _MAX_ZERO)  # all of a group's the same, but for rounding
+        halves[is_flat], zeros[is_flat] = -minima[is_flat], 0
+    levels[is_flat] = 1
+    return levels, halves, zeros.astype(FLOAT16)
+
+
 _D, _M = ("d", "<f2"), ("m", "<f2")
 _HIGH, _LOW = ("qh", "u1", (4,)), ("qs", "u1", (1, 16))
 _K = [_D, ("dmin", "<f2"), ("scales", "u1", (12,))]
@@ -142,12 +177,12 @@ _Q6_K = [("ql", "u1", (2, 64)), ("qh", "u1", (2, 32)), ("scales", "i1", (16,)), 
 # By the names that ggml gives them; plain floats are named as in safetensors.
 BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
     {
-        "Q4_0": BlockType(32, np.dtype([_D, _LOW]), _q4_0),
-        "Q4_1": BlockType(32, np.dtype([_D, _M, _LOW]), _q4_1),
+        "Q4_0": BlockType(32, np.dtype([_D, _LOW]), _q4_0, _q4_0_groups),
+        "Q4_1": BlockType(32, np.dtype([_D, _M, _LOW]), _q4_1, _q4_1_groups),
         "Q5_0": BlockType(32, np.dtype([_D, _HIGH, _LOW]), _q5_0),
         "Q5_1": BlockType(32, np.dtype([_D, _M, _HIGH, _LOW]), _q5_1),
         "Q8_0": BlockType(32, np.dtype([_D, ("qs", "i1", (32,))]), _q8_0),
-        "Q4_K": BlockType(_SUPER_BLOCK, np.dtype([*_K, _K_LOW]), _q4_k),
+        "Q4_K": BlockType(_SUPER_BLOCK, np.dtype([*_K, _K_LOW]), _q4_k, _q4_k_groups),
         "Q5_K": BlockType(_SUPER_BLOCK, np.dtype([*_K, ("qh", "u1", (32,)), _K_LOW]), _q5_k),
         "Q6_K": BlockType(_SUPER_BLOCK, np.dtype(_Q6_K), _q6_k),
     }
@@ -158,3 +193,13 @@ def unpack_rows(kind: BlockType, rows: Bytes) -> Floats:
     """The numbers of packed rows: [n, row bytes] -> [n, weights] float32."""
     blocks = np.ascontiguousarray(rows).view(kind.layout)  # [n, blocks]
     return kind.unpack(blocks.reshape(-1)).reshape(len(rows), blocks.shape[1] * kind.size)
+
+
+def int4_of_rows(kind: BlockType, rows: Bytes) -> Int4Groups | None:
+    """Packed rows of a type of four bits: levels [n, weights], scales and zeros [n, groups]."""
+    if kind.int4 is None:
+        return None
+    blocks = np.ascontiguousarray(rows).view(kind.layout)
+    found = kind.int4(blocks.reshape(-1))
+    levels, scales, zeros = (each.reshape(len(rows), -1) for each in found)
+    return levels, scales, zeros

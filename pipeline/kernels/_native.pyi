@@ -28,6 +28,7 @@ class Segment(Protocol):
 F32: Final = 0
 BF16: Final = 1  # weights in bf16, sums in float32; with "bf16_dot" each row is rounded to bf16 too
 I8: Final = 2  # weights and activations in int8, a scale for each 32 inputs of an output or a row
+I4: Final = 3  # the same with weights in int4, and a zero beside each scale
 
 # Formats of floats in files.
 STORED_F32: Final = 0
@@ -51,7 +52,8 @@ def use_level(level: str, /) -> None:
     """
 
 def features() -> tuple[str, ...]:
-    """The level in use, then the kinds it computes with: "float32", "bfloat16", "int8"; () none.
+    """The level in use, then the kinds it computes with: "float32", "bfloat16", "int8", "int4"; ()
+    none.
 
     "bf16_dot": this CPU multiplies bf16 itself, faster than weights can be widened.
     """
@@ -152,7 +154,8 @@ def pack(
     """Write outputs first_out.. and inputs first_in.. of a packed weight.
 
     src: [count, count_in] floats of a format, converted to the kind's on the way: to bf16 nearest,
-    ties to even; to int8 as `quantise`. Strides in elements. Inputs begin at a multiple of 64, and
+    ties to even; to int8 as `quantise`,
+    to int4 as `quantise_int4`. Strides in elements. Inputs begin at a multiple of 64, and
     end at one or are the last.
     """
 
@@ -177,6 +180,28 @@ def pack_int8(
     elements.
     """
 
+def pack_int4(
+    dst: Address,
+    num_in: int,
+    num_out: int,
+    levels: Address,
+    level_stride_out: int,
+    level_stride_in: int,
+    scales: Address,
+    zeros: Address,
+    side_stride_out: int,
+    first_out: int,
+    count: int,
+    first_in: int,
+    count_in: int,
+    /,
+) -> None:
+    """Write outputs of a packed I4 weight that are quantised already, as `pack` would.
+
+    levels: uint8 [count, count_in], each below 16; scales, zeros: halves [count, count_in / 32
+    rounded up], both with the same stride. Strides in elements.
+    """
+
 def quantise(
     stored: int,
     src: Address,
@@ -191,6 +216,23 @@ def quantise(
     """Set int8 values [count, in] and bf16 scales [count, in / 32 rounded up] of floats at `src`.
 
     To the bit what `pipeline.weights.quantization.quantise` finds. Strides in elements.
+    """
+
+def quantise_int4(
+    stored: int,
+    src: Address,
+    src_stride_out: int,
+    src_stride_in: int,
+    num_in: int,
+    count: int,
+    levels: Address,
+    scales: Address,
+    zeros: Address,
+    /,
+) -> None:
+    """Set levels, uint8 [count, in], scales and zeros, halves [count, in / 32 rounded up].
+
+    To the bit what `pipeline.weights.int4.quantise_int4` finds. Strides in elements.
     """
 
 def convert(stored: int, src: Address, kind: int, dst: Address, count: int, /) -> None:

@@ -71,9 +71,11 @@ class CudaLinear(KernelLinear):
     """Weights as float32 or bfloat16 [in, out]; everything but the product is in float32."""
 
     def __init__(self, kernels: "CudaKernels", spec: LinearSpec) -> None:
-        """Raises InputError for int8."""
-        if spec.precision == "int8":
-            raise InputError("int8 weights have no kernel on a GPU: use bfloat16 or float32 there")
+        """Raises InputError for int8 and int4."""
+        if spec.precision in {"int8", "int4"}:
+            raise InputError(
+                f"{spec.precision} weights have no kernel on a GPU: use bfloat16 or float32 there"
+            )
         super().__init__(kernels, spec)
         dtype = PRECISIONS[spec.precision]
         self._weight = kernels.empty(spec.num_in, spec.num_out, dtype=dtype)

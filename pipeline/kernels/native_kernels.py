@@ -9,10 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from pipeline.dtypes import (
-    BFLOAT16,
-    FLOAT16,
     FLOAT32,
-    INT8,
     ArrayDType,
     Floats,
     HostArray,
@@ -35,62 +32,25 @@ from pipeline.kernels.base import (
 )
 from pipeline.kernels.huge_pages import Arena, aligned
 from pipeline.kernels.kv_storage import Slide
+from pipeline.kernels.native_conversion import STORED, TABLES, fill, quantise, strides
 from pipeline.kernels.native_step import NativeAttention, NativeStep, spans_of
 from pipeline.kernels.routing import ExpertMLPs, Routing
 from pipeline.kernels.runtime import overwrite_freed_blocks, return_large_blocks
 from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.protocol.batch import Batch
-from pipeline.weights.quantization import dequantise, num_groups
-from pipeline.weights.tensor_sinks import fill_array, in_precision
+from pipeline.weights.int4 import Int4, dequantise_int4
+from pipeline.weights.quantization import dequantise
+from pipeline.weights.tensor_sinks import in_precision
 
 KINDS: Mapping[Precision, int] = {
     "float32": _native.F32,
     "bfloat16": _native.BF16,
     "int8": _native.I8,
-}
-TABLES: Mapping[ArrayDType, int] = {FLOAT32: _native.F32, BFLOAT16: _native.BF16, INT8: _native.I8}
-STORED: Mapping[ArrayDType, int] = {
-    FLOAT32: _native.STORED_F32,
-    BFLOAT16: _native.STORED_BF16,
-    FLOAT16: _native.STORED_F16,
+    "int4": _native.I4,
 }
 ACTIVATIONS: Mapping[Activation, int] = {"none": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 GATES = {"silu": 0, "gelu_tanh": 1, "clamped": 2}
 KEY_BLOCK = 16
-
-
-def _strides(matrix: HostArray) -> tuple[int, int]:
-    """In elements."""
-    down, right = matrix.strides
-    return down // matrix.itemsize, right // matrix.itemsize
-
-
-def fill(target: HostArray, rows: HostArray) -> None:
-    """Set all of an array of rows to another of the same shape, floats to such as it has."""
-    if rows.dtype == target.dtype:
-        fill_array(target, rows)
-    else:
-        rows = np.ascontiguousarray(rows)
-        _native.convert(STORED[rows.dtype], rows, TABLES[target.dtype], target, rows.size)
-
-
-def quantise(outputs: HostArray) -> tuple[HostArray, HostArray]:
-    """Values and scales of weights [out, in], any floats: as `weights.quantization`'s."""
-    num_out, num_in = outputs.shape
-    values = np.empty((num_out, num_in), INT8)
-    scales = np.empty((num_out, num_groups(num_in)), BFLOAT16)
-    quantise_into(outputs, values, scales)
-    return values, scales
-
-
-def quantise_into(outputs: HostArray, values: HostArray, scales: HostArray) -> None:
-    """Set values [out, in] and scales to those of weights [out, in]."""
-    if not (values.flags.c_contiguous and scales.flags.c_contiguous):
-        values[...], scales[...] = quantise(outputs)
-        return
-    num_out, num_in = outputs.shape
-    stored, strides = STORED[outputs.dtype], _strides(outputs)
-    _native.quantise(stored, outputs, *strides, num_in, num_out, values, scales)
 
 
 def _kind(precision: Precision) -> int:
@@ -147,15 +107,26 @@ class NativeLinear(KernelLinear):
             weights = to_floats(piece) if own is None else dequantise(piece, own)
             self._pack(at, first_in, weights, None)
 
+    def put_int4(self, first: int, weights: Int4, *, first_in: int = 0) -> None:
+        """Pack outputs first.., [n, in], as they are."""
+        if self.kind != _native.I4:
+            self._pack(first, first_in, dequantise_int4(weights), None)
+            return
+        levels, scales, zeros = weights
+        packed = (self._packed, self.num_in, self.num_out, levels, *strides(levels))
+        scales, zeros = np.ascontiguousarray(scales), np.ascontiguousarray(zeros)
+        where = (first, len(levels), first_in, weights.num_in)
+        _native.pack_int4(*packed, scales, zeros, scales.shape[1], *where)
+
     def _pack(
         self, first: int, first_in: int, outputs: HostArray, scales: HostArray | None
     ) -> None:
-        packed, strides = (self._packed, self.num_in, self.num_out), _strides(outputs)
+        packed, steps = (self._packed, self.num_in, self.num_out), strides(outputs)
         where = (first, len(outputs), first_in, outputs.shape[1])
         if scales is not None:
-            _native.pack_int8(*packed, outputs, *strides, scales, _strides(scales)[0], *where)
+            _native.pack_int8(*packed, outputs, *steps, scales, strides(scales)[0], *where)
             return
-        _native.pack(self.kind, *packed, STORED[outputs.dtype], outputs, *strides, *where)
+        _native.pack(self.kind, *packed, STORED[outputs.dtype], outputs, *steps, *where)
 
     @property
     def address(self) -> int:
@@ -242,7 +213,7 @@ class NativeRMSNorm(RMSNorm):
     def within(self, rows: Floats) -> None:
         """In place, of each `size` columns."""
         count = rows.shape[1] // self.size
-        stride = _strides(rows)[0]
+        stride = strides(rows)[0]
         _native.rms_norm_within(rows, stride, len(rows), count, self.size, self.weight, self.eps)
 
 

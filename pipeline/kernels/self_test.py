@@ -22,10 +22,17 @@ from pipeline.kernels.base import HeadShape, Kernels, LinearSpec, Norm
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.routing import Routing
 from pipeline.protocol.batch import Segment
+from pipeline.weights.int4 import dequantise_int4, quantise_int4
 from pipeline.weights.quantization import dequantise, quantise
 
-# Of the largest value. A wrong kernel is wrong by far more; int8 kernels round activations as well.
-TOLERANCES: dict[Precision, float] = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 3e-2}
+# Of the largest value. A wrong kernel is wrong by far more; those for int8 and int4 round what they
+# multiply as well.
+TOLERANCES: dict[Precision, float] = {
+    "float32": 1e-4,
+    "bfloat16": 2e-2,
+    "int8": 3e-2,
+    "int4": 3e-2,
+}
 EPS = 1e-5
 SHAPE = HeadShape(num_heads=4, num_kv_heads=2, head_dim=32, window=0)
 ALPHA, LIMIT = 1.702, 0.7
@@ -71,7 +78,9 @@ def _products(kernels: Kernels, precision: Precision) -> tuple[HostArray, HostAr
         kernels.to_device(x), kernels.empty(3, num_out), residual=kernels.to_device(residual)
     )
     one = linear(kernels.to_device(x[1:2]), kernels.empty(1, num_out))
-    if precision == "int8":
+    if precision == "int4":
+        rounded = dequantise_int4(quantise_int4(weight))
+    elif precision == "int8":
         rounded = dequantise(*quantise(weight))
     else:
         rounded = to_floats(from_floats(weight, PRECISIONS[precision]))

@@ -4,7 +4,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from pipeline.dtypes import FLOAT32, PRECISIONS, ArrayDType, HostArray
+from pipeline.dtypes import FLOAT32, WEIGHT_BYTES, ArrayDType, HostArray
 from pipeline.kernels.base import KernelLinear, Kernels, Linear, LinearSpec, Norm, RMSNorm
 
 
@@ -21,8 +21,8 @@ class OutlineLinear(KernelLinear):
     @property
     def num_bytes(self) -> int:
         """Bytes it would hold."""
-        weights = self.num_in * self.num_out * PRECISIONS[self.precision].itemsize
-        return weights + (0 if self.bias is None else int(self.bias.nbytes))
+        weights = self.num_in * self.num_out * WEIGHT_BYTES[self.precision]
+        return int(weights) + (0 if self.bias is None else int(self.bias.nbytes))
 
 
 class OutlineNorm(RMSNorm):

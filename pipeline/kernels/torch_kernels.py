@@ -5,7 +5,7 @@ matrix streams memory 1.4 times as fast (GPT-2 124M, one thread: 25 ms a token i
 numpy's OpenBLAS streams it faster still (22 ms). Decoding one sequence is bound by nothing else.
 More rows go through torch.
 
-bfloat16 and int8 weights are rounded as those precisions mean and then held in float32: their
+bfloat16, int8 and int4 weights are rounded as those precisions mean and then held in float32: their
 values, but neither their size nor their speed.
 
 A row's result is independent of its batch-mates except in rounding: one row and several rows take
@@ -47,6 +47,7 @@ from pipeline.kernels.runtime import (
 )
 from pipeline.kernels.torch_attention import TorchAttention, to_cache
 from pipeline.protocol.batch import Batch
+from pipeline.weights.int4 import Int4, dequantise_int4
 from pipeline.weights.quantization import GROUP, dequantise
 from pipeline.weights.tensor_sinks import in_precision
 
@@ -140,6 +141,11 @@ class TorchLinear(KernelLinear):
         for at, piece, own in in_precision(self.precision, first, outputs, scales):
             weights = to_floats(piece) if own is None else dequantise(piece, own)
             held[:, at : at + len(piece)] = weights.T
+
+    def put_int4(self, first: int, weights: Int4, *, first_in: int = 0) -> None:
+        """Store what these outputs mean."""
+        held = self.weight.numpy()[first_in : first_in + weights.num_in]
+        held[:, first : first + len(weights.levels)] = dequantise_int4(weights).T
 
     @property
     def num_bytes(self) -> int:

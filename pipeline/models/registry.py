@@ -216,13 +216,12 @@ def required_tensors(
 ) -> Mapping[str, Sink]:
     """The tensors a stage with these layers loads: name as in the files -> what it would go to.
 
-    `ends`, `precision` as for `load_shard`. Raises ModelError for a range outside the model, and
-    for files that cannot be read.
+    `ends` as for `load_shard`; sinks are those of a stage in `precision`. Raises ModelError for a
+    range outside the model, and for files that cannot be read.
     """
-    config = _as_stored(model_dir, config)
-    sinks = plan_tensors(config, layer_range, ends, precision)
-    names = _names_in_files(model_dir, config, sinks)
-    return {names[name]: sink for name, sink in sinks.items()}
+    names = stored_as(model_dir, config, layer_range, ends)
+    sinks = plan_tensors(_as_stored(model_dir, config), layer_range, ends, precision)
+    return {own: sinks[name] for name, own in names.items()}
 
 
 def stored_as(
@@ -241,7 +240,8 @@ def plan_tensors(
 ) -> Mapping[str, Sink]:
     """The tensors of layers and ends: name -> what it would go to.
 
-    `ends`, `precision` as for `load_shard`. Raises ModelError for a range outside the model.
+    `ends` and `precision` as for `required_tensors`. Raises ModelError for a range outside the
+    model.
     """
     _check_range(config, layer_range.start, layer_range.stop, ends)
     return _plan(config, layer_range, ends, precision).destinations()

@@ -33,6 +33,7 @@ from pipeline.models.window_check import check_window
 from pipeline.models.workspace import ForwardPass, Room, round_up
 from pipeline.protocol.batch import Batch, Segment, first_rows, num_tokens
 from pipeline.protocol.tide_window import TideWindow
+from pipeline.weights.quantization import ends_precision
 from pipeline.weights.tensor_sinks import Sink
 
 LOGIT_ROWS = 64  # as many as are expected of a step
@@ -117,15 +118,18 @@ class Shard(ABC):
         self._make = LayerMaker(kernels, spec.precision, spec.parts)
         self._kv_dtype = KV_DTYPES[spec.precision]
         size, hidden, inner = config.vocab_size, config.hidden_dim, config.intermediate_size
+        at_ends = ends_precision(spec.precision)
         self._head = (
-            self._make.linear(names.head, hidden, size, bias=has_head_bias)
+            replace(self._make, precision=at_ends).linear(
+                names.head, hidden, size, bias=has_head_bias
+            )
             if self.is_last
             else None
         )
         # where embedding and head are one matrix in one stage it is held once, as the head
         is_shared = self.is_first and self.is_last and config.tie_word_embeddings
         self._embedding = (
-            Embedding(size, hidden, kernels=kernels, precision=spec.precision)
+            Embedding(size, hidden, kernels=kernels, precision=at_ends)
             if self.is_first and not is_shared
             else None
         )

@@ -8,12 +8,13 @@ from itertools import pairwise, permutations
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.dtypes import Precision
+from pipeline.dtypes import WEIGHT_BYTES, Precision
 from pipeline.errors import InputError
 from pipeline.models.config import load_config
 from pipeline.models.registry import layer_bytes
 from pipeline.units import GIB
 from pipeline.weights.checkpoint import stored_tensors
+from pipeline.weights.quantization import ends_precision
 
 # All orders of so many machines are tried; of more, those that go on to the nearest.
 MAX_ORDERED = 6
@@ -21,8 +22,6 @@ MAX_ORDERED = 6
 WEIGHT_SHARE = 0.8
 # A weight takes a multiplication and an addition for each row.
 _OPERATIONS_PER_WEIGHT = 2
-
-_WEIGHT_BYTES: Mapping[Precision, float] = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0625}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +94,15 @@ def load_of(model_dir: Path, precision: Precision) -> ModelLoad:
     stored = stored_tensors(model_dir, config.packing).values()
     num_weights = sum(math.prod(each.shape) for each in stored)
     num_bytes = sum(each.end - each.start for each in stored)
-    each_bytes = _WEIGHT_BYTES[precision]
+    each_bytes, end_bytes = WEIGHT_BYTES[precision], WEIGHT_BYTES[ends_precision(precision)]
     scale = each_bytes * num_weights / max(num_bytes, 1)
+    end_scale = end_bytes * num_weights / max(num_bytes, 1)
+    all_layers = sum(layers)
     return ModelLoad(
-        first_bytes=int(first * scale),
+        first_bytes=int(first * end_scale),
         layer_bytes=tuple(int(size * scale) for size in layers),
-        last_bytes=int(last * scale),
-        whole_bytes=int(min(first + sum(layers) + last, num_bytes) * scale),
+        last_bytes=int(last * end_scale),
+        whole_bytes=int(all_layers * scale + min(first + last, num_bytes - all_layers) * end_scale),
         bytes_per_weight=each_bytes,
         # What is to be computed in float32 is kept as it is stored.
         disk_share=num_bytes / (4 * max(num_weights, 1)) if precision == "float32" else 1.0,

@@ -13,9 +13,11 @@ import numpy as np
 from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.dtypes import (
     BFLOAT16,
+    FLOAT16,
     FLOAT32,
     INT8,
     STORED_DTYPES,
+    UINT8,
     ArrayDType,
     HostArray,
     Precision,
@@ -48,8 +50,10 @@ from pipeline.weights.checkpoint import (
     tensors_in_files,
 )
 from pipeline.weights.checkpoint_header import RAW_DTYPES, StoredTensor
+from pipeline.weights.int4 import Int4, pack_nibbles
 from pipeline.weights.packings.base import PackedWeight
 from pipeline.weights.packings.choice import stays_packed
+from pipeline.weights.packings.own import OWN_PARTS
 from pipeline.weights.quantization import GROUP, SCALE_SUFFIX, num_groups
 from pipeline.weights.read_ahead import run_ahead
 from pipeline.weights.tensor_sinks import FLOATS, CopySink, Sink, WeightSink
@@ -102,7 +106,7 @@ def part_tensors(
 
 def _as_stored(
     source: Source, config: ModelConfig, part: Part, progress: Progress | None
-) -> "list[_Kept | _KeptInt8]":
+) -> "list[_AnyKept]":
     model_dir, arena = source.model_dir, Arena()
     precision = part.precision or "float32"
     planned = required_tensors(model_dir, config, part.layers, part.ends, precision)
@@ -133,12 +137,12 @@ def _as_packed(
     packed: Mapping[str, PackedWeight],
     part: Part,
     progress: Progress | None,
-) -> "list[_Kept | _KeptInt8]":
+) -> "list[_AnyKept]":
     """Packed weights by the tensors they are made of, and the others in the part's precision."""
     model_dir, arena = source.model_dir, Arena()
     stored = tensors_in_files(model_dir)
     parts = {part for weight in packed.values() for part in weight.parts}
-    kept: dict[str, _Kept | _KeptInt8] = {}
+    kept: dict[str, _AnyKept] = {}
     needed = {name for name, sink in planned.items() if not sink.is_optional}
     for name in parts | (needed - packed.keys()):
         if name not in stored:
@@ -159,10 +163,13 @@ def _as_packed(
 
 def _rotated(
     source: Source, config: ModelConfig, part: Part, progress: Progress | None
-) -> "list[_Kept | _KeptInt8]":
+) -> "list[_AnyKept]":
     assert source.rotation is not None
-    rotated, precision = as_rotated(config, source.rotation.fingerprint), part.precision
-    planned = plan_tensors(rotated, part.layers, part.ends, precision or "float32")
+    rotated, precision = (
+        as_rotated(config, source.rotation.fingerprint),
+        part.precision or "float32",
+    )
+    planned = plan_tensors(rotated, part.layers, part.ends, precision)
     kept, arena = [], Arena()
     for name, tensor in _rotate(source, source.rotation, config, part, progress):
         stored = StoredTensor(name, "F32", tensor.shape, 0, tensor.nbytes)
@@ -289,7 +296,48 @@ class _KeptInt8:
         return {self._name: values, self._name + SCALE_SUFFIX: self._scales}
 
 
-def _keep(stored: StoredTensor, planned: Sink, model_dir: Path, arena: Arena) -> _Kept | _KeptInt8:
+class _KeptInt4:
+    """A matrix on its way into a shard as int4: outputs of inputs, whatever it came as."""
+
+    precision: Precision = "int4"
+
+    def __init__(self, stored: StoredTensor, arena: Arena, *, is_in_out: bool) -> None:
+        rows, columns = stored.shape
+        num_out, num_in = (columns, rows) if is_in_out else (rows, columns)
+        groups = num_groups(num_in)
+        self._name = stored.name
+        self._packed = arena.array((num_out, num_in // 2), UINT8)
+        self._sides = [arena.array((num_out, groups), FLOAT16) for _ in range(2)]
+        self._quantise = choose_conversion().quantise_int4
+        self.sink: Sink = WeightSink(self, 0, num_out, num_in, is_in_out=is_in_out)
+
+    def put(
+        self, first: int, outputs: HostArray, scales: HostArray | None, *, first_in: int = 0
+    ) -> None:
+        """Keep outputs first.., of inputs first_in.., in int4."""
+        assert scales is None, "int8 is no source of int4"
+        self.put_int4(first, self._quantise(outputs), first_in=first_in)
+
+    def put_int4(self, first: int, weights: Int4, *, first_in: int = 0) -> None:
+        """The same, of four bits."""
+        rows, last_in = slice(first, first + len(weights.levels)), first_in + weights.num_in
+        self._packed[rows, first_in // 2 : last_in // 2] = pack_nibbles(weights.levels)
+        for kept, own in zip(self._sides, (weights.scales, weights.zeros), strict=True):
+            kept[rows, first_in // GROUP : num_groups(last_in)] = own
+
+    def tensors(self) -> Mapping[str, HostArray]:
+        """What the shard stores, by name."""
+        stem = self._name.removesuffix(".weight")
+        return {
+            f"{stem}.{part}": tensor
+            for part, tensor in zip(OWN_PARTS, (self._packed, *self._sides), strict=True)
+        }
+
+
+_AnyKept = _Kept | _KeptInt8 | _KeptInt4
+
+
+def _keep(stored: StoredTensor, planned: Sink, model_dir: Path, arena: Arena) -> _AnyKept:
     """Where a tensor of the source goes; float32 is kept as stored, being no less exact so."""
     if stored.dtype not in {*FLOATS, PACKED}:
         raise ModelError(
@@ -301,6 +349,8 @@ def _keep(stored: StoredTensor, planned: Sink, model_dir: Path, arena: Arena) ->
         if isinstance(planned, WeightSink) and len(stored.shape) == 2:
             if planned.precision == "int8":
                 return _KeptInt8(stored, arena, is_in_out=planned.is_in_out)
+            if planned.precision == "int4" and planned.num_in % 2 == 0:
+                return _KeptInt4(stored, arena, is_in_out=planned.is_in_out)
             if planned.precision == "bfloat16":
                 dtype = BFLOAT16
         elif isinstance(planned, StackSink) and planned.precision == "bfloat16":

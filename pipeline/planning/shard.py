@@ -126,7 +126,7 @@ def _is_unpacked(manifest: Manifest) -> bool:
     precisions = {stage.precision for stage in manifest.stages}
     if manifest.client is not None:
         precisions.add(manifest.client.precision)
-    return precisions <= {"bfloat16", "int8"}
+    return precisions <= {"bfloat16", "int8", "int4"}
 
 
 def cut_stage(

@@ -10,6 +10,7 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.agreement.manifest import MAX_STAGES
+from pipeline.dtypes import Precision
 from pipeline.errors import MessageError
 from pipeline.protocol.step_header import MAX_SEGMENTS, PROTOCOL_VERSION
 from pipeline.protocol.stored_state import (
@@ -93,7 +94,7 @@ class Ready(StrictMessage):
     # Tokens that its slots may hold together; None: each as many as it has positions.
     kv_tokens: Count | None = None
     vocab_size: Annotated[int, Field(ge=1)]
-    precision: Literal["float32", "bfloat16", "int8"]
+    precision: Precision
     kernels: Annotated[str, Field(max_length=64)]
     num_threads: int
     device: Annotated[str, Field(max_length=64)]

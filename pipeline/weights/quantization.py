@@ -3,7 +3,8 @@
 Only the matrices have a precision (linear layers, embedding, head); norms, biases and learned
 positions stay in float32.
 
-int8 is symmetric with one bfloat16 scale for each 32 inputs of an output.
+int8 is symmetric with one bfloat16 scale for each 32 inputs of an output. int4 (see int4.py) is for
+linear layers; embedding and head, which make tokens of all that, are int8 then.
 """
 
 import numpy as np
@@ -27,6 +28,11 @@ def to_precision(name: str) -> Precision:
     raise ModelError(f"dtype {name!r} is not supported: use {', '.join(PRECISIONS)}")
 
 
+def ends_precision(precision: Precision) -> Precision:
+    """What embedding and head are held in, beside linear layers in `precision`."""
+    return "int8" if precision == "int4" else precision
+
+
 def num_groups(num_in: int) -> int:
     """Scales of one output; the last group may be a short one."""
     return -(-num_in // GROUP)
@@ -38,7 +44,7 @@ def quantise(outputs: HostArray) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.u
     Rounds halves to even and scales up, so that nothing is clipped and the same weights give the
     same bits everywhere; the native kernels' own packing of floats gives them too.
     """
-    grouped = _grouped(to_floats(outputs))
+    grouped = in_groups(to_floats(outputs))
     wanted = np.maximum(grouped.max(axis=2), -grouped.min(axis=2)) / np.float32(INT8_MAX)
     # The upper half of a float32 is a bfloat16: the least that is not below what is wanted.
     scales = ((wanted.view(np.uint32) + 0xFFFF) >> 16).astype(BFLOAT16)
@@ -48,16 +54,16 @@ def quantise(outputs: HostArray) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.u
     with np.errstate(invalid="ignore"):  # of weights that are not numbers nothing is left anyway
         values = grouped * inverses[:, :, None]
         np.clip(np.rint(values, out=values), -INT8_MAX, INT8_MAX, out=values)
-        return _ungrouped(values.astype(np.int8), outputs.shape[1]), scales
+        return from_groups(values.astype(np.int8), outputs.shape[1]), scales
 
 
 def dequantise(values: HostArray, scales: HostArray) -> Floats:
     """The weights that int8 `values` [out, in] and their scales mean: [out, in] float32, exact."""
-    weights = _grouped(to_floats(values)) * to_floats(scales)[:, :, None]
-    return _ungrouped(weights, values.shape[1])
+    weights = in_groups(to_floats(values)) * to_floats(scales)[:, :, None]
+    return from_groups(weights, values.shape[1])
 
 
-def _grouped(outputs: Floats) -> Floats:
+def in_groups(outputs: Floats) -> Floats:
     """[out, in] -> [out, groups, GROUP], zeros at the end."""
     num_out, num_in = outputs.shape
     width = num_groups(num_in) * GROUP
@@ -68,5 +74,6 @@ def _grouped(outputs: Floats) -> Floats:
     return np.ascontiguousarray(outputs).reshape(num_out, -1, GROUP)
 
 
-def _ungrouped(grouped: HostArray, num_in: int) -> HostArray:
+def from_groups(grouped: HostArray, num_in: int) -> HostArray:
+    """[out, groups, GROUP] -> [out, in]."""
     return grouped.reshape(len(grouped), -1)[:, :num_in]

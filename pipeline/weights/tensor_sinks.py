@@ -5,7 +5,7 @@ stage's peak memory is its own weights and one block.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from pipeline.dtypes import (
     from_floats,
     to_floats,
 )
+from pipeline.weights.int4 import Int4, dequantise_int4, quantise_int4
 from pipeline.weights.quantization import GROUP, SCALE_SUFFIX, num_groups, quantise
 
 FLOATS = ("F32", "F16", "BF16")
@@ -128,10 +129,21 @@ class Store(Protocol):
         """
 
 
+@runtime_checkable
+class Int4Store(Store, Protocol):
+    """One that may be in int4."""
+
+    def put_int4(self, first: int, weights: Int4, *, first_in: int = 0) -> None:
+        """Outputs first.. that are in four bits already, as `put`, if that is the precision."""
+
+
 def in_precision(
     precision: Precision, first: int, outputs: HostArray, scales: HostArray | None
 ) -> Iterator[tuple[int, HostArray, HostArray | None]]:
-    """What a store is given, in a precision; piece by piece: the first output, values, scales."""
+    """What a store is given, in a precision; piece by piece: the first output, values, scales.
+
+    Of int4 what it means.
+    """
     size = max(1, PIECE_BYTES // (FLOAT32.itemsize * outputs.shape[1]))
     for at in range(0, len(outputs), size):
         piece = outputs[at : at + size]
@@ -139,6 +151,8 @@ def in_precision(
             yield first + at, piece, scales[at : at + size]
         elif precision == "int8":
             yield first + at, *quantise(piece)
+        elif precision == "int4":
+            yield first + at, dequantise_int4(quantise_int4(piece)), None
         else:
             yield first + at, convert(piece, PRECISIONS[precision]), None
 
@@ -186,6 +200,24 @@ class WeightSink:
         else:
             own = None if scales is None else scales[:, first // GROUP : num_groups(last)]
             self._store.put(self._first, rows.T, own, first_in=first)
+
+    @property
+    def precision(self) -> Precision:
+        """The store's."""
+        return self._store.precision
+
+    @property
+    def num_in(self) -> int:
+        """Inputs of each output."""
+        return self.shape[0] if self.is_in_out else self.shape[1]
+
+    def write_int4(self, first: int, weights: Int4) -> None:
+        """The same for an int4 store, of rows in four bits; of inputs all three the other way."""
+        assert isinstance(self._store, Int4Store), "its precision says that it is"
+        if not self.is_in_out:
+            self._store.put_int4(self._first + first, weights)
+        else:
+            self._store.put_int4(self._first, weights.turned(), first_in=first)
 
     def problem(self) -> str | None:
         """An int8 tensor without its scales, or scales without one."""

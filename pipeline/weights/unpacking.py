@@ -29,7 +29,7 @@ MAX_SIDE_BYTES = 1 << 30  # scales for each group of the largest matrices are a 
 
 
 class UnpackingSink:
-    """Takes the rows of a packed tensor for the sink of its weight, which holds floats."""
+    """Takes the rows of a packed tensor for the sink of its weight: as floats, or in four bits."""
 
     is_optional = False
 
@@ -37,6 +37,7 @@ class UnpackingSink:
         self._packing = weight.packing
         self._sides = sides
         self._to = to
+        self._is_int4 = isinstance(to, WeightSink) and to.precision == "int4"
         self.shape = main.shape
         self.dtypes: Collection[str] = (main.dtype,)
 
@@ -46,8 +47,12 @@ class UnpackingSink:
         most = PIECE_BYTES // max(1, FLOAT32.itemsize * self._to.shape[-1] * each)
         size = max(1, most // ROWS_TOGETHER) * ROWS_TOGETHER
         for at in range(0, len(rows), size):
-            weights = self._packing.unpack(first + at, rows[at : at + size], self._sides)
-            self._to.write((first + at) * each, weights)
+            piece = (first + at, rows[at : at + size], self._sides)
+            int4 = self._packing.int4(*piece) if self._is_int4 else None
+            if int4 is not None and isinstance(self._to, WeightSink):
+                self._to.write_int4((first + at) * each, int4)
+            else:
+                self._to.write((first + at) * each, self._packing.unpack(*piece))
 
     def problem(self) -> str | None:
         """The weight's own."""

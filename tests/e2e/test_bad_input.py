@@ -24,7 +24,7 @@ def test_a_precision_the_manifest_contradicts(command, worker, cluster, tmp_path
         result = command(
             pipeline_orch, *arguments, "--model-dir", cluster.model_dir, "--dtype", "int12"
         )
-        expect(result, 2, "--dtype int12", "float32, bfloat16, int8")
+        expect(result, 2, "--dtype int12", "float32, bfloat16, int8, int4")
 
 
 def test_sampling_that_makes_no_sense(orch):

@@ -6,8 +6,8 @@
 
 /* What the level's files call of each other. */
 #define OWN(X)                                                                                     \
-    KERNELS(X) X(tile_f32) X(tile_bf16) X(tile_i8) X(tile_rows) X(interleave) X(quantised_bytes)   \
-    X(quantise_rows)
+    KERNELS(X) X(tile_f32) X(tile_bf16) X(tile_i8) X(tile_i4) X(tile_wide_i4) X(widen_i4)          \
+    X(tile_rows) X(interleave) X(quantised_bytes) X(quantise_rows) X(sum_rows)
 #define RENAME(NAME) extern __typeof__(NAME) NAME __asm__("avx2_" #NAME);
 OWN(RENAME)
 
@@ -29,6 +29,7 @@ extern __typeof__(append_values) append_values __asm__("avx2_append_values");
 #include "ring.c"
 #include "tiles_f32.c"
 #include "tiles_i8.c"
+#include "tiles_i4.c"
 #include "turn.c"
 
 END_TARGET

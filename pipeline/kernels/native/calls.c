@@ -75,15 +75,37 @@ static refusal_t run_pack_int8(const int64_t *a) {
 }
 const call_t call_pack_int8 = {"pnnsnnsnnnnn", run_pack_int8, always};
 
-static refusal_t run_quantise(const int64_t *a) {
+static refusal_t run_pack_int4(const int64_t *a) {
+    CHECK(check_weight(KIND_I4, a[0], a[1], a[2]));
+    CHECK(check_place(a + 9, a[1], a[2]));
+    matrix_t matrix = {STORED_I8, at(a[3]), (ptrdiff_t)a[4], (ptrdiff_t)a[5], (size_t)a[12]};
+    kernels->pack_int4(at(a[0]), &matrix, at(a[6]), at(a[7]), (ptrdiff_t)a[8], place_of(a + 9, a[1]));
+    return DONE;
+}
+const call_t call_pack_int4 = {"pnnsnnssnnnnn", run_pack_int4, always};
+
+static refusal_t check_floats_to_quantise(const int64_t *a) {
     CHECK(check_floats(a[0]));
     if (a[4] < 1 || a[4] > LARGEST) REFUSE("num_in", a[4]);
     if (a[5] > LARGEST) REFUSE("count", a[5]);
+    return DONE;
+}
+
+static refusal_t run_quantise(const int64_t *a) {
+    CHECK(check_floats_to_quantise(a));
     matrix_t matrix = {(int)a[0], at(a[1]), (ptrdiff_t)a[2], (ptrdiff_t)a[3], (size_t)a[4]};
     kernels->quantise(&matrix, (size_t)a[5], at(a[6]), at(a[7]));
     return DONE;
 }
 const call_t call_quantise = {"nsnnnnpp", run_quantise, always};
+
+static refusal_t run_quantise_int4(const int64_t *a) {
+    CHECK(check_floats_to_quantise(a));
+    matrix_t matrix = {(int)a[0], at(a[1]), (ptrdiff_t)a[2], (ptrdiff_t)a[3], (size_t)a[4]};
+    kernels->quantise_int4(&matrix, (size_t)a[5], at(a[6]), at(a[7]), at(a[8]));
+    return DONE;
+}
+const call_t call_quantise_int4 = {"nsnnnnppp", run_quantise_int4, always};
 
 static refusal_t run_convert(const int64_t *a) {
     CHECK(check_floats(a[0]));
@@ -119,7 +141,7 @@ static refusal_t run_gather(const int64_t *a) {
 const call_t call_gather = {"npnnpnp", run_gather, NULL};
 
 static refusal_t run_lookup(const int64_t *a) {
-    if (a[0] >= NUM_KINDS) REFUSE("no such kind of table", a[0]);
+    if (a[0] > KIND_I8) REFUSE("no such kind of table", a[0]);
     if (a[4] < 1 || a[4] > LARGEST) REFUSE("width", a[4]);
     CHECK(check_ids(at(a[5]), a[6], a[7], a[3]));
     table_t table = {(int)a[0], at(a[1]), at(a[2]), (size_t)a[4]};

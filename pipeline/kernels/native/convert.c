@@ -1,5 +1,5 @@
 /* Weights in another format that stay in rows: tables, and what is written to files. */
-#include "stored_tiles.h"
+#include "int4_tiles.h"
 
 #if defined(VEILPIPE_SIMD)
 
@@ -7,35 +7,42 @@ typedef struct {
     matrix_t matrix;
     size_t count;
     int8_t *values;
-    uint16_t *scales;
+    uint16_t *scales, *zeros; /* zeros: of int4 only */
 } quantise_job_t;
+
+/* A number for each group of a block's outputs, to where the first one's are. */
+static void store_sides(const source_t *source, const i32x16 *found, size_t num_groups,
+                        uint16_t *to) {
+    for (size_t group = 0; group < SUPER / GROUP && group * GROUP < source->num_in; group++) {
+        uint16_t each[BLOCK];
+        i_store_words(each, found[group]);
+        for (size_t out = 0; out < source->end; out++) to[out * num_groups + group] = each[out];
+    }
+}
 
 /* As it would be packed, then in rows again. */
 INLINE void quantise_block(const int STORED, const quantise_job_t *job, size_t block) {
     size_t num_in = job->matrix.num_in, num_groups = (num_in + GROUP - 1) / GROUP;
     source_t source = source_of(&job->matrix, 0, job->count, block);
     int8_t *values = job->values + block * BLOCK * num_in;
-    uint16_t *scales = job->scales + block * BLOCK * num_groups;
+    size_t side = block * BLOCK * num_groups;
     do {
         tile_t tile;
         quads_t quads;
-        i32x16 rows[16], found[SUPER / GROUP];
+        i32x16 rows[16];
+        sides_t sides;
         load(STORED, &source, &tile);
-        quantise_tile(&tile, &quads, found);
+        if (job->zeros) quantise_tile_int4(&tile, &quads, &sides);
+        else quantise_tile(&tile, &quads, sides.scales);
         for (size_t i = 0; i < 16; i++) rows[i] = i_load(quads.words[i]);
         transpose_16(rows);
         for (size_t out = 0; out < source.end; out++) {
             i_store_first_bytes(values + out * num_in, source.num_in, rows[out]);
         }
-        for (size_t group = 0; group < SUPER / GROUP && group * GROUP < source.num_in; group++) {
-            uint16_t each[BLOCK];
-            i_store_words(each, found[group]);
-            for (size_t out = 0; out < source.end; out++) {
-                scales[out * num_groups + group] = each[out];
-            }
-        }
+        store_sides(&source, sides.scales, num_groups, job->scales + side);
+        if (job->zeros) store_sides(&source, sides.zeros, num_groups, job->zeros + side);
         values += SUPER;
-        scales += SUPER / GROUP;
+        side += SUPER / GROUP;
     } while (advance(&source));
 }
 
@@ -49,7 +56,13 @@ static void quantise_chunk(void *opaque, size_t block) {
 }
 
 void quantise(const matrix_t *matrix, size_t count, int8_t *values, uint16_t *scales) {
-    quantise_job_t job = {*matrix, count, values, scales};
+    quantise_job_t job = {*matrix, count, values, scales, NULL};
+    pool_run(quantise_chunk, &job, (count + BLOCK - 1) / BLOCK);
+}
+
+void quantise_int4(const matrix_t *matrix, size_t count, uint8_t *levels, uint16_t *scales,
+                   uint16_t *zeros) {
+    quantise_job_t job = {*matrix, count, (int8_t *)levels, scales, zeros};
     pool_run(quantise_chunk, &job, (count + BLOCK - 1) / BLOCK);
 }
 

@@ -13,12 +13,12 @@
 #define VEILPIPE_SIMD 1
 #endif
 
-enum kind { KIND_F32, KIND_BF16, KIND_I8, NUM_KINDS };
+enum kind { KIND_F32, KIND_BF16, KIND_I8, KIND_I4, NUM_KINDS };
 enum activation { ACT_NONE, ACT_GELU_TANH, ACT_GELU_ERF, ACT_RELU, NUM_ACTIVATIONS };
 enum gate { GATE_SILU, GATE_GELU_TANH, GATE_CLAMPED, NUM_GATES };
 enum { VECTOR = 64 };             /* bytes */
 enum { BLOCK = 16 };              /* outputs side by side in a packed weight */
-enum { GROUP = 32, SUPER = 64 }; /* int8: inputs that share a scale; inputs padded to */
+enum { GROUP = 32, SUPER = 64 }; /* int8, int4: inputs that share a scale; inputs padded to */
 #define SMALLEST_SCALE 1e-30f    /* int8: groups of smaller numbers are zeros, as in quantization.py */
 
 /* 64 inputs of 16 outputs in int8. */
@@ -26,6 +26,13 @@ typedef struct {
     uint16_t scales[SUPER / GROUP][BLOCK]; /* bf16 */
     uint8_t weights[SUPER / 4][BLOCK][4];  /* + 128 */
 } super_t;
+
+/* 64 inputs of 16 outputs in int4: (weight - zero) * scale. */
+typedef struct {
+    uint16_t scales[SUPER / GROUP][BLOCK], zeros[SUPER / GROUP][BLOCK]; /* IEEE halves */
+    /* quads of inputs as above, of a group's eight the n-th below and the n + 4-th above */
+    uint8_t weights[SUPER / GROUP][GROUP / 8][BLOCK][4];
+} super4_t;
 
 enum { MAX_THREADS = 256, MAX_CPUS = 1024 }; /* the latter: as many as a cpu_set_t holds */
 /* threads.c: chunks 0..num_chunks of a job, run by the caller and whichever workers are free. */
@@ -50,7 +57,7 @@ void unpack(const weight_t *weight, float *dst);
 void gather(const weight_t *weight, const int64_t *ids, size_t count, float *dst);
 
 /* pack_tiles.c: weights as files hold them */
-enum stored { STORED_F32, STORED_BF16, STORED_I8, STORED_F16, NUM_STORED };
+enum stored { STORED_F32, STORED_BF16, STORED_I8, STORED_F16, NUM_STORED }; /* I8: levels, too */
 
 typedef struct {
     int stored;
@@ -67,11 +74,15 @@ typedef struct {
 void pack(int kind, void *dst, const matrix_t *matrix, place_t place);
 void pack_int8(void *dst, const matrix_t *matrix, const uint16_t *scales, ptrdiff_t scale_stride,
                place_t place); /* what is quantised already */
+void pack_int4(void *dst, const matrix_t *matrix, const uint16_t *scales, const uint16_t *zeros,
+               ptrdiff_t side_stride, place_t place);
 /* convert.c */
 void quantise(const matrix_t *matrix, size_t count, int8_t *values, uint16_t *scales);
+void quantise_int4(const matrix_t *matrix, size_t count, uint8_t *levels, uint16_t *scales,
+                   uint16_t *zeros);
 void convert(int stored, const void *src, int kind, void *dst, size_t count);
 
-/* linear.c, tiles_f32.c, tiles_bf16.c, tiles_i8.c */
+/* linear.c, tiles_f32.c, tiles_bf16.c, tiles_i8.c, tiles_i4.c */
 typedef struct {
     const float *x; /* [rows, num_in] */
     float *y;       /* [rows, num_out] */
@@ -83,14 +94,14 @@ typedef struct {
 /* acc[R rows][B blocks of 16] (+)= x[R rows][num_k] * w[num_k][B blocks]; acc's strides in
  * elements, block_stride in bytes. Each sum starts at zero, k ascending, and then replaces what acc
  * holds or adds to it. The rows of x come interleaved, R numbers of each input together (of BF16
- * pairs of inputs, R pairs); I8 has a layout of its own, its num_k counts 64 inputs, its sums go on
- * from what acc holds, and tiles of many rows fetch their share of the weights that come next,
- * FETCHES times for 64 inputs. */
+ * pairs of inputs, R pairs); I8 and I4 have a layout of their own, their num_k counts 64 inputs,
+ * their sums go on from what acc holds, and tiles of many rows fetch their share of the weights that
+ * come next, FETCHES or FETCHES_I4 times for 64 inputs. */
 typedef struct {
     const char *from;
     size_t step; /* bytes from one to the next, no more than a vector */
 } share_t;
-enum { FETCHES = 18 };
+enum { FETCHES = 18, FETCHES_I4 = 10 };
 typedef void (*tile_fn)(float *acc, size_t acc_stride, size_t acc_block, const char *x,
                         const char *w, size_t block_stride, size_t num_k, int adds, share_t next);
 
@@ -103,6 +114,11 @@ size_t rounded_bytes(size_t num_in); /* of one row of x, as the next writes all 
 void round_rows(const float *x, size_t num_in, size_t rows, void *panel);
 size_t quantised_bytes(size_t num_in);
 void quantise_rows(const float *x, size_t num_in, size_t rows, void *panel);
+tile_fn tile_i4(size_t rows, size_t blocks);
+void sum_rows(const float *x, size_t num_in, size_t rows, void *panel); /* as I4 takes them */
+enum { WIDE_SUPER = 1280 }; /* bytes of 64 inputs of a block, widened once for many tiles */
+void widen_i4(const char *w, size_t num_supers, void *wide);
+tile_fn tile_wide_i4(size_t rows, size_t blocks);
 void interleave(const float *x, size_t num_in, size_t rows, void *panel);
 
 /* The same in float32 of rows that follow each other every x_stride bytes, inputs of weights every
@@ -232,9 +248,10 @@ void lookup(const table_t *table, const int64_t *ids, size_t id_stride, size_t c
 
 /* levels.c: a level is a set of vector instructions for which all of these are compiled. */
 #define KERNELS(X)                                                                                 \
-    X(pack) X(pack_int8) X(quantise) X(convert) X(linear) X(experts) X(attend) X(attend_rows)      \
-    X(slide) X(layer_norm) X(rms_norm) X(add_rms_norm) X(rms_norm_within) X(rope) X(silu_mul)      \
-    X(gelu_mul) X(clamped_mul) X(scale) X(turn_heads) X(argmax) X(ring_product) X(lookup)
+    X(pack) X(pack_int8) X(pack_int4) X(quantise) X(quantise_int4) X(convert) X(linear)            \
+    X(experts) X(attend) X(attend_rows) X(slide) X(layer_norm) X(rms_norm) X(add_rms_norm)         \
+    X(rms_norm_within) X(rope) X(silu_mul) X(gelu_mul) X(clamped_mul) X(scale) X(turn_heads)       \
+    X(argmax) X(ring_product) X(lookup)
 #define POINTER(NAME) __typeof__(NAME) *NAME;
 typedef struct {
     KERNELS(POINTER)

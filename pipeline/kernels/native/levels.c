@@ -99,7 +99,9 @@ int use_level(const char *name) {
 
 int holds_kind(int kind) {
 #if defined(__x86_64__)
-    if (kind == KIND_I8 && kernels == &first_kernels) return __builtin_cpu_supports("avx512vnni");
+    if ((kind == KIND_I8 || kind == KIND_I4) && kernels == &first_kernels) {
+        return __builtin_cpu_supports("avx512vnni");
+    }
 #endif
     return kernels != NULL && kind < NUM_KINDS;
 }

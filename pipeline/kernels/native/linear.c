@@ -8,19 +8,24 @@ typedef struct {
     const product_t *product;
     const char *x;      /* as the tiles want it: panels of float, bf16 or quantised rows */
     size_t x_row_bytes; /* of it */
-    size_t num_k, k_step; /* inputs (I8: 64s of them), and how many a pass takes */
+    size_t num_k, k_step; /* inputs (I8, I4: 64s of them), and how many a pass takes */
     size_t k_x_bytes, k_w_bytes; /* of one of them, two for BF16 weights halved */
     tile_fn (*find_tile)(size_t rows, size_t blocks);
     size_t num_tiles;            /* that all rows are cut into */
     size_t width;                /* blocks a tile covers */
     size_t num_blocks, num_chunks;
+    int is_wide; /* I4: whether a pass's weights are widened for all of its tiles */
 } job_t;
 
 /* A pass's weights and sums stay in the caches. Sums over 256 inputs, then over passes, have half
  * the rounding error of one long sum. */
 enum { PASS_TILES = 16, PASS_INPUTS = 256, PASS_SUPERS = 16 };
-/* Of an I8 weight: bytes for each fetch of FETCHES; how far ahead a single tile is. */
-enum { SUPER_STEP = sizeof(super_t) / FETCHES, SUPERS_AHEAD = 6 };
+/* Of an I8 or I4 weight: bytes for each fetch; how far ahead a single tile is. */
+enum { SUPERS_AHEAD = 6 };
+
+static size_t fetched_at_once(const job_t *job) {
+    return job->weight->kind == KIND_I4 ? sizeof(super4_t) / FETCHES_I4 : sizeof(super_t) / FETCHES;
+}
 
 static size_t first_row_of(const job_t *job, size_t tile) {
     return tile * job->product->rows / job->num_tiles;
@@ -52,18 +57,25 @@ static void finish(const job_t *job, const float *acc, size_t acc_stride, size_t
 static void run_pass(const job_t *job, size_t first, size_t end, size_t block, size_t step,
                      size_t blocks) {
     _Alignas(64) float acc[PASS_TILES * MAX_SUMS * BLOCK];
+    _Alignas(64) char wide[PASS_SUPERS * WIDE_SUPER];
     size_t acc_stride = blocks * BLOCK, bytes = block_bytes(job->weight->kind, job->weight->num_in);
     size_t first_row = first_row_of(job, first), end_row = first_row_of(job, end);
     const char *w = (const char *)job->weight->packed + block * bytes;
     for (size_t k = 0; k < job->num_k; k += job->k_step) {
         size_t num_k = job->num_k - k < job->k_step ? job->num_k - k : job->k_step;
         size_t ahead = end - first > 1 ? num_k : SUPERS_AHEAD;
-        share_t next = {w + (k + ahead) * job->k_w_bytes, SUPER_STEP / (end - first) + 1};
+        share_t next = {w + (k + ahead) * job->k_w_bytes,
+                        fetched_at_once(job) / (end - first) + 1};
+        const char *from = w + k * job->k_w_bytes;
+        if (job->is_wide) {
+            widen_i4(from, num_k, wide);
+            from = wide;
+        }
         for (size_t tile = first; tile < end; tile++) {
             size_t row = first_row_of(job, tile), rows = first_row_of(job, tile + 1) - row;
             const char *x = job->x + row * job->x_row_bytes + k * rows * job->k_x_bytes;
             job->find_tile(rows, blocks)(acc + (row - first_row) * acc_stride, acc_stride, BLOCK, x,
-                                         w + k * job->k_w_bytes, step * bytes, num_k, k > 0, next);
+                                         from, step * bytes, num_k, k > 0, next);
             next.from += num_k * job->k_w_bytes / (end - first);
         }
     }
@@ -124,7 +136,7 @@ static void prepare(job_t *job, prepare_fn prepare) {
 /* Blocks a tile of so many rows covers: enough sums that none waits for itself, and no more streams
  * of weights than memory serves best. */
 static size_t tile_width(int kind, size_t rows) {
-    if (kind == KIND_I8) return rows > MAX_I8_SUMS / 2 ? 1 : 2;
+    if (kind == KIND_I8 || kind == KIND_I4) return rows > MAX_I8_SUMS / 2 ? 1 : 2;
     if (rows == 1) return MAX_WIDTH;
     return rows > MAX_SUMS / 2 ? 1 : rows > MAX_SUMS / 4 ? 2 : 4;
 }
@@ -133,10 +145,11 @@ static size_t tile_width(int kind, size_t rows) {
  * weights once; of more, wide tiles read rows less often. */
 static void cut(job_t *job) {
     size_t rows = job->product->rows;
+    int kind = job->weight->kind;
     size_t max_tile_rows = rows <= MAX_TILE_ROWS ? MAX_TILE_ROWS : WIDE_TILE_ROWS;
-    if (job->weight->kind == KIND_I8) max_tile_rows = MAX_I8_SUMS;
+    if (kind == KIND_I8 || kind == KIND_I4) max_tile_rows = MAX_I8_SUMS;
     job->num_tiles = (rows + max_tile_rows - 1) / max_tile_rows;
-    job->width = tile_width(job->weight->kind, (rows + job->num_tiles - 1) / job->num_tiles);
+    job->width = tile_width(kind, (rows + job->num_tiles - 1) / job->num_tiles);
     job->num_chunks = pool_num_chunks((job->num_blocks + job->width - 1) / job->width);
 }
 
@@ -163,6 +176,15 @@ void linear(const weight_t *weight, const product_t *product) {
         job.x_row_bytes = quantised_bytes(num_in);
         job.find_tile = tile_i8;
         prepare(&job, quantise_rows);
+    } else if (weight->kind == KIND_I4) {
+        job.num_k = (num_in + SUPER - 1) / SUPER;
+        job.k_step = PASS_SUPERS;
+        job.k_x_bytes = quantised_bytes(SUPER);
+        job.k_w_bytes = sizeof(super4_t);
+        job.x_row_bytes = quantised_bytes(num_in);
+        job.is_wide = job.num_tiles > 1;
+        job.find_tile = job.is_wide ? tile_wide_i4 : tile_i4;
+        prepare(&job, sum_rows);
 #if defined(LEVEL_AVX512)
     } else if (weight->kind == KIND_BF16 && has_bf16_dot()) {
         job.k_x_bytes = sizeof(uint16_t);

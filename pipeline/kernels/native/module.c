@@ -81,7 +81,7 @@ static PyObject *py_use_level(PyObject *self, PyObject *name) {
 
 static PyObject *py_features(PyObject *self, PyObject *none) {
     (void)self, (void)none;
-    static const char *const kinds[NUM_KINDS] = {"float32", "bfloat16", "int8"};
+    static const char *const kinds[NUM_KINDS] = {"float32", "bfloat16", "int8", "int4"};
     PyObject *names = PyList_New(0);
     int is_filled = names != NULL;
     if (is_filled && current_level()) is_filled = add_name(names, current_level());
@@ -139,6 +139,7 @@ static int add_members(PyObject *native) {
     return PyModule_AddIntConstant(native, "F32", KIND_F32) ||
            PyModule_AddIntConstant(native, "BF16", KIND_BF16) ||
            PyModule_AddIntConstant(native, "I8", KIND_I8) ||
+           PyModule_AddIntConstant(native, "I4", KIND_I4) ||
            PyModule_AddIntConstant(native, "STORED_F32", STORED_F32) ||
            PyModule_AddIntConstant(native, "STORED_BF16", STORED_BF16) ||
            PyModule_AddIntConstant(native, "STORED_F16", STORED_F16) ||

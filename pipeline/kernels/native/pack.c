@@ -4,6 +4,8 @@
  * BF16  [out/16][in/2][16][2]
  * I8    [out/16][in/64] of { bf16 scale[2][16]; uint8 weight + 128 [16][16][4] }: a scale for each
  *       32 inputs of an output, and weights unsigned as vpdpbusd wants one of its operands.
+ * I4    [out/16][in/64] of { half scale[2][16], zero[2][16]; uint8 weights[2][4][16][4] }: the same
+ *       with two weights in a byte, which mean (weight - zero) * scale.
  * Ends are padded with zeros, which products either ignore (outputs) or multiply by zero (inputs).
  */
 #include "kernels.h"
@@ -14,6 +16,7 @@ size_t block_bytes(int kind, size_t num_in) {
     switch (kind) {
     case KIND_F32: return num_in * BLOCK * sizeof(float);
     case KIND_BF16: return (num_in + 1) / 2 * BLOCK * 2 * sizeof(uint16_t);
+    case KIND_I4: return (num_in + SUPER - 1) / SUPER * sizeof(super4_t);
     default: return (num_in + SUPER - 1) / SUPER * sizeof(super_t);
     }
 }
@@ -29,6 +32,22 @@ static float float_of_bf16(uint16_t bits) {
     return value;
 }
 
+static float float_of_half(uint16_t bits) {
+    uint32_t wide = (uint32_t)(bits & 0x7fff) << 13; /* but for 112 of its exponent */
+    if ((bits & 0x7c00) == 0x7c00) wide |= 0x7f800000;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return (bits & 0x8000 ? -0x1p112f : 0x1p112f) * value;
+}
+
+static float weight_of_int4(const super4_t *super, size_t k, size_t lane) {
+    size_t group = k / GROUP, quad = k % GROUP / 4;
+    uint8_t both = super->weights[group][quad % (GROUP / 8)][lane][k % 4];
+    int level = quad < GROUP / 8 ? both & 15 : both >> 4;
+    return ((float)level - float_of_half(super->zeros[group][lane])) *
+           float_of_half(super->scales[group][lane]);
+}
+
 /* W[out, 0..num_in] as float. */
 static void unpack_row(const weight_t *weight, size_t out, float *dst) {
     const char *block =
@@ -39,6 +58,8 @@ static void unpack_row(const weight_t *weight, size_t out, float *dst) {
             dst[k] = ((const float *)block)[k * BLOCK + lane];
         } else if (weight->kind == KIND_BF16) {
             dst[k] = float_of_bf16(((const uint16_t *)block)[(k / 2 * BLOCK + lane) * 2 + k % 2]);
+        } else if (weight->kind == KIND_I4) {
+            dst[k] = weight_of_int4((const super4_t *)block + k / SUPER, k % SUPER, lane);
         } else {
             const super_t *super = (const super_t *)block + k / SUPER;
             int level = super->weights[k % SUPER / 4][lane][k % 4] - 128;

@@ -4,7 +4,7 @@
  * vector, and a function for each kind writes that share of a packed weight. What is int8 already
  * goes the same way four inputs at a time, as words.
  */
-#include "stored_tiles.h"
+#include "int4_tiles.h"
 
 #if defined(VEILPIPE_SIMD)
 
@@ -17,6 +17,19 @@ static void store_super(super_t *super, const quads_t *quads, const i32x16 *scal
             i_store_some(super->weights[quad], outputs, i_xor(word, flip));
         }
         i_store_some_words(super->scales[group], outputs, scales[group]);
+    }
+}
+
+static void store_super4(super4_t *super, const quads_t *quads, const sides_t *sides, size_t num_in,
+                         mask16 outputs) {
+    for (size_t group = 0; group * GROUP < num_in && group < SUPER / GROUP; group++) {
+        for (size_t n = 0; n < GROUP / 8; n++) {
+            i32x16 below = i_load(quads->words[group * GROUP / 4 + n]);
+            i32x16 above = i_load(quads->words[group * GROUP / 4 + GROUP / 8 + n]);
+            i_store_some(super->weights[group][n], outputs, i_or(below, i_shl(above, 4)));
+        }
+        i_store_some_words(super->scales[group], outputs, sides->scales[group]);
+        i_store_some_words(super->zeros[group], outputs, sides->zeros[group]);
     }
 }
 
@@ -54,10 +67,21 @@ static void pack_i8(char *to, const tile_t *tile, size_t num_in, mask16 outputs)
     store_super((super_t *)to, &quads, scales, num_in, outputs);
 }
 
+static void pack_i4(char *to, const tile_t *tile, size_t num_in, mask16 outputs) {
+    quads_t quads;
+    sides_t sides;
+    quantise_tile_int4(tile, &quads, &sides);
+    for (size_t k = num_in; k < SUPER; k++) { /* where nothing is, a level need not be 0 */
+        for (size_t out = 0; out < BLOCK; out++) quads.words[k / 4][out] &= ~(0xffu << k % 4 * 8);
+    }
+    store_super4((super4_t *)to, &quads, &sides, num_in, outputs);
+}
+
 static pack_fn packer(int kind, int stored) {
     switch (kind) {
     case KIND_F32: return pack_f32;
     case KIND_BF16: return stored == STORED_BF16 ? pack_exact_bf16 : pack_bf16;
+    case KIND_I4: return pack_i4;
     default: return pack_i8;
     }
 }
@@ -67,8 +91,8 @@ typedef struct {
     int kind;
     char *dst; /* the first input's share of the first block */
     size_t first_out, end_out, bytes; /* of a block */
-    const uint16_t *scales;
-    ptrdiff_t scale_stride;
+    const uint16_t *scales, *zeros;
+    ptrdiff_t scale_stride; /* of zeros, too */
 } pack_job_t;
 
 INLINE void pack_block(const int STORED, const pack_job_t *job, size_t block) {
@@ -84,24 +108,46 @@ INLINE void pack_block(const int STORED, const pack_job_t *job, size_t block) {
     } while (advance(&source));
 }
 
+/* What a block's outputs have for 64 inputs, a number for each group, `behind` from their first. */
+static void load_sides(const pack_job_t *job, const source_t *source, size_t block,
+                       const uint16_t *sides, size_t behind, i32x16 found[SUPER / GROUP]) {
+    ptrdiff_t first = (ptrdiff_t)(block * BLOCK) - (ptrdiff_t)job->first_out;
+    const uint16_t *of_output = sides + first * job->scale_stride + (ptrdiff_t)behind;
+    for (size_t group = 0; group < SUPER / GROUP; group++) {
+        uint32_t each[BLOCK] = {0};
+        for (size_t out = source->first; out < source->end && group * GROUP < source->num_in; out++) {
+            each[out] = of_output[(ptrdiff_t)out * job->scale_stride + (ptrdiff_t)group];
+        }
+        found[group] = i_load(each);
+    }
+}
+
 static void pack_int8_block(const pack_job_t *job, size_t block) {
     super_t *super = (super_t *)(job->dst + block * job->bytes);
     source_t source = source_of(&job->matrix, job->first_out, job->end_out, block);
-    const uint16_t *of_output = job->scales + (ptrdiff_t)(block * BLOCK) * job->scale_stride -
-                                (ptrdiff_t)job->first_out * job->scale_stride;
+    size_t behind = 0;
     do {
         quads_t quads;
-        i32x16 scales[SUPER / GROUP] = {0};
+        i32x16 scales[SUPER / GROUP];
         load_quads(&source, &quads);
-        for (size_t group = 0; group < SUPER / GROUP && group * GROUP < source.num_in; group++) {
-            uint32_t each[BLOCK] = {0};
-            for (size_t out = source.first; out < source.end; out++) {
-                each[out] = of_output[(ptrdiff_t)out * job->scale_stride + (ptrdiff_t)group];
-            }
-            scales[group] = i_load(each);
-        }
+        load_sides(job, &source, block, job->scales, behind, scales);
         store_super(super++, &quads, scales, source.num_in, outputs_of(&source));
-        of_output += SUPER / GROUP;
+        behind += SUPER / GROUP;
+    } while (advance(&source));
+}
+
+static void pack_int4_block(const pack_job_t *job, size_t block) {
+    super4_t *super = (super4_t *)(job->dst + block * job->bytes);
+    source_t source = source_of(&job->matrix, job->first_out, job->end_out, block);
+    size_t behind = 0;
+    do {
+        quads_t quads;
+        sides_t sides;
+        load_quads(&source, &quads);
+        load_sides(job, &source, block, job->scales, behind, sides.scales);
+        load_sides(job, &source, block, job->zeros, behind, sides.zeros);
+        store_super4(super++, &quads, &sides, source.num_in, outputs_of(&source));
+        behind += SUPER / GROUP;
     } while (advance(&source));
 }
 
@@ -112,7 +158,9 @@ static void pack_chunk(void *opaque, size_t chunk) {
     case STORED_F32: pack_block(STORED_F32, job, block); break;
     case STORED_BF16: pack_block(STORED_BF16, job, block); break;
     case STORED_F16: pack_block(STORED_F16, job, block); break;
-    default: pack_int8_block(job, block);
+    default:
+        if (job->kind == KIND_I4) pack_int4_block(job, block);
+        else pack_int8_block(job, block);
     }
 }
 
@@ -137,6 +185,17 @@ void pack_int8(void *dst, const matrix_t *matrix, const uint16_t *scales, ptrdif
                       .dst = dst,
                       .scales = scales,
                       .scale_stride = scale_stride};
+    run_blocks(&job, place);
+}
+
+void pack_int4(void *dst, const matrix_t *matrix, const uint16_t *scales, const uint16_t *zeros,
+               ptrdiff_t side_stride, place_t place) {
+    pack_job_t job = {.matrix = *matrix,
+                      .kind = KIND_I4,
+                      .dst = dst,
+                      .scales = scales,
+                      .zeros = zeros,
+                      .scale_stride = side_stride};
     run_blocks(&job, place);
 }
 

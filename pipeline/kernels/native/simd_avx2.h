@@ -153,6 +153,10 @@ INLINE f32x16 f_select(mask16 mask, f32x16 x, f32x16 other) {
     return f_of_bits(i_select(mask, i_of_bits(x), i_of_bits(other)));
 }
 
+INLINE f32x16 f_as_halves(f32x16 x) {
+    return (f32x16){_mm256_cvtph_ps(_mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT)),
+                    _mm256_cvtph_ps(_mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT))};
+}
 INLINE f32x16 f_load_halves(const void *p) {
     const __m128i *from = p;
     return (f32x16){_mm256_cvtph_ps(_mm_loadu_si128(from)),
@@ -196,6 +200,9 @@ INLINE bytes_t bytes_of(const int HAS_DOT, const void *p) {
     x = i_xor(x, i_set1((int)0x80808080));
     return (bytes_t){x, {_mm256_abs_epi8(x.low), _mm256_abs_epi8(x.high)}};
 }
+
+/* Of bytes that are below 128 as they are. */
+INLINE bytes_t small_bytes(i32x16 x) { return (bytes_t){x, x}; }
 
 INLINE __m256i dot_of(const int HAS_DOT, __m256i sum, __m256i bytes, __m256i sizes, __m256i row) {
     if (HAS_DOT) {

@@ -66,6 +66,9 @@ INLINE i32x16 i_select(mask16 mask, i32x16 x, i32x16 other) {
     return _mm512_mask_mov_epi32(other, mask, x);
 }
 
+INLINE f32x16 f_as_halves(f32x16 x) {
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 INLINE f32x16 f_load_halves(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 INLINE f32x16 f_load_some_halves(mask16 mask, const void *p) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p));

@@ -148,6 +148,7 @@ INLINE f32x16 f_select(mask16 mask, f32x16 x, f32x16 other) {
     return f_of_bits(i_select(mask, i_of_bits(x), i_of_bits(other)));
 }
 
+INLINE f32x16 f_as_halves(f32x16 x) { EACH(f32x16, vcvt_f32_f16(vcvt_f16_f32(x.at[i]))); }
 INLINE f32x16 f_load_halves(const void *p) {
     EACH(f32x16, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)p + 4 * i))));
 }
@@ -186,6 +187,9 @@ INLINE bytes_t bytes_of(const int HAS_DOT, const void *p) {
     (void)HAS_DOT;
     return i_xor(i_load(p), i_set1((int32_t)0x80808080));
 }
+
+/* Of bytes that are below 128 as they are. */
+INLINE bytes_t small_bytes(i32x16 x) { return x; }
 
 INLINE i32x16 i_dot(const int HAS_DOT, i32x16 sum, bytes_t x, const int32_t *levels) {
     (void)HAS_DOT;

@@ -19,6 +19,11 @@ enum { MAX_SUMS = 6, MAX_WIDTH = 4, MAX_TILE_ROWS = 6, WIDE_TILE_ROWS = 6 };
 enum { MAX_I8_SUMS = 4, MAX_I8_WIDTH = 2 };
 #endif
 
+/* 64 inputs of R rows of x for I8 and I4, R of each number: int8 levels[SUPER / 4][R][4], float
+ * scales[SUPER / GROUP][R], and for each group of a row what makes up for weights being unsigned:
+ * I8 int32 -128 * the sum of levels, where sums start; I4 that sum as a float. */
+enum { LEVELS = SUPER, SCALES = SUPER / GROUP * sizeof(float), STARTS = SCALES };
+
 INLINE void zero_sums(const int R, const int B, f32x16 *sums) {
 #pragma GCC unroll 24
     for (int i = 0; i < R * B; i++) sums[i] = f_zero();
@@ -62,6 +67,16 @@ INLINE void fetch(const int R, const int B, const char *const *w, size_t at, siz
     }
 }
 
+/* Many rows keep the core busy while the next weights come, a pass ahead and a part with each of its
+ * tiles: all the time, not only while the first tile is computed. For few, hardware fetches faster. */
+enum { FETCHING_ROWS = MAX_I8_SUMS / 2 + 1 };
+
+INLINE void fetch_share(const int R, share_t *next) {
+    if (R < FETCHING_ROWS) return;
+    fetch_far(next->from);
+    next->from += next->step;
+}
+
 /* Each shape that there is: as many blocks as there are registers for, and what is left then. */
 #define UP_TO_4(DO, R) DO(R, 1) DO(R, 2) DO(R, 4)
 #define UP_TO_2(DO, R) DO(R, 1) DO(R, 2)
@@ -74,11 +89,13 @@ INLINE void fetch(const int R, const int B, const char *const *w, size_t at, siz
     UP_TO_4(DO, 1) UP_TO_4(DO, 2) UP_TO_4(DO, 3) UP_TO_4(DO, 4) UP_TO_4(DO, 5) UP_TO_4(DO, 6)
 #define I8_SHAPES(DO)                                                                              \
     UP_TO_2(DO, 1) UP_TO_2(DO, 2) UP_TO_2(DO, 3) UP_TO_2(DO, 4) DO(5, 1) DO(6, 1) DO(7, 1) DO(8, 1)
+#define I4_WIDE_SHAPES(DO) DO(4, 1) DO(5, 1) DO(6, 1) DO(7, 1) DO(8, 1)
 #else
 #define ALL_SHAPES(DO)                                                                             \
     UP_TO_4(DO, 1) UP_TO_2(DO, 2) UP_TO_2(DO, 3) DO(4, 1) DO(5, 1) DO(6, 1)
 #define ATTENTION_SHAPES ALL_SHAPES
 #define I8_SHAPES(DO) UP_TO_2(DO, 1) UP_TO_2(DO, 2) DO(3, 1) DO(4, 1)
+#define I4_WIDE_SHAPES(DO) DO(2, 1) DO(3, 1) DO(4, 1)
 #endif
 
 /* Blocks of attention's tiles. */

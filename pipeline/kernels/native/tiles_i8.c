@@ -8,10 +8,6 @@
 
 #if defined(VEILPIPE_SIMD)
 
-/* 64 inputs of R rows of x, R of each number: int8 levels[SUPER / 4][R][4], float
- * scales[SUPER / GROUP][R], int32 starts[SUPER / GROUP][R], which are -128 * the sum of levels. */
-enum { LEVELS = SUPER, SCALES = SUPER / GROUP * sizeof(float), STARTS = SCALES };
-
 size_t quantised_bytes(size_t num_in) {
     return (num_in + SUPER - 1) / SUPER * (LEVELS + SCALES + STARTS);
 }
@@ -55,10 +51,6 @@ INLINE f32x16 scales_of(const super_t *super, int group) {
     return f_of_bits(i_shl(i_load_words(super->scales[group]), 16));
 }
 
-/* Many rows keep the core busy while the next weights come, a pass ahead and a part with each of its
- * tiles: all the time, not only while the first tile is computed. For few, hardware fetches faster. */
-enum { FETCHING_ROWS = MAX_I8_SUMS / 2 + 1 };
-
 /* A group of a super: of rows, and of each block's weights. */
 typedef struct {
     const char *x;
@@ -84,12 +76,6 @@ INLINE void settle_row(const int R, const int B, const int r, f32x16 *sums, cons
         f32x16 scale = f_mul(of_weights, f_set1(scales[r]));
         sums[r * B + b] = f_fma(f_of_i(exact[r * B + b]), scale, sums[r * B + b]);
     }
-}
-
-INLINE void fetch_share(const int R, share_t *next) {
-    if (R < FETCHING_ROWS) return;
-    fetch_far(next->from);
-    next->from += next->step;
 }
 
 #if defined(LEVEL_AVX512)

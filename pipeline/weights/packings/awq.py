@@ -9,16 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.dtypes import Floats, HostArray, to_floats
+from pipeline.dtypes import FLOAT16, Floats, HostArray, to_floats
 from pipeline.weights.checkpoint_header import StoredTensor
+from pipeline.weights.int4 import Int4
 from pipeline.weights.packings.base import (
     CorruptPacking,
     PackedWeight,
     Sides,
     check_shapes,
     find_by_parts,
+    fits_int4,
 )
 from pipeline.weights.packings.words import scaled, unpack_columns
+from pipeline.weights.quantization import GROUP
 
 BITS, PER_WORD = 4, 8
 # Nibble i of a word holds the output [0, 2, 4, 6, 1, 3, 5, 7][i] of its eight.
@@ -52,8 +55,20 @@ class Awq:
     def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:
         """Inputs `first`.. of all outputs."""
         size = self.group_size or len(rows) + first
-        groups = np.arange(first, first + len(rows)) // size
+        zeros, scales = self._of_groups(np.arange(first, first + len(rows)) // size, sides)
+        return scaled(unpack_columns(rows, BITS, _PLACES), zeros, scales)
+
+    def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
+        """Inputs `first`.. of all outputs."""
+        if not fits_int4(self.group_size):
+            return None
+        size = self.group_size or len(rows) + first
+        zeros, scales = self._of_groups(np.arange(first, first + len(rows), GROUP) // size, sides)
+        levels = unpack_columns(rows, BITS, _PLACES)
+        return Int4(levels, scales.astype(FLOAT16), zeros.astype(FLOAT16))
+
+    def _of_groups(self, groups: HostArray, sides: Sides) -> tuple[HostArray, Floats]:
+        """Zeros and scales, a row for each of these."""
         near = slice(groups[0], groups[-1] + 1)
         zeros = unpack_columns(sides["qzeros"][near], BITS, _PLACES)[groups - groups[0]]
-        scales = to_floats(sides["scales"][near])[groups - groups[0]]
-        return scaled(unpack_columns(rows, BITS, _PLACES), zeros, scales)
+        return zeros, to_floats(sides["scales"][near])[groups - groups[0]]

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from pipeline.dtypes import Floats, HostArray
 from pipeline.weights.checkpoint_header import StoredTensor
+from pipeline.weights.int4 import Int4
+from pipeline.weights.quantization import GROUP
 
 # Names of a weight's tensors below its own, such as `scales` -> what that holds.
 Sides = Mapping[str, HostArray]
@@ -38,6 +40,12 @@ class Packing(Protocol):
     def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:
         """The weights of rows of the tensor, from `first` on: [n * row_weights, ...]."""
 
+    def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
+        """The same weights in four bits, if they are such in groups that fit; else None.
+
+        Where the tensor's rows are inputs, so are those of all three.
+        """
+
 
 def check_shapes(sides: Mapping[str, StoredTensor], **expected: tuple[int, ...]) -> None:
     """Raises CorruptPacking for a side of another shape."""
@@ -61,6 +69,11 @@ class PackedWeight:
     def parts(self) -> tuple[str, ...]:
         """The names of all of its tensors."""
         return (self.main, *self.sides.values())
+
+
+def fits_int4(group_size: int | None) -> bool:
+    """Whether groups of so many inputs are such as int4 has, or several of these."""
+    return group_size is None or group_size % GROUP == 0
 
 
 def find_by_parts(

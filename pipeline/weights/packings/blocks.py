@@ -8,8 +8,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from pipeline.dtypes import Floats, HostArray
-from pipeline.gguf.block_types import BLOCK_TYPES, unpack_rows
+from pipeline.gguf.block_types import BLOCK_TYPES, int4_of_rows, unpack_rows
 from pipeline.weights.checkpoint_header import StoredTensor
+from pipeline.weights.int4 import Int4
 from pipeline.weights.packings.base import CorruptPacking, PackedWeight, Sides
 
 
@@ -38,6 +39,12 @@ class Blocks:
         """Each block by itself."""
         del first, sides
         return unpack_rows(BLOCK_TYPES[self.type_name], rows)
+
+    def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
+        """The types of four bits."""
+        del first, sides
+        found = int4_of_rows(BLOCK_TYPES[self.type_name], rows)
+        return None if found is None else Int4(*found)
 
 
 def packed_name(name: str, type_name: str) -> str:

@@ -11,6 +11,7 @@ from pipeline.weights.packings.blocks import find_blocks
 from pipeline.weights.packings.compressed_tensors import PackedWords, WholeBytes
 from pipeline.weights.packings.gptq import Gptq
 from pipeline.weights.packings.mxfp4 import Mxfp4
+from pipeline.weights.packings.own import find_own
 
 MAX_GROUP_SIZE = 1 << 20
 SUPPORTED = "awq, gptq, compressed-tensors and mxfp4 are"
@@ -60,7 +61,7 @@ class _CompressedTensors(_Fields):
 
 def find_packed(names: Collection[str], finder: Finder | None = None) -> dict[str, PackedWeight]:
     """The packed weights among these tensors, by the names of the weights."""
-    found = {each.name: each for each in find_blocks(names)}
+    found = {each.name: each for each in (*find_blocks(names), *find_own(names))}
     return found if finder is None else found | {each.name: each for each in finder.find(names)}
 
 

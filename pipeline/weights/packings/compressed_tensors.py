@@ -15,14 +15,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.dtypes import Floats, HostArray, to_floats
+from pipeline.dtypes import FLOAT16, Floats, HostArray, to_floats
 from pipeline.weights.checkpoint_header import StoredTensor
+from pipeline.weights.int4 import BITS, Int4, for_groups
 from pipeline.weights.packings.base import (
     CorruptPacking,
     PackedWeight,
     Sides,
     check_shapes,
     find_by_parts,
+    fits_int4,
 )
 from pipeline.weights.packings.words import (
     WORD_BITS,
@@ -77,15 +79,32 @@ class PackedWords:
         groups = sides.get("weight_g_idx")
         if groups is None:
             groups = np.arange(numbers.shape[1]) // (self.group_size or max(1, numbers.shape[1]))
-        outputs = slice(first, first + len(rows))
-        scales = to_floats(sides["weight_scale"][outputs])[:, groups]
-        zeros: HostArray | int = 1 << (self.bits - 1)
-        if "weight_zero_point" in sides:
-            per_word = WORD_BITS // self.bits
-            words = sides["weight_zero_point"][first // per_word : -(-outputs.stop // per_word)]
-            # Blocks of rows start with a whole word.
-            zeros = unpack_rows_of_words(words, self.bits)[: len(rows)][:, groups]
-        return scaled(numbers, zeros, scales)
+        zeros, scales = self._of_rows(first, len(rows), sides)
+        return scaled(numbers, zeros[:, groups], scales[:, groups])
+
+    def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
+        """Outputs `first`.. of all inputs, if these were quantised in their order."""
+        levels, size = unpack_columns(rows, self.bits), self.group_size
+        groups, num_in = sides.get("weight_g_idx"), levels.shape[1]
+        is_in_order = groups is None or bool(
+            (groups == np.arange(num_in) // (size or num_in)).all()
+        )
+        if self.bits != BITS or not fits_int4(size) or not is_in_order:
+            return None
+        zeros, scales = (
+            for_groups(each, size, num_in) for each in self._of_rows(first, len(rows), sides)
+        )
+        return Int4(levels, scales.astype(FLOAT16), zeros.astype(FLOAT16))
+
+    def _of_rows(self, first: int, count: int, sides: Sides) -> tuple[HostArray, Floats]:
+        """Zeros and scales [count, groups]."""
+        scales = to_floats(sides["weight_scale"][first : first + count])
+        if "weight_zero_point" not in sides:
+            return np.full_like(scales, 1 << (self.bits - 1)), scales
+        per_word = WORD_BITS // self.bits
+        words = sides["weight_zero_point"][first // per_word : -(-(first + count) // per_word)]
+        # Blocks of rows start with a whole word.
+        return unpack_rows_of_words(words, self.bits)[:count], scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +139,8 @@ class WholeBytes:
             return scaled(rows, 0, scales.reshape(1, 1))
         of_rows = scales[first : first + len(rows)]
         return scaled(rows, 0, np.repeat(of_rows, rows.shape[1] // scales.shape[1], axis=1))
+
+    def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
+        """They are in eight."""
+        del first, rows, sides
+        return None

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.dtypes import Floats, HostArray, to_floats
+from pipeline.dtypes import FLOAT16, Floats, HostArray, to_floats
 from pipeline.weights.checkpoint_header import StoredTensor
+from pipeline.weights.int4 import BITS, Int4
 from pipeline.weights.packings.base import (
     CorruptPacking,
     PackedWeight,
     Sides,
     check_shapes,
     find_by_parts,
+    fits_int4,
 )
 from pipeline.weights.packings.words import (
     WORD_BITS,
@@ -30,6 +32,7 @@ from pipeline.weights.packings.words import (
     unpack_columns,
     unpack_rows_of_words,
 )
+from pipeline.weights.quantization import GROUP
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +84,27 @@ class Gptq:
             of_each = sides["g_idx"][start : start + count]
         else:
             of_each = np.arange(start, start + count) // (self.group_size or start + count)
-        near, groups = np.unique(of_each, return_inverse=True)
-        zeros = self._zeros(sides["qzeros"][near], rows.shape[1])[groups]
-        scales = to_floats(sides["scales"][near])[groups]
+        zeros, scales = self._of_groups(of_each, rows.shape[1], sides)
         return scaled(unpack_rows_of_words(rows, self.bits), zeros, scales)
+
+    def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
+        """Inputs of words `first`.. of all outputs, if they were quantised in their order."""
+        start, count = first * self.row_weights, len(rows) * self.row_weights
+        in_order = np.arange(start, start + count) // (self.group_size or start + count)
+        of_each = sides["g_idx"][start : start + count] if "g_idx" in sides else in_order
+        if self.bits != BITS or not fits_int4(self.group_size) or (of_each != in_order).any():
+            return None
+        zeros, scales = self._of_groups(in_order[::GROUP], rows.shape[1], sides)
+        levels = unpack_rows_of_words(rows, self.bits)
+        return Int4(levels, scales.astype(FLOAT16), zeros.astype(FLOAT16))
+
+    def _of_groups(
+        self, of_each: HostArray, num_out: int, sides: Sides
+    ) -> tuple[HostArray, Floats]:
+        """Zeros and scales, a row for each of these groups."""
+        near, groups = np.unique(of_each, return_inverse=True)
+        zeros = self._zeros(sides["qzeros"][near], num_out)[groups]
+        return zeros, to_floats(sides["scales"][near])[groups]
 
     def _zeros(self, words: HostArray, num_out: int) -> HostArray:
         stored = unpack_columns(words, self.bits)[:, :num_out]

@@ -4,7 +4,8 @@ import gguf
 import numpy as np
 import pytest
 
-from pipeline.gguf.block_types import BLOCK_TYPES, unpack_rows
+from pipeline.gguf.block_types import BLOCK_TYPES, int4_of_rows, unpack_rows
+from pipeline.weights.int4 import Int4, dequantise_int4
 from tests.pipeline.gguf.scalar_blocks import SCALAR
 from tests.pipeline.gguf_files import Types, random_blocks
 
@@ -35,6 +36,32 @@ def test_each_weight_is_what_the_formats_description_says(name):
         for row in rows
     ]
     np.testing.assert_allclose(unpack_rows(kind, rows), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_four_bits_stay_levels_with_scales_and_zeros(name):
+    kind = BLOCK_TYPES[name]
+    rows = random_blocks(name, 40, kind.row_bytes(512), seed=3)
+    found = int4_of_rows(kind, rows)
+    if not name.startswith("Q4"):
+        assert found is None
+        return
+    exact = unpack_rows(kind, rows).reshape(-1, 32)
+    held = dequantise_int4(Int4(*found)).reshape(-1, 32)
+    if name == "Q4_0":
+        np.testing.assert_array_equal(held, exact)
+    most = np.abs(exact).max(axis=1, keepdims=True)
+    assert (np.abs(held - exact) <= 1e-3 * most + 1e-7).all()
+
+
+def test_a_group_whose_weights_are_all_the_same_stays_so():
+    kind = BLOCK_TYPES["Q4_1"]
+    blocks = np.zeros(4, kind.layout)
+    blocks["d"], blocks["m"] = [0, 0, 6e-8, 0.5], [0.25, -3, 1, 0]
+    blocks["qs"] = 0xF0
+    rows = blocks.view(np.uint8).reshape(1, -1)
+    held = dequantise_int4(Int4(*int4_of_rows(kind, rows)))
+    np.testing.assert_allclose(held, unpack_rows(kind, rows), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)

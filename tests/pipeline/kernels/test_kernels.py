@@ -16,6 +16,7 @@ from pipeline.kernels.runtime import set_num_threads
 from pipeline.kernels.torch_kernels import TorchKernels, blas_matvec, choose_matvec, torch_matvec
 from pipeline.models.config import load_config
 from pipeline.protocol.batch import Segment
+from pipeline.weights.int4 import dequantise_int4, quantise_int4
 from pipeline.weights.quantization import GROUP, dequantise, quantise
 
 
@@ -46,6 +47,8 @@ def make_linear(kernels, config):
 def rounded(weight, precision):
     if precision == "int8":
         return torch.from_numpy(dequantise(*quantise(weight.numpy())))
+    if precision == "int4":
+        return torch.from_numpy(dequantise_int4(quantise_int4(weight.numpy())))
     return weight.bfloat16().float() if precision == "bfloat16" else weight
 
 
@@ -53,7 +56,7 @@ def on_host(kernels, array):
     return torch.from_numpy(kernels.to_host(array)[0])
 
 
-TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-5, "int8": 5e-2}
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-5, "int8": 5e-2, "int4": 5e-2}
 ROUNDED = 2e-2  # native products may round their rows to bfloat16, too
 ACTIVATIONS = {
     "none": lambda x: x,

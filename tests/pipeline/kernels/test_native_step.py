@@ -12,7 +12,7 @@ from pipeline.errors import MessageError
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.protocol.batch import Segment
 
-PRECISIONS = ("float32", "bfloat16", "int8")
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 # tied and untied heads, learned and rotary positions, biases, a window
 FAMILIES = ("gpt2", "llama-untied-gqa", "llama-tied-llama3-rope", "mistral-sliding-window")
 SLOTS = 16

@@ -96,7 +96,7 @@ def test_a_recorded_step_gives_the_bits_of_the_calls_one_by_one(
         assert int(token) == int(expected.argmax())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("case", ["gemma3_text-0", "qwen3_moe-0", "phi3-0", "gpt_oss-0"])
 def test_in_fewer_bits_the_kernels_agree(make_case, make_pipeline, token_ids, native, case, dtype):
     """The same rounded weights: what differs is how rows are rounded on their way."""

@@ -9,7 +9,7 @@ import torch
 from pipeline.kernels.runtime import set_num_threads
 from pipeline.protocol.batch import Segment
 
-PRECISIONS = ("float32", "bfloat16", "int8")
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 NUM_REQUESTS = 16
 NUM_TOKENS = 5
 

@@ -71,7 +71,7 @@ def spoil(model):
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_a_successor_computes_the_same_and_reads_no_weights(model, fd, dtype):
     hashes = hash_files(weight_files(model))
     alone = load(model, None, hashes, dtype)

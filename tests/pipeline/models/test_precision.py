@@ -1,4 +1,4 @@
-"""bfloat16 and int8: the right weights whatever the kernels, the split and the file."""
+"""bfloat16, int8 and int4: the right weights whatever the kernels, the split and the file."""
 
 import shutil
 
@@ -13,10 +13,11 @@ from pipeline.errors import ModelError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard, required_tensors
 from pipeline.protocol.batch import Segment
+from pipeline.weights.int4 import dequantise_int4, quantise_int4
 from pipeline.weights.quantization import SCALE_SUFFIX, dequantise, quantise
 from pipeline.weights.tensor_sinks import WeightSink
 
-PRECISIONS = ("bfloat16", "int8")
+PRECISIONS = ("bfloat16", "int8", "int4")
 
 
 @pytest.fixture(params=PRECISIONS)
@@ -29,23 +30,25 @@ def oracle(request, make_oracle, kernels):
     return make_oracle(request.param).computing_with(kernels)
 
 
-def matrices(oracle):
-    """Names in the file -> whether stored as [in, out], of all that has a precision."""
-    planned = required_tensors(oracle.directory, oracle.config, range(oracle.config.num_layers))
-    return {name: each.is_in_out for name, each in planned.items() if isinstance(each, WeightSink)}
+def matrices(oracle, dtype="float32"):
+    """Names in the file -> where they go, of all that has a precision."""
+    layers = range(oracle.config.num_layers)
+    planned = required_tensors(oracle.directory, oracle.config, layers, None, dtype)
+    return {name: each for name, each in planned.items() if isinstance(each, WeightSink)}
 
 
-def rounded(tensor, dtype, *, is_in_out):
-    if dtype == "bfloat16":
+def rounded(tensor, sink):
+    if sink.precision == "bfloat16":
         return tensor.bfloat16().float()
-    outputs = tensor.t() if is_in_out else tensor
-    exact = torch.from_numpy(dequantise(*quantise(outputs.numpy())))
-    return exact.t().contiguous() if is_in_out else exact
+    outputs = (tensor.t() if sink.is_in_out else tensor).numpy()
+    is_int4 = sink.precision == "int4"
+    exact = dequantise_int4(quantise_int4(outputs)) if is_int4 else dequantise(*quantise(outputs))
+    return torch.from_numpy(exact.T.copy() if sink.is_in_out else exact)
 
 
-def is_close(logits, expected):
+def is_close(logits, expected, most=0.1):
     """Random weights amplify rounding; whatever is wrong is off by as much as logits vary."""
-    return (logits - expected).square().mean().sqrt() <= 0.1 * expected.std()
+    return (logits - expected).square().mean().sqrt() <= most * expected.std()
 
 
 def attend_to_halves(module, query, key, value, mask, **options):
@@ -63,9 +66,9 @@ def rounded_oracle(oracle, oracle_class, tmp_path, dtype):
     """The same model in transformers, with the weights and cache the precision means."""
     shutil.copytree(oracle.directory, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "model.safetensors"
-    names = matrices(oracle)
+    sinks = matrices(oracle, dtype)
     tensors = {
-        name: rounded(each, dtype, is_in_out=names[name]) if name in names else each
+        name: rounded(each, sinks[name]) if name in sinks else each
         for name, each in load_file(path).items()
     }
     save_file(tensors, path, metadata={"format": "pt"})
@@ -98,7 +101,7 @@ def test_stages_may_differ_in_precision(oracle, make_pipeline, token_ids, dtype)
     whole = [Segment(0, 0, len(token_ids))]
     logits = make_pipeline(mixed).logits(token_ids, whole)
     expected = oracle.logits(token_ids)
-    assert is_close(logits, expected)
+    assert is_close(logits, expected, 0.5 if dtype == "int4" else 0.1)
     assert (logits - expected).abs().max() > 1e-3
 
 
@@ -107,6 +110,7 @@ def test_native_weights_take_the_room_their_precision_promises(make_oracle, nati
     sizes = [oracle.shard(1, 2, dtype).num_weight_bytes for dtype in ("float32", *PRECISIONS)]
     assert sizes[1] <= 0.53 * sizes[0]
     assert sizes[2] <= 0.32 * sizes[0]
+    assert sizes[3] <= 0.2 * sizes[0]
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_servers_get_layers_alone_and_the_client_the_rest_unchanged(oracle, fami
     assert parse_manifest(json.dumps(core)).core_hash() == pinned.core_hash()
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
 def test_a_part_in_either_layout_computes_as_the_whole_model(oracle, family, tmp_path, precision):
     manifest = planned(oracle)
     shards = [load_client(oracle, oracle.directory, manifest.client.weight_hashes, precision)]

@@ -134,7 +134,7 @@ def test_the_load_is_that_of_the_plans_precision(tiny_model):
     assert whole.row_bytes == 4 * 64
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_a_load_says_what_parts_take_on_disk_and_in_memory(tmp_path, is_tied, stored, precision):

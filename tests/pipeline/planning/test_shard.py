@@ -10,6 +10,7 @@ from pipeline.agreement.manifest import load_manifest
 from pipeline.errors import InputError, ManifestError, ModelError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
+from pipeline.models.shard_model import NO_ENDS
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model, cut_stage
 from pipeline.protocol.batch import Segment
@@ -52,7 +53,7 @@ def test_a_shard_serves_its_stage_and_no_other(model_dir, tmp_path):
         load_shard(directory, config, 0, stage.layer_start, expected_hashes=None)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
 def test_a_shard_in_its_precision_computes_as_one_converted_at_load(model_dir, tmp_path, precision):
     manifest = plan(model_dir, PlanOptions(2))
     pinned = cut_model(manifest, model_dir, tmp_path / "out", precision)
@@ -120,6 +121,29 @@ def test_an_int8_shard_holds_its_matrices_in_int8_with_their_scales(model_dir, t
         cut_model(pinned, path.parent, tmp_path / "again", "int8")
 
 
+def test_an_int4_shard_holds_layers_in_four_bits_and_its_ends_in_eight(model_dir, tmp_path):
+    cut_model(plan(model_dir, PlanOptions(1)), model_dir, tmp_path / "out", "int4")
+    part = tmp_path / "out" / "stage0"
+    tensors = load_file(part / "model.safetensors")
+    kinds = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dim() == 2}
+    assert kinds.pop("model.embed_tokens.weight") is torch.int8
+    layers = {name.rpartition(".")[2] for name in kinds if name.startswith("model.layers.")}
+    assert layers == {"int4", "int4_scale", "int4_zero"}
+    # whoever computes in something else is given what these mean
+    config = load_config(part)
+    found = [
+        load_shard(part, config, 1, 1 + 1, dtype=dtype, ends=NO_ENDS, expected_hashes=None)
+        for dtype in ("int4", "float32")
+    ]
+    rows = np.random.default_rng(0).standard_normal((5, config.hidden_dim), np.float32)
+    batch = [Segment(0, 0, 5)]
+    held = [
+        shard.kernels.to_host(shard.forward(rows, batch, shard.new_cache(1, 16)))[0].copy()
+        for shard in found
+    ]
+    assert np.abs(held[0] - held[1]).max() <= 0.02 * np.abs(held[1]).max()
+
+
 def test_a_manifests_own_precision_is_what_its_shards_are_stored_in(model_dir, tmp_path):
     manifest = plan(model_dir, PlanOptions(2, precision="int8"))
     pinned = cut_model(manifest, model_dir, tmp_path / "out")
@@ -130,7 +154,7 @@ def test_a_manifests_own_precision_is_what_its_shards_are_stored_in(model_dir, t
 
 
 def test_a_shard_is_the_file_that_the_safetensors_library_writes(model_dir, tmp_path):
-    for precision in ("float32", "bfloat16", "int8"):
+    for precision in ("float32", "bfloat16", "int8", "int4"):
         out = tmp_path / precision
         cut_model(plan(model_dir, PlanOptions(2)), model_dir, out, precision)
         path = out / "stage0" / "model.safetensors"

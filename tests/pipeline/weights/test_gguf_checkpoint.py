@@ -210,6 +210,16 @@ def test_a_model_cut_in_a_precision_holds_what_its_stages_compute_with(
     assert torch.equal(*(logits(part, precision) for part in parts))
 
 
+def test_a_model_cut_in_int4_computes_as_its_file_does_in_int4(written, tmp_path):
+    model = written("llama")
+    cut_model(plan(model.path, PlanOptions(1)), model.path, tmp_path / "cut", "int4")
+    part = tmp_path / "cut" / "stage0"
+    assert load_torch_file(part / "model.safetensors").keys() >= {
+        "model.layers.0.mlp.up_proj.int4", "model.layers.0.mlp.up_proj.int4_zero",
+    }  # fmt: skip
+    assert torch.equal(logits(part, "int4"), logits(model.path, "int4"))
+
+
 def test_what_a_model_takes_is_counted_by_its_packed_bytes(written):
     model = written("llama")
     packed, floats = (load_of(path, "int8") for path in (model.path, model.floats))

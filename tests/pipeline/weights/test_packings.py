@@ -15,7 +15,8 @@ from pipeline.models.registry import load_shard
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model
 from pipeline.weights.checkpoint import hash_files, load_tensors, weight_files
-from pipeline.weights.tensor_sinks import CopySink
+from pipeline.weights.int4 import dequantise_int4
+from pipeline.weights.tensor_sinks import CopySink, WeightSink
 from tests.pipeline.oracles import Pipeline, randomise
 
 SHAPE = {
@@ -225,6 +226,52 @@ def test_packed_weights_mean_what_their_format_says(packed, kind):
     for name, array in read.items():
         np.testing.assert_allclose(array, model.meaning[name], rtol=1e-6, err_msg=name)
     assert torch.equal(logits(model.directory, "int8"), logits(model.floats, "int8"))
+
+
+class Int4Store:
+    """Notes what a matrix is given in four bits, and whether it was given anything else."""
+
+    precision = "int4"
+
+    def __init__(self, num_out: int, num_in: int) -> None:
+        self.held = np.full((num_out, num_in), np.nan, np.float32)
+        self.is_exact = True
+
+    def put(self, first, outputs, scales, *, first_in=0):
+        self.is_exact = False
+
+    def put_int4(self, first, weights, *, first_in=0):
+        rows = slice(first, first + len(weights.levels))
+        self.held[rows, first_in : first_in + weights.num_in] = dequantise_int4(weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_bits_whose_groups_fit_stay_what_they_are(packed, kind):
+    model = packed(kind)
+    stores = {name: Int4Store(*each.shape) for name, each in model.meaning.items()}
+    load_tensors(
+        model.directory,
+        {
+            name: WeightSink(store, 0, *store.held.shape, is_in_out=False)
+            for name, store in stores.items()
+        },
+        expected_hashes=None,
+        packing=load_config(model.directory).packing,
+    )
+    fits = not kind.startswith("w8") and "act-order" not in kind and "8 bits" not in kind
+    for name, store in stores.items():
+        assert store.is_exact == fits
+        if fits:
+            np.testing.assert_array_equal(store.held, model.meaning[name], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq", "gptq act-order", "w4a16 with zeros"])
+def test_a_packed_model_is_cut_in_int4(packed, tmp_path, kind):
+    model = packed(kind)
+    cut_model(plan(model.directory, PlanOptions(1)), model.directory, tmp_path / "cut", "int4")
+    part = tmp_path / "cut" / "stage0"
+    assert "quantization_config" not in json.loads((part / "config.json").read_text())
+    assert torch.equal(logits(part, "int4"), logits(model.directory, "int4"))
 
 
 @pytest.mark.parametrize("kind", ["awq", "gptq act-order", "w4a16 with zeros", "w8a8 of channels"])

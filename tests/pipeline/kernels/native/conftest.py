@@ -17,9 +17,9 @@ def native(request):
     module.use_level(best)
 
 
-@pytest.fixture(params=["F32", "BF16", "I8"])
+@pytest.fixture(params=["F32", "BF16", "I8", "I4"])
 def kind(request, native):
-    needs = {"F32": "float32", "BF16": "bfloat16", "I8": "int8"}[request.param]
+    needs = {"F32": "float32", "BF16": "bfloat16", "I8": "int8", "I4": "int4"}[request.param]
     if needs not in native.features():
         pytest.skip(f"this processor has no instructions for {request.param}")
     return getattr(native, request.param)

@@ -4,6 +4,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from pipeline.weights.int4 import dequantise_int4, quantise_int4
 from pipeline.weights.quantization import quantise
 
 SIZES = [
@@ -55,6 +56,8 @@ def test_a_packed_weight_unpacks_to_what_its_kind_can_hold(native, kind, packed,
         assert held.equal(weight)
     elif kind == native.BF16:
         assert held.equal(weight.bfloat16().float())
+    elif kind == native.I4:
+        assert held.equal(torch.from_numpy(dequantise_int4(quantise_int4(weight.numpy()))))
     else:
         step = F.pad(weight.abs(), (0, -num_in % 32)).unflatten(1, (-1, 32)).amax(2) / 127
         step = step.repeat_interleave(32, 1)[:, :num_in]
@@ -96,7 +99,7 @@ def test_gathered_rows_are_those_of_the_weight(packed):
 
 def as_seen(native, kind, x):
     """What a kind's products make of rows before they multiply them."""
-    if kind == native.I8:
+    if kind in {native.I8, native.I4}:
         return quantised(x)
     is_rounded = kind == native.BF16 and "bf16_dot" in native.features()
     return (x.bfloat16() if is_rounded else x).double()
@@ -233,7 +236,7 @@ def test_sizes_whose_bytes_overflow_are_refused(native):
 
 
 @pytest.mark.parametrize(
-    "change", [{0: 3}, {0: -1}, {1: 8}, {5: -1}, {6: 0}, {7: 0}, {7: 2**50}, {8: 4}]
+    "change", [{0: 4}, {0: -1}, {1: 8}, {5: -1}, {6: 0}, {7: 0}, {7: 2**50}, {8: 4}]
 )
 def test_impossible_arguments_are_refused(native, change):
     sizes = [native.F32, 0, 0, 0, 0, 0, 4, 4, 0, 0]

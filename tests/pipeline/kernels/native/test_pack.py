@@ -5,6 +5,7 @@ import pytest
 
 from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT8, from_floats, to_floats
 from pipeline.kernels.huge_pages import aligned
+from pipeline.weights.int4 import Int4, dequantise_int4, quantise_int4
 from pipeline.weights.quantization import quantise
 
 BLOCK, GROUP, SUPER = 16, 32, 64
@@ -27,6 +28,8 @@ def reference(native, kind, outputs):
         held = padded(held, BLOCK, 2)
         pairs = held.reshape(len(held) // BLOCK, BLOCK, -1, 2)
         return np.ascontiguousarray(pairs.transpose(0, 2, 1, 3)).tobytes()
+    if kind == native.I4:
+        return reference_int4(quantise_int4(outputs))
     return reference_int8(*quantise(outputs))
 
 
@@ -45,6 +48,19 @@ def reference_int8(values, scales):
             found += np.ascontiguousarray(scales[block, :, at].T).tobytes()
             found += np.ascontiguousarray(levels[block, :, at].transpose(1, 0, 2)).tobytes()
     return bytes(found)
+
+
+def reference_int4(weights):
+    levels = padded(weights.levels, BLOCK, SUPER)
+    levels = levels.reshape(len(levels) // BLOCK, BLOCK, -1, 2, 2, GROUP // 8, 4)
+    below, above = (levels[:, :, :, :, half].transpose(0, 2, 3, 4, 1, 5) for half in (0, 1))
+    words = (below | above << 4).reshape(*below.shape[:2], -1)  # [blocks, supers, bytes]
+    sides = []
+    for each in weights[1:]:
+        of_supers = padded(each, BLOCK, 2).reshape(len(words), BLOCK, -1, 2)
+        bits = np.ascontiguousarray(of_supers.transpose(0, 2, 3, 1)).view(np.uint8)
+        sides.append(bits.reshape(*words.shape[:2], -1))
+    return np.concatenate((*sides, words), axis=2).tobytes()
 
 
 def stored_weights(dtype, num_out, num_in, seed=0):
@@ -163,6 +179,47 @@ def test_int8_of_a_file_packs_as_it_is(native, shape, is_in_out):
                 first, last - first, first_in, last_in - first_in,
             )  # fmt: skip
     assert place.bytes() == reference_int8(values, scales)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("is_in_out", [False, True], ids=["out-in", "in-out"])
+def test_int4_of_a_file_packs_as_it_is(native, shape, is_in_out):
+    if "int4" not in native.features():
+        pytest.skip("I4 needs vnni")
+    random = np.random.default_rng(0)
+    sides = (shape[0], -(-shape[1] // GROUP))
+    weights = Int4(
+        random.integers(0, 16, shape, np.uint8),
+        random.standard_normal(sides).astype(FLOAT16),
+        (16 * random.random(sides)).astype(FLOAT16),
+    )
+    place = Place(native, native.I4, shape[1], shape[0])
+    laid_out = np.asfortranarray(weights.levels) if is_in_out else weights.levels
+    for first, last in between([shape[0] // 3], shape[0]):
+        for first_in, last_in in between(range(SUPER, shape[1], SUPER), shape[1]):
+            part = laid_out[first:last, first_in:last_in]
+            own = [each[first:last, first_in // GROUP :] for each in weights[1:]]
+            native.pack_int4(
+                place.address, shape[1], shape[0], part, *strides(part), *own, sides[1],
+                first, last - first, first_in, last_in - first_in,
+            )  # fmt: skip
+    assert place.bytes() == reference_int4(weights)
+    held = np.empty(shape, np.float32)
+    native.unpack(native.I4, place.address, shape[1], shape[0], held)
+    np.testing.assert_array_equal(held, dequantise_int4(weights))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("is_in_out", [False, True], ids=["out-in", "in-out"])
+def test_int4_in_rows_is_what_numpy_finds(native, dtype, shape, is_in_out):
+    outputs = stored_weights(dtype, *shape)
+    expected = quantise_int4(outputs)
+    laid_out = np.asfortranarray(outputs) if is_in_out else outputs
+    found = Int4(*(np.empty(each.shape, each.dtype) for each in expected))
+    stored = stored_format(native, dtype)
+    native.quantise_int4(stored, laid_out, *strides(laid_out), shape[1], shape[0], *found)
+    for own, each in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(own, each)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
