@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.dtypes import PRECISIONS
 from pipeline.errors import InputError
 from pipeline.kernels.base import Kernels
 from pipeline.kernels.sealed_memory import Record, SealedMemory
@@ -58,7 +59,9 @@ def keep_weights(kernels: Kernels, memory: SealedMemory, meaning: Record) -> Kep
     from pipeline.kernels import _native, native_kernels  # noqa: PLC0415 (may be absent)
 
     assert isinstance(kernels, native_kernels.NativeKernels)
-    meaning = {**meaning, "features": list(_native.features()), "version": VERSION}
+    # Whatever level computes, weights of a kind are packed alike.
+    kinds = [feature for feature in _native.features() if feature in PRECISIONS]
+    meaning = {**meaning, "kinds": kinds, "version": VERSION}
     meaning = json.loads(json.dumps(meaning))  # as it comes back
     if memory.is_sealed:
         found = {**memory.record()}
