@@ -188,7 +188,9 @@ def test_kernels_that_compute_wrongly_are_not_used(broken, told):
 
 
 def test_native_kernels_that_are_absent_are_refused_only_when_demanded(monkeypatch, config):
-    monkeypatch.setattr(kernel_selection, "why_not_native", lambda level=None: "they were not built")
+    monkeypatch.setattr(
+        kernel_selection, "why_not_native", lambda level=None: "they were not built"
+    )
     assert choose_kernels("auto", config.head_dim).name == "torch"
     with pytest.raises(InputError, match="--kernels native: they were not built; leave the flag"):
         choose_kernels("native", config.head_dim)
