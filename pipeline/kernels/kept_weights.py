@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.dtypes import PRECISIONS
 from pipeline.errors import InputError
 from pipeline.kernels.base import Kernels
 from pipeline.kernels.sealed_memory import Record, SealedMemory
@@ -54,7 +55,9 @@ def native_layout(kernels: Kernels) -> Record | None:
         return None
     from pipeline.kernels import _native  # noqa: PLC0415 (may be absent)
 
-    return {"features": list(_native.features()), "version": VERSION}
+    # Whatever level computes, weights of a kind are packed alike.
+    kinds = [feature for feature in _native.features() if feature in PRECISIONS]
+    return {"kinds": kinds, "version": VERSION}
 
 
 def keep_weights(kernels: Kernels, memory: SealedMemory, meaning: Record) -> KeptWeights | None:

@@ -210,7 +210,9 @@ INLINE __m256i dot_of(const int HAS_DOT, __m256i sum, __m256i bytes, __m256i siz
         return sum;
     }
     __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(row, bytes));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    __asm__("" : "+x"(sum)); /* else summed up in another order, for which registers are too few */
+    return sum;
 }
 
 INLINE i32x16 i_dot(const int HAS_DOT, i32x16 sum, bytes_t x, const int32_t *levels) {

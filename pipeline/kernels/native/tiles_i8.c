@@ -184,12 +184,12 @@ INLINE void run_group(const int HAS_DOT, const int R, const int B, f32x16 *sums,
 #pragma GCC unroll 2
         for (int b = 0; b < B; b++) {
             bytes_t weights = bytes_of(HAS_DOT, group.w[b]->weights[at]);
-            if (R >= FETCHING_ROWS) fetch_near((group.w[b] + 1)->weights[at]);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 exact[r * B + b] = i_dot(HAS_DOT, exact[r * B + b], weights, levels + k * R + r);
             }
         }
+        __asm__ volatile("" ::: "memory"); /* in this order */
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) settle_row(R, B, r, sums, exact, group);

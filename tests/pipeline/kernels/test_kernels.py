@@ -191,7 +191,9 @@ def test_kernels_that_compute_wrongly_are_not_used(broken, told):
 
 
 def test_native_kernels_that_are_absent_are_refused_only_when_demanded(monkeypatch, config):
-    monkeypatch.setattr(kernel_selection, "why_not_native", lambda: "they were not built")
+    monkeypatch.setattr(
+        kernel_selection, "why_not_native", lambda level=None: "they were not built"
+    )
     assert choose_kernels("auto", config.head_dim).name == "torch"
     with pytest.raises(InputError, match="--kernels native: they were not built; leave the flag"):
         choose_kernels("native", config.head_dim)
@@ -207,7 +209,7 @@ def test_native_kernels_that_are_absent_are_refused_only_when_demanded(monkeypat
     ],
 )
 def test_without_torch_what_to_install_is_said(monkeypatch, config, choice, device, problem, words):
-    monkeypatch.setattr(kernel_selection, "why_not_native", lambda: problem)
+    monkeypatch.setattr(kernel_selection, "why_not_native", lambda level=None: problem)
     monkeypatch.setattr(kernel_selection, "find_spec", lambda name: None)
     with pytest.raises(InputError) as caught:
         choose_kernels(choice, config.head_dim, device)
@@ -239,7 +241,8 @@ def test_a_module_built_from_older_sources_is_not_used(native, monkeypatch, chan
         monkeypatch.delattr("pipeline.kernels._native.attend")
     else:
         monkeypatch.setattr("pipeline.kernels._native.attend", change)
-    assert "built from other sources" in kernel_selection.why_not_native.__wrapped__()
+    level = sys.modules["pipeline.kernels._native"].levels()[0]
+    assert "built from other sources" in kernel_selection.why_not_native.__wrapped__(level)
 
 
 def test_a_model_whose_heads_do_not_fit_is_computed_with_torch(native, tmp_path):
