@@ -25,7 +25,7 @@ from pipeline.cli.shared_options import (
     VerboseFlag,
 )
 from pipeline.cli.signals import run_until_signalled
-from pipeline.cli.worker_flags import TENSORIZED, TENSORIZED_VARIABLE
+from pipeline.cli.worker_flags import OLDER_WEIGHTS, TENSORIZED_VARIABLE
 from pipeline.doors.listening import DoorServer, Listening, listen
 from pipeline.doors.served_shard import NUM_SESSIONS, ShardOptions, load_door, open_served
 from pipeline.errors import InputError, PolicyError
@@ -54,8 +54,8 @@ class DoorServerFlags(Settings):
         Flag(
             "DIR|NAME",
             "The server's shard, of all layers.",
-            older=("INFEMERAL_SERVER_WEIGHTS_PATH",),
-            refused={TENSORIZED_VARIABLE: TENSORIZED},
+            older=OLDER_WEIGHTS,
+            if_there=frozenset({TENSORIZED_VARIABLE}),
         ),
     ]
     grpc: Annotated[

@@ -12,9 +12,12 @@ from pipeline.gguf.model_files import find_gguf, is_gguf
 def model_directory(given: Path) -> Path:
     """Where a model is; the path itself where that is no pulled model's name.
 
-    Raises InputError for one that has not been fetched whole.
+    A tensorizer's file becomes the directory that it is converted to. Raises InputError for a
+    model that has not been fetched whole, and ModelError for such a file that cannot be read.
     """
     if _exists(given):
+        if given.suffix == ".tensors":
+            return _converted(given)
         return find_gguf(given)  # whether it holds a model, whoever reads it will say
     try:
         # Not by a statement: an image carries what a stage's statements import, and needs no hub.
@@ -23,6 +26,15 @@ def model_directory(given: Path) -> Path:
         return given
     name = pulled.parse_name(str(given))
     return (name and pulled.find_model(name)) or given
+
+
+def _converted(given: Path) -> Path:
+    try:
+        tensorized = import_module("pipeline.planning.tensorized")
+    except ModuleNotFoundError:  # in an image
+        return given
+    found: Path = tensorized.converted(given)
+    return found
 
 
 def tokenizer_file(given: Path) -> Path:

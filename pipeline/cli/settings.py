@@ -9,8 +9,9 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, Self, get_origin
 
 import typer
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from pydantic.fields import FieldInfo
 
 from pipeline.errors import InputError, PipelineError
+from pipeline.files import is_file
 from transport.dial_and_listen import Endpoint, parse_endpoint
 from transport.errors import EndpointError, TransportError
 
@@ -39,8 +41,8 @@ class Flag:
     spelled: tuple[str, ...] = ()
     # What its variable was called in older systems.
     older: tuple[str, ...] = ()
-    # Variables of older systems that cannot be followed, and what to do instead.
-    refused: Mapping[str, str] = field(default_factory=dict)
+    # Of these, those that come last where they name no file that is there.
+    if_there: frozenset[str] = frozenset()
     # What gives up a protection, and what is of one run alone, is said where it is done. A prompt
     # or a message in the environment could be read in every process that is started from there.
     is_by_hand: bool = False
@@ -118,7 +120,6 @@ class _Source:
 
     @classmethod
     def of(cls, settings: type[Settings], given: Mapping[str, object]) -> Self:
-        """Raises InputError for a variable that cannot be followed."""
         environment = settings.environment(given)
         values, variables = {}, {}
         for name, (_, flag) in _flags(settings).items():
@@ -126,9 +127,6 @@ class _Source:
                 values[name] = given[name]
             elif found := next(_set_variables(name, flag, environment), None):
                 values[name], variables[name] = environment[found], found
-            else:
-                for variable in filter(environment.get, flag.refused):
-                    raise InputError(f"{variable}: {flag.refused[variable]}")
         return cls(values, variables)
 
     def read(self, settings: type[Settings]) -> Settings:
@@ -178,10 +176,15 @@ def _variables(name: str, flag: Flag) -> tuple[str, ...]:
 
 
 def _set_variables(name: str, flag: Flag, environment: Mapping[str, str]) -> Iterator[str]:
+    later = []
     for variable in _variables(name, flag):
         text = environment.get(variable)
         if text and not (variable.endswith("_PORT") and _SERVICE_LINK.fullmatch(text)):
-            yield variable
+            if variable in flag.if_there and not is_file(Path(text)):
+                later.append(variable)  # where nothing else is set, what is missing is told of
+            else:
+                yield variable
+    yield from later
 
 
 def _dashed(name: str) -> str:

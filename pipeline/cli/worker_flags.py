@@ -30,11 +30,8 @@ from pipeline.cli.shared_options import (
 from pipeline.cli.time_flags import StageTimes
 
 TENSORIZED_VARIABLE = "INFEMERAL_SERVER_TENSORIZED_WEIGHTS_PATH"
-TENSORIZED = (
-    "files of tensorizer's are not read; with tensorizer installed, write the module that it loads "
-    "with safetensors.torch.save_file to DIR/model.safetensors, lay config.json beside it, and "
-    "give --model-dir DIR"
-)
+# Where an older system's server had its weights: in a tensorizer's file, if that is there.
+OLDER_WEIGHTS = (TENSORIZED_VARIABLE, "INFEMERAL_SERVER_WEIGHTS_PATH")
 
 
 class WorkerFlags(Settings):
@@ -47,8 +44,8 @@ class WorkerFlags(Settings):
         Flag(
             "DIR|NAME",
             "config.json and *.safetensors of the model.",
-            older=("INFEMERAL_SERVER_WEIGHTS_PATH",),
-            refused={TENSORIZED_VARIABLE: TENSORIZED},
+            older=OLDER_WEIGHTS,
+            if_there=frozenset({TENSORIZED_VARIABLE}),
         ),
     ]
     data_out_target: Annotated[

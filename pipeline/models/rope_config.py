@@ -225,6 +225,10 @@ def _flat(fields: Mapping[str, Any], theta: float) -> dict[str, Any]:
     nested = [each for each in fields.values() if isinstance(each, Mapping)]
     if nested and None in fields.values():
         raise ModelError("config.json: layers without rotary positions are not supported")
+    if nested and len(nested) < len(fields):
+        raise ModelError(
+            "config.json: rope parameters are given for types of layers and for all of them"
+        )
     found = dict(_only(nested)) if nested else dict(fields)
     if "type" in found:  # the key's name before rope_type
         found.setdefault("rope_type", found.pop("type"))

@@ -32,7 +32,13 @@ class StackSink:
     @classmethod
     def of(cls, linears: Sequence[Sequence[Sink]]) -> "StackSink":
         """Of what linears say that their weights go to."""
-        return cls([[part for part in parts if isinstance(part, WeightSink)] for parts in linears])
+        found: list[list[WeightSink]] = []
+        for parts in linears:
+            found.append([])
+            for part in parts:
+                assert isinstance(part, WeightSink), "nothing else takes a linear's weights"
+                found[-1].append(part)
+        return cls(found)
 
     def turned(self) -> "StackSink":
         """Of the same linears, for rows that are the other way round."""

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -10,8 +11,10 @@ import pytest
 import typer
 
 from pipeline.cli import linear_worker, machine, part_worker, pipeline_orch, stage_worker
+from pipeline.cli import settings as settings_module
 from pipeline.cli.chat_flags import ChatFlags
 from pipeline.cli.cluster_flags import JoinFlags, PartsFlags, PushFlags
+from pipeline.cli.door_server import DoorServerFlags
 from pipeline.cli.generate_flags import GenerateFlags
 from pipeline.cli.linear_worker import LinearFlags
 from pipeline.cli.machine_flags import MachineFlags, OfferFlags
@@ -304,16 +307,28 @@ def test_flags_of_generating_before_another_command_are_refused(run, tmp_path):
     assert not (tmp_path / "key.pem").exists()
 
 
-def test_weights_in_a_format_that_is_not_read_are_refused_with_what_to_do(run):
-    older = {"INFEMERAL_SERVER_TENSORIZED_WEIGHTS_PATH": "w.tensors"}
-    arguments = ("--manifest", "nowhere.json", "--stage-idx", 0)
-    code, line = run(stage_worker, *arguments, **older)
-    assert code == 2
-    assert "INFEMERAL_SERVER_TENSORIZED_WEIGHTS_PATH" in line
-    assert "safetensors" in line
-    for other in ({"INFEMERAL_SERVER_WEIGHTS_PATH": "d"}, {"VEILPIPE_MODEL_DIR": "d"}):
-        assert "cannot read manifest" in run(stage_worker, *arguments, **older, **other)[1]
-    assert "cannot read manifest" in run(stage_worker, *arguments, "--model-dir", "d", **older)[1]
+def test_an_older_servers_file_of_weights_comes_first_where_it_is_there(tmp_path):
+    """Then its directory; without that, the file that is missing is what is told of."""
+    path, directory = str(tmp_path / "w.tensors"), str(tmp_path)
+    older = {"INFEMERAL_SERVER_TENSORIZED_WEIGHTS_PATH": path}
+    both = older | {"INFEMERAL_SERVER_WEIGHTS_PATH": directory}
+    newer = both | {"VEILPIPE_MODEL_DIR": "newer"}
+    for settings in (WorkerFlags, DoorServerFlags):
+        chosen = partial(chosen_variable, settings, "model_dir")
+        assert [chosen(each) for each in (older, both, newer)] == [
+            "INFEMERAL_SERVER_TENSORIZED_WEIGHTS_PATH", "INFEMERAL_SERVER_WEIGHTS_PATH",
+            "VEILPIPE_MODEL_DIR",
+        ]  # fmt: skip
+    Path(path).touch()
+    for settings in (WorkerFlags, DoorServerFlags):
+        chosen = partial(chosen_variable, settings, "model_dir")
+        assert chosen(both) == "INFEMERAL_SERVER_TENSORIZED_WEIGHTS_PATH"
+        assert chosen(newer) == "VEILPIPE_MODEL_DIR"
+
+
+def chosen_variable(settings, name, environment):
+    _, flag = settings_module._flags(settings)[name]
+    return next(settings_module._set_variables(name, flag, environment))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ than the prompt, tied and untied heads, every way in which rotary positions are 
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import transformers
 from transformers import PreTrainedModel
@@ -53,7 +54,9 @@ FAMILIES: dict[str, tuple[str, list[dict]]] = {
     "olmo2": ("Olmo2", [{}, NO_GROUPS | TIED | {"attention_bias": True},
         {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}]),
     "olmo3": ("Olmo3", [TYPES | {"sliding_window": 7}, NO_GROUPS | TIED | {"sliding_window": 9},
-        {"num_hidden_layers": 4, "sliding_window": 7, "rope_parameters": YARN}]),
+        {"num_hidden_layers": 4, "sliding_window": 7,
+         "rope_parameters": {"full_attention": YARN, "sliding_attention": {
+             "rope_type": "default", "rope_theta": 500.0}}}]),
     "phi3": ("Phi3", [{"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
         NO_GROUPS | TIED | {"sliding_window": 9},
         {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}]),
@@ -81,6 +84,7 @@ FAMILIES: dict[str, tuple[str, list[dict]]] = {
                             "rope_parameters": YARN | {"truncate": False}},
         {"hidden_size": 96, "num_attention_heads": 14, "num_local_experts": 8,
          "num_experts_per_tok": 4, "attention_bias": False, "rope_parameters": None,
+         "swiglu_limit": 2.0,
          "layer_types": ["full_attention"] * 3}]),
 }  # fmt: skip
 NO_HEAD_DIM = ("olmo2", "olmo3", "phi3")
@@ -91,7 +95,7 @@ def make_model(case: str) -> PreTrainedModel:
     """The model of a case, with transformers' own numbers in it."""
     family, _, index = case.rpartition("-")
     name, changes = FAMILIES[family]
-    fields = BASE | changes[int(index)]
+    fields = deepcopy(BASE | changes[int(index)])  # transformers writes into what it is given
     if family in NO_HEAD_DIM:  # always hidden / heads
         del fields["head_dim"]
     config_class = getattr(transformers, f"{name}Config")

@@ -1,5 +1,7 @@
 """Each family against transformers, every split of it, and requests side by side."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -122,3 +124,11 @@ def test_a_session_that_is_short_turns_heads_as_the_model_was_made(
     longer = make_pipeline(own.split(1), max_seq=64).logits(prompt, batch)
     assert (short - expected).abs().max() <= TOLERANCE
     assert (longer - expected).abs().max() > 100 * TOLERANCE
+
+
+def test_a_models_configuration_is_not_what_another_was_made_of():
+    """Else what a family's reference adds to it would be in models that are made later."""
+    before = deepcopy(FAMILIES)
+    for case in CASES:
+        make_model(case)
+    assert before == FAMILIES

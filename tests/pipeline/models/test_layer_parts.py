@@ -71,7 +71,8 @@ class ReferenceAttention:
     def over(self, batch, kernels):
         self.batches.append(batch)
 
-        def attend(qkv, keys, values, out):
+        def attend(qkv, keys, values, out, sinks=None):
+            assert sinks is None
             heads = self._heads
             rows = kernels.to_host(qkv)[0].astype(np.float64)
             rows = rows.reshape(len(rows), -1, heads.head_dim)

@@ -138,6 +138,7 @@ def test_a_saved_model_is_loaded_as_it_was_made(make_oracle):
         ({"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LLAMA3}}, "differ"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "factor: Field required"),
         ({"rope_parameters": {"full_attention": LINEAR, "sliding_attention": None}}, "without"),
+        ({"rope_parameters": LINEAR | {"full_attention": LINEAR}}, "and for all of them"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"rope_scaling": []}, "rope_scaling"),
     ],
