@@ -185,7 +185,7 @@ class HeadShape:
 
 # A step's attention in layers whose heads have that shape.
 Attend = Callable[[HeadShape], Attention]
-# A shard's layers: whose rows, inputs, each one's position, a bound above all of these, what attends.
+# A shard's layers: whose rows, inputs, positions, a bound above all of these, what attends.
 Compute = Callable[[Batch, Array, Array, int, Attend], Array]
 # A model's end: its layers' result to each row's greedy token and its logits.
 Finish = Callable[[Array], tuple[Array, Array]]

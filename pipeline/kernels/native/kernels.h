@@ -184,6 +184,17 @@ typedef struct {
 
 void turn_heads(const turn_t *turn);
 
+/* out[i] = rows[order[i]], times a matrix where there is one */
+typedef struct {
+    const float *rows; /* [.][width] */
+    const int64_t *order;
+    size_t count, width;
+    const float *matrix; /* [width][width] or NULL */
+    float *out;          /* [count][width] */
+} taken_t;
+
+void take_rows(const taken_t *taken);
+
 /* pointwise.c */
 void layer_norm(const float *x, const float *weight, const float *bias, float *y, size_t rows,
                 size_t size, float eps);
