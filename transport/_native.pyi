@@ -9,7 +9,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from transport.cipher import CipherState
 from transport.frame_stream import PlainBuffer
-from transport.nonblocking_socket import Wire
 from transport.records import RecordHeader, RecordOpener, RecordReader, RecordSealer
 
 class CipherTally:
@@ -57,7 +56,7 @@ class Inlet:
     """Takes a frame's head that has the size of the last one, where it comes alone and whole."""
 
     def __new__(
-        cls, wire: Wire, reader: RecordReader, opener: RecordOpener, buffer: PlainBuffer, /
+        cls, wire: WireTally, reader: RecordReader, opener: RecordOpener, buffer: PlainBuffer, /
     ) -> Inlet: ...
     def receive(self, patience_ms: int, /) -> memoryview | None:
         """Wait that long; return the plaintext, a view of the buffer's storage, else None.
@@ -68,7 +67,7 @@ class Inlet:
 class Outlet:
     """Sends frames' heads of up to `room` bytes, sealed."""
 
-    def __new__(cls, wire: Wire, sealer: RecordSealer, room: int, /) -> Outlet: ...
+    def __new__(cls, wire: WireTally, sealer: RecordSealer, room: int, /) -> Outlet: ...
     def send(self, plain: memoryview, /) -> memoryview | None:
         """Seal a FRAME record and send what the socket takes of it; return the rest.
 

@@ -136,6 +136,8 @@ class BlockingChannel:
             left_ms = int(1000 * (until - monotonic()))
             if left_ms < 0:
                 raise TimeoutError
+            if self._wire.fd < 0:
+                raise EOFError
             self._receiver.peek(self._inlet.receive(left_ms))
 
     def interrupt(self) -> None:
@@ -150,6 +152,7 @@ class BlockingChannel:
             self._wire.send_all(self._sender.close())
         except OSError:
             pass  # the peer has gone already, and learns nothing from us
+        self._wire.fd = -1  # the number may be another socket's from now on
         self._sock.close()
 
     def _lost(self, error: OSError) -> ConnectionLost:

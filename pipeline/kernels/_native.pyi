@@ -71,15 +71,15 @@ def wipe() -> None:
     No other thread may be computing. Not recorded.
     """
 
-def call(callable: Callable[[], object], /) -> None:
+def call(call: Callable[[], object], /) -> None:
     """Call it. Of what it returns nothing is kept; what it raises ends a program's run."""
 
 class Program:
     """Calls of this module, recorded once and then made by one call.
 
-    Within `with program:` this thread's calls (of those above `call` alone) are recorded and not made. `run`
-    makes them with the same addresses and sizes; what lies at the addresses may have changed. The
-    program keeps the arrays it was recorded with; for ints the caller has to.
+    Within `with program:` this thread's calls are recorded and not made, of those above `call`'s
+    alone. `run` makes them with the same addresses and sizes; what lies at the addresses may have
+    changed. The program keeps the arrays it was recorded with; for ints the caller has to.
     """
 
     def __enter__(self) -> Self: ...
@@ -440,6 +440,18 @@ def turn_heads(
 
     Shapes: rows [n, heads * groups * width], may come with strides; matrices [heads, width, width].
     """
+
+def take_rows(
+    rows: Address,
+    num_rows: int,
+    order: Address,
+    count: int,
+    width: int,
+    matrix: Address,
+    out: Address,
+    /,
+) -> None:
+    """Rows of these numbers (int64), times a matrix [width, width] if that is given."""
 
 def attend(
     qkv: Address,

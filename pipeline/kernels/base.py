@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from pipeline.kernels.huge_pages import give_back, reserve
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import Slide
 from pipeline.kernels.routing import ExpertMLPs, Routing
-from pipeline.protocol.batch import Batch
+from pipeline.protocol.batch import Batch, positions_of
 from pipeline.weights.quantization import quantise
 from pipeline.weights.tensor_sinks import CopySink, Fill, Sink, fill_array, linear_sinks
 
@@ -173,7 +174,7 @@ class HeadShape:
 
 # A step's attention in layers whose heads have that shape.
 Attend = Callable[[HeadShape], Attention]
-# A shard's layers: whose rows, inputs, each one's position, a bound above all of these, what attends.
+# A shard's layers: whose rows, inputs, positions, a bound above all of these, what attends.
 Compute = Callable[[Batch, Array, Array, int, Attend], Array]
 # A model's end: its layers' result to each row's greedy token and its logits.
 Finish = Callable[[Array], tuple[Array, Array]]
@@ -247,11 +248,8 @@ class Kernels(ABC):
     def run(self, work: StepWork, inputs: HostArray, batch: Batch) -> Array:
         """A step from the host's inputs to the work's result, where these kernels compute."""
         end = max(segment.position + segment.num_tokens for segment in batch)
-
-        def attend(shape: HeadShape) -> Attention:
-            return self.attention(batch, shape, work.cache.capacity)
-
-        positions = self.to_device(batch_positions(batch))
+        attend = partial(self.attention, batch, max_seq_len=work.cache.capacity)
+        positions = self.to_device(positions_of(batch))
         return work.compute(batch, self.to_device(inputs), positions, end, attend)
 
     def decode_step(self, work: StepWork, batch: Batch) -> DecodeStep:
@@ -377,12 +375,8 @@ class Kernels(ABC):
         """Multiply contiguous rows in place."""
 
     def turn(self, rows: Array, matrices: Array, num_groups: int = 1, factor: float = 1.0) -> None:
-        """Multiply each head's part of rows by `factor`, and by that head's matrix, in place.
-
-        Shapes: rows [n, heads * groups * width], may be a view; matrices [heads, width, width].
-        """
-        heads, width, _ = matrices.shape
-        parted = rows.reshape(len(rows), heads, num_groups, width) * factor
+        """Rows [n, heads * groups * width] by `factor` and matrices [heads, width, width]."""
+        parted = rows.reshape(len(rows), len(matrices), num_groups, -1) * factor
         rows[...] = (parted @ matrices).reshape(rows.shape)
 
     def call(self, callable_: Callable[[], None]) -> None:
@@ -395,9 +389,3 @@ class Kernels(ABC):
 
         -1 for a row that has a NaN, or whose greatest is infinite.
         """
-
-
-def batch_positions(batch: Batch) -> HostArray:
-    """Position of every row, [rows] int64."""
-    ranges = [np.arange(each.position, each.position + each.num_tokens) for each in batch]
-    return np.concatenate(ranges)

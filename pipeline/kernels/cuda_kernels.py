@@ -147,7 +147,7 @@ class CudaKernels(TorchKernels):
         step = recorder.steps.get((rows, context))
         if step is None:
             step = recorder.steps[rows, context] = StaticStep(
-                partial(work.compute, batch),
+                work.compute,
                 inputs,
                 rows=rows,
                 context=context,

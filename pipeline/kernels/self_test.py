@@ -109,6 +109,9 @@ def _rest(kernels: Kernels) -> dict[str, tuple[HostArray, HostArray]]:
     clamped = kernels.clamped_mul(kernels.to_device(x), kernels.empty(5, 32), ALPHA, LIMIT)
     scaled = kernels.to_device(x.copy())
     kernels.scale(scaled, 2.5)
+    turned, matrices = kernels.to_device(x.copy()), _wave(2, 16, 16)
+    kernels.turn(turned, kernels.to_device(matrices), 2, 0.5)
+    heads = x.reshape(5, 2, 2, 16) * np.float32(0.5) @ matrices
     qkv, angles = _wave(5, SHAPE.qkv_width), _wave(5, SHAPE.head_dim)
     cos, sin = np.cos(angles), np.sin(angles)
     rotated, partly, within = (kernels.to_device(qkv.copy()) for _ in range(3))
@@ -118,13 +121,14 @@ def _rest(kernels: Kernels) -> dict[str, tuple[HostArray, HostArray]]:
     added = kernels.to_device(x.copy())
     _filled(kernels.rms_norm(64, EPS)).add(kernels.to_device(x), added)
     _filled(kernels.rms_norm(SHAPE.head_dim, EPS)).within(within[:, : 2 * SHAPE.head_dim])
-    heads = qkv[:, : 2 * SHAPE.head_dim].reshape(-1, SHAPE.head_dim)
-    normed = (_over_deviation(heads) * _wave(SHAPE.head_dim)).reshape(5, -1)
+    some_heads = qkv[:, : 2 * SHAPE.head_dim].reshape(-1, SHAPE.head_dim)
+    normed = (_over_deviation(some_heads) * _wave(SHAPE.head_dim)).reshape(5, -1)
     results = {
         "silu": (silu, gate / (1 + np.exp(-gate)) * up),
         "gelu": (gelu, _gelu(gate) * up),
         "clamped gate": (clamped, _clamped(gate, up)),
         "scaling": (scaled, x * np.float32(2.5)),
+        "turned heads": (turned, heads.reshape(5, 64)),
         "LayerNorm": (
             _normed(kernels, kernels.layer_norm(64, EPS), x),
             _over_deviation(x - x.mean(-1, keepdims=True)) * _wave(64) + _wave(64),

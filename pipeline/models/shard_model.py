@@ -20,7 +20,6 @@ from pipeline.kernels.base import (
     Norm,
     Rows,
     StepWork,
-    batch_positions,
 )
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV, kv_bytes
@@ -31,7 +30,7 @@ from pipeline.models.own_embedding import Embedding
 from pipeline.models.rope import Angles
 from pipeline.models.window_check import check_window
 from pipeline.models.workspace import ForwardPass, Room, round_up
-from pipeline.protocol.batch import Batch, Segment, first_rows, num_tokens
+from pipeline.protocol.batch import Batch, Segment, first_rows, num_tokens, positions_of
 from pipeline.protocol.tide_window import TideWindow
 from pipeline.weights.quantization import ends_precision
 from pipeline.weights.tensor_sinks import Sink
@@ -377,7 +376,7 @@ class Shard(ABC):
         """Rows as layers take them: [rows] int64 ids of the vocabulary -> [rows, hidden]."""
         kernels = self.kernels
         hidden = kernels.empty(len(token_ids), self.config.hidden_dim)
-        positions = kernels.to_device(batch_positions(batch))
+        positions = kernels.to_device(positions_of(batch))
         self._embed(kernels.to_device(token_ids), positions, hidden)
         return hidden
 

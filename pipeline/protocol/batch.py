@@ -3,6 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from pipeline.dtypes import HostArray
+
 
 class Segment(NamedTuple):  # made for every token, in a third of a frozen dataclass's time
     """`num_tokens` consecutive tokens of the request in KV slot `slot`, the first at `position`."""
@@ -26,3 +30,9 @@ def first_rows(batch: Batch) -> Iterator[int]:
     for segment in batch:
         yield start
         start += segment.num_tokens
+
+
+def positions_of(batch: Batch) -> HostArray:
+    """Position of every row, [rows] int64."""
+    ranges = [np.arange(each.position, each.position + each.num_tokens) for each in batch]
+    return np.concatenate(ranges)

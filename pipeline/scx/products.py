@@ -9,32 +9,28 @@ import numpy as np
 from pipeline.dtypes import FLOAT32, HostArray
 from pipeline.scx.keys import Order
 
-# Rows that are put in order and multiplied at a time: they stay in the processor's cache.
-_CHUNK_ROWS = 1024
 # With more of them a product of matrices is the faster way.
 _FEW_QUERIES = 16
-_LANES = 16
-_NO_SCALES = np.zeros(0, np.uint16)
+_WIDEST = 512  # that the native kernels take
 
 
 def encode_head(
     rows: HostArray, matrix: HostArray | None, order: Order | None, encoded: HostArray
 ) -> None:
     """P(rows R) of one head into `encoded`, all [rows, width]; none of P and R where it is None."""
+    native = _native(rows.shape[1])
     if order is None:
         if matrix is None:
             encoded[:] = rows
         else:
             np.matmul(rows, matrix, out=encoded)
         return
-    if matrix is None:
-        _take(rows, order, encoded)
+    if native is not None and rows.dtype == FLOAT32 and rows.flags.c_contiguous:
+        native.take_rows(rows, len(rows), order, len(order), rows.shape[1], matrix, encoded)
         return
-    taken = np.empty((min(_CHUNK_ROWS, len(rows)), rows.shape[1]), rows.dtype)
-    for start in range(0, len(rows), _CHUNK_ROWS):
-        chunk = order[start : start + _CHUNK_ROWS]
-        _take(rows, chunk, taken[: len(chunk)])
-        np.matmul(taken[: len(chunk)], matrix, out=encoded[start : start + len(chunk)])
+    np.take(rows, order, 0, encoded, "clip")  # "raise" would go through a copy
+    if matrix is not None:
+        encoded[:] = encoded @ matrix
 
 
 def attend_to(
@@ -46,9 +42,8 @@ def attend_to(
     precision.
     """
     heads, count, width = queries.shape
-    native = _native()
-    is_plain = queries.dtype == keys.dtype == FLOAT32 and queries.flags.c_contiguous
-    if native is not None and is_plain and count <= _FEW_QUERIES and width % _LANES == 0:
+    native = _native(width) if count <= _FEW_QUERIES else None
+    if native is not None and queries.dtype == keys.dtype == FLOAT32 and queries.flags.c_contiguous:
         outputs, log_sums = np.empty_like(queries), np.empty((heads, count))
         stride = keys.strides[0] // keys.itemsize
         sizes = (stride, heads, count, keys.shape[1], width)
@@ -62,22 +57,11 @@ def attend_to(
     return mixed, (top.astype(np.float64) + np.log(sums.astype(np.float64)))[..., 0]
 
 
-def _take(rows: HostArray, order: Order, taken: HostArray) -> None:
-    """The rows of these numbers."""
-    native = _native()
-    is_plain = rows.dtype == FLOAT32 and rows.flags.c_contiguous and taken.flags.c_contiguous
-    if native is None or not is_plain:
-        np.take(rows, order, 0, taken, "clip")  # "raise" would go through a copy
-        return
-    count, width = rows.shape
-    native.lookup(native.F32, rows, _NO_SCALES, count, width, order, 1, len(order), 0, taken)
-
-
 @cache
-def _native() -> ModuleType | None:
-    """What copies rows faster, where it can: no kernels, whose choice takes a test of them all."""
+def _native(width: int) -> ModuleType | None:
+    """What is faster for rows of a width: no kernels, whose choice takes a test of them all."""
     try:
         found = import_module("pipeline.kernels._native")
     except ImportError:
         return None
-    return found if found.features() else None
+    return found if found.features() and width % 16 == 0 and width <= _WIDEST else None

@@ -301,6 +301,19 @@ static int64_t turn_heads_work(const int64_t *a) {
 }
 const call_t call_turn_heads = {"snnnnnpf", run_turn_heads, turn_heads_work};
 
+static refusal_t run_take_rows(const int64_t *a) {
+    if (a[4] < BLOCK || a[4] % BLOCK || a[4] > MAX_HEAD_DIM) {
+        REFUSE("width is a multiple of 16 up to 512", a[4]);
+    }
+    CHECK(check_ids(at(a[2]), 1, a[3], a[1]));
+    taken_t taken = {at(a[0]), at(a[2]), (size_t)a[3], (size_t)a[4], at(a[5]), at(a[6])};
+    kernels->take_rows(&taken);
+    return DONE;
+}
+
+static int64_t take_rows_work(const int64_t *a) { return product_work(a[3], a[4], a[4]); }
+const call_t call_take_rows = {"pnpnnpp", run_take_rows, take_rows_work};
+
 /* Shapes and spans that can be. */
 static refusal_t check_attention(const int64_t *a, const span_t *spans) {
     int64_t heads = a[7], kv_heads = a[8], head_dim = a[9], max_seq = a[10];

@@ -27,8 +27,8 @@ typedef struct {
     X(pack) X(pack_int8) X(pack_int4) X(quantise) X(quantise_int4) X(convert) X(unpack)            \
     X(gather) X(lookup) X(copy) X(linear)                                                         \
     X(layer_norm) X(rms_norm) X(add_rms_norm) X(rms_norm_within) X(rope) X(silu_mul) X(gelu_mul)  \
-    X(clamped_mul) X(scale) X(turn_heads) X(experts) X(attend) X(attend_rows) X(slide) X(argmax)    \
-    X(widen) X(narrow) X(ring_product)
+    X(clamped_mul) X(scale) X(turn_heads) X(take_rows) X(experts) X(attend) X(attend_rows) X(slide) \
+    X(argmax) X(widen) X(narrow) X(ring_product)
 #define DECLARE(NAME) extern const call_t call_##NAME;
 CALLS(DECLARE)
 

@@ -204,6 +204,17 @@ typedef struct {
 
 void turn_heads(const turn_t *turn);
 
+/* out[i] = rows[order[i]], times a matrix where there is one */
+typedef struct {
+    const float *rows; /* [.][width] */
+    const int64_t *order;
+    size_t count, width;
+    const float *matrix; /* [width][width] or NULL */
+    float *out;          /* [count][width] */
+} taken_t;
+
+void take_rows(const taken_t *taken);
+
 /* pointwise.c */
 void layer_norm(const float *x, const float *weight, const float *bias, float *y, size_t rows,
                 size_t size, float eps);
@@ -251,7 +262,7 @@ void lookup(const table_t *table, const int64_t *ids, size_t id_stride, size_t c
     X(pack) X(pack_int8) X(pack_int4) X(quantise) X(quantise_int4) X(convert) X(linear)            \
     X(experts) X(attend) X(attend_rows) X(slide) X(layer_norm) X(rms_norm) X(add_rms_norm)         \
     X(rms_norm_within) X(rope) X(silu_mul) X(gelu_mul) X(clamped_mul) X(scale) X(turn_heads)       \
-    X(argmax) X(ring_product) X(lookup)
+    X(take_rows) X(argmax) X(ring_product) X(lookup)
 #define POINTER(NAME) __typeof__(NAME) *NAME;
 typedef struct {
     KERNELS(POINTER)

@@ -1,4 +1,4 @@
-/* Heads of rows, each times a matrix of its own, where they lie. */
+/* Rows of heads times a head's matrix: where they lie, or in another order elsewhere. */
 #include "kernels.h"
 
 #include <string.h>
@@ -10,17 +10,26 @@ typedef struct {
     size_t num_chunks;
 } turn_job_t;
 
-/* Some groups of a head, which share its matrix. */
-static void turn_groups(const turn_t *turn, float *rows, const float *matrix, size_t count) {
-    float before[MAX_ATTENTION_ROWS * MAX_HEAD_DIM];
-    size_t width = turn->width, num_blocks = width / BLOCK;
-    for (size_t i = 0; i < count * width; i++) before[i] = turn->factor * rows[i];
+enum { AHEAD = 2 * MAX_ATTENTION_ROWS }; /* rows that are asked for in advance */
+
+/* out[count][width] = rows[count][width] times a matrix. */
+static void product(const float *rows, const float *matrix, size_t count, size_t width,
+                    float *out) {
+    size_t num_blocks = width / BLOCK;
     for (size_t b = 0, step = 4; b < num_blocks; b += step) {
         while (step > num_blocks - b) step /= 2;
-        tile_rows(0, count, step)(rows + b * BLOCK, width, BLOCK, (const char *)before,
+        tile_rows(0, count, step)(out + b * BLOCK, width, BLOCK, (const char *)rows,
                                   width * sizeof(float), (const char *)(matrix + b * BLOCK),
                                   BLOCK * sizeof(float), width * sizeof(float), width, 0);
     }
+}
+
+/* Some groups of a head, which share its matrix. */
+static void turn_groups(const turn_t *turn, float *rows, const float *matrix, size_t count) {
+    float before[MAX_ATTENTION_ROWS * MAX_HEAD_DIM];
+    size_t num_floats = count * turn->width;
+    for (size_t i = 0; i < num_floats; i++) before[i] = turn->factor * rows[i];
+    product(before, matrix, count, turn->width, rows);
 }
 
 static void turn_row(const turn_t *turn, float *row) {
@@ -46,6 +55,25 @@ static void turn_chunk(void *opaque, size_t chunk) {
 void turn_heads(const turn_t *turn) {
     turn_job_t job = {turn, pool_num_chunks(turn->num_rows)};
     pool_run(turn_chunk, &job, job.num_chunks);
+}
+
+static void ask_for(const float *row, size_t width) {
+    for (size_t i = 0; i < width; i += BLOCK) __builtin_prefetch(row + i);
+}
+
+void take_rows(const taken_t *taken) {
+    float some[MAX_ATTENTION_ROWS * MAX_HEAD_DIM];
+    size_t width = taken->width, end = taken->count;
+    for (size_t first = 0, count; first < end; first += count) {
+        count = end - first < MAX_ATTENTION_ROWS ? end - first : MAX_ATTENTION_ROWS;
+        float *out = taken->out + first * width, *to = taken->matrix ? some : out;
+        for (size_t i = first; i < first + count; i++) {
+            if (i + AHEAD < end) ask_for(taken->rows + (size_t)taken->order[i + AHEAD] * width, width);
+            memcpy(to + (i - first) * width, taken->rows + (size_t)taken->order[i] * width,
+                   width * sizeof(float));
+        }
+        if (taken->matrix) product(some, taken->matrix, count, width, out);
+    }
 }
 
 #endif

@@ -170,3 +170,22 @@ async def test_a_silent_worker_is_lost(tmp_path):
         await in_thread(link.ask, b"0")
         with pytest.raises(PartLost, match=r"silent for 0\.1 s"):
             await in_thread(link.ask, b"400")
+
+
+async def test_a_closed_link_is_lost_at_once(tmp_path):
+    async with linked(tmp_path, patience=3600) as (link, _, _):
+        await in_thread(link.ask, b"0")
+        await in_thread(link.close)
+        with pytest.raises(PartLost):
+            await in_thread(link.ask, b"0")
+
+
+async def test_what_is_done_meanwhile_is_done_before_the_answer_is_read(tmp_path):
+    order = []
+    async with linked(tmp_path) as (link, _, _):
+        sent = to_tensor(np.arange(4, dtype=np.float32))
+        await in_thread(link.ask, b"0", (sent,), lambda: order.append(link.num_bytes))
+        order.append(link.num_bytes)
+    (sent_by_then, received_by_then), (all_sent, all_received) = order
+    assert sent_by_then == all_sent > 0
+    assert received_by_then < all_received

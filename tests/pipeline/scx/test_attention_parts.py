@@ -84,6 +84,66 @@ def test_the_text_is_the_same(home, family, encoding, token_ids):
     assert (logits - expected_logits).abs().max() < 1e-4
 
 
+def decoded(pipeline, token_ids, count):
+    """Greedy tokens and logits, all but the first by steps from the wire to the wire."""
+    ((shard,), (cache,)) = pipeline.shards, pipeline.caches
+    tokens, logits = pipeline.greedy(token_ids, 1)
+    found = list(logits)
+    while len(tokens) < count:
+        batch = [Segment(0, len(token_ids) + len(tokens) - 1, 1)]
+        chosen, rows = shard.decode(tokens[-1].to_bytes(4, "little"), batch, cache)
+        tokens.append(int.from_bytes(chosen, "little"))
+        found.append(torch.from_numpy(rows[0].copy()))
+    return tokens, torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("family", "encoding"),
+    [("gpt2", {}), ("qwen2-qkv-bias", {}), *((FAMILY, encoding) for encoding in ENCODINGS)],
+    ids=str,
+)
+def test_a_recorded_step_asks_anew_each_time(home, family, encoding, token_ids):
+    at = home(family, **encoding)
+    if not at.pipeline.shards[0].decodes(1):
+        pytest.skip("these kernels record no steps")
+    tokens, logits = decoded(at.pipeline, token_ids, 24)
+    expected, expected_logits = at.plain.greedy(token_ids, 24)
+    assert tokens == expected
+    assert (logits - expected_logits).abs().max() < 1e-4
+    assert len(at.pipeline.caches[0].recordings.keys()) == 1
+
+
+def test_a_recorded_step_serves_whichever_slot_has_its_turn(home, token_ids):
+    at = home(num_slots=3)
+    (shard,), (cache,) = at.pipeline.shards, at.pipeline.caches
+    if not shard.decodes(1):
+        pytest.skip("these kernels record no steps")
+    assert not shard.decodes(2)  # halves of a batch overlap, each with what it asks
+    lengths = {2: 9, 0: 4, 1: 1}
+    for slot, length in lengths.items():
+        for pipeline in (at.pipeline, at.plain):
+            pipeline.hidden(token_ids[:length], [Segment(slot, 0, length)])
+    for step in range(6):
+        slot = (2, 0, 1)[step % 3]
+        batch = [Segment(slot, lengths[slot], 1)]
+        token = token_ids[step : step + 1]
+        expected = at.plain.logits(token, batch)
+        _, rows = shard.decode(int(token).to_bytes(4, "little"), batch, cache)
+        assert (torch.from_numpy(rows) - expected).abs().max() < 1e-4
+        lengths[slot] += 1
+
+
+def test_what_is_answered_wrongly_ends_a_recorded_step(home, token_ids):
+    at = home()
+    (shard,), (cache,) = at.pipeline.shards, at.pipeline.caches
+    if not shard.decodes(1):
+        pytest.skip("these kernels record no steps")
+    decoded(at.pipeline, token_ids, 3)
+    at.link.lie = lambda op, arrays: [arrays[0] * 1e6, arrays[1]]
+    with pytest.raises(AnswerRefused, match="longer than any"):
+        shard.decode((5).to_bytes(4, "little"), [Segment(0, 25, 1)], cache)
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
 def test_a_prompt_in_chunks_says_the_same(home, token_ids, encoding):
     at = home(**encoding)

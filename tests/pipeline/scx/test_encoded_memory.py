@@ -38,6 +38,20 @@ def test_the_text_is_the_same(oracle_of, kernels, make_pipeline, token_ids):
     assert (logits - expected_logits).abs().max() < 1e-4
 
 
+def test_a_recorded_step_has_the_bits_of_its_calls_one_by_one(oracle_of, kernels, token_ids):
+    _, middle = encoded(oracle_of, kernels)
+    if not middle.decodes(1):
+        pytest.skip("these kernels record no steps")
+    rows = np.linspace(-1, 1, 12 * oracle_of.config.hidden_dim, dtype=np.float32).reshape(12, -1)
+    recorded, plain = (middle.new_cache(2, 32) for _ in range(2))
+    for cache in (recorded, plain):
+        middle.forward(rows[:6], [Segment(0, 0, 2), Segment(1, 0, 4)], cache)
+    for at, batch in ((6, [Segment(1, 4, 1), Segment(0, 2, 1)]), (8, [Segment(0, 3, 1)])):
+        some = rows[at : at + len(batch)]
+        found, _ = middle.decode(some.tobytes(), batch, recorded)
+        assert found == middle.forward(some, batch, plain).tobytes()
+
+
 async def test_with_noise_and_keys_of_each_step_the_text_is_the_same(
     make_oracle, kernels, make_pipeline, token_ids
 ):

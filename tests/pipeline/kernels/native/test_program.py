@@ -121,3 +121,66 @@ def test_arrays_with_gaps_are_refused_where_no_strides_come_with_them(native):
 def test_what_has_no_memory_of_its_own_is_refused(native):
     with pytest.raises(TypeError, match="bytes-like"):
         native.copy(object(), floats(1), 4)
+
+
+def test_what_is_no_kernel_is_called_in_its_turn(native, program):
+    source, between, target = floats(4), floats(4), floats(4)
+    with program:
+        native.copy(source, between, 16)
+        native.call(lambda: between.__imul__(2))
+        native.copy(between, target, 16)
+    assert not target.any()
+    for value in (1, 3):
+        source[:] = value
+        program.run()
+        assert (target == 2 * value).all()
+
+
+def test_what_is_called_may_call_kernels_itself(native, program):
+    source, target = floats(4) + 1, floats(4)
+    with program:
+        native.call(lambda: native.copy(source, target, 16))
+    program.run()
+    assert (target == 1).all()
+
+
+def test_what_is_raised_ends_the_run(native, program):
+    target = floats(4)
+    problems = [ZeroDivisionError("first")]
+
+    def fail():
+        if problems:
+            raise problems.pop()
+
+    with program:
+        native.call(fail)
+        native.copy(floats(4) + 1, target, 16)
+    with pytest.raises(ZeroDivisionError, match="first"):
+        program.run()
+    assert not target.any()
+    program.run()
+    assert (target == 1).all()
+
+
+def test_what_is_called_is_kept_as_long_as_the_program(native):
+    program = native.Program()
+
+    def nothing():
+        pass
+
+    alive = weakref.ref(nothing)
+    with program:
+        native.call(nothing)
+    del nothing
+    assert alive() is not None
+    program.run()
+    del program
+    assert alive() is None
+
+
+def test_outside_of_a_program_it_is_called_at_once(native):
+    calls = []
+    native.call(lambda: calls.append(1))
+    assert calls == [1]
+    with pytest.raises(ZeroDivisionError):
+        native.call(lambda: 1 / 0)
