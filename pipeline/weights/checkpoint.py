@@ -255,7 +255,8 @@ def _load_file(
         blocks = _read_blocks(
             file, path, header.tensors, found.keys(), meter, is_whole=digest is not None
         )
-        with closing(run_ahead(blocks)) as ahead, ExitStack() as stack:
+        with ExitStack() as stack:
+            ahead = stack.enter_context(closing(run_ahead(blocks)))
             if digest is not None:  # by a thread that does nothing else: it takes the longest
                 ahead = stack.enter_context(closing(run_ahead(_hashed(ahead, digest))))
             for stored, first, data in ahead:
