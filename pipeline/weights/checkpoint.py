@@ -250,8 +250,8 @@ def _load_file(
         if digest is not None:
             digest.update(header.raw)
         found = {stored.name: stored for stored in header.tensors if stored.name in destinations}
-        for name, stored in found.items():
-            _check_fits(path, stored, destinations[name])
+        for name, tensor in found.items():
+            _check_fits(path, tensor, destinations[name])
         blocks = _read_blocks(
             file, path, header.tensors, found.keys(), meter, is_whole=digest is not None
         )
