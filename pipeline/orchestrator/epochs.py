@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from pipeline.engine.step import Step
@@ -67,13 +67,14 @@ class Epochs:
         self._connector = connector
         self._listener = listener
         self._patience_ms = patience_ms
-        # Rebuilt, and no result has come since that would prove it complete; or asked to go on from
-        # what is found, and not known to have done so.
+        # Rebuilt, and no result has come since that would prove it complete.
         self._unproven: frozenset[int] = frozenset()
-        # Gone on, and no result has come since.
+        # Asked to go on from what they find, and no result has come since.
         self._gone_on: frozenset[int] = frozenset()
-        # The names of what stages hold, of those where it outlives the worker.
+        # The names of what stages hold, of those where it outlives the worker; and of what those
+        # are to go on from that have not been ready since.
         self._kept: dict[int, bytes] = {}
+        self._asked: dict[int, bytes] = {}
 
     @property
     def is_unproven(self) -> bool:
@@ -95,7 +96,7 @@ class Epochs:
         lost = {stage.idx for stage in stages} if is_whole else lost
         keepers = {stage.idx for stage in stages if stage.keeps_activations}
         plan = plan_replay(lost | self._unproven, keepers)
-        self._unproven = plan.rebuilt | new
+        self._unproven = plan.rebuilt
         self._gone_on |= new - plan.rebuilt
         return plan
 
@@ -107,13 +108,10 @@ class Epochs:
         Raises SessionError or StageLost naming the stage that is refused or lost.
         """
         epoch = os.urandom(16)
-        names: dict[int, bytes | None] = {}
         for stage in stages:
-            opening = self._opening(stage, epoch, lengths, plan)
-            names[stage.idx] = opening.kept if isinstance(opening, Init) else None
-            await stage.begin(opening)
+            await stage.begin(self._opening(stage, epoch, lengths, plan))
             await stage.tell()
-        return await self._join(stages, epoch, plan, names)
+        return await self._join(stages, epoch, plan)
 
     async def replay(self, link: StepLink, source: ReplaySource, plan: ReplayPlan) -> None:
         """Send what stage 0 has lost, if it has; stages do as much for those behind them."""
@@ -126,9 +124,12 @@ class Epochs:
         self, stage: RemoteStage, epoch: bytes, lengths: Sequence[int], plan: ReplayPlan
     ) -> Init | Rewind:
         is_rebuilt = stage.idx in plan.rebuilt
+        if is_rebuilt or not stage.has_begun:
+            self._asked.pop(stage.idx, None)
         if not stage.has_begun:
-            goes_on = any(lengths) and not is_rebuilt
-            kept = self._kept.get(stage.idx) if goes_on else None
+            kept = None if is_rebuilt or not any(lengths) else self._kept.get(stage.idx)
+            if kept is not None:
+                self._asked[stage.idx] = kept
             return self._connector.init(stage.idx, epoch, kept, lengths)
         return Rewind(
             epoch=epoch,
@@ -138,16 +139,9 @@ class Epochs:
         )
 
     async def _join(
-        self,
-        stages: Sequence[RemoteStage],
-        epoch: bytes,
-        plan: ReplayPlan,
-        names: Mapping[int, bytes | None],
+        self, stages: Sequence[RemoteStage], epoch: bytes, plan: ReplayPlan
     ) -> StepLink:
-        """Open this epoch's data channels, and wait until every stage has its own.
-
-        `names`: of what stages are to go on from.
-        """
+        """Open this epoch's data channels, and wait until every stage has its own."""
         gate = self._connector.new_gate()
         channels: dict[str, SecureChannel] = {}
 
@@ -164,7 +158,7 @@ class Epochs:
                 self._connector.pending.setdefault(what, f"{what} is not ready")
                 ready.append(told := await stage.ready())
                 del self._connector.pending[what]
-                self._hear_kept(stage.idx, told.kept, names[stage.idx])
+                self._hear_kept(stage.idx, told.kept)
                 if stage.idx in plan.sources and not stage.keeps_activations:
                     # Its memory has been needed since it was asked; from now on that is known.
                     raise SessionError(f"{what} no longer keeps what it has sent")
@@ -186,16 +180,18 @@ class Epochs:
             self._ends,
         )
 
-    def _hear_kept(self, stage_idx: int, name: bytes | None, asked: bytes | None) -> None:
-        """Hear by which name a stage holds what it holds; `asked`: what it was to go on from.
+    def _hear_kept(self, stage_idx: int, name: bytes | None) -> None:
+        """Hear by which name a stage holds what it holds.
 
-        Raises SessionError where that is gone; like all that is unproven it is rebuilt next.
+        Raises SessionError where what it was to go on from is gone; then it is rebuilt.
         """
+        asked = self._asked.pop(stage_idx, None)
         self._kept.pop(stage_idx, None)
         if name is not None:
             self._kept[stage_idx] = name
-        if asked is not None and name != asked:
+        if asked is None:
+            return
+        if name != asked:
+            self._unproven |= {stage_idx}
             raise SessionError(f"stage {stage_idx} begins anew: what it held is gone")
-        if asked is not None:
-            self._unproven -= {stage_idx}
-            logger.info("event=went_on stage=%d", stage_idx)
+        logger.info("event=went_on stage=%d", stage_idx)

@@ -206,7 +206,11 @@ class StageCore:
             segments = decode_step(noted).segments
             self.cache.advance([each for each in segments if held[each.slot] == each.position])
             self.cache.kept.note_away()
-        self.rewind(lengths or [0] * self.limits.num_slots)
+        try:
+            self.rewind(lengths or [0] * self.limits.num_slots)
+        except MessageError:
+            self.release()
+            raise
 
     def computed(self, header: memoryview) -> None:
         """Note a step that is computed, and `served` once what it gives is on its way."""

@@ -10,7 +10,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +40,7 @@ from pipeline.weights.tensor_sinks import ROWS_TOGETHER, Sink
 from pipeline.weights.unpacking import unpacking, weight_shape
 
 PACKED = "packed"  # the dtype of what is no single tensor of a dtype
-BLOCK_BYTES = 2 << 20  # read at a time: large enough for the disk, small beside any shard
+BLOCK_BYTES = 1 << 20  # read at a time: large enough for the disk, small enough for the caches
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -230,9 +230,12 @@ def _load_files(
 
 
 class _Block(NamedTuple):
-    """Whole rows of a tensor that is wanted, from row `first`; overwritten soon after."""
+    """Whole rows of a tensor that is wanted, from row `first`; overwritten soon after.
 
-    stored: StoredTensor
+    Or of no tensor: bytes that are only hashed.
+    """
+
+    stored: StoredTensor | None
     first: int
     data: memoryview
 
@@ -248,15 +251,27 @@ def _load_file(
         if digest is not None:
             digest.update(header.raw)
         found = {stored.name: stored for stored in header.tensors if stored.name in destinations}
-        for name, stored in found.items():
-            _check_fits(path, stored, destinations[name])
-        blocks = _read_blocks(file, path, header.tensors, found.keys(), digest, meter)
-        with closing(run_ahead(blocks)) as ahead:
+        for name, tensor in found.items():
+            _check_fits(path, tensor, destinations[name])
+        blocks = _read_blocks(
+            file, path, header.tensors, found.keys(), meter, is_whole=digest is not None
+        )
+        with ExitStack() as stack:
+            ahead = stack.enter_context(closing(run_ahead(blocks)))
+            if digest is not None:  # by a thread that does nothing else: it takes the longest
+                ahead = stack.enter_context(closing(run_ahead(_hashed(ahead, digest))))
             for stored, first, data in ahead:
-                destinations[stored.name].write(first, _rows(stored, data))
+                if stored is not None:
+                    destinations[stored.name].write(first, _rows(stored, data))
     if digest is not None and expected_hash is not None:
         _compare_hash(path, digest.hexdigest(), expected_hash)
     return set(found)
+
+
+def _hashed(blocks: Iterator[_Block], digest: "hashlib._Hash") -> Iterator[_Block]:
+    for block in blocks:
+        digest.update(block.data)
+        yield block
 
 
 def _read_blocks(
@@ -264,55 +279,45 @@ def _read_blocks(
     path: Path,
     tensors: Iterable[StoredTensor],
     wanted: Collection[str],
-    digest: "hashlib._Hash | None",
     meter: Meter,
+    *,
+    is_whole: bool,
 ) -> Iterator[_Block]:
-    """All bytes in turn, hashed if there is a digest; those that are wanted as they come.
+    """What is wanted, block by block; with `is_whole` all other bytes too, each in its turn.
 
-    A block's memory is used again for that `PLACES` later.
+    A block's memory is used again for that twice `PLACES` later: it is hashed, and then packed.
     """
-    buffers = deque(bytearray(BLOCK_BYTES) for _ in range(PLACES))
+    buffers = deque(bytearray(BLOCK_BYTES) for _ in range(2 * PLACES))
+
+    def read(stored: StoredTensor | None, first: int, size: int) -> _Block:
+        if size > len(buffers[0]):
+            buffers[0] = bytearray(size)
+        data = memoryview(buffers[0])[:size]
+        fill(file, path, data)
+        meter.add(size)
+        buffers.rotate(-1)
+        return _Block(stored, first, data)
+
+    def pass_over(num_bytes: int) -> Iterator[_Block]:
+        if not is_whole:
+            file.seek(num_bytes, os.SEEK_CUR)
+            meter.add(num_bytes)
+            return
+        for start in range(0, num_bytes, BLOCK_BYTES):
+            yield read(None, 0, min(BLOCK_BYTES, num_bytes - start))
+
     position = 0
     for stored in tensors:
-        _pass_over(file, path, stored.start - position, digest, meter, buffers[0])
+        yield from pass_over(stored.start - position)
         position, num_bytes = stored.end, stored.end - stored.start
         # What is only hashed is not read by its own rows, which may be as large as the disk.
         if stored.name not in wanted:
-            _pass_over(file, path, num_bytes, digest, meter, buffers[0])
+            yield from pass_over(num_bytes)
             continue
         for first, size in _spans(stored, num_bytes):
-            if size > len(buffers[0]):
-                buffers[0] = bytearray(size)
-            data = memoryview(buffers[0])[:size]
-            fill(file, path, data)
-            if digest is not None:
-                digest.update(data)
-            meter.add(size)
-            buffers.rotate(-1)
-            yield _Block(stored, first, data)
-    if digest is not None:  # a file may be padded
-        num_bytes = os.fstat(file.fileno()).st_size - file.tell()
-        _pass_over(file, path, num_bytes, digest, meter, buffers[0])
-
-
-def _pass_over(
-    file: FileIO,
-    path: Path,
-    num_bytes: int,
-    digest: "hashlib._Hash | None",
-    meter: Meter,
-    buffer: bytearray,
-) -> None:
-    """Bytes that nobody wants; `buffer` is free for them."""
-    if digest is None:
-        file.seek(num_bytes, os.SEEK_CUR)
-        meter.add(num_bytes)
-        return
-    for start in range(0, num_bytes, len(buffer)):
-        data = memoryview(buffer)[: min(len(buffer), num_bytes - start)]
-        fill(file, path, data)
-        digest.update(data)
-        meter.add(len(data))
+            yield read(stored, first, size)
+    if is_whole:  # a file may be padded
+        yield from pass_over(os.fstat(file.fileno()).st_size - file.tell())
 
 
 def _spans(stored: StoredTensor, num_bytes: int) -> Iterator[tuple[int, int]]:

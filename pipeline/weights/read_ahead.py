@@ -23,8 +23,8 @@ def run_ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
     """The items, made by another thread while those before are in use.
 
     At most `PLACES` of them exist at a time: an item is over when the next is asked for, so they
-    may take turns at so many buffers. Raises what making them raised. Whoever stops early closes
-    the iterator: no more are made then.
+    may take turns at so many buffers; at twice as many where these are items run ahead. Raises what
+    making them raised. Whoever stops early closes the iterator: no more are made then.
     """
     made: SimpleQueue[Item | _End] = SimpleQueue()
     places = threading.Semaphore(PLACES)

@@ -126,7 +126,7 @@ def test_a_stage_keeps_what_it_sent_where_there_is_one_behind_it(tiny_model, idx
     manifest = SimpleNamespace(stages=(None, None))
     setup = SimpleNamespace(
         shard=shard, max_kv_bytes=1 << 30, stage_idx=idx, manifest=manifest,
-        while_replaying=nullcontext,
+        session_memory=None, while_replaying=nullcontext,
     )  # fmt: skip
     assert (new_core(setup, LIMITS).log is None) is (idx == 1)
 

@@ -132,6 +132,7 @@ def test_a_row_that_was_not_counted_is_not_there(stage):
     assert not any(each.any() for layer in zeroed for each in layer)
     with pytest.raises(MessageError, match="holds 19 tokens, it cannot keep 20"):
         stage.worker(first.name, [PROMPT + 1, PROMPT])
+    assert not any(stage.bytes())
 
 
 @pytest.mark.parametrize("num_counted", range(3))
