@@ -8,7 +8,7 @@ from pipeline.engine.admission import Transfer
 from pipeline.engine.fair_shares import shared_rows
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.limits import Limits
-from pipeline.engine.prefill_chunks import cut_prompts
+from pipeline.engine.prefill_chunks import chunk_size, cut_prompts
 from pipeline.engine.prompt_reader import MAX_READ_TOKENS
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
 from pipeline.engine.roster import Roster
@@ -330,7 +330,6 @@ class Scheduler:
 
     def _next_parts(self, num_under_way: int) -> list[tuple[RequestState, int]]:
         """Who takes part in the next step, with at most how many tokens."""
-        num_steps = self.limits.num_stages
         suspect = self.roster.suspects.alone(self._running)
         if suspect is not None:
             state = self._running[suspect]
@@ -338,14 +337,17 @@ class Scheduler:
             return [] if num_under_way else alone
         running = self._running.values()
         left = [state for state in running if state.num_prompt_left and state.may_send]
+        pace, num_stages = self._pace, self.limits.num_stages
+        if not left:
+            return self._decoding() if num_under_way < num_stages else []
         decoding, most = self._decoding(), self._chunk_tokens(left)
-        if left and any(not state.num_prompt_left for state in running):
-            most = self._pace.num_tokens(most, len(decoding))
-            # Where stages are far from each other more chunks keep them busy.
-            num_steps = self._pace.num_steps(most)
-        if num_under_way >= num_steps:
+        if any(not state.num_prompt_left for state in running):
+            most = pace.num_tokens(most, len(decoding))
+        num_tokens = chunk_size(left, num_stages, pace.least_tokens, most)
+        # Where stages are far from each other more chunks keep them busy.
+        if num_under_way >= pace.num_steps(len(decoding) + num_tokens):
             return []
-        return [*decoding, *cut_prompts(left, num_steps, self._pace.least_tokens, most)]
+        return [*decoding, *cut_prompts(left, num_tokens)]
 
     def _chunk_tokens(self, states: Sequence[RequestState]) -> int:
         """Most tokens of these one's prompts in a step."""

@@ -78,6 +78,20 @@ def test_texts_of_a_form_are_the_same_alone_together_and_through_a_loss(server, 
         assert list(lost) == alone
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_texts_of_a_form_that_give_way_are_what_they_are_alone(cluster, temperature):
+    cluster.plan(2)
+    for idx in range(2):
+        cluster.start_worker(idx, "--kv-memory", "0.0002")
+    server = cluster.serve("--context", "400", "--prefix-share", "0")
+    wanted = [{"seed": seed, "temperature": temperature, "max_tokens": 300} for seed in range(8)]
+    alone = [ask(server, **each) for each in wanted]
+    assert server.pipeline()["engine"]["num_given_way"] == 0
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        assert list(pool.map(lambda each: ask(server, **each), wanted)) == alone
+    assert server.pipeline()["engine"]["num_given_way"] > 0
+
+
 def test_the_openai_client_parses_calls_and_streams(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
         chat = {"model": "model", "messages": [{"role": "user", "content": "Hi"}]}
