@@ -82,13 +82,26 @@ def test_texts_of_a_form_are_the_same_alone_together_and_through_a_loss(server, 
 def test_texts_of_a_form_that_give_way_are_what_they_are_alone(cluster, temperature):
     cluster.plan(2)
     for idx in range(2):
-        cluster.start_worker(idx, "--kv-memory", "0.0002")
-    server = cluster.serve("--context", "400", "--prefix-share", "0")
-    wanted = [{"seed": seed, "temperature": temperature, "max_tokens": 300} for seed in range(8)]
-    alone = [ask(server, **each) for each in wanted]
+        cluster.start_worker(idx, "--kv-memory", "0.001")  # for 2,097 tokens
+    server = cluster.serve("--context", "1024", "--prefix-share", "0")
+    # As many as run at once begin beside each other, and cannot end so.
+    schema = {"type": "string", "minLength": 260, "maxLength": 280}
+    form = {"type": "json_schema", "json_schema": {"name": "long", "schema": schema}}
+    wanted = [
+        {"prompt": "A text:" * 6, "response_format": form, "temperature": temperature, "seed": seed}
+        for seed in range(8)
+    ]
+
+    def answer_to(fields):
+        body = {"max_tokens": 900, **fields}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"]
+
+    alone = [answer_to(each) for each in wanted]
     assert server.pipeline()["engine"]["num_given_way"] == 0
     with ThreadPoolExecutor(len(wanted)) as pool:
-        assert list(pool.map(lambda each: ask(server, **each), wanted)) == alone
+        assert list(pool.map(answer_to, wanted)) == alone
     assert server.pipeline()["engine"]["num_given_way"] > 0
 
 

@@ -105,7 +105,7 @@ def test_prompts_keep_far_stages_busy_whether_or_not_anybody_is_answered(is_answ
     began = stages.now
     stages.submit(1, 4000, 1)
     stages.until(lambda: 1 in stages.heard)
-    # Fixed chunks of 128, one on its way to each stage, take 4000 / 128 / 2 ways of 0.24 s and more.
+    # Fixed chunks of 128, one on its way to each stage, take 4000 / 256 ways of 0.24 s and more.
     assert stages.now - began <= 0.6 * 4000 / 128 / 2 * (0.24 + 2 * 0.066)
 
 
