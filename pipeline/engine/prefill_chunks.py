@@ -13,19 +13,18 @@ MIN_CHUNK_TOKENS = 64
 PARTS = 8
 
 
-def cut_prompts(
-    left: Sequence[RequestState], num_steps: int, least: int, most: int
-) -> list[tuple[RequestState, int]]:
-    """Chunks of prompts for one of `num_steps` under way at once: of `least` to `most` tokens.
+def chunk_size(left: Sequence[RequestState], num_stages: int, least: int, most: int) -> int:
+    """Tokens of a step of what is left of prompts: from `least`, for less takes as long."""
+    num_left = sum(state.num_prompt_left for state in left)
+    return min(max(-(-num_left // max(1, PARTS * (num_stages - 1))), least), most)
+
+
+def cut_prompts(left: Sequence[RequestState], budget: int) -> list[tuple[RequestState, int]]:
+    """Chunks of prompts for a step of so many tokens.
 
     The shortest go first, for they are soon done; but half is for the oldest, which would else
     wait for as long as shorter ones keep coming.
     """
-    if not left:
-        return []
-    num_left = sum(state.num_prompt_left for state in left)
-    share = -(-num_left // max(1, PARTS * (num_steps - 1)))
-    budget = min(max(share, least), most)
     oldest = left[0]
     chunks = {oldest.slot: min(oldest.num_prompt_left, -(-budget // 2))}
     budget -= chunks[oldest.slot]

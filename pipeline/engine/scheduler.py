@@ -8,7 +8,7 @@ from pipeline.engine.admission import Transfer
 from pipeline.engine.fair_shares import shared_rows
 from pipeline.engine.idle_prefixes import NO_PREFIXES, PrefixOptions
 from pipeline.engine.limits import Limits
-from pipeline.engine.prefill_chunks import cut_prompts
+from pipeline.engine.prefill_chunks import chunk_size, cut_prompts
 from pipeline.engine.prompt_reader import MAX_READ_TOKENS
 from pipeline.engine.request import FinishReason, Request, RequestState, TokenEvent
 from pipeline.engine.roster import Roster
@@ -23,6 +23,8 @@ from pipeline.protocol.result_kinds import NO_TOKEN, Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.sampling.draw import Draw
 
+# A request that takes part in a step, with at most so many tokens.
+Part = tuple[RequestState, int]
 # A step of two requests takes no longer than one of either: nothing is gained by less.
 MIN_SHARE = 2
 
@@ -298,12 +300,9 @@ class Scheduler:
         ended: list[int] = []
         given: list[int] = []
         draws: list[Draw] = []
-        parts = self._next_parts(num_under_way)
-        is_decoding = any(not state.num_prompt_left for state, _ in parts)
-        num_read = 0
-        for state, num_tokens in parts:
+        decoding, reading = self._next_parts(num_under_way)
+        for state, num_tokens in (*decoding, *reading):
             pending = state.pending(num_tokens)
-            num_read += len(pending) if state.num_prompt_left else 0
             start, end = state.num_sent, state.num_sent + len(pending)
             segments.append(Segment(state.slot, start, len(pending)))
             wants.append(state.want(len(pending)))
@@ -322,30 +321,37 @@ class Scheduler:
             return None
         header = StepHeader(StepKind.STEP, self._next_step, tuple(segments), tuple(wants))
         asked = Asked(tuple(given), tuple(draws)) if given or draws else NOTHING_ASKED
-        requests = tuple(state.request.request_id for state, _ in parts)
+        requests = tuple(state.request.request_id for state, _ in (*decoding, *reading))
         return Step(
-            header, tuple(token_ids), tuple(owners), is_decoding, asked,
-            requests=requests, num_read=num_read, ended=tuple(ended),
+            header, tuple(token_ids), tuple(owners), bool(decoding), asked,
+            requests=requests, num_read=len(token_ids) - len(decoding), ended=tuple(ended),
         )  # fmt: skip
 
-    def _next_parts(self, num_under_way: int) -> list[tuple[RequestState, int]]:
-        """Who takes part in the next step, with at most how many tokens."""
-        num_steps = self.limits.num_stages
+    def _next_parts(self, num_under_way: int) -> tuple[list[Part], list[Part]]:
+        """Who takes part in the next step: who has read his prompt, and who reads."""
         suspect = self.roster.suspects.alone(self._running)
         if suspect is not None:
+            if num_under_way:
+                return [], []
             state = self._running[suspect]
             alone = [(state, self._chunk_tokens((state,)))]
-            return [] if num_under_way else alone
-        running = self._running.values()
-        left = [state for state in running if state.num_prompt_left and state.may_send]
-        decoding, most = self._decoding(), self._chunk_tokens(left)
-        if left and any(not state.num_prompt_left for state in running):
-            most = self._pace.num_tokens(most, len(decoding))
-            # Where stages are far from each other more chunks keep them busy.
-            num_steps = self._pace.num_steps(most)
-        if num_under_way >= num_steps:
-            return []
-        return [*decoding, *cut_prompts(left, num_steps, self._pace.least_tokens, most)]
+            return ([], alone) if state.num_prompt_left else (alone, [])
+        left: list[RequestState] = []
+        answered: list[RequestState] = []
+        for state in self._running.values():
+            (left if state.num_prompt_left else answered).append(state)
+        left = [state for state in left if state.may_send]
+        pace, num_stages = self._pace, self.limits.num_stages
+        if not left:
+            return (self._decoding(answered) if num_under_way < num_stages else []), []
+        decoding, most = self._decoding(answered), self._chunk_tokens(left)
+        if answered:
+            most = pace.num_tokens(most, len(decoding))
+        num_tokens = chunk_size(left, num_stages, pace.least_tokens, most)
+        # Where stages are far from each other more chunks keep them busy.
+        if num_under_way >= pace.num_steps(len(decoding) + num_tokens):
+            return [], []
+        return decoding, cut_prompts(left, num_tokens)
 
     def _chunk_tokens(self, states: Sequence[RequestState]) -> int:
         """Most tokens of these one's prompts in a step."""
@@ -353,15 +359,14 @@ class Scheduler:
         most = self.limits.chunk_tokens
         return min(most, MAX_READ_TOKENS) if is_read else most
 
-    def _decoding(self) -> list[tuple[RequestState, int]]:
+    def _decoding(self, answered: Sequence[RequestState]) -> list[Part]:
         """A step's share of the requests that have read their prompt, with a token for each.
 
         None while as many of their steps are under way as there are shares: the one that comes back
         next makes a whole one with those that wait. Steps of prompts do not count: whoever they are
         of may want no second token, and so would never come.
         """
-        decoding = [state for state in self._running.values() if not state.num_prompt_left]
-        ready, num_shares = shared_rows(decoding, self.limits.num_stages, MIN_SHARE)
+        ready, num_shares = shared_rows(answered, self.limits.num_stages, MIN_SHARE)
         if sum(step.is_decoding for step in self._in_flight) >= num_shares:
             return []
         return [(state, 1) for state in ready]

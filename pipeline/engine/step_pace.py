@@ -99,11 +99,18 @@ class Pace:
 
     @property
     def least_tokens(self) -> int:
-        """Tokens of a step that takes twice as long as any must: fewer cost more each."""
+        """Tokens below which a step of prompts takes nearly as long.
+
+        It takes a stage twice as long as any must, and no more of them are needed than may be
+        under way.
+        """
         if not self._steps or not self._seconds:
             return MIN_CHUNK_TOKENS
-        costs = zip(self._steps, self._seconds, strict=True)
-        num_tokens = max(2 * step * self._num_tokens / max(took, 1e-9) for step, took in costs)
+        on_way = (self._between or 0.0) / ((MOST_STEPS - 1) * self._num_stages)
+        num_tokens = max(
+            max(2 * step, on_way) * self._num_tokens / max(took, 1e-9)
+            for step, took in zip(self._steps, self._seconds, strict=True)
+        )
         return max(LEAST_TOKENS, int(num_tokens))
 
     @property

@@ -1,5 +1,6 @@
 """Answers of a given form over real stages: at once, together with others, and through losses."""
 
+import itertools
 import json
 import os
 import signal
@@ -76,6 +77,27 @@ def test_texts_of_a_form_are_the_same_alone_together_and_through_a_loss(server, 
         time.sleep(0.5)
         os.kill(server.workers()[1], signal.SIGKILL)
         assert list(lost) == alone
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_texts_of_a_form_that_give_way_are_what_they_are_alone(cluster, temperature):
+    cluster.plan(2)
+    for idx in range(2):
+        cluster.start_worker(idx, "--kv-memory", "0.001")  # for 2,097 tokens
+    server = cluster.serve("--context", "1024", "--prefix-share", "0")
+    # As many as run at once begin beside each other, and cannot end so.
+    schema = {"type": "string", "pattern": "^[a-z ]{260,280}$"}
+    form = {"type": "json_schema", "json_schema": {"name": "long", "schema": schema}}
+
+    def texts(**fields):
+        body = {"prompt": "A text:" * 6, "response_format": form, "temperature": temperature}
+        choices = server.post({"max_tokens": 900} | body | fields).json()["choices"]
+        return [choice["text"] for choice in choices]
+
+    alone = [*itertools.chain.from_iterable(texts(seed=seed) for seed in range(8))]
+    assert server.pipeline()["engine"]["num_given_way"] == 0
+    assert texts(seed=0, n=8) == alone
+    assert server.pipeline()["engine"]["num_given_way"] > 0
 
 
 def test_the_openai_client_parses_calls_and_streams(server):

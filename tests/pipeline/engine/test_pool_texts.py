@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import trio
 
@@ -23,6 +24,14 @@ SAMPLINGS = [
 ]
 
 
+class Follows:
+    """A form that every token depends on: a third of the vocabulary, said by the one before."""
+
+    def allowed(self, generated, vocab_size, /):
+        last = generated[-1] if generated else 0
+        return (np.arange(vocab_size) + len(generated)) % 3 == last * 7 % 3
+
+
 def new_engine(shards, nursery, prefixes=NO_PREFIXES):
     limits = LIMITS.for_session(make_codec("F32", 64))
     row_bytes = shards[0].kv_bytes(1, 16) // 16
@@ -35,7 +44,7 @@ def new_engine(shards, nursery, prefixes=NO_PREFIXES):
     return engine, cores
 
 
-def requests():
+def requests(masks=()):
     rng = random.Random(5)
     for index in range(10):
         sampling = SAMPLINGS[index % len(SAMPLINGS)]
@@ -43,15 +52,17 @@ def requests():
             rng, rng.randint(40, 60), seed=index, **({"temperature": 0} | sampling)
         )
         # As a client whose texts are kept; of some the tokens are chosen at home.
-        yield replace(request, salt=b"whose", samples_at_home=index % 5 == 0, vocab_size=256)
+        at_home = index % 5 == 0
+        yield replace(request, salt=b"whose", samples_at_home=at_home, vocab_size=256, masks=masks)
 
 
+@pytest.mark.parametrize("masks", [(), (Follows(),)], ids=["free", "of-a-form"])
 @pytest.mark.parametrize("prefixes", [NO_PREFIXES, PrefixOptions(0.75)], ids=["none", "kept"])
 async def test_texts_are_those_of_requests_alone_however_often_they_give_way(
-    shards, nursery, prefixes
+    shards, nursery, prefixes, masks
 ):
     alone, _ = new_engine(shards, nursery)
-    expected = [await tokens_of(alone, request) for request in requests()]
+    expected = [await tokens_of(alone, request) for request in requests(masks)]
     engine, cores = new_engine(shards, nursery, prefixes)
     texts = {}
 
@@ -59,7 +70,7 @@ async def test_texts_are_those_of_requests_alone_however_often_they_give_way(
         texts[index] = await tokens_of(engine, request)
 
     async with trio.open_nursery() as asking:
-        for index, request in enumerate(requests()):
+        for index, request in enumerate(requests(masks)):
             asking.start_soon(ask, index, request)
     assert [texts[index] for index in range(len(expected))] == expected
     assert engine.stats.num_given_way > 0

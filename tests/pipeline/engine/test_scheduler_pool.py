@@ -12,6 +12,7 @@ from pipeline.errors import PromptError
 from pipeline.protocol.messages import Abort, Start
 from pipeline.protocol.tide_window import TideWindow
 from tests.pipeline.engine.prefix_rig import KEEPS, A, B, Clock, Driver, chat
+from tests.pipeline.engine.timed_stages import Stages
 from tests.pipeline.engine.toy_stages import Stage, checksum, solo
 
 
@@ -218,3 +219,19 @@ def test_what_no_longer_fits_at_all_is_given_up_with_the_reason():
     assert request_id == 7
     assert "80 tokens" in reason
     assert "50" in reason
+
+
+def test_a_crowd_that_gives_way_is_as_fast_as_fewer_that_need_not():
+    """Replays cost little beside what more rows in a step gain."""
+    speeds, tokens = [(0.043, 0.00285)] * 2, {}
+    for num_slots, pool in ((8, None), (16, 1000)):
+        stages = Stages(*speeds, overlapping=True, num_slots=num_slots)
+        stages.scheduler.admission.allow_reuse(True)
+        stages.scheduler.use_pool(pool)
+        for index in range(32):
+            stages.submit(index, 5, 125)
+        stages.run()
+        assert {len(times) for times in stages.heard.values()} == {125}
+        assert (stages.scheduler.roster.num_given_way > 0) == (pool is not None)
+        tokens[pool] = 32 * 125 / stages.now
+    assert tokens[1000] >= 0.8 * tokens[None]

@@ -6,6 +6,7 @@ from pipeline.engine.step_pace import FIRST_TOKENS, LEAST_TOKENS, MOST_STEPS, Pa
 from tests.pipeline.engine.timed_stages import Stages
 
 SMALL = (0.020, 0.004)  # two stages of a model of a billion parameters on a core each
+INT8 = (0.043, 0.00285)  # its weights in int8, which are read while rows are computed
 
 
 def beside_a_stream(stages, *prompts, known=True):
@@ -55,6 +56,57 @@ def test_alone_prompts_are_read_in_the_largest_chunks():
     stages.submit(0, 1900, 1)
     stages.run()
     assert max(stages.sizes) == 128
+
+
+def test_what_a_prompt_costs_nothing_beside_others_tells_little_of_what_a_longer_one_does():
+    stages = Stages(INT8, INT8, overlapping=True)
+    stages.submit(0, 5, 3000)
+    stages.until(lambda: len(stages.heard.get(0, ())) > 20)
+    for index in range(1, 20):
+        stages.submit(index, 12, 1)
+        stages.until(lambda index=index: index in stages.heard)
+    began = stages.now
+    stages.submit(99, 1900, 1)
+    stages.until(lambda: 99 in stages.heard)
+    assert max(stages.gaps(0, began)) <= 4 * 2 * INT8[0]
+    # And no slower than its rows are computed, if they were all that is.
+    assert stages.now - began <= 1.15 * 1900 * INT8[1]
+
+
+def test_generated_tokens_count_as_prompts_do():
+    pace = Pace(0.25, 1)
+    pace.sent(0, 50, 40, 0.0)
+    pace.came(0, (0.1,), 0.1)
+    assert pace.num_tokens(128, 0) - pace.num_tokens(128, 30) == 30
+    assert pace.num_tokens(128, 128) == LEAST_TOKENS
+
+
+def test_a_prompt_that_is_short_for_the_stages_is_cut_as_finely_as_costs_nothing():
+    stages = Stages(INT8, INT8, overlapping=True)
+    for index in (0, 1):
+        stages.submit(index, 320, 20)
+        stages.run()
+    began = stages.now
+    stages.submit(2, 320, 1)
+    stages.run()
+    assert stages.now - began <= 1.2 * 320 * INT8[1]
+
+
+@pytest.mark.parametrize("is_answering", [True, False])
+def test_prompts_keep_far_stages_busy_whether_or_not_anybody_is_answered(is_answering):
+    fast = (0.002, 0.0005)
+    stages = Stages(fast, fast, apart=0.08)
+    for index in (98, 99):
+        stages.submit(index, 300, 20)
+        stages.run()
+    if is_answering:
+        stages.submit(0, 5, 3000)
+        stages.until(lambda: len(stages.heard.get(0, ())) > 20)
+    began = stages.now
+    stages.submit(1, 4000, 1)
+    stages.until(lambda: 1 in stages.heard)
+    # Fixed chunks of 128, one on its way to each stage, take 4000 / 256 ways of 0.24 s and more.
+    assert stages.now - began <= 0.6 * 4000 / 128 / 2 * (0.24 + 2 * 0.066)
 
 
 def test_the_slowest_stage_counts_wherever_it_is():

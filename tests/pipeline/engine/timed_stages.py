@@ -13,11 +13,15 @@ from pipeline.protocol.step_header import StageTiming
 class Stages:
     """Stages that take `fixed` seconds for a step and `per_token` more for each of its tokens.
 
+    Or, where they are `overlapping`, whichever takes longer: reading all weights, or computing.
     From one to the next, and back, it takes `apart` seconds.
     """
 
-    def __init__(self, *speeds, apart=0.0, chunk_tokens=128, max_gap=0.25, num_slots=16):
+    def __init__(
+        self, *speeds, apart=0.0, overlapping=False, chunk_tokens=128, max_gap=0.25, num_slots=16
+    ):
         self.speeds, self.apart, self.now = speeds, apart, 0.0
+        self._both = max if overlapping else sum
         limits = Limits(num_slots, 100_000, chunk_tokens, len(speeds), max_gap=max_gap)
         self.scheduler = Scheduler(limits, clock=lambda: self.now)
         self.free_at = [0.0] * len(speeds)
@@ -31,7 +35,7 @@ class Stages:
         while (step := self.scheduler.next_step()) is not None:
             at, timings, count = self.now, [], step.header.num_tokens
             for idx, (fixed, per_token) in enumerate(self.speeds):
-                took = fixed + per_token * count if count else 0.0
+                took = self._both((fixed, per_token * count)) if count else 0.0
                 at = self.free_at[idx] = max(at + self.apart, self.free_at[idx]) + took
                 timings.append(StageTiming(round(took * 1e9), 0, 0))
             self.under_way.append((at + self.apart, step, tuple(timings)))
