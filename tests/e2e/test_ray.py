@@ -187,6 +187,11 @@ def test_what_cannot_be_had_is_said_in_one_line(cluster, nodes):
     words = "a stage takes CPU 64 of one node, and the 4 nodes have CPU 2 at most"
     assert told(words, cluster, nodes, "--ray-cpus", "64") is None
     assert told("nitro 0 at most", cluster, nodes, "--ray-resource", "nitro=1") is None
+    words = "a stage takes CPU 1, memory 1e+05 GiB of one node, and the 4 nodes have memory"
+    assert told(words, cluster, nodes, "--ray-memory", "100000") is None
+    # One pipeline has its place, and what is left is too little for another.
+    words = "2 stages take CPU 4, and the nodes have CPU 2 left"
+    assert told(words, cluster, nodes, "--ray-cpus", "2", "--replicas", "2") is None
     assert told("elsewhere", cluster, nodes, "--model-dir", cluster.directory / "elsewhere") == 2
     assert told("127.0.0.1:1: ", cluster, nodes, "--ray-address", "127.0.0.1:1") is None
 

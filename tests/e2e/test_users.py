@@ -270,7 +270,7 @@ def test_a_lost_stage_is_seen_to_go_and_to_be_replaced(server, shared_cluster):
     assert after["engine"]["num_handshakes"] > before["engine"]["num_handshakes"]
     text = server.get("/metrics").text
     assert "\nveilpipe_failovers_total 1.0\n" in text
-    assert '\nveilpipe_stage_up{stage="1"} 1.0\n' in text
+    assert '\nveilpipe_stage_up{replica="0",stage="1"} 1.0\n' in text
 
 
 def states(server):

@@ -160,9 +160,17 @@ class RayEngine:
         ray.shutdown()
 
     def _shortage(self) -> str | None:
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        free = self._ray.available_resources()
-        return shortage(self._job.needs, len(self._job.arguments), self._job.strategy, nodes, free)
+        """None as well where the head does not tell: `check` says that."""
+        ray, job, num_stages = self._ray, self._job, len(self._job.arguments)
+        try:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            free = ray.available_resources()
+            state = ray.util.placement_group_table(self._group)["state"]
+        except Exception:  # as above
+            return None
+        # A group gets its place as a whole, and later one for each stage that has lost its own.
+        num_missing = num_stages if state == "PENDING" else 1
+        return shortage(job.needs, num_stages, job.strategy, nodes, free, num_missing)
 
 
 class RayKeeper(StageKeeper):

@@ -8,11 +8,17 @@ Resources = Mapping[str, float]
 
 
 def shortage(
-    needs: Resources, num_stages: int, strategy: str, nodes: Sequence[Resources], free: Resources
+    needs: Resources,
+    num_stages: int,
+    strategy: str,
+    nodes: Sequence[Resources],
+    free: Resources,
+    num_missing: int = 1,
 ) -> str | None:
     """One line for people; None where nothing is lacking.
 
-    `needs`: of each stage. `nodes`: what each has in all. `free`: what is left of all of them.
+    `needs`: of each stage. `nodes`: what each has in all. `free`: what is left of all of them, for
+    the stages that have no place.
     """
     fitting = [node for node in nodes if all(node.get(k, 0) >= v for k, v in needs.items())]
     if not fitting:
@@ -32,10 +38,12 @@ def shortage(
         all(node.get(k, 0) >= v for k, v in wanted.items()) for node in nodes
     ):
         return f"STRICT_PACK has all stages on one node, and none has {_all(wanted)}"
-    lacking = [name for name, amount in needs.items() if free.get(name, 0) < amount]
+    missing = {name: amount * num_missing for name, amount in needs.items()}
+    lacking = [name for name, amount in missing.items() if free.get(name, 0) < amount]
     if lacking:
         left = ", ".join(_told(name, free.get(name, 0)) for name in lacking)
-        return f"a stage takes {_all(needs)}, and the nodes have {left} left"
+        who = "a stage takes" if num_missing == 1 else f"{num_missing} stages take"
+        return f"{who} {_all(missing)}, and the nodes have {left} left"
     return None
 
 

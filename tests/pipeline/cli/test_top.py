@@ -243,7 +243,7 @@ def on_a_terminal(server, term, *arguments):
 def read_until(leader, is_enough):
     seen = b""
     while not is_enough(seen):
-        assert select.select([leader], [], [], 30)[0], seen
+        assert select.select([leader], [], [], 600)[0], seen
         try:
             seen += os.read(leader, 65536)
         except OSError:  # the other end has closed it

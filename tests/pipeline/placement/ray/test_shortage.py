@@ -32,3 +32,17 @@ NITRO = {**SMALL, "nitro": 1.0}
 )  # fmt: skip
 def test_which_resource_is_lacking_and_how_much(needs, strategy, nodes, free, said):
     assert shortage(needs, 3, strategy, nodes, free) == said
+
+
+@pytest.mark.parametrize(
+    ("free", "num_missing", "said"),
+    [
+        (4.0, 3, "3 stages take CPU 6, and the nodes have CPU 4 left"),
+        (1.0, 1, "a stage takes CPU 2, and the nodes have CPU 1 left"),
+        (4.0, 1, None),
+        (6.0, 3, None),
+    ],
+)
+def test_stages_are_placed_together_at_first_and_one_by_one_later(free, num_missing, said):
+    found = shortage({"CPU": 2.0}, 3, "SPREAD", [SMALL] * 6, {"CPU": free}, num_missing)
+    assert found == said
