@@ -31,9 +31,11 @@ class OwnInt4:
 
     def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, int]:
         """Two for each byte, if scales and zeros are of as many groups. Raises CorruptPacking."""
-        dtypes = {main.dtype, *(f"{each.dtype} beside it" for each in sides.values())}
-        if len(main.shape) != 2 or dtypes != {"U8", "F16 beside it"}:
+        if len(main.shape) != 2 or main.dtype != "U8":
             raise CorruptPacking(f"is {main.dtype} {list(main.shape)}, no bytes of two inputs")
+        for name, side in sides.items():
+            if side.dtype != "F16":
+                raise CorruptPacking(f"has {name} of {side.dtype}, and it is F16")
         num_out, num_in = main.shape[0], 2 * main.shape[1]
         groups = (num_out, num_groups(num_in))
         check_shapes(sides, int4_scale=groups, int4_zero=groups)

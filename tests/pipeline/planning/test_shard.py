@@ -144,6 +144,50 @@ def test_an_int4_shard_holds_layers_in_four_bits_and_its_ends_in_eight(model_dir
     assert np.abs(held[0] - held[1]).max() <= 0.02 * np.abs(held[1]).max()
 
 
+def test_a_matrix_of_an_odd_number_of_inputs_stays_in_floats_and_means_the_same(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=49, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    source = tmp_path / "model"
+    LlamaForCausalLM(config).save_pretrained(source)
+    cut_model(plan(source, PlanOptions(1)), source, tmp_path / "out", "int4")
+    part = tmp_path / "out" / "stage0"
+    assert "model.layers.0.mlp.down_proj.weight" in load_file(part / "model.safetensors")
+    found = []
+    for directory in (source, part):
+        shard = load_shard(
+            directory, load_config(directory), 0, 1, dtype="int4", expected_hashes=None
+        )
+        hidden = shard.forward(np.arange(5), [Segment(0, 0, 5)], shard.new_cache(1, 16))
+        found += shard.kernels.to_host(hidden)
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "why"),
+    [
+        ("int4", lambda each: each[:, :-1].contiguous(), "has int4_scale of shape|has shape"),
+        ("int4", lambda each: each.to(torch.int8), "is I8 .*no bytes of two inputs"),
+        ("int4_scale", lambda each: each.float(), "has int4_scale of F32"),
+        ("int4_zero", lambda each: each[:-1].contiguous(), "has int4_zero of shape"),
+    ],
+)
+def test_int4_whose_parts_do_not_fit_is_refused_by_name(model_dir, tmp_path, part, change, why):
+    cut_model(plan(model_dir, PlanOptions(1)), model_dir, tmp_path / "out", "int4")
+    directory = tmp_path / "out" / "stage0"
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    tensors[name] = change(tensors[name])
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match=f"layers.1.mlp.up_proj.weight ({why})"):
+        load_shard(directory, load_config(directory), 0, 3, dtype="int4", expected_hashes=None)
+
+
 def test_a_manifests_own_precision_is_what_its_shards_are_stored_in(model_dir, tmp_path):
     manifest = plan(model_dir, PlanOptions(2, precision="int8"))
     pinned = cut_model(manifest, model_dir, tmp_path / "out")
