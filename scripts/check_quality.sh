@@ -24,8 +24,8 @@ for stages in 1 2 3; do
   if [ "$again" = "$reference" ]; then echo "ok    determinism: $stages stages"; else
     echo "FAIL  determinism: $stages stages differ"; failures=$((failures + 1)); fi
 done
-if python "$root/scripts/quality.py" --tokens 1024 --check >/dev/null; then echo "ok    bfloat16 and int8"; else
-  echo "FAIL  bfloat16 or int8: see scripts/quality.py"; failures=$((failures + 1)); fi
+if python "$root/scripts/quality.py" --tokens 1024 --check >/dev/null; then echo "ok    bfloat16, int8 and int4"; else
+  echo "FAIL  bfloat16, int8 or int4: see scripts/quality.py"; failures=$((failures + 1)); fi
 if python "$root/scripts/bench_wire.py" --rotated --check >/dev/null; then echo "ok    rotated int8"; else
   echo "FAIL  rotated int8: see scripts/bench_wire.py"; failures=$((failures + 1)); fi
 [ "$failures" = 0 ] || { echo "$failures failed" >&2; exit 1; }
