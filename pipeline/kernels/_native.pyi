@@ -52,8 +52,9 @@ def use_level(level: str, /) -> None:
     """
 
 def features() -> tuple[str, ...]:
-    """The level in use, then the kinds it computes with: "float32", "bfloat16", "int8", "int4"; ()
-    none.
+    """The level in use, then the kinds it computes with; () none.
+
+    Kinds are "float32", "bfloat16", "int8", "int4".
 
     "bf16_dot": this CPU multiplies bf16 itself, faster than weights can be widened.
     """

@@ -360,7 +360,7 @@ class NativeKernels(Kernels):
     ) -> None:
         """Each head's part of rows by that head's matrix, in place."""
         heads, width, _ = matrices.shape
-        stride = _strides(rows)[0]
+        stride = strides(rows)[0]
         _native.turn_heads(rows, stride, len(rows), heads, num_groups, width, matrices, factor)
 
     def call(self, callable_: Callable[[], None]) -> None:

@@ -169,7 +169,6 @@ class WeightSink:
         self._first = first
         self.is_in_out = is_in_out
         self.shape = (num_in, num_outputs) if is_in_out else (num_outputs, num_in)
-        self.precision = store.precision
         self.dtypes: Collection[str] = FLOATS
         self.scales: CopySink | None = None
         if store.precision == "int8":

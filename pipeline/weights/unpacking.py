@@ -22,7 +22,7 @@ from pipeline.weights.checkpoint_header import (
 )
 from pipeline.weights.headers import read_any_header
 from pipeline.weights.packings.base import CorruptPacking, PackedWeight, Sides
-from pipeline.weights.tensor_sinks import PIECE_BYTES, ROWS_TOGETHER, CopySink, Sink
+from pipeline.weights.tensor_sinks import PIECE_BYTES, ROWS_TOGETHER, CopySink, Sink, WeightSink
 from pipeline.weights.tensor_stacks import MatrixSink
 
 MAX_SIDE_BYTES = 1 << 30  # scales for each group of the largest matrices are a hundredth of it

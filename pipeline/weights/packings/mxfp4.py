@@ -64,3 +64,6 @@ class Mxfp4:
         numbers = _PAIRS[rows].reshape(len(rows), -1, GROUP)
         found: Floats = np.ldexp(numbers, exponents[:, :, None]).reshape(len(rows), -1)
         return found
+
+    def int4(self, first: int, rows: HostArray, sides: Sides) -> None:
+        """These levels are not evenly spaced."""

@@ -41,7 +41,7 @@ class OwnInt4:
         check_shapes(sides, int4_scale=groups, int4_zero=groups)
         return num_out, num_in
 
-    def check(self, shape: tuple[int, int], sides: Sides) -> None:
+    def check(self, shape: tuple[int, ...], sides: Sides) -> None:
         """Any numbers will do."""
 
     def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:
