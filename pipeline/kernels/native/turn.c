@@ -10,7 +10,7 @@ typedef struct {
     size_t num_chunks;
 } turn_job_t;
 
-enum { ROWS_AHEAD = 2 * MAX_ATTENTION_ROWS }; /* rows that are asked for in advance */
+enum { TAKEN_AHEAD = 2 * MAX_ATTENTION_ROWS }; /* rows that are asked for in advance */
 
 /* out[count][width] = rows[count][width] times a matrix. */
 static void product(const float *rows, const float *matrix, size_t count, size_t width,
@@ -68,7 +68,7 @@ void take_rows(const taken_t *taken) {
         count = end - first < MAX_ATTENTION_ROWS ? end - first : MAX_ATTENTION_ROWS;
         float *out = taken->out + first * width, *to = taken->matrix ? some : out;
         for (size_t i = first; i < first + count; i++) {
-            size_t ahead = i + ROWS_AHEAD;
+            size_t ahead = i + TAKEN_AHEAD;
             if (ahead < end) ask_for(taken->rows + (size_t)taken->order[ahead] * width, width);
             memcpy(to + (i - first) * width, taken->rows + (size_t)taken->order[i] * width,
                    width * sizeof(float));
