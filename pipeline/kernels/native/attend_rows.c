@@ -1,6 +1,6 @@
 /* Attention over rows that lie one after the other, with the logs of its sums: what somebody asks
  * who keeps no cache here, and has scaled his queries. */
-#include "simd.h"
+#include "tiles.h"
 
 #include <math.h>
 
@@ -48,7 +48,7 @@ static void attend_queries(const held_rows_t *held, size_t head, size_t first, s
         held->log_sums[at + i] = (double)greatest + log((double)sums[i]);
     }
     float *out = held->outputs + at * width;
-    for (size_t b = 0, step = 4; b < width / BLOCK; b += step) {
+    for (size_t b = 0, step = widest(count); b < width / BLOCK; b += step) {
         while (step > width / BLOCK - b) step /= 2;
         tile_rows(0, count, step)(out + b * BLOCK, width, BLOCK, (const char *)scores,
                                   num_rows * sizeof(float), (const char *)(values + b * BLOCK),

@@ -1,5 +1,5 @@
 /* Rows of heads times a head's matrix: where they lie, or in another order elsewhere. */
-#include "kernels.h"
+#include "tiles.h"
 
 #include <string.h>
 
@@ -16,7 +16,7 @@ enum { TAKEN_AHEAD = 2 * MAX_ATTENTION_ROWS }; /* rows that are asked for in adv
 static void product(const float *rows, const float *matrix, size_t count, size_t width,
                     float *out) {
     size_t num_blocks = width / BLOCK;
-    for (size_t b = 0, step = 4; b < num_blocks; b += step) {
+    for (size_t b = 0, step = widest(count); b < num_blocks; b += step) {
         while (step > num_blocks - b) step /= 2;
         tile_rows(0, count, step)(out + b * BLOCK, width, BLOCK, (const char *)rows,
                                   width * sizeof(float), (const char *)(matrix + b * BLOCK),
@@ -77,4 +77,5 @@ void take_rows(const taken_t *taken) {
     }
 }
 
+END_SIMD
 #endif
