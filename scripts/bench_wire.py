@@ -31,8 +31,8 @@ from pipeline.kernels.runtime import set_num_threads
 from pipeline.leakage.next_tokens import log_softmax
 from pipeline.leakage.utility import compare_logits
 from pipeline.models.config import load_config
+from pipeline.models.ends import BOTH_ENDS, NO_ENDS
 from pipeline.models.registry import ModelShard, load_shard
-from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model
 from pipeline.protocol.batch import Segment

@@ -11,9 +11,9 @@ from pipeline.errors import ModelError
 from pipeline.files import is_file
 from pipeline.gguf.model_files import is_gguf
 from pipeline.kernels.runtime import set_num_threads
+from pipeline.models.ends import BOTH_ENDS
 from pipeline.models.older_client_part import client_weights
 from pipeline.models.registry import load_shard
-from pipeline.models.shard_model import BOTH_ENDS
 from pipeline.orchestrator.client_ends import ClientEnds
 from pipeline.stage.model_config import agreed_config
 

@@ -13,11 +13,11 @@ from pipeline.dtypes import Floats
 from pipeline.errors import InputError
 from pipeline.models.decoder import STREAM
 from pipeline.models.decoder_config import DecoderConfig
+from pipeline.models.ends import NO_ENDS
 from pipeline.models.model_config import ModelConfig
 from pipeline.models.registry import family_of, required_tensors, stored_as
 from pipeline.models.rope import rope_frequencies
 from pipeline.models.rope_config import Rope
-from pipeline.models.shard_model import NO_ENDS
 from pipeline.scx.codec import LayerCodec
 from pipeline.scx.keys import KeyGenerator
 from pipeline.weights.checkpoint import load_tensors

@@ -8,8 +8,8 @@ from pathlib import Path
 from pipeline.leakage.modes import Mode
 from pipeline.leakage.public_model import PublicModel
 from pipeline.models.config import load_config
+from pipeline.models.ends import NO_ENDS
 from pipeline.models.registry import load_shard
-from pipeline.models.shard_model import NO_ENDS
 from pipeline.offload.linear_parts import MaskedParts, MixedParts
 from pipeline.offload.mask_file import write_masks
 from pipeline.offload.masks import Masks, open_masks

@@ -15,6 +15,7 @@ from pipeline.dtypes import Floats
 from pipeline.errors import ModelError
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.models.config import load_config
+from pipeline.models.ends import Ends
 from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.models.model_config import ModelConfig
 from pipeline.models.registry import (
@@ -24,7 +25,6 @@ from pipeline.models.registry import (
     required_tensors,
     stored_as,
 )
-from pipeline.models.shard_model import Ends
 from pipeline.progress import Progress, part_of
 from pipeline.protocol.batch import Batch, Segment
 from pipeline.weights.checkpoint import load_tensors

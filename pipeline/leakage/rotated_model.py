@@ -10,7 +10,7 @@ from pipeline.codecs.secret_rotation import MIN_SECRET_BYTES, SecretRotation
 from pipeline.errors import InputError
 from pipeline.leakage.public_model import PublicModel
 from pipeline.models.config import CONFIG_FILE, load_config
-from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
+from pipeline.models.ends import BOTH_ENDS, NO_ENDS
 from pipeline.planning.part_weights import Part, Source, part_tensors, save_tensors
 from pipeline.weights.checkpoint_index import SINGLE_FILE
 

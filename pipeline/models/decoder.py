@@ -10,10 +10,11 @@ from typing import Protocol
 from pipeline.dtypes import Array
 from pipeline.kernels.base import HeadShape, Norm, RMSNorm
 from pipeline.models.decoder_config import DecoderConfig
+from pipeline.models.ends import Names
 from pipeline.models.layer_parts import LayerMaker
 from pipeline.models.residual import ResidualStream
 from pipeline.models.routed_mlp import RoutedMLP
-from pipeline.models.shard_model import Layer, Names, Shard, ShardSpec
+from pipeline.models.shard_model import Layer, Shard, ShardSpec
 from pipeline.models.workspace import Block, ForwardPass
 from pipeline.weights.tensor_sinks import CopySink, Sink
 

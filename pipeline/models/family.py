@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.models.ends import Names
 from pipeline.models.model_config import Fields, ModelConfig
 from pipeline.models.residual import ResidualStream
-from pipeline.models.shard_model import Names, Shard, ShardSpec
+from pipeline.models.shard_model import Shard, ShardSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pipeline.dtypes import Array
 from pipeline.kernels.base import Activation, Norm
+from pipeline.models.ends import Names
 from pipeline.models.family import Family
 from pipeline.models.layer_parts import LayerMaker
 from pipeline.models.model_config import (
@@ -22,7 +23,7 @@ from pipeline.models.model_config import (
 )
 from pipeline.models.residual import ResidualStream
 from pipeline.models.rope_config import Positions
-from pipeline.models.shard_model import Layer, Names, Shard, ShardSpec
+from pipeline.models.shard_model import Layer, Shard, ShardSpec
 from pipeline.models.workspace import ForwardPass
 from pipeline.weights.tensor_sinks import CopySink, Sink
 

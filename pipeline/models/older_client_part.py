@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from pipeline.files import is_file
-from pipeline.models.shard_model import Names
+from pipeline.models.ends import Names
 from pipeline.weights.checkpoint_index import INDEX_FILE, SINGLE_FILE
 
 CLIENT_FILE = "client_weights.safetensors"

@@ -16,12 +16,13 @@ from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.kernels.session_memory import KeptSlots
 from pipeline.kernels.shape_only_kernels import Outline
+from pipeline.models.ends import BOTH_ENDS, Ends
 from pipeline.models.families import FAMILIES
 from pipeline.models.family import Family
 from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.models.model_config import ModelConfig
 from pipeline.models.older_client_part import HEAD, is_older_layout, names_in_file, older_name
-from pipeline.models.shard_model import BOTH_ENDS, Ends, Shard, ShardSpec
+from pipeline.models.shard_model import Shard, ShardSpec
 from pipeline.progress import Progress
 from pipeline.protocol.batch import Batch
 from pipeline.protocol.tide_window import TideWindow

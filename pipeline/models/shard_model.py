@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from pipeline.kernels.base import (
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV, kv_bytes
 from pipeline.kernels.session_memory import KeptSlots
+from pipeline.models.ends import Ends, Names
 from pipeline.models.layer_parts import OWN, LayerMaker, LayerParts, Overlap
 from pipeline.models.model_config import ModelConfig
 from pipeline.models.own_embedding import Embedding
@@ -50,27 +51,6 @@ class Layer(Protocol):
     @property
     def num_bytes(self) -> int:
         """Bytes of weights held."""
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Where a family's checkpoints keep what every decoder has; layers are `prefix.index`."""
-
-    embedding: str
-    layers: str
-    norm: str
-    head: str
-
-
-class Ends(NamedTuple):
-    """Which ends of a model a shard holds beside its layers; the head comes with the final norm."""
-
-    embedding: bool
-    head: bool
-
-
-# Of stages whose orchestrator holds both, and of the orchestrator's own part.
-NO_ENDS, BOTH_ENDS = Ends(embedding=False, head=False), Ends(embedding=True, head=True)
 
 
 @dataclass(frozen=True, slots=True)

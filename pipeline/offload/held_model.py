@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from pipeline.agreement.manifest import Manifest
+from pipeline.models.ends import NO_ENDS
 from pipeline.models.model_config import ModelConfig
 from pipeline.models.registry import load_shard, required_files
-from pipeline.models.shard_model import NO_ENDS
 from pipeline.offload.ring_linear import HeldLinear, HeldParts
 from pipeline.progress import Progress
 

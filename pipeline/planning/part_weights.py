@@ -32,6 +32,7 @@ from pipeline.models.config import (
     rotated_json,
     unpacked_json,
 )
+from pipeline.models.ends import Ends
 from pipeline.models.model_config import ModelConfig
 from pipeline.models.registry import (
     family_of,
@@ -39,7 +40,6 @@ from pipeline.models.registry import (
     required_tensors,
     stored_as,
 )
-from pipeline.models.shard_model import Ends
 from pipeline.planning.rotated_weights import RotatedWeights
 from pipeline.progress import Progress
 from pipeline.weights.checkpoint import (

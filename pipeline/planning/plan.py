@@ -10,8 +10,8 @@ from pipeline.agreement.manifest import Manifest, Split, build_manifest
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 from pipeline.models.config import hash_config, load_config
+from pipeline.models.ends import BOTH_ENDS, NO_ENDS
 from pipeline.models.registry import layer_bytes, required_files
-from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.progress import Progress
 from pipeline.weights.checkpoint import hash_files
 from transport.dial_and_listen import (

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from pipeline.codecs.secret_rotation import Doubles, SecretRotation
 from pipeline.dtypes import FLOAT32, ArrayDType, HostArray
+from pipeline.models.ends import Names
 from pipeline.models.residual import ResidualStream
-from pipeline.models.shard_model import Names
 
 Tensors = Mapping[str, HostArray]
 # Rows are rotated in pieces of about so many bytes of float64, so that they stay in the cache.

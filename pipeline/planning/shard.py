@@ -16,10 +16,10 @@ from pipeline.models.config import (
     hash_config,
     load_config,
 )
+from pipeline.models.ends import BOTH_ENDS, NO_ENDS
 from pipeline.models.model_config import ModelConfig
 from pipeline.models.older_client_part import CLIENT_FILE
 from pipeline.models.registry import in_older_layout
-from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.planning.part_weights import Part, Source, part_tensors, save_tensors
 from pipeline.planning.plan import CONTROL_PORT, DATA_PORT
 from pipeline.progress import Progress, part_of

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from pipeline.agreement.manifest import Manifest, StageSpec
 from pipeline.dtypes import Precision
 from pipeline.models.config import load_config
+from pipeline.models.ends import NO_ENDS
 from pipeline.models.registry import outline
-from pipeline.models.shard_model import NO_ENDS
 
 # As stages do, which leave the rest to the system.
 USABLE_SHARE = 0.9

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.models.config import load_config
+from pipeline.models.ends import NO_ENDS
 from pipeline.models.registry import outline
-from pipeline.models.shard_model import NO_ENDS
 
 # A stage takes steps of so many tokens at most.
 MAX_STEP_TOKENS = 4096

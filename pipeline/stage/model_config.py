@@ -9,10 +9,10 @@ from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.models.config import load_config
+from pipeline.models.ends import NO_ENDS
 from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.models.model_config import ModelConfig
 from pipeline.models.registry import ModelShard, load_shard
-from pipeline.models.shard_model import NO_ENDS
 from pipeline.progress import Progress
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.engine.limits import Limits
 from pipeline.models.config import load_config
+from pipeline.models.ends import BOTH_ENDS, NO_ENDS
 from pipeline.models.registry import load_shard
-from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.orchestrator.client_ends import ClientEnds
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.protocol.batch import Segment

@@ -11,8 +11,8 @@ from pipeline.doors.door_keys import GRACE_SECONDS, LIFETIME_SECONDS
 from pipeline.doors.door_session import DoorPolicy
 from pipeline.doors.messages import AttestRequest, DoorError, DoorFault
 from pipeline.errors import InputError, MessageError, SessionError
+from pipeline.models.ends import NO_ENDS
 from pipeline.models.registry import load_shard
-from pipeline.models.shard_model import NO_ENDS
 from pipeline.planning.plan import PlanOptions, plan
 from tests.pipeline.doors.rig import Model, begun, clock, goes_on, model, reference, refused
 

@@ -17,8 +17,8 @@ from pipeline.engine.prompt_reader import PromptMeaning, PromptScores
 from pipeline.errors import InputError, RequestFailed, SessionError
 from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.models.config import load_config
+from pipeline.models.ends import BOTH_ENDS, NO_ENDS
 from pipeline.models.registry import load_shard
-from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.orchestrator.client_ends import ClientEnds
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.protocol.result_kinds import NO_TOKEN

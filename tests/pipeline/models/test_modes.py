@@ -13,8 +13,8 @@ from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.errors import InputError, ModelError
 from pipeline.models import families
 from pipeline.models.config import load_config
+from pipeline.models.ends import BOTH_ENDS, NO_ENDS
 from pipeline.models.registry import load_shard
-from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.offload.linear_parts import MaskedParts, MixedParts
 from pipeline.offload.linear_worker import LinearWorker
 from pipeline.offload.mask_file import write_masks

@@ -8,9 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.errors import ModelError
 from pipeline.models.config import load_config
+from pipeline.models.ends import BOTH_ENDS, NO_ENDS
 from pipeline.models.older_client_part import client_weights
 from pipeline.models.registry import load_shard
-from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model
 from tests.pipeline.gguf_files import Types, write_gguf

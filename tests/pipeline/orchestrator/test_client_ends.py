@@ -13,8 +13,8 @@ from pipeline.engine.idle_prefixes import PrefixOptions
 from pipeline.engine.limits import Limits
 from pipeline.engine.step import Step
 from pipeline.errors import InputError, MessageError, RequestFailed
+from pipeline.models.ends import BOTH_ENDS, NO_ENDS
 from pipeline.models.registry import load_shard
-from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.orchestrator.client_ends import ClientEnds
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.protocol.batch import Segment

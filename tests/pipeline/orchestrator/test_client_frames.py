@@ -22,8 +22,9 @@ from pipeline.engine.home_times import PARTS
 from pipeline.engine.limits import Limits
 from pipeline.errors import InputError
 from pipeline.models.config import load_config
+from pipeline.models.ends import BOTH_ENDS, NO_ENDS
 from pipeline.models.registry import load_shard
-from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS, Shard
+from pipeline.models.shard_model import Shard
 from pipeline.orchestrator.client_ends import ClientEnds
 from pipeline.orchestrator.failover import run_with_failover
 from pipeline.orchestrator.model_ends import REMOTE_ENDS

@@ -11,7 +11,7 @@ from pipeline.codecs.registry import make_codec
 from pipeline.engine.engine import PipelineEngine
 from pipeline.engine.generation import Generation
 from pipeline.errors import BudgetSpent, LinkLost, PromptError
-from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
+from pipeline.models.ends import BOTH_ENDS, NO_ENDS
 from pipeline.orchestrator.client_ends import ClientEnds
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.protocol.step_header import StepKind

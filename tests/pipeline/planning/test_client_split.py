@@ -10,10 +10,10 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.agreement.manifest import load_manifest, parse_manifest
 from pipeline.errors import InputError, ModelError
+from pipeline.models.ends import BOTH_ENDS, NO_ENDS
 from pipeline.models.families import FAMILIES
 from pipeline.models.older_client_part import CLIENT_FILE, client_weights
 from pipeline.models.registry import load_shard, required_tensors
-from pipeline.models.shard_model import BOTH_ENDS, NO_ENDS
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model, cut_stage
 from pipeline.protocol.batch import Segment

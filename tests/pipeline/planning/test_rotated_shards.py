@@ -12,9 +12,9 @@ from pipeline.agreement.manifest import load_manifest, parse_manifest
 from pipeline.codecs.secret_rotation import SecretRotation
 from pipeline.errors import InputError, ManifestError, ModelError
 from pipeline.models.config import load_config
+from pipeline.models.ends import BOTH_ENDS
 from pipeline.models.families import FAMILIES
 from pipeline.models.registry import load_shard
-from pipeline.models.shard_model import BOTH_ENDS
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model, cut_stage
 from tests.pipeline.oracles import make_oracle  # noqa: F401 - a fixture

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.agreement.manifest import load_manifest
 from pipeline.errors import InputError, ManifestError, ModelError
 from pipeline.models.config import load_config
+from pipeline.models.ends import NO_ENDS
 from pipeline.models.registry import load_shard
-from pipeline.models.shard_model import NO_ENDS
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model, cut_stage
 from pipeline.protocol.batch import Segment

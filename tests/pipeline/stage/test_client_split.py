@@ -10,8 +10,8 @@ from pipeline.codecs.registry import make_codec
 from pipeline.errors import MessageError
 from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.models.config import load_config
+from pipeline.models.ends import NO_ENDS
 from pipeline.models.registry import load_shard
-from pipeline.models.shard_model import NO_ENDS
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.links import StepGate
 from pipeline.protocol.result_kinds import Result, Want
