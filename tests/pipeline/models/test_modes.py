@@ -107,7 +107,12 @@ class Near:
     """A link to a worker in this process."""
 
     def __init__(self, worker):
-        self.ask = lambda header, tensors=(): worker.answer(header, tensors)
+        self._worker = worker
+
+    def ask(self, header, tensors=(), meanwhile=None):
+        if meanwhile is not None:
+            meanwhile()
+        return self._worker.answer(header, tensors)
 
 
 def by_parts(directory, parts, worker):

@@ -358,7 +358,7 @@ def test_scales_rewritten_between_two_reads_are_found_out(packed, monkeypatch):
 REFUSED = {
     "bitsandbytes": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-        "'bitsandbytes nf4' weights are not supported: awq, gptq and compressed-tensors are",
+        "'bitsandbytes nf4' weights are not supported: awq, gptq, compressed-tensors and mxfp4 are",
     ),
     "another": ({"quant_method": "fp8"}, "'fp8' weights are not supported"),
     "awq gemv": (AWQ | {"version": "gemv"}, "version 'gemv'"),
