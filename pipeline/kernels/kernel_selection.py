@@ -34,7 +34,7 @@ def choose_kernels(choice: str, head_dim: int, device: str = "cpu") -> Kernels:
     if problem is None:
         return _native_kernels(level)
     if choice != "auto":
-        raise InputError(f"--kernels {choice}: {problem}; leave the flag out to compute with torch")
+        raise InputError(f"--kernels {choice}: {problem}; leave the flag out for what can compute")
     return _torch(problem)
 
 
