@@ -8,9 +8,12 @@ import time
 
 import pytest
 
+from pipeline.agreement.identity import create_identity
 from tests.e2e.conftest import BIN, Ports, end
 from tests.e2e.texts_under_way import completing, undisturbed
+from transport.address import parse_endpoint
 
+LENGTH = ("--max-tokens", "40", "--ignore-eos")
 # Answers right for a while, and then as its first argument says.
 LIAR = """
 import sys
@@ -57,14 +60,14 @@ class AttentionWorker:
         cluster.plan(1)
         cluster.edit(lambda raw: raw.update(part={"kind": "attention", "address": part}))
 
-    def start(self, *extra, lies=None):
+    def start(self, *extra, lies=None, trust=("--dev",)):
         command = (
             [BIN / "stage-worker", "attention"] if lies is None
             else [sys.executable, "-c", LIAR, lies]
         )  # fmt: skip
         with self.log.open("ab") as file:
             self.process = self._cluster.popen(
-                [*command, "--manifest", self._cluster.manifest, "--dev", *extra],
+                [*command, "--manifest", self._cluster.manifest, *trust, *extra],
                 stdout=file, stderr=file, env=self._cluster.environment,
             )  # fmt: skip
 
@@ -91,7 +94,7 @@ def attention(cluster):
 def answer(cluster, *extra):
     out = cluster.directory / "latency.json"
     result = cluster.orch(
-        "Hello there", "--max-tokens", "40", "--ignore-eos", "--latency-out", out, "--supervise",
+        "Hello there", *LENGTH, "--latency-out", out, "--supervise",
         "--model-dir", cluster.model_dir, *extra,
     )  # fmt: skip
     return result, json.loads(out.read_text())["token_ids"] if result.returncode == 0 else None
@@ -127,10 +130,7 @@ def test_a_worker_lost_in_the_middle_costs_no_text(cluster, attention):
 @pytest.mark.parametrize("lies", ["old", "long", "short", "no numbers"])
 def test_a_lie_is_one_error_and_the_text_goes_on_with_an_honest_worker(cluster, attention, lies):
     attention.start(lies=lies)
-    flags = (
-        "Hello there", "--max-tokens", "40", "--ignore-eos", "--supervise",
-        "--model-dir", cluster.model_dir,
-    )  # fmt: skip
+    flags = ("Hello there", *LENGTH, "--supervise", "--model-dir", cluster.model_dir)
     result = cluster.orch(*flags)
     assert result.returncode == 2, result.stderr
     errors = [line for line in result.stderr.splitlines() if "error: " in line]
@@ -176,6 +176,29 @@ def test_a_manifest_without_a_part_has_no_worker(cluster, attention):
 
 @pytest.mark.slow
 def test_without_dev_everybody_is_known_by_his_key(cluster, attention):
-    result = cluster.worker("attention", "--manifest", cluster.manifest)
-    assert result.returncode == 2
-    assert "orchestrator, stages and part know each other by their keys" in result.stderr
+    keys = {name: cluster.directory / name for name in ("orch", "stage", "part", "other")}
+    known = {name: create_identity(path) for name, path in keys.items()}
+    where = parse_endpoint(attention.address)
+    cluster.plan(
+        1, orchestrator_keys=(known["orch"],), stage_keys=(known["stage"],),
+        part=("attention", where, known["part"]),
+    )  # fmt: skip
+    manifest = ("--manifest", cluster.manifest)
+    refused = cluster.worker("attention", *manifest, "--identity", keys["other"])
+    assert refused.returncode == 2
+    assert f"another part than this machine, whose key is {known['other']}" in refused.stderr
+    assert "`pipeline-orch plan --part-key` names it" in refused.stderr
+    attention.start(trust=("--identity", keys["part"]))
+    cluster.workers[0] = cluster.popen(
+        [BIN / "stage-worker", *manifest, "--stage-idx", "0", "--identity", keys["stage"],
+         "--model-dir", cluster.model_dir, "--quiet"],
+        env=cluster.environment,
+    )  # fmt: skip
+    found = cluster.orch_command(
+        *manifest, "--tokenizer", cluster.model_dir / "tokenizer.json", "--identity", keys["orch"],
+        "--text", "Hello there", *LENGTH,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    cluster.plan(1)
+    expected = cluster.orch("Hello there", *LENGTH, "--supervise", "--model-dir", cluster.model_dir)
+    assert found.stdout == expected.stdout

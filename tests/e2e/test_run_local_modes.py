@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tests.e2e.conftest import Ports
+from tests.e2e.conftest import BIN, Ports
+from transport.private_files import create_private
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-NUM_TOKENS = 200
+PROMPT, NUM_TOKENS = "Hello there", 200
 # A pipe holds so much that nobody has read: nobody gets further than that ahead of the reader.
 PIPE_BYTES = 4096
 READ_BYTES = 300
@@ -27,10 +28,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def model(tiny_model, tmp_path_factory):
-    """The tiny model, most of whose tokens are long: a text that nobody reads is never over."""
+    """The tiny model; its tokens but the prompt's are long: a text nobody reads is never over."""
     directory = tmp_path_factory.mktemp("long") / "model"
     shutil.copytree(tiny_model, directory)
-    letters = [chr(code) for code in range(0x21, 0x7F)] + ["Ġ", "Ċ"]
+    letters = sorted(set(PROMPT.replace(" ", "Ġ")))
     names = [*letters, *(f"<{number}{'-' * 100}>" for number in range(256 - len(letters)))]
     tokenizer = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -60,7 +61,7 @@ def generate(model, tmp_path):
             "MODEL_DIR": str(model), "VEILPIPE_VENV": sys.prefix, "VEILPIPE_DEV_DIR": str(tmp_path),
             "BASE_PORT": str(ports.base), "TMPDIR": str(tmp_path), **environment,
         }  # fmt: skip
-        command = ["bash", scripts / "run_local.sh", *flags, "Hello there", str(NUM_TOKENS)]
+        command = ["bash", scripts / "run_local.sh", *flags, PROMPT, str(NUM_TOKENS)]
         with log.open("wb") as stderr:
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=stderr, env=environment
@@ -124,6 +125,8 @@ def plain_text():
         ("plain", stage(1), {}),
         ("client", stage(1), {}),
         ("rotate", stage(1), {}),
+        # so little noise, and so wide a bound, that no token is another
+        ("dp", stage(1), {"DP_SIGMA": "1e-9", "DP_CLIP": "1000", "DP_EPSILON": "1e30"}),
         ("scx", part_worker, {}),
         ("scx", stage(0), {}),
         ("scx", part_worker, {"KV_NOISE": "1", "KV_DECOYS": "8", "ONE_TIME_KEYS": "1"}),
@@ -143,3 +146,29 @@ def test_whoever_dies_the_text_is_the_plain_one(generate, plain_text, mode, kill
     assert text == plain_text[0]
     # behind its prompt a text whose prompt's rows were mixed asks nobody
     assert ("event=failover_complete" in log) == ((mode, kill) != ("mix", part_worker)), log
+
+
+@pytest.fixture
+def rotated_parts(model, tmp_path):
+    """Shards of a model rotated by a secret that is always the same, for rows in eight bits."""
+    ports = Ports(22)
+    parts, manifest, secret = (tmp_path / name for name in ("parts", "planned.json", "secret"))
+    create_private(secret, bytes(range(32)))
+    for command in (
+        ["plan", "--stages", "2", "--base-port", ports.base, "--split", "client",
+         "--wire-dtype", "I8", "-o", manifest],
+        ["shard", "--manifest", manifest, "--rotate-secret", secret, "--out", parts],
+    ):  # fmt: skip
+        subprocess.run(
+            [BIN / "pipeline-orch", *map(str, command), "--model-dir", model], check=True
+        )
+    yield parts
+    ports.release()
+
+
+def test_rows_in_eight_bits_are_the_same_again_when_a_stage_dies(generate, rotated_parts):
+    flags = ("--mode", "rotate-int8")
+    expected, _ = generate(*flags, MODEL_DIR=str(rotated_parts))
+    text, log = generate(*flags, kill=stage(1), MODEL_DIR=str(rotated_parts))
+    assert text == expected
+    assert "event=failover_complete" in log
