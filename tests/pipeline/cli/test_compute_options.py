@@ -50,8 +50,8 @@ def test_cpus_that_are_none_are_refused_before_anything_is_started(manifest, cpu
 
 
 def test_what_no_worker_could_start_with_is_refused_before_any_is(manifest, tiny_model):
-    with pytest.raises(InputError, match="--dtype int4: use float32"):
-        WorkerOptions(dtype="int4").arguments(manifest)
+    with pytest.raises(InputError, match="--dtype int3: use float32"):
+        WorkerOptions(dtype="int3").arguments(manifest)
     with pytest.raises(InputError, match="--kernels fast: use auto"):
         WorkerOptions(kernels="fast").arguments(manifest)
     with pytest.raises(InputError, match="has 2 CPUs for --threads 3"):
