@@ -63,7 +63,7 @@ typedef struct {
 } nibbles_t;
 
 INLINE nibbles_t nibbles_of(const int B, const char *x, const char *const *w, size_t offset,
-                        int index) {
+                            int index) {
     nibbles_t group = {.x = x, .index = index};
 #pragma GCC unroll 2
     for (int b = 0; b < B; b++) group.w[b] = w[b] + offset;
@@ -72,7 +72,7 @@ INLINE nibbles_t nibbles_of(const int B, const char *x, const char *const *w, si
 
 /* Row r's exact sums of a group, less the zeros' and scaled, into its float sums. */
 INLINE void settle_nibbles(const int WIDE, const int R, const int B, const int r, f32x16 *sums,
-                       const i32x16 *exact, nibbles_t group) {
+                           const i32x16 *exact, nibbles_t group) {
     const float *scales = (const float *)(group.x + LEVELS * R) + group.index * R;
     const float *row_sums = (const float *)(group.x + (LEVELS + SCALES) * R) + group.index * R;
 #pragma GCC unroll 2
@@ -91,7 +91,7 @@ INLINE void settle_nibbles(const int WIDE, const int R, const int B, const int r
 }
 
 INLINE void load_nibbles(const int WIDE, const int B, const nibbles_t *group, const int n,
-                       i32x16 *below, i32x16 *above) {
+                         i32x16 *below, i32x16 *above) {
 #pragma GCC unroll 2
     for (int b = 0; b < B; b++) {
         if (WIDE) {
@@ -123,9 +123,9 @@ INLINE void dot(const int R, const int B, i32x16 *exact, const i32x16 *weights,
 
 /* A group's exact sums. Between its products those of the group before are settled row by row
  * (`sums` is NULL where there is none): nothing waits for the last product of a sum. */
-INLINE void multiply_nibbles(const int WIDE, const int R, const int B, i32x16 *exact, nibbles_t group,
-                           f32x16 *sums, const i32x16 *exact_before, nibbles_t before,
-                           share_t *next) {
+INLINE void multiply_nibbles(const int WIDE, const int R, const int B, i32x16 *exact,
+                             nibbles_t group, f32x16 *sums, const i32x16 *exact_before,
+                             nibbles_t before, share_t *next) {
     const int32_t *levels = (const int32_t *)group.x + group.index * GROUP / 4 * R;
     fetch_share(R, next);
 #pragma GCC unroll 8
@@ -158,21 +158,21 @@ INLINE void run_i4(const int WIDE, const int R, const int B, float *acc, size_t 
     spread(w, B, w_base, block_stride);
     zero_sums(R, B, sums);
     if (adds) load_sums(R, B, sums, acc, acc_stride, acc_block);
-    multiply_nibbles(WIDE, R, B, even, nibbles_of(B, x, w, 0, 0), NULL, NULL, nibbles_of(B, x, w, 0, 0),
-                   &next);
+    multiply_nibbles(WIDE, R, B, even, nibbles_of(B, x, w, 0, 0), NULL, NULL,
+                     nibbles_of(B, x, w, 0, 0), &next);
     for (size_t k = 1; k < num_supers; k++, x += R * X_STEP) {
         multiply_nibbles(WIDE, R, B, odd, nibbles_of(B, x, w, 0, 1), sums, even,
-                       nibbles_of(B, x, w, 0, 0), &next);
+                         nibbles_of(B, x, w, 0, 0), &next);
         multiply_nibbles(WIDE, R, B, even, nibbles_of(B, x + R * X_STEP, w, step, 0), sums, odd,
-                       nibbles_of(B, x, w, 0, 1), &next);
+                         nibbles_of(B, x, w, 0, 1), &next);
 #pragma GCC unroll 2
         for (int b = 0; b < B; b++) {
             w[b] += step;
             __asm__("" : "+r"(w[b]));
         }
     }
-    multiply_nibbles(WIDE, R, B, odd, nibbles_of(B, x, w, 0, 1), sums, even, nibbles_of(B, x, w, 0, 0),
-                   &next);
+    multiply_nibbles(WIDE, R, B, odd, nibbles_of(B, x, w, 0, 1), sums, even,
+                     nibbles_of(B, x, w, 0, 0), &next);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) settle_nibbles(WIDE, R, B, r, sums, odd, nibbles_of(B, x, w, 0, 1));
     store_sums(R, B, sums, acc, acc_stride, acc_block, 0);
@@ -227,7 +227,7 @@ INLINE void run_i4(const int HAS_DOT, const int WIDE, const int R, const int B, 
 #endif
 
 /* One for each way of multiplying that a level has, and for weights as they are or widened. */
-#define I4_TILE_OF(HAS_DOT, WIDE, R, B)                                                               \
+#define I4_TILE_OF(HAS_DOT, WIDE, R, B)                                                            \
     static void i4_##HAS_DOT##WIDE##_##R##x##B(                                                    \
         float *acc, size_t acc_stride, size_t acc_block, const char *x, const char *w,             \
         size_t block_stride, size_t num_k, int adds, share_t next) {                               \
