@@ -21,17 +21,17 @@ from pipeline.protocol.batch import Segment
 from pipeline.remote_parts.wire import Message
 from pipeline.scx.attention_parts import AttentionParts
 from pipeline.scx.attention_worker import AttentionMemory, AttentionWorker
-from pipeline.scx.encoded_memory import SEED_BYTES, EncodedMemory
+from pipeline.scx.encoded_memory import SEED_BYTES, EncodedMemory, LocalLink
 from transport.tensor_frames import Tensor
 
 NUM_HOME_STAGES = 2
 
 
-class Near:
+class CountingLink(LocalLink):
     """A link to a worker in this process: what would travel is counted."""
 
     def __init__(self) -> None:
-        self._worker = AttentionWorker(AttentionMemory(None))
+        super().__init__(AttentionWorker(AttentionMemory(None)))
         self.num_asked = self.num_bytes = 0
 
     def ask(
@@ -41,9 +41,7 @@ class Near:
         meanwhile: Callable[[], None] | None = None,
     ) -> Message:
         """Ask at once."""
-        if meanwhile is not None:
-            meanwhile()
-        answered, back = self._worker.answer(header, tensors)
+        answered, back = super().ask(header, tensors, meanwhile)
         self.num_asked += 1
         self.num_bytes += len(header) + len(answered)
         self.num_bytes += sum(each.spec.nbytes for each in (*tensors, *back))
@@ -54,7 +52,7 @@ class EncodedModel:
     """All layers here, their keys and values encoded."""
 
     def __init__(self, model_dir: Path, model: PublicModel, mode: Mode, max_seq_len: int) -> None:
-        self.link = Near()
+        self.link = CountingLink()
         parts: AttentionParts | EncodedMemory
         if mode.holds == "encoded rows":
             parts = AttentionParts(model.config)

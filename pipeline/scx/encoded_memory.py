@@ -110,14 +110,14 @@ class EncodedRowByRow(AttentionParts):
         self._seed = seed
         worker = AttentionWorker(AttentionMemory(None))
         try:
-            self.attach(_Here(worker), limits)
+            self.attach(LocalLink(worker), limits)
             yield
         finally:
             self.end()
             worker.close()
 
 
-class _Here:
+class LocalLink:
     """A worker in this process, as whoever asks it sees it."""
 
     def __init__(self, worker: AttentionWorker) -> None:
