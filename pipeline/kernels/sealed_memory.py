@@ -10,12 +10,14 @@ nobody has verified. So only sealed memory of this user's own is taken.
 """
 
 import ctypes
+import fcntl
 import json
 import mmap
 import os
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -42,18 +44,8 @@ class SealedMemory:
 
     def __init__(self, fd: int) -> None:
         """Raises InputError for what is not such memory, or another user's."""
-        import fcntl  # noqa: PLC0415 - not everywhere
-
-        self._fcntl, self._fd = fcntl.fcntl, fd
-        owned_file(fd)
-        try:
-            seals = self._fcntl(fd, _GET_SEALS)
-        except OSError as error:
-            raise InputError(f"descriptor {fd} is no memory that can be sealed") from error
-        self.is_sealed = seals & _SEALED == _SEALED
-        # As every file in /dev/shm: it would be overwritten, and could not be sealed.
-        if seals & _SEAL_SEAL and not self.is_sealed:
-            raise InputError(f"descriptor {fd} is no memory that can be sealed")
+        self._fd = fd
+        self.is_sealed = is_sealed(fd)
         self._end = HEADER_BYTES
         self._prepared = 0  # address up to which the last chunk is
         self._chunks: list[tuple[int, int, int]] = []  # address, offset, bytes
@@ -103,12 +95,49 @@ class SealedMemory:
         for address, offset, size in self._chunks:
             # in place: a seal against writing takes no mapping that could be written through
             _map(address, size, mmap.PROT_READ, mmap.MAP_PRIVATE | _MAP_FIXED, self._fd, offset)
-        self._fcntl(self._fd, _ADD_SEALS, _SEALED)
+        fcntl.fcntl(self._fd, _ADD_SEALS, _SEALED)
         self.is_sealed = True
+
+    def let_go(self) -> None:
+        """Unmap it all: nothing that was handed out may be looked at any more."""
+        for address, _, size in self._chunks:
+            _libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
+        self._chunks.clear()
 
     def record(self) -> Record:
         """What was sealed. Raises InputError."""
         return read_record(self._fd)
+
+
+def is_sealed(fd: int) -> bool:
+    """Whether what is behind a descriptor can be mapped. Raises InputError as `SealedMemory`."""
+    owned_file(fd)
+    try:
+        seals = fcntl.fcntl(fd, _GET_SEALS)
+    except OSError as error:
+        raise InputError(f"descriptor {fd} is no memory that can be sealed") from error
+    # As every file in /dev/shm: it would be overwritten, and could not be sealed.
+    if seals & _SEAL_SEAL and seals & _SEALED != _SEALED:
+        raise InputError(f"descriptor {fd} is no memory that can be sealed")
+    return seals & _SEALED == _SEALED
+
+
+def is_untouched(fd: int) -> bool:
+    """Whether nobody has begun to fill memory: else somebody may be using what is there.
+
+    Raises InputError as `SealedMemory`.
+    """
+    return not is_sealed(fd) and os.fstat(fd).st_size == 0
+
+
+@contextmanager
+def one_at_a_time(fd: int) -> Iterator[None]:
+    """Among processes that do this with the same memory; one that dies makes way for the next."""
+    fcntl.lockf(fd, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.lockf(fd, fcntl.LOCK_UN)
 
 
 def owned_file(fd: int) -> None:
