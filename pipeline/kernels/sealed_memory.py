@@ -16,8 +16,10 @@ import mmap
 import os
 import stat
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -49,11 +51,13 @@ class SealedMemory:
         self._end = HEADER_BYTES
         self._prepared = 0  # address up to which the last chunk is
         self._chunks: list[tuple[int, int, int]] = []  # address, offset, bytes
+        self._preparing: _Preparing | None = None
         if not self.is_sealed:
             self.discard()
 
     def discard(self) -> None:
         """Let go of all that is not sealed: nobody may find it who has not verified it."""
+        self._stop_preparing()
         os.ftruncate(self._fd, 0)
 
     def chunk(self, num_bytes: int) -> npt.NDArray[np.uint8]:
@@ -75,7 +79,7 @@ class SealedMemory:
         return found
 
     def prepare(self, piece: npt.NDArray[np.uint8]) -> None:
-        """Have what is about to be filled lie in huge pages, where the system can.
+        """Have what is about to be filled lie in huge pages soon, where the system can.
 
         Before it is filled: that is faster than pages of the usual size, which would be copied
         later. What of a chunk is never handed out takes no memory.
@@ -85,12 +89,18 @@ class SealedMemory:
         if self.is_sealed or size <= 0:
             return
         first, self._prepared = self._prepared, self._prepared + size
-        for page in range(first, first + size, HUGE_PAGE):  # only what is there can be put together
-            ctypes.c_uint8.from_address(page).value = 0
-        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_COLLAPSE)
+        if self._preparing is None:
+            self._preparing = _Preparing()
+        self._preparing.add(first, size)
+
+    def _stop_preparing(self) -> None:
+        if self._preparing is not None:
+            self._preparing.stop()
+            self._preparing = None
 
     def seal(self, record: Record) -> None:
         """End the writing, and say what is here. Raises OSError, and then nothing is sealed."""
+        self._stop_preparing()
         write_record(self._fd, record)
         for address, offset, size in self._chunks:
             # in place: a seal against writing takes no mapping that could be written through
@@ -100,6 +110,7 @@ class SealedMemory:
 
     def let_go(self) -> None:
         """Unmap it all: nothing that was handed out may be looked at any more."""
+        self._stop_preparing()
         for address, _, size in self._chunks:
             _libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
         self._chunks.clear()
@@ -107,6 +118,39 @@ class SealedMemory:
     def record(self) -> Record:
         """What was sealed. Raises InputError."""
         return read_record(self._fd)
+
+
+class _Preparing:
+    """Huge pages made by a thread of its own, while what lies in those before is read and filled.
+
+    The system zeroes each, which takes about as long as filling it.
+    """
+
+    def __init__(self) -> None:
+        self._parts: SimpleQueue[tuple[int, int]] = SimpleQueue()
+        self._is_over = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def add(self, first: int, size: int) -> None:
+        """What lies there is made next; what is there already stays as it is."""
+        self._parts.put((first, size))
+
+    def stop(self) -> None:
+        """Returns once nothing of it is looked at any more."""
+        self._is_over = True
+        self._parts.put((0, 0))
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            first, size = self._parts.get()
+            if self._is_over:
+                return
+            for page in range(first, first + size, HUGE_PAGE):
+                # Only what is there can be put together, and reading it suffices for that.
+                ctypes.c_uint8.from_address(page).value  # noqa: B018
+            _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_COLLAPSE)
 
 
 def is_sealed(fd: int) -> bool:

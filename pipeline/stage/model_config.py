@@ -85,10 +85,11 @@ def load_stage(
             f"{stage.kernels}, which round differently; plan anew, or see `--kernels`"
         )
     logger.info(
-        "event=weights_loaded stage=%d bytes=%d seconds=%.2f",
+        "event=weights_loaded stage=%d bytes=%d seconds=%.2f%s",
         stage_idx,
         shard.num_weight_bytes,
         perf_counter() - started,
+        f" beside={','.join(map(str, beside))}" if beside else "",
     )
     return shard
 
