@@ -65,11 +65,16 @@ def placing(
         model = ("--model-dir", str(stage_dir(model_dir, stage_idx)))
         return (*shared, *model, *own[stage_idx], *target)
 
+    def alike(stage_idx: int) -> Sequence[int]:
+        hashes = manifest.stages[stage_idx].weight_hashes
+        others = (each for each in manifest.stages if each.stage_idx != stage_idx)
+        return [each.stage_idx for each in others if hashes and each.weight_hashes == hashes]
+
     if replica.of == 1:
-        return lambda tasks: Supervisor(manifest, arguments, tasks)
+        return lambda tasks: Supervisor(manifest, arguments, tasks, alike=alike)
     if results_at is not None:
         raise InputError(
             "--replicas has each last stage dialed for its results; none arrive at an address here"
         )
     shared += ["--pipelines", str(replica.of), "--allow-dial", HOST]
-    return lambda tasks: FreePortSupervisor(manifest, arguments, tasks)
+    return lambda tasks: FreePortSupervisor(manifest, arguments, tasks, alike)

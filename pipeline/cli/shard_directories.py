@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline.errors import InputError
 from pipeline.files import is_file
+from pipeline.gguf.model_files import CONFIG_FILE
 
 
 def stage_dir(model_dir: Path, stage_idx: int) -> Path:
@@ -40,6 +41,4 @@ def _part(model_dir: Path, name: str) -> Path:
 
 
 def _is_model(directory: Path) -> bool:
-    from pipeline.models.config import CONFIG_FILE  # which checks far more than its name
-
     return is_file(directory / CONFIG_FILE)

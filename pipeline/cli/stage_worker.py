@@ -4,7 +4,8 @@ import logging
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 
@@ -24,11 +25,18 @@ from pipeline.cli.shared_options import results_address
 from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
 from pipeline.cli.slot_store import opened_store
 from pipeline.cli.worker_flags import WorkerFlags
+from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 from pipeline.kernels.runtime import all_cpus, beside_a_reader, set_num_threads
-from pipeline.kernels.sealed_memory import SealedMemory
+from pipeline.kernels.sealed_memory import (
+    SealedMemory,
+    is_sealed,
+    is_untouched,
+    one_at_a_time,
+)
 from pipeline.kernels.session_memory import SessionMemory
 from pipeline.models.layer_parts import OWN, LayerParts
+from pipeline.models.registry import ModelShard
 from pipeline.protocol.peer_connections import PATIENCE_MS
 from pipeline.stage.dial_policy import parse_networks
 from pipeline.stage.model_config import load_stage
@@ -98,27 +106,8 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
     pinned = () if flags.cpus is None else parse_cpus(flags.cpus, flags.threads)
     num_threads = len(pinned) or flags.threads or 1
     set_num_threads(num_threads, pinned)
-    # Never in an enclave: what it holds has come through its own hands, and goes with it.
-    is_handed = flags.development.dev
-    fd, session_fd = (flags.weights_fd, flags.session_fd) if is_handed else (None, None)
-    memory = None if fd is None else SealedMemory(fd)
-    if flags.supervised and (memory is None or not memory.is_sealed):
-        # However quiet a supervisor's workers are: what reads gigabytes is told once.
-        logging.getLogger(load_stage.__module__).setLevel(logging.INFO)
-    # Several workers of one supervisor would draw over each other.
-    told = nullcontext(Reporter().loaded) if flags.supervised else progress_bar("loading weights")
-    with told as progress, beside_a_reader():
-        shard = load_stage(
-            manifest,
-            stage_idx,
-            flags.model_dir,
-            precision,
-            flags.kernels or "auto",
-            flags.device or "cpu",
-            progress,
-            memory,
-            parts,
-        )
+    shard = _load(manifest, flags, precision, parts)
+    session_fd = flags.session_fd if flags.development.dev else None
     setup = StageSetup(
         manifest=manifest,
         stage_idx=stage_idx,
@@ -139,6 +128,60 @@ def _prepare(flags: WorkerFlags) -> tuple[StageSetup, Endpoint, Endpoint]:
         while_replaying=all_cpus if flags.supervised and flags.threads is None else nullcontext,
     )
     return setup, control, data_in
+
+
+def _load(
+    manifest: Manifest, flags: WorkerFlags, precision: Precision, parts: LayerParts
+) -> ModelShard:
+    """The stage's layers. Raises ModelError, InputError."""
+    with _memory(manifest, flags) as (memory, beside):
+        if flags.supervised and (memory is None or not memory.is_sealed):
+            # However quiet a supervisor's workers are: what reads gigabytes is told once.
+            logging.getLogger(load_stage.__module__).setLevel(logging.INFO)
+        # Several workers of one supervisor would draw over each other.
+        reporting = nullcontext(Reporter().loaded)
+        told = reporting if flags.supervised else progress_bar("loading weights")
+        with told as progress, beside_a_reader(others_wait=bool(beside)):
+            return load_stage(
+                manifest,
+                flags.stage_idx,
+                flags.model_dir,
+                precision,
+                flags.kernels or "auto",
+                flags.device or "cpu",
+                progress,
+                memory,
+                parts,
+                beside,
+            )
+
+
+@contextmanager
+def _memory(
+    manifest: Manifest, flags: WorkerFlags
+) -> Iterator[tuple[SealedMemory | None, dict[int, SealedMemory]]]:
+    """Memory for the stage's weights, and for those of others that are read in the same pass.
+
+    Their workers wait here until that is done, and find theirs. Raises InputError.
+    """
+    fd, own = flags.weights_fd, flags.stage_idx
+    # Never in an enclave: what it holds has come through its own hands, and goes with it.
+    if fd is None or not flags.development.dev:
+        yield None, {}
+        return
+    fds = {own: fd, **dict(zip(flags.beside_stage, flags.beside_fd, strict=False))}
+    with ExitStack() as turn:
+        if len(fds) > 1 and not is_sealed(fd):
+            turn.enter_context(one_at_a_time(fds[min(fds)]))  # the same for all of them
+        memory, beside = SealedMemory(fd), {}
+        if not memory.is_sealed and flags.cpus is None:
+            precisions = {idx: precision_of(flags.dtype, manifest.stage(idx)) for idx in fds}
+            beside = {
+                idx: SealedMemory(other)
+                for idx, other in fds.items()
+                if idx != own and precisions[idx] == precisions[own] and is_untouched(other)
+            }
+        yield memory, beside
 
 
 def _parts(

@@ -89,6 +89,14 @@ class WorkerFlags(Settings):
         Field(ge=0, le=(1 << 31) - 1),
         Flag("FD", "Sealed memory for weights: for supervisors.", is_by_hand=True),
     ] = None
+    beside_stage: Annotated[
+        tuple[int, ...],
+        Flag("I", "Another stage of the same files: for supervisors.", is_by_hand=True),
+    ] = ()
+    beside_fd: Annotated[
+        tuple[int, ...],
+        Flag("FD", "Sealed memory for the weights of that: for supervisors.", is_by_hand=True),
+    ] = ()
     pipelines: Annotated[
         int,
         Field(ge=1, le=1024),

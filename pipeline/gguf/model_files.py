@@ -26,6 +26,7 @@ from pipeline.gguf.header import (
 from pipeline.gguf.vocabulary import TOKENS, tokenizer_config_fields, tokenizer_fields
 
 SUFFIX = ".gguf"
+CONFIG_FILE = "config.json"
 FIRST_READ = 8 << 20  # holds most heads; longer ones are read again, four times as much
 MAX_ROPE_FACTORS = 1 << 14
 
@@ -37,7 +38,7 @@ def is_gguf(model: Path) -> bool:
 
 def find_gguf(model: Path) -> Path:
     """The GGUF file that a directory has for a model, or the path itself. Raises InputError."""
-    if is_file(model / "config.json"):
+    if is_file(model / CONFIG_FILE):
         return model
     try:
         found = sorted(path for path in model.glob("*" + SUFFIX) if is_file(path))
@@ -155,7 +156,7 @@ def _tokenizer_config(head: GgufHead, file: FileIO) -> Mapping[str, object] | No
 
 
 _MADE: Mapping[str, Callable[[GgufHead, FileIO], Mapping[str, object] | None]] = {
-    "config.json": _config,
+    CONFIG_FILE: _config,
     "tokenizer.json": _tokenizer,
     "tokenizer_config.json": _tokenizer_config,
 }

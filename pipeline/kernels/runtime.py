@@ -95,14 +95,17 @@ def limit_torch() -> None:
 
 
 @contextmanager
-def beside_a_reader() -> Iterator[None]:
+def beside_a_reader(*, others_wait: bool = False) -> Iterator[None]:
     """Leave one of several threads meanwhile to whoever reads and hashes what is packed.
 
     Else one that packs would wait for another, whose core the reader has. And let this thread, and
     those that it makes, run on each CPU that was asked for: on the first alone they take turns.
+    `others_wait`: what this does they need too, so unless CPUs were asked for it takes all.
     """
     native = _native_threads()
-    num_threads, cpus = (1, ()) if _asked is None else _asked
+    asked, cpus = (1, ()) if _asked is None else _asked
+    usable = 1 if native is None else min(_num_cpus(), native.MAX_THREADS)
+    num_threads = max(asked, usable) if others_wait and not cpus else asked
     if native is not None and num_threads > 1:
         native.set_num_threads(num_threads - 1, *cpus[:-1])
     if cpus:
@@ -111,7 +114,7 @@ def beside_a_reader() -> Iterator[None]:
         yield
     finally:
         if native is not None and num_threads > 1:
-            native.set_num_threads(num_threads, *cpus)
+            native.set_num_threads(asked, *cpus)
         if cpus and "torch" not in sys.modules:  # whose threads are yet to inherit this one's
             os.sched_setaffinity(0, cpus[:1])
 

@@ -10,12 +10,16 @@ nobody has verified. So only sealed memory of this user's own is taken.
 """
 
 import ctypes
+import fcntl
 import json
 import mmap
 import os
 import stat
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -42,26 +46,18 @@ class SealedMemory:
 
     def __init__(self, fd: int) -> None:
         """Raises InputError for what is not such memory, or another user's."""
-        import fcntl  # noqa: PLC0415 - not everywhere
-
-        self._fcntl, self._fd = fcntl.fcntl, fd
-        owned_file(fd)
-        try:
-            seals = self._fcntl(fd, _GET_SEALS)
-        except OSError as error:
-            raise InputError(f"descriptor {fd} is no memory that can be sealed") from error
-        self.is_sealed = seals & _SEALED == _SEALED
-        # As every file in /dev/shm: it would be overwritten, and could not be sealed.
-        if seals & _SEAL_SEAL and not self.is_sealed:
-            raise InputError(f"descriptor {fd} is no memory that can be sealed")
+        self._fd = fd
+        self.is_sealed = is_sealed(fd)
         self._end = HEADER_BYTES
         self._prepared = 0  # address up to which the last chunk is
         self._chunks: list[tuple[int, int, int]] = []  # address, offset, bytes
+        self._preparing: _Preparing | None = None
         if not self.is_sealed:
             self.discard()
 
     def discard(self) -> None:
         """Let go of all that is not sealed: nobody may find it who has not verified it."""
+        self._stop_preparing()
         os.ftruncate(self._fd, 0)
 
     def chunk(self, num_bytes: int) -> npt.NDArray[np.uint8]:
@@ -83,7 +79,7 @@ class SealedMemory:
         return found
 
     def prepare(self, piece: npt.NDArray[np.uint8]) -> None:
-        """Have what is about to be filled lie in huge pages, where the system can.
+        """Have what is about to be filled lie in huge pages soon, where the system can.
 
         Before it is filled: that is faster than pages of the usual size, which would be copied
         later. What of a chunk is never handed out takes no memory.
@@ -93,22 +89,99 @@ class SealedMemory:
         if self.is_sealed or size <= 0:
             return
         first, self._prepared = self._prepared, self._prepared + size
-        for page in range(first, first + size, HUGE_PAGE):  # only what is there can be put together
-            ctypes.c_uint8.from_address(page).value = 0
-        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_COLLAPSE)
+        if self._preparing is None:
+            self._preparing = _Preparing()
+        self._preparing.add(first, size)
+
+    def _stop_preparing(self) -> None:
+        if self._preparing is not None:
+            self._preparing.stop()
+            self._preparing = None
 
     def seal(self, record: Record) -> None:
         """End the writing, and say what is here. Raises OSError, and then nothing is sealed."""
+        self._stop_preparing()
         write_record(self._fd, record)
         for address, offset, size in self._chunks:
             # in place: a seal against writing takes no mapping that could be written through
             _map(address, size, mmap.PROT_READ, mmap.MAP_PRIVATE | _MAP_FIXED, self._fd, offset)
-        self._fcntl(self._fd, _ADD_SEALS, _SEALED)
+        fcntl.fcntl(self._fd, _ADD_SEALS, _SEALED)
         self.is_sealed = True
+
+    def let_go(self) -> None:
+        """Unmap it all: nothing that was handed out may be looked at any more."""
+        self._stop_preparing()
+        for address, _, size in self._chunks:
+            _libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
+        self._chunks.clear()
 
     def record(self) -> Record:
         """What was sealed. Raises InputError."""
         return read_record(self._fd)
+
+
+class _Preparing:
+    """Huge pages made by a thread of its own, while what lies in those before is read and filled.
+
+    The system zeroes each, which takes about as long as filling it.
+    """
+
+    def __init__(self) -> None:
+        self._parts: SimpleQueue[tuple[int, int]] = SimpleQueue()
+        self._is_over = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def add(self, first: int, size: int) -> None:
+        """What lies there is made next; what is there already stays as it is."""
+        self._parts.put((first, size))
+
+    def stop(self) -> None:
+        """Returns once nothing of it is looked at any more."""
+        self._is_over = True
+        self._parts.put((0, 0))
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            first, size = self._parts.get()
+            if self._is_over:
+                return
+            for page in range(first, first + size, HUGE_PAGE):
+                # Only what is there can be put together, and reading it suffices for that.
+                ctypes.c_uint8.from_address(page).value  # noqa: B018
+            _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_COLLAPSE)
+
+
+def is_sealed(fd: int) -> bool:
+    """Whether what is behind a descriptor can be mapped. Raises InputError as `SealedMemory`."""
+    owned_file(fd)
+    try:
+        seals = fcntl.fcntl(fd, _GET_SEALS)
+    except OSError as error:
+        raise InputError(f"descriptor {fd} is no memory that can be sealed") from error
+    # As every file in /dev/shm: it would be overwritten, and could not be sealed.
+    if seals & _SEAL_SEAL and seals & _SEALED != _SEALED:
+        raise InputError(f"descriptor {fd} is no memory that can be sealed")
+    return seals & _SEALED == _SEALED
+
+
+def is_untouched(fd: int) -> bool:
+    """Whether nobody has begun to fill memory: else somebody may be using what is there.
+
+    Raises InputError as `SealedMemory`.
+    """
+    return not is_sealed(fd) and os.fstat(fd).st_size == 0
+
+
+@contextmanager
+def one_at_a_time(fd: int) -> Iterator[None]:
+    """Among processes that do this with the same memory; one that dies makes way for the next."""
+    fcntl.lockf(fd, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.lockf(fd, fcntl.LOCK_UN)
 
 
 def owned_file(fd: int) -> None:

@@ -10,12 +10,13 @@ from pydantic import ValidationError
 
 from pipeline.errors import ModelError
 from pipeline.files import is_file
+from pipeline.gguf import model_files
 from pipeline.gguf.model_files import SUFFIX, has_model_file, read_model_file
 from pipeline.models.families import FAMILIES, why_missing
 from pipeline.models.model_config import ModelConfig, shown
 from pipeline.weights.packings.choice import read_quantization, stays_packed
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE = model_files.CONFIG_FILE
 GENERATION_CONFIG_FILE = "generation_config.json"
 MAX_CONFIG_BYTES = (
     4 << 20

@@ -2,15 +2,15 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from pipeline.dtypes import Array, Floats, HostArray, Precision
 from pipeline.errors import ModelError
 from pipeline.kernels.base import Kernels, Rows
-from pipeline.kernels.kept_weights import keep_weights
+from pipeline.kernels.kept_weights import KeptWeights, keep_weights
 from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.sealed_memory import SealedMemory
@@ -28,7 +28,7 @@ from pipeline.protocol.batch import Batch
 from pipeline.protocol.tide_window import TideWindow
 from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names, tensor_sizes
 from pipeline.weights.quantization import to_precision
-from pipeline.weights.tensor_sinks import Sink
+from pipeline.weights.tensor_sinks import Sink, shared_sinks
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,13 @@ class ModelShard(Protocol):
         """Zero what steps have left in memory that outlives their session."""
 
 
+class Beside(NamedTuple):
+    """Layers of another stage that is of the same files, and where its weights may be left."""
+
+    layers: range
+    memory: SealedMemory
+
+
 def load_shard(
     model_dir: Path,
     config: ModelConfig,
@@ -115,6 +122,7 @@ def load_shard(
     expected_hashes: Sequence[str] | None,
     progress: Progress | None = None,
     memory: SealedMemory | None = None,
+    beside: Sequence[Beside] = (),
 ) -> ModelShard:
     """Load layers layer_start..layer_end (exclusive), with embedding first and head last.
 
@@ -125,29 +133,31 @@ def load_shard(
     of linears and attention. `expected_hashes`: SHA-256 of
     each of `required_files`, or None to load unverified. `memory`: where to leave verified weights
     for others, or to find what they left, of which nothing is read then; native kernels alone use
-    it, where no part has weights of its own. Raises ModelError naming file, tensor, expected and
+    it, where no part has weights of its own. What is `beside` is left in its own memory in the same
+    pass, where that is of use. Raises ModelError naming file, tensor, expected and
     actual, InputError for kernels that cannot be had.
     """
     precision = to_precision(dtype)
     _check_range(config, layer_start, layer_end, ends)
-    chosen = choose_kernels(kernels, config.head_dim, device)
     stored_config, config = config, _as_stored(model_dir, config)
-    kept = None
-    own = parts.hold_weights_in_kernels
-    if memory is not None and expected_hashes is not None and own:
-        kept = keep_weights(
-            chosen,
-            memory,
-            {
-                "config": repr(config),
-                "layers": [layer_start, layer_end],
-                "ends": ends,
-                "hashes": [each.lower() for each in expected_hashes],
-                "precision": precision,
-            },
-        )
-    spec = ShardSpec(range(layer_start, layer_end), chosen, precision, parts, ends)
-    shard = _allocate(config, spec)
+
+    def allocate(layers: range, memory: SealedMemory | None) -> tuple[Shard, KeptWeights | None]:
+        chosen, kept = choose_kernels(kernels, config.head_dim, device), None
+        if memory is not None and expected_hashes is not None and parts.hold_weights_in_kernels:
+            kept = keep_weights(
+                chosen,
+                memory,
+                {
+                    "config": repr(config),
+                    "layers": [layers.start, layers.stop],
+                    "ends": ends,
+                    "hashes": [each.lower() for each in expected_hashes],
+                    "precision": precision,
+                },
+            )
+        return _allocate(config, ShardSpec(layers, chosen, precision, parts, ends)), kept
+
+    shard, kept = allocate(range(layer_start, layer_end), memory)
     if kept is not None and kept.is_found:
         kept.check_layout()
         return shard
@@ -161,17 +171,28 @@ def load_shard(
             "a head of its own in the weights, which is used",
             model_dir.name,
         )
-    sinks = shard.destinations()
-    stored = _names_in_files(model_dir, config, sinks)
-    with nullcontext() if kept is None else kept.filling():
+    loaded = [(shard, kept)]
+    if kept is not None and config.packing is None:
+        loaded += [allocate(each.layers, each.memory) for each in beside]
+    with ExitStack() as filling:
+        for _, kept in loaded:
+            if kept is not None:
+                filling.enter_context(kept.filling())
         load_tensors(
             model_dir,
-            {stored[name]: sink for name, sink in sinks.items()},
+            shared_sinks(_sinks_in_files(model_dir, config, each) for each, _ in loaded),
             expected_hashes=expected_hashes,
             progress=progress,
             packing=config.packing,
         )
     return shard
+
+
+def _sinks_in_files(model_dir: Path, config: ModelConfig, shard: Shard) -> dict[str, Sink]:
+    """What a shard takes, by the names in the files."""
+    sinks = shard.destinations()
+    stored = _names_in_files(model_dir, config, sinks)
+    return {stored[name]: sink for name, sink in sinks.items()}
 
 
 def has_own_head(model_dir: Path, config: ModelConfig) -> bool:

@@ -30,7 +30,7 @@ COMMAND = (sys.executable, "-P", "-c", "from pipeline.cli.worker_forks import ma
 BLOCKED = (signal.SIGINT, signal.SIGTERM)
 # Once nobody can make requests, for forks to end as they do at the end of their stdin.
 LEAVE_SECONDS = 5
-MAX_DESCRIPTORS = 8
+MAX_DESCRIPTORS = 64
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 

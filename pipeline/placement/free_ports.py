@@ -18,11 +18,15 @@ class FreePortSupervisor(Supervisor):
     """As a supervisor, but no worker listens where the manifest says: that is another's place."""
 
     def __init__(
-        self, manifest: Manifest, arguments: Callable[[int], Sequence[str]], tasks: trio.Nursery
+        self,
+        manifest: Manifest,
+        arguments: Callable[[int], Sequence[str]],
+        tasks: trio.Nursery,
+        alike: Callable[[int], Sequence[int]] = lambda _: (),
     ) -> None:
         """As `Supervisor`; workers have to be allowed to dial each other at `HOST`."""
         listen = ("--control-listen", _ANY_PORT, "--data-in-listen", _ANY_PORT)
-        super().__init__(manifest, lambda idx: (*arguments(idx), *listen), tasks, self._look)
+        super().__init__(manifest, lambda idx: (*arguments(idx), *listen), tasks, self._look, alike)
         # Where each stage listens, or has last done so.
         self._addresses: list[StageEndpoint | None] = [None] * len(manifest.stages)
         self._changed = trio.Event()

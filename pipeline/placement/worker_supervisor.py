@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 # What a worker exits with when its input is unusable: trying again would not help.
 EXIT_BAD_INPUT = 2
 STOP_SECONDS = 5.0
+# Of as many other stages may a worker leave the weights: their descriptors come in one message.
+MAX_BESIDE = 32
 # For the last lines of a worker that has ended; what it started may hold its stdout open.
 LAST_WORDS_SECONDS = 1.0
 
@@ -52,10 +54,12 @@ class Supervisor:
         arguments: Callable[[int], Sequence[str]],
         tasks: trio.Nursery,
         on_change: Callable[[], None] = lambda: None,
+        alike: Callable[[int], Sequence[int]] = lambda _: (),
     ) -> None:
         """`arguments` of a stage follow `stage-worker --stage-idx I`.
 
-        `on_change` hears that a worker has begun, told something, or ended.
+        `on_change` hears that a worker has begun, told something, or ended. `alike`: the other
+        stages whose weights are in the same files as a stage's, for one worker to read for all.
 
         `tasks` keep the processes running; cancelled, they end them. They raise InputError when a
         stage's first worker finds its input unusable.
@@ -64,6 +68,7 @@ class Supervisor:
         self._arguments = arguments
         self._tasks = tasks
         self._on_change = on_change
+        self._alike = alike
         self._kept: set[int] = set()
         self._forks = Forks()
         # Stages whose worker is about to be forked.
@@ -86,9 +91,9 @@ class Supervisor:
         if stage_idx not in self._kept:
             self._kept.add(stage_idx)
             self._attempts[stage_idx] = Attempts(stage_idx)
-            fd = _new_memory(f"veilpipe-stage{stage_idx}", is_first=len(self._kept) == 1)
-            if fd is not None:
-                self._weights[stage_idx] = fd
+            for idx in (stage_idx, *self._alike(stage_idx)):
+                self._make_room(idx)
+            if stage_idx in self._weights:
                 self._renew_session(stage_idx)
             self._tasks.start_soon(self._keep, stage_idx)
 
@@ -206,9 +211,19 @@ class Supervisor:
             for flag, fds in (("--weights-fd", self._weights), ("--session-fd", self._sessions)):
                 if (fd := fds.get(stage_idx)) is not None:
                     handed += [flag, fd]
+            for idx in self._alike(stage_idx)[:MAX_BESIDE]:
+                if (fd := self._weights.get(idx)) is not None:
+                    handed += ["--beside-stage", str(idx), "--beside-fd", fd]
             return await self._forks.start([*arguments, *handed])
         finally:
             self._starting.discard(stage_idx)
+
+    def _make_room(self, stage_idx: int) -> None:
+        if stage_idx not in self._weights:
+            is_first = not self._weights and len(self._kept) == 1
+            fd = _new_memory(f"veilpipe-stage{stage_idx}", is_first=is_first)
+            if fd is not None:
+                self._weights[stage_idx] = fd
 
     def _renew_session(self, stage_idx: int) -> None:
         """Let go of what a session held; a worker that is not gone yet cannot reach the new."""

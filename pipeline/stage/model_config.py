@@ -1,8 +1,10 @@
 """The model that a manifest is for, as the directory has it that a program was given."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 
 from pipeline.agreement.manifest import Manifest
 from pipeline.dtypes import Precision
@@ -12,7 +14,7 @@ from pipeline.models.config import load_config
 from pipeline.models.ends import NO_ENDS
 from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.models.model_config import ModelConfig
-from pipeline.models.registry import ModelShard, load_shard
+from pipeline.models.registry import Beside, ModelShard, load_shard
 from pipeline.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -50,11 +52,13 @@ def load_stage(
     progress: Progress | None,
     memory: SealedMemory | None = None,
     parts: LayerParts = OWN,
+    beside: Mapping[int, SealedMemory] = MappingProxyType({}),
 ) -> ModelShard:
     """A stage's layers, by the manifest. Raises ModelError, InputError.
 
     `memory`: where weights outlive this process, for another of the same stage. `parts`: what does
-    the work of its layers.
+    the work of its layers. `beside`: memory of other stages, in the same precision and of the same
+    files, which are loaded together with it.
     """
     stage = manifest.stage(stage_idx)
     started = perf_counter()
@@ -71,19 +75,28 @@ def load_stage(
         parts=parts,
         progress=progress,
         memory=memory,
+        beside=[Beside(_layers(manifest, each), own) for each, own in beside.items()],
     )
+    for own in beside.values():
+        own.let_go()
     if stage.kernels not in {None, shard.kernels.name}:
         raise InputError(
             f"stage {stage_idx} computes with {shard.kernels.name} kernels here, the manifest says "
             f"{stage.kernels}, which round differently; plan anew, or see `--kernels`"
         )
     logger.info(
-        "event=weights_loaded stage=%d bytes=%d seconds=%.2f",
+        "event=weights_loaded stage=%d bytes=%d seconds=%.2f%s",
         stage_idx,
         shard.num_weight_bytes,
         perf_counter() - started,
+        f" beside={','.join(map(str, beside))}" if beside else "",
     )
     return shard
+
+
+def _layers(manifest: Manifest, stage_idx: int) -> range:
+    stage = manifest.stage(stage_idx)
+    return range(stage.layer_start, stage.layer_end)
 
 
 def _check_rotation(manifest: Manifest, model_dir: Path) -> None:

@@ -4,7 +4,7 @@ A tensor arrives as blocks of rows in the file's dtype and leaves in the dtype i
 stage's peak memory is its own weights and one block.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -112,6 +112,36 @@ class CopySink:
     def problem(self) -> str | None:
         """Nothing can be."""
         return None
+
+
+class SharedSink:
+    """One tensor that several take, each to a place of its own."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
+        self.shape = sinks[0].shape
+        self.dtypes: Collection[str] = [
+            each for each in sinks[0].dtypes if all(each in other.dtypes for other in sinks)
+        ]
+        self.is_optional = all(each.is_optional for each in sinks)
+
+    def write(self, first: int, rows: HostArray) -> None:
+        """Hand the rows to each."""
+        for each in self._sinks:
+            each.write(first, rows)
+
+    def problem(self) -> str | None:
+        """The first that one of them has."""
+        return next(filter(None, (each.problem() for each in self._sinks)), None)
+
+
+def shared_sinks(of_each: Iterable[Mapping[str, Sink]]) -> dict[str, Sink]:
+    """Sinks for all that any of these take, by the same names."""
+    found: dict[str, list[Sink]] = {}
+    for sinks in of_each:
+        for name, sink in sinks.items():
+            found.setdefault(name, []).append(sink)
+    return {name: each[0] if len(each) == 1 else SharedSink(each) for name, each in found.items()}
 
 
 class Store(Protocol):

@@ -68,3 +68,18 @@ def test_a_command_waits_for_no_library_that_most_runs_of_it_do_without(module, 
     assert result.returncode == 0, result.stderr
     imported = result.stdout.split()
     assert [name for name in imported if name.startswith(unused)] == []
+
+
+def test_looking_where_parts_of_a_model_are_waits_for_none_of_its_families(tmp_path):
+    (tmp_path / "stage0").mkdir()
+    (tmp_path / "stage0" / "config.json").touch()
+    code = (
+        "import sys, pipeline.cli.pipeline_orch, pathlib\n"
+        "from pipeline.cli.shard_directories import client_dir, stage_dir\n"
+        f"model = pathlib.Path({str(tmp_path)!r})\n"
+        "assert client_dir(model) == model and stage_dir(model, 0) == model / 'stage0'\n"
+        "print(*sys.modules, sep='\\n')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert [name for name in result.stdout.split() if name.startswith("pipeline.models")] == []

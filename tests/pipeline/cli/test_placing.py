@@ -1,14 +1,16 @@
 """Who runs the stages, and what a cluster is told of them."""
 
 import itertools
+import json
 import sys
 
 import pytest
 
-from pipeline.agreement.manifest import build_manifest, dump_manifest, load_manifest
+from pipeline.agreement.manifest import Manifest, build_manifest, dump_manifest, load_manifest
 from pipeline.cli import pipeline_orch
 from pipeline.cli.compute_options import WorkerOptions
 from pipeline.cli.pipeline_flags import PipelineFlags
+from pipeline.cli.placing import placing
 from pipeline.cli.ray_flags import OWN_NETWORKS, RayOptions
 from pipeline.errors import InputError
 from pipeline.planning.plan import PlanOptions, plan
@@ -116,3 +118,20 @@ def test_a_part_of_a_model_elsewhere_is_not_for_a_cluster(manifest, tiny_model):
     options = RayOptions()
     with pytest.raises(InputError, match="the manifest's part"):
         options.job(alone, tiny_model, flags(ray=options))
+
+
+async def test_stages_of_the_same_files_are_told_apart_from_others(manifest, tiny_model, nursery):
+    raw = manifest.model_dump(mode="json")
+    first, second = raw["stages"][0], raw["stages"][1]
+    assert first["weight_hashes"] == second["weight_hashes"]
+    given = flags(supervise=True, ray={})
+
+    def alike(raw):
+        found = Manifest.model_validate_json(json.dumps(raw))
+        placement = placing(found, tiny_model, tiny_model, given)(nursery)
+        return [placement._alike(each.stage_idx) for each in found.stages]
+
+    assert alike(raw) == [[1], [0]]
+    second["weight_hashes"] = ["0" * 64]
+    assert alike(raw) == [[], []]
+    nursery.cancel_scope.cancel()

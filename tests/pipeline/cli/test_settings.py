@@ -170,11 +170,11 @@ def test_help_names_a_flag_and_its_variable(monkeypatch, capfd, command):
 
 # What is said where it is done: what gives up a protection, and what is of one run alone.
 BY_HAND = {
-    "--allow-dial", "--cid", "--core", "--cors-origin", "--dev", "--help", "--ignore-measurements",
-    "--in", "--message", "--out", "--pipelines", "--prompt", "--prompt-file", "--ray-network",
-    "--ray-resource", "--remove", "--remove-unused", "--session-fd",
-    "--stats-out", "--stop",
-    "--supervised", "--system", "--text", "--text-file", "--weights-fd", "--yes",
+    "--allow-dial", "--beside-fd", "--beside-stage", "--cid", "--core", "--cors-origin", "--dev",
+    "--help", "--ignore-measurements", "--in", "--message", "--out", "--pipelines", "--prompt",
+    "--prompt-file", "--ray-network", "--ray-resource", "--remove", "--remove-unused",
+    "--session-fd", "--stats-out", "--stop", "--supervised", "--system", "--text", "--text-file",
+    "--weights-fd", "--yes",
 }  # fmt: skip
 # Commands that a person runs once: nothing that is meant for what runs on should reach them.
 COMMANDS_BY_HAND = {

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from pipeline.agreement.manifest import dump_manifest
+from pipeline.agreement.manifest import dump_manifest, load_manifest
 from pipeline.cli import stage_worker
 from pipeline.cli.worker_flags import WorkerFlags
 from pipeline.errors import InputError
 from pipeline.kernels.kernel_selection import why_not_native
-from pipeline.kernels.sealed_memory import SealedMemory
+from pipeline.kernels.sealed_memory import SealedMemory, is_sealed
 from pipeline.planning.plan import PlanOptions, plan
 
 # Runs the command with what it calls told of on stdout.
@@ -46,11 +46,11 @@ def worker(model, tmp_path):
     manifest = tmp_path / "manifest.json"
     manifest.write_text(dump_manifest(plan(model, PlanOptions(num_stages=2))))
 
-    def run(*flags):
-        arguments = ["--manifest", manifest, "--stage-idx", 0, "--model-dir", model, "--dev"]
+    def run(*flags, pass_fds=(), stage_idx=0):
+        arguments = ["--manifest", manifest, "--stage-idx", stage_idx, "--model-dir", model]
         return subprocess.run(
-            [sys.executable, "-c", TOLD, *map(str, arguments), *flags],
-            capture_output=True, text=True, timeout=300,
+            [sys.executable, "-c", TOLD, *map(str, arguments), "--dev", *flags],
+            capture_output=True, text=True, timeout=300, pass_fds=pass_fds,
         )  # fmt: skip
 
     return run
@@ -97,6 +97,59 @@ def test_an_enclave_takes_no_weights_from_outside_of_it(model, tmp_path, monkeyp
     finally:
         os.close(fd)
     assert len(taken) == dev
+
+
+@pytest.fixture
+def memories():
+    found = [os.memfd_create("weights", os.MFD_ALLOW_SEALING) for _ in range(3)]
+    yield found
+    for fd in found:
+        os.close(fd)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memory that can be sealed")
+def test_weights_are_left_for_others_where_these_have_none_and_nobody_has_begun(
+    model, tmp_path, memories
+):
+    path = tmp_path / "manifest.json"
+    path.write_text(dump_manifest(plan(model, PlanOptions(num_stages=2))))
+    manifest = load_manifest(path)
+
+    def beside(**given):
+        flags = WorkerFlags(
+            manifest=path, stage_idx=1, model_dir=model, weights_fd=memories[1],
+            beside_stage=(0,), beside_fd=(memories[0],), store={}, times={},
+            **{"development": {"dev": True}} | given,
+        )  # fmt: skip
+        with stage_worker._memory(manifest, flags) as (own, others):
+            assert given.get("development") or own is not None
+            return [*others]
+
+    assert beside() == [0]
+    assert beside(cpus="0") == []
+    assert beside(development={"dev": False}) == []
+    os.ftruncate(memories[0], 1)
+    assert beside() == []
+    assert os.fstat(memories[0]).st_size == 1
+    os.ftruncate(memories[0], 0)
+    SealedMemory(memories[1]).seal({})
+    assert beside() == []
+
+
+@pytest.mark.skipif(why_not_native() is not None, reason="needs native kernels")
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memory that can be sealed")
+def test_a_worker_reads_for_another_stage_what_that_then_finds(worker, model, memories):
+    handed = ("--weights-fd", memories[0], "--beside-stage", 1, "--beside-fd", memories[1])
+    first = worker("--supervised", *map(str, handed), pass_fds=memories)
+    assert first.stdout.splitlines().count("loaded") == 1
+    assert all(map(is_sealed, memories[:2]))
+    for path in model.glob("*.safetensors"):  # which nobody may read any more
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+    handed = ("--weights-fd", memories[1], "--beside-stage", 0, "--beside-fd", memories[0])
+    second = worker("--supervised", *map(str, handed), pass_fds=memories, stage_idx=1)
+    assert second.stdout.splitlines().count("loaded") == 1, second.stderr
 
 
 @pytest.mark.skipif(why_not_native() is not None, reason="torch's threads share all CPUs")

@@ -12,10 +12,10 @@ import pytest
 from pipeline.errors import InputError, ModelError
 from pipeline.kernels.huge_pages import Arena
 from pipeline.kernels.kernel_selection import why_not_native
-from pipeline.kernels.sealed_memory import HUGE_PAGE, SealedMemory
+from pipeline.kernels.sealed_memory import HUGE_PAGE, SealedMemory, is_untouched
 from pipeline.models.config import load_config
 from pipeline.models.layer_parts import LayerParts
-from pipeline.models.registry import load_shard
+from pipeline.models.registry import Beside, load_shard
 from pipeline.protocol.batch import Segment
 from pipeline.weights.checkpoint import hash_files, weight_files
 
@@ -41,12 +41,15 @@ def model(request, make_oracle, tmp_path):
     return copytree(make_oracle(request.param).directory, tmp_path / "model")
 
 
-@pytest.fixture
-def fd():
+def new_memory():
     found = os.memfd_create("weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.fchmod(found, 0o600)
     yield found
     os.close(found)
+
+
+fd = pytest.fixture(new_memory)
+other = pytest.fixture(new_memory)
 
 
 def load(model, fd, hashes, dtype="int8", layers=None):
@@ -85,6 +88,88 @@ def test_a_successor_computes_the_same_and_reads_no_weights(model, fd, dtype):
     assert successor.num_weight_bytes == alone.num_weight_bytes
     with pytest.raises(ModelError, match=r"model.*\.safetensors has SHA-256"):
         load(model, None, hashes, dtype)  # the next that has nothing handed over
+
+
+def layers_beside(model, fd, hashes, dtype, other):
+    """The first layer, with the others left in the memory `other`."""
+    config = load_config(model)
+    return load_shard(
+        model, config, 0, 1, dtype=dtype, kernels="native", expected_hashes=hashes,
+        memory=SealedMemory(fd), beside=[Beside(range(1, config.num_layers), SealedMemory(other))],
+    )  # fmt: skip
+
+
+def text_of(first, rest):
+    batch = (Segment(slot=0, position=0, num_tokens=5),)
+    rows = first.forward(np.array([3, 1, 4, 1, 5]), batch, first.new_cache(1, 16))
+    return rest.logits(rest.forward(rows, batch, rest.new_cache(1, 16))).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_one_pass_over_the_files_leaves_each_stage_its_own(model, fd, other, dtype):
+    hashes, num_layers = hash_files(weight_files(model)), load_config(model).num_layers
+    apart = [load(model, None, hashes, dtype, each) for each in ((0, 1), (1, num_layers))]
+    expected = text_of(*apart)
+    first = layers_beside(model, fd, hashes, dtype, other)
+    spoil(model)
+    rest = load(model, other, hashes, dtype, (1, num_layers))
+    assert text_of(first, rest) == expected
+    assert rest.num_weight_bytes == apart[1].num_weight_bytes
+
+
+def test_one_pass_over_files_that_fail_leaves_nobody_anything(model, fd, other):
+    hashes = hash_files(weight_files(model))
+    spoil(model)
+    with pytest.raises(ModelError, match="SHA-256"):
+        layers_beside(model, fd, hashes, "float32", other)
+    assert is_untouched(fd)
+    assert is_untouched(other)
+
+
+def test_what_is_let_go_is_mapped_no_more(fd):
+    inode = str(os.fstat(fd).st_ino)
+
+    def num_mappings():
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return sum("memfd:weights" in line and inode in line.split() for line in lines)
+
+    memory = SealedMemory(fd)
+    memory.chunk(100)[:] = 7
+    assert not is_untouched(fd)
+    assert num_mappings() == 1
+    memory.let_go()
+    assert num_mappings() == 0
+
+
+TAKE_A_TURN = """
+import sys
+from pipeline.kernels.sealed_memory import one_at_a_time
+print("asks", flush=True)
+with one_at_a_time(int(sys.argv[1])):
+    print("has", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_those_who_fill_memory_take_turns_and_one_that_dies_makes_way(fd):
+    def start():
+        command = [sys.executable, "-c", TAKE_A_TURN, str(fd)]
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[fd]
+        )
+
+    with start() as first:
+        assert [first.stdout.readline() for _ in range(2)] == ["asks\n", "has\n"]
+        with start() as second:
+            assert second.stdout.readline() == "asks\n"
+            first.kill()
+            assert second.stdout.readline() == "has\n"
+            second.stdin.close()
+            assert second.wait() == 0
+    with start() as third:
+        assert third.stdout.readline() == "asks\n"
+        assert third.stdout.readline() == "has\n"
+        third.kill()
 
 
 def test_what_is_sealed_can_neither_be_written_nor_resized(model, fd):

@@ -168,6 +168,34 @@ async def test_a_worker_has_its_own_streams_and_nothing_of_others(supervisor, wo
         assert blocked == 0
 
 
+SHOW = """
+import json, os, sys
+pairs = list(zip(sys.argv, sys.argv[1:]))
+own = [os.fstat(int(word)).st_ino for flag, word in pairs if flag == "--weights-fd"]
+stages = [int(word) for flag, word in pairs if flag == "--beside-stage"]
+others = [os.fstat(int(word)).st_ino for flag, word in pairs if flag == "--beside-fd"]
+open(TOLD, "a").write(json.dumps([own, stages, others]) + "\\n")
+"""
+
+
+@needs_sealed_memory
+async def test_workers_of_the_same_files_have_room_for_each_others_weights(work, tmp_path, nursery):
+    told = tmp_path / "told"
+    work(SHOW.replace("TOLD", repr(str(told))) + WORK)
+    others = {0: [2], 1: [], 2: [0]}
+    supervisor = Supervisor(None, lambda idx: (), nursery, alike=lambda idx: others[idx])
+    for stage_idx in others:
+        await supervisor.start(stage_idx)
+    await until(lambda: told.exists() and told.read_text().count("\n") == 3)
+    found = sorted(map(json.loads, told.read_text().splitlines()), key=lambda each: each[1:])
+    (alone, (second, *rest), (first, *more)) = found
+    assert alone[1:] == [[], []]
+    assert rest == [[0], first]
+    assert more == [[2], second]
+    assert len({*alone[0], *first, *second}) == 3
+    nursery.cancel_scope.cancel()
+
+
 WATCH = """
 import sys, trio
 from pipeline.placement import fork_server, forked_worker

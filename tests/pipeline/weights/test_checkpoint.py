@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pipeline.dtypes import BFLOAT16, from_floats, to_floats
 from pipeline.errors import ModelError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard, required_files
 from pipeline.weights import checkpoint, checkpoint_header
 from pipeline.weights.read_ahead import PLACES
-from pipeline.weights.tensor_sinks import CopySink
+from pipeline.weights.tensor_sinks import CopySink, shared_sinks
 
 TENSORS = {
     "a": torch.arange(12.0).view(3, 4),
@@ -347,3 +348,22 @@ def test_a_sink_that_fails_ends_the_reading(tmp_path):
     with pytest.raises(MemoryError):
         checkpoint.load_tensors(tmp_path, {"a": FailingSink(floats(3, 4))}, expected_hashes=None)
     assert threading.active_count() == before
+
+
+def test_a_tensor_that_several_take_is_what_all_of_them_can_take(stored):
+    one, two = floats(3, 4), np.zeros((3, 4), BFLOAT16)
+    both = shared_sinks([{"a": CopySink(one)}, {"a": CopySink(two, ("F32", "F16"))}])
+    assert both["a"].dtypes == ["F32", "F16"]
+    assert not both["a"].is_optional
+    checkpoint.load_tensors(stored, both, expected_hashes=None)
+    assert one.any()
+    assert np.array_equal(to_floats(two), to_floats(from_floats(one, BFLOAT16)))
+
+
+def test_what_one_of_several_finds_wrong_is_wrong():
+    class Wrong(CopySink):
+        def problem(self):
+            return "is wrong"
+
+    both = shared_sinks([{"a": CopySink(floats(2))}, {"a": Wrong(floats(2))}])
+    assert both["a"].problem() == "is wrong"
