@@ -13,7 +13,8 @@ import numpy as np
 from pipeline.dtypes import HostArray
 from pipeline.errors import ModelError
 from pipeline.gguf import architectures, vocabulary
-from pipeline.gguf.header import CorruptGguf, parse_head_untrusted
+from pipeline.gguf.configurations import ROPE_FACTORS, Factors
+from pipeline.gguf.header import CorruptGguf, GgufHead, parse_head_untrusted
 from pipeline.models import config
 from pipeline.weights import checkpoint_header
 from pipeline.weights.checkpoint_header import StoredTensor
@@ -25,21 +26,26 @@ from pipeline.weights.packings.choice import find_packed, read_quantization
 def decode_gguf(data: bytes) -> None:
     """A head, and all that is made of it."""
     head = parse_head_untrusted(data, len(data))
+    factors = np.ones(8, np.float32)
     position = head.num_bytes
     for tensor in head.tensors:
         assert position <= tensor.start <= tensor.end <= len(data)
         position = tensor.end
     for read in (
-        lambda: architectures.meanings(head),
-        lambda: config.parse_config(
-            json.dumps(architectures.config_fields(head, None)).encode(), {}, Path("config.json")
-        ),
-        lambda: architectures.config_fields(head, np.ones(8, np.float32)),
+        lambda: list(architectures.meanings(head)),
+        lambda: as_config(head, {}),
+        *(lambda name=name: as_config(head, {name: factors}) for name in ROPE_FACTORS),
+        lambda: as_config(head, dict.fromkeys(ROPE_FACTORS[1:], factors)),
         lambda: vocabulary.tokenizer_fields(head.metadata),
         lambda: vocabulary.tokenizer_config_fields(head.metadata),
     ):
         with contextlib.suppress(CorruptGguf, ModelError):
             read()
+
+
+def as_config(head: GgufHead, factors: Factors) -> None:
+    raw = json.dumps(architectures.config_fields(head, factors)).encode()
+    config.parse_config(raw, {}, Path("config.json"))
 
 
 def decode_packed(data: bytes) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,16 +251,18 @@ def save_tensors(tensors: Mapping[str, HostArray], path: Path) -> str:
 class _Kept:
     """A tensor on its way into a shard: as stored, or rounded to another float."""
 
-    def __init__(self, stored: StoredTensor, dtype: ArrayDType, arena: Arena) -> None:
+    def __init__(
+        self, stored: StoredTensor, dtype: ArrayDType, arena: Arena, *, is_turned: bool = False
+    ) -> None:
         self._name = stored.name
-        target = arena.array(stored.shape, dtype)
+        self._target = arena.array(stored.shape, dtype)
         dtypes = (stored.dtype, *FLOATS)
-        self.sink: Sink = CopySink(target, dtypes, fill=choose_conversion().fill)
+        sink = CopySink(self._target, dtypes, fill=choose_conversion().fill)
+        self.sink: Sink = sink.turned() if is_turned else sink
 
     def tensors(self) -> Mapping[str, HostArray]:
         """What the shard stores, by name."""
-        assert isinstance(self.sink, CopySink)
-        return {self._name: self.sink.target}
+        return {self._name: self._target}
 
 
 class _KeptInt8:
@@ -345,6 +347,10 @@ def _keep(stored: StoredTensor, planned: Sink, model_dir: Path, arena: Arena) ->
             f"use weights in one of {', '.join(FLOATS)}"
         )
     dtype = STORED_DTYPES.get(stored.dtype, FLOAT32)
+    is_turned = False
+    # Packed weights are outputs of inputs whatever the files are that their model is read of.
+    if stored.dtype == PACKED and isinstance(planned, WeightSink):
+        stored, is_turned = replace(stored, shape=planned.shape), planned.is_in_out
     try:
         if isinstance(planned, WeightSink) and len(stored.shape) == 2:
             if planned.precision == "int8":
@@ -355,7 +361,7 @@ def _keep(stored: StoredTensor, planned: Sink, model_dir: Path, arena: Arena) ->
                 dtype = BFLOAT16
         elif isinstance(planned, StackSink) and planned.precision == "bfloat16":
             dtype = BFLOAT16
-        return _Kept(stored, dtype, arena)
+        return _Kept(stored, dtype, arena, is_turned=is_turned)
     except (ValueError, MemoryError) as error:
         raise ModelError(
             f"{model_dir}: tensor {stored.name} needs {stored.end - stored.start} bytes of memory, "
