@@ -17,12 +17,14 @@ from transformers import (
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import ModelError
 from pipeline.gguf.architectures import ARCHITECTURES
+from pipeline.leakage.public_model import PublicModel
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model
 from tests.pipeline.gguf_files import Types, write_gguf
 from tests.pipeline.models.family_models import BASE, YARN, make_model
+from tests.pipeline.models.test_modes import IDS, MODES, load, logits_of, rows_of
 from tests.pipeline.oracles import Pipeline, randomise
 
 GPT2 = {"vocab_size": 101, "n_embd": 64, "n_head": 4, "n_positions": 64, "eos_token_id": 2}
@@ -140,6 +142,20 @@ def test_stages_that_are_cut_of_a_file_compute_what_it_does(written, tmp_path, n
             )
         )  # fmt: skip
     assert torch.equal(logits(*shards), logits(whole(model.packed, precision or "float32")))
+
+
+def test_what_is_known_of_public_weights_is_read_of_a_file_as_of_a_directory(written):
+    model = written("gpt2")  # whose matrices lie the other way round there
+    found, expected = (PublicModel.load(each, ()) for each in (model.path, model.directory))
+    np.testing.assert_array_equal(found.readers, expected.readers)
+    np.testing.assert_array_equal(found.positions, expected.positions)
+
+
+def test_masked_linears_take_a_files_matrices(written, tmp_path):
+    model = written("gpt2")
+    found = MODES["offload"](model.packed, tmp_path)
+    expected = logits_of(shard := load(model.meaning), rows_of(shard, IDS))
+    assert abs(found - expected).max() < 1e-2
 
 
 def file_of(path, architecture, values, tensors):
