@@ -4,34 +4,38 @@ import contextlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from pipeline.dtypes import HostArray
 from pipeline.errors import ModelError
 from pipeline.gguf import architectures, vocabulary
-from pipeline.gguf.header import CorruptGguf, parse_head_untrusted
+from pipeline.gguf.configurations import ROPE_FACTORS, Factors
+from pipeline.gguf.header import CorruptGguf, GgufHead, parse_head_untrusted
 from pipeline.models import config
 from pipeline.weights import checkpoint_header
 from pipeline.weights.checkpoint_header import StoredTensor
-from pipeline.weights.packings.base import PackedWeight
+from pipeline.weights.int4 import dequantise_int4
+from pipeline.weights.packings.base import CorruptPacking, PackedWeight
 from pipeline.weights.packings.choice import find_packed, read_quantization
 
 
 def decode_gguf(data: bytes) -> None:
     """A head, and all that is made of it."""
     head = parse_head_untrusted(data, len(data))
+    factors = np.ones(8, np.float32)
     position = head.num_bytes
     for tensor in head.tensors:
         assert position <= tensor.start <= tensor.end <= len(data)
         position = tensor.end
     for read in (
-        lambda: architectures.meanings(head),
-        lambda: config.parse_config(
-            json.dumps(architectures.config_fields(head, None)).encode(), {}, Path("config.json")
-        ),
-        lambda: architectures.config_fields(head, np.ones(8, np.float32)),
+        lambda: list(architectures.meanings(head)),
+        lambda: as_config(head, {}),
+        *(lambda name=name: as_config(head, {name: factors}) for name in ROPE_FACTORS),
+        lambda: as_config(head, dict.fromkeys(ROPE_FACTORS[1:], factors)),
         lambda: vocabulary.tokenizer_fields(head.metadata),
         lambda: vocabulary.tokenizer_config_fields(head.metadata),
     ):
@@ -39,9 +43,15 @@ def decode_gguf(data: bytes) -> None:
             read()
 
 
+def as_config(head: GgufHead, factors: Factors) -> None:
+    raw = json.dumps(architectures.config_fields(head, factors)).encode()
+    config.parse_config(raw, {}, Path("config.json"))
+
+
 def decode_packed(data: bytes) -> None:
-    """A quantization_config and a header behind it, and weights of as many zeros as it says."""
-    fields, _, header = data.partition(b"\n")
+    """A quantization_config, a header behind it, and the bytes of which its tensors are full."""
+    fields, _, rest = data.partition(b"\n")
+    header, _, content = rest.partition(b"\n")
     try:
         parsed = json.loads(fields)
     except (ValueError, RecursionError):
@@ -52,29 +62,41 @@ def decode_packed(data: bytes) -> None:
         return
     stored = {each.name: each for each in checkpoint_header.parse_header_untrusted(header)}
     for weight in find_packed(stored, packing).values():
-        unpack_zeros(weight, stored)
+        unpack(weight, stored, content or b"\0")
 
 
-def unpack_zeros(weight: PackedWeight, stored: Mapping[str, StoredTensor]) -> None:
+def unpack(weight: PackedWeight, stored: Mapping[str, StoredTensor], content: bytes) -> None:
+    """As floats and in four bits, as whoever loads a stage does it."""
+    packing, main = weight.packing, stored[weight.main]
     sides = {key: stored[part] for key, part in weight.sides.items()}
-    main = stored[weight.main]
-    shape = weight.packing.shape(main, sides)
+    shape = packing.shape(main, sides)
     num_out, num_in = math.prod(shape[:-1]), shape[-1]
     if any(each.end - each.start > 1 << 16 for each in (main, *sides.values())):
         return
-    dtypes = checkpoint_header.RAW_DTYPES
-    if any(each.dtype not in dtypes for each in sides.values()):
+    if any(each.dtype not in checkpoint_header.RAW_DTYPES for each in sides.values()):
         return
-    values = {key: np.zeros(each.shape, dtypes[each.dtype]) for key, each in sides.items()}
-    if "weight_shape" in values:
+    values = {key: filled(each, each.shape, content) for key, each in sides.items()}
+    if "weight_shape" in values:  # but for this one nothing would come through
+        with contextlib.suppress(CorruptPacking):
+            packing.check(shape, values)
         values["weight_shape"] = np.array([num_out, num_in])
-    weight.packing.check(shape, values)
-    rows = np.zeros(checkpoint_header.as_rows(main.shape), dtypes[main.dtype])
-    if num_out * num_in:
-        with np.errstate(all="ignore"):
-            found = weight.packing.unpack(0, rows, values)
-        whole = (num_in, num_out) if weight.packing.is_in_out else (num_out, num_in)
-        assert found.shape == whole
+    packing.check(shape, values)
+    rows = filled(main, checkpoint_header.as_rows(main.shape), content)
+    if not num_out * num_in:
+        return
+    whole = (num_in, num_out) if packing.is_in_out else (num_out, num_in)
+    with np.errstate(all="ignore"):
+        assert packing.unpack(0, rows, values).shape == whole
+        four_bits = packing.int4(0, rows, values)
+        if four_bits is not None:
+            weights = four_bits.turned() if packing.is_in_out else four_bits
+            assert dequantise_int4(weights).shape == (num_out, num_in)
+
+
+def filled(stored: StoredTensor, shape: tuple[int, ...], content: bytes) -> HostArray:
+    """A tensor of these bytes, over and over."""
+    raw = np.resize(np.frombuffer(content, np.uint8), stored.end - stored.start)
+    return raw.view(checkpoint_header.RAW_DTYPES[stored.dtype]).reshape(shape)
 
 
 def text(value: str) -> bytes:
@@ -129,47 +151,81 @@ def gguf_seeds() -> list[bytes]:
     return found
 
 
-def packed_seeds() -> list[bytes]:
-    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}
-    group = {"config_groups": {"g": {"weights": weights}}, "quant_method": "compressed-tensors"}
-    whole = {**group, "config_groups": {"g": {"weights": {**weights, "num_bits": 8}}}}
-    ints, halves = "I32", "F16"
-    kinds = [
+def _compressed(kind: str, bits: int, size: int) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": size}
+    groups = {"g": {"weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": kind, "config_groups": groups}
+
+
+# A packing -> genuine quantization_configs with the tensors of a weight.
+_WORDS, _HALVES = "I32", "F16"
+PACKED: Mapping[str, Sequence[tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]]] = {
+    "awq": [
         (
-            {"quant_method": "awq", "bits": 4, "group_size": 8},
-            {"qweight": (ints, (16, 2)), "qzeros": (ints, (2, 2)), "scales": (halves, (2, 16))},
-        ),
-        (
-            {"quant_method": "gptq", "bits": 4, "group_size": 8, "sym": True},
+            {"quant_method": "awq", "bits": 4, "group_size": size},
             {
-                "qweight": (ints, (2, 8)), "qzeros": (ints, (2, 1)), "scales": (halves, (2, 8)),
-                "g_idx": (ints, (16,)),
+                "qweight": (_WORDS, (inputs, 2)), "qzeros": (_WORDS, (2, 2)),
+                "scales": (_HALVES, (2, 16)),
+            },
+        )
+        for size, inputs in ((8, 16), (32, 64))
+    ],
+    "gptq": [
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": size, "sym": size == 8},
+            {
+                "qweight": (_WORDS, (size // 4, 8)), "qzeros": (_WORDS, (2, 1)),
+                "scales": (_HALVES, (2, 8)), **more(2 * size),
+            },
+        )
+        for size, more in ((8, lambda inputs: {"g_idx": (_WORDS, (inputs,))}), (32, lambda _: {}))
+    ],
+    "compressed-tensors": [
+        (
+            _compressed("pack-quantized", 4, 8),
+            {
+                "weight_packed": (_WORDS, (8, 2)), "weight_scale": (_HALVES, (8, 2)),
+                "weight_shape": ("I64", (2,)), "weight_zero_point": (_WORDS, (1, 2)),
             },
         ),
         (
-            {**group, "format": "pack-quantized"},
+            _compressed("pack-quantized", 4, 32),
             {
-                "weight_packed": (ints, (8, 2)), "weight_scale": (halves, (8, 2)),
-                "weight_shape": ("I64", (2,)), "weight_zero_point": (ints, (1, 2)),
+                "weight_packed": (_WORDS, (8, 8)), "weight_scale": (_HALVES, (8, 2)),
+                "weight_shape": ("I64", (2,)), "weight_g_idx": (_WORDS, (64,)),
             },
         ),
         (
-            {**whole, "format": "int-quantized"},
-            {"weight": ("I8", (4, 16)), "weight_scale": (halves, (4, 1))},
+            _compressed("int-quantized", 8, 8),
+            {"weight": ("I8", (4, 16)), "weight_scale": (_HALVES, (4, 1))},
         ),
+    ],
+    "mxfp4": [
         (
             {"quant_method": "mxfp4"},
             {"stack_blocks": ("U8", (2, 4, 3, 16)), "stack_scales": ("U8", (2, 4, 3))},
-        ),
+        )
+    ],
+    "blocks": [
         (None, {"weight.Q4_K": ("U8", (2, 288))}),
-    ]  # fmt: skip
+        (None, {"weight.Q4_1": ("U8", (2, 40)), "bias": ("F32", (2,))}),
+        (
+            None,
+            {"int4": ("U8", (2, 16)), "int4_scale": ("F16", (2, 1)), "int4_zero": ("F16", (2, 1))},
+        ),
+    ],
+}  # fmt: skip
+
+
+def packed_seeds(packing: str) -> list[bytes]:
     found = []
-    for config_of, tensors in kinds:
+    for config_of, tensors in PACKED[packing]:
         entries, end = {}, 0
         for name, (dtype, shape) in tensors.items():
             start, end = end, end + math.prod(shape) * checkpoint_header.ITEM_BYTES[dtype]
             entries[f"a.{name}"] = {
                 "dtype": dtype, "shape": list(shape), "data_offsets": [start, end],
             }  # fmt: skip
-        found.append(json.dumps(config_of).encode() + b"\n" + json.dumps(entries).encode())
+        lines = [json.dumps(each).encode() for each in (config_of, entries)]
+        found += [b"\n".join(lines), b"\n".join([*lines, b"\1\0\0\0"])]
     return found

@@ -265,8 +265,8 @@ def make_decoder(name: str) -> Decoder:
             seeds = fuzz_checkpoints.gguf_seeds()
             words = [b"tokenizer.ggml.token_type"]
             return Decoder(fuzz_checkpoints.decode_gguf, (CorruptGguf,), seeds, words)
-        case "packed":
-            seeds = fuzz_checkpoints.packed_seeds()
+        case _ if name in fuzz_checkpoints.PACKED:
+            seeds = fuzz_checkpoints.packed_seeds(name)
             errors = (CorruptPacking, checkpoint_header.CorruptHeader)
             return Decoder(fuzz_checkpoints.decode_packed, errors, seeds, names_in(seeds))
         case _:
@@ -274,7 +274,9 @@ def make_decoder(name: str) -> Decoder:
             return Decoder(decode_config, (ModelError,), seeds, names_in(seeds))
 
 
-DECODERS = ("message", "step", "asked", "manifest", "header", "gguf", "packed", "config")
+DECODERS = (
+    "message", "step", "asked", "manifest", "header", "gguf", *fuzz_checkpoints.PACKED, "config",
+)  # fmt: skip
 
 
 def fuzz(name: str, num_runs: int, seed: int, directory: Path) -> None:

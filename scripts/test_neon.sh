@@ -19,13 +19,13 @@ trap 'rm -rf "$work"' EXIT
 native=$root/pipeline/kernels/native
 files=("$root/tests/pipeline/kernels/native/level_bits.c")
 for file in "$native"/*.c; do
-  grep -q '"calls.h"\|"program.h"' "$file" || files+=("$file") # those are Python's
+  grep -Eq '"(calls|call_checks|program)\.h"|<Python\.h>' "$file" || files+=("$file") # those are Python's
 done
 flags=(-std=gnu11 -pthread -fno-math-errno -ffp-contract=off -fno-strict-aliasing -Wall -Wextra -Werror)
 
-gcc -O2 "${flags[@]}" "${files[@]}" -o "$work/here"
+gcc -O2 "${flags[@]}" "${files[@]}" -lm -o "$work/here"
 "$work/here" avx2 >"$work/avx2"
-"$cross" -O3 -static "${flags[@]}" "${files[@]}" -o "$work/there"
+"$cross" -O3 -static "${flags[@]}" "${files[@]}" -lm -o "$work/there"
 qemu-aarch64 -cpu max "$work/there" neon >"$work/neon"
 diff "$work/avx2" "$work/neon" >"$work/differing" ||
   die "NEON computes otherwise: $(grep -c '^>' "$work/differing") of $(wc -l <"$work/avx2") results, first $(sed -n 2p "$work/differing")"

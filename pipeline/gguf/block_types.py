@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dtypes import FLOAT16, FLOAT32, UINT8, ArrayDType, Floats, HostArray, to_floats
+from pipeline.dtypes import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    UINT8,
+    ArrayDType,
+    Floats,
+    HostArray,
+    to_floats,
+)
 
 Bytes = npt.NDArray[np.uint8]
 # Blocks [n], as records of the type's fields.
@@ -140,6 +149,22 @@ def _q6_k(blocks: Blocks) -> Floats:
     return out
 
 
+# MXFP4's, by their four bits; a group's exponent is above -127.
+_HALF_OF_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1 = np.array([*_HALF_OF_E2M1, *(-each for each in _HALF_OF_E2M1)], FLOAT32)
+_E8M0_BIAS = 127
+
+
+def _mxfp4(blocks: Blocks) -> Floats:
+    exponents = blocks["e"].astype(np.int32)[:, None] - _E8M0_BIAS
+    out: Floats = np.ldexp(_E2M1[_halves(blocks["qs"], 32, dtype=UINT8)], exponents)
+    return out
+
+
+def _plain(blocks: Blocks) -> Floats:
+    return to_floats(blocks["x"])
+
+
 def _q4_0_groups(blocks: Blocks) -> Int4Groups:
     scales = blocks["d"].astype(FLOAT16)
     return _nibbles(blocks), scales, np.full_like(scales, 8)
@@ -174,7 +199,7 @@ _HIGH, _LOW = ("qh", "u1", (4,)), ("qs", "u1", (1, 16))
 _K = [_D, ("dmin", "<f2"), ("scales", "u1", (12,))]
 _K_LOW = ("qs", "u1", (4, 32))
 _Q6_K = [("ql", "u1", (2, 64)), ("qh", "u1", (2, 32)), ("scales", "i1", (16,)), _D]
-# By the names that ggml gives them; plain floats are named as in safetensors.
+# By the names that ggml gives them.
 BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
     {
         "Q4_0": BlockType(32, np.dtype([_D, _LOW]), _q4_0, _q4_0_groups),
@@ -185,8 +210,17 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
         "Q4_K": BlockType(_SUPER_BLOCK, np.dtype([*_K, _K_LOW]), _q4_k, _q4_k_groups),
         "Q5_K": BlockType(_SUPER_BLOCK, np.dtype([*_K, ("qh", "u1", (32,)), _K_LOW]), _q5_k),
         "Q6_K": BlockType(_SUPER_BLOCK, np.dtype(_Q6_K), _q6_k),
+        "MXFP4": BlockType(32, np.dtype([("e", "u1"), _LOW]), _mxfp4),
     }
 )
+# Plain floats, named as in safetensors: blocks of one.
+FLOAT_TYPES: Mapping[str, BlockType] = MappingProxyType(
+    {
+        name: BlockType(1, np.dtype([("x", dtype)]), _plain)
+        for name, dtype in (("F32", FLOAT32), ("F16", FLOAT16), ("BF16", BFLOAT16))
+    }
+)
+ROW_TYPES: Mapping[str, BlockType] = MappingProxyType({**FLOAT_TYPES, **BLOCK_TYPES})
 
 
 def unpack_rows(kind: BlockType, rows: Bytes) -> Floats:

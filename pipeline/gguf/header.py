@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from pipeline.gguf.block_types import BLOCK_TYPES
+from pipeline.gguf.block_types import ROW_TYPES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # the first had shorter lengths, and no published models are left of it
@@ -19,7 +19,7 @@ MAX_RANK = 4  # ggml's own
 MAX_SIZE = 1 << 62
 MAX_ALIGNMENT = 1 << 16
 DEFAULT_ALIGNMENT = 32
-ALIGNMENT_KEY = "general.alignment"
+ARCHITECTURE_KEY, ALIGNMENT_KEY = "general.architecture", "general.alignment"
 
 _STRING, _ARRAY = 8, 9
 # Value type -> how struct spells it.
@@ -34,9 +34,6 @@ _TYPES = {
     23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16",
     34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
-_FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-READABLE = (*_FLOAT_BYTES, *BLOCK_TYPES)
-
 Scalar = int | float | bool | str
 
 
@@ -107,6 +104,10 @@ class Metadata:
         if value is not None and value < 0:
             raise CorruptGguf(f"its {key} is {value}")
         return value
+
+    def is_array(self, key: str) -> bool:
+        """Whether it is there, and an array."""
+        return isinstance(self._values.get(key), _Array)
 
     def texts(self, key: str) -> list[str] | None:
         """An array of strings, if it is there."""
@@ -264,17 +265,15 @@ def _entries(cursor: _Cursor) -> Iterator[GgufTensor]:
 
 
 def _num_bytes(name: str, dtype: str, shape: tuple[int, ...]) -> int:
-    if dtype in _FLOAT_BYTES:
-        return math.prod(shape) * _FLOAT_BYTES[dtype]
-    if dtype not in BLOCK_TYPES:
-        readable = ", ".join(READABLE)
+    if dtype not in ROW_TYPES:
+        readable = ", ".join(ROW_TYPES)
         raise CorruptGguf(f"tensor {shown(name)} is of type {dtype}: {readable} are read")
-    kind = BLOCK_TYPES[dtype]
-    if not shape or shape[-1] % kind.size:
+    kind, num_in = ROW_TYPES[dtype], shape[-1] if shape else 1
+    if num_in % kind.size:
         raise CorruptGguf(
             f"tensor {shown(name)} is {dtype} {list(shape)}: a row is no multiple of {kind.size}"
         )
-    return math.prod(shape[:-1]) * kind.row_bytes(shape[-1])
+    return math.prod(shape[:-1]) * kind.row_bytes(num_in)
 
 
 def _placed(entry: GgufTensor, begin: int) -> GgufTensor:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.dtypes import FLOAT32, Floats
+from pipeline.dtypes import FLOAT32
 from pipeline.errors import InputError, ModelError
 from pipeline.files import is_file
-from pipeline.gguf.architectures import ROPE_FACTORS, config_fields
+from pipeline.gguf.architectures import config_fields
+from pipeline.gguf.configurations import ROPE_FACTORS, Factors
 from pipeline.gguf.header import (
     MAX_HEAD_BYTES,
     CorruptGguf,
@@ -132,17 +133,18 @@ def _config(head: GgufHead, file: FileIO) -> Mapping[str, object]:
     return config_fields(head, _rope_factors(head, file))
 
 
-def _rope_factors(head: GgufHead, file: FileIO) -> Floats | None:
+def _rope_factors(head: GgufHead, file: FileIO) -> Factors:
+    found = {}
     for tensor in head.tensors:
-        if tensor.name == ROPE_FACTORS:
+        if tensor.name in ROPE_FACTORS:
             if tensor.dtype != "F32" or tensor.end - tensor.start > 4 * MAX_ROPE_FACTORS:
-                raise CorruptGguf(f"its {ROPE_FACTORS} is {tensor.dtype} {list(tensor.shape)}")
+                raise CorruptGguf(f"its {tensor.name} is {tensor.dtype} {list(tensor.shape)}")
             file.seek(tensor.start)
             raw = _read(file, tensor.end - tensor.start)
             if len(raw) < tensor.end - tensor.start:
                 raise CorruptGguf("it is truncated")
-            return np.frombuffer(raw, FLOAT32)
-    return None
+            found[tensor.name] = np.frombuffer(raw, FLOAT32)
+    return found
 
 
 def _tokenizer(head: GgufHead, file: FileIO) -> Mapping[str, object] | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.gguf.header import CorruptGguf, Metadata
+from pipeline.gguf.header import ARCHITECTURE_KEY, CorruptGguf, Metadata
 
 Fields = dict[str, Any]
 
@@ -52,6 +52,8 @@ _WORDS_FIRST = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"
 # Of these, a text starts with the token that begins texts, where the file does not say.
 _BEGIN = _WORDS_FIRST - {"falcon3"}
 _COMPOSED = frozenset({"qwen2", "deepseek-r1-qwen"})
+# No file says that Phi 3's special tokens take the spaces behind them along, all but these.
+_KEEPING_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
 def tokenizer_fields(metadata: Metadata) -> Fields:
@@ -71,8 +73,7 @@ def tokenizer_fields(metadata: Metadata) -> Fields:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": index, **added_token(tokens[index], is_special=types[index] == CONTROL)}
-            for index in _added(types)
+            {"id": index, **each} for index, each in _added(metadata, tokens, types).items()
         ],
         **parts["around"],
         "post_processor": _ends_of_text(metadata, tokens, begins_by_default=begins_by_default),
@@ -86,8 +87,7 @@ def tokenizer_config_fields(metadata: Metadata) -> Fields:
     tokens, types = _tokens(metadata)
     fields: Fields = {
         "added_tokens_decoder": {
-            str(index): added_token(tokens[index], is_special=types[index] == CONTROL)
-            for index in _added(types)
+            str(index): each for index, each in _added(metadata, tokens, types).items()
         },
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -98,18 +98,6 @@ def tokenizer_config_fields(metadata: Metadata) -> Fields:
             fields[f"{name}_token"] = tokens[index]
     template = metadata.text("tokenizer.chat_template")
     return fields if template is None else fields | {"chat_template": template}
-
-
-def added_token(content: str, *, is_special: bool) -> Fields:
-    """A token that is found in a text as it is, before anything else."""
-    return {
-        "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": is_special,
-    }
 
 
 def _tokens(metadata: Metadata) -> tuple[list[str], list[int]]:
@@ -125,8 +113,22 @@ def _tokens(metadata: Metadata) -> tuple[list[str], list[int]]:
     return tokens, types
 
 
-def _added(types: Sequence[int]) -> list[int]:
-    return [index for index, kind in enumerate(types) if kind in {CONTROL, USER_DEFINED}]
+def _added(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]) -> dict[int, Fields]:
+    """Those that are found in a text as they are, before anything else."""
+    has_pieces = metadata.text(f"{_PREFIX}model") == "llama"
+    takes_spaces = has_pieces and metadata.text(ARCHITECTURE_KEY) == "phi3"
+    return {
+        index: {
+            "content": tokens[index],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": takes_spaces and kind == CONTROL and tokens[index] not in _KEEPING_SPACES,
+            "normalized": False,
+            "special": kind == CONTROL,
+        }
+        for index, kind in enumerate(types)
+        if kind in {CONTROL, USER_DEFINED}
+    }
 
 
 def _token_id(metadata: Metadata, key: str, tokens: Sequence[str]) -> int | None:

@@ -28,7 +28,7 @@ from pipeline.models.registry import (
 from pipeline.progress import Progress, part_of
 from pipeline.protocol.batch import Batch, Segment
 from pipeline.weights.checkpoint import load_tensors
-from pipeline.weights.tensor_sinks import CopySink
+from pipeline.weights.tensor_sinks import CopySink, WeightSink
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,11 @@ def _read(model_dir: Path, config: ModelConfig, names: Sequence[str]) -> Mapping
     layers, ends = range(1), Ends(embedding=True, head=False)
     files = stored_as(model_dir, config, layers, ends)
     planned = required_tensors(model_dir, config, layers, ends)
-    arrays = {name: np.empty(planned[files[name]].shape, np.float32) for name in names}
-    sinks = {files[name]: CopySink(array) for name, array in arrays.items()}
-    load_tensors(model_dir, sinks, expected_hashes=None, packing=config.packing)
-    return arrays
+    sinks: dict[str, CopySink] = {}
+    for name in names:
+        sink = planned[files[name]]
+        is_in_out = isinstance(sink, WeightSink) and sink.is_in_out
+        sinks[name] = CopySink(np.empty(sink.shape, np.float32), is_in_out=is_in_out)
+    own = {files[name]: sink for name, sink in sinks.items()}
+    load_tensors(model_dir, own, expected_hashes=None, packing=config.packing)
+    return {name: sink.target for name, sink in sinks.items()}

@@ -44,6 +44,8 @@ class GptOssJson(DecoderJson):
     attention_bias: bool = True
     num_local_experts: NumExperts = 128
     num_experts_per_tok: NumExperts = 4
+    # not in GGUF files, and so in none that are made of these
+    experts_are_stacked: bool = True
     swiglu_alpha: Scale = 1.702
     swiglu_limit: Annotated[float, Field(gt=0, le=math.inf)] = 7.0
 
@@ -61,7 +63,7 @@ def read(fields: Fields, generation: Fields) -> DecoderConfig:
         are_normalised=True,
         layers=frozenset(range(raw.num_hidden_layers)),
         has_bias=True,
-        are_stacked=True,
+        are_stacked=raw.experts_are_stacked,
         router="router",
     )
     return replace(

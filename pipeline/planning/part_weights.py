@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,11 +251,13 @@ def save_tensors(tensors: Mapping[str, HostArray], path: Path) -> str:
 class _Kept:
     """A tensor on its way into a shard: as stored, or rounded to another float."""
 
-    def __init__(self, stored: StoredTensor, dtype: ArrayDType, arena: Arena) -> None:
+    def __init__(
+        self, stored: StoredTensor, dtype: ArrayDType, arena: Arena, *, is_in_out: bool = False
+    ) -> None:
         self._name = stored.name
         target = arena.array(stored.shape, dtype)
-        dtypes = (stored.dtype, *FLOATS)
-        self.sink: Sink = CopySink(target, dtypes, fill=choose_conversion().fill)
+        fill, dtypes = choose_conversion().fill, (stored.dtype, *FLOATS)
+        self.sink: Sink = CopySink(target, dtypes, fill=fill, is_in_out=is_in_out)
 
     def tensors(self) -> Mapping[str, HostArray]:
         """What the shard stores, by name."""
@@ -345,6 +347,9 @@ def _keep(stored: StoredTensor, planned: Sink, model_dir: Path, arena: Arena) ->
             f"use weights in one of {', '.join(FLOATS)}"
         )
     dtype = STORED_DTYPES.get(stored.dtype, FLOAT32)
+    is_in_out = isinstance(planned, WeightSink) and planned.is_in_out
+    if stored.dtype == PACKED and is_in_out:  # of such the shape is that of outputs of inputs
+        stored = replace(stored, shape=stored.shape[::-1])
     try:
         if isinstance(planned, WeightSink) and len(stored.shape) == 2:
             if planned.precision == "int8":
@@ -355,7 +360,7 @@ def _keep(stored: StoredTensor, planned: Sink, model_dir: Path, arena: Arena) ->
                 dtype = BFLOAT16
         elif isinstance(planned, StackSink) and planned.precision == "bfloat16":
             dtype = BFLOAT16
-        return _Kept(stored, dtype, arena)
+        return _Kept(stored, dtype, arena, is_in_out=is_in_out)
     except (ValueError, MemoryError) as error:
         raise ModelError(
             f"{model_dir}: tensor {stored.name} needs {stored.end - stored.start} bytes of memory, "

@@ -72,7 +72,10 @@ def convert(rows: HostArray, dtype: ArrayDType) -> HostArray:
 
 
 class CopySink:
-    """Fills an array, or a view of one, converting floats to its own."""
+    """Fills an array, or a view of one, converting floats to its own.
+
+    `is_in_out`: whether a matrix's rows are inputs of a linear, and not its outputs.
+    """
 
     def __init__(
         self,
@@ -81,8 +84,10 @@ class CopySink:
         *,
         fill: Fill = fill_array,
         is_optional: bool = False,
+        is_in_out: bool = False,
     ) -> None:
         self.target = target
+        self.is_in_out = is_in_out
         self.dtypes = dtypes
         self._fill = fill
         self.is_optional = is_optional
@@ -107,7 +112,7 @@ class CopySink:
 
     def turned(self) -> "CopySink":
         """Into the same array, by its columns."""
-        return CopySink(self.target.mT, self.dtypes)
+        return CopySink(self.target.mT, self.dtypes, is_in_out=not self.is_in_out)
 
     def problem(self) -> str | None:
         """Nothing can be."""

@@ -22,7 +22,7 @@ from pipeline.weights.checkpoint_header import (
 )
 from pipeline.weights.headers import read_any_header
 from pipeline.weights.packings.base import CorruptPacking, PackedWeight, Sides
-from pipeline.weights.tensor_sinks import PIECE_BYTES, ROWS_TOGETHER, CopySink, Sink, WeightSink
+from pipeline.weights.tensor_sinks import PIECE_BYTES, ROWS_TOGETHER, Sink, WeightSink
 from pipeline.weights.tensor_stacks import MatrixSink
 
 MAX_SIDE_BYTES = 1 << 30  # scales for each group of the largest matrices are a hundredth of it
@@ -126,8 +126,7 @@ def weight_shape(
 
 def _oriented(to: Sink, *, is_in_out: bool) -> Sink:
     assert isinstance(to, MatrixSink), "nothing else takes a matrix"
-    is_turned = is_in_out != (not isinstance(to, CopySink) and to.is_in_out)
-    return to.turned() if is_turned else to
+    return to.turned() if is_in_out != to.is_in_out else to
 
 
 def _check_shape(

@@ -16,7 +16,7 @@ from pipeline.weights.packings.base import (
     CorruptPacking,
     PackedWeight,
     Sides,
-    check_shapes,
+    check_sides,
     find_by_parts,
     fits_int4,
 )
@@ -46,7 +46,7 @@ class Awq:
             raise CorruptPacking(f"is {main.dtype} {list(main.shape)}, no words of eight outputs")
         num_in, num_words = main.shape
         groups = -(-num_in // (self.group_size or max(1, num_in)))
-        check_shapes(sides, qzeros=(groups, num_words), scales=(groups, PER_WORD * num_words))
+        check_sides(sides, qzeros=(groups, num_words), scales=(groups, PER_WORD * num_words))
         return PER_WORD * num_words, num_in
 
     def check(self, shape: tuple[int, ...], sides: Sides) -> None:

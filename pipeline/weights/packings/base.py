@@ -47,9 +47,29 @@ class Packing(Protocol):
         """
 
 
-def check_shapes(sides: Mapping[str, StoredTensor], **expected: tuple[int, ...]) -> None:
-    """Raises CorruptPacking for a side of another shape."""
-    for name, shape in expected.items():
+_FLOATS, _WORDS, _INDICES = ("F32", "F16", "BF16"), ("I32",), ("I32", "I64")
+# What each side may be stored as.
+_DTYPES = {
+    "scales": _FLOATS,
+    "weight_scale": _FLOATS,
+    "qzeros": _WORDS,
+    "weight_zero_point": _WORDS,
+    "g_idx": _INDICES,
+    "weight_g_idx": _INDICES,
+    "weight_shape": _INDICES,
+    "int4_scale": ("F16",),
+    "int4_zero": ("F16",),
+}
+
+
+def check_sides(sides: Mapping[str, StoredTensor], **shapes: tuple[int, ...]) -> None:
+    """Raises CorruptPacking for a side of another type than it may have, or of another shape."""
+    for name, side in sides.items():
+        if side.dtype not in _DTYPES[name]:
+            raise CorruptPacking(
+                f"has {name} of {side.dtype}, and it may be {' or '.join(_DTYPES[name])}"
+            )
+    for name, shape in shapes.items():
         if sides[name].shape != shape:
             raise CorruptPacking(
                 f"has {name} of shape {list(sides[name].shape)}, and its own means {list(shape)}"

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from pipeline.dtypes import Floats, HostArray
-from pipeline.gguf.block_types import BLOCK_TYPES, int4_of_rows, unpack_rows
+from pipeline.gguf.block_types import ROW_TYPES, int4_of_rows, unpack_rows
 from pipeline.weights.checkpoint_header import StoredTensor
 from pipeline.weights.int4 import Int4
 from pipeline.weights.packings.base import CorruptPacking, PackedWeight, Sides
@@ -25,7 +25,7 @@ class Blocks:
     def shape(self, main: StoredTensor, sides: Mapping[str, StoredTensor]) -> tuple[int, int]:
         """As many blocks as fill a row. Raises CorruptPacking."""
         del sides
-        kind = BLOCK_TYPES[self.type_name]
+        kind = ROW_TYPES[self.type_name]
         if main.dtype != "U8" or len(main.shape) != 2 or main.shape[1] % kind.num_bytes:
             raise CorruptPacking(
                 f"is {main.dtype} {list(main.shape)}, no rows of {self.type_name} blocks"
@@ -38,12 +38,12 @@ class Blocks:
     def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:
         """Each block by itself."""
         del first, sides
-        return unpack_rows(BLOCK_TYPES[self.type_name], rows)
+        return unpack_rows(ROW_TYPES[self.type_name], rows)
 
     def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
         """The types of four bits."""
         del first, sides
-        found = int4_of_rows(BLOCK_TYPES[self.type_name], rows)
+        found = int4_of_rows(ROW_TYPES[self.type_name], rows)
         return None if found is None else Int4(*found)
 
 
@@ -56,5 +56,5 @@ def find_blocks(names: Collection[str]) -> Iterator[PackedWeight]:
     """The weights among these tensors that are blocks."""
     for name in names:
         weight, _, type_name = name.rpartition(".")
-        if weight and type_name in BLOCK_TYPES:
+        if weight and type_name in ROW_TYPES:
             yield PackedWeight(weight, name, {}, Blocks(type_name))

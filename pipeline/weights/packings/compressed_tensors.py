@@ -22,7 +22,7 @@ from pipeline.weights.packings.base import (
     CorruptPacking,
     PackedWeight,
     Sides,
-    check_shapes,
+    check_sides,
     find_by_parts,
     fits_int4,
 )
@@ -61,7 +61,7 @@ class PackedWords:
             "weight_zero_point": (-(-num_out // per_word), groups),
             "weight_g_idx": (num_in,),
         }
-        check_shapes(sides, **{name: possible[name] for name in sides})
+        check_sides(sides, **{name: possible[name] for name in sides})
         return num_out, num_in
 
     def check(self, shape: tuple[int, ...], sides: Sides) -> None:
@@ -122,6 +122,7 @@ class WholeBytes:
         """The tensor's, if it is int8 with scales for whole groups. Raises CorruptPacking."""
         if len(main.shape) != 2 or main.dtype != "I8":
             raise CorruptPacking(f"is {main.dtype} {list(main.shape)}, no int8 matrix")
+        check_sides(sides)
         num_out, num_in = main.shape
         scale = sides["weight_scale"].shape
         is_for_outputs = len(scale) == 2 and scale[0] == num_out and scale[1] > 0

@@ -22,7 +22,7 @@ from pipeline.weights.packings.base import (
     CorruptPacking,
     PackedWeight,
     Sides,
-    check_shapes,
+    check_sides,
     find_by_parts,
     fits_int4,
 )
@@ -62,7 +62,7 @@ class Gptq:
         groups = -(-num_in // (self.group_size or max(1, num_in)))
         words = -(-num_out // self.row_weights)
         expected = {"qzeros": (groups, words), "scales": (groups, num_out)}
-        check_shapes(sides, **expected | ({"g_idx": (num_in,)} if "g_idx" in sides else {}))
+        check_sides(sides, **expected | ({"g_idx": (num_in,)} if "g_idx" in sides else {}))
         return num_out, num_in
 
     def check(self, shape: tuple[int, ...], sides: Sides) -> None:

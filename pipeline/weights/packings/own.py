@@ -14,7 +14,7 @@ from pipeline.weights.packings.base import (
     CorruptPacking,
     PackedWeight,
     Sides,
-    check_shapes,
+    check_sides,
     find_by_parts,
 )
 from pipeline.weights.quantization import num_groups
@@ -33,12 +33,9 @@ class OwnInt4:
         """Two for each byte, if scales and zeros are of as many groups. Raises CorruptPacking."""
         if len(main.shape) != 2 or main.dtype != "U8":
             raise CorruptPacking(f"is {main.dtype} {list(main.shape)}, no bytes of two inputs")
-        for name, side in sides.items():
-            if side.dtype != "F16":
-                raise CorruptPacking(f"has {name} of {side.dtype}, and it is F16")
         num_out, num_in = main.shape[0], 2 * main.shape[1]
         groups = (num_out, num_groups(num_in))
-        check_shapes(sides, int4_scale=groups, int4_zero=groups)
+        check_sides(sides, int4_scale=groups, int4_zero=groups)
         return num_out, num_in
 
     def check(self, shape: tuple[int, ...], sides: Sides) -> None:

@@ -81,7 +81,18 @@ def q6_k(block: bytes) -> list[float]:
     return found
 
 
+def mxfp4(block: bytes) -> list[float]:
+    """A sign, two bits of an exponent above -1, one of a fraction: the lowest is half of one."""
+    found = []
+    for i in range(32):
+        bits = nibble(block[1:], i, 16)
+        exponent, fraction = bits >> 1 & 3, bits & 1
+        size = 2.0 ** (exponent - 1) * (1 + fraction / 2) if exponent else fraction / 2
+        found.append((-size if bits & 8 else size) * 2.0 ** (block[0] - 127))
+    return found
+
+
 SCALAR = {
     "Q4_0": q4_0, "Q4_1": q4_1, "Q5_0": q5_0, "Q5_1": q5_1, "Q8_0": q8_0, "Q4_K": q4_k,
-    "Q5_K": q5_k, "Q6_K": q6_k,
+    "Q5_K": q5_k, "Q6_K": q6_k, "MXFP4": mxfp4,
 }  # fmt: skip

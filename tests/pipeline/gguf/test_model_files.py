@@ -258,7 +258,6 @@ REFUSED = {
         r"llama\.attention\.head_count is no int",
     ),
     "no embedding": (gguf_file([], [text_value("general.architecture", "llama")], b""), "missing"),
-    "a mixture of experts": (llama_file(size_value("llama.expert_count", 8)), "mixture of experts"),
     "a softcap": (
         llama_file(float_value("llama.final_logit_softcapping", 30.0)),
         r"llama\.final_logit_softcapping is 30\.0, which is not computed",

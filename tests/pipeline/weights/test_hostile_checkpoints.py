@@ -1,4 +1,4 @@
-"""Whatever is changed of a GGUF file or of packed weights' headers gives promised errors only."""
+"""Whatever is changed of a GGUF file or of packed weights gives promised errors only."""
 
 import contextlib
 import random
@@ -23,7 +23,10 @@ def decoders(monkeypatch):
 
     yield {
         "gguf": (fuzz_checkpoints.decode_gguf, fuzz_checkpoints.gguf_seeds()),
-        "packed": (fuzz_checkpoints.decode_packed, fuzz_checkpoints.packed_seeds()),
+        **{
+            name: (fuzz_checkpoints.decode_packed, fuzz_checkpoints.packed_seeds(name))
+            for name in fuzz_checkpoints.PACKED
+        },
     }
     del sys.modules["fuzz_checkpoints"]
 
@@ -46,12 +49,12 @@ def changed(seed: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("name", ["gguf", "packed"])
+@pytest.mark.parametrize("name", ["gguf", "awq", "gptq", "compressed-tensors", "mxfp4", "blocks"])
 def test_only_promised_errors_come_of_any_bytes(decoders, name):
     decode, seeds = decoders[name]
     for seed in seeds:
         decode(seed)  # genuine: raises nothing
     draw = random.Random(11)
-    for _ in range(2000):
+    for _ in range(1000):
         with contextlib.suppress(*PROMISED):
             decode(changed(draw.choice(seeds), draw))

@@ -320,6 +320,32 @@ def test_tensors_that_do_not_fit_each_other_are_refused(packed, kind, part, at):
         logits(model.directory)
 
 
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("gptq act-order", "g_idx"), ("gptq", "qzeros"), ("awq", "qzeros"),
+        ("w4a16 act-order", "weight_g_idx"), ("w4a16", "weight_shape"),
+    ],
+)  # fmt: skip
+def test_parts_of_a_type_that_they_cannot_be_of_are_refused(packed, kind, part):
+    model = packed(kind)
+    name = f"model.layers.0.mlp.up_proj.{part}"
+    model.rewrite(lambda tensors: tensors.update({name: tensors[name].float()}))
+    with pytest.raises(ModelError, match=f"has {part} of F32, and it may be I32"):
+        logits(model.directory)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("awq", "scales"), ("w8a8 of channels", "weight_scale")]
+)
+def test_scales_that_are_no_floats_are_refused(packed, kind, part):
+    model = packed(kind)
+    name = f"model.layers.0.mlp.up_proj.{part}"
+    model.rewrite(lambda tensors: tensors.update({name: tensors[name].int()}))
+    with pytest.raises(ModelError, match=f"has {part} of I32, and it may be F32"):
+        logits(model.directory)
+
+
 def test_groups_that_there_are_not_are_refused(packed):
     model = packed("gptq act-order")
 

@@ -74,11 +74,24 @@ static void formats(size_t num_in, size_t count) {
                            (place_t){0, count, 0, num_in});
         tell("pack-int8", num_in, (size_t)stored, packed[KIND_I8],
              packed_bytes(KIND_I8, num_in, count));
+        static uint8_t four[FLOATS];
+        static uint16_t steps[FLOATS], zeros[FLOATS];
+        kernels->quantise_int4(&matrix, count, four, steps, zeros);
+        tell("levels-int4", num_in, (size_t)stored, four, num_in * count);
+        tell("scales-int4", num_in, (size_t)stored, steps, groups * count * sizeof *steps);
+        tell("zeros-int4", num_in, (size_t)stored, zeros, groups * count * sizeof *zeros);
+        if (!holds_kind(KIND_I4)) continue;
+        matrix_t int4 = {STORED_I8, four, (ptrdiff_t)num_in, 1, num_in};
+        memset(packed[KIND_I4], 0, packed_bytes(KIND_I4, num_in, count));
+        kernels->pack_int4(packed[KIND_I4], &int4, steps, zeros, (ptrdiff_t)groups,
+                           (place_t){0, count, 0, num_in});
+        tell("pack-int4", num_in, (size_t)stored, packed[KIND_I4],
+             packed_bytes(KIND_I4, num_in, count));
     }
     int64_t ids[20];
     for (int i = 0; i < 20; i++) ids[i] = i * 7 % (int64_t)count;
     const void *const tables[] = {numbers, halves, levels};
-    for (int kind = 0; kind < NUM_KINDS; kind++) {
+    for (int kind = 0; kind <= KIND_I8; kind++) {
         table_t table = {kind, tables[kind], scales, num_in};
         kernels->lookup(&table, ids, 1, 20, 0, out);
         kernels->lookup(&table, ids, 2, 10, 1, out);
@@ -100,6 +113,8 @@ static void rows_of(size_t size) {
     for (size_t i = 0; i < rows * size; i++) x[i] *= 20; /* also to where e^x is none */
     kernels->gelu_mul(x, out, rows, size);
     tell("gelu_mul", size, 0, out, bytes);
+    kernels->clamped_mul(x, out, rows, size, 1.702f, 7.0f);
+    tell("clamped_mul", size, 0, out, bytes);
     for (size_t i = 0; i < rows * size; i++) x[i] *= 5;
     kernels->silu_mul(x, out, rows, size);
     tell("silu_mul", size, 1, out, bytes);
@@ -131,13 +146,37 @@ static void attention(int is_half, size_t group, size_t window) {
                            .values = values, .is_half = is_half, .spans = steps[i], .num_spans = 2,
                            .num_heads = HEADS * group, .num_kv_heads = HEADS, .head_dim = DIM,
                            .max_seq = MAX_SEQ, .window = window};
-        kernels->attend(&job);
-        tell("attend", group * 100 + window, i * 2 + (size_t)is_half, out,
-             rows * width * sizeof *out);
+        for (int has_sinks = 0; has_sinks < 2; has_sinks++) {
+            job.sinks = has_sinks ? numbers + 700 : NULL;
+            kernels->attend(&job);
+            tell(has_sinks ? "attend-sinks" : "attend", group * 100 + window,
+                 i * 2 + (size_t)is_half, out, rows * width * sizeof *out);
+        }
     }
     slide_t job = {keys, values, is_half, HEADS, DIM, 2, 5, 21, numbers, numbers + 64};
     kernels->slide(&job);
     tell("slide", group, (size_t)is_half, keys, sizeof keys);
+}
+
+static void held(size_t width) {
+    enum { HEADS = 2, QUERIES = 5, ROWS = 9 };
+    double log_sums[HEADS * QUERIES];
+    held_rows_t job = {numbers, numbers + 3000, numbers + 6000, ROWS * width, HEADS, QUERIES, ROWS,
+                       width, out, log_sums};
+    kernels->attend_rows(&job);
+    tell("attend_rows", width, 0, out, HEADS * QUERIES * width * sizeof *out);
+    tell("attend_rows-sums", width, 0, log_sums, sizeof log_sums);
+    static float rows[ROWS * 2 * 3 * 64];
+    memcpy(rows, numbers, sizeof rows);
+    turn_t turned = {rows, 6 * width, ROWS, 2, 3, width, numbers + 100, 0.7f};
+    kernels->turn_heads(&turned);
+    tell("turn_heads", width, 0, rows, ROWS * 6 * width * sizeof *rows);
+    static const int64_t order[] = {3, 0, 8, 3, 5};
+    for (int has_matrix = 0; has_matrix < 2; has_matrix++) {
+        taken_t taken = {numbers, order, 5, width, has_matrix ? numbers + 900 : NULL, out};
+        kernels->take_rows(&taken);
+        tell("take_rows", width, (size_t)has_matrix, out, 5 * width * sizeof *out);
+    }
 }
 
 static void routed(void) {
@@ -149,12 +188,17 @@ static void routed(void) {
         matrix_t down = {STORED_F32, numbers + i * 300, INNER, 1, INNER};
         kernels->pack(KIND_F32, weights[2 * i], &up, (place_t){0, 2 * INNER, 0, HIDDEN});
         kernels->pack(KIND_F32, weights[2 * i + 1], &down, (place_t){0, HIDDEN, 0, INNER});
-        table[i] = (expert_t){weights[2 * i], weights[2 * i + 1]};
+        table[i] = (expert_t){weights[2 * i], weights[2 * i + 1], numbers + i * 50,
+                              numbers + i * 70};
     }
-    experts_t job = {KIND_F32, table, NUM, 2, 1, 0, numbers, numbers + 500, ROWS, HIDDEN, INNER,
-                     out, NULL};
-    if (!kernels->experts(&job)) exit(1);
-    tell("experts", NUM, 2, out, ROWS * HIDDEN * sizeof *out);
+    for (int gate = 0; gate < NUM_GATES; gate++) {
+        experts_t job = {.kind = KIND_F32, .experts = table, .num_experts = NUM, .num_chosen = 2,
+                         .are_normalised = 1, .gate = gate, .alpha = 1.702f, .limit = 7.0f,
+                         .x = numbers, .logits = numbers + 500, .rows = ROWS, .hidden = HIDDEN,
+                         .inner = INNER, .out = out};
+        if (!kernels->experts(&job)) exit(1);
+        tell("experts", NUM, (size_t)gate, out, ROWS * HIDDEN * sizeof *out);
+    }
 }
 
 static void ring(int is_wide) {
@@ -186,6 +230,8 @@ int main(int argc, char **argv) {
         attention(is_half, 8, 0);
         ring(is_half);
     }
+    held(16);
+    held(64);
     routed();
     return 0;
 }
