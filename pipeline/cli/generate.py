@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +20,7 @@ from pipeline.cli.pipeline_access import (
     longest_text,
 )
 from pipeline.cli.pipeline_flags import PipelineFlags
+from pipeline.cli.placing import placed_early
 from pipeline.cli.privacy_bound import privacy_budget, tell_prompt
 from pipeline.cli.shard_directories import client_dir
 from pipeline.cli.signals import run_until_signalled
@@ -34,6 +36,7 @@ from pipeline.engine.step_runner import StepRunner
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import PipelineError, RequestTimedOut
 from pipeline.files import check_writable
+from pipeline.placement.base import Placement
 from pipeline.protocol.peer_connections import PATIENCE_MS
 
 if TYPE_CHECKING:
@@ -59,83 +62,127 @@ class Layers(StepRunner, Protocol):
 def generate(flags: GenerateFlags, pipeline_flags: PipelineFlags) -> None:
     """Run one prompt to its end. Raises PipelineError, or typer.Exit after a signal."""
     manifest = load_manifest(flags.manifest)
-    tokenizer = Tokenizer(flags.tokenizer_path)
     if flags.door.door is not None:
-        _generate(flags, pipeline_flags, manifest, tokenizer, None)
+        _generate(flags, pipeline_flags, manifest, None)
         return
     with flags.kept.opened(manifest, pipeline_flags.tide_window) as stored:
-        _generate(flags, pipeline_flags, manifest, tokenizer, stored)
+        _generate(flags, pipeline_flags, manifest, stored)
 
 
 def _generate(
     flags: GenerateFlags,
     pipeline_flags: PipelineFlags,
     manifest: Manifest,
-    tokenizer: Tokenizer,
     stored: "HomeSession | None",
 ) -> None:
-    longest = longest_text(flags.context, manifest, pipeline_flags.tide_window)
-    past_ids = () if stored is None else stored.record.token_ids
-    prompt_ids = (*past_ids, *tokenizer.encode(flags.text, add_special_tokens=not past_ids))
-    # No more than it takes: a model may have room for far more than its stages' memory.
-    room = flags.context or min(len(prompt_ids) + flags.max_tokens, longest)
-    limits = Limits(
-        1,
-        room,
-        num_stages=len(manifest.stages),
-        window=pipeline_flags.tide_window,
-        is_length_asked=flags.context is not None,
-    )
-    eos = frozenset() if flags.ignore_eos else end_tokens(manifest, tokenizer)
-    log = LatencyLog()
-    budget = privacy_budget(manifest, pipeline_flags.dp_epsilon, pipeline_flags.dp_delta)
-    engine = PipelineEngine(limits, budget)
-    sampling = flags.sampling.params()
-    text = StoppedText(tokenizer, prompt_ids, sampling.stop)
-    printer = _Printer(flags.text, text, log)
-    at_home = flags.sample_at == "home"
-    generation = Generation(
-        prompt_ids, flags.max_tokens, eos, sampling, stored=stored, samples_at_home=at_home
-    )
-    request_id = engine.submit(generation, printer.hear)
-    printer.on_stop = lambda: engine.cancel(request_id, keeps=True)
-    if budget is not None:
-        tell_prompt(budget, len(prompt_ids), flags.max_tokens)
     path = flags.latency_out
     if path is not None:
         check_writable(path)
-    home = client_dir(flags.model_dir or flags.tokenizer_path.parent)
-    source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
+    text: _Text | None = None
 
-    async def work(pipeline: Layers) -> None:
-        tokenizer.check_vocabulary(pipeline.vocab_size)
-        tokenizer.check_ids(prompt_ids)
-        engine.allow_reuse(pipeline.is_row_exact)
-        printer.start()
-        await engine.drain(pipeline)
-        printer.finish()
+    async def begin_early() -> None:
+        nonlocal text
+        early = placed_early(manifest, flags.manifest, flags.model_dir, pipeline_flags)
+        async with early as place:
+            # While workers load: a vocabulary takes a tenth of a second to read.
+            tokenizer = await trio.to_thread.run_sync(
+                Tokenizer, flags.tokenizer_path, abandon_on_cancel=True
+            )
+            text = _Text(flags, pipeline_flags, manifest, tokenizer, stored, place)
+            await text.run()
 
-    run = _runner(flags, pipeline_flags, source, engine, work)
+    run = begin_early
+    is_here = pipeline_flags.supervise and pipeline_flags.place is None
+    if not is_here or manifest.has_client_ends or flags.door.door is not None:
+        tokenizer = Tokenizer(flags.tokenizer_path)
+        text = _Text(flags, pipeline_flags, manifest, tokenizer, stored, None)
+        run = text.run
+    number = run_until_signalled(run)
+    if number is not None:
+        raise typer.Exit(128 + number)
+    assert text is not None, "it has run to its end"
+    text.sum_up()
+    if path is not None:
+        text.log.write(path)
 
-    async def run_in_time() -> None:
+
+class _Text:
+    """One prompt, and what becomes of it."""
+
+    def __init__(
+        self,
+        flags: GenerateFlags,
+        pipeline_flags: PipelineFlags,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        stored: "HomeSession | None",
+        place: Callable[[trio.Nursery], Placement] | None,
+    ) -> None:
+        """`place`: how its stages are placed already. Raises PipelineError."""
+        self.log = LatencyLog()
+        self._tokenizer = tokenizer
+        longest = longest_text(flags.context, manifest, pipeline_flags.tide_window)
+        past_ids = () if stored is None else stored.record.token_ids
+        new_ids = tokenizer.encode(flags.text, add_special_tokens=not past_ids)
+        self._prompt_ids = (*past_ids, *new_ids)
+        # No more than it takes: a model may have room for far more than its stages' memory.
+        room = flags.context or min(len(self._prompt_ids) + flags.max_tokens, longest)
+        limits = Limits(
+            1,
+            room,
+            num_stages=len(manifest.stages),
+            window=pipeline_flags.tide_window,
+            is_length_asked=flags.context is not None,
+        )
+        eos = frozenset() if flags.ignore_eos else end_tokens(manifest, tokenizer)
+        budget = privacy_budget(manifest, pipeline_flags.dp_epsilon, pipeline_flags.dp_delta)
+        self._engine = PipelineEngine(limits, budget)
+        sampling = flags.sampling.params()
+        stopped = StoppedText(tokenizer, self._prompt_ids, sampling.stop)
+        self._printer = printer = _Printer(flags.text, stopped, self.log)
+        generation = Generation(
+            self._prompt_ids,
+            flags.max_tokens,
+            eos,
+            sampling,
+            stored=stored,
+            samples_at_home=flags.sample_at == "home",
+        )
+        request_id = self._engine.submit(generation, printer.hear)
+        printer.on_stop = lambda: self._engine.cancel(request_id, keeps=True)
+        if budget is not None:
+            tell_prompt(budget, len(self._prompt_ids), flags.max_tokens)
+        home = client_dir(flags.model_dir or flags.tokenizer_path.parent)
+        source = ManifestSource(manifest, flags.manifest, flags.model_dir, home)
+        self._run = _runner(flags, pipeline_flags, source, self._engine, self._work, place)
+        self._timeout = pipeline_flags.request_timeout
+
+    async def run(self) -> None:
+        """Generate it."""
+        printer = self._printer
         try:
-            with request_time(pipeline_flags.request_timeout) as printer.on_start:
-                await run()
+            with request_time(self._timeout) as printer.on_start:
+                await self._run()
         except RequestTimedOut as error:
             printer.hear(error)
             printer.finish()
 
-    number = run_until_signalled(run_in_time)
-    if number is not None:
-        raise typer.Exit(128 + number)
-    if printer.is_cut:
-        tell(
-            "pipeline-orch",
-            f"the text ends where the context of {engine.max_seq_len} tokens is full",
-        )
-    tell("latency", log.summary())
-    if path is not None:
-        log.write(path)
+    async def _work(self, pipeline: Layers) -> None:
+        self._tokenizer.check_vocabulary(pipeline.vocab_size)
+        self._tokenizer.check_ids(self._prompt_ids)
+        self._engine.allow_reuse(pipeline.is_row_exact)
+        self._printer.start()
+        await self._engine.drain(pipeline)
+        self._printer.finish()
+
+    def sum_up(self) -> None:
+        """Tell the user how it went."""
+        if self._printer.is_cut:
+            tell(
+                "pipeline-orch",
+                f"the text ends where the context of {self._engine.max_seq_len} tokens is full",
+            )
+        tell("latency", self.log.summary())
 
 
 def _runner(
@@ -144,6 +191,7 @@ def _runner(
     source: ManifestSource,
     engine: PipelineEngine,
     work: Callable[[Layers], Awaitable[None]],
+    place: Callable[[trio.Nursery], Placement] | None,
 ) -> Callable[[], Awaitable[None]]:
     """What does the work, on stages or behind a door. Raises PipelineError."""
     if flags.door.door is not None:
@@ -156,6 +204,8 @@ def _runner(
         is_resumable=shared.starts_workers and not flags.exit_on_loss,
         patience_ms=PATIENCE_MS,
     )
+    if place is not None:
+        access = replace(access, place=place)
     return lambda: access.run(work, engine.scheduler)
 
 

@@ -1,6 +1,7 @@
 """Who runs the stages, by what the flags say: whoever has started them, this command, a cluster."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pipeline.placement.base import Placement
 from pipeline.placement.by_hand import ByHand
 from pipeline.placement.free_ports import HOST, FreePortSupervisor
 from pipeline.placement.worker_supervisor import Supervisor
+from pipeline.tasks import open_tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +80,18 @@ def placing(
         )
     shared += ["--pipelines", str(replica.of), "--allow-dial", HOST]
     return lambda tasks: FreePortSupervisor(manifest, arguments, tasks, alike)
+
+
+@asynccontextmanager
+async def placed_early(
+    manifest: Manifest, path: Path, model_dir: Path | None, flags: PipelineFlags
+) -> AsyncIterator[Callable[[trio.Nursery], Placement]]:
+    """Workers that this command starts here load already within. Raises InputError."""
+    place = placing(manifest, path, model_dir, flags)
+    async with open_tasks() as tasks:
+        placement = place(tasks)
+        for stage in manifest.stages:
+            await placement.start(stage.stage_idx)
+        await trio.lowlevel.checkpoint()  # on which they are asked for
+        yield lambda _: placement
+        tasks.cancel_scope.cancel()

@@ -27,6 +27,7 @@ from pipeline.cli.slot_store import opened_store
 from pipeline.cli.worker_flags import WorkerFlags
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError
+from pipeline.kernels.kernel_selection import why_not_native
 from pipeline.kernels.runtime import all_cpus, beside_a_reader, set_num_threads
 from pipeline.kernels.sealed_memory import (
     SealedMemory,
@@ -134,7 +135,7 @@ def _load(
     manifest: Manifest, flags: WorkerFlags, precision: Precision, parts: LayerParts
 ) -> ModelShard:
     """The stage's layers. Raises ModelError, InputError."""
-    with _memory(manifest, flags) as (memory, beside):
+    with _memory(manifest, flags, parts) as (memory, beside):
         if flags.supervised and (memory is None or not memory.is_sealed):
             # However quiet a supervisor's workers are: what reads gigabytes is told once.
             logging.getLogger(load_stage.__module__).setLevel(logging.INFO)
@@ -158,7 +159,7 @@ def _load(
 
 @contextmanager
 def _memory(
-    manifest: Manifest, flags: WorkerFlags
+    manifest: Manifest, flags: WorkerFlags, parts: LayerParts
 ) -> Iterator[tuple[SealedMemory | None, dict[int, SealedMemory]]]:
     """Memory for the stage's weights, and for those of others that are read in the same pass.
 
@@ -174,14 +175,24 @@ def _memory(
         if len(fds) > 1 and not is_sealed(fd):
             turn.enter_context(one_at_a_time(fds[min(fds)]))  # the same for all of them
         memory, beside = SealedMemory(fd), {}
-        if not memory.is_sealed and flags.cpus is None:
+        if not memory.is_sealed and _can_share(flags, parts):
             precisions = {idx: precision_of(flags.dtype, manifest.stage(idx)) for idx in fds}
             beside = {
                 idx: SealedMemory(other)
                 for idx, other in fds.items()
                 if idx != own and precisions[idx] == precisions[own] and is_untouched(other)
             }
+        if not beside:
+            memory.claim()
+            turn.close()  # nobody waits for what is this stage's alone
         yield memory, beside
+
+
+def _can_share(flags: WorkerFlags, parts: LayerParts) -> bool:
+    """Whether it has weights that others could be left theirs beside, and all CPUs for that."""
+    is_native = flags.kernels != "torch" and flags.device in {None, "cpu"}
+    is_native = is_native and parts.hold_weights_in_kernels and why_not_native() is None
+    return is_native and flags.cpus is None
 
 
 def _parts(

@@ -60,6 +60,11 @@ class SealedMemory:
         self._stop_preparing()
         os.ftruncate(self._fd, 0)
 
+    def claim(self) -> None:
+        """Have others see that somebody fills it. Raises MemoryError."""
+        if not self.is_sealed:
+            _grow(self._fd, self._end)
+
     def chunk(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """The next part: zeros to be filled, or what is sealed. Raises MemoryError, InputError."""
         size = -(-num_bytes // HUGE_PAGE) * HUGE_PAGE

@@ -172,7 +172,7 @@ def load_shard(
             model_dir.name,
         )
     loaded = [(shard, kept)]
-    if kept is not None and config.packing is None:
+    if kept is not None:
         loaded += [allocate(each.layers, each.memory) for each in beside]
     with ExitStack() as filling:
         for _, kept in loaded:

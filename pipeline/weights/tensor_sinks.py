@@ -119,11 +119,11 @@ class CopySink:
         return None
 
 
-class SharedSink:
+class _SharedSink:
     """One tensor that several take, each to a place of its own."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = sinks
+        self.sinks = sinks
         self.shape = sinks[0].shape
         self.dtypes: Collection[str] = [
             each for each in sinks[0].dtypes if all(each in other.dtypes for other in sinks)
@@ -132,12 +132,17 @@ class SharedSink:
 
     def write(self, first: int, rows: HostArray) -> None:
         """Hand the rows to each."""
-        for each in self._sinks:
+        for each in self.sinks:
             each.write(first, rows)
 
     def problem(self) -> str | None:
         """The first that one of them has."""
-        return next(filter(None, (each.problem() for each in self._sinks)), None)
+        return next(filter(None, (each.problem() for each in self.sinks)), None)
+
+
+def shared_sink(sinks: Sequence[Sink]) -> Sink:
+    """What takes a tensor for all of these, of one shape."""
+    return sinks[0] if len(sinks) == 1 else _SharedSink(sinks)
 
 
 def shared_sinks(of_each: Iterable[Mapping[str, Sink]]) -> dict[str, Sink]:
@@ -146,7 +151,12 @@ def shared_sinks(of_each: Iterable[Mapping[str, Sink]]) -> dict[str, Sink]:
     for sinks in of_each:
         for name, sink in sinks.items():
             found.setdefault(name, []).append(sink)
-    return {name: each[0] if len(each) == 1 else SharedSink(each) for name, each in found.items()}
+    return {name: shared_sink(each) for name, each in found.items()}
+
+
+def sinks_in(sink: Sink) -> Sequence[Sink]:
+    """Those that it hands rows to, or itself."""
+    return sink.sinks if isinstance(sink, _SharedSink) else (sink,)
 
 
 class Store(Protocol):

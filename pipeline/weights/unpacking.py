@@ -22,7 +22,14 @@ from pipeline.weights.checkpoint_header import (
 )
 from pipeline.weights.headers import read_any_header
 from pipeline.weights.packings.base import CorruptPacking, PackedWeight, Sides
-from pipeline.weights.tensor_sinks import PIECE_BYTES, ROWS_TOGETHER, Sink, WeightSink
+from pipeline.weights.tensor_sinks import (
+    PIECE_BYTES,
+    ROWS_TOGETHER,
+    Sink,
+    WeightSink,
+    shared_sink,
+    sinks_in,
+)
 from pipeline.weights.tensor_stacks import MatrixSink
 
 MAX_SIDE_BYTES = 1 << 30  # scales for each group of the largest matrices are a hundredth of it
@@ -97,14 +104,15 @@ def unpacking(
             continue
         path, main = found[weight.main]
         shape = weight_shape(path, weight, {part: found[part][1] for part in weight.parts})
+        is_in_out = weight.packing.is_in_out
         try:
-            to = _oriented(destinations[name], is_in_out=weight.packing.is_in_out)
-            _check_shape(path, name, shape, to, is_in_out=weight.packing.is_in_out)
+            takers = [_oriented(to, is_in_out=is_in_out) for to in sinks_in(destinations[name])]
+            _check_shape(path, name, shape, takers[0], is_in_out=is_in_out)
             sides = {key: _read(*found[part]) for key, part in weight.sides.items()}
             weight.packing.check(shape, sides)
         except CorruptPacking as error:
             raise ModelError(f"{path}: tensor {name} {error}: fetch it again") from error
-        sinks[weight.main] = UnpackingSink(weight, main, sides, to)
+        sinks[weight.main] = shared_sink([UnpackingSink(weight, main, sides, to) for to in takers])
         for key, part in weight.sides.items():
             sinks[part] = _Expected(sides[key], found[part][1].dtype)
     return sinks

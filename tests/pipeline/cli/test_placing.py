@@ -8,11 +8,13 @@ import pytest
 
 from pipeline.agreement.manifest import Manifest, build_manifest, dump_manifest, load_manifest
 from pipeline.cli import pipeline_orch
+from pipeline.cli import placing as module
 from pipeline.cli.compute_options import WorkerOptions
 from pipeline.cli.pipeline_flags import PipelineFlags
-from pipeline.cli.placing import placing
+from pipeline.cli.placing import placed_early, placing
 from pipeline.cli.ray_flags import OWN_NETWORKS, RayOptions
 from pipeline.errors import InputError
+from pipeline.placement.worker_supervisor import Supervisor
 from pipeline.planning.plan import PlanOptions, plan
 
 
@@ -135,3 +137,18 @@ async def test_stages_of_the_same_files_are_told_apart_from_others(manifest, tin
     second["weight_hashes"] = ["0" * 64]
     assert alike(raw) == [[], []]
     nursery.cancel_scope.cancel()
+
+
+async def test_workers_that_are_started_here_begin_before_anything_else(
+    manifest, tiny_model, monkeypatch
+):
+    class Recording(Supervisor):
+        async def start(self, stage_idx):
+            started.append(stage_idx)
+
+    started = []
+    monkeypatch.setattr(module, "Supervisor", Recording)
+    path = tiny_model / "manifest.json"
+    async with placed_early(manifest, path, tiny_model, flags(ray={}, supervise=True)) as place:
+        assert started == [0, 1]
+        assert place(None) is place(None)

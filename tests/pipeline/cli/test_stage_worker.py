@@ -12,7 +12,8 @@ from pipeline.cli import stage_worker
 from pipeline.cli.worker_flags import WorkerFlags
 from pipeline.errors import InputError
 from pipeline.kernels.kernel_selection import why_not_native
-from pipeline.kernels.sealed_memory import SealedMemory, is_sealed
+from pipeline.kernels.sealed_memory import SealedMemory, is_sealed, is_untouched
+from pipeline.models.layer_parts import OWN
 from pipeline.planning.plan import PlanOptions, plan
 
 # Runs the command with what it calls told of on stdout.
@@ -107,6 +108,7 @@ def memories():
         os.close(fd)
 
 
+@pytest.mark.skipif(why_not_native() is not None, reason="needs native kernels")
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memory that can be sealed")
 def test_weights_are_left_for_others_where_these_have_none_and_nobody_has_begun(
     model, tmp_path, memories
@@ -121,12 +123,16 @@ def test_weights_are_left_for_others_where_these_have_none_and_nobody_has_begun(
             beside_stage=(0,), beside_fd=(memories[0],), store={}, times={},
             **{"development": {"dev": True}} | given,
         )  # fmt: skip
-        with stage_worker._memory(manifest, flags) as (own, others):
+        with stage_worker._memory(manifest, flags, OWN) as (own, others):
             assert given.get("development") or own is not None
+            # What is filled while others may fill theirs, these leave alone.
+            assert others or own is None or not is_untouched(memories[1])
             return [*others]
 
     assert beside() == [0]
     assert beside(cpus="0") == []
+    assert beside(kernels="torch") == []
+    assert beside(device="cuda") == []
     assert beside(development={"dev": False}) == []
     os.ftruncate(memories[0], 1)
     assert beside() == []

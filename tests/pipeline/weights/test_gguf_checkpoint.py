@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from transformers import (
 
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import ModelError
+from pipeline.kernels.kernel_selection import why_not_native
+from pipeline.kernels.sealed_memory import SealedMemory, is_sealed
 from pipeline.models.config import load_config
-from pipeline.models.registry import load_shard
+from pipeline.models.registry import Beside, load_shard
 from pipeline.planning.measured_split import load_of
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model, cut_stage
@@ -154,6 +157,34 @@ def test_stages_of_one_file_pin_and_read_it_whole(written):
         for stage in manifest.stages
     ]  # fmt: skip
     assert torch.equal(Pipeline(shards).greedy(torch.arange(3, 26), 4)[1], logits(model.floats))
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "memfd_create") or why_not_native() is not None,
+    reason="needs memory that can be sealed, and native kernels",
+)
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+def test_stages_of_one_file_that_is_read_once_for_both_compute_the_same(written, dtype):
+    model = written("llama-tied")
+    first, second = plan(model.path, PlanOptions(2)).stages
+    fds = [os.memfd_create("weights", os.MFD_ALLOW_SEALING) for _ in range(2)]
+    rest = range(second.layer_start, second.layer_end)
+
+    def load(layers, fd, beside=()):
+        return load_shard(
+            model.path, load_config(model.path), layers.start, layers.stop, dtype=dtype,
+            kernels="native", expected_hashes=first.weight_hashes, memory=SealedMemory(fd),
+            beside=beside,
+        )  # fmt: skip
+
+    beside = Beside(rest, SealedMemory(fds[1]))
+    shards = [load(range(first.layer_start, first.layer_end), fds[0], [beside])]
+    assert all(map(is_sealed, fds))
+    shards.append(load(rest, fds[1]))
+    found = Pipeline(shards).greedy(torch.arange(3, 26), 4)[1]
+    assert torch.equal(found, logits(model.path, dtype, kernels="native"))
+    for fd in fds:
+        os.close(fd)
 
 
 @pytest.mark.parametrize("at", [10, 200, -1])
