@@ -33,6 +33,7 @@ _YARN = {
     "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow",
 }
+MAX_LAYERS = 10_000  # more than names of tensors have digits for; lists are made for each
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -52,6 +53,13 @@ def head_dim(head: GgufHead) -> int:
         raise CorruptGguf("its values are not as long as its keys, which is not supported")
     if found < 1:
         raise CorruptGguf(f"its heads have {found} dimensions")
+    return found
+
+
+def _num_layers(head: GgufHead) -> int:
+    found = _size(head, "block_count")
+    if found > MAX_LAYERS:
+        raise CorruptGguf(f"its {_name(head.metadata)}.block_count is {found}")
     return found
 
 
@@ -187,7 +195,7 @@ def gpt2(head: GgufHead, factors: Factors) -> Fields:
     return _common(head) | {
         "model_type": "gpt2",
         "n_embd": _size(head, "embedding_length"),
-        "n_layer": _size(head, "block_count"),
+        "n_layer": _num_layers(head),
         "n_head": _size(head, "attention.head_count"),
         "n_positions": _size(head, "context_length"),
         "n_inner": _size(head, "feed_forward_length"),
@@ -222,7 +230,7 @@ def _decoder(
     return _common(head) | {
         "hidden_size": _size(head, "embedding_length"),
         "intermediate_size": inner or _size(head, "feed_forward_length"),
-        "num_hidden_layers": _size(head, "block_count"),
+        "num_hidden_layers": _num_layers(head),
         "num_attention_heads": heads,
         "num_key_value_heads": _optional(head, "attention.head_count_kv") or heads,
         "head_dim": width,

@@ -201,6 +201,9 @@ REFUSED = {
     "heads that turn more than they have": (
         "phi3", {"rope.dimension_count": 64}, EMBEDDING, "turn part of a head",
     ),
+    "layers without number": (
+        "olmo2", {"block_count": (1 << 32) - 1}, EMBEDDING, "block_count is 4294967295",
+    ),
     "queries that grow with their position": ("mistral3", {}, EMBEDDING, "'mistral3' is not"),
     "a layer twice": (
         "qwen3", {}, EMBEDDING | {"blk.00.attn_norm.weight": np.ones(32, np.float32)},
