@@ -133,21 +133,30 @@ def gguf_head(values: dict[str, object], tensors: list[tuple[str, tuple[int, ...
 
 
 def gguf_seeds() -> list[bytes]:
+    """Of each architecture, with its own experts, rotary factors and tokenizer."""
     sizes = {
         "embedding_length": 32, "feed_forward_length": 32, "block_count": 1, "context_length": 8,
         "attention.head_count": 2, "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.layer_norm_epsilon": 1e-5, "attention.sliding_window": 4,
     }  # fmt: skip
-    tensors = [("token_embd.weight", (32, 3), 8), ("blk.0.attn_q.weight", (32, 32), 8)]
+    some = {"expert_count": 2, "expert_used_count": 1, "expert_feed_forward_length": 32}
+    yarn = {"type": "yarn", "factor": 2.0, "original_context_length": 4, "yarn_beta_fast": 8.0}
+    ends = [("token_embd.weight", (32, 3), 8), ("output_norm.weight", (4,), 0)]
+    stacks = [("blk.0.ffn_up_exps.weight", (32, 1, 2), 8), ("blk.0.ffn_gate_inp.bias", (2,), 0)]
+    factors = [("rope_factors_long.weight", (8,), 0), ("rope_factors_short.weight", (8,), 0)]
     found = []
-    for name in architectures.ARCHITECTURES:
-        values = {f"{name}.{key}": value for key, value in sizes.items()}
-        values |= {f"{name}.attention.sliding_window": 4} if name == "gemma3" else {}
+    for name, kind in [*architectures.ARCHITECTURES.items(), ("llama", architectures.MIXTRAL)]:
+        own = sizes | (some if kind.has_experts else {})
+        own |= {f"rope.scaling.{key}": value for key, value in yarn.items()}
+        values = {f"{name}.{key}": value for key, value in own.items()}
         values |= {"general.architecture": name, "tokenizer.ggml.tokens": ["a", "b", "ab"]}
-        kind = {"model": "gpt2", "pre": "qwen2", "merges": ["a b"]}
-        if name == "llama":
-            kind = {"model": "llama", "scores": [0.0, 1.0, 2.0], "bos_token_id": 0}
-        values |= {f"tokenizer.ggml.{key}": value for key, value in kind.items()}
-        found.append(gguf_head(values, [*tensors, ("output_norm.weight", (32,), 0)]))
+        words = {"model": "gpt2", "pre": "qwen2", "merges": ["a b"]}
+        if name in {"llama", "phi3"}:
+            words = {"model": "llama", "scores": [0.0, 1.0, 2.0], "bos_token_id": 0}
+        values |= {f"tokenizer.ggml.{key}": value for key, value in words.items()}
+        part = "attn_qkv" if "attn_qkv" in kind.parts else "attn_q"
+        tensors = [(f"blk.0.{part}.weight", (1, 16), 0), *(stacks if kind.has_experts else [])]
+        found.append(gguf_head(values, [*ends, *tensors, *(factors if name == "phi3" else [])]))
     return found
 
 

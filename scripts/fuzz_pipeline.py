@@ -300,7 +300,7 @@ def fuzz(name: str, num_runs: int, seed: int, directory: Path) -> None:
         *([f"-dict={words}"] if escaped else []),
         f"-runs={num_runs}",
         f"-seed={seed}",
-        "-max_len=1500",
+        "-max_len=2000",
         "-print_final_stats=1",
     ]
     atheris.Setup([sys.argv[0], *options, "-verbosity=0", str(corpus)], run)

@@ -198,7 +198,7 @@ def _architecture(metadata: Metadata) -> Architecture:
     if metadata.size(f"{name}.expert_count") and not found.has_experts:
         if name != "llama":
             raise CorruptGguf(f"it is a mixture of experts, which {name} models are not read as")
-        return _MIXTRAL
+        return MIXTRAL
     return found
 
 
@@ -213,7 +213,7 @@ def _checkpoint_name(name: str, kind: Architecture) -> str:
 
 
 # In GGUF's words a Llama.
-_MIXTRAL = Architecture(_MIXTRAL_PARTS, configurations.mixtral, has_experts=True, has_pairs=True)
+MIXTRAL = Architecture(_MIXTRAL_PARTS, configurations.mixtral, has_experts=True, has_pairs=True)
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "llama": Architecture(_LAYER_PARTS, configurations.llama, has_pairs=True),

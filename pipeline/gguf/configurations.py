@@ -33,6 +33,7 @@ _YARN = {
     "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow",
 }
+MAX_LAYERS = 10_000  # more than names of tensors have digits for; lists are made for each
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -55,6 +56,13 @@ def head_dim(head: GgufHead) -> int:
     return found
 
 
+def _num_layers(head: GgufHead) -> int:
+    found = _size(head, "block_count")
+    if found > MAX_LAYERS:
+        raise CorruptGguf(f"its {_name(head.metadata)}.block_count is {found}")
+    return found
+
+
 def num_experts(head: GgufHead) -> int:
     """How many a layer has. Raises CorruptGguf."""
     return max(1, _size(head, "expert_count"))
@@ -62,8 +70,7 @@ def num_experts(head: GgufHead) -> int:
 
 def llama(head: GgufHead, factors: Factors) -> Fields:
     """Also Mistral's, SmolLM's and others'. Raises CorruptGguf, as all of these do."""
-    return _decoder(head, factors) | {
-        "model_type": "llama",
+    return _decoder(head, factors, "llama") | {
         "attention_bias": _has(head, "blk.0.attn_q.bias"),
         "mlp_bias": _has(head, "blk.0.ffn_gate.bias"),
     }
@@ -71,8 +78,7 @@ def llama(head: GgufHead, factors: Factors) -> Fields:
 
 def mixtral(head: GgufHead, factors: Factors) -> Fields:
     """A Llama with experts."""
-    return _decoder(head, factors) | {
-        "model_type": "mixtral",
+    return _decoder(head, factors, "mixtral") | {
         "num_local_experts": num_experts(head),
         "num_experts_per_tok": _size(head, "expert_used_count"),
     }
@@ -80,16 +86,13 @@ def mixtral(head: GgufHead, factors: Factors) -> Fields:
 
 def qwen2(head: GgufHead, factors: Factors) -> Fields:
     """Qwen 2 and 2.5."""
-    return _decoder(head, factors) | {"model_type": "qwen2", "use_sliding_window": False}
+    return _decoder(head, factors, "qwen2") | {"use_sliding_window": False}
 
 
 def qwen3(head: GgufHead, factors: Factors) -> Fields:
     """Without experts."""
-    return _decoder(head, factors) | {
-        "model_type": "qwen3",
-        "use_sliding_window": False,
-        "attention_bias": _has(head, "blk.0.attn_q.bias"),
-    }
+    fields = _decoder(head, factors, "qwen3") | {"use_sliding_window": False}
+    return fields | ({"attention_bias": True} if _has(head, "blk.0.attn_q.bias") else {})
 
 
 def qwen3_moe(head: GgufHead, factors: Factors) -> Fields:
@@ -108,12 +111,11 @@ def qwen3_moe(head: GgufHead, factors: Factors) -> Fields:
 def gemma3(head: GgufHead, factors: Factors) -> Fields:
     """Its text."""
     # The attention's scale is in no metadata: llama.cpp, too, tells the one exception by its depth.
-    fields = _decoder(head, factors)
+    fields = _decoder(head, factors, "gemma3_text")
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     theta = head.metadata.number("gemma3.rope.freq_base_swa")
     pattern = _optional(head, "attention.sliding_window_pattern")
     return fields | {
-        "model_type": "gemma3_text",
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "query_pre_attn_scalar": (
@@ -127,10 +129,8 @@ def gemma3(head: GgufHead, factors: Factors) -> Fields:
 
 def olmo(head: GgufHead, factors: Factors) -> Fields:
     """OLMo 2, or 3, which has a window in some layers."""
-    fields = _decoder(head, factors) | {
-        "model_type": "olmo2",
-        "attention_bias": _has(head, "blk.0.attn_q.bias"),
-    }
+    fields = _decoder(head, factors, "olmo2")
+    fields["attention_bias"] = _has(head, "blk.0.attn_q.bias")
     window = _optional(head, "attention.sliding_window")
     if not window:
         return fields
@@ -148,11 +148,10 @@ def olmo(head: GgufHead, factors: Factors) -> Fields:
 
 def phi3(head: GgufHead, factors: Factors) -> Fields:
     """Phi 3 and 4, whose heads may turn in part, by factors of each pair."""
-    fields, width = _decoder(head, factors, may_be_partial=True), head_dim(head)
+    fields, width = _decoder(head, factors, "phi3", may_be_partial=True), head_dim(head)
     turned = _optional(head, "rope.dimension_count") or width
     part = turned / width
     return fields | {
-        "model_type": "phi3",
         # so that its product with the width is whole once more
         "partial_rotary_factor": part if int(width * part) == turned else math.nextafter(part, 2),
         "sliding_window": _optional(head, "attention.sliding_window") or None,
@@ -166,10 +165,9 @@ def phi3(head: GgufHead, factors: Factors) -> Fields:
 def gpt_oss(head: GgufHead, factors: Factors) -> Fields:
     """With each expert's tensors by themselves, as they lie there."""
     inner = _optional(head, "expert_feed_forward_length")
-    fields = _decoder(head, factors, inner=inner)
+    fields = _decoder(head, factors, "gpt_oss", inner=inner)
     rope = fields["rope_scaling"]
     return fields | {
-        "model_type": "gpt_oss",
         "attention_bias": _has(head, "blk.0.attn_q.bias"),
         "num_local_experts": num_experts(head),
         "num_experts_per_tok": _size(head, "expert_used_count"),
@@ -184,10 +182,12 @@ def gpt2(head: GgufHead, factors: Factors) -> Fields:
     """Learned positions, and the one activation that there is for it there."""
     del factors
     eps = _needed(head, "attention.layer_norm_epsilon", head.metadata.number)
-    return _common(head) | {
+    return {
         "model_type": "gpt2",
+        "vocab_size": embedding(head).shape[0],
+        **_ends(head),
         "n_embd": _size(head, "embedding_length"),
-        "n_layer": _size(head, "block_count"),
+        "n_layer": _num_layers(head),
         "n_head": _size(head, "attention.head_count"),
         "n_positions": _size(head, "context_length"),
         "n_inner": _size(head, "feed_forward_length"),
@@ -196,12 +196,11 @@ def gpt2(head: GgufHead, factors: Factors) -> Fields:
     }
 
 
-def _common(head: GgufHead) -> Fields:
-    """What all models say of tokens."""
+def _ends(head: GgufHead) -> Fields:
+    """What all models say of embedding, head and the tokens that begin and end texts."""
     metadata = head.metadata
     ends = [metadata.size(f"tokenizer.ggml.{key}") for key in _END_KEYS]
     return {
-        "vocab_size": embedding(head).shape[0],
         "tie_word_embeddings": not _has(head, HEAD),
         "bos_token_id": metadata.size("tokenizer.ggml.bos_token_id"),
         "eos_token_id": sorted({end for end in ends if end is not None}),
@@ -209,9 +208,14 @@ def _common(head: GgufHead) -> Fields:
 
 
 def _decoder(
-    head: GgufHead, factors: Factors, *, inner: int | None = None, may_be_partial: bool = False
+    head: GgufHead,
+    factors: Factors,
+    model_type: str,
+    *,
+    inner: int | None = None,
+    may_be_partial: bool = False,
 ) -> Fields:
-    """What families with rotary positions call the same."""
+    """What families with rotary positions call the same, in an order that manifests have pinned."""
     metadata, heads = head.metadata, _size(head, "attention.head_count")
     width = head_dim(head)
     turned = _optional(head, "rope.dimension_count") or width
@@ -219,16 +223,19 @@ def _decoder(
         raise CorruptGguf("its rotary positions turn part of a head, which is not supported")
     theta = metadata.number(f"{_name(metadata)}.rope.freq_base")
     eps = _needed(head, "attention.layer_norm_rms_epsilon", metadata.number)
-    return _common(head) | {
+    return {
+        "model_type": model_type,
+        "vocab_size": embedding(head).shape[0],
         "hidden_size": _size(head, "embedding_length"),
         "intermediate_size": inner or _size(head, "feed_forward_length"),
-        "num_hidden_layers": _size(head, "block_count"),
+        "num_hidden_layers": _num_layers(head),
         "num_attention_heads": heads,
         "num_key_value_heads": _optional(head, "attention.head_count_kv") or heads,
         "head_dim": width,
         "max_position_embeddings": _size(head, "context_length"),
         "rms_norm_eps": _decimal(eps),
         "rope_theta": 10000.0 if theta is None else _decimal(theta),
+        **_ends(head),
         "rope_scaling": _rope_scaling(head, factors, turned, theta or 10000.0),
     }
 

@@ -1,5 +1,7 @@
 """A model of each family as llama.cpp's own package writes it says what its safetensors say."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from transformers import (
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import ModelError
 from pipeline.gguf.architectures import ARCHITECTURES
+from pipeline.gguf.model_files import read_model_file
 from pipeline.leakage.public_model import PublicModel
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
@@ -144,6 +147,16 @@ def test_stages_that_are_cut_of_a_file_compute_what_it_does(written, tmp_path, n
     assert torch.equal(logits(*shards), logits(whole(model.packed, precision or "float32")))
 
 
+def test_a_configuration_is_spelt_as_manifests_have_it_pinned(written):
+    fields = json.loads(read_model_file(written("mistral-0").path / "config.json", 1 << 20))
+    assert list(fields) == [
+        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+        "rms_norm_eps", "rope_theta", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+        "rope_scaling", "attention_bias", "mlp_bias",
+    ]  # fmt: skip
+
+
 def test_what_is_known_of_public_weights_is_read_of_a_file_as_of_a_directory(written):
     model = written("gpt2")  # whose matrices lie the other way round there
     found, expected = (PublicModel.load(each, ()) for each in (model.path, model.directory))
@@ -200,6 +213,9 @@ REFUSED = {
     ),
     "heads that turn more than they have": (
         "phi3", {"rope.dimension_count": 64}, EMBEDDING, "turn part of a head",
+    ),
+    "layers without number": (
+        "olmo2", {"block_count": (1 << 32) - 1}, EMBEDDING, "block_count is 4294967295",
     ),
     "queries that grow with their position": ("mistral3", {}, EMBEDDING, "'mistral3' is not"),
     "a layer twice": (

@@ -1,5 +1,9 @@
 """Levels of vector instructions: the same weights, the same bits."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -103,3 +107,13 @@ def test_every_precision_has_a_kind_wherever_it_is_held(module):
         module.use_level(level)
         assert {"float32", "bfloat16"} <= set(module.features()) - {level}
         assert set(module.features()[1:]) <= {*PRECISIONS, "bf16_dot"}
+
+
+def test_what_compares_processors_knows_the_kernels_as_they_are():
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    source = Path(__file__).with_name("level_bits.c")
+    strict = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    done = subprocess.run([compiler, *strict, source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
