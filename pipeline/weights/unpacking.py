@@ -25,6 +25,7 @@ from pipeline.weights.packings.base import CorruptPacking, PackedWeight, Sides
 from pipeline.weights.tensor_sinks import PIECE_BYTES, ROWS_TOGETHER, CopySink, Sink, WeightSink
 from pipeline.weights.tensor_stacks import MatrixSink
 
+CHANGED = "changed while it was read: fetch it again"
 MAX_SIDE_BYTES = 1 << 30  # scales for each group of the largest matrices are a hundredth of it
 
 
@@ -38,6 +39,8 @@ class UnpackingSink:
         self._sides = sides
         self._to = to
         self._is_int4 = isinstance(to, WeightSink) and to.precision == "int4"
+        # Then the file held it in another way when it was decided what holds it.
+        self._is_another = self._is_int4 and weight.exceeds_int4
         self.shape = main.shape
         self.dtypes: Collection[str] = (main.dtype,)
 
@@ -55,8 +58,8 @@ class UnpackingSink:
                 self._to.write((first + at) * each, self._packing.unpack(*piece))
 
     def problem(self) -> str | None:
-        """The weight's own."""
-        return self._to.problem()
+        """That it would be rounded to fewer bits than what was planned, or the weight's own."""
+        return CHANGED if self._is_another else self._to.problem()
 
 
 class _Expected:
@@ -77,7 +80,7 @@ class _Expected:
 
     def problem(self) -> str | None:
         """Whether it was another."""
-        return "changed while it was read: fetch it again" if self._is_another else None
+        return CHANGED if self._is_another else None
 
 
 def unpacking(
