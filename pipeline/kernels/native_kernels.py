@@ -268,7 +268,8 @@ class NativeKernels(Kernels):
             for gate_up, down in linears
             if isinstance(gate_up, NativeLinear) and isinstance(down, NativeLinear)
         ]
-        return NativeExperts(own, routing) if len(own) == len(linears) else None
+        are_alike = len({each.kind for pair in own for each in pair}) == 1
+        return NativeExperts(own, routing) if are_alike and len(own) == len(linears) else None
 
     def layer_norm(self, size: int, eps: float) -> Norm:
         """Rows centred, over their deviation, scaled and shifted."""

@@ -15,9 +15,10 @@ from pipeline.models.decoder import STREAM
 from pipeline.models.decoder_config import DecoderConfig
 from pipeline.models.ends import NO_ENDS
 from pipeline.models.model_config import ModelConfig
-from pipeline.models.registry import family_of, required_tensors, stored_as
+from pipeline.models.registry import required_tensors, stored_as
 from pipeline.models.rope import rope_frequencies
 from pipeline.models.rope_config import Rope
+from pipeline.models.stored_model import family_of
 from pipeline.scx.codec import LayerCodec
 from pipeline.scx.keys import KeyGenerator
 from pipeline.weights.checkpoint import load_tensors

@@ -20,11 +20,11 @@ from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.models.model_config import ModelConfig
 from pipeline.models.registry import (
     ModelShard,
-    family_of,
     load_shard,
     required_tensors,
     stored_as,
 )
+from pipeline.models.stored_model import family_of
 from pipeline.progress import Progress, part_of
 from pipeline.protocol.batch import Batch, Segment
 from pipeline.weights.checkpoint import load_tensors

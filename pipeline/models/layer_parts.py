@@ -5,8 +5,8 @@ each step for what attends in a layer. So a protected product or an attention co
 a value handed to the shard, and no architecture knows of it.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -103,13 +103,22 @@ class LayerMaker:
     precision: Precision
     parts: LayerParts
     prefix: str = ""
+    # Those that int4 leaves in int8, by their whole names.
+    int8_linears: Collection[str] = ()
 
     def linear(
         self, name: str, num_in: int, num_out: int, *, bias: bool, activation: Activation = "none"
     ) -> Linear:
         """The linear `name`, to be filled."""
-        spec = LinearSpec(num_in, num_out, bias, self.precision, activation)
+        is_wide = self.precision == "int4" and self.prefix + name in self.int8_linears
+        precision: Precision = "int8" if is_wide else self.precision
+        spec = LinearSpec(num_in, num_out, bias, precision, activation)
         return self.parts.linear(self.prefix + name, spec, self.kernels)
+
+    def alike(self, name: str) -> "LayerMaker":
+        """For the linears whose names go on from that: all in one precision."""
+        is_any_wide = any(each.startswith(self.prefix + name) for each in self.int8_linears)
+        return replace(self, precision="int8") if self.precision == "int4" and is_any_wide else self
 
     def gate(self, gate: Gate) -> Callable[[Array, Array], Array]:
         """What makes inner rows [n, inner] of [n, 2 * inner]."""

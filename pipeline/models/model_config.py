@@ -56,6 +56,8 @@ class ModelConfig:
     rotation: str | None = None
     # How other programs packed the weights in files, if they did.
     packing: Finder | None = None
+    # The linears that int4 leaves in int8, as their weights' files come in more bits; sorted.
+    int8_linears: tuple[str, ...] = ()
     # What embedded rows are multiplied by.
     embedding_scale: float = 1.0
     # Whether each head has a score that takes its share of attention and gives nothing.

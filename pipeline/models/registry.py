@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -17,16 +16,20 @@ from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.kernels.session_memory import KeptSlots
 from pipeline.kernels.shape_only_kernels import Outline
 from pipeline.models.ends import BOTH_ENDS, Ends
-from pipeline.models.families import FAMILIES
-from pipeline.models.family import Family
 from pipeline.models.layer_parts import OWN, LayerParts
 from pipeline.models.model_config import ModelConfig
-from pipeline.models.older_client_part import HEAD, is_older_layout, names_in_file, older_name
+from pipeline.models.older_client_part import HEAD, is_older_layout, older_name
 from pipeline.models.shard_model import Shard, ShardSpec
+from pipeline.models.stored_model import as_stored, build, family_of, names_in_files
 from pipeline.progress import Progress
 from pipeline.protocol.batch import Batch
 from pipeline.protocol.tide_window import TideWindow
-from pipeline.weights.checkpoint import load_tensors, stage_files, stored_names, tensor_sizes
+from pipeline.weights.checkpoint import (
+    load_tensors,
+    stage_files,
+    stored_names,
+    tensor_sizes,
+)
 from pipeline.weights.quantization import to_precision
 from pipeline.weights.tensor_sinks import Sink, shared_sinks
 
@@ -139,7 +142,7 @@ def load_shard(
     """
     precision = to_precision(dtype)
     _check_range(config, layer_start, layer_end, ends)
-    stored_config, config = config, _as_stored(model_dir, config)
+    is_tied, config = config.tie_word_embeddings, as_stored(model_dir, config, precision)
 
     def allocate(layers: range, memory: SealedMemory | None) -> tuple[Shard, KeptWeights | None]:
         chosen, kept = choose_kernels(kernels, config.head_dim, device), None
@@ -162,7 +165,7 @@ def load_shard(
         kept.check_layout()
         return shard
     if (
-        config is not stored_config
+        config.tie_word_embeddings != is_tied
         and shard.is_last
         and not is_older_layout(stored_names(model_dir, config.packing))
     ):
@@ -191,23 +194,8 @@ def load_shard(
 def _sinks_in_files(model_dir: Path, config: ModelConfig, shard: Shard) -> dict[str, Sink]:
     """What a shard takes, by the names in the files."""
     sinks = shard.destinations()
-    stored = _names_in_files(model_dir, config, sinks)
+    stored = names_in_files(model_dir, config, sinks)
     return {stored[name]: sink for name, sink in sinks.items()}
-
-
-def has_own_head(model_dir: Path, config: ModelConfig) -> bool:
-    """Whether the weights hold a head, though the configuration says that it is the embedding.
-
-    Merged and fine-tuned models do: what was trained is what is stored. Raises ModelError.
-    """
-    name = f"{family_of(config).names.head}.weight"
-    return config.tie_word_embeddings and name in stored_names(model_dir, config.packing)
-
-
-def _as_stored(model_dir: Path, config: ModelConfig) -> ModelConfig:
-    if has_own_head(model_dir, config):
-        return replace(config, tie_word_embeddings=False)
-    return config
 
 
 def outline(
@@ -218,7 +206,7 @@ def outline(
     Raises ModelError for a range outside the model.
     """
     _check_range(config, layer_range.start, layer_range.stop, ends)
-    return _build(config, ShardSpec(layer_range, Outline(), precision, ends=ends))
+    return build(config, ShardSpec(layer_range, Outline(), precision, ends=ends))
 
 
 def required_files(
@@ -242,7 +230,7 @@ def required_tensors(
     range outside the model, and for files that cannot be read.
     """
     names = stored_as(model_dir, config, layer_range, ends)
-    sinks = plan_tensors(_as_stored(model_dir, config), layer_range, ends, precision)
+    sinks = plan_tensors(as_stored(model_dir, config, precision), layer_range, ends, precision)
     return {own: sinks[name] for name, own in names.items()}
 
 
@@ -250,8 +238,8 @@ def stored_as(
     model_dir: Path, config: ModelConfig, layer_range: range, ends: Ends | None = None
 ) -> Mapping[str, str]:
     """The names of those tensors, to what they are called in the files."""
-    config = _as_stored(model_dir, config)
-    return _names_in_files(model_dir, config, plan_tensors(config, layer_range, ends))
+    config = as_stored(model_dir, config)
+    return names_in_files(model_dir, config, plan_tensors(config, layer_range, ends))
 
 
 def plan_tensors(
@@ -288,11 +276,11 @@ def layer_bytes(model_dir: Path, config: ModelConfig) -> tuple[int, tuple[int, .
     A tied head counts on both sides, as the stages at both ends hold it. Raises ModelError for a
     tensor that is missing, and for files that cannot be read.
     """
-    config = _as_stored(model_dir, config)
+    config = as_stored(model_dir, config)
     sizes = tensor_sizes(model_dir, config.packing)
 
     def total(names: Iterable[str]) -> int:
-        found = _names_in_files(model_dir, config, names).values()
+        found = names_in_files(model_dir, config, names).values()
         for name in found:
             if name not in sizes:
                 raise ModelError(f"{model_dir}: tensor {name} is missing: fetch the model again")
@@ -319,37 +307,13 @@ def _check_range(config: ModelConfig, layer_start: int, layer_end: int, ends: En
 
 def _allocate(config: ModelConfig, spec: ShardSpec) -> Shard:
     try:
-        return _build(config, spec)
+        return build(config, spec)
     except (RuntimeError, MemoryError, ValueError) as error:  # what torch, Python, numpy call it
         planned = _plan(config, spec.layers, spec.ends)
         raise ModelError(
             f"layers {spec.layers.start}..{spec.layers.stop} of this config.json need "
             f"{planned.num_weight_bytes} bytes of memory in float32, more than this machine gives"
         ) from error
-
-
-def _build(config: ModelConfig, spec: ShardSpec) -> Shard:
-    family = family_of(config)
-    if spec.ends is not None and family.layers_take_ids:
-        raise ModelError(
-            f"{config.architecture}: its layers take the token ids once more (per-layer inputs), "
-            "which stages are not to see where the split is client: use split stages"
-        )
-    if family.is_routed and spec.parts.are_watched:
-        raise ModelError(
-            f"{config.architecture}: a row meets the experts that are chosen for it, and which "
-            "these are would tell whoever multiplies by them of its token: serve it without a "
-            "linear worker"
-        )
-    return family.build(config, spec)
-
-
-def family_of(config: ModelConfig) -> Family:
-    """What serves a model. Raises ModelError."""
-    family = FAMILIES.get(config.architecture)
-    if family is None:
-        raise ModelError(f"architecture {config.architecture!r} is not supported")
-    return family
 
 
 def _plan(
@@ -359,22 +323,9 @@ def _plan(
     precision: Precision = "float32",
 ) -> Shard:
     """The shard's shapes without their memory."""
-    return _build(config, ShardSpec(layers, Outline(), precision, ends=ends))
+    return build(config, ShardSpec(layers, Outline(), precision, ends=ends))
 
 
 def _stage_tensors(config: ModelConfig, layer_start: int, layer_end: int) -> list[str]:
     """Names a stage loads; an empty range at either end means that end's embedding or head."""
     return list(_plan(config, range(layer_start, layer_end)).destinations())
-
-
-def _names_in_files(model_dir: Path, config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
-    """Our name -> the name in the files, which may carry the architecture's prefix."""
-    stored = stored_names(model_dir, config.packing)
-    found = {name: name for name in names}
-    family = family_of(config)
-    if family.prefix and any(name.startswith(family.prefix) for name in stored):
-        head = f"{family.names.head}."
-        found = {n: n if n.startswith(head) else family.prefix + n for n in found}
-    if is_older_layout(stored):
-        found = names_in_file(family.names, found, stored)
-    return found

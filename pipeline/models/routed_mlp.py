@@ -52,11 +52,12 @@ class RoutedMLP:
         self.router = exact.linear(
             f"{experts.block}.{experts.router}", hidden, experts.num_experts, bias=bias
         )
+        alike = make.alike(f"{experts.block}.experts.")  # kernels may compute them at once
         self.experts: list[tuple[Linear, Linear]] = []
         for index in range(experts.num_experts):
             prefix = f"{experts.block}.experts.{index}."
-            gate_up = make.linear(f"{prefix}gate_up_proj", hidden, 2 * self._inner, bias=bias)
-            down = make.linear(prefix + experts.down, self._inner, hidden, bias=bias)
+            gate_up = alike.linear(f"{prefix}gate_up_proj", hidden, 2 * self._inner, bias=bias)
+            down = alike.linear(prefix + experts.down, self._inner, hidden, bias=bias)
             self.experts.append((gate_up, down))
         routing = Routing(experts.num_chosen, experts.are_normalised, config.gate)
         self._at_once = kernels.experts(self.experts, routing)

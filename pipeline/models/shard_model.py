@@ -94,7 +94,9 @@ class Shard(ABC):
         self._shape_of = [self._shapes.index(each) for each in shapes]
         ropes = [each.rope for each in self._shapes]
         self._angles = Angles(ropes, kernels, config.head_dim, config.max_positions)
-        self._make = LayerMaker(kernels, spec.precision, spec.parts)
+        self._make = LayerMaker(
+            kernels, spec.precision, spec.parts, int8_linears=frozenset(config.int8_linears)
+        )
         self._kv_dtype = KV_DTYPES[spec.precision]
         size, hidden, inner = config.vocab_size, config.hidden_dim, config.intermediate_size
         at_ends = ends_precision(spec.precision)

@@ -35,11 +35,11 @@ from pipeline.models.config import (
 from pipeline.models.ends import Ends
 from pipeline.models.model_config import ModelConfig
 from pipeline.models.registry import (
-    family_of,
     plan_tensors,
     required_tensors,
     stored_as,
 )
+from pipeline.models.stored_model import family_of
 from pipeline.planning.rotated_weights import RotatedWeights
 from pipeline.progress import Progress
 from pipeline.weights.checkpoint import (

@@ -10,6 +10,7 @@ from pipeline.dtypes import Precision
 from pipeline.models.config import load_config
 from pipeline.models.ends import NO_ENDS
 from pipeline.models.registry import outline
+from pipeline.models.stored_model import as_stored
 
 # As stages do, which leave the rest to the system.
 USABLE_SHARE = 0.9
@@ -60,9 +61,11 @@ def stage_memory(
     config = load_config(model_dir)
     ends = NO_ENDS if manifest.has_client_ends else None
     is_kept_elsewhere = manifest.part is not None and manifest.part.kind == "attention"
+    precisions = [each.precision or precision for each in manifest.stages]
+    stored = {each: as_stored(model_dir, config, each) for each in set(precisions)}
     shards = [
-        outline(config, range(each.layer_start, each.layer_end), each.precision or precision, ends)
-        for each in manifest.stages
+        outline(stored[held], range(each.layer_start, each.layer_end), held, ends)
+        for each, held in zip(manifest.stages, precisions, strict=True)
     ]
     weights = [shard.num_weight_bytes for shard in shards]
     hosts = [_host(stage) for stage in manifest.stages]

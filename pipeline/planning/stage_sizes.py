@@ -1,4 +1,4 @@
-"""How much memory each stage of a plan takes, by its configuration alone: no weights are read."""
+"""How much memory each stage of a plan takes, by its configuration: no weights are read."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +7,7 @@ from pipeline.agreement.manifest import Manifest
 from pipeline.models.config import load_config
 from pipeline.models.ends import NO_ENDS
 from pipeline.models.registry import outline
+from pipeline.models.stored_model import as_stored
 
 # A stage takes steps of so many tokens at most.
 MAX_STEP_TOKENS = 4096
@@ -26,13 +27,16 @@ def stage_sizes(
 ) -> StageSizes:
     """Sizes by the config.json of the model, or of the stage's own part of it.
 
+    And by how weights are stored, where they are there.
+
     Raises ModelError where that is another model than the manifest's.
     """
     stage = manifest.stage(stage_idx)
-    config = load_config(model_dir, manifest.config_hash)
+    precision = stage.precision or "float32"
+    config = as_stored(model_dir, load_config(model_dir, manifest.config_hash), precision)
     ends = NO_ENDS if manifest.has_client_ends else None
     layers = range(stage.layer_start, stage.layer_end)
-    shard = outline(config, layers, stage.precision or "float32", ends)
+    shard = outline(config, layers, precision, ends)
     widest = outline(config, layers, "float32", ends)
     is_last = stage_idx == len(manifest.stages) - 1
     sent_on = 0 if is_last else num_slots * max_seq_len * config.hidden_dim * 4  # float32

@@ -91,6 +91,11 @@ def hash_files(paths: Sequence[Path], progress: Progress | None = None) -> list[
     return digests
 
 
+def has_weights(model_dir: Path) -> bool:
+    """Whether there are weights beside a model's configuration."""
+    return any(map(is_file, (model_dir, model_dir / SINGLE_FILE, model_dir / INDEX_FILE)))
+
+
 def stored_names(model_dir: Path, packing: Finder | None = None) -> Collection[str]:
     """The name of every tensor of the model's, packed ones by what they are. Raises ModelError."""
     files = _names_in_files(model_dir)
@@ -128,6 +133,18 @@ def tensors_in_files(model_dir: Path) -> Mapping[str, StoredTensor]:
 def packed_weights(model_dir: Path, packing: Finder | None = None) -> Mapping[str, PackedWeight]:
     """The model's packed weights by name. Raises ModelError."""
     return find_packed(_names_in_files(model_dir), packing)
+
+
+def names_beyond_int4(model_dir: Path, packing: Finder | None = None) -> Collection[str]:
+    """The weights that a model in int4 holds in int8: they come in more bits. Raises ModelError."""
+    stored = tensors_in_files(model_dir)
+    in_int8 = {
+        name
+        for name, each in stored.items()
+        if each.dtype == "I8" and name + SCALE_SUFFIX in stored
+    }
+    packed = find_packed(stored, packing).items()
+    return in_int8 | {name for name, weight in packed if weight.exceeds_int4}
 
 
 def _names_in_files(model_dir: Path) -> set[str]:

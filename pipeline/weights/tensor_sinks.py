@@ -246,6 +246,11 @@ class WeightSink:
             self._store.put(self._first, rows.T, own, first_in=first)
 
     @property
+    def store(self) -> Store:
+        """Where they go."""
+        return self._store
+
+    @property
     def precision(self) -> Precision:
         """The store's."""
         return self._store.precision

@@ -32,6 +32,7 @@ from pipeline.weights.tensor_sinks import (
 )
 from pipeline.weights.tensor_stacks import MatrixSink
 
+CHANGED = "changed while it was read: fetch it again"
 MAX_SIDE_BYTES = 1 << 30  # scales for each group of the largest matrices are a hundredth of it
 
 
@@ -45,6 +46,8 @@ class UnpackingSink:
         self._sides = sides
         self._to = to
         self._is_int4 = isinstance(to, WeightSink) and to.precision == "int4"
+        # Then the file held it in another way when it was decided what holds it.
+        self._is_another = self._is_int4 and weight.exceeds_int4
         self.shape = main.shape
         self.dtypes: Collection[str] = (main.dtype,)
 
@@ -62,8 +65,8 @@ class UnpackingSink:
                 self._to.write((first + at) * each, self._packing.unpack(*piece))
 
     def problem(self) -> str | None:
-        """The weight's own."""
-        return self._to.problem()
+        """That it would be rounded to fewer bits than what was planned, or the weight's own."""
+        return CHANGED if self._is_another else self._to.problem()
 
 
 class _Expected:
@@ -84,7 +87,7 @@ class _Expected:
 
     def problem(self) -> str | None:
         """Whether it was another."""
-        return "changed while it was read: fetch it again" if self._is_another else None
+        return CHANGED if self._is_another else None
 
 
 def unpacking(

@@ -20,9 +20,8 @@ typedef struct {
 /* A pass's weights and sums stay in the caches. Sums over 256 inputs, then over passes, have half
  * the rounding error of one long sum. */
 enum { PASS_TILES = 16, PASS_INPUTS = 256, PASS_SUPERS = 16 };
-/* Of an I8 or I4 weight: bytes for each fetch; how far ahead a single tile is. */
-enum { SUPERS_AHEAD = 6 };
 
+/* Of an I8 or I4 weight. */
 static size_t fetched_at_once(const job_t *job) {
     return job->weight->kind == KIND_I4 ? sizeof(super4_t) / FETCHES_I4 : sizeof(super_t) / FETCHES;
 }

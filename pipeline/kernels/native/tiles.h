@@ -67,14 +67,23 @@ INLINE void fetch(const int R, const int B, const char *const *w, size_t at, siz
     }
 }
 
-/* Many rows keep the core busy while the next weights come, a pass ahead and a part with each of its
- * tiles: all the time, not only while the first tile is computed. For few, hardware fetches faster. */
-enum { FETCHING_ROWS = MAX_I8_SUMS / 2 + 1 };
+/* Of I8 and I4, whose bytes take longer to compute with, hardware alone fetches too little. Few rows
+ * fetch each stream so far ahead, the n-th line of a group with its n-th step. Many keep the core
+ * busy while the next weights come, a pass ahead and a part with each of its tiles: all the time, not
+ * only while the first tile is computed. */
+enum { FETCHING_ROWS = MAX_I8_SUMS / 2 + 1, SUPERS_AHEAD = 6 };
 
-INLINE void fetch_share(const int R, share_t *next) {
-    if (R < FETCHING_ROWS) return;
-    fetch_far(next->from);
-    next->from += next->step;
+INLINE void fetch_next(const int R, const int B, const char *const *w, size_t super_bytes,
+                       const int group, const int n, share_t *next) {
+    if (R >= FETCHING_ROWS) {
+        fetch_far(next->from);
+        next->from += next->step;
+        return;
+    }
+#pragma GCC unroll 2
+    for (int b = 0; b < B; b++) {
+        fetch_far(w[b] + (2 * SUPERS_AHEAD + group) * (super_bytes / 2) + n * VECTOR);
+    }
 }
 
 /* Each shape that there is: as many blocks as there are registers for, and what is left then. */

@@ -104,6 +104,12 @@ INLINE void load_nibbles(const int WIDE, const int B, const nibbles_t *group, co
     }
 }
 
+INLINE void fetch_nibbles(const int WIDE, const int R, const int B, const nibbles_t *group,
+                          const int n, share_t *next) {
+    /* what is wide lies in the caches */
+    fetch_next(R, WIDE ? 0 : B, group->w, sizeof(super4_t), group->index, n, next);
+}
+
 #if defined(LEVEL_AVX512)
 
 /* exact += weights * the rows' levels of a quad. */
@@ -127,14 +133,14 @@ INLINE void multiply_nibbles(const int WIDE, const int R, const int B, i32x16 *e
                              nibbles_t group, f32x16 *sums, const i32x16 *exact_before,
                              nibbles_t before, share_t *next) {
     const int32_t *levels = (const int32_t *)group.x + group.index * GROUP / 4 * R;
-    fetch_share(R, next);
+    fetch_nibbles(WIDE, R, B, &group, 0, next);
 #pragma GCC unroll 8
     for (int i = 0; i < R * B; i++) exact[i] = i_zero();
 #pragma GCC unroll 4
     for (int n = 0; n < GROUP / 8; n++) {
         i32x16 below[MAX_I8_WIDTH], above[MAX_I8_WIDTH];
         load_nibbles(WIDE, B, &group, n, below, above);
-        fetch_share(R, next);
+        fetch_nibbles(WIDE, R, B, &group, n + 1, next);
         dot(R, B, exact, below, levels + n * R);
         dot(R, B, exact, above, levels + (GROUP / 8 + n) * R);
 #pragma GCC unroll 8
@@ -187,14 +193,14 @@ INLINE void run_nibbles(const int HAS_DOT, const int WIDE, const int R, const in
                         nibbles_t group, share_t *next) {
     i32x16 exact[MAX_I8_SUMS];
     const int32_t *levels = (const int32_t *)group.x + group.index * GROUP / 4 * R;
-    fetch_share(R, next);
+    fetch_nibbles(WIDE, R, B, &group, 0, next);
 #pragma GCC unroll 4
     for (int i = 0; i < R * B; i++) exact[i] = i_zero();
 #pragma GCC unroll 4
     for (int n = 0; n < GROUP / 8; n++) {
         i32x16 below[MAX_I8_WIDTH], above[MAX_I8_WIDTH];
         load_nibbles(WIDE, B, &group, n, below, above);
-        fetch_share(R, next);
+        fetch_nibbles(WIDE, R, B, &group, n + 1, next);
 #pragma GCC unroll 4
         for (int i = 0; i < R * B; i++) {
             const int32_t *row = levels + n * R + i / B;

@@ -78,6 +78,11 @@ INLINE void settle_row(const int R, const int B, const int r, f32x16 *sums, cons
     }
 }
 
+INLINE void fetch_group(const int R, const int B, const group_t *group, const int n,
+                        share_t *next) {
+    fetch_next(R, B, (const char *const *)group->w, sizeof(super_t), group->index, n, next);
+}
+
 #if defined(LEVEL_AVX512)
 
 /* A group's exact sums. Between its products those of the group before are settled row by row
@@ -87,7 +92,7 @@ INLINE void multiply_group(const int R, const int B, i32x16 *exact, group_t grou
     i32x16 wide[MAX_I8_WIDTH];
     const int32_t *levels = (const int32_t *)group.x + group.index * GROUP / 4 * R;
     const int32_t *starts = (const int32_t *)(group.x + (LEVELS + SCALES) * R) + group.index * R;
-    fetch_share(R, next);
+    fetch_group(R, B, &group, 0, next);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 2
@@ -101,7 +106,7 @@ INLINE void multiply_group(const int R, const int B, i32x16 *exact, group_t grou
             wide[b] = i_load(group.w[b]->weights[at]);
             if (R >= FETCHING_ROWS) fetch_near((group.w[b] + 1)->weights[at]);
         }
-        fetch_share(R, next);
+        fetch_group(R, B, &group, k + 1, next);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
 #pragma GCC unroll 2
@@ -171,7 +176,7 @@ INLINE void run_group(const int HAS_DOT, const int R, const int B, f32x16 *sums,
     i32x16 exact[MAX_I8_SUMS];
     const int32_t *levels = (const int32_t *)group.x + group.index * GROUP / 4 * R;
     const int32_t *starts = (const int32_t *)(group.x + (LEVELS + SCALES) * R) + group.index * R;
-    fetch_share(R, next);
+    fetch_group(R, B, &group, 0, next);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 2
@@ -180,7 +185,7 @@ INLINE void run_group(const int HAS_DOT, const int R, const int B, f32x16 *sums,
 #pragma GCC unroll 8
     for (int k = 0; k < GROUP / 4; k++) {
         const int at = group.index * GROUP / 4 + k;
-        fetch_share(R, next);
+        fetch_group(R, B, &group, k + 1, next);
 #pragma GCC unroll 2
         for (int b = 0; b < B; b++) {
             bytes_t weights = bytes_of(HAS_DOT, group.w[b]->weights[at]);

@@ -58,6 +58,11 @@ class Awq:
         zeros, scales = self._of_groups(np.arange(first, first + len(rows)) // size, sides)
         return scaled(unpack_columns(rows, BITS, _PLACES), zeros, scales)
 
+    def exceeds_int4(self, sides: Collection[str]) -> bool:
+        """Groups may lie across those of int4."""
+        del sides
+        return not fits_int4(self.group_size)
+
     def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
         """Inputs `first`.. of all outputs."""
         if not fits_int4(self.group_size):

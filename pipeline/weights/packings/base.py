@@ -40,6 +40,9 @@ class Packing(Protocol):
     def unpack(self, first: int, rows: HostArray, sides: Sides) -> Floats:
         """The weights of rows of the tensor, from `first` on: [n * row_weights, ...]."""
 
+    def exceeds_int4(self, sides: Collection[str]) -> bool:
+        """Whether int4 would lose what eight bits keep, by the sides there are."""
+
     def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
         """The same weights in four bits, if they are such in groups that fit; else None.
 
@@ -84,6 +87,11 @@ class PackedWeight:
     main: str
     sides: Mapping[str, str]
     packing: Packing
+
+    @property
+    def exceeds_int4(self) -> bool:
+        """Whether a model in int4 holds it in int8."""
+        return self.packing.exceeds_int4(self.sides)
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -40,6 +40,11 @@ class Blocks:
         del first, sides
         return unpack_rows(ROW_TYPES[self.type_name], rows)
 
+    def exceeds_int4(self, sides: Collection[str]) -> bool:
+        """The types of more than four bits."""
+        del sides
+        return BLOCK_TYPES[self.type_name].int4 is None
+
     def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
         """The types of four bits."""
         del first, sides

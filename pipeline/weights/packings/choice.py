@@ -39,6 +39,7 @@ class _Gptq(_Fields):
     bits: int
     group_size: int
     sym: bool = True
+    desc_act: bool = False
     checkpoint_format: str = "gptq"
 
 
@@ -125,6 +126,7 @@ def _gptq(fields: dict[str, Any]) -> Finder:
         _group_size(raw.group_size),
         is_symmetric=raw.sym,
         is_second_version=raw.checkpoint_format == "gptq_v2",
+        is_act_order=raw.desc_act,
     )
 
 

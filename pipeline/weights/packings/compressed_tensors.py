@@ -82,6 +82,10 @@ class PackedWords:
         zeros, scales = self._of_rows(first, len(rows), sides)
         return scaled(numbers, zeros[:, groups], scales[:, groups])
 
+    def exceeds_int4(self, sides: Collection[str]) -> bool:
+        """Eight bits do, and groups that lie across those of int4."""
+        return self.bits > BITS or not fits_int4(self.group_size) or "weight_g_idx" in sides
+
     def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
         """Outputs `first`.. of all inputs, if these were quantised in their order."""
         levels, size = unpack_columns(rows, self.bits), self.group_size
@@ -140,6 +144,11 @@ class WholeBytes:
             return scaled(rows, 0, scales.reshape(1, 1))
         of_rows = scales[first : first + len(rows)]
         return scaled(rows, 0, np.repeat(of_rows, rows.shape[1] // scales.shape[1], axis=1))
+
+    def exceeds_int4(self, sides: Collection[str]) -> bool:
+        """They are in eight."""
+        del sides
+        return True
 
     def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
         """They are in eight."""

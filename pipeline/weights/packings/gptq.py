@@ -43,6 +43,7 @@ class Gptq:
     group_size: int | None
     is_symmetric: bool
     is_second_version: bool
+    is_act_order: bool = False
     is_in_out = True
 
     @property
@@ -86,6 +87,12 @@ class Gptq:
             of_each = np.arange(start, start + count) // (self.group_size or start + count)
         zeros, scales = self._of_groups(of_each, rows.shape[1], sides)
         return scaled(unpack_rows_of_words(rows, self.bits), zeros, scales)
+
+    def exceeds_int4(self, sides: Collection[str]) -> bool:
+        """Eight bits do, and groups that lie across those of int4; two are fewer anyway."""
+        del sides
+        is_apart = not fits_int4(self.group_size) or (self.is_act_order and self.group_size)
+        return self.bits > BITS or (self.bits == BITS and bool(is_apart))
 
     def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
         """Inputs of words `first`.. of all outputs, if they were quantised in their order."""

@@ -14,7 +14,8 @@ from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import RequestFailed
 from pipeline.models.config import load_config
 from pipeline.models.ends import BOTH_ENDS, NO_ENDS
-from pipeline.models.registry import family_of, load_shard
+from pipeline.models.registry import load_shard
+from pipeline.models.stored_model import family_of
 from pipeline.orchestrator.client_ends import ClientEnds
 from pipeline.orchestrator.local_pipeline import LocalPipeline
 from pipeline.orchestrator.open_pipeline import PipelineOptions

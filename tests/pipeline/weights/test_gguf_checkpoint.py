@@ -31,12 +31,15 @@ from pipeline.models.registry import Beside, load_shard
 from pipeline.planning.measured_split import load_of
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model, cut_stage
+from pipeline.planning.stage_memory import stage_memory
+from pipeline.planning.stage_sizes import stage_sizes
 from pipeline.weights import checkpoint
 from pipeline.weights.checkpoint import hash_files, load_tensors, stored_tensors, weight_files
 from pipeline.weights.tensor_sinks import CopySink
 from tests.pipeline.gguf_files import Types, write_gguf
 from tests.pipeline.oracles import Pipeline, randomise
 
+WEIGHTS = "model.safetensors"
 WIDE = {
     "vocab_size": 101, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 96,
@@ -245,10 +248,39 @@ def test_a_model_cut_in_int4_computes_as_its_file_does_in_int4(written, tmp_path
     model = written("llama")
     cut_model(plan(model.path, PlanOptions(1)), model.path, tmp_path / "cut", "int4")
     part = tmp_path / "cut" / "stage0"
-    assert load_torch_file(part / "model.safetensors").keys() >= {
-        "model.layers.0.mlp.up_proj.int4", "model.layers.0.mlp.up_proj.int4_zero",
-    }  # fmt: skip
+    kept = {name.removeprefix("model.layers.0.") for name in load_torch_file(part / WEIGHTS)}
+    assert kept >= {"mlp.down_proj.int4", "mlp.down_proj.int4_zero"}
+    # of more bits, or one matrix in memory with such as are
+    eight = {"self_attn.v_proj", "self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"}
+    assert kept >= {f"{name}.weight{part}" for name in eight for part in ("", "_scale")}
     assert torch.equal(logits(part, "int4"), logits(model.path, "int4"))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_weights_of_more_bits_lose_no_more_in_int4_than_in_int8(written, kernels):
+    model = written("qwen3")
+    exact = logits(model.path, kernels=kernels)
+    int8, int4 = (
+        (logits(model.path, each, kernels=kernels) - exact).abs().mean()
+        for each in ("int8", "int4")
+    )
+    # Q4_0, of which down projections are, is int4's own: the rest is in eight bits
+    assert int4 <= 1.5 * int8
+
+
+def test_what_a_stage_takes_in_int4_is_counted_by_how_its_weights_come(written):
+    model = written("llama")
+    manifest = plan(model.path, PlanOptions(2, precision="int4"))
+    for stage, told in zip(
+        manifest.stages, stage_memory(manifest, model.path, "float32", {}), strict=True
+    ):
+        shard = load_shard(
+            model.path, load_config(model.path), stage.layer_start, stage.layer_end,
+            dtype="int4", kernels="native", expected_hashes=None,
+        )  # fmt: skip
+        sizes = stage_sizes(manifest, stage.stage_idx, model.path, 1, 64)
+        assert told.weight_bytes == sizes.weights
+        assert sizes.weights == pytest.approx(shard.num_weight_bytes, rel=0.02)
 
 
 def test_what_a_model_takes_is_counted_by_its_packed_bytes(written):
