@@ -8,10 +8,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from pipeline.dtypes import Floats, HostArray
-from pipeline.gguf.block_types import ROW_TYPES, int4_of_rows, unpack_rows
+from pipeline.gguf.block_types import BLOCK_TYPES, ROW_TYPES, int4_of_rows, unpack_rows
 from pipeline.weights.checkpoint_header import StoredTensor
 from pipeline.weights.int4 import Int4
 from pipeline.weights.packings.base import CorruptPacking, PackedWeight, Sides
+
+# Of a weight, with its share of its group's scale and zero.
+INT4_BITS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +44,10 @@ class Blocks:
         return unpack_rows(ROW_TYPES[self.type_name], rows)
 
     def exceeds_int4(self, sides: Collection[str]) -> bool:
-        """The types of more than four bits."""
+        """Blocks of more bits do; floats are rounded as any are, and so are MXFP4's."""
         del sides
-        return BLOCK_TYPES[self.type_name].int4 is None
+        kind = BLOCK_TYPES.get(self.type_name)
+        return kind is not None and kind.num_bytes * 8 > INT4_BITS * kind.size
 
     def int4(self, first: int, rows: HostArray, sides: Sides) -> Int4 | None:
         """The types of four bits."""

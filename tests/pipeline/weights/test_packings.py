@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pipeline.errors import ModelError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
 from pipeline.planning.plan import PlanOptions, plan
