@@ -41,9 +41,10 @@ class Supervisor:
 
     What a worker has loaded and verified is handed on to its successors, where this system has
     memory that can be sealed: they map it and read nothing. So are keys and values of its session,
-    if it was killed: what ends by a fault of its own may have spoilt them. And all are forks of one
-    process, which has imported everything: a successor is there sooner by what starting an
-    interpreter takes.
+    if it was killed: what ends by a fault of its own may have spoilt them. Of stages whose weights
+    are in the same files, the first worker reads those for all, and leaves each stage its own. And
+    all are forks of one process, which has imported everything: a successor is there sooner by what
+    starting an interpreter takes.
 
     Workers say on stdout how far they are, and why they end (`pipeline.worker_report`).
     """

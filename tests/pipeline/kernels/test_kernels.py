@@ -313,6 +313,27 @@ def test_all_cpus_compute_meanwhile_unless_some_were_asked_for(native, monkeypat
     assert told == during
 
 
+@pytest.mark.parametrize(
+    ("asked", "during"),
+    [
+        ((1, ()), [(2,), (1,)]),
+        ((4, ()), [(3,), (4,)]),
+        ((1, (2,)), []),
+        ((2, (1, 2)), [(1, 1), (2, 1, 2)]),
+    ],
+)
+def test_where_others_wait_for_what_is_read_all_cpus_pack_it(native, monkeypatch, asked, during):
+    told = []
+    module = sys.modules["pipeline.kernels._native"]
+    monkeypatch.setattr(module, "set_num_threads", lambda *given: told.append(given))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr("os.sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(runtime, "_asked", asked)
+    with runtime.beside_a_reader(others_wait=True):
+        assert told == during[:1]
+    assert told == during
+
+
 def test_at_least_one_thread_computes():
     with pytest.raises(ValueError, match="num_threads=0"):
         set_num_threads(0)
