@@ -65,7 +65,7 @@ fetch_wheels() {
 }
 
 run_python() {
-  command -v apt-get dpkg-deb >/dev/null || die "python: needs Debian's apt-get and dpkg-deb"
+  command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || die "python: needs Debian's apt-get and dpkg-deb"
   [ -x "$venv/bin/python" ] || die "python: needs $venv: run scripts/setup.sh download test"
   if [ ! -f "$arm/done" ]; then
     rm -rf "$arm"
