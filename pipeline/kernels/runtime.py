@@ -154,6 +154,17 @@ def return_large_blocks() -> None:
     _tune_malloc(_M_TRIM_THRESHOLD, _LARGE_BLOCK)
 
 
+def return_freed_blocks() -> None:
+    """Have the system get what small blocks have left free, where this C library is glibc.
+
+    By default it gets only what lies behind the last that is in use.
+    """
+    if sys.platform == "linux":
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if malloc_trim is not None:
+            malloc_trim(0)
+
+
 def overwrite_freed_blocks() -> None:
     """Have blocks overwritten when they are freed, where this C library is glibc.
 

@@ -12,6 +12,7 @@ from pipeline.kernels.base import Kernels, Rows
 from pipeline.kernels.kept_weights import KeptWeights, keep_weights
 from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.kernels.kv_cache import KVCache
+from pipeline.kernels.runtime import return_freed_blocks
 from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.kernels.session_memory import KeptSlots
 from pipeline.kernels.shape_only_kernels import Outline
@@ -188,6 +189,7 @@ def load_shard(
             progress=progress,
             packing=config.packing,
         )
+    return_freed_blocks()  # a file's names, and what went through while it was read
     return shard
 
 
