@@ -56,8 +56,8 @@ fetch_debian() {
 # fetch_wheels DIRECTORY: what the kernels' tests import, in the versions of this environment; of
 # torch one whose wheel for arm64 brings no GPU's libraries.
 fetch_wheels() {
-  "$venv/bin/python" -m pip freeze --exclude-editable | grep -iv '^torch==' >"$work/versions"
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps --target "$1" -c "$work/versions" \
+  "$venv/bin/python" -P -m pip freeze --exclude-editable | grep -iv '^torch==' >"$work/versions"
+  "$venv/bin/python" -P -m pip install -q --disable-pip-version-check --no-deps --target "$1" -c "$work/versions" \
     --only-binary=:all: --implementation cp --python-version "$version" \
     --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
     numpy torch==2.10.0 typing_extensions sympy mpmath networkx filelock jinja2 markupsafe fsspec \
