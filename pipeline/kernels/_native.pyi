@@ -41,9 +41,8 @@ MAX_CPUS: Final = 1024  # CPUs are numbered below that
 def levels() -> tuple[str, ...]:
     """The vector instructions this CPU has that there are kernels for, the fastest first; () none.
 
-    "amx" ("avx512", and what multiplies int8 of many rows), "avx512", "avxvnni" (AVX2, and what
-    multiplies int8), "avx2", "neon". All take the same packed weights.
-    All give the same bits, but for BF16 with "bf16_dot".
+    "avx512", "avxvnni" (AVX2, and what multiplies int8), "avx2", "neon". All take the same packed
+    weights. All give the same bits, but for BF16 with "bf16_dot".
     """
 
 def use_level(level: str, /) -> None:

@@ -12,7 +12,7 @@ from pipeline.errors import InputError
 from pipeline.kernels.base import Kernels
 from pipeline.kernels.self_test import first_difference
 
-LEVELS = ("amx", "avx512", "avxvnni", "avx2", "neon")  # what native kernels are compiled for
+LEVELS = ("avx512", "avxvnni", "avx2", "neon")  # instructions native kernels are compiled for
 CHOICES = ("auto", "native", "torch", *(f"native-{level}" for level in LEVELS))
 NOT_BUILT = "the native kernels were not built with this installation"
 HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 512  # what the native attention takes

@@ -13,13 +13,6 @@
 #define VEILPIPE_SIMD 1
 #endif
 
-/* Whether the compiler knows AMX, and the system is one that has to be asked for it. */
-#if defined(VEILPIPE_SIMD) && defined(__x86_64__) && defined(__linux__)
-#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
-#define VEILPIPE_AMX 1
-#endif
-#endif
-
 enum kind { KIND_F32, KIND_BF16, KIND_I8, KIND_I4, NUM_KINDS };
 enum activation { ACT_NONE, ACT_GELU_TANH, ACT_GELU_ERF, ACT_RELU, NUM_ACTIVATIONS };
 enum gate { GATE_SILU, GATE_GELU_TANH, GATE_CLAMPED, NUM_GATES };
@@ -106,8 +99,7 @@ typedef struct {
  * come next, FETCHES or FETCHES_I4 times for 64 inputs. */
 typedef struct {
     const char *from;
-    size_t step;   /* bytes from one to the next, no more than a vector; AMX: for each 64 inputs */
-    size_t stride; /* AMX: bytes from a block's to the next's */
+    size_t step; /* bytes from one to the next, no more than a vector */
 } share_t;
 enum { FETCHES = 18, FETCHES_I4 = 10 };
 typedef void (*tile_fn)(float *acc, size_t acc_stride, size_t acc_block, const char *x,
@@ -128,14 +120,6 @@ enum { WIDE_SUPER = 1280 }; /* bytes of 64 inputs of a block, widened once for m
 void widen_i4(const char *w, size_t num_supers, void *wide);
 tile_fn tile_wide_i4(size_t rows, size_t blocks);
 void interleave(const float *x, size_t num_in, size_t rows, void *panel);
-
-/* tiles_amx.c: what has_byte_tiles allows. A thread opens its tiles for as many rows as the greatest
- * has; their levels come row by row, [SUPER / GROUP][R][GROUP], and sums lie as blocks do. */
-enum { MAX_AMX_WIDTH = 4, MIN_AMX_ROWS = 33 }; /* of fewer rows VNNI is about as fast */
-void open_tiles(size_t rows);
-void close_tiles(void);
-tile_fn tile_amx(size_t rows, size_t blocks);
-void quantise_lines(const float *x, size_t num_in, size_t rows, void *panel);
 
 /* The same in float32 of rows that follow each other every x_stride bytes, inputs of weights every
  * k_stride, for attention; weights in float32 or as IEEE halves, widened exactly on the way. A sum
@@ -286,8 +270,7 @@ typedef struct {
 
 extern const kernels_t *kernels; /* those in use; NULL where no level is this CPU's */
 extern const kernels_t avx2_kernels;
-extern int has_byte_dot;   /* AVX2: whether AVX-VNNI multiplies bytes */
-extern int has_byte_tiles; /* AVX-512: whether AMX multiplies tiles of them */
+extern int has_byte_dot; /* AVX2: whether AVX-VNNI multiplies bytes */
 
 const char *level_name(size_t number); /* of those of this CPU, best first; NULL behind the last */
 const char *current_level(void);       /* the best at first */

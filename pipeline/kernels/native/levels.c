@@ -1,20 +1,15 @@
 /* Which vector instructions compute: the levels of this CPU, and the one in use. */
-#define _GNU_SOURCE
 #include "kernels.h"
 
 #include <string.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#if defined(VEILPIPE_AMX)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
-int has_byte_dot, has_byte_tiles;
+int has_byte_dot;
 
 #if defined(VEILPIPE_SIMD)
 
@@ -22,7 +17,7 @@ typedef struct {
     const char *name;
     const kernels_t *kernels;
     int (*is_here)(void);
-    int has_byte_dot, has_byte_tiles;
+    int has_byte_dot;
 } level_t;
 
 #define ENTRY(NAME) .NAME = NAME,
@@ -36,23 +31,6 @@ static int has_avx512(void) {
            __builtin_cpu_supports("fma");
 }
 
-#if defined(VEILPIPE_AMX)
-/* Whether the system lets this process use AMX: threads keep 8 KB more of state then. */
-static int may_use_tiles(void) {
-    enum { ASK_FOR_STATE = 0x1023, TILE_DATA = 18 };
-    static int answer = -1;
-    if (answer < 0) answer = syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA) == 0;
-    return answer;
-}
-
-static int has_amx(void) {
-    unsigned a, b, c, d = 0;
-    const unsigned wanted = 1u << 24 | 1u << 25; /* tiles, of bytes */
-    return has_avx512() && __builtin_cpu_supports("avx512vnni") &&
-           __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & wanted) == wanted && may_use_tiles();
-}
-#endif
-
 static int has_avx2(void) {
     unsigned a, b, c = 0, d;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -65,12 +43,9 @@ static int has_avx_vnni(void) {
 }
 
 static const level_t levels[] = {
-#if defined(VEILPIPE_AMX)
-    {"amx", &first_kernels, has_amx, 0, 1},
-#endif
-    {"avx512", &first_kernels, has_avx512, 0, 0},
-    {"avxvnni", &avx2_kernels, has_avx_vnni, 1, 0},
-    {"avx2", &avx2_kernels, has_avx2, 0, 0},
+    {"avx512", &first_kernels, has_avx512, 0},
+    {"avxvnni", &avx2_kernels, has_avx_vnni, 1},
+    {"avx2", &avx2_kernels, has_avx2, 0},
 };
 
 #else
@@ -83,7 +58,7 @@ static int has_neon(void) {
 #endif
 }
 
-static const level_t levels[] = {{"neon", &first_kernels, has_neon, 0, 0}};
+static const level_t levels[] = {{"neon", &first_kernels, has_neon, 0}};
 
 #endif
 
@@ -94,7 +69,6 @@ static void use(const level_t *level) {
     current = level;
     kernels = level->kernels;
     has_byte_dot = level->has_byte_dot;
-    has_byte_tiles = level->has_byte_tiles;
 }
 
 static const level_t *found(size_t number) {

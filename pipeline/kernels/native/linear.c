@@ -12,23 +12,18 @@ typedef struct {
     size_t k_x_bytes, k_w_bytes; /* of one of them, two for BF16 weights halved */
     tile_fn (*find_tile)(size_t rows, size_t blocks);
     size_t num_tiles;            /* that all rows are cut into */
-    size_t num_passes;           /* that these take, each with all weights */
     size_t width;                /* blocks a tile covers */
     size_t num_blocks, num_chunks;
     int is_wide; /* I4: whether a pass's weights are widened for all of its tiles */
-    size_t amx_rows; /* that an AMX tile has at most; 0 for other tiles */
 } job_t;
 
 /* A pass's weights and sums stay in the caches. Sums over 256 inputs, then over passes, have half
  * the rounding error of one long sum. */
 enum { PASS_TILES = 16, PASS_INPUTS = 256, PASS_SUPERS = 16 };
-enum { AMX_PASS_TILES = 6, AMX_PASS_SUPERS = 4 }; /* of four times as many blocks */
 
-/* Of an I8 or I4 weight: bytes for each fetch. */
-static size_t fetched_at_once(const job_t *job, size_t tiles) {
-    if (job->amx_rows) return sizeof(super_t) / tiles;
-    if (job->weight->kind == KIND_I4) return sizeof(super4_t) / FETCHES_I4 / tiles + 1;
-    return sizeof(super_t) / FETCHES / tiles + 1;
+/* Of an I8 or I4 weight. */
+static size_t fetched_at_once(const job_t *job) {
+    return job->weight->kind == KIND_I4 ? sizeof(super4_t) / FETCHES_I4 : sizeof(super_t) / FETCHES;
 }
 
 static size_t first_row_of(const job_t *job, size_t tile) {
@@ -57,7 +52,7 @@ static void finish(const job_t *job, const float *acc, size_t acc_stride, size_t
     }
 }
 
-/* Tiles first..end, as many as a pass takes, of `blocks` blocks. */
+/* Tiles first..end, up to PASS_TILES, of `blocks` blocks. */
 static void run_pass(const job_t *job, size_t first, size_t end, size_t block, size_t step,
                      size_t blocks) {
     _Alignas(64) float acc[PASS_TILES * MAX_SUMS * BLOCK];
@@ -67,9 +62,9 @@ static void run_pass(const job_t *job, size_t first, size_t end, size_t block, s
     const char *w = (const char *)job->weight->packed + block * bytes;
     for (size_t k = 0; k < job->num_k; k += job->k_step) {
         size_t num_k = job->num_k - k < job->k_step ? job->num_k - k : job->k_step;
-        size_t ahead = end - first > 1 || job->amx_rows ? num_k : SUPERS_AHEAD;
+        size_t ahead = end - first > 1 ? num_k : SUPERS_AHEAD;
         share_t next = {w + (k + ahead) * job->k_w_bytes,
-                        fetched_at_once(job, end - first), step * bytes};
+                        fetched_at_once(job) / (end - first) + 1};
         const char *from = w + k * job->k_w_bytes;
         if (job->is_wide) {
             widen_i4(from, num_k, wide);
@@ -86,46 +81,24 @@ static void run_pass(const job_t *job, size_t first, size_t end, size_t block, s
     finish(job, acc, acc_stride, first_row, end_row - first_row, block, step, blocks);
 }
 
-#if defined(LEVEL_AVX512) && defined(VEILPIPE_AMX)
-static int is_for_amx(const job_t *job) {
-    return has_byte_tiles && job->weight->kind == KIND_I8 && job->product->rows >= MIN_AMX_ROWS;
-}
-
-static void open_amx(const job_t *job) {
-    if (job->amx_rows) open_tiles(job->amx_rows);
-}
-
-/* A thread without open tiles has less to save whenever another takes its processor. */
-static void close_amx(const job_t *job) {
-    if (job->amx_rows) close_tiles();
-}
-#else
-#define is_for_amx(job) 0
-#define open_amx(job)
-#define close_amx(job)
-#define tile_amx NULL
-#define quantise_lines NULL
-#endif
-
 static void run_chunk(void *opaque, size_t chunk) {
     const job_t *job = opaque;
     size_t num_units = (job->num_blocks + job->width - 1) / job->width;
     size_t block = chunk * num_units / job->num_chunks * job->width;
     size_t end = (chunk + 1) * num_units / job->num_chunks * job->width;
     end = end < job->num_blocks ? end : job->num_blocks;
-    open_amx(job);
     for (size_t width = job->width; width > 0; width /= 2) {
         /* each of a tile's blocks from a part of its own: few, long streams through memory */
         size_t step = (end - block) / width;
         for (size_t i = 0; i < step; i++) {
-            for (size_t pass = 0; pass < job->num_passes; pass++) {
-                run_pass(job, pass * job->num_tiles / job->num_passes,
-                         (pass + 1) * job->num_tiles / job->num_passes, block + i, step, width);
+            for (size_t tile = 0; tile < job->num_tiles; tile += PASS_TILES) {
+                size_t left = job->num_tiles - tile;
+                run_pass(job, tile, tile + (left < PASS_TILES ? left : PASS_TILES), block + i, step,
+                         width);
             }
         }
         block += step * width;
     }
-    close_amx(job);
 }
 
 typedef void (*prepare_fn)(const float *x, size_t num_in, size_t rows, void *panel);
@@ -173,16 +146,9 @@ static void cut(job_t *job) {
     size_t rows = job->product->rows;
     int kind = job->weight->kind;
     size_t max_tile_rows = rows <= MAX_TILE_ROWS ? MAX_TILE_ROWS : WIDE_TILE_ROWS;
-    size_t pass_tiles = PASS_TILES;
     if (kind == KIND_I8 || kind == KIND_I4) max_tile_rows = MAX_I8_SUMS;
-    if (is_for_amx(job)) max_tile_rows = MAX_TILE_ROWS, pass_tiles = AMX_PASS_TILES;
     job->num_tiles = (rows + max_tile_rows - 1) / max_tile_rows;
-    job->num_passes = (job->num_tiles + pass_tiles - 1) / pass_tiles;
     job->width = tile_width(kind, (rows + job->num_tiles - 1) / job->num_tiles);
-    if (is_for_amx(job)) {
-        job->amx_rows = (rows + job->num_tiles - 1) / job->num_tiles;
-        job->width = MAX_AMX_WIDTH;
-    }
     job->num_chunks = pool_num_chunks((job->num_blocks + job->width - 1) / job->width);
 }
 
@@ -203,12 +169,12 @@ void linear(const weight_t *weight, const product_t *product) {
     cut(&job);
     if (weight->kind == KIND_I8) {
         job.num_k = (num_in + SUPER - 1) / SUPER;
-        job.k_step = job.amx_rows ? AMX_PASS_SUPERS : PASS_SUPERS;
+        job.k_step = PASS_SUPERS;
         job.k_x_bytes = quantised_bytes(SUPER);
         job.k_w_bytes = sizeof(super_t);
         job.x_row_bytes = quantised_bytes(num_in);
-        job.find_tile = job.amx_rows ? tile_amx : tile_i8;
-        prepare(&job, job.amx_rows ? quantise_lines : quantise_rows);
+        job.find_tile = tile_i8;
+        prepare(&job, quantise_rows);
     } else if (weight->kind == KIND_I4) {
         job.num_k = (num_in + SUPER - 1) / SUPER;
         job.k_step = PASS_SUPERS;

@@ -12,9 +12,8 @@ size_t quantised_bytes(size_t num_in) {
     return (num_in + SUPER - 1) / SUPER * (LEVELS + SCALES + STARTS);
 }
 
-/* A row's 32 numbers: eight quads of levels, each so many words from the one before. */
-INLINE void quantise_group(f32x16 low, f32x16 high, int32_t *levels, size_t step, float *scale,
-                           int32_t *start) {
+INLINE void quantise_group(f32x16 low, f32x16 high, char *super, size_t rows, size_t row,
+                           size_t group) {
     float greatest = f_greatest(f_max(f_abs(low), f_abs(high)));
     /* a maximum may pass over what is not a number, and then the result would look like one */
     if (f_unordered(low, high)) greatest = __builtin_nanf("");
@@ -24,39 +23,29 @@ INLINE void quantise_group(f32x16 low, f32x16 high, int32_t *levels, size_t step
     int32_t quads[GROUP / 4];
     i_store_saturated_bytes(quads, a);
     i_store_saturated_bytes(quads + 4, b);
-    for (size_t i = 0; i < GROUP / 4; i++) levels[i * step] = quads[i];
-    *scale = greatest / 127.0f;
+    int32_t *levels = (int32_t *)super + group * GROUP / 4 * rows + row;
+    for (size_t i = 0; i < GROUP / 4; i++) levels[i * rows] = quads[i];
+    float *scales = (float *)(super + LEVELS * rows);
+    scales[group * rows + row] = greatest / 127.0f;
+    int32_t *starts = (int32_t *)(super + (LEVELS + SCALES) * rows);
     uint32_t sum = (uint32_t)i_sum(i_add(a, b));
-    *start = (int32_t)(-128u * sum); /* unsigned: infinities' levels wrap */
+    starts[group * rows + row] = (int32_t)(-128u * sum); /* unsigned: infinities' levels wrap */
 }
 
-INLINE void quantise_panel(const int IN_LINES, const float *x, size_t num_in, size_t rows,
-                           char *super) {
+void quantise_rows(const float *x, size_t num_in, size_t rows, void *panel) {
+    char *super = panel;
     for (size_t k = 0; k < (num_in + SUPER - 1) / SUPER * SUPER; k += GROUP) {
-        size_t left = num_in > k ? num_in - k : 0, group = k % SUPER / GROUP;
+        size_t left = num_in > k ? num_in - k : 0;
         mask16 low = lanes(left), high = lanes(left > 16 ? left - 16 : 0);
-        int32_t *levels = (int32_t *)super + group * GROUP / 4 * rows;
-        float *scales = (float *)(super + LEVELS * rows) + group * rows;
-        int32_t *starts = (int32_t *)(super + (LEVELS + SCALES) * rows) + group * rows;
         for (size_t row = 0; row < rows; row++) {
             const float *from = x + row * num_in + k;
-            quantise_group(f_load_some(low, from), f_load_some(high, from + 16),
-                           IN_LINES ? levels + row * GROUP / 4 : levels + row, IN_LINES ? 1 : rows,
-                           scales + row, starts + row);
+            quantise_group(f_load_some(low, from),
+                           f_load_some(high, from + 16), super, rows, row,
+                           k % SUPER / GROUP);
         }
         if (k % SUPER) super += (LEVELS + SCALES + STARTS) * rows;
     }
 }
-
-void quantise_rows(const float *x, size_t num_in, size_t rows, void *panel) {
-    quantise_panel(0, x, num_in, rows, panel);
-}
-
-#if defined(VEILPIPE_AMX) && defined(LEVEL_AVX512)
-void quantise_lines(const float *x, size_t num_in, size_t rows, void *panel) {
-    quantise_panel(1, x, num_in, rows, panel);
-}
-#endif
 
 INLINE f32x16 scales_of(const super_t *super, int group) {
     return f_of_bits(i_shl(i_load_words(super->scales[group]), 16));
