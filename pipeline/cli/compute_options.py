@@ -17,7 +17,7 @@ DTypeFlag = Annotated[
     str | None, Flag("TYPE", "Weights: float32, bfloat16, int8, int4 [manifest's, else float32].")
 ]
 KernelsFlag = Annotated[
-    str | None, Flag("NAME", "Arithmetic: auto, native (-amx, -avx512, ...) or torch [auto].")
+    str | None, Flag("NAME", "Arithmetic: auto, native (-avx512, -avx2, ...) or torch [auto].")
 ]
 ThreadsFlag = Annotated[
     Annotated[int, Field(ge=1, le=1024)] | None, Flag("N", "Threads of a stage [1].")
