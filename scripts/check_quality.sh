@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Does the pipeline still talk sense, and always the same sense? Usage: check_quality.sh
+# GEMMA=FILE: of Gemma 3 270M in GGUF as well.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 failures=0
@@ -16,6 +17,14 @@ expect "geography: Japan" "Tokyo" "$(generate 2 'The capital of Japan is' 12)"
 expect "geography: Italy" "Rome" "$(generate 2 'The capital city of Italy is' 12)"
 expect "continuation: days" "Thursday" "$(generate 2 'Monday, Tuesday, Wednesday,' 8)"
 expect "continuation: numbers" "6, 7" "$(generate 2 '1, 2, 3, 4, 5,' 12)"
+
+if [ -n "${GEMMA:-}" ]; then
+  of_gemma() { MODEL_DIR=$GEMMA generate 2 "$@"; }
+  expect "Gemma: days" "Thursday, Friday" "$(of_gemma 'Monday, Tuesday, Wednesday,' 8)"
+  expect "Gemma: numbers" "6, 7" "$(of_gemma '1, 2, 3, 4, 5,' 12)"
+  expect "Gemma: opposites" "cold" "$(of_gemma 'The opposite of hot is' 8)"
+  expect "Gemma: the sun" "east" "$(of_gemma 'The sun rises in the' 6)"
+fi
 
 prompt="Once upon a time, a lighthouse keeper"
 reference=$(generate 2 "$prompt" 40)

@@ -12,7 +12,9 @@ prepare_model() {
   MODEL=${MODEL:-smollm2}
   bash "$root/scripts/setup.sh" || exit $?
   model_dir=${MODEL_DIR:-$root/models/$MODEL}
-  [ -f "$model_dir/config.json" ] || [ -f "$model_dir/stage0/config.json" ] || bash "$root/scripts/download_model.sh" "$MODEL" "$model_dir" >&2 || exit $?
+  [[ $model_dir != *.gguf || -e $model_dir ]] || die "there is no $model_dir"
+  [ -f "$model_dir" ] || [ -f "$model_dir/config.json" ] || [ -f "$model_dir/stage0/config.json" ] ||
+    compgen -G "$model_dir/*.gguf" >/dev/null || bash "$root/scripts/download_model.sh" "$MODEL" "$model_dir" >&2 || exit $?
 }
 
 # free_base_port COUNT: the first of COUNT consecutive free loopback ports.

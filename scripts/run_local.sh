@@ -14,7 +14,8 @@
 # stages between two at home (HOME_LAYERS of each, 1,1) keep theirs encoded; in offload and mix one
 # at home has another worker compute its linears, which sees rows under one-time masks (MASKS of
 # them, made first), or a prompt's rows mixed with each other. MODEL_DIR may be what
-# `pipeline-orch shard` wrote: its manifest then says the stages and their addresses, and the mode.
+# `pipeline-orch shard` wrote: its manifest then says the stages and their addresses, and the mode; or a
+# GGUF file.
 # pipeline/codecs/README.md says what that protects, pipeline/scx/README.md what scx
 # does, pipeline/offload/README.md what offload and mix do.
 set -euo pipefail
@@ -124,7 +125,9 @@ while [[ $mode == offload || $mode == mix ]] && ! grep -q event=listening "$run_
   sleep 0.2
 done
 
-pipeline-orch --manifest "$manifest" --model-dir "$model_dir" --tokenizer "$text_dir/tokenizer.json" \
+tokenizer=$text_dir/tokenizer.json
+[ -f "$tokenizer" ] || tokenizer=$text_dir # a GGUF file has its own
+pipeline-orch --manifest "$manifest" --model-dir "$model_dir" --tokenizer "$tokenizer" \
   --supervise --text "$prompt" --max-tokens "$max_tokens" --dev "${own[@]}" &
 orchestrator=$!
 status=0

@@ -24,14 +24,20 @@ def base_port():
     ports.release()
 
 
-def generate_and_kill_a_worker(directory, model, base_port, num_bytes, *flags):
-    """Exit status, text and log, where a worker is killed after so many bytes of text."""
+def own_scripts(directory):
+    """A directory with the script, for which what the tests run in is set up."""
     scripts = directory / "scripts"
     shutil.rmtree(scripts, ignore_errors=True)
     scripts.mkdir()
     for name in ("run_local.sh", "lib.sh"):
         shutil.copy(SCRIPTS / name, scripts)
-    (scripts / "setup.sh").write_text("")  # what the tests run in is set up
+    (scripts / "setup.sh").write_text("")
+    return scripts
+
+
+def generate_and_kill_a_worker(directory, model, base_port, num_bytes, *flags):
+    """Exit status, text and log, where a worker is killed after so many bytes of text."""
+    scripts = own_scripts(directory)
     log = directory / "log"
     environment = os.environ | {
         "MODEL_DIR": str(model), "VEILPIPE_VENV": sys.prefix, "VEILPIPE_DEV_DIR": str(directory),
@@ -66,3 +72,14 @@ def test_a_worker_that_dies_is_replaced_unless_its_loss_is_to_end_it(
     assert len(begun) < len(whole)
     # What it ends with may be the half of a letter.
     assert whole.decode().startswith(begun.decode().rstrip("\ufffd\n"))
+
+
+def test_a_model_file_that_is_not_there_is_refused_and_not_downloaded_to(tmp_path):
+    scripts = own_scripts(tmp_path)
+    missing = tmp_path / "model.gguf"
+    environment = os.environ | {"MODEL_DIR": str(missing), "VEILPIPE_VENV": sys.prefix}
+    command = ["bash", scripts / "run_local.sh", "Hello there"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"run_local.sh: error: there is no {missing}\n"
+    assert not missing.exists()
