@@ -1,9 +1,10 @@
 """One text that carries one message, token by token: header, body, tail. No I/O.
 
 Anybody can follow the header's coupling, whose key is public: what it carries looks random. It
-gives the keys of the body's. When the body is certain, the tail goes on to the next multiple of
-`TAIL_TOKENS` tokens, drawn as any sampler draws, by numbers that follow from the message's key and
-all tokens before. So a reader can tell a whole text from one that was cut or changed in its tail.
+gives the keys of the body's. When the body is certain, the tail goes on for `MIN_TAIL_TOKENS` and
+to the next multiple of `TAIL_TOKENS`, drawn as any sampler draws, by numbers that follow from the
+message's key and all tokens before. So a reader can tell a whole text from one that was cut or
+changed, even where another token would have carried the same: the last of the header or the body.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from pipeline.stego.token_weights import TokenWeights
 
 # A text's length tells the sum of what its message needed, rounded up to this.
 TAIL_TOKENS = 16
+MIN_TAIL_TOKENS = 4
 # Nothing that the header carries is secret, and both ends have to draw alike before there is a key.
 HEADER_KEY = hashlib.sha256(b"veilpipe stego header/1").digest()
 _UNIFORM_BYTES = 16
@@ -56,7 +58,7 @@ class _Tail:
 
     def __init__(self, keys: MessageKeys, text: _Text) -> None:
         self._key = hmac.digest(keys.tail, text.digest(), "sha256")
-        self._num_left = -text.num_tokens % TAIL_TOKENS
+        self._num_left = MIN_TAIL_TOKENS + -(text.num_tokens + MIN_TAIL_TOKENS) % TAIL_TOKENS
 
     @property
     def is_over(self) -> bool:

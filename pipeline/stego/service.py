@@ -16,7 +16,13 @@ import trio
 from pipeline.engine.generation import Engine, Generation
 from pipeline.stego.chooser import ReadingChooser, WritingChooser
 from pipeline.stego.codecs import parse_codec
-from pipeline.stego.cover import TAIL_TOKENS, CoverProgress, CoverReader, CoverWriter
+from pipeline.stego.cover import (
+    MIN_TAIL_TOKENS,
+    TAIL_TOKENS,
+    CoverProgress,
+    CoverReader,
+    CoverWriter,
+)
 from pipeline.stego.errors import StegoError, Unreadable
 from pipeline.stego.fingerprint import Fingerprint, Settings
 from pipeline.stego.keys import KeySource, MessageKeys, Secret
@@ -75,7 +81,7 @@ def _ignore(_: CoverProgress) -> None:
 def num_written_tokens(num_message_bytes: int) -> int:
     """As many tokens as a text of so many bytes may come to, unless told otherwise."""
     num_bits = 8 * (HEADER_BYTES + num_message_bytes + TAG_BYTES)
-    return _TOKENS_PER_BIT * num_bits + TAIL_TOKENS
+    return _TOKENS_PER_BIT * num_bits + MIN_TAIL_TOKENS + TAIL_TOKENS
 
 
 def num_read_tokens(num_text_tokens: int) -> int:

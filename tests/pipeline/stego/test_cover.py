@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.stego.cover import TAIL_TOKENS, CoverReader, CoverWriter
+from pipeline.stego.cover import MIN_TAIL_TOKENS, TAIL_TOKENS, CoverReader, CoverWriter
 from pipeline.stego.errors import StegoError
 from pipeline.stego.keys import Secret
 from pipeline.stego.message import seal
@@ -49,7 +49,7 @@ def test_a_reader_gets_the_message(num_bytes):
         assert following.message == message
 
 
-def test_a_text_ends_at_the_next_multiple_after_certainty():
+def test_a_text_ends_at_a_multiple_some_tokens_after_certainty():
     rng = np.random.default_rng(0)
     for _ in range(20):
         writer = CoverWriter(seal(b"abc", SECRET, b""), CODEC)
@@ -60,7 +60,8 @@ def test_a_text_ends_at_the_next_multiple_after_certainty():
             num_tokens += 1
             if writer.is_certain and num_certain is None:
                 num_certain = num_tokens
-        assert num_tokens == -(-num_certain // TAIL_TOKENS) * TAIL_TOKENS
+        assert num_tokens % TAIL_TOKENS == 0
+        assert MIN_TAIL_TOKENS <= num_tokens - num_certain < MIN_TAIL_TOKENS + TAIL_TOKENS
         with pytest.raises(ValueError, match="whole"):
             writer.choose(random_weights(rng))
 
@@ -79,18 +80,39 @@ def test_progress_rises_to_all_bits_needed():
     assert following.progress == (8 * 41, 8 * 41)
 
 
+def read_all(steps):
+    """The message of a text of these steps."""
+    following = reader()
+    for each in steps:
+        following.observe(*each)
+    return following.message
+
+
+def with_another(steps, place):
+    """The text with the next token of the distribution at one place."""
+    weights, index = steps[place]
+    return [*steps[:place], (weights, (index + 1) % len(weights.ids)), *steps[place + 1 :]]
+
+
 def test_one_changed_token_is_refused_wherever_it_stands():
     rng = np.random.default_rng(2)
     steps, _ = written(b"hello", rng)
     for place in range(len(steps)):
-        changed = list(steps)
-        weights, index = steps[place]
-        changed[place] = (weights, (index + 1) % len(weights.ids))
+        with pytest.raises(StegoError, match="altered text"):
+            read_all(with_another(steps, place))
+
+
+def test_another_last_token_of_the_message_is_refused_though_it_carries_the_same():
+    rng = np.random.default_rng(7)
+    for _ in range(100):
+        steps, _ = written(b"hello", rng)
         following = reader()
-        with pytest.raises(StegoError, match="altered text"):  # noqa: PT012
-            for each in changed:
-                following.observe(*each)
-            _ = following.message
+        num_carrying = 0
+        while not following.is_certain:
+            following.observe(*steps[num_carrying])
+            num_carrying += 1
+        with pytest.raises(StegoError, match="altered text"):
+            read_all(with_another(steps, num_carrying - 1))
 
 
 def test_a_tail_is_what_both_ends_draw_and_follows_from_all_before():
