@@ -119,7 +119,7 @@ class Program:
         out_rows: int,
         lengths: list[int],
         num_rows: list[int],
-        max_rows: int,
+        reach: list[int],
         want: int,
         frame: memoryview,
         crypto_ns: int,
@@ -128,9 +128,10 @@ class Program:
     ) -> int:
         """Run for a frame like `form`, into `out`, both with where their headers and rows start.
 
-        The frame's segments must continue slots of those lengths, of one token each; all have to
-        want `want` if that is not 0. The header goes on with the time spent here as one timing
-        more. Returns nanoseconds of computing, -1 for any other frame, and if a call is refused.
+        The frame's segments must continue slots of those lengths, of one token each, below the one
+        number of `reach`; all have to want `want` if that is not 0. The header goes on with the
+        time spent here as one timing more. Returns nanoseconds of computing, -1 for any other
+        frame, and if a call is refused.
         Raises ValueError for forms of other steps, and what `call` calls.
         """
 

@@ -174,8 +174,8 @@ class HeadShape:
 
 # A step's attention in layers whose heads have that shape.
 Attend = Callable[[HeadShape], Attention]
-# A shard's layers: whose rows, inputs, positions, a bound above all of these, what attends.
-Compute = Callable[[Batch, Array, Array, int, Attend], Array]
+# A shard's layers: whose rows, inputs, positions, what attends.
+Compute = Callable[[Batch, Array, Array, Attend], Array]
 # A model's end: its layers' result to each row's greedy token and its logits.
 Finish = Callable[[Array], tuple[Array, Array]]
 Rows = bytes | bytearray | memoryview
@@ -247,10 +247,9 @@ class Kernels(ABC):
 
     def run(self, work: StepWork, inputs: HostArray, batch: Batch) -> Array:
         """A step from the host's inputs to the work's result, where these kernels compute."""
-        end = max(segment.position + segment.num_tokens for segment in batch)
         attend = partial(self.attention, batch, max_seq_len=work.cache.capacity)
         positions = self.to_device(positions_of(batch))
-        return work.compute(batch, self.to_device(inputs), positions, end, attend)
+        return work.compute(batch, self.to_device(inputs), positions, attend)
 
     def decode_step(self, work: StepWork, batch: Batch) -> DecodeStep:
         """The steps of batches like this one, for kernels that have them."""

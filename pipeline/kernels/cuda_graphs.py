@@ -96,7 +96,7 @@ class StaticStep:
             slots, positions = self._places
             attend = partial(DecodeAttention, slots, positions, context)
             # padded with rows of nobody's, so that nothing recorded may ask whose they are
-            result: torch.Tensor = compute((), self._inputs, positions, context, attend)
+            result: torch.Tensor = compute((), self._inputs, positions, attend)
             return result
 
         self._step = recorder.record(step)

@@ -102,9 +102,7 @@ class NativeStep:
                 _native.widen(rows, inputs, count)
             else:
                 rows = inputs = aligned(np.empty, (count, work.width), FLOAT32)
-            outputs = work.compute(
-                _Placed(spans), inputs, spans[:, POSITION], cache.ledger.max_rows, attend
-            )
+            outputs = work.compute(_Placed(spans), inputs, spans[:, POSITION], attend)
             if work.finish is not None:
                 chosen, self.logits = work.finish(outputs)
                 outputs = np.empty(count, np.uint32)
@@ -121,5 +119,5 @@ class NativeStep:
         """What computes the steps of frames like `form`, and lays out those that go on in `out`."""
         want = TOKEN if self.logits is not None else ROW if all_rows else ANY
         ledger = cache.ledger
-        lengths = (ledger.held, ledger.rows, ledger.max_rows)
+        lengths = (ledger.held, ledger.rows, ledger.reach)
         return partial(self._program.serve, *form, *out, *lengths, want)

@@ -30,6 +30,7 @@ class SlotLedger:
         "max_rows",
         "max_seq_len",
         "max_total",
+        "reach",
         "rows",
         "window",
     )
@@ -48,6 +49,8 @@ class SlotLedger:
         self.max_total: int | None = None
         # What a slot has memory for.
         self.max_rows = max_seq_len if window is None else window.size
+        # A list of one: so many of them may be written to by steps that nobody prepares.
+        self.reach = [0]
         # Tokens held per slot, and how many of them lie in memory, which without a window is the
         # same list. To be read and not changed: kernels keep these very lists.
         self.held = [0] * num_slots

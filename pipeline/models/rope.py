@@ -1,4 +1,4 @@
-"""Rotary positions: the angles of each position, computed once."""
+"""Rotary positions: the angles of each position, computed once, when it is first reached."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import numpy as np
 
 from pipeline.dtypes import FLOAT32, Array, Floats
 from pipeline.kernels.base import Kernels
+from pipeline.kernels.huge_pages import reserve
 from pipeline.models.rope_config import Linear, Llama3, Rope, Stretched, Yarn
 
 TABLE_STEP = 256  # positions computed at a time
@@ -14,34 +15,37 @@ FAST, SLOW = 32.0, 1.0  # of YaRN, where a file says nothing
 
 
 class RopeTable:
-    """(cos, signed sin) of every position, [positions, num_dims], grown as they are asked for."""
+    """(cos, signed sin) of every position, [positions, num_dims].
+
+    They stay where they are, as recorded steps read them there. Of a model for 131,072 positions
+    they are 134 MB, so on the CPU memory is taken, and computed, as far as positions are reached.
+    """
 
     def __init__(self, rope: Rope, kernels: Kernels, num_positions: int) -> None:
-        """On another device than the CPU a table of `num_positions` that stays where it is."""
         self._frequencies = rope_frequencies(rope)
         self._amplitude = 1.0 if rope.scaling is None else rope.scaling.amplitude
         self._kernels = kernels
-        self._host = [np.empty((0, rope.num_dims), FLOAT32) for _ in range(2)]
-        self._tables: list[Array] = []
-        self._grow_to(1 if kernels.is_host else num_positions)
+        num_rows = -(-num_positions // TABLE_STEP) * TABLE_STEP
+        self._host = [reserve((num_rows, rope.num_dims), FLOAT32) for _ in range(2)]
+        self._num_known = 0
+        self.reach(1 if kernels.is_host else num_positions)
+        self._tables = [kernels.to_device(table) for table in self._host]
 
-    def rows(self, positions: Array, end: int) -> tuple[Array, Array]:
-        """(cos, sin) of each position, all below `end`: [rows, num_dims]."""
-        self._grow_to(end)
+    def reach(self, end: int) -> int:
+        """Have those of all positions below `end`; how many there are."""
+        for first in range(self._num_known, end, TABLE_STEP):
+            for table, rows in zip(self._host, self._step(first), strict=True):
+                table[first : first + TABLE_STEP] = rows
+            self._num_known = first + TABLE_STEP
+        return self._num_known
+
+    def rows(self, positions: Array) -> tuple[Array, Array]:
+        """(cos, sin) of each position, all of them reached before: [rows, num_dims]."""
         kernels, (cos_table, sin_table) = self._kernels, self._tables
         cos, sin = (kernels.empty(len(positions), cos_table.shape[1]) for _ in range(2))
         kernels.lookup(cos_table, positions, cos)
         kernels.lookup(sin_table, positions, sin)
         return cos, sin
-
-    def _grow_to(self, end: int) -> None:
-        tables = [[table] for table in self._host]
-        for first in range(len(self._host[0]), end, TABLE_STEP):
-            for table, rows in zip(tables, self._step(first), strict=True):
-                table.append(rows)
-        if len(tables[0]) > 1:
-            self._host = [np.concatenate(table) for table in tables]
-            self._tables = [self._kernels.to_device(table) for table in self._host]
 
     def _step(self, first: int) -> tuple[Floats, Floats]:
         """TABLE_STEP positions' cosines and signed sines.
@@ -72,14 +76,17 @@ class Angles:
             if rope is not None:
                 self._table(rope.within(num_positions))
 
-    def rows(
-        self, num_positions: int, positions: Array, end: int
-    ) -> list[tuple[Array, Array] | None]:
-        """(cos, sin) for each way: of positions of such a session, all below `end`."""
+    def reach(self, num_positions: int, end: int) -> int:
+        """Have the angles of all positions of such a session below `end`; how many there are."""
+        tables = (self._table(each.within(num_positions)) for each in self._ropes if each)
+        return min((table.reach(end) for table in tables), default=num_positions)
+
+    def rows(self, num_positions: int, positions: Array) -> list[tuple[Array, Array] | None]:
+        """(cos, sin) for each way: of positions of such a session, all of them reached before."""
         found: dict[Rope | None, tuple[Array, Array] | None] = {None: None}
         for rope in self._ropes:
             if rope not in found and rope is not None:
-                found[rope] = self._table(rope.within(num_positions)).rows(positions, end)
+                found[rope] = self._table(rope.within(num_positions)).rows(positions)
         return [found[rope] for rope in self._ropes]
 
     def frequencies(self, num_positions: int) -> Floats | None:

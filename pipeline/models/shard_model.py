@@ -284,12 +284,19 @@ class Shard(ABC):
 
     def _forward(self, inputs: HostArray, part: Batch, cache: KVCache) -> Array:
         """A step, or a part of one, for which each slot drops rows before it or not at all."""
-        placed = cache.place(part)
+        placed = self._placed(part, cache)
         compute = partial(self._compute, cache.keys, cache.values, cache.ledger.max_rows)
         work = StepWork(compute, cache, is_recordable=self._is_recordable)
         hidden = self.kernels.run(work, inputs, placed)
         cache.advance(part)
         return hidden
+
+    def _placed(self, part: Batch, cache: KVCache) -> Batch:
+        """Where a part's rows lie, with the angles there; recorded steps hear how far these go."""
+        placed, ledger = cache.place(part), cache.ledger
+        end = max(segment.position + segment.num_tokens for segment in placed)
+        ledger.reach[0] = min(ledger.max_rows, self._angles.reach(ledger.max_rows, end))
+        return placed
 
     def decode(self, rows: Rows, batch: Batch, cache: KVCache) -> tuple[bytearray, Floats | None]:
         """Run a step of one token for each segment from the wire to the wire.
@@ -302,7 +309,7 @@ class Shard(ABC):
         if num_tokens(batch) != len(batch):
             raise MessageError(f"a decode step of {num_tokens(batch)} tokens for {len(batch)}")
         cache.reserve(batch)
-        placed = cache.place(batch)
+        placed = self._placed(batch, cache)
         step = cache.recordings.get(len(batch), partial(self._decode_step, placed, cache))
         outputs = step(placed, rows)
         cache.advance(batch)
@@ -323,19 +330,15 @@ class Shard(ABC):
         batch: Batch,
         inputs: Array,
         positions: Array,
-        end: int,
         attend: Attend,
     ) -> Array:
-        """Rows through all layers, where the kernels compute.
-
-        All positions are below `end`, and those of the session below `num_positions`.
-        """
+        """Rows through all layers, where the kernels compute, in a session of `num_positions`."""
         hidden = self.kernels.empty(positions.shape[0], self.config.hidden_dim)
         if self.is_first:
             self._embed(inputs, positions, hidden)
         else:
             self.kernels.copy(inputs, hidden)
-        angles = self._angles.rows(num_positions, positions, end)
+        angles = self._angles.rows(num_positions, positions)
         steps = [
             self._room.forward_pass(hidden, attend(shape.heads), each)
             for shape, each in zip(self._shapes, angles, strict=True)

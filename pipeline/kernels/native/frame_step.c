@@ -45,9 +45,11 @@ static int is_want(uint32_t want) {
 
 /* Whether each segment is of one token that its slot has room for next, and wants what it may. The
  * ids that a want scores are counted above its slot, so that no slot is as high as both. Of a slot's
- * `lengths` tokens `num_rows` lie in memory, which without a window is the same list. */
+ * `lengths` tokens `num_rows` lie in memory, which without a window is the same list; all steps' may
+ * lie below `reach`. */
 static int read_segments(const program_t *program, const char *at, PyObject *lengths,
-                         PyObject *num_rows, int64_t max_rows, int64_t only_want) {
+                         PyObject *num_rows, PyObject *reach, int64_t only_want) {
+    int64_t max_rows = PyList_GET_SIZE(reach) == 1 ? PyLong_AsLongLong(PyList_GET_ITEM(reach, 0)) : 0;
     for (int64_t i = 0; i < program->num_rows; i++, at += SEGMENT_BYTES) {
         uint32_t slot = u32_at(at), position = u32_at(at + 4), want = u32_at(at + 12);
         if (u32_at(at + 8) != 1 || slot >= PyList_GET_SIZE(lengths)) return 0;
@@ -77,14 +79,14 @@ static int64_t serve(program_t *program, const Py_buffer *frame, const frame_t *
     Py_ssize_t size = header_bytes(program, in), end = in->header + size;
     if (frame->len != in->memory.len || memcmp(from, form, in->header + FIXED_BYTES) ||
         memcmp(from + end, form + end, in->rows - end) ||
-        !read_segments(program, from + in->header + SEGMENTS_AT, lists[0], lists[1], numbers[0],
-                       numbers[1])) {
+        !read_segments(program, from + in->header + SEGMENTS_AT, lists[0], lists[1], lists[2],
+                       numbers[0])) {
         return -1;
     }
     memcpy(program->inputs, from + in->rows, program->input_bytes);
     int64_t started = now_ns();
     if (make_calls(program).what) return -1;
-    int64_t timing[] = {now_ns() - started, numbers[2], numbers[3]};
+    int64_t timing[] = {now_ns() - started, numbers[1], numbers[2]};
     char *header = (char *)out->memory.buf + out->header;
     memcpy(header + FIXED_BYTES, from + in->header + FIXED_BYTES, size - FIXED_BYTES);
     memcpy(header + size, timing, sizeof timing);
@@ -96,15 +98,15 @@ PyObject *program_serve(PyObject *self, PyObject *const *args, Py_ssize_t given)
     program_t *program = (program_t *)self;
     Py_buffer frame = {0};
     frame_t in = {0}, out = {0};
-    int64_t numbers[4] = {0}, spent = -1;
+    int64_t numbers[3] = {0}, spent = -1;
     if (given != 13 || !PyList_CheckExact(args[6]) || !PyList_CheckExact(args[7]) ||
-        PyList_GET_SIZE(args[6]) != PyList_GET_SIZE(args[7])) {
-        return PyErr_Format(PyExc_TypeError, "expected two forms, two lists of lengths, two numbers, "
-                                             "a frame, two numbers");
+        !PyList_CheckExact(args[8]) || PyList_GET_SIZE(args[6]) != PyList_GET_SIZE(args[7])) {
+        return PyErr_Format(PyExc_TypeError, "expected two forms, two lists of lengths, a list of one, "
+                                             "a number, a frame, two numbers");
     }
     in.header = PyLong_AsSsize_t(args[1]), in.rows = PyLong_AsSsize_t(args[2]);
     out.header = PyLong_AsSsize_t(args[4]), out.rows = PyLong_AsSsize_t(args[5]);
-    for (int i = 0; i < 4; i++) numbers[i] = PyLong_AsLongLong(args[i < 2 ? 8 + i : 9 + i]);
+    for (int i = 0; i < 3; i++) numbers[i] = PyLong_AsLongLong(args[i < 1 ? 9 : 10 + i]);
     if (may_run() && !PyErr_Occurred() && !PyObject_GetBuffer(args[10], &frame, PyBUF_SIMPLE) &&
         !PyObject_GetBuffer(args[0], &in.memory, PyBUF_SIMPLE) &&
         !PyObject_GetBuffer(args[3], &out.memory, PyBUF_WRITABLE)) {
