@@ -11,7 +11,7 @@ from pipeline.cli.model_directory import OptionalModelDir, TokenizerFile
 from pipeline.cli.prompt_input import with_prompt
 from pipeline.cli.sampling_flags import SampleAtFlag, SamplingFlags
 from pipeline.cli.settings import Count, Flag, Settings
-from pipeline.cli.shard_directories import model_or_parts
+from pipeline.cli.shard_directories import client_dir, model_or_parts
 from pipeline.cli.shared_options import ContextFlag, ManifestFlag, VerboseFlag
 
 
@@ -26,7 +26,7 @@ class GenerateFlags(Settings):
     ] = None
     tokenizer: Annotated[
         TokenizerFile | None,
-        Flag("FILE|NAME", "The model's tokenizer.json, or a pulled model [what `join` laid out]."),
+        Flag("FILE|NAME", "The model's tokenizer.json, or a pulled model [--model-dir's]."),
     ] = None
     max_tokens: Annotated[Count, Flag("N", "Tokens to generate at most.")] = 20
     context: ContextFlag = None
@@ -44,10 +44,11 @@ class GenerateFlags(Settings):
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer that is given, or what `join` has laid out. Raises InputError."""
+        """The tokenizer that is given, or the model's, or `join`'s. Raises InputError."""
         if self.tokenizer is not None:
             return self.tokenizer
-        return model_or_parts(None, self.manifest, "--tokenizer") / "tokenizer.json"
+        model = model_or_parts(self.model_dir, self.manifest, "--tokenizer")
+        return client_dir(model) / "tokenizer.json"
 
     @model_validator(mode="before")
     @classmethod

@@ -185,6 +185,8 @@ def ropes_by_type(
     given, plain = raw.rope_parameters or {}, {"rope_type": "default"}
     if given and not given.keys() & {FULL, SLIDING}:
         raise ModelError("config.json: rope_parameters are given for no type of layer")
+    if not all(isinstance(given.get(each) or {}, Mapping) for each in (FULL, SLIDING)):
+        raise ModelError("config.json: rope_parameters of a type of layer are no object")
     full = dict(given.get(FULL) or {}) | dict(raw.rope_scaling or {})
     others, max_positions = rope_of(raw, full or plain, theta=raw.rope_theta or theta)
     own, _ = rope_of(raw, given.get(SLIDING) or plain, theta=window_theta)

@@ -179,6 +179,8 @@ def read_rope(
             return replace(rope, scaling=linear), stretched
         case "yarn":
             yarn = Yarn.model_validate(scaled)
+            if rope.theta <= 1:  # where a frequency lies could not be told
+                raise ModelError(f"config.json: rope_theta={rope.theta:g} is not above 1")
             stretched = _stretched(yarn.original_max_position_embeddings, yarn.factor)
             return replace(rope, scaling=yarn), max(stretched, max_positions)
         case "llama3":

@@ -46,9 +46,8 @@ class Lane:
     def learn(self, header: StepHeader) -> None:
         """From now on take such steps, if they can be taken, as one that has just been served."""
         count = len(header.segments)
-        is_decoding = header.kind is StepKind.STEP and header.num_tokens == count
         is_full = len(self._known) == MAX_RECORDINGS
-        can_serve = is_decoding and self._core.decodes_in_place and self._core.shard.decodes(count)
+        can_serve = self._core.decodes_in_place and self._core.is_decoding(header)
         if count in self._known or is_full or not can_serve:
             return
         self._known.add(count)

@@ -85,6 +85,15 @@ class StageCore:
         """Whether `decode` takes rows as they travel, and no replayed step is still put off."""
         return self._codec.is_plain_f32 and self.shard.has_decode_steps and not self._catch_up
 
+    def is_decoding(self, header: StepHeader) -> bool:
+        """Whether it is a step for `decode`, which has no rows to return from before the head."""
+        return (
+            self.shard.decodes(len(header.segments))
+            and header.kind is StepKind.STEP
+            and header.num_tokens == len(header.segments)
+            and not (self.shard.is_last and Want.HIDDEN in header.wants)
+        )
+
     def decode(self, step: int, segments: Batch, rows: Rows) -> tuple[bytearray, Floats | None]:
         """Run a step of one token for each segment from rows to rows: see `Shard.decode`."""
         self.keep()
@@ -165,7 +174,7 @@ class StageCore:
         asked = NOTHING_ASKED
         if behind and self.shard.is_last:
             asked = asked_from_wire(header.wants, behind, self.shard.config.vocab_size)
-        if self._is_decoding(header):
+        if self.is_decoding(header):
             outputs = self._decode(header, tensors, asked)
         else:
             hidden = self.shard.forward(self._inputs(tensors), header.segments, self.cache)
@@ -245,15 +254,6 @@ class StageCore:
             if self.log is not None:
                 self.log.copy(header.step, source.slot, target.slot, target.num_tokens)
         self._fit_log()
-
-    def _is_decoding(self, header: StepHeader) -> bool:
-        """Whether it is a step for `decode`, which has no rows to return from before the head."""
-        return (
-            self.shard.decodes(len(header.segments))
-            and header.kind is StepKind.STEP
-            and header.num_tokens == len(header.segments)
-            and not (self.shard.is_last and Want.HIDDEN in header.wants)
-        )
 
     def _caught_up(self) -> list[tuple[StepHeader, tuple[Tensor, ...]]]:
         """Compute all that has been put off, in one go."""

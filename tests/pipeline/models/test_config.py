@@ -19,6 +19,7 @@ LLAMA = {
     "max_position_embeddings": 64,
     "eos_token_id": 2,
 }
+OLMO3 = LLAMA | {"model_type": "olmo3", "sliding_window": 8}
 GPT2 = {
     "model_type": "gpt2",
     "vocab_size": 100,
@@ -82,6 +83,8 @@ def test_the_older_spelling_of_rope_scaling_means_the_same(load):
         (LLAMA | {"rope_scaling": {"rope_type": "spiral", "factor": 2}}, "rope_type='spiral'"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config"),
         (LLAMA | {"sliding_window": 8}, "sliding_window=8"),
+        (OLMO3 | {"rope_parameters": {"full_attention": 1}}, "of a type of layer are no object"),
+        (OLMO3 | {"rope_parameters": {"sliding_attention": [1]}}, "are no object"),
         (GPT2 | {"activation_function": "swish"}, "activation_function='swish'"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         (GPT2 | {"n_head": 5}, "32/5"),

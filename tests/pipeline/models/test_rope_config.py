@@ -126,6 +126,7 @@ def test_a_saved_model_is_loaded_as_it_was_made(make_oracle):
         ({"rope_scaling": {"rope_type": "yarn"}}, "factor: Field required"),
         ({"rope_scaling": YARN | {"factor": 1e9}}, "4096 positions stretched by"),
         ({"rope_scaling": YARN | {"beta_fast": -1.0}}, "beta_fast=-1.0"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta=1 is not above 1"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "short_factor: Field required"),
         ({"rope_scaling": LONGROPE | {"short_factor": [1.0] * 31}}, "short_factor has 31 numbers"),
         ({"rope_scaling": LONGROPE | {"long_factor": [0.0] * 32}}, "long_factor.0=0.0"),

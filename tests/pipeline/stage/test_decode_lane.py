@@ -97,6 +97,16 @@ async def test_a_step_at_a_position_whose_angles_are_not_known_takes_the_ordinar
     assert not all(ordinary)
 
 
+async def test_a_session_may_begin_with_a_text_of_one_token_whose_row_is_wanted(stages):
+    straight, _ = stages
+    await run_both(stages, 0, (0, 0, 1), wants=Want.HIDDEN)
+    await run_both(stages, 1, (1, 0, 1))
+    await run_both(stages, 2, (1, 1, 1))
+    taken = straight.num_ordinary
+    await run_both(stages, 3, (1, 2, 1))
+    assert straight.num_ordinary == taken
+
+
 @pytest.mark.parametrize(
     ("want", "asked"),
     [
