@@ -60,6 +60,23 @@ def _logged_alike():
     logging.getLogger().setLevel(before)
 
 
+@pytest.fixture
+async def passing_time(mock_clock, nursery):
+    """Of `mock_clock`, which a test has to ask for: while nobody has anything to do, time passes.
+
+    No deadline is missed on a busy machine, and none is waited for.
+    """
+    import trio.testing
+
+    async def go_on():
+        while True:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            until_next = trio.lowlevel.current_statistics().seconds_to_next_deadline
+            mock_clock.jump(max(0.0, min(until_next, 0.1)))
+
+    nursery.start_soon(go_on)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A random 4-layer Llama with a byte-level tokenizer, as a Hugging Face directory."""
