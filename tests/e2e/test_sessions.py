@@ -88,6 +88,9 @@ def test_after_a_restart_a_chat_goes_on_from_what_was_stored_for_one_client_at_a
     filed.restart()
     assert filed.goes_on() >= len(TEXT)
     server, cluster = filed.server, filed.cluster
+    book = session_book(filed.secret, load_manifest(cluster.manifest))
+    # Who goes on before that is stored waits for it, and a stage that is stopped stores nothing.
+    server.wait_for(lambda: next(book.records()).num_stored >= len(FURTHER))
     with stopped(server.workers()[1]):
         thread, found = in_background(filed.turn, TEXT, max_tokens=8)
         server.wait_for(server.num_taken)

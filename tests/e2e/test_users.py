@@ -166,8 +166,13 @@ def holds_idle_prefixes_alone(server):
 def idle_figures(server):
     """The stages' figures, once two answers in a row say the same."""
     before = figures(server)
-    time.sleep(1.5)
-    after = figures(server)
+
+    def told_again():
+        after = figures(server)
+        pairs = zip(before, after, strict=True)
+        return after if all(a["uptime_ns"] != b["uptime_ns"] for a, b in pairs) else None
+
+    after = server.wait_for(told_again)
     same = [a["num_steps"] == b["num_steps"] for a, b in zip(before, after, strict=True)]
     return after if all(same) else None
 
@@ -178,7 +183,7 @@ def test_clients_that_read_a_byte_a_second_hold_nobody_up(server):
     with ExitStack() as stack:
         with stopped(server.workers()[1]):
             for _ in range(3):
-                body = server.wish("A slow reader", 1500, stream=True, logprobs=5)
+                body = server.wish("A slow reader", 500, stream=True, logprobs=5)
                 sock = stack.enter_context(raw(server, request(body), receive_buffer=2048))
                 thread = threading.Thread(target=dawdle, args=(sock, is_over))
                 thread.start()
@@ -235,11 +240,9 @@ def test_a_thousand_connections_and_slow_headers_keep_nobody_out(server):
     with ExitStack() as stack:
         # The start of a request that never ends, and nothing at all.
         begun = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nx-slow: "
-        crowd = [stack.enter_context(raw(server, begun * (i % 2))) for i in range(1000)]
+        for i in range(1000):
+            stack.enter_context(raw(server, begun * (i % 2)))
         assert server.text("Through the crowd", 100) == expected
-        # All of them are idle or slow, and are cut off after ten seconds.
-        for sock in crowd:
-            assert sock.recv(4096)[:12] in (b"", b"HTTP/1.1 408", b"HTTP/1.1 400")
     server.wait_for(lambda: connections(server) < 5)
     assert server.text("Through the crowd", 100) == expected
 

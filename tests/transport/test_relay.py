@@ -97,7 +97,9 @@ async def test_peer_that_does_not_read_stops_the_sender(running):
         assert len(await receive(far)) == sent
 
 
-async def test_relay_memory_does_not_grow_behind_a_peer_that_does_not_read(running):
+async def test_relay_memory_does_not_grow_behind_a_peer_that_does_not_read(
+    running, mock_clock, passing_time
+):
     relayed = running()
     payload = bytes(128 << 20)
     tracemalloc.start()

@@ -118,7 +118,7 @@ async def test_a_connection_on_which_nobody_speaks_is_cut(running, monkeypatch, 
 
 @pytest.mark.parametrize("is_dialer_first", [True, False])
 async def test_a_connection_that_has_spoken_may_be_silent_for_as_long_as_it_likes(
-    running, monkeypatch, is_dialer_first
+    running, mock_clock, passing_time, monkeypatch, is_dialer_first
 ):
     monkeypatch.setattr(relay_module, "SILENT_DEADLINE_S", 1.0)
     monkeypatch.setattr(relay_module, "ORPHANED_DEADLINE_S", 0.05)
@@ -139,7 +139,9 @@ async def test_a_connection_that_has_spoken_may_be_silent_for_as_long_as_it_like
         assert await receive(near, 4) == b"late"
 
 
-async def test_a_caller_who_stays_after_the_target_has_ended_is_cut(running, monkeypatch):
+async def test_a_caller_who_stays_after_the_target_has_ended_is_cut(
+    running, mock_clock, passing_time, monkeypatch
+):
     monkeypatch.setattr(relay_module, "ORPHANED_DEADLINE_S", 1.0)
     relayed = running()
     near, far = await relayed.connect()

@@ -132,7 +132,9 @@ SPOILED = {
     "gone": lambda store: lambda index, chunk: None,
     "cut": lambda store: lambda index, chunk: None if index == 3 else chunk,
     "swapped": lambda store: lambda index, chunk: store.written[index ^ 1][2],
-    "changed": lambda store: lambda index, chunk: [blob[:-1] + b"x" for blob in chunk],
+    "changed": lambda store: (
+        lambda index, chunk: [blob[:-1] + bytes([blob[-1] ^ 1]) for blob in chunk]
+    ),
     "without a layer": lambda store: lambda index, chunk: chunk[:-1],
     "empty": lambda store: lambda index, chunk: [b""] * len(chunk),
 }

@@ -327,17 +327,14 @@ def heartbeat():
         # What the whole test run has left in memory is not to be gone through meanwhile.
         gc.collect()
         gc.freeze()
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(beat)
-                while not gaps:
-                    await trio.lowlevel.checkpoint()
-                gaps.clear()
-                yield gaps
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(beat)
+            while not gaps:
                 await trio.lowlevel.checkpoint()
-                await trio.lowlevel.checkpoint()
-                nursery.cancel_scope.cancel()
-        finally:
-            gc.unfreeze()
+            gaps.clear()
+            yield gaps
+            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
 
     return heartbeat

@@ -26,7 +26,7 @@ class RedisServer:
             stderr=subprocess.DEVNULL,
             env=os.environ | environment,
         )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while self.process.poll() is None and not self.ask("PING").startswith(b"+PONG"):
             assert time.monotonic() < deadline
             time.sleep(0.01)

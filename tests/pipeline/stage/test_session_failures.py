@@ -25,7 +25,6 @@ from pipeline.protocol.links import (
 )
 from pipeline.protocol.messages import Failure, Health, Healthy, Shutdown, Waiting
 from pipeline.protocol.peer_connections import ORCHESTRATOR
-from pipeline.protocol.time_limits import TimeLimits
 from tests.pipeline.stage.rig import LOOPBACK, failure_of, hidden, settled, step
 from transport.errors import TransportError
 
@@ -42,7 +41,7 @@ async def test_a_defect_costs_the_session_and_not_the_worker(rig, monkeypatch):
             pass
 
 
-async def test_an_orchestrator_may_take_its_time_before_init(rig):
+async def test_an_orchestrator_may_take_its_time_before_init(rig, mock_clock, passing_time):
     async with rig.worker(init_seconds=3.0, idle_seconds=3.0):
         control = await rig.control()
         for sequence in range(4):
@@ -54,7 +53,9 @@ async def test_an_orchestrator_may_take_its_time_before_init(rig):
             pass
 
 
-async def test_one_that_only_asks_how_the_stage_is_keeps_nobody_out_for_long(rig, monkeypatch):
+async def test_one_that_only_asks_how_the_stage_is_keeps_nobody_out_for_long(
+    rig, mock_clock, passing_time, monkeypatch
+):
     monkeypatch.setattr(pipeline.stage.worker, "BUSY_SECONDS", 0.1)
 
     async def ask_for_ever(control):
@@ -84,7 +85,9 @@ async def test_a_stage_names_what_a_step_carries_in_words(rig):
     assert "carries F32[3, 64], expected F32[2, 64]" in detail
 
 
-async def test_a_refusal_reaches_an_orchestrator_that_is_still_talking(rig, monkeypatch):
+async def test_a_refusal_reaches_an_orchestrator_that_is_still_talking(
+    rig, mock_clock, passing_time, monkeypatch
+):
     monkeypatch.setattr(pipeline.stage.worker, "BUSY_SECONDS", 0.1)
     async with rig.worker(), rig.session():
         second = await rig.control()
@@ -95,9 +98,11 @@ async def test_a_refusal_reaches_an_orchestrator_that_is_still_talking(rig, monk
         await second.aclose()
 
 
-async def test_an_orchestrator_that_never_reads_is_silent_too(rig):
+async def test_an_orchestrator_that_never_reads_is_silent_too(rig, mock_clock, passing_time):
     async with rig.worker(idle_seconds=2.0):
         async with rig.session() as (control, _):
+            for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF):  # full the sooner
+                control.channel._wire._sock.setsockopt(socket.SOL_SOCKET, buffer, 1)
             with trio.move_on_after(4):
                 for sequence in range(1_000_000):
                     await control.send(Health(sequence=sequence))
@@ -158,7 +163,7 @@ async def test_a_stage_lost_while_another_is_awaited_is_named_at_once(rig):
             for stage, control in zip(rig.manifest.stages, (absent, present), strict=True)
         )
         manifest = rig.manifest.model_copy(update={"stages": stages})
-        options = PipelineOptions(Limits(1, 64), TimeLimits(idle_seconds=0.5), LOOPBACK)
+        options = PipelineOptions(Limits(1, 64), data_out_listen=LOOPBACK)
 
         async def expect_loss():
             with pytest.raises(SessionError, match="stage 1 is lost"):
@@ -201,7 +206,7 @@ async def test_a_worker_that_serves_nobody_stops_at_once(rig):
 
 
 async def test_an_orchestrator_whose_connection_was_lost_need_not_wait_for_its_own_silence(
-    rig, monkeypatch
+    rig, mock_clock, passing_time, monkeypatch
 ):
     monkeypatch.setattr(pipeline.stage.worker, "BUSY_SECONDS", 0.1)
     monkeypatch.setattr(pipeline.stage.worker, "STALE_SECONDS", 2.0)
@@ -216,7 +221,9 @@ async def test_an_orchestrator_whose_connection_was_lost_need_not_wait_for_its_o
             assert isinstance(answer, Healthy if is_silent else Failure)
 
 
-async def test_another_orchestrator_has_to_wait_for_one_that_is_silent(rig, monkeypatch, tmp_path):
+async def test_another_orchestrator_has_to_wait_for_one_that_is_silent(
+    rig, mock_clock, passing_time, monkeypatch, tmp_path
+):
     monkeypatch.setattr(pipeline.stage.worker, "BUSY_SECONDS", 0.1)
     monkeypatch.setattr(pipeline.stage.worker, "STALE_SECONDS", 0.0)
     async with rig.worker(), rig.session():

@@ -1,6 +1,7 @@
 """Packed weights that cannot be what they say they are are refused in one line."""
 
 import pytest
+import torch
 
 from pipeline.errors import ModelError
 from pipeline.models.config import load_config
@@ -31,28 +32,25 @@ def test_tensors_that_do_not_fit_each_other_are_refused(packed, kind, part, at):
 
 
 @pytest.mark.parametrize(
-    ("kind", "part"),
+    ("kind", "part", "words"),
     [
-        ("gptq act-order", "g_idx"), ("gptq", "qzeros"), ("awq", "qzeros"),
-        ("w4a16 act-order", "weight_g_idx"), ("w4a16", "weight_shape"),
+        *(
+            (kind, part, "F32, and it may be I32")
+            for kind, part in (
+                ("gptq act-order", "g_idx"), ("gptq", "qzeros"), ("awq", "qzeros"),
+                ("w4a16 act-order", "weight_g_idx"), ("w4a16", "weight_shape"),
+            )
+        ),
+        ("awq", "scales", "I32, and it may be F32"),
+        ("w8a8 of channels", "weight_scale", "I32, and it may be F32"),
     ],
 )  # fmt: skip
-def test_parts_of_a_type_that_they_cannot_be_of_are_refused(packed, kind, part):
+def test_parts_of_a_type_that_they_cannot_be_of_are_refused(packed, kind, part, words):
     model = packed(kind)
     name = f"model.layers.0.mlp.up_proj.{part}"
-    model.rewrite(lambda tensors: tensors.update({name: tensors[name].float()}))
-    with pytest.raises(ModelError, match=f"has {part} of F32, and it may be I32"):
-        logits(model.directory)
-
-
-@pytest.mark.parametrize(
-    ("kind", "part"), [("awq", "scales"), ("w8a8 of channels", "weight_scale")]
-)
-def test_scales_that_are_no_floats_are_refused(packed, kind, part):
-    model = packed(kind)
-    name = f"model.layers.0.mlp.up_proj.{part}"
-    model.rewrite(lambda tensors: tensors.update({name: tensors[name].int()}))
-    with pytest.raises(ModelError, match=f"has {part} of I32, and it may be F32"):
+    other = torch.float32 if words.startswith("F32") else torch.int32
+    model.rewrite(lambda tensors: tensors.update({name: tensors[name].to(other)}))
+    with pytest.raises(ModelError, match=f"has {part} of {words}"):
         logits(model.directory)
 
 

@@ -97,7 +97,7 @@ async def test_what_cannot_be_placed_is_said_once_however_long_it_lasts(home, ca
 
 async def test_a_stage_whose_node_flaps_fills_no_log(home, caplog):
     (pid, _) = await started(home)
-    for _ in range(5):
+    for _ in range(3):
         home.happens("node-0")
         pid = await home.other_than(0, pid)
     assert count(caplog, "event=stage_away") == 1
