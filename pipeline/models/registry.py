@@ -138,11 +138,11 @@ def load_shard(
     `dtype` is what the weights are held in; `kernels` the arithmetic: auto, native or torch,
     all on the CPU; `device` where to compute: cpu, cuda or cuda:N; `parts` what does the work
     of linears and attention. `expected_hashes`: SHA-256 of each of `required_files`, or None to
-    load unverified; `pieces` of files, by these. `memory`: where to leave verified weights for others,
-    or to find what they left, of which nothing is read then; native kernels alone use it, where no
-    part has weights of its own. What is `beside` is left in its own memory in the same pass, where
-    that is of use. Raises ModelError naming file, tensor, expected and actual, InputError for
-    kernels that cannot be had.
+    load unverified; `pieces` of files, by these. `memory`: where to leave verified weights for
+    others, or to find what they left, of which nothing is read then; native kernels alone use it,
+    where no part has weights of its own. What is `beside` is left in its own memory in the same
+    pass, where that is of use. Raises ModelError naming file, tensor, expected and actual,
+    InputError for kernels that cannot be had.
     """
     precision = to_precision(dtype)
     _check_range(config, layer_start, layer_end, ends)
