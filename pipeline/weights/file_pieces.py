@@ -18,6 +18,10 @@ from pipeline.errors import ModelError
 MIN_PIECE_BYTES = 4 << 20
 MAX_PIECES = 8192  # of all files together: half a megabyte of a manifest
 HEX_DIGITS = 64  # of a SHA-256
+OTHER_WEIGHTS = (
+    "these are not the weights the manifest was written for: fetch them again, or write the "
+    "manifest for this model"
+)
 
 
 class Pieces(Protocol):
@@ -164,7 +168,5 @@ class PieceCheck:
             is_whole = end - start == self._pieces.file_bytes
             what = "" if is_whole else f", bytes {start} to {end - 1},"
             raise ModelError(
-                f"{self._path}{what} has SHA-256 {actual}, expected {expected}: these are not the "
-                "weights the manifest was written for: fetch them again, or write the manifest for "
-                "this model"
+                f"{self._path}{what} has SHA-256 {actual}, expected {expected}: {OTHER_WEIGHTS}"
             )

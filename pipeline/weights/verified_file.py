@@ -28,7 +28,7 @@ from pipeline.weights.checkpoint_header import (
     fill,
     open_file,
 )
-from pipeline.weights.file_pieces import FilePin, PieceCheck, Pieces, pieces_with
+from pipeline.weights.file_pieces import OTHER_WEIGHTS, FilePin, PieceCheck, Pieces, pieces_with
 from pipeline.weights.headers import read_any_header
 from pipeline.weights.read_ahead import PLACES, run_ahead
 from pipeline.weights.tensor_sinks import ROWS_TOGETHER, Sink
@@ -65,8 +65,7 @@ def load_file(
         pieces = None if pin is None else pin.of(file_bytes)
         if pieces is not None and pieces.file_bytes != file_bytes:
             raise ModelError(
-                f"{path} has {file_bytes} bytes, expected {pieces.file_bytes}: it is truncated, or "
-                "not the file the manifest was written for: fetch it again"
+                f"{path} has {file_bytes} bytes, expected {pieces.file_bytes}: {OTHER_WEIGHTS}"
             )
         header = read_any_header(file, path)
         found = {stored.name: stored for stored in header.tensors if stored.name in destinations}
