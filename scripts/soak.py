@@ -277,6 +277,7 @@ def model_load_seconds(manifest_path: Path, model_dir: Path) -> float:
         load_shard(
             model_dir, config, stage.layer_start, stage.layer_end,
             dtype=stage.precision or PRECISION, expected_hashes=stage.weight_hashes or None,
+            pieces=manifest.weight_pieces,
         )  # fmt: skip
         seconds.append(time.monotonic() - started)
     return statistics.median(seconds)

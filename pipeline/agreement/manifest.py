@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self, cast, get_args
 from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
 
 from pipeline.agreement.addresses import Address, StageEndpoint, Strict, check_targets
+from pipeline.agreement.pieces_spec import FileName, PiecesSpec
 from pipeline.codecs.base import ActivationCodec
 from pipeline.codecs.registry import make_codec
 from pipeline.dtypes import Precision
@@ -152,6 +153,8 @@ class Manifest(Strict):
     orchestrator_keys: tuple[KeyHex, ...] = ()
     split: Split = "stages"
     client: ClientSpec | None = None
+    # Of files that are hashed in pieces, too: by the hash of the whole.
+    weight_pieces: dict[FileName, PiecesSpec] = Field(default_factory=dict)
     # Fingerprint of the secret rotation that all weights have in them; None: they are plain.
     rotation: Sha256Hex | None = None
     dp: DpSpec | None = None
@@ -333,8 +336,8 @@ def _without_new_defaults(whole: dict[str, Any]) -> dict[str, Any]:
     if whole["split"] == "stages":
         del whole["split"]
         whole.pop("client", None)
-    for name in ("rotation", "dp", "part", "home_stages", "encoding"):
-        if whole.get(name) is None:
+    for name in ("rotation", "dp", "part", "home_stages", "encoding", "weight_pieces"):
+        if not whole.get(name):
             whole.pop(name, None)
     for stage in whole["stages"]:
         for name in ("kernels", "kv_bytes", "machine_keys"):

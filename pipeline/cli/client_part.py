@@ -41,6 +41,7 @@ def load_client_ends(manifest: Manifest, path: Path, options: WorkerOptions) -> 
                 device=options.device or "cpu",
                 ends=BOTH_ENDS,
                 expected_hashes=client.weight_hashes,
+                pieces=manifest.weight_pieces,
                 progress=progress,
             )
     except ModelError as error:

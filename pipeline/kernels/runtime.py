@@ -32,6 +32,8 @@ _LARGE_BLOCK = 1 << 20
 
 # Threads and CPUs for torch, for when it is imported.
 _asked: tuple[int, Sequence[int]] | None = None
+# How many while weights are read, if they are.
+_while_reading: int | None = None
 
 
 def set_num_threads(num_threads: int, cpus: Sequence[int] = ()) -> None:
@@ -94,6 +96,11 @@ def limit_torch() -> None:
             os.sched_setaffinity(0, cpus)
 
 
+def reading_threads() -> int:
+    """How many threads may read, hash and pack weights at a time."""
+    return _while_reading or (1 if _asked is None else _asked[0])
+
+
 @contextmanager
 def beside_a_reader(*, others_wait: bool = False) -> Iterator[None]:
     """Leave one of several threads meanwhile to whoever reads and hashes what is packed.
@@ -102,10 +109,12 @@ def beside_a_reader(*, others_wait: bool = False) -> Iterator[None]:
     those that it makes, run on each CPU that was asked for: on the first alone they take turns.
     `others_wait`: what this does they need too, so unless CPUs were asked for it takes all.
     """
+    global _while_reading  # noqa: PLW0603 - as `_asked` is
     native = _native_threads()
     asked, cpus = (1, ()) if _asked is None else _asked
     usable = 1 if native is None else min(_num_cpus(), native.MAX_THREADS)
     num_threads = max(asked, usable) if others_wait and not cpus else asked
+    _while_reading = num_threads
     if native is not None and num_threads > 1:
         native.set_num_threads(num_threads - 1, *cpus[:-1])
     if cpus:
@@ -113,6 +122,7 @@ def beside_a_reader(*, others_wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        _while_reading = None
         if native is not None and num_threads > 1:
             native.set_num_threads(asked, *cpus)
         if cpus and "torch" not in sys.modules:  # whose threads are yet to inherit this one's

@@ -12,7 +12,7 @@ from pipeline.kernels.base import Kernels, Rows
 from pipeline.kernels.kept_weights import KeptWeights, keep_weights
 from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.kernels.kv_cache import KVCache
-from pipeline.kernels.runtime import return_freed_blocks
+from pipeline.kernels.runtime import reading_threads, return_freed_blocks
 from pipeline.kernels.sealed_memory import SealedMemory
 from pipeline.kernels.session_memory import KeptSlots
 from pipeline.kernels.shape_only_kernels import Outline
@@ -26,11 +26,13 @@ from pipeline.progress import Progress
 from pipeline.protocol.batch import Batch
 from pipeline.protocol.tide_window import TideWindow
 from pipeline.weights.checkpoint import (
+    NO_PIECES,
     load_tensors,
     stage_files,
     stored_names,
     tensor_sizes,
 )
+from pipeline.weights.file_pieces import Pieces, pins_of
 from pipeline.weights.quantization import to_precision
 from pipeline.weights.tensor_sinks import Sink, shared_sinks
 
@@ -124,6 +126,7 @@ def load_shard(
     parts: LayerParts = OWN,
     ends: Ends | None = None,
     expected_hashes: Sequence[str] | None,
+    pieces: Mapping[str, Pieces] = NO_PIECES,
     progress: Progress | None = None,
     memory: SealedMemory | None = None,
     beside: Sequence[Beside] = (),
@@ -134,12 +137,12 @@ def load_shard(
 
     `dtype` is what the weights are held in; `kernels` the arithmetic: auto, native or torch,
     all on the CPU; `device` where to compute: cpu, cuda or cuda:N; `parts` what does the work
-    of linears and attention. `expected_hashes`: SHA-256 of
-    each of `required_files`, or None to load unverified. `memory`: where to leave verified weights
-    for others, or to find what they left, of which nothing is read then; native kernels alone use
-    it, where no part has weights of its own. What is `beside` is left in its own memory in the same
-    pass, where that is of use. Raises ModelError naming file, tensor, expected and
-    actual, InputError for kernels that cannot be had.
+    of linears and attention. `expected_hashes`: SHA-256 of each of `required_files`, or None to
+    load unverified; `pieces` of files, by these. `memory`: where to leave verified weights for
+    others, or to find what they left, of which nothing is read then; native kernels alone use it,
+    where no part has weights of its own. What is `beside` is left in its own memory in the same
+    pass, where that is of use. Raises ModelError naming file, tensor, expected and actual,
+    InputError for kernels that cannot be had.
     """
     precision = to_precision(dtype)
     _check_range(config, layer_start, layer_end, ends)
@@ -155,7 +158,7 @@ def load_shard(
                     "config": repr(config),
                     "layers": [layers.start, layers.stop],
                     "ends": ends,
-                    "hashes": [each.lower() for each in expected_hashes],
+                    "hashes": [pin.name for pin in pins_of(expected_hashes, pieces)],
                     "precision": precision,
                 },
             )
@@ -186,8 +189,10 @@ def load_shard(
             model_dir,
             shared_sinks(_sinks_in_files(model_dir, config, each) for each, _ in loaded),
             expected_hashes=expected_hashes,
+            pieces=pieces,
             progress=progress,
             packing=config.packing,
+            num_threads=reading_threads(),
         )
     return_freed_blocks()  # a file's names, and what went through while it was read
     return shard

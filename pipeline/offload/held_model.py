@@ -33,6 +33,7 @@ def load_linears(
         parts=parts,
         ends=NO_ENDS,
         expected_hashes=expected,
+        pieces=manifest.weight_pieces,
         progress=progress,
     )
     return parts.linears

@@ -1,6 +1,5 @@
 """The tensors of a part of a model as its file holds them: in a precision, plain or rotated."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -43,6 +42,7 @@ from pipeline.models.stored_model import family_of
 from pipeline.planning.rotated_weights import RotatedWeights
 from pipeline.progress import Progress
 from pipeline.weights.checkpoint import (
+    NO_PIECES,
     PACKED,
     load_tensors,
     packed_weights,
@@ -50,6 +50,8 @@ from pipeline.weights.checkpoint import (
     tensors_in_files,
 )
 from pipeline.weights.checkpoint_header import RAW_DTYPES, StoredTensor
+from pipeline.weights.file_hashes import FileHasher
+from pipeline.weights.file_pieces import FilePin, Pieces
 from pipeline.weights.int4 import Int4, pack_nibbles
 from pipeline.weights.packings.base import PackedWeight
 from pipeline.weights.packings.choice import stays_packed
@@ -70,6 +72,7 @@ class Part(NamedTuple):
     ends: Ends | None
     precision: Precision | None
     weight_hashes: tuple[str, ...] = ()
+    pieces: Mapping[str, Pieces] = NO_PIECES
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,7 @@ def _as_stored(
         model_dir,
         sinks,
         expected_hashes=part.weight_hashes or None,
+        pieces=part.pieces,
         progress=progress,
         packing=config.packing,
     )
@@ -155,6 +159,7 @@ def _as_packed(
         model_dir,
         {name: each.sink for name, each in kept.items()},
         expected_hashes=part.weight_hashes or None,
+        pieces=part.pieces,
         progress=progress,
         is_as_packed=True,
     )
@@ -203,6 +208,7 @@ def _rotate(
         source.model_dir,
         {files[own]: CopySink(tensor) for own, tensor in read.items()},
         expected_hashes=part.weight_hashes or None,
+        pieces=part.pieces,
         progress=progress,
     )
     weights = RotatedWeights(names, stream, rotation)
@@ -212,10 +218,11 @@ def _rotate(
         yield from weights.ends(read)
 
 
-def save_tensors(tensors: Mapping[str, HostArray], path: Path) -> str:
+def save_tensors(tensors: Mapping[str, HostArray], path: Path, num_files: int = 1) -> FilePin:
     """Write a safetensors file, as the library of that name does: wide formats first, by name.
 
-    Returns its SHA-256 in hex: of what was meant to be written, so a disk that errs is found out.
+    Returns what pins it as one of so many files: by what was meant to be written, so a disk that
+    errs is found out.
     """
     names = {dtype: name for name, dtype in RAW_DTYPES.items()}
     order = [RAW_DTYPES[name] for name in ("I64", "F32", "I32", "BF16", "F16", "I8", "U8")]
@@ -234,18 +241,15 @@ def save_tensors(tensors: Mapping[str, HostArray], path: Path) -> str:
     raw += b" " * (-len(raw) % HEADER_ALIGNMENT)
     begin = np.frombuffer(len(raw).to_bytes(8, "little") + raw, np.uint8)
     contents = (begin, *(tensor.reshape(-1).view(np.uint8) for _, tensor in sorted_tensors))
-    digest = hashlib.sha256()
-
-    def hashed() -> Iterator[memoryview]:
-        for each in contents:
-            for first in range(0, len(each), BLOCK_BYTES):
-                block = each[first : first + BLOCK_BYTES].data
-                digest.update(block)
-                yield block
-
-    with path.open("wb") as file, closing(run_ahead(hashed())) as blocks:
-        file.writelines(blocks)
-    return digest.hexdigest()
+    hasher = FileHasher(len(begin) + end, num_files)
+    blocks = (
+        each[first : first + BLOCK_BYTES].data
+        for each in contents
+        for first in range(0, len(each), BLOCK_BYTES)
+    )
+    with path.open("wb") as file, closing(run_ahead(hasher.hashed(blocks))) as hashed:
+        file.writelines(hashed)
+    return hasher.pin()
 
 
 class _Kept:

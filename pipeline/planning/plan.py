@@ -1,19 +1,21 @@
 """Writing a manifest: a split balanced by measured bytes, and the hashes that pin it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pipeline.agreement.manifest import Manifest, Split, build_manifest
+from pipeline.agreement.pieces_spec import PiecesSpec
 from pipeline.dtypes import Precision
 from pipeline.errors import InputError
 from pipeline.models.config import hash_config, load_config
 from pipeline.models.ends import BOTH_ENDS, NO_ENDS
 from pipeline.models.registry import layer_bytes, required_files
 from pipeline.progress import Progress
-from pipeline.weights.checkpoint import hash_files
+from pipeline.weights.checkpoint import pin_files
+from pipeline.weights.file_pieces import FilePin
 from transport.dial_and_listen import (
     PARENT_CID,
     Endpoint,
@@ -118,7 +120,7 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
         for start, end in zip(starts, ends, strict=True)
     ]
     own = required_files(model_dir, config, range(0), BOTH_ENDS) if is_client else []
-    hashes = _hash_once([*files, own], progress)
+    pins = _pin_once([*files, own], progress)
     if options.stage_keys and len(options.stage_keys) != options.num_stages:
         raise InputError(f"{len(options.stage_keys)} keys for {options.num_stages} stages")
     stages = [
@@ -126,7 +128,7 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
             "stage_idx": idx,
             "layer_start": start,
             "layer_end": end,
-            "weight_hashes": [hashes[path] for path in files[idx]],
+            "weight_hashes": [pins[path].digest for path in files[idx]],
             "require_weight_hashes": True,
             "precision": options.precision,
             "kv_bytes": options.kv_bytes,
@@ -135,7 +137,7 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
         }
         for idx, (start, end) in enumerate(zip(starts, ends, strict=True))
     ]
-    client = {"weight_hashes": [hashes[path] for path in own], "precision": options.precision}
+    client = {"weight_hashes": [pins[path].digest for path in own], "precision": options.precision}
     fields = {
         "model_name": options.model_name or _label(model_dir),
         "model_version": "1",
@@ -151,6 +153,7 @@ def plan(model_dir: Path, options: PlanOptions, progress: Progress | None = None
         "orchestrator_keys": options.orchestrator_keys,
         "split": options.split,
         "client": client if is_client else None,
+        "weight_pieces": {key: dict(each) for key, each in pieces_by_hash(pins.values()).items()},
         "dp": options.noise and dict(zip(("sigma", "clip"), options.noise, strict=True)),
         "home_stages": None if options.home_layers is None else {"first": 1, "last": 1},
         "part": options.part and _part(*options.part),
@@ -194,9 +197,22 @@ def _label(model_dir: Path) -> str:
     return directory.name.encode("utf-8", "replace").decode()
 
 
-def _hash_once(files: Sequence[Sequence[Path]], progress: Progress | None) -> dict[Path, str]:
+def _pin_once(files: Sequence[Sequence[Path]], progress: Progress | None) -> dict[Path, FilePin]:
     distinct = sorted({path for stage_files in files for path in stage_files})
-    return dict(zip(distinct, hash_files(distinct, progress), strict=True))
+    return dict(zip(distinct, pin_files(distinct, progress), strict=True))
+
+
+def pieces_by_hash(pins: Iterable[FilePin]) -> dict[str, PiecesSpec]:
+    """What a manifest says of the pieces of files that have several."""
+    return {
+        pin.digest: PiecesSpec(
+            file_bytes=pin.pieces.file_bytes,
+            piece_bytes=pin.pieces.piece_bytes,
+            hashes=pin.pieces.hashes,
+        )
+        for pin in pins
+        if pin.pieces is not None
+    }
 
 
 def _hosts(options: PlanOptions) -> list[str]:

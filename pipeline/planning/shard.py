@@ -21,9 +21,10 @@ from pipeline.models.model_config import ModelConfig
 from pipeline.models.older_client_part import CLIENT_FILE
 from pipeline.models.registry import in_older_layout
 from pipeline.planning.part_weights import Part, Source, part_tensors, save_tensors
-from pipeline.planning.plan import CONTROL_PORT, DATA_PORT
+from pipeline.planning.plan import CONTROL_PORT, DATA_PORT, pieces_by_hash
 from pipeline.progress import Progress, part_of
 from pipeline.weights.checkpoint_index import SINGLE_FILE
+from pipeline.weights.file_pieces import FilePin
 
 MANIFEST_FILE = "manifest.json"
 RUN_FILE = "run.json"
@@ -44,7 +45,7 @@ STAGE_ROOT = "/stage"
 def _stage_part(manifest: Manifest, stage: StageSpec) -> Part:
     layers = range(stage.layer_start, stage.layer_end)
     ends = NO_ENDS if manifest.has_client_ends else None
-    return Part(layers, ends, stage.precision, stage.weight_hashes)
+    return Part(layers, ends, stage.precision, stage.weight_hashes, manifest.weight_pieces)
 
 
 def cut_model(
@@ -82,35 +83,45 @@ def cut_model(
         raise InputError("--client-file: the manifest's split is stages, so no client has a part")
     source = Source(model_dir, rotation, is_unpacked=_is_unpacked(manifest))
     config = _source_config(manifest, source)
-    num_parts = len(manifest.stages) + manifest.has_client_ends
+    num_parts = _num_parts(manifest)
     with new_directory(output) as directory:
-        stages = []
+        stages, pins = [], []
         for stage in manifest.stages:
             path = directory / f"stage{stage.stage_idx}"
             path.mkdir()
-            digest = _write_weights(
-                source, config, _stage_part(manifest, stage), path / SINGLE_FILE,
+            pin = _write_weights(
+                source, config, _stage_part(manifest, stage), path / SINGLE_FILE, num_parts,
                 part_of(progress, stage.stage_idx, num_parts),
             )  # fmt: skip
-            pins = {"weight_hashes": (digest,), "require_weight_hashes": True}
-            stages.append(stage.model_copy(update=pins))
-        client = _write_client(
-            source, config, manifest.client, directory, part_of(progress, len(stages), num_parts),
-            in_one_file=in_one_file,
-        )  # fmt: skip
-        pins = {
+            pins.append(pin)
+            own = {"weight_hashes": (pin.digest,), "require_weight_hashes": True}
+            stages.append(stage.model_copy(update=own))
+        client = manifest.client
+        if client is not None:
+            pin = _write_client(
+                source, config, manifest, client, directory,
+                part_of(progress, len(stages), num_parts), in_one_file=in_one_file,
+            )  # fmt: skip
+            pins.append(pin)
+            client = client.model_copy(update={"weight_hashes": (pin.digest,)})
+        changed = {
             "stages": tuple(stages),
             "client": client,
+            "weight_pieces": pieces_by_hash(pins),
             "config_hash": _sha256(source.config_json()),
             "rotation": rotation and rotation.fingerprint,
         }
-        pinned = manifest.model_copy(update=pins)
+        pinned = manifest.model_copy(update=changed)
         if client is None:
             _write_text_files(source, directory)
         for stage in stages:
             _write_rest(pinned, stage, source, directory / f"stage{stage.stage_idx}")
         (directory / MANIFEST_FILE).write_text(dump_manifest(pinned))
     return pinned
+
+
+def _num_parts(manifest: Manifest) -> int:
+    return len(manifest.stages) + manifest.has_client_ends
 
 
 def _in_precision(manifest: Manifest, precision: Precision) -> Manifest:
@@ -156,12 +167,19 @@ def cut_stage(
     config = _source_config(manifest, source)
     with new_directory(output) as directory:
         part = _stage_part(manifest, stage)._replace(weight_hashes=())
-        digest = _write_weights(source, config, part, directory / SINGLE_FILE, progress)
-        if stage.weight_hashes != (digest,):
+        path, num_parts = directory / SINGLE_FILE, _num_parts(manifest)
+        pin = _write_weights(source, config, part, path, num_parts, progress)
+        if stage.weight_hashes != (pin.digest,):
             raise ManifestError(
                 f"the manifest pins {', '.join(stage.weight_hashes) or 'nothing'} for stage "
-                f"{stage_idx}, its shard is {digest}; `pipeline-orch shard` without --stage "
+                f"{stage_idx}, its shard is {pin.digest}; `pipeline-orch shard` without --stage "
                 "writes a manifest that pins shards"
+            )
+        pieces = manifest.weight_pieces.get(pin.digest)
+        if pieces not in {None, pieces_by_hash([pin]).get(pin.digest)}:
+            raise ManifestError(
+                f"the manifest's pieces of {pin.digest} are not those of stage {stage_idx}'s "
+                "shard, which has that hash; `pipeline-orch shard` without --stage writes others"
             )
         _write_rest(manifest, stage, source, directory)
 
@@ -169,24 +187,23 @@ def cut_stage(
 def _write_client(
     source: Source,
     config: ModelConfig,
-    client: ClientSpec | None,
+    manifest: Manifest,
+    client: ClientSpec,
     directory: Path,
     progress: Progress | None,
     *,
     in_one_file: bool,
-) -> ClientSpec | None:
-    """Write the orchestrator's own part, if it has one; what pins it."""
-    if client is None:
-        return None
+) -> FilePin:
+    """Write the orchestrator's own part; what pins it."""
     directory /= CLIENT_DIRECTORY
     directory.mkdir()
-    part = Part(range(0), BOTH_ENDS, client.precision, client.weight_hashes)
+    part = Part(range(0), BOTH_ENDS, client.precision, client.weight_hashes, manifest.weight_pieces)
     path = directory / (CLIENT_FILE if in_one_file else SINGLE_FILE)
-    digest = _write_weights(source, config, part, path, progress)
+    pin = _write_weights(source, config, part, path, _num_parts(manifest), progress)
     if source.rotation is not None:  # whose secret this part gives away
         directory.chmod(0o700)
     _write_text_files(source, directory)
-    return client.model_copy(update={"weight_hashes": (digest,)})
+    return pin
 
 
 def _write_text_files(source: Source, directory: Path) -> None:
@@ -198,13 +215,18 @@ def _write_text_files(source: Source, directory: Path) -> None:
 
 
 def _write_weights(
-    source: Source, config: ModelConfig, part: Part, path: Path, progress: Progress | None
-) -> str:
-    """Write a part's tensors in its precision to `path`; returns the file's SHA-256."""
+    source: Source,
+    config: ModelConfig,
+    part: Part,
+    path: Path,
+    num_files: int,
+    progress: Progress | None,
+) -> FilePin:
+    """Write a part's tensors in its precision to `path`, one of so many; what pins it."""
     tensors = part_tensors(source, config, part, progress)
     if path.name == CLIENT_FILE:
         tensors = in_older_layout(config, tensors)
-    return save_tensors(tensors, path)
+    return save_tensors(tensors, path, num_files)
 
 
 def _source_config(manifest: Manifest, source: Source) -> ModelConfig:

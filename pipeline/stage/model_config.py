@@ -72,6 +72,7 @@ def load_stage(
         device=device,
         ends=NO_ENDS if manifest.has_client_ends else None,
         expected_hashes=stage.weight_hashes or None,
+        pieces=manifest.weight_pieces,
         parts=parts,
         progress=progress,
         memory=memory,

@@ -8,7 +8,7 @@ from pipeline.models.registry import load_shard
 from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model, cut_stage
 from pipeline.progress import Meter, part_of
-from pipeline.weights import checkpoint
+from pipeline.weights import checkpoint, file_hashes, verified_file
 
 
 @pytest.fixture
@@ -19,7 +19,8 @@ def told():
 
 @pytest.fixture
 def tell(told, monkeypatch):
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(verified_file, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(file_hashes, "READ_BYTES", 10_000)
     return lambda done, total: told.append((done, total))
 
 

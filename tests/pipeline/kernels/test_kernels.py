@@ -331,7 +331,9 @@ def test_where_others_wait_for_what_is_read_all_cpus_pack_it(native, monkeypatch
     monkeypatch.setattr(runtime, "_asked", asked)
     with runtime.beside_a_reader(others_wait=True):
         assert told == during[:1]
+        assert runtime.reading_threads() == (asked[0] if asked[1] else max(asked[0], 3))
     assert told == during
+    assert runtime.reading_threads() == asked[0]
 
 
 def test_at_least_one_thread_computes():

@@ -17,7 +17,8 @@ from pipeline.models.config import load_config
 from pipeline.models.layer_parts import LayerParts
 from pipeline.models.registry import Beside, load_shard
 from pipeline.protocol.batch import Segment
-from pipeline.weights.checkpoint import hash_files, weight_files
+from pipeline.weights import file_pieces
+from pipeline.weights.checkpoint import NO_PIECES, hash_files, pin_files, weight_files
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "memfd_create") or why_not_native() is not None,
@@ -52,11 +53,11 @@ fd = pytest.fixture(new_memory)
 other = pytest.fixture(new_memory)
 
 
-def load(model, fd, hashes, dtype="int8", layers=None):
+def load(model, fd, hashes, dtype="int8", layers=None, pieces=NO_PIECES):
     config = load_config(model)
     return load_shard(
         model, config, *(layers or (0, config.num_layers)), dtype=dtype, kernels="native",
-        expected_hashes=hashes, memory=None if fd is None else SealedMemory(fd),
+        expected_hashes=hashes, pieces=pieces, memory=None if fd is None else SealedMemory(fd),
     )  # fmt: skip
 
 
@@ -213,6 +214,19 @@ def test_other_weights_than_those_wanted_are_left_alone(model, fd, caplog, chang
     assert f"differing={change}" in caplog.text
     if change != "layers":
         assert rows_of(found) == rows_of(load(model, None, hashes, dtype))
+
+
+def test_weights_verified_by_other_pieces_are_left_alone(model, fd, caplog, monkeypatch):
+    monkeypatch.setattr(file_pieces, "MIN_PIECE_BYTES", 1 << 12)
+    pins = pin_files(weight_files(model))
+    hashes, pieces = [pin.digest for pin in pins], {pin.digest: pin.pieces for pin in pins}
+    load(model, fd, hashes, pieces=pieces)
+    with caplog.at_level(logging.WARNING):
+        load(model, fd, hashes, pieces=pieces)
+    assert "differing" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        load(model, fd, hashes)
+    assert "differing=hashes" in caplog.text
 
 
 def test_unverified_weights_are_not_left_to_anybody(model, fd):

@@ -22,7 +22,7 @@ from pipeline.dtypes import BFLOAT16, from_floats, to_floats
 from pipeline.errors import ModelError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard, required_files
-from pipeline.weights import checkpoint, checkpoint_header
+from pipeline.weights import checkpoint, checkpoint_header, verified_file
 from pipeline.weights.read_ahead import PLACES
 from pipeline.weights.tensor_sinks import CopySink, shared_sinks
 
@@ -79,7 +79,7 @@ def test_the_header_reads_as_the_safetensors_library_reads_it(stored):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("block_bytes", [16, 40, 1 << 20])
 def test_blocks_of_any_size_give_the_librarys_values(tmp_path, monkeypatch, dtype, block_bytes):
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(verified_file, "BLOCK_BYTES", block_bytes)
     source = {"w": torch.randn(7, 9).to(dtype), "v": torch.randn(11).to(dtype)}
     save_file(source, tmp_path / "model.safetensors")
     destinations = {"w": floats(9, 7).T, "v": floats(11)}
@@ -116,7 +116,7 @@ def test_a_tensor_nobody_wants_is_hashed_in_pieces_however_long_its_rows(tmp_pat
     tracemalloc.start()
     try:
         assert torch.equal(load_a(tmp_path, [digest]), TENSORS["a"])
-        assert tracemalloc.get_traced_memory()[1] < (2 * PLACES + 1) * checkpoint.BLOCK_BYTES
+        assert tracemalloc.get_traced_memory()[1] < (2 * PLACES + 1) * verified_file.BLOCK_BYTES
     finally:
         tracemalloc.stop()
 
@@ -324,7 +324,7 @@ class SlowSink(CopySink):
 
 
 def test_what_is_read_ahead_overwrites_nothing_that_is_in_use(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(verified_file, "BLOCK_BYTES", 64)
     torch.manual_seed(0)
     wanted = {f"{i:02}.wanted": torch.randn(8, 16) for i in range(6)}
     others = {f"{i:02}.other": torch.randn(64, 16) for i in range(6)}

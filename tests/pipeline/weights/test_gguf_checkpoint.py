@@ -33,7 +33,7 @@ from pipeline.planning.plan import PlanOptions, plan
 from pipeline.planning.shard import cut_model, cut_stage
 from pipeline.planning.stage_memory import stage_memory
 from pipeline.planning.stage_sizes import stage_sizes
-from pipeline.weights import checkpoint
+from pipeline.weights import checkpoint, verified_file
 from pipeline.weights.checkpoint import hash_files, load_tensors, stored_tensors, weight_files
 from pipeline.weights.tensor_sinks import CopySink
 from tests.pipeline.gguf_files import Types, write_gguf
@@ -117,7 +117,7 @@ def logits(model: Path, dtype: str = "float32", *, kernels: str = "auto") -> tor
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("block_bytes", [1 << 12, 2 << 20])
 def test_every_tensor_is_its_formats_own_dequantisation(written, monkeypatch, name, block_bytes):
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(verified_file, "BLOCK_BYTES", block_bytes)
     model = written(name)
     read = {key: np.empty(value.shape, np.float32) for key, value in model.meaning.items()}
     assert stored_tensors(model.path).keys() == read.keys()
