@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -16,9 +15,10 @@ from pipeline.placement.by_hand import ByHand
 from pipeline.placement.free_ports import HOST, FreePortSupervisor
 from pipeline.placement.worker_supervisor import Supervisor
 from pipeline.tasks import open_tasks
+from transport.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Replica:
     """Which of how many pipelines it is that have stages of the same manifest."""
 

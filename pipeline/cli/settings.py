@@ -9,7 +9,6 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Self, get_origin
@@ -22,6 +21,7 @@ from pipeline.errors import InputError, PipelineError
 from pipeline.files import is_file
 from transport.dial_and_listen import Endpoint, parse_endpoint
 from transport.errors import EndpointError, TransportError
+from transport.frozen import frozen
 
 # Kubernetes sets VEILPIPE_PORT to this kind of thing for a service that is called veilpipe, and
 # VEILPIPE_DATA_OUT_PORT for one called veilpipe-data-out.
@@ -31,7 +31,7 @@ _MOST_SHOWN = 80  # characters of a value that will not do
 Command = Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Flag:
     """What is said of a setting beside its type, bounds and default."""
 
@@ -111,7 +111,7 @@ def takes_flags(**groups: type[Settings]) -> Callable[[Command], Command]:
     return add
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Source:
     """What settings were given, and which of it by which variable."""
 

@@ -9,6 +9,8 @@ import pytest
 
 from pipeline.cli.entry import importing
 
+PACKAGES = ("pipeline.", "transport.")
+
 
 def test_garbage_is_collected_again_once_everything_is_imported():
     try:
@@ -83,3 +85,19 @@ def test_looking_where_parts_of_a_model_are_waits_for_none_of_its_families(tmp_p
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert [name for name in result.stdout.split() if name.startswith("pipeline.models")] == []
+
+
+@pytest.mark.parametrize("module", ["stage_worker", "pipeline_orch"])
+def test_no_start_waits_for_seven_methods_of_each_frozen_class(module):
+    code = (
+        f"import gc, pipeline.cli.{module}\n"
+        "for each in filter(lambda each: isinstance(each, type), gc.get_objects()):\n"
+        "    parameters = each.__dict__.get('__dataclass_params__')\n"
+        "    if parameters is not None and parameters.frozen and parameters.eq:\n"
+        "        print(each.__module__, each.__qualname__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "pydantic." in result.stdout  # so frozen dataclasses are found
+    ours = [each for each in result.stdout.splitlines() if each.startswith(PACKAGES)]
+    assert [each for each in ours if not each.startswith("pipeline.weights.")] == []
