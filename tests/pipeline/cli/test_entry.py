@@ -55,12 +55,15 @@ def test_every_command_says_which_version_it_is(command):
         (
             "pipeline_orch",
             ("pipeline.kernels", "pipeline.models", "pipeline.offload", "pipeline.doors",
-             "pipeline.gateway", "pipeline.sessions.sealing", "numpy.random", "httpx", "rich"),
+             "pipeline.gateway", "pipeline.gguf.header", "pipeline.placement.ray.messages",
+             "pipeline.placement.worker_supervisor", "pipeline.sessions.sealing", "numpy.random",
+             "httpx", "rich"),
         ),
         (
             "stage_worker",
-            ("pipeline.engine", "pipeline.sessions.sealing", "numpy.random", "tokenizers", "rich",
-             "torch"),
+            ("pipeline.engine", "pipeline.gguf.header", "pipeline.models.decoder",
+             "pipeline.models.gpt2", "pipeline.sessions.sealing", "numpy.random", "tokenizers",
+             "rich", "torch"),
         ),
     ],
 )  # fmt: skip
