@@ -5,11 +5,11 @@ A bridged ("hybrid") vsock is a UNIX socket of the virtual machine monitor: see 
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from transport.errors import EndpointError
+from transport.frozen import frozen
 
 MAX_TCP_PORT: Final = 0xFFFF
 MAX_VSOCK_NUMBER: Final = 0xFFFF_FFFF  # CIDs and ports are 32 bits; all ones means "any"
@@ -24,7 +24,7 @@ _FORMS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TcpEndpoint:
     """A TCP host and port; port 0 lets the system choose one when listening.
 
@@ -44,7 +44,7 @@ class TcpEndpoint:
         return f"tcp:{host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UnixEndpoint:
     """A UNIX socket; with a port, a vsock bridged over it (see the module's text).
 
@@ -83,7 +83,7 @@ class UnixEndpoint:
         return self.path if self.port is None else Path(f"{self.path}_{self.port}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class VsockEndpoint:
     """An AF_VSOCK context id and port.
 

@@ -2,7 +2,6 @@
 
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import trio
 
@@ -10,6 +9,7 @@ from transport.blocking_channel import BlockingChannel
 from transport.compiled_records import Inlet, Outlet
 from transport.errors import ConnectionLost
 from transport.frame_stream import FrameReceiver, FrameSender
+from transport.frozen import frozen
 from transport.handshake import Credentials, Link, Peer, Session
 from transport.handshake_io import run_initiator, run_responder
 from transport.nonblocking_socket import Wire
@@ -18,7 +18,7 @@ from transport.rekey_policy import RekeyPolicy
 from transport.tensor_frames import INLINE_BYTES, Frame, FrameForm, FrameLimits
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ChannelStats:
     """What a channel has done so far; subtract two of them to measure what lies between."""
 

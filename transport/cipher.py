@@ -4,12 +4,12 @@ Source: https://noiseprotocol.org/noise.html, sections 5.1 and 12.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from struct import Struct
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from transport.errors import MisuseError
+from transport.frozen import frozen
 from transport.record_counters import CipherTally
 
 KEY_BYTES = 32
@@ -20,7 +20,7 @@ REKEY_NONCE = 2**64 - 1  # reserved by the specification for REKEY()
 Buffer = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Aead:
     """A Noise cipher function: its AEAD and how it lays out the 64-bit nonce."""
 

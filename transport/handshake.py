@@ -8,7 +8,6 @@ messages travel with a two-byte length before them, the ACCEPT record without.
 """
 
 import hmac
-from dataclasses import dataclass
 from struct import Struct
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -17,6 +16,7 @@ from transport.attestation.evidence_binding import Attested, Binding, EvidenceKi
 from transport.attestation.interfaces import Attester, Verifier
 from transport.cipher import TAG_BYTES
 from transport.errors import AttestationError, HandshakeError, MisuseError, RecordError
+from transport.frozen import frozen
 from transport.link_prologue import PROTOCOL_NAME, VERSION, Link, LinkKind, Role, RoleKind
 from transport.noise import DH_BYTES, XX, HandshakeState
 from transport.records import OVERHEAD_BYTES, RecordKind, RecordOpener, RecordSealer
@@ -74,7 +74,7 @@ REPLY_SIZES: Sizes = (DH_BYTES + _PROOF_MIN, DH_BYTES + _PROOF_MIN + MAX_EVIDENC
 ACCEPT_BYTES = OVERHEAD_BYTES
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Credentials:
     """Our identity, and our own policy on what the peer must show; nothing is negotiated."""
 
@@ -84,7 +84,7 @@ class Credentials:
     psk: bytes | None = None  # 32 bytes that only the two ends have, mixed in before all else
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Peer:
     """Who is at the other end, after every check has passed."""
 
@@ -93,7 +93,7 @@ class Peer:
     attested: Attested
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Session:
     """What a finished handshake leaves: both directions' record layers and the peer."""
 

@@ -1,10 +1,10 @@
 """What both ends of a link must agree on before they speak."""
 
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 
 from transport.errors import MisuseError
+from transport.frozen import frozen
 
 VERSION = b"veilpipe/2"
 PROTOCOL_NAME = "Noise_XX_25519_ChaChaPoly_SHA256"
@@ -35,7 +35,7 @@ class LinkKind(IntEnum):
     RESULTS = 6  # the last stage's results, where the orchestrator comes for them
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Role:
     """A party's place in the pipeline. Raises: MisuseError."""
 
@@ -55,7 +55,7 @@ class Role:
         return b"%s/%d" % (name, self.stage_idx)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Link:
     """What both ends must agree on before they speak; all of it is in the Noise prologue.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from dataclasses import dataclass
 from typing import Self
 
 from cryptography.exceptions import InvalidTag
@@ -15,13 +14,14 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from transport.cipher import AEADS, KEY_BYTES, TAG_BYTES, Buffer, CipherState
 from transport.errors import HandshakeError, MisuseError
+from transport.frozen import frozen
 
 DH_BYTES = 32
 MAX_MESSAGE_BYTES = 65_535
 HASHES = {"SHA256": "sha256", "SHA512": "sha512", "BLAKE2s": "blake2s", "BLAKE2b": "blake2b"}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Pattern:
     """A handshake pattern: public keys known beforehand, then the tokens of each message."""
 

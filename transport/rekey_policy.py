@@ -1,14 +1,13 @@
 """When a direction of a channel changes its key."""
 
-from dataclasses import dataclass
-
 from transport.errors import MisuseError
+from transport.frozen import frozen
 from transport.record_counters import UseTally
 
 _NEVER = 2**63  # what is counted has 63 bits where it is compiled
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RekeyPolicy:
     """When a direction changes its key. Both sides must hold the same policy.
 

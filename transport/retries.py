@@ -1,14 +1,14 @@
 """How a peer that is not up is tried again: at once when it may be back, and never all together."""
 
 import random
-from dataclasses import dataclass
 
 import trio
 
 from transport.errors import AttemptsSpent, MisuseError, TransportError
+from transport.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RetryPolicy:
     """Pauses between attempts grow with the time a peer has been away. Raises: MisuseError.
 

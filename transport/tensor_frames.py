@@ -6,7 +6,6 @@ straight into the storage it is handed out from. Which of the two is decided by 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from math import prod
@@ -15,6 +14,7 @@ from struct import error as StructError  # noqa: N812  (an exception, named like
 from typing import NamedTuple
 
 from transport.errors import FrameError, MisuseError
+from transport.frozen import frozen
 
 INLINE_BYTES = 64 * 1024  # one record and one system call, where a copy costs less than either
 PIECE_BYTES = 256 * 1024  # stays in the second-level cache between cipher and system call
@@ -62,7 +62,7 @@ _DTYPES = {int(dtype): dtype for dtype in DType}
 _FRAME_KINDS = {int(kind): kind for kind in FrameKind}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TensorSpec:
     """An element type and a shape; any dimension may be 0."""
 
@@ -78,7 +78,7 @@ class TensorSpec:
         return prod(self.shape) * _ITEM_SIZES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Tensor:
     """A spec and its elements: C-contiguous little-endian bytes, len(data) == spec.nbytes."""
 
@@ -94,7 +94,7 @@ class Frame(NamedTuple):  # made for every frame, in half the time of a frozen d
     tensors: tuple[Tensor, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FrameLimits:
     """What a channel takes from its peer; `check` sees header and specs before any body."""
 
@@ -104,7 +104,7 @@ class FrameLimits:
     check: Callable[[bytes, tuple[TensorSpec, ...]], None] | None = None  # raises FrameError
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Layout:
     """All that the fixed part of a head says; from token to token it is the same."""
 

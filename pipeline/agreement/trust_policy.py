@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +20,7 @@ from transport.attestation.interfaces import Attester, Verifier
 from transport.attestation.key_only import KeyOnlyAttester, KeyOnlyVerifier
 from transport.attestation.nsm import NsmAttester
 from transport.errors import AttestationError
+from transport.frozen import frozen
 from transport.handshake import Credentials, Role, RoleKind
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def software_measurement() -> Mapping[int, bytes]:
     return {0: digest.digest()}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DevTrust:
     """Development: evidence of the local development CA on both sides."""
 
@@ -100,7 +100,7 @@ class DevTrust:
         return Credentials(self.static_key, self.attester, (self.verifier,))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EnclaveTrust:
     """A stage in an enclave: shows its NSM's document; knows orchestrators by their keys."""
 
@@ -131,7 +131,7 @@ class EnclaveTrust:
         return Credentials(self.static_key, self.attester, (verifier,))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class KeyedTrust:
     """A machine that the manifest names by its key, for a stage or a part: nothing is attested."""
 
@@ -173,7 +173,7 @@ class KeyedTrust:
         return Credentials(self.static_key, KeyOnlyAttester(), (verifier,))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UserTrust:
     """The user's orchestrator: shows its key; believes listed machines, and pinned measurements."""
 
@@ -286,7 +286,7 @@ def _require_what_a_stage_needs(manifest: Manifest, stage_idx: int) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _MachineVerifier:
     """Believes the machines that the manifest lists for a stage, and says so as SSH would."""
 

@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
@@ -22,6 +21,7 @@ from pipeline.errors import InputError
 from pipeline.leakage.cards import require_card
 from pipeline.protocol.peer_connections import GOODBYE_SECONDS
 from transport.attestation.interfaces import Verifier
+from transport.frozen import frozen
 from transport.handshake import Role, RoleKind
 
 if TYPE_CHECKING:  # numpy's and the kernels' time
@@ -53,7 +53,7 @@ class DoorFlags(Settings):
         return self
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DoorAccess:
     """How to reach the layers of a manifest behind a door."""
 

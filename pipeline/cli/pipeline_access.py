@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from pipeline.orchestrator.outage import LAST_PAUSE_SECONDS, Watcher, outlast
 from pipeline.placement.base import Placement
 from pipeline.protocol.tide_window import MAX_TEXT, TideWindow
 from pipeline.tasks import open_tasks
+from transport.frozen import frozen
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ PLAIN = "plain"
 MODES_OF_PARTS = {"attention": "scx", "linear": "offload", "mixed-linear": "mix"}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ManifestSource:
     """A manifest, where it came from, and the model that supervised workers load.
 
@@ -95,7 +96,7 @@ def mode_of(manifest: Manifest) -> str:
     return "client" if manifest.has_client_ends else PLAIN
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PipelineAccess:
     """How to reach the stages of a manifest, and what to do when one is lost."""
 

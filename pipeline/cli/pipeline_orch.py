@@ -10,7 +10,7 @@ from pipeline.cli.generate import generate
 from pipeline.cli.generate_flags import GenerateFlags
 from pipeline.cli.logs import configure_logging
 from pipeline.cli.pipeline_flags import PipelineFlags
-from pipeline.cli.settings import takes_flags
+from pipeline.cli.settings import for_these, takes_flags
 
 # What `other_commands` adds. They are imported where one is named, or all are to be listed.
 OTHERS = (
@@ -52,7 +52,7 @@ def may_name_another(arguments: Sequence[str]) -> bool:
 def command_line(arguments: Sequence[str]) -> typer.Typer:
     """All commands that these may name."""
     app = new_app()
-    app.callback(invoke_without_command=True)(generate_command)
+    app.callback(invoke_without_command=True)(for_these(arguments, generate_command))
     if may_name_another(arguments):
         from pipeline.cli.other_commands import add_commands
 

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -13,12 +12,11 @@ from pipeline.cli.shard_directories import stage_dir
 from pipeline.errors import InputError
 from pipeline.placement.base import Placement
 from pipeline.placement.by_hand import ByHand
-from pipeline.placement.free_ports import HOST, FreePortSupervisor
-from pipeline.placement.worker_supervisor import Supervisor
 from pipeline.tasks import open_tasks
+from transport.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Replica:
     """Which of how many pipelines it is that have stages of the same manifest."""
 
@@ -53,6 +51,9 @@ def placing(
 
         job = flags.ray.job(manifest, model_dir, flags, replica.of)
         return lambda tasks: RayPlacement(job, tasks)
+    from pipeline.placement.free_ports import HOST, FreePortSupervisor
+    from pipeline.placement.worker_supervisor import Supervisor
+
     own = flags.workers.arguments(manifest, replica.idx, replica.of)
     shared = ["--manifest", str(path), "--core", manifest.core_hash().hex()]
     shared += ["--log-format", flags.log_format, *flags.development.words()]

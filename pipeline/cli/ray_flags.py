@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 from pydantic import Field
 
@@ -18,8 +18,11 @@ from pipeline.cli.settings import Finite, Flag, Settings
 from pipeline.cli.shard_directories import stage_dir
 from pipeline.cli.shared_options import LogFormatFlag, ManifestFlag, VerboseFlag
 from pipeline.errors import InputError
-from pipeline.placement.ray.messages import Job, Strategy
+from pipeline.placement.ray.strategy import Strategy
 from pipeline.units import GIB
+
+if TYPE_CHECKING:
+    from pipeline.placement.ray.messages import Job
 
 # Where stages may dial each other: networks that are somebody's own, and not where clouds tell
 # machines their secrets (169.254.0.0/16).
@@ -92,11 +95,13 @@ class RayOptions(Settings):
         model_dir: Path,
         worker_flags: "WorkersToPlace",
         num_replicas: int = 1,
-    ) -> Job:
+    ) -> "Job":
         """What the cluster is to run; `model_dir` is a path on its nodes. Raises InputError.
 
         `num_replicas`: how many such jobs it gets.
         """
+        from pipeline.placement.ray.messages import Job
+
         if manifest.part is not None:
             raise InputError("the manifest's part has an address, which Ray's workers do not get")
         workers = worker_flags.workers

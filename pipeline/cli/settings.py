@@ -8,11 +8,10 @@ its variable, and an error names the variable that a value came from.
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Self, get_origin
+from typing import Annotated, Any, Self, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
@@ -22,6 +21,7 @@ from pipeline.errors import InputError, PipelineError
 from pipeline.files import is_file
 from transport.dial_and_listen import Endpoint, parse_endpoint
 from transport.errors import EndpointError, TransportError
+from transport.frozen import frozen
 
 # Kubernetes sets VEILPIPE_PORT to this kind of thing for a service that is called veilpipe, and
 # VEILPIPE_DATA_OUT_PORT for one called veilpipe-data-out.
@@ -31,7 +31,7 @@ _MOST_SHOWN = 80  # characters of a value that will not do
 Command = Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Flag:
     """What is said of a setting beside its type, bounds and default."""
 
@@ -83,7 +83,8 @@ def takes_flags(**groups: type[Settings]) -> Callable[[Command], Command]:
     def add(command: Command) -> Command:
         @wraps(command)
         def run(**values: Any) -> Any:  # noqa: ANN401  (what typer found on the command line)
-            given = {name: values.pop(name) for group in groups.values() for name in _flags(group)}
+            names = [name for group in groups.values() for name in _flags(group)]
+            given = {name: values.pop(name, None) for name in names}
             given = {name: value for name, value in given.items() if value not in (None, [])}
             below = getattr(values.get("ctx"), "invoked_subcommand", None)
             if below is not None:
@@ -111,7 +112,34 @@ def takes_flags(**groups: type[Settings]) -> Callable[[Command], Command]:
     return add
 
 
-@dataclass(frozen=True, slots=True)
+def for_these(arguments: Sequence[str], command: Command) -> Command:
+    """A command that takes flags, without those that are not among the arguments.
+
+    typer makes a validator for every flag that it knows, given or not. Where anything is not
+    spelled as a flag of the command is, or is help, the command stays whole.
+    """
+    parameters = inspect.signature(command).parameters.values()
+    options = {
+        each.name: get_args(each.annotation)[1]
+        for each in parameters
+        if get_origin(each.annotation) is Annotated
+    }
+    # typer keeps the first way to spell an option as its default until it is told of the command
+    spelled = {name: {each.default, *each.param_decls} for name, each in options.items()}
+    words = {each.partition("=")[0] for each in arguments if each.startswith("-")}
+    if not words <= set().union(*spelled.values()):
+        return command
+
+    @wraps(command)
+    def run(**values: Any) -> Any:  # noqa: ANN401
+        return command(**values)
+
+    kept = [each for each in parameters if each.name not in spelled or spelled[each.name] & words]
+    run.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]
+    return run
+
+
+@frozen
 class _Source:
     """What settings were given, and which of it by which variable."""
 

@@ -20,7 +20,7 @@ from pipeline.cli.health import Health, answering
 from pipeline.cli.logs import configure_logging, held_back, tell_error
 from pipeline.cli.progress import progress_bar
 from pipeline.cli.service_manager import ServiceManager
-from pipeline.cli.settings import takes_flags
+from pipeline.cli.settings import for_these, takes_flags
 from pipeline.cli.shared_options import results_address
 from pipeline.cli.signals import run_until_signalled, wait_for_end_of_stdin
 from pipeline.cli.slot_store import opened_store
@@ -292,7 +292,9 @@ async def _cancel_at_end_of_stdin(scope: trio.CancelScope) -> None:
 def main() -> None:
     """Console entry point."""
     is_supervised = "--supervised" in sys.argv[1:]
-    run_app(app, "stage-worker", report_failure if is_supervised else tell_error)
+    command = new_app()
+    command.command()(for_these(sys.argv[1:], serve))
+    run_app(command, "stage-worker", report_failure if is_supervised else tell_error)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ def main() -> None:
         from pipeline.cli.stage_worker import main as stage_worker
         from pipeline.cli.worker_flags import WorkerFlags
         from pipeline.kernels.kernel_selection import import_kernels
+        from pipeline.models.families import FAMILIES
 
         import_kernels()
+        dict(FAMILIES)  # which imports each
         for model in (Manifest, WorkerFlags):
             model.model_rebuild()
     sys.argv = ["stage-worker", *fork_for_requests()]

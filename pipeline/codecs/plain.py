@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.codecs.base import row_specs
 from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, Floats, from_floats, to_floats
 from pipeline.errors import MessageError
+from transport.frozen import frozen
 from transport.tensor_frames import DType, Tensor, TensorSpec
 
 _ARRAY_DTYPES = {DType.F32: FLOAT32, DType.F16: FLOAT16, DType.BF16: BFLOAT16}
@@ -16,7 +16,7 @@ _ARRAY_DTYPES = {DType.F32: FLOAT32, DType.F16: FLOAT16, DType.BF16: BFLOAT16}
 _GREATEST = {DType.F16: 65504.0, DType.BF16: 2.0**128 - 2.0**120}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Plain:
     """One tensor of the wire's dtype: F32, F16 or BF16."""
 

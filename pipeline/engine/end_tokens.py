@@ -2,19 +2,19 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TokenizerError
 from pipeline.gguf.model_files import has_model_file, read_model_file
+from transport.frozen import frozen
 
 _WITH_IDS = ("config.json", "generation_config.json")
 _WITH_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 _MAX_BYTES = 16 << 20  # tokenizer_config.json may list a hundred thousand added tokens
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EndTokens:
     """The ids, and the texts of tokens, that files name as the end of a text."""
 

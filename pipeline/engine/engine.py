@@ -8,7 +8,6 @@ import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from itertools import count
 from time import perf_counter_ns
 from typing import NoReturn
@@ -42,11 +41,12 @@ from pipeline.protocol.step_header import StepKind
 from pipeline.protocol.step_results import StepResult
 from pipeline.sampling.sampler import Choice, Sampler
 from pipeline.tasks import open_tasks
+from transport.frozen import frozen
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Live:
     """A request under way: who chooses its tokens if not the last stage, and who hears of them."""
 

@@ -1,7 +1,6 @@
 """What whoever serves requests asks of the engine, and what it gives back."""
 
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from typing import Protocol
 
 import trio
@@ -18,9 +17,10 @@ from pipeline.sampling.filters import LogitsProcessor
 from pipeline.sampling.masks import Mask, masks_of
 from pipeline.sampling.params import SamplingParams
 from pipeline.sampling.sampler import Sampler
+from transport.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Generation:
     """One continuation to generate: of which prompt, how long, ended by what, chosen how.
 
@@ -92,7 +92,7 @@ class Generation:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TokenOutput:
     """One generated token; `finish` is set on the last, which is NO_TOKEN where none was wanted.
 

@@ -6,16 +6,16 @@ Pure: no torch, no I/O, and time as a clock that is handed in.
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from pipeline.errors import InputError
 from pipeline.protocol.replay_history import SlotPart
+from transport.frozen import frozen
 
 # Token ids compared at once: by slices, in a tenth of the time that one by one takes.
 _BLOCK = 64
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PrefixOptions:
     """How much of the stages' KV memory idle prefixes may take, and for how long each stays.
 
@@ -37,7 +37,7 @@ class PrefixOptions:
 NO_PREFIXES = PrefixOptions()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class IdlePrefix:
     """What a slot holds of a request that has left: for whom, which tokens, in which steps sent."""
 

@@ -1,13 +1,12 @@
 """What a session's stages have room for."""
 
-from dataclasses import dataclass
-
 from pipeline.codecs.base import ActivationCodec
 from pipeline.protocol.step_limits import SessionLimits
 from pipeline.protocol.tide_window import TideWindow
+from transport.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Limits:
     """What the stages have room for.
 

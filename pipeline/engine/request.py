@@ -9,6 +9,7 @@ from pipeline.engine.stored_text import StoredText
 from pipeline.protocol.replay_history import SlotPart, truncate
 from pipeline.protocol.result_kinds import Want
 from pipeline.sampling.draw import Draw
+from transport.frozen import frozen
 
 
 class FinishReason(Enum):
@@ -19,7 +20,7 @@ class FinishReason(Enum):
     CONTEXT = "context"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Request:
     """What was asked: prompt token ids, how many tokens at most, which ids end it."""
 
@@ -180,7 +181,7 @@ def has_all_steps(pieces: Sequence[SlotPart]) -> bool:
     return bool(pieces) and pieces[0].position == 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TokenEvent:
     """One generated token; `finish` is set on a request's last.
 

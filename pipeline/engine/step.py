@@ -1,7 +1,7 @@
 """A step to send, and the one after it where that is certain but for its token."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,12 +9,13 @@ from pipeline.protocol.last_stage_inputs import NOTHING_ASKED, Asked
 from pipeline.protocol.messages import Abort, Done, Start
 from pipeline.protocol.step_header import StepHeader
 from pipeline.sampling.draw import Draw
+from transport.frozen import frozen
 
 # What stages hear of a request's life, on their control channels.
 Notice = Start | Done | Abort
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Step:
     """A step to send: its header, and the token ids for the first stage."""
 
@@ -44,7 +45,7 @@ class Step:
                 yield request_id, segment.position
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FollowUp:
     """A step that is certain but for its one token: the one that the step under way returns."""
 

@@ -1,15 +1,15 @@
 """What the decode loop runs its steps on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.engine.step import FollowUp, Notice, Step
 from pipeline.engine.stored_text import SlotStages
 from pipeline.protocol.step_results import StepResult
+from transport.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RunnerStats:
     """What it has taken to keep stages together: their loss is survived where the steps are run."""
 

@@ -1,7 +1,7 @@
 """What pipelines look like to whoever watches it: sizes and times, never content."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Literal, Protocol
 
 import trio
@@ -17,6 +17,7 @@ from pipeline.gateway.metrics import LatencyView
 from pipeline.gateway.readiness import Phase
 from pipeline.orchestrator.stage_watch import RemoteStage
 from pipeline.protocol.messages import StageFigures
+from transport.frozen import frozen
 
 NS = 1e-9
 
@@ -61,7 +62,7 @@ class StageView(_View):
     rates: StageRates | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class EngineView(EngineStats):
     """The engine in front of the stages, and what it has room for."""
 

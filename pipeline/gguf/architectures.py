@@ -5,7 +5,7 @@ Source: llama.cpp's `convert_hf_to_gguf.py`, undone.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from types import MappingProxyType
 
 from pipeline.gguf import configurations
@@ -24,6 +24,7 @@ from pipeline.gguf.header import (
     Metadata,
     shown,
 )
+from transport.frozen import frozen
 
 # Of a file, each expert's counted: hundreds of experts in a hundred layers are a tenth of it.
 MAX_MEANINGS = 1 << 20
@@ -99,7 +100,7 @@ _NOT_COMPUTED = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Meaning:
     """What a tensor is in checkpoints, and what was done to it there is to undo.
 
@@ -115,7 +116,7 @@ class Meaning:
     is_turned: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Architecture:
     """A family by GGUF's name: what it is in checkpoints, and what their config.json says."""
 

@@ -7,7 +7,6 @@ Source: ggml's `ggml-common.h` (layouts) and `ggml-quants.c`, dequantize_row_* (
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +23,7 @@ from pipeline.dtypes import (
     HostArray,
     to_floats,
 )
+from transport.frozen import frozen
 
 Bytes = npt.NDArray[np.uint8]
 # Blocks [n], as records of the type's fields.
@@ -36,7 +36,7 @@ _MAX_ZERO = 1 << 14  # beyond that levels add less to a weight than halves tell 
 _SUPER_BLOCK = 256  # weights that the K types put together
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class BlockType:
     """A type of blocks: `size` weights in each, which lie in memory as `layout` says."""
 

@@ -6,11 +6,11 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from pipeline.gguf.block_types import ROW_TYPES
+from transport.frozen import frozen
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # the first had shorter lengths, and no published models are left of it
@@ -45,7 +45,7 @@ class MoreNeeded(Exception):
     """The head goes on behind the bytes that were given."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class GgufTensor:
     """A tensor's entry: its shape as numpy has it; `start` and `end` count from the file's."""
 
@@ -56,7 +56,7 @@ class GgufTensor:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Array:
     """Where an array's values lie; they are read when they are asked for."""
 
@@ -143,7 +143,7 @@ class Metadata:
         return value
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class GgufHead:
     """What a file's head says: tensors in the order of their bytes; `num_bytes` up to the first."""
 

@@ -8,7 +8,6 @@ with, they make (`empty`, `zeros`, `to_device`), C-contiguous: numpy's arrays un
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -24,11 +23,12 @@ from pipeline.kernels.routing import ExpertMLPs, Routing
 from pipeline.protocol.batch import Batch, positions_of
 from pipeline.weights.quantization import quantise
 from pipeline.weights.tensor_sinks import CopySink, Fill, Sink, fill_array, linear_sinks
+from transport.frozen import frozen
 
 Activation = Literal["none", "gelu_tanh", "gelu", "relu"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LinearSpec:
     """A linear layer before it is made."""
 
@@ -157,7 +157,7 @@ class Attention(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HeadShape:
     """How a row of q, k and v divides, and how far back it may look (`window` 0: to the start)."""
 
@@ -181,7 +181,7 @@ Finish = Callable[[Array], tuple[Array, Array]]
 Rows = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StepWork:
     """What is computed in a step, over a cache: all that kernels need to run it, or record it."""
 

@@ -1,13 +1,12 @@
 """What norms multiply by."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from pipeline.dtypes import Floats, HostArray, to_floats
+from transport.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Gain:
     """What a norm multiplies by, of what a checkpoint stores: (stored + shift) * scale."""
 

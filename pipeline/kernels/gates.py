@@ -1,11 +1,12 @@
 """What lets how much of an MLP's rows through: of one half of each row, by the other."""
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
+from transport.frozen import frozen
 
-@dataclass(frozen=True, slots=True)
+
+@frozen
 class Gate:
     """silu(gate) * up, gelu(gate) * up by tanh, or the same of what is clamped.
 

@@ -1,10 +1,10 @@
 """MLPs side by side of which each row passes through a few: what kernels are told of them."""
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.dtypes import Array
 from pipeline.kernels.gates import SILU, Gate
+from transport.frozen import frozen
 
 
 class ExpertMLPs(Protocol):
@@ -17,7 +17,7 @@ class ExpertMLPs(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Routing:
     """How many experts logits choose of a row, and how much each counts."""
 

@@ -5,7 +5,7 @@ server sees raises the mode's version: its card is then another's, and has to be
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -18,6 +18,7 @@ from pipeline.dtypes import Floats
 from pipeline.errors import InputError
 from pipeline.leakage import views
 from pipeline.leakage.views import Random, View
+from transport.frozen import frozen
 
 # The noise under which SmolLM2's text is still its own, and a length that no embedding exceeds.
 USABLE_SIGMA, LONGEST_EMBEDDING = 0.03, 7.5
@@ -38,7 +39,7 @@ FOUND_BY = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Mode:
     """One way of using stages that nobody attests."""
 

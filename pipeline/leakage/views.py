@@ -5,13 +5,13 @@ once for all sessions, noise anew for each.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
 from pipeline.codecs.gaussian_noise import KEY_BYTES, GaussianNoise
 from pipeline.dtypes import Floats
+from transport.frozen import frozen
 
 REACH = 1 << 30  # of weights in fixed point, about: it decides how many bits of a row are sent
 Change = Callable[[Floats], Floats]
@@ -19,7 +19,7 @@ Change = Callable[[Floats], Floats]
 Random: TypeAlias = "np.random.Generator"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class View:
     """`observe`: rows as the server holds them; `restore`: as they arrive behind a link again.
 

@@ -4,7 +4,6 @@ Llama is one, and most that came after it: a family here says in what it is not 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -29,12 +28,13 @@ from pipeline.models.model_config import (
     shown,
 )
 from pipeline.models.rope_config import Positions, Rope, Scale, Share, read_rope
+from transport.frozen import frozen
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LayerTypes = Annotated[list[Literal["full_attention", "sliding_attention"]], Field(min_length=1)]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NormNames:
     """Where a layer norms rows: before a branch of it, or what the branch makes of them."""
 
@@ -44,7 +44,7 @@ class NormNames:
     after_mlp: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Experts:
     """MLPs of which each row passes through a few, and how a checkpoint calls them."""
 
@@ -74,7 +74,7 @@ class Experts:
         return self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class DecoderConfig(ModelConfig):
     """Rotary positions, RMSNorm, a gated MLP, grouped KV heads."""
 

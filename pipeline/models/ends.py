@@ -1,10 +1,11 @@
 """The ends of a model: which of them a shard holds, and where checkpoints keep them."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from transport.frozen import frozen
 
-@dataclass(frozen=True, slots=True)
+
+@frozen
 class Names:
     """Where a family's checkpoints keep what every decoder has; layers are `prefix.index`."""
 

@@ -1,25 +1,59 @@
 """The families of models there are, by config.json's model_type; and what others would need."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from pipeline.models import gemma, gpt2, gpt_oss, llama, mistral, olmo, phi, qwen
 from pipeline.models.family import Family
 
-FAMILIES: dict[str, Family] = {
-    "gpt2": gpt2.FAMILY,
-    "llama": llama.FAMILY,
-    "mistral": mistral.MISTRAL,
-    "ministral": mistral.MINISTRAL,
-    "mixtral": mistral.MIXTRAL,
-    "qwen2": qwen.QWEN2,
-    "qwen3": qwen.QWEN3,
-    "qwen3_moe": qwen.QWEN3_MOE,
-    "olmo2": olmo.OLMO2,
-    "olmo3": olmo.OLMO3,
-    "phi3": phi.FAMILY,
-    "gemma3_text": gemma.FAMILY,
-    "gpt_oss": gpt_oss.FAMILY,
-}
+if TYPE_CHECKING:  # an image carries what is named by a statement, wherever that stands
+    from pipeline.models import gemma, gpt2, gpt_oss, llama, mistral, olmo, phi, qwen  # noqa: F401
+
+
+class _Families(MutableMapping[str, Family]):
+    """Each is imported when it is asked for: a stage has one, and needs no other's fields."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        """`places`: the module of each here, and its name there."""
+        self._found: dict[str, Family | str] = {**places}
+
+    def __getitem__(self, name: str) -> Family:
+        found = self._found[name]
+        if isinstance(found, str):
+            module, own = found.split(".")
+            found = self._found[name] = getattr(import_module(f"pipeline.models.{module}"), own)
+        return found
+
+    def __setitem__(self, name: str, family: Family) -> None:
+        self._found[name] = family
+
+    def __delitem__(self, name: str) -> None:
+        del self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+FAMILIES = _Families(
+    {
+        "gpt2": "gpt2.FAMILY",
+        "llama": "llama.FAMILY",
+        "mistral": "mistral.MISTRAL",
+        "ministral": "mistral.MINISTRAL",
+        "mixtral": "mistral.MIXTRAL",
+        "qwen2": "qwen.QWEN2",
+        "qwen3": "qwen.QWEN3",
+        "qwen3_moe": "qwen.QWEN3_MOE",
+        "olmo2": "olmo.OLMO2",
+        "olmo3": "olmo.OLMO3",
+        "phi3": "phi.FAMILY",
+        "gemma3_text": "gemma.FAMILY",
+        "gpt_oss": "gpt_oss.FAMILY",
+    }
+)
 
 _CAPS = "soft caps on attention and logits"
 _VISION = "only text is served: use a model without a vision tower"

@@ -1,16 +1,16 @@
 """What a family of models is to everybody else."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.models.ends import Names
 from pipeline.models.model_config import Fields, ModelConfig
 from pipeline.models.residual import ResidualStream
 from pipeline.models.shard_model import Shard, ShardSpec
+from transport.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Family:
     """How its config.json is read, how its shards are made, and what others may do with these."""
 

@@ -1,7 +1,6 @@
 """GPT-2. Attribute names are the checkpoint's; its Conv1D weights are stored [in, out]."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.dtypes import Array
@@ -26,6 +25,7 @@ from pipeline.models.rope_config import Positions
 from pipeline.models.shard_model import Layer, Shard, ShardSpec
 from pipeline.models.workspace import ForwardPass
 from pipeline.weights.tensor_sinks import CopySink, Sink
+from transport.frozen import frozen
 
 NAMES = Names(embedding="wte", layers="h", norm="ln_f", head="lm_head")
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -36,7 +36,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class GPT2Config(ModelConfig):
     """GPT-2: learned positions, LayerNorm, one activation between two linears."""
 

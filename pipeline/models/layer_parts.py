@@ -6,7 +6,7 @@ a value handed to the shard, and no architecture knows of it.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -25,6 +25,7 @@ from pipeline.kernels.gates import Gate
 from pipeline.kernels.kv_cache import KVCache
 from pipeline.kernels.kv_storage import LayerKV
 from pipeline.protocol.batch import Batch
+from transport.frozen import frozen
 
 # Does works side by side; what they return, in order.
 Overlap = Callable[[Sequence[Callable[[], Any]]], list[Any]]
@@ -95,7 +96,7 @@ class LayerParts:
 OWN = LayerParts()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LayerMaker:
     """Makes the parts of the layer whose names start with `prefix`."""
 

@@ -3,7 +3,6 @@
 Field names are config.json's keys.
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
@@ -12,6 +11,7 @@ from pipeline.errors import ModelError
 from pipeline.kernels.base import HeadShape
 from pipeline.models.rope_config import Rope
 from pipeline.weights.packings.choice import Finder, read_quantization
+from transport.frozen import frozen
 
 # Well above every published model, and so low that no product of them leaves 63 bits: a config.json
 # of absurd sizes is refused by name, not by whatever fails first inside.
@@ -28,7 +28,7 @@ Epsilon = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Fields = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LayerShape:
     """How one layer attends: its heads, and how positions turn them, if they do."""
 
@@ -36,7 +36,7 @@ class LayerShape:
     rope: Rope | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class ModelConfig:
     """What every family has in common."""
 

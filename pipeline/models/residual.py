@@ -1,10 +1,11 @@
 """What of a family's layers touches the residual stream, for those who rotate it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from transport.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ResidualStream:
     """Names below a layer's prefix: everything else of a layer sees no row of the stream.
 

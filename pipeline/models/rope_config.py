@@ -8,12 +8,13 @@ Source: transformers, `modeling_rope_utils`; the contexts of linear scaling and 
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import ModelError
+from transport.frozen import frozen
 
 MAX_POSITIONS = 1 << 24
 DEFAULT_THETA = 10000.0
@@ -111,7 +112,7 @@ class LongRope(Scaling):
         return Stretched(factors=factors, magnitude=magnitude)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Rope:
     """How positions turn queries and keys: the first `num_dims` dimensions of every head."""
 

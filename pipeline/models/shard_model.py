@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -35,6 +35,7 @@ from pipeline.protocol.batch import Batch, Segment, first_rows, num_tokens, posi
 from pipeline.protocol.tide_window import TideWindow
 from pipeline.weights.quantization import ends_precision
 from pipeline.weights.tensor_sinks import Sink
+from transport.frozen import frozen
 
 LOGIT_ROWS = 64  # as many as are expected of a step
 
@@ -53,7 +54,7 @@ class Layer(Protocol):
         """Bytes of weights held."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ShardSpec:
     """Which part of a model is held, what computes it and in which precision."""
 

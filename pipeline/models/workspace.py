@@ -1,11 +1,11 @@
 """What passes by between a step's layers, and the memory that it has from step to step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.dtypes import FLOAT32, Array
 from pipeline.kernels.base import Attention, HeadShape, Kernels
+from transport.frozen import frozen
 
 
 class Block(NamedTuple):
@@ -18,7 +18,7 @@ class Block(NamedTuple):
     branch: Array  # [rows, hidden]: what an MLP makes of them, where that is normed once more
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ForwardPass:
     """What all layers of one forward share: attention, rotary angles, room for what passes by.
 

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 
 import trio
 
@@ -28,11 +27,12 @@ from pipeline.protocol.stored_state import Mark, StoredSlot
 from pipeline.protocol.time_limits import DEFAULT_TIMES, TimeLimits
 from pipeline.tasks import open_tasks
 from transport.dial_and_listen import Endpoint, Listener
+from transport.frozen import frozen
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PipelineOptions:
     """What the user may choose beside the manifest."""
 

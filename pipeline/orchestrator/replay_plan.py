@@ -1,13 +1,14 @@
 """After a loss: which stages begin with nothing, and who replays to them what they held."""
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+
+from transport.frozen import frozen
 
 # Stands for the orchestrator where a stage's index is asked for: what comes before stage 0.
 ORCHESTRATOR_IDX = -1
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReplayPlan:
     """Which stages begin with nothing, and which replay what they sent, until which stage."""
 

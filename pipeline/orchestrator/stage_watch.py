@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import NoReturn
 
 import trio
@@ -38,13 +37,14 @@ from pipeline.protocol.messages import (
 from pipeline.protocol.peer_connections import close_quietly, describe
 from pipeline.tasks import open_tasks
 from transport.errors import TransportError
+from transport.frozen import frozen
 from transport.handshake import Peer
 
 # Often enough for someone who watches, rare enough to be free.
 HEALTH_SECONDS = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Expectation:
     """What a stage has to say of itself when it is ready."""
 

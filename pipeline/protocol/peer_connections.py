@@ -5,7 +5,6 @@ import math
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import trio
@@ -18,6 +17,7 @@ from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel, accept_one_of, connect_channel
 from transport.dial_and_listen import Endpoint, Listener, Permit, dial_retrying
 from transport.errors import NoAnswer, TransportError
+from transport.frozen import frozen
 from transport.handshake import Credentials, Link, Role, RoleKind
 from transport.pending_connections import Guest, HelloMemory, Lobby, Standing, source_of
 from transport.retries import Retries
@@ -108,7 +108,7 @@ async def accept_all(
     await accept_each(listener, lambda: (entrance,), times=times)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Entrance:
     """A link that is answered, on what terms, and who welcomes whoever comes by it."""
 

@@ -2,15 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import itemgetter
 
 from pipeline.protocol.batch import Segment
 from pipeline.protocol.result_kinds import Want
 from pipeline.protocol.step_header import StepHeader, StepKind
+from transport.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SlotPart:
     """A slot's part of one step."""
 

@@ -1,7 +1,6 @@
 """What a step may be: the limits of a session, and the tensors that go with a header."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +18,7 @@ from pipeline.protocol.last_stage_inputs import (
 from pipeline.protocol.result_kinds import Result, Want
 from pipeline.protocol.step_header import StepHeader, StepKind
 from pipeline.protocol.tide_window import TideWindow
+from transport.frozen import frozen
 from transport.tensor_frames import DType, Tensor, TensorSpec
 
 TokenIds = npt.NDArray[np.uint32]
@@ -33,7 +33,7 @@ WHOLE_ROWS = 32
 MAX_LOGPROBS = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SessionLimits:
     """What a session agreed on; every step is held against it before its tensor is stored."""
 

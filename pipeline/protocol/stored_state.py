@@ -1,8 +1,10 @@
 """What home knows of a session's stored keys and values, and tells the stages that stored them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
+
+from transport.frozen import frozen
 
 KEY_BYTES = 32
 ROOT_BYTES = 32
@@ -18,7 +20,7 @@ class Mark(NamedTuple):
     root: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StoredPart:
     """One stage's part of a session: its key, and the last of so many chunks."""
 
@@ -28,7 +30,7 @@ class StoredPart:
     last: Mark
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StoredSlot:
     """A session as stages store it, each a part; `epoch` grows by one with every save."""
 

@@ -13,9 +13,9 @@ Source: "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.1
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from pipeline.errors import InputError
+from transport.frozen import frozen
 
 DEFAULT_SINKS = 4
 # The most tokens of a request under a window: a bound for what is counted and sent for each.
@@ -24,7 +24,7 @@ MAX_TEXT = 1 << 20
 _DROPPED_PART = 16
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TideWindow:
     """`size` rows a slot, of which the first `num_sinks` stay. Raises InputError if it is none."""
 

@@ -1,15 +1,16 @@
 """How long one waits for what, and how a peer that is not up is tried again: one value for both."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from pipeline.errors import InputError
+from transport.frozen import frozen
 from transport.retries import RetryPolicy
 
 __all__ = ["DEFAULT_TIMES", "RetryPolicy", "TimeLimits"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class TimeLimits:
     """Durations in seconds. Raises InputError for what is none.
 

@@ -7,7 +7,7 @@ token. Others than these plug in as `Generation.chooser`, or here by a name.
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from pipeline.errors import InputError
 from pipeline.sampling.draw import final, token_at
 from pipeline.sampling.filters import Logits
 from pipeline.sampling.params import ChooserSpec, Option, SamplingParams
+from transport.frozen import frozen
 
 # numpy takes seeds of any size but no negative ones; clients send signed 64-bit numbers.
 _SEED_MASK = (1 << 64) - 1
@@ -152,7 +153,7 @@ class Mirostat(Chooser):
         return int(final.ids[place])
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ChooserKind:
     """How to make one for a request, and what reads each of its options, raising ValueError."""
 

@@ -1,11 +1,12 @@
 """How a request's tokens are chosen: values only, checked where they are made, for every door."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import MappingProxyType
 from typing import NamedTuple
 
 from pipeline.errors import InputError
+from transport.frozen import frozen
 
 Option = str | float
 
@@ -42,7 +43,7 @@ MAX_ALLOWED = 1 << 14  # every continuation of a request looks at each once
 MAX_TOKEN_ID = (1 << 20) - 1
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ChooserSpec:
     """A registered chooser, by name, and its options as the user gave them."""
 
@@ -50,7 +51,7 @@ class ChooserSpec:
     options: Mapping[str, Option] = field(default_factory=lambda: _NO_OPTIONS)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SamplingParams:
     """Greedy unless told otherwise. Raises InputError naming the value that makes no sense.
 

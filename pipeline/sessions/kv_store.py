@@ -1,10 +1,10 @@
 """What a store of sealed sessions is, wherever it keeps them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.errors import StoreError
+from transport.frozen import frozen
 
 if TYPE_CHECKING:  # who only asks for limits carries no ciphers
     from pipeline.sessions.sealing import Chunk
@@ -14,7 +14,7 @@ DEFAULT_MAX_BYTES = 2 << 30
 DEFAULT_MAX_SESSIONS = 10_000
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StoreLimits:
     """How long a session is kept that nobody uses, and how much of all of them.
 
@@ -26,7 +26,7 @@ class StoreLimits:
     max_sessions: int = DEFAULT_MAX_SESSIONS
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StoredSession:
     """What a store can tell of a session: its bytes, its chunks, and when it was last used."""
 

@@ -5,7 +5,6 @@ connect could have the stage's machine open connections to whatever that reaches
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 
 from pipeline.agreement.manifest import StageSpec
@@ -19,6 +18,7 @@ from transport.dial_and_listen import (
     parse_endpoint,
 )
 from transport.errors import EndpointError
+from transport.frozen import frozen
 
 Network = IPv4Network | IPv6Network
 
@@ -26,7 +26,7 @@ Network = IPv4Network | IPv6Network
 PARENT_CIDS = frozenset({2, 3})
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Target:
     """An address that may be dialed, if `permit` lets pass what it stands for."""
 
@@ -34,7 +34,7 @@ class Target:
     permit: Permit | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DialPolicy:
     """What its manifest names for a stage, and what whoever started it has allowed."""
 

@@ -1,7 +1,6 @@
 """One orchestrator's session on a stage: its data channels, its KV state, its requests."""
 
 import logging
-from dataclasses import dataclass
 from functools import partial
 from time import perf_counter_ns
 from typing import NoReturn
@@ -40,6 +39,7 @@ from pipeline.tasks import open_tasks
 from transport.channel import SecureChannel
 from transport.dial_and_listen import Listener
 from transport.errors import TransportError
+from transport.frozen import frozen
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class SessionEnded(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Epoch:
     """What the data channels of one stretch bind and lead to, and what comes first on them."""
 

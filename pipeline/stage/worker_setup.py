@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.agreement.manifest import Manifest
@@ -21,6 +20,7 @@ from pipeline.stage.dial_policy import DialPolicy, Network, Target
 from pipeline.stage.slot_storage import SlotStore
 from pipeline.stage.step_executor import StageCore
 from transport.dial_and_listen import Endpoint
+from transport.frozen import frozen
 from transport.handshake import Role, RoleKind
 
 
@@ -37,7 +37,7 @@ class PartsSession(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StageSetup:
     """All that a worker is, whoever connects. `data_out` overrides the orchestrator's word.
 

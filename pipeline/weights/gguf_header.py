@@ -7,7 +7,7 @@ from pipeline.errors import ModelError
 from pipeline.gguf.architectures import Meaning, meanings
 from pipeline.gguf.block_types import BLOCK_TYPES, ROW_TYPES
 from pipeline.gguf.header import CorruptGguf, shown
-from pipeline.gguf.model_files import read_head
+from pipeline.gguf.made_files import read_head
 from pipeline.weights.checkpoint_header import Header, StoredTensor
 from pipeline.weights.packings.blocks import packed_name
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 from pipeline.gguf.model_files import SUFFIX
 from pipeline.weights.checkpoint_header import Header, read_header
-from pipeline.weights.gguf_header import read_gguf_header
 
 
 def read_any_header(file: FileIO, path: Path) -> Header:
     """The header of `file`, which is left at its first tensor. Raises ModelError."""
-    read = read_gguf_header if path.suffix == SUFFIX else read_header
-    return read(file, path)
+    if path.suffix != SUFFIX:
+        return read_header(file, path)
+    from pipeline.weights.gguf_header import read_gguf_header  # noqa: PLC0415 (most are not)
+
+    return read_gguf_header(file, path)

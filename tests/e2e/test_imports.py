@@ -27,7 +27,8 @@ SERVING = {"hypercorn", "jinja2", "pipeline.gateway", "prometheus_client", "rich
 # What one careless import brings along, and no stage needs.
 HEAVY = {
     "asyncio", "concurrent.futures", "http", "multiprocessing", "numpy.fft", "numpy.ma",
-    "numpy.polynomial", "numpy.random", "numpy.testing", "pipeline.engine", "pipeline.orchestrator",
+    "numpy.polynomial", "numpy.random", "numpy.testing", "pipeline.engine", "pipeline.gguf.header",
+    "pipeline.models.gemma", "pipeline.models.qwen", "pipeline.orchestrator",
     "pipeline.placement", "pipeline.planning", "pydantic.networks",
     "pydantic.v1", "pygments", "tokenizers", "unittest", "urllib.request", "xml",
 }  # fmt: skip

@@ -4,12 +4,12 @@ Source: AWS Nitro Enclaves, "Verifying the root of trust", attestation document 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
 from transport.attestation import cbor
 from transport.errors import AttestationError, MisuseError
+from transport.frozen import frozen
 
 DIGEST: Final = "SHA384"
 PCR_BYTES: Final = 48  # what SHA-384 gives; 32 and 64 belong to digests that are refused
@@ -26,7 +26,7 @@ _REQUIRED: Final = frozenset(
 _OPTIONAL: Final = frozenset({"public_key", "user_data", "nonce"})
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Document:
     """A well-formed attestation document; what it says counts only under a verified signature."""
 

@@ -8,7 +8,6 @@ Source: RFC 5280 §6; AWS Nitro Enclaves attestation process.
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, TypeVar
 
@@ -20,6 +19,7 @@ from cryptography.x509.oid import SignatureAlgorithmOID
 
 from transport.attestation.evidence_binding import is_same
 from transport.errors import AttestationError, MisuseError
+from transport.frozen import frozen
 
 MAX_BUNDLE_CERTIFICATES: Final = 8  # AWS sends four; bounds the signatures one message can cost
 CACHE_CAPACITY: Final = 64  # bundles change daily per region; a fleet spans few at a time
@@ -27,7 +27,7 @@ CACHE_CAPACITY: Final = 64  # bundles change daily per region; a fleet spans few
 _Extension = TypeVar("_Extension", x509.BasicConstraints, x509.KeyUsage)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Validity:
     """The span in which every certificate of a chain is valid."""
 
@@ -53,7 +53,7 @@ class Validity:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class VerifiedLeaf:
     """A leaf whose chain reaches the root. Its validity at a clock is still to be checked."""
 
@@ -61,7 +61,7 @@ class VerifiedLeaf:
     validity: Validity
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Issuer:
     certificate: x509.Certificate
     validity: Validity

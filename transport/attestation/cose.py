@@ -5,7 +5,6 @@ to negotiate, and a document that declares itself unsigned (algorithm -1) is no 
 Source: RFC 9052 §4, RFC 9053 §2.1.
 """
 
-from dataclasses import dataclass
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -18,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
 
 from transport.attestation import cbor
 from transport.errors import AttestationError, MisuseError
+from transport.frozen import frozen
 
 COORDINATE_BYTES: Final = 48  # P-384
 SIGNATURE_BYTES: Final = 2 * COORDINATE_BYTES
@@ -28,7 +28,7 @@ _ES384: Final = -35
 _PROTECTED: Final = cbor.encode({_ALGORITHM: _ES384})
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Sign1:
     """A well-formed COSE_Sign1; nothing is verified before `verify`."""
 

@@ -8,7 +8,6 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +29,7 @@ from transport.attestation.attestation_document import PCR_BYTES, Document, requ
 from transport.attestation.document_verifier import DocumentVerifier, Policy
 from transport.attestation.evidence_binding import Binding, EvidenceKind, user_data
 from transport.errors import MisuseError
+from transport.frozen import frozen
 from transport.private_files import create_private, read_private
 
 AUTHORITY_FILE: Final = "authority.pem"  # key and certificate together: no reader sees just one
@@ -58,7 +58,7 @@ def default_directory(environment: Mapping[str, str]) -> Path:
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DevAuthority:
     """A P-384 root of this machine's development mode."""
 

@@ -5,7 +5,6 @@ The same code judges development evidence; only the root and the kind differ.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from types import MappingProxyType
@@ -24,6 +23,7 @@ from transport.attestation.evidence_binding import (
     user_data,
 )
 from transport.errors import AttestationError, MisuseError
+from transport.frozen import frozen
 
 MAX_EVIDENCE_BYTES: Final = 16 * 1024  # an NSM answers with at most 12 KiB
 # The nonce proves freshness; the timestamp only has to be sane. Clocks of a user's machine and of
@@ -33,7 +33,7 @@ AWS_ROOT_SHA256: Final = "641a0321a3e244efe456463195d606317ed7cdcc3c1756e09893f3
 _ZERO_PCR: Final = bytes(attestation_document.PCR_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CheckResult:
     """One named check of a document: what it found, or why it failed."""
 
@@ -42,7 +42,7 @@ class CheckResult:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Policy:
     """What measurements are accepted. `expected` None compares nothing: never for production."""
 

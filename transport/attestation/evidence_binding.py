@@ -4,10 +4,10 @@ import hashlib
 import hmac
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 
 from transport.errors import MisuseError
+from transport.frozen import frozen
 
 USER_DATA_CONTEXT = b"veilpipe-attest/1"
 HANDSHAKE_HASH_BYTES = 32
@@ -26,7 +26,7 @@ class EvidenceKind(IntEnum):
     NITRO = 3
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Binding:
     """What one piece of evidence is bound to; each side recomputes it from its own view.
 
@@ -50,7 +50,7 @@ class Binding:
                 raise MisuseError(f"{name} has {len(value)} bytes, expected {num_bytes}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Attested:
     """What a verifier vouches for once the evidence has passed every check."""
 

@@ -10,7 +10,6 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +17,7 @@ from transport.attestation import cbor
 from transport.attestation.attestation_document import NUM_PCRS, PCR_BYTES
 from transport.attestation.evidence_binding import Binding, EvidenceKind, user_data
 from transport.errors import AttestationError, DeviceError, MisuseError
+from transport.frozen import frozen
 
 DEVICE: Final = Path("/dev/nsm")
 NSM_IOCTL: Final = 0xC0200A00  # _IOWR(0x0A, 0, 32 bytes)
@@ -30,7 +30,7 @@ _RAW: Final = struct.Struct("=QQQQ")
 Ioctl = Callable[[int, int, bytearray, bool], int]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Description:
     """What the module says of itself."""
 
@@ -41,7 +41,7 @@ class Description:
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Pcr:
     """One platform configuration register."""
 

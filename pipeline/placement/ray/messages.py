@@ -9,13 +9,13 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 
 from pipeline.agreement.addresses import StageEndpoint, Strict, TcpAddress
 from pipeline.errors import MessageError
+from pipeline.placement.ray.strategy import Strategy
 
 # A worker's last words are the longest text in a line.
 MAX_LINE_BYTES = 1 << 16
 MAX_TEXT = 4096
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
-Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 LossKind = Literal["hung", "silent", "mismatch"]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

@@ -9,6 +9,8 @@ import pytest
 
 from pipeline.cli.entry import importing
 
+PACKAGES = ("pipeline.", "transport.")
+
 
 def test_garbage_is_collected_again_once_everything_is_imported():
     before = gc.get_freeze_count()
@@ -53,12 +55,15 @@ def test_every_command_says_which_version_it_is(command):
         (
             "pipeline_orch",
             ("pipeline.kernels", "pipeline.models", "pipeline.offload", "pipeline.doors",
-             "pipeline.gateway", "pipeline.sessions.sealing", "numpy.random", "httpx", "rich"),
+             "pipeline.gateway", "pipeline.gguf.header", "pipeline.placement.ray.messages",
+             "pipeline.placement.worker_supervisor", "pipeline.sessions.sealing", "numpy.random",
+             "httpx", "rich"),
         ),
         (
             "stage_worker",
-            ("pipeline.engine", "pipeline.sessions.sealing", "numpy.random", "tokenizers", "rich",
-             "torch"),
+            ("pipeline.engine", "pipeline.gguf.header", "pipeline.models.decoder",
+             "pipeline.models.gpt2", "pipeline.sessions.sealing", "numpy.random", "tokenizers",
+             "rich", "torch"),
         ),
     ],
 )  # fmt: skip
@@ -83,3 +88,19 @@ def test_looking_where_parts_of_a_model_are_waits_for_none_of_its_families(tmp_p
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert [name for name in result.stdout.split() if name.startswith("pipeline.models")] == []
+
+
+@pytest.mark.parametrize("module", ["stage_worker", "pipeline_orch"])
+def test_no_start_waits_for_seven_methods_of_each_frozen_class(module):
+    code = (
+        f"import gc, pipeline.cli.{module}\n"
+        "for each in filter(lambda each: isinstance(each, type), gc.get_objects()):\n"
+        "    parameters = each.__dict__.get('__dataclass_params__')\n"
+        "    if parameters is not None and parameters.frozen and parameters.eq:\n"
+        "        print(each.__module__, each.__qualname__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "pydantic." in result.stdout  # so frozen dataclasses are found
+    ours = [each for each in result.stdout.splitlines() if each.startswith(PACKAGES)]
+    assert [each for each in ours if not each.startswith("pipeline.weights.")] == []

@@ -28,6 +28,18 @@ def test_flags_of_generating_name_no_other():
     assert not may_name_another(["--manifest", "m.json", "--text", "to serve", "--dev"])
 
 
+def test_typer_is_told_of_the_flags_that_are_given_alone():
+    told = get_command(command_line(["--text=--max-tokens", "--dev", "--max-tokens", "2"])).params
+    assert {each.name for each in told} == {"text", "dev", "max_tokens"}
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "--tex", "-vv", "--", "-1"])
+def test_help_and_what_is_no_flag_are_held_against_all_flags(word):
+    whole = {each.name for each in get_command(command_line(["--help"])).params}
+    assert len(whole) > 50
+    assert {each.name for each in get_command(command_line(["--dev", word])).params} == whole
+
+
 def test_generating_imports_no_other_command(tmp_path):
     program = (
         "import json, sys; import pipeline.cli.pipeline_orch as command\n"

@@ -8,12 +8,12 @@ import pytest
 
 from pipeline.agreement.manifest import Manifest, build_manifest, dump_manifest, load_manifest
 from pipeline.cli import pipeline_orch
-from pipeline.cli import placing as module
 from pipeline.cli.compute_options import WorkerOptions
 from pipeline.cli.pipeline_flags import PipelineFlags
 from pipeline.cli.placing import placed_early, placing
 from pipeline.cli.ray_flags import OWN_NETWORKS, RayOptions
 from pipeline.errors import InputError
+from pipeline.placement import worker_supervisor
 from pipeline.placement.worker_supervisor import Supervisor
 from pipeline.planning.plan import PlanOptions, plan
 
@@ -147,7 +147,7 @@ async def test_workers_that_are_started_here_begin_before_anything_else(
             started.append(stage_idx)
 
     started = []
-    monkeypatch.setattr(module, "Supervisor", Recording)
+    monkeypatch.setattr(worker_supervisor, "Supervisor", Recording)
     path = tiny_model / "manifest.json"
     async with placed_early(manifest, path, tiny_model, flags(ray={}, supervise=True)) as place:
         assert started == [0, 1]

@@ -195,7 +195,7 @@ def commands(command, name=""):
 def test_every_option_of_every_command_has_its_variable_or_is_said_by_hand():
     names = set()
     apps = [each.app for each in (stage_worker, machine, part_worker, linear_worker)]
-    for app in (pipeline_orch.command_line([]), *apps):
+    for app in (pipeline_orch.command_line(["--help"]), *apps):
         for name, command in commands(typer.main.get_command(app)):
             names.add(name)
             for option in command.params:
@@ -371,6 +371,6 @@ def groups(command):
 
 
 def test_every_command_says_what_it_does():
-    for app in (pipeline_orch.command_line([]), stage_worker.app):
+    for app in (pipeline_orch.command_line(["--help"]), stage_worker.app):
         for name, each in groups(typer.main.get_command(app)):
             assert each.help, name

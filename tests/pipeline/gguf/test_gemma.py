@@ -19,7 +19,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from pipeline.engine.tokenizer import Tokenizer
 from pipeline.errors import InputError
-from pipeline.gguf.model_files import read_head, read_model_file
+from pipeline.gguf.made_files import read_head
+from pipeline.gguf.model_files import read_model_file
 from pipeline.kernels.kernel_selection import choose_kernels
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard
