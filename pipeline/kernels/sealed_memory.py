@@ -166,9 +166,11 @@ def is_sealed(fd: int) -> bool:
     except OSError as error:
         raise InputError(f"descriptor {fd} is no memory that can be sealed") from error
     # As every file in /dev/shm: it would be overwritten, and could not be sealed.
-    if seals & _SEAL_SEAL and seals & _SEALED != _SEALED:
+    is_open = seals & _SEALED != _SEALED
+    cannot_be_filled = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR
+    if is_open and (seals & _SEAL_SEAL or cannot_be_filled):
         raise InputError(f"descriptor {fd} is no memory that can be sealed")
-    return seals & _SEALED == _SEALED
+    return not is_open
 
 
 def is_untouched(fd: int) -> bool:
@@ -195,7 +197,9 @@ def owned_file(fd: int) -> None:
         status = os.fstat(fd)
     except OSError as error:
         raise InputError(f"descriptor {fd} is no memory that can be sealed") from error
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"descriptor {fd} is no memory that can be sealed")
+    if status.st_uid != os.geteuid():
         raise InputError(f"descriptor {fd} is memory of another user")
 
 

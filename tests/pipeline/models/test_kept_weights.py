@@ -252,6 +252,12 @@ def test_what_cannot_be_sealed_or_is_anothers_is_refused(tmp_path, fd, monkeypat
         SealedMemory(kept)
     assert os.pread(kept, 80, 0) == b"somebody's"
     os.close(kept)
+    with open(os.devnull) as nothing, pytest.raises(InputError, match="sealed"):  # noqa: PTH123
+        SealedMemory(nothing.fileno())
+    read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    with pytest.raises(InputError, match="sealed"):
+        SealedMemory(read_only)
+    os.close(read_only)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(InputError, match="another user"):
         SealedMemory(fd)
