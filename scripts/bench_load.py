@@ -9,7 +9,7 @@ that holds the whole model; its last are those of the commands that prepare a sh
 hashes the file with hashlib, starts the stage and waits until it listens; `load` is what the stage
 says its weights took, `ready` the whole time since its start. Rows cold-start and cold-shards are
 of GPT-2's 124 M shape in float32: from starting two stages and an orchestrator, three commands,
-until the second token, where each stage reads the whole file, and where it reads its own shard;
+until the second token, where each stage reads its part of one file, and where it reads its shard;
 rows supervised-start and supervised-shards of the one command that starts the stages itself.
 Medians of the rounds, page cache warm, bytecode there as scripts/setup.sh leaves it.
 """

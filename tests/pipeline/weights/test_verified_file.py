@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import threading
 from itertools import chain, pairwise
 
 import numpy as np
@@ -208,6 +209,22 @@ def test_a_file_without_pieces_is_hashed_as_a_whole(path):
     put(path, lambda raw: raw.__setitem__(-1, raw[-1] ^ 1))
     with pytest.raises(ModelError, match=rf"{path} has SHA-256 .*, expected {digest}"):
         load_tensors(path.parent, sinks, expected_hashes=[digest], num_threads=2)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_sink_that_fails_ends_those_who_read_and_hash(path, num_threads):
+    class FailingSink(CopySink):
+        def write(self, first, rows):
+            raise MemoryError
+
+    (pin,) = pin_files([path])
+    before = threading.active_count()
+    with pytest.raises(MemoryError):
+        load_tensors(
+            path.parent, {"b": FailingSink(np.zeros((70, 5), np.float32))},
+            expected_hashes=[pin.digest], pieces={pin.digest: pin.pieces}, num_threads=num_threads,
+        )  # fmt: skip
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("blocks", [[(0, 4)], [(4, 8)], [(0, 4), (5, 8)], [(0, 4), (8, 16)]])
