@@ -14,6 +14,7 @@ from pipeline.agreement.identity import create_identity, load_identity
 from pipeline.agreement.trust_policy import (
     UserTrust,
     attested_verifier,
+    software_measurement,
 )
 from pipeline.engine.limits import Limits
 from pipeline.errors import PolicyError, SessionError
@@ -149,3 +150,13 @@ def test_who_shows_nothing_himself_believes_pinned_measurements_alone(deployment
         verifier.verify(deployment.module(1).attest(binding), binding)
     with pytest.raises(PolicyError, match="no expected_measurements"):
         attested_verifier(deployment.planned, 0)
+
+
+def test_development_shows_which_version_it_is(tmp_path):
+    def version(text):
+        path = tmp_path / "transport" / "noise.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return software_measurement(tmp_path)[0]
+
+    assert len({software_measurement()[0], version(""), version("a = 1"), version("a = 2")}) == 4
