@@ -20,8 +20,8 @@ from pipeline.protocol.step_limits import SessionLimits, expected_inputs, token_
 from pipeline.protocol.step_results import expected_results
 from pipeline.stage.session_admission import expect_step
 from pipeline.stage.worker_setup import new_core
-from tests.pipeline.stage import test_decode_lane
-from tests.pipeline.stage.test_decode_lane import Stage, run_both
+from tests.pipeline.stage import lane_rig
+from tests.pipeline.stage.lane_rig import Stage, run_both
 from transport.errors import FrameError
 from transport.tensor_frames import DType, TensorSpec
 
@@ -83,7 +83,7 @@ def test_there_is_no_room_for_what_is_asked_of_a_last_stage():
 async def stages(request, tiny_model, monkeypatch):
     if why := why_not_native():
         pytest.skip(f"no native kernels: {why}")
-    monkeypatch.setattr(test_decode_lane, "LIMITS", LIMITS)
+    monkeypatch.setattr(lane_rig, "LIMITS", LIMITS)
     config, idx = load_config(tiny_model), request.param
     layers = ((0, 1), (1, 3), (3, 4))[idx]
     shard = load_shard(
@@ -147,4 +147,4 @@ async def test_the_straight_way_takes_no_other_want_either(stages):
     for number, position in enumerate((3, 4), 1):
         await run_both(stages, number, (0, position, 1), wants=Want.HIDDEN)
     with pytest.raises((FrameError, MessageError), match="wants TOKEN"):
-        await test_decode_lane.run_one(straight, 3, (0, 5, 1))
+        await lane_rig.run_one(straight, 3, (0, 5, 1))
