@@ -8,6 +8,7 @@ from contextlib import closing
 from io import FileIO
 from pathlib import Path
 
+from pipeline.errors import ModelError
 from pipeline.progress import Meter
 from pipeline.weights.checkpoint_header import open_file, read_into
 from pipeline.weights.file_pieces import FilePin, PieceHasher, piece_bytes_of
@@ -53,9 +54,12 @@ def hash_file(path: Path, meter: Meter) -> str:
 def pin_file(path: Path, num_files: int, meter: Meter) -> FilePin:
     """What one of so many files is pinned by. Raises ModelError."""
     with open_file(path) as file:
-        hasher = FileHasher(os.fstat(file.fileno()).st_size, num_files)
-        for _ in hasher.hashed(_blocks(file, path, meter)):
-            pass
+        left = os.fstat(file.fileno()).st_size
+        hasher = FileHasher(left, num_files)
+        for block in hasher.hashed(_blocks(file, path, meter)):
+            left -= len(block)
+    if left:
+        raise ModelError(f"{path} changed while it was read: write the manifest when it is whole")
     return hasher.pin()
 
 

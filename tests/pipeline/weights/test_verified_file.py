@@ -1,6 +1,7 @@
 """A file's pieces: those with something wanted are verified to the byte, others are not read."""
 
 import hashlib
+import os
 import random
 import threading
 from itertools import chain, pairwise
@@ -224,7 +225,7 @@ def test_a_sink_that_fails_ends_those_who_read_and_hash(path, num_threads):
             path.parent, {"b": FailingSink(np.zeros((70, 5), np.float32))},
             expected_hashes=[pin.digest], pieces={pin.digest: pin.pieces}, num_threads=num_threads,
         )  # fmt: skip
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 @pytest.mark.parametrize("blocks", [[(0, 4)], [(4, 8)], [(0, 4), (5, 8)], [(0, 4), (8, 16)]])
@@ -240,3 +241,15 @@ def test_a_piece_that_does_not_go_by_as_a_whole_is_never_verified(tmp_path, bloc
 
     with pytest.raises(ModelError, match="not read as a whole"):
         go_by()
+
+
+@pytest.mark.parametrize("new_size", [0, 999_999, 1_000_001, 2_000_000])
+def test_a_file_that_changes_while_it_is_hashed_is_not_pinned(tmp_path, new_size):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(1_000_000))
+
+    def change(*_):
+        os.truncate(path, new_size)
+
+    with pytest.raises(ModelError, match="changed while it was read"):
+        pin_files([path], change)
