@@ -16,7 +16,8 @@ from pipeline.errors import ModelError
 
 # As much as two threads that hash every other piece have on the way at a time.
 MIN_PIECE_BYTES = 4 << 20
-MAX_PIECES = 8192  # of all files together: half a megabyte of a manifest
+# Of all files together: 192 KiB, of the 256 that an object may have which Kubernetes applies.
+MAX_PIECES = 3072
 HEX_DIGITS = 64  # of a SHA-256
 OTHER_WEIGHTS = (
     "these are not the weights the manifest was written for: fetch them again, or write the "
@@ -123,7 +124,7 @@ class PieceHasher:
 class PieceCheck:
     """Holds pieces of a file against their hashes as blocks go by: one lane of several.
 
-    A lane has every so manieth piece. What has gone by all lanes until `finish` is verified.
+    A lane has one piece in so many. What has gone by all lanes until `finish` is verified.
     """
 
     def __init__(self, path: Path, pieces: Pieces, lane: int, num_lanes: int) -> None:
