@@ -46,7 +46,7 @@ def software_measurement(root: Path = Path(__file__).parents[2]) -> Mapping[int,
     """
     digest = hashlib.sha384()
     for package in ("pipeline", "transport"):
-        for path in sorted((root / package).rglob("*.py")):
+        for path in filter(Path.is_file, sorted((root / package).rglob("*.py"))):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0")
             digest.update(hashlib.sha384(path.read_bytes()).digest())
     return {0: digest.digest()}

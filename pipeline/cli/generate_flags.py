@@ -26,7 +26,10 @@ class GenerateFlags(Settings):
     ] = None
     tokenizer: Annotated[
         TokenizerFile | None,
-        Flag("FILE|NAME", "The model's tokenizer.json, or a pulled model [--model-dir's]."),
+        Flag(
+            "FILE|NAME",
+            "The model's tokenizer.json, or a pulled model [--model-dir's, or `join`'s].",
+        ),
     ] = None
     max_tokens: Annotated[Count, Flag("N", "Tokens to generate at most.")] = 20
     context: ContextFlag = None
