@@ -41,8 +41,9 @@ def _own_garbage():
     Whatever collects garbage, of tests or of the runtime, would go through all that ten thousand
     tests and their imports have left: a second each time, at the end.
     """
-    gc.collect()
     gc.freeze()
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,8 @@ def _logged_alike():
 async def passing_time(mock_clock, nursery):
     """Of `mock_clock`, which a test has to ask for: while nobody has anything to do, time passes.
 
-    No deadline is missed on a busy machine, and none is waited for.
+    No deadline is missed on a busy machine, and none is waited for, where all that is done is
+    done by this process's tasks: of its threads, and of others, nobody knows that they are busy.
     """
     import trio.testing
 

@@ -240,9 +240,11 @@ def test_a_thousand_connections_and_slow_headers_keep_nobody_out(server):
     with ExitStack() as stack:
         # The start of a request that never ends, and nothing at all.
         begun = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nx-slow: "
-        for i in range(1000):
-            stack.enter_context(raw(server, begun * (i % 2)))
+        crowd = [stack.enter_context(raw(server, begun * (i % 2))) for i in range(1000)]
         assert server.text("Through the crowd", 100) == expected
+        # All of them are idle or slow, and are cut off after ten seconds.
+        for sock in crowd:
+            assert sock.recv(4096)[:12] in (b"", b"HTTP/1.1 408", b"HTTP/1.1 400")
     server.wait_for(lambda: connections(server) < 5)
     assert server.text("Through the crowd", 100) == expected
 

@@ -1,5 +1,9 @@
 """Angles are known as far as they were asked for, and are the same however they were."""
 
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -29,6 +33,17 @@ def test_a_long_context_costs_what_is_reached_of_it(kernels):
     assert angles.reach(NUM_POSITIONS, TABLE_STEP) == TABLE_STEP
     assert angles.reach(NUM_POSITIONS, TABLE_STEP + 1) == 2 * TABLE_STEP
     assert angles.reach(NUM_POSITIONS, 3) == 2 * TABLE_STEP
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_not_reached_is_not_in_memory(kernels):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    angles = Angles(ROPES, kernels, NUM_DIMS, 1 << 20)
+    angles.reach(1 << 20, 1)
+    assert resident() - before < 64 << 20  # of 1.5 GB
 
 
 def test_angles_are_the_same_whether_reached_at_once_or_one_by_one(kernels):

@@ -22,7 +22,7 @@ from pipeline.dtypes import BFLOAT16, from_floats, to_floats
 from pipeline.errors import ModelError
 from pipeline.models.config import load_config
 from pipeline.models.registry import load_shard, required_files
-from pipeline.weights import checkpoint, checkpoint_header, verified_file
+from pipeline.weights import checkpoint, checkpoint_header, file_pieces, verified_file
 from pipeline.weights.read_ahead import PLACES
 from pipeline.weights.tensor_sinks import CopySink, shared_sinks
 
@@ -323,8 +323,10 @@ class SlowSink(CopySink):
         super().write(first, rows)
 
 
-def test_what_is_read_ahead_overwrites_nothing_that_is_in_use(tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_what_is_read_ahead_overwrites_nothing_that_is_in_use(tmp_path, monkeypatch, num_threads):
     monkeypatch.setattr(verified_file, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(file_pieces, "MIN_PIECE_BYTES", 256)
     torch.manual_seed(0)
     wanted = {f"{i:02}.wanted": torch.randn(8, 16) for i in range(6)}
     others = {f"{i:02}.other": torch.randn(64, 16) for i in range(6)}
@@ -332,8 +334,14 @@ def test_what_is_read_ahead_overwrites_nothing_that_is_in_use(tmp_path, monkeypa
     save_file(wanted | others, path)
     found = {name: floats(8, 16) for name in wanted}
     sinks = {name: SlowSink(array) for name, array in found.items()}
-    hashes = checkpoint.hash_files([path])
-    checkpoint.load_tensors(tmp_path, sinks, expected_hashes=hashes)
+    (pin,) = checkpoint.pin_files([path])
+    checkpoint.load_tensors(
+        tmp_path,
+        sinks,
+        expected_hashes=[pin.digest],
+        pieces={pin.digest: pin.pieces},
+        num_threads=num_threads,
+    )
     for name, array in found.items():
         assert torch.equal(torch.from_numpy(array), wanted[name])
 
@@ -347,7 +355,7 @@ def test_a_sink_that_fails_ends_the_reading(tmp_path):
     before = threading.active_count()
     with pytest.raises(MemoryError):
         checkpoint.load_tensors(tmp_path, {"a": FailingSink(floats(3, 4))}, expected_hashes=None)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_a_tensor_that_several_take_is_what_all_of_them_can_take(stored):
