@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +16,7 @@ import numpy as np
 
 from pipeline.dtypes import STORED_DTYPES, ArrayDType
 from pipeline.errors import ModelError
+from transport.frozen import frozen
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_RANK = 8
@@ -40,7 +40,7 @@ RAW_DTYPES: Mapping[str, ArrayDType] = MappingProxyType(
 MAX_SIZE = 1 << 63
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StoredTensor:
     """One entry of a file's header; `start` and `end` count from the end of the header.
 
@@ -62,7 +62,7 @@ def as_rows(shape: Sequence[int]) -> tuple[int, ...]:
     return (shape[0] * shape[1], math.prod(shape[2:])) if len(shape) > 2 else tuple(shape)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Header:
     """A file's tensors in the order of their bytes; `raw` is all that comes before the first."""
 

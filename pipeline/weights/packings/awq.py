@@ -5,7 +5,6 @@ AutoAWQ, `awq/utils/packing_utils.py`.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,13 +21,14 @@ from pipeline.weights.packings.base import (
 )
 from pipeline.weights.packings.words import scaled, unpack_columns
 from pipeline.weights.quantization import GROUP
+from transport.frozen import frozen
 
 BITS, PER_WORD = 4, 8
 # Nibble i of a word holds the output [0, 2, 4, 6, 1, 3, 5, 7][i] of its eight.
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Awq:
     """All weights of a model; a `group_size` of None puts all inputs together."""
 

@@ -1,13 +1,13 @@
 """What a packing has to say of itself."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.dtypes import Floats, HostArray
 from pipeline.weights.checkpoint_header import StoredTensor
 from pipeline.weights.int4 import Int4
 from pipeline.weights.quantization import GROUP
+from transport.frozen import frozen
 
 # Names of a weight's tensors below its own, such as `scales` -> what that holds.
 Sides = Mapping[str, HostArray]
@@ -79,7 +79,7 @@ def check_sides(sides: Mapping[str, StoredTensor], **shapes: tuple[int, ...]) ->
             )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PackedWeight:
     """A weight by the names of its tensors: rows of `main` are its own, `sides` are read first."""
 

@@ -5,19 +5,19 @@ The packed rows of weight NAME are a tensor of bytes called NAME.TYPE, such as
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 
 from pipeline.dtypes import Floats, HostArray
 from pipeline.gguf.block_types import BLOCK_TYPES, ROW_TYPES, int4_of_rows, unpack_rows
 from pipeline.weights.checkpoint_header import StoredTensor
 from pipeline.weights.int4 import Int4
 from pipeline.weights.packings.base import CorruptPacking, PackedWeight, Sides
+from transport.frozen import frozen
 
 # Of a weight, with its share of its group's scale and zero.
 INT4_BITS = 5
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Blocks:
     """Rows of blocks of one type."""
 

@@ -11,7 +11,6 @@ Source: compressed-tensors, `compressors/pack_quantized/base.py` and
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,9 +31,10 @@ from pipeline.weights.packings.words import (
     unpack_columns,
     unpack_rows_of_words,
 )
+from transport.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PackedWords:
     """Weights in words; a `group_size` of None puts all inputs of an output together."""
 
@@ -111,7 +111,7 @@ class PackedWords:
         return unpack_rows_of_words(words, self.bits)[:count], scales
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WholeBytes:
     """Weights in int8, symmetric."""
 

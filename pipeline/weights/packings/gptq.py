@@ -11,7 +11,6 @@ Source: GPTQModel, `gptqmodel/nn_modules/qlinear/torch.py` and `gptqmodel/utils/
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,9 +32,10 @@ from pipeline.weights.packings.words import (
     unpack_rows_of_words,
 )
 from pipeline.weights.quantization import GROUP
+from transport.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Gptq:
     """All weights of a model; a `group_size` of None puts all inputs together."""
 

@@ -7,13 +7,13 @@ Source: OCP Microscaling Formats 1.0; transformers, `integrations/mxfp4.py`.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.dtypes import FLOAT32, Floats, HostArray
 from pipeline.weights.checkpoint_header import StoredTensor, as_rows
 from pipeline.weights.packings.base import CorruptPacking, PackedWeight, Sides
+from transport.frozen import frozen
 
 GROUP, BLOCK_BYTES = 32, 16
 BIAS = 127  # of exponents
@@ -24,7 +24,7 @@ _NUMBERS = np.array([*_HALF, *(-each for each in _HALF)], FLOAT32)
 _PAIRS = np.stack((np.tile(_NUMBERS, 16), np.repeat(_NUMBERS, 16)), axis=1)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Mxfp4:
     """The stacks of experts of a model."""
 

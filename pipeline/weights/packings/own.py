@@ -5,7 +5,6 @@ Of weight STEM.weight: `STEM.int4` uint8 [out, in / 2], the first of two inputs 
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 
 from pipeline.dtypes import Floats, HostArray
 from pipeline.weights.checkpoint_header import StoredTensor
@@ -18,11 +17,12 @@ from pipeline.weights.packings.base import (
     find_by_parts,
 )
 from pipeline.weights.quantization import num_groups
+from transport.frozen import frozen
 
 OWN_PARTS = ("int4", "int4_scale", "int4_zero")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class OwnInt4:
     """Weights that were in four bits when the shard was cut."""
 
