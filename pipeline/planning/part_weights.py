@@ -1,5 +1,6 @@
 """The tensors of a part of a model as its file holds them: in a precision, plain or rotated."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -50,8 +51,7 @@ from pipeline.weights.checkpoint import (
     tensors_in_files,
 )
 from pipeline.weights.checkpoint_header import RAW_DTYPES, StoredTensor
-from pipeline.weights.file_hashes import FileHasher
-from pipeline.weights.file_pieces import FilePin, Pieces
+from pipeline.weights.file_pieces import Pieces
 from pipeline.weights.int4 import Int4, pack_nibbles
 from pipeline.weights.packings.base import PackedWeight
 from pipeline.weights.packings.choice import stays_packed
@@ -218,11 +218,10 @@ def _rotate(
         yield from weights.ends(read)
 
 
-def save_tensors(tensors: Mapping[str, HostArray], path: Path, num_files: int = 1) -> FilePin:
+def save_tensors(tensors: Mapping[str, HostArray], path: Path) -> str:
     """Write a safetensors file, as the library of that name does: wide formats first, by name.
 
-    Returns what pins it as one of so many files: by what was meant to be written, so a disk that
-    errs is found out.
+    Returns its SHA-256 in hex: of what was meant to be written, so a disk that errs is found out.
     """
     names = {dtype: name for name, dtype in RAW_DTYPES.items()}
     order = [RAW_DTYPES[name] for name in ("I64", "F32", "I32", "BF16", "F16", "I8", "U8")]
@@ -241,15 +240,18 @@ def save_tensors(tensors: Mapping[str, HostArray], path: Path, num_files: int = 
     raw += b" " * (-len(raw) % HEADER_ALIGNMENT)
     begin = np.frombuffer(len(raw).to_bytes(8, "little") + raw, np.uint8)
     contents = (begin, *(tensor.reshape(-1).view(np.uint8) for _, tensor in sorted_tensors))
-    hasher = FileHasher(len(begin) + end, num_files)
-    blocks = (
-        each[first : first + BLOCK_BYTES].data
-        for each in contents
-        for first in range(0, len(each), BLOCK_BYTES)
-    )
-    with path.open("wb") as file, closing(run_ahead(hasher.hashed(blocks))) as hashed:
-        file.writelines(hashed)
-    return hasher.pin()
+    digest = hashlib.sha256()
+
+    def hashed() -> Iterator[memoryview]:
+        for each in contents:
+            for first in range(0, len(each), BLOCK_BYTES):
+                block = each[first : first + BLOCK_BYTES].data
+                digest.update(block)
+                yield block
+
+    with path.open("wb") as file, closing(run_ahead(hashed())) as blocks:
+        file.writelines(blocks)
+    return digest.hexdigest()
 
 
 class _Kept:

@@ -21,10 +21,9 @@ from pipeline.models.model_config import ModelConfig
 from pipeline.models.older_client_part import CLIENT_FILE
 from pipeline.models.registry import in_older_layout
 from pipeline.planning.part_weights import Part, Source, part_tensors, save_tensors
-from pipeline.planning.plan import CONTROL_PORT, DATA_PORT, pieces_by_hash
+from pipeline.planning.plan import CONTROL_PORT, DATA_PORT
 from pipeline.progress import Progress, part_of
 from pipeline.weights.checkpoint_index import SINGLE_FILE
-from pipeline.weights.file_pieces import FilePin
 
 MANIFEST_FILE = "manifest.json"
 RUN_FILE = "run.json"
@@ -83,45 +82,36 @@ def cut_model(
         raise InputError("--client-file: the manifest's split is stages, so no client has a part")
     source = Source(model_dir, rotation, is_unpacked=_is_unpacked(manifest))
     config = _source_config(manifest, source)
-    num_parts = _num_parts(manifest)
+    num_parts = len(manifest.stages) + manifest.has_client_ends
     with new_directory(output) as directory:
-        stages, pins = [], []
+        stages = []
         for stage in manifest.stages:
             path = directory / f"stage{stage.stage_idx}"
             path.mkdir()
-            pin = _write_weights(
-                source, config, _stage_part(manifest, stage), path / SINGLE_FILE, num_parts,
+            digest = _write_weights(
+                source, config, _stage_part(manifest, stage), path / SINGLE_FILE,
                 part_of(progress, stage.stage_idx, num_parts),
             )  # fmt: skip
-            pins.append(pin)
-            own = {"weight_hashes": (pin.digest,), "require_weight_hashes": True}
-            stages.append(stage.model_copy(update=own))
-        client = manifest.client
-        if client is not None:
-            pin = _write_client(
-                source, config, manifest, client, directory,
-                part_of(progress, len(stages), num_parts), in_one_file=in_one_file,
-            )  # fmt: skip
-            pins.append(pin)
-            client = client.model_copy(update={"weight_hashes": (pin.digest,)})
-        changed = {
+            pins = {"weight_hashes": (digest,), "require_weight_hashes": True}
+            stages.append(stage.model_copy(update=pins))
+        client = _write_client(
+            source, config, manifest, directory, part_of(progress, len(stages), num_parts),
+            in_one_file=in_one_file,
+        )  # fmt: skip
+        pins = {
+            "weight_pieces": {},  # whose shard it is reads all of it
             "stages": tuple(stages),
             "client": client,
-            "weight_pieces": pieces_by_hash(pins),
             "config_hash": _sha256(source.config_json()),
             "rotation": rotation and rotation.fingerprint,
         }
-        pinned = manifest.model_copy(update=changed)
+        pinned = manifest.model_copy(update=pins)
         if client is None:
             _write_text_files(source, directory)
         for stage in stages:
             _write_rest(pinned, stage, source, directory / f"stage{stage.stage_idx}")
         (directory / MANIFEST_FILE).write_text(dump_manifest(pinned))
     return pinned
-
-
-def _num_parts(manifest: Manifest) -> int:
-    return len(manifest.stages) + manifest.has_client_ends
 
 
 def _in_precision(manifest: Manifest, precision: Precision) -> Manifest:
@@ -167,19 +157,12 @@ def cut_stage(
     config = _source_config(manifest, source)
     with new_directory(output) as directory:
         part = _stage_part(manifest, stage)._replace(weight_hashes=())
-        path, num_parts = directory / SINGLE_FILE, _num_parts(manifest)
-        pin = _write_weights(source, config, part, path, num_parts, progress)
-        if stage.weight_hashes != (pin.digest,):
+        digest = _write_weights(source, config, part, directory / SINGLE_FILE, progress)
+        if stage.weight_hashes != (digest,):
             raise ManifestError(
                 f"the manifest pins {', '.join(stage.weight_hashes) or 'nothing'} for stage "
-                f"{stage_idx}, its shard is {pin.digest}; `pipeline-orch shard` without --stage "
+                f"{stage_idx}, its shard is {digest}; `pipeline-orch shard` without --stage "
                 "writes a manifest that pins shards"
-            )
-        pieces = manifest.weight_pieces.get(pin.digest)
-        if pieces not in {None, pieces_by_hash([pin]).get(pin.digest)}:
-            raise ManifestError(
-                f"the manifest's pieces of {pin.digest} are not those of stage {stage_idx}'s "
-                "shard, which has that hash; `pipeline-orch shard` without --stage writes others"
             )
         _write_rest(manifest, stage, source, directory)
 
@@ -188,22 +171,24 @@ def _write_client(
     source: Source,
     config: ModelConfig,
     manifest: Manifest,
-    client: ClientSpec,
     directory: Path,
     progress: Progress | None,
     *,
     in_one_file: bool,
-) -> FilePin:
-    """Write the orchestrator's own part; what pins it."""
+) -> ClientSpec | None:
+    """Write the orchestrator's own part, if it has one; what pins it."""
+    client = manifest.client
+    if client is None:
+        return None
     directory /= CLIENT_DIRECTORY
     directory.mkdir()
     part = Part(range(0), BOTH_ENDS, client.precision, client.weight_hashes, manifest.weight_pieces)
     path = directory / (CLIENT_FILE if in_one_file else SINGLE_FILE)
-    pin = _write_weights(source, config, part, path, _num_parts(manifest), progress)
+    digest = _write_weights(source, config, part, path, progress)
     if source.rotation is not None:  # whose secret this part gives away
         directory.chmod(0o700)
     _write_text_files(source, directory)
-    return pin
+    return client.model_copy(update={"weight_hashes": (digest,)})
 
 
 def _write_text_files(source: Source, directory: Path) -> None:
@@ -215,18 +200,13 @@ def _write_text_files(source: Source, directory: Path) -> None:
 
 
 def _write_weights(
-    source: Source,
-    config: ModelConfig,
-    part: Part,
-    path: Path,
-    num_files: int,
-    progress: Progress | None,
-) -> FilePin:
-    """Write a part's tensors in its precision to `path`, one of so many; what pins it."""
+    source: Source, config: ModelConfig, part: Part, path: Path, progress: Progress | None
+) -> str:
+    """Write a part's tensors in its precision to `path`; returns the file's SHA-256."""
     tensors = part_tensors(source, config, part, progress)
     if path.name == CLIENT_FILE:
         tensors = in_older_layout(config, tensors)
-    return save_tensors(tensors, path, num_files)
+    return save_tensors(tensors, path)
 
 
 def _source_config(manifest: Manifest, source: Source) -> ModelConfig:

@@ -22,8 +22,8 @@ def test_the_hash_is_that_of_the_written_file_whatever_its_tensors_lengths(tmp_p
         "none": np.empty((0, 4), np.float32),
     }
     path = tmp_path / "model.safetensors"
-    pin = save_tensors(tensors, path)
-    assert pin.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = save_tensors(tensors, path)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     read = load_file(path)
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():

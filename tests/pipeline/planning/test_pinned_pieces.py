@@ -1,4 +1,4 @@
-"""What is planned and cut pins pieces of its files, and everyone who loads them goes by these."""
+"""What is planned pins pieces of its files, and everyone who loads them goes by these."""
 
 import json
 import shutil
@@ -7,18 +7,17 @@ import pytest
 import torch
 
 from pipeline.agreement.manifest import Manifest, parse_manifest
-from pipeline.errors import ManifestError, ModelError
+from pipeline.errors import ModelError
 from pipeline.models import registry
 from pipeline.models.config import load_config
 from pipeline.models.ends import BOTH_ENDS
-from pipeline.models.older_client_part import client_weights
 from pipeline.models.registry import load_shard
 from pipeline.offload.held_model import load_linears
 from pipeline.planning.plan import PlanOptions, plan
-from pipeline.planning.shard import cut_model, cut_stage
+from pipeline.planning.shard import cut_model
 from pipeline.stage.model_config import load_stage
 from pipeline.weights import file_pieces, verified_file
-from pipeline.weights.checkpoint import stored_tensors, weight_files
+from pipeline.weights.checkpoint import weight_files
 from pipeline.weights.checkpoint_header import read_header
 from tests.pipeline.oracles import Pipeline, make_oracle  # noqa: F401 - a fixture
 from tests.pipeline.weights.test_gguf_checkpoint import MODELS as GGUF_MODELS
@@ -98,21 +97,8 @@ def test_stages_of_packed_weights_compute_as_of_a_file_nobody_verified(tmp_path,
     assert torch.equal(staged(manifest, [model] * 2), expected)
     pinned = cut_model(manifest, model, tmp_path / "cut")
     parts = [tmp_path / "cut" / f"stage{idx}" for idx in range(2)]
-    assert len(pinned.weight_pieces) == 2
-    assert not pinned.weight_pieces.keys() & manifest.weight_pieces.keys()
+    assert not pinned.weight_pieces  # whose shard it is reads all of it
     assert torch.equal(staged(pinned, parts), expected)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
-@pytest.mark.usefixtures("num_threads")
-def test_shards_in_any_precision_are_loaded_by_their_pieces(tiny_model, tmp_path, dtype):
-    pinned = cut_model(plan(tiny_model, PlanOptions(2)), tiny_model, tmp_path / "cut", dtype)
-    parts = [tmp_path / "cut" / f"stage{idx}" for idx in range(2)]
-    assert torch.equal(staged(pinned, parts, dtype), unverified(tiny_model, dtype))
-    path = parts[1] / "model.safetensors"
-    piece = spoil(path, max(stored_tensors(parts[1])))
-    with pytest.raises(ModelError, match=f"{path}, bytes {piece * PIECE} to"):
-        load_stage(pinned, 1, parts[1], dtype, "auto", "cpu", None)
 
 
 @pytest.mark.usefixtures("num_threads")
@@ -130,22 +116,21 @@ def test_a_stage_refuses_a_change_in_what_it_needs_and_no_other(tiny_model, tmp_
         cut_model(manifest, model, tmp_path / "cut")
 
 
-@pytest.mark.parametrize("in_one_file", [False, True])
-def test_a_clients_part_is_loaded_by_its_pieces(tiny_model, tmp_path, in_one_file):
-    manifest = plan(tiny_model, PlanOptions(2, split="client"))
-    pinned = cut_model(manifest, tiny_model, tmp_path / "cut", in_one_file=in_one_file)
-    part = client_weights(tmp_path / "cut" / "client")
-    file = part if in_one_file else part / "model.safetensors"
+def test_a_clients_part_is_loaded_by_its_pieces(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    manifest = plan(model, PlanOptions(2, split="client"))
 
     def load():
         return load_shard(
-            part, load_config(tiny_model), 0, 0, ends=BOTH_ENDS, pieces=pinned.weight_pieces,
-            expected_hashes=pinned.client.weight_hashes,
+            model, load_config(model), 0, 0, ends=BOTH_ENDS, pieces=manifest.weight_pieces,
+            expected_hashes=manifest.client.weight_hashes,
         )  # fmt: skip
 
+    path = model / "model.safetensors"
+    spoil(path, "model.layers.1.mlp.up_proj.weight")
     assert load().num_weight_bytes
-    piece = spoil(file, max(stored_tensors(part)))
-    with pytest.raises(ModelError, match=f"{file}, bytes {piece * PIECE} to"):
+    piece = spoil(path, "model.embed_tokens.weight")
+    with pytest.raises(ModelError, match=f"{path}, bytes {piece * PIECE} to"):
         load()
 
 
@@ -161,17 +146,12 @@ def test_linears_that_others_multiply_are_loaded_by_their_pieces(tiny_model, tmp
         load_linears(manifest, config, model, None)
 
 
-def test_a_stage_is_not_cut_by_pieces_that_its_file_has_not(tiny_model, tmp_path):
-    pinned = cut_model(plan(tiny_model, PlanOptions(2)), tiny_model, tmp_path / "cut")
-    cut_stage(pinned, 1, tiny_model, tmp_path / "again")
-    (digest,), pieces = pinned.stage(1).weight_hashes, dict(pinned.weight_pieces)
-    hashes = pieces[digest].hashes
-    swapped = pieces[digest].model_copy(update={"hashes": hashes[64:] + hashes[:64]})
-    other = pinned.model_copy(update={"weight_pieces": pieces | {digest: swapped}})
-    with pytest.raises(ManifestError, match="pieces of"):
-        cut_stage(other, 1, tiny_model, tmp_path / "other")
-    older = pinned.model_copy(update={"weight_pieces": {}})
-    cut_stage(older, 1, tiny_model, tmp_path / "older")
+def test_false_pieces_are_not_made_good_by_the_hash_of_the_file(tiny_model):
+    manifest = plan(tiny_model, PlanOptions(2))
+    ((digest, pieces),) = manifest.weight_pieces.items()
+    swapped = pieces.model_copy(update={"hashes": pieces.hashes[64:] + pieces.hashes[:64]})
+    other = manifest.model_copy(update={"weight_pieces": {digest: swapped}})
     with pytest.raises(ModelError, match="bytes 0 to"):
-        load_stage(other, 1, tmp_path / "cut" / "stage1", "float32", "auto", "cpu", None)
-    load_stage(older, 1, tmp_path / "cut" / "stage1", "float32", "auto", "cpu", None)
+        load_stage(other, 1, tiny_model, "float32", "auto", "cpu", None)
+    older = manifest.model_copy(update={"weight_pieces": {}})
+    load_stage(older, 1, tiny_model, "float32", "auto", "cpu", None)
