@@ -60,6 +60,7 @@ from pipeline.weights.quantization import GROUP, SCALE_SUFFIX, num_groups
 from pipeline.weights.read_ahead import run_ahead
 from pipeline.weights.tensor_sinks import FLOATS, CopySink, Sink, WeightSink
 from pipeline.weights.tensor_stacks import StackSink
+from pipeline.weights.verified_file import MAX_LANES
 
 HEADER_ALIGNMENT = 8  # of a safetensors file, so that its tensors are aligned
 BLOCK_BYTES = 2 << 20  # hashed at a time, while those before are written
@@ -129,6 +130,7 @@ def _as_stored(
         sinks,
         expected_hashes=part.weight_hashes or None,
         pieces=part.pieces,
+        num_threads=MAX_LANES,
         progress=progress,
         packing=config.packing,
     )
@@ -160,6 +162,7 @@ def _as_packed(
         {name: each.sink for name, each in kept.items()},
         expected_hashes=part.weight_hashes or None,
         pieces=part.pieces,
+        num_threads=MAX_LANES,
         progress=progress,
         is_as_packed=True,
     )
@@ -209,6 +212,7 @@ def _rotate(
         {files[own]: CopySink(tensor) for own, tensor in read.items()},
         expected_hashes=part.weight_hashes or None,
         pieces=part.pieces,
+        num_threads=MAX_LANES,
         progress=progress,
     )
     weights = RotatedWeights(names, stream, rotation)
