@@ -24,7 +24,7 @@ from pipeline.dtypes import (
 )
 from pipeline.errors import ModelError
 from pipeline.kernels.conversion import choose_conversion
-from pipeline.kernels.huge_pages import Arena
+from pipeline.kernels.huge_pages import Arena, usual_pages
 from pipeline.models.config import (
     CONFIG_FILE,
     as_rotated,
@@ -111,7 +111,7 @@ def part_tensors(
 def _as_stored(
     source: Source, config: ModelConfig, part: Part, progress: Progress | None
 ) -> "list[_AnyKept]":
-    model_dir, arena = source.model_dir, Arena()
+    model_dir, arena = source.model_dir, Arena(usual_pages)
     precision = part.precision or "float32"
     planned = required_tensors(model_dir, config, part.layers, part.ends, precision)
     known = packed_weights(model_dir, config.packing)
@@ -145,7 +145,7 @@ def _as_packed(
     progress: Progress | None,
 ) -> "list[_AnyKept]":
     """Packed weights by the tensors they are made of, and the others in the part's precision."""
-    model_dir, arena = source.model_dir, Arena()
+    model_dir, arena = source.model_dir, Arena(usual_pages)
     stored = tensors_in_files(model_dir)
     parts = {part for weight in packed.values() for part in weight.parts}
     kept: dict[str, _AnyKept] = {}
@@ -178,7 +178,7 @@ def _rotated(
         part.precision or "float32",
     )
     planned = plan_tensors(rotated, part.layers, part.ends, precision)
-    kept, arena = [], Arena()
+    kept, arena = [], Arena(usual_pages)
     for name, tensor in _rotate(source, source.rotation, config, part, progress):
         stored = StoredTensor(name, "F32", tensor.shape, 0, tensor.nbytes)
         kept.append(_keep(stored, planned[name], source.model_dir, arena))
