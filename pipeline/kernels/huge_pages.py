@@ -108,14 +108,6 @@ def whole_pages(array: HostArray) -> tuple[int, int]:
     return first, (end - first) // mmap.PAGESIZE * mmap.PAGESIZE
 
 
-def usual_pages(num_bytes: int) -> npt.NDArray[np.uint8]:
-    """Zeros in pages of the usual size, for what is read once. Raises MemoryError.
-
-    A system that has to move others' pages to make room for huge ones may take seconds for it.
-    """
-    return _pages(num_bytes)
-
-
 def _pages(num_bytes: int, *, is_huge: bool = False) -> npt.NDArray[np.uint8]:
     """Zeroed whole pages of this process alone: huge ones if wanted and to be had, else none."""
     kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0 if is_huge else _NORESERVE)

@@ -24,7 +24,7 @@ from pipeline.dtypes import (
 )
 from pipeline.errors import ModelError
 from pipeline.kernels.conversion import choose_conversion
-from pipeline.kernels.huge_pages import Arena, usual_pages
+from pipeline.kernels.huge_pages import Arena, reserve
 from pipeline.models.config import (
     CONFIG_FILE,
     as_rotated,
@@ -108,10 +108,15 @@ def part_tensors(
     return {name: tensor for each in kept for name, tensor in each.tensors().items()}
 
 
+def _arena() -> Arena:
+    """What is written once is in pages of the usual size: room for huge ones can take seconds."""
+    return Arena(lambda size: reserve((size,), UINT8))
+
+
 def _as_stored(
     source: Source, config: ModelConfig, part: Part, progress: Progress | None
 ) -> "list[_AnyKept]":
-    model_dir, arena = source.model_dir, Arena(usual_pages)
+    model_dir, arena = source.model_dir, _arena()
     precision = part.precision or "float32"
     planned = required_tensors(model_dir, config, part.layers, part.ends, precision)
     known = packed_weights(model_dir, config.packing)
@@ -145,7 +150,7 @@ def _as_packed(
     progress: Progress | None,
 ) -> "list[_AnyKept]":
     """Packed weights by the tensors they are made of, and the others in the part's precision."""
-    model_dir, arena = source.model_dir, Arena(usual_pages)
+    model_dir, arena = source.model_dir, _arena()
     stored = tensors_in_files(model_dir)
     parts = {part for weight in packed.values() for part in weight.parts}
     kept: dict[str, _AnyKept] = {}
@@ -178,7 +183,7 @@ def _rotated(
         part.precision or "float32",
     )
     planned = plan_tensors(rotated, part.layers, part.ends, precision)
-    kept, arena = [], Arena(usual_pages)
+    kept, arena = [], _arena()
     for name, tensor in _rotate(source, source.rotation, config, part, progress):
         stored = StoredTensor(name, "F32", tensor.shape, 0, tensor.nbytes)
         kept.append(_keep(stored, planned[name], source.model_dir, arena))
